@@ -1,0 +1,120 @@
+"""PackedBatch: the one object that says where sequences start and end.
+
+One token axis T, no padding inside, no attention mask. `cu_seqlens` alone drives attention, the causal convolution and the
+gated delta rule; nobody infers boundaries from position_ids.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not trained
+
+
+@dataclass(frozen=True)
+class VisionIndex:
+    """What the vision tower derives from grid_thw: host work, made once in the collator.
+
+    P patches in order of appearance, inside an image in the order of its 2x2 merge blocks.
+    """
+
+    cu_seqlens: Tensor  # [F+1] int32 on the CPU: attention runs inside one image or video frame
+    position: Tensor  # [P, 2] int64 row and column of each patch, for the 2-D rope
+    corner: Tensor  # [4, P] int64 the four learned positions around each patch
+    corner_weight: Tensor  # [4, P] fp32 their bilinear weights
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, already shifted: labels[t] is the target of position t; -100 = not trained
+    position_ids: Tensor  # [3, T] int64: temporal, height, width
+    cu_seqlens: Tensor  # [S+1] int32 on the CPU: sequence s is tokens cu_seqlens[s]:cu_seqlens[s+1]
+    pixel_values: Tensor  # [P, C*2*16*16] patches of all images and video frames, in order of appearance
+    grid_thw: Tensor  # [N, 3] int64 on the CPU: patches per image or video, (1 or t, h, w)
+    # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
+    vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
+    vision: VisionIndex | None = None
+    is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """A copy whose tensors are on `device`; those that the host reads (cu_seqlens, grid_thw) stay on the CPU."""
+        return _to(self, device)
+
+
+HOST_FIELDS = ("cu_seqlens", "grid_thw")
+
+
+def _to(record, device):
+    moved = {}
+    for f in dataclasses.fields(record):
+        value = getattr(record, f.name)
+        if isinstance(value, VisionIndex):
+            moved[f.name] = _to(value, device)
+        elif value is not None and f.name not in HOST_FIELDS:
+            moved[f.name] = value.to(device, non_blocking=True)
+    return dataclasses.replace(record, **moved)
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The numbers of a model's config.json that the derived fields need."""
+
+    image_token_id: int
+    video_token_id: int
+    merge_size: int = 2  # patches a side that become one token
+    grid_side: int = 48  # learned positions a side
+
+
+def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
+    """Fill in `vision_index` and `vision` where they are absent, and a dummy image where there is none at all.
+
+    Image tokens take the features in order. Features beyond those that the tokens ask for belong to a dummy, replace
+    nothing and get a gradient of exactly zero: the vision tower runs in every step, whatever the data.
+    Raises ValueError if there are fewer features than image tokens.
+    """
+    if batch.vision is not None and batch.vision_index is not None:
+        return batch
+    if len(batch.grid_thw) == 0:
+        side = spec.merge_size
+        pixels = batch.pixel_values.new_zeros(side**2, batch.pixel_values.shape[1])
+        batch = dataclasses.replace(batch, pixel_values=pixels, grid_thw=torch.tensor([[1, side, side]]))
+    ids = batch.input_ids.cpu()
+    is_vision = (ids == spec.image_token_id) | (ids == spec.video_token_id)
+    features = int(batch.grid_thw.prod(-1).sum()) // spec.merge_size**2
+    tokens = int(is_vision.sum())
+    if tokens > features:
+        raise ValueError(f"{tokens} image tokens in input_ids, but grid_thw gives only {features} features")
+    index = torch.where(is_vision, is_vision.cumsum(0) - 1, -1)
+    device = batch.input_ids.device
+    vision = _to(build_vision_index(batch.grid_thw, spec), device)
+    return dataclasses.replace(batch, vision_index=index.to(device), vision=vision)
+
+
+def build_vision_index(grid_thw: Tensor, spec: VisionSpec) -> VisionIndex:
+    """grid_thw [N, 3] -> where each patch lies, and between which learned positions.
+
+    The learned grid is stretched over each image corner to corner (as interpolate's bilinear mode with align_corners).
+    """
+    frames, positions, corners, weights = [], [], [], []
+    side, merge = spec.grid_side, spec.merge_size
+    for t, h, w in grid_thw.tolist():
+        row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        position = torch.stack([row, col], dim=-1)  # [h, w, 2] -> blocks of merge x merge patches
+        position = position.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2).reshape(-1, 2)
+        extent = torch.tensor([h, w])
+        source = position.float() * (side - 1) / (extent - 1).clamp(min=1)
+        low = source.floor().long()
+        high = (low + 1).clamp(max=side - 1)
+        share = source - low  # of the higher neighbour
+        for rows, row_weight in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
+            for cols, col_weight in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
+                corners.append((rows * side + cols).repeat(t))
+                weights.append((row_weight * col_weight).repeat(t))
+        positions.append(position.repeat(t, 1))
+        frames += [h * w] * t
+    cu_seqlens = torch.tensor([0, *frames]).cumsum(0).to(torch.int32)
+    four = [torch.cat(corners[i::4]) for i in range(4)], [torch.cat(weights[i::4]) for i in range(4)]
+    return VisionIndex(cu_seqlens, torch.cat(positions), torch.stack(four[0]), torch.stack(four[1]))

@@ -1,0 +1,43 @@
+"""Full attention with an output gate, one layer in four."""
+
+from torch import Tensor, nn
+
+from kernels import Kernels
+from qwen35.model.config import TextConfig
+from qwen35.model.norm import RMSNorm
+from qwen35.model.rope import Rope
+
+
+class AttentionCore(nn.Module):
+    """Attention on heads, between the projections: what context parallelism swaps. Owns no parameters."""
+
+    def __init__(self, kernels: Kernels):
+        super().__init__()
+        self.kernel = kernels.varlen_attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]"""
+        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=q.shape[-1] ** -0.5)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim * 2, bias=False)  # query and gate
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, kernels)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, kernels)
+        self.core = AttentionCore(kernels)
+        self.rotary = kernels.apply_rotary
+
+    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]"""
+        q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k = self.rotary(self.q_norm(q), self.k_norm(k), *rope)
+        out = self.core(q, k, v, cu_seqlens) * gate.sigmoid()
+        return self.o_proj(out.flatten(1))

@@ -1,0 +1,60 @@
+"""The gated delta net, three layers in four: a short convolution, then a linear recurrence with a decaying state."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Kernels
+from qwen35.model.config import TextConfig
+from qwen35.model.norm import RMSNormGated
+
+
+class DeltaNetCore(nn.Module):
+    """Convolution and delta rule, between the projections: what context parallelism swaps. Owns no parameters."""
+
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        self.k_dim, self.v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        keys = config.linear_num_key_heads * self.k_dim
+        self.split = [keys, keys, config.linear_num_value_heads * self.v_dim]
+        self.conv, self.delta_rule = kernels.causal_conv1d, kernels.chunk_gated_delta_rule
+
+    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
+        q, k, v = self.conv(qkv, conv_weight, cu_seqlens).split(self.split, dim=-1)
+        q, k = (x.unflatten(-1, (-1, self.k_dim)) for x in (q, k))
+        return self.delta_rule(q, k, v.unflatten(-1, (-1, self.v_dim)), g, beta, cu_seqlens)
+
+
+class Conv1d(nn.Module):
+    """The weight of the depthwise convolution, in the checkpoint's layout."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+
+class GatedDeltaNet(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        hidden, heads = config.hidden_size, config.linear_num_value_heads
+        value = heads * config.linear_value_head_dim
+        channels = 2 * config.linear_num_key_heads * config.linear_key_head_dim + value
+        self.in_proj_qkv = nn.Linear(hidden, channels, bias=False)
+        self.in_proj_z = nn.Linear(hidden, value, bias=False)
+        self.in_proj_b = nn.Linear(hidden, heads, bias=False)
+        self.in_proj_a = nn.Linear(hidden, heads, bias=False)
+        self.conv1d = Conv1d(channels, config.linear_conv_kernel_dim)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = RMSNormGated(config.linear_value_head_dim, config.rms_norm_eps, kernels)
+        self.out_proj = nn.Linear(value, hidden, bias=False)
+        self.core = DeltaNetCore(config, kernels)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]"""
+        beta = self.in_proj_b(x).float().sigmoid()  # [T, Hv]
+        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias.float())
+        out = self.core(self.in_proj_qkv(x), g, beta, self.conv1d.weight.squeeze(1), cu_seqlens)  # [T, Hv, Dv]
+        out = self.norm(out, self.in_proj_z(x).view_as(out))
+        return self.out_proj(out.flatten(1))

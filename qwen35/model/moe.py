@@ -1,0 +1,81 @@
+"""The feed-forward part: one dense MLP, or routed experts beside a shared one."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Kernels
+from qwen35.model.config import TextConfig
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, intermediate: int, kernels: Kernels):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.swiglu = kernels.swiglu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))
+
+
+class Router(nn.Module):
+    """Softmax over all experts in fp32, the top k of it renormalised."""
+
+    def __init__(self, hidden: int, experts: int, top_k: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.top_k = top_k
+
+    def forward(self, x: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H], is_pad [T] bool -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E] fp32
+
+        stats: of the tokens that are not padding, the sum of each expert's probability and how often it was chosen.
+        """
+        probs = F.linear(x.float(), self.weight.float()).softmax(-1)
+        weights, ids = probs.topk(self.top_k, dim=-1)
+        real = torch.ones_like(probs[:, 0]) if is_pad is None else (~is_pad).float()
+        chosen = torch.zeros_like(probs[0]).index_add(0, ids.flatten(), real[:, None].expand_as(ids).flatten())
+        return ids, weights / weights.sum(-1, keepdim=True), torch.stack([real @ probs, chosen])
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked: what expert parallelism swaps."""
+
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.kernel = kernels.moe_experts
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return self.kernel(x, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        hidden = config.hidden_size
+        self.gate = Router(hidden, config.num_experts, config.num_experts_per_tok)
+        self.experts = Experts(config, kernels)
+        self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, x: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> y [T, H], the router's stats [2, E]"""
+        ids, weights, stats = self.gate(x, is_pad)
+        shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
+        return self.experts(x, ids, weights) + shared, stats
+
+
+def load_balancing_loss(stats: list[Tensor], top_k: int) -> Tensor:
+    """stats of every layer, [2, E] each -> scalar fp32: E * sum_e (how often e was chosen) * (its mean probability).
+
+    Both are means over the tokens of all layers together, as transformers pools them. Perfect balance gives top_k.
+    Source: Fedus et al. 2021, Switch Transformer, equations 4 to 6.
+    """
+    probability, chosen = torch.stack(stats).sum(0)
+    rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; none at all gives a loss of zero
+    return len(chosen) * (chosen / rows * probability / rows).sum()

@@ -1,0 +1,162 @@
+"""Qwen3.5, dense and mixture-of-experts, assembled. Parameter names and layouts are the checkpoint's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import Kernels
+from qwen35.batch import PackedBatch, derive
+from qwen35.model.attention import Attention
+from qwen35.model.config import ModelConfig, TextConfig, load_config
+from qwen35.model.gated_delta_net import GatedDeltaNet
+from qwen35.model.moe import MLP, MoE, load_balancing_loss
+from qwen35.model.mtp import MultiTokenPrediction
+from qwen35.model.norm import RMSNorm, RMSNormGated
+from qwen35.model.rope import Rope, text_rope
+from qwen35.model.vision import VisionTower
+
+Stats = list[Tensor]  # of the routers, [2, E] a MoE layer; empty for a dense model
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig, kind: str, kernels: Kernels):
+        super().__init__()
+        if kind == "full_attention":
+            self.self_attn = Attention(config, kernels)
+        else:
+            self.linear_attn = GatedDeltaNet(config, kernels)
+        if config.num_experts:
+            self.mlp = MoE(config, kernels)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, kernels)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.is_attention, self.is_moe = kind == "full_attention", bool(config.num_experts)
+
+    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Stats]:
+        """x [T, H] -> [T, H], router stats"""
+        normed = self.input_layernorm(x)
+        x = x + (self.self_attn(normed, rope, cu_seqlens) if self.is_attention else self.linear_attn(normed, cu_seqlens))
+        normed = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            return x + self.mlp(normed), []
+        y, stats = self.mlp(normed, is_pad)
+        return x + y, [stats]
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig, kernels: Kernels):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, kind, kernels) for kind in config.layer_types)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.recompute = False  # keep only each layer's input for backward
+
+    def rope(self, position_ids: Tensor) -> Rope:
+        return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
+
+    def forward(self, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Stats]:
+        """Embedded tokens x [T, H] -> hidden [T, H] after the final norm, router stats"""
+        rope = self.rope(batch.position_ids)
+        stats: Stats = []
+        for layer in self.layers:
+            inputs = x, rope, batch.cu_seqlens, batch.is_pad
+            x, more = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
+            stats += more
+        return self.norm(x), stats
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels):
+        super().__init__()
+        self.visual = VisionTower(config.vision, kernels)
+        self.language_model = LanguageModel(config.text, kernels)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Stats]:
+        features = self.visual(batch.pixel_values, batch.vision)
+        x = self.language_model.embed_tokens(batch.input_ids)
+        # every token takes part, so that the tower is in the graph whatever the data: text tokens point at row 0 and drop it
+        of_image = features[batch.vision_index.clamp(min=0)].to(x.dtype)
+        x = torch.where((batch.vision_index >= 0)[:, None], of_image, x)
+        return self.language_model(x, batch)
+
+
+class Qwen35(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels | None = None, mtp: bool = False):
+        super().__init__()
+        kernels = kernels or Kernels()
+        self.config = config
+        self.model = Backbone(config, kernels)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        if mtp:
+            layer = DecoderLayer(config.text, "full_attention", kernels)
+            self.mtp = MultiTokenPrediction(config.text, layer, kernels)
+        self.cross_entropy = kernels.linear_cross_entropy
+
+    @classmethod
+    def from_config(cls, source: str | Path | dict[str, Any], seed: int = 0, **kwargs: Any) -> "Qwen35":
+        """Random weights (fp32, seeded) from a folder with config.json, or from its contents."""
+        model = cls(load_config(source), **kwargs)
+        init_weights(model, torch.Generator().manual_seed(seed))
+        return model
+
+    @classmethod
+    def from_pretrained(cls, hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> "Qwen35":
+        """The weights of a Hugging Face folder, in `dtype` or (None) the checkpoint's own dtypes."""
+        from qwen35.checkpoint.hf import load_pretrained  # the model itself knows no files
+
+        return load_pretrained(cls, hf_dir, dtype, **kwargs)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]"""
+        return self.model.language_model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """-> hidden [T, H], after the final norm"""
+        return self.model(derive(batch, self.config.vision_spec))[0]
+
+    def forward_aux(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """-> hidden [T, H], the routers' load-balancing loss (scalar fp32; zero for a dense model)"""
+        hidden, stats = self.model(derive(batch, self.config.vision_spec))
+        return hidden, self._aux(stats, hidden)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """-> [T, V]: for tests and small things"""
+        return self(batch) @ self.head_weight.T
+
+    def loss(self, batch: PackedBatch, token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached."""
+        hidden, aux = self.forward_aux(batch)
+        loss, token_loss = self.cross_entropy(hidden, self.head_weight, batch.labels, token_weights)
+        return loss, aux, token_loss
+
+    def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
+        return load_balancing_loss(stats, self.config.text.num_experts_per_tok) if stats else hidden.new_zeros(()).float()
+
+
+@torch.no_grad()
+def init_weights(model: Qwen35, generator: torch.Generator) -> None:
+    """Random weights as transformers draws them: normal matrices, zero biases, norms at the identity."""
+    std = model.config.text.initializer_range
+    by_name: dict[str, Callable[[Tensor], Tensor]] = {
+        "A_log": lambda p: p.uniform_(0.01, 16, generator=generator).log_(),
+        "dt_bias": lambda p: p.fill_(1),
+        "bias": lambda p: p.zero_(),
+    }
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in by_name:
+                by_name[name](parameter)
+            elif isinstance(module, nn.LayerNorm | RMSNormGated):
+                parameter.fill_(1)
+            elif isinstance(module, RMSNorm):
+                parameter.zero_()
+            else:
+                parameter.normal_(0, std, generator=generator)

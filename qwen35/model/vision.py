@@ -1,0 +1,94 @@
+"""The vision tower: patches of all images and video frames at once, attention inside each frame, 2x2 patches to a token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import Kernels
+from qwen35.batch import VisionIndex
+from qwen35.model.config import VisionConfig
+from qwen35.model.rope import Rope, vision_rope
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels):
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attention, self.rotary = kernels.varlen_attention, kernels.apply_rotary
+
+    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [P, H, D] each
+        q, k = self.rotary(q, k, *rope)
+        out = self.attention(q, k, v, cu_seqlens, causal=False, scale=q.shape[-1] ** -0.5)
+        return self.proj(out.flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config, kernels)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope, cu_seqlens)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch's values; the weight keeps the checkpoint's convolution layout."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, stride=size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(pixels.to(weight.dtype), weight, self.proj.bias)
+
+
+class Merger(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(self.merged, self.merged)
+        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[P, Hv] -> [P/4, H]; the patches of a 2x2 block lie side by side"""
+        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(x).view(-1, self.merged))))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig, kernels: Kernels):
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_heads
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
+        """pixels [P, C*2*16*16] -> features [P/4, H]"""
+        learned = torch.einsum("cph,cp->ph", self.pos_embed(index.corner).float(), index.corner_weight)
+        x = self.patch_embed(pixels)
+        x = x + learned.to(x.dtype)
+        rope = vision_rope(index.position, self.head_dim)
+        for block in self.blocks:
+            x = block(x, rope, index.cu_seqlens)
+        return self.merger(x)

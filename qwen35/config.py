@@ -118,6 +118,7 @@ class TrainingSettings:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, gradients' sums and optimizer are always fp32
     seed: int = 42
     log_interval: int = 1
+    peak_tflops: float | None = None  # bf16 peak of one device, for the metric mfu; default: no mfu
     save_interval: int | None = None  # steps between checkpoints; default: only one at the end
     load: str | None = None  # DCP folder: converted weights, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder, read directly
@@ -189,7 +190,7 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        flat |= _flatten(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
+        flat |= _flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return flat
 
 
@@ -270,6 +271,7 @@ def _check(s: Settings) -> None:
         "training.save_interval": t.save_interval,
         "training.zero_grad_patience": t.zero_grad_patience,
         "training.lr": t.lr,
+        "training.peak_tflops": t.peak_tflops,
         "training.adam_eps": t.adam_eps,
         "parallel.fully_shard_parallel_size": s.parallel.fully_shard_parallel_size,
         "data.dataset_param.basic_parameters.cutoff_len": b.cutoff_len,

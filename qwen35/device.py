@@ -1,0 +1,45 @@
+"""The only file that says npu, cuda or cpu, and hccl, nccl or gloo."""
+
+import os
+import resource
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+
+
+def device_type() -> str:
+    """What this process computes on: an NPU if torch_npu is there and sees one, else a GPU, else the CPU."""
+    if hasattr(torch, "npu") and torch.npu.is_available():
+        return "npu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def init_process(timeout_seconds: int = 1800) -> torch.device:
+    """Join the processes that the launcher started (or be alone) and take this rank's device."""
+    kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
+    if kind != "cpu":
+        getattr(torch, kind).set_device(device)
+    if "RANK" not in os.environ:  # without a launcher: one process, and no port
+        store = dist.HashStore()
+        dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout_seconds))
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on the device, or of the whole process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return getattr(torch, device.type).max_memory_allocated(device)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads a process)"
+    return f"{device.type} ({getattr(torch, device.type).get_device_name(device)})"

@@ -1,0 +1,29 @@
+"""Every loss_type is a vector of token weights: loss = sum over all ranks and micro-batches of sum(weights * cross entropy).
+
+With valid = labels != -100, and A micro-batches on each of R ranks a step:
+    default           mean over the valid tokens of a micro-batch, mean over A, mean over R
+    per_sample_loss   mean over the valid tokens of a sample, mean over the samples of a micro-batch, then A and R
+    per_token_loss    sum over all valid tokens of the step / their number: the same for any split of the samples
+A sample without valid tokens counts nowhere.
+"""
+
+import torch
+from torch import Tensor
+
+from qwen35.batch import IGNORE, PackedBatch
+
+
+def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
+    """[T] fp32 within one micro-batch, on the batch's device (host work: call it before the batch moves).
+
+    Still to be divided by A * R, or for per_token_loss by the step's number of valid tokens.
+    """
+    valid = (batch.labels != IGNORE).float()
+    if loss_type == "per_token_loss":
+        return valid
+    if loss_type == "default":
+        return valid / valid.sum().clamp(min=1)
+    sample = torch.arange(len(batch.cu_seqlens) - 1).repeat_interleave(batch.cu_seqlens.diff()).to(valid.device)  # [T]
+    in_sample = torch.zeros(len(batch.cu_seqlens) - 1, device=valid.device).index_add(0, sample, valid)  # [S]
+    samples = (in_sample > 0).sum().clamp(min=1)
+    return valid / in_sample[sample].clamp(min=1) / samples

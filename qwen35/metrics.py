@@ -1,0 +1,169 @@
+"""What a run reports: metrics.jsonl, loss.png, the progress bar or a line a log interval.
+
+Values stay on the device between log intervals; one flush brings the whole interval to the host.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen35.device import peak_memory
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, in words for its user."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as far as the host knows it, and the values that are still on the device."""
+
+    step: int  # steps done, this one included
+    lr: float
+    data_time: float  # seconds that the step waited for its batch
+    flops: float  # model FLOPs of this rank's part
+    sums: Tensor  # [5] this rank's parts of SUMS
+    group_squares: Tensor  # [G] squared gradient norms of all ranks, by group
+
+
+SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens")
+
+
+class Metrics:
+    """Collects StepRecords, flushes them at log intervals. Every rank calls it; rank 0 writes."""
+
+    def __init__(self, folder: Path, groups: list[str], total: int, done: int, device: torch.device, peak_tflops: float | None):
+        self.path, self.groups, self.device = folder / "metrics.jsonl", groups, device
+        self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
+        self.pending: list[StepRecord] = []
+        self.zero_steps = dict.fromkeys(groups, 0)
+        self.is_writer = dist.get_rank() == 0
+        self.bar = None
+        if self.is_writer:
+            self._cut_back(done)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.last_flush = time.perf_counter()
+
+    def _cut_back(self, done: int) -> None:
+        """Drop the lines after the checkpoint that the run goes on from."""
+        kept = [line for line in read_metrics(self.path) if line["step"] <= done]
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+
+    def record(self, record: StepRecord) -> None:
+        self.pending.append(record)
+
+    def flush(self, patience: int) -> None:
+        """One all-reduce and one copy for the whole interval. Raises RunError where the run has stopped making sense."""
+        if not self.pending:
+            return
+        records, self.pending = self.pending, []
+        mine = torch.tensor([r.flops for r in records], device=self.device)
+        sums = torch.cat([torch.stack([r.sums for r in records]), mine[:, None]], dim=1)  # [steps, 6]
+        dist.all_reduce(sums)
+        values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
+        now = time.perf_counter()
+        step_time = (now - self.last_flush) / len(records)
+        self.last_flush = now
+        lines = [self._line(r, row, step_time) for r, row in zip(records, values, strict=True)]
+        if self.is_writer:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            self._show(lines)
+        for line, row in zip(lines, values, strict=True):
+            self._check(line, row[len(SUMS) + 1 :], patience)
+
+    def _line(self, record: StepRecord, row: list[float], step_time: float) -> dict[str, Any]:
+        totals = dict(zip(SUMS, row, strict=False))
+        flops, squares = row[len(SUMS)], row[len(SUMS) + 1 :]
+        line = {
+            "step": record.step,
+            "loss": totals["loss"],
+            "aux_loss": totals["aux_loss"],
+            "grad_norm": sum(squares) ** 0.5,
+            "lr": record.lr,
+            **{name: int(totals[name]) for name in ("tokens", "label_tokens", "image_tokens")},
+            "step_time": step_time,
+            "data_time": record.data_time,
+            "tokens_per_second": totals["tokens"] / step_time,
+            "memory": peak_memory(self.device),
+        }
+        if self.peak:
+            line["mfu"] = flops / step_time / self.peak
+        return line
+
+    def _show(self, lines: list[dict[str, Any]]) -> None:
+        last = lines[-1]
+        text = f"loss {last['loss']:.4f}  grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
+        text += f"  {last['tokens_per_second']:.0f} tokens/s"
+        if "mfu" in last:
+            text += f"  mfu {last['mfu']:.1%}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(len(lines))
+        else:
+            print(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s", flush=True)
+
+    def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
+        if not all(map(_is_finite, (line["loss"], line["grad_norm"]))):
+            raise RunError(f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped")
+        for name, square in zip(self.groups, squares, strict=True):
+            if name.startswith("visual") and line["image_tokens"] == 0:
+                continue  # nothing for the tower to learn from in this step
+            self.zero_steps[name] = self.zero_steps[name] + 1 if square == 0 else 0
+            if self.zero_steps[name] >= patience:
+                raise RunError(
+                    f"step {line['step']}: the gradient of {name} has been exactly zero for {patience} steps; it trains"
+                    f" nothing. Freeze it (model.freeze), or look at the data (training.zero_grad_patience is the limit)"
+                )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _is_finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last one that was cut off while it was written is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def draw_loss(folder: Path) -> None:
+    """<folder>/metrics.jsonl -> <folder>/loss.png"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line["step"] for line in lines]
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    axis.plot(steps, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
+    axis.set(xlabel="step", ylabel="loss", title=str(folder))
+    rate = axis.twinx()
+    rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linewidth=0.8, linestyle="--")
+    rate.set_ylabel("learning rate", color="tab:gray")
+    figure.tight_layout()
+    partial = folder / "loss.tmp.png"
+    figure.savefig(partial, dpi=120)
+    partial.replace(folder / "loss.png")
+    pyplot.close(figure)

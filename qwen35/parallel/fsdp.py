@@ -1,0 +1,65 @@
+"""FSDP2: master weights fp32 and sharded, computed in bf16, gradients summed in fp32.
+
+What must not be rounded (A_log, dt_bias, the delta net's norm, the router) is held out: replicated, always fp32, and its
+gradients are reduced in one flat all-reduce a step.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from qwen35.config import SettingError
+from qwen35.model import Qwen35
+
+HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
+
+
+def make_mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
+    """[replicate, shard] over all ranks: `shard_size` ranks share one copy of the weights (default: all of them)."""
+    world = dist.get_world_size()
+    shard_size = shard_size or world
+    if world % shard_size:
+        raise SettingError(f"parallel.fully_shard_parallel_size {shard_size} does not divide the {world} processes")
+    return init_device_mesh(device_type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def held_out(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if name.endswith(HELD_OUT)]
+
+
+def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
+
+    One unit a decoder layer and vision block, one for the rest of the vision tower, one for the embedding, the final norm
+    and the head. Gradients are summed over the ranks, not averaged: the loss carries the division.
+    """
+    options = {
+        "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "ignored_params": set(held_out(model)),
+    }
+    for block in model.model.visual.blocks:
+        fully_shard(block, **options)
+    fully_shard(model.model.visual, **options)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "loss")
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            # plain sums are all that every backend has (gloo lacks the average, HCCL the scaled sum)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_held_out(model: nn.Module) -> None:
+    """Sum the gradients of the replicated parameters over all ranks, in one call."""
+    trained = [p for p in held_out(model) if p.requires_grad]
+    if not trained or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in trained])
+    dist.all_reduce(flat)
+    for parameter, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad.copy_(grad.view_as(parameter))

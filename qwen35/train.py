@@ -1,0 +1,195 @@
+"""Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import kernels
+from qwen35.batch import IGNORE, PackedBatch
+from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import load_hf
+from qwen35.config import SettingError, Settings, load_settings
+from qwen35.data import MicroBatches, RecordError
+from qwen35.device import describe, init_process
+from qwen35.flops import training_flops
+from qwen35.loss import token_weights
+from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.model import ConfigError, Qwen35, load_config
+from qwen35.optim import GradientNorm, learning_rate, make_optimizer
+from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.trainable import freeze, table
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError)
+
+
+@dataclass
+class Run:
+    settings: Settings
+    device: torch.device
+    model: Qwen35
+    optimizer: torch.optim.AdamW
+    gradients: GradientNorm
+    micro_batches: Iterator[PackedBatch]
+    step: int  # steps done
+
+
+def report(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def setup(settings: Settings) -> Run:
+    """Build, freeze, shard and load the model; find out where to start; open the data there."""
+    t, m = settings.training, settings.model
+    device, rank, world = init_process(), dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(t.seed)
+    config = load_config(m.model_name_or_path)
+    mesh = make_mesh(device.type, settings.parallel.fully_shard_parallel_size)
+    chosen = kernels.select(device.type, m.kernels)
+    with torch.device("meta" if t.init_model_with_meta_device else device):
+        model = Qwen35(config, kernels=chosen)
+    freeze(model, m.freeze)
+    before = table(model)
+    shard(model, mesh, DTYPES[t.dtype])
+    if t.init_model_with_meta_device:
+        model.to_empty(device=device)
+    after = table(model)
+    if before != after:
+        raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
+    model.model.language_model.recompute = settings.parallel.recompute
+    optimizer = make_optimizer(model, t)
+    step, origin = load_weights(model, optimizer, settings)
+    micro_batches = MicroBatches(settings, rank, world, start_step=step)
+    bins = t.micro_batch_size * t.gradient_accumulation_steps * world
+    report(
+        f"{world} processes on {describe(device)}, torch {torch.__version__}; {dict(zip(mesh.mesh_dim_names, mesh.shape))};"
+        f" arithmetic {t.dtype}, recompute {'on' if settings.parallel.recompute else 'off'}"
+    )
+    report(f"{before}\nafter sharding over {mesh['shard'].size()} ranks: the same, {local_bytes(model):,} bytes a rank")
+    report(f"weights from {origin}\n{micro_batches.report()}")
+    cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
+    report(f"{bins} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
+    gradients = GradientNorm(model, mesh["shard"].get_group())
+    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step)
+
+
+def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> tuple[int, str]:
+    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path` -> (steps done, where from)."""
+    t = settings.training
+    if newest := newest_checkpoint(Path(t.save)):
+        extra = load_checkpoint(newest, model, optimizer)
+        return int(extra["step"]), str(newest)
+    if t.load:
+        load_checkpoint(resolve_load(Path(t.load)), model, None)
+        return 0, t.load
+    if t.init_from_hf_path:
+        load_hf(model, t.init_from_hf_path)
+        return 0, t.init_from_hf_path
+    raise SettingError("nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path")
+
+
+def local_bytes(model: Qwen35) -> int:
+    local = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in local)
+
+
+def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float) -> StepRecord:
+    """One optimizer step over this rank's micro-batches. Leaves every value on the device."""
+    t, loss_cfg, device = run.settings.training, run.settings.model.loss_cfg, run.device
+    share = 1 / (len(batches) * dist.get_world_size())
+    weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
+    counts = [sum(values) for values in zip(*map(token_counts, batches), strict=True)]
+    scale = torch.tensor(share, device=device)
+    if loss_cfg.loss_type == "per_token_loss":
+        trained = torch.tensor(float(counts[1]), device=device)
+        dist.all_reduce(trained)
+        scale = 1 / trained.clamp(min=1)
+
+    losses = torch.zeros(2, device=device)  # cross entropy, load balancing
+    flops = 0.0
+    for batch, weight in zip(batches, weights, strict=True):
+        flops += batch_flops(run.model, batch)
+        batch = batch.to(device)
+        loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
+        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
+        losses += torch.stack([loss.detach(), aux.detach() * share])
+
+    reduce_held_out(run.model)
+    squares = run.gradients.squares()
+    if t.clip_grad:
+        run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    sums = torch.cat([losses, torch.tensor(counts, dtype=torch.float32, device=device)])
+    return StepRecord(run.step, lr, data_time, flops, sums, squares)
+
+
+def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
+    """Of a batch on the host: tokens that are not padding, trained ones, image tokens."""
+    pad = 0 if batch.is_pad is None else int(batch.is_pad.sum())
+    images = 0 if batch.vision_index is None else int((batch.vision_index >= 0).sum())
+    return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
+
+
+def batch_flops(model: Qwen35, batch: PackedBatch) -> float:
+    tokens, trained, _ = token_counts(batch)
+    return training_flops(model.config, tokens, batch.cu_seqlens, trained, batch.grid_thw)
+
+
+def train(settings: Settings) -> None:
+    run = setup(settings)
+    t, folder = settings.training, Path(settings.training.save)
+    if run.step >= t.train_iters:
+        report(f"{folder} has done {run.step} of {t.train_iters} steps: nothing left to train")
+        return
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    dist.barrier()
+    metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
+    while run.step < t.train_iters:
+        start = time.perf_counter()
+        batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
+        metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
+        last = run.step == t.train_iters
+        save = last or bool(t.save_interval and run.step % t.save_interval == 0)
+        if save or run.step % t.log_interval == 0:
+            metrics.flush(t.zero_grad_patience)
+        if save:
+            save_checkpoint(folder, run.step, run.model, run.optimizer, {"step": run.step})
+            if dist.get_rank() == 0:
+                draw_loss(folder)
+    metrics.close()
+    report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="qwen35.train", description=__doc__)
+    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
+    args = parser.parse_args(argv)
+    try:
+        train(load_settings(args.config, args.overrides))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

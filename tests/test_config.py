@@ -1,0 +1,90 @@
+"""Settings: the seed's paths, overrides, and every mistake named with what to do."""
+
+import pytest
+import yaml
+
+from qwen35.config import SettingError, from_flat, load_settings
+
+MINIMAL = {
+    "data": {"dataset_param": {"basic_parameters": {"dataset": "a.json"}}},
+    "model": {"model_name_or_path": "ckpt"},
+    "training": {"train_iters": 10, "save": "runs/x", "init_from_hf_path": "ckpt"},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_overrides_defaults_and_the_short_form(recipe):
+    s = load_settings(recipe, ["training.lr=1e-4", "model.loss_type=per_token_loss", "model.freeze=[model.visual]"])
+    assert s.training.lr == 1e-4 and s.training.clip_grad == 1.0
+    assert s.model.loss_cfg.loss_type == "per_token_loss" and s.model.freeze == ("model.visual",)
+    assert s.tokenizer_dir == "ckpt"
+
+
+def test_what_is_written_is_what_is_read(recipe, tmp_path):
+    s = load_settings(recipe, ["model.kernels.swiglu=native", "training.adam_eps=1e-9"])
+    again = tmp_path / "again.yaml"
+    again.write_text(s.to_yaml())
+    assert load_settings(again) == s
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learning_rate=1", "unknown setting training.learning_rate; did you mean training."),
+        ("training.train_iter=1", "unknown setting training.train_iter; did you mean training.train_iters?"),
+        ("lr=1", "unknown setting lr; did you mean training.lr?"),
+        ("model.los_type=default", "unknown setting model.los_type"),
+        ("data.dataset_param.basic_parameters.cutof_len=5", "did you mean data.dataset_param.basic_parameters.cutoff_len?"),
+        ("training.lr", "is not of the form a.b=c"),
+        ("training.lr=fast", "training.lr: 'fast' is not of type float"),
+        ("training.train_iters=1.5", "training.train_iters: 1.5 is not of type int"),
+        ("training.train_iters=true", "training.train_iters: True is not of type int"),
+        ("training.train_iters=0", "training.train_iters: 0 must be more than 0"),
+        ("training.lr_decay_style=cosin", "training.lr_decay_style: 'cosin' is not one of constant, linear, cosine"),
+        ("training.lr_warmup_ratio=1", "training.lr_warmup_ratio: 1.0 must be at least 0 and below 1"),
+        ("training.clip_grad=-1", "training.clip_grad: -1.0 must be 0 or more"),
+        ("training.min_lr=1", "training.min_lr 1.0 is above training.lr"),
+        ("training.load=x", "training.load and training.init_from_hf_path both say where the weights come from"),
+        ("model.freeze=model.visual", "model.freeze: 'model.visual' is not a list"),
+        ("parallel.recompute=maybe", "parallel.recompute: 'maybe' is not of type bool"),
+        ("data.dataset_param.preprocess_parameters.image_min_pixels=999999", "is above image_max_pixels"),
+        ("data.dataset_param.basic_parameters.template=qwen2", "is not one of qwen3_vl_nothink, qwen3_5"),
+        ("training={}", "training.train_iters is not set"),
+    ],
+)
+def test_mistakes_are_named(recipe, override, words):
+    with pytest.raises(SettingError) as caught:
+        load_settings(recipe, [override])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_contradictions_of_the_template(recipe):
+    nothink = "data.dataset_param.basic_parameters.template=qwen3_vl_nothink"
+    with pytest.raises(SettingError, match="enable_thinking means nothing to template qwen3_vl_nothink"):
+        load_settings(recipe, [nothink, "data.dataset_param.basic_parameters.enable_thinking=true"])
+    both = [f"data.dataset_param.basic_parameters.{name}=true" for name in ("train_on_prompt", "mask_history")]
+    with pytest.raises(SettingError, match="train_on_prompt and mask_history contradict"):
+        load_settings(recipe, both)
+
+
+def test_a_missing_or_broken_recipe(tmp_path):
+    with pytest.raises(SettingError, match="no such recipe"):
+        load_settings(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(SettingError, match="not YAML"):
+        load_settings(broken)
+    broken.write_text("- a")
+    with pytest.raises(SettingError, match="a recipe is a mapping"):
+        load_settings(broken)
+
+
+def test_a_required_setting():
+    with pytest.raises(SettingError, match=r"data\.dataset_param\.basic_parameters\.dataset is not set"):
+        from_flat({})

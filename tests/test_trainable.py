@@ -1,0 +1,75 @@
+"""Freezing by name, the groups, the optimizer that holds exactly what is trained."""
+
+import pytest
+import torch
+from peer import config_dict, pair, sample
+
+from qwen35.config import SettingError, TrainingSettings
+from qwen35.model import Qwen35, load_config
+from qwen35.optim import make_optimizer
+from qwen35.trainable import by_group, count, freeze, group_of, table
+
+
+def build() -> Qwen35:
+    return Qwen35.from_config(config_dict())
+
+
+@pytest.mark.parametrize("star", ["*", "{*}"])
+def test_a_star_is_one_level(star):
+    model = build()
+    freeze(model, [f"model.language_model.layers.{star}.mlp", "model.visual"])
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (".mlp." not in name and "visual" not in name), name
+
+
+def test_a_whole_name_only():
+    model = build()
+    freeze(model, ["model.language_model.layers.1"])
+    frozen = {n.split(".")[3] for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"1"}
+
+
+@pytest.mark.parametrize("pattern", ["visual", "model.visul", "model.visual.blocks.9", "model.language_model.layers.{*}.conv"])
+def test_a_name_that_matches_nothing_is_an_error(pattern):
+    with pytest.raises(SettingError, match="matches no module; there are model, model.visual, model.language_model, lm_head"):
+        freeze(build(), [pattern])
+
+
+def test_groups_cover_every_parameter_once():
+    model = Qwen35(load_config(config_dict()), mtp=True)
+    groups = by_group(model.named_parameters())
+    assert sum(len(ps) for ps in groups.values()) == len(list(model.parameters()))
+    assert group_of("model.language_model.layers.0.mlp.gate.weight") == "mlp.gate"
+    assert group_of("model.language_model.layers.0.mlp.experts.gate_up_proj") == "experts"
+    assert group_of("model.language_model.layers.0.mlp.shared_expert_gate.weight") == "shared_expert"
+    assert group_of("model.language_model.layers.0.linear_attn.norm.weight") == "linear_attn"
+    assert group_of("model.language_model.norm.weight") == "norm"
+
+
+def test_the_table_counts():
+    model = build()
+    freeze(model, ["model.visual"])
+    total = sum(p.numel() for p in model.parameters())
+    last = table(model).splitlines()[-1].split()
+    frozen = count(model.model.visual.parameters(), trained=False)
+    assert [int(x.replace(",", "")) for x in last[1:]] == [total, total - frozen, frozen]
+
+
+def test_frozen_parameters_stay_and_have_no_state():
+    model, _ = pair(config_dict())
+    freeze(model, ["model.visual", "model.language_model.embed_tokens"])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = make_optimizer(model, TrainingSettings(train_iters=1, save="x", lr=1e-2, weight_decay=0.1))
+    s = sample([20, (4, 4), 5])
+    model.loss(s, torch.ones(len(s.labels)) / 20)[0].backward()
+    optimizer.step()
+    held = {id(p) for p in optimizer.state}
+    for name, p in model.named_parameters():
+        assert (id(p) in held) == p.requires_grad, name
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+
+
+def test_only_matrices_decay():
+    optimizer = make_optimizer(build(), TrainingSettings(train_iters=1, save="x", weight_decay=0.1))
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] == 0.1) for p in group["params"])

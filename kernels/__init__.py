@@ -66,7 +66,9 @@ def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
         elif name == "auto" and there[op]:
             chosen[op] = next(iter(there[op].values()))
         elif name == "auto":
-            raise KernelError(f"{op}: no fused kernel for {device} here; ask for the slow one: model.kernels.{op}=native")
+            raise KernelError(
+                f"{op}: no fused kernel for {device} here; ask for the slow one: model.kernels.{op}=native"
+            )
         elif name in there[op]:
             chosen[op] = there[op][name]
         else:

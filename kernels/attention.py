@@ -1,6 +1,7 @@
 """Attention over packed sequences: softmax(scale q k^T) v inside each sequence, causal or not, grouped KV heads."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal
     """
     bounds = cu_seqlens.tolist()
     starts_of = defaultdict(list)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if end > start:
             starts_of[end - start].append(start)
     if not starts_of:
@@ -24,8 +25,8 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal
         index = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(q.device, non_blocking=True)
         rows.append(index)
         # [n, H, length, D]
-        heads = [x[index].unflatten(0, (len(starts), length)).transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
+        qs, ks, vs = (x[index].unflatten(0, (len(starts), length)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=True)
         parts.append(out.transpose(1, 2).flatten(0, 1))
     # every token is in exactly one sequence, so the inverse permutation puts the parts back in order
     order = torch.cat(rows)

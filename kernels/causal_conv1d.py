@@ -14,7 +14,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     """x [T, C], weight [C, K], cu_seqlens [S+1] on the CPU -> y [T, C]."""
     length, width = x.shape[0], weight.shape[-1]
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    offset = (torch.arange(length, dtype=starts.dtype) - starts).to(x.device, non_blocking=True)  # [T] inside its sequence
+    offset = (torch.arange(length, dtype=starts.dtype) - starts).to(
+        x.device, non_blocking=True
+    )  # [T] inside its sequence
     x32, w32 = x.to(working_dtype(x)), weight.to(working_dtype(x))
     y = x32 * w32[:, -1]
     for j in range(1, width):

@@ -4,13 +4,17 @@ The gradients are made in forward, chunk by chunk of tokens, while the chunk's l
 recomputing backward needs four.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk: 128 MB in fp32
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """hidden [T, D], weight [V, D], labels [T] int64 (-100: not trained), token_weights [T] fp32.
 
     Returns (loss, token_loss): loss fp32 scalar, differentiable in hidden and weight; token_loss [T] fp32, detached, 0 where
@@ -21,7 +25,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, token_w
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, grad_enabled):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         trained = (labels != -100).nonzero().squeeze(1)
@@ -50,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, token_loss
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)

@@ -39,7 +39,9 @@ def chunk_layout(cu_seqlens: Tensor, size: int = CHUNK) -> ChunkLayout:
     chunks = (lengths + size - 1) // size  # [S], falling
     longest = int(chunks[0]) if len(chunks) else 0
     steps = tuple(int((chunks > i).sum()) for i in range(longest))
-    number = torch.arange(longest).repeat_interleave(torch.tensor(steps, dtype=torch.long))  # [N] chunk inside its sequence
+    number = torch.arange(longest).repeat_interleave(
+        torch.tensor(steps, dtype=torch.long)
+    )  # [N] chunk inside its sequence
     sequence = torch.cat([torch.arange(n) for n in steps]) if steps else number  # [N]
     offset = number[:, None] * size + torch.arange(size)  # [N, C] token inside its sequence
     index = torch.where(offset < lengths[sequence, None], starts[sequence, None] + offset, total)

@@ -4,6 +4,7 @@ Signatures as in the op's own file; no rounding inside but that of the input's d
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
     bounds = cu_seqlens.tolist()
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -90,7 +91,9 @@ def swiglu(x: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
+) -> tuple[Tensor, Tensor]:
     losses = []
     for h, label in zip(hidden, labels.tolist(), strict=True):
         losses.append(h.new_zeros(()) if label == -100 else -torch.log_softmax(weight @ h, dim=0)[label])

@@ -6,6 +6,7 @@ gated delta rule; nobody infers boundaries from position_ids.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,11 +45,12 @@ class PackedBatch:
         return _to(self, device)
 
 
+Record = TypeVar("Record", PackedBatch, VisionIndex)
 HOST_FIELDS = ("cu_seqlens", "grid_thw")
 
 
-def _to(record, device):
-    moved = {}
+def _to(record: Record, device: torch.device | str) -> Record:
+    moved: dict[str, Any] = {}
     for f in dataclasses.fields(record):
         value = getattr(record, f.name)
         if isinstance(value, VisionIndex):

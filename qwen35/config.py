@@ -39,7 +39,9 @@ class BasicParameters:
     max_samples: int | None = None  # read only the first so many records
     cutoff_len: int = 2048  # tokens of one packed bin
     template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
-    enable_thinking: bool | None = None  # qwen3_5: True trains the thoughts, False drops them, None as the record has it
+    enable_thinking: bool | None = (
+        None  # qwen3_5: True trains the thoughts, False drops them, None as the record has it
+    )
     train_on_prompt: bool = False  # the loss also counts what the user says
     mask_history: bool = False  # the loss counts only the last answer of a conversation
 
@@ -194,7 +196,7 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _leaves(cls: type, prefix: str = "") -> dict[str, Any]:
+def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every setting below a dataclass."""
     leaves: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
@@ -307,6 +309,8 @@ def _check(s: Settings) -> None:
     if t.load and t.init_from_hf_path:
         raise SettingError("training.load and training.init_from_hf_path both say where the weights come from; set one")
     if b.enable_thinking is not None and b.template != "qwen3_5":
-        raise SettingError(f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out")
+        raise SettingError(
+            f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+        )
     if b.train_on_prompt and b.mask_history:
         raise SettingError("train_on_prompt and mask_history contradict each other; set one")

@@ -20,7 +20,7 @@ def device_type() -> str:
 
 def init_process(timeout_seconds: int = 1800) -> torch.device:
     """Join the processes that the launcher started (or be alone) and take this rank's device."""
-    kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", 0))
+    kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         getattr(torch, kind).set_device(device)

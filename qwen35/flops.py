@@ -7,7 +7,9 @@ from qwen35.model.config import ModelConfig
 CHUNK = 64  # of the gated delta rule
 
 
-def training_flops(config: ModelConfig, tokens: int, cu_seqlens: Tensor, trained_tokens: int, grid_thw: Tensor) -> float:
+def training_flops(
+    config: ModelConfig, tokens: int, cu_seqlens: Tensor, trained_tokens: int, grid_thw: Tensor
+) -> float:
     """FLOPs of one step over one PackedBatch; the head is counted where a label is trained."""
     t = config.text
     gdn = t.layer_types.count("linear_attention")
@@ -17,7 +19,7 @@ def training_flops(config: ModelConfig, tokens: int, cu_seqlens: Tensor, trained
     gdn_weights += (2 * key + value) * t.linear_conv_kernel_dim
     query, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     attention_weights = t.hidden_size * (2 * query + 2 * kv) + query * t.hidden_size
-    ffn = 3 * t.hidden_size * (t.intermediate_size or 0)
+    ffn = 3 * t.hidden_size * t.intermediate_size
     if t.num_experts:
         ffn = 3 * t.hidden_size * (t.num_experts_per_tok * t.moe_intermediate_size + t.shared_expert_intermediate_size)
         ffn += t.hidden_size * (t.num_experts + 1)

@@ -40,7 +40,9 @@ SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens")
 class Metrics:
     """Collects StepRecords, flushes them at log intervals. Every rank calls it; rank 0 writes."""
 
-    def __init__(self, folder: Path, groups: list[str], total: int, done: int, device: torch.device, peak_tflops: float | None):
+    def __init__(
+        self, folder: Path, groups: list[str], total: int, done: int, device: torch.device, peak_tflops: float | None
+    ):
         self.path, self.groups, self.device = folder / "metrics.jsonl", groups, device
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
         self.pending: list[StepRecord] = []
@@ -116,7 +118,9 @@ class Metrics:
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(_is_finite, (line["loss"], line["grad_norm"]))):
-            raise RunError(f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped")
+            raise RunError(
+                f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped"
+            )
         for name, square in zip(self.groups, squares, strict=True):
             if name.startswith("visual") and line["image_tokens"] == 0:
                 continue  # nothing for the tower to learn from in this step
@@ -149,14 +153,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_loss(folder: Path) -> None:
     """<folder>/metrics.jsonl -> <folder>/loss.png"""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
 
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line["step"] for line in lines]
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    figure, axis = plt.subplots(figsize=(8, 4.5))
     axis.plot(steps, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
     axis.set(xlabel="step", ylabel="loss", title=str(folder))
     rate = axis.twinx()
@@ -166,4 +170,4 @@ def draw_loss(folder: Path) -> None:
     partial = folder / "loss.tmp.png"
     figure.savefig(partial, dpi=120)
     partial.replace(folder / "loss.png")
-    pyplot.close(figure)
+    plt.close(figure)

@@ -70,11 +70,10 @@ def setup(settings: Settings) -> Run:
     step, origin = load_weights(model, optimizer, settings)
     micro_batches = MicroBatches(settings, rank, world, start_step=step)
     bins = t.micro_batch_size * t.gradient_accumulation_steps * world
-    report(
-        f"{world} processes on {describe(device)}, torch {torch.__version__}; {dict(zip(mesh.mesh_dim_names, mesh.shape))};"
-        f" arithmetic {t.dtype}, recompute {'on' if settings.parallel.recompute else 'off'}"
-    )
-    report(f"{before}\nafter sharding over {mesh['shard'].size()} ranks: the same, {local_bytes(model):,} bytes a rank")
+    sharing, recompute = mesh["shard"].size(), "on" if settings.parallel.recompute else "off"
+    report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
+    report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
+    report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     report(f"{bins} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
@@ -86,15 +85,16 @@ def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings
     """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path` -> (steps done, where from)."""
     t = settings.training
     if newest := newest_checkpoint(Path(t.save)):
-        extra = load_checkpoint(newest, model, optimizer)
-        return int(extra["step"]), str(newest)
+        return load_checkpoint(newest, model, optimizer).step or 0, str(newest)
     if t.load:
         load_checkpoint(resolve_load(Path(t.load)), model, None)
         return 0, t.load
     if t.init_from_hf_path:
         load_hf(model, t.init_from_hf_path)
         return 0, t.init_from_hf_path
-    raise SettingError("nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path")
+    raise SettingError(
+        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
+    )
 
 
 def local_bytes(model: Qwen35) -> int:
@@ -168,7 +168,7 @@ def train(settings: Settings) -> None:
         if save or run.step % t.log_interval == 0:
             metrics.flush(t.zero_grad_patience)
         if save:
-            save_checkpoint(folder, run.step, run.model, run.optimizer, {"step": run.step})
+            save_checkpoint(folder, run.step, run.model, run.optimizer)
             if dist.get_rank() == 0:
                 draw_loss(folder)
     metrics.close()

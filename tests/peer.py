@@ -3,8 +3,6 @@
 import dataclasses
 
 import torch
-from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from qwen35.batch import PackedBatch
 from qwen35.model import Qwen35, load_config
@@ -75,9 +73,11 @@ def config_dict(moe: bool = True, tied: bool = False, key_heads: int = 2, value_
 
 def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torch.nn.Module]:
     """Our model and transformers', with the same random weights; none of them zero or one by initialisation."""
+    from transformers.models import qwen3_5, qwen3_5_moe  # slow to import, and not every user of this file needs it
+
     moe = config["model_type"] == "qwen3_5_moe"
-    Config = Qwen3_5MoeConfig if moe else Qwen3_5Config
-    Model = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
+    Config = qwen3_5_moe.Qwen3_5MoeConfig if moe else qwen3_5.Qwen3_5Config
+    Model = getattr(qwen3_5_moe if moe else qwen3_5, config["architectures"][0])
     ours = Qwen35(load_config(config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

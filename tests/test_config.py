@@ -40,7 +40,10 @@ def test_what_is_written_is_what_is_read(recipe, tmp_path):
         ("training.train_iter=1", "unknown setting training.train_iter; did you mean training.train_iters?"),
         ("lr=1", "unknown setting lr; did you mean training.lr?"),
         ("model.los_type=default", "unknown setting model.los_type"),
-        ("data.dataset_param.basic_parameters.cutof_len=5", "did you mean data.dataset_param.basic_parameters.cutoff_len?"),
+        (
+            "data.dataset_param.basic_parameters.cutof_len=5",
+            "did you mean data.dataset_param.basic_parameters.cutoff_len?",
+        ),
         ("training.lr", "is not of the form a.b=c"),
         ("training.lr=fast", "training.lr: 'fast' is not of type float"),
         ("training.train_iters=1.5", "training.train_iters: 1.5 is not of type int"),

@@ -37,7 +37,9 @@ def test_rules(path):
             continue
         allowed = {"qwen35.checkpoint.hf"} if name == "qwen35/model/qwen35.py" else set()  # from_pretrained, on demand
         for imported in imports(path) - allowed:
-            assert not any(imported == f or imported.startswith(f + ".") for f in forbidden), f"{name} imports {imported}"
+            assert not any(imported == f or imported.startswith(f + ".") for f in forbidden), (
+                f"{name} imports {imported}"
+            )
     if name != "kernels/npu.py":
         assert not any(i.split(".")[0] == "torch_npu" for i in imports(path)), name
     tree = ast.parse(text)
@@ -50,7 +52,9 @@ def test_rules(path):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             cleans_up = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
-            assert cleans_up or caught not in ("everything", "Exception", "BaseException"), f"{name}:{node.lineno} swallows {caught}"
+            assert cleans_up or caught not in ("everything", "Exception", "BaseException"), (
+                f"{name}:{node.lineno} swallows {caught}"
+            )
 
 
 def test_recipes_are_short_and_valid():

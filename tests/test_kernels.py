@@ -39,7 +39,9 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32, tolerance=2e-5) -
         assert error(x.grad, z.grad) <= tolerance, f"{op} gradient {i}: {error(x.grad, z.grad):.1e}"
 
 
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
 
 
 @DTYPES
@@ -213,7 +215,10 @@ def test_select_has_no_quiet_fallback():
 
 @pytest.mark.parametrize(
     ("choices", "words"),
-    [({"gated_delta_rul": "auto"}, "no op is named gated_delta_rul"), ({"swiglu": "fused"}, "'fused' is not one of auto, native")],
+    [
+        ({"gated_delta_rul": "auto"}, "no op is named gated_delta_rul"),
+        ({"swiglu": "fused"}, "'fused' is not one of auto, native"),
+    ],
 )
 def test_select_refuses_what_is_not_there(choices, words):
     with pytest.raises(kernels.KernelError, match=words):
@@ -223,7 +228,9 @@ def test_select_refuses_what_is_not_there(choices, words):
 def test_the_table_prints_and_the_name_does_not_break_transformers():
     """transformers probes for a package named kernels, and from the root of the project it finds ours."""
     root = Path(__file__).parents[1]
-    table = subprocess.run([sys.executable, "-m", "kernels"], cwd=root, capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(
+        [sys.executable, "-m", "kernels"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
     assert all(op in table for op in kernels.OPS)
     code = "import kernels; assert kernels.__version__ == '0.0.0'; import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)

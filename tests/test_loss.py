@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_formulas():
     token_loss = torch.rand(len(batch.labels))
     valid = batch.labels != -100
     bounds = batch.cu_seqlens.tolist()
-    means = [token_loss[a:b][valid[a:b]].mean() for a, b in zip(bounds, bounds[1:], strict=False) if valid[a:b].any()]
+    means = [token_loss[a:b][valid[a:b]].mean() for a, b in pairwise(bounds) if valid[a:b].any()]
     expected = {
         "default": token_loss[valid].mean(),
         "per_sample_loss": torch.stack(means).mean(),

@@ -15,7 +15,9 @@ THREE = [sample([66], seed=2), sample([3, (4, 2), 40], seed=3), sample([1], seed
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm().clamp(min=1e-12))
+    return float(
+        (ours.detach().double() - theirs.detach().double()).norm() / theirs.detach().double().norm().clamp(min=1e-12)
+    )
 
 
 def compare(config: dict, samples: list, idle_experts: bool = False) -> None:

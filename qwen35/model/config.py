@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen35.batch import VisionSpec
 
@@ -32,11 +32,11 @@ class TextConfig:
     rotary_dim: int  # leading dimensions of a head that turn
     mrope_section: tuple[int, int, int]  # frequencies of the temporal, height and width positions
     initializer_range: float
-    intermediate_size: int | None = None  # dense
-    num_experts: int | None = None  # mixture of experts, and what follows
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
-    shared_expert_intermediate_size: int | None = None
+    intermediate_size: int = 0  # dense
+    num_experts: int = 0  # mixture of experts, and what follows
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
     mtp_num_hidden_layers: int = 0
 
 
@@ -52,6 +52,9 @@ class VisionConfig:
     spatial_merge_size: int
     num_position_embeddings: int
     out_hidden_size: int
+
+
+Config = TypeVar("Config", TextConfig, VisionConfig)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
             raise ConfigError(f"{name} is {value!r}; this model does {only!r} only")
     if "layer_types" not in text:
         every = text.get("full_attention_interval", 4)
-        kinds = ("full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(text["num_hidden_layers"]))
+        kinds = (
+            "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(text["num_hidden_layers"])
+        )
         text["layer_types"] = list(kinds)
     text |= {
         "rope_theta": rope.get("rope_theta", 1e7),
@@ -110,7 +115,7 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
         "mrope_section": rope.get("mrope_section", [11, 11, 10]),
         "initializer_range": text.get("initializer_range", 0.02),
     }
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     return ModelConfig(
         text=_take(TextConfig, text, "text_config"),
         vision=_take(VisionConfig, vision, "vision_config"),
@@ -120,9 +125,9 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _take(cls, values: dict[str, Any], where: str):
+def _take(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     names = [f.name for f in fields(cls)]
-    taken = {n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names if n in values}
+    taken: dict[str, Any] = {n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names if n in values}
     try:
         return cls(**taken)
     except TypeError as error:

@@ -29,6 +29,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = Attention(config, kernels)
         else:
             self.linear_attn = GatedDeltaNet(config, kernels)
+        self.mlp: MLP | MoE
         if config.num_experts:
             self.mlp = MoE(config, kernels)
         else:
@@ -40,7 +41,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Stats]:
         """x [T, H] -> [T, H], router stats"""
         normed = self.input_layernorm(x)
-        x = x + (self.self_attn(normed, rope, cu_seqlens) if self.is_attention else self.linear_attn(normed, cu_seqlens))
+        x = x + (
+            self.self_attn(normed, rope, cu_seqlens) if self.is_attention else self.linear_attn(normed, cu_seqlens)
+        )
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), []
@@ -78,6 +81,7 @@ class Backbone(nn.Module):
         self.language_model = LanguageModel(config.text, kernels)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Stats]:
+        assert batch.vision_index is not None and batch.vision is not None  # derive() has filled them in
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
         # every token takes part, so that the tower is in the graph whatever the data: text tokens point at row 0 and drop it
@@ -138,7 +142,9 @@ class Qwen35(nn.Module):
         return loss, aux, token_loss
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
-        return load_balancing_loss(stats, self.config.text.num_experts_per_tok) if stats else hidden.new_zeros(()).float()
+        return (
+            load_balancing_loss(stats, self.config.text.num_experts_per_tok) if stats else hidden.new_zeros(()).float()
+        )
 
 
 @torch.no_grad()

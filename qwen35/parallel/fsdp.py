@@ -4,11 +4,13 @@ What must not be rounded (A_log, dt_bias, the delta net's norm, the router) is h
 gradients are reduced in one flat all-reduce a step.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from qwen35.config import SettingError
 from qwen35.model import Qwen35
@@ -35,20 +37,21 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     One unit a decoder layer and vision block, one for the rest of the vision tower, one for the embedding, the final norm
     and the head. Gradients are summed over the ranks, not averaged: the loss carries the division.
     """
-    options = {
-        "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "ignored_params": set(held_out(model)),
-    }
+    unit = partial(
+        fully_shard,
+        mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        ignored_params=set(held_out(model)),
+    )
     for block in model.model.visual.blocks:
-        fully_shard(block, **options)
-    fully_shard(model.model.visual, **options)
+        unit(block)
+    unit(model.model.visual)
     for layer in model.model.language_model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+        unit(layer)
+    unit(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
+        if isinstance(module, FSDPModule):
             # plain sums are all that every backend has (gloo lacks the average, HCCL the scaled sum)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -56,10 +59,10 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 def reduce_held_out(model: nn.Module) -> None:
     """Sum the gradients of the replicated parameters over all ranks, in one call."""
-    trained = [p for p in held_out(model) if p.requires_grad]
-    if not trained or dist.get_world_size() == 1:
+    grads = [p.grad for p in held_out(model) if p.grad is not None]
+    if not grads or dist.get_world_size() == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in trained])
+    flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    for parameter, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(total.view_as(grad))

@@ -1,0 +1,35 @@
+# Every command. A variable given here, `make finetune NODES=2`, reaches the scripts through the environment; env.sh has
+# the meaning and the default of each.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help install convert export data show finetune evaluate test lint clean
+
+help:     ## this list
+install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
+convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE]
+export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT]
+data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT]
+show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
+finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT DRY_RUN=1]
+evaluate: ## ask a model about held-out records  [MODEL DATA]
+test:     ## all tests, on a CPU  [ARGS]
+lint:     ## ruff, mypy, shellcheck
+clean:    ## remove what the tools and the tiny recipe made; .venv stays
+
+help:
+	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/; s/  \(\[.*\]\)$$/\n\t\1/; /^  make/p' Makefile | expand -t 17
+
+install:
+	@bash scripts/install.sh
+
+convert export data show finetune evaluate test lint: .venv/.installed
+	@bash scripts/$@.sh
+
+# the stamp that a finished install leaves; a newer lock file brings .venv up to date
+.venv/.installed: $(wildcard scripts/requirements/*.txt)
+	@bash scripts/install.sh
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .hypothesis ckpt/hf_path/tiny ckpt/mm_path/tiny data/digits runs/tiny
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

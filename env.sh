@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# Every environment variable of this project: the one file to edit. Each line gives a default, and whatever is set
+# outside wins: `HCCL_CONNECT_TIMEOUT=300 make finetune`, `make finetune NODES=2`. What is empty here stays unset. Every
+# value is checked before a launch (scripts/check_env.sh). Paths are below the project's folder, or absolute.
+
+# ── Models and data ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Hugging Face folder of the model: what `make convert` reads, and whose config and tokenizer `make export` copies.
+: "${HF:=ckpt/hf_path/tiny}"
+# DCP folder. Given on the command line it stands for CONVERT_DCP in `make convert`, for EXPORT_DCP in `make export`.
+: "${DCP:=}"
+# What `make convert` writes: a folder with release/ and latest_checkpointed_iteration.txt, for training.load.
+: "${CONVERT_DCP:=ckpt/mm_path/tiny}"
+# What `make export` reads: a run's save folder (its newest checkpoint), or one folder iter_… or release.
+: "${EXPORT_DCP:=runs/tiny}"
+# Weights that `make convert` adds as copies of others, JSON {"new": "existing"}. Default: none. Tied output head:
+# {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+: "${TIE:=}"
+# Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make data`.
+: "${OUT:=}"
+# Hugging Face folder that `make export` writes.
+: "${EXPORT_OUT:=runs/tiny/hf}"
+# What `make data` reads (the LLaVA description file, the folder of its images) and writes.
+: "${LLAVA:=data/llava_instruct_150k.json}"
+: "${IMAGES:=data/COCO2017/train2017}"
+: "${DATA_OUT:=data/mllm_format_llava_instruct_data.json}"
+# What `make evaluate` asks (a Hugging Face folder), and the records with the right answers.
+: "${MODEL:=${OUT:-$EXPORT_OUT}}"
+: "${DATA:=data/digits/heldout.json}"
+
+# ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The recipe that `make finetune` trains; configs/tiny.yaml makes its own model and data first.
+: "${CONFIG:=configs/tiny.yaml}"
+# Settings over those of the recipe, "training.train_iters=20 training.lr=1e-4"; for `make test`, pytest's options.
+: "${ARGS:=}"
+# 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0. Allowed: 0, 1.
+: "${DRY_RUN:=0}"
+# Machines that take part in one run. Default 1. Allowed: from 1.
+: "${NODES:=1}"
+# Which of them this one is. Default 0, to be set where NODES > 1. Allowed: 0 to NODES - 1.
+: "${NODE_RANK:=}"
+# This machine's own address. Default: found by itself. It is also the default of HCCL_IF_IP.
+: "${NODE_ADDR:=}"
+# Address of machine 0. Default localhost, to be set where NODES > 1.
+: "${MASTER_ADDR:=}"
+# Free port of machine 0. Default 6000. Allowed: 1 to 65535.
+: "${MASTER_PORT:=6000}"
+# Processes on this machine, one an NPU. Default: all visible NPUs; 2 on a CPU. Allowed: from 1.
+: "${NPUS_PER_NODE:=}"
+# The NPUs that the run may use, "0,1,2,3". Default: all.
+: "${ASCEND_RT_VISIBLE_DEVICES:=}"
+
+# ── Installation ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Default: detected. Allowed: x86, arm.
+: "${ARCH:=}"
+# Default: npu where an NPU driver is, else cpu. Allowed: cpu, npu.
+: "${DEVICE:=}"
+# The Python that .venv is made with. Default: the first of python3, python3.11, python3.10, python3.12 that is 3.10-3.12.
+: "${PYTHON:=}"
+# Address of one more package index to install from. Default: none. DEVICE=npu ARCH=x86 needs PyTorch's own index of CPU
+# wheels here, since torch-npu for x86_64 requires torch==2.7.1+cpu, which only that index has.
+: "${TORCH_INDEX:=}"
+# Where CANN's set_env.sh is: its folder, or the one above cann/ or ascend-toolkit/. Nothing there is fine on a CPU.
+: "${CANN_PATH:=/usr/local/Ascend}"
+
+# ── CANN and torch_npu ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# CANN's log on the console as well. Default 0. Allowed: 0 off, 1 on.
+: "${ASCEND_SLOG_PRINT_TO_STDOUT:=0}"
+# Level of CANN's application log. Default 3. Allowed: 0 debug, 1 info, 2 warning, 3 error, 4 none.
+: "${ASCEND_GLOBAL_LOG_LEVEL:=3}"
+# Optimisation of the queue that hands operators to the device. Default 2. Allowed: 0 off, 1 level 1, 2 level 2.
+: "${TASK_QUEUE_ENABLE:=2}"
+# Optimise pairs of operators that do not follow each other directly. Default 1. Allowed: 0 off, 1 on.
+: "${COMBINED_ENABLE:=1}"
+# Bind the threads that launch operators to cores. Default 1. Allowed: 0 off, 1 coarse, 2 fine, each optionally with a
+# range of cores an NPU: "1,npu0:0-1,npu1:2-5", and with npu_affine:0 or 1.
+: "${CPU_AFFINITY_CONF:=1}"
+# The memory allocator, a comma list of key:value. Default: segments that grow. Allowed keys: expandable_segments,
+# max_split_size_mb, garbage_collection_threshold, base_addr_aligned_kb, page_size, segment_size_mb,
+# multi_stream_lazy_reclaim, pin_memory_expandable_segments, pinned_mem_register, roundup_power2_divisions.
+: "${PYTORCH_NPU_ALLOC_CONF:=expandable_segments:True}"
+# Operators that the single-operator API keeps prepared on the host. Default 100000 (CANN's own: 10000). Allowed: 1 to
+# 10000000.
+: "${ACLNN_CACHE_LIMIT:=100000}"
+# Reuse memory across streams. Default 1. Allowed: 0 off, 1 on.
+: "${MULTI_STREAM_MEMORY_REUSE:=1}"
+# Watch the gradients for silent data corruption. Default 0. Allowed: 0 off, 1 log only, 2 alarm, 3 alarm and record.
+: "${NPU_ASD_ENABLE:=0}"
+# Wait for each operator: slow, but an error names its operator. Default 0. Allowed: 0 asynchronous, 1 wait.
+: "${ASCEND_LAUNCH_BLOCKING:=0}"
+# 1: sum in the same order in every matmul, for repeatable runs. Default: unset. Allowed: 0, 1.
+: "${CLOSE_MATMUL_K_SHIFT:=}"
+
+# ── HCCL: communication between NPUs ─────────────────────────────────────────────────────────────────────────────────
+
+# Seconds that processes wait for each other's sockets. Default 1200 (HCCL's own: 120). Allowed: 120 to 7200.
+: "${HCCL_CONNECT_TIMEOUT:=1200}"
+# Seconds that a collective waits for the slowest rank. Default 1800. Allowed: 68 to 17340.
+: "${HCCL_EXEC_TIMEOUT:=1800}"
+# Repeatable reductions. Default: unset, which is false. Allowed: true, false, strict.
+: "${HCCL_DETERMINISTIC:=}"
+# Network interfaces of HCCL, by name or its start: "eth0", "eth,end", "=eth0" exactly, "^lo" all but. Default: HCCL's choice.
+: "${HCCL_SOCKET_IFNAME:=}"
+# The same for gloo, CPU tensors and CPU runs. Default: gloo's choice.
+: "${GLOO_SOCKET_IFNAME:=}"
+# This machine's address for HCCL, IPv4 or IPv6. Default: NODE_ADDR.
+: "${HCCL_IF_IP:=$NODE_ADDR}"
+# Megabytes of each communication buffer. Default: unset, HCCL's own 200. Allowed: from 1.
+: "${HCCL_BUFFSIZE:=}"
+# Where collectives are laid out. Default: unset, by device. Allowed: AI_CPU, AIV, HOST, HOST_TS.
+: "${HCCL_OP_EXPANSION_MODE:=}"
+
+# ── Host ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Threads inside the tokenizers; off, since the loader's workers are processes already. Default false. Allowed: true, false.
+: "${TOKENIZERS_PARALLELISM:=false}"
+# Threads of a process's own arithmetic. Default: on a CPU the cores shared among its processes. Allowed: from 1.
+: "${OMP_NUM_THREADS:=}"
+# CPU runs only: keep freed memory instead of mapping each large tensor anew, much faster for more memory. In bytes; below
+# the first a tensor comes from the heap, beyond the second free memory goes back. Defaults 32 GiB and 64 GiB.
+: "${MALLOC_MMAP_THRESHOLD_:=34359738368}"
+: "${MALLOC_TRIM_THRESHOLD_:=68719476736}"

@@ -1,0 +1,71 @@
+# shellcheck shell=bash
+# Sourced by every script: --help, the project's folder as working folder, env.sh exported, and a few small functions.
+set -euo pipefail
+
+die() { # one line on stderr
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then # the comment at the head of the script
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    echo
+    echo "Relative paths are below $root; env.sh there describes every variable, with its default."
+    exit
+fi
+cd "$root"
+# shellcheck disable=SC2034 # for the scripts that source this
+python=.venv/bin/python
+
+source ./env.sh
+mapfile -t env_names < <(sed -n 's/^: "${\([A-Za-z0-9_]*\):=.*/\1/p' env.sh)
+for name in "${env_names[@]}"; do
+    if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
+done
+
+detect_device() { # npu where a driver is
+    if [[ -e /dev/davinci_manager || -e /dev/davinci0 ]] || command -v npu-smi >/dev/null; then echo npu; else echo cpu; fi
+}
+
+device() { # what is asked for, else what is installed, else what is there
+    local installed=
+    if [[ -e .venv/.installed ]]; then installed=$(cut -d- -f1 .venv/.installed); fi
+    echo "${DEVICE:-${installed:-$(detect_device)}}"
+}
+
+split() { # TEXT into the array words, as a shell would: quotes honoured, nothing expanded
+    # shellcheck disable=SC2034 # read by the caller
+    mapfile -t words < <(xargs -rn1 printf '%s\n' <<<"$1")
+}
+
+load_cann() { # CANN's environment, where it is; its scripts use unbound variables and failing commands
+    local file
+    for file in "$CANN_PATH"/{,cann/,ascend-toolkit/}set_env.sh; do
+        [[ -f $file ]] || continue
+        set +eu
+        # shellcheck disable=SC1090
+        source "$file"
+        set -eu
+        return
+    done
+    if [[ $(device) == npu && -z ${ASCEND_HOME_PATH:-} ]]; then
+        die "CANN_PATH=$CANN_PATH: no set_env.sh there, nor in cann/ or ascend-toolkit/ below it"
+    fi
+}
+
+need_venv() {
+    [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
+}
+
+ready() { # what every script that runs Python does first
+    source scripts/check_env.sh
+    check_env
+    load_cann
+    if [[ $(device) == npu ]]; then
+        unset MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
+    else # even where torch would find an accelerator
+        export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    fi
+    [[ $DRY_RUN == 1 ]] || need_venv
+}

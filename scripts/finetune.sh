@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Fine-tune: check the environment, then start one process an NPU (two on a CPU) on this machine.
+#
+#   CONFIG=<recipe> [ARGS="a.b=c …"] scripts/finetune.sh [a.b=c …]
+#   NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 [MASTER_PORT=6000 NODE_ADDR=… NPUS_PER_NODE=8] scripts/finetune.sh    on each machine
+#   DRY_RUN=1 scripts/finetune.sh    print the command, and do not run it
+#
+# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested (scripts/tiny.sh).
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ready
+[[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
+
+visible_npus() {
+    if [[ -n ${ASCEND_RT_VISIBLE_DEVICES:-} ]]; then
+        tr ',' '\n' <<<"$ASCEND_RT_VISIBLE_DEVICES" | wc -l
+    else
+        find /dev -maxdepth 1 -name 'davinci[0-9]*' | wc -l
+    fi
+}
+
+case $(device) in
+    cpu)
+        processes=${NPUS_PER_NODE:-2}
+        cores=$(nproc)
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+        ;;
+    npu)
+        processes=${NPUS_PER_NODE:-$(visible_npus)}
+        ((processes > 0)) || die "no NPU is visible here; NPUS_PER_NODE says how many to use, DEVICE=cpu trains without"
+        ;;
+esac
+
+split "${ARGS:-}"
+overrides=("${words[@]}" "$@")
+train=("$python" -m torch.distributed.run --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
+    --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT" ${NODE_ADDR:+--local_addr "$NODE_ADDR"}
+    -m qwen35.train "$CONFIG" "${overrides[@]}")
+
+if [[ $DRY_RUN == 1 ]]; then
+    echo "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }$(printf '%q ' "${train[@]}")"
+    exit
+fi
+if [[ ${NODE_RANK:-0} == 0 ]] && (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; then
+    die "MASTER_PORT=$MASTER_PORT is taken on this machine by another program; set another, e.g. MASTER_PORT=$((MASTER_PORT % 65535 + 1))"
+fi
+if [[ $CONFIG -ef configs/tiny.yaml ]]; then
+    exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${train[@]}"
+fi
+exec "${train[@]}"

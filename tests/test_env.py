@@ -1,0 +1,334 @@
+"""env.sh, its checks and the launch: the real scripts in a copy of the project whose python says what it is given."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.sh") if os.access(p, os.X_OK))
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_ENABLE COMBINED_ENABLE CPU_AFFINITY_CONF
+    HCCL_CONNECT_TIMEOUT PYTORCH_NPU_ALLOC_CONF HCCL_EXEC_TIMEOUT ACLNN_CACHE_LIMIT TOKENIZERS_PARALLELISM
+    MULTI_STREAM_MEMORY_REUSE NPU_ASD_ENABLE ASCEND_LAUNCH_BLOCKING NPUS_PER_NODE
+    MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
+OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
+    ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_
+    MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA ARGS""".split()
+
+BOUNDS = {
+    "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
+    "ASCEND_LAUNCH_BLOCKING": (0, 1),
+    "ASCEND_SLOG_PRINT_TO_STDOUT": (0, 1),
+    "ACLNN_CACHE_LIMIT": (1, 10_000_000),
+    "CLOSE_MATMUL_K_SHIFT": (0, 1),
+    "COMBINED_ENABLE": (0, 1),
+    "CPU_AFFINITY_CONF": (0, 2),
+    "HCCL_CONNECT_TIMEOUT": (120, 7200),
+    "HCCL_EXEC_TIMEOUT": (68, 17340),
+    "MASTER_PORT": (1, 65535),
+    "MULTI_STREAM_MEMORY_REUSE": (0, 1),
+    "NPU_ASD_ENABLE": (0, 3),
+    "TASK_QUEUE_ENABLE": (0, 2),
+}
+LOW = {name: str(low) for name, (low, _) in BOUNDS.items()}
+HIGH = {name: str(high) for name, (_, high) in BOUNDS.items()}
+GOOD = [
+    LOW,
+    HIGH,
+    {"TOKENIZERS_PARALLELISM": "True", "HCCL_DETERMINISTIC": "strict", "HCCL_OP_EXPANSION_MODE": "AIV"},
+    {"TOKENIZERS_PARALLELISM": "false", "HCCL_IF_IP": "fe80::1", "HCCL_SOCKET_IFNAME": "^lo,docker"},
+    {"CPU_AFFINITY_CONF": "1,npu0:0-1,npu1:2-5", "HCCL_IF_IP": "10.0.0.2", "HCCL_SOCKET_IFNAME": "=eth0"},
+    {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512,garbage_collection_threshold:0.8"},
+    {"NPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "400", "ASCEND_RT_VISIBLE_DEVICES": "0,7"},
+    {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+]
+BAD = [
+    *((name, str(low - 1)) for name, (low, _) in BOUNDS.items()),
+    *((name, str(high + 1)) for name, (_, high) in BOUNDS.items()),
+    ("HCCL_CONNECT_TIMEOUT", "ten"),
+    ("HCCL_CONNECT_TIMEOUT", "0x100"),
+    ("HCCL_CONNECT_TIMEOUT", "99999999999999999999999"),
+    ("ACLNN_CACHE_LIMIT", "1e4"),
+    ("CPU_AFFINITY_CONF", "1,npu0"),
+    ("TOKENIZERS_PARALLELISM", "yes"),
+    ("PYTORCH_NPU_ALLOC_CONF", "expandable_segment:True"),
+    ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:true"),
+    ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments=True"),
+    ("HCCL_DETERMINISTIC", "maybe"),
+    ("HCCL_OP_EXPANSION_MODE", "CPU"),
+    ("HCCL_IF_IP", "node1"),
+    ("HCCL_BUFFSIZE", "0"),
+    ("ASCEND_RT_VISIBLE_DEVICES", "0 1"),
+    ("NPUS_PER_NODE", "0"),
+    ("NODES", "0"),
+    ("NODE_RANK", "1"),  # NODES is 1
+    ("DEVICE", "gpu"),
+    ("CONFIG", "configs/none.yaml"),
+]
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$*" >>calls
+env >env_of_child
+[[ $1 != -c ]] || echo runs/tiny
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy that looks installed; each call of its python is a line in the file `calls`."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("Makefile", "env.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, text in {
+        "configs/tiny.yaml": "",
+        "configs/other.yaml": "",
+        ".venv/bin/python": FAKE_PYTHON,
+        ".venv/.installed": "cpu-x86-3.11.7\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def run(project: Path) -> Run:
+    def run(*command: str, cwd: Path = project, **variables: str) -> "subprocess.CompletedProcess[str]":
+        clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            free_port = str(server.getsockname()[1])
+        env = {**clean, "CANN_PATH": str(project / "no_cann"), "MASTER_PORT": free_port, **variables}
+        return subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def calls(project: Path) -> list[str]:
+    return (project / "calls").read_text().splitlines() if (project / "calls").exists() else []
+
+
+def child(project: Path) -> dict[str, str]:
+    lines = (project / "env_of_child").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+# -- the checks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", GOOD, ids=lambda v: next(iter(v)))
+def test_allowed_values_pass(run: Run, variables: dict[str, str]) -> None:
+    result = run("bash", "scripts/finetune.sh", DRY_RUN="1", **variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "-m qwen35.train configs/tiny.yaml" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_wrong_value_stops_with_one_line(run: Run, project: Path, name: str, value: str) -> None:
+    result = run("bash", "scripts/finetune.sh", **{name: value})
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert f"{name}={value}" in result.stderr
+    assert not calls(project)
+
+
+def test_the_line_says_what_is_allowed(run: Run) -> None:
+    assert "from 120 to 7200" in run("bash", "scripts/finetune.sh", HCCL_CONNECT_TIMEOUT="100").stderr
+    assert "true, false, strict" in run("bash", "scripts/finetune.sh", HCCL_DETERMINISTIC="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, "MASTER_ADDR"),
+        ({"NODE_RANK": "0"}, "MASTER_ADDR"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK"),
+        ({"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK=2"),
+    ],
+)
+def test_several_nodes_need_their_places(run: Run, variables: dict[str, str], named: str) -> None:
+    result = run("make", "finetune", "NODES=2", **variables)
+    assert result.returncode != 0
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert named in line
+
+
+def test_a_taken_port_is_named(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = run("bash", "scripts/finetune.sh", MASTER_PORT=str(port))
+    assert result.returncode == 2
+    assert f"MASTER_PORT={port}" in result.stderr
+
+
+# -- the defaults ------------------------------------------------------------------------------------------------------
+
+
+def test_every_variable_is_documented() -> None:
+    text = (ROOT / "env.sh").read_text()
+    for name in SEED_TABLE + OTHERS:
+        # a comment right above, or above the lines of its group
+        assert re.search(rf'^# .*\n(: "\$.*\n)*: "\$\{{{name}:=', text, re.MULTILINE), name
+
+
+def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
+    result = run(
+        "make", "finetune", "CONFIG=configs/other.yaml", "ARGS=training.train_iters=20 'model.freeze=[a, b]'",
+        HCCL_CONNECT_TIMEOUT="300", TASK_QUEUE_ENABLE="0", NODE_ADDR="10.0.0.2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    got = child(project)
+    assert got["HCCL_CONNECT_TIMEOUT"] == "300"
+    assert got["TASK_QUEUE_ENABLE"] == "0"
+    assert got["HCCL_IF_IP"] == "10.0.0.2"
+    assert calls(project)[-1].endswith("-m qwen35.train configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
+
+
+def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: Path) -> None:
+    assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
+    got = child(project)
+    assert got["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
+    assert got["TOKENIZERS_PARALLELISM"] == "false"
+    assert got["HCCL_EXEC_TIMEOUT"] == "1800"
+    assert got["MALLOC_MMAP_THRESHOLD_"] == "34359738368"
+    assert got["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert not {"HCCL_BUFFSIZE", "HCCL_IF_IP", "ASCEND_RT_VISIBLE_DEVICES", "NPUS_PER_NODE"} & got.keys()
+
+
+# -- CANN and the device -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "cann", "ascend-toolkit"])
+def test_cann_is_sourced_where_it_is(run: Run, project: Path, below: str) -> None:
+    folder = project / "Ascend" / below
+    folder.mkdir(parents=True)
+    (folder / "set_env.sh").write_text("false\nexport FROM_CANN=1$SURELY_UNBOUND\n")
+    result = run("make", "finetune", "CONFIG=configs/other.yaml", CANN_PATH=str(project / "Ascend"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert child(project)["FROM_CANN"] == "1"
+
+
+def test_a_cpu_run_is_one_even_beside_an_accelerator(run: Run, project: Path) -> None:
+    assert run("make", "finetune", "CONFIG=configs/other.yaml", "DEVICE=cpu").returncode == 0
+    assert child(project)["CUDA_VISIBLE_DEVICES"] == ""
+    assert child(project)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+
+
+def test_no_cann_is_no_matter_on_a_cpu_and_an_error_on_an_npu(run: Run) -> None:
+    result = run("make", "finetune", "CONFIG=configs/other.yaml")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    result = run("bash", "scripts/finetune.sh", DEVICE="npu")
+    assert result.returncode == 2
+    assert "CANN_PATH" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({}, 2),
+        ({"NPUS_PER_NODE": "3"}, 3),
+        ({"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "0,1,4,5"}, 4),
+        ({"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "1"}, 1),
+    ],
+)
+def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int) -> None:
+    result = run("bash", "scripts/finetune.sh", DRY_RUN="1", ASCEND_HOME_PATH="/usr", **variables)
+    assert f"--nproc_per_node {processes} " in result.stdout
+    assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_two_machines(run: Run) -> None:
+    variables = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000", "NPUS_PER_NODE": "8"}
+    result = run("make", "finetune", "DRY_RUN=1", *(f"{k}={v}" for k, v in variables.items()))
+    assert "--nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 7000" in result.stdout
+
+
+def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> None:
+    result = run("make", "finetune", "ARGS=training.lr=1")
+    assert result.returncode == 0, result.stderr
+    save, tiny, convert, train, export, evaluate = calls(project)
+    assert save.endswith("configs/tiny.yaml training.lr=1")
+    assert tiny == "-m qwen35.tiny"
+    assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
+    assert train.endswith("-m qwen35.train configs/tiny.yaml training.lr=1")
+    assert export.endswith("--dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf")
+    assert evaluate == "-m qwen35.evaluate --model runs/tiny/hf --data data/digits/heldout.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        (
+            ["convert", "HF=h", "DCP=d", 'TIE={"a b": "c"}'],
+            '-m qwen35.convert hf_to_dcp --hf_dir h --dcp_dir d --tie_weight_mapping {"a b": "c"}',
+        ),
+        (["convert"], "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"),
+        (
+            ["export", "DCP=d", "HF=h", "OUT=o"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir d --origin_hf_dir h --save_hf_dir o",
+        ),
+        (["data", "LLAVA=l", "IMAGES=i", "OUT=o"], "-m qwen35.data convert --llava l --images i --out o"),
+        (
+            ["data"],
+            (
+                "-m qwen35.data convert --llava data/llava_instruct_150k.json --images data/COCO2017/train2017"
+                " --out data/mllm_format_llava_instruct_data.json"
+            ),
+        ),
+        (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
+        (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
+        (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_commands_of_the_targets(run: Run, project: Path, command: list[str], call: str) -> None:
+    result = run("make", *command)
+    assert result.returncode == 0, result.stderr
+    assert calls(project) == [call]
+
+
+def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
+    (project / ".venv/bin/python").write_text("#!/usr/bin/env bash\nexit 3\n")
+    for target in ("convert", "finetune", "test"):
+        assert run("make", target).returncode != 0
+
+
+def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:
+    result = run("make")
+    assert result.returncode == 0
+    for target in "help install convert export data show finetune evaluate test lint clean".split():
+        assert f"make {target} " in result.stdout
+    assert "NODES" in result.stdout
+    assert not calls(project)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_helps_from_any_folder(run: Run, project: Path, script: str) -> None:
+    result = run("bash", str(project / "scripts" / script), "--help", cwd=Path("/"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert script.removesuffix(".sh") in result.stdout.lower()
+    assert str(project) in result.stdout
+    assert not calls(project)
+
+
+def test_scripts_run_from_any_folder(run: Run, project: Path) -> None:
+    result = run("bash", str(project / "scripts/convert.sh"), cwd=Path("/"))
+    assert result.returncode == 0, result.stderr
+    assert len(calls(project)) == 1
+
+
+def test_nothing_runs_before_an_install(run: Run, project: Path) -> None:
+    (project / ".venv/.installed").unlink()
+    result = run("bash", "scripts/convert.sh")
+    assert result.returncode == 2
+    assert "make install" in result.stderr

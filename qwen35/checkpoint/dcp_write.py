@@ -1,0 +1,178 @@
+"""Writing DCP checkpoints: all ranks together, or one process streaming weights through."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Size, Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from qwen35.checkpoint import folders
+from qwen35.checkpoint.boxes import Box, Source, pieces
+from qwen35.checkpoint.dcp_folder import MARKER, checkpoint_name, marker_content, write_latest
+from qwen35.checkpoint.dcp_source import MODEL
+from qwen35.checkpoint.errors import CheckpointError
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int | None,
+    planner: SavePlanner,
+    state: Mapping[str, Tensor],
+    write_rest: Callable[[Path], None],
+    group: dist.ProcessGroup | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one checkpoint, all ranks in step, and return its folder.
+
+    `write_rest(temporary)` writes each rank's other files. The order: every file, complete.json, the rename, then
+    latest_checkpointed_iteration.txt. If any rank fails, all raise the same CheckpointError, and nothing that is
+    whole is lost.
+    """
+    checkpoint = folder / checkpoint_name(step)
+    is_first = not dist.is_initialized() or dist.get_rank(group) == 0
+    temporary = checkpoint.with_name(checkpoint.name + ".tmp")
+    _together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
+    try:
+        _together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
+        metadata = _dcp_save(dict(state), temporary, planner, group)
+
+        def finish() -> None:
+            if is_first:
+                _check_all_written(metadata, temporary)
+                content = marker_content(temporary, step=step, **(facts or {}))
+                folders.commit(temporary, checkpoint, MARKER, content)
+                write_latest(folder, step)
+
+        _together(finish, group, f"{checkpoint} cannot be written")
+    except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return checkpoint
+
+
+def write_release(source: Source, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
+    """Write `<folder>/release` from a Source, in its dtypes, piece by piece: no tensor is ever held whole."""
+
+    def write_rest(temporary: Path) -> None:
+        pass
+
+    return write_checkpoint(Path(folder), None, _StreamPlanner(source, progress), {}, write_rest)
+
+
+class _StreamPlanner(DefaultSavePlanner):
+    """Plans every tensor of a Source as a row of pieces, each read only when it is written."""
+
+    def __init__(self, source: Source, progress: Callable[[int], object] | None):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.source, self.progress = source, progress
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, spec in self.source.specs.items():
+            for box in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
+                chunk = ChunkStorageMetadata(Size(box.start), Size(box.size))
+                data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), Size(spec.shape))
+                index = MetadataIndex(MODEL + name, Size(box.start))
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        data = write_item.tensor_data
+        assert data is not None
+        name = write_item.index.fqn.removeprefix(MODEL)
+        values = self.source.read(name, Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
+        if self.progress:
+            self.progress(values.nbytes)
+        return values
+
+
+class _StreamWriter(dcp.FileSystemWriter):
+    """DCP's own files, written tensor by tensor: DCP's writer keeps every tensor until the end of the file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        if plan.items:
+            with (Path(self.path) / name).open("wb") as file:
+                for item in plan.items:
+                    begin = file.tell()
+                    value = planner.resolve_data(item)
+                    assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
+                    tensor = value.detach().cpu()
+                    # torch.save writes the whole storage, of which a shard may be a part
+                    torch.save(tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor, file)
+                    length = file.tell() - begin
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+                file.flush()
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _dcp_save(
+    state: dict[str, Tensor], folder: Path, planner: SavePlanner, group: dist.ProcessGroup | None
+) -> Metadata:
+    writer = _StreamWriter(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
+            return dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as failed:  # a BaseException
+        told = sorted({_words(error) for error, _ in failed.failures.values()})
+        raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_all_written(metadata: Metadata, folder: Path) -> None:
+    stored = metadata.storage_data
+    for name, entry in metadata.state_dict_metadata.items():
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
+        for chunk in chunks:
+            if MetadataIndex(name, chunk.offsets) not in stored:
+                raise CheckpointError(f"{folder}: a part of {name} was not written")
+
+
+def _together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
+    """Run an action on every rank; if any fails, all raise the same CheckpointError."""
+    message: str | None = None
+    cause: Exception | None = None
+    try:
+        action()
+    except CheckpointError as error:
+        message, cause = str(error), error
+    except (OSError, TypeError) as error:
+        message, cause = f"{what}: {_words(error)}", error
+    messages = [message]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size(group)
+        dist.all_gather_object(messages, message, group=group)
+    told = [m for m in dict.fromkeys(messages) if m]
+    if told:
+        raise CheckpointError("; ".join(told)) from cause

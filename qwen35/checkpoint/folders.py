@@ -1,0 +1,89 @@
+"""Folders that are there whole or not at all: written under another name, flushed, renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.errors import CheckpointError
+
+INCOMPLETE = ".incomplete"  # lies in a folder that is being written
+
+
+def begin(folder: Path, marker: str) -> Path:
+    """Make the empty temporary folder that `commit` turns into `folder`; what an interrupted run left of it is removed.
+
+    Raises CheckpointError if `folder` is there and is neither empty nor written by us (then it holds `marker`).
+    """
+    check_replaceable(folder, marker)
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        if any(temporary.iterdir()) and not any((temporary / name).exists() for name in (INCOMPLETE, marker)):
+            raise CheckpointError(f"{temporary} is in the way, and was not written by this program; move it")
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    (temporary / INCOMPLETE).touch()
+    return temporary
+
+
+def check_replaceable(folder: Path, marker: str) -> None:
+    """Raise CheckpointError unless `folder` is absent, empty, or holds `marker`."""
+    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
+        raise CheckpointError(
+            f"{folder} is there already, and was not written by this program; choose another or move it"
+        )
+
+
+def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
+    """Flush what was written, add the marker (last), and put the folder in its place, instead of one that is there."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            flush(path)
+    write_atomic(temporary / marker, json.dumps(content, indent=2) + "\n")
+    (temporary / INCOMPLETE).unlink()
+    flush(temporary)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+    flush(folder.parent)
+
+
+@contextmanager
+def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
+    """The temporary folder for the body to fill; renamed at its end, removed if it fails. `content` is the marker's."""
+    temporary = begin(folder, marker)
+    try:
+        yield temporary
+        commit(temporary, folder, marker, content)
+    except BaseException:  # KeyboardInterrupt too
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small file so that it has its old content or the new, whatever happens."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,71 @@
+"""Hugging Face checkpoints, both directions. The table of names is in names.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, misfit
+from qwen35.checkpoint.hf_write import Written, save_hf, write_hf
+from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.names import HEAD, disk_spec, places, shapes_of
+
+__all__ = [
+    "HFFolder",
+    "HFSource",
+    "Written",
+    "disk_spec",
+    "load_hf",
+    "load_pretrained",
+    "places",
+    "save_hf",
+    "shapes_of",
+    "write_hf",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_hf(
+    model: nn.Module, folder: str | Path, strict: bool = True, progress: Callable[[int], object] | None = None
+) -> None:
+    """Load a Hugging Face folder into a model, plain or sharded (DTensors of any mesh), no longer on the meta device.
+
+    Values are cast to each parameter's dtype. No communication: every rank reads the slices that it holds, byte
+    ranges of the files. `progress` is called with the bytes read. Tensors that are missing, surplus or of another
+    shape are one CheckpointError that lists them all; with `strict=False` parameters that the folder lacks stay as
+    they are, and surplus tensors are left out. `mtp.*` is left out for a model without that layer, and
+    `lm_head.weight` for one with tied weights, if it equals the embedding.
+    """
+    disk = HFFolder(folder)
+    parameters = named_parameters(model)
+    found = misfit(disk, shapes_of(parameters.items()))
+    if not strict:
+        found.missing, found.surplus = [], []
+    found.raise_if_any(f"{folder} does not fit the model")
+    source = HFSource(disk)
+    if HEAD not in parameters:
+        check_tied(source, folder)
+    fill({name: p for name, p in parameters.items() if name in source.specs}, source, progress)
+
+
+def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Model:
+    """A new model (`cls(config, **kwargs)`) with a folder's weights; of `dtype`, or None: as they are stored.
+
+    Plain tensors on the CPU; nothing is initialised that is then overwritten.
+    """
+    from qwen35.model.config import load_config  # the model imports this file in turn
+
+    disk = HFSource(HFFolder(hf_dir))
+    with torch.device("meta"):
+        model = cls(load_config(hf_dir), **kwargs)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}" if module_name else name
+            stored = disk.specs[full_name].dtype if full_name in disk.specs else torch.float32
+            empty = torch.empty(parameter.shape, dtype=dtype or stored, device="cpu")
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    load_hf(model, hf_dir)
+    return model

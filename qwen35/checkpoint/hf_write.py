@@ -1,0 +1,194 @@
+"""Writing Hugging Face checkpoints: one like its source, or a fresh one. Each ends by reading itself back."""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen35.checkpoint import folders
+from qwen35.checkpoint.boxes import Box, Source, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.hf_folder import INDEX, HFFolder
+from qwen35.checkpoint.names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
+from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes
+
+MARKER = ".qwen35.json"  # lies in folders that we wrote, and may replace
+# weights in other formats are not the source's safetensors any more once those are trained: they do not come along
+OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+
+Fetch = Callable[[str, Box], Tensor]  # (name on disk, part) -> values of any float dtype
+Progress = Callable[[int], object]  # is told the bytes of each piece
+
+
+@dataclass(frozen=True)
+class Written:
+    tensors: int
+    nbytes: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.tensors} tensors, {self.nbytes:,} bytes, {self.folder}"
+
+
+def save_hf(
+    state: Source | Mapping[str, Tensor], source_folder: str | Path, out: str | Path, progress: Progress | None = None
+) -> Written:
+    """Write `state` (the model's names) as a folder with exactly the source's keys, shapes, dtypes, files and index.
+
+    Values are cast to the source's dtypes. Of the tensors that the state does not hold, `mtp.*` is copied from the
+    source and a `lm_head.weight` stored despite tied weights is the state's embedding; that any other is not held is
+    an error. Configuration, tokenizer, processor, chat template and whatever else is no weight come along.
+
+    `out` is replaced if it is empty or was written by us. Raises CheckpointError, and leaves nothing half-written.
+    """
+    source, out = HFFolder(source_folder), Path(out)
+    _check_apart(source.folder, out)
+    values = TensorSource(state) if isinstance(state, Mapping) else state
+    tied = HEAD in source.specs and HEAD not in values.specs and source.is_tied
+    _check_covers(values, source, tied)
+
+    def fetch(name: str, part: Box) -> Tensor:
+        owner, place = home(name, source.specs[name].shape)
+        if tied and name == HEAD:
+            owner = EMBEDDING
+        return values.read(owner, place.in_model(part)) if owner in values.specs else source.read(name, part)
+
+    content: dict[str, Any] = {}
+    with folders.new_folder(out, MARKER, content) as temporary:
+        sums: dict[str, int] = {}
+        for file, header in source.files.items():
+            sums |= _write_file(temporary / file, header, fetch, progress)
+        _copy_small_files(source.folder, temporary)
+        _check_written(HFFolder(temporary), source.files, sums)
+        content |= {"tensors": len(sums), "bytes": sum(s.nbytes for s in source.specs.values())}
+    return Written(content["tensors"], content["bytes"], out)
+
+
+def write_hf(
+    state: Source | Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: str | Path,
+    layout: Layout = "hub",
+    shard_size: int = 4 * 2**30,
+    dtype_of: Callable[[str], torch.dtype] = published_dtype,
+) -> Written:
+    """Write a fresh checkpoint of a model's state: safetensors files named as the hub's, index, config.json.
+
+    `dtype_of` maps a name on disk to its dtype, by default the published one. Files hold up to `shard_size` bytes, or
+    one tensor. `folder` is replaced if it is empty or was written by us.
+    """
+    values, folder = TensorSource(state) if isinstance(state, Mapping) else state, Path(folder)
+    layout_places = {p.name: (n, p) for n, s in values.specs.items() for p in places(n, s.shape, layout)}
+    specs = disk_spec({name: spec.shape for name, spec in values.specs.items()}, layout, dtype_of)
+    shards = _fill_shards(specs, shard_size)
+    files = {f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors": names for k, names in enumerate(shards, 1)}
+    headers = {file: make_header({name: specs[name] for name in names}) for file, names in files.items()}
+
+    def fetch(name: str, part: Box) -> Tensor:
+        owner, place = layout_places[name]
+        return values.read(owner, place.in_model(part))
+
+    content: dict[str, Any] = {}
+    with folders.new_folder(folder, MARKER, content) as temporary:
+        sums: dict[str, int] = {}
+        for file, header in headers.items():
+            sums |= _write_file(temporary / file, header, fetch, None)
+        total = sum(spec.nbytes for spec in specs.values())
+        file_of = {name: file for file, names in files.items() for name in names}
+        _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
+        _write_json(temporary / "config.json", config)
+        _check_written(HFFolder(temporary), headers, sums)
+        content |= {"tensors": len(sums), "bytes": total}
+    return Written(len(sums), total, folder)
+
+
+def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
+    """Names by falling size, as the published files have them: a layer is spread over files."""
+    shards: list[list[str]] = []
+    room = 0
+    for name in sorted(specs, key=lambda n: (-specs[n].nbytes, n)):
+        if not shards or specs[name].nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(name)
+        room -= specs[name].nbytes
+    return shards
+
+
+def _write_file(path: Path, header: Header, fetch: Fetch, progress: Progress | None) -> dict[str, int]:
+    """Write one safetensors file piece by piece; returns the checksum of each tensor's bytes."""
+    sums: dict[str, int] = {}
+    try:
+        with path.open("wb") as file:
+            file.write(header.raw)
+            for name, entry in header.entries.items():
+                sums[name] = 0
+                for part in pieces(Box.whole(entry.spec.shape), entry.spec.dtype.itemsize):
+                    values = fetch(name, part).to(entry.spec.dtype).contiguous()
+                    data = raw_bytes(values)
+                    file.write(data)
+                    sums[name] = zlib.crc32(data, sums[name])
+                    if progress:
+                        progress(data.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+    return sums
+
+
+def _check_written(written: HFFolder, files: Mapping[str, Header], sums: Mapping[str, int]) -> None:
+    """Read a folder back: the files, their tensors and every byte are what was meant to be written."""
+    if {f: h.raw for f, h in written.files.items()} != {f: h.raw for f, h in files.items()}:
+        raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
+    for name, spec in written.specs.items():
+        checksum = 0
+        for part in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
+            checksum = zlib.crc32(raw_bytes(written.read(name, part)), checksum)
+        if checksum != sums[name]:
+            raise CheckpointError(f"{written.folder}: {name} read back differs from what was written")
+
+
+def _check_covers(values: Source, source: HFFolder, tied: bool) -> None:
+    """The state has every tensor of the source but those that may be copied, and none besides."""
+    wrong, covered = Misfit(), set()
+    for name, spec in values.specs.items():
+        for place in places(name, spec.shape, source.specs):
+            covered.add(place.name)
+            if place.name not in source.specs:
+                wrong.surplus.append(place.name)
+            elif source.specs[place.name].shape != place.disk_shape:
+                wrong.misshapen[place.name] = (place.disk_shape, source.specs[place.name].shape)
+    copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
+    wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
+    wrong.raise_if_any(f"the weights do not fit {source.folder}")
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out} and the original {source} must be two folders, neither inside the other")
+
+
+def _copy_small_files(source: Path, out: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if (
+            path.is_file()
+            and not hidden
+            and path.suffix not in OTHER_WEIGHTS
+            and not path.name.endswith(".bin.index.json")
+        ):
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(path, out / relative)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be copied to {out}: {error.strerror}") from None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

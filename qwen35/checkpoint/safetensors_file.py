@@ -1,0 +1,147 @@
+"""The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes back to back.
+
+https://huggingface.co/docs/safetensors (the format is specified there). Read and written here with plain file reads and
+writes instead of a memory map: exactly the bytes asked for are read, a truncated file or a full disk is an error and
+not a bus error, and the pages do not count as this process's memory.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    spec: TensorSpec
+    begin: int  # of the tensor's bytes, from the start of the file
+
+
+@dataclass(frozen=True)
+class Header:
+    raw: bytes  # the first bytes of the file, up to the first tensor
+    entries: dict[str, Entry]  # in the order of their bytes
+    nbytes: int  # of the whole file
+
+
+def read_header(path: Path) -> Header:
+    """Raises CheckpointError if the file is not safetensors, or shorter or longer than its header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file ({size} bytes)")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        fields = json.loads(text)
+        rows = [
+            (name, f["dtype"], tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
+            for name, f in fields.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{path}: broken safetensors header") from None
+    entries, end = {}, 0
+    for name, code, shape, first, last in sorted(rows, key=lambda row: row[3]):
+        if code not in DTYPES:
+            raise CheckpointError(f"{path}: {name} has dtype {code}, which is not supported")
+        spec = TensorSpec(shape, DTYPES[code])
+        if first != end or last - first != spec.nbytes:
+            raise CheckpointError(f"{path}: broken safetensors header: {name} does not lie where it should")
+        entries[name] = Entry(spec, 8 + length + first)
+        end = last
+    if size != 8 + length + end:
+        raise CheckpointError(f"{path}: truncated or damaged: {size} bytes, its header says {8 + length + end}")
+    return Header(length.to_bytes(8, "little") + text, entries, size)
+
+
+def make_header(specs: Mapping[str, TensorSpec]) -> Header:
+    """The header of a new file, laid out as the safetensors library does: widest dtype first, then by name."""
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    fields, begins, end = {}, {}, 0
+    for name in order:
+        spec, begins[name] = specs[name], end
+        end += spec.nbytes
+        fields[name] = {"dtype": CODES[spec.dtype], "shape": spec.shape, "data_offsets": (begins[name], end)}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+    entries = {name: Entry(specs[name], len(raw) + begins[name]) for name in order}
+    return Header(raw, entries, len(raw) + end)
+
+
+def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
+    """The elements `box` of one tensor of the file; reads exactly their bytes."""
+    out = torch.empty(box.size, dtype=entry.spec.dtype)
+    view = raw_bytes(out)
+    itemsize, filled = entry.spec.dtype.itemsize, 0
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            for offset, count in _runs(entry.spec.shape, box):
+                length = count * itemsize
+                _read_into(fd, view[filled : filled + length], entry.begin + offset * itemsize, path)
+                filled += length
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return out
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
+    while view.nbytes:
+        got = os.preadv(fd, [view], position)  # at most 2 GiB at a time
+        if got == 0:
+            raise CheckpointError(f"{path}: truncated while it was read")
+        view, position = view[got:], position + got
+
+
+def _runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
+    """(offset, count) in elements of the contiguous stretches that make up a box, in row-major order."""
+    if box.numel == 0:
+        return
+    # the axes behind `axis` are taken whole, so one run spans box.size[axis] rows of them
+    axis = len(shape)
+    while axis > 0 and box.size[axis - 1] == shape[axis - 1]:
+        axis -= 1
+    axis = max(axis - 1, 0)
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    count = math.prod(box.size[axis:])
+    base = sum(a * s for a, s in zip(box.start, strides, strict=True))
+    for index in itertools.product(*(range(n) for n in box.size[:axis])):
+        yield base + sum(i * s for i, s in zip(index, strides[:axis], strict=True)), count

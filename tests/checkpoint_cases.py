@@ -1,0 +1,80 @@
+"""Small checkpoints for the tests: every layout, one file or many, tied or not, with and without MTP."""
+
+import json
+from pathlib import Path
+
+import torch
+from peer import config_dict
+from safetensors.torch import load_file, save_file
+
+from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint.names import published_dtype
+from qwen35.model import Qwen35, load_config
+
+LAYOUTS = ("hub", "per_expert", "stacked")
+
+
+def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
+    """A model with random fp32 weights, none of them at its initial value."""
+    model = Qwen35(load_config(config), mtp=mtp)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def state_of(model: torch.nn.Module, dtype_of=published_dtype) -> dict[str, torch.Tensor]:
+    return {name: p.detach().to(dtype_of(name)) for name, p in model.named_parameters()}
+
+
+def write_folder(folder: Path, moe=True, tied=False, mtp=True, layout="hub", shard_size=2**30, **kwargs) -> Path:
+    """A checkpoint folder with the small files that published ones have."""
+    config = config_dict(moe=moe, tied=tied, **kwargs, **({"mtp_num_hidden_layers": 1} if mtp else {}))
+    write_hf(state_of(build(config, mtp)), config, folder, layout=layout, shard_size=shard_size)
+    (folder / ".qwen35.json").unlink()  # as if somebody else had made it
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return folder
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, as the safetensors library reads them."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same_bytes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert tensor.shape == other[name].shape, name
+        one_bytes, other_bytes = (t.detach().reshape(-1).view(torch.uint8) for t in (tensor, other[name]))
+        assert torch.equal(one_bytes, other_bytes), name
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def write_index(folder: Path, index: dict) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def resave(folder, change) -> None:
+    """Rewrite a one-file folder after `change(tensors)`, index included."""
+    tensors = tensors_in(folder)
+    change(tensors)
+    (file,) = folder.glob("*.safetensors")
+    save_file(tensors, file)
+    write_index(folder, {"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)})
+
+
+def empty_model(config: dict, mtp: bool = False) -> Qwen35:
+    model = Qwen35(load_config(config), mtp=mtp)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    return model

@@ -163,7 +163,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
             raise SettingError(f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20")
         # an override of a whole section replaces it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
-        flat |= _flatten({key: yaml.safe_load(value)})
+        try:
+            flat |= _flatten({key: yaml.safe_load(value)})
+        except yaml.YAMLError:
+            raise SettingError(f"{key}: {value!r} is not YAML; names with * or {{}} want quotes") from None
     settings = from_flat({SHORT_FORMS.get(key, key): value for key, value in flat.items()})
     _check(settings)
     return settings

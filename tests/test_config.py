@@ -45,6 +45,10 @@ def test_what_is_written_is_what_is_read(recipe, tmp_path):
             "did you mean data.dataset_param.basic_parameters.cutoff_len?",
         ),
         ("training.lr", "is not of the form a.b=c"),
+        (
+            "model.freeze=[layers.*, {*}.mlp]",
+            "model.freeze: '[layers.*, {*}.mlp]' is not YAML; names with * or {} want quotes",
+        ),
         ("training.lr=fast", "training.lr: 'fast' is not of type float"),
         ("training.train_iters=1.5", "training.train_iters: 1.5 is not of type int"),
         ("training.train_iters=true", "training.train_iters: True is not of type int"),

@@ -1,0 +1,217 @@
+"""Whole runs with real processes: what a user starts, on a small model and a few images made here."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peer import config_dict
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+
+from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint.dcp import newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.hf import write_hf
+from qwen35.config import load_settings
+from qwen35.metrics import Metrics, RunError, StepRecord, read_metrics
+from qwen35.model import Qwen35
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A model folder, 60 records (two of three with an image), and a recipe for them."""
+    folder = tmp_path_factory.mktemp("train")
+    model_folder = make_model_folder(folder / "model")
+    tokens = json.loads((model_folder / "config.json").read_text())
+    config = config_dict() | {k: v for k, v in tokens.items() if k.endswith("_id")}
+    config["text_config"] = config["text_config"] | {"vocab_size": 512}
+    write_hf(Qwen35.from_config(config).state_dict(), config, folder / "weights")
+    for file in model_folder.iterdir():
+        if file.name != "config.json":
+            (folder / "weights" / file.name).write_bytes(file.read_bytes())
+    records = []
+    for i in range(60):
+        record = {
+            "id": i,
+            "conversations": [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"It is {i % 7}."}],
+        }
+        if i % 3:
+            Image.new("L", (20 + i, 40), i * 4).save(folder / f"{i}.png")
+            record["image"] = f"{i}.png"
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+        records.append(record)
+    (folder / "records.json").write_text(json.dumps(records))
+    recipe = {
+        "data": {
+            "dataset_param": {
+                "basic_parameters": {
+                    "dataset": str(folder / "records.json"),
+                    "dataset_dir": str(folder),
+                    "cutoff_len": 160,
+                },
+                "preprocess_parameters": {"image_max_pixels": 4096},
+            },
+            "dataloader_param": {"patch_bucket": 16},
+        },
+        "model": {"model_name_or_path": str(folder / "weights"), "loss_cfg": {"router_aux_loss_coef": 0.01}},
+        "training": {
+            "train_iters": 10,
+            "save": str(folder / "unset"),
+            "init_from_hf_path": str(folder / "weights"),
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "adam_eps": 1e-4,
+            "dtype": "fp32",
+            "log_interval": 4,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def train(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *launcher, "-m", "qwen35.train", str(workplace / "recipe.yaml"), f"training.save={save}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def weights(save: Path) -> dict[str, torch.Tensor]:
+    source = DCPSource(resolve_load(save))
+    return {name: source.read(name, Box.whole(spec.shape)) for name, spec in source.specs.items()}
+
+
+@pytest.fixture(scope="module")
+def two(workplace) -> Path:
+    """Two processes, ten steps, a checkpoint after five."""
+    save = workplace / "two"
+    done = train(workplace, save, 2, "training.save_interval=5")
+    assert done.returncode == 0, done.stderr
+    (save / "console").write_text(done.stdout)
+    return save
+
+
+def test_two_processes_give_the_losses_of_one(workplace, two):
+    save = workplace / "one"
+    done = train(workplace, save, 1, "training.gradient_accumulation_steps=2")
+    assert done.returncode == 0, done.stderr
+    one, both = read_metrics(save / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert [line["step"] for line in one] == [line["step"] for line in both] == list(range(1, 11))
+    for a, b in zip(one, both, strict=True):
+        for key in ("loss", "aux_loss", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+        assert all(a[key] == b[key] for key in ("lr", "tokens", "label_tokens", "image_tokens"))
+    assert one[-1]["loss"] < 0.7 * one[0]["loss"]
+
+
+def test_what_a_run_leaves_behind(workplace, two):
+    assert (two / "latest_checkpointed_iteration.txt").read_text().strip() == "10"
+    assert newest_checkpoint(two).name == "iter_0000010" and (two / "iter_0000005").is_dir()
+    assert (two / "loss.png").read_bytes().startswith(b"\x89PNG")
+    expected = load_settings(workplace / "recipe.yaml", [f"training.save={two}", "training.save_interval=5"])
+    assert load_settings(two / "config.yaml") == expected
+    line = read_metrics(two / "metrics.jsonl")[0]
+    assert {"loss", "grad_norm", "lr", "step_time", "data_time", "tokens_per_second", "memory"} <= line.keys()
+    assert "mfu" not in line  # nobody told the peak of this machine
+    console = (two / "console").read_text()
+    assert console.count("visual.merger") == 2 and "2 processes on" in console and "60 samples" in console
+
+
+def test_resumed_equals_uninterrupted(workplace, two, tmp_path):
+    """The last five steps again, from the checkpoint after five: the same lines and weights, bit for bit."""
+    save = tmp_path / "again"
+    subprocess.run(["cp", "-r", two, save], check=True)
+    subprocess.run(["rm", "-r", save / "iter_0000010"], check=True)
+    done = train(workplace, save, 2, "training.save_interval=5")
+    assert done.returncode == 0, done.stderr
+    assert "steps 6 to 10" in done.stdout
+    first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
+    same = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")
+    assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]
+    a, b = weights(two), weights(save)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_has_nothing_left(workplace, two):
+    done = train(workplace, two, 2, "training.save_interval=5")
+    assert done.returncode == 0 and "nothing left to train" in done.stdout
+
+
+def test_bf16_recompute_freeze_and_every_way_to_start(workplace, tmp_path):
+    """Frozen parameters stay bit-identical in a bf16 run that recomputes, from converted weights, on a model built whole."""
+    from qwen35.checkpoint.convert import hf_to_dcp
+
+    hf_to_dcp(workplace / "weights", tmp_path / "dcp", None)
+    start = [
+        f"training.load={tmp_path / 'dcp'}",
+        "training.init_from_hf_path=null",
+        "training.init_model_with_meta_device=false",
+    ]
+    frozen = "model.freeze=[model.visual, 'model.language_model.layers.{*}.mlp.gate']"
+    others = ["training.dtype=bf16", "parallel.recompute=true", "training.train_iters=3", "training.micro_batch_size=2"]
+    done = train(workplace, tmp_path / "run", 2, frozen, *start, *others, "parallel.fully_shard_parallel_size=1")
+    assert done.returncode == 0, done.stderr
+    before, after = weights(tmp_path / "dcp"), weights(tmp_path / "run")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        is_frozen = "visual" in name or name.endswith("mlp.gate.weight")
+        assert torch.equal(value.float(), after[name]) == is_frozen, name
+    states = DCPSource(newest_checkpoint(tmp_path / "run"), "optimizer.").specs
+    assert states and not any("visual" in name or "mlp.gate.weight" in name for name in states)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.init_from_hf_path=null", "nothing says where the weights come from"),
+        (
+            "parallel.fully_shard_parallel_size=3",
+            "parallel.fully_shard_parallel_size 3 does not divide the 1 processes",
+        ),
+        ("model.freeze=[model.vision]", "model.freeze: model.vision matches no module"),
+        ("model.kernels.swiglu=fused", "model.kernels.swiglu: 'fused' is not one of auto, native"),
+        ("training.trian_iters=3", "unknown setting training.trian_iters; did you mean training.train_iters?"),
+    ],
+)
+def test_mistakes_stop_the_run_with_one_line(workplace, tmp_path, override, words):
+    save = tmp_path / "run"
+    command = [sys.executable, "-m", "qwen35.train", str(workplace / "recipe.yaml"), f"training.save={save}", override]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+    assert not save.exists()
+
+
+def test_a_group_that_trains_nothing_stops_the_run(tmp_path, monkeypatch):
+    import qwen35.metrics as module
+
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "all_reduce", lambda tensor: None)
+    metrics = Metrics(tmp_path, ["visual", "experts"], 10, 0, torch.device("cpu"), None)
+
+    def step(number, squares, images, loss=1.0):
+        sums = torch.tensor([loss, 0.0, 10.0, 5.0, images])
+        metrics.record(StepRecord(number, 1e-3, 0.0, 0.0, sums, torch.tensor(squares)))
+        metrics.flush(patience=3)
+
+    for i in range(5):  # without images the tower has nothing to learn
+        step(i, [0.0, 1.0], 0.0)
+    step(6, [0.0, 1.0], 4.0)
+    step(7, [0.0, 1.0], 4.0)
+    with pytest.raises(RunError, match="step 8: the gradient of visual has been exactly zero for 3 steps"):
+        step(8, [0.0, 1.0], 4.0)
+    with pytest.raises(RunError, match="step 9: loss nan"):
+        step(9, [1.0, 1.0], 4.0, loss=float("nan"))

@@ -1,0 +1,125 @@
+"""Samples laid end to end: bins of exactly cutoff_len tokens, image patches in buckets."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
+from qwen35.config import SettingError, Settings
+from qwen35.data.dataset import Sample
+from qwen35.data.files import read_config
+from qwen35.data.formats import Record
+from qwen35.data.images import ImageError
+from qwen35.data.positions import position_ids
+from qwen35.data.samples import Preparation
+from qwen35.data.template import prompt_pieces
+
+
+def vision_spec(folder: str | Path) -> VisionSpec:
+    """What the derived fields need of a model folder's config.json. Raises SettingError."""
+    config = read_config(folder, "config.json")
+    try:
+        vision = config["vision_config"]
+        side = math.isqrt(vision["num_position_embeddings"])
+        return VisionSpec(config["image_token_id"], config["video_token_id"], vision["spatial_merge_size"], side)
+    except KeyError as error:
+        raise SettingError(f"{folder}/config.json: has no {error.args[0]}; is it a Qwen3.5 model?") from None
+
+
+def check_agreement(settings: Settings, preparation: Preparation, spec: VisionSpec) -> None:
+    """Tokenizer, processor and model must speak of the same tokens and patches. Raises SettingError."""
+    model, other = settings.model.model_name_or_path, settings.tokenizer_dir
+    if preparation.tokenizer.image_id != spec.image_token_id:
+        raise SettingError(
+            f"<|image_pad|> is token {preparation.tokenizer.image_id} in {other}/tokenizer.json, but image_token_id is "
+            f"{spec.image_token_id} in {model}/config.json"
+        )
+    if preparation.images.merge != spec.merge_size:
+        raise SettingError(
+            f"merge_size is {preparation.images.merge} in {other}/preprocessor_config.json, but spatial_merge_size is "
+            f"{spec.merge_size} in {model}/config.json"
+        )
+
+
+def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
+    """Raises SettingError."""
+    block = spec.merge_size**2
+    if patch_bucket < block or patch_bucket % block:
+        name = "data.dataloader_param.patch_bucket"
+        raise SettingError(f"{name}: {patch_bucket} must be a multiple of {block}, at least {block}")
+
+
+def collate(
+    bins: Sequence[Sequence[Sample]], cutoff_len: int, pad_id: int, patch_bucket: int, spec: VisionSpec
+) -> PackedBatch:
+    """Bins -> one batch of T = len(bins) * cutoff_len tokens, with all derived fields.
+
+    A bin that is not full ends with one sequence of pad tokens: not trained, positions from 0, `is_pad`. The patches are
+    filled up to a multiple of patch_bucket by one dummy image of zeros, which no token refers to.
+    """
+    samples: list[Sample] = []
+    pads: list[bool] = []
+    for content in bins:
+        samples += content
+        pads += [False] * len(content)
+        left = cutoff_len - sum(len(s.input_ids) for s in content)
+        if left < 0:
+            raise ValueError(f"a bin of {cutoff_len - left} tokens, cutoff_len is {cutoff_len}")
+        if left:
+            samples.append(_pad_sequence(left, pad_id, samples[0].pixel_values.shape[1]))
+            pads.append(True)
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    pixels = [s.pixel_values for s in samples]
+    grids = [s.grid_thw for s in samples]
+    patches = sum(len(p) for p in pixels)
+    fill = -patches % patch_bucket if patches else patch_bucket
+    if fill:
+        pixels.append(torch.zeros(fill, pixels[0].shape[1]))
+        grids.append(torch.tensor([[1, spec.merge_size, fill // spec.merge_size]]))
+    batch = PackedBatch(
+        input_ids=torch.cat([s.input_ids for s in samples]),
+        labels=torch.cat([s.labels for s in samples]),
+        position_ids=torch.cat([s.position_ids for s in samples], dim=1),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
+        pixel_values=torch.cat(pixels),
+        grid_thw=torch.cat(grids),
+        is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
+    )
+    return derive(batch, spec)
+
+
+def _pad_sequence(length: int, pad_id: int, values: int) -> Sample:
+    return Sample(
+        torch.full((length,), pad_id),
+        torch.full((length,), IGNORE),
+        torch.arange(length).expand(3, -1),
+        torch.zeros(0, values),
+        torch.zeros(0, 3, dtype=torch.int64),
+    )
+
+
+def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thinking: bool) -> PackedBatch:
+    """One sequence that ends where the model answers, for generation: nothing trained, nothing padded.
+
+    A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
+    """
+    grids = preparation.measure(record)
+    pieces = prompt_pieces(record, preparation.basic.template, thinking)
+    ids, _ = preparation.tokenizer.encode(pieces, [preparation.images.tokens(grid) for grid in grids])
+    pixels = []
+    for path in record.images:
+        try:
+            pixels.append(preparation.images.patches(path)[0])
+        except ImageError as error:
+            raise record.error(f"{path}: {error}") from None
+    sample = Sample(
+        torch.from_numpy(ids).long(),
+        torch.full((len(ids),), IGNORE),
+        torch.from_numpy(position_ids(ids, grids, spec)),
+        torch.cat([torch.zeros(0, preparation.images.values), *pixels]),
+        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+    )
+    return replace(collate([[sample]], len(ids), preparation.tokenizer.pad_id, spec.merge_size**2, spec), is_pad=None)

@@ -1,0 +1,212 @@
+"""Image files as patches: what transformers' Qwen2VL image processor makes of them (its PIL form), bit for bit.
+
+An image is turned upright (EXIF), laid on white where it is transparent, made RGB, scaled to multiples of 32 pixels a side
+within image_min_pixels..image_max_pixels, and cut into patches of 16 x 16, four neighbours (2 x 2) after each other. As in
+that processor, 16-bit grey is clipped at 255 by Pillow's conversion, not scaled.
+"""
+
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen35.config import SettingError
+from qwen35.data.files import read_config
+
+MAX_SIDES_RATIO = 200
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIZE_IN_HEADER = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"}  # others may change it as they load
+# what Pillow and its plugins raise on damaged files
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    patch: int
+    temporal_patch: int
+    merge: int  # patches a side that become one token
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float  # of a pixel's 0..255 before mean and std
+    min_pixels: int
+    max_pixels: int
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, min_pixels: int, max_pixels: int) -> "ImageProcessor":
+        """By preprocessor_config.json of a model folder, its `size` replaced by the two settings. Raises SettingError."""
+        config = read_config(folder, "preprocessor_config.json")
+        path = Path(folder) / "preprocessor_config.json"
+        for key in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
+            if key not in config:
+                raise SettingError(f"{path}: has no {key}")
+        for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if not config.get(key, True):
+                raise SettingError(f"{path}: {key}: false is not supported")
+        if config.get("resample", 3) != Image.Resampling.BICUBIC:
+            raise SettingError(f"{path}: resample: {config['resample']} is not supported, only 3 (bicubic)")
+        return cls(
+            config["patch_size"],
+            config["temporal_patch_size"],
+            config["merge_size"],
+            tuple(config["image_mean"]),
+            tuple(config["image_std"]),
+            config.get("rescale_factor", 1 / 255),
+            min_pixels,
+            max_pixels,
+        )
+
+    @property
+    def values(self) -> int:
+        """Numbers in one patch."""
+        return 3 * self.temporal_patch * self.patch**2
+
+    def tokens(self, grid: tuple[int, int, int]) -> int:
+        return grid[0] * grid[1] * grid[2] // self.merge**2
+
+    def grid(self, path: str | Path) -> tuple[int, int, int]:
+        """(1, h, w) in patches, from the file's header alone: nothing is decoded. Raises ImageError."""
+        with _opened(path) as image:
+            width, height = _upright_size(image, path)
+            height, width = self._resized(height, width)
+        return 1, height // self.patch, width // self.patch
+
+    def patches(self, path: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
+        """pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (1, h, w), P = h * w. Raises ImageError."""
+        with _opened(path) as image:
+            rgb = _rgb(_upright(image))
+            height, width = self._resized(rgb.height, rgb.width)
+            pixels = np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))  # [H, W, 3] uint8
+        m, p = self.merge, self.patch
+        blocks = pixels.reshape(height // (m * p), m, p, width // (m * p), m, p, 3)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [H/mp, W/mp, m, m, 3, p, p]
+        # of each of the 256 values, in the processor's own precision: fp64, rounded, then fp32
+        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
+        out = np.empty((*blocks.shape[:5], self.temporal_patch, p, p), dtype=np.float32)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            table = (scaled - np.float32(mean)) / np.float32(std)
+            values = np.take(
+                table, np.ascontiguousarray(blocks[..., channel, :, :]), mode="clip"
+            )  # the fastest look-up
+            out[..., channel, :, :, :] = values[..., None, :, :]
+        grid = (1, height // p, width // p)
+        return torch.from_numpy(out.reshape(-1, self.values)), grid
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Both sides multiples of a token's side, min_pixels <= their product <= max_pixels, the ratio kept nearly."""
+        side = self.patch * self.merge
+        if max(height, width) > MAX_SIDES_RATIO * min(height, width):
+            raise ImageError(f"is {width} x {height} pixels, one side more than {MAX_SIDES_RATIO} times the other")
+        new_height, new_width = round(height / side) * side, round(width / side) * side
+        if new_height * new_width > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            new_height = max(side, math.floor(height / shrink / side) * side)
+            new_width = max(side, math.floor(width / shrink / side) * side)
+        elif new_height * new_width < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            new_height = math.ceil(height * grow / side) * side
+            new_width = math.ceil(width * grow / side) * side
+        return new_height, new_width
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image file, opened; whatever goes wrong on the way is an ImageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError("no such file") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError("is not an image") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except DAMAGED as error:
+        raise ImageError(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation from what is already read: 1 is upright. Damaged EXIF data says nothing."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF files itself
+    try:
+        return Image.Image.getexif(image).get(ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _upright_size(image: Image.Image, path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image, decoded only where the header is not the whole truth."""
+    if image.format not in SIZE_IN_HEADER or (image.format == "PNG" and _png_has_late_metadata(path)):
+        image.load()
+    width, height = image.size
+    return (height, width) if _orientation(image) in {5, 6, 7, 8} else (width, height)
+
+
+def _png_has_late_metadata(path: str | Path) -> bool:
+    """Whether chunks that may hold the orientation come after the pixels, where only decoding finds them."""
+    pixels_seen = False
+    with Path(path).open("rb") as file:
+        file.seek(8)  # signature
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels_seen |= kind == b"IDAT"
+            if pixels_seen and kind in {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}:
+                return True
+            file.seek(length + 4, 1)  # data and checksum
+    return False
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB, what is transparent laid on white."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    overlay = image.convert("RGBA")
+    white = Image.new("RGBA", overlay.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, overlay).convert("RGB")

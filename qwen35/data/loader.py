@@ -1,0 +1,120 @@
+"""The endless stream of micro-batches of one rank, decoded ahead in worker processes."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from qwen35.batch import PackedBatch
+from qwen35.config import Settings
+from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
+from qwen35.data.dataset import Dataset
+from qwen35.data.formats import RecordError
+from qwen35.data.packing import BinStream
+from qwen35.data.samples import Preparation
+
+
+class MicroBatches:
+    """Iterates over PackedBatch without end: those of `rank`, from the first micro-step of `start_step` on.
+
+    Micro-step a of rank r in step s takes the bins ((s*A + a)*R + r)*B …, A = gradient_accumulation_steps, R = world_size,
+    B = micro_batch_size: the step number is all that resuming needs.
+    Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
+    """
+
+    def __init__(self, settings: Settings, rank: int, world_size: int, start_step: int = 0):
+        loader, training = settings.data.dataloader_param, settings.training
+        basic = settings.data.dataset_param.basic_parameters
+        spec = vision_spec(settings.model.model_name_or_path)
+        check_patch_bucket(loader.patch_bucket, spec)
+        preparation = Preparation.of(settings)
+        check_agreement(settings, preparation, spec)
+        self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
+        self.cutoff_len = basic.cutoff_len
+        self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)
+        self.samples = len(self.dataset)
+        self.tokens_per_epoch = int(self.dataset.lengths.sum())
+        self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
+        self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
+        self._order = _Order(
+            self.bins, rank, world_size, training.micro_batch_size, start_step * training.gradient_accumulation_steps
+        )
+        self._batches = _Batches(self.dataset, basic.cutoff_len, preparation.tokenizer.pad_id, loader.patch_bucket)
+        self._workers = loader.num_workers
+
+    def report(self) -> str:
+        """One line for the start of a run."""
+        files = len(self.dataset.files)
+        trained = self.dataset.trained_tokens / self.tokens_per_epoch
+        return (
+            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
+            f"{self.tokens_per_epoch:,} tokens ({trained:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
+            f"({self.real_share:.1%} real tokens)"
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        batches: DataLoader[PackedBatch | RecordError] = DataLoader(
+            self._batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
+            batch_size=None,
+            sampler=self._order,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_die_with_parent,
+            generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
+            multiprocessing_context="fork" if self._workers else None,  # the tokens are shared, not copied
+        )
+        for batch in batches:
+            if isinstance(batch, RecordError):
+                raise batch
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The samples of each micro-batch, bin by bin."""
+
+    bins: BinStream
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    start: int
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self.bins.micro_batches(self.rank, self.world_size, self.micro_batch_size, self.start)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Samples of a micro-batch -> PackedBatch; what a worker runs."""
+
+    dataset: Dataset
+    cutoff_len: int
+    pad_id: int
+    patch_bucket: int
+
+    def __getitem__(self, bins: list[list[int]]) -> PackedBatch | RecordError:
+        try:
+            samples = [[self.dataset[i] for i in content] for content in bins]
+        except RecordError as error:
+            return error  # the DataLoader would wrap it into a traceback
+        return collate(samples, self.cutoff_len, self.pad_id, self.patch_bucket, self.dataset.spec)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _die_with_parent(_: int) -> None:
+    """Linux ends this process when its parent ends, kill -9 included."""
+    if sys.platform != "linux":
+        return  # the DataLoader's own watchdog looks every few seconds
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended in between
+        os._exit(1)

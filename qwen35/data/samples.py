@@ -1,0 +1,166 @@
+"""Tokenised samples of one file: made once, kept in the cache where there is one."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen35.config import Attr, BasicParameters, SettingError, Settings
+from qwen35.data.files import replacing
+from qwen35.data.formats import ImageFolder, Record, read_records
+from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.template import training_pieces
+from qwen35.data.tokens import ChatTokenizer
+
+CACHE_VERSION = 1  # of what is kept and how it is made
+
+
+@dataclass(frozen=True)
+class TokenisedSample:
+    ids: np.ndarray  # [T] int32
+    trained: np.ndarray  # [T] bool
+    grids: list[tuple[int, int, int]]  # patches (1, h, w) of each image
+
+
+@dataclass(frozen=True)
+class FileSamples:
+    """N samples of one file, laid end to end. Sample i is record i + 1."""
+
+    file: str
+    ids: Tensor  # [tokens] int32
+    trained: Tensor  # [tokens] bool
+    offsets: Tensor  # [N+1] int64: sample i is tokens offsets[i]:offsets[i+1]
+    grids: Tensor  # [M, 3] int64 of all images
+    image_offsets: Tensor  # [N+1] int64
+    sources: list[str]  # of each record, for messages
+    images: list[str]  # [M] paths
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that turns a record into tokens and an image into patches."""
+
+    tokenizer: ChatTokenizer
+    images: ImageProcessor
+    basic: BasicParameters
+    attr: Attr
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Preparation":
+        param = settings.data.dataset_param
+        limits = param.preprocess_parameters
+        folder = settings.tokenizer_dir
+        images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
+        return cls(ChatTokenizer(folder), images, param.basic_parameters, param.attr)
+
+    def tokenise(self, record: Record) -> TokenisedSample:
+        """Raises RecordError. Images are not decoded, only measured."""
+        b = self.basic
+        pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
+        grids = self.measure(record)
+        ids, trained = self.tokenizer.encode(pieces, [self.images.tokens(grid) for grid in grids])
+        if not trained[1:].any():
+            raise record.error("nothing in it is trained")
+        return TokenisedSample(ids, trained, grids)
+
+    def measure(self, record: Record) -> list[tuple[int, int, int]]:
+        """The grid of each image. Raises RecordError."""
+        grids = []
+        for i, path in enumerate(record.images):
+            try:
+                grids.append(self.images.grid(path))
+            except ImageError as error:
+                raise record.error(f"image {i + 1} of {len(record.images)}, {path}: {error}") from None
+        return grids
+
+    def cache_key(self, file: Path, limit: int | None) -> str:
+        """Changes with the file's content and with every setting that the tokens depend on."""
+        settings = asdict(self.basic)
+        for name in ("dataset", "cache_dir", "cutoff_len", "max_samples"):  # these do not change a sample's tokens
+            del settings[name]
+        settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
+        made_by = [CACHE_VERSION, str(file), limit, settings, asdict(self.attr), asdict(self.images)]
+        digest = hashlib.sha256(json.dumps(made_by).encode())
+        for path in (file, self.tokenizer.file):
+            digest.update(_file_digest(path))
+        return digest.hexdigest()[:32]
+
+
+def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+    """The first `limit` samples of a file, from cache_dir if they are there, else made (and kept there)."""
+    if preparation.basic.cache_dir is None:
+        return make_samples(file, preparation, limit, progress)
+    folder = Path(preparation.basic.cache_dir)
+    kept = folder / f"{file.stem}-{preparation.cache_key(file, limit)}.safetensors"
+    if kept.is_file():
+        try:
+            return _read(kept)
+        except SafetensorError:
+            pass  # cut short by a full disk or a crash: made again
+    samples = make_samples(file, preparation, limit, progress)
+    try:
+        _write(samples, kept)
+    except OSError as error:
+        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {folder}: {error.strerror}") from None
+    return samples
+
+
+def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+    """Read and tokenise. Raises RecordError for the first record that cannot be used."""
+    ids, trained, grids, sources, images = [], [], [], [], []
+    lengths, counts = [0], [0]
+    records = read_records(file, preparation.attr, ImageFolder(preparation.basic.dataset_dir), limit)
+    for record in tqdm(records, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
+        sample = preparation.tokenise(record)
+        ids.append(sample.ids)
+        trained.append(sample.trained)
+        lengths.append(len(sample.ids))
+        grids += sample.grids
+        counts.append(len(sample.grids))
+        sources.append(record.source)
+        images += [str(path) for path in record.images]
+    return FileSamples(
+        str(file),
+        torch.from_numpy(np.concatenate(ids)) if ids else torch.zeros(0, dtype=torch.int32),
+        torch.from_numpy(np.concatenate(trained)) if ids else torch.zeros(0, dtype=torch.bool),
+        torch.tensor(lengths).cumsum(0),
+        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        torch.tensor(counts).cumsum(0),
+        sources,
+        images,
+    )
+
+
+TENSORS = ("ids", "trained", "offsets", "grids", "image_offsets")
+NAMES = ("file", "sources", "images")
+
+
+def _read(path: Path) -> FileSamples:
+    """The tensors stay in the file, which the processes of a machine share in memory."""
+    with safe_open(path, framework="pt") as kept:
+        names = json.loads(kept.get_tensor("names").numpy().tobytes())
+        return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names)
+
+
+def _write(samples: FileSamples, path: Path) -> None:
+    names = json.dumps({name: getattr(samples, name) for name in NAMES}).encode()
+    tensors = {name: getattr(samples, name) for name in TENSORS}
+    tensors["names"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _file_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()

@@ -1,0 +1,46 @@
+"""Samples of a recipe as they are trained, with the trained tokens marked."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby, islice
+
+from qwen35.config import Settings
+from qwen35.data.collate import check_agreement, vision_spec
+from qwen35.data.formats import ImageFolder, dataset_files, read_records
+from qwen35.data.samples import Preparation
+from qwen35.data.template import IMAGE_PAD
+from qwen35.data.tokens import ChatTokenizer
+
+COLOUR = ("\x1b[32m", "\x1b[0m")  # green
+BRACKETS = ("[[", "]]")
+CONTROL = [code for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"]
+VISIBLE = {code: f"\\x{code:02x}" for code in CONTROL}  # so that no record moves the cursor
+
+
+def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
+    """The first samples, one text each. Raises SettingError, RecordError."""
+    preparation = Preparation.of(settings)
+    basic = preparation.basic
+    check_agreement(settings, preparation, vision_spec(settings.model.model_name_or_path))
+    marks = COLOUR if colour else BRACKETS
+    yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
+    folder = ImageFolder(basic.dataset_dir)
+    records = chain.from_iterable(read_records(f, preparation.attr, folder) for f in dataset_files(basic.dataset))
+    limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
+    for record in islice(records, limit):
+        sample = preparation.tokenise(record)
+        tokens, trained, images = len(sample.ids), int(sample.trained.sum()), len(sample.grids)
+        too_long = f", MORE THAN cutoff_len {basic.cutoff_len}" if tokens > basic.cutoff_len else ""
+        head = f"{record.source}: {tokens} tokens{too_long}, {trained} trained, {images} image{'s' * (images != 1)}"
+        text = marked(preparation.tokenizer, sample.ids.tolist(), sample.trained.tolist(), marks)
+        yield f"--- {head.translate(VISIBLE)}\n{text}"
+
+
+def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool], marks: tuple[str, str]) -> str:
+    """ids [T] as text, trained stretches between the marks, runs of image tokens as one with their number."""
+    out = []
+    kinds = [(mask, token == tokenizer.image_id, token) for token, mask in zip(ids, trained, strict=True)]
+    for (is_trained, is_image), run in groupby(kinds, key=lambda kind: kind[:2]):
+        stretch = [token for *_, token in run]
+        text = f"{IMAGE_PAD}*{len(stretch)}" if is_image else tokenizer.decode(stretch).translate(VISIBLE)
+        out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
+    return "".join(out)

@@ -1,0 +1,197 @@
+"""`python -m qwen35.data convert` and `show`, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+
+from qwen35.config import Attr, load_settings
+from qwen35.data.__main__ import main
+from qwen35.data.formats import ImageFolder, read_records
+from qwen35.data.show import show
+
+ROOT = Path(__file__).parents[1]
+LLAVA = [
+    {
+        "id": "000000033471",
+        "image": "000000033471.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat are the colors?"},
+            {"from": "gpt", "value": "White and red."},
+            {"from": "human", "value": "What is on the back?"},
+            {"from": "gpt", "value": "An advertisement — 广告."},
+        ],
+    },
+    {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    {
+        "id": "000000000009",
+        "image": "sub/000000000009.jpg",
+        "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "Food."}],
+    },
+]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """tmp_path/coco/train2017 with both images, and the description file."""
+    images = tmp_path / "coco" / "train2017"
+    (images / "sub").mkdir(parents=True)
+    for name in ("000000033471.jpg", "sub/000000000009.jpg"):
+        Image.new("RGB", (90, 30)).save(images / name)
+    (tmp_path / "llava.json").write_text(json.dumps(LLAVA))
+    return tmp_path
+
+
+def convert(home, *options):
+    out = home / "out" / "records.json"
+    return main(
+        ["convert", "--llava", f"{home}/llava.json", "--images", f"{home}/coco/train2017", "--out", str(out), *options]
+    )
+
+
+def test_convert(coco, capsys):
+    assert convert(coco) == 0
+    out = coco / "out" / "records.json"
+    assert json.loads(out.read_text()) == [
+        {
+            "images": ["./train2017/000000033471.jpg"],
+            "messages": [
+                {"role": "user", "content": "<image>\nWhat are the colors?"},
+                {"role": "assistant", "content": "White and red."},
+                {"role": "user", "content": "What is on the back?"},
+                {"role": "assistant", "content": "An advertisement — 广告."},
+            ],
+        },
+        {"images": [], "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]},
+        {
+            "images": ["./train2017/sub/000000000009.jpg"],
+            "messages": [
+                {"role": "user", "content": "What is it?\n<image>"},
+                {"role": "assistant", "content": "Food."},
+            ],
+        },
+    ]
+    report = capsys.readouterr().out
+    assert f"{out}: 3 records, 8 turns, 2 images\n" in report
+    assert f"dataset_dir={coco}/coco" in report
+    records = list(read_records(out, Attr(), ImageFolder(coco / "coco")))
+    assert all(path.is_file() for record in records for path in record.images)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_missing_images(coco, capsys):
+    (coco / "coco" / "train2017" / "000000033471.jpg").unlink()
+    assert convert(coco) == 1
+    assert "llava.json: 1 image not in" in (message := capsys.readouterr().err)
+    assert "000000033471.jpg; --on_missing skip leaves such records out" in message
+    assert not (coco / "out").exists()
+    assert convert(coco, "--on_missing", "skip") == 0
+    assert (
+        "left out: 1 record whose image is not in" in (report := capsys.readouterr().out)
+        and "000000033471.jpg" in report
+    )
+    assert len(json.loads((coco / "out" / "records.json").read_text())) == 2
+
+
+def change(home, **entry):
+    (home / "llava.json").write_text(json.dumps([LLAVA[1], LLAVA[0] | entry]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"conversations": [{"from": "system", "value": "x"}]},
+            r"conversations[0].from: 'system' is not one of human, gpt",
+        ),
+        ({"image": "../../secret.jpg"}, "image: '../../secret.jpg' lies outside"),
+        ({"image": None}, "1 <image> in what the user says, but 0 images"),
+        ({"conversations": None}, "has no field conversations"),
+    ],
+)
+def test_convert_names_the_broken_record(coco, capsys, entry, message):
+    change(coco, **entry)
+    assert convert(coco) == 1
+    error = capsys.readouterr().err
+    assert "llava.json, record 2 (id 000000033471)" in error and message in error
+    assert error.count("\n") == 1
+
+
+def test_convert_without_its_files(coco, capsys):
+    (coco / "llava.json").rename(coco / "other.json")
+    assert convert(coco) == 1 and "llava.json: no such file; set LLAVA" in capsys.readouterr().err
+    (coco / "other.json").rename(coco / "llava.json")
+    (coco / "coco").rename(coco / "pics")
+    assert convert(coco) == 1 and "train2017: no such folder; set IMAGES" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recipe(coco):
+    model = make_model_folder(coco / "model")
+    convert(coco)
+    lines = f"""
+    data:
+      dataset_param:
+        basic_parameters: {{dataset: "{coco}/out/records.json", dataset_dir: "{coco}/coco", cutoff_len: 100}}
+    model: {{model_name_or_path: "{model}"}}
+    training: {{train_iters: 1, save: "{coco}/run"}}
+    """
+    (coco / "run.yaml").write_text(lines)
+    return coco / "run.yaml"
+
+
+def test_show(recipe, capsys):
+    capsys.readouterr()
+    assert main(["show", str(recipe), "--samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "template qwen3_5; trained tokens are in [[ ]]" in out
+    assert "records.json, record 1: " in out and "1 image\n" in out and "record 3" not in out
+    assert (
+        "<|im_start|>user\n<|vision_start|><|image_pad|>*3<|vision_end|>\nWhat are the colors?<|im_end|>\n"
+        "<|im_start|>assistant\n[[White and red.<|im_end|>\n]]<|im_start|>user\nWhat is on the back?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n[[An advertisement — 广告.<|im_end|>\n]]"
+    ) in out
+    mask = "data.dataset_param.basic_parameters.mask_history=true"
+    for words in ([mask, "--samples", "1"], ["--samples", "1", mask]):
+        assert main(["show", str(recipe), *words]) == 0
+        assert "[[White" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["show", str(recipe), "--sample_count", "1"])
+
+
+def test_colour_on_a_terminal_and_no_control_characters_of_the_record(recipe, coco):
+    turns = [{"role": "user", "content": "\x1b[31mred"}, {"role": "assistant", "content": "Yo"}]
+    (coco / "out" / "records.json").write_text(json.dumps([{"messages": turns}]))
+    _, text = show(load_settings(recipe), 1, colour=True)
+    assert "\x1b[32mYo<|im_end|>\n\x1b[0m" in text
+    assert "user\n\\x1b[31mred<|im_end|>" in text
+
+
+def test_show_says_what_is_too_long(recipe, capsys):
+    assert main(["show", str(recipe), "data.dataset_param.basic_parameters.cutoff_len=20"]) == 0
+    assert "MORE THAN cutoff_len 20" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_exit_1(recipe, capsys):
+    run = [sys.executable, "-m", "qwen35.data", "show", str(recipe), "training.sed=1"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and done.stderr == "unknown setting training.sed; did you mean training.seed?\n"
+    assert main(["show", str(recipe), "model.model_name_or_path=/no"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_show_keeps_quiet_when_its_reader_leaves(recipe):
+    done = subprocess.run(
+        f"{sys.executable} -m qwen35.data show {recipe} --samples 3 | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_no_transformers_at_run_time():
+    code = "import sys, qwen35.data, qwen35.data.__main__; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,372 @@
+"""From a recipe to packed batches: what is in them, the cache, the workers, and the errors on the way."""
+
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+
+from qwen35.batch import PackedBatch
+from qwen35.config import SettingError, from_flat
+from qwen35.data import MicroBatches, RecordError
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.formats import ImageFolder, read_records
+from qwen35.data.samples import Preparation, load_samples
+from qwen35.data.tokens import ChatTokenizer
+
+ROOT = Path(__file__).parents[1]
+CUTOFF = 128
+BASIC = "data.dataset_param.basic_parameters"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def home(tmp_path):
+    """Two files below tmp_path: 30 records with one or two images or none, and 10 of text."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(30):
+        names = []
+        for j in range(i % 3):
+            names.append(f"./pics/{i}_{j}.png")
+            (tmp_path / "pics").mkdir(exist_ok=True)
+            size = rng.integers(20, 150, 2)
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / names[-1])
+        text = "<image>" * len(names) + f"\nWhat is {i}? " + "really " * int(rng.integers(0, 6))
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": f"It is {i}."}]
+        records.append({"id": i, "images": names, "messages": turns})
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    text = [
+        {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": "Yo"}]} for i in range(10)
+    ]
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, text)))
+    return tmp_path
+
+
+def settings(home, model, **flat):
+    base = {
+        "model.model_name_or_path": str(model),
+        f"{BASIC}.dataset": f"{home}/a.json,{home}/b.json",
+        f"{BASIC}.dataset_dir": str(home),
+        f"{BASIC}.cutoff_len": CUTOFF,
+        "data.dataset_param.preprocess_parameters.image_max_pixels": 8192,
+        "data.dataloader_param.num_workers": 0,
+        "data.dataloader_param.patch_bucket": 64,
+        "training.train_iters": 10,
+        "training.save": "unused",
+    }
+    return from_flat(base | flat)
+
+
+def batches(n, s, rank=0, world_size=1, start_step=0):
+    return list(islice(MicroBatches(s, rank, world_size, start_step), n))
+
+
+def same(a: PackedBatch, b: PackedBatch) -> bool:
+    names = ("input_ids", "labels", "position_ids", "cu_seqlens", "pixel_values", "grid_thw", "vision_index", "is_pad")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def sequences(batch):
+    """(ids, labels, is_pad) of each sequence."""
+    edges = batch.cu_seqlens.tolist()
+    return [
+        (batch.input_ids[a:b].tolist(), batch.labels[a:b].tolist(), batch.is_pad[a:b].tolist())
+        for a, b in pairwise(edges)
+    ]
+
+
+def test_a_batch_is_whole(home, model):
+    s = settings(home, model, **{"training.micro_batch_size": 2})
+    tokenizer = ChatTokenizer(model)
+    loader = MicroBatches(s, 0, 1)
+    for batch in islice(loader, 6):
+        T = 2 * CUTOFF
+        assert batch.input_ids.shape == batch.labels.shape == batch.is_pad.shape == (T,)
+        assert batch.position_ids.shape == (3, T)
+        assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[[0, -1]].tolist() == [0, T]
+        assert CUTOFF in batch.cu_seqlens  # no sequence reaches into the next bin
+        assert len(batch.pixel_values) % 64 == 0 and len(batch.pixel_values) == int(batch.grid_thw.prod(-1).sum())
+        assert int(batch.vision.cu_seqlens[-1]) == len(batch.pixel_values)
+        image_tokens = batch.input_ids == tokenizer.image_id
+        assert torch.equal(batch.vision_index[image_tokens], torch.arange(int(image_tokens.sum())))
+        assert (batch.vision_index[~image_tokens] == -1).all()
+        for edge in batch.cu_seqlens[:-1].tolist():
+            assert batch.position_ids[:, edge].tolist() == [0, 0, 0]
+        for ids, labels, pad in sequences(batch):
+            assert labels[-1] == -100
+            if pad[0]:
+                assert all(pad) and set(ids) == {tokenizer.pad_id} and set(labels) == {-100}
+                continue
+            assert not any(pad)
+            assert all(label in (-100, ids[t + 1]) for t, label in enumerate(labels[:-1]))
+            assert any(label == tokenizer.im_end_id for label in labels)
+
+
+def test_the_tail_of_pads_counts_from_zero(home, model):
+    batch = batches(1, settings(home, model, **{f"{BASIC}.dataset": f"{home}/b.json", f"{BASIC}.max_samples": 1}))[0]
+    start = int(batch.cu_seqlens[1])
+    assert len(batch.cu_seqlens) == 3
+    assert torch.equal(batch.position_ids[:, start:], torch.arange(CUTOFF - start).expand(3, -1))
+
+
+def test_pixels_stand_where_their_tokens_are(home, model):
+    """Every sequence's features are those of its own record, whatever shares the bin."""
+    s = settings(home, model)
+    preparation = Preparation.of(s)
+    expected = {}
+    for record in read_records(home / "a.json", preparation.attr, ImageFolder(home)):
+        ids = preparation.tokenise(record).ids
+        expected[tuple(ids.tolist())] = [preparation.images.patches(path)[0] for path in record.images]
+    seen = 0
+    for batch in batches(20, s):
+        for (ids, _, pad), start in zip(sequences(batch), batch.cu_seqlens.tolist(), strict=False):
+            images = expected.get(tuple(ids), [])
+            rows = batch.vision_index[start : start + len(ids)]
+            rows = rows[rows >= 0]
+            if pad[0] or not len(rows):
+                continue
+            seen += 1
+            first = int(rows[0]) * 4
+            assert torch.equal(batch.pixel_values[first : first + len(rows) * 4], torch.cat(images))
+    assert seen >= 10
+
+
+def test_a_batch_without_images_has_the_dummy_alone(home, model):
+    batch = batches(1, settings(home, model, **{f"{BASIC}.dataset": f"{home}/b.json"}))[0]
+    assert batch.grid_thw.tolist() == [[1, 2, 32]]
+    assert batch.pixel_values.shape == (64, 1536) and not batch.pixel_values.any()
+    assert (batch.vision_index == -1).all()
+
+
+@pytest.mark.parametrize("bucket", [2, 6, 63])
+def test_a_bucket_that_holds_no_image(home, model, bucket):
+    with pytest.raises(SettingError, match=rf"patch_bucket: {bucket} must be a multiple of 4, at least 4"):
+        MicroBatches(settings(home, model, **{"data.dataloader_param.patch_bucket": bucket}), 0, 1)
+
+
+def test_workers_ranks_and_resuming_change_nothing(home, model):
+    s = settings(home, model, **{"training.gradient_accumulation_steps": 2})
+    one = batches(24, s)
+    assert not same(one[0], one[1])
+    workers = settings(
+        home, model, **{"training.gradient_accumulation_steps": 2, "data.dataloader_param.num_workers": 2}
+    )
+    assert all(map(same, batches(24, workers), one))
+    first, second = batches(12, s, 0, 2), batches(12, s, 1, 2)
+    interleaved = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    assert all(map(same, interleaved, one))
+    assert all(map(same, batches(4, s, 1, 2, start_step=4), second[8:]))
+
+
+def test_each_sample_once_an_epoch(home, model):
+    s = settings(home, model)
+    loader = MicroBatches(s, 0, 1)
+    assert (loader.samples, loader.dataset.images) == (40, 30)
+    seen = [ids for batch in islice(loader, loader.bins_per_epoch) for ids, _, pad in sequences(batch) if not pad[0]]
+    assert len(seen) == 40 and sum(map(len, seen)) == loader.tokens_per_epoch
+    assert loader.report() == (
+        f"data: 40 samples of 2 files, 30 images; an epoch is {loader.tokens_per_epoch:,} tokens "
+        f"({loader.dataset.trained_tokens / loader.tokens_per_epoch:.1%} trained) in {loader.bins_per_epoch} bins of {CUTOFF} "
+        f"({loader.real_share:.1%} real tokens)"
+    )
+
+
+def test_max_samples_is_of_the_whole_in_order(home, model):
+    for n, files in ((7, 1), (30, 1), (35, 2), (99, 2)):
+        dataset = MicroBatches(settings(home, model, **{f"{BASIC}.max_samples": n}), 0, 1).dataset
+        assert len(dataset) == min(n, 40) and len(dataset.files) == files
+    assert dataset.source(6).endswith("a.json, record 7 (id 6)")
+    assert dataset.source(30).endswith("b.json, record 1")
+
+
+def test_opening_a_loader_leaves_the_random_state_alone(home, model):
+    before = torch.get_rng_state()
+    batches(2, settings(home, model))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_too_long(home, model):
+    with pytest.raises(
+        RecordError, match=r"a\.json, record \d+ \(id \d+\): \d+ tokens, more than .*cutoff_len = 40 \(\d+"
+    ):
+        MicroBatches(settings(home, model, **{f"{BASIC}.cutoff_len": 40}), 0, 1)
+
+
+def test_a_missing_image_is_named_at_the_start(home, model):
+    (home / "pics" / "1_0.png").unlink()
+    with pytest.raises(RecordError, match=r"a\.json, record 2 \(id 1\): image 1 of 1, .*/pics/1_0\.png: no such file$"):
+        MicroBatches(settings(home, model), 0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_when_it_is_read(home, model, workers):
+    path = home / "pics" / "1_0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    s = settings(home, model, **{"data.dataloader_param.num_workers": workers})
+    with pytest.raises(RecordError, match=r"record 2 \(id 1\): .*1_0\.png: cannot be read") as caught:
+        batches(40, s)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_read(home, model):
+    (home / "empty.json").write_text("[]")
+    with pytest.raises(RecordError, match=r"empty\.json: no records$"):
+        MicroBatches(settings(home, model, **{f"{BASIC}.dataset": f"{home}/empty.json"}), 0, 1)
+
+
+def test_model_and_processor_must_agree(home, model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    for change, message in [
+        ({"image_token_id": 5}, r"<\|image_pad\|> is token \d+ in .*tokenizer\.json, but image_token_id is 5"),
+        ({"vision_config": {"num_position_embeddings": 4, "spatial_merge_size": 1}}, "merge_size is 2 in .* is 1 in"),
+        ({"vision_config": {}}, r"config\.json: has no num_position_embeddings"),
+    ]:
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        (other / "config.json").write_text(json.dumps(config | change))
+        s = settings(
+            home,
+            model,
+            **{
+                "model.model_name_or_path": str(other),
+                "data.dataset_param.preprocess_parameters.model_name_or_path": str(model),
+            },
+        )
+        with pytest.raises(SettingError, match=message):
+            MicroBatches(s, 0, 1)
+
+
+# -- cache ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_gives_the_same_and_is_used(home, model, monkeypatch):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    plain = batches(12, settings(home, model))
+    assert all(map(same, batches(12, s), plain))
+    assert len(list((home / "cache").iterdir())) == 2
+    monkeypatch.setattr(Preparation, "tokenise", None)  # any use would fail
+    assert all(map(same, batches(12, s), plain))
+    assert MicroBatches(s, 0, 1).dataset.source(3).endswith("record 4 (id 3)")
+
+
+def test_a_changed_file_or_setting_makes_a_new_entry(home, model):
+    def entries(**flat):
+        MicroBatches(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache"), **flat}), 0, 1)
+        return len(list((home / "cache").iterdir()))
+
+    assert entries() == 2
+    assert entries(**{f"{BASIC}.cutoff_len": 256, "training.seed": 7}) == 2
+    assert entries(**{f"{BASIC}.train_on_prompt": True}) == 4
+    assert entries(**{"data.dataset_param.preprocess_parameters.image_max_pixels": 4096}) == 6
+    assert entries(**{f"{BASIC}.max_samples": 35}) == 8
+    (home / "b.json").write_text((home / "b.json").read_text() + " ")
+    assert entries() == 9
+
+
+def test_a_cut_cache_file_is_made_again(home, model):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    plain = batches(3, s)
+    for file in (home / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert all(map(same, batches(3, s), plain))
+
+
+def write_cache(s, home):
+    load_samples(home / "a.json", Preparation.of(s), None)
+
+
+def test_several_processes_write_one_entry(home, model):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    processes = [multiprocessing.get_context("fork").Process(target=write_cache, args=(s, home)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    (entry,) = (home / "cache").iterdir()  # nothing temporary is left
+    assert entry.suffix == ".safetensors"
+
+
+def test_an_image_that_changed_since_it_was_measured(home, model):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    batches(1, s)
+    Image.new("RGB", (300, 30)).save(home / "pics" / "1_0.png")
+    with pytest.raises(RecordError, match=r"1_0\.png: has changed since it was measured; empty cache_dir"):
+        batches(40, s)
+
+
+def test_a_cache_that_cannot_be_written(home, model):
+    (home / "file").write_text("")
+    with pytest.raises(SettingError, match=r"basic_parameters\.cache_dir: .*file: "):
+        MicroBatches(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "file")}), 0, 1)
+
+
+# -- generation and workers ---------------------------------------------------------------------------------------------
+
+
+def test_prompt_batch(home, model):
+    s = settings(home, model)
+    preparation, spec = Preparation.of(s), vision_spec(model)
+    records = list(read_records(home / "a.json", preparation.attr, ImageFolder(home)))
+    batch = prompt_batch(records[2], preparation, spec, thinking=False)
+    sample = preparation.tokenise(records[2])
+    n = len(batch.input_ids)
+    assert batch.input_ids.tolist() == sample.ids[:n].tolist()
+    assert sample.trained[n:].all() and not sample.trained[:n].any()
+    assert batch.cu_seqlens.tolist() == [0, n] and batch.is_pad is None
+    assert int((batch.vision_index >= 0).sum()) * 4 == len(batch.pixel_values)
+    text_only = prompt_batch(records[0], preparation, spec, thinking=False)
+    assert len(text_only.pixel_values) == 4 and not text_only.pixel_values.any()
+
+
+WATCHED = """
+import sys, time
+from qwen35.config import load_settings
+from qwen35.data import MicroBatches
+stream = iter(MicroBatches(load_settings(sys.argv[1]), 0, 1))
+next(stream)
+from multiprocessing import active_children
+print(*[child.pid for child in active_children()], flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_die_with_their_parent(home, model):
+    s = settings(home, model, **{"data.dataloader_param.num_workers": 2})
+    (home / "run.yaml").write_text(s.to_yaml())
+    parent = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, str(home / "run.yaml")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,104 @@
+"""Which samples share a bin: all once, none cut, hardly a token lost, the same on any number of ranks."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from qwen35.data.packing import BinStream, pack_epoch
+
+LLAVA = np.clip(np.random.default_rng(0).lognormal(5.9, 0.5, 20_000).astype(int), 40, 2048)  # about 400 tokens
+
+
+def check_epoch(bins, lengths, cutoff_len):
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in b) for b in bins) <= cutoff_len
+    assert all(bins)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_sample_once_and_bins_full(shuffle):
+    bins = pack_epoch(LLAVA, 2048, seed=1, epoch=0, shuffle=shuffle)
+    check_epoch(bins, LLAVA, 2048)
+    share = LLAVA.sum() / (len(bins) * 2048)
+    assert share > (0.99 if shuffle else 0.95), share
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "cutoff_len", "least"),
+    [
+        (290, 450, 2048, 0.995),
+        (40, 2048, 2048, 0.95),
+        (60, 90, 2048, 0.995),
+        (290, 450, 16384, 0.99),
+        (1100, 2048, 2048, 0.7),
+    ],
+)
+def test_bins_are_full_whatever_the_lengths(low, high, cutoff_len, least):
+    lengths = np.random.default_rng(2).integers(low, high, 4000)
+    bins = pack_epoch(lengths, cutoff_len, seed=1, epoch=0)
+    check_epoch(bins, lengths, cutoff_len)
+    assert lengths.sum() / (len(bins) * cutoff_len) > least
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    lengths = LLAVA[:500]
+    orders = [pack_epoch(lengths, 2048, seed, epoch) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2] and orders[0] != orders[3] and orders[2] != orders[3]
+
+
+def test_long_samples_do_not_come_first():
+    bins = pack_epoch(LLAVA, 2048, seed=1, epoch=0)
+    longest = [max(LLAVA[i] for i in b) for b in bins]
+    halves = np.array_split(longest, 2)
+    assert abs(halves[0].mean() / halves[1].mean() - 1) < 0.05
+
+
+def test_without_shuffling_the_order_is_the_file_s():
+    assert pack_epoch(np.array([5, 5, 5, 5, 5]), 10, 0, 0, shuffle=False) == [[0, 1], [2, 3], [4]]
+    assert pack_epoch(np.array([6, 6, 4, 3, 2]), 10, 0, 3, shuffle=False) == [[0, 2], [1, 3], [4]]
+    bins = pack_epoch(LLAVA[:3000], 2048, 0, 0, shuffle=False)
+    firsts = [b[0] for b in bins]
+    assert firsts == sorted(firsts)
+
+
+def test_odd_lengths():
+    assert pack_epoch(np.array([10, 10]), 10, 0, 0, shuffle=False) == [[0], [1]]
+    assert len(pack_epoch(np.array([10, 1, 9, 10]), 10, 0, 0)) == 3
+    with pytest.raises(ValueError, match="a sample of 11 tokens does not fit into a bin of 10"):
+        pack_epoch(np.array([3, 11]), 10, 0, 0)
+
+
+def stream(lengths, ranks, bins, steps, start=0, seed=3):
+    """The bins that `ranks` ranks see in `steps` micro-steps, in order."""
+    seen = [
+        list(islice(BinStream(lengths, 2048, seed).micro_batches(rank, ranks, bins, start), steps))
+        for rank in range(ranks)
+    ]
+    return [b for micro_step in zip(*seen, strict=True) for micro_batch in micro_step for b in micro_batch]
+
+
+def test_any_number_of_ranks_sees_the_same_bins_in_the_same_order():
+    lengths = LLAVA[:300]
+    one = stream(lengths, 1, 1, 240)
+    assert stream(lengths, 2, 1, 120) == stream(lengths, 4, 2, 30) == stream(lengths, 3, 4, 20) == one
+
+
+def test_every_epoch_has_each_sample_once():
+    lengths = LLAVA[:300]
+    bins = BinStream(lengths, 2048, 3)
+    seen = stream(lengths, 2, 3, 40)
+    at = 0
+    for epoch in range(3):
+        n = len(bins.epoch(epoch))
+        check_epoch(seen[at : at + n], lengths, 2048)
+        at += n
+    assert at <= len(seen)
+
+
+def test_resuming_needs_only_the_step():
+    lengths = LLAVA[:300]
+    whole = stream(lengths, 2, 2, 60)
+    for start in (0, 1, 17, 59):
+        assert stream(lengths, 2, 2, 60 - start, start) == whole[start * 4 :]

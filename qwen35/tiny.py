@@ -1,7 +1,7 @@
 """The embedded recipe's model and data, made from nothing: `python -m qwen35.tiny`.
 
-A random Qwen3.5-MoE vision-language checkpoint of 1.5 M parameters with tokenizer and processors, in the published form, and the
-handwritten digits of assets/digits as LLaVA records, every fifth one held out.
+A random Qwen3.5-MoE vision-language checkpoint of 1.3 M parameters with tokenizer and processors, in the published form, and
+the handwritten digits of assets/digits as LLaVA records, every fifth one held out.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def make_tokenizer() -> Tokenizer:
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(n, normalized=False, special=n not in NOT_SPECIAL) for n in CONTROL])
     return tokenizer
 
@@ -62,8 +62,6 @@ def make_tokenizer() -> Tokenizer:
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {tokenizer.token_to_id(n): {"content": n, **plain, "special": n not in NOT_SPECIAL} for n in CONTROL}
-    named = ("audio_bos audio_start", "audio_eos audio_end", "audio audio_pad", "image image_pad", "video video_pad")
-    named += ("vision_bos vision_start", "vision_eos vision_end")
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -73,7 +71,15 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",
-        "extra_special_tokens": {f"{key}_token": f"<|{token}|>" for key, token in map(str.split, named)},
+        "extra_special_tokens": {
+            "audio_bos_token": "<|audio_start|>",
+            "audio_eos_token": "<|audio_end|>",
+            "audio_token": "<|audio_pad|>",
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>",
+            "vision_eos_token": "<|vision_end|>",
+        },
         "model_max_length": 262144,
         "pad_token": "<|endoftext|>",
         "pretokenize_regex": SPLIT,
@@ -117,7 +123,7 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "router_aux_loss_coef": 0.001,
         "shared_expert_intermediate_size": 64,
         "use_cache": True,
-        "vocab_size": 320,  # a few rows more than tokens, as published
+        "vocab_size": 352,  # a few rows more than tokens, as published
         "mamba_ssm_dtype": "float32",
         "rope_parameters": {
             "mrope_interleaved": True,

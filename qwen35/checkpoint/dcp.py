@@ -26,6 +26,7 @@ from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied, read_json
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.names import HEAD, may_be_left
+from qwen35.device import HOST
 
 __all__ = [
     "DCPSource",
@@ -150,7 +151,7 @@ def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], stat
         elif not spec.shape:
             group = group_of[id(parameter)]
             on_device = group.get("fused") or group.get("capturable")
-            device = parameter.device if on_device else torch.device("cpu")
+            device = parameter.device if on_device else HOST
             fresh.setdefault(name, {})[key] = states.read(full_name, Box((), ())).to(device)
         elif spec.shape != tuple(parameter.shape):
             found.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))

@@ -11,6 +11,7 @@ from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf, write_hf
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.names import HEAD, disk_spec, places, shapes_of
+from qwen35.device import HOST
 
 __all__ = [
     "HFFolder",
@@ -65,7 +66,7 @@ def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | N
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
             stored = disk.specs[full_name].dtype if full_name in disk.specs else torch.float32
-            empty = torch.empty(parameter.shape, dtype=dtype or stored, device="cpu")
+            empty = torch.empty(parameter.shape, dtype=dtype or stored, device=HOST)
             setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
     load_hf(model, hf_dir)
     return model

@@ -127,7 +127,9 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
 
 def _take(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     names = [f.name for f in fields(cls)]
-    taken: dict[str, Any] = {n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names if n in values}
+    taken: dict[str, Any] = {
+        n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names if n in values
+    }
     try:
         return cls(**taken)
     except TypeError as error:

@@ -7,12 +7,12 @@ SHELL := bash
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
-convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE]
-export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT]
-data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT]
+convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]
+export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
+data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT ARGS]
 show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
 finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT DRY_RUN=1]
-evaluate: ## ask a model about held-out records  [MODEL DATA]
+evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 test:     ## all tests, on a CPU  [ARGS]
 lint:     ## ruff, mypy, shellcheck
 clean:    ## remove what the tools and the tiny recipe made; .venv stays

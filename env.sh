@@ -13,7 +13,7 @@
 : "${CONVERT_DCP:=ckpt/mm_path/tiny}"
 # What `make export` reads: a run's save folder (its newest checkpoint), or one folder iter_… or release.
 : "${EXPORT_DCP:=runs/tiny}"
-# Weights that `make convert` adds as copies of others, JSON {"new": "existing"}. Default: none. Tied output head:
+# Weights that must be tied, JSON {"one": "other"}: `make convert` checks it, and one copy serves both. Default: none. E.g.
 # {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 : "${TIE:=}"
 # Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make data`.
@@ -32,7 +32,8 @@
 
 # The recipe that `make finetune` trains; configs/tiny.yaml makes its own model and data first.
 : "${CONFIG:=configs/tiny.yaml}"
-# Settings over those of the recipe, "training.train_iters=20 training.lr=1e-4"; for `make test`, pytest's options.
+# `make finetune`, `make show`: settings over those of the recipe, "training.train_iters=20 training.lr=1e-4". Elsewhere: more
+# options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`.
 : "${ARGS:=}"
 # 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0. Allowed: 0, 1.
 : "${DRY_RUN:=0}"

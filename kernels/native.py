@@ -17,7 +17,8 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
     Returns [N, B]. An expert may have no rows.
     """
-    if HAS_GROUPED_MM and x.shape[0] > 0 and x.dtype != torch.float64:
+    aligned = all(size * x.element_size() % 16 == 0 for size in (x.shape[1], weight.shape[2]))
+    if HAS_GROUPED_MM and x.shape[0] > 0 and x.dtype != torch.float64 and aligned:
         return F.grouped_mm(x, weight, offs=offsets)
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     return torch.cat([rows @ w for rows, w in zip(x.split(sizes), weight, strict=True)])

@@ -4,8 +4,11 @@ The paths are those of the seed's user guide (`data.dataset_param.basic_paramete
 somewhere; a key that is not a field is an error that names the nearest one.
 """
 
+import argparse
 import dataclasses
 import difflib
+import math
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +155,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingError(f"{path}: no such recipe; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -163,18 +168,26 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
             raise SettingError(f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20")
         # an override of a whole section replaces it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
-        try:
-            flat |= _flatten({key: yaml.safe_load(value)})
-        except yaml.YAMLError:
-            raise SettingError(f"{key}: {value!r} is not YAML; names with * or {{}} want quotes") from None
+        flat |= _flatten({key: _parse(key, value)})
     settings = from_flat({SHORT_FORMS.get(key, key): value for key, value in flat.items()})
     _check(settings)
     return settings
 
 
+def _parse(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        if value.startswith("[") and value.endswith("]"):  # names with * or {*}, whose quotes the shell took
+            return [word.strip() for word in value[1:-1].split(",")]
+        raise SettingError(f"{key}: {value!r} is not YAML") from None
+
+
 def from_flat(flat: Mapping[str, Any]) -> Settings:
     """{"training.lr": 1e-5, …} -> Settings."""
     known = _leaves(Settings)
+    # a section whose lines are all commented out is null in YAML
+    flat = {k: v for k, v in flat.items() if v is not None or not any(name.startswith(f"{k}.") for name in known)}
     for key in flat:
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
@@ -257,6 +270,12 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
     raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}")
 
 
+def difference(old: Settings, new: Settings) -> list[str]:
+    """The settings that changed, "training.lr: 0.001 -> 0.0001" each."""
+    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in before | after if before.get(k) != after.get(k)]
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -303,7 +322,7 @@ def _check(s: Settings) -> None:
         ("at least 0 and below 1", fraction, lambda v: 0 <= v < 1),
     ):
         for name, value in group.items():
-            if value is not None and not holds(value):
+            if value is not None and not (holds(value) and math.isfinite(value)):
                 raise SettingError(f"{name}: {value} must be {rule}")
     if p.image_min_pixels > p.image_max_pixels:
         raise SettingError(f"image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}")
@@ -317,3 +336,22 @@ def _check(s: Settings) -> None:
         )
     if b.train_on_prompt and b.mask_history:
         raise SettingError("train_on_prompt and mask_history contradict each other; set one")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m qwen35.config", description="Print the resolved settings.")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--get", metavar="NAME", help="print one setting alone, e.g. training.save")
+    args = parser.parse_args()
+    try:
+        settings = load_settings(args.config, args.overrides)
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(_flatten(_plain(settings))[args.get] if args.get else settings.to_yaml(), end="\n" if args.get else "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,11 @@ def init_process(timeout_seconds: int = 1800) -> torch.device:
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         getattr(torch, kind).set_device(device)
+    if kind == "npu":
+        npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
+        npu.set_compile_mode(jit_compile=False)  # compiled operators would be compiled anew for every shape
+        npu.config.allow_internal_format = False  # private layouts cost a copy at every op that lacks them
+        npu.matmul.allow_hf32 = npu.conv.allow_hf32 = False  # fp32 means fp32
     if "RANK" not in os.environ:  # without a launcher: one process, and no port
         store = dist.HashStore()
         dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)

@@ -7,10 +7,8 @@ from qwen35.model.config import ModelConfig
 CHUNK = 64  # of the gated delta rule
 
 
-def training_flops(
-    config: ModelConfig, tokens: int, cu_seqlens: Tensor, trained_tokens: int, grid_thw: Tensor
-) -> float:
-    """FLOPs of one step over one PackedBatch; the head is counted where a label is trained."""
+def training_flops(config: ModelConfig, tokens: int, lengths: Tensor, trained_tokens: int, grid_thw: Tensor) -> float:
+    """FLOPs of one step over sequences of `lengths` [S] tokens; the head is counted where a label is trained."""
     t = config.text
     gdn = t.layer_types.count("linear_attention")
     attention = len(t.layer_types) - gdn
@@ -26,7 +24,7 @@ def training_flops(
     weights = gdn * gdn_weights + attention * attention_weights + len(t.layer_types) * ffn
     dk, dv = t.linear_key_head_dim, t.linear_value_head_dim
     delta_rule = t.linear_num_value_heads * (4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv)
-    pairs = float((cu_seqlens.diff().double().square() / 2).sum())  # of a query and a key that it sees
+    pairs = float((lengths.double().square() / 2).sum())  # of a query and a key that it sees
     text = tokens * (2 * weights + gdn * delta_rule) + attention * 4 * pairs * query
     head = 2 * trained_tokens * t.hidden_size * t.vocab_size
     return 3 * (text + head + _vision(config, grid_thw))

@@ -53,6 +53,10 @@ class Metrics:
             self._cut_back(done)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What comes now is not part of any step."""
         self.last_flush = time.perf_counter()
 
     def _cut_back(self, done: int) -> None:
@@ -74,9 +78,8 @@ class Metrics:
         sums = torch.cat([torch.stack([r.sums for r in records]), mine[:, None]], dim=1)  # [steps, 6]
         dist.all_reduce(sums)
         values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
-        now = time.perf_counter()
-        step_time = (now - self.last_flush) / len(records)
-        self.last_flush = now
+        step_time = (time.perf_counter() - self.last_flush) / len(records)
+        self.restart_clock()
         lines = [self._line(r, row, step_time) for r, row in zip(records, values, strict=True)]
         if self.is_writer:
             with self.path.open("a") as file:

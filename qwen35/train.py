@@ -16,19 +16,20 @@ from qwen35.batch import IGNORE, PackedBatch
 from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
-from qwen35.config import SettingError, Settings, load_settings
+from qwen35.config import SettingError, Settings, difference, load_settings
 from qwen35.data import MicroBatches, RecordError
 from qwen35.device import describe, init_process
 from qwen35.flops import training_flops
+from qwen35.launch import record_failure
 from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.model import ConfigError, Qwen35, load_config
+from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.parallel import loss_scale, make_mesh, reduce_held_out, shard
 from qwen35.trainable import freeze, table
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError)
+USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError, OSError)
 
 
 @dataclass
@@ -69,14 +70,13 @@ def setup(settings: Settings) -> Run:
     optimizer = make_optimizer(model, t)
     step, origin = load_weights(model, optimizer, settings)
     micro_batches = MicroBatches(settings, rank, world, start_step=step)
-    bins = t.micro_batch_size * t.gradient_accumulation_steps * world
     sharing, recompute = mesh["shard"].size(), "on" if settings.parallel.recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
-    report(f"{bins} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
+    report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, mesh["shard"].get_group())
     return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step)
 
@@ -84,17 +84,27 @@ def setup(settings: Settings) -> Run:
 def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> tuple[int, str]:
     """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path` -> (steps done, where from)."""
     t = settings.training
-    if newest := newest_checkpoint(Path(t.save)):
-        return load_checkpoint(newest, model, optimizer).step or 0, str(newest)
-    if t.load:
-        load_checkpoint(resolve_load(Path(t.load)), model, None)
-        return 0, t.load
+    newest = newest_checkpoint(Path(t.save))
+    if newest or t.load:
+        loaded = load_checkpoint(newest or resolve_load(Path(t.load or "")), model, optimizer)
+        saved, bins = loaded.extra.get("bins_a_step"), bins_a_step(settings)
+        if loaded.step and saved != bins:  # converted weights have no step
+            raise SettingError(
+                f"{loaded.path} was trained with {saved} bins a step (micro_batch_size x gradient_accumulation_steps x"
+                f" processes), these settings make {bins}: the data cannot go on where it stopped. Keep the product"
+            )
+        return loaded.step or 0, str(loaded.path)
     if t.init_from_hf_path:
         load_hf(model, t.init_from_hf_path)
         return 0, t.init_from_hf_path
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def bins_a_step(settings: Settings) -> int:
+    t = settings.training
+    return t.micro_batch_size * t.gradient_accumulation_steps * dist.get_world_size()
 
 
 def local_bytes(model: Qwen35) -> int:
@@ -107,20 +117,20 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     t, loss_cfg, device = run.settings.training, run.settings.model.loss_cfg, run.device
     share = 1 / (len(batches) * dist.get_world_size())
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
-    counts = [sum(values) for values in zip(*map(token_counts, batches), strict=True)]
+    counts = [token_counts(batch) for batch in batches]
+    totals = [sum(values) for values in zip(*counts, strict=True)]
     scale = torch.tensor(share, device=device)
     if loss_cfg.loss_type == "per_token_loss":
-        trained = torch.tensor(float(counts[1]), device=device)
+        trained = torch.tensor(float(totals[1]), device=device)
         dist.all_reduce(trained)
         scale = 1 / trained.clamp(min=1)
 
     losses = torch.zeros(2, device=device)  # cross entropy, load balancing
-    flops = 0.0
+    flops = sum(batch_flops(run.model.config, batch, count) for batch, count in zip(batches, counts, strict=True))
     for batch, weight in zip(batches, weights, strict=True):
-        flops += batch_flops(run.model, batch)
         batch = batch.to(device)
         loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
-        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
+        ((loss + loss_cfg.router_aux_loss_coef * share * aux) * loss_scale()).backward()
         losses += torch.stack([loss.detach(), aux.detach() * share])
 
     reduce_held_out(run.model)
@@ -132,7 +142,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-    sums = torch.cat([losses, torch.tensor(counts, dtype=torch.float32, device=device)])
+    sums = torch.cat([losses, torch.tensor(totals, dtype=torch.float32, device=device)])
     return StepRecord(run.step, lr, data_time, flops, sums, squares)
 
 
@@ -143,17 +153,29 @@ def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
     return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
 
 
-def batch_flops(model: Qwen35, batch: PackedBatch) -> float:
-    tokens, trained, _ = token_counts(batch)
-    return training_flops(model.config, tokens, batch.cu_seqlens, trained, batch.grid_thw)
+def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int]) -> float:
+    """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
+    tokens, trained, image_tokens = counts
+    lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
+    if batch.is_pad is not None:
+        lengths = lengths[~batch.is_pad[starts]]
+    is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * config.vision.spatial_merge_size**2
+    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real])
 
 
 def train(settings: Settings) -> None:
     run = setup(settings)
     t, folder = settings.training, Path(settings.training.save)
+    changed = difference(load_settings(folder / "config.yaml"), settings) if run.step and folder.is_dir() else []
     if run.step >= t.train_iters:
-        report(f"{folder} has done {run.step} of {t.train_iters} steps: nothing left to train")
+        if changed:
+            raise SettingError(
+                f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
+            )
+        report(f"{folder} has done its {run.step} steps: nothing left to train")
         return
+    if changed:
+        report(f"settings changed since the checkpoint: {'; '.join(changed)}")
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
@@ -168,9 +190,10 @@ def train(settings: Settings) -> None:
         if save or run.step % t.log_interval == 0:
             metrics.flush(t.zero_grad_patience)
         if save:
-            save_checkpoint(folder, run.step, run.model, run.optimizer)
+            save_checkpoint(folder, run.step, run.model, run.optimizer, {"bins_a_step": bins_a_step(settings)})
             if dist.get_rank() == 0:
                 draw_loss(folder)
+            metrics.restart_clock()  # the next interval's steps did not save
     metrics.close()
     report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
 
@@ -183,11 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(load_settings(args.config, args.overrides))
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not record_failure(error, expected=True):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as error:
+        if record_failure(error, expected=False):
+            sys.excepthook = lambda *_: None  # the launcher prints the first one, not every rank its own
+        raise
+    dist.destroy_process_group()
     return 0
 
 

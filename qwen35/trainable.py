@@ -42,6 +42,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise SettingError(f"model.freeze: {pattern} matches no module; there are {names}, …")
         for parameter in hit:
             parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingError(f"model.freeze: {', '.join(patterns)} leave nothing to train")
 
 
 def _matches(name: list[str], levels: list[str]) -> bool:

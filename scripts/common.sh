@@ -35,8 +35,11 @@ device() { # what is asked for, else what is installed, else what is there
 }
 
 split() { # TEXT into the array words, as a shell would: quotes honoured, nothing expanded
+    local lines
+    lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed"
+    words=()
     # shellcheck disable=SC2034 # read by the caller
-    mapfile -t words < <(xargs -rn1 printf '%s\n' <<<"$1")
+    if [[ -n $lines ]]; then mapfile -t words <<<"$lines"; fi
 }
 
 load_cann() { # CANN's environment, where it is; its scripts use unbound variables and failing commands

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Ask a model about held-out records, and count the right answers.
 #
-#   MODEL=<Hugging Face folder> DATA=<records> scripts/evaluate.sh
+#   MODEL=<Hugging Face folder> DATA=<records> [ARGS="more options"] scripts/evaluate.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
-exec "$python" -m qwen35.evaluate --model "$MODEL" --data "$DATA" "$@"
+split "${ARGS:-}"
+exec "$python" -m qwen35.evaluate --model "$MODEL" --data "$DATA" "${words[@]}" "$@"

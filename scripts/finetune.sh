@@ -22,7 +22,7 @@ case $(device) in
     cpu)
         processes=${NPUS_PER_NODE:-2}
         cores=$(nproc)
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+        threads=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
         ;;
     npu)
         processes=${NPUS_PER_NODE:-$(visible_npus)}
@@ -32,12 +32,13 @@ esac
 
 split "${ARGS:-}"
 overrides=("${words[@]}" "$@")
-train=("$python" -m torch.distributed.run --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
+train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
     --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT" ${NODE_ADDR:+--local_addr "$NODE_ADDR"}
-    -m qwen35.train "$CONFIG" "${overrides[@]}")
+    "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then
-    echo "${OMP_NUM_THREADS:+OMP_NUM_THREADS=$OMP_NUM_THREADS }$(printf '%q ' "${train[@]}")"
+    printf '%q ' "${train[@]}"
+    echo
     exit
 fi
 if [[ ${NODE_RANK:-0} == 0 ]] && (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; then

@@ -16,8 +16,9 @@ shift
 # of several machines only the first makes and measures; the others wait for it where the training begins
 if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
-save=$("$python" -c 'import sys; from qwen35.config import load_settings as load; print(load(sys.argv[1], sys.argv[2:]).training.save)' "${settings[@]}")
-export HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=data/digits/heldout.json
+save=$("$python" -m qwen35.config "${settings[@]}" --get training.save)
+# ARGS are the training's
+export ARGS="" HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=data/digits/heldout.json
 "$python" -m qwen35.tiny
 DCP=ckpt/mm_path/tiny bash scripts/convert.sh
 "$@"

@@ -26,6 +26,16 @@ def test_overrides_defaults_and_the_short_form(recipe):
     assert s.tokenizer_dir == "ckpt"
 
 
+def test_lists_of_names_with_stars(recipe):
+    for value in ("[model.layers.{*}.mlp, a.*]", "['model.layers.{*}.mlp', 'a.*']"):
+        assert load_settings(recipe, [f"model.freeze={value}"]).model.freeze == ("model.layers.{*}.mlp", "a.*")
+
+
+def test_a_section_may_be_empty(recipe):
+    recipe.write_text(recipe.read_text() + "parallel:\n")
+    assert load_settings(recipe).parallel.recompute is False
+
+
 def test_what_is_written_is_what_is_read(recipe, tmp_path):
     s = load_settings(recipe, ["model.kernels.swiglu=native", "training.adam_eps=1e-9"])
     again = tmp_path / "again.yaml"
@@ -45,10 +55,8 @@ def test_what_is_written_is_what_is_read(recipe, tmp_path):
             "did you mean data.dataset_param.basic_parameters.cutoff_len?",
         ),
         ("training.lr", "is not of the form a.b=c"),
-        (
-            "model.freeze=[layers.*, {*}.mlp]",
-            "model.freeze: '[layers.*, {*}.mlp]' is not YAML; names with * or {} want quotes",
-        ),
+        ("model.freeze={*}.mlp]", "model.freeze: '{*}.mlp]' is not YAML"),
+        ("training.lr=.inf", "training.lr: inf must be more than 0"),
         ("training.lr=fast", "training.lr: 'fast' is not of type float"),
         ("training.train_iters=1.5", "training.train_iters: 1.5 is not of type int"),
         ("training.train_iters=true", "training.train_iters: True is not of type int"),

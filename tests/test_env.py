@@ -126,7 +126,7 @@ def child(project: Path) -> dict[str, str]:
 def test_allowed_values_pass(run: Run, variables: dict[str, str]) -> None:
     result = run("bash", "scripts/finetune.sh", DRY_RUN="1", **variables)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "-m qwen35.train configs/tiny.yaml" in result.stdout
+    assert "-m qwen35.launch --nnodes" in result.stdout
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -188,7 +188,15 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
     assert got["HCCL_CONNECT_TIMEOUT"] == "300"
     assert got["TASK_QUEUE_ENABLE"] == "0"
     assert got["HCCL_IF_IP"] == "10.0.0.2"
-    assert calls(project)[-1].endswith("-m qwen35.train configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
+    assert calls(project)[-1].startswith("-m qwen35.launch --nnodes 1")
+    assert calls(project)[-1].endswith(" configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
+
+
+def test_an_open_quote_stops_the_launch(run: Run) -> None:
+    result = run("bash", "scripts/finetune.sh", ARGS="training.lr=1 model.freeze=['a] training.seed=1", DRY_RUN="1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "a quote is not closed" in result.stderr
 
 
 def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: Path) -> None:
@@ -257,10 +265,10 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     result = run("make", "finetune", "ARGS=training.lr=1")
     assert result.returncode == 0, result.stderr
     save, tiny, convert, train, export, evaluate = calls(project)
-    assert save.endswith("configs/tiny.yaml training.lr=1")
+    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save"
     assert tiny == "-m qwen35.tiny"
     assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
-    assert train.endswith("-m qwen35.train configs/tiny.yaml training.lr=1")
+    assert train.startswith("-m qwen35.launch --nnodes 1") and train.endswith(" configs/tiny.yaml training.lr=1")
     assert export.endswith("--dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf")
     assert evaluate == "-m qwen35.evaluate --model runs/tiny/hf --data data/digits/heldout.json"
 

@@ -106,7 +106,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_two_processes_equal_one(tmp_path, case):
-    one, two = run(tmp_path, 1, **case), run(tmp_path, 2, **case)
+    check(case, run(tmp_path, 1, **case), run(tmp_path, 2, **case))
+
+
+def test_two_replicas_of_two_shards_equal_one(tmp_path):
+    check({}, run(tmp_path, 1), run(tmp_path, 4, shard_size=2))
+
+
+def check(case: dict, one: dict, two: dict) -> None:
     for kind in ("losses", "norms"):
         assert two[kind] == pytest.approx(one[kind], rel=1e-5), kind
     assert one["losses"][0] > one["losses"][-1]

@@ -81,8 +81,8 @@ def train(workplace: Path, save: Path, processes: int, *overrides: str) -> subpr
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [sys.executable, *launcher, "-m", "qwen35.train", str(workplace / "recipe.yaml"), f"training.save={save}"]
+    launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -173,6 +173,65 @@ def test_bf16_recompute_freeze_and_every_way_to_start(workplace, tmp_path):
     assert states and not any("visual" in name or "mlp.gate.weight" in name for name in states)
 
 
+def test_per_token_loss_for_any_split(workplace, tmp_path):
+    """The same six bins a step over ranks, accumulation and micro-batches: the same losses and weights."""
+    splits = {
+        "ranks": (2, "training.gradient_accumulation_steps=3"),
+        "accumulation": (1, "training.gradient_accumulation_steps=6"),
+        "micro-batches": (1, "training.micro_batch_size=6"),
+    }
+    common = ["model.loss_type=per_token_loss", "training.train_iters=3", "model.loss_cfg.router_aux_loss_coef=0"]
+    results = {}
+    for name, (processes, split) in splits.items():
+        done = train(workplace, tmp_path / name, processes, split, *common)
+        assert done.returncode == 0, done.stderr
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        results[name] = [line["loss"] for line in lines], weights(tmp_path / name)
+    losses, reference = results.pop("ranks")
+    assert losses[-1] < losses[0]
+    for name, (others, values) in results.items():
+        assert others == pytest.approx(losses, rel=1e-5), name
+        for key, value in values.items():
+            assert (value - reference[key]).norm() <= 1e-5 * value.norm() + 1e-6, f"{name}: {key}"
+
+
+def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two, tmp_path):
+    import transformers
+
+    from qwen35.checkpoint.convert import dcp_to_hf
+    from qwen35.config import load_settings
+    from qwen35.data.collate import prompt_batch, vision_spec
+    from qwen35.data.formats import ImageFolder, read_records
+    from qwen35.data.samples import Preparation
+    from qwen35.generate import greedy
+
+    dcp_to_hf(two, workplace / "weights", tmp_path / "hf")
+    theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = Qwen35.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    settings = load_settings(workplace / "recipe.yaml")
+    preparation, spec = Preparation.of(settings), vision_spec(tmp_path / "hf")
+    records = list(read_records(workplace / "records.json", preparation.attr, ImageFolder(workplace), limit=6))
+    prompts = [prompt_batch(record, preparation, spec, thinking=False) for record in records]
+    stop = {preparation.tokenizer.im_end_id}
+    given = greedy(ours, prompts, 12, stop)
+    assert all(preparation.tokenizer.decode(ids).startswith("It is ") for ids in given)  # as it was trained to say
+    for prompt, ids in zip(prompts, given, strict=True):
+        images = int((prompt.input_ids == spec.image_token_id).sum())
+        inputs = {
+            "input_ids": prompt.input_ids[None],
+            "mm_token_type_ids": (prompt.input_ids == spec.image_token_id).int()[None],
+        }
+        if images:
+            patches = images * spec.merge_size**2
+            inputs |= {"pixel_values": prompt.pixel_values[:patches], "image_grid_thw": prompt.grid_thw[:1]}
+        out = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=list(stop), pad_token_id=0)
+        new = out[0, len(prompt.input_ids) :].tolist()
+        assert [token for token in new if token not in stop] == ids
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -184,6 +243,7 @@ def test_bf16_recompute_freeze_and_every_way_to_start(workplace, tmp_path):
         ("model.freeze=[model.vision]", "model.freeze: model.vision matches no module"),
         ("model.kernels.swiglu=fused", "model.kernels.swiglu: 'fused' is not one of auto, native"),
         ("training.trian_iters=3", "unknown setting training.trian_iters; did you mean training.train_iters?"),
+        ("model.model_name_or_path=nowhere", "nowhere/config.json: not there"),
     ],
 )
 def test_mistakes_stop_the_run_with_one_line(workplace, tmp_path, override, words):
@@ -191,10 +251,50 @@ def test_mistakes_stop_the_run_with_one_line(workplace, tmp_path, override, word
     command = [sys.executable, "-m", "qwen35.train", str(workplace / "recipe.yaml"), f"training.save={save}", override]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 1
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in done.stderr
     assert not save.exists()
+
+
+def test_under_the_launcher_too(workplace, tmp_path):
+    """One line, whichever rank finds the mistake: before the start, on all ranks, or on one in the middle of a step."""
+    for processes, overrides, words in (
+        (2, ["training.trian_iters=3"], "error: unknown setting training.trian_iters"),
+        (2, ["model.freeze=[model.vision]"], "error: model.freeze: model.vision matches no module"),
+        (2, [f"data.dataset_param.basic_parameters.dataset={_with_a_broken_image(workplace)}"], "cannot be read"),
+    ):
+        done = train(workplace, tmp_path / "run", processes, *overrides)
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "records/s" not in line]
+        assert done.returncode == 1
+        assert len(lines) == 1, done.stderr
+        assert words in lines[0]
+
+
+def _with_a_broken_image(workplace: Path) -> Path:
+    """The records, of which one names an image whose header is right and whose pixels are cut off."""
+    Image.effect_noise((200, 200), 90).save(workplace / "broken.png")
+    data = (workplace / "broken.png").read_bytes()
+    (workplace / "broken.png").write_bytes(data[: len(data) // 2])
+    records = json.loads((workplace / "records.json").read_text())
+    records[1]["image"] = "broken.png"
+    path = workplace / "broken.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_a_finished_run_of_other_settings_is_not_passed_off(workplace, two):
+    done = train(workplace, two, 2, "training.save_interval=5", "training.lr=0.5")
+    assert done.returncode == 1
+    assert "holds 10 steps of other settings (training.lr: 0.01 -> 0.5); name another save" in done.stderr
+
+
+def test_a_resume_with_another_batch_is_refused(workplace, two):
+    done = train(workplace, two, 2, "training.save_interval=5", "training.micro_batch_size=2")
+    assert done.returncode == 1
+    assert "was trained with 2 bins a step" in done.stderr
+    assert "these settings make 4" in done.stderr
 
 
 def test_a_group_that_trains_nothing_stops_the_run(tmp_path, monkeypatch):

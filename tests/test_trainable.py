@@ -39,6 +39,11 @@ def test_a_name_that_matches_nothing_is_an_error(pattern):
         freeze(build(), [pattern])
 
 
+def test_freezing_everything_is_an_error():
+    with pytest.raises(SettingError, match="leave nothing to train"):
+        freeze(build(), ["model", "lm_head"])
+
+
 def test_groups_cover_every_parameter_once():
     model = Qwen35(load_config(config_dict()), mtp=True)
     groups = by_group(model.named_parameters())

@@ -17,6 +17,7 @@ from qwen35.config import Attr, SettingError
 Role = Literal["system", "user", "assistant"]
 Names = tuple[str | None, ...]  # the name that attr gives, which comes first, and the usual ones
 IMAGE_PLACEHOLDER = "<image>"
+UNREAD = ("videos", "video", "audios", "audio", "tools", "system")  # fields that others read
 
 
 class RecordError(ValueError):
@@ -154,6 +155,10 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
         raise RecordError(f"{source}: is {_kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
         source = f"{source} (id {' '.join(str(raw['id']).split())[:80]})"
+    if unread := [name for name in UNREAD if raw.get(name)]:
+        raise RecordError(
+            f"{source}: has {', '.join(unread)}, which are not read yet; training without them would be wrong"
+        )
     field = _one_of(raw, names.messages, source)
     if field is None:
         raise RecordError(f"{source}: has no field {_listed(names.messages)}; it has {', '.join(map(repr, raw))[:200]}")

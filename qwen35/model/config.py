@@ -76,7 +76,7 @@ def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
     if isinstance(source, dict):
         return _from_dict(source)
     path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
+    path = path if path.suffix == ".json" else path / "config.json"
     try:
         return _from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -85,11 +85,14 @@ def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise ConfigError(f"{path}: lacks {error.args[0]}") from None
 
 
 def _from_dict(config: dict[str, Any]) -> ModelConfig:
-    if config.get("model_type") not in MODEL_TYPES:
-        raise ConfigError(f"model_type {config.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in MODEL_TYPES:
+        raise ConfigError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
     rope = text.get("rope_parameters") or {}
     for name, value, only in (

@@ -18,6 +18,15 @@ from qwen35.model import Qwen35
 HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
 
 
+# torch 2.7 knows only the average over the ranks (its divide setter scales the sum, which HCCL lacks)
+SUMS = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+
+
+def loss_scale() -> float:
+    """What the loss must be multiplied with, so that the reduced gradients are sums over the ranks."""
+    return 1.0 if SUMS else float(dist.get_world_size())
+
+
 def make_mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
     """[replicate, shard] over all ranks: `shard_size` ranks share one copy of the weights (default: all of them)."""
     world = dist.get_world_size()
@@ -51,18 +60,19 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     unit(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and SUMS:
             # plain sums are all that every backend has (gloo lacks the average, HCCL the scaled sum)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reduce_held_out(model: nn.Module) -> None:
-    """Sum the gradients of the replicated parameters over all ranks, in one call."""
+    """Sum the gradients of the replicated parameters over all ranks (and undo loss_scale), in one call."""
     grads = [p.grad for p in held_out(model) if p.grad is not None]
     if not grads or dist.get_world_size() == 1:
         return
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
+    flat /= loss_scale()
     for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(total.view_as(grad))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qwen35.config import TrainingSettings
+from qwen35.settings import TrainingSettings
 from qwen35.trainable import by_group
 
 

@@ -16,7 +16,7 @@ from qwen35.batch import IGNORE, PackedBatch
 from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
-from qwen35.config import SettingError, Settings, difference, load_settings
+from qwen35.config import SettingError, difference, load_settings, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.device import describe, init_process
 from qwen35.flops import training_flops
@@ -26,6 +26,7 @@ from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import loss_scale, make_mesh, reduce_held_out, shard
+from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -178,7 +179,7 @@ def train(settings: Settings) -> None:
         report(f"settings changed since the checkpoint: {'; '.join(changed)}")
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
     dist.barrier()
     metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
     while run.step < t.train_iters:

@@ -23,4 +23,4 @@ export ARGS="" HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=dat
 DCP=ckpt/mm_path/tiny bash scripts/convert.sh
 "$@"
 DCP=$save bash scripts/export.sh
-bash scripts/evaluate.sh
+bash scripts/evaluate.sh --recipe "$save/config.yaml"

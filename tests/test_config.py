@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from qwen35.config import SettingError, from_flat, load_settings
+from qwen35.config import SettingError, from_flat, load_settings, to_yaml
 
 MINIMAL = {
     "data": {"dataset_param": {"basic_parameters": {"dataset": "a.json"}}},
@@ -39,7 +39,7 @@ def test_a_section_may_be_empty(recipe):
 def test_what_is_written_is_what_is_read(recipe, tmp_path):
     s = load_settings(recipe, ["model.kernels.swiglu=native", "training.adam_eps=1e-9"])
     again = tmp_path / "again.yaml"
-    again.write_text(s.to_yaml())
+    again.write_text(to_yaml(s))
     assert load_settings(again) == s
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from qwen35.config import Attr, SettingError
+from qwen35.config import SettingError
 from qwen35.data.formats import ImageFolder, RecordError, Turn, dataset_files, read_records
+from qwen35.settings import Attr
 
 LLAVA = {
     "id": "a7",

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizer_fixture import make_model_folder
 
 from qwen35.batch import PackedBatch
-from qwen35.config import SettingError, from_flat
+from qwen35.config import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import ImageFolder, read_records
@@ -350,7 +350,7 @@ time.sleep(60)
 
 def test_workers_die_with_their_parent(home, model):
     s = settings(home, model, **{"data.dataloader_param.num_workers": 2})
-    (home / "run.yaml").write_text(s.to_yaml())
+    (home / "run.yaml").write_text(to_yaml(s))
     parent = subprocess.Popen(
         [sys.executable, "-c", WATCHED, str(home / "run.yaml")], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

@@ -9,11 +9,11 @@ import pytest
 import torch
 from peer import config_dict, pack, pair, sample
 
-from qwen35.config import TrainingSettings
 from qwen35.flops import training_flops
 from qwen35.loss import token_weights
 from qwen35.model import load_config
 from qwen35.optim import learning_rate
+from qwen35.settings import TrainingSettings
 
 
 def masked(lengths_and_trained: list[tuple[int, int]]):

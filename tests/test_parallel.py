@@ -11,12 +11,12 @@ import torch.multiprocessing as mp
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import distribute_tensor
 
-from qwen35.config import TrainingSettings
 from qwen35.device import init_process
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.settings import TrainingSettings
 from qwen35.trainable import freeze
 
 STEPS = 3

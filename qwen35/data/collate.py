@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.config import SettingError, Settings
+from qwen35.config import SettingError
 from qwen35.data.dataset import Sample
 from qwen35.data.files import read_config
 from qwen35.data.formats import Record
@@ -16,6 +16,7 @@ from qwen35.data.images import ImageError
 from qwen35.data.positions import position_ids
 from qwen35.data.samples import Preparation
 from qwen35.data.template import prompt_pieces
+from qwen35.settings import Settings
 
 
 def vision_spec(folder: str | Path) -> VisionSpec:

@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.config import Attr, SettingError
+from qwen35.config import SettingError
+from qwen35.settings import Attr
 
 Role = Literal["system", "user", "assistant"]
 Names = tuple[str | None, ...]  # the name that attr gives, which comes first, and the usual ones

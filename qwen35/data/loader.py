@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwen35.batch import PackedBatch
-from qwen35.config import Settings
 from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset
 from qwen35.data.formats import RecordError
 from qwen35.data.packing import BinStream
 from qwen35.data.samples import Preparation
+from qwen35.settings import Settings
 
 
 class MicroBatches:

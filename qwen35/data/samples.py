@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.config import Attr, BasicParameters, SettingError, Settings
+from qwen35.config import SettingError
 from qwen35.data.files import replacing
 from qwen35.data.formats import ImageFolder, Record, read_records
 from qwen35.data.images import ImageError, ImageProcessor
 from qwen35.data.template import training_pieces
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.settings import Attr, BasicParameters, Settings
 
 CACHE_VERSION = 1  # of what is kept and how it is made
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
-from qwen35.config import Settings
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.formats import ImageFolder, dataset_files, read_records
 from qwen35.data.samples import Preparation
 from qwen35.data.template import IMAGE_PAD
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.settings import Settings
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")

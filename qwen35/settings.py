@@ -1,0 +1,130 @@
+"""Every setting with its meaning and default. The paths are those of the seed's user guide.
+
+Each field is read somewhere; config.py makes these from a recipe, and refuses a key that is not a field.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreprocessParameters:
+    model_name_or_path: str | None = None  # folder of the tokenizer; default: model.model_name_or_path
+    image_max_pixels: int = 262144  # larger images are scaled down to this many pixels
+    image_min_pixels: int = 1024  # smaller ones are scaled up
+
+
+@dataclass(frozen=True)
+class BasicParameters:
+    dataset: str = REQUIRED  # one file, or several separated by commas
+    dataset_dir: str = "."  # where the images of the records lie; none may lie outside
+    cache_dir: str | None = None  # tokenised samples are kept here; default: not kept
+    max_samples: int | None = None  # read only the first so many records
+    cutoff_len: int = 2048  # tokens of one packed bin
+    template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
+    enable_thinking: bool | None = (
+        None  # qwen3_5: True trains the thoughts, False drops them, None as the record has it
+    )
+    train_on_prompt: bool = False  # the loss also counts what the user says
+    mask_history: bool = False  # the loss counts only the last answer of a conversation
+
+
+@dataclass(frozen=True)
+class Attr:
+    """The names of a record's fields, where they are not the usual ones (which are found by themselves)."""
+
+    messages: str | None = None  # "messages", "conversations"
+    images: str | None = None  # "images", "image"
+    role_tag: str | None = None  # "role", "from"
+    content_tag: str | None = None  # "content", "value"
+    user_tag: str | None = None  # "user", "human"
+    assistant_tag: str | None = None  # "assistant", "gpt"
+    system_tag: str | None = None  # "system"
+
+
+@dataclass(frozen=True)
+class DatasetParam:
+    basic_parameters: BasicParameters
+    preprocess_parameters: PreprocessParameters = PreprocessParameters()
+    attr: Attr = Attr()
+
+
+@dataclass(frozen=True)
+class DataloaderParam:
+    num_workers: int = 1  # processes a rank that decode and pack ahead of the training step; 0: none
+    shuffle: bool = True  # a new order each epoch, from training.seed
+    patch_bucket: int = 256  # a micro-batch's image patches are filled up to a multiple of this (shapes stay few)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    dataset_param: DatasetParam
+    dataloader_param: DataloaderParam = DataloaderParam()
+
+
+# -- model, parallel, training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossCfg:
+    loss_type: Literal["default", "per_sample_loss", "per_token_loss"] = "default"
+    router_aux_loss_coef: float = 0.0  # weight of the experts' load-balancing loss
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model_name_or_path: str = REQUIRED  # folder with config.json (and the tokenizer)
+    freeze: tuple[str, ...] = ()  # module names; `*` and `{*}` match one level: model.language_model.layers.{*}.mlp
+    loss_cfg: LossCfg = LossCfg()
+    kernels: Mapping[str, str] = field(default_factory=dict)  # op -> implementation, see `python -m kernels`
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    fully_shard_parallel_size: int | None = None  # ranks that share one copy of the weights; default: all
+    recompute: bool = False  # keep only each layer's input for backward, and run the layer again
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    train_iters: int = REQUIRED
+    save: str = REQUIRED  # folder that the run leaves behind
+    micro_batch_size: int = 1  # bins of cutoff_len a rank and micro-step
+    gradient_accumulation_steps: int = 1
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_ratio: float = 0.1  # of train_iters
+    weight_decay: float = 0.0  # of matrices; vectors (norms, biases, gates) never decay
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # largest global gradient norm; 0: not clipped
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, gradients' sums and optimizer are always fp32
+    seed: int = 42
+    log_interval: int = 1
+    peak_tflops: float | None = None  # bf16 peak of one device, for the metric mfu; default: no mfu
+    save_interval: int | None = None  # steps between checkpoints; default: only one at the end
+    load: str | None = None  # DCP folder: converted weights, or another run's save folder
+    init_from_hf_path: str | None = None  # Hugging Face folder, read directly
+    init_model_with_meta_device: bool = True  # no rank ever holds the whole model; False: build it whole, then shard
+    zero_grad_patience: int = 5  # steps that a trainable group may have a gradient of exactly zero
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings
+    parallel: ParallelSettings = ParallelSettings()
+
+    @property
+    def tokenizer_dir(self) -> str:
+        return self.data.dataset_param.preprocess_parameters.model_name_or_path or self.model.model_name_or_path

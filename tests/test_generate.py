@@ -1,0 +1,187 @@
+"""Generation on the embedded recipe's random model: packed, alone, in transformers; and the line that evaluation ends with."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from qwen35 import evaluate, tiny
+from qwen35.batch import PackedBatch
+from qwen35.data import Record
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.formats import Turn
+from qwen35.data.images import ImageProcessor
+from qwen35.data.samples import Preparation
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.generate import greedy, stop_ids
+from qwen35.model import Qwen35
+from qwen35.settings import Attr, BasicParameters
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.make_model(folder, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Qwen35:
+    return Qwen35.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> ChatTokenizer:
+    return ChatTokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(folder, tokenizer, tmp_path_factory) -> list[PackedBatch]:
+    """Two images of different sizes, none, one, none."""
+    images = tmp_path_factory.mktemp("images")
+    for i, (width, height) in enumerate([(64, 96), (40, 30), (32, 64)]):
+        pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(images / f"{i}.png")
+    paths = [images / f"{i}.png" for i in range(3)]
+    preparation = Preparation(
+        tokenizer, ImageProcessor.from_folder(folder, 1024, 65536), BasicParameters("none"), Attr()
+    )
+    records = [
+        Record("a", (Turn("user", "<image>and <image>\nWhich digit is this?"),), (paths[0], paths[1])),
+        Record("b", (Turn("user", "Hello!"),)),
+        Record(
+            "c", (Turn("system", "Be brief."), Turn("user", "<image>?"), Turn("assistant", "left out")), (paths[2],)
+        ),
+        Record("d", (Turn("user", "Hello"), Turn("assistant", "What?"), Turn("user", "Hello again, " * 20))),
+    ]
+    return [prompt_batch(record, preparation, vision_spec(folder), thinking=False) for record in records]
+
+
+@pytest.fixture(scope="module")
+def alone(model, prompts) -> list[list[int]]:
+    return [greedy(model, [prompt], 8, ())[0] for prompt in prompts]
+
+
+def test_packed_equals_one_by_one(model, prompts, alone):
+    assert all(len(answer) == 8 for answer in alone)
+    assert len({tuple(answer) for answer in alone}) == 4
+    assert greedy(model, prompts, 8, ()) == alone
+    assert greedy(model, prompts[::-1], 8, ()) == alone[::-1]
+
+
+def test_equals_transformers(folder, model, prompts, tokenizer):
+    from transformers import AutoModelForImageTextToText
+
+    theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    stop = stop_ids(folder, tokenizer)
+    for prompt, ours in zip(prompts, greedy(model, prompts, 8, stop), strict=True):
+        ids = prompt.input_ids[None]
+        is_image = ids == tokenizer.image_id
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw} if is_image.any() else {}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": is_image.int(),
+            **images,
+        }
+        out = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert [token for token in out[0, ids.shape[1] :].tolist() if token not in stop] == ours
+
+
+def test_each_prompt_stops_on_its_own(model, prompts, alone):
+    end = alone[0][3]
+    stopped = greedy(model, prompts, 8, {end})
+    for whole, cut in zip(alone, stopped, strict=True):
+        assert cut == (whole[: whole.index(end)] if end in whole else whole)
+    assert len(stopped[0]) < 8
+    assert greedy(model, prompts, 0, ()) == [[], [], [], []]
+    assert greedy(model, [], 8, ()) == []
+
+
+def test_only_the_last_rows_meet_the_head(model, prompts, alone, monkeypatch):
+    """[T, V] logits never exist: with a real vocabulary they would be the largest thing in memory."""
+    seen = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (seen.append((a.shape, b.shape)), matmul(a, b))[1])
+    greedy(model, prompts, 1, ())
+    vocabulary = model.head_weight.shape[0]
+    assert [a[0] for a, b in seen if b[-1] == vocabulary] == [len(prompts)]
+
+
+def test_chats_end_at_every_end_that_the_folder_names(folder, tokenizer, tmp_path):
+    im_end, endoftext = tokenizer.im_end_id, tokenizer.pad_id
+    assert stop_ids(folder, tokenizer) == {im_end, endoftext}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 5}}))
+    assert stop_ids(tmp_path, tokenizer) == {im_end, endoftext, 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    assert stop_ids(tmp_path, tokenizer) == {im_end, endoftext, 5, 6, 7}
+
+
+@pytest.fixture
+def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
+    """Three questions answered as the model does, with a thought before the first answer, and one answered otherwise."""
+    questions = ["Which digit is this?", "Hello!", "Is this the user?", "What?"]
+    preparation = Preparation(
+        tokenizer, ImageProcessor.from_folder(folder, 1024, 65536), BasicParameters("none"), Attr()
+    )
+    asked = [
+        prompt_batch(Record("", (Turn("user", q),)), preparation, vision_spec(folder), thinking=False)
+        for q in questions
+    ]
+    given = [tokenizer.decode(ids) for ids in greedy(model, asked, 4, stop_ids(folder, tokenizer))]
+    wanted = [f"<think>\nwhy\n</think>\n\n{given[0]}", given[1], given[2] + " not", given[3]]
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in zip(questions, wanted, strict=True)
+    ]
+    monkeypatch.setattr(evaluate, "load_model", lambda _: model)  # in fp32: no answer hangs on a rounding
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([{"id": f"r{i}", "messages": t} for i, t in enumerate(turns)]))
+    return file
+
+
+@pytest.mark.parametrize("batch", ["1", "3"])
+def test_evaluation_ends_with_the_accuracy(folder, records, batch, capsys):
+    arguments = ["--model", str(folder), "--data", str(records), "--batch", batch, "--max_new_tokens", "4"]
+    assert evaluate.main(arguments) == 0
+    assert capsys.readouterr().out == "held-out accuracy 0.750 (3/4)\n"
+    assert evaluate.main([*arguments, "--show"]) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert last == "held-out accuracy 0.750 (3/4)"
+    assert "record 3 (id r2)" in "\n".join(shown) and "r1" not in "\n".join(shown)
+
+
+def test_a_model_that_knows_nothing_is_no_error(folder, records, capsys):
+    data = json.loads(records.read_text())
+    for record in data:
+        record["messages"][1]["content"] = "nothing the like"
+    records.write_text(json.dumps(data))
+    assert evaluate.main(["--model", str(folder), "--data", str(records)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "held-out accuracy 0.000 (0/4)"
+
+
+def test_what_is_missing_is_named_in_one_line(folder, records, tmp_path, capsys):
+    for model, data, named in (
+        (tmp_path / "none", records, "none/tokenizer.json"),
+        (folder, tmp_path / "absent.json", "absent.json"),
+    ):
+        assert evaluate.main(["--model", str(model), "--data", str(data)]) == 1
+        error = capsys.readouterr().err
+        assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_prompts_with_a_dummy_image_leave_the_others_alone(model, prompts, alone):
+    """A text prompt may carry a dummy image; its features must not become those of the next prompt's image."""
+    assert len(prompts[1].grid_thw) == 1  # so prompt_batch makes it
+    bare = dataclasses.replace(
+        prompts[1],
+        pixel_values=prompts[1].pixel_values[:0],
+        grid_thw=prompts[1].grid_thw[:0],
+        vision=None,
+        vision_index=None,
+    )
+    assert greedy(model, [bare, *prompts[2:]], 8, ()) == alone[1:]
+    assert greedy(model, [prompts[1], *prompts[2:]], 8, ()) == alone[1:]

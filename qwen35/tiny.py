@@ -164,14 +164,17 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def processor_config(kind: str, name: str, longest: int, shortest: int) -> dict[str, Any]:
-    """preprocessor_config.json as published, but for the least and most pixels of an image."""
+    """preprocessor_config.json as published, but for the least and most pixels of an image, and what is taken for grey.
+
+    A digit is a third ink: around that mean, and not stretched, 354 to 356 of 360 were read right, else 351 to 354.
+    """
     return {
         "size": {"longest_edge": longest, "shortest_edge": shortest},
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": [0.3, 0.3, 0.3],
+        "image_std": [1.0, 1.0, 1.0],
         "processor_class": "Qwen3VLProcessor",
         kind: name,
     }

@@ -18,6 +18,7 @@ if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
 save=$("$python" -m qwen35.config "${settings[@]}" --get training.save)
 # ARGS are the training's
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model is quickest on one thread; the training has its own
 export ARGS="" HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=data/digits/heldout.json
 "$python" -m qwen35.tiny
 DCP=ckpt/mm_path/tiny bash scripts/convert.sh

@@ -166,7 +166,8 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
 def processor_config(kind: str, name: str, longest: int, shortest: int) -> dict[str, Any]:
     """preprocessor_config.json as published, but for the least and most pixels of an image, and what is taken for grey.
 
-    A digit is a third ink: around that mean, and not stretched, 354 to 356 of 360 were read right, else 351 to 354.
+    A digit is a third ink: its pixels lie around that mean. Over six seeds 352 to 358 of 360 were right;
+    with the published 0.5 and 0.5 it was 351 to 355, hardly a difference.
     """
     return {
         "size": {"longest_edge": longest, "shortest_edge": shortest},

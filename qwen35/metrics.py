@@ -4,6 +4,7 @@ Values stay on the device between log intervals; one flush brings the whole inte
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Metrics:
             print(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s", flush=True)
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
-        if not all(map(_is_finite, (line["loss"], line["grad_norm"]))):
+        if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
             raise RunError(
                 f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped"
             )
@@ -137,10 +138,6 @@ class Metrics:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def _is_finite(x: float) -> bool:
-    return x == x and abs(x) != float("inf")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

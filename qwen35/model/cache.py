@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
-from qwen35.model.attention import AttentionCore
-from qwen35.model.gated_delta_net import DeltaNetCore
+from qwen35.model.attention import Attention, AttentionCore
+from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35
 
 BLOCK = 256  # tokens by which the part of the store that a step looks at grows: shapes stay few
@@ -77,16 +77,22 @@ class CachedDeltaNet(nn.Module):
 def caching(model: Qwen35, room: int) -> Iterator[None]:
     """Inside, the model's first run is over packed prompts, and each of up to `room` others over one token more of each.
 
-    Raises RuntimeError if the model is inside already: one generation at a time.
+    Raises RuntimeError if other cores are in already: one generation at a time.
     """
-    mixers = [layer.self_attn if layer.is_attention else layer.linear_attn for layer in model.model.language_model.layers]
-    cores = [mixer.core for mixer in mixers]
-    if any(isinstance(core, CachedAttention | CachedDeltaNet) for core in cores):
-        raise RuntimeError("this model is generating already; finish that, or close it, first")
+    mixers = [m for m in model.model.language_model.modules() if isinstance(m, Attention | GatedDeltaNet)]
+    cores = [mixer.get_submodule("core") for mixer in mixers]
     try:
         for mixer, core in zip(mixers, cores, strict=True):
-            mixer.core = CachedDeltaNet(core) if isinstance(core, DeltaNetCore) else CachedAttention(core, room)
+            mixer.register_module("core", _cached(core, room))
         yield
     finally:
         for mixer, core in zip(mixers, cores, strict=True):
-            mixer.core = core
+            mixer.register_module("core", core)
+
+
+def _cached(core: nn.Module, room: int) -> nn.Module:
+    if isinstance(core, AttentionCore):
+        return CachedAttention(core, room)
+    if isinstance(core, DeltaNetCore):
+        return CachedDeltaNet(core)
+    raise RuntimeError(f"a {type(core).__name__} is where a plain core belongs: is the model generating already?")

@@ -13,7 +13,7 @@ options=(--model "$MODEL")
 if [[ -n $given_hf || ! (-f $MODEL/config.yaml || -f $MODEL/../config.yaml) ]]; then options+=(--hf "$HF"); fi
 if [[ -n ${IMAGE:-} ]]; then
     IFS=, read -ra images <<<"$IMAGE"
-    options+=(--image "${images[@]}")
+    options+=(--image "${images[@]# }")
 fi
 if [[ -n ${PROMPT:-} ]]; then options+=("--prompt=$PROMPT"); fi
 exec "$python" -m qwen35.generate "${options[@]}" "${words[@]}" "$@"

@@ -25,7 +25,7 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: floa
 
 
 def last_inputs(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
-    """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count], after zeros if it is shorter."""
+    """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count], zeros before a shorter."""
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     index = ends - count + torch.arange(count)  # [S, count]
     index = torch.where(index >= starts, index, x.shape[0]).to(x.device, non_blocking=True)

@@ -48,13 +48,10 @@ def first(text: PackedBatch, count: int) -> PackedBatch:
 
 def in_steps(model: Qwen35, texts: list[PackedBatch], count: int) -> torch.Tensor:
     """hidden [count + 1, S, H]: of each prompt's last token, then of each token that follows."""
-    out = []
     with torch.inference_mode(), caching(model, count):
         hidden, position = _run_prompts(model, [first(t, len(t.input_ids) - count) for t in texts])
-        out.append(hidden)
-        for i in range(count):
-            out.append(_run_tokens(model, torch.stack([t.input_ids[i - count] for t in texts]), position + i))
-    return torch.stack(out)
+        tokens = torch.stack([t.input_ids[-count:] for t in texts], dim=1)  # [count, S]
+        return torch.stack([hidden, *(_run_tokens(model, tokens[i], position + i) for i in range(count))])
 
 
 def at_once(model: Qwen35, texts: list[PackedBatch], count: int) -> torch.Tensor:
@@ -112,7 +109,9 @@ def test_the_vision_tower_runs_once(build):
 
 
 def cores(model: Qwen35) -> list[torch.nn.Module]:
-    return [m for m in model.modules() if isinstance(m, AttentionCore | DeltaNetCore | CachedAttention | CachedDeltaNet)]
+    return [
+        m for m in model.modules() if isinstance(m, AttentionCore | DeltaNetCore | CachedAttention | CachedDeltaNet)
+    ]
 
 
 def test_the_model_is_left_as_it_was(build):

@@ -296,9 +296,11 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
         (
-            ["generate", "IMAGE=a b.png,c.png", "PROMPT=-What 'is' $$this?", "ARGS=--seed 1"],
-            "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
-            " --prompt=-What 'is' $this? --seed 1",
+            ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $$this?", "ARGS=--seed 1"],
+            (
+                "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
+                " --prompt=-What 'is' $this? --seed 1"
+            ),
         ),
         (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
@@ -309,6 +311,15 @@ def test_commands_of_the_targets(run: Run, project: Path, command: list[str], ca
     result = run("make", *command)
     assert result.returncode == 0, result.stderr
     assert calls(project) == [call]
+
+
+@pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
+def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
+    (project / "runs/mine/iter_0000010").mkdir(parents=True)
+    (project / "runs/mine/config.yaml").write_text("")
+    assert run("make", "generate", f"MODEL={model}").returncode == 0
+    assert run("make", "generate", f"MODEL={model}", "HF=h").returncode == 0
+    assert calls(project) == [f"-m qwen35.generate --model {model}", f"-m qwen35.generate --model {model} --hf h"]
 
 
 def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:

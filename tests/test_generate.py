@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-
 from peer import config_dict, pair, peer_inputs, sample
+from PIL import Image
 
 from qwen35 import evaluate, tiny
 from qwen35.batch import IGNORE, PackedBatch, derive
@@ -86,7 +85,9 @@ def uncached(model: Qwen35, text: PackedBatch, count: int) -> list[int]:
             labels=torch.cat([text.labels, torch.tensor([IGNORE])]),
             position_ids=torch.cat([text.position_ids, (text.position_ids.max() + 1).expand(3, 1)], dim=1),
             cu_seqlens=text.cu_seqlens + torch.tensor([0, 1]),
-            vision_index=torch.cat([text.vision_index, torch.tensor([-1])]),  # an image's token, if new, is one by name alone
+            vision_index=torch.cat(
+                [text.vision_index, torch.tensor([-1])]
+            ),  # an image's token, if new, is one by name alone
         )
     return text.input_ids[start:].tolist()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peer import continued
 from PIL import Image
 
 from qwen35 import generate, tiny
@@ -90,8 +91,7 @@ def peer(place: Path, content: list[dict], system: str | None = None, **template
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == ChatTokenizer(folder).image_id).int()
     if images := [Image.open(part["image"]) for part in content if part["type"] == "image"]:
         inputs |= AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(out, skip_special_tokens=True) + "\n"
+    return tokenizer.decode(continued(model, inputs, TOKENS), skip_special_tokens=True) + "\n"
 
 
 TEXT = {"type": "text", "text": "Which digit is this?"}

@@ -4,51 +4,28 @@ For each head, with state S [Dk, Dv] starting at zero in every sequence, l2-norm
 
     S <- exp(g_t) S;   S <- S + k_t beta_t (v_t - k_t^T S)^T;   o_t = S^T q_t
 
-Inside a chunk of C tokens the updates condense into one unit-triangular system (the UT transform), so that only the chunks
-of a sequence follow each other, and everything else is matmuls over all chunks at once.
-Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464.
+Inside a chunk of C tokens that S enters, with b the running sum of g, E = V - exp(b) K S what the state does not know yet, and
+A[i, j] = beta_i exp(b_i - b_j) k_i k_j for j < i, the updates condense into one unit-triangular system (the UT transform):
+
+    V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';   S <- exp(b_C) S + (exp(b_C - b) K)^T V'
+
+The work goes chunk by chunk over all heads, a few sequences at a time, so that what a step holds stays in the processor's cache;
+backward runs the chunks again and keeps only the states that enter them. Nothing is repeated for the V heads of a K head.
+Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464; the gradients are derived from the lines above.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.native import working_dtype
 
 CHUNK = 64
-
-
-@dataclass(frozen=True)
-class ChunkLayout:
-    """Chunks never cross a sequence. They are ordered by their number inside their sequence, and within that by falling
-    length of the sequence: step i of the scan works on one slice of chunks and the leading states."""
-
-    index: Tensor  # [N, C] token of each place; T (one past the end) where a chunk is not full
-    place: Tensor  # [T] the place n * C + c of each token
-    steps: tuple[int, ...]  # sequences that have an i-th chunk; their sum is N
-    by_length: Tensor  # [S] the sequences by falling length: whose state each leading one is
-
-
-def chunk_layout(cu_seqlens: Tensor, size: int = CHUNK) -> ChunkLayout:
-    """cu_seqlens [S+1] on the CPU -> ChunkLayout on the CPU."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    total = int(cu_seqlens[-1])
-    lengths, by_length = lengths.sort(descending=True, stable=True)
-    starts = starts[by_length]
-    chunks = (lengths + size - 1) // size  # [S], falling
-    longest = int(chunks[0]) if len(chunks) else 0
-    steps = tuple(int((chunks > i).sum()) for i in range(longest))
-    number = torch.arange(longest).repeat_interleave(
-        torch.tensor(steps, dtype=torch.long)
-    )  # [N] chunk inside its sequence
-    sequence = torch.cat([torch.arange(n) for n in steps]) if steps else number  # [N]
-    offset = number[:, None] * size + torch.arange(size)  # [N, C] token inside its sequence
-    index = torch.where(offset < lengths[sequence, None], starts[sequence, None] + offset, total)
-    place = torch.empty(total + 1, dtype=torch.long)
-    place[index.flatten()] = torch.arange(index.numel())
-    return ChunkLayout(index, place[:total], steps, by_length)
+HEADS_AT_ONCE = 64  # sequences times V heads that go through a chunk together
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -56,63 +33,252 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
     Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside.
     """
-    return _chunked(q, k, v, g, beta, cu_seqlens, None)
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens)
 
 
+@torch.no_grad()
 def chunk_gated_delta_rule_and_state(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same, and the state after each sequence's last token, [S, Hv, Dk, Dv] fp32; for generation, not differentiable."""
-    shape = len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2]
-    state = torch.zeros(shape, dtype=working_dtype(v), device=v.device)
-    return _chunked(q, k, v, g, beta, cu_seqlens, state), state
+    state = torch.zeros(len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
+    return _forward(q, k, v, g, beta, cu_seqlens, state), state
 
 
-def _chunked(
+@dataclass(frozen=True)
+class Step:
+    """The i-th chunk of those sequences of a group that have one."""
+
+    tokens: Tensor  # [n * C] tokens of the n chunks; where a chunk is not full, any
+    real: Tensor | None  # [n, C] bool, which of them are there; None: all
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens) // CHUNK
+
+
+def groups(cu_seqlens: Tensor, size: int) -> Iterator[tuple[Tensor, list[Step]]]:
+    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps; all on the CPU."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[: int((lengths > 0).sum())]
+    place = torch.arange(CHUNK)
+    for members in order.split(size):
+        start, length = starts[members, None], lengths[members, None]
+        steps = []
+        for first in range(0, int(length[0]), CHUNK):
+            active = int((length > first).sum())
+            offset = first + place  # [C]
+            real = offset < length[:active]  # [n, C]
+            tokens = start[:active] + torch.minimum(offset, length[:active] - 1)
+            steps.append(Step(tokens.flatten(), None if bool(real.all()) else real))
+        yield members, steps
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, g, beta)
+        ctx.cu_seqlens = cu_seqlens
+        return _forward(q, k, v, g, beta, cu_seqlens, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(*ctx.saved_tensors, ctx.cu_seqlens, grad_out), None
+
+
+class _Chunk:
+    """One step: n chunks over all heads, B = n * Hv. Everything fp32 (or fp64), made when it is asked for."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], step: Step):
+        q, k, v, g, beta = inputs
+        self.step = step
+        self.n, self.heads, self.group = step.count, k.shape[1], v.shape[1] // k.shape[1]
+        self.wide = working_dtype(v)
+        self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
+        self.v = self.gather(v)  # [B, C, Dv]
+        # the places of no token change nothing: they neither decay the state nor write to it
+        self.g, self.beta = (self.gather(x[..., None], zero=True).squeeze(-1) for x in (g, beta))  # [B, C]
+
+    def gather(self, x: Tensor, zero: bool = False) -> Tensor:
+        """[T, H, D] -> [n * H, C, D]"""
+        rows = x.index_select(0, self.step.tokens.to(x.device)).view(self.n, CHUNK, *x.shape[1:])
+        if zero and self.step.real is not None:
+            rows = rows * self.step.real.to(x.device)[..., None, None]
+        out = torch.empty(self.n, x.shape[1], CHUNK, x.shape[2], dtype=self.wide, device=x.device)
+        return out.copy_(rows.transpose(1, 2)).flatten(0, 1)
+
+    def scatter(self, x: Tensor, out: Tensor) -> None:
+        """The inverse: [n * H, C, D] into the rows of out [T, H, D]"""
+        rows = x.unflatten(0, (self.n, -1)).transpose(1, 2)  # [n, C, H, D]
+        tokens, real = self.step.tokens, self.step.real
+        if real is None:
+            rows = rows.flatten(0, 1)
+        else:
+            rows, tokens = rows[real.to(x.device)], tokens[real.flatten()]
+        out.index_copy_(0, tokens.to(x.device), rows.to(out.dtype))
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """[B, …] -> [n * Hk, G, …]"""
+        return x.unflatten(0, (-1, self.group))
+
+    def shared(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [n * Hk, …] of the K heads times y [B, …] of their V heads -> [B, …]"""
+        return (x[:, None] * self.by_group(y)).flatten(0, 1)
+
+    @cached_property
+    def q_norm(self) -> Tensor:  # [n * Hk, C, 1]
+        return torch.rsqrt(self.raw_q.square().sum(-1, keepdim=True) + 1e-6)
+
+    @cached_property
+    def k_norm(self) -> Tensor:
+        return torch.rsqrt(self.raw_k.square().sum(-1, keepdim=True) + 1e-6)
+
+    @cached_property
+    def q(self) -> Tensor:  # [n * Hk, C, Dk]
+        return self.raw_q * (self.q_norm * self.raw_q.shape[-1] ** -0.5)
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self.raw_k * self.k_norm
+
+    @cached_property
+    def cum(self) -> Tensor:  # [B, C]
+        return self.g.cumsum(-1)
+
+    @cached_property
+    def decay(self) -> Tensor:  # [B, C, C] exp(b_i - b_j) on and below the diagonal
+        return (self.cum[:, :, None] - self.cum[:, None]).exp_().tril_()
+
+    @cached_property
+    def from_start(self) -> Tensor:  # [B, C, 1]
+        return self.cum.exp()[..., None]
+
+    @cached_property
+    def to_end(self) -> Tensor:  # [B, C, 1]
+        return (self.cum[:, -1:] - self.cum).exp_()[..., None]
+
+    @cached_property
+    def whole(self) -> Tensor:  # [B, 1, 1]
+        return self.from_start[:, -1:]
+
+    @cached_property
+    def kk(self) -> Tensor:  # [B, C, C] without beta
+        return self.shared(self.k @ self.k.mT, self.decay)
+
+    @cached_property
+    def qk(self) -> Tensor:  # [B, C, C]
+        return self.shared(self.q @ self.k.mT, self.decay)
+
+    @cached_property
+    def inverse(self) -> Tensor:  # [B, C, C] (I + A)^-1
+        system = self.kk * self.beta[..., None]
+        eye = torch.eye(CHUNK, dtype=self.wide, device=system.device).expand_as(system)
+        return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+
+    @cached_property
+    def qk_start(self) -> Tensor:  # [B, 2C, Dk] exp(b) Q, then exp(b) K
+        both = torch.cat([self.q, self.k], dim=1)  # [n * Hk, 2C, Dk]
+        return self.shared(both, torch.cat([self.from_start, self.from_start], dim=1))
+
+    @cached_property
+    def k_end(self) -> Tensor:  # [B, C, Dk]
+        return self.shared(self.k, self.to_end)
+
+    def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """state [B, Dk, Dv], which moves on in place -> exp(b) Q S, E, V' [B, C, Dv]"""
+        from_state, known = (self.qk_start @ state).split(CHUNK, dim=1)
+        unknown = self.v - known
+        value = self.inverse @ (unknown * self.beta[..., None])
+        state.mul_(self.whole).baddbmm_(self.k_end.mT, value)
+        return from_state, unknown, value
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, last_state: Tensor | None
 ) -> Tensor:
     """last_state [S, Hv, Dk, Dv], zeros: takes the states, if there is one."""
-    if q.shape[0] == 0:
-        return torch.zeros_like(v)
-    layout = chunk_layout(cu_seqlens)
-    index = layout.index.to(q.device, non_blocking=True)
-    heads, group = k.shape[1], v.shape[1] // k.shape[1]
-    wide, dtype = working_dtype(v), v.dtype
+    out = torch.empty_like(v)
+    heads = v.shape[1]
+    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)):
+        state = _no_state(k, v, len(members))
+        for step in steps:
+            chunk = _Chunk((q, k, v, g, beta), step)
+            from_state, _, value = chunk.run(state[: step.count * heads])
+            chunk.scatter(from_state.baddbmm(chunk.qk, value), out)
+        if last_state is not None:
+            last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
+    return out
 
-    def chunked(x: Tensor) -> Tensor:  # [T, …] -> [N, C, …]; the places of no token hold zeros, which change nothing
-        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, 1))[index].to(wide)
 
-    q, k = (chunked(x).transpose(1, 2) for x in (q, k))  # [N, Hk, C, Dk]
-    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    q = q * q.shape[-1] ** -0.5
-    v = chunked(v).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4)  # [N, Hk, G, C, Dv]
-    g, beta = (chunked(x).unflatten(2, (heads, group)).permute(0, 2, 3, 1) for x in (g, beta))  # [N, Hk, G, C]
+def _no_state(k: Tensor, v: Tensor, sequences: int) -> Tensor:
+    return torch.zeros(sequences * v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
 
-    cum = g.cumsum(-1)
-    decay = (cum[..., :, None] - cum[..., None, :]).tril()  # the zeros above the diagonal are masked again after exp
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
-    decay = torch.where(lower, decay.exp(), 0)  # [N, Hk, G, C, C]
-    k_t = k.transpose(-1, -2)
-    system = (k @ k_t)[:, :, None] * decay * beta[..., None]  # its diagonal is taken as one by the solver
-    from_start = cum.exp()[..., None]
-    right = torch.cat([v, k[:, :, None] * from_start], dim=-1) * beta[..., None]
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    new_v, read_k = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    inside = (q @ k_t)[:, :, None] * decay
-    to_end = (cum[..., -1:] - cum).exp()[..., None]
-    q_start, k_end = q[:, :, None] * from_start, (k[:, :, None] * to_end).transpose(-1, -2)
-    whole = cum[..., -1].exp()[..., None, None]
 
-    state = v.new_zeros(layout.steps[0], heads, group, k.shape[-1], v.shape[-1])
-    outs, first = [], 0
-    by_length = layout.by_length.to(q.device, non_blocking=True)
-    for active, going_on in zip(layout.steps, (*layout.steps[1:], 0), strict=True):
-        now, first = slice(first, first + active), first + active
-        state = state[:active]
-        value = new_v[now] - read_k[now] @ state
-        outs.append(q_start[now] @ state + inside[now] @ value)
-        state = state * whole[now] + k_end[now] @ value
-        if last_state is not None and going_on < active:
-            last_state[by_length[going_on:active]] = state[going_on:].detach().flatten(1, 2)
-    out = torch.cat(outs).permute(0, 3, 1, 2, 4)  # [N, C, Hk, G, Dv]
-    return out.flatten(2, 3).flatten(0, 1)[layout.place.to(q.device, non_blocking=True)].to(dtype)
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, grad_out: Tensor
+) -> tuple[Tensor, ...]:
+    inputs = q, k, v, g, beta
+    grads = tuple(torch.empty_like(x) for x in inputs)
+    heads = v.shape[1]
+    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)):
+        state = _no_state(k, v, len(members))
+        entering = []
+        for step in steps[:-1]:
+            entering.append(state[: step.count * heads].clone())
+            _Chunk(inputs, step).run(state[: step.count * heads])
+        entering.append(state[: steps[-1].count * heads])
+        grad_state = torch.zeros_like(state)
+        while steps:
+            step = steps.pop()
+            _backward_step(_Chunk(inputs, step), entering.pop(), grad_state[: step.count * heads], grad_out, grads)
+    return grads
+
+
+def _backward_step(
+    chunk: _Chunk, state: Tensor, grad_state: Tensor, grad_out: Tensor, grads: tuple[Tensor, ...]
+) -> None:
+    """grad_state [B, Dk, Dv]: the gradient of the state that leaves the chunk; becomes that of the state which enters it."""
+    c = chunk
+    end = state.clone()
+    _, unknown, value = c.run(end)
+    d_out = c.gather(grad_out, zero=True)  # [B, C, Dv]
+    beta = c.beta[..., None]
+
+    d_value = torch.baddbmm(c.k_end @ grad_state, c.qk.mT, d_out)
+    d_update = c.inverse.mT @ d_value  # of beta E
+    d_unknown = d_update * beta
+    d_qk = d_out @ value.mT
+    d_kk = (d_update @ value.mT).neg_().tril_(-1)  # of A
+    d_k_end = value @ grad_state.mT
+    reads = torch.cat([d_out, -d_unknown], dim=1)  # [B, 2C, Dv]: what the state is read for
+    d_qk_start = reads @ state.mT  # [B, 2C, Dk]
+
+    d_beta = (d_update * unknown).sum(-1) + (d_kk * c.kk).sum(-1)
+    d_kk = d_kk.mul_(beta)
+    through_decay = d_kk * c.kk + d_qk * c.qk  # [B, C, C]
+    q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK, dim=1)
+    end_part = (d_k_end * c.k_end).sum(-1)  # [B, C]
+    d_cum = through_decay.sum(-1) - through_decay.sum(-2) + q_part + k_part - end_part
+    d_cum[:, -1] += end_part.sum(-1) + (state * grad_state).sum((-1, -2)) * c.whole.flatten()
+    d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
+
+    d_qk, d_kk = (c.by_group(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]
+    d_q_start, d_k_start = c.by_group(d_qk_start.mul_(torch.cat([c.from_start] * 2, dim=1))).sum(1).split(CHUNK, dim=1)
+    d_q = torch.baddbmm(d_q_start, d_qk, c.k)
+    d_k = d_k_start + c.by_group(d_k_end.mul_(c.to_end)).sum(1)
+    d_k.baddbmm_(d_qk.mT, c.q).baddbmm_(d_kk + d_kk.mT, c.k)
+
+    grad_state.mul_(c.whole).baddbmm_(c.qk_start.mT, reads)
+    scale = c.raw_q.shape[-1] ** -0.5
+    d_q = _through_norm(d_q, c.q / scale, c.q_norm * scale)
+    d_k = _through_norm(d_k, c.k, c.k_norm)
+    for x, out in zip((d_q, d_k, d_unknown, d_g[..., None], d_beta[..., None]), grads, strict=True):
+        c.scatter(x, out if out.ndim == 3 else out[..., None])
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """unit = x * norm -> the gradient of x. (The 1e-6 under the root is part of norm, and of unit's length.)"""
+    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * norm

@@ -90,24 +90,27 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 class _Chunk:
-    """One step: n chunks over all heads, B = n * Hv. Everything fp32 (or fp64), made when it is asked for."""
+    """One step: n chunks over all heads, B = n * Hv. Made when it is asked for.
+
+    What is multiplied is of v's dtype (`dot`), what is added up of fp32 (`wide`; all of it fp64 for fp64).
+    """
 
     def __init__(self, inputs: tuple[Tensor, ...], step: Step):
         q, k, v, g, beta = inputs
         self.step = step
         self.n, self.heads, self.group = step.count, k.shape[1], v.shape[1] // k.shape[1]
-        self.wide = working_dtype(v)
+        self.wide, self.dot = working_dtype(v), v.dtype
         self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
         self.v = self.gather(v)  # [B, C, Dv]
         # the places of no token change nothing: they neither decay the state nor write to it
-        self.g, self.beta = (self.gather(x[..., None], zero=True).squeeze(-1) for x in (g, beta))  # [B, C]
+        self.g, self.beta = (self.gather(x[..., None], zero=True) for x in (g, beta))  # [B, C, 1]
 
-    def gather(self, x: Tensor, zero: bool = False) -> Tensor:
+    def gather(self, x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """[T, H, D] -> [n * H, C, D]"""
         rows = x.index_select(0, self.step.tokens.to(x.device)).view(self.n, CHUNK, *x.shape[1:])
         if zero and self.step.real is not None:
             rows = rows * self.step.real.to(x.device)[..., None, None]
-        out = torch.empty(self.n, x.shape[1], CHUNK, x.shape[2], dtype=self.wide, device=x.device)
+        out = torch.empty(self.n, x.shape[1], CHUNK, x.shape[2], dtype=dtype or self.wide, device=x.device)
         return out.copy_(rows.transpose(1, 2)).flatten(0, 1)
 
     def scatter(self, x: Tensor, out: Tensor) -> None:
@@ -145,20 +148,20 @@ class _Chunk:
         return self.raw_k * self.k_norm
 
     @cached_property
-    def cum(self) -> Tensor:  # [B, C]
-        return self.g.cumsum(-1)
+    def cum(self) -> Tensor:  # [B, C, 1]
+        return self.g.cumsum(1)
 
     @cached_property
     def decay(self) -> Tensor:  # [B, C, C] exp(b_i - b_j) on and below the diagonal
-        return (self.cum[:, :, None] - self.cum[:, None]).exp_().tril_()
+        return (self.cum - self.cum.mT).exp_().tril_()
 
     @cached_property
     def from_start(self) -> Tensor:  # [B, C, 1]
-        return self.cum.exp()[..., None]
+        return self.cum.exp()
 
     @cached_property
     def to_end(self) -> Tensor:  # [B, C, 1]
-        return (self.cum[:, -1:] - self.cum).exp_()[..., None]
+        return (self.cum[:, -1:] - self.cum).exp_()
 
     @cached_property
     def whole(self) -> Tensor:  # [B, 1, 1]
@@ -173,26 +176,26 @@ class _Chunk:
         return self.shared(self.q @ self.k.mT, self.decay)
 
     @cached_property
-    def inverse(self) -> Tensor:  # [B, C, C] (I + A)^-1
-        system = self.kk * self.beta[..., None]
+    def inverse(self) -> Tensor:  # [B, C, C] (I + A)^-1, of dtype dot
+        system = self.kk * self.beta
         eye = torch.eye(CHUNK, dtype=self.wide, device=system.device).expand_as(system)
-        return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True).to(self.dot)
 
     @cached_property
-    def qk_start(self) -> Tensor:  # [B, 2C, Dk] exp(b) Q, then exp(b) K
+    def qk_start(self) -> Tensor:  # [B, 2C, Dk] exp(b) Q, then exp(b) K, of dtype dot
         both = torch.cat([self.q, self.k], dim=1)  # [n * Hk, 2C, Dk]
-        return self.shared(both, torch.cat([self.from_start, self.from_start], dim=1))
+        return self.shared(both, torch.cat([self.from_start, self.from_start], dim=1)).to(self.dot)
 
     @cached_property
-    def k_end(self) -> Tensor:  # [B, C, Dk]
-        return self.shared(self.k, self.to_end)
+    def k_end(self) -> Tensor:  # [B, C, Dk], of dtype dot
+        return self.shared(self.k, self.to_end).to(self.dot)
 
     def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """state [B, Dk, Dv], which moves on in place -> exp(b) Q S, E, V' [B, C, Dv]"""
-        from_state, known = (self.qk_start @ state).split(CHUNK, dim=1)
+        from_state, known = (self.qk_start @ state.to(self.dot)).split(CHUNK, dim=1)
         unknown = self.v - known
-        value = self.inverse @ (unknown * self.beta[..., None])
-        state.mul_(self.whole).baddbmm_(self.k_end.mT, value)
+        value = self.inverse @ (unknown * self.beta).to(self.dot)
+        state.mul_(self.whole).add_(self.k_end.mT @ value)
         return from_state, unknown, value
 
 
@@ -207,7 +210,7 @@ def _forward(
         for step in steps:
             chunk = _Chunk((q, k, v, g, beta), step)
             from_state, _, value = chunk.run(state[: step.count * heads])
-            chunk.scatter(from_state.baddbmm(chunk.qk, value), out)
+            chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
         if last_state is not None:
             last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
     return out
@@ -242,22 +245,22 @@ def _backward_step(
 ) -> None:
     """grad_state [B, Dk, Dv]: the gradient of the state that leaves the chunk; becomes that of the state which enters it."""
     c = chunk
-    end = state.clone()
-    _, unknown, value = c.run(end)
-    d_out = c.gather(grad_out, zero=True)  # [B, C, Dv]
-    beta = c.beta[..., None]
+    _, unknown, value = c.run(state.clone())
+    d_out = c.gather(grad_out, zero=True, dtype=c.dot)  # [B, C, Dv]
+    entering, leaving = state.to(c.dot), grad_state.to(c.dot)
 
-    d_value = torch.baddbmm(c.k_end @ grad_state, c.qk.mT, d_out)
+    d_value = torch.baddbmm(c.k_end @ leaving, c.qk.to(c.dot).mT, d_out)
     d_update = c.inverse.mT @ d_value  # of beta E
-    d_unknown = d_update * beta
-    d_qk = d_out @ value.mT
-    d_kk = (d_update @ value.mT).neg_().tril_(-1)  # of A
-    d_k_end = value @ grad_state.mT
-    reads = torch.cat([d_out, -d_unknown], dim=1)  # [B, 2C, Dv]: what the state is read for
-    d_qk_start = reads @ state.mT  # [B, 2C, Dk]
+    d_qk = (d_out @ value.mT).to(c.wide)  # [B, C, C]
+    d_kk = (d_update @ value.mT).to(c.wide).neg_().tril_(-1)  # of A
+    d_k_end = (value @ leaving.mT).to(c.wide)
+    d_update = d_update.to(c.wide)
+    d_unknown = d_update * c.beta
+    reads = torch.cat([d_out, -d_unknown.to(c.dot)], dim=1)  # [B, 2C, Dv]: what the state is read for
+    d_qk_start = (reads @ entering.mT).to(c.wide)  # [B, 2C, Dk]
 
     d_beta = (d_update * unknown).sum(-1) + (d_kk * c.kk).sum(-1)
-    d_kk = d_kk.mul_(beta)
+    d_kk = d_kk.mul_(c.beta)
     through_decay = d_kk * c.kk + d_qk * c.qk  # [B, C, C]
     q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK, dim=1)
     end_part = (d_k_end * c.k_end).sum(-1)  # [B, C]
@@ -271,7 +274,7 @@ def _backward_step(
     d_k = d_k_start + c.by_group(d_k_end.mul_(c.to_end)).sum(1)
     d_k.baddbmm_(d_qk.mT, c.q).baddbmm_(d_kk + d_kk.mT, c.k)
 
-    grad_state.mul_(c.whole).baddbmm_(c.qk_start.mT, reads)
+    grad_state.mul_(c.whole).add_(c.qk_start.mT @ reads)
     scale = c.raw_q.shape[-1] ** -0.5
     d_q = _through_norm(d_q, c.q / scale, c.q_norm * scale)
     d_k = _through_norm(d_k, c.k, c.k_norm)

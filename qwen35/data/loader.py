@@ -52,13 +52,15 @@ class MicroBatches:
         self._workers = loader.num_workers
 
     def report(self) -> str:
-        """One line for the start of a run."""
+        """For the start of a run: one line, and one more of records that were left out."""
         files = len(self.dataset.files)
         trained = self.dataset.trained_tokens / self.tokens_per_epoch
+        skipped = self.dataset.skipped
+        left_out = f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
         return (
             f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({trained:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens)"
+            f"({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:

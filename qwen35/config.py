@@ -19,7 +19,6 @@ from qwen35.contradictions import check_contradictions
 from qwen35.errors import Parser, SettingError, complain, one_line
 from qwen35.settings import Settings
 
-
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
 
 
@@ -68,7 +67,7 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str, where: str) -> Any:
     """YAML -> what it says. Raises SettingError."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  # a safe one
+        return yaml.load(text, _Loader)  # a safe one
     except yaml.MarkedYAMLError as error:
         what = " ".join(str(error.problem).split())
         mark = error.problem_mark

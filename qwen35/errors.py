@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +35,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help shows what there is\n")
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """For argparse: a whole number from low to high."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {low}" + (f" to {high}" if high else "")
+            )
+        return int(text)
+
+    return parse
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError inside names the file: those of writing, a full disk's, do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def read_object(path: Path, kind: type[UserError], absent: str = "no such file") -> dict[str, Any]:

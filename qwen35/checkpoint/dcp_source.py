@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with
 
@@ -82,7 +83,7 @@ class DCPSource:
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata cannot be read: {error.strerror}") from None
         except BROKEN_PICKLE as error:
-            raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {error}") from None
+            raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {one_line(error)}") from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name.removeprefix(prefix): entry
@@ -102,6 +103,10 @@ class DCPSource:
         items = create_read_items_for_chunk_list(self.prefix + name, self._tensors[name], [chunk])
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(out)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} cannot be read: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} cannot be read: {one_line(error)}") from None
+        except (RuntimeError, *BROKEN_PICKLE):  # what torch says of damaged data fills a page
+            raise CheckpointError(
+                f"{self.checkpoint}: {self.prefix}{name} cannot be read: its file is damaged"
+            ) from None
         return out

@@ -1,7 +1,6 @@
 """Reading a Hugging Face folder: as it is on disk, and under the model's names."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qwen35.checkpoint.boxes import Box, Source, TensorSpec, pieces
 from qwen35.checkpoint.errors import CheckpointError, Misfit, fold
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
+from qwen35.errors import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -46,7 +46,7 @@ class HFFolder:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The folder's config.json."""
-        return read_json(self.folder / "config.json")
+        return read_object(self.folder / "config.json", CheckpointError)
 
     @property
     def is_tied(self) -> bool:
@@ -115,6 +115,8 @@ def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
                 found.missing.append(place.name)
             elif folder.specs[place.name].shape != place.disk_shape:
                 found.misshapen[place.name] = (folder.specs[place.name].shape, place.disk_shape)
+            elif not folder.specs[place.name].dtype.is_floating_point:
+                found.other.append(f"{place.name} is {folder.specs[place.name].dtype}, not floating point")
     found.surplus = [n for n in folder.specs if n not in used and not may_be_left(n, shapes)]
     return found
 
@@ -140,20 +142,8 @@ def equal(source: Source, one: str, other: str) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     outside = [f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f]

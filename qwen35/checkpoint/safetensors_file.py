@@ -68,14 +68,14 @@ def read_header(path: Path) -> Header:
             for name, f in fields.items()
             if name != "__metadata__"
         ]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: broken safetensors header") from None
     entries, end = {}, 0
     for name, code, shape, first, last in sorted(rows, key=lambda row: row[3]):
-        if code not in DTYPES:
+        if not isinstance(code, str) or code not in DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {code}, which is not supported")
         spec = TensorSpec(shape, DTYPES[code])
-        if first != end or last - first != spec.nbytes:
+        if first != end or last - first != spec.nbytes or min(shape, default=0) < 0:
             raise CheckpointError(f"{path}: broken safetensors header: {name} does not lie where it should")
         entries[name] = Entry(spec, 8 + length + first)
         end = last

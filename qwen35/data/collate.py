@@ -55,7 +55,9 @@ def check_agreement(settings: Settings, preparation: Preparation, spec: VisionSp
     token, last = tokenizer.last()
     vocab_size = _number(config.get("text_config") or {}, "vocab_size", where, last + 1)
     if last >= vocab_size:
-        raise SettingError(f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}")
+        raise SettingError(
+            f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
+        )
     vision = config["vision_config"]
     for name, there, ours in (
         ("merge_size", "spatial_merge_size", images.merge),

@@ -110,7 +110,9 @@ class ImageProcessor:
             _entry(config, key, path, _is_size, f"a whole number from 1 to {LARGEST}")
             for key in ("patch_size", "temporal_patch_size", "merge_size")
         )
-        mean, std = (_entry(config, key, path, _is_rgb, "a list of three numbers") for key in ("image_mean", "image_std"))
+        mean, std = (
+            _entry(config, key, path, _is_rgb, "a list of three numbers") for key in ("image_mean", "image_std")
+        )
         if not all(std):
             raise SettingError(f"{path}: image_std: {std} has a 0, and pixels are divided by it")
         scale = _entry({"rescale_factor": 1 / 255, **config}, "rescale_factor", path, _is_number, "a number")

@@ -128,7 +128,7 @@ def tokenised(
     limit: int | None = None,
     skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[tuple[Record, TokenisedSample]]:
-    """Of the first `limit` records of a file; `skip` is told of each that cannot be used, None: the first raises RecordError."""
+    """Of the first `limit` records of a file; `skip`: as for `read_records`."""
     folder = ImageFolder(preparation.basic.dataset_dir)
     for record in read_records(file, preparation.attr, folder, limit, skip=skip):
         try:

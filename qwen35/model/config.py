@@ -134,10 +134,17 @@ def _check(config: ModelConfig, is_moe: bool) -> None:
         if not getattr(t, name):
             raise ConfigError(f"text_config lacks {name}")
     if t.num_experts and not is_moe:
-        raise ConfigError(f"model_type is qwen3_5, which has no experts, but text_config.num_experts is {t.num_experts}")
+        raise ConfigError(
+            f"model_type is qwen3_5, which has no experts, but text_config.num_experts is {t.num_experts}"
+        )
     for name, total, of, part in (
         ("text_config.num_attention_heads", t.num_attention_heads, "num_key_value_heads", t.num_key_value_heads),
-        ("text_config.linear_num_value_heads", t.linear_num_value_heads, "linear_num_key_heads", t.linear_num_key_heads),
+        (
+            "text_config.linear_num_value_heads",
+            t.linear_num_value_heads,
+            "linear_num_key_heads",
+            t.linear_num_key_heads,
+        ),
         ("vision_config.hidden_size", v.hidden_size, "4 x num_heads", 4 * v.num_heads),  # rope halves a head twice
     ):
         if total % part:

@@ -35,7 +35,10 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
-    flat = _flatten(tree, str(path))
+    try:
+        flat = _flatten(tree, str(path))
+    except RecursionError:
+        raise SettingError(f"{path}: a section that holds itself") from None
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -125,20 +125,19 @@ def load_checkpoint(
         step=facts.get("step"),
         world_size=facts.get("world_size", 1),
         has_optimizer=bool(states.specs),
-        extra=decode(read_object(checkpoint / EXTRA, CheckpointError)) if (checkpoint / EXTRA).is_file() else {},
-        rank_extra=decode(read_object(own, CheckpointError))
-        if own.is_file() and facts.get("world_size") == world_size
-        else None,
+        extra=_read_extra(checkpoint / EXTRA) or {},
+        rank_extra=_read_extra(checkpoint / own) if facts.get("world_size") == world_size else None,
     )
 
 
 def _read_extra(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    content = read_object(path, CheckpointError)
     try:
-        return decode(read_object(path, CheckpointError))
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:  # of tensors that are not there in full
-        raise CheckpointError(str(error) if isinstance(error, CheckpointError) else f"{path}: is damaged") from None
+        return decode(content)
+    except (KeyError, TypeError, RuntimeError, ValueError):  # of a tensor that is not there in full
+        raise CheckpointError(f"{path}: is damaged") from None
 
 
 def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:

@@ -35,6 +35,8 @@ class HFFolder:
             for name, entry in header.entries.items():
                 if name in self.file_of:
                     wrong.other.append(f"{name} is in both {self.file_of[name]} and {file}")
+                if not entry.spec.dtype.is_floating_point:
+                    wrong.other.append(f"{name} is {entry.spec.dtype}, not floating point")
                 self.file_of[name], self.specs[name] = file, entry.spec
         if weight_map is not None:
             wrong.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
@@ -115,8 +117,6 @@ def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
                 found.missing.append(place.name)
             elif folder.specs[place.name].shape != place.disk_shape:
                 found.misshapen[place.name] = (folder.specs[place.name].shape, place.disk_shape)
-            elif not folder.specs[place.name].dtype.is_floating_point:
-                found.other.append(f"{place.name} is {folder.specs[place.name].dtype}, not floating point")
     found.surplus = [n for n in folder.specs if n not in used and not may_be_left(n, shapes)]
     return found
 

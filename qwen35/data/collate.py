@@ -15,7 +15,7 @@ from qwen35.data.formats import Record
 from qwen35.data.images import CHANNELS, ImageError
 from qwen35.data.positions import position_ids
 from qwen35.data.samples import Preparation
-from qwen35.data.template import prompt_pieces
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, prompt_pieces
 from qwen35.errors import SettingError
 from qwen35.settings import Settings
 
@@ -47,11 +47,12 @@ def check_agreement(settings: Settings, preparation: Preparation, spec: VisionSp
     folder, other = settings.model.model_name_or_path, settings.tokenizer_dir
     tokenizer, images = preparation.tokenizer, preparation.images
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
-    if tokenizer.image_id != spec.image_token_id:
-        raise SettingError(
-            f"<|image_pad|> is token {tokenizer.image_id} in {other}/tokenizer.json, but image_token_id is "
-            f"{spec.image_token_id} in {where}"
-        )
+    for token, ours, name, theirs in (
+        (IMAGE_PAD, tokenizer.image_id, "image_token_id", spec.image_token_id),
+        (VIDEO_PAD, tokenizer.video_id, "video_token_id", spec.video_token_id),
+    ):
+        if ours not in (None, theirs):
+            raise SettingError(f"{token} is token {ours} in {other}/tokenizer.json, but {name} is {theirs} in {where}")
     token, last = tokenizer.last()
     vocab_size = _number(config.get("text_config") or {}, "vocab_size", where, last + 1)
     if last >= vocab_size:

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from qwen35.data.files import read_config
-from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VISION_END, VISION_START, Piece
+from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
 
@@ -36,6 +36,7 @@ class ChatTokenizer:
             raise SettingError(f"{folder}/tokenizer_config.json: pad_token: {str(pad)[:80]} is not a token")
         self.pad_id = self._id(name)
         self.image_id = self._control[IMAGE_PAD]
+        self.video_id: int | None = self._tokenizer.token_to_id(VIDEO_PAD)
         self.im_end_id = self._control[IM_END]
 
     def _id(self, token: str) -> int:

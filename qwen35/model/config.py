@@ -93,7 +93,7 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
     if kind not in MODEL_TYPES:
         raise ConfigError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
     text, vision = dict(_section(config, "text_config")), _section(config, "vision_config")
-    rope = _section(text, "rope_parameters") if text.get("rope_parameters") is not None else {}
+    rope = _section(text, "rope_parameters", "text_config.") if text.get("rope_parameters") is not None else {}
     for name, value, only in (
         ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("text_config.attention_bias", text.get("attention_bias", False), False),
@@ -108,7 +108,7 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
     text |= {
         "layer_types": _layer_types(text),
         "rope_theta": rope.get("rope_theta", 1e7),
-        "rotary_dim": int(_size(text, "head_dim") * _number(rope, "partial_rotary_factor", 0.25)),
+        "rotary_dim": int(_size(text, "head_dim", "text_config.") * _number(rope, "partial_rotary_factor", 0.25)),
         "mrope_section": _sections(rope.get("mrope_section", [11, 11, 10])),
         "initializer_range": text.get("initializer_range", 0.02),
     }
@@ -171,12 +171,12 @@ def _check(config: ModelConfig, is_moe: bool) -> None:
         raise ConfigError(f"image_token_id and video_token_id are both {config.image_token_id}")
 
 
-def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(values: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
     value = values.get(name)
     if value is None:
         raise ConfigError(f"lacks {name}")
     if not isinstance(value, dict):
-        raise ConfigError(f"{name} is {value!r}, not an object")
+        raise ConfigError(f"{where}{name} is {value!r}, not an object")
     return value
 
 

@@ -43,9 +43,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
     try:
         weights = resolve_load(folder)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; and {folder}/tokenizer.json is not there, so that it is no Hugging Face folder either"
-        ) from None
+        raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
     recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
     run = load_settings(recipe) if recipe.is_file() else None
     trained = run.data.dataset_param if run else None

@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install convert export data show finetune evaluate test lint clean
+.PHONY: help install convert export data show finetune generate evaluate test lint clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
@@ -12,6 +12,7 @@ export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
 data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT ARGS]
 show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
 finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT DRY_RUN=1]
+generate: ## a model's answer about images and text  [MODEL IMAGE PROMPT HF ARGS]
 evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 test:     ## all tests, on a CPU  [ARGS]
 lint:     ## ruff, mypy, shellcheck
@@ -23,7 +24,7 @@ help:
 install:
 	@bash scripts/install.sh
 
-convert export data show finetune evaluate test lint: .venv/.installed
+convert export data show finetune generate evaluate test lint: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -17,7 +17,6 @@ from qwen35.data.positions import position_ids
 from qwen35.data.samples import Preparation
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, prompt_pieces
 from qwen35.errors import SettingError
-from qwen35.settings import Settings
 
 
 def vision_spec(folder: str | Path) -> VisionSpec:
@@ -42,9 +41,8 @@ def _number(values: dict[str, Any], name: str, where: str, default: int | None =
     return value
 
 
-def check_agreement(settings: Settings, preparation: Preparation, spec: VisionSpec) -> None:
-    """Tokenizer, processor and model must speak of the same tokens and patches. Raises SettingError."""
-    folder, other = settings.model.model_name_or_path, settings.tokenizer_dir
+def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
+    """The model in `folder` and the tokenizer and processor in `other` speak of the same, or SettingError."""
     tokenizer, images = preparation.tokenizer, preparation.images
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
     for token, ours, name, theirs in (

@@ -35,7 +35,7 @@ class MicroBatches:
         spec = vision_spec(settings.model.model_name_or_path)
         check_patch_bucket(loader.patch_bucket, spec)
         preparation = Preparation.of(settings)
-        check_agreement(settings, preparation, spec)
+        check_agreement(settings.model.model_name_or_path, settings.tokenizer_dir, preparation, spec)
         self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
         self.cutoff_len = basic.cutoff_len
         self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)

@@ -20,7 +20,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     """The first samples, one text each. Raises SettingError, RecordError."""
     preparation = Preparation.of(settings)
     basic = preparation.basic
-    check_agreement(settings, preparation, vision_spec(settings.model.model_name_or_path))
+    folder = settings.model.model_name_or_path
+    check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
     marks = COLOUR if colour else BRACKETS
     yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
     left_out: list[RecordError] = []

@@ -183,7 +183,7 @@ def record_failure(error: BaseException, expected: bool) -> bool:
         return False
     reason = {
         "message": one_line(error) if expected else str(error),
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": "" if expected else "".join(traceback.format_exception(error)),
         "time": time.time(),
         "rank": os.environ.get("RANK"),
         "expected": expected,

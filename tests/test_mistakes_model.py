@@ -36,6 +36,7 @@ INDEX, FIRST, SECOND = (
     "hf/model.safetensors-00001-of-00004.safetensors",
     "hf/model.safetensors-00002-of-00004.safetensors",
 )
+ASK = ("generate", "--model", "hf", "--prompt", "What?")
 DATA, MARKER, PICKLE = (f"dcp/release/{name}" for name in ("__0_0.distcp", "complete.json", ".metadata"))
 
 

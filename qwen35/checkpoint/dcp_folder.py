@@ -48,6 +48,9 @@ def read_marker(checkpoint: Path) -> Mapping[str, Any]:
     sizes = content.get("files")
     if not isinstance(sizes, dict) or ".metadata" not in sizes:
         raise CheckpointError(f"{checkpoint / MARKER}: does not say which files there are")
+    for name, default in (("step", None), ("world_size", 1)):
+        if type(content.get(name, default)) not in (int, type(default)):
+            raise CheckpointError(f"{checkpoint / MARKER}: {name}: {str(content[name])[:80]} is not a whole number")
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

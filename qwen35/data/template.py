@@ -90,7 +90,7 @@ def thinks_by_default(folder: str | Path) -> bool:
     folder = Path(folder)
     own = folder / "chat_template.jinja"
     if own.is_file():
-        text = own.read_text(encoding="utf-8")
+        text = own.read_text(encoding="utf-8", errors="replace")
     else:
         text = str(read_config(folder, "tokenizer_config.json").get("chat_template"))
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):

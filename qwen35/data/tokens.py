@@ -32,7 +32,7 @@ class ChatTokenizer:
         self._control = {token: self._id(token) for token in (IM_START, IM_END, VISION_START, IMAGE_PAD, VISION_END)}
         pad = read_config(folder, "tokenizer_config.json").get("pad_token") or "<|endoftext|>"
         name = pad.get("content") if isinstance(pad, dict) else pad
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.isprintable():
             raise SettingError(f"{folder}/tokenizer_config.json: pad_token: {str(pad)[:80]} is not a token")
         self.pad_id = self._id(name)
         self.image_id = self._control[IMAGE_PAD]

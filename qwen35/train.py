@@ -25,7 +25,7 @@ from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import loss_scale, make_mesh, reduce_held_out, shard
+from qwen35.parallel import make_mesh, reduce_held_out, shard
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
@@ -131,7 +131,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     for batch, weight in zip(batches, weights, strict=True):
         batch = batch.to(device)
         loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
-        ((loss + loss_cfg.router_aux_loss_coef * share * aux) * loss_scale()).backward()
+        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses += torch.stack([loss.detach(), aux.detach() * share])
 
     reduce_held_out(run.model)

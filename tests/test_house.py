@@ -1,6 +1,7 @@
 """The rules of the house, checked: who may say device words, who may import whom, how long a file may be."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,11 @@ def test_recipes_are_short_and_valid():
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe
         load_settings(recipe)
+
+
+def test_torch_is_asked_in_one_place():
+    """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
+    for path in FILES:
+        text = path.read_text()
+        if re.search(r"hasattr\((torch|F|dist|dcp|FSDPModule)\b|torch\.__version__\s*[<>=!]", text):
+            assert str(path.relative_to(ROOT)) in ("kernels/features.py", "qwen35/device.py"), path

@@ -32,6 +32,8 @@ ASCEND_RT_VISIBLE_DEVICES    like ^[0-9]+(,[0-9]+)*$ NPU numbers with commas bet
 CPU_AFFINITY_CONF            like ^[0-2](,(npu[0-9]+:[0-9]+-[0-9]+|npu_affine:[01]))*$ 0, 1 or 2, and perhaps ranges of cores, 1,npu0:0-1,npu1:2-5
 GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
+TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
+TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
 HCCL_IF_IP                   like ^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:.%a-z]*)$ an IPv4 or IPv6 address
 MASTER_ADDR                  like ^[A-Za-z0-9_.:%-]+$ a host name or an address
 NODE_ADDR                    like ^[A-Za-z0-9_.:%-]+$ a host name or an address

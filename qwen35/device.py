@@ -18,6 +18,12 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_count() -> int:
+    """How many devices of its kind this process sees; the CPU is one."""
+    kind = device_type()
+    return 1 if kind == "cpu" else getattr(torch, kind).device_count()
+
+
 def init_process(timeout_seconds: int = 1800) -> torch.device:
     """Join the processes that the launcher started (or be alone) and take this rank's device."""
     kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))

@@ -60,6 +60,12 @@ check_env() {
     check_nodes
 }
 
+wrong_values() ( # each wrong value as a line, for who wants to know them all
+    # shellcheck disable=SC2329 # check_env calls it
+    die() { echo "$*"; }
+    check_env
+)
+
 check_int() {
     local low=${3% *} high=${3#* }
     # 15 digits at most, so that no comparison overflows
@@ -82,13 +88,14 @@ check_alloc_conf() {
 }
 
 check_nodes() { # the values that depend on each other
-    local nodes=${NODES:-1} name
+    local nodes=${NODES:-1} rank=${NODE_RANK:-0} name
+    if [[ ! $nodes =~ ^[0-9]+$ || ! $rank =~ ^[0-9]+$ ]]; then return; fi # wrong by themselves
     if ((nodes > 1)); then
         for name in MASTER_ADDR NODE_RANK; do
             [[ -n ${!name:-} ]] || die "$name is not set, and NODES=$nodes needs it: the same MASTER_ADDR on every machine, NODE_RANK 0 to $((nodes - 1))"
         done
     fi
-    ((${NODE_RANK:-0} < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
+    ((rank < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
 }
 
 wrong() { # NAME VALUE ALLOWED

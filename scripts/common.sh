@@ -80,14 +80,18 @@ need_venv() {
     [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
 }
 
-ready() { # what every script that runs Python does first
-    source scripts/check_env.sh
-    check_env
-    load_cann
+device_env() { # what a run's environment owes to the device
     if [[ $(device) == npu ]]; then
         unset MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
     else # even where torch would find an accelerator
         export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" TORCH_DEVICE_BACKEND_AUTOLOAD=0
     fi
+}
+
+ready() { # what every script that runs Python does first
+    source scripts/check_env.sh
+    check_env
+    load_cann
+    device_env
     [[ $DRY_RUN == 1 ]] || need_venv
 }

@@ -1,0 +1,131 @@
+"""The recipe, and what it names: model folder, weights, records, kernels, and the room that they need."""
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen35.doctor.host import disk, shared_memory
+from qwen35.doctor.machine import Finding, Machine, note, ok, wrong
+
+if TYPE_CHECKING:
+    from qwen35.data.samples import Preparation
+    from qwen35.model import ModelConfig
+    from qwen35.settings import Settings
+
+RECORDS = 20  # that are looked at, of each file
+BATCHES = 3  # of a loader's worker on the way: two made ahead, one in use
+TINY = "configs/tiny.yaml"
+WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5"
+
+
+def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
+    from qwen35.config import SettingError, load_settings
+    from qwen35.data.samples import Preparation
+
+    try:
+        settings = load_settings(config, overrides)
+    except SettingError as error:
+        return [wrong("recipe", str(error), "CONFIG names it, ARGS are settings over it")]
+    findings = [ok("recipe", config), *_parallel(m, settings), *_kernels(m, settings)]
+    folder = Path(settings.model.model_name_or_path)
+    if not folder.exists() and Path(config).absolute() == (m.root / TINY).absolute():
+        return [*findings, note("model", f"{folder} is not there yet", "make finetune makes it, and the digits")]
+    try:
+        preparation = Preparation.of(settings)
+    except (SettingError, OSError) as error:
+        return [*findings, wrong("model", str(error), WHOLE_FOLDER)]
+    return [*findings, *_model(m, settings, preparation), *_records(preparation), *_weights(settings)]
+
+
+def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
+    nodes, here, shards = m.number("NODES", 1), m.processes(), settings.parallel.fully_shard_parallel_size or 1
+    if nodes * here % shards:
+        fact = f"parallel.fully_shard_parallel_size {shards} does not divide {nodes} x {here} processes"
+        return [wrong("recipe", fact, "set another, or NODES and NPUS_PER_NODE")]
+    return []
+
+
+def _kernels(m: Machine, settings: "Settings") -> list[Finding]:
+    import kernels
+    from qwen35.device import HOST
+
+    try:
+        kernels.select(m.accelerator or HOST.type, settings.model.kernels)
+    except kernels.KernelError as error:
+        return [wrong("kernels", str(error), "see python -m kernels")]
+    return []
+
+
+def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list[Finding]:
+    """Config, tokenizer and images agree; what is frozen is there; a checkpoint and the loaders have room."""
+    import torch
+
+    from qwen35.config import SettingError
+    from qwen35.data.collate import check_agreement, check_patch_bucket
+    from qwen35.model import ConfigError, Qwen35, load_config
+    from qwen35.trainable import freeze
+
+    folder = settings.model.model_name_or_path
+    try:
+        config = load_config(folder)
+        with torch.device("meta"):
+            model = Qwen35(config)
+        freeze(model, settings.model.freeze)
+        check_agreement(settings, preparation, config.vision_spec)
+        check_patch_bucket(settings.data.dataloader_param.patch_bucket, config.vision_spec)
+    except (ConfigError, SettingError, OSError) as error:
+        return [wrong("model", str(error), WHOLE_FOLDER)]
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    parameters, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+    fact = f"{folder}: {parameters:,} parameters, {trained:,} trained"
+    least, most = _loader_bytes(settings, config, m.processes())
+    return [
+        ok("model", fact),
+        *disk("disk", Path(settings.training.save), 4 * parameters + 8 * trained, "a checkpoint"),
+        *(shared_memory(m, least, most) if most else []),
+    ]
+
+
+def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -> tuple[int, int]:
+    """Of batches on the way from the loaders: with the dummy image alone, and with nothing but images."""
+    v, loader = config.vision, settings.data.dataloader_param
+    patch = v.in_channels * v.temporal_patch_size * v.patch_size**2 * 4  # fp32
+    tokens = settings.data.dataset_param.basic_parameters.cutoff_len * settings.training.micro_batch_size
+    batches = processes * loader.num_workers * BATCHES
+    return batches * loader.patch_bucket * patch, batches * tokens * v.spatial_merge_size**2 * patch
+
+
+def _records(preparation: "Preparation") -> list[Finding]:
+    from qwen35.config import SettingError
+    from qwen35.data import RecordError
+    from qwen35.data.formats import ImageFolder, dataset_files, read_records
+
+    basic = preparation.basic
+    try:
+        files = dataset_files(basic.dataset)
+        for file in files:
+            for record in islice(read_records(file, preparation.attr, ImageFolder(basic.dataset_dir)), RECORDS):
+                preparation.tokenise(record)
+    except SettingError as error:
+        return [wrong("data", str(error), "data.dataset_param.basic_parameters.dataset names the files")]
+    except (RecordError, OSError) as error:
+        return [wrong("data", str(error), "mend the record; make show prints samples as they are trained")]
+    return [ok("data", f"{', '.join(map(str, files))}: the first {RECORDS} records can be used")]
+
+
+def _weights(settings: "Settings") -> list[Finding]:
+    from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load
+    from qwen35.checkpoint.errors import CheckpointError
+    from qwen35.checkpoint.hf_folder import HFFolder
+
+    t = settings.training
+    try:
+        if newest := newest_checkpoint(Path(t.save)):
+            return [ok("weights", f"goes on from {newest}")]
+        if t.load:
+            return [ok("weights", f"from {resolve_load(Path(t.load))}")]
+        if t.init_from_hf_path:
+            return [ok("weights", f"from {HFFolder(t.init_from_hf_path).folder}")]
+    except (CheckpointError, OSError) as error:
+        return [wrong("weights", str(error), "make convert makes what training.load names")]
+    return [wrong("weights", "nothing says where they come from", "training.load or training.init_from_hf_path")]

@@ -223,14 +223,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qwen35.config", description="Print the resolved settings.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument("--get", metavar="NAME", help="print one setting alone, e.g. training.save")
+    parser.add_argument(
+        "--get", metavar="NAME", nargs="+", help="print these settings alone, a line each: training.save"
+    )
     args = parser.parse_args()
     try:
         settings = load_settings(args.config, args.overrides)
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(_flatten(_plain(settings))[args.get] if args.get else to_yaml(settings), end="\n" if args.get else "")
+    if args.get:
+        flat = _flatten(_plain(settings))
+        print(*(flat[name] for name in args.get), sep="\n")
+    else:
+        print(to_yaml(settings), end="")
     return 0
 
 

@@ -50,6 +50,15 @@ def peak_memory(device: torch.device) -> int:
     return getattr(torch, device.type).max_memory_allocated(device)
 
 
+def device_rng_state(device: torch.device) -> torch.Tensor | None:
+    """The state of the device's own generator; the CPU's is the host's."""
+    return None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+
+
+def set_device_rng_state(state: torch.Tensor, device: torch.device) -> None:
+    getattr(torch, device.type).set_rng_state(state, device)
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads a process)"

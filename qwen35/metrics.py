@@ -5,6 +5,7 @@ Values stay on the device between log intervals; one flush brings the whole inte
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -70,13 +71,14 @@ class Metrics:
     def record(self, record: StepRecord) -> None:
         self.pending.append(record)
 
-    def flush(self, patience: int) -> None:
-        """One all-reduce and one copy for the whole interval. Raises RunError where the run has stopped making sense."""
-        if not self.pending:
-            return
+    def flush(self, patience: int, stop: bool = False) -> bool:
+        """One all-reduce and one copy for the whole interval. Raises RunError where the run has stopped making sense.
+
+        stop: whether this rank has been asked to stop. Returns whether any has: here the ranks meet, so all stop alike.
+        """
         records, self.pending = self.pending, []
-        mine = torch.tensor([r.flops for r in records], device=self.device)
-        sums = torch.cat([torch.stack([r.sums for r in records]), mine[:, None]], dim=1)  # [steps, 6]
+        mine = torch.tensor([[r.flops, float(stop)] for r in records], device=self.device)
+        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, 7]
         dist.all_reduce(sums)
         values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
         step_time = (time.perf_counter() - self.last_flush) / len(records)
@@ -85,13 +87,16 @@ class Metrics:
         if self.is_writer:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that comes after it must find it there, whatever happens
             self._show(lines)
         for line, row in zip(lines, values, strict=True):
-            self._check(line, row[len(SUMS) + 1 :], patience)
+            self._check(line, row[len(SUMS) + 2 :], patience)
+        return values[-1][len(SUMS) + 1] > 0
 
     def _line(self, record: StepRecord, row: list[float], step_time: float) -> dict[str, Any]:
         totals = dict(zip(SUMS, row, strict=False))
-        flops, squares = row[len(SUMS)], row[len(SUMS) + 1 :]
+        flops, squares = row[len(SUMS)], row[len(SUMS) + 2 :]
         line = {
             "step": record.step,
             "loss": totals["loss"],

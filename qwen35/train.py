@@ -4,18 +4,24 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
+from qwen35.checkpoint.dcp import Loaded, load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
+from qwen35.checkpoint.dcp_folder import ITERATION
+from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.folders import sweep, write_atomic
 from qwen35.checkpoint.hf import load_hf
+from qwen35.checkpoint.lock import holding
 from qwen35.config import SettingError, difference, load_settings, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.device import describe, init_process
@@ -26,9 +32,12 @@ from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.processes import stop_request
+from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
+DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError, OSError)
 
@@ -42,6 +51,9 @@ class Run:
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
+    position: dict[
+        str, Any
+    ]  # what a resume must have in common with the checkpoint for the data to go on where it stopped
 
 
 def report(text: str) -> None:
@@ -49,11 +61,11 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
-def setup(settings: Settings) -> Run:
+def setup(settings: Settings, device: torch.device) -> Run:
     """Build, freeze, shard and load the model; find out where to start; open the data there."""
     t, m = settings.training, settings.model
-    device, rank, world = init_process(), dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(t.seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    seed_all(t.seed)
     config = load_config(m.model_name_or_path)
     mesh = make_mesh(device.type, settings.parallel.fully_shard_parallel_size)
     chosen = kernels.select(device.type, m.kernels)
@@ -69,38 +81,59 @@ def setup(settings: Settings) -> Run:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     model.model.language_model.recompute = settings.parallel.recompute
     optimizer = make_optimizer(model, t)
-    step, origin = load_weights(model, optimizer, settings)
+    loaded = load_weights(model, optimizer, settings)
+    step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches = MicroBatches(settings, rank, world, start_step=step)
+    position = {"bins_a_step": bins_a_step(settings), "data": micro_batches.fingerprint}
+    if loaded and step:
+        check_position(loaded, position, settings)
+        if loaded.rank_extra:
+            restore_rng(loaded.rank_extra, device)
     sharing, recompute = mesh["shard"].size(), "on" if settings.parallel.recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
-    report(f"weights from {origin}\n{micro_batches.report()}")
+    report(f"weights from {loaded.path if loaded else t.init_from_hf_path}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, mesh["shard"].get_group())
-    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step)
+    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
 
 
-def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> tuple[int, str]:
-    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path` -> (steps done, where from)."""
+def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> Loaded | None:
+    """The newest whole checkpoint in `save`, else `load`, else (then None is returned) `init_from_hf_path`."""
     t = settings.training
     newest = newest_checkpoint(Path(t.save))
     if newest or t.load:
-        loaded = load_checkpoint(newest or resolve_load(Path(t.load or "")), model, optimizer)
-        saved, bins = loaded.extra.get("bins_a_step"), bins_a_step(settings)
-        if loaded.step and saved != bins:  # converted weights have no step
-            raise SettingError(
-                f"{loaded.path} was trained with {saved} bins a step (micro_batch_size x gradient_accumulation_steps x"
-                f" processes), these settings make {bins}: the data cannot go on where it stopped. Keep the product"
-            )
-        return loaded.step or 0, str(loaded.path)
+        return load_checkpoint(newest or resolve_load(Path(t.load or "")), model, optimizer)
     if t.init_from_hf_path:
         load_hf(model, t.init_from_hf_path)
-        return 0, t.init_from_hf_path
+        return None
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+    """Raises SettingError where the data could not go on as if the run had never stopped."""
+    before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
+    if before != now:
+        raise SettingError(
+            f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
+            f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
+        )
+    if loaded.extra.get("data") != position["data"]:
+        recipe = loaded.path.parent / "config.yaml"
+        changed = (
+            [c for c in difference(load_settings(recipe), settings) if c.startswith(DATA_ORDER)]
+            if recipe.is_file()
+            else []
+        )
+        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were"
+        raise SettingError(
+            f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
+            " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
+        )
 
 
 def bins_a_step(settings: Settings) -> int:
@@ -165,38 +198,67 @@ def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int,
 
 
 def train(settings: Settings) -> None:
-    run = setup(settings)
-    t, folder = settings.training, Path(settings.training.save)
-    changed = difference(load_settings(folder / "config.yaml"), settings) if run.step and folder.is_dir() else []
-    if run.step >= t.train_iters:
-        if changed:
-            raise SettingError(
-                f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
-            )
-        report(f"{folder} has done its {run.step} steps: nothing left to train")
-        return
-    if changed:
-        report(f"settings changed since the checkpoint: {'; '.join(changed)}")
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    dist.barrier()
-    metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
-    while run.step < t.train_iters:
-        start = time.perf_counter()
-        batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
-        metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
-        last = run.step == t.train_iters
-        save = last or bool(t.save_interval and run.step % t.save_interval == 0)
-        if save or run.step % t.log_interval == 0:
-            metrics.flush(t.zero_grad_patience)
-        if save:
-            save_checkpoint(folder, run.step, run.model, run.optimizer, {"bins_a_step": bins_a_step(settings)})
+    device, folder = init_process(), Path(settings.training.save)
+    with ExitStack() as until_done:
+
+        def hold() -> None:
             if dist.get_rank() == 0:
-                draw_loss(folder)
-            metrics.restart_clock()  # the next interval's steps did not save
-    metrics.close()
-    report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
+                warning = until_done.enter_context(holding(folder))
+                for line in [*([warning] if warning else []), *sweep(folder, ITERATION)]:
+                    report(line)
+
+        together(hold, None, f"{folder} cannot be used")
+        run = setup(settings, device)
+        if not is_finished(run, folder):
+            loop(run, folder)
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
+    settings, t = run.settings, run.settings.training
+    changed = (
+        difference(load_settings(folder / "config.yaml"), settings)
+        if run.step and (folder / "config.yaml").is_file()
+        else []
+    )
+    if run.step < t.train_iters:
+        if changed:
+            report(f"settings changed since the checkpoint: {'; '.join(changed)}")
+        return False
+    if changed:
+        raise SettingError(
+            f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
+        )
+    report(f"{folder} has done its {run.step} steps: nothing left to train")
+    return True
+
+
+def loop(run: Run, folder: Path) -> None:
+    """Train to the end, or until a signal asks to stop: then save at the next log step, where all ranks learn of it."""
+    t = run.settings.training
+    with stop_request() as stop:
+        if dist.get_rank() == 0:
+            write_atomic(folder / "config.yaml", to_yaml(run.settings))
+        dist.barrier()
+        metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
+        is_stopping = False
+        while run.step < t.train_iters and not is_stopping:
+            start = time.perf_counter()
+            batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
+            metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
+            is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
+            if is_due or run.step % t.log_interval == 0:
+                is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
+            if is_due or is_stopping:
+                save_checkpoint(folder, run.step, run.model, run.optimizer, run.position, rng_states(run.device))
+                if dist.get_rank() == 0:
+                    draw_loss(folder)
+                metrics.restart_clock()  # the next interval's steps did not save
+        metrics.close()
+    if is_stopping and run.step < t.train_iters:
+        report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
+    else:
+        report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -82,7 +84,15 @@ TARGETS = "help install doctor convert export data show finetune evaluate test t
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 env >env_of_child
-[[ $1 != -c ]] || echo runs/tiny
+[[ $* != *--get* ]] || printf 'runs/tiny\\n300\\n'
+if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
+    mkdir -p runs/tiny
+    echo "${STEPS_DONE:-300}" >runs/tiny/latest_checkpointed_iteration.txt
+    if [[ -n ${HANGS:-} ]]; then
+        trap 'echo asked >>calls; exit 0' TERM
+        while :; do sleep 0.05; done
+    fi
+fi
 """
 
 
@@ -164,14 +174,6 @@ def test_several_nodes_need_their_places(run: Run, variables: dict[str, str], na
     assert result.returncode != 0
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert named in line
-
-
-def test_a_taken_port_is_named(run: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        result = run("bash", "scripts/finetune.sh", MASTER_PORT=str(port))
-    assert result.returncode == 2
-    assert f"MASTER_PORT={port}" in result.stderr
 
 
 # -- the defaults ------------------------------------------------------------------------------------------------------
@@ -271,12 +273,35 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     result = run("make", "finetune", "ARGS=training.lr=1")
     assert result.returncode == 0, result.stderr
     save, tiny, convert, train, export, evaluate = calls(project)
-    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save"
+    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save training.train_iters"
     assert tiny == "-m qwen35.tiny"
     assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
     assert train.startswith("-m qwen35.launch --nnodes 1") and train.endswith(" configs/tiny.yaml training.lr=1")
     assert export.endswith("--dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf")
     assert evaluate.startswith("-m qwen35.evaluate --model runs/tiny/hf --data data/digits/heldout.json --recipe ")
+
+
+def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -> None:
+    result = run("make", "finetune", STEPS_DONE="120")
+    assert result.returncode == 0, result.stderr
+    assert calls(project)[-1].startswith("-m qwen35.launch")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
+    env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
+    walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while not (project / "runs/tiny/latest_checkpointed_iteration.txt").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)  # for the program's own trap
+    walk.send_signal(number)
+    _, err = walk.communicate(timeout=30)
+    assert (walk.returncode, err) == (code, "")
+    *_, train, asked = calls(project)
+    assert train.startswith("-m qwen35.launch")
+    assert asked == "asked"
 
 
 @pytest.mark.parametrize(

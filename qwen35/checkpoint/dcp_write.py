@@ -50,9 +50,9 @@ def write_checkpoint(
     checkpoint = folder / checkpoint_name(step)
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     temporary = checkpoint.with_name(checkpoint.name + ".tmp")
-    _together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
+    together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
     try:
-        _together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
+        together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
         metadata = _dcp_save(dict(state), temporary, planner, group)
 
         def finish() -> None:
@@ -62,7 +62,7 @@ def write_checkpoint(
                 folders.commit(temporary, checkpoint, MARKER, content)
                 write_latest(folder, step)
 
-        _together(finish, group, f"{checkpoint} cannot be written")
+        together(finish, group, f"{checkpoint} cannot be written")
     except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -159,8 +159,8 @@ def _check_all_written(metadata: Metadata, folder: Path) -> None:
                 raise CheckpointError(f"{folder}: a part of {name} was not written")
 
 
-def _together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
-    """Run an action on every rank; if any fails, all raise the same CheckpointError."""
+def together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
+    """Run an action on every rank; if any fails, all raise the same CheckpointError: none waits for one that is gone."""
     message: str | None = None
     cause: Exception | None = None
     try:

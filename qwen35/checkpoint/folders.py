@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,27 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     else:
         temporary.rename(folder)
     flush(folder.parent)
+
+
+def sweep(folder: Path, names: re.Pattern) -> list[str]:
+    """Tidy up what interrupted jobs left of folders of these names, inside one that is this job's alone.
+
+    What is half-written goes; a folder that was being replaced comes back. Returns a line for each.
+    """
+    told = []
+    for path in sorted(folder.iterdir()):
+        whole = path.with_suffix("")
+        if not names.fullmatch(whole.name):
+            continue
+        if path.suffix == ".tmp" and (path / INCOMPLETE).is_file():
+            shutil.rmtree(path)
+            told.append(f"removed {path}, which a stopped job had not finished")
+        elif path.suffix == ".old" and whole.exists():
+            shutil.rmtree(path)
+        elif path.suffix == ".old":
+            path.rename(whole)
+            told.append(f"{whole} is back: a job was stopped while it replaced it")
+    return told
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """All samples of a run: tokens and lengths known from the start, pixels decoded when asked for."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,14 @@ class Dataset:
     @property
     def images(self) -> int:
         return sum(len(samples.images) for samples in self.files)
+
+    def fingerprint(self, more: str = "") -> str:
+        """Changes with any sample's tokens, with which of them are trained, and with `more`."""
+        digest = hashlib.blake2b(more.encode(), digest_size=16)
+        for samples in self.files:
+            for tensor in (samples.ids, samples.trained, samples.offsets):
+                digest.update(tensor.numpy().data)
+        return digest.hexdigest()
 
     def _locate(self, index: int) -> tuple[FileSamples, int]:
         file = int(np.searchsorted(self._starts, index, side="right")) - 1

@@ -1,11 +1,11 @@
 """The endless stream of micro-batches of one rank, decoded ahead in worker processes."""
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from qwen35.data.dataset import Dataset
 from qwen35.data.formats import RecordError
 from qwen35.data.packing import BinStream
 from qwen35.data.samples import Preparation
+from qwen35.processes import die_with
 from qwen35.settings import Settings
 
 
@@ -39,6 +40,8 @@ class MicroBatches:
         self.cutoff_len = basic.cutoff_len
         self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)
         self.samples = len(self.dataset)
+        order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}"
+        self.fingerprint = self.dataset.fingerprint(order)  # the same where every bin of every epoch is the same
         self.tokens_per_epoch = int(self.dataset.lengths.sum())
         self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
         self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
@@ -65,7 +68,7 @@ class MicroBatches:
             sampler=self._order,
             num_workers=self._workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
             multiprocessing_context="fork" if self._workers else None,  # the tokens are shared, not copied
         )
@@ -110,11 +113,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _die_with_parent(_: int) -> None:
-    """Linux ends this process when its parent ends, kill -9 included."""
-    if sys.platform != "linux":
-        return  # the DataLoader's own watchdog looks every few seconds
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended in between
-        os._exit(1)
+def _start_worker(parent: int, _: int) -> None:
+    die_with(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how multiprocessing ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is for the parent to say

@@ -172,6 +172,16 @@ def test_converted_weights_that_are_not_there(m: Machine, settings: list[str]) -
     assert "nowhere: no such folder -> make convert" in wrong(recipe.recipe(m, RECIPE, from_dcp))
 
 
+def test_what_the_tiny_recipe_makes_itself_need_not_be_there(m: Machine, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    cpu, config = replace(m, accelerator=None), str(tmp_path / "configs/tiny.yaml")
+    note = only(recipe.recipe(cpu, config, []), "note")
+    assert "ckpt/hf_path/tiny, ckpt/mm_path/tiny, data/digits/train.json -> make finetune" in note
+    assert "nowhere" in wrong(recipe.recipe(cpu, config, ["model.model_name_or_path=nowhere"]))
+    mine = shutil.copy(config, tmp_path / "configs/mine.yaml")
+    assert "nowhere" in wrong(recipe.recipe(cpu, str(mine), ["model.model_name_or_path=nowhere"]))
+
+
 def test_loaders_need_room(m: Machine, settings: list[str]) -> None:
     """8 processes x 1 worker x 3 batches x 768 tokens x 4 patches x 1536 values of 4 bytes."""
     line = next(line for line in lines(recipe.recipe(m, RECIPE, settings)) if "/dev/shm" in line)

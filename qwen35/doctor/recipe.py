@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 RECORDS = 20  # that are looked at, of each file
 BATCHES = 3  # of a loader's worker on the way: two made ahead, one in use
 TINY = "configs/tiny.yaml"
+TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "data/digits/train.json")
 WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5"
 
 
@@ -27,9 +28,11 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     except SettingError as error:
         return [wrong("recipe", str(error), "CONFIG names it, ARGS are settings over it")]
     findings = [ok("recipe", config), *_parallel(m, settings), *_kernels(m, settings)]
-    folder = Path(settings.model.model_name_or_path)
-    if not folder.exists() and Path(config).absolute() == (m.root / TINY).absolute():
-        return [*findings, note("model", f"{folder} is not there yet", "make finetune makes it, and the digits")]
+    basic = settings.data.dataset_param.basic_parameters
+    named = {settings.model.model_name_or_path, settings.training.load, basic.dataset} - {None}
+    to_come = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
+    if to_come and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
+        return [*findings, note("recipe", f"not there yet: {', '.join(to_come)}", "make finetune makes that first")]
     try:
         preparation = Preparation.of(settings)
     except (SettingError, OSError) as error:

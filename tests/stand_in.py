@@ -83,6 +83,8 @@ def npu_machine(tmp_path: Path) -> Machine:
         if not line.startswith("#") and (not marker or Marker(marker).evaluate()):
             install(site, *pin.split("=="))
     install(site, "torch-npu", "2.7.1.post11", "torch==2.7.1", "numpy", "pyyaml")
+    install(site, "qwen35", "0.1.0")
+    write(site / "qwen35-0.1.0.dist-info/direct_url.json", json.dumps({"url": tmp_path.as_uri()}))
     write(tmp_path / ".venv/.installed", "npu-arm-3.10.13\n")
     write(tmp_path / "scripts/requirements/npu-arm.txt", LOCK.read_text())
     for name in ("davinci_manager", "devmm_svm", "hisi_hdc", *(f"davinci{i}" for i in range(8))):

@@ -44,6 +44,14 @@ def test_installations(m: Machine) -> None:
     assert "there is none yet -> make install" in wrong(software.installation(m))
 
 
+def test_an_installation_of_another_folder(m: Machine) -> None:
+    site = Path(m.site[0])
+    write(site / "qwen35-0.1.0.dist-info/direct_url.json", '{"url": "file:///other/folder"}')
+    assert "mm-convert is that of file:///other/folder -> make install" in only(software.ourselves(m), "note")
+    shutil.rmtree(site / "qwen35-0.1.0.dist-info")
+    assert "itself is not installed -> make install" in wrong(software.ourselves(m))
+
+
 @pytest.mark.parametrize(
     ("name", "version", "fits"),
     [

@@ -20,7 +20,7 @@ def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[
     findings += [*software.python(m), *software.installation(m)]
     is_installed = findings[-1].status != "wrong"
     if is_installed:
-        findings += [*software.versions(m), *software.imports(m)]
+        findings += [*software.ourselves(m), *software.versions(m), *software.imports(m)]
     can_import = is_installed and all(f.status != "wrong" for f in findings if f.subject == software.IMPORT)
     checks: list[Callable[[Machine], list[Finding]]] = [host.memory, host.open_files, host.port, host.addresses]
     for check in [*checks, host.interfaces, host.conversions, *([ascend] if m.accelerator else [])]:

@@ -61,6 +61,17 @@ def installation(m: Machine) -> list[Finding]:
     return [ok("installation", f"{pins} packages as {lock.name} pins them")]
 
 
+def ourselves(m: Machine) -> list[Finding]:
+    """`mm-convert` of .venv is this folder's."""
+    package = m.package("qwen35")
+    if package is None:
+        return [wrong("qwen35", "itself is not installed", INSTALL)]
+    url = json.loads(package.read_text("direct_url.json") or "{}").get("url", "elsewhere")
+    if url != m.root.resolve().as_uri():
+        return [note("qwen35", f"mm-convert is that of {url}", "make install makes it this folder's")]
+    return [ok("qwen35", "mm-convert is this folder's")]
+
+
 def versions(m: Machine) -> list[Finding]:
     findings = []
     for name, (low, high) in RANGES.items():

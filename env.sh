@@ -5,7 +5,8 @@
 
 # ── Models and data ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Hugging Face folder of the model: what `make convert` reads, and whose config and tokenizer `make export` copies.
+# Hugging Face folder of the model: what `make convert` reads, and whose config and tokenizer `make export` copies. Given on the
+# command line, or where no run says it, also those that `make generate` takes for a DCP checkpoint.
 : "${HF:=ckpt/hf_path/tiny}"
 # DCP folder. Given on the command line it stands for CONVERT_DCP in `make convert`, for EXPORT_DCP in `make export`.
 : "${DCP:=}"
@@ -24,9 +25,14 @@
 : "${LLAVA:=data/llava_instruct_150k.json}"
 : "${IMAGES:=data/COCO2017/train2017}"
 : "${DATA_OUT:=data/mllm_format_llava_instruct_data.json}"
-# What `make evaluate` asks (a Hugging Face folder), and the records with the right answers.
+# What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for EXPORT_DCP.
 : "${MODEL:=${OUT:-$EXPORT_OUT}}"
+# The records with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
+# What `make generate` asks. Default: text on standard input. `<image>` in it is where an image belongs.
+: "${PROMPT:=}"
+# Image files for `make generate`, with commas between them. Without an `<image>` in PROMPT they go before it. Default: none.
+: "${IMAGE:=}"
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -28,6 +28,7 @@ class ChunkLayout:
     index: Tensor  # [N, C] token of each place; T (one past the end) where a chunk is not full
     place: Tensor  # [T] the place n * C + c of each token
     steps: tuple[int, ...]  # sequences that have an i-th chunk; their sum is N
+    by_length: Tensor  # [S] the sequences by falling length: whose state each leading one is
 
 
 def chunk_layout(cu_seqlens: Tensor, size: int = CHUNK) -> ChunkLayout:
@@ -47,7 +48,7 @@ def chunk_layout(cu_seqlens: Tensor, size: int = CHUNK) -> ChunkLayout:
     index = torch.where(offset < lengths[sequence, None], starts[sequence, None] + offset, total)
     place = torch.empty(total + 1, dtype=torch.long)
     place[index.flatten()] = torch.arange(index.numel())
-    return ChunkLayout(index, place[:total], steps)
+    return ChunkLayout(index, place[:total], steps, by_length)
 
 
 def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -55,6 +56,22 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
     Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside.
     """
+    return _chunked(q, k, v, g, beta, cu_seqlens, None)
+
+
+def chunk_gated_delta_rule_and_state(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the state after each sequence's last token, [S, Hv, Dk, Dv] fp32; for generation, not differentiable."""
+    shape = len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2]
+    state = torch.zeros(shape, dtype=working_dtype(v), device=v.device)
+    return _chunked(q, k, v, g, beta, cu_seqlens, state), state
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, last_state: Tensor | None
+) -> Tensor:
+    """last_state [S, Hv, Dk, Dv], zeros: takes the states, if there is one."""
     if q.shape[0] == 0:
         return torch.zeros_like(v)
     layout = chunk_layout(cu_seqlens)
@@ -88,11 +105,14 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
     state = v.new_zeros(layout.steps[0], heads, group, k.shape[-1], v.shape[-1])
     outs, first = [], 0
-    for active in layout.steps:
+    by_length = layout.by_length.to(q.device, non_blocking=True)
+    for active, going_on in zip(layout.steps, (*layout.steps[1:], 0), strict=True):
         now, first = slice(first, first + active), first + active
         state = state[:active]
         value = new_v[now] - read_k[now] @ state
         outs.append(q_start[now] @ state + inside[now] @ value)
         state = state * whole[now] + k_end[now] @ value
+        if last_state is not None and going_on < active:
+            last_state[by_length[going_on:active]] = state[going_on:].detach().flatten(1, 2)
     out = torch.cat(outs).permute(0, 3, 1, 2, 4)  # [N, C, Hk, G, Dv]
     return out.flatten(2, 3).flatten(0, 1)[layout.place.to(q.device, non_blocking=True)].to(dtype)

@@ -24,8 +24,8 @@ def device_count() -> int:
     return 1 if kind == "cpu" else getattr(torch, kind).device_count()
 
 
-def init_process(timeout_seconds: int = 1800) -> torch.device:
-    """Join the processes that the launcher started (or be alone) and take this rank's device."""
+def take_device() -> torch.device:
+    """This rank's device, made ready to compute on."""
     kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
@@ -35,6 +35,12 @@ def init_process(timeout_seconds: int = 1800) -> torch.device:
         npu.set_compile_mode(jit_compile=False)  # compiled operators would be compiled anew for every shape
         npu.config.allow_internal_format = False  # private layouts cost a copy at every op that lacks them
         npu.matmul.allow_hf32 = npu.conv.allow_hf32 = False  # fp32 means fp32
+    return device
+
+
+def init_process(timeout_seconds: int = 1800) -> torch.device:
+    """Join the processes that the launcher started (or be alone) and take this rank's device."""
+    kind, device = device_type(), take_device()
     if "RANK" not in os.environ:  # without a launcher: one process, and no port
         store = dist.HashStore()
         dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)

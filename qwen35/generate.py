@@ -1,56 +1,101 @@
-"""Greedy generation for several prompts at once, all packed on one token axis."""
+"""Answers of a model about images and text: `python -m qwen35.generate --model DIR [--image FILE …] --prompt TEXT`.
 
-from collections.abc import Collection, Sequence
+The prompts run once, packed on one token axis; every step after that costs one token a sequence, whatever came before.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain
 
 import torch
+from torch import Tensor
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.data.files import read_config
+from qwen35.chat import USER_ERRORS, Source, add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.config import SettingError
+from qwen35.data import Record
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.formats import IMAGE_PLACEHOLDER, Turn
+from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.model import Qwen35
+from qwen35.model.cache import caching
+from qwen35.sampling import Sampling, draw
 
 
-@torch.no_grad()
 def greedy(
     model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int]
 ) -> list[list[int]]:
-    """The likeliest next token, again and again, until one of eos_ids (which is left out) or max_new_tokens.
+    """`generate`, the likeliest token each time."""
+    return generate(model, prompts, max_new_tokens, eos_ids, Sampling())
 
-    prompts: one sequence each, on the host, as `qwen35.data.collate.prompt_batch` makes them. Returns the new tokens of each.
-    Every step runs all that is unfinished anew, without a cache.
+
+def generate(
+    model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
+) -> list[list[int]]:
+    """The new tokens of each prompt, until one of eos_ids (which is left out) or max_new_tokens.
+
+    prompts: one sequence each, on the host, as `qwen35.data.collate.prompt_batch` makes them.
     """
-    spec, head = model.config.vision_spec, model.head_weight
-    texts = [_without_dummy(prompt, spec) for prompt in prompts]
-    unfinished = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        if not unfinished:
-            break
-        batch = pack([texts[i] for i in unfinished])
-        hidden = model(derive(batch, spec).to(head.device))
-        last = (batch.cu_seqlens[1:] - 1).to(head.device)  # [S]: the only rows whose logits are asked for
-        likeliest = (hidden[last] @ head.T).argmax(-1).tolist()
-        going_on = [(i, token) for i, token in zip(unfinished, likeliest, strict=True) if token not in eos_ids]
-        for i, token in going_on:
-            texts[i] = _append(texts[i], token)
-        unfinished = [i for i, _ in going_on]
-    return [t.input_ids[len(p.input_ids) :].tolist() for t, p in zip(texts, prompts, strict=True)]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in steps(model, prompts, max_new_tokens, eos_ids, sampling):
+        for answer, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                answer.append(token)
+    return answers
 
 
-def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
-    """Where a chat's answer ends: at `<|im_end|>`, the pad token, and whatever config.json and generation_config.json name.
+@torch.inference_mode()
+def steps(
+    model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
+) -> Iterator[list[int | None]]:
+    """At each step the new token of every prompt; None for those whose answer has ended, and nothing more once all have.
 
-    The published config.json names `<|endoftext|>` alone, which no chat ends with, and some sizes have no generation_config.
+    Until it is exhausted or closed, the model does nothing but generate. Raises ValueError on a prompt without tokens.
     """
-    found = {tokenizer.im_end_id, tokenizer.pad_id}
-    for name in ("config.json", "generation_config.json"):
-        if (Path(folder) / name).is_file():
-            config = read_config(folder, name)
-            for level in (config, config.get("text_config", {})):
-                named = level.get("eos_token_id")
-                found |= {i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)}
-    return found
+    if not all(len(prompt.input_ids) for prompt in prompts):
+        raise ValueError("a prompt without tokens; there is nothing to go on from")
+    if not prompts or max_new_tokens < 1:
+        return
+    head, going_on = model.head_weight, [True] * len(prompts)
+    generators = sampling.generators(len(prompts))
+    with caching(model, max_new_tokens - 1):
+        hidden, position = _run_prompts(model, prompts)
+        for left in reversed(range(max_new_tokens)):
+            tokens = draw(hidden @ head.T, sampling, generators)  # [S]
+            new = tokens.tolist()
+            going_on = [going and token not in eos_ids for going, token in zip(going_on, new, strict=True)]
+            if not any(going_on):
+                return
+            yield [token if going else None for going, token in zip(going_on, new, strict=True)]
+            if left:  # those that have ended run along: the shapes stay, and what comes of them is not looked at
+                hidden, position = _run_tokens(model, tokens, position), position + 1
+
+
+def _run_prompts(model: Qwen35, prompts: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
+    """-> hidden [S, H] of each prompt's last token, and the position [S] of the next one, after the largest."""
+    spec, device = model.config.vision_spec, model.head_weight.device
+    batch = pack([_without_dummy(prompt, spec) for prompt in prompts])
+    last = (batch.cu_seqlens[1:] - 1).to(device)
+    position = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).to(device)
+    return model(derive(batch, spec).to(device))[last], position
+
+
+def _run_tokens(model: Qwen35, tokens: Tensor, position: Tensor) -> Tensor:
+    """One token of each sequence, [S], at its position [S] -> hidden [S, H]. The vision tower has no part in it."""
+    language_model, count = model.model.language_model, len(tokens)
+    batch = PackedBatch(
+        input_ids=tokens,
+        labels=torch.full_like(tokens, IGNORE),
+        position_ids=position.expand(3, -1),
+        cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
+        pixel_values=torch.empty(0, 0),
+        grid_thw=torch.empty(0, 3, dtype=torch.int64),
+    )
+    return language_model(language_model.embed_tokens(tokens), batch)[0]
 
 
 def pack(sequences: Sequence[PackedBatch]) -> PackedBatch:
@@ -74,13 +119,124 @@ def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
     return replace(prompt, pixel_values=prompt.pixel_values[:patches], grid_thw=grids, vision=None, vision_index=None)
 
 
-def _append(text: PackedBatch, token: int) -> PackedBatch:
-    """One token more at the end of a single sequence; text goes on after the largest position."""
-    position = (text.position_ids.max() + 1).expand(3, 1)
-    return replace(
-        text,
-        input_ids=torch.cat([text.input_ids, text.input_ids.new_tensor([token])]),
-        labels=torch.cat([text.labels, text.labels.new_tensor([IGNORE])]),
-        position_ids=torch.cat([text.position_ids, position], dim=1),
-        cu_seqlens=text.cu_seqlens + text.cu_seqlens.new_tensor([0, 1]),
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m qwen35.generate", description=__doc__)
+    add_options(parser)
+    add = parser.add_argument
+    add("--prompt", help="the question; default: standard input. `<image>` is where an image belongs")
+    add("--image", nargs="+", action="extend", default=[], help="files; before the text, if it has no `<image>`")
+    add("--system", help="text of a system turn before it; default: none")
+    add("--max_new_tokens", type=positive, default=512, help="default: 512")
+    add("--temperature", type=float, default=0.0, help="default: 0, which always takes the likeliest token")
+    add("--top_k", type=positive, help="draw among the k likeliest tokens; default: all")
+    add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; default: 1")
+    add("--seed", type=int, help="of what is drawn; default: another one each time, told at the end")
+    thinking = parser.add_mutually_exclusive_group()
+    for name, value in (("--thinking", True), ("--no_thinking", False)):
+        thinking.add_argument(
+            name, dest="thinking", action="store_const", const=value, help="default: as the model's own template does"
+        )
+    return parser.parse_args(arguments)
+
+
+def question(args: argparse.Namespace) -> Record:
+    """The prompt, a record of one question. Raises SettingError."""
+    try:
+        text = args.prompt
+        if text is None:
+            text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+        (text + (args.system or "")).encode()
+    except UnicodeError:
+        raise SettingError("the prompt is not UTF-8 text") from None
+    if not text.strip():
+        raise SettingError("the prompt is empty; give --prompt TEXT, or text on standard input (PROMPT='…' with make)")
+    places, images = text.count(IMAGE_PLACEHOLDER), len(args.image)
+    if not places:
+        text = IMAGE_PLACEHOLDER * images + text
+    elif places != images:
+        raise SettingError(f"{places} {IMAGE_PLACEHOLDER} in the prompt, but {images} image{'s' * (images != 1)}")
+    system = () if args.system is None else (Turn("system", args.system),)
+    return Record("the prompt", (*system, Turn("user", text)), tuple(args.image))
+
+
+def is_thinking(asked: bool | None, template: str, source: Source) -> bool:
+    """Whether the answer begins with an open thought. Raises SettingError."""
+    if template == "qwen3_vl_nothink":
+        if asked:
+            raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+        return False
+    return thinks_by_default(source.tokenizer) if asked is None else asked
+
+
+def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterator[str]:
+    """The text of tokens as they come, without control tokens; a character of several tokens comes with its last."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending, control=False)
+        if not text.endswith("\ufffd"):
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending, control=False)
+
+
+def write(pieces: Iterable[str]) -> None:
+    """To standard output: as they come on a terminal, else all at the end."""
+    if sys.stdout.isatty():
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("".join(pieces))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        record = question(args)
+        seed = torch.Generator().seed() % 2**32 if args.seed is None else args.seed
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, seed)
+        if sampling.is_greedy and (args.top_k is not None or args.top_p != 1):
+            raise SettingError("--top_k and --top_p mean nothing at temperature 0; give a --temperature")
+        source = find_model(args.model, args.hf)
+        preparation = prepare(args, source)
+        thinking = is_thinking(args.thinking, preparation.basic.template, source)
+        prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
+        model = load_model(source)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    stop = stop_ids(source.config, preparation.tokenizer)
+    opening = ["<think>\n"] if thinking else []  # the prompt itself has opened the thought
+    started, ends = time.perf_counter(), []  # when each token was there
+
+    def timed() -> Iterator[int]:
+        for (token,) in steps(model, [prompt], args.max_new_tokens, stop, sampling):
+            assert token is not None  # of the only prompt
+            ends.append(time.perf_counter())
+            yield token
+
+    try:
+        write(chain(opening, whole_characters(timed(), preparation.tokenizer)))
+    except KeyboardInterrupt:
+        print()
+        return 130
+    finished, cut = time.perf_counter(), len(ends) == args.max_new_tokens
+    first = ends[0] if ends else finished
+    decoding = f", decoding {(len(ends) - cut) / (finished - first):.1f} tokens/s" if len(ends) > cut else ""
+    told = ("" if sampling.is_greedy else f", seed {seed}") + (", cut at max_new_tokens" if cut else "")
+    count = len(prompt.input_ids)
+    print(
+        f"{len(ends)} tokens in {finished - started:.2f} s: prefill of {count} tokens {count / (first - started):.1f} tokens/s"
+        f"{decoding}{told}",
+        file=sys.stderr,
     )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,7 +25,7 @@ def poisoned_memory():
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """A model folder, 60 records (two of three with an image), and a recipe for them."""
-    from runs import make_workplace  # as little as possible is imported before the environment above
+    from training_runs import make_workplace  # as little as possible is imported before the environment above
 
     return make_workplace(tmp_path_factory.mktemp("train"))
 
@@ -33,7 +33,7 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two(workplace) -> Path:
     """Two processes, ten steps, a checkpoint after five."""
-    from runs import train
+    from training_runs import train
 
     save = workplace / "two"
     done = train(workplace, save, 2, "training.save_interval=5")

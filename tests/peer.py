@@ -1,6 +1,7 @@
 """transformers' own Qwen3.5 as the oracle: small configs, the same weights on both sides, the same packed input."""
 
 import dataclasses
+import inspect
 
 import torch
 
@@ -150,6 +151,14 @@ def peer_inputs(s: PackedBatch) -> dict:
             f"{name}_grid_thw": s.grid_thw,
         }
     return inputs
+
+
+def continued(theirs: torch.nn.Module, inputs: dict, count: int) -> list[int]:
+    """transformers' greedy answer of up to `count` tokens; what its release does not take is left out (5.2: the kinds)."""
+    known = inspect.signature(theirs.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in known}
+    out = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def to_dtype(batch: PackedBatch, dtype: torch.dtype) -> PackedBatch:

@@ -24,7 +24,7 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
     MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
-    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA ARGS""".split()
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -79,7 +79,9 @@ BAD = [
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
-TARGETS = "help install doctor convert export data show finetune evaluate test test-versions lint clean".split()
+TARGETS = (
+    "help install doctor convert export data show finetune generate evaluate test test-versions lint clean".split()
+)
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -326,6 +328,14 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         ),
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
+        (
+            ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $$this?", "ARGS=--seed 1"],
+            (
+                "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
+                " --prompt=-What 'is' $this? --seed 1"
+            ),
+        ),
+        (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -366,6 +376,15 @@ def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> N
     assert result.returncode != 0
     assert f"transformers {version('transformers')} is what is imported, 5.2.1 was asked for" in result.stderr
     assert "passed" not in result.stdout
+
+
+@pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
+def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
+    (project / "runs/mine/iter_0000010").mkdir(parents=True)
+    (project / "runs/mine/config.yaml").write_text("")
+    assert run("make", "generate", f"MODEL={model}").returncode == 0
+    assert run("make", "generate", f"MODEL={model}", "HF=h").returncode == 0
+    assert calls(project) == [f"-m qwen35.generate --model {model}", f"-m qwen35.generate --model {model} --hf h"]
 
 
 def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:

@@ -1,4 +1,4 @@
-"""Generation on the embedded recipe's random model: packed, alone, in transformers; and the line that evaluation ends with."""
+"""Generation with its cache: as without, alone and packed, and in transformers; and the line that evaluation ends with."""
 
 import dataclasses
 import inspect
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peer import config_dict, continued, pair, peer_inputs, sample
 from PIL import Image
 
 from qwen35 import evaluate, tiny
-from qwen35.batch import PackedBatch
+from qwen35.batch import IGNORE, PackedBatch, derive
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import Turn
@@ -71,6 +72,55 @@ def test_packed_equals_one_by_one(model, prompts, alone):
     assert len({tuple(answer) for answer in alone}) == 4
     assert greedy(model, prompts, 8, ()) == alone
     assert greedy(model, prompts[::-1], 8, ()) == alone[::-1]
+
+
+def uncached(model: Qwen35, text: PackedBatch, count: int) -> list[int]:
+    """The likeliest token, again and again, the whole text anew for each."""
+    text, start = derive(text, model.config.vision_spec), len(text.input_ids)
+    for _ in range(count):
+        with torch.no_grad():
+            token = model.logits(text)[-1].argmax()
+        text = dataclasses.replace(
+            text,
+            input_ids=torch.cat([text.input_ids, token[None]]),
+            labels=torch.cat([text.labels, torch.tensor([IGNORE])]),
+            position_ids=torch.cat([text.position_ids, (text.position_ids.max() + 1).expand(3, 1)], dim=1),
+            cu_seqlens=text.cu_seqlens + torch.tensor([0, 1]),
+            vision_index=torch.cat(
+                [text.vision_index, torch.tensor([-1])]
+            ),  # an image's token, if new, is one by name alone
+        )
+    return text.input_ids[start:].tolist()
+
+
+ASKED = {  # prompts of one token, below, at and beyond a chunk of 64, with one image, with several
+    "text": [sample([n], seed=n) for n in (1, 3, 63, 64, 65)],
+    "image": [sample([6, (4, 6), 5], seed=6)],
+    "images": [sample([5, (4, 4), 3, (2, 6), 7], seed=7), sample([(6, 4)], seed=8), sample([70], seed=9)],
+    "video": [sample([4, (3, 4, 6), 8], seed=10)],
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize(("tied", "heads"), [(False, (2, 2)), (True, (2, 4)), (False, (1, 3))], ids=str)
+def test_greedy_equals_itself_without_a_cache_and_transformers(asked, moe, tied, heads):
+    check_greedy(ASKED[asked], 12, moe=moe, tied=tied, key_heads=heads[0], value_heads=heads[1])
+
+
+def test_a_long_answer():
+    check_greedy([sample([40, (4, 4), 3], seed=11), sample([2], seed=12)], 150)
+
+
+def check_greedy(prompts: list[PackedBatch], count: int, **config) -> None:
+    ours, theirs = pair(config_dict(**config))
+    for model in (ours, theirs):  # else a tied model repeats the last token
+        model.model.language_model.embed_tokens.weight.data.mul_(0.1)
+    answers = greedy(ours, prompts, count, ())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(set(answer)) > 4
+        assert answer == continued(theirs, peer_inputs(prompt), count)
+        assert answer == uncached(ours, prompt, count)
 
 
 def test_equals_transformers(folder, model, prompts, tokenizer):

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from runs import start_training, tensors, train
+from training_runs import start_training, tensors, train
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.folders import INCOMPLETE, sweep

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, tensors, train
+from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource

@@ -18,11 +18,13 @@ __all__ = [
     "HFSource",
     "Written",
     "disk_spec",
+    "empty_model",
     "load_hf",
     "load_pretrained",
     "places",
     "save_hf",
     "shapes_of",
+    "stored_dtypes",
     "write_hf",
 ]
 
@@ -57,16 +59,26 @@ def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | N
 
     Plain tensors on the CPU; nothing is initialised that is then overwritten.
     """
+    model = empty_model(cls, hf_dir, stored_dtypes(hf_dir) if dtype is None else lambda _: dtype, **kwargs)
+    load_hf(model, hf_dir)
+    return model
+
+
+def empty_model(cls: type[Model], hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kwargs: Any) -> Model:
+    """A new model on the CPU by a folder's config.json, of the dtypes that dtype_of gives names; no value is written."""
     from qwen35.model.config import load_config  # the model imports this file in turn
 
-    disk = HFSource(HFFolder(hf_dir))
     with torch.device("meta"):
         model = cls(load_config(hf_dir), **kwargs)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
-            stored = disk.specs[full_name].dtype if full_name in disk.specs else torch.float32
-            empty = torch.empty(parameter.shape, dtype=dtype or stored, device=HOST)
+            empty = torch.empty(parameter.shape, dtype=dtype_of(full_name), device=HOST)
             setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-    load_hf(model, hf_dir)
     return model
+
+
+def stored_dtypes(hf_dir: str | Path) -> Callable[[str], torch.dtype]:
+    """Parameter name -> its dtype in a folder, whatever the folder's layout; fp32 if it is not there."""
+    specs = HFSource(HFFolder(hf_dir)).specs
+    return lambda name: specs[name].dtype if name in specs else torch.float32

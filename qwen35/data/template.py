@@ -93,7 +93,9 @@ def thinks_by_default(folder: str | Path) -> bool:
     else:
         text = str(read_config(folder, "tokenizer_config.json").get("chat_template"))
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):
-        raise SettingError(f"{folder}: its chat template does not say if it thinks by default; set enable_thinking")
+        raise SettingError(
+            f"{folder}: its chat template does not say if it thinks by default; set enable_thinking (or --thinking)"
+        )
     return "enable_thinking is false" in text
 
 

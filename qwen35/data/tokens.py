@@ -79,6 +79,6 @@ class ChatTokenizer:
         mask = np.repeat([p.trained for p in run], [len(p.text) for p in run])
         trained += [bool(mask[start]) for start, _ in encoding.offsets]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens too."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], control: bool = True) -> str:
+        """The text of ids; `control`: special tokens too. What is no whole character is `\ufffd`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=not control)

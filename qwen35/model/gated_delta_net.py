@@ -21,9 +21,12 @@ class DeltaNetCore(nn.Module):
 
     def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, cu_seqlens: Tensor) -> Tensor:
         """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
-        q, k, v = self.conv(qkv, conv_weight, cu_seqlens).split(self.split, dim=-1)
-        q, k = (x.unflatten(-1, (-1, self.k_dim)) for x in (q, k))
-        return self.delta_rule(q, k, v.unflatten(-1, (-1, self.v_dim)), g, beta, cu_seqlens)
+        return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, 2 Hk Dk + Hv Dv] -> q, k [T, Hk, Dk], v [T, Hv, Dv]"""
+        q, k, v = qkv.split(self.split, dim=-1)
+        return tuple(x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.k_dim), (k, self.k_dim), (v, self.v_dim)))
 
 
 class Conv1d(nn.Module):

@@ -1,0 +1,59 @@
+"""One token more for each of S sequences: what generation does after its first, packed run over the prompts.
+
+The maths is that of gated_delta_rule.py, causal_conv1d.py and attention.py for a single token, with all that the token needs of
+those before it in a store, which grows or changes in place. K heads serve their V heads, and KV heads their queries, without
+being repeated in memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.native import working_dtype
+
+
+def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """q [S, Hq, D]; k, v [S, L, Hkv, D], of which the first lengths[s] count (the rest may hold any finite numbers); lengths
+    [S] int64 -> o [S, Hq, D].
+    """
+    counts = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [S, L]
+    of_heads = q.unflatten(1, (k.shape[2], -1))  # [S, Hkv, G, D]: the queries of one KV head as if they were G tokens
+    out = F.scaled_dot_product_attention(
+        of_heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=counts[:, None, None], scale=scale
+    )
+    return out.flatten(1, 2)
+
+
+def last_inputs(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
+    """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count], zeros before a shorter."""
+    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    index = ends - count + torch.arange(count)  # [S, count]
+    index = torch.where(index >= starts, index, x.shape[0]).to(x.device, non_blocking=True)
+    return F.pad(x, (0, 0, 0, 1))[index].transpose(1, 2).contiguous()
+
+
+def causal_conv1d_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
+    """x [S, C], weight [C, K] -> y [S, C]. tail [S, C, K-1], the inputs before x, moves on by one in place."""
+    window = torch.cat([tail, x[..., None]], dim=-1)  # [S, C, K]
+    tail.copy_(window[..., 1:])
+    wide = working_dtype(x)
+    return F.silu((window.to(wide) * weight.to(wide)).sum(-1)).to(x.dtype)
+
+
+def gated_delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """q, k [S, Hk, Dk] raw; v [S, Hv, Dv]; g, beta [S, Hv] -> o [S, Hv, Dv] in v's dtype. state [S, Hv, Dk, Dv] fp32 changes
+    in place.
+    """
+    heads, wide, dtype = k.shape[1], state.dtype, v.dtype
+    q, k = (x.to(wide) for x in (q, k))
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q = q * q.shape[-1] ** -0.5
+    v, beta = (x.to(wide).unflatten(1, (heads, -1)) for x in (v, beta))  # [S, Hk, G, Dv], [S, Hk, G]
+    decay = g.to(wide).exp().unflatten(1, (heads, -1))[..., None]  # [S, Hk, G, 1]
+    of_heads = state.unflatten(1, (heads, -1))  # [S, Hk, G, Dk, Dv]
+    # S is read once: q^T (decay S + k u^T) = decay q^T S + (q^T k) u^T
+    seen_by_k, seen_by_q = (torch.stack([k, q], dim=-2)[:, :, None] @ of_heads).unbind(-2)  # [S, Hk, G, Dv] each
+    update = beta[..., None] * (v - decay * seen_by_k)
+    out = decay * seen_by_q + (q * k).sum(-1)[:, :, None, None] * update
+    of_heads.mul_(decay[..., None]).addcmul_(k[:, :, None, :, None], update[..., None, :])
+    return out.flatten(1, 2).to(dtype)

@@ -1,0 +1,129 @@
+"""A model and all that it takes to ask it: what `make generate` and `make evaluate` share."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import empty_model, stored_dtypes
+from qwen35.checkpoint.names import published_dtype
+from qwen35.config import SettingError, load_settings
+from qwen35.data import RecordError
+from qwen35.data.files import read_config
+from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.samples import Preparation
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.device import take_device
+from qwen35.model import ConfigError, Qwen35
+from qwen35.settings import BasicParameters, DatasetParam
+
+USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, ImageError, OSError)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a model lie: three times the same folder, unless the weights are a DCP checkpoint."""
+
+    weights: Path  # Hugging Face folder, or a whole DCP checkpoint
+    config: Path  # Hugging Face folder with the config.json of these weights
+    tokenizer: Path  # Hugging Face folder with tokenizer, image processor and chat template
+    trained: DatasetParam | None = None  # how the run whose checkpoint it is prepared its data
+
+
+def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
+    """`model`: a Hugging Face folder; or a DCP checkpoint (iter_…, release) or the folder above it.
+
+    For DCP, config, tokenizer and processor are those of `hf`, else of the folders that the run's config.yaml names.
+    Raises CheckpointError, SettingError.
+    """
+    folder = Path(model)
+    if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return Source(folder, folder, folder)
+    try:
+        weights = resolve_load(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
+    recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
+    run = load_settings(recipe) if recipe.is_file() else None
+    trained = run.data.dataset_param if run else None
+    if hf is not None:
+        return Source(weights, Path(hf), Path(hf), trained)
+    if run is None:
+        raise SettingError(
+            f"{weights}: a DCP checkpoint without a run's config.yaml beside it; name the Hugging Face folder that has "
+            "its config.json and tokenizer: --hf DIR (HF=DIR with make)"
+        )
+    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained)
+    for named in (source.config, source.tokenizer):
+        if not named.is_dir():
+            raise SettingError(f"{recipe} names the model folder {named}, which is not there; give --hf DIR")
+    return source
+
+
+def load_model(source: Source) -> Qwen35:
+    """On this process's device, in the dtypes that a Hugging Face folder has or would be exported with.
+
+    So a run's checkpoint answers as the model that whoever loads its export will run. Raises CheckpointError, ConfigError.
+    """
+    if source.weights == source.config:
+        model = Qwen35.from_pretrained(source.weights)
+    else:
+        has_weights = any(source.config.glob("*.safetensors"))
+        dtype_of = stored_dtypes(source.config) if has_weights else published_dtype
+        model = empty_model(Qwen35, source.config, dtype_of)
+        try:
+            load_checkpoint(source.weights, model)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
+    return model.to(take_device()).eval()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is asked."""
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder, or DCP checkpoint (iter_…, release, or the folder above)")
+    add("--hf", help="of a DCP checkpoint: the folder with its config.json and tokenizer; default: what its run says")
+    add("--recipe", help="a run's config.yaml: asks as it trained, by its template, field names and image sizes")
+    add("--template", choices=["qwen3_5", "qwen3_vl_nothink"], help="default: the run's or recipe's, else qwen3_5")
+    add("--image_max_pixels", type=positive, help="default: the run's or recipe's, else 262144")
+    add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+    """By the options above, else as the model's run trained. Raises SettingError."""
+    recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
+    trained = recipe or source.trained or DatasetParam(BasicParameters(dataset))
+    smallest = args.image_min_pixels or trained.preprocess_parameters.image_min_pixels
+    largest = args.image_max_pixels or trained.preprocess_parameters.image_max_pixels
+    if smallest > largest:
+        raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
+    template = args.template or trained.basic_parameters.template
+    return Preparation(
+        ChatTokenizer(source.tokenizer),
+        ImageProcessor.from_folder(source.tokenizer, smallest, largest),
+        BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
+        trained.attr,
+    )
+
+
+def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
+    """Where a chat's answer ends: at `<|im_end|>`, the pad token, and whatever config.json and generation_config.json name.
+
+    The published config.json names `<|endoftext|>` alone, which no chat ends with, and some sizes have no generation_config.
+    """
+    found = {tokenizer.im_end_id, tokenizer.pad_id}
+    for name in ("config.json", "generation_config.json"):
+        if (Path(folder) / name).is_file():
+            config = read_config(folder, name)
+            for level in (config, config.get("text_config", {})):
+                named = level.get("eos_token_id")
+                found |= {i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)}
+    return found

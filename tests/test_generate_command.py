@@ -1,0 +1,308 @@
+"""`python -m qwen35.generate` on small folders of every kind, against transformers; and what it says when it cannot."""
+
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peer import continued
+from PIL import Image
+
+from qwen35 import evaluate, generate, tiny
+from qwen35.chat import find_model, load_model, prepare
+from qwen35.checkpoint.convert import hf_to_dcp
+from qwen35.checkpoint.dcp import save_checkpoint
+from qwen35.checkpoint.hf import write_hf
+from qwen35.config import from_flat, to_yaml
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.model import Qwen35
+
+ROOT = Path(__file__).parents[1]
+TOKENS = 12
+LINE = r"\d+ tokens in \d+\.\d\d s: prefill of \d+ tokens \d+\.\d tokens/s(, decoding \d+\.\d tokens/s)?"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """One model in fp32: as the hub has it, one tensor an expert, converted, and as a run left it; and two images."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.make_model(place / "bf16", seed=3)
+    config = json.loads((place / "bf16/config.json").read_text())
+    model = Qwen35.from_config(config, seed=3, mtp=True)  # what was rounded for the folder bf16
+    for layout in ("hub", "per_expert"):
+        write_hf(model.state_dict(), config, place / layout, layout=layout, dtype_of=lambda _: torch.float32)
+        for file in (place / "bf16").iterdir():
+            if file.suffix in {".json", ".jinja"} and not (place / layout / file.name).exists():
+                shutil.copy(file, place / layout)
+    hf_to_dcp(place / "hub", place / "converted")
+    save_checkpoint(place / "run", 5, model)
+    write_recipe(place, "run", place / "hub")
+    for i in range(2):
+        pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place / f"{i}.png")  # one token each
+    return place
+
+
+def write_recipe(place: Path, save: str, model: Path, **parameters) -> None:
+    basic = {"dataset": "gone.json"} | parameters
+    flat = {f"data.dataset_param.basic_parameters.{name}": value for name, value in basic.items()}
+    flat |= {"model.model_name_or_path": str(model), "training.save": save, "training.train_iters": 5}
+    (place / save / "config.yaml").write_text(to_yaml(from_flat(flat)))
+
+
+@pytest.fixture
+def ask(place, capsys, monkeypatch) -> Callable[..., str]:
+    """The answer, given in this process."""
+
+    def ask(model: str, *arguments: str, stdin: str = "", status: int = 0) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()  # what transformers had to say
+        assert generate.main(["--model", str(place / model), "--max_new_tokens", str(TOKENS), *arguments]) == status
+        out, err = capsys.readouterr()
+        if status:
+            assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+            return err
+        assert re.fullmatch(LINE + r"(, seed \d+)?(, cut at max_new_tokens)?\n", err), err
+        return out
+
+    return ask
+
+
+def peer(place: Path, content: list[dict], system: str | None = None, **template) -> str:
+    """transformers' greedy answer to a conversation in its own chat template, its images among the content."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+    folder = place / "hub"
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": content})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+    inputs = dict(tokenizer(text, return_tensors="pt"))
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == ChatTokenizer(folder).image_id).int()
+    if images := [Image.open(part["image"]) for part in content if part["type"] == "image"]:
+        inputs |= AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+    return tokenizer.decode(continued(model, inputs, TOKENS), skip_special_tokens=True) + "\n"
+
+
+TEXT = {"type": "text", "text": "Which digit is this?"}
+
+
+@pytest.fixture(scope="module")
+def right(place) -> str:
+    return peer(place, [{"type": "image", "image": place / "0.png"}, {"type": "image", "image": place / "1.png"}, TEXT])
+
+
+@pytest.mark.parametrize("model", ["hub", "per_expert", "run", "run/iter_0000005"])
+def test_every_kind_of_checkpoint_answers_as_transformers(place, ask, right, model):
+    assert len(right) > TOKENS // 2
+    assert ask(model, "--image", str(place / "0.png"), str(place / "1.png"), "--prompt", TEXT["text"]) == right
+
+
+def test_converted_weights_need_a_folder(place, ask, right):
+    question = ["--image", str(place / "0.png"), "--image", str(place / "1.png"), "--prompt", TEXT["text"]]
+    for model in ("converted", "converted/release"):
+        assert ask(model, *question, "--hf", str(place / "hub")) == right
+
+
+def test_text_system_and_places(place, ask):
+    assert ask("hub", "--prompt", "Hello\n", "--system", "Be brief.") == peer(
+        place, [{"type": "text", "text": "Hello"}], "Be brief."
+    )
+    image = {"type": "image", "image": place / "1.png"}
+    content = [{"type": "text", "text": "Is this "}, image, {"type": "text", "text": " a user?"}]
+    arguments = ["--image", str(place / "1.png")]
+    assert ask("hub", *arguments, "--prompt", "Is this <image> a user?") == peer(place, content)
+    assert ask("hub", *arguments, stdin="Is this <image> a user?\n") == peer(place, content)
+
+
+def test_thoughts(place, ask):
+    text = [{"type": "text", "text": "What?"}]
+    assert ask("hub", "--prompt", "What?") == ask("hub", "--prompt", "What?", "--no_thinking") == peer(place, text)
+    thought = ask("hub", "--prompt", "What?", "--thinking")
+    assert thought == "<think>\n" + peer(place, text, enable_thinking=True) and thought[9:] != peer(place, text)
+    published = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
+    shutil.copytree(place / "hub", place / "thinks")
+    shutil.copy(published, place / "thinks")
+    assert ask("thinks", "--prompt", "What?") == thought
+    (place / "thinks/chat_template.jinja").unlink()
+    assert "--thinking" in ask("thinks", "--prompt", "What?", status=1)
+
+
+def test_a_run_is_asked_as_it_trained(place, ask):
+    shutil.copytree(place / "run", place / "plain")
+    write_recipe(place, "plain", place / "hub", template="qwen3_vl_nothink")
+    plain = ask("hub", "--prompt", "What?", "--template", "qwen3_vl_nothink")
+    assert ask("plain", "--prompt", "What?") == plain != ask("hub", "--prompt", "What?")
+    assert ask("hub", "--prompt", "What?", "--recipe", str(place / "plain/config.yaml")) == plain
+    assert "no thoughts" in ask("plain", "--prompt", "What?", "--thinking", status=1)
+    write_recipe(place, "plain", place / "gone")
+    assert "gone" in ask("plain", "--prompt", "What?", status=1)
+    assert ask("plain", "--prompt", "What?", "--hf", str(place / "hub")) == ask("hub", "--prompt", "What?")
+
+
+def test_a_run_in_fp32_answers_as_its_export_in_bf16(place):
+    found = find_model(place / "run", place / "bf16")
+    model, export = load_model(found), load_model(find_model(place / "bf16"))
+    for (name, ours), theirs in zip(model.named_parameters(), export.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    bare = place / "bare"  # a model folder without weights: the published dtypes
+    bare.mkdir()
+    for file in (place / "bf16").glob("*.json"):
+        if "index" not in file.name:
+            shutil.copy(file, bare)
+    for (name, ours), theirs in zip(
+        load_model(find_model(place / "run", bare)).named_parameters(), export.parameters(), strict=True
+    ):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+def test_the_answer_ends_where_the_folder_says(place, ask):
+    source = find_model(place / "hub")
+    args = generate.parse(["--model", str(place / "hub"), "--prompt", "Hello"])
+    preparation, spec = prepare(args, source), vision_spec(source.config)
+    asked = prompt_batch(generate.question(args), preparation, spec, thinking=False)
+    ids = generate.greedy(load_model(source), [asked], TOKENS, ())[0]
+    shutil.copytree(place / "hub", place / "stops")
+    config = json.loads((place / "stops/generation_config.json").read_text())
+    config["eos_token_id"] = [ids[4]]
+    (place / "stops/generation_config.json").write_text(json.dumps(config))
+    before = preparation.tokenizer.decode(ids[: ids.index(ids[4])], control=False)
+    assert ask("stops", "--prompt", "Hello") == before + "\n"
+
+
+def test_drawing(place, ask):
+    question = ["--prompt", "Hello", "--temperature", "2"]
+    one, same, other = (ask("hub", *question, "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == same != other
+    assert ask("hub", *question, "--top_k", "1") == ask("hub", "--prompt", "Hello")
+    assert ask("hub", *question) != ask("hub", *question)  # seeds of their own
+    assert "temperature" in ask("hub", "--prompt", "Hello", "--top_k", "3", status=1)
+    assert "top_p 0.0" in ask("hub", *question, "--top_p", "0", status=1)
+
+
+WRONG = [
+    ("hub", ["--prompt", " \n"], "prompt is empty"),
+    ("hub", [], "prompt is empty"),
+    ("hub", ["--prompt", "\udcff"], "not UTF-8"),
+    ("hub", ["--prompt", "x", "--image", "none.png"], "none.png: no such file"),
+    ("hub", ["--prompt", "x", "--image", "Makefile"], "Makefile: is not an image"),
+    ("hub", ["--prompt", "<image> <image>", "--image", "none.png"], "2 <image> in the prompt, but 1 image"),
+    ("hub", ["--prompt", "<image>"], "1 <image> in the prompt, but 0 images"),
+    ("hub", ["--prompt", "x", "--image_max_pixels", "1000"], "image_min_pixels 1024 is above image_max_pixels 1000"),
+    ("nowhere", ["--prompt", "x"], "nowhere: no such folder"),
+    (".", ["--prompt", "x"], "no whole checkpoint"),
+    ("bare_hub", ["--prompt", "x"], "no safetensors files"),
+    ("cut", ["--prompt", "x"], "not a whole checkpoint"),
+    ("converted", ["--prompt", "x", "--hf", "nowhere"], "nowhere/tokenizer.json: no such file"),
+    ("converted", ["--prompt", "x"], "--hf DIR (HF=DIR with make)"),
+]
+
+
+@pytest.mark.parametrize(("model", "arguments", "words"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_is_wrong_is_said_in_one_line(place, ask, monkeypatch, model, arguments, words):
+    if model == "bare_hub" and not (place / model).exists():
+        shutil.copytree(place / "hub", place / model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    if model == "cut" and not (place / model).exists():
+        shutil.copytree(place / "run/iter_0000005", place / "cut", ignore=shutil.ignore_patterns("complete.json"))
+    monkeypatch.chdir(ROOT)
+    assert words in ask(model, *arguments, status=1)
+
+
+def test_weights_of_another_model_name_both_sides(place, ask):
+    shutil.copytree(place / "hub", place / "other")
+    config = json.loads((place / "other/config.json").read_text())
+    config["text_config"]["moe_intermediate_size"] = 32
+    (place / "other/config.json").write_text(json.dumps(config))
+    error = ask("run", "--prompt", "x", "--hf", str(place / "other"), status=1)
+    assert "iter_0000005 does not fit the model" in error and f"{place}/other/config.json" in error
+
+
+def test_characters_of_several_tokens_come_whole_and_control_tokens_not_at_all(place):
+    tokenizer = ChatTokenizer(place / "hub")  # every character that is not ASCII is several tokens here
+    text = "a 描述 <think>ü</think>\n"
+    ids = tokenizer.encode_text(text)
+    pieces = list(generate.whole_characters([tokenizer.im_end_id, *ids, tokenizer.image_id], tokenizer))
+    assert "".join(pieces) == text and "描" in pieces and "ü" in pieces and not any("\ufffd" in p for p in pieces)
+    half = tokenizer.encode_text("描")[:2]
+    assert list(generate.whole_characters(half, tokenizer)) == ["\ufffd"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_nobody_waits_for_a_question_at_a_terminal(place, ask, monkeypatch):
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    assert "prompt is empty" in ask("hub", stdin="typed", status=1)
+
+
+def test_an_interruption_is_no_failure_of_the_program(place, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "draw", interrupted)
+    assert generate.main(["--model", str(place / "hub"), "--prompt", "x"]) == 130
+    assert capsys.readouterr() == ("\n", "")
+
+
+def test_evaluation_takes_a_run_too(place, tmp_path, capsys):
+    records = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "7"}]} for q in "ab"]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    shown = []
+    for model in ("hub", "run"):
+        assert evaluate.main(["--model", str(place / model), "--data", str(tmp_path / "records.json"), "--show"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and shown[0].count("right is '7'") == 2
+
+
+def test_a_terminal_gets_the_text_as_it_comes(monkeypatch):
+    seen = []
+
+    def pieces():
+        for piece in ("one", " two"):
+            yield piece
+            seen.append(sys.stdout.getvalue())
+
+    for out, expected in ((Terminal(), ["one", "one two"]), (io.StringIO(), ["", ""])):
+        seen.clear()
+        monkeypatch.setattr(sys, "stdout", out)
+        generate.write(pieces())
+        assert seen == expected and out.getvalue() == "one two\n"
+
+
+def command(place: Path, model: str, *arguments: str) -> list[str]:
+    ask = ["--max_new_tokens", str(TOKENS), "--image", str(place / "0.png"), str(place / "1.png")]
+    return [sys.executable, "-m", "qwen35.generate", "--model", str(place / model), *ask, *arguments]
+
+
+@pytest.mark.parametrize("model", ["hub", "run"])
+def test_as_a_process(place, right, model):
+    question = command(place, model, "--prompt", TEXT["text"])
+    done = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, right), done.stderr
+    assert re.fullmatch(LINE + r"(, cut at max_new_tokens)?\n", done.stderr)
+    failed = subprocess.run(
+        command(place, model), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, input=""
+    )
+    assert (failed.returncode, failed.stdout) == (1, "") and failed.stderr.startswith("error: the prompt is empty")
+
+
+def test_on_a_terminal(place, right):
+    ours, theirs = pty.openpty()
+    question = command(place, "hub", "--prompt", TEXT["text"])
+    with subprocess.Popen(question, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE) as process:
+        process.communicate(timeout=120)
+    os.close(theirs)
+    assert os.read(ours, 10000).decode().replace("\r\n", "\n") == right
+    os.close(ours)

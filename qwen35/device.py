@@ -31,11 +31,16 @@ def check_device_count(kind: str, count: int) -> None:
         )
 
 
+def device_count() -> int:
+    """How many devices of its kind this process sees; the CPU is one."""
+    kind = device_type()
+    return 1 if kind == "cpu" else getattr(torch, kind).device_count()
+
+
 def take_device() -> torch.device:
     """This rank's device, made ready to compute on. Raises SettingError."""
     kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))
-    if kind != "cpu":
-        check_device_count(kind, getattr(torch, kind).device_count())
+    check_device_count(kind, device_count())
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         getattr(torch, kind).set_device(device)

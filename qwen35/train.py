@@ -37,7 +37,7 @@ from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import loss_scale, make_mesh, reduce_held_out, shard
+from qwen35.parallel import make_mesh, reduce_held_out, shard
 from qwen35.processes import stop_request
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
@@ -190,7 +190,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     for batch, weight in zip(batches, weights, strict=True):
         batch = batch.to(device)
         loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
-        ((loss + loss_cfg.router_aux_loss_coef * share * aux) * loss_scale()).backward()
+        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses += torch.stack([loss.detach(), aux.detach() * share])
 
     reduce_held_out(run.model)

@@ -32,6 +32,7 @@ from qwen35.config import load_settings
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.doctor.recipe import _records
 from qwen35.errors import SettingError
 from qwen35.metrics import read_metrics
 
@@ -97,6 +98,16 @@ def test_show_tells_the_same(place):
         r"record 2 \(id r1\): \d+ tokens, MORE THAN cutoff_len 160, left out", out
     )
     assert len(re.findall(r"^--- data", out, re.MULTILINE)) == 10
+
+
+def test_the_doctor_tells_the_same(place):
+    three_bad(place)
+    (finding,) = _records(Preparation.of(load_settings("r.yaml", [SKIP])))
+    assert (
+        finding.status == "note" and "of the first 20 records 2 will be skipped: 1 image missing, 1 mal" in finding.fact
+    )
+    (finding,) = _records(Preparation.of(load_settings("r.yaml")))
+    assert finding.status == "wrong" and "record 3 (id r2): image 1 of 1" in finding.fact
 
 
 def test_max_samples_counts_records(place):

@@ -6,8 +6,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,8 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
     MULTI_STREAM_MEMORY_REUSE NPU_ASD_ENABLE ASCEND_LAUNCH_BLOCKING NPUS_PER_NODE
     MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
-    ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_
-    MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
+    ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -71,9 +73,15 @@ BAD = [
     ("NPUS_PER_NODE", "0"),
     ("NODES", "0"),
     ("NODE_RANK", "1"),  # NODES is 1
+    ("TORCH", "newest"),
     ("DEVICE", "gpu"),
     ("CONFIG", "configs/none.yaml"),
 ]
+
+IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
+TARGETS = (
+    "help install doctor convert export data show finetune generate evaluate test test-versions lint clean".split()
+)
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -346,6 +354,38 @@ def test_commands_of_the_targets(run: Run, project: Path, command: list[str], ca
     assert calls(project) == [call]
 
 
+@pytest.mark.parametrize(
+    ("variables", "name", "checked", "ignored"),
+    [
+        ({}, "transformers-5.2.0", "transformers 5.2.0", f"{IGNORED} "),
+        ({"TORCH": "2.7.1"}, "torch-2.7.1", "torch 2.7.1", ""),
+    ],
+)
+def test_other_versions_run_the_tests(
+    run: Run, project: Path, variables: dict[str, str], name: str, checked: str, ignored: str
+) -> None:
+    made = project / "build/versions" / name
+    (made / "bin").mkdir(parents=True)
+    shutil.copy(project / ".venv/bin/python", made / "bin/python")
+    (made / ".made").touch()
+    result = run("make", "test-versions", "ARGS=-k digits", **variables)
+    assert result.returncode == 0, result.stderr
+    assert calls(project) == [f"- {checked}", f"-m pytest -q {ignored}-k digits"]
+    assert not {"TORCH", "TRANSFORMERS", "MASTER_PORT"} & child(project).keys()
+
+
+def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> None:
+    made = project / "build/versions/transformers-5.2.1"
+    (made / "bin").mkdir(parents=True)
+    (made / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (made / "bin/python").chmod(0o755)
+    (made / ".made").touch()
+    result = run("make", "test-versions", TRANSFORMERS="5.2.1")
+    assert result.returncode != 0
+    assert f"transformers {version('transformers')} is what is imported, 5.2.1 was asked for" in result.stderr
+    assert "passed" not in result.stdout
+
+
 @pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
 def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
     (project / "runs/mine/iter_0000010").mkdir(parents=True)
@@ -364,7 +404,7 @@ def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
 def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:
     result = run("make")
     assert result.returncode == 0
-    for target in "help install convert export data show finetune generate evaluate test lint clean".split():
+    for target in TARGETS:
         assert f"make {target} " in result.stdout
     assert "NODES" in result.stdout
     assert not calls(project)

@@ -1,6 +1,7 @@
 """The rules of the house, checked: who may say device words, who may import whom, how long a file may be."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,11 @@ def test_nothing_runs_what_a_file_says():
         assert found <= allowed.get(name, set()), f"{name}: {found}"
     for script in [*ROOT.glob("scripts/*.sh"), ROOT / "env.sh", ROOT / "Makefile"]:
         assert "trust_remote_code" not in script.read_text(), script
+
+
+def test_torch_is_asked_in_one_place():
+    """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
+    for path in FILES:
+        text = path.read_text()
+        if re.search(r"hasattr\((torch|F|dist|dcp|FSDPModule)\b|torch\.__version__\s*[<>=!]", text):
+            assert str(path.relative_to(ROOT)) in ("kernels/features.py", "qwen35/device.py"), path

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_the_lock(tmp_path):
         assert warning is None
         assert (folder / ".lock").is_file()
         code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(folder)!r})): pass"
-        other = subprocess.run(["python", "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
         assert "in use by another job (process" in other.stderr
     assert not folder.exists()
     with holding(folder):

@@ -15,11 +15,10 @@ from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.device import take_device
-from qwen35.errors import Parser, UserError, whole_number
+from qwen35.errors import Parser, whole_number
 from qwen35.model import Qwen35
 from qwen35.settings import BasicParameters, DatasetParam
 
-USER_ERRORS = (UserError, OSError)
 positive = whole_number(1)
 
 

@@ -17,6 +17,9 @@ class SettingError(UserError):
     """A setting that is unknown, misspelt, of the wrong type or in contradiction with another."""
 
 
+USER_ERRORS = (UserError, OSError)
+
+
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if isinstance(error.filename, str) else ""

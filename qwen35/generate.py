@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.chat import USER_ERRORS, Source, add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import Source, add_options, find_model, load_model, positive, prepare, stop_ids
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import IMAGE_PLACEHOLDER, Turn
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
-from qwen35.errors import Parser, complain
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
 from qwen35.sampling import Sampling, draw

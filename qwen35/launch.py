@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from qwen35.config import SettingError, load_settings
-from qwen35.errors import Parser, UserError, complain, one_line, whole_number
+from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
 from qwen35.processes import die_with
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_settings(args.config, args.overrides)
         check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
         return run([sys.executable, "-m", "qwen35.train", args.config, *args.overrides], args)
-    except (UserError, OSError) as error:
+    except USER_ERRORS as error:
         return complain(error)
 
 

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import HFFolder, write_hf
-from qwen35.errors import Parser, UserError, complain
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for folder, made in ((MODEL_DIR, make_model(force=force)), (DIGITS_DIR, make_digits(force=force))):
             print(f"{folder}: {'made' if made else 'is there'}")
-    except (UserError, OSError) as error:
+    except USER_ERRORS as error:
         return complain(error)
     return 0
 

@@ -30,7 +30,7 @@ from qwen35.checkpoint.lock import holding
 from qwen35.config import SettingError, difference, load_settings, to_yaml
 from qwen35.data import MicroBatches
 from qwen35.device import describe, init_process
-from qwen35.errors import Parser, UserError, complain
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import record_failure
 from qwen35.loss import token_weights
@@ -45,7 +45,6 @@ from qwen35.trainable import freeze, table
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-USER_ERRORS = (UserError, kernels.KernelError, OSError)
 
 
 @dataclass
@@ -155,7 +154,7 @@ def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings)
             if recipe.is_file()
             else []
         )
-        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were"
+        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
         raise SettingError(
             f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
             " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
@@ -295,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         train(load_settings(args.config, args.overrides))
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, kernels.KernelError) as error:
         return 1 if record_failure(error, expected=True) else complain(error)
     except BaseException as error:
         if record_failure(error, expected=False):

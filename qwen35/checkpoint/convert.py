@@ -17,7 +17,7 @@ from qwen35.checkpoint.folders import check_apart, check_replaceable
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf
 from qwen35.checkpoint.names import HEAD, shapes_of
-from qwen35.errors import Parser, UserError, complain
+from qwen35.errors import USER_ERRORS, Parser, complain
 
 SEED_WORD = "GenericDCPConverter"
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             written = dcp_to_hf(args.dcp_dir, args.origin_hf_dir, args.save_hf_dir)
-    except (UserError, OSError) as error:
+    except USER_ERRORS as error:
         return complain(error, "mm-convert: ")
     print(written)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from qwen35.config import load_settings
 from qwen35.data.convert import convert
 from qwen35.data.show import show
-from qwen35.errors import Parser, UserError, complain, whole_number
+from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
 
 def parser() -> Parser:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(text, flush=True)
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
+    except USER_ERRORS as error:
         return complain(error, prefix="")
     return 0
 

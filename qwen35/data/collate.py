@@ -52,7 +52,10 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
         if ours not in (None, theirs):
             raise SettingError(f"{token} is token {ours} in {other}/tokenizer.json, but {name} is {theirs} in {where}")
     token, last = tokenizer.last()
-    vocab_size = _number(config.get("text_config") or {}, "vocab_size", where, last + 1)
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise SettingError(f"{where}: text_config: {str(text)[:80]} is not an object")
+    vocab_size = _number(text, "vocab_size", where, last + 1)
     if last >= vocab_size:
         raise SettingError(
             f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"

@@ -46,7 +46,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         # an override of a whole section replaces it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
         flat |= _flatten({key: _override(key, value)}, key)
-    settings = from_flat({SHORT_FORMS.get(key, key): value for key, value in flat.items()})
+    settings = from_flat(flat)
     _check(settings)
     return settings
 
@@ -118,10 +118,10 @@ def _unknown(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _flatten(tree: Mapping[Any, Any], where: str = "", prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> one with dotted keys. Raises SettingError if one is there twice: nested and dotted."""
+    """Nested mappings -> one with dotted keys. Raises SettingError if one is there twice: nested and dotted, short and long."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
+        path = SHORT_FORMS.get(f"{prefix}{key}", f"{prefix}{key}")
         below = _flatten(value, where, f"{path}.") if isinstance(value, dict) and value else {path: value}
         if twice := flat.keys() & below.keys():
             raise SettingError(f"{where}: {min(twice)} is there twice")

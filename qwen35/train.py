@@ -56,9 +56,7 @@ class Run:
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
-    position: dict[
-        str, Any
-    ]  # what a resume must have in common with the checkpoint for the data to go on where it stopped
+    position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
 
 
 def report(text: str) -> None:

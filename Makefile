@@ -3,10 +3,11 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install convert export data show finetune generate evaluate test lint clean
+.PHONY: help install doctor convert export data show finetune generate evaluate test test-versions lint clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
+doctor:   ## is all as it should be here? every line ok, or wrong with what to do  [CONFIG ARGS]
 convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]
 export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
 data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT ARGS]
@@ -15,16 +16,20 @@ finetune: ## train; alone: a tiny model learns digits, from nothing to a score  
 generate: ## a model's answer about images and text  [MODEL IMAGE PROMPT HF ARGS]
 evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 test:     ## all tests, on a CPU  [ARGS]
+test-versions: ## the tests on other versions of what they stand on  [TRANSFORMERS=5.2.0 TORCH=2.7.1 PYTHON ARGS]
 lint:     ## ruff, mypy, shellcheck
 clean:    ## remove what the tools and the tiny recipe made; .venv stays
 
 help:
-	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/; s/  \(\[.*\]\)$$/\n\t\1/; /^  make/p' Makefile | expand -t 17
+	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/; s/  \(\[.*\]\)$$/\n\t\1/; /^  make/p' Makefile | expand -t 21
 
 install:
 	@bash scripts/install.sh
 
-convert export data show finetune generate evaluate test lint: .venv/.installed
+doctor: # works without an installation too
+	@bash scripts/doctor.sh
+
+convert export data show finetune generate evaluate test test-versions lint: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -72,6 +72,14 @@
 # Where CANN's set_env.sh is: its folder, or the one above cann/ or ascend-toolkit/. Nothing there is fine on a CPU.
 : "${CANN_PATH:=/usr/local/Ascend}"
 
+# ── Other versions (make test-versions) ──────────────────────────────────────────────────────────────────────────────
+
+# The release of transformers that the tests run on. Default 5.2.0, the oldest that has the model.
+: "${TRANSFORMERS:=5.2.0}"
+# A release of torch, 2.7.1 to 2.13: a whole environment of its own (several GB from pip's index on x86; TORCH_INDEX may
+# name PyTorch's own index of CPU wheels), with the pins of an NPU installation. Default: the installed torch.
+: "${TORCH:=}"
+
 # ── CANN and torch_npu ───────────────────────────────────────────────────────────────────────────────────────────────
 
 # CANN's log on the console as well. Default 0. Allowed: 0 off, 1 on.

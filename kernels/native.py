@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HAS_GROUPED_MM = hasattr(F, "grouped_mm")  # torch >= 2.10; before that it has no CPU form
+from kernels.features import HAS_GROUPED_MM
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -27,6 +27,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise SettingError(f"top_p {self.top_p} must be above 0, and at most 1")
 
+        if not 0 <= self.seed < 2**63:
+            raise SettingError(f"seed {self.seed} must be at least 0, and below 2^63")
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0

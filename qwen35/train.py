@@ -1,36 +1,50 @@
 """Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
-from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf import load_hf
+from qwen35.checkpoint.dcp import (
+    Loaded,
+    fitting_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    resolve_load,
+    save_checkpoint,
+)
+from qwen35.checkpoint.dcp_folder import ITERATION
+from qwen35.checkpoint.dcp_write import together
+from qwen35.checkpoint.folders import sweep, write_atomic
+from qwen35.checkpoint.hf import fitting, load_hf
+from qwen35.checkpoint.lock import holding
 from qwen35.config import SettingError, difference, load_settings, to_yaml
-from qwen35.data import MicroBatches, RecordError
+from qwen35.data import MicroBatches
 from qwen35.device import describe, init_process
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import record_failure
 from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
+from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import loss_scale, make_mesh, reduce_held_out, shard
+from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.processes import stop_request
+from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
+DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError, OSError)
 
 
 @dataclass
@@ -42,6 +56,7 @@ class Run:
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
+    position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
 
 
 def report(text: str) -> None:
@@ -49,17 +64,22 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
-def setup(settings: Settings) -> Run:
-    """Build, freeze, shard and load the model; find out where to start; open the data there."""
+def setup(settings: Settings, device: torch.device) -> Run:
+    """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
     t, m = settings.training, settings.model
-    device, rank, world = init_process(), dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(t.seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    seed_all(t.seed)
     config = load_config(m.model_name_or_path)
     mesh = make_mesh(device.type, settings.parallel.fully_shard_parallel_size)
     chosen = kernels.select(device.type, m.kernels)
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen)
     freeze(model, m.freeze)
+    origin, is_hf = find_weights(settings)
+    check = fitting if is_hf else fitting_checkpoint
+    check(model, origin)  # by headers alone: what does not fit shows before anything heavy is done
+    micro_batches = MicroBatches(settings, rank, world)
+    check_same_data(micro_batches.fingerprint)
     before = table(model)
     shard(model, mesh, DTYPES[t.dtype])
     if t.init_model_with_meta_device:
@@ -69,8 +89,18 @@ def setup(settings: Settings) -> Run:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     model.model.language_model.recompute = settings.parallel.recompute
     optimizer = make_optimizer(model, t)
-    step, origin = load_weights(model, optimizer, settings)
-    micro_batches = MicroBatches(settings, rank, world, start_step=step)
+    loaded = None
+    if is_hf:
+        load_hf(model, origin)
+    else:
+        loaded = load_checkpoint(origin, model, optimizer)
+    step = (loaded.step or 0) if loaded else 0  # converted weights have no step
+    micro_batches.start_at(step)
+    position = {"bins_a_step": bins_a_step(settings), "data": micro_batches.fingerprint}
+    if loaded and step:
+        check_position(loaded, position, settings)
+        if loaded.rank_extra:
+            restore_rng(loaded.rank_extra, device)
     sharing, recompute = mesh["shard"].size(), "on" if settings.parallel.recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
@@ -79,28 +109,54 @@ def setup(settings: Settings) -> Run:
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, mesh["shard"].get_group())
-    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step)
+    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
 
 
-def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> tuple[int, str]:
-    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path` -> (steps done, where from)."""
+def find_weights(settings: Settings) -> tuple[Path, bool]:
+    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`, and whether it is that."""
     t = settings.training
-    newest = newest_checkpoint(Path(t.save))
+    newest = newest_checkpoint(t.save)
     if newest or t.load:
-        loaded = load_checkpoint(newest or resolve_load(Path(t.load or "")), model, optimizer)
-        saved, bins = loaded.extra.get("bins_a_step"), bins_a_step(settings)
-        if loaded.step and saved != bins:  # converted weights have no step
-            raise SettingError(
-                f"{loaded.path} was trained with {saved} bins a step (micro_batch_size x gradient_accumulation_steps x"
-                f" processes), these settings make {bins}: the data cannot go on where it stopped. Keep the product"
-            )
-        return loaded.step or 0, str(loaded.path)
+        return newest or resolve_load(t.load or ""), False
     if t.init_from_hf_path:
-        load_hf(model, t.init_from_hf_path)
-        return 0, t.init_from_hf_path
+        return Path(t.init_from_hf_path), True
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        raise RunError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
+            "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
+        )
+
+
+def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+    """Raises SettingError where the data could not go on as if the run had never stopped."""
+    before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
+    if before != now:
+        raise SettingError(
+            f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
+            f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
+        )
+    if loaded.extra.get("data") != position["data"]:
+        recipe = loaded.path.parent / "config.yaml"
+        changed = (
+            [c for c in difference(load_settings(recipe), settings) if c.startswith(DATA_ORDER)]
+            if recipe.is_file()
+            else []
+        )
+        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
+        raise SettingError(
+            f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
+            " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
+        )
 
 
 def bins_a_step(settings: Settings) -> int:
@@ -131,7 +187,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     for batch, weight in zip(batches, weights, strict=True):
         batch = batch.to(device)
         loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
-        ((loss + loss_cfg.router_aux_loss_coef * share * aux) * loss_scale()).backward()
+        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses += torch.stack([loss.detach(), aux.detach() * share])
 
     reduce_held_out(run.model)
@@ -144,7 +200,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.zero_grad()
     run.step += 1
     sums = torch.cat([losses, torch.tensor(totals, dtype=torch.float32, device=device)])
-    return StepRecord(run.step, lr, data_time, flops, sums, squares)
+    bad_records = tuple(message for batch in batches for message in batch.bad_records)
+    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records)
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
@@ -165,51 +222,78 @@ def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int,
 
 
 def train(settings: Settings) -> None:
-    run = setup(settings)
-    t, folder = settings.training, Path(settings.training.save)
-    changed = difference(load_settings(folder / "config.yaml"), settings) if run.step and folder.is_dir() else []
-    if run.step >= t.train_iters:
-        if changed:
-            raise SettingError(
-                f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
-            )
-        report(f"{folder} has done its {run.step} steps: nothing left to train")
-        return
-    if changed:
-        report(f"settings changed since the checkpoint: {'; '.join(changed)}")
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    dist.barrier()
-    metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
-    while run.step < t.train_iters:
-        start = time.perf_counter()
-        batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
-        metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
-        last = run.step == t.train_iters
-        save = last or bool(t.save_interval and run.step % t.save_interval == 0)
-        if save or run.step % t.log_interval == 0:
-            metrics.flush(t.zero_grad_patience)
-        if save:
-            save_checkpoint(folder, run.step, run.model, run.optimizer, {"bins_a_step": bins_a_step(settings)})
+    device, folder = init_process(), Path(settings.training.save)
+    with ExitStack() as until_done:
+
+        def hold() -> None:
             if dist.get_rank() == 0:
-                draw_loss(folder)
-            metrics.restart_clock()  # the next interval's steps did not save
-    metrics.close()
-    report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
+                warning = until_done.enter_context(holding(folder))
+                for line in [*([warning] if warning else []), *sweep(folder, ITERATION)]:
+                    report(line)
+
+        together(hold, None, f"{folder} cannot be used")
+        run = setup(settings, device)
+        if not is_finished(run, folder):
+            loop(run, folder)
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
+    settings, t = run.settings, run.settings.training
+    changed = (
+        difference(load_settings(folder / "config.yaml"), settings)
+        if run.step and (folder / "config.yaml").is_file()
+        else []
+    )
+    if run.step < t.train_iters:
+        if changed:
+            report(f"settings changed since the checkpoint: {'; '.join(changed)}")
+        return False
+    if changed:
+        raise SettingError(
+            f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
+        )
+    report(f"{folder} has done its {run.step} steps: nothing left to train")
+    return True
+
+
+def loop(run: Run, folder: Path) -> None:
+    """Train to the end, or until a signal asks to stop: then save at the next log step, where all ranks learn of it."""
+    t = run.settings.training
+    with stop_request() as stop:
+        if dist.get_rank() == 0:
+            write_atomic(folder / "config.yaml", to_yaml(run.settings))
+        dist.barrier()
+        metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
+        is_stopping = False
+        while run.step < t.train_iters and not is_stopping:
+            start = time.perf_counter()
+            batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
+            metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
+            is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
+            if is_due or run.step % t.log_interval == 0:
+                is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
+            if is_due or is_stopping:
+                save_checkpoint(folder, run.step, run.model, run.optimizer, run.position, rng_states(run.device))
+                if dist.get_rank() == 0:
+                    draw_loss(folder)
+                metrics.restart_clock()  # the next interval's steps did not save
+        metrics.close()
+    if is_stopping and run.step < t.train_iters:
+        report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
+    else:
+        report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="qwen35.train", description=__doc__)
+    parser = Parser(prog="qwen35.train", description=__doc__)
     parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
     try:
         train(load_settings(args.config, args.overrides))
-    except USER_ERRORS as error:
-        if not record_failure(error, expected=True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except (*USER_ERRORS, kernels.KernelError) as error:
+        return 1 if record_failure(error, expected=True) else complain(error)
     except BaseException as error:
         if record_failure(error, expected=False):
             sys.excepthook = lambda *_: None  # the launcher prints the first one, not every rank its own

@@ -32,6 +32,8 @@ ASCEND_RT_VISIBLE_DEVICES    like ^[0-9]+(,[0-9]+)*$ NPU numbers with commas bet
 CPU_AFFINITY_CONF            like ^[0-2](,(npu[0-9]+:[0-9]+-[0-9]+|npu_affine:[01]))*$ 0, 1 or 2, and perhaps ranges of cores, 1,npu0:0-1,npu1:2-5
 GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
+TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
+TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
 HCCL_IF_IP                   like ^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:.%a-z]*)$ an IPv4 or IPv6 address
 MASTER_ADDR                  like ^[A-Za-z0-9_.:%-]+$ a host name or an address
 NODE_ADDR                    like ^[A-Za-z0-9_.:%-]+$ a host name or an address
@@ -58,6 +60,12 @@ check_env() {
     check_nodes
 }
 
+wrong_values() ( # each wrong value as a line, for who wants to know them all
+    # shellcheck disable=SC2329 # check_env calls it
+    die() { echo "$*"; }
+    check_env
+)
+
 check_int() {
     local low=${3% *} high=${3#* }
     # 15 digits at most, so that no comparison overflows
@@ -80,13 +88,14 @@ check_alloc_conf() {
 }
 
 check_nodes() { # the values that depend on each other
-    local nodes=${NODES:-1} name
+    local nodes=${NODES:-1} rank=${NODE_RANK:-0} name
+    if [[ ! $nodes =~ ^[0-9]+$ || ! $rank =~ ^[0-9]+$ ]]; then return; fi # wrong by themselves
     if ((nodes > 1)); then
         for name in MASTER_ADDR NODE_RANK; do
             [[ -n ${!name:-} ]] || die "$name is not set, and NODES=$nodes needs it: the same MASTER_ADDR on every machine, NODE_RANK 0 to $((nodes - 1))"
         done
     fi
-    ((${NODE_RANK:-0} < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
+    ((rank < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
 }
 
 wrong() { # NAME VALUE ALLOWED

@@ -34,6 +34,25 @@ device() { # what is asked for, else what is installed, else what is there
     echo "${DEVICE:-${installed:-$(detect_device)}}"
 }
 
+usable() { # PYTHON: 3.10 to 3.12, able to make an environment with pip; prints its own path, from inside an environment too
+    "$1" -c '
+import ensurepip, sys, venv
+assert (3, 10) <= sys.version_info[:2] <= (3, 12)
+print(sys._base_executable)' 2>/dev/null
+}
+
+find_python() { # CANDIDATE…: PYTHON if it is set, else the first usable one
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        usable "$PYTHON" || die "PYTHON=$PYTHON: not a Python 3.10 to 3.12 with venv and pip"
+        return
+    fi
+    for candidate in "$@"; do
+        if usable "$candidate"; then return; fi
+    done
+    die "no Python 3.10 to 3.12 with venv and pip is on PATH: install one (its python3-venv too), or set PYTHON=/path/to/python3.11"
+}
+
 split() { # TEXT into the array words, as a shell would: quotes honoured, nothing expanded
     local lines
     lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed"
@@ -61,14 +80,18 @@ need_venv() {
     [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
 }
 
-ready() { # what every script that runs Python does first
-    source scripts/check_env.sh
-    check_env
-    load_cann
+device_env() { # what a run's environment owes to the device
     if [[ $(device) == npu ]]; then
         unset MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
     else # even where torch would find an accelerator
         export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" TORCH_DEVICE_BACKEND_AUTOLOAD=0
     fi
+}
+
+ready() { # what every script that runs Python does first
+    source scripts/check_env.sh
+    check_env
+    load_cann
+    device_env
     [[ $DRY_RUN == 1 ]] || need_venv
 }

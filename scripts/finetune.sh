@@ -25,24 +25,25 @@ case $(device) in
         threads=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
         ;;
     npu)
-        processes=${NPUS_PER_NODE:-$(visible_npus)}
+        visible=$(visible_npus)
+        processes=${NPUS_PER_NODE:-$visible}
         ((processes > 0)) || die "no NPU is visible here; NPUS_PER_NODE says how many to use, DEVICE=cpu trains without"
+        # where no device file is seen, in some containers, the processes find out how many there are
+        ((visible == 0 || processes <= visible)) ||
+            die "NPUS_PER_NODE=$processes, but $visible NPUs are visible here${ASCEND_RT_VISIBLE_DEVICES:+ (ASCEND_RT_VISIBLE_DEVICES=$ASCEND_RT_VISIBLE_DEVICES)}: one process each"
         ;;
 esac
 
 split "${ARGS:-}"
 overrides=("${words[@]}" "$@")
 train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
-    --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT" ${NODE_ADDR:+--local_addr "$NODE_ADDR"}
+    --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT"
     "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then
     printf '%q ' "${train[@]}"
     echo
     exit
-fi
-if [[ ${NODE_RANK:-0} == 0 ]] && (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; then
-    die "MASTER_PORT=$MASTER_PORT is taken on this machine by another program; set another, e.g. MASTER_PORT=$((MASTER_PORT % 65535 + 1))"
 fi
 if [[ $CONFIG -ef configs/tiny.yaml ]]; then
     exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${train[@]}"

@@ -36,25 +36,6 @@ machine_arch() {
     esac
 }
 
-usable() { # PYTHON: 3.10 to 3.12, able to make an environment with pip; prints its own path, from inside an environment too
-    "$1" -c '
-import ensurepip, sys, venv
-assert (3, 10) <= sys.version_info[:2] <= (3, 12)
-print(sys._base_executable)' 2>/dev/null
-}
-
-find_python() {
-    local candidate
-    if [[ -n ${PYTHON:-} ]]; then
-        usable "$PYTHON" || die "PYTHON=$PYTHON: not a Python 3.10 to 3.12 with venv and pip"
-        return
-    fi
-    for candidate in python3 python3.11 python3.10 python3.12; do
-        if usable "$candidate"; then return; fi
-    done
-    die "no Python 3.10 to 3.12 with venv and pip is on PATH: install one (its python3-venv too), or set PYTHON=/path/to/python3.11"
-}
-
 print_pins() { # the lock's pins, as pip on that Python and architecture would read their markers
     "$python_base" - "$lock" "$arch" <<'PY'
 import sys
@@ -81,7 +62,7 @@ check_env
 host=$(machine_arch)
 arch=${ARCH:-$host}
 device=${DEVICE:-$(detect_device)}
-python_base=$(find_python)
+python_base=$(find_python python3 python3.11 python3.10 python3.12)
 version=$("$python_base" -c 'import platform; print(platform.python_version())')
 case $device in
     cpu) lock=scripts/requirements/cpu.txt ;;

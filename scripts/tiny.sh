@@ -16,12 +16,32 @@ shift
 # of several machines only the first makes and measures; the others wait for it where the training begins
 if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
-save=$("$python" -m qwen35.config "${settings[@]}" --get training.save)
+{ read -r save; read -r steps; } < <("$python" -m qwen35.config "${settings[@]}" --get training.save training.train_iters)
+[[ -n ${steps:-} ]] || exit 1 # the reason is printed already
+
+# SIGTERM and Ctrl-C go to the step that runs, and none follows it
+stopped=
+trap 'stopped=0; kill -TERM "$child"' TERM
+trap 'stopped=130; kill -TERM "$child"' INT
+step() { # in the background, for bash hears a signal only while it waits
+    local code=0
+    "$@" &
+    child=$!
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    [[ -z $stopped ]] || exit "$stopped"
+    ((code == 0)) || exit "$code"
+}
+
 # ARGS are the training's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model is quickest on one thread; the training has its own
 export ARGS="" HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=data/digits/heldout.json
-"$python" -m qwen35.tiny
-DCP=ckpt/mm_path/tiny bash scripts/convert.sh
-"$@"
-DCP=$save bash scripts/export.sh
-bash scripts/evaluate.sh --recipe "$save/config.yaml"
+step "$python" -m qwen35.tiny
+DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
+step "$@"
+[[ $(cat "$save/latest_checkpointed_iteration.txt") == "$steps" ]] || exit 0 # it was asked to stop, and said so
+DCP=$save step bash scripts/export.sh
+step bash scripts/evaluate.sh --recipe "$save/config.yaml"

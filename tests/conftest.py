@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,3 +20,23 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A model folder, 60 records (two of three with an image), and a recipe for them."""
+    from training_runs import make_workplace  # as little as possible is imported before the environment above
+
+    return make_workplace(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="session")
+def two(workplace) -> Path:
+    """Two processes, ten steps, a checkpoint after five."""
+    from training_runs import train
+
+    save = workplace / "two"
+    done = train(workplace, save, 2, "training.save_interval=5")
+    assert done.returncode == 0, done.stderr
+    (save / "console").write_text(done.stdout)
+    return save

@@ -43,7 +43,11 @@ def check(parts, peer):
     images = torch.tensor([[1, *p] for p in parts if not isinstance(p, int) and len(p) == 2])
     videos = torch.tensor([list(p) for p in parts if not isinstance(p, int) and len(p) == 3])
     expected, _ = peer.get_rope_index(
-        tokens, kinds, images if len(images) else None, videos if len(videos) else None, torch.ones_like(tokens)
+        input_ids=tokens,
+        mm_token_type_ids=kinds,  # transformers 5.2 has no use for it
+        image_grid_thw=images if len(images) else None,
+        video_grid_thw=videos if len(videos) else None,
+        attention_mask=torch.ones_like(tokens),
     )
     assert torch.equal(torch.from_numpy(position_ids(ids, grids, SPEC)), expected[:, 0])
 

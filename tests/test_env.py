@@ -3,9 +3,13 @@
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,8 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
     MULTI_STREAM_MEMORY_REUSE NPU_ASD_ENABLE ASCEND_LAUNCH_BLOCKING NPUS_PER_NODE
     MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
-    ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_
-    MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
+    ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -69,14 +73,28 @@ BAD = [
     ("NPUS_PER_NODE", "0"),
     ("NODES", "0"),
     ("NODE_RANK", "1"),  # NODES is 1
+    ("TORCH", "newest"),
     ("DEVICE", "gpu"),
     ("CONFIG", "configs/none.yaml"),
 ]
 
+IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
+TARGETS = (
+    "help install doctor convert export data show finetune generate evaluate test test-versions lint clean".split()
+)
+
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 env >env_of_child
-[[ $1 != -c ]] || echo runs/tiny
+[[ $* != *--get* ]] || printf 'runs/tiny\\n300\\n'
+if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
+    mkdir -p runs/tiny
+    echo "${STEPS_DONE:-300}" >runs/tiny/latest_checkpointed_iteration.txt
+    if [[ -n ${HANGS:-} ]]; then
+        trap 'echo asked >>calls; exit 0' TERM
+        while :; do sleep 0.05; done
+    fi
+fi
 """
 
 
@@ -158,14 +176,6 @@ def test_several_nodes_need_their_places(run: Run, variables: dict[str, str], na
     assert result.returncode != 0
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert named in line
-
-
-def test_a_taken_port_is_named(run: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        result = run("bash", "scripts/finetune.sh", MASTER_PORT=str(port))
-    assert result.returncode == 2
-    assert f"MASTER_PORT={port}" in result.stderr
 
 
 # -- the defaults ------------------------------------------------------------------------------------------------------
@@ -252,6 +262,14 @@ def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int
     assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
 
 
+def test_more_processes_than_npus(run: Run, project: Path) -> None:
+    variables = {"DEVICE": "npu", "ASCEND_HOME_PATH": "/usr", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "3"}
+    result = run("bash", "scripts/finetune.sh", **variables)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "NPUS_PER_NODE=3, but 2 NPUs are visible here (ASCEND_RT_VISIBLE_DEVICES=0,1)" in result.stderr
+    assert not calls(project)
+
+
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
@@ -265,12 +283,35 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     result = run("make", "finetune", "ARGS=training.lr=1")
     assert result.returncode == 0, result.stderr
     save, tiny, convert, train, export, evaluate = calls(project)
-    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save"
+    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save training.train_iters"
     assert tiny == "-m qwen35.tiny"
     assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
     assert train.startswith("-m qwen35.launch --nnodes 1") and train.endswith(" configs/tiny.yaml training.lr=1")
     assert export.endswith("--dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf")
     assert evaluate.startswith("-m qwen35.evaluate --model runs/tiny/hf --data data/digits/heldout.json --recipe ")
+
+
+def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -> None:
+    result = run("make", "finetune", STEPS_DONE="120")
+    assert result.returncode == 0, result.stderr
+    assert calls(project)[-1].startswith("-m qwen35.launch")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
+    env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
+    walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while not (project / "runs/tiny/latest_checkpointed_iteration.txt").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)  # for the program's own trap
+    walk.send_signal(number)
+    _, err = walk.communicate(timeout=30)
+    assert (walk.returncode, err) == (code, "")
+    *_, train, asked = calls(project)
+    assert train.startswith("-m qwen35.launch")
+    assert asked == "asked"
 
 
 @pytest.mark.parametrize(
@@ -313,6 +354,38 @@ def test_commands_of_the_targets(run: Run, project: Path, command: list[str], ca
     assert calls(project) == [call]
 
 
+@pytest.mark.parametrize(
+    ("variables", "name", "checked", "ignored"),
+    [
+        ({}, "transformers-5.2.0", "transformers 5.2.0", f"{IGNORED} "),
+        ({"TORCH": "2.7.1"}, "torch-2.7.1", "torch 2.7.1", ""),
+    ],
+)
+def test_other_versions_run_the_tests(
+    run: Run, project: Path, variables: dict[str, str], name: str, checked: str, ignored: str
+) -> None:
+    made = project / "build/versions" / name
+    (made / "bin").mkdir(parents=True)
+    shutil.copy(project / ".venv/bin/python", made / "bin/python")
+    (made / ".made").touch()
+    result = run("make", "test-versions", "ARGS=-k digits", **variables)
+    assert result.returncode == 0, result.stderr
+    assert calls(project) == [f"- {checked}", f"-m pytest -q {ignored}-k digits"]
+    assert not {"TORCH", "TRANSFORMERS", "MASTER_PORT"} & child(project).keys()
+
+
+def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> None:
+    made = project / "build/versions/transformers-5.2.1"
+    (made / "bin").mkdir(parents=True)
+    (made / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (made / "bin/python").chmod(0o755)
+    (made / ".made").touch()
+    result = run("make", "test-versions", TRANSFORMERS="5.2.1")
+    assert result.returncode != 0
+    assert f"transformers {version('transformers')} is what is imported, 5.2.1 was asked for" in result.stderr
+    assert "passed" not in result.stdout
+
+
 @pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
 def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
     (project / "runs/mine/iter_0000010").mkdir(parents=True)
@@ -331,7 +404,7 @@ def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
 def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:
     result = run("make")
     assert result.returncode == 0
-    for target in "help install convert export data show finetune generate evaluate test lint clean".split():
+    for target in TARGETS:
         assert f"make {target} " in result.stdout
     assert "NODES" in result.stdout
     assert not calls(project)

@@ -16,7 +16,7 @@ import torch
 from peer import continued
 from PIL import Image
 
-from qwen35 import generate, tiny
+from qwen35 import evaluate, generate, tiny
 from qwen35.chat import find_model, load_model, prepare
 from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.dcp import save_checkpoint
@@ -240,6 +240,30 @@ def test_characters_of_several_tokens_come_whole_and_control_tokens_not_at_all(p
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_nobody_waits_for_a_question_at_a_terminal(place, ask, monkeypatch):
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    assert "prompt is empty" in ask("hub", stdin="typed", status=1)
+
+
+def test_an_interruption_is_no_failure_of_the_program(place, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "draw", interrupted)
+    assert generate.main(["--model", str(place / "hub"), "--prompt", "x"]) == 130
+    assert capsys.readouterr() == ("\n", "")
+
+
+def test_evaluation_takes_a_run_too(place, tmp_path, capsys):
+    records = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "7"}]} for q in "ab"]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    shown = []
+    for model in ("hub", "run"):
+        assert evaluate.main(["--model", str(place / model), "--data", str(tmp_path / "records.json"), "--show"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and shown[0].count("right is '7'") == 2
 
 
 def test_a_terminal_gets_the_text_as_it_comes(monkeypatch):

@@ -1,107 +1,20 @@
 """Whole runs with real processes: what a user starts, on a small model and a few images made here."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from peer import config_dict
 from PIL import Image
-from tokenizer_fixture import make_model_folder
+from training_runs import ROOT, tensors, train
 
-from qwen35.checkpoint.boxes import Box
-from qwen35.checkpoint.dcp import newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
-from qwen35.checkpoint.hf import write_hf
 from qwen35.config import load_settings
 from qwen35.metrics import Metrics, RunError, StepRecord, read_metrics
 from qwen35.model import Qwen35
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A model folder, 60 records (two of three with an image), and a recipe for them."""
-    folder = tmp_path_factory.mktemp("train")
-    model_folder = make_model_folder(folder / "model")
-    tokens = json.loads((model_folder / "config.json").read_text())
-    config = config_dict() | {k: v for k, v in tokens.items() if k.endswith("_id")}
-    config["text_config"] = config["text_config"] | {"vocab_size": 512}
-    write_hf(Qwen35.from_config(config).state_dict(), config, folder / "weights")
-    for file in model_folder.iterdir():
-        if file.name != "config.json":
-            (folder / "weights" / file.name).write_bytes(file.read_bytes())
-    records = []
-    for i in range(60):
-        record = {
-            "id": i,
-            "conversations": [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"It is {i % 7}."}],
-        }
-        if i % 3:
-            Image.new("L", (20 + i, 40), i * 4).save(folder / f"{i}.png")
-            record["image"] = f"{i}.png"
-            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
-        records.append(record)
-    (folder / "records.json").write_text(json.dumps(records))
-    recipe = {
-        "data": {
-            "dataset_param": {
-                "basic_parameters": {
-                    "dataset": str(folder / "records.json"),
-                    "dataset_dir": str(folder),
-                    "cutoff_len": 160,
-                },
-                "preprocess_parameters": {"image_max_pixels": 4096},
-            },
-            "dataloader_param": {"patch_bucket": 16},
-        },
-        "model": {"model_name_or_path": str(folder / "weights"), "loss_cfg": {"router_aux_loss_coef": 0.01}},
-        "training": {
-            "train_iters": 10,
-            "save": str(folder / "unset"),
-            "init_from_hf_path": str(folder / "weights"),
-            "lr": 1e-2,
-            "weight_decay": 0.1,
-            "adam_eps": 1e-4,
-            "dtype": "fp32",
-            "log_interval": 4,
-        },
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
-
-
-def train(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def weights(save: Path) -> dict[str, torch.Tensor]:
-    source = DCPSource(resolve_load(save))
-    return {name: source.read(name, Box.whole(spec.shape)) for name, spec in source.specs.items()}
-
-
-@pytest.fixture(scope="module")
-def two(workplace) -> Path:
-    """Two processes, ten steps, a checkpoint after five."""
-    save = workplace / "two"
-    done = train(workplace, save, 2, "training.save_interval=5")
-    assert done.returncode == 0, done.stderr
-    (save / "console").write_text(done.stdout)
-    return save
 
 
 def test_two_processes_give_the_losses_of_one(workplace, two):
@@ -141,7 +54,7 @@ def test_resumed_equals_uninterrupted(workplace, two, tmp_path):
     first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
     same = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")
     assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]
-    a, b = weights(two), weights(save)
+    a, b = tensors(two), tensors(save)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -164,7 +77,7 @@ def test_bf16_recompute_freeze_and_every_way_to_start(workplace, tmp_path):
     others = ["training.dtype=bf16", "parallel.recompute=true", "training.train_iters=3", "training.micro_batch_size=2"]
     done = train(workplace, tmp_path / "run", 2, frozen, *start, *others, "parallel.fully_shard_parallel_size=1")
     assert done.returncode == 0, done.stderr
-    before, after = weights(tmp_path / "dcp"), weights(tmp_path / "run")
+    before, after = tensors(tmp_path / "dcp"), tensors(tmp_path / "run")
     assert before.keys() == after.keys()
     for name, value in before.items():
         is_frozen = "visual" in name or name.endswith("mlp.gate.weight")
@@ -186,7 +99,7 @@ def test_per_token_loss_for_any_split(workplace, tmp_path):
         done = train(workplace, tmp_path / name, processes, split, *common)
         assert done.returncode == 0, done.stderr
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        results[name] = [line["loss"] for line in lines], weights(tmp_path / name)
+        results[name] = [line["loss"] for line in lines], tensors(tmp_path / name)
     losses, reference = results.pop("ranks")
     assert losses[-1] < losses[0]
     for name, (others, values) in results.items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.errors import naming
 
 INCOMPLETE = ".incomplete"  # lies in a folder that is being written
 
@@ -37,6 +39,12 @@ def check_replaceable(folder: Path, marker: str) -> None:
         )
 
 
+def check_apart(original: Path, out: Path) -> None:
+    """Raise CheckpointError if one lies in the other: what is written would become a part of the original."""
+    if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):
+        raise CheckpointError(f"{out} and the original {original} must be two folders, neither inside the other")
+
+
 def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
     """Flush what was written, add the marker (last), and put the folder in its place, instead of one that is there."""
     for path in temporary.rglob("*"):
@@ -57,6 +65,27 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     flush(folder.parent)
 
 
+def sweep(folder: Path, names: re.Pattern) -> list[str]:
+    """Tidy up what interrupted jobs left of folders of these names, inside one that is this job's alone.
+
+    What is half-written goes; a folder that was being replaced comes back. Returns a line for each.
+    """
+    told = []
+    for path in sorted(folder.iterdir()):
+        whole = path.with_suffix("")
+        if not names.fullmatch(whole.name):
+            continue
+        if path.suffix == ".tmp" and (path / INCOMPLETE).is_file():
+            shutil.rmtree(path)
+            told.append(f"removed {path}, which a stopped job had not finished")
+        elif path.suffix == ".old" and whole.exists():
+            shutil.rmtree(path)
+        elif path.suffix == ".old":
+            path.rename(whole)
+            told.append(f"{whole} is back: a job was stopped while it replaced it")
+    return told
+
+
 @contextmanager
 def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
     """The temporary folder for the body to fill; renamed at its end, removed if it fails. `content` is the marker's."""
@@ -70,13 +99,17 @@ def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[P
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that it has its old content or the new, whatever happens."""
+    """Write a small file so that it has its old content or the new, whatever happens. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     flush(path.parent)
 
 

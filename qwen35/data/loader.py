@@ -1,11 +1,11 @@
 """The endless stream of micro-batches of one rank, decoded ahead in worker processes."""
 
-import ctypes
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from qwen35.data.dataset import Dataset
 from qwen35.data.formats import RecordError
 from qwen35.data.packing import BinStream
 from qwen35.data.samples import Preparation
+from qwen35.processes import die_with
 from qwen35.settings import Settings
 
 
@@ -34,28 +35,38 @@ class MicroBatches:
         spec = vision_spec(settings.model.model_name_or_path)
         check_patch_bucket(loader.patch_bucket, spec)
         preparation = Preparation.of(settings)
-        check_agreement(settings, preparation, spec)
+        check_agreement(settings.model.model_name_or_path, settings.tokenizer_dir, preparation, spec)
         self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
         self.cutoff_len = basic.cutoff_len
         self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)
         self.samples = len(self.dataset)
+        order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}"
+        self.fingerprint = self.dataset.fingerprint(order)  # the same where every bin of every epoch is the same
         self.tokens_per_epoch = int(self.dataset.lengths.sum())
         self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
         self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
-        self._order = _Order(
-            self.bins, rank, world_size, training.micro_batch_size, start_step * training.gradient_accumulation_steps
-        )
+        self._order = _Order(self.bins, rank, world_size, training.micro_batch_size, 0)
+        self._micro_steps = training.gradient_accumulation_steps
+        self.start_at(start_step)
         self._batches = _Batches(self.dataset, basic.cutoff_len, preparation.tokenizer.pad_id, loader.patch_bucket)
         self._workers = loader.num_workers
 
+    def start_at(self, step: int) -> None:
+        """Have the next iteration begin with the first micro-step of `step`."""
+        self._order = replace(self._order, start=step * self._micro_steps)
+
     def report(self) -> str:
-        """One line for the start of a run."""
+        """For the start of a run: one line, and one more of records that were left out."""
         files = len(self.dataset.files)
         trained = self.dataset.trained_tokens / self.tokens_per_epoch
+        skipped = self.dataset.skipped
+        left_out = (
+            f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
+        )
         return (
             f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({trained:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens)"
+            f"({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -65,7 +76,7 @@ class MicroBatches:
             sampler=self._order,
             num_workers=self._workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
             multiprocessing_context="fork" if self._workers else None,  # the tokens are shared, not copied
         )
@@ -110,11 +121,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _die_with_parent(_: int) -> None:
-    """Linux ends this process when its parent ends, kill -9 included."""
-    if sys.platform != "linux":
-        return  # the DataLoader's own watchdog looks every few seconds
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended in between
-        os._exit(1)
+def _start_worker(parent: int, _: int) -> None:
+    die_with(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how multiprocessing ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is for the parent to say

@@ -12,19 +12,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from kernels.features import fsdp_has_sums
 from qwen35.config import SettingError
 from qwen35.model import Qwen35
 
 HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
-
-
-# torch 2.7 knows only the average over the ranks (its divide setter scales the sum, which HCCL lacks)
-SUMS = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
-
-
-def loss_scale() -> float:
-    """What the loss must be multiplied with, so that the reduced gradients are sums over the ranks."""
-    return 1.0 if SUMS else float(dist.get_world_size())
 
 
 def make_mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
@@ -46,9 +38,10 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     One unit a decoder layer and vision block, one for the rest of the vision tower, one for the embedding, the final norm
     and the head. Gradients are summed over the ranks, not averaged: the loss carries the division.
     """
+    replicas = mesh["replicate"]
     unit = partial(
         fully_shard,
-        mesh=mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+        mesh=mesh if replicas.size() > 1 and fsdp_has_sums() else mesh["shard"],
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         ignored_params=set(held_out(model)),
     )
@@ -60,19 +53,31 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     unit(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
-        if isinstance(module, FSDPModule) and SUMS:
-            # plain sums are all that every backend has (gloo lacks the average, HCCL the scaled sum)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        if isinstance(module, FSDPModule):
+            _sum_gradients(module, replicas)
+
+
+def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
+    """Plain sums, which every backend has: HCCL lacks the scaled one, gloo the average (that of torch 2.7 sums instead)."""
+    if fsdp_has_sums():
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        return
+    # torch 2.7's own setter allows the scaled sum alone, and its sum over replicas is always an average: here the field
+    # that the setter sets, and a hook after the sum over the shards
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is not None:
+        group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # type: ignore[attr-defined]  # 2.7 has it
+    if replicas.size() > 1:
+        module.set_all_reduce_hook(partial(dist.all_reduce, group=replicas.get_group()))
 
 
 def reduce_held_out(model: nn.Module) -> None:
-    """Sum the gradients of the replicated parameters over all ranks (and undo loss_scale), in one call."""
+    """Sum the gradients of the replicated parameters over all ranks, in one call."""
     grads = [p.grad for p in held_out(model) if p.grad is not None]
     if not grads or dist.get_world_size() == 1:
         return
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    flat /= loss_scale()
     for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(total.view_as(grad))

@@ -1,0 +1,12 @@
+"""What the installed torch can do, asked in this one file: the code runs on torch 2.7.1 to 2.13."""
+
+import torch.nn.functional as F
+
+HAS_GROUPED_MM = hasattr(F, "grouped_mm")  # torch >= 2.10; before that it has no CPU form
+
+
+def fsdp_has_sums() -> bool:
+    """FSDP2 can be told to sum gradients (torch >= 2.8); 2.7 knows only the average over the ranks."""
+    from torch.distributed.fsdp import FSDPModule  # not at the top: `import kernels` is to be quick
+
+    return hasattr(FSDPModule, "set_force_sum_reduction_for_comms")

@@ -1,0 +1,43 @@
+"""Processes that end with the one that started them, and runs that stop where they are asked to."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def die_with(parent: int) -> None:
+    """In a new process: have Linux end it when the process `parent`, which started it, ends, kill -9 included."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended in between
+        os._exit(1)
+
+
+class StopRequest:
+    """Whether SIGTERM or Ctrl-C has asked this process to stop. A second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listen for SIGTERM and Ctrl-C until the block ends. Main thread only."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

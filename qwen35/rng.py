@@ -1,0 +1,37 @@
+"""The random states of a rank. Kept in its checkpoints, a resumed run draws what an uninterrupted one would have drawn."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen35.device import device_rng_state, set_device_rng_state
+
+
+def seed_all(seed: int) -> None:
+    """Every generator of this process, its device's too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # libraries draw from the global one
+    torch.manual_seed(seed)
+
+
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """Made of what a checkpoint's extras may hold."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "device": device_rng_state(device),
+    }
+
+
+def restore_rng(states: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `rng_states`."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None:
+        set_device_rng_state(states["device"], device)

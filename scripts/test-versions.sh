@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Run the tests on other versions of what they stand on, in an environment below build/versions that is made on first use.
+#
+#   [TRANSFORMERS=5.2.0] scripts/test-versions.sh [pytest's options]
+#       that transformers, and all else from .venv; all tests but those of whole runs with real processes
+#   TORCH=2.7.1 [PYTHON=/path/to/python3.10] [TORCH_INDEX=…] scripts/test-versions.sh [pytest's options]
+#       that torch with the other pins of an NPU installation (numpy 1, protobuf 3, …) but without torch-npu and
+#       triton-ascend, on Python 3.10 where there is one; all tests
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source scripts/check_env.sh
+check_env
+need_venv
+split "${ARGS:-}"
+
+whole_runs=(tests/test_{launch,parallel,resume,train}.py) # minutes, and hardly anything of transformers in them
+
+is_made() { # NAME OLDER: the stamp is a finished environment's, and younger than what that was made from
+    [[ -e build/versions/$1/.made && ! $2 -nt build/versions/$1/.made ]]
+}
+
+beside_venv() { # a venv that holds transformers and what it needs in other versions; all else it finds in .venv, behind
+    local folder=build/versions/$1 site
+    is_made "$1" .venv/.installed && return
+    echo "making $folder"
+    "$python" -m venv --clear "$folder"
+    site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/behind.pth"
+    "$folder/bin/python" "${pip[@]}" "transformers==$TRANSFORMERS"
+    touch "$folder/.made"
+}
+
+with_torch() { # a whole environment, by the lock of an NPU installation
+    local folder=build/versions/$1 lock=scripts/requirements/npu-arm.txt base
+    is_made "$1" "$lock" && return
+    base=$(find_python python3.10 python3 python3.11 python3.12)
+    echo "making $folder with $base (torch takes longest)"
+    "$base" -m venv --clear "$folder"
+    sed -E "/^(torch-npu|triton-ascend)==/d; s/^torch==.*/torch==$TORCH/" "$lock" >"$folder/pins.txt"
+    "$folder/bin/python" "${pip[@]}" --requirement "$folder/pins.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+    touch "$folder/.made"
+}
+
+pip=(-m pip install -qq --disable-pip-version-check --no-input)
+if [[ -n ${TORCH:-} ]]; then
+    name=torch-$TORCH wanted=(torch "$TORCH")
+    with_torch "$name"
+    choice=()
+else
+    name=transformers-$TRANSFORMERS wanted=(transformers "$TRANSFORMERS")
+    beside_venv "$name"
+    choice=("${whole_runs[@]/#/--ignore=}")
+fi
+
+# the tests start scripts and make themselves, with settings of their own
+unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+python=build/versions/$name/bin/python
+"$python" - "${wanted[@]}" <<'PY'
+import importlib
+import platform
+import sys
+
+import torch
+import transformers
+
+package, wanted = sys.argv[1:]
+found = importlib.import_module(package).__version__.partition("+")[0]
+print(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
+sys.exit(0 if found == wanted else f"{package} {found} is what is imported, {wanted} was asked for")
+PY
+exec "$python" -m pytest -q "${choice[@]}" "${words[@]}" "$@"

@@ -1,0 +1,47 @@
+"""Weights both ways by the commands themselves: make, the seed's mm-convert, scripts from another folder."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkpoint_cases import write_folder
+
+ROOT = Path(__file__).parents[1]
+TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
+
+
+def run(*command: str, cwd: Path = ROOT) -> str:
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [("hub", {}), ("per_expert", {"mtp": False}), ("stacked", {}), ("hub", {"moe": False, "tied": True})],
+    ids=["hub", "one tensor an expert", "stacked", "tied"],
+)
+def test_there_by_the_seeds_words_and_back_by_make(tmp_path, layout, kind):
+    folder = write_folder(tmp_path / "hf", layout=layout, **kind)
+    dcp, out = tmp_path / "mm_path" / "model", tmp_path / "out"
+    tie = ("--tie_weight_mapping", TIE) if kind.get("tied") else ()
+    seed = ("GenericDCPConverter", "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp), *tie)
+    run(str(ROOT / ".venv/bin/mm-convert"), *seed, cwd=tmp_path)
+    assert sorted(path.name for path in dcp.iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
+    run("make", "export", f"DCP={dcp}", f"HF={folder}", f"OUT={out}")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()}.items() <= {
+        path.name: path.read_bytes() for path in out.iterdir()
+    }.items()
+
+
+def test_there_by_make_and_back_by_the_seeds_words(tmp_path):
+    folder = write_folder(tmp_path / "hf", moe=False, tied=True)
+    run("make", "convert", f"HF={folder}", f"DCP={tmp_path / 'dcp'}", f"TIE={TIE}")
+    seed = ("dcp_to_hf", "--dcp_dir", "dcp/release", "--origin_hf_dir", "hf", "--save_hf_dir", "out")
+    told = run(str(ROOT / ".venv/bin/mm-convert"), "GenericDCPConverter", *seed, cwd=tmp_path)
+    assert "tensors" in told
+    for path in folder.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

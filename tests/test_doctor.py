@@ -1,0 +1,226 @@
+"""`make doctor`: Python, packages, CANN, driver and NPUs; what each thing that is wrong says."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from stand_in import answer, given, install, npu_machine, only, program, table, write, wrong
+
+from qwen35.doctor import ascend, software
+from qwen35.doctor.__main__ import still_needed
+from qwen35.doctor.machine import Machine, architecture, release
+
+
+@pytest.fixture
+def m(tmp_path: Path) -> Machine:
+    return npu_machine(tmp_path)
+
+
+def test_a_cpu_machine_that_has_all_of_an_npus_things_needs_nothing_more(m: Machine) -> None:
+    assert still_needed(replace(m, accelerator=None)) == []
+    (m.files / "usr/local/Ascend/driver/version.info").unlink()
+    assert [f.status for f in still_needed(m)] == ["note"]
+
+
+# -- software ----------------------------------------------------------------------------------------------------------
+
+
+def test_python_out_of_range(m: Machine) -> None:
+    assert "3.13.0" in wrong(software.python(replace(m, python_version=(3, 13, 0))))
+
+
+def test_installations(m: Machine) -> None:
+    site = Path(m.site[0])
+    install(site, "numpy", "1.24.0")
+    assert "numpy 1.24.0 (1.26.4)" in only(software.installation(m), "note")
+    shutil.rmtree(next(site.glob("tqdm-*")))
+    assert "tqdm of npu-arm.txt missing -> make install" in wrong(software.installation(m))
+    write(m.root / ".venv/.installed", "gpu")
+    assert ".installed names no lock file -> make install" in wrong(software.installation(m))
+    (m.root / ".venv/.installed").unlink()
+    assert "stopped half-way -> make install" in wrong(software.installation(m))
+    shutil.rmtree(m.root / ".venv")
+    assert "there is none yet -> make install" in wrong(software.installation(m))
+
+
+def test_an_installation_of_another_folder(m: Machine) -> None:
+    site = Path(m.site[0])
+    write(site / "qwen35-0.1.0.dist-info/direct_url.json", '{"url": "file:///other/folder"}')
+    assert "mm-convert is that of file:///other/folder -> make install" in only(software.ourselves(m), "note")
+    shutil.rmtree(site / "qwen35-0.1.0.dist-info")
+    assert "itself is not installed -> make install" in wrong(software.ourselves(m))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [
+        ("torch", "2.7.0", False), ("torch", "2.14.0", False), ("torch", "2.13.1+cpu", True), ("torch", "2.7.1", True),
+        ("transformers", "4.57.1", False), ("transformers", "5.2.0", True), ("transformers", "5.24.0", False),
+    ],
+)  # fmt: skip
+def test_versions_that_the_code_runs_on(m: Machine, name: str, version: str, fits: bool) -> None:
+    install(Path(m.site[0]), name, version)
+    findings = software.versions(m)
+    if fits:
+        assert {f.status for f in findings} == {"ok"}
+    else:
+        assert f"{name}" in wrong(findings) and version in wrong(findings)
+
+
+def test_a_torch_that_cannot_be_imported(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(
+        Path(m.python), "echo Traceback >&2; echo 'ImportError: libhccl.so: cannot open shared object file' >&2; exit 1"
+    )
+    assert "ImportError: libhccl.so" in wrong(software.imports(m))
+    program(Path(m.python), "kill -SEGV $$")
+    assert "status -11" in wrong(software.imports(m))
+    program(Path(m.python), "exec sleep 20")
+    monkeypatch.setattr(software, "PROBE_SECONDS", 0.3)
+    assert "takes more than 0.3 s" in wrong(software.imports(m))
+
+
+def test_the_name_kernels(m: Machine) -> None:
+    answer(m, where="/elsewhere/kernels/__init__.py")
+    assert "finds /elsewhere" in wrong(software.imports(m))
+    answer(m, ours="0.11.0")
+    assert "0.11.0" in wrong(software.imports(m))
+    answer(m)
+    install(Path(m.site[0]), "kernels", "0.10.3")
+    assert "pip uninstall kernels" in wrong(software.imports(m))
+
+
+def test_torch_sees_fewer(m: Machine) -> None:
+    answer(m, devices=0)
+    assert "sees 0 of 8 NPUs" in wrong(software.imports(m))
+    answer(m, devices=2)
+    assert only(software.imports(given(m, ASCEND_RT_VISIBLE_DEVICES="4,5"))[-1:], "ok").endswith("sees 2 NPUs")
+
+
+def test_torch_npu_goes_with_its_torch(m: Machine) -> None:
+    site = Path(m.site[0])
+    install(site, "torch-npu", "2.7.1.post11", "torch==2.7.1+cpu", "numpy")  # as on x86_64
+    assert "made for torch 2.7.1+cpu, installed is 2.7.1 " in wrong(software.torch_npu(m))
+    install(site, "torch", "2.7.1+cpu")
+    assert only(software.torch_npu(m), "ok")
+    install(site, "torch", "2.13.0")
+    assert "installed is 2.13.0" in wrong(software.torch_npu(m))
+    shutil.rmtree(site / "torch_npu-2.7.1.post11.dist-info")
+    assert "torch-npu  is not installed -> make install DEVICE=npu" in wrong(software.torch_npu(m))
+
+
+def test_triton_over_triton_ascend(m: Machine) -> None:
+    install(Path(m.site[0]), "triton-ascend", "3.2.0")
+    install(Path(m.site[0]), "triton", "3.3.1")
+    assert "pip uninstall triton triton-ascend" in wrong(software.torch_npu(m))
+
+
+# -- CANN, driver, NPUs ------------------------------------------------------------------------------------------------
+
+
+def test_cann(m: Machine) -> None:
+    home = Path(m.get("ASCEND_HOME_PATH"))
+    toolkit, operators = (home / f"{architecture()}-linux/ascend_{kind}_install.info" for kind in ("toolkit", "ops"))
+    toolkit.write_text("version=8.3.RC1\n")
+    assert "8.3.RC1" in wrong(ascend.cann(m)) and "8.5 or newer" in wrong(ascend.cann(m))
+    for version in ("8.5.0.alpha003", "9.2.0-beta.2"):
+        toolkit.write_text(f"version={version}\n")
+        assert "install the package of operators of the same version" in wrong(ascend.cann(m))
+        operators.write_text(f"version={version}\n")
+        assert version in only(ascend.cann(m), "ok")
+    operators.unlink()
+    assert "ascend_ops_install.info" in only(ascend.cann(m), "note")
+    toolkit.unlink()
+    assert "does not say its version" in wrong(ascend.cann(m))
+    write(home / "compiler/version.info", "Version=8.1.RC1\n")
+    assert "8.1.RC1" in wrong(ascend.cann(m))
+    assert "/opt/none" in wrong(ascend.cann(given(m, ASCEND_HOME_PATH="", CANN_PATH="/opt/none")))
+
+
+def test_what_cann_imports(m: Machine) -> None:
+    site = Path(m.site[0])
+    install(site, "numpy", "2.4.6")
+    assert "numpy 2.4.6: they need numpy<2" in wrong(ascend.cann_packages(m))
+    shutil.rmtree(next(site.glob("decorator-*")))
+    assert "decorator missing" in wrong(ascend.cann_packages(m))
+
+
+def test_the_driver(m: Machine) -> None:
+    (m.files / "dev/hisi_hdc").unlink()
+    assert "--device /dev/hisi_hdc" in wrong(ascend.driver(m))
+    write(m.files / "dev/hisi_hdc")
+    info = m.files / "usr/local/Ascend/driver/version.info"
+    write(m.files / "opt/npu/driver/version.info", info.read_text().replace("25.5.2", "25.0.1"))
+    info.unlink()
+    assert "version.info" in wrong(ascend.driver(m))
+    write(m.files / "etc/ascend_install.info", "UserName=HwHiAiUser\nDriver_Install_Path_Param=/opt/npu\n")
+    assert "25.0.1" in only(ascend.driver(m), "ok")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ASCEND_RT_VISIBLE_DEVICES": "0,8"}, "numbers from 0 to 7"),
+        ({"ASCEND_RT_VISIBLE_DEVICES": "1,1"}, "each once"),
+        ({"NPUS_PER_NODE": "9"}, "NPUS_PER_NODE=9, but 8 are visible -> at most 8"),
+        ({"NPUS_PER_NODE": "2", "ASCEND_RT_VISIBLE_DEVICES": "3"}, "NPUS_PER_NODE=2, but 1 is visible -> at most 1"),
+    ],
+)
+def test_npus_that_are_not_there(m: Machine, variables: dict[str, str], words: str) -> None:
+    assert words in wrong(ascend.npus(given(m, **variables)))
+
+
+def test_no_npu_at_all(m: Machine) -> None:
+    for node in (m.files / "dev").glob("davinci[0-9]"):
+        node.unlink()
+    assert "no /dev/davinci0" in wrong(ascend.npus(m))
+
+
+def test_busy_and_ill_npus(m: Machine) -> None:
+    smi = m.root / "bin/npu-smi"
+    program(smi, f"cat <<'END'\n{table(users={2: 4321})}END")
+    findings = ascend.npus(m)
+    assert "8 of 8 visible, 7 free" in only(findings, "ok")
+    line = only(findings, "note")
+    assert "NPU 2  in use by python3 (pid 4321, 30000 MB) -> ASCEND_RT_VISIBLE_DEVICES=0,1,3,4,5,6,7" in line
+    assert {f.status for f in ascend.npus(given(m, ASCEND_RT_VISIBLE_DEVICES="0,1"))} == {"ok"}
+    assert "-> wait" in only(ascend.npus(given(m, ASCEND_RT_VISIBLE_DEVICES="2")), "note")
+    program(smi, f"cat <<'END'\n{table(health='Alarm')}END")
+    assert "NPU 7  npu-smi says Alarm" in wrong(ascend.npus(m))
+
+
+def test_npu_smi_that_says_nothing(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = m.root / "bin/npu-smi"
+    program(smi, "echo 'dcmi module initialize failed. ret is -8005'; exit 1")
+    assert "ret is -8005" in wrong(ascend.npus(m))
+    program(smi, "exec sleep 20")
+    monkeypatch.setattr(ascend, "SMI_SECONDS", 0.3)
+    assert "no answer" in wrong(ascend.npus(m))
+    assert "not on PATH" in only(ascend.npus(given(m, PATH="/nowhere")), "note")
+
+
+def test_two_chips_an_npu() -> None:
+    """As on an A3: the number that programs use is the place in the table."""
+    text = """
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip  Phy-ID              | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
+| 0     Ascend910           | OK            | 176.9       46                0    / 0             |
+| 0     0                   | 0000:9D:00.0  | 0           0    / 0          3100 / 65536         |
+| 0     Ascend910           | OK            | -           45                0    / 0             |
+| 1     1                   | 0000:9F:00.0  | 0           0    / 0          2891 / 65536         |
+| 1     Ascend910           | OK            | 168.7       36                0    / 0             |
+| 0     2                   | 0000:81:00.0  | 0           0    / 0          3120 / 65536         |
+| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
+| 0       1                 | 3328327       |                          | 50119                   |
+| 0       1                 | 3333165       | python                   | 132                     |
+| No running processes found in NPU 1                                                            |
+"""
+    chips = ascend.read_table(text)
+    assert [len(chip.users) for chip in chips] == [0, 2, 0]
+    assert chips[1].users[0] == "a process (pid 3328327, 50119 MB)"
+    assert {(chip.name, chip.memory) for chip in chips} == {("Ascend910", 65536)}
+
+
+def test_releases() -> None:
+    found = [release(v) for v in ("2.7.1.post11", "2.13.0+cpu", "8.5.0.alpha003", "8.3.RC1", "9.2.0-beta.2", "x")]
+    assert found == [(2, 7, 1), (2, 13, 0), (8, 5, 0), (8, 3), (9, 2, 0), ()]

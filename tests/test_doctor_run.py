@@ -1,0 +1,264 @@
+"""`make doctor`: the host, the recipe, and the command as a whole."""
+
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from stand_in import RECIPE, ROOT, free_port, given, npu_machine, only, program, write, wrong
+
+import kernels
+from qwen35 import tiny
+from qwen35.doctor import host, recipe
+from qwen35.doctor.__main__ import examine, lines
+from qwen35.doctor.machine import Machine
+
+
+@pytest.fixture
+def m(tmp_path: Path) -> Machine:
+    return npu_machine(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    assert tiny.make_model(folder / "model") and tiny.make_digits(folder / "digits")
+    return folder
+
+
+@pytest.fixture
+def settings(made: Path, tmp_path: Path) -> list[str]:
+    """Overrides over the tiny recipe that name what is there."""
+    basic = "data.dataset_param.basic_parameters"
+    return [
+        f"model.model_name_or_path={made / 'model'}", f"{basic}.dataset={made / 'digits/train.json'}",
+        f"{basic}.dataset_dir={made / 'digits'}", f"training.save={tmp_path / 'run'}", "training.load=null",
+        f"training.init_from_hf_path={made / 'model'}", *(f"model.kernels.{op}=native" for op in kernels.OPS),
+    ]  # fmt: skip
+
+
+# -- all is well -------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_with_npus_where_all_is_well(m: Machine, settings: list[str]) -> None:
+    findings = examine(m, [], RECIPE, settings)
+    assert {f.status for f in findings} == {"ok"}, "\n".join(lines(findings))
+    text = "\n".join(lines(findings))
+    for words in (
+        "8 of 8 visible, 8 free; 910B3 of 64 GiB", "8.5.0", "25.5.2", "sees 8 NPUs", "2.7.1.post11 for torch 2.7.1",
+        "eth0, eth1", "the first 20 records", "a checkpoint takes", "every value is an allowed one",
+    ):  # fmt: skip
+        assert words in text
+
+
+def test_this_machine_is_fit_for_a_cpu_run() -> None:
+    """The real scripts and .venv; nothing is converted yet, so of the recipe's folders nothing need be there."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env = {**clean, "DEVICE": "cpu", "MASTER_PORT": str(free_port())}
+    result = subprocess.run(
+        ["make", "doctor"], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    checks, still, summary = result.stdout.strip().split("\n\n")
+    assert not re.search("^wrong", result.stdout, re.MULTILINE)
+    for subject in ("Python", "installation", "torch", "kernels", "memory", "open files", "port", "recipe"):
+        assert re.search(f"^ok +{subject}  ", checks, re.MULTILINE), subject
+    assert still.startswith("an NPU run would still need:")
+    assert "torch-npu" in still and "CANN" in still and "driver" in still
+    assert summary == "nothing is wrong for a run on the CPU"
+
+
+# -- the host ----------------------------------------------------------------------------------------------------------
+
+
+def test_little_memory(m: Machine) -> None:
+    write(m.files / "proc/meminfo", "MemTotal: 16000000 kB\nMemAvailable: 900000 kB\n")
+    assert "879 MiB of 15.3 GiB available" in wrong(host.memory(m))
+
+
+def test_few_open_files(m: Machine) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert "at most 256" in wrong(host.open_files(m)) and "ulimit -n" in wrong(host.open_files(m))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_disks(m: Machine, tmp_path: Path) -> None:
+    folder = tmp_path / "not/there/yet"
+    assert "free for" in only(host.disk("disk", folder, 1 << 20, "a checkpoint"), "ok")
+    assert "a checkpoint takes 1,048,576.0 GiB" in wrong(host.disk("disk", folder, 1 << 50, "a checkpoint"))
+    write(tmp_path / "file")
+    assert "is no folder" in wrong(host.disk("disk", tmp_path / "file/below", 0, ""))
+    write(tmp_path / "hf/model.safetensors")
+    os.truncate(tmp_path / "hf/model.safetensors", 1 << 43)  # a hole, no bytes
+    findings = host.conversions(given(m, HF=str(tmp_path / "hf"), CONVERT_DCP=str(folder)))
+    assert "CONVERT_DCP" in wrong(findings) and "takes 8,192.0 GiB" in wrong(findings)
+
+
+def test_shared_memory(m: Machine) -> None:
+    assert only(host.shared_memory(m, 1 << 20, 1 << 25), "ok")
+    assert "full of images" in only(host.shared_memory(m, 1 << 20, 1 << 50), "note")
+    assert "--shm-size" in wrong(host.shared_memory(m, 1 << 49, 1 << 50))
+    assert "No such file" in wrong(host.shared_memory(replace(m, files=m.root), 1, 1))
+
+
+def test_a_taken_port(m: Machine) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        taken = given(m, MASTER_PORT=str(port))
+        assert f"MASTER_PORT={port}: Address already in use" in wrong(host.port(taken))
+        assert host.port(given(taken, NODES="2", NODE_RANK="1")) == []
+
+
+def test_addresses(m: Machine) -> None:
+    two = given(m, NODES="2", NODE_RANK="0")
+    assert "cannot be resolved" in wrong(host.addresses(given(two, MASTER_ADDR="no-such-host.invalid")))
+    assert only(host.addresses(given(two, MASTER_ADDR="127.0.0.1")), "ok")
+    assert "no address of this machine" in only(host.addresses(given(two, MASTER_ADDR="192.0.2.1")), "note")
+    assert only(host.addresses(given(two, MASTER_ADDR="192.0.2.1", NODE_RANK="1")), "ok")
+    for name in ("NODE_ADDR", "HCCL_IF_IP"):
+        assert f"{name}  192.0.2.1 is no address" in wrong(host.addresses(given(m, **{name: "192.0.2.1"})))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [("eth", "eth0, eth1"), ("=eth0", "eth0"), ("^lo", "eth0, eth1"), ("^=eth1", "eth0, lo"), ("=eth", ""), ("ib", "")],
+)
+def test_interfaces_of_hccl(m: Machine, pattern: str, left: str) -> None:
+    findings = host.interfaces(given(m, HCCL_SOCKET_IFNAME=pattern))
+    assert only(findings, "ok").endswith(f"  {left}") if left else "there are eth0, eth1, lo" in wrong(findings)
+    assert host.interfaces(replace(given(m, HCCL_SOCKET_IFNAME=pattern), accelerator=None)) == []
+
+
+def test_interfaces_of_gloo(m: Machine) -> None:
+    quiet = given(m, HCCL_SOCKET_IFNAME="")
+    assert only(host.interfaces(given(quiet, GLOO_SOCKET_IFNAME="eth0,lo")), "ok")
+    assert "no interface eth" in wrong(host.interfaces(given(quiet, GLOO_SOCKET_IFNAME="eth0,eth")))
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.trian_iters=3", "did you mean training.train_iters?"),
+        ("model.model_name_or_path=nowhere", "nowhere"),
+        ("model.freeze=[model.vision]", "model.vision matches no module"),
+        ("model.kernels.swiglu=fussed", "'fussed'"),
+        ("parallel.fully_shard_parallel_size=3", "does not divide 1 x 8 processes"),
+        ("data.dataset_param.basic_parameters.dataset=none.json", "none.json: no such file"),
+        ("data.dataset_param.basic_parameters.dataset_dir=configs", "record 1"),
+        ("training.init_from_hf_path=null", "nothing says where they come from"),
+        ("training.init_from_hf_path=nowhere", "nowhere"),
+        ("data.dataloader_param.patch_bucket=3", "patch_bucket"),
+    ],
+)
+def test_recipes(m: Machine, settings: list[str], override: str, words: str) -> None:
+    line = wrong(recipe.recipe(m, RECIPE, [*settings, override]))
+    assert words in line
+
+
+def test_converted_weights_that_are_not_there(m: Machine, settings: list[str]) -> None:
+    from_dcp = [*settings, "training.init_from_hf_path=null", "training.load=nowhere"]
+    assert "nowhere: no such folder -> make convert" in wrong(recipe.recipe(m, RECIPE, from_dcp))
+
+
+def test_what_the_tiny_recipe_makes_itself_need_not_be_there(m: Machine, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    cpu, config = replace(m, accelerator=None), str(tmp_path / "configs/tiny.yaml")
+    note = only(recipe.recipe(cpu, config, []), "note")
+    assert "ckpt/hf_path/tiny, ckpt/mm_path/tiny, data/digits/train.json -> make finetune" in note
+    assert "nowhere" in wrong(recipe.recipe(cpu, config, ["model.model_name_or_path=nowhere"]))
+    mine = shutil.copy(config, tmp_path / "configs/mine.yaml")
+    assert "nowhere" in wrong(recipe.recipe(cpu, str(mine), ["model.model_name_or_path=nowhere"]))
+
+
+def test_loaders_need_room(m: Machine, settings: list[str]) -> None:
+    """8 processes x 1 worker x 3 batches x 768 tokens x 4 patches x 1536 values of 4 bytes."""
+    line = next(line for line in lines(recipe.recipe(m, RECIPE, settings)) if "/dev/shm" in line)
+    assert f"{8 * 3 * 768 * 4 * 1536 * 4 / 2**20:,.0f} MiB at most" in line
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project where nothing is installed."""
+    for name in ("scripts", "qwen35", "kernels", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    for name in ("Makefile", "env.sh"):
+        shutil.copy(ROOT / name, tmp_path / "copy")
+    program(tmp_path / "bin/python3", f'exec {sys.executable} "$@"')
+    return tmp_path / "copy"
+
+
+def doctor(project: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    env = {"PATH": f"{project.parent / 'bin'}:{os.environ['PATH']}", "MASTER_PORT": str(free_port()), **variables}
+    return subprocess.run(
+        ["make", "doctor"], cwd=project, env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_nothing_installed(project: Path) -> None:
+    result = doctor(project, DEVICE="cpu")
+    assert result.returncode != 0
+    assert re.search("^wrong +installation +there is none yet -> make install$", result.stdout, re.MULTILINE)
+    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stdout.endswith("\n1 is wrong for a run on the CPU\n")
+
+
+def test_an_npu_installation_without_cann(project: Path) -> None:
+    result = doctor(project, DEVICE="npu", CANN_PATH="/opt/none")
+    assert result.returncode != 0
+    assert re.search("^wrong +CANN +no set_env.sh in /opt/none", result.stdout, re.MULTILINE)
+    assert "would still need" not in result.stdout
+    assert result.stdout.rstrip().endswith("are wrong for a run on NPUs")
+
+
+def test_cann_is_found_where_it_is(project: Path, m: Machine) -> None:
+    ascend_folder = project.parent / "Ascend"
+    write(ascend_folder / "ascend-toolkit/set_env.sh", f"export ASCEND_HOME_PATH={m.get('ASCEND_HOME_PATH')}\n")
+    result = doctor(project, DEVICE="npu", CANN_PATH=str(ascend_folder))
+    assert re.search("^ok +CANN +8.5.0 in ", result.stdout, re.MULTILINE)
+
+
+def test_every_wrong_value_is_told(project: Path) -> None:
+    values = {
+        "HCCL_CONNECT_TIMEOUT": "3",
+        "NODES": "x",
+        "TOKENIZERS_PARALLELISM": "yes",
+        "NODE_RANK": "-1",
+        "DEVICE": "gpu",
+    }
+    result = doctor(project, **values, ARGS="a='b")
+    told = re.findall("^wrong +env.sh +(.*)", result.stdout, re.MULTILINE)
+    assert len(told) == len(values) + 1
+    for name, value in {**values, "ARGS": "a='b"}.items():
+        assert any(line.startswith(f"{name}={value}: ") for line in told), name
+
+
+def test_places_of_several_machines_are_told(project: Path) -> None:
+    told = re.findall("^wrong +env.sh +(.*)", doctor(project, NODES="2").stdout, re.MULTILINE)
+    assert [line.split()[0] for line in told] == ["MASTER_ADDR", "NODE_RANK"]
+
+
+def test_no_python_at_all(project: Path) -> None:
+    bin_folder = project.parent / "bin"
+    (bin_folder / "python3").unlink()
+    for name in "bash make sed grep dirname realpath basename cut xargs cat env".split():
+        found = shutil.which(name)
+        assert found
+        (bin_folder / name).symlink_to(found)
+    result = doctor(project, PATH=str(bin_folder))
+    assert result.returncode != 0
+    assert "install 3.10 to 3.12, then make install" in result.stdout

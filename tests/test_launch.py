@@ -1,0 +1,196 @@
+"""The launcher, with small programs in the place of the training: they end together, and what failed first is told."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DRIVER = """
+import argparse, sys
+from qwen35.launch import run
+args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=1)
+sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
+"""
+HEAD = """
+import os, signal, sys, time
+from qwen35.launch import record_failure
+rank = int(os.environ["RANK"])
+def say(*words):  # a line in one write, whatever the other ranks do
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")
+    sys.stdout.flush()
+"""
+
+
+def start(program: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-c", DRIVER, str(processes), HEAD + program]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 20.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+    return found
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids)
+
+
+def test_ranks_and_their_environment():
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    process = start(f"say(*(os.environ[n] for n in {names}))", 3)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert sorted(out.splitlines()) == [f"{r} {r} 3 3 localhost 1" for r in range(3)]
+
+
+def test_an_expected_failure_is_one_line_whoever_fails_first():
+    program = """
+try:
+    raise RuntimeError("the peer is gone") if rank else ValueError("a.json, record 3: no such file")
+except Exception as error:
+    time.sleep(0.3 * (1 - rank))
+    record_failure(error, expected=rank == 0)
+    sys.exit(1)
+"""
+    process = start(program)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "error: a.json, record 3: no such file\n"
+
+
+def test_a_crash_is_told_with_its_traceback_and_ends_the_others():
+    program = """
+if rank == 1:
+    try:
+        1 / 0
+    except ZeroDivisionError as error:
+        record_failure(error, expected=False)
+        sys.exit(1)
+time.sleep(600)
+"""
+    begin = time.monotonic()
+    process = start(program)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" in err and err.endswith("rank 1: division by zero\n") and err.startswith("error: ")
+    assert time.monotonic() - begin < 20
+
+
+def test_a_process_that_hangs_after_its_failure_is_ended():
+    program = """
+if rank == 1:
+    record_failure(OSError("No space left on device"), expected=True)
+time.sleep(600)
+"""
+    process = start(program)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was ended by SIGKILL; out of memory?"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 was ended by SIGSEGV"),
+        ("os._exit(7)", "rank 1 ended with exit code 7"),
+    ],
+)
+def test_an_end_without_words(ending, words):
+    process = start(f"if rank == 1:\n    {ending}\ntime.sleep(600)")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, f"error: {words}\n")
+
+
+def test_kill_9_of_the_launcher_ends_everything():
+    process = start("say(os.getpid()); time.sleep(600)", 3)
+    pids = [int(process.stdout.readline()) for _ in range(3)]
+    process.kill()
+    wait_for(lambda: gone(pids), 5)
+    process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_reaches_every_rank_once_and_they_may_take_their_time(number, code):
+    program = """
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+say(os.getpid())
+while not asked:
+    time.sleep(0.01)
+time.sleep(1.5)
+say("saved", len(asked))
+"""
+    process = start(program)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    process.send_signal(number)  # as from make and from the terminal in one moment
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "saved 1\nsaved 1\n")
+    assert err.startswith("stopping: ") and err.count("\n") == 1
+    assert gone(pids)
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); say(os.getpid()); time.sleep(600)")
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert not gone(pids)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert gone(pids)
+
+
+def test_stopped_before_the_first_step():
+    process = start("say(rank); time.sleep(600)")  # SIGTERM has its usual meaning still
+    for _ in range(2):
+        process.stdout.readline()
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err.endswith("stopped before the first step: nothing to save\n")
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "qwen35.launch", *arguments, "configs/tiny.yaml"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_taken_port_and_an_unknown_machine_are_named():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = launch("--master_port", str(port))
+        assert done.returncode == 1
+        words = f"error: MASTER_PORT={port} cannot be used on this machine (Address already in use); set another"
+        assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+    done = launch("--master_addr", "no.such.machine.invalid")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "MASTER_ADDR=no.such.machine.invalid: no machine of that name is known here" in done.stderr
+
+
+def test_threads_are_shared_out(monkeypatch):
+    import argparse
+
+    from qwen35.launch import rank_environments
+
+    args = argparse.Namespace(nnodes=2, node_rank=1, nproc_per_node=2, master_addr="a", master_port=1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    here = rank_environments(args, Path("x"))
+    assert list(here) == [2, 3]
+    assert {e["OMP_NUM_THREADS"] for e in here.values()} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+    assert [e["LOCAL_RANK"] for e in here.values()] == ["0", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert {e["OMP_NUM_THREADS"] for e in rank_environments(args, Path("x")).values()} == {"5"}

@@ -1,0 +1,238 @@
+"""What was stopped goes on: real processes, killed and asked to stop at all moments, against a run that never stopped."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from training_runs import start_training, tensors, train
+
+from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.folders import INCOMPLETE, sweep
+from qwen35.checkpoint.lock import holding
+from qwen35.device import HOST
+from qwen35.metrics import read_metrics
+from qwen35.rng import restore_rng, rng_states
+
+STEPS, INTERVAL = 24, 4
+RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
+SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workplace) -> Path:
+    save = workplace / "uninterrupted"
+    done = train(workplace, save, 2, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    return save
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0):
+    """Polls fast, for a checkpoint of so small a model takes milliseconds. None if the process ends first."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        if process.poll() is not None:
+            return None
+        time.sleep(0.0002)
+    return found
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """kill -9 of the launcher alone: whatever it started must end by itself."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+
+
+def assert_same_run(save: Path, reference: Path) -> None:
+    """The curve, the weights and the optimizer's state, bit for bit."""
+    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, reference))
+    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
+    for prefix in ("model.", "optimizer."):
+        a, b = tensors(save, prefix), tensors(reference, prefix)
+        assert a.keys() == b.keys() and len(a) > 20
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def finish(workplace: Path, save: Path) -> str:
+    done = train(workplace, save, 2, *RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert not list(save.glob("*.tmp"))
+    return done.stdout
+
+
+def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
+    """Start-up, steps, saves: wherever it hits, the same command goes on from the last whole checkpoint."""
+    moments, save, reached = random.Random(5), tmp_path / "run", [0]
+
+    def has_trained(steps: int) -> bool:
+        lines = read_metrics(save / "metrics.jsonl")
+        return bool(lines) and lines[-1]["step"] >= steps
+
+    for steps in (0, 1, 5, 6, 3):  # beyond the last checkpoint; with 0 it is hit while it starts
+        process = start_training(workplace, save, 2, *RECIPE)
+        if steps:
+            wait_for(partial(has_trained, reached[-1] + steps), process)
+        time.sleep(moments.uniform(0, 0.4) if steps else 2.0)
+        if process.poll() is None:
+            kill_all(process)
+        newest = newest_checkpoint(save)
+        reached.append(int(newest.name[5:]) if newest else 0)
+    assert reached == sorted(reached)
+    assert reached[-1] >= 2 * INTERVAL
+    finish(workplace, save)
+    assert_same_run(save, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "moment", ["iter_*.tmp", "iter_*.tmp/*.distcp", "iter_*.tmp/.metadata", "iter_*.tmp/complete.json"]
+)
+def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, moment):
+    """From a checkpoint on, so that it is a later save which is hit; what is half-written is never chosen."""
+    save = tmp_path / "run"
+    shutil.copytree(uninterrupted, save)
+    for folder in save.glob("iter_*"):
+        if int(folder.name[5:]) > 12:
+            shutil.rmtree(folder)
+    process = start_training(workplace, save, 2, *RECIPE)
+    seen = wait_for(lambda: list(save.glob(moment)), process)
+    assert seen, "the save went by unseen"
+    kill_all(process)
+    newest = int(newest_checkpoint(save).name[5:])
+    assert newest in (12, 16)  # the rename may have come between the look and the kill
+    console = finish(workplace, save)
+    assert f"steps {newest + 1} to {STEPS}" in console
+    assert_same_run(save, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, number):
+    save = tmp_path / "run"
+    process = start_training(workplace, save, 2, *RECIPE[:1], "training.save_interval=100", "training.log_interval=2")
+    wait_for(lambda: len(read_metrics(save / "metrics.jsonl")) >= 6, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (0 if number == signal.SIGTERM else 130)
+    assert err.startswith("stopping: ") and "Traceback" not in err
+    step = int(newest_checkpoint(save).name[5:])
+    assert 6 <= step < STEPS and step % 2 == 0  # where the ranks meet
+    assert f"stopped and saved after step {step} of {STEPS}; the same command goes on from there" in out
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert len(read_metrics(save / "metrics.jsonl")) == step
+    assert f"steps {step + 1} to {STEPS}" in finish(workplace, save)
+    assert_same_run(save, uninterrupted)
+
+
+def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
+    """By a job that then starts nothing and leaves the first one's files alone; free again when that one is killed."""
+    save = tmp_path / "run"
+    first = start_training(workplace, save, 1, "training.train_iters=100000")
+    wait_for(lambda: read_metrics(save / "metrics.jsonl"), first)
+    second = train(workplace, save, 1, "training.train_iters=100000")
+    assert second.returncode == 1
+    rank = psutil.Process(first.pid).children()[0].pid
+    words = f"error: {save} is in use by another job (process {rank} on "
+    assert second.stderr.startswith(words) and second.stderr.count("\n") == 1
+    assert first.poll() is None
+    kill_all(first)
+    with holding(save):
+        pass
+
+
+def test_the_lock(tmp_path):
+    """Made with the folder, gone with it if nothing came of it; two jobs of one machine exclude each other."""
+    folder = tmp_path / "a" / "run"
+    with holding(folder) as warning:
+        assert warning is None
+        assert (folder / ".lock").is_file()
+        code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(folder)!r})): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        assert "in use by another job (process" in other.stderr
+    assert not folder.exists()
+    with holding(folder):
+        (folder / "config.yaml").touch()
+    assert (folder / "config.yaml").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    import errno
+
+    import qwen35.checkpoint.lock as module
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "lockf", no_locks)
+    with holding(tmp_path / "run") as warning:
+        assert "this file system has no locks; nothing keeps a second job out" in warning
+
+
+def test_what_stopped_jobs_left_is_swept_away(tmp_path):
+    import re
+
+    names = re.compile(r"iter_\d+")
+    for name in ("iter_1", "iter_2.tmp", "iter_3.old", "iter_1.old", "iter_4.tmp", "hf.tmp", "mine.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    for name in ("iter_2.tmp", "hf.tmp"):
+        (tmp_path / name / INCOMPLETE).touch()
+    told = sweep(tmp_path, names)
+    # iter_4.tmp is not known to be ours, and the others have names of their own
+    left = ["hf.tmp", "iter_1", "iter_3", "iter_4.tmp", "mine.old"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
+    assert len(told) == 2 and "iter_2.tmp" in told[0] and "iter_3 is back" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.seed=7", "training.seed: 42 -> 7"),
+        ("data.dataset_param.basic_parameters.cutoff_len=128", "cutoff_len: 160 -> 128"),
+        ("data.dataset_param.basic_parameters.max_samples=50", "max_samples: None -> 50"),
+        ("data.dataset_param.basic_parameters.dataset=OTHER", "the records, or the tokenizer, are not what they were"),
+    ],
+)
+def test_a_resume_on_other_data_is_refused(workplace, two, tmp_path, override, words):
+    if override.endswith("OTHER"):  # the same file name, one word changed
+        records = json.loads((workplace / "records.json").read_text())
+        original = (workplace / "records.json").read_text()
+        records[17]["conversations"][1]["value"] = "Another answer."
+        (workplace / "records.json").write_text(json.dumps(records))
+        try:
+            done = train(workplace, two, 2, "training.train_iters=12", "training.save_interval=5")
+        finally:
+            (workplace / "records.json").write_text(original)
+    else:
+        done = train(workplace, two, 2, "training.train_iters=12", "training.save_interval=5", override)
+    assert done.returncode == 1
+    assert "iter_0000010 was trained on other data, or in another order" in done.stderr
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_random_states_of_every_rank_come_back(two):
+    kept = [json.loads((newest_checkpoint(two) / f"rank_{rank:05}.json").read_text()) for rank in range(2)]
+    assert all(state.keys() == {"python", "numpy", "torch", "device"} for state in kept)
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]  # noqa: NPY002
+
+    draw()
+    states = rng_states(HOST)
+    first, after = draw(), draw()
+    restore_rng(states, HOST)
+    assert [draw(), draw()] == [first, after]
+    assert first != after

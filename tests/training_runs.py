@@ -1,0 +1,103 @@
+"""Whole runs with real processes, for the tests: a small model, a few images, a recipe, and the command that trains."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from peer import config_dict
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+
+from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint.dcp import resolve_load
+from qwen35.checkpoint.dcp_source import MODEL, DCPSource
+from qwen35.checkpoint.hf import write_hf
+from qwen35.model import Qwen35
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_workplace(folder: Path) -> Path:
+    """A model folder, 60 records (two of three with an image), and a recipe for them."""
+    model_folder = make_model_folder(folder / "model")
+    tokens = json.loads((model_folder / "config.json").read_text())
+    config = config_dict() | {k: v for k, v in tokens.items() if k.endswith("_id")}
+    config["text_config"] = config["text_config"] | {"vocab_size": 512}
+    write_hf(Qwen35.from_config(config).state_dict(), config, folder / "weights")
+    for file in model_folder.iterdir():
+        if file.name != "config.json":
+            (folder / "weights" / file.name).write_bytes(file.read_bytes())
+    records = []
+    for i in range(60):
+        record = {
+            "id": i,
+            "conversations": [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"It is {i % 7}."}],
+        }
+        if i % 3:
+            Image.new("L", (20 + i, 40), i * 4).save(folder / f"{i}.png")
+            record["image"] = f"{i}.png"
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+        records.append(record)
+    (folder / "records.json").write_text(json.dumps(records))
+    recipe = {
+        "data": {
+            "dataset_param": {
+                "basic_parameters": {
+                    "dataset": str(folder / "records.json"),
+                    "dataset_dir": str(folder),
+                    "cutoff_len": 160,
+                },
+                "preprocess_parameters": {"image_max_pixels": 4096},
+            },
+            "dataloader_param": {"patch_bucket": 16},
+        },
+        "model": {"model_name_or_path": str(folder / "weights"), "loss_cfg": {"router_aux_loss_coef": 0.01}},
+        "training": {
+            "train_iters": 10,
+            "save": str(folder / "unset"),
+            "init_from_hf_path": str(folder / "weights"),
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "adam_eps": 1e-4,
+            "dtype": "fp32",
+            "log_interval": 4,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def train_command(workplace: Path, save: Path, processes: int, *overrides: str) -> list[str]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    return [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
+
+
+def start_training(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        train_command(workplace, save, processes, *overrides),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
+    process = start_training(workplace, save, processes, *overrides)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:
+    """Of a save folder's newest checkpoint: the model's, or with prefix "optimizer." the optimizer's."""
+    source = DCPSource(resolve_load(save), prefix)
+    return {name: source.read(name, Box.whole(spec.shape)) for name, spec in source.specs.items()}

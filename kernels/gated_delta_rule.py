@@ -9,20 +9,24 @@ A[i, j] = beta_i exp(b_i - b_j) k_i k_j for j < i, the updates condense into one
 
     V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';   S <- exp(b_C) S + (exp(b_C - b) K)^T V'
 
-The work goes chunk by chunk over all heads, a few sequences at a time, so that what a step holds stays in the processor's cache;
-backward runs the chunks again and keeps only the states that enter them. Nothing is repeated for the V heads of a K head.
+The work goes chunk by chunk over all heads, a few sequences at a time, so that what a step holds stays in the processor's
+cache. Kept for backward: the inputs, and of each chunk the state that enters it and the inverse above. The V heads of a K
+head share it.
 Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464; the gradients are derived from the lines above.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.native import working_dtype
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
 
 CHUNK = 64
 HEADS_AT_ONCE = 64  # sequences times V heads that go through a chunk together
@@ -33,7 +37,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
     Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens)
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -41,8 +45,10 @@ def chunk_gated_delta_rule_and_state(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same, and the state after each sequence's last token, [S, Hv, Dk, Dv] fp32; for generation, not differentiable."""
-    state = torch.zeros(len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
-    return _forward(q, k, v, g, beta, cu_seqlens, state), state
+    state = torch.zeros(
+        len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device
+    )
+    return _forward((q, k, v, g, beta), cu_seqlens, None, state), state
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,13 @@ class Step:
 
 
 def groups(cu_seqlens: Tensor, size: int) -> Iterator[tuple[Tensor, list[Step]]]:
-    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps; all on the CPU."""
+    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps; on the CPU."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
-    order = order[: int((lengths > 0).sum())]
     place = torch.arange(CHUNK)
-    for members in order.split(size):
+    for members in order[: int((lengths > 0).sum())].split(size):
+        if not len(members):
+            return
         start, length = starts[members, None], lengths[members, None]
         steps = []
         for first in range(0, int(length[0]), CHUNK):
@@ -78,15 +85,19 @@ def groups(cu_seqlens: Tensor, size: int) -> Iterator[tuple[Tensor, list[Step]]]
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, grad_enabled: bool
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, g, beta)
+        kept: list[tuple[Tensor, Tensor]] = []
+        out = _forward((q, k, v, g, beta), cu_seqlens, kept if grad_enabled else None)
+        ctx.save_for_backward(q, k, v, g, beta, *chain.from_iterable(kept))
         ctx.cu_seqlens = cu_seqlens
-        return _forward(q, k, v, g, beta, cu_seqlens, None)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(*ctx.saved_tensors, ctx.cu_seqlens, grad_out), None
+        q, k, v, g, beta, *kept = ctx.saved_tensors
+        pairs = list(zip(kept[::2], kept[1::2], strict=True))
+        return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None)
 
 
 class _Chunk:
@@ -95,9 +106,9 @@ class _Chunk:
     What is multiplied is of v's dtype (`dot`), what is added up of fp32 (`wide`; all of it fp64 for fp64).
     """
 
-    def __init__(self, inputs: tuple[Tensor, ...], step: Step):
+    def __init__(self, inputs: Inputs, step: Step, inverse: Tensor | None = None):
         q, k, v, g, beta = inputs
-        self.step = step
+        self.step, self.known_inverse = step, inverse
         self.n, self.heads, self.group = step.count, k.shape[1], v.shape[1] // k.shape[1]
         self.wide, self.dot = working_dtype(v), v.dtype
         self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
@@ -177,6 +188,8 @@ class _Chunk:
 
     @cached_property
     def inverse(self) -> Tensor:  # [B, C, C] (I + A)^-1, of dtype dot
+        if self.known_inverse is not None:
+            return self.known_inverse
         system = self.kk * self.beta
         eye = torch.eye(CHUNK, dtype=self.wide, device=system.device).expand_as(system)
         return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True).to(self.dot)
@@ -190,64 +203,56 @@ class _Chunk:
     def k_end(self) -> Tensor:  # [B, C, Dk], of dtype dot
         return self.shared(self.k, self.to_end).to(self.dot)
 
-    def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """state [B, Dk, Dv], which moves on in place -> exp(b) Q S, E, V' [B, C, Dv]"""
-        from_state, known = (self.qk_start @ state.to(self.dot)).split(CHUNK, dim=1)
+    def read(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """entering [B, Dk, Dv], the state in dtype dot -> exp(b) Q S, E, V' [B, C, Dv]"""
+        from_state, known = (self.qk_start @ entering).split(CHUNK, dim=1)
         unknown = self.v - known
-        value = self.inverse @ (unknown * self.beta).to(self.dot)
-        state.mul_(self.whole).add_(self.k_end.mT @ value)
-        return from_state, unknown, value
+        return from_state, unknown, self.inverse @ (unknown * self.beta).to(self.dot)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, last_state: Tensor | None
+    inputs: Inputs, cu_seqlens: Tensor, kept: list[tuple[Tensor, Tensor]] | None, last_state: Tensor | None = None
 ) -> Tensor:
-    """last_state [S, Hv, Dk, Dv], zeros: takes the states, if there is one."""
-    out = torch.empty_like(v)
-    heads = v.shape[1]
+    """kept: takes each chunk's entering state and inverse. last_state [S, Hv, Dk, Dv], zeros: takes the states at the end."""
+    _, k, v, _, _ = inputs
+    out, heads = torch.empty_like(v), v.shape[1]
     for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)):
-        state = _no_state(k, v, len(members))
+        state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in steps:
-            chunk = _Chunk((q, k, v, g, beta), step)
-            from_state, _, value = chunk.run(state[: step.count * heads])
+            chunk, moving = _Chunk(inputs, step), state[: step.count * heads]
+            entering = moving.to(v.dtype, copy=True)
+            from_state, _, value = chunk.read(entering)
             chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
+            moving.mul_(chunk.whole).add_(chunk.k_end.mT @ value)
+            if kept is not None:
+                kept.append((entering, chunk.inverse))
         if last_state is not None:
             last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
     return out
 
 
-def _no_state(k: Tensor, v: Tensor, sequences: int) -> Tensor:
-    return torch.zeros(sequences * v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
-
-
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, grad_out: Tensor
+    inputs: Inputs, cu_seqlens: Tensor, kept: list[tuple[Tensor, Tensor]], grad_out: Tensor
 ) -> tuple[Tensor, ...]:
-    inputs = q, k, v, g, beta
-    grads = tuple(torch.empty_like(x) for x in inputs)
-    heads = v.shape[1]
-    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)):
-        state = _no_state(k, v, len(members))
-        entering = []
-        for step in steps[:-1]:
-            entering.append(state[: step.count * heads].clone())
-            _Chunk(inputs, step).run(state[: step.count * heads])
-        entering.append(state[: steps[-1].count * heads])
-        grad_state = torch.zeros_like(state)
-        while steps:
-            step = steps.pop()
-            _backward_step(_Chunk(inputs, step), entering.pop(), grad_state[: step.count * heads], grad_out, grads)
+    _, k, v, _, _ = inputs
+    grads, heads = tuple(torch.empty_like(x) for x in inputs), v.shape[1]
+    for members, steps in reversed(list(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)))):
+        grad_state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
+        for step in reversed(steps):
+            entering, inverse = kept.pop()
+            chunk = _Chunk(inputs, step, inverse)
+            _backward_step(chunk, entering, grad_state[: step.count * heads], grad_out, grads)
     return grads
 
 
 def _backward_step(
-    chunk: _Chunk, state: Tensor, grad_state: Tensor, grad_out: Tensor, grads: tuple[Tensor, ...]
+    chunk: _Chunk, entering: Tensor, grad_state: Tensor, grad_out: Tensor, grads: tuple[Tensor, ...]
 ) -> None:
     """grad_state [B, Dk, Dv]: the gradient of the state that leaves the chunk; becomes that of the state which enters it."""
     c = chunk
-    _, unknown, value = c.run(state.clone())
+    _, unknown, value = c.read(entering)
     d_out = c.gather(grad_out, zero=True, dtype=c.dot)  # [B, C, Dv]
-    entering, leaving = state.to(c.dot), grad_state.to(c.dot)
+    leaving = grad_state.to(c.dot)
 
     d_value = torch.baddbmm(c.k_end @ leaving, c.qk.to(c.dot).mT, d_out)
     d_update = c.inverse.mT @ d_value  # of beta E
@@ -265,7 +270,7 @@ def _backward_step(
     q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK, dim=1)
     end_part = (d_k_end * c.k_end).sum(-1)  # [B, C]
     d_cum = through_decay.sum(-1) - through_decay.sum(-2) + q_part + k_part - end_part
-    d_cum[:, -1] += end_part.sum(-1) + (state * grad_state).sum((-1, -2)) * c.whole.flatten()
+    d_cum[:, -1] += end_part.sum(-1) + (entering * grad_state).sum((-1, -2)) * c.whole.flatten()
     d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
 
     d_qk, d_kk = (c.by_group(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]

@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen35.config import SettingError, load_settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
 from qwen35.processes import die_with
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
+PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
 GRACE = 3.0  # seconds that the others have to fail for a reason of their own before they are ended
 AGAIN = 1.0  # a Ctrl-C so many seconds after the first is a second one, and not the same through another process
 
@@ -39,6 +40,7 @@ class Job:
         self.first_failed: int | None = None
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
+        self.at_once = False  # it was asked twice
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
         for rank, environment in environments.items():
@@ -56,6 +58,7 @@ class Job:
             print("stopping: the run saves at the next log step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
             self.send(signal.SIGTERM)
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
+            self.at_once = True
             self.send(signal.SIGKILL)
 
     def send(self, number: int) -> None:
@@ -80,6 +83,8 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if PARENT in os.environ:
+        die_with(int(os.environ[PARENT]))
     parser = Parser(prog="qwen35.launch", description=__doc__)
     add = parser.add_argument
     add("--nnodes", type=whole_number(1), default=1, help="machines that take part")
@@ -102,13 +107,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Sequence[str], args: argparse.Namespace) -> int:
     """Start `command` for each rank of this machine, wait, tell what went wrong. Returns the exit code."""
+    if args.nnodes > 1:
+        first, own = args.node_rank * args.nproc_per_node, args.nproc_per_node
+        where = "" if args.node_rank == 0 else "; the log is on machine 0"
+        told = f"ranks {first} to {first + own - 1} of {args.nnodes * own}, which meet at {args.master_addr}:{args.master_port}"
+        print(f"machine {args.node_rank}: {told}{where}", flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
         job = Job(command, rank_environments(args, Path(name)), Path(name))
         codes = job.wait()
         words = failure(codes, job.first_failed, Path(name))
-    if job.asked is not None and (not words or -signal.SIGTERM in codes.values()):
-        if words:
-            print("stopped before the first step: nothing to save", file=sys.stderr)
+    if job.asked is not None and (not words or job.at_once or -signal.SIGTERM in codes.values()):
+        if job.at_once:
+            print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
+        elif words:
+            print("stopped outside of the training steps: there was nothing to save", file=sys.stderr)
         return 128 + signal.SIGINT if job.asked == signal.SIGINT else 0
     if words:
         print(f"error: {words}", file=sys.stderr)
@@ -123,15 +135,18 @@ def check_address(host: str, port: int, is_own: bool) -> None:
         raise SettingError(f"MASTER_ADDR={host}: no machine of that name is known here") from None
     if not is_own:
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store of the processes does
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise SettingError(
-                f"MASTER_PORT={port} cannot be used on this machine ({error.strerror}); set another, e.g. "
-                f"MASTER_PORT={port % 65535 + 1}"
-            ) from None
+    # as the store of the processes does: IPv6 that takes IPv4 too, where the machine has it
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise SettingError(
+            f"MASTER_PORT={port} cannot be used on this machine ({why}): another program has it, perhaps an earlier run; set"
+            f" another, e.g. MASTER_PORT={port % 65535 + 1}"
+        ) from None
 
 
 def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[str, str]]:
@@ -175,6 +190,13 @@ def ending(code: int) -> str:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name
     return f"was ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}"
+
+
+def leave() -> NoReturn:
+    """End this process, whose failure the launcher knows. The usual way would wait for workers and peers that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def record_failure(error: BaseException, expected: bool) -> bool:

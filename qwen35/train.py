@@ -32,7 +32,7 @@ from qwen35.data import MicroBatches
 from qwen35.device import describe, init_process
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
-from qwen35.launch import record_failure
+from qwen35.launch import leave, record_failure
 from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
@@ -44,6 +44,10 @@ from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
+WITHOUT_EFFECT = (  # settings of which what is trained does not depend
+    "training.log_interval", "training.save_interval", "training.peak_tflops", "training.zero_grad_patience",
+    "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
+)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -107,7 +111,8 @@ def setup(settings: Settings, device: torch.device) -> Run:
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
-    report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
+    if step < t.train_iters:
+        report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, mesh["shard"].get_group())
     return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
 
@@ -249,9 +254,10 @@ def is_finished(run: Run, folder: Path) -> bool:
         if changed:
             report(f"settings changed since the checkpoint: {'; '.join(changed)}")
         return False
-    if changed:
+    if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
         raise SettingError(
-            f"{folder} holds {run.step} steps of other settings ({'; '.join(changed)}); name another save"
+            f"{folder} holds {run.step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "
+            "larger training.train_iters"
         )
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
@@ -290,16 +296,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
+    code = 0
     try:
         train(load_settings(args.config, args.overrides))
     except (*USER_ERRORS, kernels.KernelError) as error:
-        return 1 if record_failure(error, expected=True) else complain(error)
+        if record_failure(error, expected=True):
+            leave()
+        code = complain(error)
     except BaseException as error:
         if record_failure(error, expected=False):
-            sys.excepthook = lambda *_: None  # the launcher prints the first one, not every rank its own
+            leave()  # the launcher prints the first one, not every rank its own
         raise
-    dist.destroy_process_group()
-    return 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ check_nodes() { # the values that depend on each other
             [[ -n ${!name:-} ]] || die "$name is not set, and NODES=$nodes needs it: the same MASTER_ADDR on every machine, NODE_RANK 0 to $((nodes - 1))"
         done
     fi
+    [[ -z ${NNODES:-} || $NNODES == "$nodes" ]] || die "NNODES=$NNODES: the number of machines is NODES here, and NODES=$nodes"
     ((rank < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ask a model about held-out records, and count the right answers.
 #
-#   MODEL=<Hugging Face folder> DATA=<records> [ARGS="more options"] scripts/evaluate.sh
+#   MODEL=<Hugging Face folder, or DCP checkpoint> DATA=<records> [ARGS="more options"] scripts/evaluate.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 split "${ARGS:-}"

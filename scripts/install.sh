@@ -38,6 +38,7 @@ machine_arch() {
 
 print_pins() { # the lock's pins, as pip on that Python and architecture would read their markers
     "$python_base" - "$lock" "$arch" <<'PY'
+import signal
 import sys
 
 path, arch = sys.argv[1:]
@@ -46,6 +47,7 @@ try:
     from pip._vendor.packaging.markers import Marker
 except ImportError:  # no pip beside this Python: print the markers
     Marker = None
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` has seen enough
 for line in open(path, encoding="utf-8"):
     pin, _, marker = (part.strip() for part in line.partition(";"))
     if not pin or pin.startswith("#"):

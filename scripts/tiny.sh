@@ -38,7 +38,9 @@ step() { # in the background, for bash hears a signal only while it waits
 
 # ARGS are the training's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model is quickest on one thread; the training has its own
-export ARGS="" HF=ckpt/hf_path/tiny OUT=runs/tiny/hf MODEL=runs/tiny/hf DATA=data/digits/heldout.json
+export OUT="${OUT:-$save/hf}"
+export ARGS="" HF=ckpt/hf_path/tiny MODEL=$OUT DATA=data/digits/heldout.json
+export QWEN35_PARENT=$$ # the training ends with this script
 step "$python" -m qwen35.tiny
 DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
 step "$@"

@@ -273,6 +273,13 @@ def test_more_processes_than_npus(run: Run, project: Path) -> None:
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
+def test_the_guides_name_of_the_number_of_machines_is_not_ignored(run: Run) -> None:
+    result = run("make", "finetune", "NNODES=2", "DRY_RUN=1")
+    assert result.returncode != 0
+    assert "NNODES=2: the number of machines is NODES here, and NODES=1" in result.stderr
+    assert run("make", "finetune", "NNODES=1", "DRY_RUN=1").returncode == 0
+
+
 def test_two_machines(run: Run) -> None:
     variables = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000", "NPUS_PER_NODE": "8"}
     result = run("make", "finetune", "DRY_RUN=1", *(f"{k}={v}" for k, v in variables.items()))

@@ -147,9 +147,30 @@ def test_a_second_ctrl_c_stops_at_once():
     time.sleep(1.2)
     assert not gone(pids)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode != 0
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.endswith("stopped at once; the same command goes on from the newest checkpoint\n")
     assert gone(pids)
+
+
+def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
+    """As tiny.sh tells it: kill -9 of the script leaves nothing behind."""
+    outer = "import os, subprocess, sys; env = {**os.environ, 'QWEN35_PARENT': str(os.getpid())}\n"
+    outer += "subprocess.run([sys.executable, '-m', 'qwen35.launch', *sys.argv[1:]], env=env)"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    missing = f"training.save={tmp_path}"
+    command = [sys.executable, "-c", outer, "--nnodes", "2", "--master_port", port, "configs/tiny.yaml", missing]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == f"machine 0: ranks 0 to 0 of 2, which meet at localhost:{port}\n"
+    started = wait_for(
+        lambda: [p.pid for p in psutil.Process(process.pid).children(recursive=True)][1:]
+    )  # waits for machine 1
+    process.kill()
+    wait_for(lambda: gone(started), 5)
+    process.stdout.close()
+    process.wait()
 
 
 def test_stopped_before_the_first_step():
@@ -159,7 +180,7 @@ def test_stopped_before_the_first_step():
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.endswith("stopped before the first step: nothing to save\n")
+    assert err.endswith("stopped outside of the training steps: there was nothing to save\n")
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
@@ -174,7 +195,9 @@ def test_a_taken_port_and_an_unknown_machine_are_named():
         port = taken.getsockname()[1]
         done = launch("--master_port", str(port))
         assert done.returncode == 1
-        words = f"error: MASTER_PORT={port} cannot be used on this machine (Address already in use); set another"
+        words = (
+            f"error: MASTER_PORT={port} cannot be used on this machine (Address already in use): another program has it"
+        )
         assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
     done = launch("--master_addr", "no.such.machine.invalid")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from training_runs import start_training, tensors, train
+from training_runs import ROOT, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
@@ -166,6 +166,25 @@ def test_the_lock(tmp_path):
     with holding(folder):
         (folder / "config.yaml").touch()
     assert (folder / "config.yaml").exists()
+
+
+def test_a_lock_that_was_removed_while_another_job_waited_for_it(tmp_path):
+    """The first job takes its empty folder away: the second, which waited, holds a new one, and a third does not."""
+    folder, code = (
+        tmp_path / "run",
+        "import sys, time\nfrom qwen35.checkpoint.lock import *\nwith holding(Path(sys.argv[1])):\n",
+    )
+    code += "    print(Path(sys.argv[1], LOCK).exists(), flush=True); time.sleep(60)"
+    with holding(folder):
+        command = [sys.executable, "-c", code, str(folder)]
+        second = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        time.sleep(2.5)  # it is up by now, and waits
+        assert second.poll() is None
+    assert second.stdout.readline() == "True\n"
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    second.kill()
+    second.communicate()
+    assert f"in use by another job (process {second.pid} on " in third.stderr
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen35.checkpoint.errors import CheckpointError
@@ -27,20 +27,33 @@ def holding(folder: Path) -> Iterator[str | None]:
     A POSIX record lock: it goes with the process, is not handed to the loader's forked workers, and works over NFS.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with path.open("a+") as file:
-        warning = _take(file.fileno(), path)
-        try:
-            if warning is None:
-                file.truncate(0)
-                file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-                file.flush()
-            yield warning
-        finally:
-            if is_new and [entry.name for entry in folder.iterdir()] == [LOCK]:
-                path.unlink()
-                folder.rmdir()
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") as file:
+            warning = _take(file.fileno(), path)
+            if not _is_still(path, file.fileno()):
+                continue  # the job that had it has removed it: this lock is on a file that nobody else will find
+            try:
+                if warning is None:
+                    file.truncate(0)
+                    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+                    file.flush()
+                yield warning
+            finally:
+                if is_new and folder.is_dir() and [entry.name for entry in folder.iterdir()] == [LOCK]:
+                    path.unlink()
+                    with suppress(OSError):  # another job may have come in
+                        folder.rmdir()
+            return
+
+
+def _is_still(path: Path, fd: int) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _take(fd: int, path: Path) -> str | None:

@@ -90,9 +90,7 @@ def _loss(logits: Tensor, target: Tensor, scale: Tensor, into_gradient: bool) ->
     """logits [c, V], target, scale [c, 1] -> losses [c, 1]; the logits become scale * (softmax - 1 at the target)."""
     wide = working_dtype(logits)
     size = SOFTMAX_ROWS if logits.is_cpu else len(logits)
-    buffers = [
-        torch.empty(min(size, len(logits)), logits.shape[1], dtype=wide, device=logits.device) for _ in range(2)
-    ]
+    buffers = [torch.empty(min(size, len(logits)), logits.shape[1], dtype=wide, device=logits.device) for _ in range(2)]
     losses = []
     for some, of_row, by in zip(logits.split(size), target.split(size), scale.split(size), strict=True):
         x, p = (buffer[: len(some)] for buffer in buffers)

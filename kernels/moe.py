@@ -69,7 +69,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N] in the weight's dtype; both become weight times themselves."""
+    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N]; then both are multiplied by the weight, in place."""
     wide = working_dtype(hidden)
     dots = torch.empty_like(weight)
     for h, g, w, dot in row_blocks(hidden, grad_hidden, weight[:, None].to(wide), dots):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def linear_of(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
-    """make(*inputs) [T, A], weight [B, A] -> make(*inputs) weight^T [T, B]; for backward the inputs are kept, and not what is made."""
+    """make(*inputs) [T, A], weight [B, A] -> make(*inputs) weight^T [T, B]. For backward the inputs alone are kept."""
     return _LinearOf.apply(make, weight, *inputs)
 
 

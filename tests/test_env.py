@@ -260,6 +260,14 @@ def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int
     assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
 
 
+def test_more_processes_than_npus(run: Run, project: Path) -> None:
+    variables = {"DEVICE": "npu", "ASCEND_HOME_PATH": "/usr", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "3"}
+    result = run("bash", "scripts/finetune.sh", **variables)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "NPUS_PER_NODE=3, but 2 NPUs are visible here (ASCEND_RT_VISIBLE_DEVICES=0,1)" in result.stderr
+    assert not calls(project)
+
+
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 

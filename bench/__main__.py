@@ -19,7 +19,7 @@ def main() -> int:
     from bench.rows import ROWS, matmul_rate, measure
 
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"rows by part of their name: {', '.join(ROWS)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"these rows alone: {', '.join(ROWS)}")
     parser.add_argument("--all", action="store_true", help="the rows that take long or much memory too")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--row", choices=[*ROWS, "rate"], help=argparse.SUPPRESS)  # what the processes are asked for
@@ -27,14 +27,9 @@ def main() -> int:
     if args.row:
         print(json.dumps({"matmul_gflops": matmul_rate() / 1e9} if args.row == "rate" else measure(args.row)))
         return 0
-    wanted = args.only or []
-    if unknown := [part for part in wanted if not any(part in name for name in ROWS)]:
+    if unknown := [name for name in args.only or [] if name not in ROWS]:
         parser.error(f"--only {unknown[0]}: no such row; there are {', '.join(ROWS)}")
-    if wanted:
-        names = [name for name in ROWS if name in wanted or (ROWS[name][2] and any(part in name for part in wanted))]
-        names = names or [name for name in ROWS if any(part in name for part in wanted)]
-    else:
-        names = [name for name, row in ROWS.items() if args.all or row[2]]
+    names = [name for name in ROWS if name in args.only] if args.only else [n for n in ROWS if args.all or ROWS[n][2]]
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     for allocator in ("default", "tuned"):
         report["machine"][f"matmul_gflops_{allocator}"] = run("rate", allocator)["matmul_gflops"]

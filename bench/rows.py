@@ -25,7 +25,14 @@ from qwen35.model import Qwen35
 
 BF16 = torch.bfloat16
 VOCABULARY = 248_320
-LLAVA_LIKE = (150, 210, 264, 400)  # tokens of each sample, the last 40% trained; the peer pads all to the longest
+LLAVA_LIKE = (
+    70,
+    110,
+    145,
+    175,
+    230,
+    314,
+)  # tokens of each sample, the last 40% trained; the peer pads all to the longest
 Result = dict[str, Any]
 
 TEXT = {

@@ -13,9 +13,9 @@ from torch import Tensor
 from kernels.native import working_dtype
 
 CHUNK_LOGITS = 1 << 27  # logits of one chunk: 256 MB in bf16
-STEP = 64  # the last chunk is filled up to a multiple of this many rows: few shapes
+STEP = 32  # the last chunk is filled up to a multiple of this many rows: few shapes
 SOFTMAX_ROWS = 16  # 16 MB in fp32 for 250,000 words
-SLICE = 16384  # words of the weight's gradient that are added at once
+SLICE = 4096  # words of the weight's gradient that are added at once
 
 
 def linear_cross_entropy(
@@ -47,8 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         token_loss = torch.zeros(labels.shape, dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        for rows, is_real in _chunks(trained, weight.shape[0]):
+        make = torch.empty if len(trained) else torch.zeros  # the first chunk writes, the others add
+        grad_weight = make(weight.shape, dtype=wide, device=weight.device) if need_weight else None
+        for number, (rows, is_real) in enumerate(_chunks(trained, weight.shape[0])):
             h, target, real = hidden[rows], labels[rows, None], is_real[:, None].to(wide)
             logits = h @ weight.T  # [c, V]
             scale = token_weights[rows, None].to(wide) * real
@@ -57,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden.index_add_(0, rows, logits @ weight)
             if grad_weight is not None:
-                _add_weight_gradient(grad_weight, logits, h)
+                _weight_gradient(grad_weight, logits, h, add=number > 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(token_loss)
@@ -103,10 +104,11 @@ def _loss(logits: Tensor, target: Tensor, scale: Tensor, into_gradient: bool) ->
     return torch.cat(losses)
 
 
-def _add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, D] += grad^T hidden; grad [c, V], hidden [c, D]."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.T, hidden)
-        return
+def _weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:
+    """total [V, D] becomes grad^T hidden, or that more; grad [c, V], hidden [c, D]."""
     for words, some in zip(grad.split(SLICE, dim=1), total.split(SLICE), strict=True):
-        some.add_(words.T @ hidden)
+        product = words.T @ hidden
+        if add:
+            some.add_(product)
+        else:
+            some.copy_(product)

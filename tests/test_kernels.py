@@ -197,6 +197,18 @@ def test_primitives_of_the_experts(dtype, tolerance):
     assert not native.grouped_weight_grad(rows, other, ends)[3].any()
 
 
+@pytest.mark.parametrize("frozen", range(4))
+def test_moe_experts_with_one_input_frozen(frozen):
+    ids = torch.rand(20, 6).topk(2).indices
+    tensors = [torch.randn(20, 16), torch.rand(20, 2), torch.randn(8, 48, 16), torch.randn(8, 16, 24)]
+    mine = [x.clone().requires_grad_(i != frozen) for i, x in enumerate(tensors)]
+    exact = [x.double().requires_grad_() for x in tensors]
+    kernels.moe_experts(mine[0], ids, *mine[1:]).sum().backward()
+    reference.moe_experts(exact[0], ids, *exact[1:]).sum().backward()
+    for i, (a, b) in enumerate(zip(mine, exact, strict=True)):
+        assert a.grad is None if i == frozen else error(a.grad, b.grad) <= 2e-5
+
+
 def saved_bytes(run) -> int:
     """What autograd keeps while `run` is done, a storage once."""
     kept = {}

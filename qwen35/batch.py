@@ -38,6 +38,7 @@ class PackedBatch:
     # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
     vision: VisionIndex | None = None
+    trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
     bad_records: tuple[str, ...] = ()  # what is wrong with samples of which nothing is trained: their images are broken
 

@@ -96,6 +96,7 @@ def test_a_batch_is_whole(home, model):
     for batch in islice(loader, 6):
         T = 2 * CUTOFF
         assert batch.input_ids.shape == batch.labels.shape == batch.is_pad.shape == (T,)
+        assert batch.trained.tolist() == [t for t, label in enumerate(batch.labels.tolist()) if label != -100]
         assert batch.position_ids.shape == (3, T)
         assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[[0, -1]].tolist() == [0, T]
         assert CUTOFF in batch.cu_seqlens  # no sequence reaches into the next bin

@@ -79,9 +79,7 @@ BAD = [
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
-TARGETS = (
-    "help install doctor convert export data show finetune generate evaluate test test-versions lint clean".split()
-)
+TARGETS = "help install doctor convert export data show finetune generate evaluate bench test test-versions lint clean".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -351,6 +349,7 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
             ),
         ),
         (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
+        (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -111,13 +111,15 @@ def collate(
     if fill:
         pixels.append(torch.zeros(fill, pixels[0].shape[1]))
         grids.append(torch.tensor([[1, spec.merge_size, fill // spec.merge_size]]))
+    labels = torch.cat([s.labels for s in samples])
     batch = PackedBatch(
         input_ids=torch.cat([s.input_ids for s in samples]),
-        labels=torch.cat([s.labels for s in samples]),
+        labels=labels,
         position_ids=torch.cat([s.position_ids for s in samples], dim=1),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
         pixel_values=torch.cat(pixels),
         grid_thw=torch.cat(grids),
+        trained=(labels != IGNORE).nonzero().squeeze(1),
         is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
         bad_records=tuple(s.bad for s in samples if s.bad is not None),
     )

@@ -1,28 +1,80 @@
 """The routed experts: y[t] = sum_k topk_weights[t, k] * down[e] swiglu(gate_up[e] x[t]), e = topk_ids[t, k].
 
-Tokens are sorted by expert once, so that each projection is one grouped matmul; no loop over experts, no host sync.
+Tokens are sorted by expert once, so that each projection is one grouped matmul; no loop over experts, no host sync. Backward
+gathers the rows anew and runs swiglu again: of the intermediates only gate_up's output is kept. With h = swiglu(…) of a row
+and d = down^T grad_y, the gradient of the row's weight, grad_y . (down h), is d . h: down's output is not needed for it.
 """
+
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.native import grouped_matmul
-from kernels.swiglu import swiglu
+from kernels import native
+from kernels.native import row_blocks, working_dtype
 
 
-def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def moe_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    primitives: ModuleType = native,
+) -> Tensor:
     """x [T, H]; topk_ids [T, K] int; topk_weights [T, K]; gate_up_proj [E, 2I, H], gate rows first; down_proj [E, H, I].
 
-    Returns [T, H] in x's dtype; the sum over K runs in fp32. Experts without tokens get zero gradients.
+    Returns [T, H] in x's dtype; the sum over K runs in fp32. Experts without tokens get zero gradients. `primitives`: the
+    module whose functions do the work.
     """
-    tokens, top_k = topk_ids.shape
-    ids, order = topk_ids.flatten().sort(stable=True)  # order: [T*K] slots, by expert
-    experts = torch.arange(gate_up_proj.shape[0], device=ids.device, dtype=ids.dtype)
-    offsets = torch.searchsorted(ids, experts, right=True).to(torch.int32)
-    rows = x[order // top_k]  # [T*K, H]
-    hidden = swiglu(grouped_matmul(rows, gate_up_proj.transpose(1, 2), offsets))
-    out = grouped_matmul(hidden, down_proj.transpose(1, 2), offsets)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    out = out[back].unflatten(0, (tokens, top_k))  # [T, K, H]
-    wide = torch.promote_types(torch.float32, x.dtype)
-    return torch.einsum("tkh,tk->th", out.to(wide), topk_weights.to(wide)).to(x.dtype)
+    return _Experts.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, do: ModuleType
+    ) -> Tensor:
+        rows, place, ends = do.permute(x, ids, len(gate_up_proj))
+        gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [T*K, 2I]
+        out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [T*K, H]
+        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up, place, ends)
+        ctx.do = do
+        return do.unpermute(out, place, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, gate_up_proj, down_proj, gate_up, place, ends = ctx.saved_tensors
+        need_x, _, _, need_gate_up, need_down, _ = ctx.needs_input_grad
+        do, top_k = ctx.do, weights.shape[1]
+        slots = torch.arange(len(place), device=place.device)
+        slot = torch.empty_like(slots).scatter_(0, place.long(), slots)  # of each row
+        token = slot // top_k
+        grad_out = grad_y.index_select(0, token)  # [T*K, H], not yet times the row's weight
+        hidden = do.swiglu(gate_up)  # [T*K, I]
+        grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
+        grad_weight = _weigh(hidden, grad_hidden, weights.flatten()[slot])
+        grad_weights = torch.empty_like(weights).flatten().scatter_(0, slot, grad_weight).view_as(weights)
+        grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
+        del grad_out, hidden
+        grad_gate_up = do.swiglu_backward(grad_hidden, gate_up)
+        del grad_hidden
+        grad_x = grad_gate_up_proj = None
+        if need_gate_up:
+            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, x.index_select(0, token), ends)
+        if need_x:
+            grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, top_k)
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
+
+
+def _weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N] in the weight's dtype; both become weight times themselves."""
+    wide = working_dtype(hidden)
+    dots = torch.empty_like(weight)
+    for h, g, w, dot in row_blocks(hidden, grad_hidden, weight[:, None].to(wide), dots):
+        wide_h, wide_g = h.to(wide), g.to(wide)
+        dot.copy_(torch.linalg.vecdot(wide_h, wide_g))
+        h.copy_(wide_h.mul_(w))
+        g.copy_(wide_g.mul_(w))
+    return dots

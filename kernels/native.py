@@ -1,4 +1,9 @@
-"""The primitives in plain torch that the algorithms beside this file are written over."""
+"""The primitives in plain torch that the algorithms beside this file are written over.
+
+On a CPU elementwise work goes block by block of rows: its fp32 temporaries then stay in the processor's cache.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +11,127 @@ from torch import Tensor
 
 from kernels.features import HAS_GROUPED_MM
 
+BLOCK = 1 << 18  # elements of a block: 1 MB in fp32
+
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """fp32 for half precision; fp64 stays, for gradcheck."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of expert e times its matrix: x [N, A] sorted by expert, weight [E, A, B], offsets [E] int32 ends of the groups.
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor [N, …], block by block by the size of the first; all at once where there is no such cache."""
+    first = tensors[0]
+    rows = max(1, BLOCK * max(1, len(first)) // max(1, first.numel())) if first.is_cpu else max(1, len(first))
+    return zip(*(x.split(rows) for x in tensors), strict=True)
 
-    Returns [N, B]. An expert may have no rows.
+
+# -- experts ------------------------------------------------------------------------------------------------------------
+
+
+def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32, ends [E] int64.
+
+    Slot t*K+k went to row place[t*K+k]; the rows of expert e end before row ends[e].
     """
-    aligned = all(size * x.element_size() % 16 == 0 for size in (x.shape[1], weight.shape[2]))
-    if HAS_GROUPED_MM and x.shape[0] > 0 and x.dtype != torch.float64 and aligned:
-        return F.grouped_mm(x, weight, offs=offsets)
-    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([rows @ w for rows, w in zip(x.split(sizes), weight, strict=True)])
+    ids, order = topk_ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)
+    slots = torch.arange(len(order), device=order.device, dtype=torch.int32)
+    place = torch.empty_like(slots).scatter_(0, order, slots)
+    return x.index_select(0, order // topk_ids.shape[1]), place, ends
+
+
+def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
+    """grad_rows [T*K, H] -> grad_x [T, H], the sum over the K rows of a token in fp32."""
+    ones = torch.ones(len(place) // top_k, top_k, dtype=working_dtype(grad_rows), device=grad_rows.device)
+    return unpermute(grad_rows, place, ones)
+
+
+def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32."""
+    tokens, top_k = weights.shape
+    wide = working_dtype(rows)
+    y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    size = max(1, BLOCK // max(1, top_k * rows.shape[1])) if rows.is_cpu else max(1, tokens)
+    for out, index, weight in zip(
+        y.split(size), place.view(tokens, top_k).split(size), weights.to(wide).split(size), strict=True
+    ):
+        some = rows.index_select(0, index.flatten()).to(wide).view(*index.shape, rows.shape[1])  # [t, K, H]
+        out.copy_(torch.bmm(weight[:, None], some)[:, 0])
+    return y
+
+
+def unpermute_backward(grad_y: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_y [T, H] -> grad_rows [T*K, H], grad_weights [T, K] in the dtype of the weights."""
+    wide = working_dtype(rows)
+    index = place.view(weights.shape).long()
+    grad_weights = torch.empty(weights.shape, dtype=wide, device=rows.device)
+    grad_rows = torch.empty_like(rows)
+    for grad, of_k, weight, out in row_blocks(grad_y, index, weights, grad_weights):
+        wide_grad = grad.to(wide)
+        some = rows.index_select(0, of_k.flatten()).to(wide).view(*of_k.shape, rows.shape[1])  # [t, K, H]
+        out.copy_(torch.bmm(some, wide_grad[:, :, None])[..., 0])
+        grad_rows.index_copy_(
+            0, of_k.flatten(), (weight.to(wide)[..., None] * wide_grad[:, None]).flatten(0, 1).to(rows.dtype)
+        )
+    return grad_rows, grad_weights.to(weights.dtype)
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of expert e times its matrix: rows [N, A] by expert, weight [E, A, B] (any view), ends [E] -> [N, B].
+
+    An expert may have no rows.
+    """
+    if _grouped(rows, weight.shape[2]):
+        return F.grouped_mm(rows, weight, offs=ends.to(torch.int32))
+    out = torch.empty(len(rows), weight.shape[2], dtype=rows.dtype, device=rows.device)
+    for start, end, matrix in _groups(ends, weight):
+        torch.mm(rows[start:end], matrix, out=out[start:end])
+    return out
+
+
+def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, A], grad [N, B], both by expert, ends [E] -> [E, A, B], zeros for an expert without rows."""
+    if _grouped(rows, grad.shape[1]):
+        return F.grouped_mm(rows.T, grad, offs=ends.to(torch.int32))
+    out = torch.empty(len(ends), rows.shape[1], grad.shape[1], dtype=rows.dtype, device=rows.device)
+    for start, end, matrix in _groups(ends, out):
+        torch.mm(rows[start:end].T, grad[start:end], out=matrix)
+    return out
+
+
+def _grouped(rows: Tensor, width: int) -> bool:
+    """Whether grouped_mm takes it: rows of a multiple of 16 bytes, at least one, no fp64."""
+    aligned = all(size * rows.element_size() % 16 == 0 for size in (rows.shape[1], width))
+    return HAS_GROUPED_MM and len(rows) > 0 and rows.dtype != torch.float64 and aligned
+
+
+def _groups(ends: Tensor, matrices: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    bounds = [0, *ends.tolist()]
+    return zip(bounds[:-1], bounds[1:], matrices, strict=True)
+
+
+# -- elementwise --------------------------------------------------------------------------------------------------------
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [N, 2I], gate first -> [N, I], fp32 inside."""
+    wide, out = working_dtype(x), x.new_empty(len(x), x.shape[1] // 2)
+    for part, y in row_blocks(x, out):
+        gate, up = part.chunk(2, dim=-1)
+        y.copy_(F.silu(gate.to(wide)).mul_(up))
+    return out
+
+
+def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """grad [N, I], x [N, 2I] -> [N, 2I], fp32 inside."""
+    wide, out = working_dtype(x), torch.empty_like(x)
+    for part, g, y in row_blocks(x, grad, out):
+        (gate, up), (grad_gate, grad_up) = part.to(wide).chunk(2, dim=-1), y.chunk(2, dim=-1)
+        g = g.to(wide)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        grad_up.copy_(silu * g)
+        # silu' = sigmoid (1 + gate - silu)
+        grad_gate.copy_((gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(g))
+    return out

@@ -1,10 +1,26 @@
-"""SwiGLU: silu(gate) * up over the two halves of the last dimension. Source: Shazeer 2020, arXiv:2002.05202."""
+"""SwiGLU: silu(gate) * up over the two halves of the last dimension, in fp32. Source: Shazeer 2020, arXiv:2002.05202."""
 
-import torch.nn.functional as F
+from types import ModuleType
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from kernels import native
 
-def swiglu(x: Tensor) -> Tensor:
-    """x [..., 2I], gate first -> [..., I]."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+
+def swiglu(x: Tensor, primitives: ModuleType = native) -> Tensor:
+    """x [..., 2I], gate first -> [..., I]. Keeps x alone for backward."""
+    return _SwiGLU.apply(x.flatten(0, -2), primitives).unflatten(0, x.shape[:-1])
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, do: ModuleType) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.do = do
+        return do.swiglu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.do.swiglu_backward(grad, *ctx.saved_tensors), None

@@ -66,7 +66,7 @@ def implementations(device: str) -> dict[str, tuple[str, ...]]:
     """
     if device == "npu":
         return {op: ("fla" if op in BY_FLA else "torch_npu", "native") for op in OPS}
-    return {op: ("native",) for op in OPS}
+    return dict.fromkeys(OPS, ("native",))
 
 
 def is_installed(name: str) -> bool:

@@ -10,4 +10,6 @@ if __name__ == "__main__":
     for op in OPS:
         first = (table[device][op][0] for device in devices)
         print(f"{op:{width}}  " + "".join(f"{name if is_installed(name) else name + ' -':14}" for name in first))
-    print("-: not installed here. model.kernels.<op> takes auto (this table), or by name what serves it: plain torch is native")
+    print(
+        "-: not installed here. model.kernels.<op> takes auto (this table), or by name what serves it: plain torch is native"
+    )

@@ -114,7 +114,14 @@ def attention(
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], ends: list[int], causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: tuple[Tensor, ...],
+    ends: list[int],
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """saved: all that attention returned -> grad_q, grad_k, grad_v"""
     out, softmax_max, softmax_sum, reserved = saved

@@ -104,7 +104,9 @@ def gemma_rms_norm(x, gamma, epsilon=1e-6):
 
 def rms_norm_backward(dy, x, gamma, rstd):
     """dx and dgamma, the second in fp32 whatever the inputs"""
-    assert (gamma.dtype == x.dtype or (x.dtype in HALF and gamma.dtype == torch.float32)) and rstd.dtype == torch.float32
+    assert (
+        gamma.dtype == x.dtype or (x.dtype in HALF and gamma.dtype == torch.float32)
+    ) and rstd.dtype == torch.float32
     assert dy.dtype == x.dtype
     x_hat, scaled = x.float() * rstd, dy.float() * gamma.float()
     dx = rstd * (scaled - x_hat * (scaled * x_hat).mean(-1, keepdim=True))

@@ -42,7 +42,9 @@ def test_shapes_and_dtypes_are_the_native_ones(op, dtype):
     rest = (IDS,) if op == "moe_experts" else rest
     native = run(kernels, op, [torch.randn(s).to(dtype) for s in shapes], rest)
     with FakeTensorMode() as mode, Watch() as watch:
-        moved = tuple(x if x is CU or not isinstance(x, torch.Tensor) else mode.from_tensor(x).to("npu:0") for x in rest)
+        moved = tuple(
+            x if x is CU or not isinstance(x, torch.Tensor) else mode.from_tensor(x).to("npu:0") for x in rest
+        )
         fake = run(fused, op, [torch.randn(s, dtype=dtype, device="npu:0") for s in shapes], moved)
     for ours, theirs in zip(fake, native, strict=True):
         assert [(x.shape, x.dtype) for x in ours] == [(x.shape, x.dtype) for x in theirs]

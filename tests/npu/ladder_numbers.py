@@ -1,4 +1,4 @@
-"""Rung 3, numbers: kernels/npu.py on CPU tensors, each operator with the body that CANN documents, equals kernels/reference.py."""
+"""Rung 3, numbers: the NPU's ops on CPU tensors, each operator with the body that CANN documents, equal kernels/reference.py."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,9 @@ def test_norms_rotary_and_swiglu(dtype, tolerance):
     compare("rms_norm_gated", [torch.randn(5, 32), torch.randn(5, 32), torch.randn(32)], 1e-6, **how)
     angle = torch.randn(9, 4)
     compare("apply_rotary", [torch.randn(9, 4, 32), torch.randn(9, 2, 32)], angle.cos(), angle.sin(), **how)
-    compare("apply_rotary", [torch.randn(9, 4, 8), torch.randn(9, 2, 8)], angle.cos(), angle.sin(), **how)  # the whole head
+    compare(
+        "apply_rotary", [torch.randn(9, 4, 8), torch.randn(9, 2, 8)], angle.cos(), angle.sin(), **how
+    )  # the whole head
     compare("swiglu", [torch.randn(9, 48)], **how)
 
 
@@ -137,7 +139,10 @@ def test_primitives_of_the_experts_without_tokens():
     assert [g.shape for g in grads] == [(0, 16), (0, 2)]
     assert npu.grouped_matmul(rows, torch.randn(8, 16, 12), ends).shape == (0, 12)
     assert not npu.grouped_weight_grad(rows, torch.randn(0, 12), ends).any()
-    assert npu.swiglu(torch.randn(0, 12)).shape == (0, 6) and npu.swiglu_backward(rows[:, :6], rows[:, :12]).shape == (0, 12)
+    assert npu.swiglu(torch.randn(0, 12)).shape == (0, 6) and npu.swiglu_backward(rows[:, :6], rows[:, :12]).shape == (
+        0,
+        12,
+    )
 
 
 @DTYPES
@@ -206,7 +211,7 @@ def test_linear_cross_entropy_in_bf16_stays_near_fp32():
 
 
 def test_what_fla_is_handed(monkeypatch):
-    """fla's own kernels need a device: here, that it gets one batch, the decays and lengths that it asks for, l2 norms inside."""
+    """fla's own kernels need a device: here, that it gets one batch, the lengths that it asks for, l2 norms inside."""
     given = []
 
     def stand_in(*args, **kwargs):
@@ -226,7 +231,13 @@ def test_what_fla_is_handed(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     chosen = kernels.select("npu")
     monkeypatch.delitem(sys.modules, "kernels.fla")  # for the next who asks
-    q, k, v, g, beta = torch.randn(9, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 4, 8), -torch.rand(9, 4), torch.rand(9, 4)
+    q, k, v, g, beta = (
+        torch.randn(9, 2, 8),
+        torch.randn(9, 2, 8),
+        torch.randn(9, 4, 8),
+        -torch.rand(9, 4),
+        torch.rand(9, 4),
+    )
     assert torch.equal(chosen.chunk_gated_delta_rule(q, k, v, g, beta, cu([4, 0, 5])), v)
     (args, kwargs), x = given.pop(), torch.randn(9, 6)
     assert [tuple(a.shape) for a in args] == [(1, 9, 2, 8), (1, 9, 2, 8), (1, 9, 4, 8), (1, 9, 4), (1, 9, 4)]

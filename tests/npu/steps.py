@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Record, SavedBytes, Watch
 
 import kernels
-from kernels import fused
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
@@ -233,4 +232,6 @@ def peer_step(config: dict, tokens: int) -> Step:
         _to_bf16(model)
         ids = torch.zeros(1, tokens, dtype=torch.long, device=DEVICE)
         positions = torch.arange(tokens, device=DEVICE).expand(3, 1, -1)
-        return _run(model, lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum())
+        return _run(
+            model, lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum()
+        )

@@ -22,7 +22,12 @@ SYNCS = {
     "aten::bincount",
 }
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::copy"}  # the operators in which two devices may meet
-KEYS = ("PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+KEYS = (
+    "PrivateUse1",
+    "CompositeExplicitAutograd",
+    "CompositeExplicitAutogradNonFunctional",
+    "CompositeImplicitAutograd",
+)
 
 
 @dataclass
@@ -49,7 +54,9 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if func.namespace != "prim" and any(x.device.type == "npu" for x in (*leaves, *made)):  # prim: fake tensors' own
+        if func.namespace != "prim" and any(
+            x.device.type == "npu" for x in (*leaves, *made)
+        ):  # prim: fake tensors' own
             self._note(func, leaves, made, args, kwargs)
             if func.namespace == "npu":
                 self.calls.append((func, args, kwargs))

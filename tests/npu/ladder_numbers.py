@@ -1,4 +1,4 @@
-"""Rung 3, numbers: the NPU's ops on CPU tensors, each operator with the body that CANN documents, equal kernels/reference.py."""
+"""Rung 3, numbers: the NPU's ops on CPU tensors, each operator with the body that CANN documents, equal reference.py."""
 
 from types import SimpleNamespace
 

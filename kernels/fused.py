@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import moe, npu
+from kernels.cross_entropy import chunks
 
 SEQUENCES = 1024  # of one call of the fused attention, by its documentation
-CHUNK_LOGITS = 1 << 27  # logits at a time: 512 MB in fp32, and three such tensors
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -135,10 +135,12 @@ class _Attention(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, trained: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Every token takes part, trained or not: to leave some out, the host would have to wait for the device to count them."""
-    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled())
+    """Without `trained`, every token takes part: the device alone knows which have a label, and is not waited for."""
+    if trained is None:
+        trained = torch.arange(len(labels), device=labels.device)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, trained, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -146,35 +148,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        trained: Tensor,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        trained = labels >= 0
-        scales = token_weights.float() * trained
-        targets = labels.clamp(min=0)
-        losses, grads = [hidden.new_zeros(0, dtype=torch.float32)], []
+        has_label, targets = labels >= 0, labels.clamp(min=0)
+        scales = token_weights.float() * has_label
+        token_loss = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        chunk = max(16, CHUNK_LOGITS // weight.shape[0])
-        for h, target, scale in zip(hidden.split(chunk), targets.split(chunk), scales.split(chunk), strict=True):
-            if not len(h):
-                continue
+        for rows, is_real in chunks(trained, weight.shape[0]):
+            h, target = hidden[rows], targets[rows]
             loss, log_prob = npu.cross_entropy((h @ weight.T).float(), target)
-            losses.append(loss)
+            token_loss.index_add_(0, rows, loss * is_real)
             if need_hidden or need_weight:
-                grad = npu.cross_entropy_backward(scale, log_prob, target).to(hidden.dtype)
-                if need_hidden:
-                    grads.append(grad @ weight)
+                grad = npu.cross_entropy_backward(scales[rows] * is_real, log_prob, target).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden.index_add_(0, rows, grad @ weight)
                 if grad_weight is not None:
                     grad_weight += grad.T @ h
-        token_loss = torch.cat(losses) * trained
-        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden), grad_weight)
-        ctx.need_hidden, ctx.weight_dtype = need_hidden, weight.dtype
+        token_loss *= has_label
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(token_loss)
         return (token_loss * scales).sum(), token_loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if ctx.need_hidden else None
+        grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if grad_hidden is not None else None
         grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype) if grad_weight is not None else None
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

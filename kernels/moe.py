@@ -57,19 +57,20 @@ class _Experts(torch.autograd.Function):
         grad_weight = _weigh(hidden, grad_hidden, weights.flatten()[slot])
         grad_weights = torch.empty_like(weights).flatten().scatter_(0, slot, grad_weight).view_as(weights)
         grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
-        del grad_out, hidden
         grad_gate_up = do.swiglu_backward(grad_hidden, gate_up)
-        del grad_hidden
+        del hidden, grad_hidden
         grad_x = grad_gate_up_proj = None
         if need_gate_up:
-            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, x.index_select(0, token), ends)
+            rows = torch.index_select(x, 0, token, out=grad_out)  # in memory that is there, and done with
+            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
+        del grad_out
         if need_x:
             grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, top_k)
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
 
 
 def _weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N] in the weight's dtype; both become weight times themselves."""
+    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N]; then both are multiplied by the weight, in place."""
     wide = working_dtype(hidden)
     dots = torch.empty_like(weight)
     for h, g, w, dot in row_blocks(hidden, grad_hidden, weight[:, None].to(wide), dots):

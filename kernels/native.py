@@ -20,7 +20,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor [N, …], block by block by the size of the first; all at once where there is no such cache."""
+    """The same rows of each tensor [N, …], a block of the first at a time; all at once where there is no such cache."""
     first = tensors[0]
     rows = max(1, BLOCK * max(1, len(first)) // max(1, first.numel())) if first.is_cpu else max(1, len(first))
     return zip(*(x.split(rows) for x in tensors), strict=True)

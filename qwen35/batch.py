@@ -38,7 +38,9 @@ class PackedBatch:
     # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
     vision: VisionIndex | None = None
+    trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
+    bad_records: tuple[str, ...] = ()  # what is wrong with samples of which nothing is trained: their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy whose tensors are on `device`; those that the host reads (cu_seqlens, grid_thw) stay on the CPU."""
@@ -55,7 +57,7 @@ def _to(record: Record, device: torch.device | str) -> Record:
         value = getattr(record, f.name)
         if isinstance(value, VisionIndex):
             moved[f.name] = _to(value, device)
-        elif value is not None and f.name not in HOST_FIELDS:
+        elif isinstance(value, Tensor) and f.name not in HOST_FIELDS:
             moved[f.name] = value.to(device, non_blocking=True)
     return dataclasses.replace(record, **moved)
 

@@ -9,16 +9,17 @@ from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, stored_dtypes
 from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
-from qwen35.data import RecordError
+from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.files import read_config
-from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.device import take_device
-from qwen35.model import ConfigError, Qwen35
+from qwen35.errors import Parser, whole_number
+from qwen35.model import Qwen35
 from qwen35.settings import BasicParameters, DatasetParam
 
-USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, ImageError, OSError)
+positive = whole_number(1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def load_model(source: Source) -> Qwen35:
     return model.to(take_device()).eval()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Which model, and how it is asked."""
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder, or DCP checkpoint (iter_…, release, or the folder above)")
@@ -88,13 +89,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--template", choices=["qwen3_5", "qwen3_vl_nothink"], help="default: the run's or recipe's, else qwen3_5")
     add("--image_max_pixels", type=positive, help="default: the run's or recipe's, else 262144")
     add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
@@ -106,12 +100,14 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
     if smallest > largest:
         raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
     template = args.template or trained.basic_parameters.template
-    return Preparation(
+    preparation = Preparation(
         ChatTokenizer(source.tokenizer),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
         BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
         trained.attr,
     )
+    check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
+    return preparation
 
 
 def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
@@ -123,7 +119,7 @@ def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
     for name in ("config.json", "generation_config.json"):
         if (Path(folder) / name).is_file():
             config = read_config(folder, name)
-            for level in (config, config.get("text_config", {})):
-                named = level.get("eos_token_id")
+            for level in (config, config.get("text_config")):
+                named = level.get("eos_token_id") if isinstance(level, dict) else None
                 found |= {i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)}
     return found

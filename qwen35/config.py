@@ -4,7 +4,6 @@ The paths are those of the seed's user guide (`data.dataset_param.basic_paramete
 somewhere; a key that is not a field is an error that names the nearest one.
 """
 
-import argparse
 import dataclasses
 import difflib
 import math
@@ -16,12 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from qwen35.contradictions import check_contradictions
+from qwen35.errors import Parser, SettingError, complain, one_line
 from qwen35.settings import Settings
-
-
-class SettingError(ValueError):
-    """A setting that is unknown, misspelt, of the wrong type or in contradiction with another."""
-
 
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
 
@@ -29,50 +25,90 @@ SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's t
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides (values in YAML). Raises SettingError with one line that says what to do."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SettingError(f"{path}: no such recipe; the shipped ones are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
-    flat = _flatten(tree)
+    try:
+        flat = _flatten(tree, str(path))
+    except RecursionError:
+        raise SettingError(f"{path}: a section that holds itself") from None
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise SettingError(f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20")
         # an override of a whole section replaces it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
-        flat |= _flatten({key: _parse(key, value)})
-    settings = from_flat({SHORT_FORMS.get(key, key): value for key, value in flat.items()})
+        flat |= _flatten({key: _override(key, value)}, key)
+    settings = from_flat(flat)
     _check(settings)
     return settings
 
 
-def _parse(key: str, value: str) -> Any:
+class _Twice(yaml.MarkedYAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _Twice(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    """YAML -> what it says. Raises SettingError."""
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return yaml.load(text, _Loader)  # a safe one
+    except yaml.MarkedYAMLError as error:
+        what = " ".join(str(error.problem).split())
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        if isinstance(error, _Twice):
+            raise SettingError(f"{where}{place}: {what}") from None
+        hint = "; indent with spaces" if "'\\t'" in what else ""
+        raise SettingError(f"{where} is not YAML{place}: {what}{hint}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+        raise SettingError(f"{where} is not YAML: {one_line(error)}") from None
+
+
+def _override(key: str, value: str) -> Any:
+    try:
+        return _parse(value, f"{key}: {value!r}")
+    except SettingError:
         if value.startswith("[") and value.endswith("]"):  # names with * or {*}, whose quotes the shell took
             return [word.strip() for word in value[1:-1].split(",")]
-        raise SettingError(f"{key}: {value!r} is not YAML") from None
+        raise
 
 
 def from_flat(flat: Mapping[str, Any]) -> Settings:
     """{"training.lr": 1e-5, …} -> Settings."""
     known = _leaves(Settings)
+    sections = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
+    sections |= {k for k, kind in known.items() if _is_mapping(kind)}
     # a section whose lines are all commented out is null in YAML
-    flat = {k: v for k, v in flat.items() if v is not None or not any(name.startswith(f"{k}.") for name in known)}
-    for key in flat:
+    flat = {k: v for k, v in flat.items() if not (k in sections and v in (None, {}))}
+    for key, value in flat.items():
+        if key in sections:
+            raise SettingError(f"{key}: {value!r} is not a section, with settings below it")
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
     return _build(Settings, flat, "")
 
 
 def _unknown(key: str, known: Mapping[str, Any]) -> str:
-    last = key.rsplit(".", 1)[-1]
+    last = key.rsplit(".", 1)[-1].strip().lower()
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:
@@ -81,11 +117,15 @@ def _unknown(key: str, known: Mapping[str, Any]) -> str:
     return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[Any, Any], where: str = "", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one with dotted keys. Raises SettingError if one is there twice: nested and dotted, short and long."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= _flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        path = SHORT_FORMS.get(f"{prefix}{key}", f"{prefix}{key}")
+        below = _flatten(value, where, f"{path}.") if isinstance(value, dict) and value else {path: value}
+        if twice := flat.keys() & below.keys():
+            raise SettingError(f"{where}: {min(twice)} is there twice")
+        flat |= below
     return flat
 
 
@@ -142,9 +182,13 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
             return float(value)  # YAML reads 1e-5 as a string
         except ValueError:
             pass
-    if type(value) is kind:
-        return value
-    raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}")
+    if type(value) is not kind:
+        raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}")
+    if kind is str and (not value or "\0" in value):
+        raise SettingError(f"{path}: {value!r} names nothing; leave it out, or set it")
+    if kind is int and abs(value) >= 2**63:
+        raise SettingError(f"{path}: {value} is too large")
+    return value
 
 
 def to_yaml(settings: Settings) -> str:
@@ -166,7 +210,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(s: Settings) -> None:
-    """Ranges, and settings that contradict each other."""
+    """Ranges, then settings that contradict each other. Raises SettingError."""
     t, b, p = s.training, s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
     positive = {
         "training.train_iters": t.train_iters,
@@ -182,6 +226,7 @@ def _check(s: Settings) -> None:
         "data.dataset_param.basic_parameters.cutoff_len": b.cutoff_len,
         "data.dataset_param.basic_parameters.max_samples": b.max_samples,
         "data.dataset_param.preprocess_parameters.image_min_pixels": p.image_min_pixels,
+        "data.dataset_param.preprocess_parameters.image_max_pixels": p.image_max_pixels,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
     }
     not_negative = {
@@ -192,6 +237,7 @@ def _check(s: Settings) -> None:
         "model.loss_cfg.router_aux_loss_coef": s.model.loss_cfg.router_aux_loss_coef,
         "data.dataloader_param.num_workers": s.data.dataloader_param.num_workers,
     }
+    at_most_512 = {"data.dataloader_param.num_workers": s.data.dataloader_param.num_workers}
     fraction = {
         "training.lr_warmup_ratio": t.lr_warmup_ratio,
         "training.adam_beta1": t.adam_beta1,
@@ -201,26 +247,16 @@ def _check(s: Settings) -> None:
         ("more than 0", positive, lambda v: v > 0),
         ("0 or more", not_negative, lambda v: v >= 0),
         ("at least 0 and below 1", fraction, lambda v: 0 <= v < 1),
+        ("at most 512", at_most_512, lambda v: v <= 512),
     ):
         for name, value in group.items():
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise SettingError(f"{name}: {value} must be {rule}")
-    if p.image_min_pixels > p.image_max_pixels:
-        raise SettingError(f"image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}")
-    if t.min_lr > t.lr:
-        raise SettingError(f"training.min_lr {t.min_lr} is above training.lr {t.lr}")
-    if t.load and t.init_from_hf_path:
-        raise SettingError("training.load and training.init_from_hf_path both say where the weights come from; set one")
-    if b.enable_thinking is not None and b.template != "qwen3_5":
-        raise SettingError(
-            f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
-        )
-    if b.train_on_prompt and b.mask_history:
-        raise SettingError("train_on_prompt and mask_history contradict each other; set one")
+    check_contradictions(s)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m qwen35.config", description="Print the resolved settings.")
+    parser = Parser(prog="python -m qwen35.config", description="Print the resolved settings.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     parser.add_argument(
@@ -229,11 +265,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         settings = load_settings(args.config, args.overrides)
-    except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if args.get:
         flat = _flatten(_plain(settings))
+        for name in args.get or []:
+            if name not in flat:
+                raise SettingError(_unknown(name, flat))
+    except SettingError as error:
+        return complain(error)
+    if args.get:
         print(*(flat[name] for name in args.get), sep="\n")
     else:
         print(to_yaml(settings), end="")

@@ -7,8 +7,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from qwen35.errors import SettingError, one_line
+
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # what hides devices from a process
 
 
 def device_type() -> str:
@@ -18,6 +21,16 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device_count(kind: str, count: int) -> None:
+    """Raises SettingError if the launcher started more processes here than this machine shows devices; a CPU has room."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if kind != "cpu" and processes > count:
+        raise SettingError(
+            f"{processes} processes on this machine, but {count} {kind} device{'s' * (count != 1)} visible "
+            f"({VISIBLE[kind]}={os.environ.get(VISIBLE[kind], '')}); set NPUS_PER_NODE={count}, or show more of them"
+        )
+
+
 def device_count() -> int:
     """How many devices of its kind this process sees; the CPU is one."""
     kind = device_type()
@@ -25,8 +38,9 @@ def device_count() -> int:
 
 
 def take_device() -> torch.device:
-    """This rank's device, made ready to compute on."""
+    """This rank's device, made ready to compute on. Raises SettingError."""
     kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))
+    check_device_count(kind, device_count())
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank)
     if kind != "cpu":
         getattr(torch, kind).set_device(device)
@@ -45,7 +59,11 @@ def init_process(timeout_seconds: int = 1800) -> torch.device:
         store = dist.HashStore()
         dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout_seconds))
+        try:
+            dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout_seconds))
+        except dist.DistError as error:  # of the store, where the processes meet
+            address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.chat import USER_ERRORS, add_options, find_model, load_model, positive, prepare, stop_ids
-from qwen35.data import Record
+from qwen35.chat import add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import ImageFolder, dataset_files, read_records
 from qwen35.data.samples import Preparation
 from qwen35.data.template import Piece
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.generate import greedy
 from qwen35.model import Qwen35
 
@@ -35,22 +36,33 @@ class Answer:
         return self.given == self.wanted
 
 
+def read_all(preparation: Preparation) -> list[Record]:
+    """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
+    basic = preparation.basic
+    files, images = dataset_files(basic.dataset), ImageFolder(basic.dataset_dir)
+    records = list(chain.from_iterable(read_records(file, preparation.attr, images) for file in files))
+    if not records:
+        raise RecordError(f"{basic.dataset}: no records")
+    for record in records:
+        preparation.measure(record)
+    return records
+
+
 def answers(
     model: Qwen35,
     folder: str | Path,
     preparation: Preparation,
+    records: Sequence[Record],
     batch: int,
     max_new_tokens: int | None = None,
     thinking: bool = False,
 ) -> Iterator[Answer]:
-    """The model's answer to each record of preparation.basic.dataset, `batch` records at once.
+    """The model's answer to each record, `batch` records at once.
 
     max_new_tokens None: as many as the longest right answer of a batch needs, for a longer one is wrong anyway.
     Raises SettingError, RecordError.
     """
-    basic, tokenizer, spec = preparation.basic, preparation.tokenizer, vision_spec(folder)
-    files, images = dataset_files(basic.dataset), ImageFolder(basic.dataset_dir)
-    records = list(chain.from_iterable(read_records(file, preparation.attr, images) for file in files))
+    tokenizer, spec = preparation.tokenizer, vision_spec(folder)
     stop = stop_ids(folder, tokenizer)
     for start in range(0, len(records), batch):
         some = records[start : start + batch]
@@ -67,7 +79,7 @@ def _without_thought(text: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m qwen35.evaluate", description=__doc__)
+    parser = Parser(prog="python -m qwen35.evaluate", description=__doc__)
     add_options(parser)
     add = parser.add_argument
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
@@ -86,17 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         source = find_model(args.model, args.hf)
         preparation = prepare(args, source, args.data, dataset_dir)
+        records = read_all(preparation)
         model = load_model(source)
-        given = answers(model, source.config, preparation, args.batch, args.max_new_tokens, args.thinking)
+        given = answers(model, source.config, preparation, records, args.batch, args.max_new_tokens, args.thinking)
         for answer in tqdm(given, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1
             right += answer.is_right
             if args.show and not answer.is_right:
                 tqdm.write(f"{answer.record.source}: {answer.given!r}, right is {answer.wanted!r}")
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"held-out accuracy {right / total if total else 0:.3f} ({right}/{total})")
+        return complain(error)
+    print(f"held-out accuracy {right / total:.3f} ({right}/{total})")
     return 0
 
 

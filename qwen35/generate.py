@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.chat import USER_ERRORS, Source, add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import Source, add_options, find_model, load_model, positive, prepare, stop_ids
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import IMAGE_PLACEHOLDER, Turn
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
 from qwen35.sampling import Sampling, draw
@@ -123,7 +124,7 @@ def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m qwen35.generate", description=__doc__)
+    parser = Parser(prog="python -m qwen35.generate", description=__doc__)
     add_options(parser)
     add = parser.add_argument
     add("--prompt", help="the question; default: standard input. `<image>` is where an image belongs")
@@ -206,11 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preparation = prepare(args, source)
         thinking = is_thinking(args.thinking, preparation.basic.template, source)
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
+        stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    stop = stop_ids(source.config, preparation.tokenizer)
+        return complain(error)
     opening = ["<think>\n"] if thinking else []  # the prompt itself has opened the thought
     started, ends = time.perf_counter(), []  # when each token was there
 

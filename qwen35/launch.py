@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from qwen35.config import SettingError, load_settings
+from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
 from qwen35.processes import die_with
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
@@ -79,23 +80,24 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="qwen35.launch", description=__doc__)
+    parser = Parser(prog="qwen35.launch", description=__doc__)
     add = parser.add_argument
-    add("--nnodes", type=int, default=1, help="machines that take part")
-    add("--node_rank", type=int, default=0, help="which of them this one is")
-    add("--nproc_per_node", type=int, default=1, help="processes here, one a device")
+    add("--nnodes", type=whole_number(1), default=1, help="machines that take part")
+    add("--node_rank", type=whole_number(0), default=0, help="which of them this one is")
+    add("--nproc_per_node", type=whole_number(1), default=1, help="processes here, one a device")
     add("--master_addr", default="localhost", help="address of machine 0")
-    add("--master_port", type=int, default=6000, help="free port of machine 0")
+    add("--master_port", type=whole_number(1, 65535), default=6000, help="free port of machine 0")
     add("config", help="a recipe, e.g. configs/tiny.yaml")
     add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
+    if args.node_rank >= args.nnodes:
+        parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     try:
         load_settings(args.config, args.overrides)
         check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
-    except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return run([sys.executable, "-m", "qwen35.train", args.config, *args.overrides], args)
+        return run([sys.executable, "-m", "qwen35.train", args.config, *args.overrides], args)
+    except USER_ERRORS as error:
+        return complain(error)
 
 
 def run(command: Sequence[str], args: argparse.Namespace) -> int:
@@ -176,19 +178,22 @@ def ending(code: int) -> str:
 
 
 def record_failure(error: BaseException, expected: bool) -> bool:
-    """In a process that fails: leave the reason for the launcher. False if there is no launcher to read it."""
+    """In a process that fails: leave the reason for the launcher. False if there is none, or no room on the disk."""
     if FAILURE_FILE not in os.environ:
         return False
     reason = {
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
+        "message": one_line(error) if expected else str(error),
+        "traceback": "" if expected else "".join(traceback.format_exception(error)),
         "time": time.time(),
         "rank": os.environ.get("RANK"),
         "expected": expected,
     }
     path = Path(os.environ[FAILURE_FILE])
-    path.with_suffix(".new").write_text(json.dumps(reason))
-    path.with_suffix(".new").replace(path)
+    try:
+        path.with_suffix(".new").write_text(json.dumps(reason))
+        path.with_suffix(".new").replace(path)
+    except OSError:
+        return False
     return True
 
 

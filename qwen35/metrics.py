@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
+from qwen35.errors import UserError, naming
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run that cannot go on, in words for its user."""
 
 
@@ -34,9 +36,11 @@ class StepRecord:
     flops: float  # model FLOPs of this rank's part
     sums: Tensor  # [5] this rank's parts of SUMS
     group_squares: Tensor  # [G] squared gradient norms of all ranks, by group
+    bad_records: tuple[str, ...] = ()  # what is wrong with those of this rank's samples that were not trained
 
 
 SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens")
+HOST_SUMS = ("flops", "stop", "bad_records")  # what else is summed over the ranks
 
 
 class Metrics:
@@ -49,6 +53,7 @@ class Metrics:
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
         self.pending: list[StepRecord] = []
         self.zero_steps = dict.fromkeys(groups, 0)
+        self.named: set[str] = set()  # bad records that the console has seen
         self.is_writer = dist.get_rank() == 0
         self.bar = None
         if self.is_writer:
@@ -64,9 +69,7 @@ class Metrics:
     def _cut_back(self, done: int) -> None:
         """Drop the lines after the checkpoint that the run goes on from."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= done]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def record(self, record: StepRecord) -> None:
         self.pending.append(record)
@@ -77,40 +80,66 @@ class Metrics:
         stop: whether this rank has been asked to stop. Returns whether any has: here the ranks meet, so all stop alike.
         """
         records, self.pending = self.pending, []
-        mine = torch.tensor([[r.flops, float(stop)] for r in records], device=self.device)
-        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, 7]
+        mine = torch.tensor([[r.flops, float(stop), len(r.bad_records)] for r in records], device=self.device)
+        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, SUMS + HOST_SUMS]
         dist.all_reduce(sums)
         values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
         step_time = (time.perf_counter() - self.last_flush) / len(records)
         self.restart_clock()
         lines = [self._line(r, row, step_time) for r, row in zip(records, values, strict=True)]
         if self.is_writer:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            self._append("".join(json.dumps(line) + "\n" for line in lines))
+            self._show(lines)
+        if any(line["bad_records"] for line in lines):  # the same on all ranks
+            self._name([message for r in records for message in r.bad_records])
+        for line, row in zip(lines, values, strict=True):
+            self._check(line, row[len(SUMS) + len(HOST_SUMS) :], patience)
+        return values[-1][len(SUMS) + HOST_SUMS.index("stop")] > 0
+
+    def _append(self, text: str) -> None:
+        """All of it, or nothing."""
+        size = self.path.stat().st_size
+        try:
+            with naming(self.path), self.path.open("a") as file:
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint that comes after it must find it there, whatever happens
-            self._show(lines)
-        for line, row in zip(lines, values, strict=True):
-            self._check(line, row[len(SUMS) + 2 :], patience)
-        return values[-1][len(SUMS) + 1] > 0
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+    def _name(self, mine: list[str]) -> None:
+        """Tell each bad record of any rank once."""
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, mine)
+        for message in dict.fromkeys(message for part in found for message in part):
+            if self.is_writer and message not in self.named:
+                self.named.add(message)
+                self._print(f"not trained: {message}")
+
+    def _print(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
 
     def _line(self, record: StepRecord, row: list[float], step_time: float) -> dict[str, Any]:
-        totals = dict(zip(SUMS, row, strict=False))
-        flops, squares = row[len(SUMS)], row[len(SUMS) + 2 :]
+        totals = dict(zip((*SUMS, *HOST_SUMS), row, strict=False))
+        squares = row[len(SUMS) + len(HOST_SUMS) :]
         line = {
             "step": record.step,
             "loss": totals["loss"],
             "aux_loss": totals["aux_loss"],
             "grad_norm": sum(squares) ** 0.5,
             "lr": record.lr,
-            **{name: int(totals[name]) for name in ("tokens", "label_tokens", "image_tokens")},
+            **{name: int(totals[name]) for name in ("tokens", "label_tokens", "image_tokens", "bad_records")},
             "step_time": step_time,
             "data_time": record.data_time,
             "tokens_per_second": totals["tokens"] / step_time,
             "memory": peak_memory(self.device),
         }
         if self.peak:
-            line["mfu"] = flops / step_time / self.peak
+            line["mfu"] = totals["flops"] / step_time / self.peak
         return line
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
@@ -123,7 +152,7 @@ class Metrics:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
         else:
-            print(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s", flush=True)
+            self._print(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
@@ -131,8 +160,8 @@ class Metrics:
                 f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped"
             )
         for name, square in zip(self.groups, squares, strict=True):
-            if name.startswith("visual") and line["image_tokens"] == 0:
-                continue  # nothing for the tower to learn from in this step
+            if name.startswith("visual") and (line["image_tokens"] == 0 or line["bad_records"]):
+                continue  # nothing for the tower to learn from in this step, or perhaps nothing
             self.zero_steps[name] = self.zero_steps[name] + 1 if square == 0 else 0
             if self.zero_steps[name] >= patience:
                 raise RunError(
@@ -173,6 +202,10 @@ def draw_loss(folder: Path) -> None:
     rate.set_ylabel("learning rate", color="tab:gray")
     figure.tight_layout()
     partial = folder / "loss.tmp.png"
-    figure.savefig(partial, dpi=120)
-    partial.replace(folder / "loss.png")
-    plt.close(figure)
+    try:
+        with naming(folder / "loss.png"):
+            figure.savefig(partial, dpi=120)
+            partial.replace(folder / "loss.png")
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)

@@ -34,6 +34,7 @@ class BasicParameters:
     )
     train_on_prompt: bool = False  # the loss also counts what the user says
     mask_history: bool = False  # the loss counts only the last answer of a conversation
+    on_bad_record: Literal["error", "skip"] = "error"  # that cannot be used: stop, or leave it out, counted and named
 
 
 @dataclass(frozen=True)

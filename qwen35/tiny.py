@@ -4,7 +4,6 @@ A random Qwen3.5-MoE vision-language checkpoint of 1.3 M parameters with tokeniz
 the handwritten digits of assets/digits as LLaVA records, every fifth one held out.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ from tokenizers.models import BPE
 
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import HFFolder, write_hf
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -262,15 +262,14 @@ def _json_list(records: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m qwen35.tiny", description=__doc__)
+    parser = Parser(prog="python -m qwen35.tiny", description=__doc__)
     parser.add_argument("--force", action="store_true", help="make them anew even if they are there")
     force = parser.parse_args(arguments).force
     try:
         for folder, made in ((MODEL_DIR, make_model(force=force)), (DIGITS_DIR, make_digits(force=force))):
             print(f"{folder}: {'made' if made else 'is there'}")
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except USER_ERRORS as error:
+        return complain(error)
     return 0
 
 

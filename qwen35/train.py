@@ -1,6 +1,5 @@
 """Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -15,21 +14,28 @@ import torch.distributed as dist
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.checkpoint.dcp import Loaded, load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
+from qwen35.checkpoint.dcp import (
+    Loaded,
+    fitting_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    resolve_load,
+    save_checkpoint,
+)
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.dcp_write import together
-from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import sweep, write_atomic
-from qwen35.checkpoint.hf import load_hf
+from qwen35.checkpoint.hf import fitting, load_hf
 from qwen35.checkpoint.lock import holding
 from qwen35.config import SettingError, difference, load_settings, to_yaml
-from qwen35.data import MicroBatches, RecordError
+from qwen35.data import MicroBatches
 from qwen35.device import describe, init_process
+from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import record_failure
 from qwen35.loss import token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.model import ConfigError, ModelConfig, Qwen35, load_config
+from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import make_mesh, reduce_held_out, shard
 from qwen35.processes import stop_request
@@ -39,7 +45,6 @@ from qwen35.trainable import freeze, table
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-USER_ERRORS = (SettingError, RecordError, CheckpointError, ConfigError, RunError, kernels.KernelError, OSError)
 
 
 @dataclass
@@ -51,9 +56,7 @@ class Run:
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
-    position: dict[
-        str, Any
-    ]  # what a resume must have in common with the checkpoint for the data to go on where it stopped
+    position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
 
 
 def report(text: str) -> None:
@@ -62,7 +65,7 @@ def report(text: str) -> None:
 
 
 def setup(settings: Settings, device: torch.device) -> Run:
-    """Build, freeze, shard and load the model; find out where to start; open the data there."""
+    """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
     t, m = settings.training, settings.model
     rank, world = dist.get_rank(), dist.get_world_size()
     seed_all(t.seed)
@@ -72,6 +75,11 @@ def setup(settings: Settings, device: torch.device) -> Run:
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen)
     freeze(model, m.freeze)
+    origin, is_hf = find_weights(settings)
+    check = fitting if is_hf else fitting_checkpoint
+    check(model, origin)  # by headers alone: what does not fit shows before anything heavy is done
+    micro_batches = MicroBatches(settings, rank, world)
+    check_same_data(micro_batches.fingerprint)
     before = table(model)
     shard(model, mesh, DTYPES[t.dtype])
     if t.init_model_with_meta_device:
@@ -81,9 +89,13 @@ def setup(settings: Settings, device: torch.device) -> Run:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     model.model.language_model.recompute = settings.parallel.recompute
     optimizer = make_optimizer(model, t)
-    loaded = load_weights(model, optimizer, settings)
+    loaded = None
+    if is_hf:
+        load_hf(model, origin)
+    else:
+        loaded = load_checkpoint(origin, model, optimizer)
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
-    micro_batches = MicroBatches(settings, rank, world, start_step=step)
+    micro_batches.start_at(step)
     position = {"bins_a_step": bins_a_step(settings), "data": micro_batches.fingerprint}
     if loaded and step:
         check_position(loaded, position, settings)
@@ -93,25 +105,36 @@ def setup(settings: Settings, device: torch.device) -> Run:
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
-    report(f"weights from {loaded.path if loaded else t.init_from_hf_path}\n{micro_batches.report()}")
+    report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, mesh["shard"].get_group())
     return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
 
 
-def load_weights(model: Qwen35, optimizer: torch.optim.AdamW, settings: Settings) -> Loaded | None:
-    """The newest whole checkpoint in `save`, else `load`, else (then None is returned) `init_from_hf_path`."""
+def find_weights(settings: Settings) -> tuple[Path, bool]:
+    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`, and whether it is that."""
     t = settings.training
-    newest = newest_checkpoint(Path(t.save))
+    newest = newest_checkpoint(t.save)
     if newest or t.load:
-        return load_checkpoint(newest or resolve_load(Path(t.load or "")), model, optimizer)
+        return newest or resolve_load(t.load or ""), False
     if t.init_from_hf_path:
-        load_hf(model, t.init_from_hf_path)
-        return None
+        return Path(t.init_from_hf_path), True
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        raise RunError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
+            "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
+        )
 
 
 def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
@@ -129,7 +152,7 @@ def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings)
             if recipe.is_file()
             else []
         )
-        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were"
+        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
         raise SettingError(
             f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
             " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
@@ -177,7 +200,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.zero_grad()
     run.step += 1
     sums = torch.cat([losses, torch.tensor(totals, dtype=torch.float32, device=device)])
-    return StepRecord(run.step, lr, data_time, flops, sums, squares)
+    bad_records = tuple(message for batch in batches for message in batch.bad_records)
+    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records)
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
@@ -262,16 +286,14 @@ def loop(run: Run, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="qwen35.train", description=__doc__)
+    parser = Parser(prog="qwen35.train", description=__doc__)
     parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
     try:
         train(load_settings(args.config, args.overrides))
-    except USER_ERRORS as error:
-        if not record_failure(error, expected=True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except (*USER_ERRORS, kernels.KernelError) as error:
+        return 1 if record_failure(error, expected=True) else complain(error)
     except BaseException as error:
         if record_failure(error, expected=False):
             sys.excepthook = lambda *_: None  # the launcher prints the first one, not every rank its own

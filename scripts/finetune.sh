@@ -25,8 +25,12 @@ case $(device) in
         threads=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
         ;;
     npu)
-        processes=${NPUS_PER_NODE:-$(visible_npus)}
+        visible=$(visible_npus)
+        processes=${NPUS_PER_NODE:-$visible}
         ((processes > 0)) || die "no NPU is visible here; NPUS_PER_NODE says how many to use, DEVICE=cpu trains without"
+        # where no device file is seen, in some containers, the processes find out how many there are
+        ((visible == 0 || processes <= visible)) ||
+            die "NPUS_PER_NODE=$processes, but $visible NPUs are visible here${ASCEND_RT_VISIBLE_DEVICES:+ (ASCEND_RT_VISIBLE_DEVICES=$ASCEND_RT_VISIBLE_DEVICES)}: one process each"
         ;;
 esac
 

@@ -79,9 +79,7 @@ BAD = [
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
-TARGETS = (
-    "help install doctor convert export data show finetune generate evaluate test test-versions lint clean".split()
-)
+TARGETS = "help install doctor convert export data show finetune generate evaluate bench test test-versions lint clean".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -262,6 +260,14 @@ def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int
     assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
 
 
+def test_more_processes_than_npus(run: Run, project: Path) -> None:
+    variables = {"DEVICE": "npu", "ASCEND_HOME_PATH": "/usr", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "3"}
+    result = run("bash", "scripts/finetune.sh", **variables)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "NPUS_PER_NODE=3, but 2 NPUs are visible here (ASCEND_RT_VISIBLE_DEVICES=0,1)" in result.stderr
+    assert not calls(project)
+
+
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +342,7 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
             ),
         ),
         (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
+        (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -1,5 +1,6 @@
 """Every op against kernels/reference.py: forward and all gradients, odd lengths, extreme gates, packed and separate."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import native, reference
 
-LENGTHS = [[1], [2], [63], [64], [65], [127], [200], [1, 1, 64, 3, 130, 1]]
+LENGTHS = [[1], [2], [63], [64], [65], [127], [200], [1000], [1, 1, 64, 3, 130, 1], [1, 2, 3, 2, 2] * 20]
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -79,7 +80,9 @@ def test_causal_conv1d(lengths, dtype, tolerance):
 
 
 @DTYPES
-@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)  # one token alone has a test of its own below
+@pytest.mark.parametrize(
+    "lengths", [*LENGTHS[1:], [0, 5, 0, 5, 5, 0]], ids=str
+)  # one token alone: a test of its own below
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_attention(lengths, causal, dtype, tolerance):
     T = sum(lengths)
@@ -94,7 +97,7 @@ def test_attention_over_one_token_returns_its_value():
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens", [1, 63, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 1000])
 def test_moe_experts(tokens, dtype, tolerance):
     ids = torch.rand(tokens, 6).topk(2).indices
     ids[ids == 3] = 7  # expert 3 idles, and so do 6 and all but one of the last two
@@ -132,14 +135,98 @@ def test_moe_experts_without_tokens():
 
 
 @DTYPES
-def test_norms_rotary_and_swiglu(dtype, tolerance):
-    compare("rms_norm", [torch.randn(5, 7, 32), torch.randn(32)], 1e-6, dtype=dtype, tolerance=tolerance)
-    inputs = [torch.randn(5, 32), torch.randn(5, 32), torch.randn(32)]
+@pytest.mark.parametrize("rows", [0, 1, 2, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("block", [1 << 18, 300], ids=["one block", "many blocks"])
+def test_norms_rotary_and_swiglu(rows, block, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(kernels.native, "BLOCK", block)
+    compare("rms_norm", [torch.randn(rows, 3, 32), torch.randn(32)], 1e-6, dtype=dtype, tolerance=tolerance)
+    inputs = [torch.randn(rows, 32), torch.randn(rows, 32), torch.randn(32)]
     compare("rms_norm_gated", inputs, 1e-6, dtype=dtype, tolerance=tolerance)
-    angle = torch.randn(9, 4)
-    rotary = [torch.randn(9, 4, 32), torch.randn(9, 2, 32)]
+    angle = torch.randn(rows, 4)
+    rotary = [torch.randn(rows, 4, 32), torch.randn(rows, 2, 32)]
     compare("apply_rotary", rotary, angle.cos(), angle.sin(), dtype=dtype, tolerance=tolerance)
-    compare("swiglu", [torch.randn(9, 48)], dtype=dtype, tolerance=tolerance)
+    compare("swiglu", [torch.randn(rows, 48)], dtype=dtype, tolerance=tolerance)
+
+
+def test_elementwise_ops_take_views_and_any_shape():
+    """Query and gate lie side by side in the projection that makes them."""
+    both = torch.randn(9, 4, 64, requires_grad=True)
+    q, gate = both.chunk(2, dim=-1)
+    weight, angle = torch.randn(32), torch.randn(9, 4)
+    normed, gated = kernels.rms_norm(q, weight, 1e-6), kernels.rms_norm_gated(q, gate, weight, 1e-6)
+    turned, _ = kernels.apply_rotary(gate, gate, angle.cos(), angle.sin())
+    assert error(normed, reference.rms_norm(q, weight, 1e-6)) <= 1e-6
+    assert error(gated, reference.rms_norm_gated(q, gate, weight, 1e-6)) <= 1e-6
+    assert error(turned, reference.apply_rotary(gate, gate, angle.cos(), angle.sin())[0]) <= 1e-6
+    assert error(kernels.swiglu(both), reference.swiglu(both)) <= 1e-6
+    (normed.sum() + gated.sum() + turned.sum() + kernels.swiglu(both).sum()).backward()
+    assert both.grad.shape == both.shape and both.grad.isfinite().all()
+
+
+@DTYPES
+def test_primitives_of_the_experts(dtype, tolerance):
+    """Each against its plain meaning; expert 3 idles. What moe_experts itself does not call is for the NPU's set to match."""
+    ids = torch.rand(30, 6).topk(2).indices
+    ids[ids == 3] = 7
+    x, weights = torch.randn(30, 16).to(dtype), torch.rand(30, 2)
+    rows, place, ends = native.permute(x, ids, 8)
+    assert place.dtype == torch.int32 and ends.dtype == torch.int64 and ends.shape == (8,)
+    assert torch.equal(rows[place.long()], x.repeat_interleave(2, dim=0))
+    assert ends.tolist() == [int((ids <= e).sum()) for e in range(8)]
+    grad = torch.randn(60, 16).to(dtype)
+    assert (
+        error(native.permute_backward(grad, place, 2), grad[place.long()].double().view(30, 2, 16).sum(1)) <= tolerance
+    )
+
+    leaf, scale = rows.double().requires_grad_(), weights.double().requires_grad_()
+    y = torch.einsum("tkh,tk->th", leaf[place.long()].view(30, 2, 16), scale)
+    assert error(native.unpermute(rows, place, weights), y) <= tolerance
+    grad_y = torch.randn(30, 16).to(dtype)
+    grad_rows, grad_weights = native.unpermute_backward(grad_y, rows, place, weights)
+    y.backward(grad_y.double())
+    assert error(grad_rows, leaf.grad) <= tolerance and error(grad_weights, scale.grad) <= tolerance
+
+    matrix = torch.randn(8, 24, 16).to(dtype)
+    bounds = [0, *ends.tolist()]
+    groups = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    product = torch.cat([rows[g].double() @ matrix[e].double().T for e, g in enumerate(groups)])
+    assert error(native.grouped_matmul(rows, matrix.mT, ends), product) <= tolerance
+    other = torch.randn(60, 24).to(dtype)
+    sums = torch.stack([rows[g].double().T @ other[g].double() for g in groups])
+    assert error(native.grouped_weight_grad(rows, other, ends), sums) <= tolerance
+    assert not native.grouped_weight_grad(rows, other, ends)[3].any()
+
+
+def saved_bytes(run) -> int:
+    """What autograd keeps while `run` is done, a storage once."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = run()
+    assert result is not None
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def test_little_is_kept_for_backward():
+    """Inputs, and a few numbers a row; of the experts the output of gate_up."""
+    T, D, K, inner = 128, 64, 2, 32
+    x, z = (torch.randn(T, D, requires_grad=True) for _ in range(2))
+    weight = torch.randn(D, requires_grad=True)
+    row, matrix = T * 4, T * D * 4
+    assert saved_bytes(lambda: kernels.rms_norm(x, weight, 1e-6)) <= matrix + D * 4 + row
+    assert saved_bytes(lambda: kernels.rms_norm_gated(x, z, weight, 1e-6)) <= 2 * matrix + D * 4 + row
+    assert saved_bytes(lambda: kernels.swiglu(x)) == matrix
+    taps = torch.randn(D, 4, requires_grad=True)
+    assert saved_bytes(lambda: kernels.causal_conv1d(x, taps, cu([T]))) == matrix + D * 16
+    gate_up, down = torch.randn(8, 2 * inner, D, requires_grad=True), torch.randn(8, D, inner, requires_grad=True)
+    ids, weights = torch.rand(T, 8).topk(K).indices, torch.rand(T, K, requires_grad=True)
+    kept = saved_bytes(lambda: kernels.moe_experts(x, ids, weights, gate_up, down))
+    parameters = (gate_up.numel() + down.numel()) * 4
+    assert kept - parameters <= matrix + T * K * 2 * inner * 4 + 3 * K * row + 64
 
 
 @pytest.mark.parametrize("chunk", [1 << 25, 1], ids=["one chunk", "many chunks"])
@@ -197,6 +284,69 @@ def test_nothing_trained_gives_zero_loss_and_zero_gradients():
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["rows given", "rows found"])
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100])
+def test_linear_cross_entropy_of_any_number_of_trained_rows(count, given, monkeypatch):
+    """The last chunk is filled up with a row that then must not count twice."""
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", 1)
+    rows = torch.randperm(100)[:count].sort().values
+    labels = torch.full((100,), -100)
+    labels[rows] = torch.randint(0, 50, (count,))
+    mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    weights = torch.rand(100)
+    loss, token_loss = kernels.linear_cross_entropy(*mine, labels, weights, rows if given else None)
+    truth, token_truth = reference.linear_cross_entropy(*exact, labels, weights.double())
+    assert error(loss, truth) <= 1e-6 and error(token_loss, token_truth) <= 1e-6
+    if count:
+        for a, b in zip(torch.autograd.grad(loss, mine), torch.autograd.grad(truth, exact), strict=True):
+            assert error(a, b) <= 1e-6
+
+
+def test_a_converged_token_keeps_its_small_gradient():
+    """1 - p at the target is made in fp32: from a bf16 p near one nothing would be left."""
+    hidden, weight = torch.zeros(1, 16), torch.zeros(40, 16)
+    hidden[0, 0], weight[3, 0] = 1, 12
+    leaves = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    label = torch.tensor([3])
+    kernels.linear_cross_entropy(*leaves, label, torch.ones(1))[0].backward()
+    reference.linear_cross_entropy(*exact, label, torch.ones(1).double())[0].backward()
+    assert error(leaves[0].grad, exact[0].grad) <= 1e-2 and error(leaves[1].grad, exact[1].grad) <= 1e-2
+
+
+@pytest.mark.parametrize("op", ["chunk_gated_delta_rule", "causal_conv1d", "varlen_attention"])
+def test_packed_equals_separate(op):
+    """Outputs and gradients of a sequence do not depend on its neighbours, even where those hold no numbers at all."""
+    lengths = [70, 1, 5, 5, 64]
+    T = sum(lengths)
+    if op == "causal_conv1d":
+        tensors, rest = [torch.randn(T, 6)], (torch.randn(6, 4),)
+    else:
+        tensors, rest = [torch.randn(T, 4, 8), torch.randn(T, 2, 8), torch.randn(T, 2, 8)], ()
+    if op == "chunk_gated_delta_rule":
+        tensors = [tensors[1], tensors[2], tensors[0], -torch.rand(T, 4), torch.rand(T, 4)]
+    after = (True, 0.3) if op == "varlen_attention" else ()
+    probe = torch.randn(tensors[2 if op == "chunk_gated_delta_rule" else 0].shape)
+
+    def run(some, lengths, probe):
+        leaves = [x.clone().requires_grad_() for x in some]
+        out = getattr(kernels, op)(*leaves, *rest, cu(lengths), *after)
+        return out, *torch.autograd.grad(out, leaves, probe)
+
+    start = 0
+    for number, length in enumerate(lengths):
+        seq = slice(start, start + length)
+        alone = run([x[seq] for x in tensors], [length], probe[seq])
+        poisoned = [x.clone() for x in tensors]
+        for x in poisoned:
+            x[: seq.start], x[seq.stop :] = float("nan"), float("nan")
+        for packed in (tensors, poisoned):
+            for a, b in zip(alone, run(packed, lengths, probe), strict=True):
+                assert (a - b[seq]).abs().max() <= 1e-5, (op, number)
+        start += length
+
+
 def test_gradients_in_fp64():
     T, bounds = 9, cu([4, 5])
     d = {"dtype": torch.float64, "requires_grad": True}
@@ -205,6 +355,17 @@ def test_gradients_in_fp64():
     assert torch.autograd.gradcheck(lambda *x: kernels.chunk_gated_delta_rule(*x, bounds), (q, k, v, g, b))
     x, w = torch.randn(T, 3, **d), torch.randn(3, 4, **d)
     assert torch.autograd.gradcheck(lambda *a: kernels.causal_conv1d(*a, bounds), (x, w))
+    q, k, v = torch.randn(T, 4, 6, **d), torch.randn(T, 2, 6, **d), torch.randn(T, 2, 6, **d)
+    assert torch.autograd.gradcheck(lambda *a: kernels.varlen_attention(*a, bounds, True, 0.3), (q, k, v))
+    angle = torch.randn(T, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: kernels.apply_rotary(*a, angle.cos(), angle.sin()), (q, k))
+    x, z, w = torch.randn(T, 2, 4, **d), torch.randn(T, 2, 4, **d), torch.randn(4, **d)
+    assert torch.autograd.gradcheck(lambda *a: kernels.rms_norm(*a, 1e-6), (x, w))
+    assert torch.autograd.gradcheck(lambda *a: kernels.rms_norm_gated(*a, 1e-6), (x, z, w))
+    assert torch.autograd.gradcheck(kernels.swiglu, (x,))
+    ids, scale = torch.rand(T, 4).topk(2).indices, torch.rand(T, 2, **d)
+    inputs = torch.randn(T, 3, **d), scale, torch.randn(5, 4, 3, **d), torch.randn(5, 3, 2, **d)
+    assert torch.autograd.gradcheck(lambda x, w, *p: kernels.moe_experts(x, ids, w, *p), inputs)  # expert 4 idles
     labels = torch.tensor([0, 1, -100, 2, 3, 4, 0, 1, 2])
     inputs = (torch.randn(T, 3, **d), torch.randn(5, 3, **d))
     scale = torch.rand(T, dtype=torch.float64)

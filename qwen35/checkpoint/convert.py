@@ -13,11 +13,11 @@ from tqdm import tqdm
 from qwen35.checkpoint.dcp import DCPSource, resolve_load, write_release
 from qwen35.checkpoint.dcp_folder import ITERATION, MARKER
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import check_replaceable
+from qwen35.checkpoint.folders import check_apart, check_replaceable
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf
 from qwen35.checkpoint.names import HEAD, shapes_of
-from qwen35.model.config import ConfigError
+from qwen35.errors import USER_ERRORS, Parser, complain
 
 SEED_WORD = "GenericDCPConverter"
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
@@ -38,6 +38,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
         check_tied(source, hf_dir)
         source.specs.pop(HEAD, None)
     _check_tie(disk, tie or {})
+    check_apart(disk.folder, folder)
     check_replaceable(folder / "release", MARKER)
     if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
@@ -96,21 +97,28 @@ def _mapping(text: str) -> dict[str, str]:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm-convert", description=__doc__)
+def _named(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("names no folder")
+    return text
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mm-convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
-    there.add_argument("--hf_dir", required=True, help="folder with config.json and safetensors")
-    there.add_argument(
-        "--dcp_dir", required=True, help="folder that gets release/ and latest_checkpointed_iteration.txt"
-    )
+    there.add_argument("--hf_dir", required=True, type=_named, help="folder with config.json and safetensors")
+    to = "folder that gets release/ and latest_checkpointed_iteration.txt"
+    there.add_argument("--dcp_dir", required=True, type=_named, help=to)
     there.add_argument(
         "--tie_weight_mapping", type=_mapping, metavar="JSON", help=f"tied tensors, e.g. '{TIE_EXAMPLE}'"
     )
     back = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
-    back.add_argument("--dcp_dir", required=True, help="release/, iter_…/, or the folder above")
-    back.add_argument("--origin_hf_dir", required=True, help="the original: gives names, files, tokenizer and the rest")
-    back.add_argument("--save_hf_dir", required=True, help="new folder")
+    back.add_argument("--dcp_dir", required=True, type=_named, help="release/, iter_…/, or the folder above")
+    back.add_argument(
+        "--origin_hf_dir", required=True, type=_named, help="the original: gives names, files, tokenizer and the rest"
+    )
+    back.add_argument("--save_hf_dir", required=True, type=_named, help="new folder")
     return parser
 
 
@@ -124,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             written = dcp_to_hf(args.dcp_dir, args.origin_hf_dir, args.save_hf_dir)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print(f"mm-convert: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except USER_ERRORS as error:
+        return complain(error, "mm-convert: ")
     print(written)
     return 0

@@ -23,10 +23,11 @@ from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import write_checkpoint, write_release
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_folder import check_tied, read_json
+from qwen35.checkpoint.hf_folder import check_tied
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.names import HEAD, may_be_left
 from qwen35.device import HOST
+from qwen35.errors import read_object
 
 __all__ = [
     "DCPSource",
@@ -109,14 +110,8 @@ def load_checkpoint(
     """
     checkpoint = resolve_load(path)
     facts = whole(checkpoint) or {}
-    source = DCPSource(checkpoint)
     parameters = named_parameters(model)
-    found = Misfit(missing=[name for name in parameters if name not in source.specs])
-    found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
-    for name, p in parameters.items():
-        if name in source.specs and source.specs[name].shape != tuple(p.shape):
-            found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
-    found.raise_if_any(f"{checkpoint} does not fit the model")
+    source = fitting_checkpoint(model, checkpoint)
     if HEAD not in parameters:
         check_tied(source, checkpoint)
     states = DCPSource(checkpoint, OPTIMIZER)
@@ -124,15 +119,37 @@ def load_checkpoint(
         _load_optimizer(optimizer, parameters, states)
     fill(parameters, source)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    own = checkpoint / RANK_EXTRA.format(rank)
+    own = RANK_EXTRA.format(rank)
     return Loaded(
         path=checkpoint,
         step=facts.get("step"),
         world_size=facts.get("world_size", 1),
         has_optimizer=bool(states.specs),
-        extra=decode(read_json(checkpoint / EXTRA)) if (checkpoint / EXTRA).is_file() else {},
-        rank_extra=decode(read_json(own)) if own.is_file() and facts.get("world_size") == world_size else None,
+        extra=_read_extra(checkpoint / EXTRA) or {},
+        rank_extra=_read_extra(checkpoint / own) if facts.get("world_size") == world_size else None,
     )
+
+
+def _read_extra(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_object(path, CheckpointError)
+    try:
+        return decode(content)
+    except (KeyError, TypeError, RuntimeError, ValueError):  # of a tensor that is not there in full
+        raise CheckpointError(f"{path}: is damaged") from None
+
+
+def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
+    """A checkpoint's weights, if names and shapes are the model's; nothing but the index is read. Raises CheckpointError."""
+    source, parameters = DCPSource(checkpoint), named_parameters(model)
+    found = Misfit(missing=[name for name in parameters if name not in source.specs])
+    found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
+    for name, p in parameters.items():
+        if name in source.specs and source.specs[name].shape != tuple(p.shape):
+            found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
+    found.raise_if_any(f"{checkpoint} does not fit the model")
+    return source
 
 
 def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], states: DCPSource) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import write_atomic
-from qwen35.checkpoint.hf_folder import read_json
+from qwen35.errors import read_object
 
 MARKER = "complete.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -36,24 +36,41 @@ def marker_content(folder: Path, **facts: Any) -> dict[str, Any]:
 
 def whole(checkpoint: Path) -> Mapping[str, Any] | None:
     """The content of complete.json if the checkpoint is whole, else None."""
-    if not (checkpoint / MARKER).is_file():
-        return None
     try:
-        content = read_json(checkpoint / MARKER)
-        sizes = content["files"].items()
-        return content if all((checkpoint / name).stat().st_size == size for name, size in sizes) else None
-    except (CheckpointError, OSError, KeyError, AttributeError):
+        return read_marker(checkpoint)
+    except CheckpointError:
         return None
+
+
+def read_marker(checkpoint: Path) -> Mapping[str, Any]:
+    """The content of complete.json. Raises CheckpointError if the checkpoint is not whole."""
+    content = read_object(checkpoint / MARKER, CheckpointError)
+    sizes = content.get("files")
+    if not isinstance(sizes, dict) or ".metadata" not in sizes:
+        raise CheckpointError(f"{checkpoint / MARKER}: does not say which files there are")
+    for name, default in (("step", None), ("world_size", 1)):
+        if type(content.get(name, default)) not in (int, type(default)):
+            raise CheckpointError(f"{checkpoint / MARKER}: {name}: {str(content[name])[:80]} is not a whole number")
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MARKER} says {size}")
+    return content
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The whole checkpoint of the highest step in a folder, else a whole `release`, else None."""
-    folder = Path(folder)
+    return next((path for path in _candidates(Path(folder)) if whole(path)), None)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest first."""
     if not folder.is_dir():
-        return None
+        return []
     steps = {int(m[1]): path for path in folder.iterdir() if (m := ITERATION.fullmatch(path.name))}
-    candidates = [steps[step] for step in sorted(steps, reverse=True)] + [folder / RELEASE]
-    return next((path for path in candidates if whole(path)), None)
+    return [*(steps[step] for step in sorted(steps, reverse=True)), folder / RELEASE]
 
 
 def resolve_load(path: str | Path) -> Path:
@@ -68,21 +85,30 @@ def resolve_load(path: str | Path) -> Path:
     if whole(path):
         return path
     if path.name == RELEASE or ITERATION.fullmatch(path.name) or (path / ".metadata").exists():
-        raise CheckpointError(
-            f"{path}: not a whole checkpoint ({MARKER} is missing, or a file is; was it interrupted?)"
-        )
+        raise CheckpointError(f"{path}: not a whole checkpoint, was it interrupted? {_damage(path)}")
     named = named_by_latest(path)
     found = named if named and whole(named) else newest_checkpoint(path)
     if found is None:
-        raise CheckpointError(f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER})")
+        broken = "; ".join(_damage(one) for one in _candidates(path) if one.is_dir())
+        raise CheckpointError(
+            f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER})" + (f"; {broken}" if broken else "")
+        )
     return found
+
+
+def _damage(checkpoint: Path) -> str:
+    try:
+        read_marker(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def named_by_latest(folder: Path) -> Path | None:
     """The checkpoint that latest_checkpointed_iteration.txt names, whole or not; None if it names none."""
     try:
         word = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
     if word == RELEASE:
         return folder / RELEASE

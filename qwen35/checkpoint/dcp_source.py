@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with
 
@@ -31,7 +32,7 @@ SAFE_NAMES = {  # besides the dtypes and the classes of METADATA_MODULE
 
 # what pickle raises for broken data (its documentation lists most)
 BROKEN_PICKLE = (
-    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError
+    pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, MemoryError, TypeError, ValueError
 )  # fmt: skip
 
 
@@ -79,19 +80,19 @@ class DCPSource:
         self._reader = _Reader(self.checkpoint)
         try:
             metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self._tensors: dict[str, TensorStorageMetadata] = {
+                name.removeprefix(prefix): entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            }
+            self.specs: Mapping[str, TensorSpec] = {
+                name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in self._tensors.items()
+            }
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata cannot be read: {error.strerror}") from None
         except BROKEN_PICKLE as error:
-            raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {error}") from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            name.removeprefix(prefix): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in self._tensors.items()
-        }
+            raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {one_line(error)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -99,9 +100,13 @@ class DCPSource:
     def read(self, name: str, box: Box) -> Tensor:
         out = torch.empty(box.size, dtype=self.specs[name].dtype)
         chunk = ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.size))
-        items = create_read_items_for_chunk_list(self.prefix + name, self._tensors[name], [chunk])
         try:
+            items = create_read_items_for_chunk_list(self.prefix + name, self._tensors[name], [chunk])
             self._reader.read_data(LoadPlan(items), _IntoTensor(out)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} cannot be read: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} cannot be read: {one_line(error)}") from None
+        except (RuntimeError, *BROKEN_PICKLE):  # what torch says of damaged data fills a page
+            raise CheckpointError(
+                f"{self.checkpoint}: {self.prefix}{name} cannot be read: its file is damaged"
+            ) from None
         return out

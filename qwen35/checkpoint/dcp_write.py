@@ -50,6 +50,7 @@ def write_checkpoint(
     checkpoint = folder / checkpoint_name(step)
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     temporary = checkpoint.with_name(checkpoint.name + ".tmp")
+    is_new = not folder.exists()
     together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
     try:
         together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
@@ -66,6 +67,8 @@ def write_checkpoint(
     except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
         raise
     return checkpoint
 
@@ -121,7 +124,13 @@ class _StreamWriter(dcp.FileSystemWriter):
                     assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
                     tensor = value.detach().cpu()
                     # torch.save writes the whole storage, of which a shard may be a part
-                    torch.save(tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor, file)
+                    whole = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+                    try:
+                        torch.save(whole, file)
+                    except RuntimeError as error:
+                        if isinstance(error.__context__, OSError):  # the reason, which torch's zip writer hides
+                            raise error.__context__ from None
+                        raise
                     length = file.tell() - begin
                     results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
                 file.flush()

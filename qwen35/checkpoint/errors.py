@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qwen35.errors import UserError
+
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is broken, half-written, or does not fit; the message is one line and names every culprit."""
 
 

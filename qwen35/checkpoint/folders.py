@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.errors import naming
 
 INCOMPLETE = ".incomplete"  # lies in a folder that is being written
 
@@ -36,6 +37,12 @@ def check_replaceable(folder: Path, marker: str) -> None:
         raise CheckpointError(
             f"{folder} is there already, and was not written by this program; choose another or move it"
         )
+
+
+def check_apart(original: Path, out: Path) -> None:
+    """Raise CheckpointError if one lies in the other: what is written would become a part of the original."""
+    if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):
+        raise CheckpointError(f"{out} and the original {original} must be two folders, neither inside the other")
 
 
 def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
@@ -92,13 +99,17 @@ def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[P
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that it has its old content or the new, whatever happens."""
+    """Write a small file so that it has its old content or the new, whatever happens. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     flush(path.parent)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Written",
     "disk_spec",
     "empty_model",
+    "fitting",
     "load_hf",
     "load_pretrained",
     "places",
@@ -42,16 +43,21 @@ def load_hf(
     they are, and surplus tensors are left out. `mtp.*` is left out for a model without that layer, and
     `lm_head.weight` for one with tied weights, if it equals the embedding.
     """
-    disk = HFFolder(folder)
+    source = HFSource(fitting(model, folder, strict))
     parameters = named_parameters(model)
-    found = misfit(disk, shapes_of(parameters.items()))
-    if not strict:
-        found.missing, found.surplus = [], []
-    found.raise_if_any(f"{folder} does not fit the model")
-    source = HFSource(disk)
     if HEAD not in parameters:
         check_tied(source, folder)
     fill({name: p for name, p in parameters.items() if name in source.specs}, source, progress)
+
+
+def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
+    """The folder, if its index and headers are those of the model's tensors; nothing else is read. Raises CheckpointError."""
+    disk = HFFolder(folder)
+    found = misfit(disk, shapes_of(named_parameters(model).items()))
+    if not strict:
+        found.missing, found.surplus = [], []
+    found.raise_if_any(f"{folder} does not fit the model")
+    return disk
 
 
 def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Model:

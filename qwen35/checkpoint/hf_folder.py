@@ -1,7 +1,6 @@
 """Reading a Hugging Face folder: as it is on disk, and under the model's names."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qwen35.checkpoint.boxes import Box, Source, TensorSpec, pieces
 from qwen35.checkpoint.errors import CheckpointError, Misfit, fold
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
+from qwen35.errors import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -35,6 +35,8 @@ class HFFolder:
             for name, entry in header.entries.items():
                 if name in self.file_of:
                     wrong.other.append(f"{name} is in both {self.file_of[name]} and {file}")
+                if not entry.spec.dtype.is_floating_point:
+                    wrong.other.append(f"{name} is {entry.spec.dtype}, not floating point")
                 self.file_of[name], self.specs[name] = file, entry.spec
         if weight_map is not None:
             wrong.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
@@ -46,7 +48,7 @@ class HFFolder:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The folder's config.json."""
-        return read_json(self.folder / "config.json")
+        return read_object(self.folder / "config.json", CheckpointError)
 
     @property
     def is_tied(self) -> bool:
@@ -140,20 +142,8 @@ def equal(source: Source, one: str, other: str) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     outside = [f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f]

@@ -48,7 +48,7 @@ def save_hf(
     `out` is replaced if it is empty or was written by us. Raises CheckpointError, and leaves nothing half-written.
     """
     source, out = HFFolder(source_folder), Path(out)
-    _check_apart(source.folder, out)
+    folders.check_apart(source.folder, out)
     values = TensorSource(state) if isinstance(state, Mapping) else state
     tied = HEAD in source.specs and HEAD not in values.specs and source.is_tied
     _check_covers(values, source, tied)
@@ -166,11 +166,6 @@ def _check_covers(values: Source, source: HFFolder, tied: bool) -> None:
     copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
     wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
     wrong.raise_if_any(f"the weights do not fit {source.folder}")
-
-
-def _check_apart(source: Path, out: Path) -> None:
-    if source.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"{out} and the original {source} must be two folders, neither inside the other")
 
 
 def _copy_small_files(source: Path, out: Path) -> None:

@@ -31,11 +31,11 @@ def holding(folder: Path) -> Iterator[str | None]:
     path = folder / LOCK
     with path.open("a+") as file:
         warning = _take(file.fileno(), path)
-        if warning is None:
-            file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-            file.flush()
         try:
+            if warning is None:
+                file.truncate(0)
+                file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+                file.flush()
             yield warning
         finally:
             if is_new and [entry.name for entry in folder.iterdir()] == [LOCK]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +64,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         fields = json.loads(text)
-        rows = [
-            (name, f["dtype"], tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
-            for name, f in fields.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError):
+        rows = [_row(name, f) for name, f in fields.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: broken safetensors header") from None
     entries, end = {}, 0
     for name, code, shape, first, last in sorted(rows, key=lambda row: row[3]):
@@ -82,6 +79,15 @@ def read_header(path: Path) -> Header:
     if size != 8 + length + end:
         raise CheckpointError(f"{path}: truncated or damaged: {size} bytes, its header says {8 + length + end}")
     return Header(length.to_bytes(8, "little") + text, entries, size)
+
+
+def _row(name: str, fields: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    """Of one tensor: name, code of the dtype, shape, first byte and last. Raises what broken fields raise."""
+    first, last = fields["data_offsets"]
+    code, shape = fields["dtype"], tuple(fields["shape"])
+    if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+        raise ValueError(name)
+    return name, code, shape, first, last
 
 
 def make_header(specs: Mapping[str, TensorSpec]) -> Header:

@@ -1,18 +1,17 @@
 """`python -m qwen35.data convert …` and `python -m qwen35.data show CONFIG [a.b=c …]`."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from qwen35.config import SettingError, load_settings
+from qwen35.config import load_settings
 from qwen35.data.convert import convert
-from qwen35.data.formats import RecordError
 from qwen35.data.show import show
+from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m qwen35.data", description=__doc__)
+def parser() -> Parser:
+    top = Parser(prog="python -m qwen35.data", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     c = commands.add_parser("convert", help="LLaVA-Instruct and its images -> training records")
     c.add_argument("--llava", type=Path, required=True, help="llava_instruct_150k.json")
@@ -22,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     s = commands.add_parser("show", help="samples as they are trained, the trained tokens marked")
     s.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     s.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over those of the recipe")
-    s.add_argument("--samples", type=int, default=3, help="how many (default: 3)")
+    s.add_argument("--samples", type=whole_number(1), default=3, help="how many (default: 3)")
     return top
 
 
@@ -40,11 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
             for text in show(settings, args.samples, colour):
                 print(text, flush=True)
-    except (SettingError, RecordError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        return complain(error, prefix="")
     return 0
 
 

@@ -4,45 +4,76 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.config import SettingError
 from qwen35.data.dataset import Sample
 from qwen35.data.files import read_config
 from qwen35.data.formats import Record
-from qwen35.data.images import ImageError
+from qwen35.data.images import CHANNELS, ImageError
 from qwen35.data.positions import position_ids
 from qwen35.data.samples import Preparation
-from qwen35.data.template import prompt_pieces
-from qwen35.settings import Settings
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, prompt_pieces
+from qwen35.errors import SettingError
 
 
 def vision_spec(folder: str | Path) -> VisionSpec:
     """What the derived fields need of a model folder's config.json. Raises SettingError."""
     config = read_config(folder, "config.json")
-    try:
-        vision = config["vision_config"]
-        side = math.isqrt(vision["num_position_embeddings"])
-        return VisionSpec(config["image_token_id"], config["video_token_id"], vision["spatial_merge_size"], side)
-    except KeyError as error:
-        raise SettingError(f"{folder}/config.json: has no {error.args[0]}; is it a Qwen3.5 model?") from None
+    where, vision = f"{folder}/config.json", config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise SettingError(f"{where}: has no vision_config; is it a Qwen3.5 model?")
+    side = math.isqrt(_number(vision, "num_position_embeddings", where))
+    image, video = (_number(config, name, where) for name in ("image_token_id", "video_token_id"))
+    return VisionSpec(image, video, _number(vision, "spatial_merge_size", where), side)
 
 
-def check_agreement(settings: Settings, preparation: Preparation, spec: VisionSpec) -> None:
-    """Tokenizer, processor and model must speak of the same tokens and patches. Raises SettingError."""
-    model, other = settings.model.model_name_or_path, settings.tokenizer_dir
-    if preparation.tokenizer.image_id != spec.image_token_id:
+def _number(values: dict[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = values.get(name, default)
+    if type(value) is not int or value < 0:
         raise SettingError(
-            f"<|image_pad|> is token {preparation.tokenizer.image_id} in {other}/tokenizer.json, but image_token_id is "
-            f"{spec.image_token_id} in {model}/config.json"
+            f"{where}: has no {name}; is it a Qwen3.5 model?"
+            if value is None
+            else f"{where}: {name}: {str(value)[:80]} is not a whole number"
         )
-    if preparation.images.merge != spec.merge_size:
+    return value
+
+
+def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
+    """The model in `folder` and the tokenizer and processor in `other` speak of the same, or SettingError."""
+    tokenizer, images = preparation.tokenizer, preparation.images
+    config, where = read_config(folder, "config.json"), f"{folder}/config.json"
+    for token, ours, name, theirs in (
+        (IMAGE_PAD, tokenizer.image_id, "image_token_id", spec.image_token_id),
+        (VIDEO_PAD, tokenizer.video_id, "video_token_id", spec.video_token_id),
+    ):
+        if ours not in (None, theirs):
+            raise SettingError(f"{token} is token {ours} in {other}/tokenizer.json, but {name} is {theirs} in {where}")
+    token, last = tokenizer.last()
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise SettingError(f"{where}: text_config: {str(text)[:80]} is not an object")
+    vocab_size = _number(text, "vocab_size", where, last + 1)
+    if last >= vocab_size:
         raise SettingError(
-            f"merge_size is {preparation.images.merge} in {other}/preprocessor_config.json, but spatial_merge_size is "
-            f"{spec.merge_size} in {model}/config.json"
+            f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
         )
+    vision = config["vision_config"]
+    for name, there, ours in (
+        ("merge_size", "spatial_merge_size", images.merge),
+        ("patch_size", "patch_size", images.patch),
+        ("temporal_patch_size", "temporal_patch_size", images.temporal_patch),
+    ):
+        theirs = _number(vision, there, where, ours)
+        if ours != theirs:
+            raise SettingError(
+                f"{name} is {ours} in {other}/preprocessor_config.json, but {there} is {theirs} in {where}"
+            )
+    channels = _number(vision, "in_channels", where, CHANNELS)
+    if channels != CHANNELS:
+        raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")
 
 
 def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
@@ -80,14 +111,17 @@ def collate(
     if fill:
         pixels.append(torch.zeros(fill, pixels[0].shape[1]))
         grids.append(torch.tensor([[1, spec.merge_size, fill // spec.merge_size]]))
+    labels = torch.cat([s.labels for s in samples])
     batch = PackedBatch(
         input_ids=torch.cat([s.input_ids for s in samples]),
-        labels=torch.cat([s.labels for s in samples]),
+        labels=labels,
         position_ids=torch.cat([s.position_ids for s in samples], dim=1),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
         pixel_values=torch.cat(pixels),
         grid_thw=torch.cat(grids),
+        trained=(labels != IGNORE).nonzero().squeeze(1),
         is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
+        bad_records=tuple(s.bad for s in samples if s.bad is not None),
     )
     return derive(batch, spec)
 

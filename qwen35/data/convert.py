@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qwen35.config import SettingError
 from qwen35.data.files import replacing
 from qwen35.data.formats import FieldNames, ImageFolder, Record, RecordError, parse_record, read_json
+from qwen35.errors import SettingError
 
 NAMED = 5  # missing images that a message names
 
@@ -35,6 +35,8 @@ def convert(llava: Path, images: Path, out: Path, on_missing: str = "error") -> 
         raise SettingError(f"{llava}: no such file; set LLAVA to llava_instruct_150k.json")
     if not images.is_dir():
         raise SettingError(f"{images}: no such folder; set IMAGES to the folder of the images, e.g. …/train2017")
+    if out.exists() and out.samefile(llava):
+        raise SettingError(f"{out}: is the file that is read; set OUT to another")
     converted = _convert_all(llava, images)
     n = len(converted.missing)
     named = ", ".join(converted.missing[:NAMED]) + (", …" if n > NAMED else "")

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from qwen35.data.formats import RecordError, dataset_files
 from qwen35.data.images import ImageError
 from qwen35.data.positions import position_ids
 from qwen35.data.samples import FileSamples, Preparation, load_samples
+from qwen35.data.skipped import Skipped
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,21 @@ class Sample:
     position_ids: Tensor  # [3, T] int64
     pixel_values: Tensor  # [P, 3*2*16*16] fp32
     grid_thw: Tensor  # [N, 3] int64
+    bad: str | None = None  # why nothing of it is trained: the message of a record whose image turned out broken
 
 
 class Dataset:
-    """The samples of all files in order, `max_samples` of the whole.
+    """The samples of all files in order, of the first `max_samples` records of the whole.
 
     Raises SettingError for files that are not there, RecordError for a record that cannot be used, has nothing trained or
-    is longer than cutoff_len: a sample is never cut.
+    is longer than cutoff_len: a sample is never cut. With `on_bad_record: skip` such records are left out, and told in
+    `skipped`; then RecordError only if nothing is left.
     """
 
     def __init__(self, preparation: Preparation, spec: VisionSpec, progress: bool = False):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
+        self.skips = basic.on_bad_record == "skip"
         self.files: list[FileSamples] = []
         left = basic.max_samples
         for file in dataset_files(basic.dataset):
@@ -42,30 +47,37 @@ class Dataset:
                 break
             samples = load_samples(file, preparation, left, progress)
             self.files.append(samples)
-            left = None if left is None else left - len(samples.sources)
-        self.lengths = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [N] tokens
+            left = None if left is None else left - samples.records
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
+        self.records = sum(samples.records for samples in self.files)
+        self.skipped = Skipped.together(samples.skipped for samples in self.files)
+        lengths = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # the long ones too
+        self._too_long = np.flatnonzero(lengths > basic.cutoff_len)
+        for number in self._too_long.tolist():
+            limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
+            message = f"{self._source(number)}: {lengths[number]} tokens, more than {limit}"
+            if not self.skips:
+                count = len(self._too_long)
+                raise RecordError(message + (f" ({count} such records in all)" if count > 1 else ""))
+            self.skipped.add(RecordError(message, "longer than cutoff_len"))
+        self._kept = np.delete(np.arange(len(lengths)), self._too_long)  # [N] numbers of the samples among all
+        self.lengths = lengths[self._kept]  # [N] tokens
         if len(self.lengths) == 0:
-            raise RecordError(f"{basic.dataset}: no records")
-        too_long = np.flatnonzero(self.lengths > basic.cutoff_len)
-        if len(too_long):
-            first = int(too_long[0])
-            others = f" ({len(too_long)} such records in all)" if len(too_long) > 1 else ""
-            raise RecordError(
-                f"{self.source(first)}: {self.lengths[first]} tokens, more than "
-                f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}{others}"
-            )
+            why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
+            raise RecordError(f"{basic.dataset}: no records{why}")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def trained_tokens(self) -> int:
-        return sum(int(samples.trained.sum()) for samples in self.files)
+        unused = sum(int(self._part(number, "trained").sum()) for number in self._too_long.tolist())
+        return sum(int(samples.trained.sum()) for samples in self.files) - unused
 
     @property
     def images(self) -> int:
-        return sum(len(samples.images) for samples in self.files)
+        unused = sum(len(self._part(number, "grids")) for number in self._too_long.tolist())
+        return sum(len(samples.images) for samples in self.files) - unused
 
     def fingerprint(self, more: str = "") -> str:
         """Changes with any sample's tokens, with which of them are trained, and with `more`."""
@@ -75,38 +87,57 @@ class Dataset:
                 digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
-    def _locate(self, index: int) -> tuple[FileSamples, int]:
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.files[file], index - int(self._starts[file])
+    def _locate(self, number: int) -> tuple[FileSamples, int]:
+        file = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.files[file], number - int(self._starts[file])
 
-    def source(self, index: int) -> str:
-        samples, i = self._locate(index)
+    def _part(self, number: int, name: Literal["ids", "trained", "grids"]) -> Tensor:
+        """Of sample `number` among all."""
+        samples, i = self._locate(number)
+        start, end = (samples.image_offsets if name == "grids" else samples.offsets)[i : i + 2].tolist()
+        part: Tensor = getattr(samples, name)[start:end]
+        return part
+
+    def _source(self, number: int) -> str:
+        samples, i = self._locate(number)
         return samples.sources[i]
 
+    def source(self, index: int) -> str:
+        return self._source(int(self._kept[index]))
+
     def __getitem__(self, index: int) -> Sample:
-        """Decodes the images. Raises RecordError if one cannot be decoded or is not the one that was measured."""
-        samples, i = self._locate(index)
-        start, end = samples.offsets[i : i + 2].tolist()
+        """Decodes the images. One that cannot be decoded, or is not the one that was measured, raises RecordError; with
+        `on_bad_record: skip` the sample keeps its shape, but its pixels are zero and nothing of it is trained.
+        """
+        number = int(self._kept[index])
+        ids, grids = self._part(number, "ids"), self._part(number, "grids")
+        labels = shifted_labels(ids, self._part(number, "trained"))
+        bad = None
+        try:
+            pixels = self._pixels(number, grids)
+        except RecordError as error:
+            if not self.skips:
+                raise
+            bad = str(error)
+            pixels = torch.zeros(int(grids.prod(-1).sum()), self.preparation.images.values)
+            labels = torch.full_like(labels, IGNORE)
+        positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
+        return Sample(ids.long(), labels, positions, pixels, grids, bad)
+
+    def _pixels(self, number: int, grids: Tensor) -> Tensor:
+        """[P, 3*2*16*16] of all images of a sample. Raises RecordError."""
+        samples, i = self._locate(number)
         first, last = samples.image_offsets[i : i + 2].tolist()
-        ids = samples.ids[start:end]
-        grids = samples.grids[first:last]
-        processor = self.preparation.images
-        pixels = [torch.zeros(0, processor.values)]
+        pixels = [torch.zeros(0, self.preparation.images.values)]
         for path, grid in zip(samples.images[first:last], grids.tolist(), strict=True):
             try:
-                patches, found = processor.patches(path)
+                patches, found = self.preparation.images.patches(path)
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {path}: {error}") from None
             if list(found) != grid:
                 raise RecordError(f"{samples.sources[i]}: {path}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
-        return Sample(
-            ids.long(),
-            shifted_labels(ids, samples.trained[start:end]),
-            torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec)),
-            torch.cat(pixels),
-            grids,
-        )
+        return torch.cat(pixels)
 
 
 def shifted_labels(ids: Tensor, trained: Tensor) -> Tensor:

@@ -6,23 +6,29 @@ messages   {"images": ["./a.jpg", "./b.jpg"], "messages": [{"role": "user", "con
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.config import SettingError
+from qwen35.errors import SettingError, UserError, one_line
 from qwen35.settings import Attr
 
 Role = Literal["system", "user", "assistant"]
 Names = tuple[str | None, ...]  # the name that attr gives, which comes first, and the usual ones
 IMAGE_PLACEHOLDER = "<image>"
+MISCOUNTED = "with <image> that do not match the images"
 UNREAD = ("videos", "video", "audios", "audio", "tools", "system")  # fields that others read
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """One line that names the file, the record (from 1, with its id if it has one) and the field."""
+
+    def __init__(self, message: str, kind: str = "malformed", image: str | None = None):
+        """kind: in two or three words what is wrong; image: the file that made the record a bad one."""
+        super().__init__(message)
+        self.kind, self.image = kind, image
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class Record:
     turns: tuple[Turn, ...]  # [system,] user, assistant, user, …
     images: tuple[Path, ...] = ()  # one for each `<image>` in the user turns, in order
 
-    def error(self, message: str) -> RecordError:
-        return RecordError(f"{self.source}: {message}")
+    def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
+        return RecordError(f"{self.source}: {message}", kind, image)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class ImageFolder:
     """Turns the path in a record into a real one, which must lie below `root` (dataset_dir), links followed."""
 
     def __init__(self, root: str | Path):
+        """Raises SettingError if there is no such folder."""
+        if not Path(root).is_dir():
+            raise SettingError(f"dataset_dir: {root}: no such folder; it is where the records' images lie")
         self.root = str(root)
         self.real_root = _real(root)
         self._real_folders: dict[Path, Path] = {}  # following links is slow on a network disk: once a folder
@@ -108,22 +117,45 @@ def dataset_files(dataset: str) -> list[Path]:
     if not files:
         raise SettingError(f"{setting} names no file")
     for file in files:
+        if file.is_dir():
+            raise SettingError(f"{setting}: {file}: is a folder; name the files in it, with commas between them")
         if not file.is_file():
             raise SettingError(f"{setting}: {file}: no such file below {Path.cwd()}")
     return files
 
 
 def read_records(
-    file: Path, attr: Attr, images: ImageFolder, limit: int | None = None, answered: bool = True
+    file: Path,
+    attr: Attr,
+    images: ImageFolder,
+    limit: int | None = None,
+    answered: bool = True,
+    skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[Record]:
-    """The first `limit` records of a file, in order; `answered`: each must end with an assistant turn."""
+    """Of the first `limit` records of a file, in order; `answered`: each must end with an assistant turn.
+
+    skip: is told of each record that cannot be used, which is then left out; None: the first such raises RecordError.
+    """
     names = FieldNames.of(attr)
-    for number, raw in enumerate(islice(read_json(file), limit), 1):
-        yield parse_record(raw, f"{file}, record {number}", names, images, answered)
+    for number, raw in enumerate(islice(read_json(file, lenient=skip is not None), limit), 1):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            record = parse_record(raw, f"{file}, record {number}", names, images, answered)
+        except RecordError as error:
+            if skip is None:
+                raise
+            skip(error)
+        else:
+            yield record
 
 
-def read_json(file: Path) -> Iterator[Any]:
-    """The values of a JSON list, or of JSON lines; which of them it is shows in the first character."""
+def read_json(file: Path, lenient: bool = False) -> Iterator[Any]:
+    """The values of a JSON list, or of JSON lines; which of them it is shows in the first character.
+
+    lenient: a line that is not JSON becomes a RecordError among the values, unless no line of the file is.
+    """
+    broken: list[RecordError] = []
     number = 0
     try:
         with file.open(encoding="utf-8-sig") as stream:
@@ -137,17 +169,34 @@ def read_json(file: Path) -> Iterator[Any]:
             for line in stream:
                 if line.strip():
                     number += 1
-                    yield json.loads(line)
+                    value = _json_line(line, f"{file}, record {number}")
+                    if isinstance(value, RecordError):
+                        broken.append(value)
+                        if not lenient:
+                            raise value
+                    yield value
     except json.JSONDecodeError as error:
-        where = f", record {number}" if number else ""
-        place = f"line {error.lineno}, column {error.colno}" if not number else f"column {error.colno} of its line"
-        raise RecordError(f"{file}{where}: not JSON: {error.msg} at {place}") from None
+        raise RecordError(f"{file}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except UnicodeDecodeError as error:
         raise RecordError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except RecordError:
+        raise
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
-        raise RecordError(f"{file}: JSON that cannot be read: {' '.join(str(error).split())}") from None
+        raise RecordError(f"{file}: JSON that cannot be read: {one_line(error)}") from None
     if start == "":
         raise RecordError(f"{file}: is empty")
+    if len(broken) == number:
+        raise broken[0]
+
+
+def _json_line(line: str, source: str) -> Any:
+    """Its value, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line", "not JSON")
+    except (ValueError, RecursionError) as error:
+        return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")
 
 
 def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True) -> Record:
@@ -170,11 +219,13 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
     if images and not places:
         raise RecordError(
             f"{source}, {field}: {len(images)} image{'s' * (len(images) > 1)} but no <image> in what the user says; "
-            "put one where each image belongs"
+            "put one where each image belongs",
+            MISCOUNTED,
         )
     if places != len(images):
         raise RecordError(
-            f"{source}, {field}: {places} <image> in what the user says, but {len(images)} image{'s' * (len(images) != 1)}"
+            f"{source}, {field}: {places} <image> in what the user says, but {len(images)} image{'s' * (len(images) != 1)}",
+            MISCOUNTED,
         )
     return Record(source, turns, images)
 
@@ -254,9 +305,9 @@ def _parse_images(raw: dict[str, Any], source: str, names: FieldNames, folder: I
         try:
             paths.append(folder.path(name))
         except ValueError as error:
-            raise RecordError(f"{where}: {error}") from None
+            raise RecordError(f"{where}: {error}", "image outside dataset_dir") from None
         except OSError as error:
-            raise RecordError(f"{where}: {name[:80]!r}: {error.strerror}") from None
+            raise RecordError(f"{where}: {name[:80]!r}: {error.strerror}", "image missing") from None
     return tuple(paths)
 
 

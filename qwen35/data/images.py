@@ -9,19 +9,21 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen35.config import SettingError
 from qwen35.data.files import read_config
+from qwen35.errors import SettingError, UserError, one_line
 
+CHANNELS = 3  # of every image, made RGB
 MAX_SIDES_RATIO = 200
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
@@ -52,8 +54,35 @@ DAMAGED = (
 )
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image file that cannot be used, and why."""
+
+    def __init__(self, message: str, kind: str = "image broken"):
+        super().__init__(message)
+        self.kind = kind
+
+
+LARGEST = 1024  # of a patch's sizes
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _entry(config: dict[str, Any], key: str, path: Path, holds: Callable[[Any], bool], what: str) -> Any:
+    if key not in config:
+        raise SettingError(f"{path}: has no {key}")
+    if not holds(config[key]):
+        raise SettingError(f"{path}: {key}: {str(config[key])[:80]} is not {what}")
+    return config[key]
 
 
 @dataclass(frozen=True)
@@ -72,29 +101,27 @@ class ImageProcessor:
         """By preprocessor_config.json of a model folder, its `size` replaced by the two settings. Raises SettingError."""
         config = read_config(folder, "preprocessor_config.json")
         path = Path(folder) / "preprocessor_config.json"
-        for key in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
-            if key not in config:
-                raise SettingError(f"{path}: has no {key}")
         for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not config.get(key, True):
                 raise SettingError(f"{path}: {key}: false is not supported")
         if config.get("resample", 3) != Image.Resampling.BICUBIC:
             raise SettingError(f"{path}: resample: {config['resample']} is not supported, only 3 (bicubic)")
-        return cls(
-            config["patch_size"],
-            config["temporal_patch_size"],
-            config["merge_size"],
-            tuple(config["image_mean"]),
-            tuple(config["image_std"]),
-            config.get("rescale_factor", 1 / 255),
-            min_pixels,
-            max_pixels,
+        patch, temporal_patch, merge = (
+            _entry(config, key, path, _is_size, f"a whole number from 1 to {LARGEST}")
+            for key in ("patch_size", "temporal_patch_size", "merge_size")
         )
+        mean, std = (
+            _entry(config, key, path, _is_rgb, "a list of three numbers") for key in ("image_mean", "image_std")
+        )
+        if not all(std):
+            raise SettingError(f"{path}: image_std: {std} has a 0, and pixels are divided by it")
+        scale = _entry({"rescale_factor": 1 / 255, **config}, "rescale_factor", path, _is_number, "a number")
+        return cls(patch, temporal_patch, merge, tuple(mean), tuple(std), scale, min_pixels, max_pixels)
 
     @property
     def values(self) -> int:
         """Numbers in one patch."""
-        return 3 * self.temporal_patch * self.patch**2
+        return CHANNELS * self.temporal_patch * self.patch**2
 
     def tokens(self, grid: tuple[int, int, int]) -> int:
         return grid[0] * grid[1] * grid[2] // self.merge**2
@@ -148,6 +175,8 @@ class ImageProcessor:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The image file, opened; whatever goes wrong on the way is an ImageError."""
     try:
+        if not Path(path).is_file() and Path(path).exists():  # nothing would ever come out of a pipe
+            raise ImageError("is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -156,13 +185,14 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError("no such file") from None
+        raise ImageError("no such file", "image missing") from None
     except Image.UnidentifiedImageError:
         raise ImageError("is not an image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except DAMAGED as error:
-        raise ImageError(f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ImageError(f"cannot be read: {reason}") from None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class MicroBatches:
         spec = vision_spec(settings.model.model_name_or_path)
         check_patch_bucket(loader.patch_bucket, spec)
         preparation = Preparation.of(settings)
-        check_agreement(settings, preparation, spec)
+        check_agreement(settings.model.model_name_or_path, settings.tokenizer_dir, preparation, spec)
         self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
         self.cutoff_len = basic.cutoff_len
         self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)
@@ -45,20 +45,28 @@ class MicroBatches:
         self.tokens_per_epoch = int(self.dataset.lengths.sum())
         self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
         self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
-        self._order = _Order(
-            self.bins, rank, world_size, training.micro_batch_size, start_step * training.gradient_accumulation_steps
-        )
+        self._order = _Order(self.bins, rank, world_size, training.micro_batch_size, 0)
+        self._micro_steps = training.gradient_accumulation_steps
+        self.start_at(start_step)
         self._batches = _Batches(self.dataset, basic.cutoff_len, preparation.tokenizer.pad_id, loader.patch_bucket)
         self._workers = loader.num_workers
 
+    def start_at(self, step: int) -> None:
+        """Have the next iteration begin with the first micro-step of `step`."""
+        self._order = replace(self._order, start=step * self._micro_steps)
+
     def report(self) -> str:
-        """One line for the start of a run."""
+        """For the start of a run: one line, and one more of records that were left out."""
         files = len(self.dataset.files)
         trained = self.dataset.trained_tokens / self.tokens_per_epoch
+        skipped = self.dataset.skipped
+        left_out = (
+            f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
+        )
         return (
             f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({trained:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens)"
+            f"({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:

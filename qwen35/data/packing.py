@@ -43,6 +43,7 @@ def _best_subsets(order: list[int], lengths: list[int], cutoff_len: int) -> list
 
 def _fullest(lengths: list[int], space: int) -> list[int]:
     """Which of the lengths come closest to `space` together, without exceeding it; the earlier ones where several do."""
+    space = min(space, sum(lengths))
     within = (1 << (space + 1)) - 1
     sums = [1]  # bit s of sums[i]: some of the first i lengths add up to s
     for length in lengths:

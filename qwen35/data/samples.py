@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.config import SettingError
 from qwen35.data.files import replacing
-from qwen35.data.formats import ImageFolder, Record, read_records
+from qwen35.data.formats import ImageFolder, Record, RecordError, read_records
 from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.skipped import Skipped
 from qwen35.data.template import training_pieces
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 1  # of what is kept and how it is made
+CACHE_VERSION = 2  # of what is kept and how it is made
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TokenisedSample:
 
 @dataclass(frozen=True)
 class FileSamples:
-    """N samples of one file, laid end to end. Sample i is record i + 1."""
+    """N samples of one file, laid end to end, and what was left out."""
 
     file: str
     ids: Tensor  # [tokens] int32
@@ -43,6 +45,8 @@ class FileSamples:
     image_offsets: Tensor  # [N+1] int64
     sources: list[str]  # of each record, for messages
     images: list[str]  # [M] paths
+    records: int  # that were read: N and those left out
+    skipped: Skipped
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Preparation:
         grids = self.measure(record)
         ids, trained = self.tokenizer.encode(pieces, [self.images.tokens(grid) for grid in grids])
         if not trained[1:].any():
-            raise record.error("nothing in it is trained")
+            raise record.error("nothing in it is trained", "nothing trained")
         return TokenisedSample(ids, trained, grids)
 
     def measure(self, record: Record) -> list[tuple[int, int, int]]:
@@ -79,7 +83,8 @@ class Preparation:
             try:
                 grids.append(self.images.grid(path))
             except ImageError as error:
-                raise record.error(f"image {i + 1} of {len(record.images)}, {path}: {error}") from None
+                which = f"image {i + 1} of {len(record.images)}, {path}"
+                raise record.error(f"{which}: {error}", error.kind, str(path)) from None
         return grids
 
     def cache_key(self, file: Path, limit: int | None) -> str:
@@ -103,24 +108,46 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
     kept = folder / f"{file.stem}-{preparation.cache_key(file, limit)}.safetensors"
     if kept.is_file():
         try:
-            return _read(kept)
+            samples = _read(kept)
+            if not samples.skipped.is_outdated():
+                return samples
         except SafetensorError:
             pass  # cut short by a full disk or a crash: made again
     samples = make_samples(file, preparation, limit, progress)
     try:
         _write(samples, kept)
-    except OSError as error:
-        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {folder}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:  # the second where its library cannot write
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {folder}: {reason}") from None
     return samples
 
 
+def tokenised(
+    file: Path,
+    preparation: Preparation,
+    limit: int | None = None,
+    skip: Callable[[RecordError], object] | None = None,
+) -> Iterator[tuple[Record, TokenisedSample]]:
+    """Of the first `limit` records of a file; `skip`: as for `read_records`."""
+    folder = ImageFolder(preparation.basic.dataset_dir)
+    for record in read_records(file, preparation.attr, folder, limit, skip=skip):
+        try:
+            sample = preparation.tokenise(record)
+        except RecordError as error:
+            if skip is None:
+                raise
+            skip(error)
+        else:
+            yield record, sample
+
+
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
-    """Read and tokenise. Raises RecordError for the first record that cannot be used."""
+    """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
     ids, trained, grids, sources, images = [], [], [], [], []
     lengths, counts = [0], [0]
-    records = read_records(file, preparation.attr, ImageFolder(preparation.basic.dataset_dir), limit)
-    for record in tqdm(records, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
-        sample = preparation.tokenise(record)
+    skipped = Skipped()
+    made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
+    for record, sample in tqdm(made, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
         ids.append(sample.ids)
         trained.append(sample.trained)
         lengths.append(len(sample.ids))
@@ -137,24 +164,27 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         torch.tensor(counts).cumsum(0),
         sources,
         images,
+        len(sources) + len(skipped),
+        skipped,
     )
 
 
 TENSORS = ("ids", "trained", "offsets", "grids", "image_offsets")
-NAMES = ("file", "sources", "images")
+NAMES = ("file", "sources", "images", "records")
 
 
 def _read(path: Path) -> FileSamples:
     """The tensors stay in the file, which the processes of a machine share in memory."""
     with safe_open(path, framework="pt") as kept:
         names = json.loads(kept.get_tensor("names").numpy().tobytes())
-        return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names)
+        skipped = Skipped(**names.pop("skipped"))
+        return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names, skipped=skipped)
 
 
 def _write(samples: FileSamples, path: Path) -> None:
-    names = json.dumps({name: getattr(samples, name) for name in NAMES}).encode()
+    names = {name: getattr(samples, name) for name in NAMES} | {"skipped": asdict(samples.skipped)}
     tensors = {name: getattr(samples, name) for name in TENSORS}
-    tensors["names"] = torch.frombuffer(bytearray(names), dtype=torch.uint8)
+    tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     with replacing(path) as temporary:
         save_file(tensors, temporary)
 

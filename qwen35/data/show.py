@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
 from qwen35.data.collate import check_agreement, vision_spec
-from qwen35.data.formats import ImageFolder, dataset_files, read_records
-from qwen35.data.samples import Preparation
+from qwen35.data.formats import RecordError, dataset_files
+from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import IMAGE_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.settings import Settings
@@ -20,19 +20,32 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     """The first samples, one text each. Raises SettingError, RecordError."""
     preparation = Preparation.of(settings)
     basic = preparation.basic
-    check_agreement(settings, preparation, vision_spec(settings.model.model_name_or_path))
+    folder = settings.model.model_name_or_path
+    check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
     marks = COLOUR if colour else BRACKETS
     yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
-    folder = ImageFolder(basic.dataset_dir)
-    records = chain.from_iterable(read_records(f, preparation.attr, folder) for f in dataset_files(basic.dataset))
+    left_out: list[RecordError] = []
+    skip = left_out.append if basic.on_bad_record == "skip" else None
+    made = chain.from_iterable(tokenised(f, preparation, None, skip) for f in dataset_files(basic.dataset))
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
-    for record in islice(records, limit):
-        sample = preparation.tokenise(record)
+    shown = 0
+    for record, sample in islice(made, limit):
+        yield from _told(left_out)
+        shown += 1
         tokens, trained, images = len(sample.ids), int(sample.trained.sum()), len(sample.grids)
-        too_long = f", MORE THAN cutoff_len {basic.cutoff_len}" if tokens > basic.cutoff_len else ""
+        fate = ", left out" if skip else ""
+        too_long = f", MORE THAN cutoff_len {basic.cutoff_len}{fate}" if tokens > basic.cutoff_len else ""
         head = f"{record.source}: {tokens} tokens{too_long}, {trained} trained, {images} image{'s' * (images != 1)}"
         text = marked(preparation.tokenizer, sample.ids.tolist(), sample.trained.tolist(), marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
+    yield from _told(left_out)
+    if not shown:
+        raise RecordError(f"{basic.dataset}: no records" + " left" * bool(skip))
+
+
+def _told(left_out: list[RecordError]) -> Iterator[str]:
+    while left_out:
+        yield f"--- left out: {left_out.pop(0)}".translate(VISIBLE)
 
 
 def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool], marks: tuple[str, str]) -> str:

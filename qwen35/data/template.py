@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwen35.config import SettingError
 from qwen35.data.files import read_config
 from qwen35.data.formats import IMAGE_PLACEHOLDER, Record, Role, Turn
+from qwen35.errors import SettingError
 
 Template = Literal["qwen3_vl_nothink", "qwen3_5"]
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+VIDEO_PAD = "<|video_pad|>"
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -89,7 +90,7 @@ def thinks_by_default(folder: str | Path) -> bool:
     folder = Path(folder)
     own = folder / "chat_template.jinja"
     if own.is_file():
-        text = own.read_text(encoding="utf-8")
+        text = own.read_text(encoding="utf-8", errors="replace")
     else:
         text = str(read_config(folder, "tokenizer_config.json").get("chat_template"))
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, processors
 
-from qwen35.config import SettingError
 from qwen35.data.files import read_config
-from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VISION_END, VISION_START, Piece
+from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
+from qwen35.errors import SettingError, one_line
 
 
 class ChatTokenizer:
@@ -24,15 +24,19 @@ class ChatTokenizer:
         if not path.is_file():
             raise SettingError(f"{path}: no such file; model_name_or_path names a whole Hugging Face folder")
         self.file = path
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = _from_file(path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # special tokens in plain text are plain text
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets count white space
         self._control = {token: self._id(token) for token in (IM_START, IM_END, VISION_START, IMAGE_PAD, VISION_END)}
         pad = read_config(folder, "tokenizer_config.json").get("pad_token") or "<|endoftext|>"
-        self.pad_id = self._id(pad["content"] if isinstance(pad, dict) else pad)
+        name = pad.get("content") if isinstance(pad, dict) else pad
+        if not isinstance(name, str) or not name.isprintable():
+            raise SettingError(f"{folder}/tokenizer_config.json: pad_token: {str(pad)[:80]} is not a token")
+        self.pad_id = self._id(name)
         self.image_id = self._control[IMAGE_PAD]
+        self.video_id: int | None = self._tokenizer.token_to_id(VIDEO_PAD)
         self.im_end_id = self._control[IM_END]
 
     def _id(self, token: str) -> int:
@@ -42,6 +46,10 @@ class ChatTokenizer:
         if self._tokenizer.encode(token, add_special_tokens=False).ids == [number]:
             raise SettingError(f"{self.file}: {token} is not marked as special, so that any text could contain it")
         return number
+
+    def last(self) -> tuple[str, int]:
+        """The token of the highest id, and that."""
+        return max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
 
     def encode(self, pieces: Sequence[Piece], image_tokens: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """ids [T] int32 and trained [T] bool; image i becomes image_tokens[i] tokens between its start and end."""
@@ -82,3 +90,13 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], control: bool = True) -> str:
         """The text of ids; `control`: special tokens too. What is no whole character is `\ufffd`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=not control)
+
+
+def _from_file(path: Path) -> Tokenizer:
+    """Raises SettingError."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is Exception:  # all that this library ever raises
+            raise SettingError(f"{path}: not a tokenizer: {one_line(error)}") from None
+        raise

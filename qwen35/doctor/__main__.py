@@ -1,6 +1,5 @@
 """`python -m qwen35.doctor CONFIG [a.b=c …]`: looks at the machine line by line; exits with 1 if something is wrong."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from qwen35.doctor import host, software
 from qwen35.doctor.ascend import ascend
 from qwen35.doctor.machine import Finding, Machine, note, ok, wrong
 from qwen35.doctor.recipe import recipe
+from qwen35.errors import Parser
 
 STILL = "an NPU run would still need:"
 
@@ -43,7 +43,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m qwen35.doctor", description=__doc__)
+    parser = Parser(prog="python -m qwen35.doctor", description=__doc__)
     parser.add_argument("config", help="the recipe of the run, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     parser.add_argument("--accelerator", help="what torch calls the devices of this installation; default: none")

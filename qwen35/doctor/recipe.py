@@ -1,6 +1,5 @@
 """The recipe, and what it names: model folder, weights, records, kernels, and the room that they need."""
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +73,7 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
         with torch.device("meta"):
             model = Qwen35(config)
         freeze(model, settings.model.freeze)
-        check_agreement(settings, preparation, config.vision_spec)
+        check_agreement(folder, settings.tokenizer_dir, preparation, config.vision_spec)
         check_patch_bucket(settings.data.dataloader_param.patch_bucket, config.vision_spec)
     except (ConfigError, SettingError, OSError) as error:
         return [wrong("model", str(error), WHOLE_FOLDER)]
@@ -101,19 +100,26 @@ def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -
 def _records(preparation: "Preparation") -> list[Finding]:
     from qwen35.config import SettingError
     from qwen35.data import RecordError
-    from qwen35.data.formats import ImageFolder, dataset_files, read_records
+    from qwen35.data.formats import dataset_files
+    from qwen35.data.samples import tokenised
+    from qwen35.data.skipped import Skipped
 
-    basic = preparation.basic
+    basic, skipped = preparation.basic, Skipped()
+    skip = skipped.add if basic.on_bad_record == "skip" else None
     try:
         files = dataset_files(basic.dataset)
         for file in files:
-            for record in islice(read_records(file, preparation.attr, ImageFolder(basic.dataset_dir)), RECORDS):
-                preparation.tokenise(record)
+            for _ in tokenised(file, preparation, RECORDS, skip):
+                pass
     except SettingError as error:
         return [wrong("data", str(error), "data.dataset_param.basic_parameters.dataset names the files")]
     except (RecordError, OSError) as error:
         return [wrong("data", str(error), "mend the record; make show prints samples as they are trained")]
-    return [ok("data", f"{', '.join(map(str, files))}: the first {RECORDS} records can be used")]
+    named = ", ".join(map(str, files))
+    if len(skipped):
+        fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
+        return [note("data", fact, "on_bad_record: error stops there")]
+    return [ok("data", f"{named}: the first {RECORDS} records can be used")]
 
 
 def _weights(settings: "Settings") -> list[Finding]:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from qwen35.model.config import TextConfig
+from qwen35.model.linear import linear_of
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
 
@@ -39,5 +40,5 @@ class Attention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k = self.rotary(self.q_norm(q), self.k_norm(k), *rope)
-        out = self.core(q, k, v, cu_seqlens) * gate.sigmoid()
-        return self.o_proj(out.flatten(1))
+        out = self.core(q, k, v, cu_seqlens)
+        return linear_of(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)

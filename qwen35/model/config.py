@@ -1,16 +1,20 @@
 """What the model needs of a checkpoint's config.json. What it cannot do is refused by name."""
 
-import json
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35.batch import VisionSpec
+from qwen35.errors import UserError, read_object
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
+LAYER_TYPES = ("linear_attention", "full_attention")
+LARGEST = {"depth": 1000, "num_hidden_layers": 1000}  # layers are built one by one; any other size: 2**24
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config.json that is not of a Qwen3.5, or that asks for something the model does not do."""
 
 
@@ -77,24 +81,19 @@ def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
         return _from_dict(source)
     path = Path(source)
     path = path if path.suffix == ".json" else path / "config.json"
+    config = read_object(path, ConfigError, "not there; a Qwen3.5 checkpoint folder holds config.json")
     try:
-        return _from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not there; a Qwen3.5 checkpoint folder holds config.json") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
+        return _from_dict(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except KeyError as error:
-        raise ConfigError(f"{path}: lacks {error.args[0]}") from None
 
 
 def _from_dict(config: dict[str, Any]) -> ModelConfig:
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ConfigError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
-    text, vision = dict(config["text_config"]), dict(config["vision_config"])
-    rope = text.get("rope_parameters") or {}
+    text, vision = dict(_section(config, "text_config")), _section(config, "vision_config")
+    rope = _section(text, "rope_parameters", "text_config.") if text.get("rope_parameters") is not None else {}
     for name, value, only in (
         ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("text_config.attention_bias", text.get("attention_bias", False), False),
@@ -106,35 +105,129 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
     ):
         if value != only:
             raise ConfigError(f"{name} is {value!r}; this model does {only!r} only")
-    if "layer_types" not in text:
-        every = text.get("full_attention_interval", 4)
-        kinds = (
-            "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(text["num_hidden_layers"])
-        )
-        text["layer_types"] = list(kinds)
     text |= {
+        "layer_types": _layer_types(text),
         "rope_theta": rope.get("rope_theta", 1e7),
-        "rotary_dim": int(text["head_dim"] * rope.get("partial_rotary_factor", 0.25)),
-        "mrope_section": rope.get("mrope_section", [11, 11, 10]),
+        "rotary_dim": int(_size(text, "head_dim", "text_config.") * _number(rope, "partial_rotary_factor", 0.25)),
+        "mrope_section": _sections(rope.get("mrope_section", [11, 11, 10])),
         "initializer_range": text.get("initializer_range", 0.02),
     }
-    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
-    return ModelConfig(
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool):
+        raise ConfigError(f"tie_word_embeddings is {tied!r}, not true or false")
+    made = ModelConfig(
         text=_take(TextConfig, text, "text_config"),
         vision=_take(VisionConfig, vision, "vision_config"),
         tie_word_embeddings=tied,
-        image_token_id=config["image_token_id"],
-        video_token_id=config["video_token_id"],
+        image_token_id=_size(config, "image_token_id", least=0),
+        video_token_id=_size(config, "video_token_id", least=0),
     )
+    _check(made, is_moe=kind == "qwen3_5_moe")
+    return made
+
+
+def _check(config: ModelConfig, is_moe: bool) -> None:
+    """Numbers that are each right, and wrong together. Raises ConfigError."""
+    t, v = config.text, config.vision
+    needed = ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
+    for name in needed if is_moe else ["intermediate_size"]:
+        if not getattr(t, name):
+            raise ConfigError(f"text_config lacks {name}")
+    if t.num_experts and not is_moe:
+        raise ConfigError(
+            f"model_type is qwen3_5, which has no experts, but text_config.num_experts is {t.num_experts}"
+        )
+    for name, total, of, part in (
+        ("text_config.num_attention_heads", t.num_attention_heads, "num_key_value_heads", t.num_key_value_heads),
+        (
+            "text_config.linear_num_value_heads",
+            t.linear_num_value_heads,
+            "linear_num_key_heads",
+            t.linear_num_key_heads,
+        ),
+        ("vision_config.hidden_size", v.hidden_size, "4 x num_heads", 4 * v.num_heads),  # rope halves a head twice
+    ):
+        if total % part:
+            raise ConfigError(f"{name} {total} is no multiple of {of} {part}")
+    if t.num_experts_per_tok > t.num_experts:
+        raise ConfigError(
+            f"text_config.num_experts_per_tok {t.num_experts_per_tok} is above num_experts {t.num_experts}"
+        )
+    if 2 * sum(t.mrope_section) != t.rotary_dim or t.rotary_dim > t.head_dim:
+        raise ConfigError(
+            f"text_config.rope_parameters: mrope_section {list(t.mrope_section)} must add up to half of the {t.rotary_dim} "
+            f"dimensions that turn, head_dim {t.head_dim} x partial_rotary_factor"
+        )
+    if math.isqrt(v.num_position_embeddings) ** 2 != v.num_position_embeddings:
+        raise ConfigError(f"vision_config.num_position_embeddings {v.num_position_embeddings} is not a square")
+    if v.out_hidden_size != t.hidden_size:
+        raise ConfigError(
+            f"vision_config.out_hidden_size {v.out_hidden_size} is not text_config.hidden_size {t.hidden_size}"
+        )
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(config, name) >= t.vocab_size:
+            raise ConfigError(f"{name} {getattr(config, name)} is not below text_config.vocab_size {t.vocab_size}")
+    if config.image_token_id == config.video_token_id:
+        raise ConfigError(f"image_token_id and video_token_id are both {config.image_token_id}")
+
+
+def _section(values: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
+    value = values.get(name)
+    if value is None:
+        raise ConfigError(f"lacks {name}")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}{name} is {value!r}, not an object")
+    return value
+
+
+def _size(values: Mapping[str, Any], name: str, where: str = "", least: int = 1) -> int:
+    if name not in values:
+        raise ConfigError(f"{where.rstrip('.') + ' ' if where else ''}lacks {name}")
+    value, largest = values[name], LARGEST.get(name, 2**24)
+    if type(value) is not int or not least <= value <= largest:
+        raise ConfigError(f"{where}{name} is {value!r}, not a whole number from {least} to {largest}")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, default: float | None = None, where: str = "") -> float:
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{where}{name} is {value!r}, not a number above 0")
+    return value
+
+
+def _layer_types(text: dict[str, Any]) -> tuple[str, ...]:
+    kinds = text.get("layer_types")
+    if kinds is None:
+        every, count = text.get("full_attention_interval", 4), _size(text, "num_hidden_layers", "text_config.")
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"text_config.full_attention_interval is {every!r}, not a whole number from 1")
+        return tuple(LAYER_TYPES[(i + 1) % every == 0] for i in range(count))
+    if not isinstance(kinds, list) or not kinds or any(kind not in LAYER_TYPES for kind in kinds):
+        raise ConfigError(f"text_config.layer_types is {kinds!r}, not a list of {' and '.join(LAYER_TYPES)}")
+    if text.get("num_hidden_layers", len(kinds)) != len(kinds):
+        raise ConfigError(
+            f"text_config.num_hidden_layers is {text['num_hidden_layers']!r}, but layer_types has {len(kinds)} layers"
+        )
+    return tuple(kinds)
+
+
+def _sections(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) != 3 or any(type(n) is not int or n < 0 for n in value):
+        raise ConfigError(f"text_config.rope_parameters.mrope_section is {value!r}, not a list of three whole numbers")
+    return tuple(value)
 
 
 def _take(cls: type[Config], values: dict[str, Any], where: str) -> Config:
-    names = [f.name for f in fields(cls)]
-    taken: dict[str, Any] = {
-        n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names if n in values
-    }
-    try:
-        return cls(**taken)
-    except TypeError as error:
-        missing = str(error).partition("argument")[2].strip(" s:")
-        raise ConfigError(f"{where} lacks {missing}") from None
+    """The fields of `cls`: whole numbers, numbers above 0, and what is a tuple already."""
+    taken: dict[str, Any] = {}
+    for f in fields(cls):
+        if f.name in values or f.default is MISSING:
+            taken[f.name] = _checked(f, values, f"{where}.")
+    return cls(**taken)
+
+
+def _checked(f: Field, values: dict[str, Any], where: str) -> Any:
+    if f.type is int:
+        return _size(values, f.name, where, least=1 if f.default is MISSING else 0)
+    return _number(values, f.name, None, where) if f.type is float else values[f.name]

@@ -1,11 +1,11 @@
 """The feed-forward part: one dense MLP, or routed experts beside a shared one."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Kernels
 from qwen35.model.config import TextConfig
+from qwen35.model.linear import linear_of
 
 
 class MLP(nn.Module):
@@ -16,8 +16,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.swiglu = kernels.swiglu
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x [T, H] -> [T, H], times the sigmoid of `scale` [T, 1] if that is given"""
+        gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
+        if scale is None:
+            return linear_of(self.swiglu, self.down_proj.weight, gate_up)
+        return linear_of(lambda y, s: self.swiglu(y) * s.sigmoid(), self.down_proj.weight, gate_up, scale)
 
 
 class Router(nn.Module):
@@ -33,7 +37,7 @@ class Router(nn.Module):
 
         stats: of the tokens that are not padding, the sum of each expert's probability and how often it was chosen.
         """
-        probs = F.linear(x.float(), self.weight.float()).softmax(-1)
+        probs = linear_of(Tensor.float, self.weight.float(), x).softmax(-1)
         weights, ids = probs.topk(self.top_k, dim=-1)
         real = torch.ones_like(probs[:, 0]) if is_pad is None else (~is_pad).float()
         chosen = torch.zeros_like(probs[0]).index_add(0, ids.flatten(), real[:, None].expand_as(ids).flatten())
@@ -66,8 +70,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [T, H] -> y [T, H], the router's stats [2, E]"""
         ids, weights, stats = self.gate(x, is_pad)
-        shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
-        return self.experts(x, ids, weights) + shared, stats
+        return self.experts(x, ids, weights) + self.shared_expert(x, self.shared_expert_gate(x)), stats
 
 
 def load_balancing_loss(stats: list[Tensor], top_k: int) -> Tensor:

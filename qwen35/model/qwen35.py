@@ -141,7 +141,7 @@ class Qwen35(nn.Module):
     def loss(self, batch: PackedBatch, token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached."""
         hidden, aux = self.forward_aux(batch)
-        loss, token_loss = self.cross_entropy(hidden, self.head_weight, batch.labels, token_weights)
+        loss, token_loss = self.cross_entropy(hidden, self.head_weight, batch.labels, token_weights, batch.trained)
         return loss, aux, token_loss
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:

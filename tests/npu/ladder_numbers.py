@@ -169,14 +169,16 @@ def test_moe_experts(tokens, dtype, tolerance):
 
 
 @pytest.mark.parametrize("chunk", [1 << 27, 1], ids=["one chunk", "many chunks"])
-def test_linear_cross_entropy(chunk, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK_LOGITS", chunk)
+@pytest.mark.parametrize("told", [False, True], ids=["", "told what is trained"])
+def test_linear_cross_entropy(chunk, told, monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", chunk)
     labels = torch.randint(0, 50, (100,))
     labels[::3] = -100
     weights = torch.rand(100)  # of what is not trained too: it must count nowhere
     mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in mine]
-    loss, token_loss = fused.linear_cross_entropy(*mine, labels, weights)
+    trained = (labels >= 0).nonzero()[:, 0] if told else None
+    loss, token_loss = fused.linear_cross_entropy(*mine, labels, weights, trained)
     truth, token_truth = reference.linear_cross_entropy(*exact, labels, weights.double())
     (loss * 3).backward()
     (truth * 3).backward()

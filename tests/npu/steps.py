@@ -142,7 +142,8 @@ def make_batch(config: dict, tokens: int, images: bool) -> PackedBatch:
     tail = sample([tokens - len(first.input_ids) - len(second.input_ids)], seed=2)
     tail = dataclasses.replace(tail, labels=torch.full_like(tail.labels, -100))
     batch = pack([first, second, tail])
-    batch = dataclasses.replace(batch, is_pad=torch.arange(tokens) >= tokens - len(tail.input_ids))
+    trained = (batch.labels != -100).nonzero()[:, 0]
+    batch = dataclasses.replace(batch, is_pad=torch.arange(tokens) >= tokens - len(tail.input_ids), trained=trained)
     return derive(batch, load_config(config).vision_spec)
 
 
@@ -166,7 +167,7 @@ def _fake(record, mode: FakeTensorMode):
     for name, value in fields.items():
         if dataclasses.is_dataclass(value):
             fields[name] = _fake(value, mode)
-        elif value is not None and name not in HOST_FIELDS:
+        elif isinstance(value, Tensor) and name not in HOST_FIELDS:
             fields[name] = mode.from_tensor(value)
     return dataclasses.replace(record, **fields)
 

@@ -1,0 +1,329 @@
+"""What is measured: each row times ours and its yardstick in turn, in one process. Ratios are what counts.
+
+Slice S: hidden 1024, 4 layers (3 gated delta net, 1 attention), 64 experts top-8 of 512 and a shared one, 248,320 words, bf16,
+forward + backward. The peer is transformers' own model with the same weights, grouped experts and fused attention.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import native
+from kernels.features import HAS_GROUPED_MM
+from qwen35.batch import IGNORE, PackedBatch
+from qwen35.flops import training_flops
+from qwen35.loss import token_weights
+from qwen35.model import Qwen35
+
+BF16 = torch.bfloat16
+VOCABULARY = 248_320
+LLAVA_LIKE = (
+    70,
+    110,
+    145,
+    175,
+    230,
+    314,
+)  # tokens of each sample, the last 40% trained; the peer pads all to the longest
+Result = dict[str, Any]
+
+TEXT = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 1,
+    "in_channels": 3,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 1024,
+}
+
+
+def config(vocabulary: int) -> dict[str, Any]:
+    """config.json of slice S; the vision tower is next to nothing."""
+    return {
+        "model_type": "qwen3_5_moe",
+        "image_token_id": 1,
+        "video_token_id": 2,
+        "tie_word_embeddings": False,
+        "text_config": TEXT | {"model_type": "qwen3_5_moe_text", "vocab_size": vocabulary},
+        "vision_config": VISION | {"model_type": "qwen3_5_moe"},
+    }
+
+
+def models(vocabulary: int, with_peer: bool) -> tuple[Qwen35, nn.Module | None]:
+    ours = Qwen35.from_config(config(vocabulary)).to(BF16)
+    if not with_peer:
+        return ours, None
+    from transformers.models.qwen3_5_moe import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    implementation = {"experts_implementation": "grouped_mm", "attn_implementation": "sdpa", "dtype": BF16}
+    theirs = Qwen3_5MoeForConditionalGeneration._from_config(Qwen3_5MoeConfig(**config(vocabulary)), **implementation)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def in_turn(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90) -> list[float]:
+    """The median seconds of each, after a first run of all; fewer rounds where they take long."""
+    times: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    for i in range(rounds + 1):
+        for call, its in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            its.append(time.perf_counter() - start)
+        if i and (time.perf_counter() - begin) * (1 + 1 / (i + 1)) > seconds:
+            break
+    return [float(torch.tensor(its[1:]).median()) for its in times]
+
+
+def matmul_rate() -> float:
+    """FLOPs/s of one large bf16 matmul."""
+    a = torch.randn(4096, 4096).to(BF16)
+    return 2 * 4096**3 / in_turn([lambda: a @ a])[0]
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def packed(lengths: tuple[int, ...], trained: float) -> PackedBatch:
+    """Text alone; the last part `trained` of each sequence has labels."""
+    total = sum(lengths)
+    ids = torch.randint(10, VOCABULARY, (total,), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, IGNORE)
+    start = 0
+    for length in lengths:
+        first = start + int(length * (1 - trained))
+        labels[first : start + length - 1] = ids[first + 1 : start + length]
+        start += length
+    return PackedBatch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]).expand(3, -1),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        pixel_values=torch.zeros(0, 3 * 2 * 16 * 16),
+        grid_thw=torch.zeros(0, 3, dtype=torch.int64),
+        trained=(labels != IGNORE).nonzero().squeeze(1),
+    )
+
+
+def step(model: Qwen35, batch: PackedBatch) -> float:
+    loss, _, _ = model.loss(batch, token_weights(batch, "default"))
+    loss.backward()
+    model.zero_grad()
+    return float(loss.detach())
+
+
+def peer_step(model: nn.Module, batch: PackedBatch) -> float:
+    """The same sequences, each padded to the longest."""
+    bounds = list(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True))
+    longest = max(end - start for start, end in bounds)
+    ids = torch.zeros(len(bounds), longest, dtype=torch.long)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for row, (start, end) in enumerate(bounds):
+        ids[row, : end - start], mask[row, : end - start] = batch.input_ids[start:end], 1
+        labels[row, 1 : end - start] = batch.labels[start : end - 1]  # it shifts them itself
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    model.zero_grad()
+    return float(loss.detach())
+
+
+def slice_row(lengths: tuple[int, ...], trained: float, with_peer: bool) -> Result:
+    batch = packed(lengths, trained)
+    ours, theirs = models(VOCABULARY, with_peer)
+    losses: dict[str, float] = {}
+    calls: list[Callable[[], Any]] = [lambda: losses.update(ours=step(ours, batch))]
+    if theirs is not None:
+        calls.append(lambda: losses.update(peer=peer_step(theirs, batch)))
+    seconds = in_turn(calls, rounds=3)
+    labels = int((batch.labels != IGNORE).sum())
+    total = sum(lengths)
+    flops = training_flops(ours.config, total, batch.cu_seqlens.diff(), labels, batch.grid_thw)
+    result = {"tokens_per_second": total / seconds[0], "share_of_matmul_rate": flops / seconds[0] / matmul_rate()}
+    if theirs is None:
+        return result | {"peak_gb": peak_bytes() / 1e9}
+    if abs(losses["ours"] - losses["peer"]) > 0.02 * losses["peer"]:
+        raise RuntimeError(f"the two sides do not compute the same: losses {losses}")
+    return result | {"peer_tokens_per_second": total / seconds[1], "ratio": seconds[1] / seconds[0]}
+
+
+def delta_rule() -> Result:
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import torch_chunk_gated_delta_rule
+
+    def inputs(tokens: int) -> list[Tensor]:
+        q, k = (torch.randn(tokens, 16, 128).to(BF16) for _ in range(2))
+        v, g, beta = torch.randn(tokens, 32, 128).to(BF16), -torch.rand(tokens, 32), torch.rand(tokens, 32)
+        return [x.requires_grad_() for x in (q, k, v, g, beta)]
+
+    def ours(x: list[Tensor]) -> None:
+        cu_seqlens = torch.tensor([0, len(x[0])], dtype=torch.int32)
+        q, k, v, g, beta = x
+        out = kernels.chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens)
+        torch.autograd.grad(out, x, torch.ones_like(out))
+
+    def theirs(x: list[Tensor]) -> None:
+        q, k = (y.repeat_interleave(2, dim=1) for y in x[:2])
+        wide = [y[None] for y in (q, k, *x[2:])]
+        out = torch_chunk_gated_delta_rule(*wide, use_qk_l2norm_in_kernel=True)[0]
+        torch.autograd.grad(out, x, torch.ones_like(out))
+
+    short, long = inputs(4096), inputs(8192)
+    once, peer, twice = in_turn([lambda: ours(short), lambda: theirs(short), lambda: ours(long)], rounds=3)
+    return {"seconds": once, "peer_seconds": peer, "ratio": peer / once, "time_8192_over_4096": twice / once}
+
+
+def experts() -> Result:
+    T, K, H, inner, E = 4096, 8, 1024, 512, 64
+    ids = torch.rand(T, E).topk(K).indices
+    weights = torch.rand(T, K, requires_grad=True)
+    x, gate_up, down = (
+        (torch.randn(shape) * 0.03).to(BF16).requires_grad_() for shape in ((T, H), (E, 2 * inner, H), (E, H, inner))
+    )
+    grad = torch.randn(T, H).to(BF16)
+    rows, _, ends = native.permute(x.detach(), ids, E)
+    wide, narrow = torch.randn(T * K, 2 * inner).to(BF16), torch.randn(T * K, inner).to(BF16)
+    w1, w2 = gate_up.detach(), down.detach()
+
+    def ours() -> None:
+        y = kernels.moe_experts(x, ids, weights, gate_up, down)
+        torch.autograd.grad(y, (x, weights, gate_up, down), grad)
+
+    def matmuls() -> None:
+        for matrix in (w1, w2):
+            a, b = (rows, wide) if matrix is w1 else (narrow, rows)
+            native.grouped_matmul(a, matrix.mT, ends)
+            native.grouped_matmul(b, matrix, ends)
+            native.grouped_weight_grad(b, a, ends)
+
+    seconds, alone = in_turn([ours, matmuls])
+    return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "grouped_mm": HAS_GROUPED_MM}
+
+
+def head() -> Result:
+    T, D = 4096, 1024
+    weight = torch.empty(VOCABULARY, D, dtype=BF16).normal_(0, 0.03).requires_grad_()
+    hidden = torch.randn(T, D).to(BF16).requires_grad_()
+    labels, scale = torch.randint(0, VOCABULARY, (T,)), torch.full((T,), 1 / T)
+    w, h = weight.detach(), hidden.detach()
+
+    def ours() -> None:
+        loss, _ = kernels.linear_cross_entropy(hidden, weight, labels, scale)
+        torch.autograd.grad(loss, (hidden, weight))
+
+    def matmuls() -> None:
+        for some in h.split(512):  # all at once would need 2 GB, and is no faster
+            logits = some @ w.T
+            logits @ w
+            logits.T @ some
+
+    before = peak_bytes()
+    ours()
+    needed = VOCABULARY * D * (4 + 2) + T * D * 2  # one [V, D] in fp32, and the gradients
+    extra = peak_bytes() - before - needed
+    seconds, alone = in_turn([ours, matmuls], rounds=3)
+    return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "extra_mb": extra / 1e6}
+
+
+def kept_by_layers(model: nn.Module, forward: Callable[[], Any]) -> list[float]:
+    """Bytes that each layer keeps for backward; what several ops keep counts once, parameters not at all."""
+    layers = list(model.get_submodule("model.language_model.layers").children())
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[dict[int, Tensor]] = [{}]  # first what comes before the layers, last what comes after them
+    handles = [layer.register_forward_pre_hook(lambda *_: kept.append({})) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(lambda *_: kept.append({})))
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage().data_ptr()
+        if storage not in own and not any(storage in layer for layer in kept):
+            kept[-1][storage] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        graph = forward()
+    for handle in handles:
+        handle.remove()
+    del graph  # alive until here: no address may be used twice
+    return [float(sum(x.untyped_storage().nbytes() for x in layer.values())) for layer in kept[1:-1]]
+
+
+def saved() -> Result:
+    """Per token, of the second layer (delta net) and the fourth (attention), each with its experts."""
+    T = 512
+    ours, theirs = models(4096, with_peer=True)
+    assert theirs is not None
+    batch = packed((T,), 1.0)
+    batch = replace(batch, input_ids=batch.input_ids % 4096)
+    mine = kept_by_layers(ours, lambda: ours(batch))
+    other = kept_by_layers(theirs, lambda: theirs.get_submodule("model")(input_ids=batch.input_ids[None]))
+    results: Result = {}
+    for kind, layer in (("delta_net", 1), ("attention", 3)):
+        results[f"{kind}_kb"], results[f"peer_{kind}_kb"] = mine[layer] / T / 1e3, other[layer] / T / 1e3
+        results[f"{kind}_ratio"] = mine[layer] / other[layer]
+    return results
+
+
+def llava_like() -> Result:
+    result = slice_row(LLAVA_LIKE, 0.4, with_peer=True)
+    trained = int((packed(LLAVA_LIKE, 0.4).labels != IGNORE).sum()) / sum(LLAVA_LIKE)
+    names = {
+        "tokens_per_second": "trained_tokens_per_second",
+        "peer_tokens_per_second": "peer_trained_tokens_per_second",
+    }
+    return {names.get(k, k): v * trained if k in names else v for k, v in result.items()}
+
+
+# name -> (what it does, what is to be reached, whether it runs by default)
+ROWS: dict[str, tuple[Callable[[], Result], str, bool]] = {
+    "slice-2048": (lambda: slice_row((2048,), 1.0, True), "ratio >= 2 / 1.3, share >= 0.7 tuned", True),
+    "slice-4096": (lambda: slice_row((4096,), 1.0, False), "peak <= 11 GB", True),
+    "slice-4096-peer": (lambda: slice_row((4096,), 1.0, True), "ratio >= 3 / the peer does not fit", False),
+    "slice-8192": (lambda: slice_row((8192,), 1.0, False), "peak <= 16 GB", False),
+    "delta-rule": (delta_rule, "ratio >= 10 / 4, time_8192_over_4096 <= 2.2", True),
+    "moe": (experts, "ratio <= 1.25", True),
+    "cross-entropy": (head, "ratio <= 1.25, extra <= 400 MB", True),
+    "saved": (saved, "ratios <= 0.3", True),
+    "llava": (llava_like, "ratio >= 4 tuned", True),
+}
+
+
+def measure(name: str) -> Result:
+    torch.manual_seed(0)
+    F.linear(torch.ones(64, 64, dtype=BF16), torch.ones(64, 64, dtype=BF16))  # the first matmul loads its library
+    load = os.getloadavg()[0]
+    return {"row": name, "threads": torch.get_num_threads(), "load": load} | ROWS[name][0]()

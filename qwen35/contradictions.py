@@ -1,0 +1,66 @@
+"""Settings that are each right, and wrong together. Only what is surely wrong is refused."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen35.errors import SettingError
+from qwen35.settings import Attr, Settings
+
+CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
+
+
+def check_contradictions(s: Settings) -> None:
+    """Raises SettingError for the first pair."""
+    for words in (*_of_data(s), *_of_training(s), *_of_folders(s), *_of_names(s.data.dataset_param.attr)):
+        raise SettingError(words)
+
+
+def _of_data(s: Settings) -> Iterator[str]:
+    b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
+    if p.image_min_pixels > p.image_max_pixels:
+        yield f"image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
+    if b.enable_thinking is not None and b.template != "qwen3_5":
+        yield f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+    if b.train_on_prompt and b.mask_history:
+        yield "train_on_prompt and mask_history contradict each other; set one"
+
+
+def _of_training(s: Settings) -> Iterator[str]:
+    t, cutoff_len = s.training, s.data.dataset_param.basic_parameters.cutoff_len
+    if t.min_lr > t.lr:
+        yield f"training.min_lr {t.min_lr} is above training.lr {t.lr}"
+    if t.min_lr and t.lr_decay_style == "constant":
+        yield f"training.min_lr {t.min_lr} means nothing to lr_decay_style: constant; use linear or cosine, or leave it out"
+    if t.load and t.init_from_hf_path:
+        yield "training.load and training.init_from_hf_path both say where the weights come from; set one"
+    if t.micro_batch_size * cutoff_len >= 2**31:  # cu_seqlens is int32
+        yield (
+            f"training.micro_batch_size {t.micro_batch_size} x cutoff_len {cutoff_len}: a micro-batch must have fewer than"
+            f" {2**31:,} tokens"
+        )
+
+
+def _of_folders(s: Settings) -> Iterator[str]:
+    """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
+    t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
+    if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
+        yield f"training.save: {t.save} is named like a checkpoint in a save folder; name the folder above it"
+    sources = {
+        "model.model_name_or_path": s.model.model_name_or_path,
+        "preprocess_parameters.model_name_or_path": s.tokenizer_dir,
+        "training.init_from_hf_path": t.init_from_hf_path,
+    }
+    for name, written in (("training.save", t.save), ("basic_parameters.cache_dir", cache_dir)):
+        for source, folder in sources.items():
+            if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):
+                yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
+
+
+def _of_names(attr: Attr) -> Iterator[str]:
+    groups = (("messages", "images"), ("role_tag", "content_tag"), ("user_tag", "assistant_tag", "system_tag"))
+    for names in groups:
+        given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
+        same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
+        if same:
+            yield f"data.dataset_param.attr: {' and '.join(same)} are both {given[same[0]]!r}"

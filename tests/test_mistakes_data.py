@@ -1,0 +1,150 @@
+"""Mistakes in records and images: one line that names file, record and field."""
+
+import json
+import os
+from pathlib import Path
+
+from mistakes import (
+    BASIC,
+    DATA,
+    EVALUATE,
+    SHOW,
+    TRAIN,
+    Case,
+    becomes_folder,
+    check,
+    parametrized,
+    place,
+    record,
+    remove,
+    turns,
+    whole,
+    write,
+)
+from PIL import Image
+
+__all__ = ["place", "whole"]  # fixtures
+
+FILE, SECOND = "data/a.json", "data/a.json, record 2 (id r1)"
+ASKED = ("human", "<image>")
+
+
+def linked(name: str, target: str):
+    return lambda place: ((place / name).unlink(missing_ok=True), (place / name).symlink_to(target))
+
+
+def a_pipe(place: Path) -> None:
+    (place / "data/1.png").unlink()
+    os.mkfifo(place / "data/1.png")
+
+
+def narrow(place: Path) -> None:
+    Image.new("L", (1, 300)).save(place / "data/1.png")
+
+
+def as_lines(place: Path) -> None:
+    """JSON lines, the second of them cut off."""
+    lines = [json.dumps(entry) for entry in json.loads((place / FILE).read_text())]
+    (place / FILE).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
+
+
+only_tools = turns(("human", "<tool_response><image></tool_response>"), ("gpt", "x"))
+
+FILES = [
+    Case("no file", (*TRAIN, f"{BASIC}.dataset=no.json"), (f"{BASIC}.dataset: no.json: no such file below",)),
+    Case("folder", (*TRAIN, f"{BASIC}.dataset=data"), (f"{BASIC}.dataset: data: is a folder; name the files",)),
+    Case("one of two", (*SHOW, f"{BASIC}.dataset=data/a.json,b.json"), ("b.json: no such file",)),
+    Case("link to itself", TRAIN, ("data/a.json: no such file",), linked(FILE, "a.json")),
+    Case("empty file", TRAIN, ("data/a.json: is empty",), write(FILE, "")),
+    Case("empty list", SHOW, ("data/a.json: no records",), write(FILE, "[]")),
+    Case("nothing to evaluate", EVALUATE, ("data/a.json: no records",), write(FILE, "[]")),
+    Case("nothing to convert", DATA, ("data/a.json: no records",), write(FILE, "[]")),
+    Case("prose", TRAIN, ("data/a.json, record 1: not JSON",), write(FILE, "Once upon a time")),
+    Case("half a list", DATA, ("data/a.json: not JSON", "at line 1, column 10"), write(FILE, '[{"id": 1')),
+    Case("half a line", TRAIN, ("data/a.json, record 2: not JSON", "column"), as_lines),
+    Case("UTF-16", TRAIN, ("data/a.json: not UTF-8 text", "at byte 0"), write(FILE, "[]".encode("utf-16"))),
+    Case("very deep", SHOW, ("data/a.json: JSON that cannot be read",), write(FILE, "[" * 100_000)),
+    Case("not records", TRAIN, ("data/a.json, record 1: is a number, not an object",), write(FILE, "[1, 2]")),
+    Case("no dataset_dir", (*TRAIN, f"{BASIC}.dataset_dir=pics"), ("dataset_dir: pics: no such folder",)),
+    Case("file for a folder", (*TRAIN, f"{BASIC}.dataset_dir=r.yaml"), ("dataset_dir: r.yaml: no such folder",)),
+    Case("file for a cache", (*TRAIN, f"{BASIC}.cache_dir=r.yaml"), (f"{BASIC}.cache_dir: r.yaml: File exists",)),
+]
+TURNS = [
+    Case("no turns", TRAIN, (f"{SECOND}, conversations: is empty",), record(conversations=[])),
+    Case("no conversation", TRAIN, (f"{SECOND}: has no field messages or conversations",), record(conversations=None)),
+    Case("text for turns", SHOW, (f"{SECOND}, conversations: is text, not a list",), record(conversations="Hi")),
+    Case("answer first", TRAIN, (f"{SECOND}, conversations[0]: a turn of the assistant",), turns(("gpt", "x"), ASKED)),
+    Case("twice the user", TRAIN, (f"{SECOND}, conversations[1]: a turn of the user",), turns(ASKED, ASKED)),
+    Case("no answer", TRAIN, (f"{SECOND}, conversations[0]: ends with the user",), turns(ASKED)),
+    Case(
+        "unknown role",
+        TRAIN,
+        (f"{SECOND}, conversations[1].from: 'bot' is not one of user",),
+        turns(ASKED, ("bot", "x")),
+    ),
+    Case(
+        "no text", TRAIN, (f"{SECOND}, conversations[1]: has no text in content or value",), turns(ASKED, ("gpt", None))
+    ),
+    Case("number for a text", EVALUATE, (f"{SECOND}, conversations[1].value: is a number",), turns(ASKED, ("gpt", 7))),
+    Case(
+        "half a character", TRAIN, (f"{SECOND}, conversations[1].value: half a surr",), turns(ASKED, ("gpt", "\ud800"))
+    ),
+    Case("field that is not read", TRAIN, (f"{SECOND}: has videos, which are not read",), record(videos=["a.mp4"])),
+    Case("two kinds of turns", TRAIN, (f"{SECOND}: has both messages and conversations",), record(messages=[{}])),
+    Case("too long", TRAIN, (f"{SECOND}: ", "more than", "cutoff_len = 160"), turns(ASKED, ("gpt", "word " * 200))),
+    Case(
+        "only tools",
+        (*TRAIN,),
+        (f"{SECOND}: no question of the user",),
+        only_tools,
+    ),
+]
+IMAGES = [
+    Case("no image", TRAIN, (f"{SECOND}: image 1 of 1", "data/1.png: no such file"), remove("data/1.png")),
+    Case(
+        "no image to convert",
+        DATA,
+        ("data/a.json: 1 image not in data: 1.png", "--on_missing skip"),
+        remove("data/1.png"),
+    ),
+    Case(
+        "folder for an image",
+        TRAIN,
+        (f"{SECOND}: image 1 of 1", "data/1.png: is no file"),
+        becomes_folder("data/1.png"),
+    ),
+    Case("pipe for an image", SHOW, (f"{SECOND}: image 1 of 1", "data/1.png: is no file"), a_pipe),
+    Case(
+        "text for an image", TRAIN, (f"{SECOND}: image 1 of 1", "data/1.png: is not an image"), write("data/1.png", "x")
+    ),
+    Case("empty image", EVALUATE, (f"{SECOND}: image 1 of 1", "data/1.png: is not an image"), write("data/1.png", "")),
+    Case("narrow image", TRAIN, (f"{SECOND}: image 1 of 1", "is 1 x 300 pixels"), narrow),
+    Case(
+        "image above",
+        TRAIN,
+        (f"{SECOND}, image: '../r.yaml' lies outside dataset_dir data",),
+        record(image="../r.yaml"),
+    ),
+    Case("image elsewhere", SHOW, (f"{SECOND}, image: '/etc/passwd' lies outside",), record(image="/etc/passwd")),
+    Case("link out", TRAIN, (f"{SECOND}, image: '1.png' lies outside",), linked("data/1.png", "../r.yaml")),
+    Case("number for an image", TRAIN, (f"{SECOND}, image: is a number, not a path",), record(image=1)),
+    Case(
+        "too few places",
+        TRAIN,
+        (f"{SECOND}, conversations: 1 <image>", "2 images"),
+        record(image=["1.png"] * 2),
+    ),
+    Case("too many places", TRAIN, (f"{SECOND}, conversations: 1 <image> in what", "0 images"), record(image=None)),
+    Case(
+        "place in the answer",
+        TRAIN,
+        (f"{SECOND}, conversations: 1 image but no <image>",),
+        turns(("human", "?"), ("gpt", "<image>")),
+    ),
+    Case("two fields of images", TRAIN, (f"{SECOND}: has both images and image",), record(images=["1.png"])),
+]
+
+
+@parametrized([*FILES, *TURNS, *IMAGES])
+def test_one_line(place, case):
+    check(place, case)

@@ -1,0 +1,167 @@
+"""Mistakes around a run: full disks, taken ports, addresses and devices that are not there."""
+
+import json
+import resource
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mistakes import (
+    BASIC,
+    CONVERT,
+    DATA,
+    EXPORT,
+    TRAIN,
+    Case,
+    check,
+    contents,
+    launch,
+    parametrized,
+    place,
+    run,
+    whole,
+)
+
+from qwen35.device import check_device_count, init_process
+from qwen35.errors import SettingError
+from qwen35.metrics import draw_loss
+
+__all__ = ["place", "whole"]  # fixtures
+
+# -- a full disk: no file may have more bytes than these ---------------------------------------------------------------
+
+
+FULL = [  # name, command, bytes, words, what may be left: files that are whole
+    ("lock", TRAIN, 0, "run cannot be used: File too large", ()),
+    ("settings", TRAIN, 200, "run/config.yaml: File too large", ()),
+    (
+        "metrics",
+        (*TRAIN, "training.train_iters=20"),
+        3000,
+        "run/metrics.jsonl: File too large",
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+    ),
+    (
+        "checkpoint",
+        TRAIN,
+        40_000,
+        "run/iter_0000001 cannot be written: File too large",
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+    ),
+    ("cache", (*TRAIN, f"{BASIC}.cache_dir=cache"), 1000, f"{BASIC}.cache_dir: cache: ", ()),
+    ("converted", CONVERT, 300, "new/release cannot be written: File too large", ()),
+    ("converted, later", CONVERT, 100_000, "new/release cannot be written: File too large", ()),
+    ("exported", EXPORT, 100_000, "cannot be written: File too large", ()),
+    ("small files of the export", EXPORT, 0, "cannot be written: File too large", ()),
+    ("records", DATA, 1000, "out/a.json: cannot be written: File too large", ()),
+    ("under the launcher", (), 600, "run/config.yaml: File too large", ()),
+]
+
+
+@pytest.mark.parametrize(("command", "size", "words", "left"), [row[1:] for row in FULL], ids=[row[0] for row in FULL])
+def test_a_full_disk(place, command, size, words, left):
+    before = contents(place)
+    done = run(place, *(command or launch(1)), file_size=size)
+    assert (done.code, done.err.count("\n")) == (1, 1), done.err
+    assert words in done.err
+    after = contents(place)
+    assert set(after) - set(before) == set(left) and before.items() <= after.items()
+    if "run/metrics.jsonl" in left:
+        lines = (place / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+        assert lines and all(line.endswith("\n") and json.loads(line)["step"] for line in lines)
+
+
+def test_a_full_disk_leaves_the_last_plot(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "lr": 0.1}\n')
+    draw_loss(tmp_path)
+    before = contents(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*loss\.png"):
+            draw_loss(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+
+
+# -- where processes meet, and on what -----------------------------------------------------------------------------------
+
+PLACES = [
+    Case("save is a file", (*TRAIN, "training.save=r.yaml"), ("r.yaml cannot be used: File exists",)),
+    Case("save below a file", (*TRAIN, "training.save=r.yaml/run"), ("r.yaml/run cannot be used: Not a directory",)),
+    Case(
+        "more sharers than processes",
+        (*TRAIN, "parallel.fully_shard_parallel_size=3"),
+        ("does not divide the 1 processes",),
+    ),
+    Case(
+        "unknown kernel", (*TRAIN, "model.kernels.swiglu=fused"), ("model.kernels.swiglu: 'fused' is not one of auto",)
+    ),
+    Case("unknown op", (*TRAIN, "model.kernels.swish=native"), ("no op is named swish",)),
+    Case("freezes nothing", (*TRAIN, "model.freeze=[model.vision]"), ("model.freeze: model.vision matches no module",)),
+    Case("freezes all", (*TRAIN, "model.freeze=['*']"), ("model.freeze: * leave nothing to train",)),
+    Case(
+        "small bucket", (*TRAIN, "data.dataloader_param.patch_bucket=3"), ("patch_bucket: 3 must be a multiple of 4",)
+    ),
+    Case(
+        "no such machine",
+        ("launch", "--master_addr", "no-such-machine.invalid", "r.yaml"),
+        ("MASTER_ADDR=no-such-machine.invalid: no machine of that name",),
+    ),
+    Case(
+        "mistake of a rank", (*launch(2), "model.freeze=[model.vision]"), ("error: model.freeze: model.vision matches",)
+    ),
+]
+
+
+@parametrized(PLACES)
+def test_one_line(place, case):
+    check(place, case)
+
+
+@pytest.fixture
+def taken():
+    with socket.create_server(("", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_port_in_use(place, taken):
+    command = ("launch", "--master_port", str(taken), "r.yaml")
+    check(
+        place, Case("", command, (f"MASTER_PORT={taken} cannot be used", "in use", f"MASTER_PORT={taken % 65535 + 1}"))
+    )
+
+
+def test_a_port_that_is_taken_in_between(place, taken):
+    """As it was free when the launcher looked."""
+    before = contents(place)
+    meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken)}
+    done = run(place, *TRAIN, environment=meeting)
+    assert done.code == 1 and contents(place) == before
+    assert f"error: MASTER_ADDR=localhost MASTER_PORT={taken}: the processes cannot meet there: " in done.err
+    assert "Traceback" not in done.err
+
+
+def test_more_processes_than_devices(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(SettingError) as caught:
+        check_device_count("npu", 2)
+    assert str(caught.value) == (
+        "4 processes on this machine, but 2 npu devices visible (ASCEND_RT_VISIBLE_DEVICES=0,1); set NPUS_PER_NODE=2, or show"
+        " more of them"
+    )
+    check_device_count("npu", 4)
+    check_device_count("cpu", 1)  # more processes than cores are slow, and no mistake
+    stand_in = SimpleNamespace(is_available=lambda: True, device_count=lambda: 3)
+    monkeypatch.setattr(torch, "npu", stand_in, raising=False)
+    with pytest.raises(SettingError, match="4 processes on this machine, but 3 npu devices visible"):
+        init_process()
+
+
+def test_a_cpu_takes_any_number_of_processes(place):
+    done = run(place, *launch(3), "training.train_iters=1")
+    assert (done.code, done.err) == (0, "")
+    assert "3 processes on" in done.out and (place / "run/iter_0000001").is_dir()

@@ -1,0 +1,201 @@
+"""Mistakes in a recipe or on the command line: one line that names the setting, and nothing starts."""
+
+import pytest
+from mistakes import (
+    BASIC,
+    CONVERT,
+    DATA,
+    EVALUATE,
+    EXPORT,
+    SHOW,
+    TRAIN,
+    Case,
+    Done,
+    check,
+    parametrized,
+    place,
+    recipe,
+    run,
+    whole,
+    write,
+)
+
+__all__ = ["place", "whole"]  # fixtures
+
+CONFIG, IMAGES = ("config", "r.yaml"), "data.dataset_param.preprocess_parameters"
+
+
+def on(*overrides: str) -> tuple[str, ...]:
+    return (*CONFIG, *overrides)
+
+
+FILES = [
+    Case("empty recipe", CONFIG, ("r.yaml: a recipe is a mapping with data, model, parallel",), write("r.yaml", "")),
+    Case("no recipe", ("launch", "nope.yaml"), ("nope.yaml: no such recipe", "configs/")),
+    Case("folder for a recipe", ("train", "data"), ("data: cannot be read: Is a directory",)),
+    Case(
+        "twice",
+        CONFIG,
+        ("r.yaml, line 18", "lr is there twice"),
+        recipe(lambda t: t.replace("  lr:", "  lr: 1\n  lr:")),
+    ),
+    Case("section twice", CONFIG, ("model is there twice",), recipe(lambda t: t + "model:\n  freeze: []\n")),
+    Case(
+        "nested and dotted", CONFIG, ("r.yaml: training.lr is there twice",), recipe(lambda t: t + "training.lr: 1\n")
+    ),
+    Case(
+        "tab", CONFIG, ("r.yaml is not YAML, line", "indent with spaces"), recipe(lambda t: t.replace("  lr:", "\tlr:"))
+    ),
+    Case("open bracket", CONFIG, ("r.yaml is not YAML, line 2, column 1",), write("r.yaml", "model: [a,\n")),
+    Case("two documents", CONFIG, ("r.yaml is not YAML", "another document"), recipe(lambda t: f"{t}---\n{t}")),
+    Case(
+        "runs code",
+        CONFIG,
+        ("is not YAML", "python/object/apply"),
+        write("r.yaml", "a: !!python/object/apply:os.getcwd []"),
+    ),
+    Case("endless", CONFIG, ("r.yaml: a section that holds itself",), write("r.yaml", "training: &a\n  x: *a\n")),
+    Case("very deep", CONFIG, ("r.yaml is not YAML",), write("r.yaml", "a: " + "[" * 5000)),
+    Case("not UTF-8", CONFIG, ("r.yaml: not UTF-8 text", "byte 0"), write("r.yaml", "training:".encode("utf-16"))),
+    Case("not text", CONFIG, ("r.yaml: not UTF-8 text", "at byte 127"), write("r.yaml", bytes(range(1, 256)))),
+    Case(
+        "value for a section",
+        CONFIG,
+        ("model: 'hf' is not a section",),
+        write("r.yaml", "model: hf\n"),
+    ),
+]
+SETTINGS = [
+    Case(
+        "misspelt",
+        on("training.trian_iters=3"),
+        ("unknown setting training.trian_iters; did you mean training.train_iters",),
+    ),
+    Case("capitals", on("TRAINING.LR=3"), ("unknown setting TRAINING.LR; did you mean training.lr?",)),
+    Case("wrong section", on("model.lr=3"), ("unknown setting model.lr; did you mean training.lr?",)),
+    Case("below a setting", on("training.lr.x=3"), ("unknown setting training.lr.x; did you mean training.lr?",)),
+    Case("no value", on("training.lr"), ("'training.lr' is not of the form a.b=c",)),
+    Case("empty value", on("training.save="), ("training.save: None is not of type str",)),
+    Case("empty text", on("training.save=''"), ("training.save: '' names nothing",)),
+    Case("empty mapping", on("training.lr={}"), ("training.lr: {} is not of type float",)),
+    Case("list for a number", on("training.lr=[1]"), ("training.lr: [1] is not of type float",)),
+    Case(
+        "list for a path",
+        on(f"{BASIC}.dataset=[data/a.json]"),
+        (f"{BASIC}.dataset: ['data/a.json'] is not of type str",),
+    ),
+    Case(
+        "date for a path",
+        on("training.save=2020-01-01"),
+        ("training.save: datetime.date(2020, 1, 1) is not of type str",),
+    ),
+    Case("text for yes or no", on("parallel.recompute='true'"), ("parallel.recompute: 'true' is not of type bool",)),
+    Case("list of numbers", on("model.freeze=[1]"), ("model.freeze[0]: 1 is not of type str",)),
+    Case("kernels by one name", on("model.kernels=native"), ("model.kernels: 'native' is not a section",)),
+    Case("twice in a value", on("model.kernels={swiglu: native, swiglu: auto}"), ("swiglu is there twice",)),
+    Case("not a number", on("training.lr=.nan"), ("training.lr: nan must be more than 0",)),
+    Case("infinite", on("training.weight_decay=.inf"), ("training.weight_decay: inf must be 0 or more",)),
+    Case("huge", on("training.seed=99999999999999999999"), ("training.seed: 99999999999999999999 is too large",)),
+    Case("negative size", on(f"{BASIC}.cutoff_len=-1"), (f"{BASIC}.cutoff_len: -1 must be more than 0",)),
+    Case(
+        "too many workers", on("data.dataloader_param.num_workers=100000"), ("num_workers: 100000 must be at most 512",)
+    ),
+    Case(
+        "other choice",
+        on(f"{BASIC}.on_bad_record=ignore"),
+        (f"{BASIC}.on_bad_record: 'ignore' is not one of error, skip",),
+    ),
+]
+CONTRADICTIONS = [
+    Case("two sources", on("training.load=dcp"), ("training.load and training.init_from_hf_path", "set one")),
+    Case(
+        "constant has no least", on("training.min_lr=1e-5", "training.lr_decay_style=constant"), ("min_lr", "constant")
+    ),
+    Case("least above", on("training.min_lr=1"), ("training.min_lr 1.0 is above training.lr 0.001",)),
+    Case(
+        "thinking without a place for it",
+        on(f"{BASIC}.template=qwen3_vl_nothink", f"{BASIC}.enable_thinking=true"),
+        ("enable_thinking means nothing to template qwen3_vl_nothink",),
+    ),
+    Case(
+        "all and only the last",
+        on(f"{BASIC}.train_on_prompt=true", f"{BASIC}.mask_history=true"),
+        ("contradict each other",),
+    ),
+    Case(
+        "no size between",
+        on("data.dataset_param.preprocess_parameters.image_min_pixels=5000"),
+        ("is above image_max_pixels",),
+    ),
+    Case(
+        "too many tokens", on("training.micro_batch_size=100000000"), ("micro_batch_size 100000000 x cutoff_len 160",)
+    ),
+    Case(
+        "saves into the model",
+        on("training.save=hf/run"),
+        ("training.save: hf/run lies in model.model_name_or_path hf",),
+    ),
+    Case(
+        "saves as a checkpoint",
+        on("training.save=runs/release"),
+        ("training.save: runs/release is named like",),
+    ),
+    Case("caches in the model", on(f"{BASIC}.cache_dir=hf"), ("cache_dir: hf lies in model.model_name_or_path hf",)),
+    Case(
+        "one tag for both",
+        on("data.dataset_param.attr.user_tag=x", "data.dataset_param.attr.assistant_tag=x"),
+        ("user_tag and assistant_tag are both 'x'",),
+    ),
+]
+COMMANDS = [
+    Case("option of train", (*TRAIN, "--lr", "1"), ("unrecognized arguments: --lr", "--help")),
+    Case("no config", ("train",), ("required: config", "--help")),
+    Case(
+        "no such setting to get",
+        (*CONFIG, "--get", "training.sav"),
+        ("unknown setting training.sav; did you mean",),
+    ),
+    Case("section to get", (*CONFIG, "--get", "training"), ("unknown setting training",)),
+    Case("no samples", (*SHOW, "--samples", "-1"), ("--samples: '-1' is not a whole number from 1",)),
+    Case("zero samples", (*SHOW, "--samples", "0"), ("--samples: '0' is not a whole number from 1",)),
+    Case("what to do about missing", (*DATA, "--on_missing", "ignore"), ("--on_missing", "'ignore'", "skip")),
+    Case("no command", ("data",), ("required: command",)),
+    Case("reads what it writes", (*DATA[:-1], "data/a.json"), ("data/a.json: is the file that is read; set OUT",)),
+    Case("writes over a folder", (*DATA[:-1], "hf"), ("hf: cannot be written", "no plain file")),
+    Case("no LLaVA file", (*DATA, "--llava", "no.json"), ("no.json: no such file; set LLAVA",)),
+    Case("file for a folder", (*DATA, "--images", "r.yaml"), ("r.yaml: no such folder; set IMAGES",)),
+    Case("tie", (*CONVERT, "--tie_weight_mapping", "[1]"), ("--tie_weight_mapping", "is not a JSON object of names")),
+    Case(
+        "converts into the model",
+        (*CONVERT, "--dcp_dir", "hf/dcp"),
+        ("hf/dcp and the original hf must be two folders",),
+    ),
+    Case("converts to nowhere", (*CONVERT, "--dcp_dir", ""), ("--dcp_dir: names no folder",)),
+    Case("exports over the model", (*EXPORT, "--save_hf_dir", "hf"), ("hf and the original hf must be two folders",)),
+    Case("exports over others' files", (*EXPORT, "--save_hf_dir", "data"), ("data is there already", "choose another")),
+    Case("batch of none", (*EVALUATE, "--batch", "0"), ("--batch: '0' is not a whole number from 1",)),
+    Case("pixels of evaluate", (*EVALUATE, "--image_min_pixels", "999999"), ("image_min_pixels 999999 is above",)),
+    Case(
+        "rank beyond",
+        ("launch", "--nnodes", "2", "--node_rank", "2", "r.yaml"),
+        ("--node_rank 2 is not below --nnodes 2",),
+    ),
+    Case(
+        "no processes", ("launch", "--nproc_per_node", "0", "r.yaml"), ("--nproc_per_node: '0' is not a whole number",)
+    ),
+    Case("port beyond", ("launch", "--master_port", "65536", "r.yaml"), ("--master_port: '65536'", "from 1 to 65535")),
+]
+
+
+@parametrized([*FILES, *SETTINGS, *CONTRADICTIONS, *COMMANDS])
+def test_one_line(place, case):
+    check(place, case)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(b"", b"\r\n"), (b"\xef\xbb\xbf", b"\n")], ids=["Windows lines", "byte-order mark"]
+)
+def test_no_mistake(place, start, end):
+    text = (place / "r.yaml").read_bytes()
+    (place / "r.yaml").write_bytes(start + text.replace(b"\n", end))
+    assert run(place, *CONFIG, "--get", "training.lr") == Done(0, "0.001\n", "")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Record, SavedBytes, Watch
 
-import kernels
+import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config

@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor convert export data show finetune generate evaluate bench test test-versions lint clean
+.PHONY: help install doctor convert export data show finetune generate evaluate bench test test-npu test-versions lint clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
@@ -16,7 +16,8 @@ finetune: ## train; alone: a tiny model learns digits, from nothing to a score  
 generate: ## a model's answer about images and text  [MODEL IMAGE PROMPT HF ARGS]
 evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 bench:    ## speed and memory beside transformers' model and bare matmuls, as ratios  [ARGS]
-test:     ## all tests, on a CPU  [ARGS]
+test:     ## all tests, on a CPU, those of test-npu among them  [ARGS]
+test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN  [TORCH=2.7.1 ARGS]
 test-versions: ## the tests on other versions of what they stand on  [TRANSFORMERS=5.2.0 TORCH=2.7.1 PYTHON ARGS]
 lint:     ## ruff, mypy, shellcheck
 clean:    ## remove what the tools and the tiny recipe made; .venv stays
@@ -30,7 +31,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-convert export data show finetune generate evaluate bench test test-versions lint: .venv/.installed
+convert export data show finetune generate evaluate bench test test-npu test-versions lint: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -6,6 +6,8 @@ a device. A library named `kernels` is probed for by transformers, which parses 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
 
 from kernels.attention import varlen_attention
 from kernels.causal_conv1d import causal_conv1d
@@ -41,18 +43,41 @@ class KernelError(ValueError):
     """An op or an implementation that is asked for and not there."""
 
 
-def implementations(device: str) -> dict[str, dict[str, Callable]]:
-    """op -> name -> callable: all that can run on a device type; the first name is what `auto` means."""
+@dataclass(frozen=True)
+class Source:
+    """Where an implementation of that name is: a module with a function of the op's name, imported when it is chosen."""
+
+    module: str
+    stands_on: str  # the module that has to be installed
+    install: str
+
+
+SOURCES = {
+    "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
+    "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
+}
+BY_FLA = ("chunk_gated_delta_rule", "causal_conv1d")
+
+
+def implementations(device: str) -> dict[str, tuple[str, ...]]:
+    """op -> the names that model.kernels takes on a device type; the first is what `auto` means.
+
+    native, plain torch, runs anywhere. On an NPU it is slow, and only for those who ask for it by name.
+    """
     if device == "npu":
-        return {op: {} for op in OPS}  # no fused set in this version, and nothing slow is chosen unasked
-    return {op: {"native": getattr(Kernels, op)} for op in OPS}
+        return {op: ("fla" if op in BY_FLA else "torch_npu", "native") for op in OPS}
+    return dict.fromkeys(OPS, ("native",))
+
+
+def is_installed(name: str) -> bool:
+    return name == "native" or find_spec(SOURCES[name].stands_on) is not None
 
 
 def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
     """The implementation of every op on `device` ("cpu", "cuda", "npu").
 
-    `choices`: op -> "auto" or an implementation's name. Raises KernelError on an unknown op or name, and where `auto` has
-    nothing to take: there is no quiet fallback.
+    `choices`: op -> "auto" or an implementation's name. Raises KernelError on an unknown op or name, and where what stands
+    behind it is not installed: there is no quiet fallback.
     """
     choices = dict(choices or {})
     if unknown := sorted(set(choices) - set(OPS)):
@@ -61,16 +86,19 @@ def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
     chosen = {}
     for op in OPS:
         name = choices.get(op, "auto")
-        if name == "native":  # plain torch runs anywhere, for those who ask for it by name
-            chosen[op] = getattr(Kernels, op)
-        elif name == "auto" and there[op]:
-            chosen[op] = next(iter(there[op].values()))
-        elif name == "auto":
-            raise KernelError(
-                f"{op}: no fused kernel for {device} here; ask for the slow one: model.kernels.{op}=native"
-            )
-        elif name in there[op]:
-            chosen[op] = there[op][name]
-        else:
-            raise KernelError(f"model.kernels.{op}: {name!r} is not one of auto, {', '.join(there[op]) or 'native'}")
+        if name != "auto" and name not in there[op]:
+            raise KernelError(f"model.kernels.{op}: {name!r} is not one of auto, {', '.join(there[op])}")
+        name = there[op][0] if name == "auto" else name
+        chosen[op] = getattr(Kernels, op) if name == "native" else _load(op, name, device)
     return Kernels(**chosen)
+
+
+def _load(op: str, name: str, device: str) -> Callable:
+    source = SOURCES[name]
+    try:
+        return getattr(import_module(source.module), op)
+    except ImportError as error:
+        raise KernelError(
+            f"{op}: no fused kernel for {device} here: {source.stands_on} cannot be imported ({error}); {source.install},"
+            f" or ask for the slow one: model.kernels.{op}=native"
+        ) from error

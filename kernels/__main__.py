@@ -1,12 +1,15 @@
 """`python -m kernels`: which implementation serves which op on each kind of device."""
 
-from kernels import OPS, implementations
+from kernels import OPS, implementations, is_installed
 
 if __name__ == "__main__":
     devices = ("cpu", "cuda", "npu")
     table = {device: implementations(device) for device in devices}
     width = max(map(len, OPS))
-    print(f"{'op':{width}}  " + "".join(f"{device:10}" for device in devices))
+    print(f"{'op':{width}}  " + "".join(f"{device:14}" for device in devices))
     for op in OPS:
-        print(f"{op:{width}}  " + "".join(f"{next(iter(table[d][op]), '-'):10}" for d in devices))
-    print("-: none yet; model.kernels.<op>=native asks for plain torch by name")
+        first = (table[device][op][0] for device in devices)
+        print(f"{op:{width}}  " + "".join(f"{name if is_installed(name) else name + ' -':14}" for name in first))
+    print(
+        "-: not installed here. model.kernels.<op> takes auto (this table), or by name what serves it: plain torch is native"
+    )

@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         make = torch.empty if len(trained) else torch.zeros  # the first chunk writes, the others add
         grad_weight = make(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        for number, (rows, is_real) in enumerate(_chunks(trained, weight.shape[0])):
+        for number, (rows, is_real) in enumerate(chunks(trained, weight.shape[0])):
             h, target, real = hidden[rows], labels[rows, None], is_real[:, None].to(wide)
             logits = h @ weight.T  # [c, V]
             scale = token_weights[rows, None].to(wide) * real
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _chunks(trained: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
+def chunks(trained: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
     """Rows of each chunk [c], and whether they count: the last chunk is filled up with one row again and again."""
     size = max(16, CHUNK_LOGITS // vocabulary)
     size -= size % STEP if size > STEP else 0

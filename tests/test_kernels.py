@@ -391,7 +391,16 @@ def test_select_has_no_quiet_fallback():
     assert kernels.select("cpu") == kernels.Kernels()
     with pytest.raises(kernels.KernelError, match="chunk_gated_delta_rule: no fused kernel for npu here"):
         kernels.select("npu")
+    with pytest.raises(
+        kernels.KernelError, match=r"moe_experts: .* torch_npu cannot be imported .* make install DEVICE=npu"
+    ):
+        kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
     assert kernels.select("npu", dict.fromkeys(kernels.OPS, "native")) == kernels.Kernels()
+
+
+def test_import_kernels_is_quick_and_free_of_torch_npu():
+    code = "import sys, kernels; assert not {'torch_npu', 'fla', 'kernels.npu', 'kernels.fused'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +408,7 @@ def test_select_has_no_quiet_fallback():
     [
         ({"gated_delta_rul": "auto"}, "no op is named gated_delta_rul"),
         ({"swiglu": "fused"}, "'fused' is not one of auto, native"),
+        ({"swiglu": "torch_npu"}, "'torch_npu' is not one of auto, native"),
     ],
 )
 def test_select_refuses_what_is_not_there(choices, words):

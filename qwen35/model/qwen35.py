@@ -69,7 +69,10 @@ class LanguageModel(nn.Module):
         stats: Stats = []
         for layer in self.layers:
             inputs = x, rope, batch.cu_seqlens, batch.is_pad
-            x, more = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
+            if self.recompute:  # nothing in a layer is random: the generators' states need not be kept
+                x, more = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, more = layer(*inputs)
             stats += more
         return self.norm(x), stats
 

@@ -1,0 +1,28 @@
+"""The gated delta net's two operators through fla-core, whose triton_ascend backend runs on NPUs.
+
+The lengths go over twice, for the device and, so that it need not be waited for, for the host. fla's kernels need its own
+triton and a device: the tests check what is handed over, not what comes back.
+"""
+
+import torch
+from fla.modules.causal_conv1d import causal_conv1d as fla_causal_conv1d
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
+from torch import Tensor
+
+
+def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if not len(q):
+        return torch.zeros_like(v)
+    packed = (x[None] for x in (q, k, v, g, beta))  # one batch of all tokens
+    return fla_chunk_gated_delta_rule(*packed, use_qk_l2norm_in_kernel=True, **_lengths(cu_seqlens, q))[0][0]
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if not len(x):
+        return torch.zeros_like(x)
+    return fla_causal_conv1d(x[None], weight, activation="silu", **_lengths(cu_seqlens, x))[0][0]
+
+
+def _lengths(cu_seqlens: Tensor, x: Tensor) -> dict[str, Tensor]:
+    host = cu_seqlens.long().unique_consecutive()  # without empty sequences
+    return {"cu_seqlens": host.to(x.device, non_blocking=True), "cu_seqlens_cpu": host}

@@ -1,0 +1,186 @@
+"""The operators on an NPU: autograd.Functions over the primitives of npu.py. Signatures as in each operator's own file.
+
+Each saves the least, and recomputes what is cheap. Every shape follows from the inputs' shapes, and nothing waits for the
+device: lengths come from cu_seqlens, which is on the host.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import moe, npu
+from kernels.cross_entropy import chunks
+
+SEQUENCES = 1024  # of one call of the fused attention, by its documentation
+
+
+def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    return moe.moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives=npu)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    return _Swiglu.apply(x)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return npu.swiglu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return npu.swiglu_backward(grad, *ctx.saved_tensors)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = npu.zero_centred_rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_x, grad_weight = npu.rms_norm_backward(grad, x, weight.float() + 1, rstd)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _RmsNormGated.apply(x, gate, weight, eps)
+
+
+class _RmsNormGated(torch.autograd.Function):
+    """The norm is fused, the gate is not: the normed x is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, rstd = npu.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, gate, weight, rstd)
+        ctx.eps = eps
+        return normed * F.silu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, rstd = ctx.saved_tensors
+        normed, _ = npu.rms_norm(x, weight, ctx.eps)
+        grad_gate = torch.ops.aten.silu_backward(grad * normed, gate)
+        grad_x, grad_weight = npu.rms_norm_backward(grad * F.silu(gate), x, weight, rstd)
+        return grad_x, grad_gate, grad_weight.to(weight.dtype), None
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator takes the angles in q's dtype: bf16 rounds them, as transformers does for the text."""
+    return _Rotary.apply(q, k, cos, sin)
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps nothing but the angles, which all layers share: the gradient turns back by them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _turn((q, k), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_turn((grad_q, grad_k), cos, -sin), None, None
+
+
+def _turn(tensors: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, H, D] each, the first R of D dimensions by the angles [T, R/2]"""
+    width = 2 * cos.shape[1]
+    cos, sin = torch.cat([cos, cos, sin, sin], dim=1).to(tensors[0].dtype).split(width, dim=1)
+    first, second = (
+        npu.rotate(x, cos, sin)
+        if x.shape[2] == width
+        else torch.cat([npu.rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)
+        for x in tensors
+    )
+    return first, second
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    full = [(start, end) for start, end in pairwise(bounds) if end > start]
+    parts = []
+    for i in range(0, len(full), SEQUENCES):
+        first, last = full[i][0], full[i : i + SEQUENCES][-1][1]
+        ends = [end - first for _, end in full[i : i + SEQUENCES]]
+        parts.append(_Attention.apply(q[first:last], k[first:last], v[first:last], ends, causal, scale))
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(q)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float) -> Tensor:
+        saved = npu.attention(q, k, v, ends, causal, scale)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.how = ends, causal, scale
+        return saved[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *saved = ctx.saved_tensors
+        return *npu.attention_backward(grad, q, k, v, tuple(saved), *ctx.how), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, trained: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Without `trained`, every token takes part: the device alone knows which have a label, and is not waited for."""
+    if trained is None:
+        trained = torch.arange(len(labels), device=labels.device)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, trained, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in forward, chunk by chunk, while the chunk's logits are there: three matmuls in all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        trained: Tensor,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        has_label, targets = labels >= 0, labels.clamp(min=0)
+        scales = token_weights.float() * has_label
+        token_loss = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        for rows, is_real in chunks(trained, weight.shape[0]):
+            h, target = hidden[rows], targets[rows]
+            loss, log_prob = npu.cross_entropy((h @ weight.T).float(), target)
+            token_loss.index_add_(0, rows, loss * is_real)
+            if need_hidden or need_weight:
+                grad = npu.cross_entropy_backward(scales[rows] * is_real, log_prob, target).to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden.index_add_(0, rows, grad @ weight)
+                if grad_weight is not None:
+                    grad_weight += grad.T @ h
+        token_loss *= has_label
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(token_loss)
+        return (token_loss * scales).sum(), token_loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if grad_hidden is not None else None
+        grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype) if grad_weight is not None else None
+        return grad_hidden, grad_weight, None, None, None, None

@@ -1,0 +1,162 @@
+"""The primitives as torch_npu's fused operators: the only file that imports torch_npu. No autograd here, that is in fused.py.
+
+torch_npu registers its own derivatives for NPU tensors alone, so forward and backward operators are called by name.
+Sources: op-plugin's documentation of each operator, and CANN's of the aclnn operator below it.
+"""
+
+import torch
+import torch_npu  # noqa: F401  # registers torch.ops.npu
+from torch import Tensor
+
+npu = torch.ops.npu
+CAUSAL_BLOCK = 2048  # side of the one mask that stands for every causal mask in the operator's compressed form
+
+# ── Mixture of experts: rows are (token, choice) pairs, slot t * K + k, in the order of their experts ──────────────────
+
+
+def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32 (slot -> row), ends [E] int64 of the groups."""
+    if not topk_ids.numel():
+        return x[:0], topk_ids.new_empty(0, dtype=torch.int32), topk_ids.new_zeros(experts, dtype=torch.int64)
+    rows, place = npu.npu_moe_token_permute(x, topk_ids)
+    counts = torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5)  # integers below 2^24: exact
+    return rows, place, counts.to(torch.int64).cumsum(0)
+
+
+def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
+    """-> grad_x [T, H], each token's K rows summed."""
+    if not place.numel():
+        return grad_rows
+    tokens = len(place) // top_k
+    # of the tokens and of the ids, the operator reads the shapes alone
+    return npu.npu_moe_token_permute_grad(grad_rows[:tokens], grad_rows, place.view(tokens, top_k), place)
+
+
+def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row."""
+    return npu.npu_moe_token_unpermute(rows, place, weights) if place.numel() else rows
+
+
+def unpermute_backward(grad_y: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """-> grad_rows [T*K, H], grad_weights [T, K]"""
+    if not place.numel():
+        return torch.zeros_like(rows), torch.zeros_like(weights)
+    return npu.npu_moe_token_unpermute_grad(rows, grad_y, place, weights)
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, A] by group, weight [E, A, B] (or a transposed view), ends [E] -> [N, B]: each group times its matrix."""
+    if not len(rows):
+        return rows.new_zeros(0, weight.shape[2])
+    return npu.npu_grouped_matmul([rows], [weight], group_list=ends, split_item=2, group_type=0, group_list_type=0)[0]
+
+
+def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, A], grad [N, B], ends [E] -> [E, A, B]: rows^T grad inside each group, zeros for an empty one."""
+    if not len(rows):
+        return rows.new_zeros(len(ends), rows.shape[1], grad.shape[1])
+    return npu.npu_grouped_matmul([rows.T], [grad], group_list=ends, split_item=3, group_type=2, group_list_type=0)[0]
+
+
+# ── Elementwise, norms, rotary ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., 2I], gate first -> silu(gate) * up [..., I]. The operator takes neither empty nor strided tensors."""
+    return npu.npu_swiglu(x.contiguous(), -1) if x.numel() else x[..., : x.shape[-1] // 2]
+
+
+def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return npu.npu_swiglu_backward(grad.contiguous(), x.contiguous(), -1) if x.numel() else torch.zeros_like(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x_hat * weight, rstd fp32 for the backward. x bf16 or fp16 with the same or fp32 weights, or both fp32."""
+    return npu.npu_rms_norm(x, weight, eps)
+
+
+def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x_hat * (1 + weight), rstd. The operator that adds the one takes weights of x's own dtype only."""
+    if weight.dtype == x.dtype:
+        return npu.npu_gemma_rms_norm(x, weight, eps)
+    return npu.npu_rms_norm(x, weight.float() + 1, eps)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """weight is what x_hat was multiplied by -> grad_x, grad_weight fp32"""
+    return npu.npu_rms_norm_backward(grad, x, weight, rstd)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, N, R]; cos, sin [T, R] in x's dtype, the angles of both halves -> x cos + (-x2, x1) sin, as BSND with one B."""
+    return npu.npu_rotary_mul(x[None], cos[None, :, None], sin[None, :, None])[0]
+
+
+# ── Attention over packed sequences, TND: cumulative lengths on the host, without the leading zero ─────────────────────
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q [T, Hq, D]; k, v [T, Hkv, D] -> o [T, Hq, D], and max and sum [T, Hq, 8] fp32 and a reserved one for the backward"""
+    return npu.npu_fusion_attention(
+        q,
+        k,
+        v,
+        q.shape[1],
+        "TND",
+        atten_mask=_causal_mask(q.device) if causal else None,
+        scale=scale,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=3 if causal else 0,
+    )[:4]
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: tuple[Tensor, ...],
+    ends: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """saved: all that attention returned -> grad_q, grad_k, grad_v"""
+    out, softmax_max, softmax_sum, reserved = saved
+    return npu.npu_fusion_attention_grad(
+        q,
+        k,
+        v,
+        grad,
+        q.shape[1],
+        "TND",
+        atten_mask=_causal_mask(q.device) if causal else None,
+        softmax_max=softmax_max,
+        softmax_sum=softmax_sum,
+        softmax_in=reserved,
+        attention_in=out,
+        scale_value=scale,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        sparse_mode=3 if causal else 0,
+    )[:3]
+
+
+def _causal_mask(device: torch.device) -> Tensor:
+    """True where a key is hidden. Made when it is needed: 4 MB and two operators are less than one kept for each layer."""
+    return torch.ones(CAUSAL_BLOCK, CAUSAL_BLOCK, dtype=torch.bool, device=device).triu_(1)
+
+
+# ── Cross entropy of logits ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N, V], target [N] int64 in [0, V): the operator ignores no negative label -> loss [N], log_prob [N, V]"""
+    return npu.npu_cross_entropy_loss(logits, target, None, "none")[:2]
+
+
+def cross_entropy_backward(grad: Tensor, log_prob: Tensor, target: Tensor) -> Tensor:
+    """grad [N] -> grad_logits [N, V] = grad * (exp(log_prob) - one at the target)"""
+    return npu.npu_cross_entropy_loss_backward(grad, log_prob, target, None, None, None, "none")

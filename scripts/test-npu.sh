@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Prove the NPU code on a machine without one: the real torch_npu, on stand-ins for the CANN libraries, with fake tensors.
+#
+#   scripts/test-npu.sh [pytest's options]
+#       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1; then a table of operators and bytes a layer
+#   TORCH=2.7.1 scripts/test-npu.sh [pytest's options]
+#       the same on torch and torch-npu 2.7.1, in the environment that TORCH=2.7.1 make test-versions has made
+#
+# Needs gcc, and torch-npu's wheels from pip's index (40 MB each, kept below build/npu). Exit status 3: one of these cannot be
+# had, and nothing was tested. Not proved: speed, HCCL, CANN's own bugs, and what fla launches on a device.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source scripts/check_env.sh
+check_env
+need_venv
+split "${ARGS:-}"
+oldest=2.7.1.post11
+
+cannot() {
+    echo "test-npu.sh: nothing tested: $1" >&2
+    exit 3
+}
+
+wheel() { # VERSION PYTHON [pip's options]: downloads it on first use and prints its path
+    local folder=build/npu/wheels version=$1 python_tag=$2 found why
+    shift 2
+    if ! compgen -G "$folder/torch_npu-$version-$python_tag-*.whl" >/dev/null; then
+        why=$("$python" -m pip download -qq --disable-pip-version-check --no-input --no-deps -d "$folder" "$@" "torch-npu==$version" 2>&1) ||
+            cannot "torch-npu $version for $python_tag cannot be had from pip's index: ${why##*$'\n'}"
+    fi
+    found=("$folder/torch_npu-$version-$python_tag-"*.whl)
+    echo "${found[0]}"
+}
+
+command -v gcc >/dev/null || cannot "gcc is needed, for the stand-ins of CANN's libraries"
+wheels=$(wheel "$oldest" cp310 --python-version 3.10 --only-binary=:all: --platform "manylinux_2_28_$(uname -m)")
+export NPU_OLD_WHEEL=$root/$wheels
+if [[ -n ${TORCH:-} ]]; then
+    [[ $oldest == "$TORCH"* ]] || die "TORCH=$TORCH: only ${oldest%.post*} is known here, beside .venv's own"
+    python=build/versions/torch-$TORCH/bin/python version=$oldest
+    [[ -e build/versions/torch-$TORCH/.made ]] || die "build/versions/torch-$TORCH is not there: TORCH=$TORCH make test-versions makes it"
+else
+    version=$("$python" -c 'import torch; print(torch.__version__.partition("+")[0])')
+fi
+tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+folder=build/npu/$version-$tag
+file=$(wheel "$version" "$tag")
+if [[ ! -e $folder/.made || tests/npu/stand_ins.py -nt $folder/.made ]]; then
+    rm -rf "$folder"
+    "$python" -m zipfile -e "$file" "$folder/site"
+    "$python" tests/npu/stand_ins.py "$folder/site" "$folder/cann"
+    touch "$folder/.made"
+fi
+
+unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
+# torch is not to load what .venv may hold, and no CANN of this machine is to be asked
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$root/$folder/cann PYTHONPATH=$root/$folder/site:$root
+unset ASCEND_HOME_PATH ASCEND_OPP_PATH
+"$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"
+"$python" -W ignore tests/npu/table.py 2>&1 | grep -vE 'ASCEND_HOME_PATH|data_ptr\(\) is null|falling back to its reference'

@@ -1,0 +1,260 @@
+"""What CANN's documentation says each operator does, as CPU bodies: the slow, plain reading of it, with the limits it states.
+
+Written from op-plugin's docs/zh/custom_APIs and CANN's aclnn pages, not from kernels/npu.py: what that file believes of an
+operator (order of places, meaning of a mask, a label, a group's end) is right only if both readings agree. Sums run in fp32,
+results have the documented dtypes. A call outside the documented limits fails here.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
+    """sortedIndices = argsort(argsort(indices)); permuted[sortedIndices[i]] = tokens[i // topK]"""
+    assert not num_out_tokens and not padded_mode and tokens.numel()
+    assert tokens.ndim == 2 and indices.ndim == 2 and indices.dtype in (torch.int32, torch.int64)
+    assert indices.shape[1] <= 512
+    place = indices.flatten().argsort(stable=True).argsort(stable=True)
+    permuted = torch.empty(len(place), tokens.shape[1], dtype=tokens.dtype)
+    for i, row in enumerate(place.tolist()):
+        permuted[row] = tokens[i // indices.shape[1]]
+    return permuted, place.to(torch.int32)
+
+
+def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices, padded_mode=False):
+    """The operator below takes the gradient, sortedIndices and topK alone: of tokens and indices only shape and dtype."""
+    assert not padded_mode and sorted_indices.dtype == torch.int32 and grad_permuted_tokens.numel()
+    top_k = indices.shape[1]
+    grad = torch.zeros(tokens.shape, dtype=torch.float32)
+    for i, row in enumerate(sorted_indices.tolist()):
+        grad[i // top_k] += grad_permuted_tokens[row].float()
+    return grad.to(tokens.dtype)
+
+
+def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
+    """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]"""
+    assert probs is not None and probs.ndim == 2 and not padded_mode and sorted_indices.dtype == torch.int32
+    out = torch.zeros(probs.shape[0], permuted_tokens.shape[1], dtype=torch.float32)
+    for i in range(probs.shape[0]):
+        for j in range(probs.shape[1]):
+            out[i] += permuted_tokens[sorted_indices[i * probs.shape[1] + j]].float() * probs[i, j].float()
+    return out.to(permuted_tokens.dtype)
+
+
+def moe_token_unpermute_grad(
+    permuted_tokens, grad_unpermuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
+):
+    assert probs is not None and not padded_mode and sorted_indices.dtype == torch.int32
+    grad_rows, grad_probs = torch.empty_like(permuted_tokens), torch.empty_like(probs)
+    for i in range(probs.shape[0]):
+        for j in range(probs.shape[1]):
+            row, grad = sorted_indices[i * probs.shape[1] + j], grad_unpermuted_tokens[i].float()
+            grad_rows[row] = grad * probs[i, j].float()
+            grad_probs[i, j] = grad @ permuted_tokens[row].float()
+    return grad_rows, grad_probs
+
+
+def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None, group_list_type=0, **others):
+    """group_type 0: rows in groups, y_i = x_i @ weight_i. 2: the inner axis in groups, x transposed, y [groups, m, n]."""
+    assert not any(v for v in others.values()) and split_item in (2, 3) and group_list_type == 0
+    assert len(x) == len(weight) == 1 and group_list.ndim == 1 and group_list.dtype == torch.int64
+    x, weight, ends = x[0], weight[0], [0, *group_list.tolist()]
+    assert x.ndim == 2 and x.dtype == weight.dtype and all(a <= b for a, b in pairwise(ends))
+    if group_type == 0:
+        assert weight.ndim == 3 and len(weight) == len(group_list) and ends[-1] == x.shape[0] and x.is_contiguous()
+        assert weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
+        parts = [x[a:b].float() @ w.float() for (a, b), w in zip(pairwise(ends), weight, strict=True)]
+        return [torch.cat(parts).to(x.dtype)]
+    assert group_type == 2 and weight.ndim == 2 and x.T.is_contiguous() and weight.is_contiguous()
+    assert ends[-1] == x.shape[1] == weight.shape[0]
+    return [torch.stack([x[:, a:b].float() @ weight[a:b].float() for a, b in pairwise(ends)]).to(x.dtype)]
+
+
+def swiglu(x, dim=-1):
+    """A * sigmoid(A) * B, A the first half. Neither strided nor empty tensors."""
+    assert x.is_contiguous() and x.numel()
+    a, b = x.float().chunk(2, dim)
+    return (a * torch.sigmoid(a) * b).to(x.dtype)
+
+
+def swiglu_backward(grad_output, x, dim=-1):
+    assert x.is_contiguous() and grad_output.is_contiguous() and x.numel()
+    a, b = x.float().chunk(2, dim)
+    s, grad = torch.sigmoid(a), grad_output.float()
+    return torch.cat([grad * b * (s + a * s * (1 - s)), grad * a * s], dim).to(x.dtype)
+
+
+def rms_norm(x, gamma, epsilon=1e-6):
+    """x / Rms(x) * g, and 1 / Rms(x) in fp32 with ones for the normed axes"""
+    assert gamma.dtype == x.dtype or (x.dtype in HALF and gamma.dtype == torch.float32)
+    rstd = 1 / torch.sqrt((x.float() ** 2).mean(-1, keepdim=True) + epsilon)
+    return (x.float() * rstd * gamma.float()).to(x.dtype), rstd
+
+
+def gemma_rms_norm(x, gamma, epsilon=1e-6):
+    """x / Rms(x) * (1 + g), g of x's dtype"""
+    assert gamma.dtype == x.dtype
+    y, rstd = rms_norm(x.float(), gamma.float() + 1, epsilon)
+    return y.to(x.dtype), rstd
+
+
+def rms_norm_backward(dy, x, gamma, rstd):
+    """dx and dgamma, the second in fp32 whatever the inputs"""
+    assert (
+        gamma.dtype == x.dtype or (x.dtype in HALF and gamma.dtype == torch.float32)
+    ) and rstd.dtype == torch.float32
+    assert dy.dtype == x.dtype
+    x_hat, scaled = x.float() * rstd, dy.float() * gamma.float()
+    dx = rstd * (scaled - x_hat * (scaled * x_hat).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (dy.float() * x_hat).flatten(0, -2).sum(0)
+
+
+def rotary_mul(x, r1, r2, rotary_mode="half", rotate=None):
+    """x * cos + (-x2, x1) * sin. BSND with cos and sin 1S1D; they are cast to x's dtype first; D even and below 896."""
+    assert rotary_mode == "half" and rotate is None and x.ndim == 4 and r1.shape == r2.shape
+    assert r1.shape == (1, x.shape[1], 1, x.shape[3]) and x.shape[3] % 2 == 0 and x.shape[3] < 896
+    assert x.shape[0] < 1000 and x.shape[2] < 1000
+    cos, sin = r1.to(x.dtype).float(), r2.to(x.dtype).float()
+    x1, x2 = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-x2, x1], -1) * sin).to(x.dtype)
+
+
+def _scores(query, key, scale, atten_mask, ends, sparse_mode):
+    """Of each sequence its slice and [N, Sq, Skv]; query heads share the KV heads in equal, consecutive parts."""
+    assert query.dtype == key.dtype and 0 < len(ends) <= 1024 and ends[-1] == len(query) == len(key)
+    if sparse_mode == 3:  # right-down causal, from the compressed 2048 x 2048 mask, in which True hides
+        assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    else:
+        assert sparse_mode == 0 and atten_mask is None  # without a mask: everything
+    for a, b in pairwise([0, *ends]):
+        keys = key[a:b].float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = torch.einsum("qnd,knd->nqk", query[a:b].float(), keys) * scale
+        if sparse_mode == 3:
+            scores = scores.masked_fill(torch.ones(b - a, b - a, dtype=torch.bool).triu(1), -torch.inf)
+        yield slice(a, b), keys, scores
+
+
+def fusion_attention(
+    query,
+    key,
+    value,
+    head_num,
+    input_layout,
+    pse=None,
+    padding_mask=None,
+    atten_mask=None,
+    scale=1.0,
+    keep_prob=1.0,
+    pre_tockens=2147483647,
+    next_tockens=2147483647,
+    inner_precise=0,
+    prefix=None,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    *others,
+):
+    """TND: softmax(mask(scale q k^T)) v per sequence; the maxima and sums of the softmax, 8 times each, for the backward."""
+    assert pse is padding_mask is prefix is None and keep_prob == 1
+    assert input_layout == "TND" and head_num == query.shape[1] and actual_seq_qlen == actual_seq_kvlen
+    out = torch.empty(*query.shape[:2], value.shape[2], dtype=query.dtype)
+    softmax_max = torch.empty(*query.shape[:2], 8)
+    softmax_sum = torch.empty_like(softmax_max)
+    for part, _, scores in _scores(query, key, scale, atten_mask, actual_seq_qlen, sparse_mode):
+        values = value[part].float().repeat_interleave(query.shape[1] // value.shape[1], 1)
+        highest = scores.amax(-1, keepdim=True)
+        weights = (scores - highest).exp()
+        total = weights.sum(-1, keepdim=True)
+        out[part] = torch.einsum("nqk,knd->qnd", weights / total, values).to(query.dtype)
+        softmax_max[part], softmax_sum[part] = highest.transpose(0, 1), total.transpose(0, 1)
+    return out, softmax_max, softmax_sum, torch.empty(0), 0, 0, 0
+
+
+def fusion_attention_grad(
+    query,
+    key,
+    value,
+    dy,
+    head_num,
+    input_layout,
+    *,
+    atten_mask=None,
+    softmax_max=None,
+    softmax_sum=None,
+    attention_in=None,
+    scale_value=1.0,
+    actual_seq_qlen=None,
+    actual_seq_kvlen=None,
+    sparse_mode=0,
+    **others,
+):
+    assert others.get("pse") is None and others.get("keep_prob", 1.0) == 1
+    assert input_layout == "TND" and head_num == query.shape[1] and actual_seq_qlen == actual_seq_kvlen
+    grads = [torch.empty_like(x) for x in (query, key, value)]
+    group = query.shape[1] // key.shape[1]
+    for part, keys, scores in _scores(query, key, scale_value, atten_mask, actual_seq_qlen, sparse_mode):
+        highest, total = (x[part, :, :1].transpose(0, 1) for x in (softmax_max, softmax_sum))
+        p = (scores - highest).exp() / total  # [N, Sq, Skv]
+        grad, out = dy[part].float(), attention_in[part].float()
+        dp = torch.einsum("qnd,knd->nqk", grad, value[part].float().repeat_interleave(group, 1))
+        ds = p * (dp - (grad * out).sum(-1).T[..., None]) * scale_value
+        grads[0][part] = torch.einsum("nqk,knd->qnd", ds, keys).to(query.dtype)
+        of_key = torch.einsum("nqk,qnd->knd", ds, query[part].float())
+        of_value = torch.einsum("nqk,qnd->knd", p, grad)
+        for to, shared in ((grads[1], of_key), (grads[2], of_value)):
+            to[part] = shared.unflatten(1, (-1, group)).sum(2).to(query.dtype)
+    return *grads, torch.empty(0), torch.empty(0)
+
+
+def cross_entropy_loss(x, target, weight=None, reduction="mean", ignore_index=-100, *others):
+    """loss of x's dtype and logProb = x - lse. An ignore_index below 0 ignores nothing: targets must be in [0, C)."""
+    assert weight is None and reduction == "none" and not any(others) and 0 < len(x) <= 200_000
+    assert ignore_index < 0 and target.dtype == torch.int64 and bool(((target >= 0) & (target < x.shape[1])).all())
+    log_prob = x.float().log_softmax(-1).to(x.dtype)
+    return -log_prob.gather(1, target[:, None])[:, 0], log_prob, torch.empty(0), torch.empty(0)
+
+
+def cross_entropy_loss_backward(
+    grad_loss, log_prob, target, weight=None, grad_zloss=None, lse_for_zloss=None, reduction="mean", *others
+):
+    assert weight is grad_zloss is lse_for_zloss is None and reduction == "none"
+    grad = log_prob.float().exp()
+    grad[torch.arange(len(target)), target] -= 1
+    return (grad_loss[:, None].float() * grad).to(log_prob.dtype)
+
+
+BODIES = {
+    "npu_moe_token_permute": moe_token_permute,
+    "npu_moe_token_permute_grad": moe_token_permute_grad,
+    "npu_moe_token_unpermute": moe_token_unpermute,
+    "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
+    "npu_grouped_matmul": grouped_matmul,
+    "npu_swiglu": swiglu,
+    "npu_swiglu_backward": swiglu_backward,
+    "npu_rms_norm": rms_norm,
+    "npu_gemma_rms_norm": gemma_rms_norm,
+    "npu_rms_norm_backward": rms_norm_backward,
+    "npu_rotary_mul": rotary_mul,
+    "npu_fusion_attention": fusion_attention,
+    "npu_fusion_attention_grad": fusion_attention_grad,
+    "npu_cross_entropy_loss": cross_entropy_loss,
+    "npu_cross_entropy_loss_backward": cross_entropy_loss_backward,
+}
+
+
+def install() -> torch.library.Library:
+    """The bodies under torch's dispatch key for CPU tensors, as long as what is returned lives."""
+    library = torch.library.Library("npu", "IMPL")
+    for name, body in BODIES.items():
+        library.impl(name, body, "CPU")
+    return library
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference, relative."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))

@@ -1,0 +1,250 @@
+"""Rung 3, numbers: the NPU's ops on CPU tensors, each operator with the body that CANN documents, equal reference.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bodies import error, install
+
+import kernels
+from kernels import fused, npu, reference
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def documented_bodies():
+    library = install()
+    yield
+    library._destroy()
+
+
+def cu(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def compare(op: str, inputs: list, *rest, dtype=torch.float32, tolerance=2e-5) -> None:
+    """The NPU's op in `dtype` against the reference in fp64 on the same inputs: outputs and the gradient of each input."""
+    ours_in = [x.to(dtype).requires_grad_() for x in inputs]
+    exact_in = [x.detach().double().requires_grad_() for x in ours_in]
+    ours, exact = getattr(fused, op)(*ours_in, *rest), getattr(reference, op)(*exact_in, *rest)
+    ours, exact = ((x,) if isinstance(x, torch.Tensor) else x for x in (ours, exact))
+    probes = [torch.randn_like(y) for y in exact]
+    sum((y.double() * p).sum() for y, p in zip(ours, probes, strict=True)).backward()
+    sum((y * p).sum() for y, p in zip(exact, probes, strict=True)).backward()
+    for y, z in zip(ours, exact, strict=True):
+        assert y.dtype == dtype and y.shape == z.shape and error(y, z) <= tolerance, (op, error(y, z))
+    for i, (x, z) in enumerate(zip(ours_in, exact_in, strict=True)):
+        assert x.grad.dtype == dtype and error(x.grad, z.grad) <= tolerance, (op, i, error(x.grad, z.grad))
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [[2], [65], [1, 1, 64, 3, 0, 130, 1]], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_varlen_attention(lengths, causal, dtype, tolerance):
+    T = sum(lengths)
+    inputs = [torch.randn(T, 4, 8), torch.randn(T, 2, 8), torch.randn(T, 2, 8)]
+    compare("varlen_attention", inputs, cu(lengths), causal, 0.3, dtype=dtype, tolerance=tolerance)
+
+
+def test_more_sequences_than_the_fused_attention_takes():
+    lengths = [2] * (fused.SEQUENCES + 5)
+    q, k, v = (torch.randn(sum(lengths), 1, 4) for _ in range(3))
+    out = fused.varlen_attention(q, k, v, cu(lengths), False, 0.5)
+    assert error(out, reference.varlen_attention(q, k, v, cu(lengths), False, 0.5)) <= 1e-5
+
+
+def test_attention_without_tokens():
+    q = torch.randn(0, 4, 8)
+    assert fused.varlen_attention(q, q, q, cu([]), True, 0.3).shape == (0, 4, 8)
+
+
+@DTYPES
+def test_norms_rotary_and_swiglu(dtype, tolerance):
+    how = {"dtype": dtype, "tolerance": tolerance}
+    compare("rms_norm", [torch.randn(5, 7, 32), torch.randn(32)], 1e-6, **how)
+    compare("rms_norm_gated", [torch.randn(5, 32), torch.randn(5, 32), torch.randn(32)], 1e-6, **how)
+    angle = torch.randn(9, 4)
+    compare("apply_rotary", [torch.randn(9, 4, 32), torch.randn(9, 2, 32)], angle.cos(), angle.sin(), **how)
+    compare(
+        "apply_rotary", [torch.randn(9, 4, 8), torch.randn(9, 2, 8)], angle.cos(), angle.sin(), **how
+    )  # the whole head
+    compare("swiglu", [torch.randn(9, 48)], **how)
+
+
+def test_norms_with_fp32_weights_and_bf16_tokens():
+    """What is held out of the bf16 groups: the weight keeps its precision, and its gradient its dtype."""
+    x, gate, weight = torch.randn(7, 32), torch.randn(7, 32), torch.randn(32)
+    for op, inputs in (("rms_norm", [x]), ("rms_norm_gated", [x, gate])):
+        ours = [t.bfloat16().requires_grad_() for t in inputs] + [weight.clone().requires_grad_()]
+        exact = [t.detach().double().requires_grad_() for t in ours]
+        y, z = getattr(fused, op)(*ours, 1e-6), getattr(reference, op)(*exact, 1e-6)
+        y.float().square().sum().backward()
+        z.square().sum().backward()
+        assert y.dtype == torch.bfloat16 and ours[-1].grad.dtype == torch.float32
+        for a, b in zip(ours, exact, strict=True):
+            assert error(a.grad, b.grad) <= 2e-2, op
+
+
+def choices(tokens: int, experts: int = 8, top_k: int = 2) -> torch.Tensor:
+    ids = torch.rand(tokens, experts - 2).topk(top_k).indices
+    ids[ids == 3] = experts - 1  # expert 3 idles, and so does one before the last
+    return ids
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 63, 100])
+def test_primitives_of_the_experts(tokens, dtype, tolerance):
+    """Each of them against its definition, forward and backward."""
+    ids = choices(tokens)
+    x = torch.randn(tokens, 16).to(dtype)
+    rows, place, ends = npu.permute(x, ids, 8)
+    slots = ids.flatten()
+    assert place.dtype == torch.int32 and ends.dtype == torch.int64 and len(place.unique()) == 2 * tokens
+    assert ends.tolist() == [int((slots <= e).sum()) for e in range(8)]
+    of_row = torch.empty_like(slots)
+    of_row[place.long()] = slots
+    assert bool((of_row.diff() >= 0).all())  # by expert
+    assert torch.equal(rows[place.long()], x.repeat_interleave(2, 0))
+
+    weights, grad = torch.rand(tokens, 2), torch.randn(tokens, 16).to(dtype)
+    back = npu.unpermute(rows, place, weights)
+    assert error(back, (x.double() * weights.sum(1, keepdim=True))) <= tolerance
+    grad_rows, grad_weights = npu.unpermute_backward(grad, rows, place, weights)
+    by_slot = grad_rows[place.long()].double().view(tokens, 2, 16)
+    assert error(by_slot, weights[..., None].double() * grad[:, None].double()) <= tolerance
+    assert grad_weights.dtype == weights.dtype
+    assert error(grad_weights, (grad.double() * x.double()).sum(-1, keepdim=True).expand(-1, 2)) <= tolerance
+    assert error(npu.permute_backward(grad_rows, place, 2), by_slot.sum(1)) <= tolerance
+
+    for weight in (torch.randn(8, 16, 12).to(dtype), torch.randn(8, 12, 16).to(dtype).transpose(1, 2)):
+        y = npu.grouped_matmul(rows, weight, ends)
+        exact = torch.stack([r.double() @ weight[e].double() for r, e in zip(rows, of_row, strict=True)])
+        assert y.dtype == dtype and error(y, exact) <= tolerance
+    other = torch.randn(2 * tokens, 12).to(dtype)
+    exact = torch.zeros(8, 16, 12, dtype=torch.float64)
+    for r, o, e in zip(rows, other, of_row, strict=True):
+        exact[e] += r.double()[:, None] * o.double()
+    found = npu.grouped_weight_grad(rows, other, ends)
+    assert found.dtype == dtype and error(found, exact) <= tolerance and not found[3].any()
+
+
+def test_primitives_of_the_experts_without_tokens():
+    rows, place, ends = npu.permute(torch.randn(0, 16), torch.zeros(0, 2, dtype=torch.long), 8)
+    assert rows.shape == (0, 16) and place.shape == (0,) and ends.tolist() == [0] * 8
+    assert npu.permute_backward(rows, place, 2).shape == npu.unpermute(rows, place, torch.zeros(0, 2)).shape == (0, 16)
+    grads = npu.unpermute_backward(torch.randn(0, 16), rows, place, torch.zeros(0, 2))
+    assert [g.shape for g in grads] == [(0, 16), (0, 2)]
+    assert npu.grouped_matmul(rows, torch.randn(8, 16, 12), ends).shape == (0, 12)
+    assert not npu.grouped_weight_grad(rows, torch.randn(0, 12), ends).any()
+    assert npu.swiglu(torch.randn(0, 12)).shape == (0, 6) and npu.swiglu_backward(rows[:, :6], rows[:, :12]).shape == (
+        0,
+        12,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [0, 1, 63])
+def test_moe_experts(tokens, dtype, tolerance):
+    ids, weights = choices(tokens), torch.rand(tokens, 2)
+    inputs = [torch.randn(tokens, 16), weights, torch.randn(8, 48, 16), torch.randn(8, 16, 24)]
+    ours = [t.to(dtype).requires_grad_() for t in inputs]
+    exact = [t.detach().double().requires_grad_() for t in ours]
+
+    def run(module, x, weights, gate_up, down):
+        return module.moe_experts(x, ids, weights, gate_up, down)
+
+    y, z = run(fused, *ours), run(reference, *exact)
+    z = z if tokens else torch.zeros(0, 16, dtype=torch.float64)
+    probe = torch.randn_like(z)
+    (y.double() * probe).sum().backward()
+    assert y.dtype == dtype and error(y, z) <= tolerance
+    if tokens:
+        (z * probe).sum().backward()
+        for a, b in zip(ours, exact, strict=True):
+            assert a.grad.dtype == dtype and error(a.grad, b.grad) <= tolerance
+    assert not ours[2].grad[3].any() and not ours[3].grad[6].any()
+
+
+@pytest.mark.parametrize("chunk", [1 << 27, 1], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("told", [False, True], ids=["", "told what is trained"])
+def test_linear_cross_entropy(chunk, told, monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", chunk)
+    labels = torch.randint(0, 50, (100,))
+    labels[::3] = -100
+    weights = torch.rand(100)  # of what is not trained too: it must count nowhere
+    mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    trained = (labels >= 0).nonzero()[:, 0] if told else None
+    loss, token_loss = fused.linear_cross_entropy(*mine, labels, weights, trained)
+    truth, token_truth = reference.linear_cross_entropy(*exact, labels, weights.double())
+    (loss * 3).backward()
+    (truth * 3).backward()
+    assert loss.dtype == torch.float32 and not token_loss.requires_grad
+    assert error(loss, truth) <= 1e-6 and error(token_loss, token_truth) <= 1e-6
+    for a, b in zip(mine, exact, strict=True):
+        assert error(a.grad, b.grad) <= 1e-6
+
+
+def test_linear_cross_entropy_where_only_one_side_is_trained():
+    labels, weights = torch.randint(0, 50, (20,)), torch.ones(20)
+    for trained in (0, 1):
+        leaves = [torch.randn(20, 16), torch.randn(50, 16)]
+        leaves[trained].requires_grad_()
+        fused.linear_cross_entropy(*leaves, labels, weights)[0].backward()
+        assert leaves[trained].grad.any() and leaves[1 - trained].grad is None
+    with torch.no_grad():
+        assert fused.linear_cross_entropy(torch.randn(0, 16), torch.randn(50, 16), labels[:0], weights[:0])[0] == 0
+
+
+def test_linear_cross_entropy_in_bf16_stays_near_fp32():
+    labels = torch.randint(0, 300, (64,))
+    mine = [torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(300, 32).bfloat16().requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in mine]
+    loss, _ = fused.linear_cross_entropy(*mine, labels, torch.ones(64) / 64)
+    truth, _ = reference.linear_cross_entropy(*exact, labels, torch.ones(64) / 64)
+    loss.backward()
+    truth.backward()
+    assert error(loss, truth) <= 5e-3
+    for a, b in zip(mine, exact, strict=True):
+        assert a.grad.dtype == torch.bfloat16 and error(a.grad, b.grad) <= 2e-2
+
+
+def test_what_fla_is_handed(monkeypatch):
+    """fla's own kernels need a device: here, that it gets one batch, the lengths that it asks for, l2 norms inside."""
+    given = []
+
+    def stand_in(*args, **kwargs):
+        given.append((args, kwargs))
+        return args[2] if len(args) == 5 else args[0], None
+
+    import sys
+
+    modules = {
+        "fla": SimpleNamespace(),
+        "fla.modules": SimpleNamespace(),
+        "fla.ops": SimpleNamespace(),
+        "fla.modules.causal_conv1d": SimpleNamespace(causal_conv1d=stand_in),
+        "fla.ops.gated_delta_rule": SimpleNamespace(chunk_gated_delta_rule=stand_in),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    chosen = kernels.select("npu")
+    monkeypatch.delitem(sys.modules, "kernels.fla")  # for the next who asks
+    q, k, v, g, beta = (
+        torch.randn(9, 2, 8),
+        torch.randn(9, 2, 8),
+        torch.randn(9, 4, 8),
+        -torch.rand(9, 4),
+        torch.rand(9, 4),
+    )
+    assert torch.equal(chosen.chunk_gated_delta_rule(q, k, v, g, beta, cu([4, 0, 5])), v)
+    (args, kwargs), x = given.pop(), torch.randn(9, 6)
+    assert [tuple(a.shape) for a in args] == [(1, 9, 2, 8), (1, 9, 2, 8), (1, 9, 4, 8), (1, 9, 4), (1, 9, 4)]
+    assert kwargs.pop("use_qk_l2norm_in_kernel") is True
+    assert {n: t.tolist() for n, t in kwargs.items()} == {"cu_seqlens": [0, 4, 9], "cu_seqlens_cpu": [0, 4, 9]}
+    assert torch.equal(chosen.causal_conv1d(x, torch.randn(6, 4), cu([9])), x)
+    (args, kwargs) = given.pop()
+    assert args[0].shape == (1, 9, 6) and args[1].shape == (6, 4) and kwargs["activation"] == "silu"

@@ -1,0 +1,105 @@
+"""Rung 4, the whole step: model, loss, backward and AdamW on fake NPU tensors, every dispatched operator looked at."""
+
+import pytest
+import torch
+from steps import DEVICE, make_batch, our_step, peer_step, slice_config
+from table import layers
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from watch import SavedBytes, Watch, has_kernel
+
+import kernels
+from kernels.features import HAS_GROUPED_MM
+
+LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: filling each new tensor would be one more operator."""
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+@pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
+def test_a_step(moe, images, recompute):
+    """No host sync, no foreign device, no operator without a kernel; a gradient for every parameter on the device."""
+    config = slice_config(moe, LAYERS)
+    step = our_step(config, make_batch(config, 1024, images), recompute)
+    assert not step.wrong
+    called = {func.name().partition("::")[2] for func, _, _ in step.calls}
+    wanted = {
+        "npu_gemma_rms_norm",
+        "npu_rms_norm",
+        "npu_rotary_mul",
+        "npu_fusion_attention",
+        "npu_cross_entropy_loss",
+        "npu_swiglu",
+    }
+    wanted |= {"npu_rms_norm_backward", "npu_fusion_attention_grad", "npu_swiglu_backward"}
+    if moe:
+        wanted |= {"npu_moe_token_permute", "npu_grouped_matmul", "npu_moe_token_permute_grad"}
+    assert wanted <= called
+    # the shapes of the operators do not depend on what the batch holds
+    assert step.optimizer.ops["aten::_fused_adamw_"] > 0
+
+
+def test_text_and_images_dispatch_the_same():
+    """The vision tower runs in every step: the same operators in the same number, so that ranks cannot differ."""
+    config = slice_config(True, LAYERS)
+    one, two = (our_step(config, make_batch(config, 1024, images)) for images in (False, True))
+    assert one.forward.ops == two.forward.ops and one.backward.ops == two.backward.ops
+
+
+def test_a_layer_against_transformers():
+    """Ceilings over what was measured; table.py prints the figures."""
+    for moe in (True, False):
+        if moe and not HAS_GROUPED_MM:
+            with pytest.raises(
+                DataDependentOutputException
+            ):  # there transformers asks the device for each expert's rows
+                layers(peer_step, moe)
+            continue
+        ours, theirs = layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe), layers(peer_step, moe)
+        gdn, attention = "linear_attention", "full_attention"
+        for kind, of_ops, of_bytes in ((gdn, 0.12, 0.25), (attention, 0.65, 0.65)):
+            launched, saved = sum(ours[kind].launched), ours[kind].saved
+            assert 0 < launched <= of_ops * sum(theirs[kind].launched), (moe, kind, launched)
+            assert 0 < saved <= of_bytes * theirs[kind].saved, (moe, kind, saved)
+
+
+# ── That all of this can fail ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_watch_sees_what_must_not_be():
+    with FakeTensorMode(), Watch() as watch:
+        x = torch.ones(4, 4, device=DEVICE)
+        x.add(1).view(16)
+        assert not watch.record.wrong and watch.record.ops.total() == 3 and watch.record.launched == 2
+        x.cpu()
+        x[torch.tensor([0, 1])]
+        x.copy_(torch.ones(4, 4))  # to the device: allowed
+        torch.empty(2).copy_(x[0, :2])
+    found = "; ".join(watch.record.wrong)
+    assert len(watch.record.wrong) == 3
+    assert "aten::_to_copy copies [4, 4] to the host" in found and "aten::index.Tensor mixes npu with {'cpu'}" in found
+    assert "aten::copy_ copies [2] to the host" in found
+    assert not has_kernel(torch.ops.aten._cudnn_rnn.default) and has_kernel(torch.ops.aten.add.Tensor)
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.ones((), device=DEVICE).item()
+
+
+def test_the_native_loss_would_wait_for_the_device():
+    with FakeTensorMode():
+        hidden, weight = torch.ones(9, 4, device=DEVICE), torch.ones(20, 4, device=DEVICE)
+        labels = torch.zeros(9, dtype=torch.long, device=DEVICE)
+        with pytest.raises(DynamicOutputShapeException):
+            kernels.linear_cross_entropy(hidden, weight, labels, labels.float())
+
+
+def test_saved_bytes_are_counted_once():
+    weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
+    kept = SavedBytes([weight])
+    with kept:
+        y = (x @ weight).exp()  # keeps x, the weight, which does not count, and its result
+        (y.view(-1) * y.view(-1)).sum()  # the same result again
+    assert kept.total == 2 * 4 * 8 * 4

@@ -1,0 +1,238 @@
+"""A whole training step on fake NPU tensors: model, loss, backward, AdamW; and transformers' model in the same way.
+
+Shapes are those of slice S (hidden 1024, a real vocabulary), for fake tensors take no memory. Weights are bf16 as FSDP hands
+them to the layers, but for what it holds out in fp32; the optimizer is torch's own fused AdamW over these.
+
+The delta rule and the convolution are one operator each here, with a shape function and the tensors that fla-core 0.6 keeps:
+fla's kernels need its own triton. What they launch inside is not counted.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from watch import Record, SavedBytes, Watch
+
+import kernels.npu  # and with it, torch has the device
+from qwen35.batch import HOST_FIELDS, PackedBatch, derive
+from qwen35.loss import token_weights
+from qwen35.model import Qwen35, load_config
+from qwen35.parallel.fsdp import HELD_OUT
+
+DEVICE = "npu:0"
+
+
+# ── Stand-ins for fla ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.library.custom_op("ladder::delta_rule", mutates_args=())
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
+    raise NotImplementedError
+
+
+@_delta_rule.register_fake
+def _(q, k, v, g, beta):
+    T, heads = g.shape
+    norms = [q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2)]
+    return [torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), *norms, v.new_empty(T, heads, 64)]
+
+
+@torch.library.custom_op("ladder::delta_rule_backward", mutates_args=())
+def _delta_rule_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
+    raise NotImplementedError
+
+
+@_delta_rule_backward.register_fake
+def _(grad, q, k, v, g, beta):
+    return [torch.empty_like(x) for x in (q, k, v, g, beta)]
+
+
+@torch.library.custom_op("ladder::conv", mutates_args=())
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@_conv.register_fake
+def _(x, weight):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("ladder::conv_backward", mutates_args=())
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    raise NotImplementedError
+
+
+@_conv_backward.register_fake
+def _(grad, x, weight):
+    return [torch.empty_like(x), torch.empty_like(weight)]
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta):
+        out, *kept = torch.ops.ladder.delta_rule(q, k, v, g, beta)
+        ctx.save_for_backward(v, g, beta, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, g, beta, q, k, *_ = ctx.saved_tensors
+        return tuple(torch.ops.ladder.delta_rule_backward(grad, q, k, v, g, beta))
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.ladder.conv(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.ops.ladder.conv_backward(grad, *ctx.saved_tensors))
+
+
+def npu_kernels() -> kernels.Kernels:
+    """The NPU's set, with the stand-ins where fla would be."""
+    chosen = kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
+    return dataclasses.replace(
+        chosen,
+        chunk_gated_delta_rule=lambda q, k, v, g, beta, cu_seqlens: _DeltaRule.apply(q, k, v, g, beta),
+        causal_conv1d=lambda x, weight, cu_seqlens: _Conv.apply(x, weight),
+    )
+
+
+# ── Our step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SLICE = {  # over the small config of tests/peer.py
+    "vocab_size": 248_320,
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+EXPERTS = {
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+
+def slice_config(moe: bool, layer_types: list[str]) -> dict:
+    from peer import config_dict
+
+    text = SLICE | (EXPERTS if moe else {"intermediate_size": 3584})
+    config = config_dict(moe=moe, **text, layer_types=layer_types, num_hidden_layers=len(layer_types))
+    config["text_config"]["rope_parameters"]["mrope_section"] = [11, 11, 10]
+    config["vision_config"] |= {"out_hidden_size": 1024, "hidden_size": 144}  # heads of 72, as the models have
+    return config
+
+
+def make_batch(config: dict, tokens: int, images: bool) -> PackedBatch:
+    """Two sequences and a pad tail of `tokens` in all, made on the host as the collator does."""
+    from peer import pack, sample
+
+    first = sample([100, (16, 24), 57] if images else [200])
+    second = sample([(8, 8), 300, (4, 12, 8)] if images else [333], seed=1)
+    tail = sample([tokens - len(first.input_ids) - len(second.input_ids)], seed=2)
+    tail = dataclasses.replace(tail, labels=torch.full_like(tail.labels, -100))
+    batch = pack([first, second, tail])
+    trained = (batch.labels != -100).nonzero()[:, 0]
+    batch = dataclasses.replace(batch, is_pad=torch.arange(tokens) >= tokens - len(tail.input_ids), trained=trained)
+    return derive(batch, load_config(config).vision_spec)
+
+
+@dataclasses.dataclass
+class Step:
+    forward: Record
+    backward: Record
+    optimizer: Record
+    saved: int  # bytes for backward
+    calls: list
+    model: Qwen35 | torch.nn.Module
+
+    @property
+    def wrong(self) -> list[str]:
+        return [*self.forward.wrong, *self.backward.wrong, *self.optimizer.wrong]
+
+
+def _fake(record, mode: FakeTensorMode):
+    """The batch as fake CPU tensors; what the host reads (cu_seqlens, grid_thw) keeps its values."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    for name, value in fields.items():
+        if dataclasses.is_dataclass(value):
+            fields[name] = _fake(value, mode)
+        elif isinstance(value, Tensor) and name not in HOST_FIELDS:
+            fields[name] = mode.from_tensor(value)
+    return dataclasses.replace(record, **fields)
+
+
+def our_step(config: dict, batch: PackedBatch, recompute: bool = False) -> Step:
+    weights = token_weights(batch, "default")
+    with FakeTensorMode() as mode, torch.device(DEVICE):
+        batch, weights = _fake(batch, mode), mode.from_tensor(weights)
+        model = Qwen35(load_config(config), kernels=npu_kernels())
+        _to_bf16(model, HELD_OUT)
+        model.model.language_model.recompute = recompute
+
+        def loss() -> Tensor:
+            there = batch.to(DEVICE)
+            there = dataclasses.replace(there, pixel_values=there.pixel_values.bfloat16())
+            loss, aux, _ = model.loss(there, weights.to(DEVICE, non_blocking=True))
+            return loss + 0.001 * aux
+
+        return _run(model, loss)
+
+
+def _to_bf16(model: torch.nn.Module, but: tuple[str, ...] = ()) -> None:
+    for name, parameter in model.named_parameters():
+        if not name.endswith(but):
+            parameter.data = parameter.data.bfloat16()
+
+
+def _run(model: torch.nn.Module, loss) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    kept = SavedBytes(model.parameters())
+    with kept:  # in a run of its own, for it adds operators
+        loss()
+    with Watch() as forward:
+        value = loss()
+    with Watch() as backward:
+        value.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without, f"no gradient: {without}"
+    for name, p in model.named_parameters():
+        assert p.grad.shape == p.shape and p.grad.dtype == p.dtype and p.grad.device == p.device, name
+    optimizer.step()  # the first makes its state
+    with Watch() as update:
+        optimizer.step()
+    return Step(forward.record, backward.record, update.record, kept.total, forward.calls + backward.calls, model)
+
+
+# ── transformers' step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def peer_step(config: dict, tokens: int) -> Step:
+    """transformers' own text model on one sequence: sdpa, grouped_mm experts, its torch delta rule."""
+    from transformers.models import qwen3_5, qwen3_5_moe
+
+    moe = config["model_type"] == "qwen3_5_moe"
+    if moe:
+        peer_config = qwen3_5_moe.Qwen3_5MoeTextConfig(**config["text_config"], experts_implementation="grouped_mm")
+        make = qwen3_5_moe.Qwen3_5MoeTextModel
+    else:
+        peer_config, make = qwen3_5.Qwen3_5TextConfig(**config["text_config"]), qwen3_5.Qwen3_5TextModel
+    peer_config._attn_implementation = "sdpa"
+    with FakeTensorMode(), torch.device(DEVICE):
+        model = make(peer_config)
+        _to_bf16(model)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=DEVICE)
+        positions = torch.arange(tokens, device=DEVICE).expand(3, 1, -1)
+        return _run(
+            model, lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum()
+        )

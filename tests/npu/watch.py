@@ -1,0 +1,109 @@
+"""What a step does on a device that is not there: every operator that is dispatched, and what must not be among them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# the host waits for the device in these, whatever the values
+SYNCS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "aten::repeat_interleave.Tensor",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::bincount",
+}
+COPIES = {"aten::_to_copy", "aten::copy_", "aten::copy"}  # the operators in which two devices may meet
+KEYS = (
+    "PrivateUse1",
+    "CompositeExplicitAutograd",
+    "CompositeExplicitAutogradNonFunctional",
+    "CompositeImplicitAutograd",
+)
+
+
+@dataclass
+class Record:
+    ops: Counter = field(default_factory=Counter)
+    views: int = 0  # of the ops: those that start nothing on the device
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def launched(self) -> int:
+        return self.ops.total() - self.views
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operators on NPU tensors, and notes host syncs, foreign devices and operators without a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = Record()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple, dict]] = []  # torch_npu's own
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if func.namespace != "prim" and any(
+            x.device.type == "npu" for x in (*leaves, *made)
+        ):  # prim: fake tensors' own
+            self._note(func, leaves, made, args, kwargs)
+            if func.namespace == "npu":
+                self.calls.append((func, args, kwargs))
+        return out
+
+    def _note(self, func, leaves, made, args, kwargs) -> None:
+        record, name = self.record, func.name()
+        record.ops[name] += 1
+        record.views += func.is_view
+        foreign = {x.device.type for x in leaves if x.device.type != "npu" and x.ndim} - {"npu"}
+        if name in SYNCS:
+            record.wrong.append(f"{name} waits for the device")
+        if name in COPIES:
+            source = args[1] if name != "aten::_to_copy" else args[0]
+            to = made[0].device.type
+            if source.device.type == "npu" and to != "npu":
+                record.wrong.append(f"{name} copies {list(source.shape)} to the host")
+        elif foreign or any(x.device.type != "npu" for x in made):
+            record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
+        if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            record.wrong.append("aten::index.Tensor with a mask waits for the device")
+        if func.namespace in ("aten", "npu") and not has_kernel(func):
+            record.wrong.append(f"{name} has no kernel for the device")
+
+
+def has_kernel(func: torch._ops.OpOverload) -> bool:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has(func.name(), key) for key in KEYS)
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that autograd keeps for backward, each once, without those of `parameters`."""
+
+    def __init__(self, parameters) -> None:
+        self.known = {id(_storage(p)): _storage(p) for p in parameters}
+        self.skip = set(self.known)
+        super().__init__(self._pack, lambda x: x)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        storage = _storage(x)
+        self.known[id(storage)] = storage
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(s.nbytes() for i, s in self.known.items() if i not in self.skip)
+
+
+def _storage(x: Tensor):
+    return x.untyped_storage()

@@ -53,18 +53,26 @@ def chunk_gated_delta_rule_and_state(
 
 @dataclass(frozen=True)
 class Step:
-    """The i-th chunk of those sequences of a group that have one."""
+    """The i-th chunk of those sequences of a group that have one. On the inputs' device, made on the host without a sync."""
 
-    tokens: Tensor  # [n * C] tokens of the n chunks; where a chunk is not full, any
-    real: Tensor | None  # [n, C] bool, which of them are there; None: all
+    tokens: Tensor  # [n * C] tokens of the n chunks; where a chunk is not full, the last one again
+    real: Tensor | None = None  # [n, C] bool, which of the places hold a token of their own; None: all
+    places: Tensor | None = None  # those that do, counted from 0 to n * C
 
     @property
     def count(self) -> int:
         return len(self.tokens) // CHUNK
 
+    @staticmethod
+    def of(tokens: Tensor, real: Tensor, device: torch.device) -> "Step":
+        tokens, places = tokens.flatten().to(device, non_blocking=True), real.flatten().nonzero().squeeze(1)
+        if len(places) == len(tokens):
+            return Step(tokens)
+        return Step(tokens, real.to(device, non_blocking=True), places.to(device, non_blocking=True))
 
-def groups(cu_seqlens: Tensor, size: int) -> Iterator[tuple[Tensor, list[Step]]]:
-    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps; on the CPU."""
+
+def groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, list[Step]]]:
+    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
     place = torch.arange(CHUNK)
@@ -76,9 +84,8 @@ def groups(cu_seqlens: Tensor, size: int) -> Iterator[tuple[Tensor, list[Step]]]
         for first in range(0, int(length[0]), CHUNK):
             active = int((length > first).sum())
             offset = first + place  # [C]
-            real = offset < length[:active]  # [n, C]
             tokens = start[:active] + torch.minimum(offset, length[:active] - 1)
-            steps.append(Step(tokens.flatten(), None if bool(real.all()) else real))
+            steps.append(Step.of(tokens, offset < length[:active], device))
         yield members, steps
 
 
@@ -118,21 +125,19 @@ class _Chunk:
 
     def gather(self, x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """[T, H, D] -> [n * H, C, D]"""
-        rows = x.index_select(0, self.step.tokens.to(x.device)).view(self.n, CHUNK, *x.shape[1:])
+        rows = x.index_select(0, self.step.tokens).view(self.n, CHUNK, *x.shape[1:])
         if zero and self.step.real is not None:
-            rows = rows * self.step.real.to(x.device)[..., None, None]
+            rows = rows * self.step.real[..., None, None]
         out = torch.empty(self.n, x.shape[1], CHUNK, x.shape[2], dtype=dtype or self.wide, device=x.device)
         return out.copy_(rows.transpose(1, 2)).flatten(0, 1)
 
     def scatter(self, x: Tensor, out: Tensor) -> None:
         """The inverse: [n * H, C, D] into the rows of out [T, H, D]"""
-        rows = x.unflatten(0, (self.n, -1)).transpose(1, 2)  # [n, C, H, D]
-        tokens, real = self.step.tokens, self.step.real
-        if real is None:
-            rows = rows.flatten(0, 1)
-        else:
-            rows, tokens = rows[real.to(x.device)], tokens[real.flatten()]
-        out.index_copy_(0, tokens.to(x.device), rows.to(out.dtype))
+        rows = x.unflatten(0, (self.n, -1)).transpose(1, 2).flatten(0, 1)  # [n * C, H, D]
+        tokens, places = self.step.tokens, self.step.places
+        if places is not None:
+            rows, tokens = rows.index_select(0, places), tokens.index_select(0, places)
+        out.index_copy_(0, tokens, rows.to(out.dtype))
 
     def by_group(self, x: Tensor) -> Tensor:
         """[B, …] -> [n * Hk, G, …]"""
@@ -216,7 +221,7 @@ def _forward(
     """kept: takes each chunk's entering state and inverse. last_state [S, Hv, Dk, Dv], zeros: takes the states at the end."""
     _, k, v, _, _ = inputs
     out, heads = torch.empty_like(v), v.shape[1]
-    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)):
+    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device):
         state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in steps:
             chunk, moving = _Chunk(inputs, step), state[: step.count * heads]
@@ -236,7 +241,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     _, k, v, _, _ = inputs
     grads, heads = tuple(torch.empty_like(x) for x in inputs), v.shape[1]
-    for members, steps in reversed(list(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads)))):
+    for members, steps in reversed(list(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device))):
         grad_state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in reversed(steps):
             entering, inverse = kept.pop()

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from qwen35.contradictions import check_contradictions
-from qwen35.errors import Parser, SettingError, complain, one_line
+from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 from qwen35.settings import Settings
 
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
@@ -24,14 +24,7 @@ SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's t
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides (values in YAML). Raises SettingError with one line that says what to do."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SettingError(f"{path}: no such recipe; the shipped ones are in configs/") from None
-    except OSError as error:
-        raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SettingError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    text = read_text(Path(path), SettingError, "no such recipe; the shipped ones are in configs/")
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")

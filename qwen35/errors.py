@@ -62,16 +62,23 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def read_object(path: Path, kind: type[UserError], absent: str = "no such file") -> dict[str, Any]:
-    """A file that holds a JSON object. Raises `kind`; `absent` is what to say of a file that is not there."""
+def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -> str:
+    """A text file. Raises `kind`; `absent` is what to say of a file that is not there."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise kind(f"{path}: {absent}") from None
     except OSError as error:
         raise kind(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise kind(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_object(path: Path, kind: type[UserError], absent: str = "no such file") -> dict[str, Any]:
+    """A file that holds a JSON object. Raises as `read_text`, and `kind` for what is none."""
+    text = read_text(path, kind, absent)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise kind(f"{path}: not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):

@@ -37,24 +37,47 @@ def uninterrupted(workplace) -> Path:
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0):
-    """Polls fast, for a checkpoint of so small a model takes milliseconds. None if the process ends first."""
+    """What the condition gives once it is true; None if the process ends first."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
         if process.poll() is not None:
             return None
-        time.sleep(0.0002)
+        time.sleep(0.005)
     return found
 
 
 def kill_all(process: subprocess.Popen) -> None:
     """kill -9 of the launcher alone: whatever it started must end by itself."""
     started = psutil.Process(process.pid).children(recursive=True)
-    assert len(started) >= 2
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
+
+
+# read by python when it starts: the first rank that comes to the moment says so, and waits there
+STAND_STILL = """
+import sys, time, pathlib
+here, go_on = pathlib.Path({folder!r}, "here"), pathlib.Path({folder!r}, "go_on")
+def hook(event, args):
+    if event == {event!r} and str(args[0]).endswith({path!r}) and not here.exists():
+        here.touch()
+        while not go_on.exists():
+            time.sleep(0.02)
+sys.addaudithook(hook)
+"""
+
+
+def start_and_wait(workplace: Path, save: Path, event: str, path: str, *overrides: str) -> subprocess.Popen:
+    """Train until the moment at which python tells of this event on this file."""
+    folder = save.with_name("moment")
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(STAND_STILL.format(event=event, path=path, folder=str(folder)))
+    process = start_training(workplace, save, 2, *overrides, PYTHONPATH=str(folder))
+    assert wait_for((folder / "here").exists, process), process.communicate()
+    assert len(psutil.Process(process.pid).children(recursive=True)) >= 2
+    return process
 
 
 def assert_same_run(save: Path, reference: Path) -> None:
@@ -97,39 +120,47 @@ def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
     assert_same_run(save, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "moment", ["iter_*.tmp", "iter_*.tmp/*.distcp", "iter_*.tmp/.metadata", "iter_*.tmp/complete.json"]
-)
+# what a file's event says, and the iteration that may be gone on from
+MOMENTS = {
+    "nothing of rank 1's is written": ("open", "iter_0000016.tmp/__1_0.distcp", 12),
+    "all tensors are": ("os.rename", "iter_0000016.tmp/.metadata.tmp", 12),
+    "the marker is not": ("os.rename", "iter_0000016.tmp/complete.json.new", 12),
+    "all but its name is": ("os.rename", "iter_0000016.tmp", 12),
+    "it is whole and not the latest": ("os.rename", "latest_checkpointed_iteration.txt.new", 16),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, moment):
     """From a checkpoint on, so that it is a later save which is hit; what is half-written is never chosen."""
+    event, path, left = MOMENTS[moment]
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
     for folder in save.glob("iter_*"):
         if int(folder.name[5:]) > 12:
             shutil.rmtree(folder)
-    process = start_training(workplace, save, 2, *RECIPE)
-    seen = wait_for(lambda: list(save.glob(moment)), process)
-    assert seen, "the save went by unseen"
+    process = start_and_wait(workplace, save, event, path, *RECIPE)
     kill_all(process)
-    newest = int(newest_checkpoint(save).name[5:])
-    assert newest in (12, 16)  # the rename may have come between the look and the kill
-    console = finish(workplace, save)
-    assert f"steps {newest + 1} to {STEPS}" in console
+    assert list(save.glob("*.tmp")) or left == 16
+    assert int(newest_checkpoint(save).name[5:]) == left
+    assert f"steps {left + 1} to {STEPS}" in finish(workplace, save)
     assert_same_run(save, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, number):
     save = tmp_path / "run"
-    process = start_training(workplace, save, 2, *RECIPE[:1], "training.save_interval=100", "training.log_interval=2")
-    wait_for(lambda: len(read_metrics(save / "metrics.jsonl")) >= 6, process)
+    settings = (*RECIPE[:1], "training.save_interval=6", "training.log_interval=2")
+    process = start_and_wait(workplace, save, "os.rename", "iter_0000006.tmp", *settings)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
+    time.sleep(0.5)  # it has reached the ranks
+    (tmp_path / "moment" / "go_on").touch()
     out, err = process.communicate(timeout=60)
     assert process.returncode == (0 if number == signal.SIGTERM else 130)
     assert err.startswith("stopping: ") and "Traceback" not in err
     step = int(newest_checkpoint(save).name[5:])
-    assert 6 <= step < STEPS and step % 2 == 0  # where the ranks meet
+    assert 8 <= step < STEPS and step % 2 == 0  # where the ranks meet
     assert f"stopped and saved after step {step} of {STEPS}; the same command goes on from there" in out
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert len(read_metrics(save / "metrics.jsonl")) == step

@@ -80,11 +80,11 @@ def train_command(workplace: Path, save: Path, processes: int, *overrides: str) 
     return [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
 
 
-def start_training(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.Popen:
+def start_training(workplace: Path, save: Path, processes: int, *overrides: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         train_command(workplace, save, processes, *overrides),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -192,11 +192,15 @@ def ending(code: int) -> str:
     return f"was ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}"
 
 
-def leave() -> NoReturn:
-    """End this process, whose failure the launcher knows. The usual way would wait for workers and peers that may be gone."""
+def leave(code: int) -> NoReturn:
+    """End this process here and now, with nothing left to write.
+
+    Python's own way out would wait for workers and peers that may be gone, and abort ("terminate called without an
+    active exception") where a thread of a process group still lets go of a tensor.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def record_failure(error: BaseException, expected: bool) -> bool:

@@ -1,6 +1,5 @@
 """Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -301,11 +300,11 @@ def main(argv: list[str] | None = None) -> int:
         train(load_settings(args.config, args.overrides))
     except (*USER_ERRORS, kernels.KernelError) as error:
         if record_failure(error, expected=True):
-            leave()
+            leave(1)
         code = complain(error)
     except BaseException as error:
         if record_failure(error, expected=False):
-            leave()  # the launcher prints the first one, not every rank its own
+            leave(1)  # the launcher prints the first one, not every rank its own
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -313,4 +312,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

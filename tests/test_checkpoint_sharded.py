@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qwen35.checkpoint import CheckpointError, load_checkpoint, load_hf, save_checkpoint
+from qwen35.launch import leave
 from qwen35.model import Qwen35, load_config
 
 RANKS = 2
@@ -126,6 +127,7 @@ def worker(rank: int, folder: Path) -> None:
     assert sorted(p.name for p in (folder / "run").iterdir()) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
     (folder / f"done{rank}").touch()
     dist.destroy_process_group()
+    leave(0)
 
 
 def broken_save(*args, **kwargs):

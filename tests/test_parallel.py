@@ -12,6 +12,7 @@ from peer import config_dict, pack, sample
 from torch.distributed.tensor import distribute_tensor
 
 from qwen35.device import init_process
+from qwen35.launch import leave
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
@@ -87,6 +88,7 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
     if rank == 0:
         torch.save({"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}, out)
     dist.destroy_process_group()
+    leave(0)
 
 
 def run(tmp_path: Path, world: int, **case) -> dict:

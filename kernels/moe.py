@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.native import row_blocks, working_dtype
 
 
 def moe_experts(
@@ -39,43 +38,28 @@ class _Experts(torch.autograd.Function):
         rows, place, ends = do.permute(x, ids, len(gate_up_proj))
         gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [T*K, 2I]
         out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [T*K, H]
-        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, gate_up, place, ends)
+        ctx.save_for_backward(x, ids, weights, gate_up_proj, down_proj, gate_up, place, ends)
         ctx.do = do
         return do.unpermute(out, place, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, gate_up_proj, down_proj, gate_up, place, ends = ctx.saved_tensors
+        x, ids, weights, gate_up_proj, down_proj, gate_up, place, ends = ctx.saved_tensors
         need_x, _, _, need_gate_up, need_down, _ = ctx.needs_input_grad
-        do, top_k = ctx.do, weights.shape[1]
-        slots = torch.arange(len(place), device=place.device)
-        slot = torch.empty_like(slots).scatter_(0, place.long(), slots)  # of each row
-        token = slot // top_k
-        grad_out = grad_y.index_select(0, token)  # [T*K, H], not yet times the row's weight
+        do = ctx.do
+        grad_out = do.sorted_rows(grad_y, ids, place)  # [T*K, H], not yet times the row's weight
         hidden = do.swiglu(gate_up)  # [T*K, I]
         grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
-        grad_weight = _weigh(hidden, grad_hidden, weights.flatten()[slot])
-        grad_weights = torch.empty_like(weights).flatten().scatter_(0, slot, grad_weight).view_as(weights)
+        of_row = torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
+        grad_weights = do.weigh(hidden, grad_hidden, of_row).index_select(0, place).view_as(weights)
         grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
         grad_gate_up = do.swiglu_backward(grad_hidden, gate_up)
         del hidden, grad_hidden
         grad_x = grad_gate_up_proj = None
         if need_gate_up:
-            rows = torch.index_select(x, 0, token, out=grad_out)  # in memory that is there, and done with
+            rows = do.sorted_rows(x, ids, place, grad_out)
             grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
         del grad_out
         if need_x:
-            grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, top_k)
+            grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, ids.shape[1])
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
-
-
-def _weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N] -> their dot products [N]; then both are multiplied by the weight, in place."""
-    wide = working_dtype(hidden)
-    dots = torch.empty_like(weight)
-    for h, g, w, dot in row_blocks(hidden, grad_hidden, weight[:, None].to(wide), dots):
-        wide_h, wide_g = h.to(wide), g.to(wide)
-        dot.copy_(torch.linalg.vecdot(wide_h, wide_g))
-        h.copy_(wide_h.mul_(w))
-        g.copy_(wide_g.mul_(w))
-    return dots

@@ -41,6 +41,25 @@ def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, 
     return x.index_select(0, order // topk_ids.shape[1]), place, ends
 
 
+def sorted_rows(x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows of permute again, from what it returned; written into `out` [T*K, H] if that is given."""
+    slots = torch.arange(len(place), device=place.device)
+    token = torch.empty_like(slots).scatter_(0, place.long(), slots // topk_ids.shape[1])
+    return torch.index_select(x, 0, token, out=out)
+
+
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; then both are multiplied by the weight, in place."""
+    wide = working_dtype(hidden)
+    dots = torch.empty_like(weight[:, 0])
+    for h, g, w, dot in row_blocks(hidden, grad_hidden, weight.to(wide), dots):
+        wide_h, wide_g = h.to(wide), g.to(wide)
+        dot.copy_(torch.linalg.vecdot(wide_h, wide_g))
+        h.copy_(wide_h.mul_(w))
+        g.copy_(wide_g.mul_(w))
+    return dots
+
+
 def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
     """grad_rows [T*K, H] -> grad_x [T, H], the sum over the K rows of a token in fp32."""
     ones = torch.ones(len(place) // top_k, top_k, dtype=working_dtype(grad_rows), device=grad_rows.device)
@@ -59,22 +78,6 @@ def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
         some = rows.index_select(0, index.flatten()).to(wide).view(*index.shape, rows.shape[1])  # [t, K, H]
         out.copy_(torch.bmm(weight[:, None], some)[:, 0])
     return y
-
-
-def unpermute_backward(grad_y: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """grad_y [T, H] -> grad_rows [T*K, H], grad_weights [T, K] in the dtype of the weights."""
-    wide = working_dtype(rows)
-    index = place.view(weights.shape).long()
-    grad_weights = torch.empty(weights.shape, dtype=wide, device=rows.device)
-    grad_rows = torch.empty_like(rows)
-    for grad, of_k, weight, out in row_blocks(grad_y, index, weights, grad_weights):
-        wide_grad = grad.to(wide)
-        some = rows.index_select(0, of_k.flatten()).to(wide).view(*of_k.shape, rows.shape[1])  # [t, K, H]
-        out.copy_(torch.bmm(some, wide_grad[:, :, None])[..., 0])
-        grad_rows.index_copy_(
-            0, of_k.flatten(), (weight.to(wide)[..., None] * wide_grad[:, None]).flatten(0, 1).to(rows.dtype)
-        )
-    return grad_rows, grad_weights.to(weights.dtype)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -20,7 +20,20 @@ def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, 
         return x[:0], topk_ids.new_empty(0, dtype=torch.int32), topk_ids.new_zeros(experts, dtype=torch.int64)
     rows, place = npu.npu_moe_token_permute(x, topk_ids)
     counts = torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5)  # integers below 2^24: exact
-    return rows, place, counts.to(torch.int64).cumsum(0)
+    return rows, place, counts.cumsum(0, dtype=torch.int64)
+
+
+def sorted_rows(x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None) -> Tensor:
+    """The rows of permute again. The operator sorts anew, and writes where it likes: `place` and `out` serve other devices."""
+    return npu.npu_moe_token_permute(x, topk_ids)[0] if topk_ids.numel() else x[:0]
+
+
+def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden, grad_hidden [N, I], weight [N, 1] fp32 -> their dot products [N]; then both times the weight, in place."""
+    dots = (hidden.float() * grad_hidden).sum(-1)
+    hidden.mul_(weight)
+    grad_hidden.mul_(weight)
+    return dots
 
 
 def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
@@ -35,13 +48,6 @@ def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
     """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row."""
     return npu.npu_moe_token_unpermute(rows, place, weights) if place.numel() else rows
-
-
-def unpermute_backward(grad_y: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """-> grad_rows [T*K, H], grad_weights [T, K]"""
-    if not place.numel():
-        return torch.zeros_like(rows), torch.zeros_like(weights)
-    return npu.npu_moe_token_unpermute_grad(rows, grad_y, place, weights)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -88,8 +94,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, N, R]; cos, sin [T, R] in x's dtype, the angles of both halves -> x cos + (-x2, x1) sin, as BSND with one B."""
-    return npu.npu_rotary_mul(x[None], cos[None, :, None], sin[None, :, None])[0]
+    """x [T, N, R]; cos, sin [1, T, 1, R] in x's dtype, the angles of both halves -> x cos + (-x2, x1) sin, as BSND."""
+    return npu.npu_rotary_mul(x[None], cos, sin)[0]
 
 
 # ── Attention over packed sequences, TND: cumulative lengths on the host, without the leading zero ─────────────────────

@@ -203,13 +203,13 @@ def test_multi_token_prediction_equals_its_definition():
     hidden = model(s)
     following = text.embed_tokens(s.input_ids.roll(-1))
     rope = text.rope(s.position_ids)
-    out, _ = mtp(hidden, following, rope, s.cu_seqlens, None)
+    out, _ = mtp(hidden, following, rope, s.cu_seqlens, torch.ones(len(hidden)))
 
     def norm(x, weight):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + weight)
 
     both = [norm(following, mtp.pre_fc_norm_embedding.weight), norm(hidden, mtp.pre_fc_norm_hidden.weight)]
-    x, _ = mtp.layers[0](torch.cat(both, -1) @ mtp.fc.weight.T, rope, s.cu_seqlens, None)
+    x, _ = mtp.layers[0](torch.cat(both, -1) @ mtp.fc.weight.T, rope, s.cu_seqlens, torch.ones(len(hidden)))
     assert error(out, norm(x, mtp.norm.weight)) <= 1e-6
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from kernels import Kernels
+from kernels.attention import Prepare
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linear_of
 from qwen35.model.norm import RMSNorm
@@ -16,9 +17,12 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.kernel = kernels.varlen_attention
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]"""
-        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=q.shape[-1] ** -0.5)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prepare: Prepare | None = None, *inputs: Tensor
+    ) -> Tensor:
+        """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
+        scale = q.shape[-1] ** -0.5
+        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=scale, prepare=prepare, inputs=inputs)
 
 
 class Attention(nn.Module):
@@ -34,11 +38,17 @@ class Attention(nn.Module):
         self.core = AttentionCore(kernels)
         self.rotary = kernels.apply_rotary
 
-    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]"""
-        q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k = self.rotary(self.q_norm(q), self.k_norm(k), *rope)
-        out = self.core(q, k, v, cu_seqlens)
+    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, cu_seqlens: Tensor) -> Tensor:
+        """x [T, H], not yet normed -> [T, H]"""
+        q, k, v = norm.into(x, self.q_proj, self.k_proj, self.v_proj)
+        q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
+        k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
+        out = self.core(q, k, v, cu_seqlens, self.prepare, self.q_norm.weight, self.k_norm.weight, *rope)
         return linear_of(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
+
+    def prepare(
+        self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of each head, then the turn by its position."""
+        norm, eps = self.q_norm.kernel, self.q_norm.eps
+        return self.rotary(norm(q, q_weight, eps), norm(k, k_weight, eps), cos, sin)

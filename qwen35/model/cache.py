@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
 from qwen35.model.attention import Attention, AttentionCore
@@ -27,8 +28,9 @@ class CachedAttention(nn.Module):
         self.core, self.room = core, room
         self.keys: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prepare: Prepare, *inputs: Tensor) -> Tensor:
         """The prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then [S, …] -> [S, Hq, D]."""
+        q, k = prepare(q, k, *inputs)
         if self.keys is None:
             self._fill(k, v, cu_seqlens)
             return self.core(q, k, v, cu_seqlens)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from qwen35.model.config import TextConfig
-from qwen35.model.norm import RMSNormGated
+from qwen35.model.linear import linears_of
+from qwen35.model.norm import RMSNorm, RMSNormGated
 
 
 class DeltaNetCore(nn.Module):
@@ -54,10 +55,11 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value, hidden, bias=False)
         self.core = DeltaNetCore(config, kernels)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]"""
-        beta = self.in_proj_b(x).float().sigmoid()  # [T, Hv]
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias.float())
-        out = self.core(self.in_proj_qkv(x), g, beta, self.conv1d.weight.squeeze(1), cu_seqlens)  # [T, Hv, Dv]
-        out = self.norm(out, self.in_proj_z(x).view_as(out))
-        return self.out_proj(out.flatten(1))
+    def forward(self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor) -> Tensor:
+        """x [T, H], not yet normed -> [T, H]"""
+        qkv, z, b, a = norm.into(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        beta = b.float().sigmoid()  # [T, Hv]
+        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
+        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens)  # [T, Hv, Dv]
+        out = self.norm(out, z.view_as(out))
+        return linears_of(None, [self.out_proj.weight], out.flatten(1))[0]

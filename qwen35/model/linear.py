@@ -1,6 +1,6 @@
-"""A linear map of something that is cheaper to make again than to keep."""
+"""Linear maps of something that is cheaper to make again than to keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,26 +9,38 @@ from torch import Tensor
 
 def linear_of(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
     """make(*inputs) [T, A], weight [B, A] -> make(*inputs) weight^T [T, B]. For backward the inputs alone are kept."""
-    return _LinearOf.apply(make, weight, *inputs)
+    return linears_of(make, [weight], *inputs)[0]
 
 
-class _LinearOf(torch.autograd.Function):
+def linears_of(make: Callable[..., Tensor] | None, weights: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The same through several weights, which share what is made, in backward too. `make` None: of the one input itself."""
+    return _LinearsOf.apply(make, len(weights), *weights, *inputs)
+
+
+class _LinearsOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(weight, *inputs)
-        return make(*inputs) @ weight.T
+    def forward(ctx: Any, make: Callable[..., Tensor] | None, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.make, ctx.count = make, count
+        ctx.save_for_backward(*tensors)
+        made = make(*tensors[count:]) if make else tensors[count]
+        return tuple(made @ weight.T for weight in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        _, need_weight, *needs = ctx.needs_input_grad
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        with torch.enable_grad():
-            made = ctx.make(*leaves)
-        grad_weight = grad.T @ made.detach() if need_weight else None
-        grads: list[Tensor | None] = [None] * len(leaves)
-        if any(needs):
-            found = iter(torch.autograd.grad(made, [x for x in leaves if x.requires_grad], grad @ weight))
-            grads = [next(found) if need else None for need in needs]
-        return None, grad_weight, *grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        weights, inputs = saved[: ctx.count], saved[ctx.count :]
+        needs_weights, needs = ctx.needs_input_grad[2 : 2 + ctx.count], ctx.needs_input_grad[2 + ctx.count :]
+        made, leaves = inputs[0], [x for x, need in zip(inputs, needs, strict=True) if need]
+        if ctx.make:
+            inputs = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
+            leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
+            with torch.enable_grad():
+                made = ctx.make(*inputs)
+        grad_weights = [grad.T @ made if need else None for grad, need in zip(grads, needs_weights, strict=True)]
+        found: Iterator[Tensor] = iter(())
+        if leaves:
+            grad_made = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_made.addmm_(grad, weight)
+            found = iter(torch.autograd.grad(made, leaves, grad_made) if ctx.make else [grad_made])
+        return None, None, *grad_weights, *(next(found) if need else None for need in needs)

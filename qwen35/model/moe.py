@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linear_of
+from qwen35.model.linear import linear_of, linears_of
 
 
 class MLP(nn.Module):
@@ -16,32 +16,36 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.swiglu = kernels.swiglu
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x [T, H] -> [T, H], times the sigmoid of `scale` [T, 1] if that is given"""
-        gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1)
-        if scale is None:
-            return linear_of(self.swiglu, self.down_proj.weight, gate_up)
-        return linear_of(lambda y, s: self.swiglu(y) * s.sigmoid(), self.down_proj.weight, gate_up, scale)
+    def forward(self, x: Tensor, scale: nn.Linear | None = None) -> Tensor:
+        """x [T, H] -> [T, H], times the sigmoid of scale(x) [T, 1] if that is given"""
+        maps = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
+        gate, up, *scales = linears_of(None, [m.weight for m in maps], x)
+        gate_up = torch.cat([gate, up], dim=-1)
+        return linear_of(self._hidden, self.down_proj.weight, gate_up, *scales)
+
+    def _hidden(self, gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
+        hidden = self.swiglu(gate_up)
+        return hidden if scale is None else hidden * scale.sigmoid()
 
 
 class Router(nn.Module):
-    """Softmax over all experts in fp32, the top k of it renormalised."""
+    """Softmax over all experts in fp32, the top k of it renormalised: which is the softmax of the top k alone."""
 
     def __init__(self, hidden: int, experts: int, top_k: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.top_k = top_k
 
-    def forward(self, x: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H], is_pad [T] bool -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E] fp32
+    def forward(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H], counted [T] fp32, one or zero -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E] fp32
 
-        stats: of the tokens that are not padding, the sum of each expert's probability and how often it was chosen.
+        stats: of the tokens that are counted, the sum of each expert's probability and how often it was chosen.
         """
-        probs = linear_of(Tensor.float, self.weight.float(), x).softmax(-1)
-        weights, ids = probs.topk(self.top_k, dim=-1)
-        real = torch.ones_like(probs[:, 0]) if is_pad is None else (~is_pad).float()
-        chosen = torch.zeros_like(probs[0]).index_add(0, ids.flatten(), real[:, None].expand_as(ids).flatten())
-        return ids, weights / weights.sum(-1, keepdim=True), torch.stack([real @ probs, chosen])
+        logits = linear_of(Tensor.float, self.weight.float(), x)
+        best, ids = logits.topk(self.top_k, dim=-1)
+        chosen = torch.zeros_like(logits).scatter_(1, ids, 1.0)  # [T, E]
+        stats = torch.stack([counted @ logits.softmax(-1), counted @ chosen])
+        return ids, best.softmax(-1), stats
 
 
 class Experts(nn.Module):
@@ -67,10 +71,10 @@ class MoE(nn.Module):
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, x: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, H] -> y [T, H], the router's stats [2, E]"""
-        ids, weights, stats = self.gate(x, is_pad)
-        return self.experts(x, ids, weights) + self.shared_expert(x, self.shared_expert_gate(x)), stats
+        ids, weights, stats = self.gate(x, counted)
+        return self.experts(x, ids, weights) + self.shared_expert(x, self.shared_expert_gate), stats
 
 
 def load_balancing_loss(stats: list[Tensor], top_k: int) -> Tensor:

@@ -22,9 +22,9 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
-        self, hidden: Tensor, next_embedding: Tensor, rope: Rope, cu_seqlens: Tensor, is_pad: Tensor | None
+        self, hidden: Tensor, next_embedding: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """hidden [T, H] of position t, next_embedding [T, H] of token t+1 -> hidden [T, H] that predicts token t+2, stats"""
         both = [self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)]
-        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, is_pad)
+        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted)
         return self.norm(x), stats

@@ -38,16 +38,16 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.is_attention, self.is_moe = kind == "full_attention", bool(config.num_experts)
 
-    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Stats]:
-        """x [T, H] -> [T, H], router stats"""
-        normed = self.input_layernorm(x)
+    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor) -> tuple[Tensor, Stats]:
+        """x [T, H] -> [T, H], router stats over the tokens that are `counted` [T] fp32, one or zero"""
+        norm = self.input_layernorm
         x = x + (
-            self.self_attn(normed, rope, cu_seqlens) if self.is_attention else self.linear_attn(normed, cu_seqlens)
+            self.self_attn(x, norm, rope, cu_seqlens) if self.is_attention else self.linear_attn(x, norm, cu_seqlens)
         )
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), []
-        y, stats = self.mlp(normed, is_pad)
+        y, stats = self.mlp(normed, counted)
         return x + y, [stats]
 
 
@@ -67,8 +67,9 @@ class LanguageModel(nn.Module):
         """Embedded tokens x [T, H] -> hidden [T, H] after the final norm, router stats"""
         rope = self.rope(batch.position_ids)
         stats: Stats = []
+        counted = torch.ones(len(x), device=x.device) if batch.is_pad is None else (~batch.is_pad).float()
         for layer in self.layers:
-            inputs = x, rope, batch.cu_seqlens, batch.is_pad
+            inputs = x, rope, batch.cu_seqlens, counted
             if self.recompute:  # nothing in a layer is random: the generators' states need not be kept
                 x, more = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

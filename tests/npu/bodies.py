@@ -45,19 +45,6 @@ def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode
     return out.to(permuted_tokens.dtype)
 
 
-def moe_token_unpermute_grad(
-    permuted_tokens, grad_unpermuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None
-):
-    assert probs is not None and not padded_mode and sorted_indices.dtype == torch.int32
-    grad_rows, grad_probs = torch.empty_like(permuted_tokens), torch.empty_like(probs)
-    for i in range(probs.shape[0]):
-        for j in range(probs.shape[1]):
-            row, grad = sorted_indices[i * probs.shape[1] + j], grad_unpermuted_tokens[i].float()
-            grad_rows[row] = grad * probs[i, j].float()
-            grad_probs[i, j] = grad @ permuted_tokens[row].float()
-    return grad_rows, grad_probs
-
-
 def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None, group_list_type=0, **others):
     """group_type 0: rows in groups, y_i = x_i @ weight_i. 2: the inner axis in groups, x transposed, y [groups, m, n]."""
     assert not any(v for v in others.values()) and split_item in (2, 3) and group_list_type == 0
@@ -231,7 +218,6 @@ BODIES = {
     "npu_moe_token_permute": moe_token_permute,
     "npu_moe_token_permute_grad": moe_token_permute_grad,
     "npu_moe_token_unpermute": moe_token_unpermute,
-    "npu_moe_token_unpermute_grad": moe_token_unpermute_grad,
     "npu_grouped_matmul": grouped_matmul,
     "npu_swiglu": swiglu,
     "npu_swiglu_backward": swiglu_backward,

@@ -56,6 +56,39 @@ def test_more_sequences_than_the_fused_attention_takes():
     assert error(out, reference.varlen_attention(q, k, v, cu(lengths), False, 0.5)) <= 1e-5
 
 
+@pytest.mark.parametrize("sequences", [1024, 2], ids=["one call", "several calls"])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 4), (0, 1, 3, 4)], ids=str)
+def test_attention_of_what_is_made_again(sequences, frozen, monkeypatch):
+    """q and k put through something first, of which nothing is kept: the gradients of all that goes in."""
+    monkeypatch.setattr(fused, "SEQUENCES", sequences)
+    lengths = cu([5, 17, 1, 0, 9])
+    shapes = [(32, 4, 8), (32, 2, 8), (32, 2, 8), (8,), (32, 1, 8)]
+    ours = [torch.randn(s).requires_grad_(i not in frozen) for i, s in enumerate(shapes)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+
+    def prepare(q, k, scale, shift):
+        return (q * scale).sin(), k * scale + shift
+
+    def kept(x):
+        kept.bytes += x.nbytes
+        return x
+
+    kept.bytes = 0
+    q, k, v, scale, shift = ours
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+        y = fused.varlen_attention(q, k, v, lengths, True, 0.3, prepare, (scale, shift))
+    statistics = 2 * 32 * 4 * 8 * 4
+    assert kept.bytes <= sum(x.nbytes for x in (*ours, y)) + statistics + 64
+    q, k, v, scale, shift = exact
+    z = reference.varlen_attention(*prepare(q, k, scale, shift), v, lengths, True, 0.3)
+    probe = torch.randn_like(z)
+    (y.double() * probe).sum().backward()
+    (z * probe).sum().backward()
+    assert error(y, z) <= 2e-5
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        assert (a.grad is None) if i in frozen else error(a.grad, b.grad) <= 2e-5
+
+
 def test_attention_without_tokens():
     q = torch.randn(0, 4, 8)
     assert fused.varlen_attention(q, q, q, cu([]), True, 0.3).shape == (0, 4, 8)
@@ -109,15 +142,18 @@ def test_primitives_of_the_experts(tokens, dtype, tolerance):
     assert bool((of_row.diff() >= 0).all())  # by expert
     assert torch.equal(rows[place.long()], x.repeat_interleave(2, 0))
 
-    weights, grad = torch.rand(tokens, 2), torch.randn(tokens, 16).to(dtype)
+    weights = torch.rand(tokens, 2)
     back = npu.unpermute(rows, place, weights)
     assert error(back, (x.double() * weights.sum(1, keepdim=True))) <= tolerance
-    grad_rows, grad_weights = npu.unpermute_backward(grad, rows, place, weights)
-    by_slot = grad_rows[place.long()].double().view(tokens, 2, 16)
-    assert error(by_slot, weights[..., None].double() * grad[:, None].double()) <= tolerance
-    assert grad_weights.dtype == weights.dtype
-    assert error(grad_weights, (grad.double() * x.double()).sum(-1, keepdim=True).expand(-1, 2)) <= tolerance
-    assert error(npu.permute_backward(grad_rows, place, 2), by_slot.sum(1)) <= tolerance
+    assert torch.equal(npu.sorted_rows(x, ids, place), rows)
+    grads, weight = torch.randn(2 * tokens, 16).to(dtype), torch.rand(2 * tokens, 1)
+    of_token = grads[place.long()].double().view(tokens, 2, 16).sum(1)
+    assert error(npu.permute_backward(grads, place, 2), of_token) <= tolerance
+    mine, its = rows.clone(), grads.clone()
+    dots = npu.weigh(mine, its, weight)
+    assert dots.dtype == weight.dtype and error(dots, (rows.double() * grads.double()).sum(-1)) <= tolerance
+    for weighed, plain in ((mine, rows), (its, grads)):
+        assert weighed.dtype == dtype and error(weighed, plain.double() * weight) <= tolerance
 
     for weight in (torch.randn(8, 16, 12).to(dtype), torch.randn(8, 12, 16).to(dtype).transpose(1, 2)):
         y = npu.grouped_matmul(rows, weight, ends)
@@ -135,8 +171,8 @@ def test_primitives_of_the_experts_without_tokens():
     rows, place, ends = npu.permute(torch.randn(0, 16), torch.zeros(0, 2, dtype=torch.long), 8)
     assert rows.shape == (0, 16) and place.shape == (0,) and ends.tolist() == [0] * 8
     assert npu.permute_backward(rows, place, 2).shape == npu.unpermute(rows, place, torch.zeros(0, 2)).shape == (0, 16)
-    grads = npu.unpermute_backward(torch.randn(0, 16), rows, place, torch.zeros(0, 2))
-    assert [g.shape for g in grads] == [(0, 16), (0, 2)]
+    assert npu.weigh(rows, rows, torch.zeros(0, 1)).shape == (0,)
+    assert npu.sorted_rows(rows, torch.zeros(0, 2, dtype=torch.long), place).shape == (0, 16)
     assert npu.grouped_matmul(rows, torch.randn(8, 16, 12), ends).shape == (0, 12)
     assert not npu.grouped_weight_grad(rows, torch.randn(0, 12), ends).any()
     assert npu.swiglu(torch.randn(0, 12)).shape == (0, 6) and npu.swiglu_backward(rows[:, :6], rows[:, :12]).shape == (

@@ -1,11 +1,17 @@
-"""Attention over packed sequences: softmax(scale q k^T) v inside each sequence, causal or not, grouped KV heads."""
+"""Attention over packed sequences: softmax(scale q k^T) v inside each sequence, causal or not, grouped KV heads.
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+Q and K may be put through something first, a norm and a turn: of what that makes nothing is kept, backward makes it again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import native
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]
 
@@ -22,21 +28,80 @@ def varlen_attention(
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [S+1] on the CPU -> o [T, Hq, D].
 
-    `prepare(q, k, *inputs)` gives the q and k that meet, if they are to be normed and turned first: an implementation may
-    make them again in backward, rather than keep them.
-
-    Neighbours of one length run as one batch (the frames of a video, images of one size). Nothing is gathered: each run is a
-    view of the tokens, and torch's fused attention keeps q, k, v, o and the log of each row's sum.
+    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come.
     """
-    if prepare:
-        q, k = prepare(q, k, *inputs)
-    runs = [(length, len(list(same))) for length, same in groupby(n for n in cu_seqlens.diff().tolist() if n > 0)]
-    if not runs:
-        return torch.zeros_like(q)
-    tokens = [length * count for length, count in runs]
-    outs = []
-    for (length, count), *parts in zip(runs, *(x.split(tokens) for x in (q, k, v)), strict=True):
-        qs, ks, vs = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)  # [n, H, length, D]
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=True)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs)
+
+
+def attend(
+    primitives: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float,
+    prepare: Prepare | None,
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    """The same by the attention and attention_backward of `primitives`, which take at most SEQUENCES sequences in a call."""
+    how = primitives, list(_parts(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
+    return _Attention.apply(how, q, k, v, *inputs)
+
+
+def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
+    """The tokens of each call, and where its sequences end in them. Empty sequences are left out."""
+    full = [(start, end) for start, end in pairwise(cu_seqlens.tolist()) if end > start]
+    for i in range(0, len(full), most):
+        some = full[i : i + most]
+        first = some[0][0]
+        yield slice(first, some[-1][1]), [end - first for _, end in some]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, how: tuple, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+        do, parts, causal, scale, prepare = ctx.how = how
+        made = prepare(q, k, *inputs) if prepare else (q, k)
+        calls = []
+        for part, ends in parts:
+            of_q, of_k, of_v = _of(part, *made, v)
+            calls.append(do.attention(of_q, of_k, of_v, ends, causal, scale))
+        out = _joined([call[0] for call in calls], q)
+        ctx.save_for_backward(q, k, *inputs, v, out, *(x for call in calls for x in call[1:]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        do, parts, causal, scale, prepare = ctx.how
+        _, need_q, need_k, _, *needs = ctx.needs_input_grad
+        needs = [need_q, need_k, *needs]
+        saved = ctx.saved_tensors
+        inputs, (v, out), kept = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
+        made, each = inputs, len(kept) // max(1, len(parts))
+        if prepare:
+            inputs = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
+            with torch.enable_grad():
+                made = prepare(*inputs)
+        grads: list[list[Tensor]] = [[], [], []]
+        for i, (part, ends) in enumerate(parts):
+            g, q, k, of_v, o = _of(part, grad, *made, v, out)
+            found = do.attention_backward(g, q, k, of_v, (o, *kept[i * each : (i + 1) * each]), ends, causal, scale)
+            for its, x in zip(grads, found, strict=True):
+                its.append(x)
+        *of_made, grad_v = (_joined(its, x) for its, x in zip(grads, (*made, v), strict=True))
+        if not prepare:
+            return None, *of_made, grad_v
+        leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
+        of_leaves = iter(torch.autograd.grad(made, leaves, of_made) if leaves else ())
+        grad_q, grad_k, *rest = (next(of_leaves) if need else None for need in needs)
+        return None, grad_q, grad_k, grad_v, *rest
+
+
+def _of(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tokens of a part. All of them need no view: a device has enough to do."""
+    return tensors if part == slice(0, len(tensors[0])) else tuple(x[part] for x in tensors)
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)

@@ -5,18 +5,14 @@ device: lengths come from cu_seqlens, which is on the host.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import moe, npu
-from kernels.attention import Prepare
+from kernels import attention, moe, npu
 from kernels.cross_entropy import chunks
-
-SEQUENCES = 1024  # of one call of the fused attention, by its documentation
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -119,77 +115,10 @@ def varlen_attention(
     cu_seqlens: Tensor,
     causal: bool,
     scale: float,
-    prepare: Prepare | None = None,
+    prepare: attention.Prepare | None = None,
     inputs: Sequence[Tensor] = (),
 ) -> Tensor:
-    return _Attention.apply(_parts(cu_seqlens), causal, scale, prepare, q, k, v, *inputs)
-
-
-def _parts(cu_seqlens: Tensor) -> list[tuple[slice, list[int]]]:
-    """The tokens of each call, and where its sequences end in them. Empty sequences are left out."""
-    full = [(start, end) for start, end in pairwise(cu_seqlens.tolist()) if end > start]
-    calls = [full[i : i + SEQUENCES] for i in range(0, len(full), SEQUENCES)]
-    return [(slice(call[0][0], call[-1][1]), [end - call[0][0] for _, end in call]) for call in calls]
-
-
-class _Attention(torch.autograd.Function):
-    """Of what `prepare` makes of q and k nothing is kept: backward makes it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        parts: list,
-        causal: bool,
-        scale: float,
-        prepare: Prepare | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *more: Tensor,
-    ) -> Tensor:
-        ctx.how = parts, causal, scale, prepare
-        made = prepare(q, k, *more) if prepare else (q, k)
-        calls = []
-        for part, ends in parts:
-            of_q, of_k, of_v = _of(part, *made, v)
-            calls.append(npu.attention(of_q, of_k, of_v, ends, causal, scale))
-        out = _joined([call[0] for call in calls], q)
-        ctx.save_for_backward(q, k, *more, v, out, *(x for call in calls for x in call[1:]))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts, causal, scale, prepare = ctx.how
-        needs = [*ctx.needs_input_grad[4:6], *ctx.needs_input_grad[7:]]
-        saved = ctx.saved_tensors
-        inputs, (v, out), stats = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
-        made = inputs
-        if prepare:
-            inputs = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
-            with torch.enable_grad():
-                made = prepare(*inputs)
-        grads: list[list[Tensor]] = [[], [], []]
-        for i, (part, ends) in enumerate(parts):
-            g, q, k, of_v, o = _of(part, grad, *made, v, out)
-            found = npu.attention_backward(g, q, k, of_v, (o, *stats[3 * i : 3 * i + 3]), ends, causal, scale)
-            for its, x in zip(grads, found, strict=True):
-                its.append(x)
-        *of_made, grad_v = (_joined(its, x) for its, x in zip(grads, (*made, v), strict=True))
-        if not prepare:
-            return None, None, None, None, *of_made, grad_v
-        leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
-        of_leaves = iter(torch.autograd.grad(made, leaves, of_made) if leaves else ())
-        of_q, of_k, *rest = (next(of_leaves) if need else None for need in needs)
-        return None, None, None, None, of_q, of_k, grad_v, *rest
-
-
-def _of(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tokens of a part. All of them are no view: a device has enough to do."""
-    return tensors if part == slice(0, len(tensors[0])) else tuple(x[part] for x in tensors)
-
-
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)
+    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs)
 
 
 def linear_cross_entropy(

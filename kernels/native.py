@@ -4,13 +4,16 @@ On a CPU elementwise work goes block by block of rows: its fp32 temporaries then
 """
 
 from collections.abc import Iterator
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.features import HAS_GROUPED_MM
+from kernels.features import HAS_GROUPED_FLASH, HAS_GROUPED_MM
 
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 BLOCK = 1 << 18  # elements of a block: 1 MB in fp32
 
 
@@ -138,3 +141,60 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
         # silu' = sigmoid (1 + gate - silu)
         grad_gate.copy_((gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(g))
     return out
+
+
+# -- attention ----------------------------------------------------------------------------------------------------------
+
+SEQUENCES = 1 << 31  # of one call: as many as there are
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float) -> tuple[Tensor, ...]:
+    """q [T, Hq, D]; k, v [T, Hkv, D]; ends: of the sequences, on the host -> o [T, Hq, D], and what backward needs.
+
+    Neighbours of one length run as one batch: the frames of a video, images of one size. Nothing is gathered.
+    """
+    outs, sums = [], []
+    for qs, ks, vs in _runs(ends, q, k, v):
+        if q.is_cpu and HAS_GROUPED_FLASH:
+            out, log_sum = flash(qs, ks, vs, 0.0, causal, scale=scale)
+            sums.append(log_sum.transpose(1, 2).flatten(0, 1))  # [tokens, Hq]
+        else:
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=True)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outs, sums) if parts)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: tuple[Tensor, ...],
+    ends: list[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """saved: all that attention returned -> grad_q, grad_k, grad_v. Where torch has no such operator, forward runs again."""
+    found: list[list[Tensor]] = [[], [], []]
+    for gs, qs, ks, vs, *kept in _runs(ends, grad, q, k, v, *saved):
+        if q.is_cpu and HAS_GROUPED_FLASH:
+            out, log_sum = kept
+            grads = flash_backward(gs, qs, ks, vs, out, log_sum, 0.0, causal, scale=scale)
+        else:
+            inputs = [x.detach().requires_grad_() for x in (qs, ks, vs)]
+            qs, ks, vs = inputs
+            with torch.enable_grad():
+                out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=causal, scale=scale, enable_gqa=True)
+            grads = torch.autograd.grad(out, inputs, gs)
+        for its, x in zip(found, grads, strict=True):
+            its.append(x.transpose(1, 2).flatten(0, 1))
+    grad_q, grad_k, grad_v = (its[0] if len(its) == 1 else torch.cat(its) for its in found)
+    return grad_q, grad_k, grad_v
+
+
+def _runs(ends: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of each run of neighbours of one length, the tensors as [n, H, length, …], views of [T, H, …]."""
+    runs = [(length, len(list(same))) for length, same in groupby(b - a for a, b in pairwise([0, *ends]))]
+    parts = (x.split([length * count for length, count in runs]) for x in tensors)
+    for (length, count), *some in zip(runs, *parts, strict=True):
+        yield tuple(x.unflatten(0, (count, length)).transpose(1, 2) for x in some)

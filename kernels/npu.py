@@ -9,6 +9,7 @@ import torch_npu  # noqa: F401  # registers torch.ops.npu
 from torch import Tensor
 
 npu = torch.ops.npu
+SEQUENCES = 1024  # of one call of the attention, by its documentation
 CAUSAL_BLOCK = 2048  # side of the one mask that stands for every causal mask in the operator's compressed form
 
 # ── Mixture of experts: rows are (token, choice) pairs, slot t * K + k, in the order of their experts ──────────────────

@@ -50,7 +50,7 @@ def test_varlen_attention(lengths, causal, dtype, tolerance):
 
 
 def test_more_sequences_than_the_fused_attention_takes():
-    lengths = [2] * (fused.SEQUENCES + 5)
+    lengths = [2] * (npu.SEQUENCES + 5)
     q, k, v = (torch.randn(sum(lengths), 1, 4) for _ in range(3))
     out = fused.varlen_attention(q, k, v, cu(lengths), False, 0.5)
     assert error(out, reference.varlen_attention(q, k, v, cu(lengths), False, 0.5)) <= 1e-5
@@ -60,7 +60,7 @@ def test_more_sequences_than_the_fused_attention_takes():
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 4), (0, 1, 3, 4)], ids=str)
 def test_attention_of_what_is_made_again(sequences, frozen, monkeypatch):
     """q and k put through something first, of which nothing is kept: the gradients of all that goes in."""
-    monkeypatch.setattr(fused, "SEQUENCES", sequences)
+    monkeypatch.setattr(npu, "SEQUENCES", sequences)
     lengths = cu([5, 17, 1, 0, 9])
     shapes = [(32, 4, 8), (32, 2, 8), (32, 2, 8), (8,), (32, 1, 8)]
     ours = [torch.randn(s).requires_grad_(i not in frozen) for i, s in enumerate(shapes)]

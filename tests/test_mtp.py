@@ -1,0 +1,399 @@
+"""Multi-token prediction: loss and every gradient against a slow reference, and that nothing crosses a sequence's end.
+
+The reference knows one plain sequence at a time: it takes transformers' own model for the trunk, and writes the layer out.
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoint_cases import assert_same_bytes
+from peer import config_dict, pack, pair, peer_inputs, sample
+from training_runs import tensors, train
+
+from qwen35.batch import IGNORE, ahead_labels
+from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.checkpoint.hf import HFFolder, load_pretrained, write_hf
+from qwen35.flops import training_flops
+from qwen35.loss import look_ahead, token_weights
+from qwen35.metrics import read_metrics
+from qwen35.model import Qwen35, load_config
+
+FACTOR, AUX = 0.3, 0.01
+
+
+def masked(s, *trained):
+    """Of a sample, only the labels of these positions."""
+    labels = torch.full_like(s.labels, IGNORE)
+    labels[list(trained)] = s.labels[list(trained)]
+    return dataclasses.replace(s, labels=labels)
+
+
+SAMPLES = [
+    masked(sample([9, (4, 4), 6], seed=0), 9, 10, 15, 16, 17, 18, 19),  # an image's tokens among the targets' inputs
+    masked(sample([20], seed=1), *range(4, 19)),
+    masked(sample([2], seed=2), 0),  # nothing two ahead
+    sample([1], seed=3),
+    masked(sample([7], seed=4)),  # nothing trained
+    sample([(2, 6), 8], seed=5),
+]
+
+
+def with_mtp(moe: bool, tied: bool = False) -> tuple[Qwen35, torch.nn.Module]:
+    """Our model with the layer, and transformers' without it, of the same weights."""
+    config = config_dict(moe=moe, tied=tied)
+    plain, theirs = pair(config)
+    ours = Qwen35(load_config(config), mtp=True)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in ours.mtp.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.06 if p.ndim > 1 else 0.1))
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    return ours, theirs
+
+
+# ── The reference ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def norm(x, weight):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + weight)
+
+
+def layer(x, w, position_ids, text):
+    """One sequence x [T, H] through the decoder layer whose weights are w, head by head and expert by expert -> y, router's
+    probabilities [T, E] (None for a dense one)"""
+    T, D, heads, kv = len(x), text["head_dim"], text["num_attention_heads"], text["num_key_value_heads"]
+    h = norm(x, w["input_layernorm.weight"])
+    query, gate = (h @ w["self_attn.q_proj.weight"].T).view(T, heads, 2 * D).chunk(2, dim=-1)
+    key, value = ((h @ w[f"self_attn.{name}_proj.weight"].T).view(T, kv, D) for name in "kv")
+    query, key = norm(query, w["self_attn.q_norm.weight"]), norm(key, w["self_attn.k_norm.weight"])
+    turned = D // 4
+    angle = torch.empty(T, turned // 2)
+    for i in range(turned // 2):  # sections [2, 1, 1]: time, height, width, time
+        angle[:, i] = position_ids[(0, 1, 2, 0)[i]] * 10000.0 ** (-2 * i / turned)
+
+    def turn(v):
+        a, b, rest = v[..., : turned // 2], v[..., turned // 2 : turned], v[..., turned:]
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    query, key = turn(query), turn(key)
+    out = []
+    for i in range(heads):
+        j = i // (heads // kv)
+        scores = (query[:, i] @ key[:, j].T / D**0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        out.append(scores.softmax(-1) @ value[:, j] * gate[:, i].sigmoid())
+    x = x + torch.cat(out, dim=-1) @ w["self_attn.o_proj.weight"].T
+    h = norm(x, w["post_attention_layernorm.weight"])
+
+    def mlp(h, gate, up, down):
+        return (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+
+    def plain(name):
+        return (w[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+
+    if "mlp.gate.weight" not in w:
+        return x + mlp(h, *plain("mlp")), None
+    probabilities = (h @ w["mlp.gate.weight"].T).softmax(-1)
+    weights, ids = probabilities.topk(2, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    shared = mlp(h, *plain("mlp.shared_expert")) * (h @ w["mlp.shared_expert_gate.weight"].T).sigmoid()
+    routed = []
+    for t in range(T):
+        y = 0
+        for weight, e in zip(weights[t], ids[t].tolist(), strict=True):
+            gate, up = w["mlp.experts.gate_up_proj"][e].chunk(2)
+            y = y + weight * mlp(h[t], gate, up, w["mlp.experts.down_proj"][e])
+        routed.append(y)
+    return x + shared + torch.stack(routed), probabilities
+
+
+def reference(ours, theirs, samples, kind):
+    """-> mean loss two ahead by `kind`, sums over samples of the router's probabilities and choices. In `theirs`' graph but for
+    the layer's own weights, which are ours."""
+    text = config_dict()["text_config"]
+    w = dict(ours.mtp.named_parameters())
+    of_layer = {n.removeprefix("layers.0."): p for n, p in w.items() if n.startswith("layers.0.")}
+    head = theirs.lm_head.weight
+    losses, stats = [], []
+    for s in samples:
+        seen = {}
+        hook = theirs.model.language_model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.update(x=args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        hidden = theirs.model(**peer_inputs(s)).last_hidden_state[0]
+        hook.remove()
+        embedded = seen["x"][0]  # the features of images in their places
+        T = len(s.input_ids)
+        if T < 2:
+            continue
+        both = [
+            norm(embedded[1:], w["pre_fc_norm_embedding.weight"]),
+            norm(hidden[:-1], w["pre_fc_norm_hidden.weight"]),
+        ]
+        x, probabilities = layer(torch.cat(both, -1) @ w["fc.weight"].T, of_layer, s.position_ids[:, :-1], text)
+        logits = norm(x, w["norm.weight"]) @ head.T
+        losses.append(
+            F.cross_entropy(logits, s.labels[1:], ignore_index=IGNORE, reduction="none")[s.labels[1:] != IGNORE]
+        )
+        if probabilities is not None:
+            chosen = F.one_hot(probabilities.topk(2).indices, probabilities.shape[-1]).sum((0, 1)).float()
+            stats.append(torch.stack([probabilities.sum(0), chosen]))
+    losses = [x for x in losses if len(x)]
+    loss = {
+        "default": lambda: torch.cat(losses).mean(),
+        "per_sample_loss": lambda: torch.stack([x.mean() for x in losses]).mean(),
+        "per_token_loss": lambda: torch.cat(losses).sum(),
+    }[kind]()
+    return loss, sum(stats) if stats else None
+
+
+@pytest.mark.parametrize(
+    ("moe", "tied", "kind", "recompute"),
+    [
+        (True, False, "default", False),
+        (False, True, "per_sample_loss", True),
+        (True, False, "per_token_loss", True),
+    ],
+)
+def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute):
+    """Packed here, one sequence after another there; through the layer, the trunk, the tower, the embedding and the head."""
+    ours, theirs = with_mtp(moe, tied)
+    theirs.train()
+    batch = pack(SAMPLES)
+    ahead = look_ahead(batch, kind)
+    ours.model.language_model.recompute = recompute
+    nothing = torch.zeros(len(batch.labels))
+    loss, _, token_loss = ours.loss(batch, nothing, ahead, FACTOR)
+    wanted, stats = reference(ours, theirs, SAMPLES, kind)
+    T = len(batch.labels)
+    assert torch.isclose(loss, FACTOR * wanted, rtol=1e-5)
+    assert torch.isclose((ahead.weights * token_loss[T:]).sum(), wanted, rtol=1e-5)
+    assert (token_loss[T:] > 0).nonzero().squeeze(1).tolist() == ahead.trained.tolist()
+    (loss / FACTOR).backward()
+    mine = {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}
+    ours.zero_grad()
+    wanted.backward()
+    own = {n: p.grad for n, p in ours.named_parameters() if n.startswith("mtp.")}
+    shared = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert mine.keys() == {n for n, p in ours.named_parameters()}
+    checked = 0
+    for name, grad in mine.items():
+        other = own.get(name, shared.get(name))
+        if other is None:  # nothing of the last router's probabilities matters where there is one choice
+            assert not grad.any(), name
+            continue
+        assert (grad - other).norm() <= 5e-5 * other.norm() + 1e-9, name
+        checked += bool(other.any())
+    assert checked >= len(mine) - 2
+    if moe:  # the router is one layer more in the balance, and the ends of sequences are no tokens of it
+        _, alone = ours.forward_aux(batch)
+        assert stats[1].sum() == 2 * sum(len(s.labels) - 1 for s in SAMPLES)
+        seen = []
+        gate = ours.mtp.layers[0].mlp.gate
+        hook = gate.register_forward_hook(lambda _, __, out: seen.append(out[2]))
+        assert not torch.equal(ours.loss(batch, nothing, ahead)[1], alone)
+        hook.remove()
+        assert torch.allclose(seen[0], stats, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_of_the_next_token_is_what_it_was():
+    """One head for both: the sum, and each of the two by itself, is that of two runs."""
+    ours, _ = with_mtp(True)
+    batch = pack(SAMPLES)
+    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default")
+    loss, _, token_loss = ours.loss(batch, weights, ahead, FACTOR)
+    loss.backward()
+    both = {n: p.grad.clone() for n, p in ours.named_parameters()}
+    ours.zero_grad()
+    plain, _, alone = ours.loss(batch, weights)
+    further, _, _ = ours.loss(batch, torch.zeros_like(weights), ahead, FACTOR)
+    (plain + further).backward()
+    assert torch.isclose(loss, plain + further)
+    assert torch.equal(token_loss[: len(weights)], alone)
+    for name, p in ours.named_parameters():
+        assert (both[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
+
+
+# ── Boundaries, masks ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_targets_by_hand():
+    """Two sequences and a pad tail: labels of t+1, none from another sequence, none that is not trained."""
+    batch = pack([masked(sample([4], seed=1), 1, 2), sample([3], seed=2), masked(sample([2], seed=3))])
+    batch.labels[3] = 99  # a label at the end of a sequence, as a careless reader might leave it: it is nobody's target
+    batch.labels[4] = 77  # a label at a sequence's start: two ahead of the sequence before
+    labels, is_end = ahead_labels(batch)
+    ids = batch.input_ids
+    assert is_end.tolist() == [False, False, False, True, False, False, True, False, True]
+    assert labels.tolist() == [ids[2], ids[3], 99, -100, ids[6], -100, -100, -100, -100]
+    ahead = look_ahead(batch, "per_sample_loss")
+    assert ahead.trained.tolist() == [0, 1, 2, 4]
+    assert torch.allclose(ahead.weights, torch.tensor([1 / 6, 1 / 6, 1 / 6, 0, 1 / 2, 0, 0, 0, 0]))
+
+
+def test_nothing_crosses_a_sequence():
+    """A packed sequence's two losses, and the gradients that it sends back, do not know its neighbours."""
+    ours, _ = with_mtp(True)
+    middle = sample([12], seed=9)
+    results = []
+    for first, last in ((3, 5), (30, 1)):
+        batch = pack([sample([first], seed=first), middle, sample([last], seed=last)])
+        ahead = look_ahead(batch, "default")
+        here = slice(first, first + 12)
+        only = torch.zeros(len(batch.labels))
+        only[here] = 1 / 12
+        ahead = dataclasses.replace(ahead, weights=only)
+        ours.zero_grad()
+        loss, _, token_loss = ours.loss(batch, only, ahead)
+        loss.backward()
+        assert token_loss[len(only) :][here][:-2].all() and not token_loss[len(only) :][here][-2:].any()
+        results.append((token_loss[len(only) :][here], {n: p.grad.clone() for n, p in ours.named_parameters()}))
+    (a, grads), (b, others) = results
+    assert torch.allclose(a, b, rtol=1e-5)
+    for name, grad in grads.items():
+        assert (grad - others[name]).norm() <= 1e-5 * grad.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
+def test_nothing_two_ahead_weighs_nothing(kind):
+    """One-token answers at the very start have nothing two ahead: a loss of zero, a gradient of zero, and no NaN."""
+    ours, _ = with_mtp(True)
+    batch = pack([masked(sample([2], seed=1), 0), masked(sample([5], seed=2), 0)])
+    ahead = look_ahead(batch, kind)
+    assert not len(ahead.trained) and not ahead.weights.any()
+    ours.loss(batch, token_weights(batch, kind), ahead)[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    assert not ours.mtp.fc.weight.grad.any() and ours.lm_head.weight.grad.any()
+
+
+def test_a_frozen_trunk():
+    """The layer alone can be trained: the only gradients are its own."""
+    ours, _ = with_mtp(False)
+    ours.model.requires_grad_(False)
+    ours.lm_head.requires_grad_(False)
+    batch = pack(SAMPLES)
+    ours.loss(batch, token_weights(batch, "default"), look_ahead(batch, "default"))[0].backward()
+    assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
+        n for n, p in ours.named_parameters() if "mtp" in n
+    }
+
+
+def test_flops_of_the_layer():
+    """An attention layer more, a map of 2H to H, and the head for its labels."""
+    for moe in (True, False):
+        config = load_config(config_dict(moe=moe))
+        lengths, images = torch.tensor([300, 200]), torch.zeros(0, 3, dtype=torch.long)
+        types = (*config.text.layer_types, "full_attention")
+        more = dataclasses.replace(config, text=dataclasses.replace(config.text, layer_types=types))
+        one_more = training_flops(more, 500, lengths, 180, images)
+        found = training_flops(config, 500, lengths, 180, images, mtp=True)
+        assert found - one_more == 3 * 2 * 500 * 2 * 48 * 48
+
+
+# ── Whole runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ON = (
+    "model.mtp_num_layers=1",
+    "model.mtp_loss_scaling_factor=0.5",
+    "training.train_iters=4",
+    "training.log_interval=1",
+)
+KIND = "model.loss_type=per_token_loss"  # whose denominators are of all ranks
+
+
+@pytest.fixture(scope="module")
+def place(workplace, tmp_path_factory) -> Path:
+    """The records of the other whole runs, with a model whose folder has the layer."""
+    folder = tmp_path_factory.mktemp("mtp")
+    config = json.loads((workplace / "weights/config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    write_hf(Qwen35.from_config(config, mtp=True).state_dict(), config, folder / "weights")
+    for file in (workplace / "weights").iterdir():
+        if file.suffix in (".json", ".jinja") and not (folder / "weights" / file.name).exists():
+            shutil.copy(file, folder / "weights")
+    recipe = (workplace / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace(str(workplace / "weights"), str(folder / "weights")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(place) -> Path:
+    done = train(place, place / "two", 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nmtp ") == 2 and "  mtp_loss " in done.stdout
+    return place / "two"
+
+
+def test_two_processes_equal_one(place, two):
+    done = train(place, place / "one", 1, *ON, KIND, "training.gradient_accumulation_steps=2")
+    assert done.returncode == 0, done.stderr
+    one, both = read_metrics(place / "one/metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert len(one) == len(both) == 4
+    for a, b in zip(one, both, strict=True):
+        for key in ("loss", "mtp_loss", "aux_loss", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+    assert one[0]["mtp_loss"] == pytest.approx(one[0]["loss"], rel=0.1)  # both are means over their own labels
+    assert one[-1]["mtp_loss"] < 0.95 * one[0]["mtp_loss"]
+    reference = tensors(place / "one")
+    assert any(name.startswith("mtp.") for name in reference)
+    for name, value in tensors(two).items():
+        assert (value - reference[name]).norm() <= 1e-5 * value.norm() + 1e-6, name
+
+
+def test_resumed_equals_uninterrupted(place, two, tmp_path):
+    save = tmp_path / "again"
+    subprocess.run(["cp", "-r", two, save], check=True)
+    subprocess.run(["rm", "-r", save / "iter_0000004"], check=True)
+    done = train(place, save, 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
+    assert done.returncode == 0, done.stderr
+    first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
+    same = ("step", "loss", "mtp_loss", "aux_loss", "grad_norm")
+    assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]
+    for prefix in ("model.", "optimizer."):
+        a, b = tensors(two, prefix), tensors(save, prefix)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_was_trained_is_exported(place, two, tmp_path):
+    """The trained layer goes out in the source's layout, one tensor an expert; one that was not trained is the source's own."""
+    dcp_to_hf(two, place / "weights", tmp_path / "hf")
+    source, out = HFFolder(place / "weights"), HFFolder(tmp_path / "hf")
+    assert source.specs == out.specs and source.file_of == out.file_of
+    names = [n for n in source.specs if n.startswith("mtp.")]
+    assert "mtp.layers.0.mlp.experts.7.up_proj.weight" in names
+    assert not any(torch.equal(source.read(n), out.read(n)) for n in names)
+    again = dict(load_pretrained(Qwen35, tmp_path / "hf", torch.float32, mtp=True).named_parameters())
+    for name, value in tensors(two).items():
+        assert torch.allclose(again[name], value, rtol=2**-8, atol=1e-30), name
+
+
+def test_a_frozen_layer_is_the_sources_own(place, tmp_path):
+    done = train(place, tmp_path / "run", 1, *ON, "training.train_iters=1", "model.freeze=[mtp]")
+    assert done.returncode == 0, done.stderr
+    dcp_to_hf(tmp_path / "run", place / "weights", tmp_path / "hf")
+    source, out = HFFolder(place / "weights"), HFFolder(tmp_path / "hf")
+    kept = {n: source.read(n) for n in source.specs if n.startswith("mtp.")}
+    assert_same_bytes({n: out.read(n) for n in kept}, kept)
+    assert not torch.equal(source.read("lm_head.weight"), out.read("lm_head.weight"))
+
+
+def test_a_checkpoint_without_it_is_refused(workplace, tmp_path):
+    """Training it from nothing would be another thing, and the export has no place for it: nothing starts."""
+    done = train(workplace, tmp_path / "run", 1, *ON)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "mtp.fc.weight" in done.stderr and "it holds no mtp.*" in done.stderr
+    assert "start from a published checkpoint, or set model.mtp_num_layers: 0" in done.stderr
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_a_resume_that_would_lose_it_is_refused(place, two):
+    done = train(place, two, 2, KIND, "training.train_iters=6")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "iter_0000004 was trained with model.mtp_num_layers: 1" in done.stderr

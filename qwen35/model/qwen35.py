@@ -169,11 +169,11 @@ class Qwen35(nn.Module):
         text = self.model.language_model
         rope = text.rope(batch.position_ids)
         # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
-        is_pad = ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad
+        counted = (~(ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad)).float()
 
         def run(hidden: Tensor, x: Tensor) -> tuple[Tensor, Stats]:
             following = torch.cat([x[1:], torch.zeros_like(x[:1])]).masked_fill(ahead.is_end[:, None], 0)
-            return self.mtp(hidden, following, rope, batch.cu_seqlens, is_pad)
+            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted)
 
         if text.recompute:
             return checkpoint(run, hidden, x, use_reentrant=False, preserve_rng_state=False)

@@ -1,6 +1,7 @@
 """make download, against both hubs' stand-ins on loopback: what bears the model's name is whole, what was stopped goes on."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,24 @@ def hub(original, monkeypatch, tmp_path):
 
 def run(source: str, *options: str) -> int:
     return command.main([MODEL, "--source", source, *options])
+
+
+def start(source: str) -> subprocess.Popen:
+    options = ["--source", source, "--out", str(TARGET.absolute())]
+    command = [sys.executable, "-m", "qwen35.download", MODEL, *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+    """The hub stands still by then, so that nothing can pass."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 TARGET = Path("ckpt/hf_path/Qwen3.5-tiny")
@@ -141,16 +160,11 @@ def test_killed_in_the_middle_it_goes_on(hub, original, source):
     name, content = largest(original)
     half = len(content) // 2
     hub.hold[name] = half
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qwen35.download", MODEL, "--source", source, "--out", TARGET.absolute()], cwd=ROOT
-    )
-    partial, whole = BESIDE / name, [n for n in needed(original) if n != name]
-    end = time.monotonic() + 60
-    while not (partial.is_file() and partial.stat().st_size == half and all((BESIDE / n).is_file() for n in whole)):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.02)
+    process = start(source)
+    others = [n for n in needed(original) if n != name]
+    wait_until(process, lambda: _size(BESIDE / name) == half and all((BESIDE / n).is_file() for n in others))
     process.kill()
-    process.wait()
+    process.communicate()
     assert not TARGET.exists()
     hub.released.set()
     del hub.hold[name]
@@ -269,13 +283,32 @@ def test_an_index_whose_files_are_not_there(hub, original, capsys):
     assert not TARGET.exists()
 
 
-def test_stopped_by_hand(hub, monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
+def test_stopped_by_hand(hub, original):
+    """Ctrl-C while files come: one line, exit code 130, and what has come stays."""
+    name, content = largest(original)
+    hub.hold[name] = 1000
+    process = start("hf")
+    wait_until(process, lambda: _size(BESIDE / name) == 1000)
+    hub.refuse[name] = [503] * 20  # no more until it has seen the signal, however late that is
+    process.send_signal(signal.SIGINT)
+    hub.released.set()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "stopped; the same command goes on from there\n", out + err
+    assert not TARGET.exists() and 1000 <= _size(BESIDE / name) < len(content)
 
-    monkeypatch.setattr(command, "load_config", stop)
-    assert run("hf") == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on from there\n"
+
+def test_the_stand_in_is_as_the_library_knows_the_hub(hub, original):
+    """huggingface_hub reads the same names, sizes and checksums from it as we do."""
+    code = f"""
+from huggingface_hub import HfApi
+for s in HfApi().model_info({MODEL!r}, revision="main", files_metadata=True).siblings:
+    print(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id, sep="|")
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    theirs = {line for line in done.stdout.splitlines() if is_needed(line.split("|")[0])}
+    ours = {f"{file.name}|{file.size}|{file.checksum[1]}" for file in HUBS["hf"]().files(MODEL)}
+    assert ours == theirs and len(ours) == len(needed(original))
 
 
 def test_two_at_once(hub, capsys, monkeypatch):

@@ -3,11 +3,12 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor convert export data show finetune generate evaluate bench test test-npu test-versions lint clean
+.PHONY: help install doctor download convert export data show finetune generate evaluate bench test test-npu test-versions lint clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
 doctor:   ## is all as it should be here? every line ok, or wrong with what to do  [CONFIG ARGS]
+download: ## a model of a hub into ckpt/hf_path, checked; goes on where it was stopped  [MODEL SOURCE=hf|modelscope OUT ARGS]
 convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]
 export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
 data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT ARGS]
@@ -31,7 +32,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-convert export data show finetune generate evaluate bench test test-npu test-versions lint: .venv/.installed
+download convert export data show finetune generate evaluate bench test test-npu test-versions lint: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

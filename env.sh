@@ -5,6 +5,14 @@
 
 # ── Models and data ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+# What `make download` brings if MODEL is not given outside of this file: its name on the hub, Qwen/Qwen3.5-4B. Default: none.
+: "${DOWNLOAD_MODEL:=}"
+# The hub. Default hf. Allowed: hf, modelscope.
+: "${SOURCE:=hf}"
+# Address of a mirror of the first hub, https://…, and host name of another site of the second. Default: their own.
+# Tokens, for models that ask for one, belong into the environment and not into this file: HF_TOKEN, MODELSCOPE_API_TOKEN.
+: "${HF_ENDPOINT:=}"
+: "${MODELSCOPE_DOMAIN:=}"
 # Hugging Face folder of the model: what `make convert` reads, and whose config and tokenizer `make export` copies. Given on the
 # command line, or where no run says it, also those that `make generate` takes for a DCP checkpoint.
 : "${HF:=ckpt/hf_path/tiny}"
@@ -17,7 +25,8 @@
 # Weights that must be tied, JSON {"one": "other"}: `make convert` checks it, and one copy serves both. Default: none. E.g.
 # {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 : "${TIE:=}"
-# Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make data`.
+# Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make data`, and for the folder
+# that `make download` fills, else ckpt/hf_path/ and the model's name.
 : "${OUT:=}"
 # Hugging Face folder that `make export` writes.
 : "${EXPORT_OUT:=runs/tiny/hf}"

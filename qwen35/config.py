@@ -215,6 +215,7 @@ def _check(s: Settings) -> None:
         "training.lr": t.lr,
         "training.peak_tflops": t.peak_tflops,
         "training.adam_eps": t.adam_eps,
+        "model.mtp_loss_scaling_factor": s.model.mtp_loss_scaling_factor,
         "parallel.fully_shard_parallel_size": s.parallel.fully_shard_parallel_size,
         "data.dataset_param.basic_parameters.cutoff_len": b.cutoff_len,
         "data.dataset_param.basic_parameters.max_samples": b.max_samples,
@@ -231,6 +232,7 @@ def _check(s: Settings) -> None:
         "data.dataloader_param.num_workers": s.data.dataloader_param.num_workers,
     }
     at_most_512 = {"data.dataloader_param.num_workers": s.data.dataloader_param.num_workers}
+    one_or_none = {"model.mtp_num_layers": s.model.mtp_num_layers}  # the published models have one
     fraction = {
         "training.lr_warmup_ratio": t.lr_warmup_ratio,
         "training.adam_beta1": t.adam_beta1,
@@ -241,6 +243,7 @@ def _check(s: Settings) -> None:
         ("0 or more", not_negative, lambda v: v >= 0),
         ("at least 0 and below 1", fraction, lambda v: 0 <= v < 1),
         ("at most 512", at_most_512, lambda v: v <= 512),
+        ("0 or 1", one_or_none, lambda v: v in (0, 1)),
     ):
         for name, value in group.items():
             if value is not None and not (holds(value) and math.isfinite(value)):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen35.errors import SettingError
-from qwen35.settings import Attr, Settings
+from qwen35.settings import Attr, ModelSettings, Settings
 
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
 
@@ -32,6 +32,11 @@ def _of_training(s: Settings) -> Iterator[str]:
         yield f"training.min_lr {t.min_lr} is above training.lr {t.lr}"
     if t.min_lr and t.lr_decay_style == "constant":
         yield f"training.min_lr {t.min_lr} means nothing to lr_decay_style: constant; use linear or cosine, or leave it out"
+    if not s.model.mtp_num_layers and s.model.mtp_loss_scaling_factor != ModelSettings.mtp_loss_scaling_factor:
+        yield (
+            f"model.mtp_loss_scaling_factor {s.model.mtp_loss_scaling_factor} means nothing without model.mtp_num_layers: 1;"
+            " set that, or leave it out"
+        )
     if t.load and t.init_from_hf_path:
         yield "training.load and training.init_from_hf_path both say where the weights come from; set one"
     if t.micro_batch_size * cutoff_len >= 2**31:  # cu_seqlens is int32

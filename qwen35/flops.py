@@ -7,11 +7,16 @@ from qwen35.model.config import ModelConfig
 CHUNK = 64  # of the gated delta rule
 
 
-def training_flops(config: ModelConfig, tokens: int, lengths: Tensor, trained_tokens: int, grid_thw: Tensor) -> float:
-    """FLOPs of one step over sequences of `lengths` [S] tokens; the head is counted where a label is trained."""
+def training_flops(
+    config: ModelConfig, tokens: int, lengths: Tensor, trained_tokens: int, grid_thw: Tensor, mtp: bool = False
+) -> float:
+    """FLOPs of one step over sequences of `lengths` [S] tokens; the head is counted where a label is trained.
+
+    mtp: with the layer of multi-token prediction, whose labels are among the trained_tokens.
+    """
     t = config.text
     gdn = t.layer_types.count("linear_attention")
-    attention = len(t.layer_types) - gdn
+    attention = len(t.layer_types) - gdn + mtp
     key, value = t.linear_num_key_heads * t.linear_key_head_dim, t.linear_num_value_heads * t.linear_value_head_dim
     gdn_weights = t.hidden_size * (2 * key + 2 * value + 2 * t.linear_num_value_heads) + value * t.hidden_size
     gdn_weights += (2 * key + value) * t.linear_conv_kernel_dim
@@ -21,7 +26,8 @@ def training_flops(config: ModelConfig, tokens: int, lengths: Tensor, trained_to
     if t.num_experts:
         ffn = 3 * t.hidden_size * (t.num_experts_per_tok * t.moe_intermediate_size + t.shared_expert_intermediate_size)
         ffn += t.hidden_size * (t.num_experts + 1)
-    weights = gdn * gdn_weights + attention * attention_weights + len(t.layer_types) * ffn
+    weights = gdn * gdn_weights + attention * attention_weights + (gdn + attention) * ffn
+    weights += mtp * 2 * t.hidden_size**2
     dk, dv = t.linear_key_head_dim, t.linear_value_head_dim
     delta_rule = t.linear_num_value_heads * (4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv)
     pairs = float((lengths.double().square() / 2).sum())  # of a query and a key that it sees

@@ -4,13 +4,16 @@ With valid = labels != -100, and A micro-batches on each of R ranks a step:
     default           mean over the valid tokens of a micro-batch, mean over A, mean over R
     per_sample_loss   mean over the valid tokens of a sample, mean over the samples of a micro-batch, then A and R
     per_token_loss    sum over all valid tokens of the step / their number: the same for any split of the samples
-A sample without valid tokens counts nowhere.
+A sample without valid tokens counts nowhere. Multi-token prediction is weighed in the same way, over labels of its own: each of
+the two losses is a mean over what it is trained on.
 """
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
-from qwen35.batch import IGNORE, PackedBatch
+from qwen35.batch import IGNORE, Ahead, PackedBatch, ahead_labels
 
 
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
@@ -27,3 +30,10 @@ def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
     in_sample = torch.zeros(len(batch.cu_seqlens) - 1, device=valid.device).index_add(0, sample, valid)  # [S]
     samples = (in_sample > 0).sum().clamp(min=1)
     return valid / in_sample[sample].clamp(min=1) / samples
+
+
+def look_ahead(batch: PackedBatch, loss_type: str) -> Ahead:
+    """What multi-token prediction learns of a micro-batch on the host; weights as those of `token_weights`."""
+    labels, is_end = ahead_labels(batch)
+    weights = token_weights(dataclasses.replace(batch, labels=labels), loss_type)
+    return Ahead(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)

@@ -34,12 +34,12 @@ class StepRecord:
     lr: float
     data_time: float  # seconds that the step waited for its batch
     flops: float  # model FLOPs of this rank's part
-    sums: Tensor  # [5] this rank's parts of SUMS
+    sums: Tensor  # [5 or 6] this rank's parts of SUMS
     group_squares: Tensor  # [G] squared gradient norms of all ranks, by group
     bad_records: tuple[str, ...] = ()  # what is wrong with those of this rank's samples that were not trained
 
 
-SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens")
+SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last where that is trained
 HOST_SUMS = ("flops", "stop", "bad_records")  # what else is summed over the ranks
 
 
@@ -81,20 +81,23 @@ class Metrics:
         """
         records, self.pending = self.pending, []
         mine = torch.tensor([[r.flops, float(stop), len(r.bad_records)] for r in records], device=self.device)
-        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, SUMS + HOST_SUMS]
+        names = (*SUMS[: len(records[0].sums)], *HOST_SUMS)
+        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, names]
         dist.all_reduce(sums)
         values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
         step_time = (time.perf_counter() - self.last_flush) / len(records)
         self.restart_clock()
-        lines = [self._line(r, row, step_time) for r, row in zip(records, values, strict=True)]
+        totals = [dict(zip(names, row, strict=False)) for row in values]
+        squares = [row[len(names) :] for row in values]
+        lines = [self._line(*of_step, step_time) for of_step in zip(records, totals, squares, strict=True)]
         if self.is_writer:
             self._append("".join(json.dumps(line) + "\n" for line in lines))
             self._show(lines)
         if any(line["bad_records"] for line in lines):  # the same on all ranks
             self._name([message for r in records for message in r.bad_records])
-        for line, row in zip(lines, values, strict=True):
-            self._check(line, row[len(SUMS) + len(HOST_SUMS) :], patience)
-        return values[-1][len(SUMS) + HOST_SUMS.index("stop")] > 0
+        for line, of_groups in zip(lines, squares, strict=True):
+            self._check(line, of_groups, patience)
+        return totals[-1]["stop"] > 0
 
     def _append(self, text: str) -> None:
         """All of it, or nothing."""
@@ -123,13 +126,12 @@ class Metrics:
         else:
             print(text, flush=True)
 
-    def _line(self, record: StepRecord, row: list[float], step_time: float) -> dict[str, Any]:
-        totals = dict(zip((*SUMS, *HOST_SUMS), row, strict=False))
-        squares = row[len(SUMS) + len(HOST_SUMS) :]
-        line = {
+    def _line(
+        self, record: StepRecord, totals: dict[str, float], squares: list[float], step_time: float
+    ) -> dict[str, Any]:
+        line: dict[str, Any] = {
             "step": record.step,
-            "loss": totals["loss"],
-            "aux_loss": totals["aux_loss"],
+            **{name: totals[name] for name in ("loss", "mtp_loss", "aux_loss") if name in totals},
             "grad_norm": sum(squares) ** 0.5,
             "lr": record.lr,
             **{name: int(totals[name]) for name in ("tokens", "label_tokens", "image_tokens", "bad_records")},
@@ -144,7 +146,8 @@ class Metrics:
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
-        text = f"loss {last['loss']:.4f}  grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
+        further = f"mtp_loss {last['mtp_loss']:.4f}  " if "mtp_loss" in last else ""
+        text = f"loss {last['loss']:.4f}  {further}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
         text += f"  {last['tokens_per_second']:.0f} tokens/s"
         if "mfu" in last:
             text += f"  mfu {last['mfu']:.1%}"
@@ -195,7 +198,11 @@ def draw_loss(folder: Path) -> None:
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line["step"] for line in lines]
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    axis.plot(steps, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
+    axis.plot(steps, [line["loss"] for line in lines], color="tab:blue", linewidth=1, label="loss")
+    if further := [line for line in lines if "mtp_loss" in line]:
+        values = [line["mtp_loss"] for line in further]
+        axis.plot([line["step"] for line in further], values, color="tab:orange", linewidth=1, label="mtp_loss")
+        axis.legend()
     axis.set(xlabel="step", ylabel="loss", title=str(folder))
     rate = axis.twinx()
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linewidth=0.8, linestyle="--")

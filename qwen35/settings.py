@@ -83,6 +83,10 @@ class LossCfg:
 class ModelSettings:
     model_name_or_path: str = REQUIRED  # folder with config.json (and the tokenizer)
     freeze: tuple[str, ...] = ()  # module names; `*` and `{*}` match one level: model.language_model.layers.{*}.mlp
+    mtp_num_layers: int = (
+        0  # 1: train multi-token prediction too, which looks one token further; 0: keep its weights as they are
+    )
+    mtp_loss_scaling_factor: float = 0.1  # weight of its loss
     loss_cfg: LossCfg = LossCfg()
     kernels: Mapping[str, str] = field(default_factory=dict)  # op -> implementation, see `python -m kernels`
 

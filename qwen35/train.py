@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from qwen35.batch import IGNORE, PackedBatch
+from qwen35.batch import IGNORE, Ahead, PackedBatch
 from qwen35.checkpoint.dcp import (
     Loaded,
     fitting_checkpoint,
@@ -32,7 +32,7 @@ from qwen35.device import describe, init_process
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import leave, record_failure
-from qwen35.loss import token_weights
+from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
@@ -76,7 +76,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     mesh = make_mesh(device.type, settings.parallel.fully_shard_parallel_size)
     chosen = kernels.select(device.type, m.kernels)
     with torch.device("meta" if t.init_model_with_meta_device else device):
-        model = Qwen35(config, kernels=chosen)
+        model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
     check = fitting if is_hf else fitting_checkpoint
@@ -99,7 +99,11 @@ def setup(settings: Settings, device: torch.device) -> Run:
         loaded = load_checkpoint(origin, model, optimizer)
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
-    position = {"bins_a_step": bins_a_step(settings), "data": micro_batches.fingerprint}
+    position = {
+        "bins_a_step": bins_a_step(settings),
+        "data": micro_batches.fingerprint,
+        "mtp_num_layers": m.mtp_num_layers,
+    }
     if loaded and step:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
@@ -142,7 +146,12 @@ def check_same_data(fingerprint: str) -> None:
 
 
 def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
-    """Raises SettingError where the data could not go on as if the run had never stopped."""
+    """Raises SettingError where the run could not go on as if it had never stopped."""
+    if loaded.extra.get("mtp_num_layers") and not position["mtp_num_layers"]:
+        raise SettingError(
+            f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
+            " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
+        )
     before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
     if before != now:
         raise SettingError(
@@ -178,21 +187,30 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     t, loss_cfg, device = run.settings.training, run.settings.model.loss_cfg, run.device
     share = 1 / (len(batches) * dist.get_world_size())
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
+    mtp = run.settings.model.mtp_num_layers
+    aheads = [look_ahead(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     totals = [sum(values) for values in zip(*counts, strict=True)]
-    scale = torch.tensor(share, device=device)
+    scale = torch.full((2,), share, device=device)  # of the loss, of multi-token prediction's
     if loss_cfg.loss_type == "per_token_loss":
-        trained = torch.tensor(float(totals[1]), device=device)
+        trained = torch.tensor([float(totals[1]), sum(len(a.trained) for a in aheads if a)], device=device)
         dist.all_reduce(trained)
         scale = 1 / trained.clamp(min=1)
 
-    losses = torch.zeros(2, device=device)  # cross entropy, load balancing
-    flops = sum(batch_flops(run.model.config, batch, count) for batch, count in zip(batches, counts, strict=True))
-    for batch, weight in zip(batches, weights, strict=True):
-        batch = batch.to(device)
-        loss, aux, _ = run.model.loss(batch, weight.to(device, non_blocking=True) * scale)
+    losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
+    flops = 0.0
+    for batch, weight, ahead, count in zip(batches, weights, aheads, counts, strict=True):
+        flops += batch_flops(run.model.config, batch, count, ahead)
+        batch, weight = batch.to(device), weight.to(device, non_blocking=True) * scale[0]
+        if ahead is not None:
+            ahead = ahead.to(device)
+            ahead = replace(ahead, weights=ahead.weights * scale[1])
+        loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor)
         (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
-        losses += torch.stack([loss.detach(), aux.detach() * share])
+        losses[0] += (weight * token_loss[: len(weight)]).sum()
+        losses[1] += share * aux.detach()
+        if ahead is not None:
+            losses[2] += (ahead.weights * token_loss[len(weight) :]).sum()
 
     reduce_held_out(run.model)
     squares = run.gradients.squares()
@@ -203,7 +221,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-    sums = torch.cat([losses, torch.tensor(totals, dtype=torch.float32, device=device)])
+    sums = torch.cat([losses[:2], torch.tensor(totals, dtype=torch.float32, device=device), losses[2:]])
     bad_records = tuple(message for batch in batches for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records)
 
@@ -215,14 +233,15 @@ def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
     return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
 
 
-def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int]) -> float:
+def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
     """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
     tokens, trained, image_tokens = counts
     lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
     if batch.is_pad is not None:
         lengths = lengths[~batch.is_pad[starts]]
     is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * config.vision.spatial_merge_size**2
-    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real])
+    trained += len(ahead.trained) if ahead else 0
+    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real], mtp=ahead is not None)
 
 
 def train(settings: Settings) -> None:

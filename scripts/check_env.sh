@@ -25,6 +25,7 @@ TASK_QUEUE_ENABLE            int 0 2
 DRY_RUN                      int 0 1
 ARCH                         one x86 arm
 DEVICE                       one cpu npu
+SOURCE                       one hf modelscope
 HCCL_DETERMINISTIC           one true false strict
 HCCL_OP_EXPANSION_MODE       one AI_CPU AIV HOST HOST_TS
 TOKENIZERS_PARALLELISM       one true false True False TRUE FALSE
@@ -34,6 +35,8 @@ GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
 TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
 TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
+HF_ENDPOINT                  like ^https?://[A-Za-z0-9._:/-]+$ an address, https://…
+MODELSCOPE_DOMAIN            like ^(https?://)?[A-Za-z0-9._:-]+$ a host name
 HCCL_IF_IP                   like ^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:.%a-z]*)$ an IPv4 or IPv6 address
 MASTER_ADDR                  like ^[A-Za-z0-9_.:%-]+$ a host name or an address
 NODE_ADDR                    like ^[A-Za-z0-9_.:%-]+$ a host name or an address

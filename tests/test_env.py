@@ -24,7 +24,8 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
     MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
-    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS""".split()
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS
+    SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -52,6 +53,11 @@ GOOD = [
     {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512,garbage_collection_threshold:0.8"},
     {"NPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "400", "ASCEND_RT_VISIBLE_DEVICES": "0,7"},
     {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+    {
+        "SOURCE": "modelscope",
+        "HF_ENDPOINT": "https://mirror.example:8080/hf",
+        "MODELSCOPE_DOMAIN": "www.mirror.example",
+    },
 ]
 BAD = [
     *((name, str(low - 1)) for name, (low, _) in BOUNDS.items()),
@@ -75,11 +81,15 @@ BAD = [
     ("NODE_RANK", "1"),  # NODES is 1
     ("TORCH", "newest"),
     ("DEVICE", "gpu"),
+    ("SOURCE", "github"),
+    ("HF_ENDPOINT", "mirror"),
+    ("MODELSCOPE_DOMAIN", "a b"),
     ("CONFIG", "configs/none.yaml"),
 ]
 
-IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train"))
-TARGETS = "help install doctor convert export data show finetune generate evaluate bench test test-versions lint clean".split()
+IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))
+TARGETS = """help install doctor download convert export data show finetune generate evaluate bench test test-versions lint
+    clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -340,6 +350,8 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
             ),
         ),
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
+        (["download", "MODEL=a/b"], "-m qwen35.download a/b --source hf"),
+        (["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"], "-m qwen35.download a/b --source modelscope --out o"),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
         (
             ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $$this?", "ARGS=--seed 1"],

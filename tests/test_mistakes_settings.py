@@ -97,6 +97,13 @@ SETTINGS = [
     Case("infinite", on("training.weight_decay=.inf"), ("training.weight_decay: inf must be 0 or more",)),
     Case("huge", on("training.seed=99999999999999999999"), ("training.seed: 99999999999999999999 is too large",)),
     Case("negative size", on(f"{BASIC}.cutoff_len=-1"), (f"{BASIC}.cutoff_len: -1 must be more than 0",)),
+    Case("two layers ahead", on("model.mtp_num_layers=2"), ("model.mtp_num_layers: 2 must be 0 or 1",)),
+    Case("yes for a number", on("model.mtp_num_layers=true"), ("model.mtp_num_layers: True is not of type int",)),
+    Case(
+        "nothing ahead",
+        on("model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0"),
+        ("model.mtp_loss_scaling_factor: 0.0 must be more than 0",),
+    ),
     Case(
         "too many workers", on("data.dataloader_param.num_workers=100000"), ("num_workers: 100000 must be at most 512",)
     ),
@@ -129,6 +136,11 @@ CONTRADICTIONS = [
     ),
     Case(
         "too many tokens", on("training.micro_batch_size=100000000"), ("micro_batch_size 100000000 x cutoff_len 160",)
+    ),
+    Case(
+        "weight of what is not trained",
+        on("model.mtp_loss_scaling_factor=0.3"),
+        ("mtp_loss_scaling_factor 0.3 means nothing without model.mtp_num_layers: 1",),
     ),
     Case(
         "saves into the model",

@@ -25,7 +25,7 @@ from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied
 from qwen35.checkpoint.load import fill, named_parameters
-from qwen35.checkpoint.names import HEAD, may_be_left
+from qwen35.checkpoint.names import HEAD, lacks_mtp, may_be_left
 from qwen35.device import HOST
 from qwen35.errors import read_object
 
@@ -145,6 +145,7 @@ def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     source, parameters = DCPSource(checkpoint), named_parameters(model)
     found = Misfit(missing=[name for name in parameters if name not in source.specs])
     found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
+    found.other = lacks_mtp(parameters, source.specs)
     for name, p in parameters.items():
         if name in source.specs and source.specs[name].shape != tuple(p.shape):
             found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))

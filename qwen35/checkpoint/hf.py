@@ -10,7 +10,7 @@ from torch import nn
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf, write_hf
 from qwen35.checkpoint.load import fill, named_parameters
-from qwen35.checkpoint.names import HEAD, disk_spec, places, shapes_of
+from qwen35.checkpoint.names import HEAD, disk_spec, lacks_mtp, places, shapes_of
 from qwen35.device import HOST
 
 __all__ = [
@@ -53,8 +53,11 @@ def load_hf(
 def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
     """The folder, if its index and headers are those of the model's tensors; nothing else is read. Raises CheckpointError."""
     disk = HFFolder(folder)
-    found = misfit(disk, shapes_of(named_parameters(model).items()))
-    if not strict:
+    shapes = shapes_of(named_parameters(model).items())
+    found = misfit(disk, shapes)
+    if strict:
+        found.other += lacks_mtp(shapes, disk.specs)
+    else:
         found.missing, found.surplus = [], []
     found.raise_if_any(f"{folder} does not fit the model")
     return disk

@@ -112,6 +112,14 @@ def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, 
     return {name: tuple(tensor.shape) for name, tensor in parameters}
 
 
+def lacks_mtp(wanted: Iterable[str], there: Iterable[str]) -> list[str]:
+    """What to say, beside what is missing, of a checkpoint that has nothing of a model's multi-token prediction."""
+    if not any(n.startswith("mtp.") for n in wanted) or any(n.startswith("mtp.") for n in there):
+        return []
+    words = "it holds no mtp.*, which transformers leaves out when it saves, and a run without model.mtp_num_layers: 1"
+    return [f"{words}; start from a published checkpoint, or set model.mtp_num_layers: 0"]
+
+
 def may_be_left(name: str, shapes: Collection[str]) -> bool:
     """Whether a model without a tensor may be loaded from a checkpoint that has it."""
     if name.startswith("mtp."):

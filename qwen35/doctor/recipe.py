@@ -71,7 +71,7 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
     try:
         config = load_config(folder)
         with torch.device("meta"):
-            model = Qwen35(config)
+            model = Qwen35(config, mtp=bool(settings.model.mtp_num_layers))
         freeze(model, settings.model.freeze)
         check_agreement(folder, settings.tokenizer_dir, preparation, config.vision_spec)
         check_patch_bucket(settings.data.dataloader_param.patch_bucket, config.vision_spec)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
-from qwen35.batch import PackedBatch, derive
+from qwen35.batch import Ahead, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config
 from qwen35.model.gated_delta_net import GatedDeltaNet
@@ -85,13 +85,16 @@ class Backbone(nn.Module):
         self.language_model = LanguageModel(config.text, kernels)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Stats]:
+        return self.language_model(self.embed(batch), batch)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """-> [T, H]: the embeddings of the text, the features of images in their places"""
         assert batch.vision_index is not None and batch.vision is not None  # derive() has filled them in
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
         # every token takes part, so that the tower is in the graph whatever the data: text tokens point at row 0 and drop it
         of_image = features[batch.vision_index.clamp(min=0)].to(x.dtype)
-        x = torch.where((batch.vision_index >= 0)[:, None], of_image, x)
-        return self.language_model(x, batch)
+        return torch.where((batch.vision_index >= 0)[:, None], of_image, x)
 
 
 class Qwen35(nn.Module):
@@ -139,11 +142,42 @@ class Qwen35(nn.Module):
         """-> [T, V]: for tests and small things"""
         return self(batch) @ self.head_weight.T
 
-    def loss(self, batch: PackedBatch, token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached."""
-        hidden, aux = self.forward_aux(batch)
-        loss, token_loss = self.cross_entropy(hidden, self.head_weight, batch.labels, token_weights, batch.trained)
-        return loss, aux, token_loss
+    def loss(
+        self, batch: PackedBatch, token_weights: Tensor, ahead: Ahead | None = None, ahead_factor: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached.
+
+        With `ahead`, for a model with the layer, multi-token prediction is trained too: ahead_factor times its loss is in the
+        first, the second counts its router as one layer more, and its tokens' cross entropy comes behind the others', [2T].
+        Both go through the head at once: the gradient of so large a weight is made once, and summed in fp32.
+        """
+        batch = derive(batch, self.config.vision_spec)
+        x = self.model.embed(batch)
+        hidden, stats = self.model.language_model(x, batch)
+        labels, trained = batch.labels, batch.trained
+        if ahead is not None:
+            further, more = self._look_ahead(hidden, x, batch, ahead)
+            hidden, stats = torch.cat([hidden, further]), stats + more
+            trained = None if trained is None else torch.cat([trained, ahead.trained + len(labels)])
+            token_weights = torch.cat([token_weights, ahead_factor * ahead.weights])
+            labels = torch.cat([labels, ahead.labels])
+        loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, trained)
+        return loss, self._aux(stats, hidden), token_loss
+
+    def _look_ahead(self, hidden: Tensor, x: Tensor, batch: PackedBatch, ahead: Ahead) -> tuple[Tensor, Stats]:
+        """hidden [T, H] and the embedded tokens x [T, H] -> hidden [T, H] that predicts the token after the next, stats"""
+        text = self.model.language_model
+        rope = text.rope(batch.position_ids)
+        # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
+        counted = (~(ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad)).float()
+
+        def run(hidden: Tensor, x: Tensor) -> tuple[Tensor, Stats]:
+            following = torch.cat([x[1:], torch.zeros_like(x[:1])]).masked_fill(ahead.is_end[:, None], 0)
+            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted)
+
+        if text.recompute:
+            return checkpoint(run, hidden, x, use_reentrant=False, preserve_rng_state=False)
+        return run(hidden, x)
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
         return (

@@ -35,8 +35,9 @@ def held_out(model: nn.Module) -> list[nn.Parameter]:
 def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
 
-    One unit a decoder layer and vision block, one for the rest of the vision tower, one for the embedding, the final norm
-    and the head. Gradients are summed over the ranks, not averaged: the loss carries the division.
+    One unit a decoder layer and vision block, one for the rest of the vision tower, one for multi-token prediction where that
+    is trained, one for the embedding, the final norm and the head. Gradients are summed over the ranks, not averaged: the
+    loss carries the division.
     """
     replicas = mesh["replicate"]
     unit = partial(
@@ -50,6 +51,8 @@ def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     unit(model.model.visual)
     for layer in model.model.language_model.layers:
         unit(layer)
+    if hasattr(model, "mtp"):
+        unit(model.mtp)
     unit(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():

@@ -43,6 +43,18 @@ def test_a_step(moe, images, recompute):
     assert step.optimizer.ops["aten::_fused_adamw_"] > 0
 
 
+@pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])
+def test_a_step_with_multi_token_prediction(moe, recompute):
+    """One attention layer more, and rows of the same head: nothing waits for the device here either."""
+    config = slice_config(moe, LAYERS)
+    batch = make_batch(config, 1024, True)
+    plain, step = (our_step(config, batch, recompute, mtp) for mtp in (False, True))
+    assert not step.wrong
+    attention, head = "npu::npu_fusion_attention", "npu::npu_cross_entropy_loss"
+    assert step.forward.ops[attention] == plain.forward.ops[attention] + 1
+    assert step.forward.ops[head] >= plain.forward.ops[head] > 0
+
+
 def test_text_and_images_dispatch_the_same():
     """The vision tower runs in every step: the same operators in the same number, so that ranks cannot differ."""
     config = slice_config(True, LAYERS)

@@ -16,7 +16,7 @@ from watch import Record, SavedBytes, Watch
 
 import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
-from qwen35.loss import token_weights
+from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.fsdp import HELD_OUT
 
@@ -172,18 +172,18 @@ def _fake(record, mode: FakeTensorMode):
     return dataclasses.replace(record, **fields)
 
 
-def our_step(config: dict, batch: PackedBatch, recompute: bool = False) -> Step:
-    weights = token_weights(batch, "default")
+def our_step(config: dict, batch: PackedBatch, recompute: bool = False, mtp: bool = False) -> Step:
+    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
     with FakeTensorMode() as mode, torch.device(DEVICE):
-        batch, weights = _fake(batch, mode), mode.from_tensor(weights)
-        model = Qwen35(load_config(config), kernels=npu_kernels())
+        batch, weights, ahead = _fake(batch, mode), mode.from_tensor(weights), ahead and _fake(ahead, mode)
+        model = Qwen35(load_config(config), kernels=npu_kernels(), mtp=mtp)
         _to_bf16(model, HELD_OUT)
         model.model.language_model.recompute = recompute
 
         def loss() -> Tensor:
             there = batch.to(DEVICE)
             there = dataclasses.replace(there, pixel_values=there.pixel_values.bfloat16())
-            loss, aux, _ = model.loss(there, weights.to(DEVICE, non_blocking=True))
+            loss, aux, _ = model.loss(there, weights.to(DEVICE, non_blocking=True), ahead and ahead.to(DEVICE))
             return loss + 0.001 * aux
 
         return _run(model, loss)

@@ -1,0 +1,114 @@
+"""Whole runs with multi-token prediction: processes, resuming, the export, and what is refused."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import assert_same_bytes
+from training_runs import tensors, train
+
+from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.checkpoint.hf import HFFolder, load_pretrained, write_hf
+from qwen35.metrics import read_metrics
+from qwen35.model import Qwen35
+
+ON = (
+    "model.mtp_num_layers=1",
+    "model.mtp_loss_scaling_factor=0.5",
+    "training.train_iters=4",
+    "training.log_interval=1",
+)
+KIND = "model.loss_type=per_token_loss"  # whose denominators are of all ranks
+
+
+@pytest.fixture(scope="module")
+def place(workplace, tmp_path_factory) -> Path:
+    """The records of the other whole runs, with a model whose folder has the layer."""
+    folder = tmp_path_factory.mktemp("mtp")
+    config = json.loads((workplace / "weights/config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    write_hf(Qwen35.from_config(config, mtp=True).state_dict(), config, folder / "weights")
+    for file in (workplace / "weights").iterdir():
+        if file.suffix in (".json", ".jinja") and not (folder / "weights" / file.name).exists():
+            shutil.copy(file, folder / "weights")
+    recipe = (workplace / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(recipe.replace(str(workplace / "weights"), str(folder / "weights")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(place) -> Path:
+    done = train(place, place / "two", 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nmtp ") == 2 and "  mtp_loss " in done.stdout
+    return place / "two"
+
+
+def test_two_processes_equal_one(place, two):
+    done = train(place, place / "one", 1, *ON, KIND, "training.gradient_accumulation_steps=2")
+    assert done.returncode == 0, done.stderr
+    one, both = read_metrics(place / "one/metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert len(one) == len(both) == 4
+    for a, b in zip(one, both, strict=True):
+        for key in ("loss", "mtp_loss", "aux_loss", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+    assert one[-1]["mtp_loss"] < 0.95 * one[0]["mtp_loss"]
+    reference = tensors(place / "one")
+    assert any(name.startswith("mtp.") for name in reference)
+    for name, value in tensors(two).items():
+        assert (value - reference[name]).norm() <= 1e-5 * value.norm() + 1e-6, name
+
+
+def test_resumed_equals_uninterrupted(place, two, tmp_path):
+    save = tmp_path / "again"
+    subprocess.run(["cp", "-r", two, save], check=True)
+    subprocess.run(["rm", "-r", save / "iter_0000004"], check=True)
+    done = train(place, save, 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
+    assert done.returncode == 0, done.stderr
+    first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
+    same = ("step", "loss", "mtp_loss", "aux_loss", "grad_norm")
+    assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]
+    for prefix in ("model.", "optimizer."):
+        a, b = tensors(two, prefix), tensors(save, prefix)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_was_trained_is_exported(place, two, tmp_path):
+    """The trained layer goes out in the source's layout, one tensor an expert; one that was not trained is the source's own."""
+    dcp_to_hf(two, place / "weights", tmp_path / "hf")
+    source, out = HFFolder(place / "weights"), HFFolder(tmp_path / "hf")
+    assert source.specs == out.specs and source.file_of == out.file_of
+    names = [n for n in source.specs if n.startswith("mtp.")]
+    assert "mtp.layers.0.mlp.experts.7.up_proj.weight" in names
+    assert not any(torch.equal(source.read(n), out.read(n)) for n in names)
+    again = dict(load_pretrained(Qwen35, tmp_path / "hf", torch.float32, mtp=True).named_parameters())
+    for name, value in tensors(two).items():
+        assert torch.allclose(again[name], value, rtol=2**-8, atol=1e-30), name
+
+
+def test_a_frozen_layer_is_the_sources_own(place, tmp_path):
+    done = train(place, tmp_path / "run", 1, *ON, "training.train_iters=1", "model.freeze=[mtp]")
+    assert done.returncode == 0, done.stderr
+    dcp_to_hf(tmp_path / "run", place / "weights", tmp_path / "hf")
+    source, out = HFFolder(place / "weights"), HFFolder(tmp_path / "hf")
+    kept = {n: source.read(n) for n in source.specs if n.startswith("mtp.")}
+    assert_same_bytes({n: out.read(n) for n in kept}, kept)
+    assert not torch.equal(source.read("lm_head.weight"), out.read("lm_head.weight"))
+
+
+def test_a_checkpoint_without_it_is_refused(workplace, tmp_path):
+    """Training it from nothing would be another thing, and the export has no place for it: nothing starts."""
+    done = train(workplace, tmp_path / "run", 1, *ON)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "mtp.fc.weight" in done.stderr and "it holds no mtp.*" in done.stderr
+    assert "start from a published checkpoint, or set model.mtp_num_layers: 0" in done.stderr
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_a_resume_that_would_lose_it_is_refused(place, two):
+    done = train(place, two, 2, KIND, "training.train_iters=6")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "iter_0000004 was trained with model.mtp_num_layers: 1" in done.stderr

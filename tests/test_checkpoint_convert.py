@@ -204,7 +204,7 @@ def names_in(folder) -> list[str]:
 
 @pytest.mark.parametrize(
     ("event", "path"),
-    [("open", "__0_1.distcp"), ("open", "complete.json.new"), ("os.rename", "release.tmp")],
+    [("open", "__0_1.distcp"), ("open", "release.tmp/complete.json"), ("os.rename", "release.tmp")],
     ids=["data", "marker", "rename"],
 )
 def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
@@ -227,7 +227,7 @@ def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
     ids=["data", "rename"],
 )
 def test_a_killed_export_leaves_the_one_before(tmp_path, event, path):
-    folder = write_folder(tmp_path / "hf", shard_size=400_000)
+    folder = write_folder(tmp_path / "hf", shard_size=300_000)
     assert len(list(folder.glob("*.safetensors"))) == 3
     save_checkpoint(tmp_path / "run", 1, build(config_dict(), mtp=False, seed=1))
     assert back(tmp_path / "run", folder, tmp_path / "out") == 0

@@ -185,3 +185,13 @@ def test_an_error_stops_all(error):
         share_out(range(10**6), work)
     assert 20 in worked
     assert len(worked) < 10**6
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"dcp/release cannot be written: No space left on device"):
+        write_release(TensorSource(TENSORS), tmp_path / "dcp")
+    assert not list(tmp_path.iterdir())

@@ -57,23 +57,14 @@ def check_apart(original: Path, out: Path) -> None:
         raise CheckpointError(f"{out} and the original {original} must be two folders, neither inside the other")
 
 
-def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any], wait: bool = True) -> None:
-    """Add the marker (last), and put the folder in its place, instead of one that is there.
-
-    With `wait` the disk holds all of it before: what is in its place outlives a power cut. Without, as after `cp`, the
-    system writes it out in the next half minute.
-    """
-    text = json.dumps(content, indent=2) + "\n"
-    if wait:
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                flush(path)
-        write_atomic(temporary / marker, text)
-    else:
-        (temporary / marker).write_text(text, encoding="utf-8")
+def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
+    """Flush what was written, add the marker (last), and put the folder in its place, instead of one that is there."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            flush(path)
+    write_atomic(temporary / marker, json.dumps(content, indent=2) + "\n")
     (temporary / INCOMPLETE).unlink()
-    if wait:
-        flush(temporary)
+    flush(temporary)
     if folder.exists():
         old = _replaced(folder)
         if old.exists():
@@ -84,8 +75,7 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
-    if wait:
-        flush(folder.parent)
+    flush(folder.parent)
 
 
 def sweep(folder: Path, names: re.Pattern) -> list[str]:
@@ -110,12 +100,12 @@ def sweep(folder: Path, names: re.Pattern) -> list[str]:
 
 
 @contextmanager
-def new_folder(folder: Path, marker: str, content: dict[str, Any], wait: bool = True) -> Iterator[Path]:
+def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
     """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's."""
     temporary = begin(folder, marker)
     try:
         yield temporary
-        commit(temporary, folder, marker, content, wait)
+        commit(temporary, folder, marker, content)
     except BaseException:  # KeyboardInterrupt too
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -143,3 +133,8 @@ def flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def flush_soon(fd: int, begin: int, length: int) -> None:
+    """Have the disk start on bytes just written to a file, without waiting: the flush at the end then has little left."""
+    os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)  # Linux writes them out before it may drop them

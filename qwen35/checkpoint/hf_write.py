@@ -63,7 +63,7 @@ def save_hf(
         return values.read(owner, place.in_model(part)) if owner in values.specs else source.read(name, part)
 
     content: dict[str, Any] = {}
-    with folders.new_folder(out, MARKER, content, wait=False) as temporary:
+    with folders.new_folder(out, MARKER, content) as temporary:
         _write_files(temporary, source.files, fetch, progress)
         _copy_small_files(source.folder, temporary)
         _check_folder(HFFolder(temporary), source.files)
@@ -96,7 +96,7 @@ def write_hf(
         return values.read(owner, place.in_model(part))
 
     content: dict[str, Any] = {}
-    with folders.new_folder(folder, MARKER, content, wait=False) as temporary:
+    with folders.new_folder(folder, MARKER, content) as temporary:
         _write_files(temporary, headers, fetch, None)
         total = sum(spec.nbytes for spec in specs.values())
         file_of = {name: file for file, names in files.items() for name in names}
@@ -139,7 +139,7 @@ class _File:
         """Write a piece, and check the file if it was the last. Returns how many bytes it had."""
         data = raw_bytes(values.to(self.header.entries[name].spec.dtype).contiguous())
         self.sums[position] = zlib.crc32(data)
-        with self.lock:  # the kernel lets one write to a file at a time, and has the others spin
+        with self.lock:  # the kernel lets one write to a file at a time
             write_at(self.path, position, data)
             self.left -= 1
             is_last = self.left == 0
@@ -148,7 +148,8 @@ class _File:
         return data.nbytes
 
     def check(self) -> None:
-        """Read the file back: every byte is what was meant to be written."""
+        """Have the disk hold the file, and read it back: every byte is what was meant to be written."""
+        folders.flush(self.path)
         entries = read_header(self.path).entries
         for name, box, position in self.parts:
             if zlib.crc32(raw_bytes(read_box(self.path, entries[name], box))) != self.sums[position]:

@@ -36,7 +36,7 @@ def write_release(source: Source, folder: str | Path, progress: Callable[[int], 
     is_new = not folder.exists()
     content: dict[str, Any] = {}
     try:
-        with folders.new_folder(folder / RELEASE, MARKER, content, wait=False) as temporary:
+        with folders.new_folder(folder / RELEASE, MARKER, content) as temporary:
             _write(source, temporary, progress)
             content |= marker_content(temporary, step=None)
         write_latest(folder, None)
@@ -60,11 +60,14 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
             for name, box in parts:
                 values, begin = source.read(name, box), file.tell()
                 save_tensor(values, file)
+                file.flush()
                 length = file.tell() - begin
+                folders.flush_soon(file.fileno(), begin, length)
                 index = MetadataIndex(MODEL + name, Size(box.start))
                 written.append(WriteResult(index, length, _StorageInfo(file_name, begin, length)))
                 if progress:
                     progress(values.nbytes)
+            folders.flush(folder / file_name)
         return written
 
     written = share_out([(name, box) for name, boxes in plan.items() for box in boxes], write)

@@ -204,7 +204,7 @@ def names_in(folder) -> list[str]:
 
 @pytest.mark.parametrize(
     ("event", "path"),
-    [("open", "__0_1.distcp"), ("open", "complete.json.new"), ("os.rename", "release.tmp")],
+    [("open", "__0_0.distcp"), ("open", "complete.json.new"), ("os.rename", "release.tmp")],
     ids=["data", "marker", "rename"],
 )
 def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):

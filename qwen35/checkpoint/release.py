@@ -23,8 +23,10 @@ from qwen35.checkpoint.dcp_folder import MARKER, RELEASE, marker_content, write_
 from qwen35.checkpoint.dcp_item import save_tensor
 from qwen35.checkpoint.dcp_source import MODEL
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.threads import share_out
+from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
+
+SMALL = 256 * 2**20  # bytes that one thread writes to one file: the same files every time
 
 
 def write_release(source: Source, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
@@ -70,7 +72,9 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
             folders.flush(folder / file_name)
         return written
 
-    written = share_out([(name, box) for name, boxes in plan.items() for box in boxes], write)
+    parts = [(name, box) for name, boxes in plan.items() for box in boxes]
+    is_small = sum(spec.nbytes for spec in source.specs.values()) <= SMALL
+    written = share_out(parts, write, 1 if is_small else THREADS)
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         MODEL + name: TensorStorageMetadata(
             TensorProperties(dtype=source.specs[name].dtype),

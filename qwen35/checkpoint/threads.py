@@ -13,8 +13,10 @@ Result = TypeVar("Result")
 THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 
-def share_out(items: Iterable[Item], work: Callable[[int, Iterator[Item]], Result]) -> list[Result]:
-    """Call work(number, its items) in THREADS threads at once; each takes the next item, in order, when it is free.
+def share_out(
+    items: Iterable[Item], work: Callable[[int, Iterator[Item]], Result], threads: int = THREADS
+) -> list[Result]:
+    """Call work(number, its items) in several threads at once; each takes the next item, in order, when it is free.
 
     Returns what each gave. The first error, or an interrupt, keeps all from taking another item and is raised.
     """
@@ -34,8 +36,8 @@ def share_out(items: Iterable[Item], work: Callable[[int, Iterator[Item]], Resul
             left.clear()
             raise
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        running = [pool.submit(guarded, number) for number in range(THREADS)]
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(guarded, number) for number in range(threads)]
         try:
             return [future.result() for future in running]
         except BaseException:

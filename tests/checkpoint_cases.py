@@ -7,10 +7,11 @@ import torch
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
-from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint.hf import shapes_of, write_hf
 from qwen35.checkpoint.names import published_dtype
 from qwen35.model import Qwen35, load_config
 
+DATA = Path(__file__).parent / "data"
 LAYOUTS = ("hub", "per_expert", "stacked")
 
 
@@ -24,14 +25,23 @@ def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
     return model
 
 
+def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of a published model with its MTP layer, by its config.json."""
+    with torch.device("meta"):
+        return shapes_of(Qwen35(load_config(DATA / "configs" / f"{size}.json"), mtp=True).named_parameters())
+
+
 def state_of(model: torch.nn.Module, dtype_of=published_dtype) -> dict[str, torch.Tensor]:
     return {name: p.detach().to(dtype_of(name)) for name, p in model.named_parameters()}
 
 
-def write_folder(folder: Path, moe=True, tied=False, mtp=True, layout="hub", shard_size=2**30, **kwargs) -> Path:
+def write_folder(
+    folder: Path, moe=True, tied=False, mtp=True, layout="hub", shard_size=2**30, dtype_of=published_dtype, **kwargs
+) -> Path:
     """A checkpoint folder with the small files that published ones have."""
     config = config_dict(moe=moe, tied=tied, **kwargs, **({"mtp_num_hidden_layers": 1} if mtp else {}))
-    write_hf(state_of(build(config, mtp)), config, folder, layout=layout, shard_size=shard_size)
+    state = state_of(build(config, mtp), dtype_of)
+    write_hf(state, config, folder, layout=layout, shard_size=shard_size, dtype_of=dtype_of)
     (folder / ".qwen35.json").unlink()  # as if somebody else had made it
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -6,16 +6,26 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import LAYOUTS, assert_same_bytes, build, resave, tensors_in, write_folder
+from checkpoint_cases import LAYOUTS, assert_same_bytes, build, resave, state_of, tensors_in, write_folder
 from peer import config_dict
 
-from qwen35.checkpoint import load_checkpoint, newest_checkpoint, resolve_load, save_checkpoint
+from qwen35.checkpoint import (
+    CheckpointError,
+    HFFolder,
+    load_checkpoint,
+    load_pretrained,
+    newest_checkpoint,
+    resolve_load,
+    save_checkpoint,
+)
 from qwen35.convert import main
+from qwen35.model import Qwen35
 
+ROOT = Path(__file__).parents[1]
 TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
 
 
@@ -30,8 +40,14 @@ def back(dcp, origin, out):
 @pytest.mark.parametrize("shard_size", [2**30, 50_000])
 @pytest.mark.parametrize(
     ("kind", "layout", "tie"),
-    [({}, layout, None) for layout in LAYOUTS]
-    + [({"moe": False, "tied": True}, "hub", TIE), ({"moe": False, "tied": True, "mtp": False}, "hub", None)],
+    [
+        *(({}, layout, None) for layout in LAYOUTS),
+        ({"moe": False, "tied": True}, "hub", TIE),
+        ({"moe": False, "tied": True, "mtp": False}, "hub", None),
+        ({"mtp": False, "dtype_of": lambda _: torch.float32}, "per_expert", None),
+        ({"dtype_of": lambda _: torch.float32}, "hub", None),
+        ({"moe": False, "dtype_of": lambda _: torch.bfloat16}, "hub", None),
+    ],
 )
 def test_there_and_back_is_byte_identical(tmp_path, capsys, kind, layout, tie, shard_size):
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=shard_size, **kind)
@@ -47,6 +63,18 @@ def test_there_and_back_is_byte_identical(tmp_path, capsys, kind, layout, tie, s
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {tmp_path / 'out'}"
     assert lines[0].endswith(str(tmp_path / "dcp" / "release"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_trained_mtp_layer_is_exported(tmp_path, layout):
+    """In the source's layout, whatever it is."""
+    folder = write_folder(tmp_path / "hf", layout=layout)
+    trained = build(config_dict(mtp_num_hidden_layers=1), mtp=True, seed=8)
+    save_checkpoint(tmp_path / "run", 1, trained)
+    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    wanted = state_of(trained)
+    assert HFFolder(tmp_path / "out").specs == HFFolder(folder).specs
+    assert_same_bytes(dict(load_pretrained(Qwen35, tmp_path / "out", mtp=True).named_parameters()), wanted)
 
 
 def test_converted_weights_train_and_export(tmp_path):
@@ -152,21 +180,75 @@ def test_other_mistakes(tmp_path, capsys):
     assert "is not a JSON object of names" in capsys.readouterr().err
 
 
-def test_killed_while_it_writes(tmp_path):
-    """kill -9 at the sight of the first data file: nothing is taken for whole, and the same command succeeds."""
+# read by python when it starts: kill -9 at the moment at which python tells of this event on this file
+END = """
+import os, signal, sys
+def hook(event, args):
+    if event == {event!r} and str(args[0]).endswith({path!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def killed_at(folder, event, path, *words) -> None:
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(END.format(event=event, path=path))
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-m", "qwen35.convert", *words], cwd=ROOT, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("event", "path"),
+    [("open", "__0_0.distcp"), ("open", "complete.json.new"), ("os.rename", "release.tmp")],
+    ids=["data", "marker", "rename"],
+)
+def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
+    """And the same command succeeds, with what it finds."""
     folder = write_folder(tmp_path / "hf")
-    code = "import sys, time, torch; save = torch.save\n"
-    code += "torch.save = lambda *a, **k: (time.sleep(0.05), save(*a, **k))\n"
-    code += "from qwen35.convert import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(tmp_path / "dcp")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("dcp/*/*.distcp")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (tmp_path / "dcp" / "release.tmp").exists()
+    killed_at(tmp_path / "at", event, path, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(tmp_path / "dcp"))
+    assert names_in(tmp_path / "dcp") == ["release.tmp"]
     assert newest_checkpoint(tmp_path / "dcp") is None
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        resolve_load(tmp_path / "dcp")
     assert there(folder, tmp_path / "dcp") == 0
-    assert sorted(p.name for p in (tmp_path / "dcp").iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
+    assert names_in(tmp_path / "dcp") == ["latest_checkpointed_iteration.txt", "release"]
+    assert back(tmp_path / "dcp", folder, tmp_path / "out") == 0
+    assert_same_bytes(tensors_in(tmp_path / "out"), tensors_in(folder))
+
+
+@pytest.mark.parametrize(
+    ("event", "path"),
+    [("open", "out.tmp/model.safetensors-00002-of-00003.safetensors"), ("os.rename", "out.tmp")],
+    ids=["data", "rename"],
+)
+def test_a_killed_export_leaves_the_one_before(tmp_path, event, path):
+    folder = write_folder(tmp_path / "hf", shard_size=300_000)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    save_checkpoint(tmp_path / "run", 1, build(config_dict(), mtp=False, seed=1))
+    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    before = tensors_in(tmp_path / "out")
+    save_checkpoint(tmp_path / "run", 2, build(config_dict(), mtp=False, seed=2))
+    words = ("--dcp_dir", str(tmp_path / "run"), "--origin_hf_dir", str(folder), "--save_hf_dir", str(tmp_path / "out"))
+    killed_at(tmp_path / "at", event, path, "dcp_to_hf", *words)
+    kept = tmp_path / ("out.old" if event == "os.rename" else "out")
+    assert_same_bytes(tensors_in(kept), before)
+    assert (tmp_path / "out").exists() == (event == "open")
+    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    after = tensors_in(tmp_path / "out")
+    assert torch.equal(after["lm_head.weight"], build(config_dict(), seed=2, mtp=False).lm_head.weight.bfloat16())
+    assert names_in(tmp_path) == ["at", "hf", "out", "run"]
+    assert not (tmp_path / "out" / ".incomplete").exists()
+
+
+def test_a_bar_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "hf")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert there(folder, tmp_path / "dcp") == 0
+    assert re.search(r"hf_to_dcp: 100%.*(\d+)k/\1k", capsys.readouterr().err)
+    assert back(tmp_path / "dcp", folder, tmp_path / "out") == 0
+    assert re.search(r"dcp_to_hf: 100%.*(\d+)k/\1k", capsys.readouterr().err)

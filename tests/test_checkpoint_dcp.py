@@ -17,13 +17,14 @@ from qwen35.checkpoint import (
     dcp_write,
     load_checkpoint,
     newest_checkpoint,
+    release,
     resolve_load,
     save_checkpoint,
 )
 from qwen35.checkpoint.boxes import Box, TensorSource, pieces
 from qwen35.checkpoint.dcp import training_state
-from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.extra import decode, encode
+from qwen35.checkpoint.release import write_release
 
 
 def small_model(width: int = 4) -> torch.nn.Module:
@@ -276,7 +277,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
 
 def test_parts_of_tensors_in_pieces(tmp_path, monkeypatch):
     """A tensor written in many pieces is read in any part."""
-    monkeypatch.setattr(dcp_write, "pieces", lambda box, size: pieces(box, size, 64))
+    monkeypatch.setattr(release, "pieces", lambda box, size: pieces(box, size, 64))
 
     whole = torch.randn(9, 5, 7)
     seen = []

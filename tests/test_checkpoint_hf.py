@@ -1,5 +1,6 @@
 """Hugging Face folders: every layout read and written, errors that list everything, transformers as the other side."""
 
+import inspect
 import json
 import os
 import struct
@@ -19,11 +20,12 @@ from checkpoint_cases import (
     write_folder,
     write_index,
 )
-from peer import config_dict
+from peer import config_dict, pair, peer_inputs, sample
 from safetensors.torch import save_file
 
 from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, load_pretrained, save_hf
 from qwen35.checkpoint.boxes import Box, pieces
+from qwen35.checkpoint.names import published_dtype
 from qwen35.model import Qwen35
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
@@ -205,6 +207,12 @@ def test_damaged_folders(tmp_path, damage, words):
 # -- transformers as the other side -----------------------------------------------------------------------------------
 
 
+def known_inputs(model, record):
+    """What this release of transformers takes (5.2: not the kinds of the tokens)."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in peer_inputs(record).items() if name in known}
+
+
 def peer_class(config):
     return getattr(transformers, config["architectures"][0])
 
@@ -221,6 +229,27 @@ def test_transformers_loads_what_we_write(tmp_path, kind, layout):
         wanted = state_of(build(config, mtp=True, seed=seed))
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, wanted[name].float()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_the_same_logits_from_an_export(tmp_path, kind, layout):
+    """An image and text, through transformers with the exported weights and through the model that was trained."""
+    config = config_dict(**kind)
+    folder = write_folder(tmp_path / "hf", mtp=True, layout=layout, **kind)
+    trained, _ = pair(config)
+    save_hf({n: p.detach() for n, p in trained.named_parameters()}, folder, tmp_path / "out")
+    with torch.no_grad():
+        for parameter in trained.parameters():  # as the export has them
+            parameter.copy_(parameter.to(torch.bfloat16))
+        for name, parameter in trained.named_parameters():
+            if published_dtype(name) == torch.float32:
+                parameter.copy_(tensors_in(tmp_path / "out")[name])
+        theirs = peer_class(config).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        record = sample([5, (4, 6), 9])
+        expected = theirs(**known_inputs(theirs, record)).logits[0]
+        torch.testing.assert_close(trained.logits(record), expected, rtol=1e-4, atol=1e-5)
+        assert expected.std() > 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)

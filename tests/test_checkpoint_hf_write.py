@@ -17,7 +17,7 @@ from checkpoint_cases import (
 )
 from peer import config_dict
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, save_hf, write_hf
+from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, hf_write, load_hf, save_hf, write_hf
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 
@@ -94,6 +94,9 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     (other / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="not written by this program"):
         save_hf(source, folder, other)
+    (tmp_path / "out.old").mkdir()  # as a user may call a copy
+    with pytest.raises(CheckpointError, match=r"out\.old is in the way"):
+        save_hf(source, folder, out)
     for inside in (folder, folder / "new", tmp_path):
         with pytest.raises(CheckpointError, match="two folders"):
             save_hf(source, folder, inside)
@@ -115,19 +118,23 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_the_export_reads_itself_back(tmp_path, monkeypatch):
-    """A disk that returns other bytes than were written is noticed."""
-    folder = write_folder(tmp_path / "hf")
-    read = HFFolder.read
+@pytest.mark.parametrize("file", ["00001", "00004"])
+def test_the_export_reads_itself_back(tmp_path, monkeypatch, file):
+    """A file that holds other bytes than were meant is noticed, whichever it is: one bit, once all is written."""
+    folder = write_folder(tmp_path / "hf", shard_size=60_000)
+    read_header = hf_write.read_header
 
-    def lying(self, name, box=None):
-        values = read(self, name, box)
-        return values + 1 if "out" in str(self.folder) and name == "lm_head.weight" else values
+    def flip(path):
+        if file in path.name:
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        return read_header(path)
 
-    monkeypatch.setattr(HFFolder, "read", lying)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight read back differs"):
+    monkeypatch.setattr(hf_write, "read_header", flip)
+    with pytest.raises(CheckpointError, match=rf"{file}-of-.*: \S+ read back differs"):
         save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_state_that_does_not_fit_the_source_is_refused(tmp_path):

@@ -2,17 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_cases import DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold
-from qwen35.checkpoint.hf import disk_spec, places, shapes_of
+from qwen35.checkpoint.hf import disk_spec, places
 from qwen35.checkpoint.names import home
-from qwen35.model import Qwen35, load_config
 
-DATA = Path(__file__).parent / "data"
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 
 
@@ -92,16 +90,11 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
     return out
 
 
-def model_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return shapes_of(Qwen35(load_config(DATA / "configs" / f"{size}.json"), mtp=True).named_parameters())
-
-
 @pytest.mark.parametrize("size", COUNTS)
 def test_every_published_checkpoint(size):
     """Our model on the meta device, through the table: the published names, shapes, dtypes, counts and bytes."""
     config = json.loads((DATA / "configs" / f"{size}.json").read_text())
-    spec = disk_spec(model_shapes(size))
+    spec = disk_spec(published_shapes(size))
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
     assert {name: (s.shape, codes[s.dtype]) for name, s in spec.items()} == published_tensors(config)
 
@@ -123,7 +116,7 @@ def test_every_published_checkpoint(size):
 @pytest.mark.parametrize("size", ["35B-A3B", "9B"])
 def test_the_table_reads_back_what_it_says(size, layout):
     """home() inverts places(); the places of a tensor cover it; the layout is found again in the names."""
-    shapes = model_shapes(size)
+    shapes = published_shapes(size)
     names = set(disk_spec(shapes, layout))
     for name, shape in shapes.items():
         found = places(name, shape, layout)

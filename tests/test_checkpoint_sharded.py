@@ -13,13 +13,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from qwen35.checkpoint import CheckpointError, load_checkpoint, load_hf, save_checkpoint
+from qwen35.checkpoint import CheckpointError, HFFolder, load_checkpoint, load_hf, save_checkpoint, write_hf
+from qwen35.checkpoint.boxes import PIECE
+from qwen35.checkpoint.hf import shapes_of
 from qwen35.launch import leave
 from qwen35.model import Qwen35, load_config
 
 RANKS = 2
 ODD = {"shared_expert_intermediate_size": 41, "moe_intermediate_size": 25}  # does not divide by two
 CONFIG = config_dict(mtp_num_hidden_layers=1, **ODD)
+LARGE = config_dict(mtp_num_hidden_layers=1, vocab_size=600_000)
+LARGE_BYTES = 50 * 2**20  # at least, of the largest tensors
 
 
 def held_out(name: str) -> bool:
@@ -31,11 +35,11 @@ def placement(parameter: torch.Tensor) -> Shard:
     return Shard(1 if parameter.ndim == 3 and parameter.shape[1] > 1 else 0)
 
 
-def sharded_model() -> Qwen35:
+def sharded_model(config: dict = CONFIG) -> Qwen35:
     """On the meta device, sharded, then given memory: layers on their own, experts along their second axis."""
     mesh = init_device_mesh("cpu", (RANKS,))
     with torch.device("meta"):
-        model = Qwen35(load_config(CONFIG), mtp=True)
+        model = Qwen35(load_config(config), mtp=True)
     ignored = {p for name, p in model.named_parameters() if held_out(name)}
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=ignored, shard_placement_fn=placement)
@@ -45,6 +49,27 @@ def sharded_model() -> Qwen35:
         for parameter in model.parameters():
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(float("nan"))
     return model
+
+
+def own_bytes(model: torch.nn.Module) -> int:
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+
+
+def memory(line: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{line}:")[1].split()[0]) * 1024
+
+
+def check_memory(folder: Path) -> None:
+    """While it loads, a rank holds its own part and some pieces: far less than a tensor of this checkpoint."""
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    model = sharded_model(LARGE)
+    load_hf(model, folder)
+    assert HFFolder(folder).specs["lm_head.weight"].nbytes >= LARGE_BYTES
+    assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE < own_bytes(model) + LARGE_BYTES
+    assert full(model.lm_head.weight)[-1].eq(1).all()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -87,6 +112,7 @@ def worker(rank: int, folder: Path) -> None:
         twice = sum(t.nbytes for name, t in wanted.items() if held_out(name))
         assert total.item() == sum(t.nbytes for t in wanted.values()) + twice
     os.preadv = preadv
+    check_memory(folder / "large")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     train(model, optimizer)
@@ -135,6 +161,9 @@ def broken_save(*args, **kwargs):
 
 
 def test_two_ranks_load_save_and_resume(tmp_path):
+    with torch.device("meta"):
+        large = shapes_of(Qwen35(load_config(LARGE), mtp=True).named_parameters())
+    write_hf({n: torch.ones(s, dtype=torch.bfloat16) for n, s in large.items()}, LARGE, tmp_path / "large")
     for layout in LAYOUTS:
         write_folder(tmp_path / layout, layout=layout, shard_size=40_000, **ODD)
     alone = build(CONFIG, seed=1)

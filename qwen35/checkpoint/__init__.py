@@ -7,10 +7,10 @@ from qwen35.checkpoint.dcp import (
     newest_checkpoint,
     resolve_load,
     save_checkpoint,
-    write_release,
 )
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import HFFolder, HFSource, disk_spec, load_hf, load_pretrained, places, save_hf, write_hf
+from qwen35.checkpoint.release import write_release
 
 __all__ = [
     "CheckpointError",

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-PIECE = 64 * 2**20  # bytes that are held in memory at a time while tensors stream from file to file
+# bytes that a thread holds at a time while tensors stream from file to file; memory of this size is used again, much more
+# comes fresh from the kernel for every piece, which takes longer than to read it
+PIECE = 8 * 2**20
 
 
 @dataclass(frozen=True)

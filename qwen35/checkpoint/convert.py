@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qwen35.checkpoint.dcp import DCPSource, resolve_load, write_release
+from qwen35.checkpoint.dcp import DCPSource, resolve_load
 from qwen35.checkpoint.dcp_folder import ITERATION, MARKER
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import check_apart, check_replaceable
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf
 from qwen35.checkpoint.names import HEAD, shapes_of
+from qwen35.checkpoint.release import write_release
 from qwen35.errors import USER_ERRORS, Parser, complain
 
 SEED_WORD = "GenericDCPConverter"
@@ -84,7 +86,13 @@ def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
 @contextmanager
 def _bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
     with tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-        yield bar.update
+        lock = threading.Lock()  # several threads report
+
+        def update(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield update
 
 
 def _mapping(text: str) -> dict[str, str]:

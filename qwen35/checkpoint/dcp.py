@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load, whole
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import write_checkpoint, write_release
+from qwen35.checkpoint.dcp_write import write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied
@@ -37,7 +37,6 @@ __all__ = [
     "resolve_load",
     "save_checkpoint",
     "training_state",
-    "write_release",
 ]
 
 EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"

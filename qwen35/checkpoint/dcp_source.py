@@ -1,20 +1,17 @@
 """Reading DCP checkpoints part by part, without any communication."""
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.errors import one_line
 
@@ -48,65 +45,72 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, dcp_metadata.Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        return metadata
-
-
-class _IntoTensor(DefaultLoadPlanner):
-    """Has the reader put what it reads into one given tensor."""
-
-    def __init__(self, out: Tensor):
-        super().__init__()
-        self.out = out
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self.out[Box(tuple(read_item.dest_offsets), tuple(read_item.lengths)).slices()]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass  # it is already in place
-
-
 class DCPSource:
     """A Source over the tensors of a checkpoint whose names begin with `prefix`, without it."""
 
     def __init__(self, checkpoint: str | Path, prefix: str = MODEL):
         """`checkpoint` is the folder that holds .metadata, known to be whole."""
         self.checkpoint, self.prefix = Path(checkpoint), prefix
-        self._reader = _Reader(self.checkpoint)
         try:
-            metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-            self._tensors: dict[str, TensorStorageMetadata] = {
-                name.removeprefix(prefix): entry
-                for name, entry in metadata.state_dict_metadata.items()
-                if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-            }
-            self.specs: Mapping[str, TensorSpec] = {
-                name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in self._tensors.items()
-            }
+            with (self.checkpoint / ".metadata").open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+            self._stored = metadata.storage_data
+            self._chunks: dict[str, list[Box]] = {}
+            self.specs: dict[str, TensorSpec] = {}
+            for full_name, entry in metadata.state_dict_metadata.items():
+                if full_name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                    name = full_name.removeprefix(prefix)
+                    self.specs[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
+                    self._chunks[name] = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata cannot be read: {error.strerror}") from None
         except BROKEN_PICKLE as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {one_line(error)}") from None
+        self._items: dict[tuple[str, Box], DCPItem] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 
     def read(self, name: str, box: Box) -> Tensor:
-        out = torch.empty(box.size, dtype=self.specs[name].dtype)
-        chunk = ChunkStorageMetadata(torch.Size(box.start), torch.Size(box.size))
+        """Reads the bytes of `box` and nothing else, however large the pieces are in which the tensor was stored."""
+        out, filled = torch.empty(box.size, dtype=self.specs[name].dtype), 0
+        for chunk in self._chunks[name]:
+            part = chunk & box
+            if part is not None:
+                values = self._read_part(name, chunk, part.seen_from(chunk.start))
+                if part == box:
+                    return values
+                out[part.seen_from(box.start).slices()] = values
+                filled += part.numel
+        if filled < box.numel:
+            raise CheckpointError(f"{self.checkpoint}: a part of {self.prefix}{name} is missing")
+        return out
+
+    def _read_part(self, name: str, chunk: Box, part: Box) -> Tensor:
+        """`part`, counted from the chunk's start."""
         try:
-            items = create_read_items_for_chunk_list(self.prefix + name, self._tensors[name], [chunk])
-            self._reader.read_data(LoadPlan(items), _IntoTensor(out)).wait()
+            item = self._items.get((name, chunk))
+            if item is None:
+                item = self._items[name, chunk] = self._find(name, chunk)
+            return item.read(part)
+        except CheckpointError:
+            raise
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} cannot be read: {one_line(error)}") from None
-        except (RuntimeError, *BROKEN_PICKLE):  # what torch says of damaged data fills a page
+        except (*BROKEN_ARCHIVE, *BROKEN_PICKLE):
             raise CheckpointError(
                 f"{self.checkpoint}: {self.prefix}{name} cannot be read: its file is damaged"
             ) from None
-        return out
+
+    def _find(self, name: str, chunk: Box) -> DCPItem:
+        info = self._stored[MetadataIndex(self.prefix + name, torch.Size(chunk.start))]
+        if getattr(info, "transform_descriptors", None):
+            raise CheckpointError(f"{self.checkpoint}: {self.prefix}{name} is stored in a form that is not supported")
+        if Path(info.relative_path).name != info.relative_path:
+            raise pickle.UnpicklingError("it lies outside of the folder")
+        item = find_item(self.checkpoint / info.relative_path, info.offset, info.length)
+        if item.spec != TensorSpec(chunk.size, self.specs[name].dtype):
+            raise pickle.UnpicklingError("it is another tensor")
+        return item

@@ -1,4 +1,4 @@
-"""Writing DCP checkpoints: all ranks together, or one process streaming weights through."""
+"""Writing DCP checkpoints, all ranks together."""
 
 import os
 import shutil
@@ -7,28 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.boxes import Box, Source, pieces
 from qwen35.checkpoint.dcp_folder import MARKER, checkpoint_name, marker_content, write_latest
-from qwen35.checkpoint.dcp_source import MODEL
+from qwen35.checkpoint.dcp_item import save_tensor
 from qwen35.checkpoint.errors import CheckpointError
 
 
@@ -73,43 +64,6 @@ def write_checkpoint(
     return checkpoint
 
 
-def write_release(source: Source, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
-    """Write `<folder>/release` from a Source, in its dtypes, piece by piece: no tensor is ever held whole."""
-
-    def write_rest(temporary: Path) -> None:
-        pass
-
-    return write_checkpoint(Path(folder), None, _StreamPlanner(source, progress), {}, write_rest)
-
-
-class _StreamPlanner(DefaultSavePlanner):
-    """Plans every tensor of a Source as a row of pieces, each read only when it is written."""
-
-    def __init__(self, source: Source, progress: Callable[[int], object] | None):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.source, self.progress = source, progress
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, spec in self.source.specs.items():
-            for box in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
-                chunk = ChunkStorageMetadata(Size(box.start), Size(box.size))
-                data = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), Size(spec.shape))
-                index = MetadataIndex(MODEL + name, Size(box.start))
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        data = write_item.tensor_data
-        assert data is not None
-        name = write_item.index.fqn.removeprefix(MODEL)
-        values = self.source.read(name, Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
-        if self.progress:
-            self.progress(values.nbytes)
-        return values
-
-
 class _StreamWriter(dcp.FileSystemWriter):
     """DCP's own files, written tensor by tensor: DCP's writer keeps every tensor until the end of the file."""
 
@@ -122,15 +76,7 @@ class _StreamWriter(dcp.FileSystemWriter):
                     begin = file.tell()
                     value = planner.resolve_data(item)
                     assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
-                    tensor = value.detach().cpu()
-                    # torch.save writes the whole storage, of which a shard may be a part
-                    whole = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-                    try:
-                        torch.save(whole, file)
-                    except RuntimeError as error:
-                        if isinstance(error.__context__, OSError):  # the reason, which torch's zip writer hides
-                            raise error.__context__ from None
-                        raise
+                    save_tensor(value.detach().cpu(), file)
                     length = file.tell() - begin
                     results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
                 file.flush()

@@ -20,6 +20,10 @@ def begin(folder: Path, marker: str) -> Path:
 
     Raises CheckpointError if `folder` is there and is neither empty nor written by us (then it holds `marker`).
     """
+    old = _replaced(folder)
+    if not folder.exists() and (old / INCOMPLETE).is_file():  # a job was stopped between the two renames of `commit`
+        old.rename(folder)
+        (folder / INCOMPLETE).unlink()
     check_replaceable(folder, marker)
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
@@ -37,6 +41,14 @@ def check_replaceable(folder: Path, marker: str) -> None:
         raise CheckpointError(
             f"{folder} is there already, and was not written by this program; choose another or move it"
         )
+    old = _replaced(folder)
+    if folder.exists() and old.exists() and not (old / INCOMPLETE).is_file():
+        raise CheckpointError(f"{old} is in the way of replacing {folder}; move it")
+
+
+def _replaced(folder: Path) -> Path:
+    """What `folder` is called while another takes its place; it then holds INCOMPLETE, unlike a copy that a user keeps."""
+    return folder.with_name(folder.name + ".old")
 
 
 def check_apart(original: Path, out: Path) -> None:
@@ -54,9 +66,10 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     (temporary / INCOMPLETE).unlink()
     flush(temporary)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
+        old = _replaced(folder)
         if old.exists():
             shutil.rmtree(old)
+        (folder / INCOMPLETE).touch()
         folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old)
@@ -88,7 +101,7 @@ def sweep(folder: Path, names: re.Pattern) -> list[str]:
 
 @contextmanager
 def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
-    """The temporary folder for the body to fill; renamed at its end, removed if it fails. `content` is the marker's."""
+    """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's."""
     temporary = begin(folder, marker)
     try:
         yield temporary
@@ -120,3 +133,8 @@ def flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def flush_soon(fd: int, begin: int, length: int) -> None:
+    """Have the disk start on bytes just written to a file, without waiting: the flush at the end then has little left."""
+    os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)  # Linux writes them out before it may drop them

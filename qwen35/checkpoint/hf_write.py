@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from qwen35.checkpoint.boxes import Box, Source, TensorSource, TensorSpec, piece
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.hf_folder import INDEX, HFFolder
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
-from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes
+from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_box, read_header, write_at
+from qwen35.checkpoint.threads import share_out
+from qwen35.errors import one_line
 
 MARKER = ".qwen35.json"  # lies in folders that we wrote, and may replace
 # weights in other formats are not the source's safetensors any more once those are trained: they do not come along
@@ -61,12 +64,10 @@ def save_hf(
 
     content: dict[str, Any] = {}
     with folders.new_folder(out, MARKER, content) as temporary:
-        sums: dict[str, int] = {}
-        for file, header in source.files.items():
-            sums |= _write_file(temporary / file, header, fetch, progress)
+        _write_files(temporary, source.files, fetch, progress)
         _copy_small_files(source.folder, temporary)
-        _check_written(HFFolder(temporary), source.files, sums)
-        content |= {"tensors": len(sums), "bytes": sum(s.nbytes for s in source.specs.values())}
+        _check_folder(HFFolder(temporary), source.files)
+        content |= {"tensors": len(source.specs), "bytes": sum(s.nbytes for s in source.specs.values())}
     return Written(content["tensors"], content["bytes"], out)
 
 
@@ -96,16 +97,14 @@ def write_hf(
 
     content: dict[str, Any] = {}
     with folders.new_folder(folder, MARKER, content) as temporary:
-        sums: dict[str, int] = {}
-        for file, header in headers.items():
-            sums |= _write_file(temporary / file, header, fetch, None)
+        _write_files(temporary, headers, fetch, None)
         total = sum(spec.nbytes for spec in specs.values())
         file_of = {name: file for file, names in files.items() for name in names}
         _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
         _write_json(temporary / "config.json", config)
-        _check_written(HFFolder(temporary), headers, sums)
-        content |= {"tensors": len(sums), "bytes": total}
-    return Written(len(sums), total, folder)
+        _check_folder(HFFolder(temporary), headers)
+        content |= {"tensors": len(specs), "bytes": total}
+    return Written(len(specs), total, folder)
 
 
 def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
@@ -121,36 +120,62 @@ def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[
     return shards
 
 
-def _write_file(path: Path, header: Header, fetch: Fetch, progress: Progress | None) -> dict[str, int]:
-    """Write one safetensors file piece by piece; returns the checksum of each tensor's bytes."""
-    sums: dict[str, int] = {}
+class _File:
+    """A safetensors file while several threads write it, each a piece of a tensor at a time."""
+
+    def __init__(self, path: Path, header: Header):
+        self.path, self.header = path, header
+        self.parts: list[tuple[str, Box, int]] = []  # name, piece of it, its first byte in the file
+        for name, entry in header.entries.items():
+            position, itemsize = entry.begin, entry.spec.dtype.itemsize
+            for box in pieces(Box.whole(entry.spec.shape), max(itemsize, torch.float32.itemsize)):  # as it is trained
+                self.parts.append((name, box, position))
+                position += box.numel * itemsize
+        self.sums: dict[int, int] = {}  # first byte of a piece -> checksum of the piece
+        self.left, self.lock = len(self.parts), threading.Lock()
+        path.write_bytes(header.raw)
+
+    def write(self, name: str, position: int, values: Tensor) -> int:
+        """Write a piece, and check the file if it was the last. Returns how many bytes it had."""
+        data = raw_bytes(values.to(self.header.entries[name].spec.dtype).contiguous())
+        self.sums[position] = zlib.crc32(data)
+        with self.lock:  # the kernel lets one write to a file at a time
+            write_at(self.path, position, data)
+            self.left -= 1
+            is_last = self.left == 0
+        if is_last:
+            self.check()
+        return data.nbytes
+
+    def check(self) -> None:
+        """Have the disk hold the file, and read it back: every byte is what was meant to be written."""
+        folders.flush(self.path)
+        entries = read_header(self.path).entries
+        for name, box, position in self.parts:
+            if zlib.crc32(raw_bytes(read_box(self.path, entries[name], box))) != self.sums[position]:
+                raise CheckpointError(f"{self.path}: {name} read back differs from what was written")
+
+
+def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
+    """Write safetensors files. Each is read back by the thread that ends it, while the others write the next."""
+
+    def write(_: int, parts: Iterator[tuple[_File, tuple[str, Box, int]]]) -> None:
+        for file, (name, box, position) in parts:
+            nbytes = file.write(name, position, fetch(name, box))
+            if progress:
+                progress(nbytes)
+
     try:
-        with path.open("wb") as file:
-            file.write(header.raw)
-            for name, entry in header.entries.items():
-                sums[name] = 0
-                for part in pieces(Box.whole(entry.spec.shape), entry.spec.dtype.itemsize):
-                    values = fetch(name, part).to(entry.spec.dtype).contiguous()
-                    data = raw_bytes(values)
-                    file.write(data)
-                    sums[name] = zlib.crc32(data, sums[name])
-                    if progress:
-                        progress(data.nbytes)
+        files = [_File(folder / name, header) for name, header in headers.items()]
+        share_out([(file, part) for file in files for part in file.parts], write)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
-    return sums
+        raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from None
 
 
-def _check_written(written: HFFolder, files: Mapping[str, Header], sums: Mapping[str, int]) -> None:
-    """Read a folder back: the files, their tensors and every byte are what was meant to be written."""
-    if {f: h.raw for f, h in written.files.items()} != {f: h.raw for f, h in files.items()}:
+def _check_folder(written: HFFolder, headers: Mapping[str, Header]) -> None:
+    """The index, the files and their headers, read back, are what was meant to be written."""
+    if {file: header.raw for file, header in written.files.items()} != {f: h.raw for f, h in headers.items()}:
         raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
-    for name, spec in written.specs.items():
-        checksum = 0
-        for part in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
-            checksum = zlib.crc32(raw_bytes(written.read(name, part)), checksum)
-        if checksum != sums[name]:
-            raise CheckpointError(f"{written.folder}: {name} read back differs from what was written")
 
 
 def _check_covers(values: Source, source: HFFolder, tied: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.folders import flush_soon
 
 DTYPES = {
     "F64": torch.float64,
@@ -122,6 +123,19 @@ def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return out
+
+
+def write_at(path: Path, position: int, data: bytes | memoryview) -> None:
+    """Write bytes into a file that is there. Raises OSError."""
+    view, end = memoryview(data), position
+    fd = os.open(path, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        while view.nbytes:
+            count = os.pwrite(fd, view, end)  # at most 2 GiB at a time
+            view, end = view[count:], end + count
+        flush_soon(fd, position, end - position)
+    finally:
+        os.close(fd)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -1,0 +1,86 @@
+"""Converted weights as a DCP checkpoint: written by one process, several threads, a piece of a tensor at a time."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Size
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from qwen35.checkpoint import folders
+from qwen35.checkpoint.boxes import Box, Source, pieces
+from qwen35.checkpoint.dcp_folder import MARKER, RELEASE, marker_content, write_latest
+from qwen35.checkpoint.dcp_item import save_tensor
+from qwen35.checkpoint.dcp_source import MODEL
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.threads import THREADS, share_out
+from qwen35.errors import one_line
+
+SMALL = 256 * 2**20  # bytes that one thread writes to one file: the same files every time
+
+
+def write_release(source: Source, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
+    """Write `<folder>/release` from a Source, in its dtypes; no tensor is ever held whole. Raises CheckpointError.
+
+    The files are DCP's own, one a thread; as in a training checkpoint, complete.json and the rename come last.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    content: dict[str, Any] = {}
+    try:
+        with folders.new_folder(folder / RELEASE, MARKER, content) as temporary:
+            _write(source, temporary, progress)
+            content |= marker_content(temporary, step=None)
+        write_latest(folder, None)
+    except OSError as error:
+        raise CheckpointError(f"{folder / RELEASE} cannot be written: {one_line(error)}") from error
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return folder / RELEASE
+
+
+def _write(source: Source, folder: Path, progress: Callable[[int], object] | None) -> None:
+    plan = {
+        name: list(pieces(Box.whole(spec.shape), spec.dtype.itemsize)) or [Box.whole(spec.shape)]
+        for name, spec in source.specs.items()
+    }
+
+    def write(number: int, parts: Iterator[tuple[str, Box]]) -> list[WriteResult]:
+        file_name, written = f"__0_{number}.distcp", []
+        with (folder / file_name).open("wb") as file:
+            for name, box in parts:
+                values, begin = source.read(name, box), file.tell()
+                save_tensor(values, file)
+                file.flush()
+                length = file.tell() - begin
+                folders.flush_soon(file.fileno(), begin, length)
+                index = MetadataIndex(MODEL + name, Size(box.start))
+                written.append(WriteResult(index, length, _StorageInfo(file_name, begin, length)))
+                if progress:
+                    progress(values.nbytes)
+            folders.flush(folder / file_name)
+        return written
+
+    parts = [(name, box) for name, boxes in plan.items() for box in boxes]
+    is_small = sum(spec.nbytes for spec in source.specs.values()) <= SMALL
+    written = share_out(parts, write, 1 if is_small else THREADS)
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        MODEL + name: TensorStorageMetadata(
+            TensorProperties(dtype=source.specs[name].dtype),
+            Size(source.specs[name].shape),
+            [ChunkStorageMetadata(Size(box.start), Size(box.size)) for box in boxes],
+        )
+        for name, boxes in plan.items()
+    }
+    FileSystemWriter(folder).finish(Metadata(described), written)

@@ -1,0 +1,198 @@
+"""DCP's files read by byte ranges, against torch's own reader and writer; what is no plain tensor is refused."""
+
+import io
+import os
+import pickle
+import re
+import zipfile
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from qwen35.checkpoint import CheckpointError, DCPSource, resolve_load, write_release
+from qwen35.checkpoint import release as release_module
+from qwen35.checkpoint.boxes import Box, TensorSource, pieces
+from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, find_item, save_tensor
+from qwen35.checkpoint.threads import THREADS, share_out
+
+TENSORS = {
+    "wide": torch.arange(7 * 6 * 5, dtype=torch.float32).view(7, 6, 5),
+    "brain": torch.arange(60).view(12, 5).to(torch.bfloat16),
+    "turned": torch.arange(60.0).view(12, 5).T,
+    "slanted": torch.arange(60.0).as_strided((4, 3), (7, 2), 5),
+    "count": torch.tensor(7),
+    "empty": torch.zeros(0, 4),
+}
+BOXES = {
+    "wide": [((0, 0, 0), (7, 6, 5)), ((2, 0, 0), (3, 6, 5)), ((1, 2, 3), (5, 3, 1))],
+    "brain": [((3, 0), (2, 5)), ((0, 1), (12, 2))],
+    "turned": [((0, 0), (5, 12)), ((1, 2), (3, 4))],
+    "slanted": [((0, 0), (4, 3)), ((1, 1), (2, 2))],
+    "count": [((), ())],
+    "empty": [((0, 0), (0, 4))],
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_what_torch_saves_is_read_in_any_part(tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in TENSORS.items()}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    source = DCPSource(tmp_path)
+    assert set(source) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        for box in (Box(*b) for b in BOXES[name]):
+            values = source.read(name, box)
+            assert values.dtype == tensor.dtype
+            assert torch.equal(values, tensor[box.slices()]), (name, box)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_torch_reads_a_release(tmp_path, monkeypatch):
+    """Written in many pieces by several threads; torch's own reader finds each tensor whole."""
+    monkeypatch.setattr(release_module, "pieces", lambda box, size: pieces(box, size, 64))
+    monkeypatch.setattr(release_module, "SMALL", 0)
+    told = []
+    write_release(TensorSource(TENSORS), tmp_path, told.append)
+    assert sum(told) == sum(t.nbytes for t in TENSORS.values())
+    assert len(list((tmp_path / "release").glob("*.distcp"))) == THREADS
+    state = {f"model.{name}": torch.full_like(tensor, 99) for name, tensor in TENSORS.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "release", no_dist=True)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(state[f"model.{name}"], tensor), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
+    """However large the piece that was stored; and the description is read once."""
+    tensor = torch.arange(3_000_000, dtype=torch.float32).view(3000, 1000)
+    state = {"model.x": tensor}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    source, preadv, counts = DCPSource(tmp_path), os.preadv, []
+
+    def counting(fd, buffers, offset):
+        counts.append(got := preadv(fd, buffers, offset))
+        return got
+
+    monkeypatch.setattr(os, "preadv", counting)
+    assert torch.equal(source.read("x", Box((7, 0), (2, 1000))), tensor[7:9])
+    assert sum(counts) < 8000 + 8192
+    counts.clear()
+    assert torch.equal(source.read("x", Box((7, 10), (2, 5))), tensor[7:9, 10:15])
+    assert counts == [20, 20]
+
+
+@pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)
+def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
+    tensor = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"something else")
+        save_tensor(tensor, file)
+        end = file.tell()
+        file.write(b"and more")
+    item = find_item(tmp_path / "file", 14, end - 14)
+    assert torch.equal(item.read(Box((0, 1), (2, 2))), tensor[:, 1:])
+
+
+def archive(description: bytes, data: bytes = b"\0" * 8, order: bytes = b"little") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", description)
+        file.writestr("archive/byteorder", order)
+        file.writestr("archive/data/0", data)
+    return buffer.getvalue()
+
+
+def described(tensor: torch.Tensor, numel: int) -> bytes:
+    """What torch.save says of a tensor, with another count of elements."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    text = zipfile.ZipFile(buffer).read("archive/data.pkl")
+    whole = b"K" + bytes([tensor.numel()])
+    assert text.count(b"cpu") == 1
+    head, tail = text.split(b"cpu")
+    return head + b"cpu" + tail.replace(whole, b"K" + bytes([numel]), 1)
+
+
+class Evil:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda path: archive(pickle.dumps(Evil(os.mkdir, str(path)))), "mkdir has no place in it"),
+        (lambda path: archive(pickle.dumps(Evil(getattr, "text", "upper"))), "getattr has no place in it"),
+        (lambda path: archive(pickle.dumps([1])), "it holds a list"),
+        (lambda path: archive(described(torch.zeros(2), 2)), None),
+        (lambda path: archive(described(torch.zeros(2), 9)), "not there in full"),
+        (lambda path: archive(described(torch.zeros(2), 1), b"\0" * 4), "beyond its bytes"),
+        (lambda path: archive(described(torch.zeros(2), 2), order=b"big"), "in another order"),
+        (lambda path: archive(described(torch.zeros(2), 2))[:-5], "not a zip file"),
+        (lambda path: b"", "not a zip file"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused(tmp_path, content, words):
+    made = tmp_path / "made"
+    (tmp_path / "file").write_bytes(content(made))
+    size = (tmp_path / "file").stat().st_size
+    if words is None:
+        assert torch.equal(find_item(tmp_path / "file", 0, size).read(Box((0,), (2,))), torch.zeros(2))
+        return
+    with pytest.raises((*BROKEN_ARCHIVE, pickle.UnpicklingError), match=words):
+        find_item(tmp_path / "file", 0, size)
+    assert not made.exists()
+
+
+def test_damage_is_one_line(tmp_path):
+    write_release(TensorSource({"x": torch.randn(30, 10)}), tmp_path)
+    checkpoint = resolve_load(tmp_path)
+    (data,) = (p for p in checkpoint.glob("*.distcp") if p.stat().st_size)
+    data.write_bytes(b"\0" * data.stat().st_size)
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(checkpoint))}: model\.x cannot be read: its file is damaged"
+    ):
+        DCPSource(checkpoint).read("x", Box((0, 0), (1, 1)))
+    data.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.x cannot be read: .*No such file"):
+        DCPSource(checkpoint).read("x", Box((0, 0), (1, 1)))
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_item_is_worked_on_once():
+    done = share_out(range(1000), lambda number, items: [(number, item) for item in items])
+    assert [number for own in done for number, _ in own] == sorted(number for own in done for number, _ in own)
+    assert sorted(item for own in done for _, item in own) == list(range(1000))
+    assert share_out([], lambda number, items: list(items)) == [[]] * THREADS
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+def test_an_error_stops_all(error):
+    worked = []
+
+    def work(number, items):
+        for item in items:
+            worked.append(item)
+            if item == 20:
+                raise error
+
+    with pytest.raises(type(error)):
+        share_out(range(10**6), work)
+    assert 20 in worked
+    assert len(worked) < 10**6
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"dcp/release cannot be written: No space left on device"):
+        write_release(TensorSource(TENSORS), tmp_path / "dcp")
+    assert not list(tmp_path.iterdir())

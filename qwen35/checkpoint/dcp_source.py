@@ -1,6 +1,8 @@
 """Reading DCP checkpoints part by part, without any communication."""
 
+import os
 import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.dcp_folder import MARKER
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.lock import hold_for_reading
 from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with
@@ -72,13 +76,17 @@ class _IntoTensor(DefaultLoadPlanner):
 
 
 class DCPSource:
-    """A Source over the tensors of a checkpoint whose names begin with `prefix`, without it."""
+    """A Source over the tensors of a checkpoint whose names begin with `prefix`, without it.
+
+    While there is one, the run that wrote the checkpoint does not remove it (training.save_total_limit).
+    """
 
     def __init__(self, checkpoint: str | Path, prefix: str = MODEL):
         """`checkpoint` is the folder that holds .metadata, known to be whole."""
         self.checkpoint, self.prefix = Path(checkpoint), prefix
         self._reader = _Reader(self.checkpoint)
         try:
+            weakref.finalize(self, os.close, hold_for_reading(self.checkpoint / MARKER))
             metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(metadata, is_coordinator=True)
             self._tensors: dict[str, TensorStorageMetadata] = {
@@ -90,7 +98,8 @@ class DCPSource:
                 name: TensorSpec(tuple(entry.size), entry.properties.dtype) for name, entry in self._tensors.items()
             }
         except OSError as error:
-            raise CheckpointError(f"{self.checkpoint}: .metadata cannot be read: {error.strerror}") from None
+            name = Path(error.filename or ".metadata").name
+            raise CheckpointError(f"{self.checkpoint}: {name} cannot be read: {error.strerror}") from None
         except BROKEN_PICKLE as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {one_line(error)}") from None
 

@@ -245,7 +245,7 @@ def loop(run: Run, folder: Path) -> None:
                 metrics.restart_clock()  # the next interval's steps did not save
         metrics.close()
     if saver.saves:
-        report(f"{saver.saves} checkpoints between steps, which stood still for them for {saver.stood:.2f} s in all")
+        report(f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stood:.2f} s in all")
     if is_stopping and run.step < t.train_iters:
         report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
     else:

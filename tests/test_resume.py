@@ -204,7 +204,7 @@ def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
 def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     """Of the same shapes: what its config.json says otherwise is named. What cannot be seen in an old checkpoint is let be."""
     config, settings = load_config(workplace / "weights"), load_settings(workplace / "recipe.yaml")
-    position = {"bins_a_step": 2, "data": "x", "model": asdict(config)}
+    position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "mtp_num_layers": 0}
     text = replace(config.text, rms_norm_eps=1e-5, initializer_range=0.5, layer_types=config.text.layer_types[::-1])
     kept = {**position, "model": asdict(replace(config, text=text, video_token_id=7))}
 

@@ -211,6 +211,7 @@ def _check(s: Settings) -> None:
         "training.gradient_accumulation_steps": t.gradient_accumulation_steps,
         "training.log_interval": t.log_interval,
         "training.save_interval": t.save_interval,
+        "training.save_total_limit": t.save_total_limit,
         "training.zero_grad_patience": t.zero_grad_patience,
         "training.lr": t.lr,
         "training.peak_tflops": t.peak_tflops,

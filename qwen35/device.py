@@ -2,6 +2,7 @@
 
 import os
 import resource
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -65,6 +66,28 @@ def init_process(timeout_seconds: int = 1800) -> torch.device:
             address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
             raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks, in a group of its own whose messages go from host to host. Raises SettingError."""
+    try:
+        return dist.new_group(backend=BACKENDS["cpu"])
+    except RuntimeError as error:  # gloo's
+        raise SettingError(
+            f"the processes cannot meet over the network of their hosts: {one_line(error)}; GLOO_SOCKET_IFNAME names it"
+        ) from None
+
+
+def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros on the host like a tensor; page-locked if that is on a device, which then copies without the host's help."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait until all that was asked of these is done; the host itself has nothing to wait for."""
+    for device in devices:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -118,12 +118,13 @@ class Metrics:
         for message in dict.fromkeys(message for part in found for message in part):
             if self.is_writer and message not in self.named:
                 self.named.add(message)
-                self._print(f"not trained: {message}")
+                self.tell(f"not trained: {message}")
 
-    def _print(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """A line on the console, beside the progress bar; of rank 0 alone."""
         if self.bar is not None:
             self.bar.write(text)
-        else:
+        elif self.is_writer:
             print(text, flush=True)
 
     def _line(
@@ -155,7 +156,7 @@ class Metrics:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
         else:
-            self._print(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s")
+            self.tell(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):

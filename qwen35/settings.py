@@ -117,6 +117,8 @@ class TrainingSettings:
     log_interval: int = 1
     peak_tflops: float | None = None  # bf16 peak of one device, for the metric mfu; default: no mfu
     save_interval: int | None = None  # steps between checkpoints; default: only one at the end
+    save_total_limit: int | None = None  # newest checkpoints that stay, once a newer one is whole; default: all
+    async_save: bool = True  # write them while training goes on, from a copy in the host's memory
     load: str | None = None  # DCP folder: converted weights, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder, read directly
     init_model_with_meta_device: bool = True  # no rank ever holds the whole model; False: build it whole, then shard

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,14 @@ import torch.distributed as dist
 
 import kernels
 from qwen35.batch import IGNORE, Ahead, PackedBatch
-from qwen35.checkpoint.dcp import (
-    Loaded,
-    fitting_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    resolve_load,
-    save_checkpoint,
-)
+from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import sweep, write_atomic
 from qwen35.checkpoint.hf import fitting, load_hf
 from qwen35.checkpoint.lock import holding
-from qwen35.config import SettingError, difference, load_settings, to_yaml
+from qwen35.checkpoint.saver import Saver
+from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
 from qwen35.device import describe, init_process
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -38,15 +33,11 @@ from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import make_mesh, reduce_held_out, shard
 from qwen35.processes import stop_request
+from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
-DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
-WITHOUT_EFFECT = (  # settings of which what is trained does not depend
-    "training.log_interval", "training.save_interval", "training.peak_tflops", "training.zero_grad_patience",
-    "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
-)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -99,11 +90,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
         loaded = load_checkpoint(origin, model, optimizer)
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
-    position = {
-        "bins_a_step": bins_a_step(settings),
-        "data": micro_batches.fingerprint,
-        "mtp_num_layers": m.mtp_num_layers,
-    }
+    position = position_of(settings, config, micro_batches.fingerprint)
     if loaded and step:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
@@ -120,19 +107,6 @@ def setup(settings: Settings, device: torch.device) -> Run:
     return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
 
 
-def find_weights(settings: Settings) -> tuple[Path, bool]:
-    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`, and whether it is that."""
-    t = settings.training
-    newest = newest_checkpoint(t.save)
-    if newest or t.load:
-        return newest or resolve_load(t.load or ""), False
-    if t.init_from_hf_path:
-        return Path(t.init_from_hf_path), True
-    raise SettingError(
-        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
-    )
-
-
 def check_same_data(fingerprint: str) -> None:
     """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
     found = [""] * dist.get_world_size()
@@ -143,38 +117,6 @@ def check_same_data(fingerprint: str) -> None:
             f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
             "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
         )
-
-
-def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
-    """Raises SettingError where the run could not go on as if it had never stopped."""
-    if loaded.extra.get("mtp_num_layers") and not position["mtp_num_layers"]:
-        raise SettingError(
-            f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
-            " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
-        )
-    before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
-    if before != now:
-        raise SettingError(
-            f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
-            f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
-        )
-    if loaded.extra.get("data") != position["data"]:
-        recipe = loaded.path.parent / "config.yaml"
-        changed = (
-            [c for c in difference(load_settings(recipe), settings) if c.startswith(DATA_ORDER)]
-            if recipe.is_file()
-            else []
-        )
-        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
-        raise SettingError(
-            f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
-            " back, or start anew from its weights: make export, then training.init_from_hf_path and another save"
-        )
-
-
-def bins_a_step(settings: Settings) -> int:
-    t = settings.training
-    return t.micro_batch_size * t.gradient_accumulation_steps * dist.get_world_size()
 
 
 def local_bytes(model: Qwen35) -> int:
@@ -262,21 +204,12 @@ def train(settings: Settings) -> None:
 
 def is_finished(run: Run, folder: Path) -> bool:
     """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
-    settings, t = run.settings, run.settings.training
-    changed = (
-        difference(load_settings(folder / "config.yaml"), settings)
-        if run.step and (folder / "config.yaml").is_file()
-        else []
-    )
-    if run.step < t.train_iters:
+    changed = changes(folder, run.settings) if run.step else []
+    if run.step < run.settings.training.train_iters:
         if changed:
             report(f"settings changed since the checkpoint: {'; '.join(changed)}")
         return False
-    if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
-        raise SettingError(
-            f"{folder} holds {run.step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "
-            "larger training.train_iters"
-        )
+    check_finished(folder, run.step, changed)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
 
@@ -284,7 +217,9 @@ def is_finished(run: Run, folder: Path) -> bool:
 def loop(run: Run, folder: Path) -> None:
     """Train to the end, or until a signal asks to stop: then save at the next log step, where all ranks learn of it."""
     t = run.settings.training
-    with stop_request() as stop:
+    first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
+    in_background = t.async_save and first_due < t.train_iters
+    with stop_request() as stop, Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit) as saver:
         if dist.get_rank() == 0:
             write_atomic(folder / "config.yaml", to_yaml(run.settings))
         dist.barrier()
@@ -294,15 +229,23 @@ def loop(run: Run, folder: Path) -> None:
             start = time.perf_counter()
             batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
             metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
+            saver.check()
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             if is_due or run.step % t.log_interval == 0:
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if is_due or is_stopping:
-                save_checkpoint(folder, run.step, run.model, run.optimizer, run.position, rng_states(run.device))
+                is_last = is_stopping or run.step == t.train_iters
+                waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
+                if waited and not is_last:
+                    metrics.tell(
+                        f"step {run.step} stood {waited:.1f} s: the checkpoint before it was still being written"
+                    )
                 if dist.get_rank() == 0:
-                    draw_loss(folder)
+                    saver.then(partial(draw_loss, folder))
                 metrics.restart_clock()  # the next interval's steps did not save
         metrics.close()
+    if saver.saves:
+        report(f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stood:.2f} s in all")
     if is_stopping and run.step < t.train_iters:
         report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
     else:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +17,15 @@ import pytest
 import torch
 from training_runs import ROOT, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.dcp import Loaded, newest_checkpoint
+from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
 from qwen35.checkpoint.lock import holding
+from qwen35.config import SettingError, load_settings
 from qwen35.device import HOST
 from qwen35.metrics import read_metrics
+from qwen35.model import load_config
+from qwen35.resume import check_position
 from qwen35.rng import restore_rng, rng_states
 
 STEPS, INTERVAL = 24, 4
@@ -98,14 +103,17 @@ def finish(workplace: Path, save: Path) -> str:
 
 
 def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
-    """Start-up, steps, saves: wherever it hits, the same command goes on from the last whole checkpoint."""
+    """Start-up, steps, saves: wherever it hits, the same command goes on from the last whole checkpoint.
+
+    After the ninth step a second save has begun, which has waited for the first.
+    """
     moments, save, reached = random.Random(5), tmp_path / "run", [0]
 
     def has_trained(steps: int) -> bool:
         lines = read_metrics(save / "metrics.jsonl")
         return bool(lines) and lines[-1]["step"] >= steps
 
-    for steps in (0, 1, 5, 6, 3):  # beyond the last checkpoint; with 0 it is hit while it starts
+    for steps in (0, 1, 9, 10, 3):  # beyond the last checkpoint; with 0 it is hit while it starts
         process = start_training(workplace, save, 2, *RECIPE)
         if steps:
             wait_for(partial(has_trained, reached[-1] + steps), process)
@@ -145,6 +153,74 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     assert int(newest_checkpoint(save).name[5:]) == left
     assert f"steps {left + 1} to {STEPS}" in finish(workplace, save)
     assert_same_run(save, uninterrupted)
+
+
+FULL_DISK = """
+import sys
+def hook(event, args):
+    if event == "open" and str(args[0]).endswith({path!r}):
+        raise OSError(28, "No space left on device")
+sys.addaudithook(hook)
+"""
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
+    """On one rank, while all go on: one line, at the latest when the next save is due; the checkpoint before it stays."""
+    save = tmp_path / "run"
+    (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
+    process = start_training(workplace, save, 2, *RECIPE, PYTHONPATH=str(tmp_path))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err
+    assert 8 <= read_metrics(save / "metrics.jsonl")[-1]["step"] <= 12
+    assert [path.name for path in save.glob("iter_*")] == ["iter_0000004"]
+
+
+def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
+    """Two ranks, then one with twice the micro-steps, then two again: the curve of two. Of three checkpoints two stay."""
+    save = tmp_path / "run"
+    shutil.copytree(two, save)
+    shutil.rmtree(save / "iter_0000010")
+    settings = ("training.save_interval=2", "training.save_total_limit=2")
+    for processes, micro_steps, first in ((1, 2, 6), (2, 1, 9)):
+        done = train(workplace, save, processes, *settings, f"training.gradient_accumulation_steps={micro_steps}")
+        assert done.returncode == 0, done.stderr
+        assert f"2 bins of 160 tokens a step, steps {first} to 10" in done.stdout
+        assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000008", "iter_0000010"]
+        if processes == 1:
+            assert "checkpoints between steps: 2, for which the steps stood still 0." in done.stdout
+            shutil.rmtree(save / "iter_0000010")
+    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, two))
+    assert len(lines) == len(wanted) == 10
+    for line, other in zip(lines, wanted, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6), line["step"]
+        assert line["aux_loss"] == pytest.approx(other["aux_loss"], rel=1e-6), line["step"]
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5), line["step"]
+        assert all(line[key] == other[key] for key in ("lr", "tokens", "label_tokens", "image_tokens"))
+    a, b = tensors(save), tensors(two)
+    assert all((a[name] - b[name]).norm() <= 1e-6 * b[name].norm() + 1e-7 for name in b)
+
+
+def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
+    """Of the same shapes: what its config.json says otherwise is named. What cannot be seen in an old checkpoint is let be."""
+    config, settings = load_config(workplace / "weights"), load_settings(workplace / "recipe.yaml")
+    position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "mtp_num_layers": 0}
+    text = replace(config.text, rms_norm_eps=1e-5, initializer_range=0.5, layer_types=config.text.layer_types[::-1])
+    kept = {**position, "model": asdict(replace(config, text=text, video_token_id=7))}
+
+    def loaded(extra: dict) -> Loaded:
+        return Loaded(tmp_path / "iter_0000003", 3, 1, True, decode(json.loads(json.dumps(encode(extra)))), None)
+
+    check_position(loaded(position), position, settings)
+    check_position(loaded({k: v for k, v in kept.items() if k != "model"}), position, settings)
+    with pytest.raises(SettingError) as caught:
+        check_position(loaded(kept), position, settings)
+    words = str(caught.value)
+    assert (
+        "iter_0000003 was trained as another model, by its config.json (text.layer_types: ('full_attention', " in words
+    )
+    assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
+    assert "initializer_range" not in words and "\n" not in words
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.optim import Optimizer
 
 from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load, whole
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import write_checkpoint
+from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied
@@ -84,6 +83,18 @@ def save_checkpoint(
     are made of what JSON has, tuples and small tensors. `group`: the ranks that take part, default all. Raises
     CheckpointError on all ranks if one fails; the checkpoints before it are untouched.
     """
+    return write_parts(folder, step, own_parts(training_state(model, optimizer)), extra, rank_extra, group)
+
+
+def write_parts(
+    folder: str | Path,
+    step: int,
+    parts: Mapping[str, Part],
+    extra: Mapping[str, Any] | None = None,
+    rank_extra: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """`save_checkpoint` of tensors that are given as this rank's parts of them."""
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
     def write_rest(temporary: Path) -> None:
@@ -92,9 +103,7 @@ def save_checkpoint(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    state, planner = training_state(model, optimizer), DefaultSavePlanner(flatten_state_dict=False)
-    facts = {"world_size": world_size}
-    return write_checkpoint(Path(folder), step, planner, state, write_rest, group, facts)
+    return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, {"world_size": world_size})
 
 
 def load_checkpoint(

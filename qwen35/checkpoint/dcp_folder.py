@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import write_atomic
+from qwen35.checkpoint.folders import remove, write_atomic
+from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object
 
 MARKER = "complete.json"
@@ -117,3 +118,15 @@ def named_by_latest(folder: Path) -> Path | None:
 
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
+
+
+def keep_newest(folder: Path, limit: int) -> None:
+    """Remove the whole checkpoints of a run but the newest `limit`, and those that somebody is reading.
+
+    `release` stays, and what is not whole: nobody knows what it is.
+    """
+    found = [path for path in _candidates(folder) if path.name != RELEASE and whole(path)]
+    for path in found[limit:]:
+        with removable(path / MARKER) as is_free:
+            if is_free:
+                remove(path)

@@ -1,6 +1,8 @@
 """Reading DCP checkpoints part by part, without any communication."""
 
+import os
 import pickle
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.dcp_folder import MARKER
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.lock import hold_for_reading
 from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with
@@ -46,12 +50,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class DCPSource:
-    """A Source over the tensors of a checkpoint whose names begin with `prefix`, without it."""
+    """A Source over the tensors of a checkpoint whose names begin with `prefix`, without it.
+
+    While there is one, the run that wrote the checkpoint does not remove it (training.save_total_limit).
+    """
 
     def __init__(self, checkpoint: str | Path, prefix: str = MODEL):
         """`checkpoint` is the folder that holds .metadata, known to be whole."""
         self.checkpoint, self.prefix = Path(checkpoint), prefix
         try:
+            weakref.finalize(self, os.close, hold_for_reading(self.checkpoint / MARKER))
             with (self.checkpoint / ".metadata").open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
@@ -65,7 +73,8 @@ class DCPSource:
                     self.specs[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
                     self._chunks[name] = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
         except OSError as error:
-            raise CheckpointError(f"{self.checkpoint}: .metadata cannot be read: {error.strerror}") from None
+            name = Path(error.filename or ".metadata").name
+            raise CheckpointError(f"{self.checkpoint}: {name} cannot be read: {error.strerror}") from None
         except BROKEN_PICKLE as error:
             raise CheckpointError(f"{self.checkpoint}: .metadata is broken or not DCP's: {one_line(error)}") from None
         self._items: dict[tuple[str, Box], DCPItem] = {}

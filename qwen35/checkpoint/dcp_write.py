@@ -4,30 +4,53 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
+from qwen35.checkpoint.boxes import Box, TensorSpec, local_part
 from qwen35.checkpoint.dcp_folder import MARKER, checkpoint_name, marker_content, write_latest
 from qwen35.checkpoint.dcp_item import save_tensor
 from qwen35.checkpoint.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a tensor: the elements `box` of one of `shape`."""
+
+    values: Tensor
+    box: Box
+    shape: tuple[int, ...]
+
+
+def own_parts(state: Mapping[str, Tensor]) -> dict[str, Part]:
+    """The parts of this rank by name, the tensors' own memory; a plain tensor is its own whole."""
+    return {name: Part(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def write_checkpoint(
     folder: Path,
     step: int | None,
     planner: SavePlanner,
-    state: Mapping[str, Tensor],
     write_rest: Callable[[Path], None],
     group: dist.ProcessGroup | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -45,7 +68,7 @@ def write_checkpoint(
     together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
     try:
         together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
-        metadata = _dcp_save(dict(state), temporary, planner, group)
+        metadata = _dcp_save(temporary, planner, group)
 
         def finish() -> None:
             if is_first:
@@ -62,6 +85,34 @@ def write_checkpoint(
                 folder.rmdir()
         raise
     return checkpoint
+
+
+class PartsPlanner(DefaultSavePlanner):
+    """Plans the parts that this rank holds. What several ranks hold, one of them writes (DefaultSavePlanner's doing)."""
+
+    def __init__(self, parts: Mapping[str, Part]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts = parts
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                _item(name, TensorSpec(part.shape, part.values.dtype), part.box)
+                for name, part in self.parts.items()
+                if part.box.numel
+            ]
+        )
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.parts[write_item.index.fqn].values
+
+
+def _item(name: str, spec: TensorSpec, box: Box) -> WriteItem:
+    data = TensorWriteData(
+        ChunkStorageMetadata(Size(box.start), Size(box.size)), TensorProperties(dtype=spec.dtype), Size(spec.shape)
+    )
+    return WriteItem(MetadataIndex(name, Size(box.start)), WriteItemType.SHARD, tensor_data=data)
 
 
 class _StreamWriter(dcp.FileSystemWriter):
@@ -86,14 +137,14 @@ class _StreamWriter(dcp.FileSystemWriter):
         return done
 
 
-def _dcp_save(
-    state: dict[str, Tensor], folder: Path, planner: SavePlanner, group: dist.ProcessGroup | None
-) -> Metadata:
-    writer = _StreamWriter(folder)
+def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | None) -> Metadata:
+    save = partial(dcp.save, {}, storage_writer=_StreamWriter(folder), planner=planner, process_group=group)
     try:
-        with warnings.catch_warnings():
+        if dist.is_initialized():
+            return save()
+        with warnings.catch_warnings():  # not beside other threads: the filters are the whole process's
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-            return dcp.save(state, storage_writer=writer, planner=planner, process_group=group)
+            return save()
     except CheckpointException as failed:  # a BaseException
         told = sorted({_words(error) for error, _ in failed.failures.values()})
         raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed

@@ -78,10 +78,20 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     flush(folder.parent)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder; one that is half removed, by a job that was stopped, never bears its name."""
+    gone = folder.with_name(folder.name + ".gone")
+    if gone.exists():
+        shutil.rmtree(gone)
+    folder.rename(gone)
+    flush(folder.parent)
+    shutil.rmtree(gone)
+
+
 def sweep(folder: Path, names: re.Pattern) -> list[str]:
     """Tidy up what interrupted jobs left of folders of these names, inside one that is this job's alone.
 
-    What is half-written goes; a folder that was being replaced comes back. Returns a line for each.
+    What is half-written or half-removed goes; a folder that was being replaced comes back. Returns a line for what matters.
     """
     told = []
     for path in sorted(folder.iterdir()):
@@ -91,7 +101,7 @@ def sweep(folder: Path, names: re.Pattern) -> list[str]:
         if path.suffix == ".tmp" and (path / INCOMPLETE).is_file():
             shutil.rmtree(path)
             told.append(f"removed {path}, which a stopped job had not finished")
-        elif path.suffix == ".old" and whole.exists():
+        elif path.suffix == ".gone" or (path.suffix == ".old" and whole.exists()):
             shutil.rmtree(path)
         elif path.suffix == ".old":
             path.rename(whole)

@@ -1,4 +1,4 @@
-"""A save folder belongs to one job at a time."""
+"""A save folder belongs to one job at a time, which removes no checkpoint that another one is reading."""
 
 import errno
 import fcntl
@@ -14,6 +14,7 @@ from qwen35.checkpoint.errors import CheckpointError
 
 LOCK = ".lock"
 PATIENCE = 5.0  # seconds that a job that was just killed may take to be gone
+BUSY = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -65,7 +66,7 @@ def _take(fd: int, path: Path) -> str | None:
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return f"{path}: this file system has no locks; nothing keeps a second job out of the folder"
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in BUSY:
                 raise
         if time.monotonic() > end:
             raise CheckpointError(
@@ -80,3 +81,37 @@ def _owner(path: Path) -> str:
         return f"process {owner['pid']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
+
+
+def hold_for_reading(path: Path) -> int:
+    """Open a file so that `removable` says no to everybody until it is closed. Returns the file descriptor."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        # busy: it is just being removed, and what is read next will be missing
+        if error.errno not in (*NO_LOCKS, *BUSY):
+            os.close(fd)
+            raise
+    return fd
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a file for reading; if so, nobody does until the block ends.
+
+    This lock belongs to the open file, not to the process: one process may hold the same file several times.
+    """
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except OSError as error:
+        if error.errno not in (*NO_LOCKS, *BUSY):
+            os.close(fd)
+            raise
+        is_free = error.errno in NO_LOCKS
+    try:
+        yield is_free
+    finally:
+        os.close(fd)

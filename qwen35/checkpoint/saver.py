@@ -1,0 +1,111 @@
+"""A run's checkpoints, written while it goes on."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qwen35.checkpoint.dcp import training_state, write_parts
+from qwen35.checkpoint.dcp_folder import keep_newest
+from qwen35.checkpoint.dcp_write import Part, own_parts, together
+from qwen35.device import host_buffer, host_group, synchronize
+
+
+class Saver:
+    """Saves model and optimizer into a folder; every rank calls it in step.
+
+    background: a thread of each rank writes from a copy on the host, and the steps stand still only while that is made.
+    The threads meet in a group of their own: their messages never mix with the training's. One save runs at a time, and
+    its copy's memory serves the next.
+    limit: whole checkpoints that stay; the older ones are removed once a new one is whole.
+
+    As a context it ends with what is being saved whole, or having failed, whatever ends the block.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer | None, background: bool, limit: int | None = None
+    ):
+        self.folder, self.model, self.optimizer, self.limit = folder, model, optimizer, limit
+        self.background = background
+        self.saves = 0  # between steps
+        self.stood = 0.0  # seconds that the steps have stood still for them
+        self._group = host_group() if background and dist.is_initialized() else None
+        self._is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self._room: dict[str, Tensor] = {}  # of the copy
+        self._jobs: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def check(self) -> None:
+        """After each step: raises what a save in the background has failed with. Takes the copy's memory after the first."""
+        while self._jobs and self._jobs[0].done():
+            self._jobs.pop(0).result()
+        if self.background and not self._room:
+            for name, part in own_parts(training_state(self.model, self.optimizer)).items():
+                self._room[name] = host_buffer(part.values)
+
+    def finish(self) -> float:
+        """Wait until nothing is being saved. Returns the seconds; raises what has failed."""
+        start = time.perf_counter()
+        running = [job for job in self._jobs if not job.done()]
+        wait(running)
+        self.check()
+        return time.perf_counter() - start if running else 0.0
+
+    def save(self, step: int, extra: Mapping[str, Any], rank_extra: Mapping[str, Any], is_last: bool = False) -> float:
+        """Save `iter_<step>`, after the save before it. Returns the seconds that it waited for that one.
+
+        is_last: at once, from the tensors themselves, for there is nothing to go on with meanwhile. Raises CheckpointError.
+        """
+        start = time.perf_counter()
+        waited = self.finish()
+        parts = own_parts(training_state(self.model, self.optimizer))
+        if self.background and not is_last:
+            self._jobs.append(self._thread.submit(self._write, step, self._copied(parts), extra, rank_extra))
+        else:
+            self._write(step, parts, extra, rank_extra)
+        if not is_last:
+            self.saves, self.stood = self.saves + 1, self.stood + time.perf_counter() - start
+        return waited
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something on this rank after what is being saved; at once if nothing is."""
+        if self._jobs:
+            self._jobs.append(self._thread.submit(action))
+        else:
+            action()
+
+    def _copied(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+        copies = {}
+        for name, part in parts.items():
+            if name not in self._room:  # the state of a tensor that had its first gradient just now
+                self._room[name] = host_buffer(part.values)
+            copies[name] = replace(part, values=self._room[name].copy_(part.values, non_blocking=True))
+        synchronize({part.values.device for part in parts.values()})
+        return copies
+
+    def _write(
+        self, step: int, parts: Mapping[str, Part], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
+    ) -> None:
+        write_parts(self.folder, step, parts, extra, rank_extra, self._group)
+        if self.limit is not None:
+            limit = self.limit
+            tidy = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
+            together(tidy, self._group, f"{self.folder}: older checkpoints cannot be removed")
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        wait(self._jobs)  # what stops the run now should not cost the steps before it too
+        self._thread.shutdown(wait=False)
+        if error is None:
+            self.check()

@@ -1,0 +1,113 @@
+"""What a run goes on from, and what must not have changed meanwhile."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, resolve_load
+from qwen35.config import SettingError, difference, load_settings
+from qwen35.model import ModelConfig
+from qwen35.settings import Settings
+
+DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
+WITHOUT_EFFECT = (  # settings of which what is trained does not depend
+    "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
+    "training.peak_tflops", "training.zero_grad_patience",
+    "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
+)  # fmt: skip
+NOT_TRAINED_BY = ("text.initializer_range",)  # of a model's config: it has done its part
+ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
+
+
+def find_weights(settings: Settings) -> tuple[Path, bool]:
+    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`, and whether it is that.
+
+    All ranks take what rank 0 finds: where another job is saving, the next one to look may find another.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _find_weights(settings))
+    return found[0]
+
+
+def _find_weights(settings: Settings) -> tuple[Path, bool]:
+    t = settings.training
+    newest = newest_checkpoint(t.save)
+    if newest or t.load:
+        return newest or resolve_load(t.load or ""), False
+    if t.init_from_hf_path:
+        return Path(t.init_from_hf_path), True
+    raise SettingError(
+        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
+    )
+
+
+def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> dict[str, Any]:
+    """Kept in each checkpoint: what decides the course of the steps after it, besides weights and settings.
+
+    Step s of any run with so many bins a step, however they are split over ranks and micro-steps, takes the same bins.
+    """
+    return {
+        "bins_a_step": bins_a_step(settings),
+        "data": fingerprint,
+        "model": asdict(config),
+        "mtp_num_layers": settings.model.mtp_num_layers,
+    }
+
+
+def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+    """Raises SettingError where the run could not go on as if it had never stopped."""
+    if loaded.extra.get("mtp_num_layers") and not position["mtp_num_layers"]:
+        raise SettingError(
+            f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
+            f" back, or {ANEW}"
+        )
+    before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
+    if before != now:
+        raise SettingError(
+            f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
+            f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
+        )
+    if loaded.extra.get("data") != position["data"]:
+        changed = [c for c in changes(loaded.path.parent, settings) if c.startswith(DATA_ORDER)]
+        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
+        raise SettingError(
+            f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
+            f" back, or {ANEW}"
+        )
+    was, model = _flat(loaded.extra.get("model", {})), _flat(position["model"])
+    changed = [f"{k}: {was[k]} -> {v}" for k, v in model.items() if was.get(k, v) != v and k not in NOT_TRAINED_BY]
+    if changed:
+        raise SettingError(
+            f"{loaded.path} was trained as another model, by its config.json ({'; '.join(changed)}). Put that back, or {ANEW}"
+        )
+
+
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """{"text": {"hidden_size": 48}, …} -> {"text.hidden_size": 48, …}"""
+    flat: dict[str, Any] = {}
+    for key, value in model.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def bins_a_step(settings: Settings) -> int:
+    t = settings.training
+    return t.micro_batch_size * t.gradient_accumulation_steps * dist.get_world_size()
+
+
+def changes(folder: Path, settings: Settings) -> list[str]:
+    """The settings that are not those which a save folder was begun with."""
+    recipe = folder / "config.yaml"
+    return difference(load_settings(recipe), settings) if recipe.is_file() else []
+
+
+def check_finished(folder: Path, step: int, changed: list[str]) -> None:
+    """Raises SettingError if a folder that is not to be trained further holds another run than the settings say."""
+    if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
+        raise SettingError(
+            f"{folder} holds {step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "
+            "larger training.train_iters"
+        )

@@ -1,0 +1,332 @@
+"""Saving while the run goes on: what is saved, in which order, what fails, what stays, and kill -9 at all moments."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from saver_run import BEGINS, INTERVAL, LIMIT, STEPS, Toy, adam, run, train_step
+from training_runs import ROOT, tensors
+
+from qwen35.checkpoint import CheckpointError, DCPSource, load_checkpoint, newest_checkpoint, saver
+from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, whole
+from qwen35.checkpoint.folders import sweep
+from qwen35.checkpoint.saver import Saver
+
+PREFIXES = ("model.", "optimizer.")
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for prefix in PREFIXES for name, value in tensors(folder, prefix).items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of the whole checkpoints."""
+    return sorted(
+        int(path.name[5:]) for path in folder.glob("iter_*") if ITERATION.fullmatch(path.name) and whole(path)
+    )
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """What is written in the background stands still until this is set."""
+    event = threading.Event()
+    write_parts = saver.write_parts
+
+    def wait_and_write(*args):
+        assert event.wait(60)
+        return write_parts(*args)
+
+    monkeypatch.setattr(saver, "write_parts", wait_and_write)
+    return event
+
+
+def toy(steps: int) -> tuple[Toy, torch.optim.Optimizer]:
+    model = Toy()
+    optimizer = adam(model)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    return model, optimizer
+
+
+def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
+    """Though the run goes on before a byte is written; from memory that the next save uses again."""
+    model, optimizer = toy(1)
+    with Saver(tmp_path / "a", model, optimizer, background=True) as background:
+        background.check()
+        room = {name: values.data_ptr() for name, values in background._room.items()}
+        assert background.save(1, {"at": 1}, {"own": 1}) == 0.0
+        for step in (1, 2):
+            train_step(model, optimizer, step)
+            background.check()
+        assert not list((tmp_path / "a").glob("iter_*"))
+        gate.set()
+        background.finish()
+        assert steps_in(tmp_path / "a") == [1]
+        background.save(3, {"at": 3}, {"own": 3})
+        assert {name: values.data_ptr() for name, values in background._room.items()} == room
+    assert steps_in(tmp_path / "a") == [1, 3]
+    for step in (1, 3):
+        wanted, states = toy(step)
+        with Saver(tmp_path / f"{step}", wanted, states, background=False) as plain:
+            plain.save(step, {"at": step}, {"own": step})
+        assert_equal(state(tmp_path / "a" / f"iter_{step:07}"), state(tmp_path / f"{step}"))
+        loaded = load_checkpoint(tmp_path / "a" / f"iter_{step:07}", wanted, states)
+        assert (loaded.extra, loaded.rank_extra) == ({"at": step}, {"own": step})
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, gate, monkeypatch):
+    """It says so, and what the two are told to do comes in order."""
+    model, optimizer = toy(1)
+    done = []
+
+    def wait(jobs):
+        done.append("waits")
+        gate.set()
+        return wait_for(jobs)
+
+    wait_for = saver.wait
+    with Saver(tmp_path, model, optimizer, background=True) as background:
+        background.save(1, {}, {})
+        background.then(lambda: done.append(steps_in(tmp_path)))
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(saver, "wait", wait)
+        assert background.save(2, {}, {}) > 0.0
+        assert done == ["waits", [1]]
+        background.then(lambda: done.append(steps_in(tmp_path)))
+        assert background.finish() >= 0.0
+        assert done[-1] == [1, 2]
+        background.then(lambda: done.append("at once"))
+        assert done[-1] == "at once"
+        assert background.saves == 2
+        assert background.stood > 0.0
+    assert steps_in(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("way", ["check", "save", "finish", "exit"])
+def test_what_fails_in_the_background_stops_the_run(tmp_path, monkeypatch, way):
+    """With the one line of a save that fails at once; the checkpoint before it stays, and nothing half-written."""
+    model, optimizer = toy(1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    def fail():
+        with Saver(tmp_path, model, optimizer, background=True, limit=1) as background:
+            background.save(1, {}, {})
+            background.finish()
+            monkeypatch.setattr(torch, "save", full)
+            background.save(2, {}, {})
+            if way == "check":
+                saver.wait(background._jobs)
+                background.check()
+            elif way == "save":
+                background.save(3, {}, {})
+            elif way == "finish":
+                background.finish()
+
+    with pytest.raises(CheckpointError, match=r"iter_0000002 cannot be written: No space left on device"):
+        fail()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_run_that_fails_loses_nothing_of_what_is_being_saved(tmp_path, gate):
+    model, optimizer = toy(1)
+
+    def fail():
+        with Saver(tmp_path, model, optimizer, background=True) as background:
+            background.save(1, {}, {})
+            threading.Timer(0.05, gate.set).start()
+            raise KeyError("a reason of its own")
+
+    with pytest.raises(KeyError, match="a reason of its own"):
+        fail()
+    assert steps_in(tmp_path) == [1]
+
+
+# -- what stays -------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_stay(tmp_path):
+    model, optimizer = toy(1)
+    with Saver(tmp_path, model, optimizer, background=False) as plain:
+        for step in (1, 2, 3, 4, 5):
+            plain.save(step, {}, {})
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "mine").touch()
+    (tmp_path / "iter_0000002" / "complete.json").unlink()  # no longer whole: it counts for nothing, and is not ours
+    source = DCPSource(tmp_path / "iter_0000003")
+    with Saver(tmp_path, model, optimizer, background=True, limit=2) as background:
+        background.save(6, {}, {})
+        background.finish()
+        assert steps_in(tmp_path) == [3, 5, 6]  # the third is being read
+        assert source.read("late", Box.whole(model.late.shape)).equal(model.late)
+        del source
+        background.save(7, {}, {})
+    assert steps_in(tmp_path) == [6, 7]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["iter_0000002", "iter_0000006", "iter_0000007", "latest_checkpointed_iteration.txt", "release"]
+    keep_newest(tmp_path, 1)
+    assert steps_in(tmp_path) == [7]
+
+
+def test_nothing_is_removed_before_the_new_one_is_whole(tmp_path, monkeypatch):
+    model, optimizer = toy(1)
+    seen = []
+
+    def looking(folder, limit):
+        seen.append(steps_in(folder))
+        keep_newest(folder, limit)
+
+    monkeypatch.setattr(saver, "keep_newest", looking)
+    with Saver(tmp_path, model, optimizer, background=True, limit=1) as background:
+        for step in (1, 2, 3):
+            background.save(step, {}, {})
+    assert seen == [[1], [1, 2], [2, 3]]
+    assert steps_in(tmp_path) == [3]
+
+
+def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
+    model, optimizer = toy(1)
+
+    def denied(path):
+        raise PermissionError(13, os.strerror(13))
+
+    with Saver(tmp_path, model, optimizer, background=False, limit=1) as plain:
+        plain.save(1, {}, {})
+        monkeypatch.setattr("qwen35.checkpoint.folders.shutil.rmtree", denied)
+        with pytest.raises(CheckpointError, match="older checkpoints cannot be removed: Permission denied"):
+            plain.save(2, {}, {})
+    assert newest_checkpoint(tmp_path).name == "iter_0000002"
+
+
+# -- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forks of a process that has imported what they need: a start is quick."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["saver_run"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(
+            "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+        )  # python < 3.13 forgets sys.path
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("saver") / "run"
+    assert start(processes, folder, False) == 0
+    return state(folder)
+
+
+def start(context, folder: Path, *args) -> int:
+    process = context.Process(target=run, args=(folder, *args))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def log(folder: Path, word: str) -> list[int]:
+    lines = [json.loads(line) for line in folder.with_suffix(".log").read_text().splitlines()]
+    return [line[word] for line in lines if word in line]
+
+
+def test_twenty_kills_at_random_moments(processes, uninterrupted, tmp_path):
+    """In steps, copies and writes, every second run saves in the background: it always goes on from the last whole one."""
+    folder, moments, newest, begun = tmp_path / "run", random.Random(7), 0, 0
+    for kill in range(20):
+        background = kill % 2 == 0
+        code = start(processes, folder, background, moments.randrange(1, 120))
+        assert code == -signal.SIGKILL
+        assert log(folder, "start") == [newest]  # where the one before was killed, not a step earlier
+        saves = [newest, *log(folder, "begun")]
+        there = steps_in(folder)
+        newest = there[-1] if there else 0
+        # the last save that was begun, or (in the background) the one before it, which it has waited for; or one more
+        assert newest >= (saves[-2] if background and len(saves) > 1 else saves[-1])
+        assert newest <= saves[-1] + INTERVAL
+        begun += len(saves) - 1
+    assert begun > 10 and 20 < newest < STEPS
+    assert start(processes, folder, True) == 0
+    assert log(folder, "start") == [newest]
+    assert_equal(state(folder), uninterrupted)
+    assert steps_in(folder) == [STEPS - INTERVAL, STEPS]
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT  # nothing is left of what was interrupted
+
+
+# what a file's event says, and the iteration that may be gone on from
+MOMENTS = {
+    "nothing is written": ("open", "iter_0000012.tmp/__0_0.distcp", 9),
+    "all tensors are": ("os.rename", "iter_0000012.tmp/.metadata.tmp", 9),
+    "the marker is not": ("os.rename", "iter_0000012.tmp/complete.json.new", 9),
+    "all but its name is": ("os.rename", "iter_0000012.tmp", 9),
+    "it is whole and not the latest": ("os.rename", "latest_checkpointed_iteration.txt.new", 3),
+    "an older one is to be removed": ("os.rename", "iter_0000006", 12),
+    "an older one is half removed": ("shutil.rmtree", "iter_0000006.gone", 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_in_the_background(processes, uninterrupted, tmp_path, moment):
+    event, path, left = MOMENTS[moment]
+    folder = tmp_path / "run"
+    assert start(processes, folder, True, None, (event, path)) == -signal.SIGKILL
+    assert steps_in(folder)[-1] == left
+    assert start(processes, folder, True) == 0
+    assert log(folder, "start") == [left]
+    assert_equal(state(folder), uninterrupted)
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT
+
+
+def test_what_has_its_first_gradient_after_a_resume(processes, uninterrupted, tmp_path):
+    """A tensor without a gradient has no optimizer state in the checkpoint, and gets its own later."""
+    folder = tmp_path / "run"
+    assert start(processes, folder, True, None, ("open", "iter_0000012.tmp/__0_0.distcp")) == -signal.SIGKILL
+    assert BEGINS > 9
+    assert "exp_avg.late" not in DCPSource(newest_checkpoint(folder), "optimizer.").specs
+    assert start(processes, folder, True) == 0
+    assert state(folder)["optimizer.step.late"] == STEPS - BEGINS
+    assert_equal(state(folder), uninterrupted)
+
+
+def test_what_was_frozen_is_trained_after_a_resume(tmp_path):
+    model, optimizer = toy(2)
+    with Saver(tmp_path, model, optimizer, background=True) as background:
+        background.save(2, {}, {})
+    other = Toy()
+    other.frozen.requires_grad_(True)
+    states = adam(other)
+    load_checkpoint(tmp_path, other, states)
+    assert other.frozen not in states.state
+    other.frozen.sum().backward()
+    train_step(other, states, 2)
+    train_step(model, optimizer, 2)
+    assert states.state[other.frozen]["step"] == 1
+    assert not torch.equal(other.frozen, model.frozen)
+    assert torch.equal(other.first.weight, model.first.weight)
+
+
+def test_a_half_removed_checkpoint_is_swept_away(tmp_path):
+    (tmp_path / "iter_0000003.gone").mkdir()
+    (tmp_path / "iter_0000003.gone" / "x").touch()
+    (tmp_path / "thesis.gone").mkdir()
+    assert sweep(tmp_path, ITERATION) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.gone"]

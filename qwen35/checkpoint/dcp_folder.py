@@ -19,6 +19,7 @@ from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object
 
 MARKER = "complete.json"
+METADATA = ".metadata"  # DCP's own; who reads a checkpoint holds it open
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 ITERATION = re.compile(r"iter_(\d{7,})")
@@ -127,6 +128,6 @@ def keep_newest(folder: Path, limit: int) -> None:
     """
     found = [path for path in _candidates(folder) if path.name != RELEASE and whole(path)]
     for path in found[limit:]:
-        with removable(path / MARKER) as is_free:
+        with removable(path / METADATA) as is_free:
             if is_free:
                 remove(path)

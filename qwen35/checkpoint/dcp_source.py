@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
-from qwen35.checkpoint.dcp_folder import MARKER
+from qwen35.checkpoint.dcp_folder import METADATA
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.lock import hold_for_reading
@@ -59,8 +59,8 @@ class DCPSource:
         """`checkpoint` is the folder that holds .metadata, known to be whole."""
         self.checkpoint, self.prefix = Path(checkpoint), prefix
         try:
-            weakref.finalize(self, os.close, hold_for_reading(self.checkpoint / MARKER))
-            with (self.checkpoint / ".metadata").open("rb") as file:
+            weakref.finalize(self, os.close, hold_for_reading(self.checkpoint / METADATA))
+            with (self.checkpoint / METADATA).open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")

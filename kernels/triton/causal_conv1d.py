@@ -1,0 +1,187 @@
+"""Depthwise causal convolution of four taps with silu, starting anew at every sequence: kernels/causal_conv1d.py's, in Triton.
+
+Both kernels go down the rows of a chunk with a row's channels as one vector, and keep the last rows at hand: each value is read
+once. Kept for backward: x.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from kernels.triton.chunks import chunk_tables
+from kernels.triton.tiles import CHANNELS, CONV_ROWS, power_of_two, programs, walkers
+
+TAPS = 4
+
+
+@triton.jit
+def _row(x, first, at, stride, lane, there):
+    """Row first + at of x [T, …], its channels `lane` -> fp32"""
+    place = x + tl.cast(first + at, tl.int64) * stride + lane
+    return tl.load(place, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["count_chunks", "stride"])
+def forward(x, taps, chunks, y, count_chunks, stride, C: tl.constexpr, BC: tl.constexpr):
+    """A program: one chunk and BC channels after another. x [T, C] with rows `stride` apart, taps [4, C] -> y [T, C]"""
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    for task in range(tl.program_id(0), count_chunks * BLOCKS, tl.num_programs(0)):
+        chunk, lane = task // BLOCKS, task % BLOCKS * BC + tl.arange(0, BC)
+        start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
+        before = tl.load(chunks + 4 * chunk + 2)
+        there = lane < C
+        w0 = tl.load(taps + lane, mask=there, other=0.0).to(tl.float32)
+        w1 = tl.load(taps + C + lane, mask=there, other=0.0).to(tl.float32)
+        w2 = tl.load(taps + 2 * C + lane, mask=there, other=0.0).to(tl.float32)
+        w3 = tl.load(taps + 3 * C + lane, mask=there, other=0.0).to(tl.float32)
+        # the rows before, the sequence's first where there are none, and then nothing of it
+        x1 = tl.where(before > 0, _row(x, start, 0 - tl.minimum(before, 1), stride, lane, there), 0.0)
+        x2 = tl.where(before > 1, _row(x, start, 0 - tl.minimum(before, 2), stride, lane, there), 0.0)
+        x3 = tl.where(before > 2, _row(x, start, 0 - tl.minimum(before, 3), stride, lane, there), 0.0)
+        for i in range(count):
+            x0 = _row(x, start, i, stride, lane, there)
+            sums = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            place = y + tl.cast(start + i, tl.int64) * C + lane
+            tl.store(place, (sums * tl.sigmoid(sums)).to(y.dtype.element_ty), mask=there)
+            x3 = x2
+            x2 = x1
+            x1 = x0
+
+
+@triton.jit(do_not_specialize=["count_chunks", "stride"])
+def backward(
+    x, taps, grad, chunks, grad_x, parts, count_chunks, stride, C: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """A program: BC channels, one chunk after another. grad, grad_x [T, C]; parts [programs / blocks, 4, C] of the taps' gradient.
+
+    The gradient of row i needs the silu's of rows i to i + 3: the walk is three rows ahead of what it writes.
+    """
+    BLOCKS: tl.constexpr = (C + BC - 1) // BC
+    walker, lane = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    there = lane < C
+    w0 = tl.load(taps + lane, mask=there, other=0.0).to(tl.float32)
+    w1 = tl.load(taps + C + lane, mask=there, other=0.0).to(tl.float32)
+    w2 = tl.load(taps + 2 * C + lane, mask=there, other=0.0).to(tl.float32)
+    w3 = tl.load(taps + 3 * C + lane, mask=there, other=0.0).to(tl.float32)
+    d0, d1 = tl.zeros([BC], dtype=tl.float32), tl.zeros([BC], dtype=tl.float32)
+    d2, d3 = tl.zeros([BC], dtype=tl.float32), tl.zeros([BC], dtype=tl.float32)
+    for chunk in range(walker, count_chunks, tl.num_programs(0) // BLOCKS):
+        start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
+        before, after = tl.load(chunks + 4 * chunk + 2), tl.load(chunks + 4 * chunk + 3)
+        x1 = tl.where(before > 0, _row(x, start, 0 - tl.minimum(before, 1), stride, lane, there), 0.0)
+        x2 = tl.where(before > 1, _row(x, start, 0 - tl.minimum(before, 2), stride, lane, there), 0.0)
+        x3 = tl.where(before > 2, _row(x, start, 0 - tl.minimum(before, 3), stride, lane, there), 0.0)
+        g0, g1 = tl.zeros([BC], dtype=tl.float32), tl.zeros([BC], dtype=tl.float32)
+        g2 = tl.zeros([BC], dtype=tl.float32)
+        for i in range(count + 3):
+            at = tl.minimum(i, count + after - 1)
+            x0 = _row(x, start, at, stride, lane, there)
+            sums = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            sigmoid = tl.sigmoid(sums)
+            # silu' = sigmoid (1 + s - s sigmoid); nothing comes from behind the sequence's end
+            g3 = _row(grad, start, at, C, lane, there) * sigmoid * (1.0 + sums - sums * sigmoid)
+            g3 = tl.where(i < count + after, g3, 0.0)
+            own = tl.where(i < count, g3, 0.0)
+            d0 += own * x0
+            d1 += own * x1
+            d2 += own * x2
+            d3 += own * x3
+            if i >= 3:
+                of_row = w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3
+                place = grad_x + tl.cast(start + i - 3, tl.int64) * C + lane
+                tl.store(place, of_row.to(grad_x.dtype.element_ty), mask=there)
+            x3 = x2
+            x2 = x1
+            x1 = x0
+            g0 = g1
+            g1 = g2
+            g2 = g3
+    place = parts + walker * (4 * C) + lane
+    tl.store(place, d0, mask=there)
+    tl.store(place + C, d1, mask=there)
+    tl.store(place + 2 * C, d2, mask=there)
+    tl.store(place + 3 * C, d3, mask=there)
+
+
+# ── Launches, as operators of torch ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _channels(C: int) -> tuple[int, int]:
+    """-> channels of a program, and how many programs they make of a row"""
+    size = min(CHANNELS, power_of_two(C))
+    return size, -(-C // size)
+
+
+@custom_op("causal_conv1d::forward", mutates_args=())
+def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
+    """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]"""
+    y, C, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[1], len(chunks)
+    size, blocks = _channels(C)
+    forward[(programs(N * blocks),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
+    return y
+
+
+@launch_forward.register_fake
+def _(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _gradients(x: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    _, blocks = _channels(x.shape[1])
+    parts = torch.empty(walkers(len(chunks), blocks), TAPS, x.shape[1], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), parts
+
+
+@custom_op("causal_conv1d::backward", mutates_args=())
+def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the gradient of x [T, C]; parts [P, 4, C] fp32 of that of the taps, to be added up"""
+    grad_x, parts = _gradients(x, chunks)
+    size, blocks = _channels(x.shape[1])
+    backward[(len(parts) * blocks,)](
+        x, taps, grad, chunks, grad_x, parts, len(chunks), x.stride(0), C=x.shape[1], BC=size
+    )
+    return grad_x, parts
+
+
+@launch_backward.register_fake
+def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradients(x, chunks)
+
+
+# ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x [T, C], weight [C, 4], cu_seqlens [S+1] on the CPU -> y [T, C]; ValueError on another number of taps."""
+    if weight.shape[1] != TAPS:
+        raise ValueError(
+            f"causal_conv1d: the Triton kernel has {TAPS} taps, the weight {weight.shape[1]}; ask for"
+            " model.kernels.causal_conv1d=native"
+        )
+    if not len(x):
+        return torch.zeros_like(x)
+    chunks, _ = chunk_tables(cu_seqlens, CONV_ROWS, x.device)
+    return _CausalConv1d.apply(x, weight, chunks)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        ctx.save_for_backward(x, weight, chunks)
+        return launch_forward(x, _taps(weight), chunks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, chunks = ctx.saved_tensors
+        grad_x, parts = launch_backward(x, _taps(weight), grad.contiguous(), chunks)
+        return grad_x, parts.sum(0).flip(0).T.to(weight.dtype), None
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """[C, 4] -> [4, C], that of the row itself first"""
+    return weight.T.flip(0).contiguous()

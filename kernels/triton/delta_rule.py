@@ -1,0 +1,68 @@
+"""The gated delta rule on Triton's kernels. Signature and mathematics as in kernels/gated_delta_rule.py.
+
+Kept for backward: the inputs, and of each chunk the inverse, the gates and the norms; the states are made again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.triton import delta_rule_launch as launch
+from kernels.triton.chunks import chunk_tables
+from kernels.triton.tiles import HEAD_SIZES, chunk_size
+
+
+def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others."""
+    for size in (q.shape[2], v.shape[2]):
+        if size not in HEAD_SIZES:
+            raise ValueError(
+                f"chunk_gated_delta_rule: the Triton kernels take heads of {HEAD_SIZES}, not of {size}; ask for"
+                " model.kernels.chunk_gated_delta_rule=native"
+            )
+    if not len(v):
+        return torch.zeros_like(v)
+    size = chunk_size(q.shape[2], v.shape[2])
+    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, size, v.device), size)
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        chunks: Tensor,
+        sequences: Tensor,
+        size: int,
+    ) -> Tensor:
+        q, k, v, g, beta = (_in_rows(x) for x in (q, k, v, g, beta))
+        gates, norms = launch.prepare(q, k, g, beta, chunks, size)
+        inverse = launch.invert(k, gates, norms, chunks)
+        ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
+        ctx.gate_dtypes = g.dtype, beta.dtype
+        return launch.scan(q, k, v, inverse, gates, norms, sequences)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, inverse, gates, norms, chunks, sequences = ctx.saved_tensors
+        grad = grad.contiguous()
+        entering = launch.states(k, v, inverse, gates, norms, sequences)
+        leaving, through = launch.grad_states(q, k, inverse, gates, norms, grad, entering, sequences)
+        inputs = q, k, v, inverse, gates, norms, grad, entering, leaving, chunks
+        grad_q, grad_k, grad_v, grad_gates = launch.gradients(*inputs)
+        grad_g, grad_beta, *sums = launch.finish(grad_gates, through, grad_q, grad_k, chunks, k.shape[1])
+        if k.shape[1] != v.shape[1]:
+            grad_q, grad_k = sums
+        of_g, of_beta = ctx.gate_dtypes
+        return grad_q, grad_k, grad_v, grad_g.to(of_g), grad_beta.to(of_beta), None, None, None
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """[T, H, D] or [T, H] as it is where a token's values lie together, at any distance from the next token's."""
+    together = x[0].is_contiguous() if x.ndim == 3 else x.is_contiguous()
+    return x if together else x.contiguous()

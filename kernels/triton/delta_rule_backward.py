@@ -1,0 +1,79 @@
+"""The gated delta rule's backward kernels: the states again, their gradients from the last chunk to the first, and then, of each
+chunk by itself, the gradients of what came in. Names and mathematics as in kernels/gated_delta_rule.py.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, store_block, store_rows
+
+
+@triton.jit(do_not_specialize=["count_sequences", "k_stride", "v_stride"])
+def states(
+    k, v, inverse, gates, norms, sequences, states, count_sequences, k_stride, v_stride,
+    Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The walk of delta_rule_forward.scan without its output: writes states [N, Hv, Dk, Dv], what enters each chunk."""
+    BLOCKS: tl.constexpr = Dv // BV
+    for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
+        sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
+        k_head = v_head // (Hv // Hk)
+        start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
+        end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+        state = tl.zeros([Dk, BV], dtype=tl.float32)
+        for i in range(last - chunk):
+            first, count = start + i * C, tl.minimum(C, end - start - i * C)
+            index = tl.cast(chunk + i, tl.int64) * Hv + v_head
+            cum, rate = load_pair(gates, index, C)
+            _, k_norm = load_pair(norms, tl.cast(chunk + i, tl.int64) * Hk + k_head, C)
+            whole = tl.load(gates + index * (2 * C) + C - 1)
+            k_tile = load_rows(k, first, count, k_stride, k_head * Dk, C, Dk)
+            v_tile = load_rows(v, first, count, v_stride, v_head * Dv + column, C, BV).to(tl.float32)
+            entering = state.to(k_tile.dtype)
+            store_block(states, entering, index, Dk, Dv, column, BV)
+            unknown = v_tile - tl.dot(k_tile, entering) * (k_norm * tl.exp(cum))[:, None]
+            value = tl.dot(load_block(inverse, index, C, C, 0, C), (unknown * rate[:, None]).to(k_tile.dtype))
+            update = (value * (k_norm * tl.exp(whole - cum))[:, None]).to(k_tile.dtype)
+            state = state * tl.exp(whole) + tl.dot(tl.trans(k_tile), update)
+
+
+@triton.jit(do_not_specialize=["count_sequences", "q_stride", "k_stride"])
+def grad_states(
+    q, k, inverse, gates, norms, grad, states, sequences, grad_states, through, scale, count_sequences, q_stride, k_stride,
+    Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The same walk backwards. grad [T, Hv, Dv]: of the output. Writes grad_states [N, Hv, Dk, Dv], of the state that leaves each
+    chunk, and through [N, Hv, Dv / BV], the sum of its product with exp(b_C) times the state that enters: the decay's part.
+    """
+    BLOCKS: tl.constexpr = Dv // BV
+    for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
+        sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
+        k_head = v_head // (Hv // Hk)
+        start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
+        end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+        grad_state = tl.zeros([Dk, BV], dtype=tl.float32)
+        for back in range(last - chunk):
+            i = last - chunk - 1 - back
+            first, count = start + i * C, tl.minimum(C, end - start - i * C)
+            index = tl.cast(chunk + i, tl.int64) * Hv + v_head
+            cum, rate = load_pair(gates, index, C)
+            q_norm, k_norm = load_pair(norms, tl.cast(chunk + i, tl.int64) * Hk + k_head, C)
+            whole = tl.exp(tl.load(gates + index * (2 * C) + C - 1))
+            to_end = tl.exp(tl.load(gates + index * (2 * C) + C - 1) - cum)
+            from_start = tl.exp(cum)
+            q_tile = load_rows(q, first, count, q_stride, k_head * Dk, C, Dk)
+            k_tile = load_rows(k, first, count, k_stride, k_head * Dk, C, Dk)
+            d_out = load_rows(grad, first, count, Hv * Dv, v_head * Dv + column, C, BV)
+            leaving = grad_state.to(k_tile.dtype)
+            store_block(grad_states, leaving, index, Dk, Dv, column, BV)
+            kept = load_block(states, index, Dk, Dv, column, BV).to(tl.float32) * grad_state
+            place = through + (index * BLOCKS + column // BV) * Dk + tl.arange(0, Dk)
+            tl.store(place, tl.sum(kept, axis=1) * whole)
+            # transposed as it is made: k q^T, row j, column i
+            kq = tl.dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
+            d_value = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None] + tl.dot(kq.to(k_tile.dtype), d_out)
+            solved = tl.trans(load_block(inverse, index, C, C, 0, C))
+            d_unknown = tl.dot(solved, d_value.to(k_tile.dtype)) * rate[:, None]
+            reads = (d_out.to(tl.float32) * (q_norm * scale * from_start)[:, None]).to(k_tile.dtype)
+            known = (d_unknown * (k_norm * from_start)[:, None]).to(k_tile.dtype)
+            grad_state = grad_state * whole + tl.dot(tl.trans(q_tile), reads) - tl.dot(tl.trans(k_tile), known)

@@ -1,0 +1,120 @@
+"""The last of the gated delta rule's backward: of every chunk by itself, the gradients of q, k, v, g and beta.
+
+What the running sum b of g gets is a sum over a row less one over a column of the same matrices: their columns are summed as rows of
+the transposed product, to the same rounding, so that what cancels does.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.blocks import decay, decay_transposed, load_block, load_pair, load_rows, store_rows
+
+
+@triton.jit(do_not_specialize=["count_chunks", "q_stride", "k_stride", "v_stride"])
+def gradients(
+    q, k, v, inverse, gates, norms, grad, states, grad_states, chunks, grad_q, grad_k, grad_v, grad_gates,
+    scale, count_chunks, q_stride, k_stride, v_stride,
+    Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A program: one chunk and V head after another. Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk], each V head's part;
+    grad_gates [N, Hv, 3, C]: of the running sum of g but for its last token, of beta, and end, what the last one gets.
+    """
+    row, place = tl.arange(0, C), tl.arange(0, C).to(tl.float32)
+    for task in range(tl.program_id(0), count_chunks * Hv, tl.num_programs(0)):
+        chunk, v_head = task // Hv, task % Hv
+        k_head = v_head // (Hv // Hk)
+        start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
+        cum, rate = load_pair(gates, task, C)
+        q_norm, k_norm = load_pair(norms, tl.cast(chunk, tl.int64) * Hk + k_head, C)
+        from_start = tl.exp(cum)
+        to_end = tl.exp(tl.load(gates + tl.cast(task, tl.int64) * (2 * C) + C - 1) - cum)
+        first = grad_gates + tl.cast(task, tl.int64) * (3 * C)
+        q_tile = load_rows(q, start, count, q_stride, k_head * Dk, C, Dk)
+        k_tile = load_rows(k, start, count, k_stride, k_head * Dk, C, Dk)
+        v_tile = load_rows(v, start, count, v_stride, v_head * Dv, C, Dv).to(tl.float32)
+        d_out = load_rows(grad, start, count, Hv * Dv, v_head * Dv, C, Dv)
+        state = load_block(states, task, Dk, Dv, 0, Dv)
+        leaving = load_block(grad_states, task, Dk, Dv, 0, Dv)
+        solved = load_block(inverse, task, C, C, 0, C)
+
+        seen = tl.dot(k_tile, state) * (k_norm * from_start)[:, None]
+        unknown = v_tile - seen
+        value = tl.dot(solved, (unknown * rate[:, None]).to(k_tile.dtype))
+        values = value.to(k_tile.dtype)
+        from_end = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None]
+        end = tl.sum(value * from_end, axis=1)
+        tl.store(first + 2 * C + row, end)
+        kq = tl.dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
+        d_value = from_end + tl.dot(kq.to(k_tile.dtype), d_out)
+        d_update = tl.dot(tl.trans(solved), d_value.to(k_tile.dtype))
+        d_v = d_update * rate[:, None]
+        store_rows(grad_v, d_v, start, count, Hv * Dv, v_head * Dv, C, Dv)
+        of_cum = 0.0 - end - tl.sum(d_v * seen, axis=1)
+
+        # A's gradient, which is negative, as it stands below the diagonal; above it, its transpose
+        updates = d_update.to(k_tile.dtype)
+        below = tl.where(place[:, None] > place[None, :], tl.dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
+        kk = tl.dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
+        of_rate = tl.sum(below * kk, axis=1)
+        tl.store(first + C + row, tl.sum(d_update * unknown, axis=1) - of_rate)
+        above = tl.dot(values, tl.trans(updates)) * decay_transposed(cum, C)
+        above = tl.where(place[:, None] < place[None, :], above * rate[None, :], 0.0)
+        of_cum += tl.sum(above * kk, axis=1) - of_rate * rate
+        of_kk = (below * rate[:, None] + above) * k_norm[None, :]
+        d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(of_kk.to(k_tile.dtype), k_tile)
+        d_k -= tl.dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
+        of_kq = tl.dot(values, tl.trans(d_out))
+        of_cum -= tl.sum(of_kq * kq, axis=1)
+        of_kq = of_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
+        d_k += tl.dot(of_kq.to(k_tile.dtype), q_tile)
+        unit_k = k_tile.to(tl.float32) * k_norm[:, None]
+        d_k = (d_k - unit_k * tl.sum(d_k * unit_k, axis=1)[:, None]) * k_norm[:, None]
+        store_rows(grad_k, d_k, start, count, Hv * Dk, v_head * Dk, C, Dk)
+
+        known = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
+        of_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
+        qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None]
+        tl.store(first + row, of_cum + tl.sum(d_out.to(tl.float32) * known, axis=1) + tl.sum(of_qk * qk, axis=1))
+        d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(of_qk.to(k_tile.dtype), k_tile)
+        unit_q = q_tile.to(tl.float32) * q_norm[:, None]
+        d_q = (d_q - unit_q * tl.sum(d_q * unit_q, axis=1)[:, None]) * (q_norm * scale)[:, None]
+        store_rows(grad_q, d_q, start, count, Hv * Dk, v_head * Dk, C, Dk)
+
+
+@triton.jit(do_not_specialize=["count_chunks"])
+def finish(
+    grad_gates, through, part_q, part_k, chunks, grad_g, grad_beta, grad_q, grad_k, count_chunks,
+    Hk: tl.constexpr, Hv: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, Dk: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A program: one chunk after another, all heads. No products: it runs on the vector units alone.
+
+    grad_gates as above, through [N, Hv, PARTS] of grad_states -> grad_g, grad_beta [T, Hv]. Where V heads share a K head, part_q
+    and part_k [T, Hv, Dk] of each -> their sums grad_q, grad_k [T, Hk, Dk]. HEADS: Hv, rounded up to a power of two.
+    """
+    G: tl.constexpr = Hv // Hk
+    row, head, part = tl.arange(0, C), tl.arange(0, HEADS), tl.arange(0, Dk)
+    exists = (head < Hv)[:, None]
+    for chunk in range(tl.program_id(0), count_chunks, tl.num_programs(0)):
+        start, count = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
+        index = tl.cast(chunk, tl.int64) * Hv
+        first = grad_gates + index * (3 * C) + head[:, None] * (3 * C) + row[None, :]
+        end = tl.sum(tl.load(first + 2 * C, mask=exists, other=0.0), axis=1)
+        for block in tl.static_range(PARTS // Dk):
+            of_state = through + index * PARTS + head[:, None] * PARTS + (block * Dk + part)[None, :]
+            end += tl.sum(tl.load(of_state, mask=exists, other=0.0), axis=1)
+        d_cum = tl.load(first, mask=exists, other=0.0)  # [HEADS, C]
+        # the sum from each token to the last: all, without what comes before it
+        d_g = (tl.sum(d_cum, axis=1) + end)[:, None] + d_cum - tl.cumsum(d_cum, axis=1)
+        out = tl.cast(start, tl.int64) * Hv + row[:, None] * Hv + head[None, :]
+        there = (row < count)[:, None] & (head < Hv)[None, :]
+        tl.store(grad_g + out, tl.trans(d_g), mask=there)
+        tl.store(grad_beta + out, tl.trans(tl.load(first + C, mask=exists, other=0.0)), mask=there)
+        if G > 1:
+            for k_head in range(Hk):
+                d_q, d_k = tl.zeros([C, Dk], dtype=tl.float32), tl.zeros([C, Dk], dtype=tl.float32)
+                for i in range(G):
+                    column = (k_head * G + i) * Dk
+                    d_q += load_rows(part_q, start, count, Hv * Dk, column, C, Dk).to(tl.float32)
+                    d_k += load_rows(part_k, start, count, Hv * Dk, column, C, Dk).to(tl.float32)
+                store_rows(grad_q, d_q, start, count, Hk * Dk, k_head * Dk, C, Dk)
+                store_rows(grad_k, d_k, start, count, Hk * Dk, k_head * Dk, C, Dk)

@@ -1,0 +1,214 @@
+"""The launches of the gated delta rule, each an operator of torch: what a kernel is given, how many programs, what it returns.
+
+A shape function makes the outputs, for the launch and for fake tensors alike. N chunks of C tokens; gates hold C.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from kernels.triton import delta_rule_backward, delta_rule_forward, delta_rule_gradients
+from kernels.triton.tiles import power_of_two, programs, state_columns
+
+
+def sizes(k: Tensor, v: Tensor) -> dict[str, int]:
+    return {"Hk": k.shape[1], "Hv": v.shape[1], "Dk": k.shape[2], "Dv": v.shape[2]}
+
+
+def _prepared(k: Tensor, g: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    gates = torch.empty(len(chunks), g.shape[1], 2, size, dtype=torch.float32, device=k.device)
+    return gates, torch.empty(len(chunks), k.shape[1], 2, size, dtype=torch.float32, device=k.device)
+
+
+@custom_op("delta_rule::prepare", mutates_args=())
+def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """-> gates [N, Hv, 2, C], norms [N, Hk, 2, C], fp32"""
+    gates, norms = _prepared(k, g, chunks, size)
+    heads = g.shape[1]
+    delta_rule_forward.prepare[(programs(len(chunks)),)](
+        q, k, g, beta, chunks, gates, norms, len(chunks), q.stride(0), k.stride(0),
+        Hk=k.shape[1], Hv=heads, HEADS=power_of_two(heads), Dk=k.shape[2], C=size,
+    )  # fmt: skip
+    return gates, norms
+
+
+@prepare.register_fake
+def _(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return _prepared(k, g, chunks, size)
+
+
+def _inverses(k: Tensor, gates: Tensor) -> Tensor:
+    N, Hv, _, C = gates.shape
+    return torch.empty(N, Hv, C, C, dtype=k.dtype, device=k.device)
+
+
+@custom_op("delta_rule::invert", mutates_args=())
+def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
+    """-> inverse [N, Hv, C, C]"""
+    inverse, (N, Hv, _, C) = _inverses(k, gates), gates.shape
+    delta_rule_forward.invert[(programs(N * k.shape[1]),)](
+        k, chunks, gates, norms, inverse, N, k.stride(0), Hk=k.shape[1], Hv=Hv, Dk=k.shape[2], C=C
+    )
+    return inverse
+
+
+@invert.register_fake
+def _(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
+    return _inverses(k, gates)
+
+
+@custom_op("delta_rule::scan", mutates_args=())
+def scan(q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+    """-> out [T, Hv, Dv]"""
+    out, count, walk = torch.empty(v.shape, dtype=v.dtype, device=v.device), len(sequences) - 1, _walk(k, v, gates)
+    delta_rule_forward.scan[(_walkers(count, v, walk),)](
+        q, k, v, inverse, gates, norms, sequences, out, k.shape[2] ** -0.5,
+        count, q.stride(0), k.stride(0), v.stride(0), **walk,
+    )  # fmt: skip
+    return out
+
+
+def _walk(k: Tensor, v: Tensor, gates: Tensor) -> dict[str, int]:
+    return sizes(k, v) | {"BV": state_columns(k.shape[2], v.shape[2]), "C": gates.shape[3]}
+
+
+def _walkers(sequences: int, v: Tensor, walk: dict[str, int]) -> int:
+    return programs(sequences * v.shape[1] * (walk["Dv"] // walk["BV"]))
+
+
+@scan.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    return torch.empty(len(gates), v.shape[1], k.shape[2], v.shape[2], dtype=v.dtype, device=v.device)
+
+
+@custom_op("delta_rule::states", mutates_args=())
+def states(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+    """-> what enters each chunk, [N, Hv, Dk, Dv]"""
+    entering, count, walk = _states(k, v, gates), len(sequences) - 1, _walk(k, v, gates)
+    delta_rule_backward.states[(_walkers(count, v, walk),)](
+        k, v, inverse, gates, norms, sequences, entering, count, k.stride(0), v.stride(0), **walk
+    )
+    return entering
+
+
+@states.register_fake
+def _(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+    return _states(k, v, gates)
+
+
+def _grad_states(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = v.shape[2] // state_columns(k.shape[2], v.shape[2])
+    through = torch.empty(len(gates), v.shape[1], blocks * k.shape[2], dtype=torch.float32, device=v.device)
+    return _states(k, v, gates), through
+
+
+@custom_op("delta_rule::grad_states", mutates_args=())
+def grad_states(
+    q: Tensor,
+    k: Tensor,
+    inverse: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    entering: Tensor,
+    sequences: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """-> the gradient of what leaves each chunk, [N, Hv, Dk, Dv]; through [N, Hv, parts] fp32, of the decay"""
+    (leaving, through), walk = _grad_states(k, grad, gates), _walk(k, grad, gates)
+    count = len(sequences) - 1
+    delta_rule_backward.grad_states[(_walkers(count, grad, walk),)](
+        q, k, inverse, gates, norms, grad, entering, sequences, leaving, through, k.shape[2] ** -0.5,
+        count, q.stride(0), k.stride(0), **walk,
+    )  # fmt: skip
+    return leaving, through
+
+
+@grad_states.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    inverse: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    entering: Tensor,
+    sequences: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return _grad_states(k, grad, gates)
+
+
+def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, Hv, Dv = v.shape
+    part_q, part_k = (torch.empty(T, Hv, k.shape[2], dtype=k.dtype, device=k.device) for _ in range(2))
+    grad_gates = torch.empty(len(gates), Hv, 3, gates.shape[3], dtype=torch.float32, device=k.device)
+    return part_q, part_k, torch.empty(T, Hv, Dv, dtype=v.dtype, device=v.device), grad_gates
+
+
+@custom_op("delta_rule::gradients", mutates_args=())
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inverse: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    entering: Tensor,
+    leaving: Tensor,
+    chunks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> each V head's part of the gradients of q, k [T, Hv, Dk]; of v [T, Hv, Dv]; of the gates [N, Hv, 3, C] fp32"""
+    outputs = _gradients(k, v, gates)
+    delta_rule_gradients.gradients[(programs(len(chunks) * v.shape[1]),)](
+        q, k, v, inverse, gates, norms, grad, entering, leaving, chunks, *outputs, k.shape[2] ** -0.5,
+        len(chunks), q.stride(0), k.stride(0), v.stride(0), **sizes(k, v), C=gates.shape[3],
+    )  # fmt: skip
+    return outputs
+
+
+@gradients.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inverse: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    entering: Tensor,
+    leaving: Tensor,
+    chunks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(k, v, gates)
+
+
+def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, Hv, Dk = part_q.shape
+    heads = 0 if key_heads == Hv else key_heads  # nothing to sum
+    grad_g, grad_beta = (torch.empty(T, Hv, dtype=torch.float32, device=part_q.device) for _ in range(2))
+    grad_q, grad_k = (torch.empty(T, heads, Dk, dtype=part_q.dtype, device=part_q.device) for _ in range(2))
+    return grad_g, grad_beta, grad_q, grad_k
+
+
+@custom_op("delta_rule::finish", mutates_args=())
+def finish(
+    grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> the gradients of g, beta [T, Hv] fp32; of q, k [T, Hk, Dk], or without heads where each V head has its own K head"""
+    outputs, (_, Hv, Dk) = _finished(part_q, key_heads), part_q.shape
+    delta_rule_gradients.finish[(programs(len(chunks)),)](
+        grad_gates, through, part_q, part_k, chunks, *outputs, len(chunks),
+        Hk=key_heads, Hv=Hv, HEADS=power_of_two(Hv), PARTS=through.shape[2], Dk=Dk, C=grad_gates.shape[3],
+    )  # fmt: skip
+    return outputs
+
+
+@finish.register_fake
+def _(
+    grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _finished(part_q, key_heads)

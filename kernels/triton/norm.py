@@ -1,0 +1,127 @@
+"""The delta net's gated norm, y = weight * x / rms(x) * silu(gate), as one kernel forward and one backward: kernels/norm.py's.
+
+Kept for backward: x and gate.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from kernels.triton.tiles import NORM_ELEMENTS, power_of_two, walkers
+
+
+@triton.jit(do_not_specialize=["count_rows", "eps"])
+def forward(x, gate, weight, y, eps, count_rows, D: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """A program: ROWS rows after others. x, gate, y [N, D], weight [D]; LANES: D, rounded up to a power of two."""
+    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
+    factor = tl.load(weight + lane, mask=lane < D, other=0.0).to(tl.float32)
+    for block in range(tl.program_id(0), (count_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+        first = tl.cast(block, tl.int64) * ROWS * D
+        place = row[:, None] * D + lane[None, :]
+        there = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
+        wide = tl.load(x + first + place, mask=there, other=0.0).to(tl.float32)
+        z = tl.load(gate + first + place, mask=there, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
+        result = wide * scale[:, None] * factor[None, :] * (z * tl.sigmoid(z))
+        tl.store(y + first + place, result.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["count_rows", "eps"])
+def backward(
+    x, gate, weight, grad, grad_x, grad_gate, parts, eps, count_rows,
+    D: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows after others; parts [programs, D] of the weight's gradient."""
+    row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
+    factor = tl.load(weight + lane, mask=lane < D, other=0.0).to(tl.float32)
+    of_weight = tl.zeros([ROWS, LANES], dtype=tl.float32)
+    for block in range(tl.program_id(0), (count_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+        first = tl.cast(block, tl.int64) * ROWS * D
+        place = row[:, None] * D + lane[None, :]
+        there = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
+        wide = tl.load(x + first + place, mask=there, other=0.0).to(tl.float32)
+        z = tl.load(gate + first + place, mask=there, other=0.0).to(tl.float32)
+        d_y = tl.load(grad + first + place, mask=there, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
+        x_hat, sigmoid = wide * scale[:, None], tl.sigmoid(z)
+        of_weight += d_y * x_hat * (z * sigmoid)
+        # silu' = sigmoid (1 + z - z sigmoid)
+        d_gate = d_y * x_hat * factor[None, :] * sigmoid * (1.0 + z - z * sigmoid)
+        tl.store(grad_gate + first + place, d_gate.to(grad_gate.dtype.element_ty), mask=there)
+        d_hat = d_y * factor[None, :] * (z * sigmoid)
+        d_x = (d_hat - x_hat * (tl.sum(d_hat * x_hat, axis=1) / D)[:, None]) * scale[:, None]
+        tl.store(grad_x + first + place, d_x.to(grad_x.dtype.element_ty), mask=there)
+    tl.store(parts + tl.program_id(0) * D + lane, tl.sum(of_weight, axis=0), mask=lane < D)
+
+
+# ── Launches, as operators of torch ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tile(D: int) -> dict[str, int]:
+    lanes = power_of_two(D)
+    return {"D": D, "LANES": lanes, "ROWS": max(1, NORM_ELEMENTS // lanes)}
+
+
+def _walkers(x: Tensor) -> int:
+    return walkers(-(-len(x) // _tile(x.shape[1])["ROWS"]))
+
+
+@custom_op("rms_norm_gated::forward", mutates_args=())
+def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x, gate [N, D], weight [D] -> y [N, D]"""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    forward[(_walkers(x),)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1]))
+    return y
+
+
+@launch_forward.register_fake
+def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _gradients(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
+    return grad_x, grad_gate, torch.empty(_walkers(x), x.shape[1], dtype=torch.float32, device=x.device)
+
+
+@custom_op("rms_norm_gated::backward", mutates_args=())
+def launch_backward(
+    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of x, of gate [N, D]; parts [P, D] fp32 of that of the weight, to be added up"""
+    grad_x, grad_gate, parts = _gradients(x, gate)
+    backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **_tile(x.shape[1]))
+    return grad_x, grad_gate, parts
+
+
+@launch_backward.register_fake
+def _(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, gate)
+
+
+# ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x, gate [..., D], weight [D] -> [..., D] in x's dtype."""
+    return _RMSNormGated.apply(x, gate, weight, eps) if x.numel() else torch.zeros_like(x)
+
+
+class _RMSNormGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_rows, gate_rows = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, gate))
+        ctx.save_for_backward(x_rows, gate_rows, weight)
+        ctx.eps = eps
+        return launch_forward(x_rows, gate_rows, weight, eps).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight = ctx.saved_tensors
+        rows = grad.reshape(x.shape).contiguous()
+        grad_x, grad_gate, parts = launch_backward(x, gate, weight, rows, ctx.eps)
+        return grad_x.view(grad.shape), grad_gate.view(grad.shape), parts.sum(0).to(weight.dtype), None

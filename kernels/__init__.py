@@ -53,10 +53,17 @@ class Source:
 
 
 SOURCES = {
+    "triton": Source(
+        "kernels.triton",
+        "triton",
+        "pip install triton-ascend==3.2.0 pybind11, without another triton beside it (Python 3.10 or 3.11)",
+    ),
     "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
     "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
 }
+BY_TRITON = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
 BY_FLA = ("chunk_gated_delta_rule", "causal_conv1d")
+SHORT_NAMES = {"gated_delta_rule": "chunk_gated_delta_rule"}  # that model.kernels takes as well
 
 
 def implementations(device: str) -> dict[str, tuple[str, ...]]:
@@ -65,7 +72,8 @@ def implementations(device: str) -> dict[str, tuple[str, ...]]:
     native, plain torch, runs anywhere. On an NPU it is slow, and only for those who ask for it by name.
     """
     if device == "npu":
-        return {op: ("fla" if op in BY_FLA else "torch_npu", "native") for op in OPS}
+        by_triton = {op: ("triton", "fla" if op in BY_FLA else "torch_npu", "native") for op in BY_TRITON}
+        return {op: by_triton.get(op, ("torch_npu", "native")) for op in OPS}
     return dict.fromkeys(OPS, ("native",))
 
 
@@ -79,7 +87,11 @@ def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
     `choices`: op -> "auto" or an implementation's name. Raises KernelError on an unknown op or name, and where what stands
     behind it is not installed: there is no quiet fallback.
     """
-    choices = dict(choices or {})
+    given = choices or {}
+    choices = {SHORT_NAMES.get(op, op): name for op, name in given.items()}
+    if len(choices) < len(given):
+        twice = next(op for op in given if op in SHORT_NAMES)
+        raise KernelError(f"model.kernels: {twice} and {SHORT_NAMES[twice]} are the same op; give one of them")
     if unknown := sorted(set(choices) - set(OPS)):
         raise KernelError(f"model.kernels: no op is named {unknown[0]}; there are {', '.join(OPS)}")
     there = implementations(device)
@@ -96,9 +108,12 @@ def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
 def _load(op: str, name: str, device: str) -> Callable:
     source = SOURCES[name]
     try:
+        if name == "triton" and device == "npu":
+            import_module("triton.backends.ascend")  # of triton-ascend: another triton has none
         return getattr(import_module(source.module), op)
     except ImportError as error:
+        others = [other for other in implementations(device)[op] if other not in (name, "native")]
         raise KernelError(
             f"{op}: no fused kernel for {device} here: {source.stands_on} cannot be imported ({error}); {source.install},"
-            f" or ask for the slow one: model.kernels.{op}=native"
+            f" or ask for {''.join(f'{other}, ' for other in others)}or for the slow one: model.kernels.{op}=native"
         ) from error

@@ -1,7 +1,7 @@
 """What the delta rule's kernels share: rows in and out, the decay between two tokens, the inverse of a chunk's system.
 
-A tile that a product has taken as its left side is not used again: triton-ascend's compiler may reuse its memory for the
-product's own (fla-core's notes on Ascend). A test of the compiled code holds the kernels to this.
+Rows of a tile are shared out between a cube core's two vector cores, which only works as long as nothing is added up over
+rows: sums go along a row, and what needs the columns' sums multiplies the other way round.
 """
 
 import triton

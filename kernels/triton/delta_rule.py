@@ -40,7 +40,8 @@ class _DeltaRule(torch.autograd.Function):
         sequences: Tensor,
         size: int,
     ) -> Tensor:
-        q, k, v, g, beta = (_in_rows(x) for x in (q, k, v, g, beta))
+        q, k, v = (_in_rows(x) for x in (q, k, v))
+        g, beta = g.contiguous(), beta.contiguous()
         gates, norms = launch.prepare(q, k, g, beta, chunks, size)
         inverse = launch.invert(k, gates, norms, chunks)
         ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
@@ -63,6 +64,5 @@ class _DeltaRule(torch.autograd.Function):
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """[T, H, D] or [T, H] as it is where a token's values lie together, at any distance from the next token's."""
-    together = x[0].is_contiguous() if x.ndim == 3 else x.is_contiguous()
-    return x if together else x.contiguous()
+    """q, k, v as they are where a token's heads lie together, at any distance from the next token's: slices of one projection."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

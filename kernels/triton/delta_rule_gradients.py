@@ -1,7 +1,7 @@
 """The last of the gated delta rule's backward: of every chunk by itself, the gradients of q, k, v, g and beta.
 
 What the running sum b of g gets is a sum over a row less one over a column of the same matrices: their columns are summed as rows of
-the transposed product, to the same rounding, so that what cancels does.
+the transposed product, to the same rounding, so that what cancels does; the diagonal, which always does, is left out.
 """
 
 import triton
@@ -64,7 +64,7 @@ def gradients(
         d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(of_kk.to(k_tile.dtype), k_tile)
         d_k -= tl.dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
         of_kq = tl.dot(values, tl.trans(d_out))
-        of_cum -= tl.sum(of_kq * kq, axis=1)
+        of_cum -= tl.sum(tl.where(place[:, None] < place[None, :], of_kq * kq, 0.0), axis=1)
         of_kq = of_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
         d_k += tl.dot(of_kq.to(k_tile.dtype), q_tile)
         unit_k = k_tile.to(tl.float32) * k_norm[:, None]
@@ -74,7 +74,8 @@ def gradients(
         known = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
         of_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
         qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None]
-        tl.store(first + row, of_cum + tl.sum(d_out.to(tl.float32) * known, axis=1) + tl.sum(of_qk * qk, axis=1))
+        of_cum += tl.sum(tl.where(place[:, None] > place[None, :], of_qk * qk, 0.0), axis=1)
+        tl.store(first + row, of_cum + tl.sum(d_out.to(tl.float32) * known, axis=1))
         d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(of_qk.to(k_tile.dtype), k_tile)
         unit_q = q_tile.to(tl.float32) * q_norm[:, None]
         d_q = (d_q - unit_q * tl.sum(d_q * unit_q, axis=1)[:, None]) * (q_norm * scale)[:, None]

@@ -1,0 +1,65 @@
+"""Triton's interpreter, as triton-ascend 3.2.0 has it, put right, and counting what the kernels read and write.
+
+TRITON_INTERPRET=1 must be set before triton is imported. Three faults of it concern us: it multiplies the bits of bf16 as if they
+were integers, cuts bf16 off instead of rounding, and makes a number of an array in a way that newer numpy refuses.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+moved = {"read": 0, "written": 0}  # bytes, without what a mask leaves out
+TYPES = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
+
+
+def install() -> None:
+    builder, make_load, make_store = interpreter.InterpreterBuilder, interpreter._interpreter.load, interpreter._interpreter.store
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def load(pointers, mask, other, dtype):
+        moved["read"] += int(np.count_nonzero(mask)) * np.dtype(dtype).itemsize
+        return make_load(pointers, mask, other, dtype)
+
+    def store(pointers, value, mask):
+        moved["written"] += int(np.count_nonzero(mask)) * value.dtype.itemsize
+        return make_store(pointers, value, mask)
+
+    class Counting:
+        """The interpreter's C++ part, with our load and store."""
+
+        def __getattr__(self, name):
+            return {"load": load, "store": store}.get(name) or getattr(original, name)
+
+    def patch_lang_tensor(tensor):
+        patch_tensor(tensor)
+        tensor.__index__ = lambda self: self.handle.data.item()
+        tensor.__bool__ = lambda self: self.handle.data.size != 1 or bool(self.handle.data.item())
+
+    original = interpreter._interpreter
+    interpreter._interpreter = Counting()
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.cast_impl, builder.create_dot = _cast, _dot
+
+
+def _as_torch(handle) -> torch.Tensor:
+    data = np.ascontiguousarray(handle.data)
+    if handle.dtype.scalar == tl.bfloat16:
+        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(data)
+
+
+def _cast(self, source, target):
+    before, after = source.dtype.scalar, target.scalar
+    if tl.bfloat16 not in (before, after) or before == after:
+        return interpreter.TensorHandle(source.data.astype(interpreter._get_np_dtype(target)), after)
+    if after == tl.bfloat16:
+        data = _as_torch(source).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    else:
+        data = _as_torch(source).to(TYPES[after]).numpy()
+    return interpreter.TensorHandle(data, after)
+
+
+def _dot(self, a, b, d, *_):
+    x, y = (_as_torch(h).float().numpy() if h.dtype.scalar == tl.bfloat16 else h.data for h in (a, b))
+    return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)

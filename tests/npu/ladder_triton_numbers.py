@@ -1,0 +1,162 @@
+"""Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward and
+every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
+
+import sys
+
+import interpreter
+import pytest
+import torch
+from test_kernels import LENGTHS, cu
+
+import kernels
+from kernels import reference
+from kernels import triton as ours
+from kernels.triton import tiles
+
+interpreter.install()
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+ROUNDING = 2.0**-9  # what rounding the exact answer to bf16 may cost
+
+
+def error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative; of gradients that are zero in truth, absolute."""
+    return float((x.double() - exact).norm() / exact.norm().clamp(min=1e-2))
+
+
+def run(op, inputs: list, rest: tuple, dtype: torch.dtype, probe: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.to(dtype).detach().clone().requires_grad_() for x in inputs]
+    out = op(*leaves, *rest)
+    return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
+
+
+def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
+    """One draw of a handful of numbers may be rounded luckily: where there are few tokens, errors are over several draws."""
+    draws = []
+    for _ in range(8 if len(inputs[0]) < 5 else 1):
+        probe = torch.randn(inputs[2 if op == "chunk_gated_delta_rule" else 0].shape).to(dtype)
+        rounded = [x.to(dtype) for x in inputs]
+        args = rounded, rest
+        exact = run(getattr(reference, op), *args, torch.float64, probe)
+        draws.append((run(getattr(ours, op), *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact))
+        inputs = [x if len(x) != len(inputs[0]) else x[..., torch.randperm(x.shape[-1])] for x in inputs]
+    for i in range(len(draws[0][0])):
+        found, native, exact = (torch.cat([draw[which][i] for draw in draws]) for which in range(3))
+        assert found.dtype == dtype and found.shape == exact.shape
+        allowed = 2e-5 if dtype == torch.float32 else max(2 * error(native, exact), ROUNDING)
+        off = error(found, exact)
+        assert off <= allowed, f"{op} {i}: {off:.1e}, the native one {error(native, exact):.1e}"
+
+
+def delta_rule(T: int, Hk: int = 2, Hv: int = 6, Dk: int = 16, Dv: int = 32) -> list[torch.Tensor]:
+    return [torch.randn(T, Hk, Dk), torch.randn(T, Hk, Dk), torch.randn(T, Hv, Dv), -torch.rand(T, Hv), torch.rand(T, Hv)]
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [*LENGTHS, [0, 65, 0]], ids=lambda lengths: str(lengths[:6]))
+def test_gated_delta_rule(lengths, dtype):
+    heads = (1, 1) if len(lengths) > 50 else (1, 2) if sum(lengths) > 300 else (2, 6)  # the interpreter is slow
+    compare("chunk_gated_delta_rule", delta_rule(sum(lengths), *heads), cu(lengths), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1, 64, 64), (1, 2, 64, 128), (2, 2, 128, 64), (1, 3, 128, 128), (1, 1, 256, 256), (3, 9, 32, 16)], ids=str
+)
+def test_gated_delta_rule_of_other_heads(heads):
+    lengths = [3, 66, 1]
+    compare("chunk_gated_delta_rule", delta_rule(70, *heads), cu(lengths), dtype=torch.bfloat16)
+
+
+@DTYPES
+@pytest.mark.parametrize("gate", [0.0, -1e-6, -60.0], ids=["open", "nearly open", "closed"])
+@pytest.mark.parametrize("rate", [0.0, 1.0], ids=["beta 0", "beta 1"])
+@pytest.mark.parametrize("alike", [False, True], ids=["", "keys alike"])
+def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
+    """Keys that are all alike make the system inside a chunk as hard as it can be."""
+    q, k, v, _, _ = delta_rule(130, 1, 2)
+    k = 1 + 0.01 * k if alike else k
+    inputs = [q, k, v, torch.full((130, 2), gate), torch.full((130, 2), rate)]
+    if alike and gate > -1:  # what g gets is then the small difference of large numbers, in the native one too
+        inputs, exact = [x.to(dtype) for x in inputs], [x.to(dtype).double() for x in inputs]
+        out, truth = ours.chunk_gated_delta_rule(*inputs, cu([65, 65])), reference.chunk_gated_delta_rule(*exact, cu([65, 65]))
+        assert error(out, truth) <= (2e-5 if dtype == torch.float32 else 4e-2)
+        return
+    compare("chunk_gated_delta_rule", inputs, cu([65, 65]), dtype=dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [*LENGTHS, [0, 5, 0, 5, 5, 0]], ids=lambda lengths: str(lengths[:6]))
+def test_causal_conv1d(lengths, dtype):
+    compare("causal_conv1d", [torch.randn(sum(lengths), 10), torch.randn(10, 4)], cu(lengths), dtype=dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000, 5000])
+def test_rms_norm_gated(rows, dtype):
+    compare("rms_norm_gated", [torch.randn(rows, 32), torch.randn(rows, 32), torch.randn(32)], 1e-6, dtype=dtype)
+    compare("rms_norm_gated", [torch.randn(rows, 2, 24), torch.randn(rows, 2, 24), torch.randn(24)], 1e-6, dtype=dtype)
+
+
+def test_more_tasks_than_programs(monkeypatch):
+    """A launch has so many programs at most: each then takes one task after another."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 3)
+    monkeypatch.setattr(tiles, "VECTOR_CORES", 2)
+    lengths = [70, 1, 5, 150]
+    compare("chunk_gated_delta_rule", delta_rule(226), cu(lengths), dtype=torch.float32)
+    compare("causal_conv1d", [torch.randn(226, 10), torch.randn(10, 4)], cu(lengths), dtype=torch.float32)
+    compare("rms_norm_gated", [torch.randn(900, 32), torch.randn(900, 32), torch.randn(32)], 1e-6, dtype=torch.float32)
+
+
+def test_more_channels_than_a_program_takes(monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.triton.causal_conv1d"], "CHANNELS", 4)
+    compare("causal_conv1d", [torch.randn(70, 10), torch.randn(10, 4)], cu([3, 67]), dtype=torch.float32)
+
+
+def test_slices_of_one_projection_are_read_where_they_are():
+    lengths = [65, 5]
+    packed = torch.randn(70, 2 * 2 * 16 + 4 * 16)
+    inputs = [x.unflatten(1, (-1, 16)) for x in packed.split([32, 32, 64], dim=1)]
+    g, beta = -torch.rand(70, 4), torch.rand(70, 4)
+    out = ours.chunk_gated_delta_rule(*inputs, g, beta, cu(lengths))
+    assert torch.equal(out, ours.chunk_gated_delta_rule(*(x.contiguous() for x in inputs), g, beta, cu(lengths)))
+    from kernels.triton.delta_rule import _in_rows
+
+    assert all(_in_rows(x) is x for x in inputs)
+
+
+@pytest.mark.parametrize("op", ["chunk_gated_delta_rule", "causal_conv1d"])
+def test_neighbours_do_not_matter(op):
+    """A sequence's outputs and gradients are the same alone and among others that hold no numbers at all."""
+    lengths, T = [70, 1, 5, 64], 140
+    tensors = delta_rule(T, 1, 2) if op == "chunk_gated_delta_rule" else [torch.randn(T, 6)]
+    rest = () if op == "chunk_gated_delta_rule" else (torch.randn(6, 4),)
+    probe = torch.randn(tensors[2 if op == "chunk_gated_delta_rule" else 0].shape)
+
+    def results(some, lengths, probe):
+        leaves = [x.clone().requires_grad_() for x in some]
+        out = getattr(ours, op)(*leaves, *rest, cu(lengths))
+        return out, *torch.autograd.grad(out, leaves, probe)
+
+    start = 0
+    for length in lengths:
+        seq = slice(start, start + length)
+        poisoned = [torch.full_like(x, float("nan")) for x in tensors]
+        for x, y in zip(poisoned, tensors, strict=True):
+            x[seq] = y[seq]
+        alone = results([x[seq] for x in tensors], [length], probe[seq])
+        for a, b in zip(alone, results(poisoned, lengths, probe), strict=True):
+            assert (a - b[seq]).abs().max() <= 1e-5
+        start += length
+
+
+def test_without_tokens():
+    nothing = cu([0, 0])
+    assert ours.chunk_gated_delta_rule(*delta_rule(0), nothing).shape == (0, 6, 32)
+    assert ours.causal_conv1d(torch.randn(0, 6), torch.randn(6, 4), nothing).shape == (0, 6)
+    assert ours.rms_norm_gated(torch.randn(0, 2, 8), torch.randn(0, 2, 8), torch.randn(8), 1e-6).shape == (0, 2, 8)
+
+
+def test_what_the_kernels_do_not_take_is_said():
+    with pytest.raises(ValueError, match=r"heads of \(16, 32, 64, 128, 256\), not of 24; .*gated_delta_rule=native"):
+        ours.chunk_gated_delta_rule(*delta_rule(5, 1, 1, 24, 16), cu([5]))
+    with pytest.raises(ValueError, match="has 4 taps, the weight 3; .*causal_conv1d=native"):
+        ours.causal_conv1d(torch.randn(5, 6), torch.randn(6, 3), cu([5]))

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# Prove the NPU code on a machine without one: the real torch_npu, on stand-ins for the CANN libraries, with fake tensors.
+# Prove the NPU code on a machine without one: the real torch_npu, on stand-ins for the CANN libraries, with fake tensors; the
+# Triton kernels in triton-ascend's interpreter, and compiled for Ascend up to the step that is CANN's own.
 #
 #   scripts/test-npu.sh [pytest's options]
-#       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1; then a table of operators and bytes a layer
+#       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels; then a table of
+#       operators and bytes a layer, and one of the kernels' buffers
 #   TORCH=2.7.1 scripts/test-npu.sh [pytest's options]
 #       the same on torch and torch-npu 2.7.1, in the environment that TORCH=2.7.1 make test-versions has made
 #
-# Needs gcc, and torch-npu's wheels from pip's index (40 MB each, kept below build/npu). Exit status 3: one of these cannot be
-# had, and nothing was tested. Not proved: speed, HCCL, CANN's own bugs, and what fla launches on a device.
+# Needs gcc, and from pip's index torch-npu's wheels (40 MB each), triton-ascend and ascendnpu-ir (220 MB; for Python 3.10 and
+# 3.11), all kept below build/npu, none in .venv. Exit status 3: one of these cannot be had, and nothing was tested. Not proved:
+# speed, HCCL, CANN's own bugs, and what fla launches on a device.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh
 check_env
 need_venv
 split "${ARGS:-}"
 oldest=2.7.1.post11
+packages=(triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11) # triton-ascend asks for pybind11 as it is imported
 
 cannot() {
     echo "test-npu.sh: nothing tested: $1" >&2
@@ -51,9 +55,19 @@ if [[ ! -e $folder/.made || tests/npu/stand_ins.py -nt $folder/.made ]]; then
     touch "$folder/.made"
 fi
 
+triton=build/npu/triton-$tag-${packages[0]#*==}-${packages[1]#*==}
+if [[ ! -e $triton/.made ]]; then
+    rm -rf "$triton"
+    why=$("$python" -m pip install -qq --disable-pip-version-check --no-input --no-deps --target "$triton/site" "${packages[@]}" 2>&1) ||
+        cannot "${packages[*]} for $tag cannot be had from pip's index: ${why##*$'\n'}"
+    touch "$triton/.made"
+fi
+
 unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
 # torch is not to load what .venv may hold, and no CANN of this machine is to be asked
-export TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$root/$folder/cann PYTHONPATH=$root/$folder/site:$root
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$root/$folder/cann PYTHONPATH=$root/$folder/site:$root/$triton/site:$root
+export BISHENGIR=$root/$triton/site/ascendnpuir/bin/bishengir-compile
 unset ASCEND_HOME_PATH ASCEND_OPP_PATH
-"$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"
+TRITON_INTERPRET=1 "$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"
 "$python" -W ignore tests/npu/table.py 2>&1 | grep -vE 'ASCEND_HOME_PATH|data_ptr\(\) is null|falling back to its reference'
+"$python" -W ignore tests/npu/triton_compile.py

@@ -11,6 +11,9 @@ import kernels
 from kernels.features import HAS_GROUPED_MM
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+FORWARD = ["causal_conv1d::forward", "rms_norm_gated::forward", *(f"delta_rule::{x}" for x in ("prepare", "invert", "scan"))]
+BACKWARD = ["causal_conv1d::backward", "rms_norm_gated::backward"]
+BACKWARD += [f"delta_rule::{x}" for x in ("states", "grad_states", "gradients", "finish")]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,6 @@ def test_a_step(moe, images, recompute):
     called = {func.name().partition("::")[2] for func, _, _ in step.calls}
     wanted = {
         "npu_gemma_rms_norm",
-        "npu_rms_norm",
         "npu_rotary_mul",
         "npu_fusion_attention",
         "npu_cross_entropy_loss",
@@ -39,6 +41,11 @@ def test_a_step(moe, images, recompute):
     if moe:
         wanted |= {"npu_moe_token_permute", "npu_grouped_matmul", "npu_moe_token_permute_grad"}
     assert wanted <= called
+    # the delta net's kernels, each launched once a layer, and those of forward once more where it is recomputed
+    deltas = LAYERS.count("linear_attention")
+    assert [step.forward.ops[name] for name in FORWARD] == [deltas] * len(FORWARD)
+    assert [step.backward.ops[name] for name in FORWARD] == [deltas * recompute] * len(FORWARD)
+    assert [step.backward.ops[name] for name in BACKWARD] == [deltas] * len(BACKWARD)
     # the shapes of the operators do not depend on what the batch holds
     assert step.optimizer.ops["aten::_fused_adamw_"] > 0
 

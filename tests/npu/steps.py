@@ -3,8 +3,7 @@
 Shapes are those of slice S (hidden 1024, a real vocabulary), for fake tensors take no memory. Weights are bf16 as FSDP hands
 them to the layers, but for what it holds out in fp32; the optimizer is torch's own fused AdamW over these.
 
-The delta rule and the convolution are one operator each here, with a shape function and the tensors that fla-core 0.6 keeps:
-fla's kernels need its own triton. What they launch inside is not counted.
+The delta rule, its convolution and its gated norm are the Triton kernels, each launch an operator with a shape function.
 """
 
 import dataclasses
@@ -21,85 +20,6 @@ from qwen35.model import Qwen35, load_config
 from qwen35.parallel.fsdp import HELD_OUT
 
 DEVICE = "npu:0"
-
-
-# ── Stand-ins for fla ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@torch.library.custom_op("ladder::delta_rule", mutates_args=())
-def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
-    raise NotImplementedError
-
-
-@_delta_rule.register_fake
-def _(q, k, v, g, beta):
-    T, heads = g.shape
-    norms = [q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2)]
-    return [torch.empty_like(v), torch.empty_like(q), torch.empty_like(k), *norms, v.new_empty(T, heads, 64)]
-
-
-@torch.library.custom_op("ladder::delta_rule_backward", mutates_args=())
-def _delta_rule_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
-    raise NotImplementedError
-
-
-@_delta_rule_backward.register_fake
-def _(grad, q, k, v, g, beta):
-    return [torch.empty_like(x) for x in (q, k, v, g, beta)]
-
-
-@torch.library.custom_op("ladder::conv", mutates_args=())
-def _conv(x: Tensor, weight: Tensor) -> Tensor:
-    raise NotImplementedError
-
-
-@_conv.register_fake
-def _(x, weight):
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("ladder::conv_backward", mutates_args=())
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-    raise NotImplementedError
-
-
-@_conv_backward.register_fake
-def _(grad, x, weight):
-    return [torch.empty_like(x), torch.empty_like(weight)]
-
-
-class _DeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, g, beta):
-        out, *kept = torch.ops.ladder.delta_rule(q, k, v, g, beta)
-        ctx.save_for_backward(v, g, beta, *kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        v, g, beta, q, k, *_ = ctx.saved_tensors
-        return tuple(torch.ops.ladder.delta_rule_backward(grad, q, k, v, g, beta))
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return torch.ops.ladder.conv(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.ops.ladder.conv_backward(grad, *ctx.saved_tensors))
-
-
-def npu_kernels() -> kernels.Kernels:
-    """The NPU's set, with the stand-ins where fla would be."""
-    chosen = kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
-    return dataclasses.replace(
-        chosen,
-        chunk_gated_delta_rule=lambda q, k, v, g, beta, cu_seqlens: _DeltaRule.apply(q, k, v, g, beta),
-        causal_conv1d=lambda x, weight, cu_seqlens: _Conv.apply(x, weight),
-    )
 
 
 # ── Our step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +96,7 @@ def our_step(config: dict, batch: PackedBatch, recompute: bool = False, mtp: boo
     weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
     with FakeTensorMode() as mode, torch.device(DEVICE):
         batch, weights, ahead = _fake(batch, mode), mode.from_tensor(weights), ahead and _fake(ahead, mode)
-        model = Qwen35(load_config(config), kernels=npu_kernels(), mtp=mtp)
+        model = Qwen35(load_config(config), kernels=kernels.select("npu"), mtp=mtp)
         _to_bf16(model, HELD_OUT)
         model.model.language_model.recompute = recompute
 

@@ -54,9 +54,6 @@ def main() -> None:
                 print(
                     f"| {name} + {'MoE' if moe else 'MLP'} | {whose} | {' | '.join(counts)} | {found[kind].saved:,.0f} |"
                 )
-    print(
-        "In ours the delta rule and the convolution are one operator each way: what fla launches inside is not seen here."
-    )
 
 
 if __name__ == "__main__":

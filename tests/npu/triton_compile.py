@@ -1,0 +1,143 @@
+"""Every Triton kernel, as the operators launch it, through triton-ascend and BiShengIR's compiler, up to the step that is CANN's.
+
+`python tests/npu/triton_compile.py` compiles for the published models' shapes and prints a table, as Markdown; with a file's name,
+it writes what was found as JSON, further shapes included. BISHENGIR names the compiler.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from triton._C.libtriton import ir
+from triton.backends.ascend import compiler as ascend
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels.triton import causal_conv1d, chunk_gated_delta_rule, rms_norm_gated
+
+TARGETS = ("Ascend910B2", "Ascend910B4", "Ascend910_9392")  # two of A2, and A3
+PUBLISHED = {"0.8B, 2B": 16, "4B, 9B, 35B": 32, "27B": 48, "122B, 397B": 64}  # V heads; 16 K heads, all of 128
+DONE = "External hivmc run fails, returning module before running external compiler"
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+SIZES = {"f32": 4, "i32": 4, "bf16": 2, "i16": 2, "i8": 1, "i1": 1 / 8, "i64": 8, "f16": 2}
+TILE = ("C", "BC", "Dk", "Dv", "BV", "D", "ROWS", "HEADS")  # of a kernel's constants
+OPTIONS = "auto-multi-buffer auto-bind-sub-block hfusion-compile hivm-compile triton-kernel-compile".split()
+
+
+def launches(run) -> list[tuple[JITFunction, dict, dict]]:
+    """What `run` launches: kernel, types of its arguments, compile-time constants. Nothing is launched."""
+    found, launch = [], JITFunction.run
+
+    def record(self, *args, grid, warmup, **constants):
+        types = [TYPES[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32" for x in args]
+        found.append((self, dict(zip(self.arg_names, types, strict=False)), constants))
+
+    JITFunction.run = record
+    try:
+        run()
+    finally:
+        JITFunction.run = launch
+    return found
+
+
+def delta_net(Hk: int, Hv: int, D: int) -> None:
+    """One layer's operators, forward and backward, on a few tokens."""
+    T, cu_seqlens = 40, torch.tensor([0, 40])
+    half = {"dtype": torch.bfloat16, "requires_grad": True}
+    x, taps = torch.randn(T, (2 * Hk + Hv) * D, **half), torch.randn((2 * Hk + Hv) * D, 4, **half)
+    y = causal_conv1d(x, taps, cu_seqlens)
+    q, k, v = (z.unflatten(1, (-1, D)) for z in y.split([Hk * D, Hk * D, Hv * D], dim=1))
+    g, beta = (torch.randn(T, Hv, requires_grad=True) for _ in range(2))
+    out = chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens)
+    rms_norm_gated(out, torch.randn(T, Hv, D, **half), torch.randn(D, requires_grad=True), 1e-6).sum().backward()
+
+
+def too_large() -> list[tuple[JITFunction, dict, dict]]:
+    """Tiles of more rows than the unified buffer holds: that the check can fail."""
+    x = torch.randn(256, 128, dtype=torch.bfloat16, requires_grad=True)
+    *_, (kernel, signature, constants) = launches(lambda: rms_norm_gated(x, x, torch.ones(128), 1e-6).sum().backward())
+    return [(kernel, signature, constants | {"ROWS": 64})]
+
+
+def to_linalg(kernel: JITFunction, signature: dict, constants: dict) -> tuple[str, str]:
+    """-> the kernel as triton-ascend hands it to BiShengIR; mix (cube and vector cores) or aiv (vector cores alone)"""
+    gpu = GPUTarget("npu", TARGETS[0], 0)  # so far it is the same for all
+    backend, context = ascend.AscendBackend(gpu), ir.context()
+    options = backend.parse_options({})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(kernel, signature, constants)
+    module = source.make_ir(options, backend.get_codegen_implementation(), {}, context)
+    metadata = options.__dict__ | {"target": gpu}
+    linalg = ascend.ttir_to_linalg(ascend.make_ttir(module, metadata, options), metadata, options, named_ops=True)
+    linalg, metadata = ascend._parse_linalg_metadata(linalg, metadata)
+    return linalg, metadata["mix_mode"]
+
+
+def bishengir(linalg: str, target: str) -> dict:
+    """-> whether it came to the external step, what the compiler had to say, bytes of each buffer, halves: both vector cores"""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.mlir"
+        source.write_text(linalg)
+        flags = [f"--enable-{name}=true" for name in OPTIONS]
+        command = [os.environ["BISHENGIR"], source, f"--target={target}", *flags, "-o", f"{folder}/kernel"]
+        command.append("--mlir-print-ir-after=hivm-plan-memory")
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    notes = [line for line in text.splitlines() if re.search(r"\[NOTE\]|warning:|overflow", line)]
+    buffers: dict[str, float] = {}
+    for body in re.split("// -----// IR Dump After PlanMemory.*", text)[1:]:
+        offsets = {name: int(value) for name, value in re.findall(r"(%\w+) = arith.constant (\d+) : i64", body)}
+        for places, shape, kind, space in re.findall(r"pointer_cast\(([^)]*)\) : memref<([\dx]*)x(\w+), #hivm.address_space<(\w+)>>", body):
+            size = torch.Size(map(int, shape.split("x"))).numel() * SIZES[kind]
+            ends = [offsets[place.strip()] + size for place in places.split(",")]
+            buffers[space] = max(buffers.get(space, 0), *ends)
+    return {"done": DONE in text, "notes": notes, "buffers": buffers, "halves": "get_sub_block_idx" in text}
+
+
+def compile_all(cases: list[tuple[str, tuple[JITFunction, dict, dict]]], targets: tuple[str, ...]) -> list[dict]:
+    """Of each (shape, launch), for each target; the compiler runs on two cores."""
+    sources = [to_linalg(*launch) for _, launch in cases]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [[pool.submit(bishengir, linalg, target) for target in targets] for linalg, _ in sources]
+    return [
+        {"shape": shape, "kernel": name(kernel), "mode": mode, "constants": constants, "target": target} | job.result()
+        for (shape, (kernel, _, constants)), (_, mode), some in zip(cases, sources, jobs, strict=True)
+        for target, job in zip(targets, some, strict=True)
+    ]
+
+
+def name(kernel: JITFunction) -> str:
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+
+
+def published() -> list[tuple[str, tuple[JITFunction, dict, dict]]]:
+    """The launches of all models' layers, each once: the gated norm's are the same in all."""
+    every = [(shape, launch) for shape, heads in PUBLISHED.items() for launch in launches(lambda h=heads: delta_net(16, h, 128))]
+    return list({str(launch): (shape, launch) for shape, launch in reversed(every)}.values())
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        found = compile_all(published(), TARGETS)
+        others = {f"heads of {size}": launches(lambda size=size: delta_net(2, 4, size)) for size in (64, 256)}
+        others["too large"] = too_large()
+        cases = [(shape, launch) for shape, some in others.items() for launch in some]
+        Path(sys.argv[1]).write_text(json.dumps(found + compile_all(cases, TARGETS[:1])))
+        return
+    print("| kernel | tile | cores | unified buffer | L1 | L0C |\n| --- | --- | --- | --- | --- | --- |")
+    for found in compile_all([("", launch) for launch in launches(lambda: delta_net(16, 32, 128))], TARGETS[:1]):
+        sizes = {key: value for key, value in found["constants"].items() if key in TILE}
+        cores = "vector" if found["mode"] == "aiv" else "cube + both vector" if found["halves"] else "cube + one vector"
+        space = (f"{found['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc"))
+        print(f"| {found['kernel']} | {' '.join(f'{n}={v}' for n, v in sizes.items())} | {cores} | {' | '.join(space)} |")
+
+
+if __name__ == "__main__":
+    main()

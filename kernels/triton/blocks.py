@@ -69,7 +69,6 @@ def unit_lower_inverse(system, C: tl.constexpr):
     place = tl.arange(0, C)
     row, column = place[:, None], place[None, :]
     inverse = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, system, 0.0)
-    size: tl.constexpr = 2
     for level in tl.static_range(1, 10):
         if (2 << level) <= C:
             same = row // (2 << level) == column // (2 << level)

@@ -56,7 +56,7 @@ def forward(x, taps, chunks, y, count_chunks, stride, C: tl.constexpr, BC: tl.co
 def backward(
     x, taps, grad, chunks, grad_x, parts, count_chunks, stride, C: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """A program: BC channels, one chunk after another. grad, grad_x [T, C]; parts [programs / blocks, 4, C] of the taps' gradient.
+    """A program: BC channels, one chunk after another. grad, grad_x [T, C]; parts [P, 4, C] of the taps' gradient.
 
     The gradient of row i needs the silu's of rows i to i + 3: the walk is three rows ahead of what it writes.
     """

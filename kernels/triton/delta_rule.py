@@ -64,5 +64,5 @@ class _DeltaRule(torch.autograd.Function):
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """q, k, v as they are where a token's heads lie together, at any distance from the next token's: slices of one projection."""
+    """q, k, v as they are where a token's heads lie together, as in slices of one projection."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

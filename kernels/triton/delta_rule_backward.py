@@ -1,11 +1,12 @@
-"""The gated delta rule's backward kernels: the states again, their gradients from the last chunk to the first, and then, of each
-chunk by itself, the gradients of what came in. Names and mathematics as in kernels/gated_delta_rule.py.
+"""The first of the gated delta rule's backward: the states again, then their gradients from the last chunk to the first.
+
+Names and mathematics as in kernels/gated_delta_rule.py.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, store_block, store_rows
+from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, store_block
 
 
 @triton.jit(do_not_specialize=["count_sequences", "k_stride", "v_stride"])
@@ -42,8 +43,10 @@ def grad_states(
     q, k, inverse, gates, norms, grad, states, sequences, grad_states, through, scale, count_sequences, q_stride, k_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The same walk backwards. grad [T, Hv, Dv]: of the output. Writes grad_states [N, Hv, Dk, Dv], of the state that leaves each
-    chunk, and through [N, Hv, Dv / BV], the sum of its product with exp(b_C) times the state that enters: the decay's part.
+    """The same walk backwards. grad [T, Hv, Dv]: of the output.
+
+    Writes grad_states [N, Hv, Dk, Dv], of the state that leaves each chunk, and through [N, Hv, Dv / BV, Dk]: rows added up of its
+    product with exp(b_C) times the state that enters, the decay's part.
     """
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
@@ -70,7 +73,12 @@ def grad_states(
             place = through + (index * BLOCKS + column // BV) * Dk + tl.arange(0, Dk)
             tl.store(place, tl.sum(kept, axis=1) * whole)
             # transposed as it is made: k q^T, row j, column i
-            kq = tl.dot(k_tile, tl.trans(q_tile)) * k_norm[:, None] * (q_norm * scale)[None, :] * decay_transposed(cum, C)
+            kq = (
+                tl.dot(k_tile, tl.trans(q_tile))
+                * k_norm[:, None]
+                * (q_norm * scale)[None, :]
+                * decay_transposed(cum, C)
+            )
             d_value = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None] + tl.dot(kq.to(k_tile.dtype), d_out)
             solved = tl.trans(load_block(inverse, index, C, C, 0, C))
             d_unknown = tl.dot(solved, d_value.to(k_tile.dtype)) * rate[:, None]

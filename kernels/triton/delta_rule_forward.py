@@ -25,8 +25,8 @@ def prepare(
 ):  # fmt: skip
     """A program: one chunk after another, all heads. No products: it runs on the vector units alone.
 
-    chunks [N, 4] and sequences as in chunks.py. Writes gates [N, Hv, 2, C]: the running sum of g, beta; norms [N, Hk, 2, C]: 1 / |q| and
-    1 / |k|. HEADS: Hv, rounded up to a power of two.
+    chunks as in chunks.py. Writes gates [N, Hv, 2, C]: the running sum of g, and beta; norms [N, Hk, 2, C]: 1 / |q| and 1 / |k|.
+    HEADS: Hv, rounded up to a power of two.
     """
     row, head = tl.arange(0, C), tl.arange(0, HEADS)
     for chunk in range(tl.program_id(0), count_chunks, tl.num_programs(0)):
@@ -74,7 +74,7 @@ def scan(
 ):  # fmt: skip
     """A program: one sequence, V head and BV columns of its state after another, from chunk to chunk. Writes out [T, Hv, Dv].
 
-    sequences [S+1, 2]: first token, first chunk.
+    sequences as in chunks.py.
     """
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
@@ -95,9 +95,7 @@ def scan(
             v_tile = load_rows(v, first, count, v_stride, v_head * Dv + column, C, BV).to(tl.float32)
             entering = state.to(k_tile.dtype)
             unknown = v_tile - tl.dot(k_tile, entering) * (k_norm * from_start)[:, None]
-            value = tl.dot(
-                load_block(inverse, index, C, C, 0, C), (unknown * rate[:, None]).to(k_tile.dtype)
-            )
+            value = tl.dot(load_block(inverse, index, C, C, 0, C), (unknown * rate[:, None]).to(k_tile.dtype))
             qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None] * k_norm[None, :] * decay(cum, C)
             known = tl.dot(q_tile, entering) * (q_norm * scale * from_start)[:, None]
             result = known + tl.dot(qk.to(k_tile.dtype), value.to(k_tile.dtype))

@@ -1,7 +1,7 @@
 """The last of the gated delta rule's backward: of every chunk by itself, the gradients of q, k, v, g and beta.
 
-What the running sum b of g gets is a sum over a row less one over a column of the same matrices: their columns are summed as rows of
-the transposed product, to the same rounding, so that what cancels does; the diagonal, which always does, is left out.
+What the running sum b of g gets is a sum over a row less one over a column of the same matrices: their columns are summed as
+rows of the transposed product, to the same rounding, so that what cancels does; the diagonal, which always does, is left out.
 """
 
 import triton
@@ -89,8 +89,8 @@ def finish(
 ):  # fmt: skip
     """A program: one chunk after another, all heads. No products: it runs on the vector units alone.
 
-    grad_gates as above, through [N, Hv, PARTS] of grad_states -> grad_g, grad_beta [T, Hv]. Where V heads share a K head, part_q
-    and part_k [T, Hv, Dk] of each -> their sums grad_q, grad_k [T, Hk, Dk]. HEADS: Hv, rounded up to a power of two.
+    grad_gates as above, through [N, Hv, PARTS] of grad_states -> grad_g, grad_beta [T, Hv]. Where V heads share a K head,
+    part_q and part_k [T, Hv, Dk] of each -> their sums grad_q, grad_k [T, Hk, Dk]. HEADS as in prepare.
     """
     G: tl.constexpr = Hv // Hk
     row, head, part = tl.arange(0, C), tl.arange(0, HEADS), tl.arange(0, Dk)

@@ -89,9 +89,7 @@ def _gradients(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @custom_op("rms_norm_gated::backward", mutates_args=())
-def launch_backward(
-    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of x, of gate [N, D]; parts [P, D] fp32 of that of the weight, to be added up"""
     grad_x, grad_gate, parts = _gradients(x, gate)
     backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **_tile(x.shape[1]))

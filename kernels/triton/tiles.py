@@ -33,5 +33,5 @@ VECTOR_CORES = 48  # of a 910B2; fewer elsewhere, and then some take two turns
 
 
 def walkers(tasks: int, beside: int = 1) -> int:
-    """Programs of a kernel that walks through rows and adds up as it goes: one for each vector core, `beside` others' included."""
+    """Programs of a kernel that adds up as it walks through rows: for each vector core one, with those beside it."""
     return max(1, min(tasks, VECTOR_CORES // beside))

@@ -1,7 +1,7 @@
 """Triton's interpreter, as triton-ascend 3.2.0 has it, put right, and counting what the kernels read and write.
 
-TRITON_INTERPRET=1 must be set before triton is imported. Three faults of it concern us: it multiplies the bits of bf16 as if they
-were integers, cuts bf16 off instead of rounding, and makes a number of an array in a way that newer numpy refuses.
+TRITON_INTERPRET=1 must be set before triton is imported. Three faults of it concern us: it multiplies the bits of bf16 as if
+they were integers, cuts bf16 off instead of rounding, and makes a number of an array in a way that newer numpy refuses.
 """
 
 import numpy as np
@@ -14,7 +14,11 @@ TYPES = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch
 
 
 def install() -> None:
-    builder, make_load, make_store = interpreter.InterpreterBuilder, interpreter._interpreter.load, interpreter._interpreter.store
+    builder, make_load, make_store = (
+        interpreter.InterpreterBuilder,
+        interpreter._interpreter.load,
+        interpreter._interpreter.store,
+    )
     patch_tensor = interpreter._patch_lang_tensor
 
     def load(pointers, mask, other, dtype):

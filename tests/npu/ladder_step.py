@@ -11,7 +11,11 @@ import kernels
 from kernels.features import HAS_GROUPED_MM
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
-FORWARD = ["causal_conv1d::forward", "rms_norm_gated::forward", *(f"delta_rule::{x}" for x in ("prepare", "invert", "scan"))]
+FORWARD = [
+    "causal_conv1d::forward",
+    "rms_norm_gated::forward",
+    *(f"delta_rule::{x}" for x in ("prepare", "invert", "scan")),
+]
 BACKWARD = ["causal_conv1d::backward", "rms_norm_gated::backward"]
 BACKWARD += [f"delta_rule::{x}" for x in ("states", "grad_states", "gradients", "finish")]
 

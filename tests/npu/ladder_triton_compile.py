@@ -1,5 +1,5 @@
-"""Rung 5, compilation: what the operators launch, at every published model's shapes, passes BiShengIR's whole pipeline up to CANN's
-own step, for A2 and A3, at the first try and without a remark. In a process of its own: here, kernels are interpreted."""
+"""Rung 5, compilation: what the operators launch, at every published model's shapes, passes BiShengIR's whole pipeline up to
+CANN's own step, for A2 and A3, at the first try and without a remark. In a process of its own: here, kernels are interpreted."""
 
 import json
 import os
@@ -36,7 +36,9 @@ def found(tmp_path_factory) -> list[dict]:
 
 
 def test_every_kernel_compiles_for_every_published_shape(found):
-    shapes = {"0.8B, 2B": KERNELS} | dict.fromkeys(("4B, 9B, 35B", "27B", "122B, 397B"), KERNELS - {"norm.forward", "norm.backward"})
+    shapes = {"0.8B, 2B": KERNELS} | dict.fromkeys(
+        ("4B, 9B, 35B", "27B", "122B, 397B"), KERNELS - {"norm.forward", "norm.backward"}
+    )
     for shape, kernels in shapes.items():
         for target in ("Ascend910B2", "Ascend910B4", "Ascend910_9392"):
             some = {x["kernel"]: x for x in found if x["shape"] == shape and x["target"] == target}

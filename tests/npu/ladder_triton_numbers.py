@@ -1,5 +1,5 @@
-"""Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward and
-every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
+"""Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward
+and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
 
 import sys
 
@@ -37,7 +37,9 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
         rounded = [x.to(dtype) for x in inputs]
         args = rounded, rest
         exact = run(getattr(reference, op), *args, torch.float64, probe)
-        draws.append((run(getattr(ours, op), *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact))
+        draws.append(
+            (run(getattr(ours, op), *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact)
+        )
         inputs = [x if len(x) != len(inputs[0]) else x[..., torch.randperm(x.shape[-1])] for x in inputs]
     for i in range(len(draws[0][0])):
         found, native, exact = (torch.cat([draw[which][i] for draw in draws]) for which in range(3))
@@ -48,7 +50,13 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
 
 
 def delta_rule(T: int, Hk: int = 2, Hv: int = 6, Dk: int = 16, Dv: int = 32) -> list[torch.Tensor]:
-    return [torch.randn(T, Hk, Dk), torch.randn(T, Hk, Dk), torch.randn(T, Hv, Dv), -torch.rand(T, Hv), torch.rand(T, Hv)]
+    return [
+        torch.randn(T, Hk, Dk),
+        torch.randn(T, Hk, Dk),
+        torch.randn(T, Hv, Dv),
+        -torch.rand(T, Hv),
+        torch.rand(T, Hv),
+    ]
 
 
 @DTYPES
@@ -59,7 +67,9 @@ def test_gated_delta_rule(lengths, dtype):
 
 
 @pytest.mark.parametrize(
-    "heads", [(1, 1, 64, 64), (1, 2, 64, 128), (2, 2, 128, 64), (1, 3, 128, 128), (1, 1, 256, 256), (3, 9, 32, 16)], ids=str
+    "heads",
+    [(1, 1, 64, 64), (1, 2, 64, 128), (2, 2, 128, 64), (1, 3, 128, 128), (1, 1, 256, 256), (3, 9, 32, 16)],
+    ids=str,
 )
 def test_gated_delta_rule_of_other_heads(heads):
     lengths = [3, 66, 1]
@@ -77,7 +87,10 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
     inputs = [q, k, v, torch.full((130, 2), gate), torch.full((130, 2), rate)]
     if alike and gate > -1:  # what g gets is then the small difference of large numbers, in the native one too
         inputs, exact = [x.to(dtype) for x in inputs], [x.to(dtype).double() for x in inputs]
-        out, truth = ours.chunk_gated_delta_rule(*inputs, cu([65, 65])), reference.chunk_gated_delta_rule(*exact, cu([65, 65]))
+        out, truth = (
+            ours.chunk_gated_delta_rule(*inputs, cu([65, 65])),
+            reference.chunk_gated_delta_rule(*exact, cu([65, 65])),
+        )
         assert error(out, truth) <= (2e-5 if dtype == torch.float32 else 4e-2)
         return
     compare("chunk_gated_delta_rule", inputs, cu([65, 65]), dtype=dtype)
@@ -158,5 +171,5 @@ def test_without_tokens():
 def test_what_the_kernels_do_not_take_is_said():
     with pytest.raises(ValueError, match=r"heads of \(16, 32, 64, 128, 256\), not of 24; .*gated_delta_rule=native"):
         ours.chunk_gated_delta_rule(*delta_rule(5, 1, 1, 24, 16), cu([5]))
-    with pytest.raises(ValueError, match="has 4 taps, the weight 3; .*causal_conv1d=native"):
+    with pytest.raises(ValueError, match=r"has 4 taps, the weight 3; .*causal_conv1d=native"):
         ours.causal_conv1d(torch.randn(5, 6), torch.randn(6, 3), cu([5]))

@@ -1,7 +1,7 @@
-"""Every Triton kernel, as the operators launch it, through triton-ascend and BiShengIR's compiler, up to the step that is CANN's.
+"""Each Triton kernel, as the operators launch it, through triton-ascend and BiShengIR's compiler, up to the step of CANN's own.
 
-`python tests/npu/triton_compile.py` compiles for the published models' shapes and prints a table, as Markdown; with a file's name,
-it writes what was found as JSON, further shapes included. BISHENGIR names the compiler.
+`python tests/npu/triton_compile.py` compiles for 32 V heads and prints a table, as Markdown; with a file's name it compiles for
+all published models and a few more shapes, and writes what was found as JSON. BISHENGIR names the compiler.
 """
 
 import json
@@ -36,7 +36,9 @@ def launches(run) -> list[tuple[JITFunction, dict, dict]]:
     found, launch = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **constants):
-        types = [TYPES[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32" for x in args]
+        types = [
+            TYPES[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32" for x in args
+        ]
         found.append((self, dict(zip(self.arg_names, types, strict=False)), constants))
 
     JITFunction.run = record
@@ -94,7 +96,9 @@ def bishengir(linalg: str, target: str) -> dict:
     buffers: dict[str, float] = {}
     for body in re.split("// -----// IR Dump After PlanMemory.*", text)[1:]:
         offsets = {name: int(value) for name, value in re.findall(r"(%\w+) = arith.constant (\d+) : i64", body)}
-        for places, shape, kind, space in re.findall(r"pointer_cast\(([^)]*)\) : memref<([\dx]*)x(\w+), #hivm.address_space<(\w+)>>", body):
+        for places, shape, kind, space in re.findall(
+            r"pointer_cast\(([^)]*)\) : memref<([\dx]*)x(\w+), #hivm.address_space<(\w+)>>", body
+        ):
             size = torch.Size(map(int, shape.split("x"))).numel() * SIZES[kind]
             ends = [offsets[place.strip()] + size for place in places.split(",")]
             buffers[space] = max(buffers.get(space, 0), *ends)
@@ -119,7 +123,11 @@ def name(kernel: JITFunction) -> str:
 
 def published() -> list[tuple[str, tuple[JITFunction, dict, dict]]]:
     """The launches of all models' layers, each once: the gated norm's are the same in all."""
-    every = [(shape, launch) for shape, heads in PUBLISHED.items() for launch in launches(lambda h=heads: delta_net(16, h, 128))]
+    every = [
+        (shape, launch)
+        for shape, heads in PUBLISHED.items()
+        for launch in launches(lambda h=heads: delta_net(16, h, 128))
+    ]
     return list({str(launch): (shape, launch) for shape, launch in reversed(every)}.values())
 
 
@@ -136,7 +144,9 @@ def main() -> None:
         sizes = {key: value for key, value in found["constants"].items() if key in TILE}
         cores = "vector" if found["mode"] == "aiv" else "cube + both vector" if found["halves"] else "cube + one vector"
         space = (f"{found['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc"))
-        print(f"| {found['kernel']} | {' '.join(f'{n}={v}' for n, v in sizes.items())} | {cores} | {' | '.join(space)} |")
+        print(
+            f"| {found['kernel']} | {' '.join(f'{n}={v}' for n, v in sizes.items())} | {cores} | {' | '.join(space)} |"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #
 #   scripts/test-npu.sh [pytest's options]
 #       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels; then a table of
-#       operators and bytes a layer, and one of the kernels' buffers
+#       operators and bytes a layer, of the kernels' buffers, and of the bytes that they move
 #   TORCH=2.7.1 scripts/test-npu.sh [pytest's options]
 #       the same on torch and torch-npu 2.7.1, in the environment that TORCH=2.7.1 make test-versions has made
 #
@@ -71,3 +71,4 @@ unset ASCEND_HOME_PATH ASCEND_OPP_PATH
 TRITON_INTERPRET=1 "$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"
 "$python" -W ignore tests/npu/table.py 2>&1 | grep -vE 'ASCEND_HOME_PATH|data_ptr\(\) is null|falling back to its reference'
 "$python" -W ignore tests/npu/triton_compile.py
+TRITON_INTERPRET=1 "$python" -W ignore tests/npu/triton_cost.py

@@ -391,24 +391,43 @@ def test_gradients_in_fp64():
 
 def test_select_has_no_quiet_fallback():
     assert kernels.select("cpu") == kernels.Kernels()
-    with pytest.raises(kernels.KernelError, match="chunk_gated_delta_rule: no fused kernel for npu here"):
+    with pytest.raises(
+        kernels.KernelError,
+        match=r"chunk_gated_delta_rule: no fused kernel for npu here: triton cannot .* install triton-ascend==3.2.0 pybind11"
+        r".* or ask for fla, or for the slow one: model.kernels.chunk_gated_delta_rule=native",
+    ):
         kernels.select("npu")
     with pytest.raises(
         kernels.KernelError, match=r"moe_experts: .* torch_npu cannot be imported .* make install DEVICE=npu"
     ):
         kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
+    with pytest.raises(kernels.KernelError, match=r"fla cannot be imported .* or ask for triton, or for the slow one"):
+        kernels.select("npu", {"gated_delta_rule": "fla"})
     assert kernels.select("npu", dict.fromkeys(kernels.OPS, "native")) == kernels.Kernels()
 
 
 def test_import_kernels_is_quick_and_free_of_torch_npu():
-    code = "import sys, kernels; assert not {'torch_npu', 'fla', 'kernels.npu', 'kernels.fused'} & set(sys.modules)"
+    code = "import sys, kernels; assert not {'torch_npu', 'fla', 'triton', 'kernels.npu', 'kernels.triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_another_triton_than_ascends_is_not_taken_on_an_npu(tmp_path, monkeypatch):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        kernels.KernelError, match=r"triton cannot be imported \(No module named 'triton.backends'\); .*ascend"
+    ):
+        kernels.select("npu")
+    del sys.modules["triton"]
 
 
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
         ({"gated_delta_rul": "auto"}, "no op is named gated_delta_rul"),
+        ({"gated_delta_rule": "triton"}, "model.kernels.chunk_gated_delta_rule: 'triton' is not one of auto, native"),
+        ({"gated_delta_rule": "auto", "chunk_gated_delta_rule": "native"}, "are the same op; give one of them"),
         ({"swiglu": "fused"}, "'fused' is not one of auto, native"),
         ({"swiglu": "torch_npu"}, "'torch_npu' is not one of auto, native"),
     ],

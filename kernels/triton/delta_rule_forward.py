@@ -25,8 +25,8 @@ def prepare(
 ):  # fmt: skip
     """A program: one chunk after another, all heads. No products: it runs on the vector units alone.
 
-    chunks as in chunks.py. Writes gates [N, Hv, 2, C]: the running sum of g, and beta; norms [N, Hk, 2, C]: 1 / |q| and 1 / |k|.
-    HEADS: Hv, rounded up to a power of two.
+    chunks as in chunks.py. Writes gates [N, Hv, 2, C]: the running sum of g, and beta; norms [N, Hk, 2, C]: 1 / |q|,
+    1 / |k|. HEADS: Hv, rounded up to a power of two.
     """
     row, head = tl.arange(0, C), tl.arange(0, HEADS)
     for chunk in range(tl.program_id(0), count_chunks, tl.num_programs(0)):

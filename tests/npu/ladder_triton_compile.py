@@ -1,5 +1,5 @@
 """Rung 5, compilation: what the operators launch, at every published model's shapes, passes BiShengIR's whole pipeline up to
-CANN's own step, for A2 and A3, at the first try and without a remark. In a process of its own: here, kernels are interpreted."""
+CANN's own step, for A2 and A3, at the first try, without a remark. In a process of its own: here, kernels are interpreted."""
 
 import json
 import os

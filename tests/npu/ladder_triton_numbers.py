@@ -6,6 +6,7 @@ import sys
 import interpreter
 import pytest
 import torch
+import triton_cost
 from test_kernels import LENGTHS, cu
 
 import kernels
@@ -159,6 +160,14 @@ def test_neighbours_do_not_matter(op):
         for a, b in zip(alone, results(poisoned, lengths, probe), strict=True):
             assert (a - b[seq]).abs().max() <= 1e-5
         start += length
+
+
+def test_fewer_bytes_and_launches_than_fla():
+    """As counted, against what fla-core's kernels move at the least: triton_cost.py prints the figures."""
+    for direction, moved in triton_cost.cost(ours.chunk_gated_delta_rule).items():
+        launches, at_least = triton_cost.FLA[direction]
+        each = (moved.read.total() + moved.written.total()) / (triton_cost.TOKENS * triton_cost.Hv)
+        assert 0 < each < at_least / 2 and 3 <= moved.launches.total() <= launches / 4, direction
 
 
 def test_without_tokens():

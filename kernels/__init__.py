@@ -56,7 +56,7 @@ SOURCES = {
     "triton": Source(
         "kernels.triton",
         "triton",
-        "pip install triton-ascend==3.2.0 pybind11, without another triton beside it (Python 3.10 or 3.11)",
+        "pip install triton-ascend==3.2.0 pybind11, for an NPU (Python 3.10 or 3.11, and no other triton beside it)",
     ),
     "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
     "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
@@ -74,6 +74,8 @@ def implementations(device: str) -> dict[str, tuple[str, ...]]:
     if device == "npu":
         by_triton = {op: ("triton", "fla" if op in BY_FLA else "torch_npu", "native") for op in BY_TRITON}
         return {op: by_triton.get(op, ("torch_npu", "native")) for op in OPS}
+    if device == "cuda":
+        return {op: ("native", "triton") if op in BY_TRITON else ("native",) for op in OPS}
     return dict.fromkeys(OPS, ("native",))
 
 
@@ -115,5 +117,5 @@ def _load(op: str, name: str, device: str) -> Callable:
         others = [other for other in implementations(device)[op] if other not in (name, "native")]
         raise KernelError(
             f"{op}: no fused kernel for {device} here: {source.stands_on} cannot be imported ({error}); {source.install},"
-            f" or ask for {''.join(f'{other}, ' for other in others)}or for the slow one: model.kernels.{op}=native"
+            f" or ask for {''.join(f'{other}, or for ' for other in others)}the slow one: model.kernels.{op}=native"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from kernels.triton.chunks import chunk_tables
-from kernels.triton.tiles import CHANNELS, CONV_ROWS, power_of_two, programs, walkers
+from kernels.triton.tiles import CHANNELS, CONV_ROWS, VECTOR_CORES, cores, power_of_two, programs
 
 TAPS = 4
 
@@ -121,7 +121,7 @@ def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
     """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]"""
     y, C, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[1], len(chunks)
     size, blocks = _channels(C)
-    forward[(programs(N * blocks),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
+    forward[(programs(N * blocks, x.device),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
     return y
 
 
@@ -130,16 +130,17 @@ def _(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _gradients(x: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(x: Tensor, chunks: Tensor, cores: int) -> tuple[Tensor, Tensor]:
     _, blocks = _channels(x.shape[1])
-    parts = torch.empty(walkers(len(chunks), blocks), TAPS, x.shape[1], dtype=torch.float32, device=x.device)
+    walkers = max(1, min(len(chunks), cores // blocks))  # each adds up over its chunks
+    parts = torch.empty(walkers, TAPS, x.shape[1], dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), parts
 
 
 @custom_op("causal_conv1d::backward", mutates_args=())
 def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
     """-> the gradient of x [T, C]; parts [P, 4, C] fp32 of that of the taps, to be added up"""
-    grad_x, parts = _gradients(x, chunks)
+    grad_x, parts = _gradients(x, chunks, cores(x.device, products=False))
     size, blocks = _channels(x.shape[1])
     backward[(len(parts) * blocks,)](
         x, taps, grad, chunks, grad_x, parts, len(chunks), x.stride(0), C=x.shape[1], BC=size
@@ -149,7 +150,7 @@ def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tu
 
 @launch_backward.register_fake
 def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
-    return _gradients(x, chunks)
+    return _gradients(x, chunks, VECTOR_CORES)
 
 
 # ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -45,8 +45,8 @@ def grad_states(
 ):  # fmt: skip
     """The same walk backwards. grad [T, Hv, Dv]: of the output.
 
-    Writes grad_states [N, Hv, Dk, Dv], of what leaves each chunk, and through [N, Hv, Dv / BV, Dk]: rows added up of its product
-    with exp(b_C) times the state that enters, the decay's part.
+    Writes grad_states [N, Hv, Dk, Dv], of what leaves each chunk, and through [N, Hv, Dv / BV, Dk]: rows added up of its
+    product with exp(b_C) times the state that enters, the decay's part.
     """
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):

@@ -25,7 +25,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size:
     """-> gates [N, Hv, 2, C], norms [N, Hk, 2, C], fp32"""
     gates, norms = _prepared(k, g, chunks, size)
     heads = g.shape[1]
-    delta_rule_forward.prepare[(programs(len(chunks)),)](
+    delta_rule_forward.prepare[(programs(len(chunks), k.device),)](
         q, k, g, beta, chunks, gates, norms, len(chunks), q.stride(0), k.stride(0),
         Hk=k.shape[1], Hv=heads, HEADS=power_of_two(heads), Dk=k.shape[2], C=size,
     )  # fmt: skip
@@ -46,7 +46,7 @@ def _inverses(k: Tensor, gates: Tensor) -> Tensor:
 def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
     """-> inverse [N, Hv, C, C]"""
     inverse, (N, Hv, _, C) = _inverses(k, gates), gates.shape
-    delta_rule_forward.invert[(programs(N * k.shape[1]),)](
+    delta_rule_forward.invert[(programs(N * k.shape[1], k.device, products=True),)](
         k, chunks, gates, norms, inverse, N, k.stride(0), Hk=k.shape[1], Hv=Hv, Dk=k.shape[2], C=C
     )
     return inverse
@@ -73,7 +73,7 @@ def _walk(k: Tensor, v: Tensor, gates: Tensor) -> dict[str, int]:
 
 
 def _walkers(sequences: int, v: Tensor, walk: dict[str, int]) -> int:
-    return programs(sequences * v.shape[1] * (walk["Dv"] // walk["BV"]))
+    return programs(sequences * v.shape[1] * (walk["Dv"] // walk["BV"]), v.device, products=True)
 
 
 @scan.register_fake
@@ -163,7 +163,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> each V head's part of the gradients of q, k [T, Hv, Dk]; of v [T, Hv, Dv]; of the gates [N, Hv, 3, C] fp32"""
     outputs = _gradients(k, v, gates)
-    delta_rule_gradients.gradients[(programs(len(chunks) * v.shape[1]),)](
+    delta_rule_gradients.gradients[(programs(len(chunks) * v.shape[1], v.device, products=True),)](
         q, k, v, inverse, gates, norms, grad, entering, leaving, chunks, *outputs, k.shape[2] ** -0.5,
         len(chunks), q.stride(0), k.stride(0), v.stride(0), **sizes(k, v), C=gates.shape[3],
     )  # fmt: skip
@@ -200,7 +200,7 @@ def finish(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> the gradients of g, beta [T, Hv] fp32; of q, k [T, Hk, Dk], or without heads where each V head has its own K head"""
     outputs, (_, Hv, Dk) = _finished(part_q, key_heads), part_q.shape
-    delta_rule_gradients.finish[(programs(len(chunks)),)](
+    delta_rule_gradients.finish[(programs(len(chunks), part_q.device),)](
         grad_gates, through, part_q, part_k, chunks, *outputs, len(chunks),
         Hk=key_heads, Hv=Hv, HEADS=power_of_two(Hv), PARTS=through.shape[2], Dk=Dk, C=grad_gates.shape[3],
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels.triton.tiles import NORM_ELEMENTS, power_of_two, walkers
+from kernels.triton.tiles import NORM_ELEMENTS, VECTOR_CORES, cores, power_of_two
 
 
 @triton.jit(do_not_specialize=["count_rows", "eps"])
@@ -66,15 +66,16 @@ def _tile(D: int) -> dict[str, int]:
     return {"D": D, "LANES": lanes, "ROWS": max(1, NORM_ELEMENTS // lanes)}
 
 
-def _walkers(x: Tensor) -> int:
-    return walkers(-(-len(x) // _tile(x.shape[1])["ROWS"]))
+def _walkers(x: Tensor, cores: int) -> int:
+    """Programs, each of which adds up over its tiles."""
+    return max(1, min(-(-len(x) // _tile(x.shape[1])["ROWS"]), cores))
 
 
 @custom_op("rms_norm_gated::forward", mutates_args=())
 def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x, gate [N, D], weight [D] -> y [N, D]"""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    forward[(_walkers(x),)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1]))
+    forward[(_walkers(x, cores(x.device, products=False)),)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1]))
     return y
 
 
@@ -83,22 +84,22 @@ def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _gradients(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(x: Tensor, gate: Tensor, cores: int) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
-    return grad_x, grad_gate, torch.empty(_walkers(x), x.shape[1], dtype=torch.float32, device=x.device)
+    return grad_x, grad_gate, torch.empty(_walkers(x, cores), x.shape[1], dtype=torch.float32, device=x.device)
 
 
 @custom_op("rms_norm_gated::backward", mutates_args=())
 def launch_backward(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of x, of gate [N, D]; parts [P, D] fp32 of that of the weight, to be added up"""
-    grad_x, grad_gate, parts = _gradients(x, gate)
+    grad_x, grad_gate, parts = _gradients(x, gate, cores(x.device, products=False))
     backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **_tile(x.shape[1]))
     return grad_x, grad_gate, parts
 
 
 @launch_backward.register_fake
 def _(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, gate)
+    return _gradients(x, gate, VECTOR_CORES)
 
 
 # ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
 
 import sys
+from types import SimpleNamespace
 
 import interpreter
 import pytest
@@ -111,13 +112,34 @@ def test_rms_norm_gated(rows, dtype):
 
 
 def test_more_tasks_than_programs(monkeypatch):
-    """A launch has so many programs at most: each then takes one task after another."""
-    monkeypatch.setattr(tiles, "PROGRAMS", 3)
+    """A launch has as many programs as there are cores: each takes one task after another."""
+    monkeypatch.setattr(tiles, "CUBE_CORES", 3)
     monkeypatch.setattr(tiles, "VECTOR_CORES", 2)
     lengths = [70, 1, 5, 150]
     compare("chunk_gated_delta_rule", delta_rule(226), cu(lengths), dtype=torch.float32)
     compare("causal_conv1d", [torch.randn(226, 10), torch.randn(10, 4)], cu(lengths), dtype=torch.float32)
     compare("rms_norm_gated", [torch.randn(900, 32), torch.randn(900, 32), torch.randn(32)], 1e-6, dtype=torch.float32)
+
+
+def test_programs_are_as_many_as_the_cores_there(monkeypatch):
+    found = SimpleNamespace(get_device_properties=lambda index: {"num_aicore": 20 + index, "num_vectorcore": 40})
+    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=SimpleNamespace(utils=found)))
+    device = SimpleNamespace(type="npu", index=1)
+    assert tiles.programs(1000, device, products=True) == 21 and tiles.programs(1000, device) == 40
+    assert tiles.programs(7, device) == 7 and tiles.programs(0, device) == 1
+    assert (
+        tiles.programs(100_000, SimpleNamespace(type="cuda", index=0)) == 65_535
+    )  # which a stock triton's device shares out
+
+
+def test_who_is_chosen():
+    for device, choices in (("npu", {}), ("cuda", dict.fromkeys(kernels.BY_TRITON, "triton"))):
+        chosen = kernels.select(device, choices)
+        assert all(getattr(chosen, op) is getattr(ours, op) for op in kernels.BY_TRITON)
+    assert (
+        kernels.select("npu", {"gated_delta_rule": "native"}).chunk_gated_delta_rule is kernels.chunk_gated_delta_rule
+    )
+    assert kernels.select("cuda") == kernels.Kernels()
 
 
 def test_more_channels_than_a_program_takes(monkeypatch):

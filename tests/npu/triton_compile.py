@@ -102,6 +102,10 @@ def bishengir(linalg: str, target: str) -> dict:
             size = torch.Size(map(int, shape.split("x"))).numel() * SIZES[kind]
             ends = [offsets[place.strip()] + size for place in places.split(",")]
             buffers[space] = max(buffers.get(space, 0), *ends)
+    room = re.search(r"_infer_workspace_shape_function\(\) -> index.*?arith.constant (\d+) : index", text, re.DOTALL)
+    buffers["workspace"] = (
+        int(room[1]) if room else 0
+    )  # in device memory, through which cube and vector cores pass tiles
     return {"done": DONE in text, "notes": notes, "buffers": buffers, "halves": "get_sub_block_idx" in text}
 
 
@@ -139,11 +143,13 @@ def main() -> None:
         cases = [(shape, launch) for shape, some in others.items() for launch in some]
         Path(sys.argv[1]).write_text(json.dumps(found + compile_all(cases, TARGETS[:1])))
         return
-    print("| kernel | tile | cores | unified buffer | L1 | L0C |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| kernel | tile | cores | unified buffer | L1 | L0C | workspace |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
     for found in compile_all([("", launch) for launch in launches(lambda: delta_net(16, 32, 128))], TARGETS[:1]):
         sizes = {key: value for key, value in found["constants"].items() if key in TILE}
         cores = "vector" if found["mode"] == "aiv" else "cube + both vector" if found["halves"] else "cube + one vector"
-        space = (f"{found['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc"))
+        space = (f"{found['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc", "workspace"))
         print(
             f"| {found['kernel']} | {' '.join(f'{n}={v}' for n, v in sizes.items())} | {cores} | {' | '.join(space)} |"
         )

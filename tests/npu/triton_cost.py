@@ -1,4 +1,4 @@
-"""What the gated delta rule's Triton kernels move and launch, counted in the interpreter, beside fla-core's and the native path.
+"""What the gated delta rule's Triton kernels move and launch, counted in the interpreter, beside fla-core's and the native one.
 
 `TRITON_INTERPRET=1 python tests/npu/triton_cost.py` prints it as Markdown: bytes between device memory and the cores as the
 kernels' loads and stores ask for them, for each token and V head, heads of 128, two V heads to a K head, bf16. What cube and

@@ -46,7 +46,7 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
     for i in range(len(draws[0][0])):
         found, native, exact = (torch.cat([draw[which][i] for draw in draws]) for which in range(3))
         assert found.dtype == dtype and found.shape == exact.shape
-        allowed = 2e-5 if dtype == torch.float32 else max(2 * error(native, exact), ROUNDING)
+        allowed = max(2 * error(native, exact), 2e-5 if dtype == torch.float32 else ROUNDING)
         off = error(found, exact)
         assert off <= allowed, f"{op} {i}: {off:.1e}, the native one {error(native, exact):.1e}"
 
@@ -87,14 +87,6 @@ def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
     q, k, v, _, _ = delta_rule(130, 1, 2)
     k = 1 + 0.01 * k if alike else k
     inputs = [q, k, v, torch.full((130, 2), gate), torch.full((130, 2), rate)]
-    if alike and gate > -1:  # what g gets is then the small difference of large numbers, in the native one too
-        inputs, exact = [x.to(dtype) for x in inputs], [x.to(dtype).double() for x in inputs]
-        out, truth = (
-            ours.chunk_gated_delta_rule(*inputs, cu([65, 65])),
-            reference.chunk_gated_delta_rule(*exact, cu([65, 65])),
-        )
-        assert error(out, truth) <= (2e-5 if dtype == torch.float32 else 4e-2)
-        return
     compare("chunk_gated_delta_rule", inputs, cu([65, 65]), dtype=dtype)
 
 

@@ -9,7 +9,7 @@
 : "${DOWNLOAD_MODEL:=}"
 # The hub. Default hf. Allowed: hf, modelscope.
 : "${SOURCE:=hf}"
-# Address of a mirror of the first hub, https://…, and host name of another site of the second. Default: their own.
+# Address of a mirror of the first hub, its whole address, and host name of another site of the second. Default: their own.
 # Tokens, for models that ask for one, belong into the environment and not into this file: HF_TOKEN, MODELSCOPE_API_TOKEN.
 : "${HF_ENDPOINT:=}"
 : "${MODELSCOPE_DOMAIN:=}"

@@ -10,7 +10,7 @@
 #
 # Needs gcc, and from pip's index torch-npu's wheels (40 MB each), triton-ascend and ascendnpu-ir (220 MB; for Python 3.10 and
 # 3.11), all kept below build/npu, none in .venv. Exit status 3: one of these cannot be had, and nothing was tested. Not proved:
-# speed, HCCL, CANN's own bugs, and what fla launches on a device.
+# speed, HCCL, and CANN's own bugs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh
 check_env

@@ -93,7 +93,9 @@ class _Attention(torch.autograd.Function):
         if not prepare:
             return None, *of_made, grad_v
         leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
-        of_leaves = iter(torch.autograd.grad(made, leaves, of_made) if leaves else ())
+        # one of the two may hang on nothing that is trained
+        pairs = [(x, its) for x, its in zip(made, of_made, strict=True) if x.requires_grad]
+        of_leaves = iter(torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs]) if leaves else ())
         grad_q, grad_k, *rest = (next(of_leaves) if need else None for need in needs)
         return None, grad_q, grad_k, grad_v, *rest
 

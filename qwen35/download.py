@@ -52,10 +52,14 @@ def download(model: str, hub: Hub, folder: Path) -> str:
     total = sum(file.size for file in files)
     told = f"{len(files)} files, {total:,} bytes"
     beside = folder.with_name(f".{folder.name}.download")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    there_already = f"{folder} is there already: {told}, all as {hub.host} has them"
+    if _is_there(folder):
         _compare(files, folder, beside)
-        return f"{folder} is there already: {told}, all as {hub.host} has them"
+        return there_already
     with holding(beside) as warning:
+        if _is_there(folder):  # another job has brought it, while this one waited
+            _compare(files, folder, beside)
+            return there_already
         there = sum(_size(beside / file.name) for file in files)
         lines = [
             f"{model} from {hub.host} to {folder}: {told}",
@@ -81,6 +85,10 @@ def download(model: str, hub: Hub, folder: Path) -> str:
         beside.rename(folder)
         flush(folder.parent)
     return f"{folder}: {told}, all as {hub.host} has them"
+
+
+def _is_there(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _compare(files: Sequence[HubFile], folder: Path, beside: Path) -> None:

@@ -54,7 +54,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         new = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
-        if new is not None and (new.type, new.host) == (req.type, req.host) and req.has_header("Authorization"):
+        if (
+            new is not None
+            and urlsplit(new.full_url)[:2] == urlsplit(req.full_url)[:2]
+            and req.has_header("Authorization")
+        ):
             new.add_unredirected_header("Authorization", req.get_header("Authorization"))
         return new
 

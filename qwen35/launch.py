@@ -198,8 +198,11 @@ def leave(code: int) -> NoReturn:
     Python's own way out would wait for workers and peers that may be gone, and abort ("terminate called without an
     active exception") where a thread of a process group still lets go of a tensor.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads them any more, or their disk is full
+        code = code or 1
     os._exit(code)
 
 

@@ -71,7 +71,8 @@ def setup(settings: Settings, device: torch.device) -> Run:
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
     check = fitting if is_hf else fitting_checkpoint
-    check(model, origin)  # by headers alone: what does not fit shows before anything heavy is done
+    # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
+    held = check(model, origin)
     micro_batches = MicroBatches(settings, rank, world)
     check_same_data(micro_batches.fingerprint)
     before = table(model)
@@ -88,6 +89,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
         load_hf(model, origin)
     else:
         loaded = load_checkpoint(origin, model, optimizer)
+    del held
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
     position = position_of(settings, config, micro_batches.fingerprint)

@@ -191,6 +191,20 @@ def test_random_weights_follow_the_seed():
     assert torch.equal(a.model.visual.merger.norm.weight, torch.ones(32))
 
 
+@pytest.mark.parametrize("trained", ["q_norm", "k_norm", "q_proj", "v_proj"])
+def test_one_part_of_an_attention_may_be_trained_alone(trained):
+    """Of the two that are made again in backward, q and k, one may hang on nothing that is trained."""
+    model, batch = Qwen35.from_config(config_dict(), seed=3), pack([sample([20], seed=1)])
+    gradients = []
+    for alone in (False, True):
+        model.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not alone or (name.endswith(f"{trained}.weight")))
+        model(batch).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if n.endswith(f"{trained}.weight")})
+    assert gradients[0] and all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+
+
 def test_multi_token_prediction_equals_its_definition():
     """mtp: norm(layer(fc([norm(embedding of t+1) ; norm(hidden of t)]))), spelt out beside the module's own layer."""
     config = load_config(config_dict(moe=True))

@@ -311,16 +311,17 @@ def test_what_stopped_jobs_left_is_swept_away(tmp_path):
     import re
 
     names = re.compile(r"iter_\d+")
-    for name in ("iter_1", "iter_2.tmp", "iter_3.old", "iter_1.old", "iter_4.tmp", "hf.tmp", "mine.old"):
+    for name in ("iter_1", "iter_2.tmp", "iter_3.old", "iter_1.old", "iter_4.tmp", "hf.tmp", "mine.old", "iter_5.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
-    for name in ("iter_2.tmp", "hf.tmp"):
+    for name in ("iter_2.tmp", "hf.tmp", "iter_3.old", "iter_1.old"):
         (tmp_path / name / INCOMPLETE).touch()
     told = sweep(tmp_path, names)
-    # iter_4.tmp is not known to be ours, and the others have names of their own
-    left = ["hf.tmp", "iter_1", "iter_3", "iter_4.tmp", "mine.old"]
+    # iter_4.tmp and iter_5.old are not known to be ours, and the others have names of their own
+    left = ["hf.tmp", "iter_1", "iter_3", "iter_4.tmp", "iter_5.old", "mine.old"]
     assert sorted(p.name for p in tmp_path.iterdir()) == left
     assert len(told) == 2 and "iter_2.tmp" in told[0] and "iter_3 is back" in told[1]
+    assert [p.name for p in (tmp_path / "iter_3").iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ A folder without it, or whose files are not all there in full, was interrupted a
 """
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import remove, write_atomic
+from qwen35.checkpoint.folders import set_aside, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object
 
@@ -129,5 +130,6 @@ def keep_newest(folder: Path, limit: int) -> None:
     found = [path for path in _candidates(folder) if path.name != RELEASE and whole(path)]
     for path in found[limit:]:
         with removable(path / METADATA) as is_free:
-            if is_free:
-                remove(path)
+            gone = set_aside(path) if is_free else None
+        if gone:  # with no file of it open: NFS would keep that one
+            shutil.rmtree(gone)

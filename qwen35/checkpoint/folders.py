@@ -51,6 +51,16 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
+def _remove_replaced(old: Path) -> None:
+    """INCOMPLETE goes last: what a stopped job leaves of it is still known for what it is."""
+    for path in old.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != INCOMPLETE:
+            path.unlink()
+    shutil.rmtree(old)
+
+
 def check_apart(original: Path, out: Path) -> None:
     """Raise CheckpointError if one lies in the other: what is written would become a part of the original."""
     if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):
@@ -68,24 +78,24 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     if folder.exists():
         old = _replaced(folder)
         if old.exists():
-            shutil.rmtree(old)
+            _remove_replaced(old)
         (folder / INCOMPLETE).touch()
         folder.rename(old)
         temporary.rename(folder)
-        shutil.rmtree(old)
+        _remove_replaced(old)
     else:
         temporary.rename(folder)
     flush(folder.parent)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder; one that is half removed, by a job that was stopped, never bears its name."""
+def set_aside(folder: Path) -> Path:
+    """The new name of a folder that is to be removed: one that is half removed never bears its own."""
     gone = folder.with_name(folder.name + ".gone")
     if gone.exists():
         shutil.rmtree(gone)
     folder.rename(gone)
     flush(folder.parent)
-    shutil.rmtree(gone)
+    return gone
 
 
 def sweep(folder: Path, names: re.Pattern) -> list[str]:
@@ -101,10 +111,14 @@ def sweep(folder: Path, names: re.Pattern) -> list[str]:
         if path.suffix == ".tmp" and (path / INCOMPLETE).is_file():
             shutil.rmtree(path)
             told.append(f"removed {path}, which a stopped job had not finished")
-        elif path.suffix == ".gone" or (path.suffix == ".old" and whole.exists()):
+        elif path.suffix == ".gone":
             shutil.rmtree(path)
-        elif path.suffix == ".old":
+        elif path.suffix == ".old" and (path / INCOMPLETE).is_file():  # without, it is a copy that a user keeps
+            if whole.exists():
+                _remove_replaced(path)
+                continue
             path.rename(whole)
+            (whole / INCOMPLETE).unlink()
             told.append(f"{whole} is back: a job was stopped while it replaced it")
     return told
 

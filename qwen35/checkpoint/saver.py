@@ -16,6 +16,7 @@ from qwen35.checkpoint.dcp import training_state, write_parts
 from qwen35.checkpoint.dcp_folder import keep_newest
 from qwen35.checkpoint.dcp_write import Part, own_parts, together
 from qwen35.device import host_buffer, host_group, synchronize
+from qwen35.errors import complain
 
 
 class Saver:
@@ -109,3 +110,6 @@ class Saver:
         self._thread.shutdown(wait=False)
         if error is None:
             self.check()
+        elif self._is_first:  # that save failed as well, and nothing else would tell
+            for failed in filter(None, (job.exception() for job in self._jobs)):
+                complain(failed)

@@ -218,6 +218,8 @@ def _check(s: Settings) -> None:
         "training.adam_eps": t.adam_eps,
         "model.mtp_loss_scaling_factor": s.model.mtp_loss_scaling_factor,
         "parallel.fully_shard_parallel_size": s.parallel.fully_shard_parallel_size,
+        "parallel.expert_parallel_size": s.parallel.expert_parallel_size,
+        "parallel.ulysses_parallel_size": s.parallel.ulysses_parallel_size,
         "data.dataset_param.basic_parameters.cutoff_len": b.cutoff_len,
         "data.dataset_param.basic_parameters.max_samples": b.max_samples,
         "data.dataset_param.preprocess_parameters.image_min_pixels": p.image_min_pixels,

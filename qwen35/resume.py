@@ -94,8 +94,8 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bins_a_step(settings: Settings) -> int:
-    t = settings.training
-    return t.micro_batch_size * t.gradient_accumulation_steps * dist.get_world_size()
+    t, data_size = settings.training, dist.get_world_size() // settings.parallel.ulysses_parallel_size
+    return t.micro_batch_size * t.gradient_accumulation_steps * data_size
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:

@@ -94,6 +94,8 @@ class ModelSettings:
 @dataclass(frozen=True)
 class ParallelSettings:
     fully_shard_parallel_size: int | None = None  # ranks that share one copy of the weights; default: all
+    expert_parallel_size: int = 1  # of these, ranks that each hold some of the experts whole, and exchange tokens
+    ulysses_parallel_size: int = 1  # ranks that share each bin: a part of the tokens each, in attention of the heads
     recompute: bool = False  # keep only each layer's input for backward, and run the layer again
 
 

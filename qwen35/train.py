@@ -31,7 +31,7 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import make_mesh, reduce_held_out, shard
+from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard
 from qwen35.processes import stop_request
 from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
@@ -45,6 +45,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Run:
     settings: Settings
     device: torch.device
+    meshes: Meshes
     model: Qwen35
     optimizer: torch.optim.AdamW
     gradients: GradientNorm
@@ -61,10 +62,10 @@ def report(text: str) -> None:
 def setup(settings: Settings, device: torch.device) -> Run:
     """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
     t, m = settings.training, settings.model
-    rank, world = dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
     seed_all(t.seed)
     config = load_config(m.model_name_or_path)
-    mesh = make_mesh(device.type, settings.parallel.fully_shard_parallel_size)
+    meshes = make_meshes(device.type, settings.parallel)
     chosen = kernels.select(device.type, m.kernels)
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
@@ -73,10 +74,10 @@ def setup(settings: Settings, device: torch.device) -> Run:
     check = fitting if is_hf else fitting_checkpoint
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
     held = check(model, origin)
-    micro_batches = MicroBatches(settings, rank, world)
+    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size)
     check_same_data(micro_batches.fingerprint)
     before = table(model)
-    shard(model, mesh, DTYPES[t.dtype])
+    shard(model, meshes, DTYPES[t.dtype])
     if t.init_model_with_meta_device:
         model.to_empty(device=device)
     after = table(model)
@@ -97,7 +98,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    sharing, recompute = mesh["shard"].size(), "on" if settings.parallel.recompute else "off"
+    sharing, recompute = meshes.weights["shard"].size(), "on" if settings.parallel.recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
@@ -105,8 +106,8 @@ def setup(settings: Settings, device: torch.device) -> Run:
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     if step < t.train_iters:
         report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
-    gradients = GradientNorm(model, mesh["shard"].get_group())
-    return Run(settings, device, model, optimizer, gradients, iter(micro_batches), step, position)
+    gradients = GradientNorm(model, meshes.weights["shard"].get_group())
+    return Run(settings, device, meshes, model, optimizer, gradients, iter(micro_batches), step, position)
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -129,7 +130,7 @@ def local_bytes(model: Qwen35) -> int:
 def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float) -> StepRecord:
     """One optimizer step over this rank's micro-batches. Leaves every value on the device."""
     t, loss_cfg, device = run.settings.training, run.settings.model.loss_cfg, run.device
-    share = 1 / (len(batches) * dist.get_world_size())
+    share = 1 / (len(batches) * run.meshes.data_size)
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
     mtp = run.settings.model.mtp_num_layers
     aheads = [look_ahead(batch, loss_cfg.loss_type) if mtp else None for batch in batches]

@@ -20,13 +20,14 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import SUMS
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import make_mesh, shard
+from qwen35.parallel import make_meshes, shard
 from qwen35.settings import (
     BasicParameters,
     DatasetParam,
     DataSettings,
     LossCfg,
     ModelSettings,
+    ParallelSettings,
     Settings,
     TrainingSettings,
 )
@@ -332,7 +333,7 @@ def test_it_is_a_unit_of_its_own(alone):
     """Gathered for its own forward and backward, not for the whole step."""
     with torch.device("meta"):
         model = Qwen35(load_config(config_dict()), mtp=True)
-    shard(model, make_mesh("cpu", None), torch.float32)
+    shard(model, make_meshes("cpu", ParallelSettings()), torch.float32)
     assert isinstance(model.mtp, FSDPModule)
     replicated = [n for n, p in model.mtp.named_parameters() if not isinstance(p, DTensor)]
     assert replicated == ["layers.0.mlp.gate.weight"]
@@ -376,8 +377,8 @@ def test_a_step_by_the_formula(alone, kind):
     (wanted["loss"] + FACTOR * wanted["mtp_loss"] + AUX * wanted["aux_loss"]).backward()
     norm = torch.stack([p.grad.norm() for p in ours.parameters()]).norm()
     ours.zero_grad()
-    group = dist.group.WORLD
-    run = Run(settings, HOST, ours, make_optimizer(ours, t), GradientNorm(ours, group), iter([]), 0, {})
+    group, meshes = dist.group.WORLD, make_meshes("cpu", ParallelSettings())
+    run = Run(settings, HOST, meshes, ours, make_optimizer(ours, t), GradientNorm(ours, group), iter([]), 0, {})
     record = train_step(run, [derive(batch, ours.config.vision_spec) for batch in batches], 0.0, 0.0)
     found = dict(zip(SUMS, record.sums.tolist(), strict=True))
     for name, value in wanted.items():

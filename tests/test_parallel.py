@@ -16,8 +16,8 @@ from qwen35.launch import leave
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import make_mesh, reduce_held_out, shard
-from qwen35.settings import TrainingSettings
+from qwen35.parallel import make_meshes, reduce_held_out, shard
+from qwen35.settings import ParallelSettings, TrainingSettings
 from qwen35.trainable import freeze
 
 STEPS = 3
@@ -49,11 +49,11 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
     device = init_process()
     config = config_dict(**case.get("config", {}))
     whole = Qwen35.from_config(config, seed=1)
-    mesh = make_mesh(device.type, case.get("shard_size"))
+    meshes = make_meshes(device.type, ParallelSettings(**case.get("parallel", {})))
     with torch.device("meta"):
         model = Qwen35(load_config(config))
     freeze(model, case.get("freeze", []))
-    shard(model, mesh, torch.float32)
+    shard(model, meshes, torch.float32)
     model.to_empty(device=device)
     with torch.no_grad():
         for p, q in zip(model.parameters(), whole.parameters(), strict=True):
@@ -64,7 +64,7 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
     model.model.language_model.recompute = case.get("recompute", False)
     t = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
     optimizer = make_optimizer(model, t)
-    norm = GradientNorm(model, mesh["shard"].get_group())
+    norm = GradientNorm(model, meshes.weights["shard"].get_group())
     mine = BATCHES[rank::world]
     losses, gradients, norms = [], {}, []
     for step in range(STEPS):
@@ -99,7 +99,7 @@ def run(tmp_path: Path, world: int, **case) -> dict:
 
 CASES = {
     "sharded": {},
-    "replicated": {"shard_size": 1},
+    "replicated": {"parallel": {"fully_shard_parallel_size": 1}},
     "recompute": {"recompute": True},
     "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
     "dense, tied": {"config": {"moe": False, "tied": True}},
@@ -112,7 +112,7 @@ def test_two_processes_equal_one(tmp_path, case):
 
 
 def test_two_replicas_of_two_shards_equal_one(tmp_path):
-    check({}, run(tmp_path, 1), run(tmp_path, 4, shard_size=2))
+    check({}, run(tmp_path, 1), run(tmp_path, 4, parallel={"fully_shard_parallel_size": 2}))
 
 
 def check(case: dict, one: dict, two: dict) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Kernels
+from kernels.kept import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linears_of
 from qwen35.model.norm import RMSNorm, RMSNormGated
@@ -20,7 +21,15 @@ class DeltaNetCore(nn.Module):
         self.split = [keys, keys, config.linear_num_value_heads * self.v_dim]
         self.conv, self.delta_rule = kernels.causal_conv1d, kernels.chunk_gated_delta_rule
 
-    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        qkv: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        conv_weight: Tensor,
+        cu_seqlens: Tensor,
+        kept: Kept | None = None,
+    ) -> Tensor:
         """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
         return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens)
 
@@ -55,11 +64,11 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value, hidden, bias=False)
         self.core = DeltaNetCore(config, kernels)
 
-    def forward(self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, kept: Kept | None = None) -> Tensor:
         """x [T, H], not yet normed -> [T, H]"""
         qkv, z, b, a = norm.into(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         beta = b.float().sigmoid()  # [T, Hv]
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
-        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens)  # [T, Hv, Dv]
+        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, kept)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
         return linears_of(None, [self.out_proj.weight], out.flatten(1))[0]

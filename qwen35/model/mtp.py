@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
+from kernels.kept import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
@@ -22,9 +23,15 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
-        self, hidden: Tensor, next_embedding: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor
+        self,
+        hidden: Tensor,
+        next_embedding: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        counted: Tensor,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """hidden [T, H] of position t, next_embedding [T, H] of token t+1 -> hidden [T, H] that predicts token t+2, stats"""
         both = [self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)]
-        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted)
+        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted, kept)
         return self.norm(x), stats

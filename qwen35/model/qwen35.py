@@ -1,6 +1,7 @@
 """Qwen3.5, dense and mixture-of-experts, assembled. Parameter names and layouts are the checkpoint's own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
+from kernels.kept import Kept
 from qwen35.batch import Ahead, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config
@@ -38,16 +40,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.is_attention, self.is_moe = kind == "full_attention", bool(config.num_experts)
 
-    def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor) -> tuple[Tensor, Stats]:
+    def forward(
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor, kept: Kept | None = None
+    ) -> tuple[Tensor, Stats]:
         """x [T, H] -> [T, H], router stats over the tokens that are `counted` [T] fp32, one or zero"""
-        norm = self.input_layernorm
-        x = x + (
-            self.self_attn(x, norm, rope, cu_seqlens) if self.is_attention else self.linear_attn(x, norm, cu_seqlens)
-        )
+        norm, of_core = self.input_layernorm, kept if kept and kept.outputs else None
+        if self.is_attention:
+            x = x + self.self_attn(x, norm, rope, cu_seqlens, of_core)
+        else:
+            x = x + self.linear_attn(x, norm, cu_seqlens, of_core)
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), []
-        y, stats = self.mlp(normed, counted)
+        y, stats = self.mlp(normed, counted, kept)
         return x + y, [stats]
 
 
@@ -58,7 +63,9 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, kind, kernels) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.recompute = False  # keep only each layer's input for backward
+        self.recompute: bool | str = (
+            False  # keep only each layer's input for backward; "selective": and what its core returns
+        )
 
     def rope(self, position_ids: Tensor) -> Rope:
         return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
@@ -69,13 +76,18 @@ class LanguageModel(nn.Module):
         stats: Stats = []
         counted = torch.ones(len(x), device=x.device) if batch.is_pad is None else (~batch.is_pad).float()
         for layer in self.layers:
-            inputs = x, rope, batch.cu_seqlens, counted
-            if self.recompute:  # nothing in a layer is random: the generators' states need not be kept
-                x, more = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, more = layer(*inputs)
+            x, more = self.run(layer, x, rope, batch.cu_seqlens, counted)
             stats += more
         return self.norm(x), stats
+
+    def run(self, layer: Callable[..., tuple[Tensor, Stats]], *inputs: Any) -> tuple[Tensor, Stats]:
+        """layer(*inputs, kept): as it is, or so that backward runs it again."""
+        if not self.recompute:
+            return layer(*inputs, None)
+        kept = Kept(outputs=self.recompute == "selective")
+        # nothing in a layer is random: the generators' states need not be kept
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
+        return again(layer, *inputs, kept)
 
 
 class Backbone(nn.Module):
@@ -171,13 +183,11 @@ class Qwen35(nn.Module):
         # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
         counted = (~(ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad)).float()
 
-        def run(hidden: Tensor, x: Tensor) -> tuple[Tensor, Stats]:
+        def layer(hidden: Tensor, x: Tensor, kept: Kept | None) -> tuple[Tensor, Stats]:
             following = torch.cat([x[1:], torch.zeros_like(x[:1])]).masked_fill(ahead.is_end[:, None], 0)
-            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted)
+            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, kept)
 
-        if text.recompute:
-            return checkpoint(run, hidden, x, use_reentrant=False, preserve_rng_state=False)
-        return run(hidden, x)
+        return text.run(layer, hidden, x)
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
         return (

@@ -1,5 +1,6 @@
 """Sharding from outside: takes a plain model, knows its module names, changes none of its code."""
 
-from qwen35.parallel.fsdp import make_mesh, reduce_held_out, shard
+from qwen35.parallel.fsdp import reduce_held_out, shard
+from qwen35.parallel.mesh import Meshes, make_meshes
 
-__all__ = ["make_mesh", "reduce_held_out", "shard"]
+__all__ = ["Meshes", "make_meshes", "reduce_held_out", "shard"]

@@ -9,37 +9,28 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from kernels.features import fsdp_has_sums
-from qwen35.config import SettingError
 from qwen35.model import Qwen35
+from qwen35.parallel.mesh import Meshes
 
 HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
-
-
-def make_mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
-    """[replicate, shard] over all ranks: `shard_size` ranks share one copy of the weights (default: all of them)."""
-    world = dist.get_world_size()
-    shard_size = shard_size or world
-    if world % shard_size:
-        raise SettingError(f"parallel.fully_shard_parallel_size {shard_size} does not divide the {world} processes")
-    return init_device_mesh(device_type, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def held_out(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.endswith(HELD_OUT)]
 
 
-def shard(model: Qwen35, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
 
     One unit a decoder layer and vision block, one for the rest of the vision tower, one for multi-token prediction where that
     is trained, one for the embedding, the final norm and the head. Gradients are summed over the ranks, not averaged: the
     loss carries the division.
     """
-    replicas = mesh["replicate"]
+    mesh, replicas = meshes.weights, meshes.weights["replicate"]
     unit = partial(
         fully_shard,
         mesh=mesh if replicas.size() > 1 and fsdp_has_sums() else mesh["shard"],

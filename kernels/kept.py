@@ -1,0 +1,40 @@
+"""What the first run of a layer hands to the second, where it is run again for backward (activation checkpointing)."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Kept:
+    """Results that are not computed twice: which expert-parallel rank gets how many rows (asking again would be a host
+    sync), and, with `outputs`, what attention and the delta rule return.
+
+    One object a layer and micro-batch, given to torch.utils.checkpoint as `context_fn=kept.contexts`. The second run asks
+    in the order of the first. Tensors must be given detached: they outlive the first run's graph.
+    """
+
+    def __init__(self, outputs: bool = False) -> None:
+        self.outputs = outputs
+        self._results: deque[Any] = deque()
+        self._is_second = False
+
+    def once(self, make: Callable[[], T]) -> T:
+        """make(), or in the second run what it gave in the first."""
+        if self._is_second:
+            return self._results.popleft()
+        result = make()
+        self._results.append(result)
+        return result
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of the first run, of the second."""
+        return nullcontext(), self._second()
+
+    @contextmanager
+    def _second(self) -> Iterator[None]:
+        self._is_second = True
+        yield
+        self._is_second = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
+from kernels.kept import Kept
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35
@@ -28,8 +29,17 @@ class CachedAttention(nn.Module):
         self.core, self.room = core, room
         self.keys: Tensor | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prepare: Prepare, *inputs: Tensor) -> Tensor:
-        """The prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then [S, …] -> [S, Hq, D]."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        prepare: Prepare,
+        *inputs: Tensor,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        """The prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then [S, …] -> [S, Hq, D]. Nothing runs twice here."""
         q, k = prepare(q, k, *inputs)
         if self.keys is None:
             self._fill(k, v, cu_seqlens)
@@ -64,7 +74,15 @@ class CachedDeltaNet(nn.Module):
         self.core = core
         self.state: Tensor | None = None
 
-    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        qkv: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        conv_weight: Tensor,
+        cu_seqlens: Tensor,
+        kept: Kept | None = None,
+    ) -> Tensor:
         """The prompts: qkv [T, C], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]. Then [S, …] -> [S, Hv, Dv]."""
         heads = self.core.heads
         if self.state is None:

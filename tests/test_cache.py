@@ -90,8 +90,8 @@ def test_the_cache_is_made_once(build, monkeypatch):
     model, seen = build(), []
     forward = CachedAttention.forward
 
-    def watched(self, *args):
-        out = forward(self, *args)
+    def watched(self, *args, **named):
+        out = forward(self, *args, **named)
         seen.append((self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape, self.keys.requires_grad))
         return out
 

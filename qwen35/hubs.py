@@ -76,7 +76,8 @@ class Hub:
         self.address, self.token, self.token_name = address.rstrip("/"), token, token_name
         parts = urlsplit(self.address)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise DownloadError(f"{address}: not the address of a hub, https://… alone")
+            named = f"{parts.hostname or ''} with more than a host" if "@" in address or parts.query else address
+            raise DownloadError(f"{named}: not the address of a hub, https://… alone")  # the more may be a secret
         if token is not None and not re.fullmatch(r"[!-~]+", token):
             raise DownloadError(f"{token_name}: a token is letters, digits and signs, without spaces")
         self.host = parts.netloc

@@ -245,6 +245,8 @@ def test_mistakes(hub, capsys, monkeypatch):
         assert end.value.code == 2 and err.count("\n") == 1, err
     monkeypatch.setenv("HF_ENDPOINT", "ftp://somewhere")
     assert run("hf") == 1 and "ftp://somewhere: not the address of a hub" in the_line(capsys)
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@somewhere?token=secret")
+    assert run("hf") == 1 and "secret" not in (line := the_line(capsys)) and "somewhere with more" in line
 
 
 def test_another_model_is_left_after_its_config(hub, original, capsys):

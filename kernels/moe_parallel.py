@@ -1,0 +1,299 @@
+"""The routed experts of moe.py where each of ep ranks owns E/ep of them: tokens travel, weights stay.
+
+Two ways, chosen by what they send. A rank's T tokens have K rows each, of which (ep-1)/ep belong elsewhere:
+- all-to-all, K*T*H*(ep-1)/ep each way: every row goes to its expert's rank and back;
+- all-gather, (ep-1)*T*H each way, less where ep < K: every rank sees all tokens, sums its own experts' share of each, and the
+  ep shares of a token are summed on the token's rank. The shares travel in x's dtype and are summed in fp32, which is why
+  this is an all-to-all of equal parts and an addition, not a reduce-scatter in bf16: that sends as much and rounds each sum.
+
+Before that, one small exchange of counts, and the one host sync of the layer: the ranks must know how much to expect. Both
+are spared where a layer is run again for backward (kernels/kept.py). Backward sends gradients the same two ways, and for each
+row a number: all-to-all its weight out, both ways the weight's gradient back. The rows that the experts saw are kept, not
+sent again; while the gradient of x is on its way back, those of the projections are computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import native
+from kernels.kept import Kept
+from kernels.moe import moe_experts, rows_backward, weight_of_row
+from kernels.native import working_dtype
+
+Sizes = Callable[[Tensor, int, int], list[list[list[int]]]]
+
+
+def read(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]]:
+    """The counts [2, ep, E/ep + 1], sent and received, on the host: waits for the device."""
+    return counts.tolist()
+
+
+def balanced(counts: Tensor, tokens: int, top_k: int, imbalance: float = 1.0) -> list[list[list[int]]]:
+    """In the place of `read`, where the counts cannot be read (fake tensors): each expert is chosen equally often.
+
+    With `imbalance`, this rank's experts by that factor more often.
+    """
+    _, ep, experts = counts.shape
+    experts -= 1
+    rows, total = tokens * top_k, ep * experts
+    bounds = [rows * i // total for i in range(total + 1)]
+    sent = [[bounds[i + 1] - bounds[i] for i in range(r * experts, (r + 1) * experts)] for r in range(ep)]
+    received = [[round(count * imbalance) for count in counts] for counts in sent]
+    return [[[*counts, tokens] for counts in both] for both in (sent, received)]
+
+
+def moe_experts_parallel(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    group: dist.ProcessGroup,
+    kept: Kept | None = None,
+    primitives: ModuleType = native,
+    sizes: Sizes = read,
+) -> Tensor:
+    """x [T, H], topk_ids [T, K] int over all E experts, topk_weights [T, K]: of this rank's tokens, T may differ by rank.
+
+    gate_up_proj [E/ep, 2I, H], down_proj [E/ep, H, I]: of experts rank*E/ep and on. Returns [T, H] in x's dtype; the sum over
+    K runs in fp32. The gradients of the projections are those of all ranks' tokens: already summed over the group.
+
+    A collective: every rank of `group` calls it, and its backward, in the same order, with the same inputs frozen. `kept`: of
+    a layer that is run again. `primitives`: as for moe_experts. `sizes`: what reads the counts on the host; a rehearsal on
+    fake tensors, where there is nothing to read, gives `balanced` (or a partial of it).
+    """
+    ep = dist.get_world_size(group)
+    if ep == 1:
+        return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
+    way = _Gathered if ep < topk_ids.shape[1] else _Exchanged
+    return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives, sizes)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """How many rows go where; lists are on the host, in the order of the group's ranks."""
+
+    sent: list[list[int]]  # [ep][E/ep]: rows of this rank's tokens, by their expert
+    received: list[list[int]]  # [ep][E/ep]: rows of each rank's tokens that are for this rank's experts
+    tokens: list[int]  # [ep]: of each rank
+    counts: Tensor  # `received` on the device, [ep, E/ep] int64
+
+
+def ask(chosen: Callable[[], Tensor], ids: Tensor, group: dist.ProcessGroup, kept: Kept | None, sizes: Sizes) -> Routes:
+    """The one exchange of counts and the one host sync of a layer. chosen() -> [E], how often this rank chose each expert."""
+
+    def make() -> Routes:
+        ep = dist.get_world_size(group)
+        tokens, top_k = ids.shape
+        sent = F.pad(chosen().view(ep, -1), (0, 1), value=tokens)  # [ep, E/ep + 1]
+        both = torch.stack([sent, torch.empty_like(sent)])
+        dist.all_to_all_single(both[1], both[0], group=group)
+        to, came = sizes(both, tokens, top_k)
+        return Routes(
+            [counts[:-1] for counts in to],
+            [counts[:-1] for counts in came],
+            [counts[-1] for counts in came],
+            both[1, :, :-1].contiguous(),
+        )
+
+    return make() if kept is None else kept.once(make)
+
+
+def regroup(counts: Tensor, total: int) -> Tensor:
+    """counts [A, B] of parts laid out by a, inside by b -> the index [total] that lays them out by b, inside by a."""
+    starts = counts.flatten().cumsum(0).view_as(counts) - counts
+    lengths = counts.T.flatten()
+    ends = lengths.cumsum(0)
+    shift = starts.T.flatten() - (ends - lengths)
+    return torch.repeat_interleave(shift, lengths, output_size=total) + torch.arange(total, device=counts.device)
+
+
+class _Exchanged(torch.autograd.Function):
+    """All-to-all. Rows leave by expert, so by rank; they arrive by rank, inside by expert, and are laid out by expert."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        group: dist.ProcessGroup,
+        kept: Kept | None,
+        do: ModuleType,
+        sizes: Sizes,
+    ) -> Tensor:
+        ep, local = dist.get_world_size(group), len(gate_up_proj)
+        rows, place, ends = do.permute(x, ids, ep * local)
+        routes = ask(lambda: ends.diff(prepend=ends.new_zeros(1)), ids, group, kept, sizes)
+        exchange = _Exchange(routes, group)
+        ends = routes.counts.sum(0).cumsum(0)
+        rows = exchange.out(rows).wait()  # [N, H], by expert of this rank
+        gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
+        seen = rows if ctx.needs_input_grad[3] else None
+        del rows
+        out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
+        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
+        ctx.routes, ctx.group, ctx.do = routes, group, do
+        return do.unpermute(exchange.back(out).wait(), place, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        ids, weights, gate_up_proj, down_proj, rows, gate_up, place, ends = ctx.saved_tensors
+        need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
+        do, exchange = ctx.do, _Exchange(ctx.routes, ctx.group)
+        weight = exchange.out(weight_of_row(weights, place))
+        grad_out = exchange.out(do.sorted_rows(grad_y, ids, place)).wait()  # [N, H], not yet times the row's weight
+        dots, hidden, grad_gate_up = rows_backward(do, grad_out, gate_up, weight.wait(), down_proj, ends)
+        grad_x = grad_weights = grad_gate_up_proj = grad_down = None
+        if need_x:
+            x_coming = exchange.back(do.grouped_matmul(grad_gate_up, gate_up_proj, ends))
+        if need_weights:
+            weights_coming = exchange.back(dots)
+        if need_down:
+            grad_down = do.grouped_weight_grad(grad_out, hidden, ends)
+        if need_gate_up:
+            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
+        if need_x:
+            grad_x = do.permute_backward(x_coming.wait(), place, ids.shape[1])
+        if need_weights:
+            grad_weights = weights_coming.wait().index_select(0, place).view_as(weights)
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """What is on its way: `sent` must live until it has arrived; then it is laid out in `order`, if there is one."""
+
+    sent: Tensor
+    received: Tensor
+    work: dist.Work
+    order: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.received if self.order is None else self.received.index_select(0, self.order)
+
+
+class _Exchange:
+    """Rows to their experts' ranks and back."""
+
+    def __init__(self, routes: Routes, group: dist.ProcessGroup) -> None:
+        self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
+        self.group = group
+        total = sum(self.from_ranks)
+        self.by_expert, self.by_rank = regroup(routes.counts, total), regroup(routes.counts.T, total)
+
+    def out(self, rows: Tensor) -> _Coming:
+        """rows [T*K, …] by expert of all -> [N, …] by expert of this rank"""
+        return self._send(rows, self.to_ranks, self.from_ranks, self.by_expert)
+
+    def back(self, rows: Tensor) -> _Coming:
+        """[N, …] -> [T*K, …], the opposite way"""
+        return self._send(rows.index_select(0, self.by_rank), self.from_ranks, self.to_ranks)
+
+    def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> _Coming:
+        received = rows.new_empty(sum(come), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows, come, to, group=self.group, async_op=True)
+        return _Coming(rows, received, work, order)
+
+
+class _Gathered(torch.autograd.Function):
+    """All-gather. Each rank lays out the rows of its own experts from all ranks' tokens; the slots of others get no rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        group: dist.ProcessGroup,
+        kept: Kept | None,
+        do: ModuleType,
+        sizes: Sizes,
+    ) -> Tensor:
+        ep, local = dist.get_world_size(group), len(gate_up_proj)
+        routes = ask(lambda: do.histogram(ids, ep * local), ids, group, kept, sizes)
+        most, total = max(routes.tokens), sum(map(sum, routes.received))
+        wide = working_dtype(weights)
+        choice = torch.cat([ids.to(wide), weights.to(wide)], 1)  # numbers of experts are far below 2^24: exact
+        choices = _gather(choice, most, group, ep * local).wait().view(-1, 2, ids.shape[1])
+        all_x = _gather(x, most, group)
+        # this rank's experts get the numbers 0 to E/ep - 1, others and the padding higher ones
+        chosen = choices[:, 0].to(ids.dtype)
+        all_ids = torch.where(chosen < ep * local, (chosen - local * dist.get_rank(group)) % (ep * local), chosen)
+        rows, place, ends = do.permute(all_x.wait(), all_ids, local, total)
+        gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
+        del rows
+        out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
+        all_weights = choices[:, 1].to(weights.dtype)
+        shares = _shares(do, out, place, all_weights)
+        seen = all_x.received if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
+        ctx.group, ctx.do, ctx.total, ctx.tokens = group, do, total, len(x)
+        return _added(do, _scatter(shares, group).wait(), ep)[: len(x)]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        ids, weights, gate_up_proj, down_proj, x, gate_up, place, ends = ctx.saved_tensors
+        need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
+        do, group, total, ep = ctx.do, ctx.group, ctx.total, dist.get_world_size(ctx.group)
+        grad_y = _gather(grad_y, len(ids) // ep, group).wait()
+        grad_out = do.sorted_rows(grad_y, ids, place, count=total)
+        weight = weight_of_row(weights, place)[:total]
+        dots, hidden, grad_gate_up = rows_backward(do, grad_out, gate_up, weight, down_proj, ends)
+        grad_x = grad_weights = grad_gate_up_proj = grad_down = None
+        if need_x:
+            grad_rows = do.grouped_matmul(grad_gate_up, gate_up_proj, ends)
+            coming = _scatter(_shares(do, grad_rows, place, torch.ones_like(weights)), group)
+            del grad_rows
+        if need_weights:  # of the ep shares of a slot all but one are zero
+            mine = F.pad(dots, (0, 1)).index_select(0, place.clamp(max=total)).view_as(weights)
+            grad_weights = _scatter(mine, group).wait().view(ep, -1, weights.shape[1]).sum(0)[: ctx.tokens]
+        if need_down:
+            grad_down = do.grouped_weight_grad(grad_out, hidden, ends)
+        if need_gate_up:
+            rows = do.sorted_rows(x, ids, place, grad_out, total)
+            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
+        if need_x:
+            grad_x = _added(do, coming.wait(), ep)[: ctx.tokens]
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None
+
+
+def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) -> _Coming:
+    """x [T, A] of each rank -> [ep * most, A], the shorter ones filled up"""
+    if len(x) < most:
+        x = F.pad(x, (0, 0, 0, most - len(x)), value=padding)
+    x = x.contiguous()
+    received = x.new_empty(dist.get_world_size(group) * most, *x.shape[1:])
+    return _Coming(x, received, dist.all_gather_into_tensor(received, x, group=group, async_op=True))
+
+
+def _scatter(shares: Tensor, group: dist.ProcessGroup) -> _Coming:
+    """shares [ep * most, A] of each rank's tokens -> [ep * most, A], each rank's share of this one's"""
+    received = torch.empty_like(shares)
+    return _Coming(shares, received, dist.all_to_all_single(received, shares, group=group, async_op=True))
+
+
+def _shares(do: ModuleType, rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    """rows [N, H], weights [ep * most, K] -> [ep * most, H]: of each token the weighted sum of those rows that are here"""
+    if not len(rows):
+        return rows.new_zeros(len(weights), rows.shape[1])
+    is_here = (place < len(rows)).view_as(weights)
+    return do.unpermute(rows, place.clamp(max=len(rows) - 1), weights * is_here)
+
+
+def _added(do: ModuleType, shares: Tensor, ep: int) -> Tensor:
+    """shares [ep * most, H] by rank -> [most, H], summed as the K rows of a token are"""
+    place = torch.arange(len(shares), device=shares.device, dtype=torch.int32).view(ep, -1).T
+    return do.permute_backward(shares, place.flatten(), ep)

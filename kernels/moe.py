@@ -48,9 +48,9 @@ class _Experts(torch.autograd.Function):
         need_x, _, _, need_gate_up, need_down, _ = ctx.needs_input_grad
         do = ctx.do
         grad_out = do.sorted_rows(grad_y, ids, place)  # [T*K, H], not yet times the row's weight
-        dots, hidden, grad_gate_up = rows_backward(
-            do, grad_out, gate_up, weight_of_row(weights, place), down_proj, ends
-        )
+        grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
+        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight_of_row(weights, place))
+        del grad_hidden
         grad_weights = dots.index_select(0, place).view_as(weights)
         grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
         del hidden
@@ -70,14 +70,13 @@ def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
     return torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
 
 
-def rows_backward(
-    do: ModuleType, grad_out: Tensor, gate_up: Tensor, weight: Tensor, down_proj: Tensor, ends: Tensor
+def hidden_backward(
+    do: ModuleType, grad_hidden: Tensor, gate_up: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through down and swiglu: grad_out [N, H] before the row's weight [N, 1], gate_up [N, 2I], by expert.
+    """Back through swiglu: grad_hidden [N, I] before the row's weight [N, 1] and changed in place, gate_up [N, 2I].
 
     -> the gradients of the rows' weights [N]; hidden [N, I], times the weight; the gradient of gate_up [N, 2I].
     """
     hidden = do.swiglu(gate_up)
-    grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
     dots = do.weigh(hidden, grad_hidden, weight)
     return dots, hidden, do.swiglu_backward(grad_hidden, gate_up)

@@ -14,6 +14,7 @@ sent again; while the gradient of x is on its way back, those of the projections
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from kernels import native
 from kernels.kept import Kept
-from kernels.moe import moe_experts, rows_backward, weight_of_row
+from kernels.moe import hidden_backward, moe_experts, weight_of_row
 from kernels.native import working_dtype
 
 Sizes = Callable[[Tensor, int, int], list[list[list[int]]]]
@@ -59,6 +60,7 @@ def moe_experts_parallel(
     kept: Kept | None = None,
     primitives: ModuleType = native,
     sizes: Sizes = read,
+    exchange: "type[Exchange] | None" = None,
 ) -> Tensor:
     """x [T, H], topk_ids [T, K] int over all E experts, topk_weights [T, K]: of this rank's tokens, T may differ by rank.
 
@@ -67,13 +69,15 @@ def moe_experts_parallel(
 
     A collective: every rank of `group` calls it, and its backward, in the same order, with the same inputs frozen. `kept`: of
     a layer that is run again. `primitives`: as for moe_experts. `sizes`: what reads the counts on the host; a rehearsal on
-    fake tensors, where there is nothing to read, gives `balanced` (or a partial of it).
+    fake tensors, where there is nothing to read, gives `balanced` (or a partial of it). `exchange`: what to exchange with, all
+    to all whatever ep is; if not given, the plain one, where that sends less.
     """
     ep = dist.get_world_size(group)
     if ep == 1:
         return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
-    way = _Gathered if ep < topk_ids.shape[1] else _Exchanged
-    return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives, sizes)
+    way = _Gathered if exchange is None and ep < topk_ids.shape[1] else _Exchanged
+    kind = exchange or Exchange
+    return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives, sizes, kind)
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,75 @@ def ask(chosen: Callable[[], Tensor], ids: Tensor, group: dist.ProcessGroup, kep
 
 
 def regroup(counts: Tensor, total: int) -> Tensor:
-    """counts [A, B] of parts laid out by a, inside by b -> the index [total] that lays them out by b, inside by a."""
-    starts = counts.flatten().cumsum(0).view_as(counts) - counts
+    """counts [A, B] of parts laid out by a, inside by b -> the index [total] int32 that lays them out by b, inside by a.
+
+    It counts up by one inside a part, and jumps from one to the next. (repeat_interleave would say it in a line, and on some
+    releases of torch_npu wait for the device.)
+    """
     lengths = counts.T.flatten()
-    ends = lengths.cumsum(0)
-    shift = starts.T.flatten() - (ends - lengths)
-    return torch.repeat_interleave(shift, lengths, output_size=total) + torch.arange(total, device=counts.device)
+    ends = counts.flatten().cumsum(0).view_as(counts).T.flatten()  # of each part where it lies now
+    jumps = ends - lengths - F.pad(ends[:-1], (1, 0), value=1)
+    steps = torch.ones(total + 1, dtype=torch.int32, device=counts.device)  # an empty part may start at the very end
+    steps.index_add_(0, lengths.cumsum(0) - lengths, jumps.to(torch.int32))
+    return steps[:total].cumsum(0, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Coming:
+    """What is on its way: `sent` must live until it has arrived; then it is laid out in `order`, if there is one."""
+
+    sent: Tensor
+    received: Tensor
+    work: dist.Work
+    order: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.received if self.order is None else self.received.index_select(0, self.order)
+
+
+class Exchange:
+    """Rows to their experts' ranks and back. At home they lie by expert, so by rank; there by expert of that rank."""
+
+    def __init__(self, routes: Routes, group: dist.ProcessGroup, primitives: ModuleType) -> None:
+        self.routes, self.group, self.do = routes, group, primitives
+        self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
+        self.total = sum(self.from_ranks)
+        self.ends = routes.counts.sum(0).cumsum(0)  # [E/ep] of the rows here
+
+    @cached_property
+    def by_expert(self) -> Tensor:
+        return regroup(self.routes.counts, self.total)
+
+    @cached_property
+    def by_rank(self) -> Tensor:
+        return regroup(self.routes.counts.T, self.total)
+
+    def out(self, rows: Tensor) -> Coming:
+        """rows [T*K, …] -> [N, …]"""
+        return self._send(rows, self.to_ranks, self.from_ranks, self.by_expert)
+
+    def back(self, rows: Tensor) -> Coming:
+        """[N, …] -> [T*K, …], the opposite way"""
+        return self._send(rows.index_select(0, self.by_rank), self.from_ranks, self.to_ranks)
+
+    def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> Coming:
+        received = rows.new_empty(sum(come), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows, come, to, group=self.group, async_op=True)
+        return Coming(rows, received, work, order)
+
+    def out_and_matmul(self, rows: Tensor, weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+        """rows [T*K, A], weight [E/ep, A, B], or [E/ep, B, A] transposed -> the rows [N, A] that came, their products [N, B]"""
+        came = self.out(rows).wait()
+        return came, self.do.grouped_matmul(came, weight.mT if transposed else weight, self.ends)
+
+    def matmul_and_back(self, rows: Tensor, weight: Tensor, transposed: bool) -> Callable[[], Tensor]:
+        """rows [N, A], weight as above -> what waits for the products [T*K, B] to be home"""
+        return self.back(self.do.grouped_matmul(rows, weight.mT if transposed else weight, self.ends)).wait
 
 
 class _Exchanged(torch.autograd.Function):
-    """All-to-all. Rows leave by expert, so by rank; they arrive by rank, inside by expert, and are laid out by expert."""
+    """All-to-all."""
 
     @staticmethod
     def forward(
@@ -130,80 +193,44 @@ class _Exchanged(torch.autograd.Function):
         kept: Kept | None,
         do: ModuleType,
         sizes: Sizes,
+        kind: type[Exchange],
     ) -> Tensor:
-        ep, local = dist.get_world_size(group), len(gate_up_proj)
-        rows, place, ends = do.permute(x, ids, ep * local)
+        rows, place, ends = do.permute(x, ids, dist.get_world_size(group) * len(gate_up_proj))
         routes = ask(lambda: ends.diff(prepend=ends.new_zeros(1)), ids, group, kept, sizes)
-        exchange = _Exchange(routes, group)
-        ends = routes.counts.sum(0).cumsum(0)
-        rows = exchange.out(rows).wait()  # [N, H], by expert of this rank
-        gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
+        exchange = kind(routes, group, do)
+        rows, gate_up = exchange.out_and_matmul(rows, gate_up_proj, True)  # [N, H], [N, 2I]
         seen = rows if ctx.needs_input_grad[3] else None
         del rows
-        out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
-        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
-        ctx.routes, ctx.group, ctx.do = routes, group, do
-        return do.unpermute(exchange.back(out).wait(), place, weights)
+        out = exchange.matmul_and_back(do.swiglu(gate_up), down_proj, True)()  # [T*K, H]
+        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place)
+        ctx.parts = routes, group, do, kind
+        return do.unpermute(out, place, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weights, gate_up_proj, down_proj, rows, gate_up, place, ends = ctx.saved_tensors
+        ids, weights, gate_up_proj, down_proj, rows, gate_up, place = ctx.saved_tensors
         need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
-        do, exchange = ctx.do, _Exchange(ctx.routes, ctx.group)
+        routes, group, do, kind = ctx.parts
+        exchange = kind(routes, group, do)
         weight = exchange.out(weight_of_row(weights, place))
-        grad_out = exchange.out(do.sorted_rows(grad_y, ids, place)).wait()  # [N, H], not yet times the row's weight
-        dots, hidden, grad_gate_up = rows_backward(do, grad_out, gate_up, weight.wait(), down_proj, ends)
+        # not yet times the row's weight: [N, H], [N, I]
+        grad_out, grad_hidden = exchange.out_and_matmul(do.sorted_rows(grad_y, ids, place), down_proj, False)
+        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight.wait())
+        del grad_hidden
         grad_x = grad_weights = grad_gate_up_proj = grad_down = None
         if need_x:
-            x_coming = exchange.back(do.grouped_matmul(grad_gate_up, gate_up_proj, ends))
+            rows_home = exchange.matmul_and_back(grad_gate_up, gate_up_proj, False)
         if need_weights:
-            weights_coming = exchange.back(dots)
+            dots_home = exchange.back(dots)
         if need_down:
-            grad_down = do.grouped_weight_grad(grad_out, hidden, ends)
+            grad_down = do.grouped_weight_grad(grad_out, hidden, exchange.ends)
         if need_gate_up:
-            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
+            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, exchange.ends)
         if need_x:
-            grad_x = do.permute_backward(x_coming.wait(), place, ids.shape[1])
+            grad_x = do.permute_backward(rows_home(), place, ids.shape[1])
         if need_weights:
-            grad_weights = weights_coming.wait().index_select(0, place).view_as(weights)
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None
-
-
-@dataclass(frozen=True)
-class _Coming:
-    """What is on its way: `sent` must live until it has arrived; then it is laid out in `order`, if there is one."""
-
-    sent: Tensor
-    received: Tensor
-    work: dist.Work
-    order: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.received if self.order is None else self.received.index_select(0, self.order)
-
-
-class _Exchange:
-    """Rows to their experts' ranks and back."""
-
-    def __init__(self, routes: Routes, group: dist.ProcessGroup) -> None:
-        self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
-        self.group = group
-        total = sum(self.from_ranks)
-        self.by_expert, self.by_rank = regroup(routes.counts, total), regroup(routes.counts.T, total)
-
-    def out(self, rows: Tensor) -> _Coming:
-        """rows [T*K, …] by expert of all -> [N, …] by expert of this rank"""
-        return self._send(rows, self.to_ranks, self.from_ranks, self.by_expert)
-
-    def back(self, rows: Tensor) -> _Coming:
-        """[N, …] -> [T*K, …], the opposite way"""
-        return self._send(rows.index_select(0, self.by_rank), self.from_ranks, self.to_ranks)
-
-    def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> _Coming:
-        received = rows.new_empty(sum(come), *rows.shape[1:])
-        work = dist.all_to_all_single(received, rows, come, to, group=self.group, async_op=True)
-        return _Coming(rows, received, work, order)
+            grad_weights = dots_home.wait().index_select(0, place).view_as(weights)
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None, None
 
 
 class _Gathered(torch.autograd.Function):
@@ -221,6 +248,7 @@ class _Gathered(torch.autograd.Function):
         kept: Kept | None,
         do: ModuleType,
         sizes: Sizes,
+        kind: type[Exchange],
     ) -> Tensor:
         ep, local = dist.get_world_size(group), len(gate_up_proj)
         routes = ask(lambda: do.histogram(ids, ep * local), ids, group, kept, sizes)
@@ -237,7 +265,7 @@ class _Gathered(torch.autograd.Function):
         del rows
         out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
         all_weights = choices[:, 1].to(weights.dtype)
-        shares = _shares(do, out, place, all_weights)
+        shares = do.unpermute(out, place, all_weights)  # [ep * most, H], of each token what is due to the rows here
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
         ctx.group, ctx.do, ctx.total, ctx.tokens = group, do, total, len(x)
@@ -251,11 +279,13 @@ class _Gathered(torch.autograd.Function):
         grad_y = _gather(grad_y, len(ids) // ep, group).wait()
         grad_out = do.sorted_rows(grad_y, ids, place, count=total)
         weight = weight_of_row(weights, place)[:total]
-        dots, hidden, grad_gate_up = rows_backward(do, grad_out, gate_up, weight, down_proj, ends)
+        grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
+        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight)
+        del grad_hidden
         grad_x = grad_weights = grad_gate_up_proj = grad_down = None
         if need_x:
             grad_rows = do.grouped_matmul(grad_gate_up, gate_up_proj, ends)
-            coming = _scatter(_shares(do, grad_rows, place, torch.ones_like(weights)), group)
+            coming = _scatter(do.unpermute(grad_rows, place, torch.ones_like(weights)), group)
             del grad_rows
         if need_weights:  # of the ep shares of a slot all but one are zero
             mine = F.pad(dots, (0, 1)).index_select(0, place.clamp(max=total)).view_as(weights)
@@ -267,30 +297,22 @@ class _Gathered(torch.autograd.Function):
             grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
         if need_x:
             grad_x = _added(do, coming.wait(), ep)[: ctx.tokens]
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None, None
 
 
-def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) -> _Coming:
+def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) -> Coming:
     """x [T, A] of each rank -> [ep * most, A], the shorter ones filled up"""
     if len(x) < most:
         x = F.pad(x, (0, 0, 0, most - len(x)), value=padding)
     x = x.contiguous()
     received = x.new_empty(dist.get_world_size(group) * most, *x.shape[1:])
-    return _Coming(x, received, dist.all_gather_into_tensor(received, x, group=group, async_op=True))
+    return Coming(x, received, dist.all_gather_into_tensor(received, x, group=group, async_op=True))
 
 
-def _scatter(shares: Tensor, group: dist.ProcessGroup) -> _Coming:
+def _scatter(shares: Tensor, group: dist.ProcessGroup) -> Coming:
     """shares [ep * most, A] of each rank's tokens -> [ep * most, A], each rank's share of this one's"""
     received = torch.empty_like(shares)
-    return _Coming(shares, received, dist.all_to_all_single(received, shares, group=group, async_op=True))
-
-
-def _shares(do: ModuleType, rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [N, H], weights [ep * most, K] -> [ep * most, H]: of each token the weighted sum of those rows that are here"""
-    if not len(rows):
-        return rows.new_zeros(len(weights), rows.shape[1])
-    is_here = (place < len(rows)).view_as(weights)
-    return do.unpermute(rows, place.clamp(max=len(rows) - 1), weights * is_here)
+    return Coming(shares, received, dist.all_to_all_single(received, shares, group=group, async_op=True))
 
 
 def _added(do: ModuleType, shares: Tensor, ep: int) -> Tensor:

@@ -80,7 +80,14 @@ def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 
 
 def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32."""
+    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32.
+
+    With fewer rows, the slots whose place is past the last one count for nothing.
+    """
+    if len(rows) < len(place):
+        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
+        rows = rows if len(rows) else rows.new_zeros(1, rows.shape[1])
+        place = place.clamp(max=len(rows) - 1)
     tokens, top_k = weights.shape
     wide = working_dtype(rows)
     y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)

@@ -59,8 +59,16 @@ def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 
 
 def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row."""
-    return npu.npu_moe_token_unpermute(rows, place, weights) if place.numel() else rows
+    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row.
+
+    With fewer rows, the slots whose place is past the last one count for nothing: the operator's kernel in CANN's
+    ops-transformer skips them (its documentation speaks of T*K rows alone), and their weights are set to zero besides.
+    """
+    if not len(rows):
+        return rows.new_zeros(len(weights), rows.shape[1])
+    if len(rows) < len(place):
+        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
+    return npu.npu_moe_token_unpermute(rows, place, weights)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

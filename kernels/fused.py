@@ -10,13 +10,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from kernels import attention, moe, npu
+from kernels import attention, moe, moe_parallel, npu
 from kernels.cross_entropy import chunks
+from kernels.kept import Kept
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     return moe.moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives=npu)
+
+
+def moe_experts_parallel(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    group: ProcessGroup,
+    kept: Kept | None = None,
+    sizes: moe_parallel.Sizes = moe_parallel.read,
+) -> Tensor:
+    return moe_parallel.moe_experts_parallel(
+        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives=npu, sizes=sizes
+    )
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -48,18 +48,35 @@ class _Experts(torch.autograd.Function):
         need_x, _, _, need_gate_up, need_down, _ = ctx.needs_input_grad
         do = ctx.do
         grad_out = do.sorted_rows(grad_y, ids, place)  # [T*K, H], not yet times the row's weight
-        hidden = do.swiglu(gate_up)  # [T*K, I]
         grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
-        of_row = torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
-        grad_weights = do.weigh(hidden, grad_hidden, of_row).index_select(0, place).view_as(weights)
+        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight_of_row(weights, place))
+        del grad_hidden
+        grad_weights = dots.index_select(0, place).view_as(weights)
         grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
-        grad_gate_up = do.swiglu_backward(grad_hidden, gate_up)
-        del hidden, grad_hidden
+        del hidden
         grad_x = grad_gate_up_proj = None
         if need_gate_up:
             rows = do.sorted_rows(x, ids, place, grad_out)
             grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
+            del rows
         del grad_out
         if need_x:
             grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, ids.shape[1])
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
+
+
+def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
+    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows."""
+    return torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
+
+
+def hidden_backward(
+    do: ModuleType, grad_hidden: Tensor, gate_up: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through swiglu: grad_hidden [N, I] before the row's weight [N, 1] and changed in place, gate_up [N, 2I].
+
+    -> the gradients of the rows' weights [N]; hidden [N, I], times the weight; the gradient of gate_up [N, 2I].
+    """
+    hidden = do.swiglu(gate_up)
+    dots = do.weigh(hidden, grad_hidden, weight)
+    return dots, hidden, do.swiglu_backward(grad_hidden, gate_up)

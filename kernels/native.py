@@ -32,23 +32,33 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 # -- experts ------------------------------------------------------------------------------------------------------------
 
 
-def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32, ends [E] int64.
 
-    Slot t*K+k went to row place[t*K+k]; the rows of expert e end before row ends[e].
+    Slot t*K+k went to row place[t*K+k]; the rows of expert e end before row ends[e]. With `count`, only as many rows: the
+    slots of ids >= E, which come last, have places and no rows.
     """
     ids, order = topk_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)
     slots = torch.arange(len(order), device=order.device, dtype=torch.int32)
     place = torch.empty_like(slots).scatter_(0, order, slots)
-    return x.index_select(0, order // topk_ids.shape[1]), place, ends
+    return x.index_select(0, order[:count] // topk_ids.shape[1]), place, ends
 
 
-def sorted_rows(x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None) -> Tensor:
+def histogram(topk_ids: Tensor, experts: int) -> Tensor:
+    """topk_ids [T, K] -> [E] int64, how often each expert was chosen."""
+    ids = topk_ids.flatten().sort().values
+    ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)
+    return ends.diff(prepend=ends.new_zeros(1))
+
+
+def sorted_rows(
+    x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None, count: int | None = None
+) -> Tensor:
     """The rows of permute again, from what it returned; written into `out` [T*K, H] if that is given."""
     slots = torch.arange(len(place), device=place.device)
     token = torch.empty_like(slots).scatter_(0, place.long(), slots // topk_ids.shape[1])
-    return torch.index_select(x, 0, token, out=out)
+    return torch.index_select(x, 0, token[:count], out=out)
 
 
 def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
@@ -70,7 +80,14 @@ def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 
 
 def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32."""
+    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32.
+
+    With fewer rows, the slots whose place is past the last one count for nothing.
+    """
+    if len(rows) < len(place):
+        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
+        rows = rows if len(rows) else rows.new_zeros(1, rows.shape[1])
+        place = place.clamp(max=len(rows) - 1)
     tokens, top_k = weights.shape
     wide = working_dtype(rows)
     y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)

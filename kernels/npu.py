@@ -15,18 +15,30 @@ CAUSAL_BLOCK = 2048  # side of the one mask that stands for every causal mask in
 # ── Mixture of experts: rows are (token, choice) pairs, slot t * K + k, in the order of their experts ──────────────────
 
 
-def permute(x: Tensor, topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32 (slot -> row), ends [E] int64 of the groups."""
+def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32 (slot -> row), ends [E] int64 of the groups.
+
+    With `count`, only as many rows: the slots of ids >= E, which come last, have places and no rows.
+    """
+    if not topk_ids.numel() or count == 0:  # to the operator, 0 means all
+        place = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
+        return x[:0], place, topk_ids.new_zeros(experts, dtype=torch.int64)
+    rows, place = npu.npu_moe_token_permute(x, topk_ids, count)
+    return rows, place, histogram(topk_ids, experts).cumsum(0)
+
+
+def histogram(topk_ids: Tensor, experts: int) -> Tensor:
+    """topk_ids [T, K] -> [E] int64, how often each expert was chosen; ids >= E are nobody's."""
     if not topk_ids.numel():
-        return x[:0], topk_ids.new_empty(0, dtype=torch.int32), topk_ids.new_zeros(experts, dtype=torch.int64)
-    rows, place = npu.npu_moe_token_permute(x, topk_ids)
-    counts = torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5)  # integers below 2^24: exact
-    return rows, place, counts.cumsum(0, dtype=torch.int64)
+        return topk_ids.new_zeros(experts, dtype=torch.int64)
+    return torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5).long()  # integers below 2^24: exact
 
 
-def sorted_rows(x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None) -> Tensor:
+def sorted_rows(
+    x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None, count: int | None = None
+) -> Tensor:
     """The rows of permute again. The operator sorts anew, and writes where it likes: `place` and `out` serve other devices."""
-    return npu.npu_moe_token_permute(x, topk_ids)[0] if topk_ids.numel() else x[:0]
+    return npu.npu_moe_token_permute(x, topk_ids, count)[0] if topk_ids.numel() and count != 0 else x[:0]
 
 
 def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
@@ -47,8 +59,16 @@ def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
 
 
 def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row."""
-    return npu.npu_moe_token_unpermute(rows, place, weights) if place.numel() else rows
+    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row.
+
+    With fewer rows, the slots whose place is past the last one count for nothing: the operator's kernel in CANN's
+    ops-transformer skips them (its documentation speaks of T*K rows alone), and their weights are set to zero besides.
+    """
+    if not len(rows):
+        return rows.new_zeros(len(weights), rows.shape[1])
+    if len(rows) < len(place):
+        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
+    return npu.npu_moe_token_unpermute(rows, place, weights)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

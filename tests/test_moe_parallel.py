@@ -1,0 +1,261 @@
+"""Experts spread over real processes: outputs and all gradients are those of one process that has all tokens and experts.
+
+One group of four processes runs every case and leaves what it found; the tests read that.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_parallel import free_port
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels import moe_parallel, reference
+from kernels.kept import Kept
+
+INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
+E, H, INNER = 8, 16, 24
+SPREAD, ONE_RANK, IDLE = "all experts", "the experts of one rank", "every third expert"
+# ep, top_k; with fewer ranks than choices tokens are gathered
+WAYS = {"all-to-all, 4": (4, 2), "all-to-all, 2": (2, 2), "all-gather, 4": (4, 5), "all-gather, 2": (2, 3)}
+TOKENS = {  # by rank
+    "equal": ([12, 12, 12, 12], SPREAD),
+    "unequal": ([1, 7, 30, 3], SPREAD),
+    "idle experts": ([9, 9, 9, 9], IDLE),
+    "all to one rank": ([9, 4, 9, 9], ONE_RANK),
+    "one rank without tokens": ([5, 0, 6, 0], SPREAD),
+    "no tokens": ([0, 0, 0, 0], SPREAD),
+}
+FROZEN = {
+    "x": ("x",),
+    "weights": ("weights",),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj",),
+    "experts": INPUTS[2:],
+    "all but gate_up": ("x", "weights", "down_proj"),
+}
+CASES = {
+    **{(way, tokens, "fp32", ()): None for way in WAYS for tokens in TOKENS},
+    **{(way, "unequal", "bf16", ()): None for way in WAYS},
+    **{
+        (way, "equal", "fp32", frozen): None for way in ("all-to-all, 4", "all-gather, 4") for frozen in FROZEN.values()
+    },
+}
+
+
+class Watch(TorchDispatchMode):
+    """Every collective: its name, and the bytes that this rank hands to others, by the shape of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...], torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.__name__.partition(".")[0]
+            sent, group = args[1:3]
+            ep, rank = dist.ProcessGroup.unbox(group).size(), dist.ProcessGroup.unbox(group).rank()
+            if name == "alltoall_base_":
+                splits = list(args[4]) or [len(sent) // ep] * ep
+                rows = sum(splits) - splits[rank]
+            else:
+                assert name == "_allgather_base_", name
+                rows = (ep - 1) * len(sent)
+            size = sent[:1].numel() * sent.element_size() if len(sent) else 0
+            self.seen.append((name, tuple(sent.shape), sent.dtype, rows * size))
+        return func(*args, **(kwargs or {}))
+
+
+def problem(ep: int, top_k: int, tokens: list[int], pattern: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """x, ids, weights of all tokens of a group's ranks, and all experts."""
+    torch.manual_seed(sum(tokens) + top_k)
+    total = sum(tokens[:ep])
+    if pattern == SPREAD:
+        ids = torch.rand(total, E).topk(top_k).indices
+    else:
+        few = torch.arange(E)[-(E // ep) :] if pattern == ONE_RANK else torch.arange(0, E, 3)
+        ids = few[torch.rand(total, top_k).mul(len(few)).long()]
+    tensors = [torch.randn(total, H), torch.rand(total, top_k), torch.randn(E, 2 * INNER, H), torch.randn(E, H, INNER)]
+    x, weights, gate_up, down = (t.to(dtype) for t in tensors)
+    return [x, ids, weights, gate_up, down, torch.randn(total, H).to(dtype)]
+
+
+def leaves(tensors: list[torch.Tensor], frozen: tuple[str, ...]) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_(n not in frozen) for n, t in zip(INPUTS, tensors, strict=True)]
+
+
+def run(op, inputs: list[torch.Tensor], ids: torch.Tensor, probe: torch.Tensor, *rest) -> list[torch.Tensor | None]:
+    y = op(inputs[0], ids, *inputs[1:], *rest)
+    y.backward(probe)
+    return [y.detach(), *(t.grad for t in inputs)]
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12))
+
+
+def worker(rank: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=4)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found = {}
+    for way, tokens, dtype, frozen in CASES:
+        ep, top_k = WAYS[way]
+        group = dist.group.WORLD if ep == 4 else pairs[rank // 2]
+        counts, pattern = TOKENS[tokens]
+        wanted = torch.float32 if dtype == "fp32" else torch.bfloat16
+        x, ids, weights, gate_up, down, probe = problem(ep, top_k, counts, pattern, wanted)
+        me = rank % ep
+        mine = slice(sum(counts[:me]), sum(counts[: me + 1]))
+        experts = slice(me * E // ep, (me + 1) * E // ep)
+        parts = leaves([x[mine], weights[mine], gate_up[experts], down[experts]], frozen)
+        ours = run(kernels.moe_experts_parallel, parts, ids[mine], probe[mine], group)
+        whole = leaves([x, weights, gate_up, down], frozen)
+        one = run(kernels.moe_experts, whole, ids, probe)
+        exact = leaves([t.detach().double() for t in whole], frozen)
+        truth = run(reference.moe_experts, exact, ids, probe.double()) if sum(counts) else one
+        names, cuts = ("y", *INPUTS), (mine, mine, mine, experts, experts)
+        for name, cut, a, b, c in zip(names, cuts, ours, one, truth, strict=True):
+            key = way, tokens, dtype, frozen, name
+            if b is None:
+                found[key] = None if a is None else "a gradient of what is frozen"
+            elif a is None or a.shape != b[cut].shape or a.dtype != b.dtype:
+                found[key] = f"{a} beside {b[cut]}"
+            else:
+                found[key] = error(a, b[cut]), error(a, c[cut]), error(b[cut], c[cut])
+    found["traffic"] = {way: traffic(way, rank, pairs[rank // 2]) for way in WAYS}
+    torch.save(found, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
+    """What is sent by a layer without and with recomputation, in bf16, and how often a rank waits for its counts."""
+    ep, top_k = WAYS[way]
+    group = dist.group.WORLD if ep == 4 else pair
+    x, ids, weights, gate_up, down, probe = problem(ep, top_k, [12] * 4, SPREAD, torch.bfloat16)
+    me = rank % ep
+    mine, experts = slice(12 * me, 12 * me + 12), slice(me * E // ep, (me + 1) * E // ep)
+    parts = leaves([x[mine], weights[mine].float(), gate_up[experts], down[experts]], ())
+    waited = []
+
+    def read(counts, tokens, k):
+        waited.append((tokens, k))
+        return moe_parallel.read(counts, tokens, k)
+
+    def layer(kept, x, *others):
+        return kernels.moe_experts_parallel(x, ids[mine], *others, group, kept, sizes=read)
+
+    is_mine = ids // (E // ep) == me
+    found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
+    with Watch() as watch:
+        y = layer(None, *parts)
+        found["forward"], watch.seen = watch.seen, []
+        y.backward(probe[mine])
+        found["backward"] = watch.seen
+    found["waits"], grads = len(waited), [t.grad.clone() for t in parts]
+    waited.clear()
+    for t in parts:
+        t.grad = None
+    kept = Kept()
+    with Watch() as watch:
+        again = checkpoint(layer, kept, *parts, use_reentrant=False, context_fn=kept.contexts)
+        found["first run"], watch.seen = watch.seen, []
+        again.backward(probe[mine])
+        found["second run"] = watch.seen
+    found["waits of two runs"] = len(waited)
+    found["same"] = torch.equal(y, again) and all(torch.equal(t.grad, g) for t, g in zip(parts, grads, strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """Of each rank."""
+    folder = tmp_path_factory.mktemp("experts")
+    mp.spawn(worker, args=(free_port(), folder), nprocs=4)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: ", ".join([*c[:3], *("no " + name for name in c[3])]))
+def test_ranks_equal_one_process(found, case):
+    for rank, its in enumerate(found):
+        for name in ("y", *INPUTS):
+            result = its[(*case, name)]
+            if name in case[3]:
+                assert result is None, (rank, name, result)
+                continue
+            assert isinstance(result, tuple), (rank, name, result)
+            beside_one, beside_truth, error_of_one = result
+            if case[2] == "fp32":
+                assert beside_one <= 1e-5, (rank, name, result)
+            else:  # a share that travels is rounded once more than a row
+                assert beside_truth <= 1.5 * error_of_one + 1e-4, (rank, name, result)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_sent(found, way):
+    """To the byte, by every collective there is. Of hidden states each way no more than top_k * T * H * 2 bytes a rank."""
+    ep, top_k = WAYS[way]
+    for rank, its in enumerate(found[rank]["traffic"][way] for rank in range(4)):
+        counts = "alltoall_base_", torch.int64, (ep - 1) * (E // ep + 1) * 8
+        if ep >= top_k:  # the rows of other ranks' experts, and back those that came from other ranks
+            name, away, others = "alltoall_base_", its["away"], its["of others"]
+            forward = [(name, torch.bfloat16, away * H * 2), (name, torch.bfloat16, others * H * 2)]
+            backward = [(name, torch.float32, away * 4), *forward, (name, torch.float32, others * 4)]
+            # all ranks' rows each way, as many as the tokens have
+            rows = max(sum(found[r]["traffic"][way][key] for r in range(ep)) for key in ("away", "of others"))
+            assert 0 < rows * H * 2 <= top_k * 12 * ep * H * 2
+        else:  # all tokens to all others, and back a share of each; numbers of experts and weights as fp32
+            rows, scalars = (ep - 1) * 12 * H * 2, (ep - 1) * 12 * top_k * 4
+            tokens = [("_allgather_base_", torch.bfloat16, rows), ("alltoall_base_", torch.bfloat16, rows)]
+            forward = [("_allgather_base_", torch.float32, 2 * scalars), *tokens]
+            backward = [*tokens, ("alltoall_base_", torch.float32, scalars)]
+            assert 0 < rows <= top_k * 12 * H * 2
+        sent = {
+            when: [(name, dtype, size) for name, _, dtype, size in its[when]]
+            for when in ("forward", "backward", "first run", "second run")
+        }
+        assert sent["forward"] == sent["first run"] == [counts, *forward], rank
+        assert sent["backward"] == backward, rank
+        assert sent["second run"] == [*forward, *backward], rank  # the counts are not asked for again
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_that_is_run_again_waits_once(found, way):
+    for its in (found[rank]["traffic"][way] for rank in range(4)):
+        assert its["waits"] == its["waits of two runs"] == 1
+        assert its["same"]
+
+
+def test_the_way_is_the_one_that_sends_less():
+    """A token's K rows, of which (ep-1)/ep travel, beside the token itself to the other ep-1 ranks."""
+    for ep, top_k in WAYS.values():
+        by_rows, by_tokens = top_k * (ep - 1) / ep, ep - 1
+        assert (by_tokens < by_rows) == (ep < top_k)
+
+
+@pytest.mark.parametrize("ep", [2, 8])
+def test_balanced_counts(ep):
+    """In the place of counts that cannot be read: all rows are sent, as many come, or by a factor more."""
+    counts = torch.full((2, ep, 16 // ep + 1), -1)
+    sent, received = moe_parallel.balanced(counts, 20, 4)
+    assert torch.tensor([sent, received]).shape == counts.shape
+    assert all(part[-1] == 20 for part in (*sent, *received))
+    each = [n for part in sent for n in part[:-1]]
+    assert sum(each) == 80 and set(each) == {5}
+    _, more = moe_parallel.balanced(counts, 20, 4, imbalance=1.4)
+    assert sum(n for part in more for n in part[:-1]) == 112
+
+
+def test_one_rank_is_plain_experts(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    x, ids, weights, gate_up, down, _ = problem(1, 2, [9], SPREAD, torch.float32)
+    ours = kernels.moe_experts_parallel(x, ids, weights, gate_up, down, None)
+    assert torch.equal(ours, kernels.moe_experts(x, ids, weights, gate_up, down))

@@ -14,6 +14,7 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.gated_delta_rule import chunk_gated_delta_rule
 from kernels.moe import moe_experts
+from kernels.moe_parallel import moe_experts_parallel
 from kernels.norm import rms_norm, rms_norm_gated
 from kernels.rotary import apply_rotary
 from kernels.swiglu import swiglu
@@ -28,6 +29,7 @@ class Kernels:
     chunk_gated_delta_rule: Callable = chunk_gated_delta_rule
     causal_conv1d: Callable = causal_conv1d
     moe_experts: Callable = moe_experts
+    moe_experts_parallel: Callable = moe_experts_parallel
     varlen_attention: Callable = varlen_attention
     rms_norm: Callable = rms_norm
     rms_norm_gated: Callable = rms_norm_gated

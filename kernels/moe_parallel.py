@@ -27,7 +27,10 @@ def moe_experts_parallel(
     dist.all_gather(counts, torch.tensor([T]), group=group)
     sizes = [int(c) for c in counts]
     most = max(sizes)
-    pad = lambda t: torch.cat([t, t.new_zeros(most - T, *t.shape[1:])])
+
+    def pad(t: Tensor) -> Tensor:
+        return torch.cat([t, t.new_zeros(most - T, *t.shape[1:])])
+
     ids = _Gather.apply(pad(topk_ids), group) - rank * own
     mine = (ids >= 0) & (ids < own)
     weights = torch.where(mine, _Gather.apply(pad(topk_weights), group), 0)

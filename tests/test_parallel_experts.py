@@ -1,6 +1,9 @@
 """Four real processes that split the experts in every way, against one plain model; nothing of FSDP in the reference."""
 
+import functools
+import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,16 +12,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen35.checkpoint import load_checkpoint, load_hf, save_checkpoint
-from qwen35.checkpoint.hf import write_hf
-from qwen35.checkpoint.load import fill
 from qwen35.batch import PackedBatch
+from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, save_checkpoint
+from qwen35.checkpoint.hf import write_hf
 from qwen35.launch import leave
 from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
+from qwen35.parallel.fsdp import HELD_OUT
 from qwen35.settings import ParallelSettings, TrainingSettings
 from qwen35.trainable import freeze, table
 
@@ -77,26 +81,33 @@ def gradients_of(model: Qwen35) -> dict[str, torch.Tensor]:
     return {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def reference(source: Path, mtp: bool, frozen: list[str]) -> dict:
+def result(model: Qwen35, losses: list[float], norms: list[float], gradients: dict) -> dict:
+    """Of all steps the losses and norms, of the first the clipped gradients, after the last the weights."""
+    weights = {n: full(p.detach()) for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "table": table(model)}
+
+
+def reference(source: Path, mtp: bool, frozen: Sequence[str]) -> dict:
     """One process, plain tensors, torch's own clipping."""
     model = Qwen35.from_pretrained(source, torch.float32, mtp=mtp)
     freeze(model, frozen)
     optimizer = make_optimizer(model, ADAM)
-    losses, norms, gradients = [], [], []
+    losses, norms, gradients = [], [], {}
     for _ in range(STEPS):
         losses.append(float(sum(loss_of(model, batch) for batch in BATCHES)))
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)))
-        gradients.append(gradients_of(model))
+        gradients = gradients or gradients_of(model)
         optimizer.step()
         optimizer.zero_grad()
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "table": table(model)}
+    return result(model, losses, norms, gradients)
 
 
 class Sharded:
     """A model on this rank, with what a step needs."""
 
-    def __init__(self, source: Path, mtp: bool = False, frozen: list[str] = [], recompute=False, **parallel):
+    def __init__(
+        self, source: Path, mtp: bool = False, frozen: Sequence[str] = (), recompute: bool = False, **parallel
+    ):
         meshes = make_meshes("cpu", ParallelSettings(**parallel))
         with torch.device("meta"):
             self.model = Qwen35(load_config(CONFIG), mtp=mtp)
@@ -111,17 +122,25 @@ class Sharded:
         else:
             load_checkpoint(source, self.model, self.optimizer)
 
-    def step(self) -> tuple[float, float, dict[str, torch.Tensor]]:
-        """-> loss, gradient norm before clipping, gradients after it"""
+    def steps(self, count: int) -> dict:
+        losses, norms, gradients = [], [], {}
+        for _ in range(count):
+            loss, norm = self.backward()
+            losses.append(loss)
+            norms.append(norm)
+            gradients = gradients or gradients_of(self.model)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return result(self.model, losses, norms, gradients)
+
+    def backward(self) -> tuple[float, float]:
+        """Of all micro-batches, clipped. -> their loss, the gradients' norm"""
         loss = sum(loss_of(self.model, batch) for batch in BATCHES[dist.get_rank() :: RANKS])
         dist.all_reduce(loss)
         reduce_held_out(self.model)
         norm = self.norm.squares().sum().sqrt()
         self.norm.clip(norm, LIMIT)
-        gradients = gradients_of(self.model)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss), float(norm), gradients
+        return float(loss), float(norm)
 
 
 CASES = {
@@ -141,50 +160,132 @@ def worker(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = {}
     for name, case in CASES.items():
-        run = Sharded(folder / "hf", **case)
-        steps = [run.step() for _ in range(STEPS)]
-        losses, norms, gradients = zip(*steps, strict=True)
-        weights = {n: full(p.detach()) for n, p in run.model.named_parameters()}
-        found[name] = {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
-        found[name]["table"] = table(run.model)
+        found[name] = Sharded(folder / "hf", **case).steps(STEPS)
+    found["gathers"] = {kept: gathers(folder / "hf", kept) for kept in (False, True)}
+    found["read"] = {layout: bytes_read(folder / layout) for layout in ("hf", "per_expert")}
+    found["resumed"] = resumed(folder)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
     leave(0)
 
 
+class Gathers(TorchDispatchMode):
+    """Counts FSDP2's all-gathers by the elements that a rank gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allgather_base" in str(function):
+            self.counts[args[1].numel()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def gathers(source: Path, recompute: bool) -> float:
+    """How often the weights of a layer's experts are gathered in a micro-batch."""
+    run = Sharded(source, recompute=recompute, expert_parallel_size=2)
+    layers = run.model.model.language_model.layers
+    own = sum(p.to_local().numel() for p in layers[0].mlp.experts.parameters())
+    with Gathers() as seen:
+        loss_of(run.model, BATCHES[dist.get_rank()])
+    return seen.counts[own] / len(layers)
+
+
+def bytes_read(source: Path) -> int:
+    """By all ranks together, for two copies of the weights."""
+    count, preadv = 0, os.preadv
+
+    def counting(fd, buffers, offset):
+        nonlocal count
+        got = preadv(fd, buffers, offset)
+        count += got
+        return got
+
+    os.preadv = counting
+    Sharded(source, mtp=True, expert_parallel_size=2, fully_shard_parallel_size=2)
+    os.preadv = preadv
+    total = torch.tensor([count])
+    dist.all_reduce(total)
+    return int(total)
+
+
+def resumed(folder: Path) -> dict:
+    """Three steps, each from the checkpoint of the one before, on other meshes; and the bytes of the last checkpoint."""
+    steps, source = [], folder / "hf"
+    for step, parallel in enumerate(
+        [
+            {"expert_parallel_size": 2, "fully_shard_parallel_size": 2},
+            {},
+            {"expert_parallel_size": 4},
+        ],
+        1,
+    ):
+        run = Sharded(source, **parallel)
+        steps.append(run.steps(1))
+        source = save_checkpoint(folder / "run", step, run.model, run.optimizer)
+    courses = {kind: [s[kind][0] for s in steps] for kind in ("losses", "norms")}
+    return steps[0] | courses | {"weights": steps[-1]["weights"]}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("experts")
     write_hf(whole_model().state_dict(), CONFIG, folder / "hf")
+    write_hf(whole_model().state_dict(), CONFIG, folder / "per_expert", layout="per_expert")
     mp.spawn(worker, args=(folder,), nprocs=RANKS)
-    return torch.load(folder / "found.pt") | {"source": folder / "hf"}
+    return torch.load(folder / "found.pt") | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
-def references() -> dict:
-    return {}
+def reference_of(found):
+    return functools.cache(functools.partial(reference, found["folder"] / "hf"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_four_processes_equal_one(found, references, name):
-    of = CASES[name].get("mtp", False), tuple(CASES[name].get("frozen", ()))
-    if of not in references:
-        references[of] = reference(found["source"], *of)
-    one, four = references[of], found[name]
+def test_four_processes_equal_one(found, reference_of, name):
+    one, four = reference_of(CASES[name].get("mtp", False), tuple(CASES[name].get("frozen", ()))), found[name]
+    check(one, four)
+    assert one["losses"][0] > one["losses"][-1]
+    of_experts = {n: g for n, g in four["gradients"].items() if "language_model" in n and "mlp.experts" in n}
+    assert len(of_experts) == (6 if name == "frozen" else 8)
+    for gradient in of_experts.values():
+        assert gradient.flatten(1).any(1).tolist() == [e not in IDLE for e in range(len(gradient))]
+
+
+def test_resumed_on_other_meshes(found, reference_of):
+    check(reference_of(False, ()), found["resumed"])
+
+
+def test_replicas_are_written_once(found):
+    """A checkpoint of two copies of the weights and one of a single copy: the tensors' bytes and some headers."""
+    written = [
+        sum(file.stat().st_size for file in (found["folder"] / "run" / f"iter_000000{step}").glob("*.distcp"))
+        for step in (1, 2)
+    ]
+    wanted = 3 * sum(w.nbytes for w in found["fsdp 4"]["weights"].values())
+    assert all(wanted < size < 1.5 * wanted for size in written), (written, wanted)
+
+
+def test_each_rank_reads_its_own_slices(found):
+    for layout, read in found["read"].items():
+        specs = HFFolder(found["folder"] / layout).specs
+        every_rank = sum(specs[n].nbytes for n in specs if n.endswith(HELD_OUT))
+        assert read == 2 * (sum(s.nbytes for s in specs.values()) + every_rank), layout
+
+
+def test_experts_are_gathered_twice(found):
+    """Once for forward, and once for backward, which runs a recomputed layer again."""
+    assert found["gathers"] == {False: 2, True: 2}
+
+
+def check(one: dict, four: dict) -> None:
     for kind in ("losses", "norms"):
         assert four[kind] == pytest.approx(one[kind], rel=1e-5), kind
-    assert one["losses"][0] > one["losses"][-1]
+    for kind in ("gradients", "weights"):
+        assert one[kind].keys() == four[kind].keys()
+        for name, value in one[kind].items():
+            difference = (four[kind][name] - value).norm()
+            assert difference <= 1e-5 * value.norm() + 1e-9, f"{kind} of {name}: {difference / value.norm():.1e}"
     assert four["table"] == one["table"]
-    for step in range(STEPS):
-        same(one["gradients"][step], four["gradients"][step])
-    same(one["weights"], four["weights"])
-    assert not [n for n, g in four["gradients"][0].items() if "language_model" in n and "mlp.experts" in n and g[list(IDLE)].any()]
-    assert all(g[: IDLE[0]].flatten(1).any(1).all() for n, g in one["gradients"][0].items() if "mlp.experts" in n)
-
-
-def same(one: dict[str, torch.Tensor], four: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == four.keys()
-    for name, value in one.items():
-        difference = (four[name] - value).norm()
-        assert difference <= 1e-5 * value.norm() + 1e-9, f"{name}: {difference / value.norm():.1e}"

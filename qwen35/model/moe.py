@@ -68,7 +68,7 @@ class MoE(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.gate = Router(hidden, config.num_experts, config.num_experts_per_tok)
-        self.experts = Experts(config, kernels)
+        self.experts: nn.Module = Experts(config, kernels)
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 

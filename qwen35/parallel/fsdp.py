@@ -28,9 +28,9 @@ def held_out(model: nn.Module) -> list[nn.Parameter]:
 def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
 
-    One unit a decoder layer and vision block, one inside of it for its experts where these are split over ranks, one for the rest of the vision tower, one for multi-token prediction where that
-    is trained, one for the embedding, the final norm and the head. Gradients are summed over the ranks, not averaged: the
-    loss carries the division.
+    One unit a decoder layer and vision block, one for the rest of the vision tower, one for multi-token prediction where that
+    is trained, one for the embedding, the final norm and the head; and one inside of each layer for its experts, where these
+    are split over ranks. Gradients are summed over the ranks, not averaged: the loss carries the division.
     """
     replicas = meshes.weights["replicate"]
     with_replicas = replicas.size() > 1 and fsdp_has_sums()
@@ -41,7 +41,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
         ignored_params=set(held_out(model)),
     )
     if meshes.experts["ep"].size() > 1:
-        # cut along the second axis, which divides where there are fewer experts on a rank than ranks to share them
+        # cut along the second axis: a rank may have fewer experts than there are ranks to share them
         mesh = meshes.experts["replicate", "fsdp"] if with_replicas else meshes.experts["fsdp"]
         for experts in split_experts(model, meshes.experts["ep"]):
             unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))

@@ -29,6 +29,10 @@ class Kept:
         self._results.append(result)
         return result
 
+    @property
+    def is_second(self) -> bool:
+        return self._is_second
+
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of the first run, of the second."""
         return nullcontext(), self._second()

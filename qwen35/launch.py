@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from qwen35.config import SettingError, load_settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
+from qwen35.layout import check_layout
 from qwen35.processes import die_with
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.node_rank >= args.nnodes:
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     try:
-        load_settings(args.config, args.overrides)
+        check_layout(load_settings(args.config, args.overrides), args.nnodes * args.nproc_per_node)
         check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
         return run([sys.executable, "-m", "qwen35.train", args.config, *args.overrides], args)
     except USER_ERRORS as error:

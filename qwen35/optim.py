@@ -5,6 +5,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qwen35.settings import TrainingSettings
@@ -14,15 +15,16 @@ from qwen35.trainable import by_group
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> torch.optim.AdamW:
     """AdamW on exactly the trained parameters. Matrices decay; norms, biases and gates do not.
 
-    Sharded and replicated tensors are kept in groups of their own, for torch fuses only alike ones.
+    Tensors of each mesh, and replicated ones, are kept in groups of their own, for torch fuses only alike ones.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = []
-    for sharded in (True, False):
-        for matrix in (True, False):
-            alike = [p for p in trained if isinstance(p, DTensor) == sharded and (p.ndim > 1) == matrix]
-            if alike:
-                groups.append({"params": alike, "weight_decay": t.weight_decay if matrix else 0.0})
+    alike: dict[tuple[DeviceMesh | None, bool], list[nn.Parameter]] = {}
+    for p in trained:
+        alike.setdefault((p.device_mesh if isinstance(p, DTensor) else None, p.ndim > 1), []).append(p)
+    groups = [
+        {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0}
+        for (_, matrix), parameters in alike.items()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=(t.adam_beta1, t.adam_beta2), eps=t.adam_eps, fused=True)
     held = [p for g in optimizer.param_groups for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in trained} and len(held) == len(trained)

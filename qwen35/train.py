@@ -27,6 +27,7 @@ from qwen35.device import describe, init_process
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import leave, record_failure
+from qwen35.layout import check_layout
 from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
@@ -65,6 +66,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     world = dist.get_world_size()
     seed_all(t.seed)
     config = load_config(m.model_name_or_path)
+    layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel)
     chosen = kernels.select(device.type, m.kernels)
     with torch.device("meta" if t.init_model_with_meta_device else device):
@@ -98,8 +100,8 @@ def setup(settings: Settings, device: torch.device) -> Run:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    sharing, recompute = meshes.weights["shard"].size(), "on" if settings.parallel.recompute else "off"
-    report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
+    recompute = "on" if settings.parallel.recompute else "off"
+    report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")

@@ -154,7 +154,7 @@ def test_interfaces_of_gloo(m: Machine) -> None:
         ("model.model_name_or_path=nowhere", "nowhere"),
         ("model.freeze=[model.vision]", "model.vision matches no module"),
         ("model.kernels.swiglu=fussed", "'fussed'"),
-        ("parallel.fully_shard_parallel_size=3", "does not divide 1 x 8 processes"),
+        ("parallel.fully_shard_parallel_size=3", "does not divide the 8 processes"),
         ("data.dataset_param.basic_parameters.dataset=none.json", "none.json: no such file"),
         ("data.dataset_param.basic_parameters.dataset_dir=configs", "record 1"),
         ("training.init_from_hf_path=null", "nothing says where they come from"),

@@ -11,7 +11,9 @@ from mistakes import (
     TRAIN,
     Case,
     Done,
+    change,
     check,
+    launch,
     parametrized,
     place,
     recipe,
@@ -159,6 +161,84 @@ CONTRADICTIONS = [
         ("user_tag and assistant_tag are both 'x'",),
     ),
 ]
+EP, ULYSSES = "parallel.expert_parallel_size", "parallel.ulysses_parallel_size"
+TEXT = "text_config"
+
+
+def on_processes(count: int, *sizes: str) -> tuple[str, ...]:
+    return (*launch(count), *sizes)
+
+
+# of a model with 8 experts of 2 x 24 and 48 rows, heads 4 (2 of keys and values), in the delta net 2 and 4, in the tower 2
+LAYOUTS = [
+    Case(
+        "copies", on_processes(4, "parallel.fully_shard_parallel_size=3"), ("size 3 does not divide the 4 processes",)
+    ),
+    Case(
+        "more to an expert than to a copy",
+        on_processes(4, "parallel.fully_shard_parallel_size=2", f"{EP}=4"),
+        (f"{EP} 4 does not divide the 2 processes that share a copy of the weights",),
+    ),
+    Case(
+        "experts left over", on_processes(3, f"{EP}=3"), (f"{EP} 3 does not divide the 8 experts (hf on 3 processes)",)
+    ),
+    Case(
+        "rows left over",
+        on_processes(10, f"{EP}=2"),
+        (
+            f"10 processes that share a copy of the weights / {EP} 2 = 5 does not divide the 48 rows",
+            "moe_intermediate_size",
+        ),
+    ),
+    Case(
+        "other rows left over",
+        on_processes(10, f"{EP}=2"),
+        (f"{EP} 2 = 5 does not divide the 48 rows", "hidden_size"),
+        change("hf/config.json", f"{TEXT}.moe_intermediate_size", 25),
+    ),
+    Case(
+        "no experts",
+        on_processes(2, f"{EP}=2"),
+        (f"{EP} 2 means nothing to a dense model",),
+        change("hf/config.json", "model_type", "qwen3_5"),
+    ),
+    Case("bins", on_processes(4, f"{ULYSSES}=3"), (f"{ULYSSES} 3 does not divide the 4 processes",)),
+    Case("heads", on_processes(8, f"{ULYSSES}=8"), (f"{ULYSSES} 8 does not divide the 4 attention heads",)),
+    Case(
+        "keys and values",
+        on_processes(2, f"{ULYSSES}=2"),
+        (f"{ULYSSES} 2 neither divides the 3 key-value heads", "nor is a multiple of them"),
+        change("hf/config.json", f"{TEXT}.num_key_value_heads", 3),
+    ),
+    Case(
+        "keys of the delta net",
+        on_processes(4, f"{ULYSSES}=4"),
+        (f"{ULYSSES} 4 does not divide the 2 key heads of the delta net, linear_num_key_heads",),
+    ),
+    Case(
+        "values of the delta net",
+        on_processes(2, f"{ULYSSES}=2"),
+        (f"{ULYSSES} 2 does not divide the 3 value heads of the delta net",),
+        change("hf/config.json", f"{TEXT}.linear_num_value_heads", 3),
+    ),
+    Case(
+        "heads of the tower",
+        on_processes(2, f"{ULYSSES}=2"),
+        (f"{ULYSSES} 2 does not divide the 1 heads of the vision tower",),
+        change("hf/config.json", "vision_config.num_heads", 1),
+    ),
+    Case(
+        "tokens",
+        on_processes(2, f"{ULYSSES}=2", f"{BASIC}.cutoff_len=161"),
+        (f"{ULYSSES} 2 does not divide the 161 tokens of a micro-batch, 1 x cutoff_len 161",),
+    ),
+    Case(
+        "patches",
+        on_processes(2, f"{ULYSSES}=2", "data.dataloader_param.patch_bucket=20"),
+        ("patch_bucket 20 is no multiple of", f"{ULYSSES} 2 x the 4 patches"),
+    ),
+    Case("without a launcher", (*TRAIN, f"{EP}=2"), (f"{EP} 2 does not divide the 1 processes that share a copy",)),
+]
 COMMANDS = [
     Case("option of train", (*TRAIN, "--lr", "1"), ("unrecognized arguments: --lr", "--help")),
     Case("no config", ("train",), ("required: config", "--help")),
@@ -199,7 +279,7 @@ COMMANDS = [
 ]
 
 
-@parametrized([*FILES, *SETTINGS, *CONTRADICTIONS, *COMMANDS])
+@parametrized([*FILES, *SETTINGS, *CONTRADICTIONS, *LAYOUTS, *COMMANDS])
 def test_one_line(place, case):
     check(place, case)
 

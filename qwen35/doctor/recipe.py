@@ -40,10 +40,13 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
 
 
 def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
-    nodes, here, shards = m.number("NODES", 1), m.processes(), settings.parallel.fully_shard_parallel_size or 1
-    if nodes * here % shards:
-        fact = f"parallel.fully_shard_parallel_size {shards} does not divide {nodes} x {here} processes"
-        return [wrong("recipe", fact, "set another, or NODES and NPUS_PER_NODE")]
+    from qwen35.config import SettingError
+    from qwen35.layout import check_layout
+
+    try:
+        check_layout(settings, m.number("NODES", 1) * m.processes())
+    except SettingError as error:
+        return [wrong("recipe", str(error), "set another, or NODES and NPUS_PER_NODE")]
     return []
 
 

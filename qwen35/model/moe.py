@@ -57,7 +57,7 @@ class Experts(nn.Module):
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.kernel = kernels.moe_experts
+        self.kernel, self.parallel_kernel = kernels.moe_experts, kernels.moe_experts_parallel
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, kept: Kept | None = None) -> Tensor:
         return self.kernel(x, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
@@ -68,7 +68,7 @@ class MoE(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.gate = Router(hidden, config.num_experts, config.num_experts_per_tok)
-        self.experts = Experts(config, kernels)
+        self.experts: nn.Module = Experts(config, kernels)
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 

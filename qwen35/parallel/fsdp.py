@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
 
 from kernels.features import fsdp_has_sums
 from qwen35.model import Qwen35
+from qwen35.parallel.experts import split_experts
 from qwen35.parallel.mesh import Meshes
 
 HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
@@ -27,16 +29,22 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
 
     One unit a decoder layer and vision block, one for the rest of the vision tower, one for multi-token prediction where that
-    is trained, one for the embedding, the final norm and the head. Gradients are summed over the ranks, not averaged: the
-    loss carries the division.
+    is trained, one for the embedding, the final norm and the head; and one inside of each layer for its experts, where these
+    are split over ranks. Gradients are summed over the ranks, not averaged: the loss carries the division.
     """
-    mesh, replicas = meshes.weights, meshes.weights["replicate"]
+    replicas = meshes.weights["replicate"]
+    with_replicas = replicas.size() > 1 and fsdp_has_sums()
     unit = partial(
         fully_shard,
-        mesh=mesh if replicas.size() > 1 and fsdp_has_sums() else mesh["shard"],
+        mesh=meshes.weights if with_replicas else meshes.weights["shard"],
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         ignored_params=set(held_out(model)),
     )
+    if meshes.experts["ep"].size() > 1:
+        # cut along the second axis: a rank may have fewer experts than there are ranks to share them
+        mesh = meshes.experts["replicate", "fsdp"] if with_replicas else meshes.experts["fsdp"]
+        for experts in split_experts(model, meshes.experts["ep"]):
+            unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     for block in model.model.visual.blocks:
         unit(block)
     unit(model.model.visual)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qwen35.errors import SettingError
+from qwen35.layout import layout_of
 from qwen35.settings import ParallelSettings
 
 
@@ -34,26 +34,11 @@ class Meshes:
         return self.tokens["ulysses"].size()
 
 
-def sizes(p: ParallelSettings, world: int) -> tuple[int, int, int]:
-    """Ranks that share a copy of the weights, its experts, a bin. Raises SettingError where they do not divide."""
-    shard, ep, ulysses = p.fully_shard_parallel_size or world, p.expert_parallel_size, p.ulysses_parallel_size
-    for name, size, of, what in (
-        ("fully_shard_parallel_size", shard, world, f"the {world} processes"),
-        ("expert_parallel_size", ep, shard, f"the {shard} processes that share a copy of the weights"),
-        ("ulysses_parallel_size", ulysses, world, f"the {world} processes"),
-    ):
-        if of % size:
-            raise SettingError(f"parallel.{name} {size} does not divide {what}")
-    return shard, ep, ulysses
-
-
 def make_meshes(device_type: str, p: ParallelSettings) -> Meshes:
     """Over all ranks of the default group. Raises SettingError."""
-    world = dist.get_world_size()
-    shard, ep, ulysses = sizes(p, world)
-    copies = world // shard
+    of = layout_of(p, dist.get_world_size())
     return Meshes(
-        init_device_mesh(device_type, (copies, shard), mesh_dim_names=("replicate", "shard")),
-        init_device_mesh(device_type, (copies, shard // ep, ep), mesh_dim_names=("replicate", "fsdp", "ep")),
-        init_device_mesh(device_type, (world // ulysses, ulysses), mesh_dim_names=("data", "ulysses")),
+        init_device_mesh(device_type, (of.copies, of.shard), mesh_dim_names=("replicate", "shard")),
+        init_device_mesh(device_type, (of.copies, of.fsdp, of.ep), mesh_dim_names=("replicate", "fsdp", "ep")),
+        init_device_mesh(device_type, (of.data, of.ulysses), mesh_dim_names=("data", "ulysses")),
     )

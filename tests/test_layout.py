@@ -1,0 +1,96 @@
+"""The layouts that are taken are those in which every part is of one size: by cutting, whatever the numbers are."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+
+from qwen35.config import from_flat
+from qwen35.errors import SettingError
+from qwen35.layout import Layout, check_layout, layout_of
+from qwen35.settings import ParallelSettings, Settings
+
+TEXT = {
+    "num_experts": 6,
+    "moe_intermediate_size": 6,
+    "hidden_size": 24,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 12,
+    "linear_num_value_heads": 24,
+}
+
+
+TAKEN = 106  # of the 840 that are tried
+
+
+def settings(folder, **parallel: int) -> Settings:
+    basic = "data.dataset_param.basic_parameters"
+    required = {f"{basic}.dataset": "a.json", "training.train_iters": 1, "training.save": "run"}
+    sizes = {f"parallel.{name}": size for name, size in parallel.items()}
+    more = {
+        f"{basic}.cutoff_len": 72,
+        "data.dataloader_param.patch_bucket": 48,
+        "model.model_name_or_path": str(folder),
+    }
+    return from_flat(required | sizes | more)
+
+
+def cuts(total: int, parts: int) -> bool:
+    return len({len(part) for part in torch.arange(total).tensor_split(parts)}) == 1
+
+
+def fits(world: int, shard: int, ep: int, ulysses: int) -> bool:
+    """Every rank gets as much as every other, of everything that the layout cuts."""
+    if not (cuts(world, shard) and cuts(shard, ep) and cuts(world, ulysses)):
+        return False
+    of_experts = [(TEXT["num_experts"], ep), (2 * TEXT["moe_intermediate_size"], shard // ep), (24, shard // ep)]
+    heads = [(n, ulysses) for name, n in TEXT.items() if "heads" in name and name != "num_key_value_heads"]
+    bins = [(12, ulysses), (72, ulysses), (48 // 4, ulysses)]
+    kv = TEXT["num_key_value_heads"]
+    repeated = max(kv, ulysses)  # each rank needs one at least
+    fits_ulysses = all(cuts(*n) for n in heads + bins) and cuts(repeated, ulysses) and repeated % kv == 0
+    return (ep == 1 or all(cuts(*n) for n in of_experts)) and (ulysses == 1 or fits_ulysses)
+
+
+def test_what_divides_is_taken_and_nothing_else(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"text_config": TEXT, "vision_config": {"num_heads": 12, "spatial_merge_size": 2}})
+    )
+    taken = 0
+    for world, shard, ep, ulysses in product(
+        (1, 2, 3, 4, 8, 12, 24), (1, 2, 3, 4, 12, 24), (1, 2, 3, 4), (1, 2, 3, 4, 5)
+    ):
+        s = settings(tmp_path, fully_shard_parallel_size=shard, expert_parallel_size=ep, ulysses_parallel_size=ulysses)
+        if fits(world, shard, ep, ulysses):
+            layout = check_layout(s, world)
+            assert layout == Layout(world, shard, ep, ulysses)
+            assert layout.copies * layout.fsdp * layout.ep == layout.data * layout.ulysses == world
+            taken += 1
+        else:
+            with pytest.raises(SettingError, match=r"does not divide|nor is a multiple"):
+                check_layout(s, world)
+    assert taken == TAKEN
+
+
+def test_all_processes_share_the_weights_by_default():
+    assert layout_of(ParallelSettings(), 6) == Layout(6, 6, 1, 1)
+    assert str(layout_of(ParallelSettings(), 6)) == "weights 1 x 6 (copies x ranks that share one)"
+
+
+def test_it_says_how_ranks_share(tmp_path):
+    of = layout_of(ParallelSettings(fully_shard_parallel_size=8, expert_parallel_size=4, ulysses_parallel_size=2), 16)
+    assert str(of) == (
+        "weights 2 x 8 (copies x ranks that share one), experts 2 x 2 x 4 (the last: ranks with experts of their own),"
+        " bins 8 x 2 (at a time x ranks that share one)"
+    )
+
+
+def test_what_is_wrong_with_a_config_is_not_the_layouts_to_tell(tmp_path):
+    """The processes read it again, whole, and tell."""
+    s = settings(tmp_path, ulysses_parallel_size=2)
+    check_layout(s, 2)
+    for config in ({}, {"text_config": 3}, {"text_config": {"num_attention_heads": "four"}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        check_layout(s, 2)

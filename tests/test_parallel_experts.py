@@ -1,0 +1,291 @@
+"""Four real processes that split the experts in every way, against one plain model; nothing of FSDP in the reference."""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peer import config_dict, pack, sample
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen35.batch import PackedBatch
+from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, save_checkpoint
+from qwen35.checkpoint.hf import write_hf
+from qwen35.launch import leave
+from qwen35.loss import look_ahead, token_weights
+from qwen35.model import Qwen35, load_config
+from qwen35.optim import GradientNorm, make_optimizer
+from qwen35.parallel import make_meshes, reduce_held_out, shard
+from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.settings import ParallelSettings, TrainingSettings
+from qwen35.trainable import freeze, table
+
+RANKS, STEPS, AUX, LIMIT = 4, 3, 0.1, 0.05
+CONFIG = config_dict(mtp_num_hidden_layers=1)
+IDLE = (6, 7)  # experts that nobody chooses: of four ranks with two experts each, the last gets no token at all
+ADAM = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
+FROZEN = ["model.visual", "model.language_model.layers.{*}.mlp.gate", "model.language_model.layers.0.mlp.experts"]
+
+
+def batches() -> list[PackedBatch]:
+    """Eight micro-batches of 40 tokens: of images, of text, of both; ranks 1 and 3 see no image, rank 3 trains no token."""
+    made = []
+    for i in range(0, 8, 4):
+        made += [
+            pack([sample([9, (4, 4), 6], seed=i), sample([5, (2, 6), 9], seed=i + 1)]),
+            pack([sample([20 + i], seed=i + 2), sample([20 - i], seed=i + 3)]),
+            pack([sample([3, (8, 4), 4], seed=i + 4), sample([23], seed=i + 5)]),
+            pack([sample([40], seed=i + 6)]),
+        ]
+        made[-1].labels.fill_(-100)
+    assert {len(b.input_ids) for b in made} == {40}
+    return made
+
+
+BATCHES = batches()
+
+
+def whole_model() -> Qwen35:
+    """Random weights, but that the hidden states have one direction in common, which the idle experts' router avoids."""
+    model = Qwen35.from_config(CONFIG, seed=1, mtp=True)
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[:, 0] = 0.1
+        model.model.visual.merger.linear_fc2.bias[0] = 0.1
+        for name, weight in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                weight[list(IDLE)] = 0
+                weight[list(IDLE), 0] = -0.5
+    return model
+
+
+def loss_of(model: Qwen35, batch: PackedBatch) -> torch.Tensor:
+    """Its part of the mean over all micro-batches, with load balancing, backward done."""
+    ahead = look_ahead(batch, "default") if hasattr(model, "mtp") else None
+    loss, aux, _ = model.loss(batch, token_weights(batch, "default"), ahead, 0.3)
+    both = (loss + AUX * aux) / len(BATCHES)
+    both.backward()
+    return both.detach()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients_of(model: Qwen35) -> dict[str, torch.Tensor]:
+    return {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def result(model: Qwen35, losses: list[float], norms: list[float], gradients: dict) -> dict:
+    """Of all steps the losses and norms, of the first the clipped gradients, after the last the weights."""
+    weights = {n: full(p.detach()) for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "table": table(model)}
+
+
+def reference(source: Path, mtp: bool, frozen: Sequence[str]) -> dict:
+    """One process, plain tensors, torch's own clipping."""
+    model = Qwen35.from_pretrained(source, torch.float32, mtp=mtp)
+    freeze(model, frozen)
+    optimizer = make_optimizer(model, ADAM)
+    losses, norms, gradients = [], [], {}
+    for _ in range(STEPS):
+        losses.append(float(sum(loss_of(model, batch) for batch in BATCHES)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)))
+        gradients = gradients or gradients_of(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return result(model, losses, norms, gradients)
+
+
+class Sharded:
+    """A model on this rank, with what a step needs."""
+
+    def __init__(
+        self, source: Path, mtp: bool = False, frozen: Sequence[str] = (), recompute: bool = False, **parallel
+    ):
+        meshes = make_meshes("cpu", ParallelSettings(**parallel))
+        with torch.device("meta"):
+            self.model = Qwen35(load_config(CONFIG), mtp=mtp)
+        freeze(self.model, frozen)
+        shard(self.model, meshes, torch.float32)
+        self.model.to_empty(device="cpu")
+        self.model.model.language_model.recompute = recompute
+        self.optimizer = make_optimizer(self.model, ADAM)
+        self.norm = GradientNorm(self.model, meshes.weights["shard"].get_group())
+        if (source / "config.json").is_file():
+            load_hf(self.model, source)
+        else:
+            load_checkpoint(source, self.model, self.optimizer)
+
+    def steps(self, count: int) -> dict:
+        losses, norms, gradients = [], [], {}
+        for _ in range(count):
+            loss, norm = self.backward()
+            losses.append(loss)
+            norms.append(norm)
+            gradients = gradients or gradients_of(self.model)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return result(self.model, losses, norms, gradients)
+
+    def backward(self) -> tuple[float, float]:
+        """Of all micro-batches, clipped. -> their loss, the gradients' norm"""
+        loss = sum(loss_of(self.model, batch) for batch in BATCHES[dist.get_rank() :: RANKS])
+        dist.all_reduce(loss)
+        reduce_held_out(self.model)
+        norm = self.norm.squares().sum().sqrt()
+        self.norm.clip(norm, LIMIT)
+        return float(loss), float(norm)
+
+
+CASES = {
+    "fsdp 4": {},
+    "ep 2 x fsdp 2": {"expert_parallel_size": 2},
+    "ep 4": {"expert_parallel_size": 4},
+    "ep 2, 2 replicas": {"expert_parallel_size": 2, "fully_shard_parallel_size": 2},
+    "recomputed": {"expert_parallel_size": 2, "recompute": True},
+    "frozen": {"expert_parallel_size": 2, "frozen": FROZEN},
+    "looking ahead, recomputed": {"expert_parallel_size": 4, "mtp": True, "recompute": True},
+}
+
+
+def worker(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    found = {}
+    for name, case in CASES.items():
+        found[name] = Sharded(folder / "hf", **case).steps(STEPS)
+    found["gathers"] = {kept: gathers(folder / "hf", kept) for kept in (False, True)}
+    found["read"] = {layout: bytes_read(folder / layout) for layout in ("hf", "per_expert")}
+    found["resumed"] = resumed(folder)
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+    leave(0)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts FSDP2's all-gathers by the elements that a rank gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allgather_base" in str(function):
+            self.counts[args[1].numel()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def gathers(source: Path, recompute: bool) -> float:
+    """How often the weights of a layer's experts are gathered in a micro-batch."""
+    run = Sharded(source, recompute=recompute, expert_parallel_size=2)
+    layers = run.model.model.language_model.layers
+    own = sum(p.to_local().numel() for p in layers[0].mlp.experts.parameters())
+    with Gathers() as seen:
+        loss_of(run.model, BATCHES[dist.get_rank()])
+    return seen.counts[own] / len(layers)
+
+
+def bytes_read(source: Path) -> int:
+    """By all ranks together, for two copies of the weights."""
+    count, preadv = 0, os.preadv
+
+    def counting(fd, buffers, offset):
+        nonlocal count
+        got = preadv(fd, buffers, offset)
+        count += got
+        return got
+
+    os.preadv = counting
+    Sharded(source, mtp=True, expert_parallel_size=2, fully_shard_parallel_size=2)
+    os.preadv = preadv
+    total = torch.tensor([count])
+    dist.all_reduce(total)
+    return int(total)
+
+
+def resumed(folder: Path) -> dict:
+    """Three steps, each from the checkpoint of the one before, on other meshes; and the bytes of the last checkpoint."""
+    steps, source = [], folder / "hf"
+    for step, parallel in enumerate(
+        [
+            {"expert_parallel_size": 2, "fully_shard_parallel_size": 2},
+            {},
+            {"expert_parallel_size": 4},
+        ],
+        1,
+    ):
+        run = Sharded(source, **parallel)
+        steps.append(run.steps(1))
+        source = save_checkpoint(folder / "run", step, run.model, run.optimizer)
+    courses = {kind: [s[kind][0] for s in steps] for kind in ("losses", "norms")}
+    return steps[0] | courses | {"weights": steps[-1]["weights"]}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("experts")
+    write_hf(whole_model().state_dict(), CONFIG, folder / "hf")
+    write_hf(whole_model().state_dict(), CONFIG, folder / "per_expert", layout="per_expert")
+    mp.spawn(worker, args=(folder,), nprocs=RANKS)
+    return torch.load(folder / "found.pt") | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def reference_of(found):
+    return functools.cache(functools.partial(reference, found["folder"] / "hf"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_equal_one(found, reference_of, name):
+    one, four = reference_of(CASES[name].get("mtp", False), tuple(CASES[name].get("frozen", ()))), found[name]
+    check(one, four)
+    assert one["losses"][0] > one["losses"][-1]
+    of_experts = {n: g for n, g in four["gradients"].items() if "language_model" in n and "mlp.experts" in n}
+    assert len(of_experts) == (6 if name == "frozen" else 8)
+    for gradient in of_experts.values():
+        assert gradient.flatten(1).any(1).tolist() == [e not in IDLE for e in range(len(gradient))]
+
+
+def test_resumed_on_other_meshes(found, reference_of):
+    check(reference_of(False, ()), found["resumed"])
+
+
+def test_replicas_are_written_once(found):
+    """A checkpoint of two copies of the weights and one of a single copy: the tensors' bytes and some headers."""
+    written = [
+        sum(file.stat().st_size for file in (found["folder"] / "run" / f"iter_000000{step}").glob("*.distcp"))
+        for step in (1, 2)
+    ]
+    wanted = 3 * sum(w.nbytes for w in found["fsdp 4"]["weights"].values())
+    assert all(wanted < size < 1.5 * wanted for size in written), (written, wanted)
+
+
+def test_each_rank_reads_its_own_slices(found):
+    for layout, read in found["read"].items():
+        specs = HFFolder(found["folder"] / layout).specs
+        every_rank = sum(specs[n].nbytes for n in specs if n.endswith(HELD_OUT))
+        assert read == 2 * (sum(s.nbytes for s in specs.values()) + every_rank), layout
+
+
+def test_experts_are_gathered_twice(found):
+    """Once for forward, and once for backward, which runs a recomputed layer again."""
+    assert found["gathers"] == {False: 2, True: 2}
+
+
+def check(one: dict, four: dict) -> None:
+    for kind in ("losses", "norms"):
+        assert four[kind] == pytest.approx(one[kind], rel=1e-5), kind
+    for kind in ("gradients", "weights"):
+        assert one[kind].keys() == four[kind].keys()
+        for name, value in one[kind].items():
+            difference = (four[kind][name] - value).norm()
+            assert difference <= 1e-5 * value.norm() + 1e-9, f"{kind} of {name}: {difference / value.norm():.1e}"
+    assert four["table"] == one["table"]

@@ -33,6 +33,10 @@ class Meshes:
     def ulysses_size(self) -> int:
         return self.tokens["ulysses"].size()
 
+    @property
+    def ulysses_rank(self) -> int:
+        return self.tokens["ulysses"].get_local_rank()
+
 
 def sizes(p: ParallelSettings, world: int) -> tuple[int, int, int]:
     """Ranks that share a copy of the weights, its experts, a bin. Raises SettingError where they do not divide."""

@@ -34,7 +34,7 @@ class _ToHeads(torch.autograd.Function):
     def forward(ctx: Any, group: dist.ProcessGroup, counts: list[int], *parts: Tensor) -> tuple[Tensor, ...]:
         size, word = group.size(), min((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         blocks = [_as(word, part).unflatten(1, (size, -1)).transpose(0, 1) for part in parts]  # [U, T/U, H/U, …]
-        widths = [block[0, 0].numel() for block in blocks]
+        widths = [block.shape[2:].numel() for block in blocks]
         send = torch.empty(size, len(parts[0]), sum(widths), dtype=word, device=parts[0].device)
         for place, block in zip(send.split(widths, dim=2), blocks, strict=True):
             place.unflatten(2, block.shape[2:]).copy_(block)

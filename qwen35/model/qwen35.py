@@ -167,7 +167,8 @@ class Qwen35(nn.Module):
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
         labels, trained = batch.labels, batch.trained
-        hidden, stats = self.model.language_model(x[: len(labels)], batch)
+        own = x if len(x) == len(labels) else x[: len(labels)]  # the next part's first token may be there too
+        hidden, stats = self.model.language_model(own, batch)
         if ahead is not None:
             further, more = self._look_ahead(hidden, x, batch, ahead)
             hidden, stats = torch.cat([hidden, further]), stats + more

@@ -32,7 +32,7 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
-from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard
+from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.processes import stop_request
 from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
@@ -79,6 +79,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size)
     check_same_data(micro_batches.fingerprint)
     before = table(model)
+    share_bins(model, meshes)
     shard(model, meshes, DTYPES[t.dtype])
     if t.init_model_with_meta_device:
         model.to_empty(device=device)
@@ -131,23 +132,25 @@ def local_bytes(model: Qwen35) -> int:
 
 def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float) -> StepRecord:
     """One optimizer step over this rank's micro-batches. Leaves every value on the device."""
-    t, loss_cfg, device = run.settings.training, run.settings.model.loss_cfg, run.device
-    share = 1 / (len(batches) * run.meshes.data_size)
+    t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
+    share = 1 / (len(batches) * meshes.data_size)
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
     mtp = run.settings.model.mtp_num_layers
     aheads = [look_ahead(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
-    totals = [sum(values) for values in zip(*counts, strict=True)]
+    counted = int(meshes.ulysses_rank == 0)  # of ranks that share their bins one counts them
+    totals = [counted * sum(values) for values in zip(*counts, strict=True)]
     scale = torch.full((2,), share, device=device)  # of the loss, of multi-token prediction's
     if loss_cfg.loss_type == "per_token_loss":
-        trained = torch.tensor([float(totals[1]), sum(len(a.trained) for a in aheads if a)], device=device)
+        trained = torch.tensor([float(totals[1]), counted * sum(len(a.trained) for a in aheads if a)], device=device)
         dist.all_reduce(trained)
         scale = 1 / trained.clamp(min=1)
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
     flops = 0.0
     for batch, weight, ahead, count in zip(batches, weights, aheads, counts, strict=True):
-        flops += batch_flops(run.model.config, batch, count, ahead)
+        flops += counted * batch_flops(run.model.config, batch, count, ahead)
+        batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), weight.to(device, non_blocking=True) * scale[0]
         if ahead is not None:
             ahead = ahead.to(device)
@@ -155,7 +158,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor)
         (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += share * aux.detach()
+        losses[1] += counted * share * aux.detach()
         if ahead is not None:
             losses[2] += (ahead.weights * token_loss[len(weight) :]).sum()
 
@@ -169,7 +172,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.zero_grad()
     run.step += 1
     sums = torch.cat([losses[:2], torch.tensor(totals, dtype=torch.float32, device=device), losses[2:]])
-    bad_records = tuple(message for batch in batches for message in batch.bad_records)
+    bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records)
 
 

@@ -14,9 +14,9 @@ from qwen35.model.rope import Rope
 class AttentionCore(nn.Module):
     """Attention on heads, between the projections: what context parallelism swaps. Owns no parameters."""
 
-    def __init__(self, kernels: Kernels):
+    def __init__(self, kernels: Kernels, causal: bool = True):
         super().__init__()
-        self.kernel = kernels.varlen_attention
+        self.kernel, self.causal = kernels.varlen_attention, causal
 
     def forward(
         self,
@@ -30,7 +30,7 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
         scale = q.shape[-1] ** -0.5
-        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=scale, prepare=prepare, inputs=inputs)
+        return self.kernel(q, k, v, cu_seqlens, causal=self.causal, scale=scale, prepare=prepare, inputs=inputs)
 
 
 class Attention(nn.Module):

@@ -78,12 +78,12 @@ class MoE(nn.Module):
         return self.experts(x, ids, weights, kept) + self.shared_expert(x, self.shared_expert_gate), stats
 
 
-def load_balancing_loss(stats: list[Tensor], top_k: int) -> Tensor:
-    """stats of every layer, [2, E] each -> scalar fp32: E * sum_e (how often e was chosen) * (its mean probability).
+def load_balancing_loss(stats: Tensor, top_k: int) -> Tensor:
+    """stats [2, E], summed over the layers -> scalar fp32: E * sum_e (how often e was chosen) * (its mean probability).
 
     Both are means over the tokens of all layers together, as transformers pools them. Perfect balance gives top_k.
     Source: Fedus et al. 2021, Switch Transformer, equations 4 to 6.
     """
-    probability, chosen = torch.stack(stats).sum(0)
+    probability, chosen = stats
     rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; none at all gives a loss of zero
     return len(chosen) * (chosen / rows * probability / rows).sum()

@@ -121,6 +121,7 @@ class Qwen35(nn.Module):
             layer = DecoderLayer(config.text, "full_attention", kernels)
             self.mtp = MultiTokenPrediction(config.text, layer, kernels)
         self.cross_entropy = kernels.linear_cross_entropy
+        self.all_stats = nn.Identity()  # of those of some tokens: what context parallelism swaps
 
     @classmethod
     def from_config(cls, source: str | Path | dict[str, Any], seed: int = 0, **kwargs: Any) -> "Qwen35":
@@ -165,8 +166,9 @@ class Qwen35(nn.Module):
         """
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
-        hidden, stats = self.model.language_model(x, batch)
         labels, trained = batch.labels, batch.trained
+        own = x if len(x) == len(labels) else x[: len(labels)]  # the next part's first token may be there too
+        hidden, stats = self.model.language_model(own, batch)
         if ahead is not None:
             further, more = self._look_ahead(hidden, x, batch, ahead)
             hidden, stats = torch.cat([hidden, further]), stats + more
@@ -177,22 +179,26 @@ class Qwen35(nn.Module):
         return loss, self._aux(stats, hidden), token_loss
 
     def _look_ahead(self, hidden: Tensor, x: Tensor, batch: PackedBatch, ahead: Ahead) -> tuple[Tensor, Stats]:
-        """hidden [T, H] and the embedded tokens x [T, H] -> hidden [T, H] that predicts the token after the next, stats"""
+        """hidden [T, H] and the embedded tokens x -> hidden [T, H] that predicts the token after the next, stats.
+
+        x [T, H], or [T + 1, H] where the last token's sequence goes on elsewhere.
+        """
         text = self.model.language_model
         rope = text.rope(batch.position_ids)
         # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
         counted = (~(ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad)).float()
 
         def layer(hidden: Tensor, x: Tensor, kept: Kept | None) -> tuple[Tensor, Stats]:
-            following = torch.cat([x[1:], torch.zeros_like(x[:1])]).masked_fill(ahead.is_end[:, None], 0)
+            beyond = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
+            following = torch.cat([x[1:], beyond]).masked_fill(ahead.is_end[:, None], 0)
             return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, kept)
 
         return text.run(layer, hidden, x)
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
-        return (
-            load_balancing_loss(stats, self.config.text.num_experts_per_tok) if stats else hidden.new_zeros(()).float()
-        )
+        if not stats:
+            return hidden.new_zeros(()).float()
+        return load_balancing_loss(self.all_stats(torch.stack(stats).sum(0)), self.config.text.num_experts_per_tok)
 
 
 @torch.no_grad()

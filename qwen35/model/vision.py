@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from qwen35.batch import VisionIndex
+from qwen35.model.attention import AttentionCore
 from qwen35.model.config import VisionConfig
 from qwen35.model.rope import Rope, vision_rope
 
@@ -16,13 +17,11 @@ class VisionAttention(nn.Module):
         self.heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.attention, self.rotary = kernels.varlen_attention, kernels.apply_rotary
+        self.core, self.rotary = AttentionCore(kernels, causal=False), kernels.apply_rotary
 
     def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [P, H, D] each
-        q, k = self.rotary(q, k, *rope)
-        out = self.attention(q, k, v, cu_seqlens, causal=False, scale=q.shape[-1] ** -0.5)
-        return self.proj(out.flatten(1))
+        return self.proj(self.core(q, k, v, cu_seqlens, self.rotary, *rope).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -82,6 +81,7 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.depth))
         self.merger = Merger(config)
+        self.all_features = nn.Identity()  # of those of some patches: what context parallelism swaps
 
     def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
         """pixels [P, C*2*16*16] -> features [P/4, H]"""
@@ -91,4 +91,4 @@ class VisionTower(nn.Module):
         rope = vision_rope(index.position, self.head_dim)
         for block in self.blocks:
             x = block(x, rope, index.cu_seqlens)
-        return self.merger(x)
+        return self.all_features(self.merger(x))

@@ -2,5 +2,6 @@
 
 from qwen35.parallel.fsdp import reduce_held_out, shard
 from qwen35.parallel.mesh import Meshes, make_meshes
+from qwen35.parallel.ulysses import share_bins, split
 
-__all__ = ["Meshes", "make_meshes", "reduce_held_out", "shard"]
+__all__ = ["Meshes", "make_meshes", "reduce_held_out", "shard", "share_bins", "split"]

@@ -33,6 +33,10 @@ class Meshes:
     def ulysses_size(self) -> int:
         return self.tokens["ulysses"].size()
 
+    @property
+    def ulysses_rank(self) -> int:
+        return self.tokens["ulysses"].get_local_rank()
+
 
 def make_meshes(device_type: str, p: ParallelSettings) -> Meshes:
     """Over all ranks of the default group. Raises SettingError."""

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from steps import DEVICE, make_batch, our_step, peer_step, slice_config
 from table import layers
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import SavedBytes, Watch, has_kernel
 
 import kernels
 from kernels.features import HAS_GROUPED_MM
+from qwen35.parallel import make_meshes
+from qwen35.settings import ParallelSettings
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 FORWARD = [
@@ -64,6 +68,30 @@ def test_a_step_with_multi_token_prediction(moe, recompute):
     attention, head = "npu::npu_fusion_attention", "npu::npu_cross_entropy_loss"
     assert step.forward.ops[attention] == plain.forward.ops[attention] + 1
     assert step.forward.ops[head] >= plain.forward.ops[head] > 0
+
+
+@pytest.fixture
+def sharing():
+    """Two ranks that share their bins, of which only this one is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield make_meshes("npu", ParallelSettings(ulysses_parallel_size=2))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])
+def test_a_step_on_shared_bins(moe, recompute, sharing):
+    """The exchanges are operators like others: none waits for the device, and the mixers' own are as many as they were."""
+    config = slice_config(moe, LAYERS)
+    batch = make_batch(config, 1024, True)
+    plain, step = our_step(config, batch, recompute, True), our_step(config, batch, recompute, True, sharing)
+    assert not step.wrong
+    for name in ("npu::npu_fusion_attention", *FORWARD):
+        assert step.forward.ops[name] == plain.forward.ops[name] > 0, name
+    mixers, exchange = len(LAYERS) + 1 + config["vision_config"]["depth"], "c10d::alltoall_base_"
+    text = len(LAYERS) + 1
+    assert step.forward.ops[exchange] == 2 * mixers
+    assert step.backward.ops[exchange] == 2 * mixers + recompute * 2 * text + 1  # the features' gradient
+    assert step.forward.ops["c10d::allgather_"] == 1 and step.forward.ops["c10d::allreduce_"] == moe
 
 
 def test_text_and_images_dispatch_the_same():

@@ -17,6 +17,7 @@ import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
+from qwen35.parallel import Meshes, share_bins, split
 from qwen35.parallel.fsdp import HELD_OUT
 
 DEVICE = "npu:0"
@@ -92,11 +93,18 @@ def _fake(record, mode: FakeTensorMode):
     return dataclasses.replace(record, **fields)
 
 
-def our_step(config: dict, batch: PackedBatch, recompute: bool = False, mtp: bool = False) -> Step:
+def our_step(
+    config: dict, batch: PackedBatch, recompute: bool = False, mtp: bool = False, meshes: Meshes | None = None
+) -> Step:
+    """meshes: of the ranks that share the batch; the step is that of the first."""
     weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
+    if meshes:
+        batch, weights, ahead = split(batch, weights, ahead, 0, meshes.ulysses_size)
     with FakeTensorMode() as mode, torch.device(DEVICE):
         batch, weights, ahead = _fake(batch, mode), mode.from_tensor(weights), ahead and _fake(ahead, mode)
         model = Qwen35(load_config(config), kernels=kernels.select("npu"), mtp=mtp)
+        if meshes:
+            share_bins(model, meshes)
         _to_bf16(model, HELD_OUT)
         model.model.language_model.recompute = recompute
 

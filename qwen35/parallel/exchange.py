@@ -1,0 +1,111 @@
+"""What the ranks of a group exchange in fixed shapes, as differentiable functions: backward is the opposite exchange."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def to_heads(group: dist.ProcessGroup, *outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each output is given by the parts [T/U, H, …] that are to lie side by side in it -> [T, sum of their H/U * …].
+
+    All of it in one message, where wider numbers count as several of the narrowest.
+    """
+    parts = [part for output in outputs for part in output]
+    return _ToHeads.apply(group, [len(output) for output in outputs], *parts)
+
+
+def to_tokens(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """x [T, H/U, D] -> [T/U, H, D]"""
+    return _ToTokens.apply(group, x)
+
+
+def exchange(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """x [U, …], a slice for each rank -> [U, …], a slice of each rank"""
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, counts: list[int], *parts: Tensor) -> tuple[Tensor, ...]:
+        size, word = group.size(), min((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        blocks = [_as(word, part).unflatten(1, (size, -1)).transpose(0, 1) for part in parts]  # [U, T/U, H/U, …]
+        widths = [block.shape[2:].numel() for block in blocks]
+        send = torch.empty(size, len(parts[0]), sum(widths), dtype=word, device=parts[0].device)
+        for place, block in zip(send.split(widths, dim=2), blocks, strict=True):
+            place.unflatten(2, block.shape[2:]).copy_(block)
+        found, of_parts = exchange(group, send).flatten(0, 1), iter(zip(widths, parts, strict=True))
+        ctx.group, ctx.word, ctx.widths = group, word, widths
+        ctx.parts = [(part.shape, part.dtype) for part in parts]
+        outputs = [[next(of_parts) for _ in range(count)] for count in counts]
+        columns = found.split([sum(width for width, _ in output) for output in outputs], dim=1)
+        return tuple(_as(output[0][1].dtype, x) for x, output in zip(columns, outputs, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        send = torch.cat([_as(ctx.word, grad) for grad in grads], dim=1)  # [T, all widths]
+        found = exchange(ctx.group, send.unflatten(0, (ctx.group.size(), -1))).split(ctx.widths, dim=2)
+        return (
+            None,
+            None,
+            *(
+                _as(dtype, x.transpose(0, 1).flatten(1)).view(shape)
+                for x, (shape, dtype) in zip(found, ctx.parts, strict=True)
+            ),
+        )
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return exchange(group, x.contiguous().unflatten(0, (group.size(), -1))).transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        size = ctx.group.size()
+        return None, exchange(ctx.group, grad.unflatten(1, (size, -1)).transpose(0, 1).contiguous()).flatten(0, 1)
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The same bytes as numbers of `dtype`."""
+    return x if x.dtype == dtype else x.contiguous().view(dtype)
+
+
+def gather(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """x [N, …] of each rank -> [U * N, …]"""
+    return _Gather.apply(group, x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(group.size() * len(x), *x.shape[1:])
+        dist.all_gather(list(out.chunk(group.size())), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, exchange(ctx.group, grad.contiguous().unflatten(0, (ctx.group.size(), -1))).sum(0)
+
+
+def sum_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    """The sum of all ranks' x. A rank's backward is for its own x alone: the gradients of the ranks are summed later."""
+    return _Sum.apply(group, x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad

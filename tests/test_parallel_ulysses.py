@@ -1,0 +1,334 @@
+"""Context parallelism: ranks that share each bin compute what one process computes on the whole of it."""
+
+import dataclasses
+import os
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peer import PATCH_VALUES, config_dict, sample
+from test_parallel import free_port, full
+from torch.distributed.tensor import distribute_tensor
+from training_runs import tensors, train
+
+from qwen35.data.collate import collate
+from qwen35.data.dataset import Sample
+from qwen35.device import HOST, init_process
+from qwen35.launch import leave
+from qwen35.loss import look_ahead, token_weights
+from qwen35.metrics import SUMS, read_metrics
+from qwen35.model import Qwen35, load_config
+from qwen35.optim import GradientNorm, make_optimizer
+from qwen35.parallel import exchange, make_meshes, shard, share_bins, split
+from qwen35.settings import (
+    BasicParameters,
+    DatasetParam,
+    DataSettings,
+    LossCfg,
+    ModelSettings,
+    ParallelSettings,
+    Settings,
+    TrainingSettings,
+)
+from qwen35.train import Run, train_step
+from qwen35.trainable import freeze
+
+STEPS, BIN, BUCKET = 3, 64, 32
+# heads for four ranks, but only two KV heads of the attention
+MODEL = {"key_heads": 4, "value_heads": 8}
+
+
+def make_config(**case) -> dict:
+    config = config_dict(**MODEL, **case)
+    config["vision_config"]["num_heads"] = 4
+    return config
+
+
+SPEC = load_config(make_config()).vision_spec
+
+
+def make_bin(*parts: list, trained: bool = True, seed: int):
+    """One bin as the collator makes it, with its pad tail and the dummy image."""
+    samples = [sample(some, seed=seed + i) for i, some in enumerate(parts)]
+    fields = [f.name for f in dataclasses.fields(Sample) if f.default is dataclasses.MISSING]
+    batch = collate([[Sample(*(getattr(s, f) for f in fields)) for s in samples]], BIN, 0, BUCKET, SPEC)
+    if not trained:
+        batch = dataclasses.replace(
+            batch,
+            labels=torch.full_like(batch.labels, -100),
+            trained=batch.trained[:0],
+            bad_records=("its image is broken",),
+        )
+    return batch
+
+
+# the cuts are at 32 (and 16, 48): an image across the middle, and sequences across all of them
+BATCHES = [
+    make_bin([20, (8, 6), 6], [13], seed=0),
+    make_bin([41], [20], seed=10),
+    make_bin([3, (8, 4), 4], [2, (2, 4, 4), 9], [1], seed=20),
+    make_bin([17], seed=30, trained=False),
+]
+CASES = {  # parallel settings; others of the model's
+    "ulysses 2 x fsdp 2": {"parallel": {"ulysses_parallel_size": 2}, "mtp": 1},
+    "ulysses 4": {
+        "parallel": {"ulysses_parallel_size": 4},
+        "mtp": 1,
+        "recompute": True,
+        "loss_type": "per_token_loss",
+    },
+    "ulysses 2 x 2 replicas": {
+        "parallel": {"ulysses_parallel_size": 2, "fully_shard_parallel_size": 2},
+        "freeze": ("model.visual", "model.language_model.layers.{*}.mlp.gate"),
+        "loss_type": "per_sample_loss",
+    },
+    "ulysses 4, dense and tied": {
+        "parallel": {"ulysses_parallel_size": 4, "fully_shard_parallel_size": 2},
+        "config": {"moe": False, "tied": True},
+        "recompute": "selective",
+        "mtp": 1,
+    },
+}
+
+
+def three_steps(case: dict, is_shared: bool) -> dict:
+    """Of train_step on this rank's BATCHES: sums over the ranks, norms, the first step's gradients, the weights after."""
+    parallel = ParallelSettings(**case["parallel"] if is_shared else {})
+    meshes, config, mtp = make_meshes(HOST.type, parallel), make_config(**case.get("config", {})), case.get("mtp", 0)
+    whole = Qwen35.from_config(config, seed=1, mtp=bool(mtp))
+    model = whole
+    if is_shared:
+        with torch.device("meta"):
+            model = Qwen35(load_config(config), mtp=bool(mtp))
+    freeze(model, list(case.get("freeze", ())))
+    if is_shared:
+        share_bins(model, meshes)
+        shard(model, meshes, torch.float32)
+        model.to_empty(device=HOST)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+                p.copy_(distribute_tensor(q, p.device_mesh, p.placements) if hasattr(p, "placements") else q)
+    model.model.language_model.recompute = case.get("recompute", False)
+    settings = Settings(
+        DataSettings(DatasetParam(BasicParameters("x"))),
+        ModelSettings(
+            "x",
+            mtp_num_layers=mtp,
+            mtp_loss_scaling_factor=0.3,
+            loss_cfg=LossCfg(case.get("loss_type", "default"), 0.1),
+        ),
+        TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, clip_grad=0.05),
+        parallel,
+    )
+    optimizer = make_optimizer(model, settings.training)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_) -> None:
+        if not gradients:
+            gradients.update((n, full(p.grad).clone()) for n, p in model.named_parameters() if p.grad is not None)
+
+    optimizer.register_step_pre_hook(keep)
+    norm = GradientNorm(model, meshes.weights["shard"].get_group())
+    run = Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
+    mine = BATCHES[meshes.data_rank :: meshes.data_size]
+    records = [train_step(run, mine, 1e-2, 0.0) for _ in range(STEPS)]
+    sums = torch.stack([torch.cat([r.sums, torch.tensor([r.flops, len(r.bad_records)])]) for r in records])
+    dist.all_reduce(sums)
+    return {
+        "sums": sums,
+        "norms": torch.stack([r.group_squares.sum().sqrt() for r in records]),
+        "gradients": gradients,
+        "weights": {n: full(p.detach()) for n, p in model.named_parameters()},
+    }
+
+
+# ── Four processes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def worker(rank: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    init_process()
+    results = {"exchanges": {str(dtype): exchanged(dtype) for dtype in (torch.float32, torch.bfloat16)}}
+    for name, case in CASES.items():
+        with counting() as counted:
+            results[name] = three_steps(case, is_shared=True)
+        results[name]["messages"] = counted
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+    leave(0)
+
+
+@contextmanager
+def counting():
+    """The number and the bytes of each kind of message that context parallelism sends."""
+    counted = {"count": Counter(), "bytes": Counter()}
+
+    class Counting:
+        def __getattr__(self, name):
+            def call(*given, group):
+                counted["count"][name] += 1
+                counted["bytes"][name] += given[-1].numel() * given[-1].element_size()
+                return getattr(dist, name)(*given, group=group)
+
+            return call
+
+    with mock.patch.object(exchange, "dist", Counting()):
+        yield counted
+
+
+def exchanged(dtype: torch.dtype) -> dict[str, bool]:
+    """Whether heads and tokens arrive where they belong, numbers of two widths in one message; and gradients too."""
+    rank, U, T = dist.get_rank(), 4, 12
+    generator = torch.Generator().manual_seed(3)
+    q, k, x = (torch.randn(T, *shape, generator=generator).to(dtype) for shape in ((8, 6), (4, 10), (4, 3)))
+    g = torch.randn(T, 8, generator=generator)
+    here = slice(rank * T // U, (rank + 1) * T // U)
+    mine = [t[here].clone().requires_grad_() for t in (q, k, g)]
+    both, of_g = exchange.to_heads(dist.group.WORLD, mine[:2], mine[2:])
+    q_heads, k_heads, g_heads = (t.chunk(U, dim=1)[rank] for t in (q, k, g))
+    one = torch.equal(both, torch.cat([q_heads.flatten(1), k_heads.flatten(1)], dim=1)) and torch.equal(of_g, g_heads)
+    ((both * both).sum() + (of_g * of_g).sum()).backward()
+    two = all(torch.equal(t.grad, 2 * whole[here]) for t, whole in zip(mine, (q, k, g), strict=True))
+    heads = x.chunk(U, dim=1)[rank].clone().requires_grad_()
+    back = exchange.to_tokens(dist.group.WORLD, heads)
+    (back * back).sum().backward()
+    three = torch.equal(back, x[here]) and torch.equal(heads.grad, 2 * heads)
+    return {"to heads": one and both.dtype == dtype and of_g.dtype == g.dtype, "backward": two, "to tokens": three}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("ulysses") / "results.pt"
+    mp.spawn(worker, args=(free_port(), out), nprocs=4)
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture
+def alone():
+    """The only process of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_processes_equal_one(four, alone, name):
+    case = CASES[name]
+    one, found = three_steps(case, is_shared=False), four[name]
+    torch.testing.assert_close(found["sums"], one["sums"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-5, atol=0)
+    sums = dict(zip((*SUMS[: 5 + case.get("mtp", 0)], "flops", "bad_records"), one["sums"][0].tolist(), strict=True))
+    assert sums["bad_records"] == 1 and sums["image_tokens"] == 12 + 8 + 8 and sums["tokens"] == 53 + 61 + 41 + 17
+    assert one["sums"][0, 0] > one["sums"][-1, 0] > 0 and one["norms"].min() > 0.05
+    for kind in ("gradients", "weights"):
+        assert one[kind].keys() == found[kind].keys()
+        for parameter, value in one[kind].items():
+            difference = (found[kind][parameter] - value).norm()
+            assert difference <= 1e-5 * value.norm() + 1e-9, f"{kind} of {parameter}: {difference / value.norm():.1e}"
+    is_frozen = bool(case.get("freeze"))
+    assert any("visual" in n for n in one["gradients"]) != is_frozen
+    assert len(one["gradients"]) == len(one["weights"]) - is_frozen * sum(
+        "visual" in n or n.endswith("mlp.gate.weight") for n in one["weights"]
+    )
+
+
+def test_exchanges(four):
+    assert all(all(found.values()) for found in four["exchanges"].values()), four["exchanges"]
+
+
+@pytest.mark.parametrize("name", ["ulysses 2 x fsdp 2", "ulysses 4"])
+def test_messages(four, name):
+    """Two a mixer forward and two backward (and two more where it runs again), and no byte more than heads have."""
+    case, T, P = CASES[name], BIN, [len(batch.pixel_values) for batch in BATCHES]
+    U, recompute = case["parallel"]["ulysses_parallel_size"], bool(case.get("recompute"))
+    steps = [STEPS] * len(BATCHES) if U == 4 else [STEPS, 0] * 2  # micro-steps of rank 0 with each batch
+    text, vision = make_config()["text_config"], make_config()["vision_config"]
+    layers, blocks = len(text["layer_types"]) + 1, vision["depth"]  # with that of multi-token prediction
+    found = four[name]["messages"]
+    assert found["count"] == {
+        "all_to_all_single": sum(steps) * ((4 + 2 * recompute) * layers + 4 * blocks + 1),
+        "all_gather": sum(steps),
+        "all_reduce": sum(steps),
+    }
+    keys, values = 4 * text["linear_key_head_dim"], 8 * text["linear_value_head_dim"]
+    heads, D = text["num_attention_heads"], text["head_dim"]
+    delta_net = (2 * keys + values + 2 * 8) + values
+    attention = (heads + 2 * max(text["num_key_value_heads"], U)) * D + heads * D
+    numbers = sum(steps) * (2 + recompute) * T // U * (3 * delta_net + 2 * attention)
+    numbers += sum(n * p for n, p in zip(steps, P, strict=True)) * 2 // U * blocks * 4 * vision["hidden_size"]
+    features = sum(n * p // 4 for n, p in zip(steps, P, strict=True)) * vision["out_hidden_size"]  # their gradients
+    assert found["bytes"]["all_to_all_single"] == 4 * (numbers + features)
+    assert found["bytes"]["all_gather"] == 4 * features // U
+    assert found["bytes"]["all_reduce"] == 4 * sum(steps) * 2 * text["num_experts"]
+
+
+# ── A batch's parts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_parts_make_the_whole():
+    batch = BATCHES[0]
+    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default")
+    parts = [split(batch, weights, ahead, rank, 4) for rank in range(4)]
+    for name in ("labels", "is_pad", "pixel_values"):
+        assert torch.equal(torch.cat([getattr(part, name) for part, _, _ in parts]), getattr(batch, name)), name
+    for name in ("corner", "corner_weight"):
+        assert torch.equal(
+            torch.cat([getattr(p.vision, name) for p, _, _ in parts], dim=1), getattr(batch.vision, name)
+        )
+    for name in ("labels", "weights", "is_end"):
+        assert torch.equal(torch.cat([getattr(a, name) for _, _, a in parts]), getattr(ahead, name)), name
+    assert torch.equal(torch.cat([w for _, w, _ in parts]), weights)
+    for rank, (part, _, its) in enumerate(parts):
+        start, end = 16 * rank, 16 * (rank + 1)
+        assert part.trained.tolist() == [t - start for t in batch.trained.tolist() if start <= t < end]
+        assert its.trained.tolist() == [t - start for t in ahead.trained.tolist() if start <= t < end]
+        beyond = [0] if rank == 3 else batch.input_ids[end : end + 1].tolist()
+        assert part.input_ids.tolist() == batch.input_ids[start:end].tolist() + beyond
+        beyond = [-1] if rank == 3 else batch.vision_index[end : end + 1].tolist()
+        assert part.vision_index.tolist() == batch.vision_index[start:end].tolist() + beyond
+        for name in ("cu_seqlens", "position_ids", "grid_thw"):
+            assert getattr(part, name) is getattr(batch, name), name
+        assert part.vision.cu_seqlens is batch.vision.cu_seqlens and part.vision.position is batch.vision.position
+    plain, _, nothing = split(batch, weights, None, 1, 4)
+    assert plain.input_ids.tolist() == batch.input_ids[16:32].tolist() and nothing is None
+    assert len(plain.pixel_values) == len(batch.pixel_values) // 4 and plain.pixel_values.shape[1] == PATCH_VALUES
+    with pytest.raises(ValueError, match="64 tokens and 64 patches cannot be shared by 3 ranks"):
+        split(batch, weights, None, 0, 3)
+
+
+# ── A whole run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_on_shared_bins_and_its_resume_by_one_process(workplace, two, tmp_path):
+    """The same bins as two ranks with bins of their own; then the last steps again, from its checkpoint, alone."""
+    common = "training.gradient_accumulation_steps=2", "training.save_interval=5"
+    done = train(workplace, tmp_path, 2, *common, "parallel.ulysses_parallel_size=2")
+    assert done.returncode == 0, done.stderr
+    shared = read_metrics(tmp_path / "metrics.jsonl")
+    check_lines(shared, read_metrics(two / "metrics.jsonl"))
+    weights = tensors(tmp_path)
+    for file in (tmp_path / "iter_0000010").iterdir():
+        file.unlink()
+    (tmp_path / "iter_0000010").rmdir()
+    done = train(workplace, tmp_path, 1, *common)
+    assert done.returncode == 0 and "steps 6 to 10" in done.stdout, done.stderr
+    check_lines(read_metrics(tmp_path / "metrics.jsonl"), shared)
+    for name, value in tensors(tmp_path).items():
+        assert (value - weights[name]).norm() <= 1e-4 * value.norm() + 1e-6, name
+
+
+def check_lines(found: list[dict], wanted: list[dict]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in wanted] == list(range(1, 11))
+    for a, b in zip(found, wanted, strict=True):
+        for key in ("loss", "aux_loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), f"{key} of step {a['step']}"
+        assert all(a[key] == b[key] for key in ("lr", "tokens", "label_tokens", "image_tokens"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import attention, moe, npu
 from kernels.cross_entropy import chunks
+from kernels.kept import Kept
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -117,8 +118,9 @@ def varlen_attention(
     scale: float,
     prepare: attention.Prepare | None = None,
     inputs: Sequence[Tensor] = (),
+    kept: Kept | None = None,
 ) -> Tensor:
-    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs)
+    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
 
 
 def linear_cross_entropy(

@@ -83,7 +83,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     after = table(model)
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
-    model.model.language_model.recompute = settings.parallel.recompute
+    model.recompute(settings.parallel.recompute)
     optimizer = make_optimizer(model, t)
     loaded = None
     if is_hf:
@@ -98,7 +98,8 @@ def setup(settings: Settings, device: torch.device) -> Run:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    sharing, recompute = meshes.weights["shard"].size(), "on" if settings.parallel.recompute else "off"
+    sharing, recompute = meshes.weights["shard"].size(), settings.parallel.recompute
+    recompute = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}; {sharing} share a copy of the weights")
     report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")

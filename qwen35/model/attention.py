@@ -30,7 +30,7 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
         scale = q.shape[-1] ** -0.5
-        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=scale, prepare=prepare, inputs=inputs)
+        return self.kernel(q, k, v, cu_seqlens, causal=True, scale=scale, prepare=prepare, inputs=inputs, kept=kept)
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ The delta rule, its convolution and its gated norm are the Triton kernels, each 
 import dataclasses
 
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Record, SavedBytes, Watch
@@ -72,7 +73,8 @@ class Step:
     forward: Record
     backward: Record
     optimizer: Record
-    saved: int  # bytes for backward
+    saved: int  # bytes for backward, of what autograd keeps
+    kept: int  # bytes that are there between forward and backward
     calls: list
     model: Qwen35 | torch.nn.Module
 
@@ -92,13 +94,13 @@ def _fake(record, mode: FakeTensorMode):
     return dataclasses.replace(record, **fields)
 
 
-def our_step(config: dict, batch: PackedBatch, recompute: bool = False, mtp: bool = False) -> Step:
+def our_step(config: dict, batch: PackedBatch, recompute: bool | str = False, mtp: bool = False) -> Step:
     weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
     with FakeTensorMode() as mode, torch.device(DEVICE):
         batch, weights, ahead = _fake(batch, mode), mode.from_tensor(weights), ahead and _fake(ahead, mode)
         model = Qwen35(load_config(config), kernels=kernels.select("npu"), mtp=mtp)
         _to_bf16(model, HELD_OUT)
-        model.model.language_model.recompute = recompute
+        model.recompute(recompute)
 
         def loss() -> Tensor:
             there = batch.to(DEVICE)
@@ -120,6 +122,10 @@ def _run(model: torch.nn.Module, loss) -> Step:
     kept = SavedBytes(model.parameters())
     with kept:  # in a run of its own, for it adds operators
         loss()
+    with LiveBytes("npu") as live:
+        value = loss()
+        held = live.now
+        del value
     with Watch() as forward:
         value = loss()
     with Watch() as backward:
@@ -131,7 +137,7 @@ def _run(model: torch.nn.Module, loss) -> Step:
     optimizer.step()  # the first makes its state
     with Watch() as update:
         optimizer.step()
-    return Step(forward.record, backward.record, update.record, kept.total, forward.calls + backward.calls, model)
+    return Step(forward.record, backward.record, update.record, kept.total, held, forward.calls + backward.calls, model)
 
 
 # ── transformers' step ─────────────────────────────────────────────────────────────────────────────────────────────────

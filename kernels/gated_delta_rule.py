@@ -108,7 +108,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         grad_enabled: bool,
         kept: Kept | None,
     ) -> Tensor:
-        inputs, chunks = (q, k, v, g, beta), [] if grad_enabled else None
+        inputs = (q, k, v, g, beta)
+        chunks: list[tuple[Tensor, Tensor]] | None = [] if grad_enabled else None
 
         def made() -> tuple[Tensor]:
             out = torch.empty_like(v)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.kept import Kept, outputs_once
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]
 
@@ -25,12 +26,14 @@ def varlen_attention(
     scale: float,
     prepare: Prepare | None = None,
     inputs: Sequence[Tensor] = (),
+    kept: Kept | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [S+1] on the CPU -> o [T, Hq, D].
 
-    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come.
+    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come. `kept`: the layer is run
+    again for backward, and its second run takes o and the softmax's statistics from the first.
     """
-    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs)
+    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
 
 
 def attend(
@@ -43,10 +46,11 @@ def attend(
     scale: float,
     prepare: Prepare | None,
     inputs: Sequence[Tensor],
+    kept: Kept | None = None,
 ) -> Tensor:
     """The same by the attention and attention_backward of `primitives`, which take at most SEQUENCES sequences in a call."""
     how = primitives, list(_parts(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
-    return _Attention.apply(how, q, k, v, *inputs)
+    return _Attention.apply(how, kept, q, k, v, *inputs)
 
 
 def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
@@ -60,21 +64,25 @@ def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: tuple, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, how: tuple, kept: Kept | None, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
         do, parts, causal, scale, prepare = ctx.how = how
-        made = prepare(q, k, *inputs) if prepare else (q, k)
-        calls = []
-        for part, ends in parts:
-            of_q, of_k, of_v = _of(part, *made, v)
-            calls.append(do.attention(of_q, of_k, of_v, ends, causal, scale))
-        out = _joined([call[0] for call in calls], q)
-        ctx.save_for_backward(q, k, *inputs, v, out, *(x for call in calls for x in call[1:]))
+
+        def attended() -> tuple[Tensor, ...]:
+            made = prepare(q, k, *inputs) if prepare else (q, k)
+            calls = []
+            for part, ends in parts:
+                of_q, of_k, of_v = _of(part, *made, v)
+                calls.append(do.attention(of_q, of_k, of_v, ends, causal, scale))
+            return _joined([call[0] for call in calls], q), *(x for call in calls for x in call[1:])
+
+        out, *statistics = outputs_once(kept, attended)
+        ctx.save_for_backward(q, k, *inputs, v, out, *statistics)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         do, parts, causal, scale, prepare = ctx.how
-        _, need_q, need_k, _, *needs = ctx.needs_input_grad
+        _, _, need_q, need_k, _, *needs = ctx.needs_input_grad
         needs = [need_q, need_k, *needs]
         saved = ctx.saved_tensors
         inputs, (v, out), kept = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
@@ -91,13 +99,13 @@ class _Attention(torch.autograd.Function):
                 its.append(x)
         *of_made, grad_v = (_joined(its, x) for its, x in zip(grads, (*made, v), strict=True))
         if not prepare:
-            return None, *of_made, grad_v
+            return None, None, *of_made, grad_v
         leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
         # one of the two may hang on nothing that is trained
         pairs = [(x, its) for x, its in zip(made, of_made, strict=True) if x.requires_grad]
         of_leaves = iter(torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs]) if leaves else ())
         grad_q, grad_k, *rest = (next(of_leaves) if need else None for need in needs)
-        return None, grad_q, grad_k, grad_v, *rest
+        return None, None, grad_q, grad_k, grad_v, *rest
 
 
 def _of(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:

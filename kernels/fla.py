@@ -9,8 +9,17 @@ from fla.modules.causal_conv1d import causal_conv1d as fla_causal_conv1d
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
 from torch import Tensor
 
+from kernels.kept import Kept
 
-def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
+
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+) -> Tensor:
+    """ValueError with `kept`: what fla's backward needs comes out of its forward alone, which cannot be left out."""
+    if kept is not None:
+        raise ValueError(
+            "fla's delta rule cannot take its output from a layer's first run: set parallel.recompute to true"
+        )
     if not len(q):
         return torch.zeros_like(v)
     packed = (x[None] for x in (q, k, v, g, beta))  # one batch of all tokens

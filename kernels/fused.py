@@ -134,8 +134,9 @@ def varlen_attention(
     scale: float,
     prepare: attention.Prepare | None = None,
     inputs: Sequence[Tensor] = (),
+    kept: Kept | None = None,
 ) -> Tensor:
-    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs)
+    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
 
 
 def linear_cross_entropy(

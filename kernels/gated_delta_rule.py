@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.kept import Kept, outputs_once
 from kernels.native import working_dtype
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -32,12 +33,15 @@ CHUNK = 64
 HEADS_AT_ONCE = 64  # sequences times V heads that go through a chunk together
 
 
-def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+) -> Tensor:
     """q, k [T, Hk, Dk] raw; v [T, Hv, Dv]; g, beta [T, Hv] (g <= 0, the log of the decay); cu_seqlens [S+1] on the CPU.
 
-    Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside.
+    Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside. `kept`: the
+    layer is run again for backward; its second run takes o from the first, and goes through the chunks for their states alone.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled())
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), kept)
 
 
 @torch.no_grad()
@@ -48,7 +52,9 @@ def chunk_gated_delta_rule_and_state(
     state = torch.zeros(
         len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device
     )
-    return _forward((q, k, v, g, beta), cu_seqlens, None, state), state
+    out = torch.empty_like(v)
+    _forward((q, k, v, g, beta), cu_seqlens, out, None, state)
+    return out, state
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,29 @@ def groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[tupl
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, grad_enabled: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        cu_seqlens: Tensor,
+        grad_enabled: bool,
+        kept: Kept | None,
     ) -> Tensor:
-        kept: list[tuple[Tensor, Tensor]] = []
-        out = _forward((q, k, v, g, beta), cu_seqlens, kept if grad_enabled else None)
-        ctx.save_for_backward(q, k, v, g, beta, *chain.from_iterable(kept))
+        inputs = (q, k, v, g, beta)
+        chunks: list[tuple[Tensor, Tensor]] | None = [] if grad_enabled else None
+
+        def made() -> tuple[Tensor]:
+            out = torch.empty_like(v)
+            _forward(inputs, cu_seqlens, out, chunks)
+            return (out,)
+
+        (out,) = outputs_once(kept, made)
+        if chunks is not None:
+            if not chunks:
+                _forward(inputs, cu_seqlens, None, chunks)
+            ctx.save_for_backward(*inputs, *chain.from_iterable(chunks))
         ctx.cu_seqlens = cu_seqlens
         return out
 
@@ -104,7 +128,7 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, *kept = ctx.saved_tensors
         pairs = list(zip(kept[::2], kept[1::2], strict=True))
-        return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None)
+        return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None, None)
 
 
 class _Chunk:
@@ -216,24 +240,29 @@ class _Chunk:
 
 
 def _forward(
-    inputs: Inputs, cu_seqlens: Tensor, kept: list[tuple[Tensor, Tensor]] | None, last_state: Tensor | None = None
-) -> Tensor:
-    """kept: takes each chunk's entering state and inverse. last_state [S, Hv, Dk, Dv], zeros: takes the states at the end."""
+    inputs: Inputs,
+    cu_seqlens: Tensor,
+    out: Tensor | None,
+    kept: list[tuple[Tensor, Tensor]] | None,
+    last_state: Tensor | None = None,
+) -> None:
+    """out [T, Hv, Dv]: takes the rule's output; None: that is known. kept: takes each chunk's entering state and inverse.
+    last_state [S, Hv, Dk, Dv], zeros: takes the states at the end."""
     _, k, v, _, _ = inputs
-    out, heads = torch.empty_like(v), v.shape[1]
+    heads = v.shape[1]
     for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device):
         state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in steps:
             chunk, moving = _Chunk(inputs, step), state[: step.count * heads]
             entering = moving.to(v.dtype, copy=True)
             from_state, _, value = chunk.read(entering)
-            chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
+            if out is not None:
+                chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
             moving.mul_(chunk.whole).add_(chunk.k_end.mT @ value)
             if kept is not None:
                 kept.append((entering, chunk.inverse))
         if last_state is not None:
             last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
-    return out
 
 
 def _backward(

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -42,3 +44,11 @@ class Kept:
         self._is_second = True
         yield
         self._is_second = False
+
+
+def outputs_once(kept: Kept | None, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Inside an autograd.Function's forward: make(), or what the first run made. None: there is only one run.
+
+    Aliases, for autograd hangs its graph on the very tensor that a forward returns.
+    """
+    return make() if kept is None else tuple(x.detach() for x in kept.once(make))

@@ -156,12 +156,14 @@ def _build(cls: Any, flat: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _coerce(value: Any, kind: Any, path: str) -> Any:
-    origin = get_origin(kind)
+    origin, or_else = get_origin(kind), ""
     if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
-        origin = get_origin(kind)
+        kinds = get_args(kind)
+        words = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
+        if (value is None and type(None) in kinds) or value in words:
+            return value
+        kind = next(k for k in kinds if k is not type(None))
+        origin, or_else = get_origin(kind), f", nor {', '.join(words)}" if words else ""
     if origin is Literal:
         if value in get_args(kind):
             return value
@@ -176,7 +178,7 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         except ValueError:
             pass
     if type(value) is not kind:
-        raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}")
+        raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}{or_else}")
     if kind is str and (not value or "\0" in value):
         raise SettingError(f"{path}: {value!r} names nothing; leave it out, or set it")
     if kind is int and abs(value) >= 2**63:

@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen35.errors import SettingError
 from qwen35.settings import Attr, ModelSettings, Settings
 
+FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
 
 
@@ -36,6 +37,11 @@ def _of_training(s: Settings) -> Iterator[str]:
         yield (
             f"model.mtp_loss_scaling_factor {s.model.mtp_loss_scaling_factor} means nothing without model.mtp_num_layers: 1;"
             " set that, or leave it out"
+        )
+    if s.parallel.recompute == "selective" and "fla" in (s.model.kernels.get(op) for op in FLA_DELTA_RULE):
+        yield (
+            "parallel.recompute: selective means nothing to fla's delta rule, whose backward needs its own forward; set"
+            " recompute: true, or model.kernels.gated_delta_rule to triton"
         )
     if t.load and t.init_from_hf_path:
         yield "training.load and training.init_from_hf_path both say where the weights come from; set one"

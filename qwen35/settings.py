@@ -96,7 +96,9 @@ class ParallelSettings:
     fully_shard_parallel_size: int | None = None  # ranks that share one copy of the weights; default: all
     expert_parallel_size: int = 1  # of these, ranks that each hold some of the experts whole, and exchange tokens
     ulysses_parallel_size: int = 1  # ranks that share each bin: a part of the tokens each, in attention of the heads
-    recompute: bool = False  # keep only each layer's input for backward, and run the layer again
+    # keep only each layer's input for backward, and run the layer again; selective: keep what attention and delta rule return
+    # too, so that these do not run again
+    recompute: bool | Literal["selective"] = False
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     after = table(model)
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
-    model.model.language_model.recompute = settings.parallel.recompute
+    model.recompute(settings.parallel.recompute)
     optimizer = make_optimizer(model, t)
     loaded = None
     if is_hf:
@@ -101,9 +101,10 @@ def setup(settings: Settings, device: torch.device) -> Run:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    recompute = "on" if settings.parallel.recompute else "off"
+    recompute = settings.parallel.recompute
+    how = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
-    report(f"arithmetic {t.dtype}, recompute {recompute}, kernels {m.kernels or 'auto'} (see python -m kernels)")
+    report(f"arithmetic {t.dtype}, recompute {how}, kernels {m.kernels or 'auto'} (see python -m kernels)")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len

@@ -174,7 +174,7 @@ def test_recompute_gives_the_same_gradients():
     results = []
     for recompute in (False, True):
         ours.zero_grad()
-        ours.model.language_model.recompute = recompute
+        ours.recompute(recompute)
         hidden, aux = ours.forward_aux(batch)
         (hidden.square().sum() + aux).backward()
         results.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})

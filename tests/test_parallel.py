@@ -61,7 +61,7 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
                 p.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements))
             else:
                 p.copy_(q)
-    model.model.language_model.recompute = case.get("recompute", False)
+    model.recompute(case.get("recompute", False))
     t = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
     optimizer = make_optimizer(model, t)
     norm = GradientNorm(model, meshes.weights["shard"].get_group())
@@ -101,6 +101,7 @@ CASES = {
     "sharded": {},
     "replicated": {"parallel": {"fully_shard_parallel_size": 1}},
     "recompute": {"recompute": True},
+    "selective": {"recompute": "selective"},
     "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
     "dense, tied": {"config": {"moe": False, "tied": True}},
 }

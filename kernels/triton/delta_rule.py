@@ -1,6 +1,7 @@
 """The gated delta rule on Triton's kernels. Signature and mathematics as in kernels/gated_delta_rule.py.
 
 Kept for backward: the inputs, and of each chunk the inverse, the gates and the norms; the states are made again.
+A layer's second run, which knows the output, makes these alone and does not scan.
 """
 
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.kept import Kept, outputs_once
 from kernels.triton import delta_rule_launch as launch
 from kernels.triton.chunks import chunk_tables
 from kernels.triton.tiles import HEAD_SIZES, chunk_size
 
 
-def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> Tensor:
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+) -> Tensor:
     """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others."""
     for size in (q.shape[2], v.shape[2]):
         if size not in HEAD_SIZES:
@@ -24,7 +28,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     if not len(v):
         return torch.zeros_like(v)
     size = chunk_size(q.shape[2], v.shape[2])
-    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, size, v.device), size)
+    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, size, v.device), size, kept)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -39,6 +43,7 @@ class _DeltaRule(torch.autograd.Function):
         chunks: Tensor,
         sequences: Tensor,
         size: int,
+        kept: Kept | None,
     ) -> Tensor:
         q, k, v = (_in_rows(x) for x in (q, k, v))
         g, beta = g.contiguous(), beta.contiguous()
@@ -46,7 +51,7 @@ class _DeltaRule(torch.autograd.Function):
         inverse = launch.invert(k, gates, norms, chunks)
         ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
         ctx.gate_dtypes = g.dtype, beta.dtype
-        return launch.scan(q, k, v, inverse, gates, norms, sequences)
+        return outputs_once(kept, lambda: (launch.scan(q, k, v, inverse, gates, norms, sequences),))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -60,7 +65,7 @@ class _DeltaRule(torch.autograd.Function):
         if k.shape[1] != v.shape[1]:
             grad_q, grad_k = sums
         of_g, of_beta = ctx.gate_dtypes
-        return grad_q, grad_k, grad_v, grad_g.to(of_g), grad_beta.to(of_beta), None, None, None
+        return grad_q, grad_k, grad_v, grad_g.to(of_g), grad_beta.to(of_beta), None, None, None, None
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class AttentionCore(nn.Module):
     ) -> Tensor:
         """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
         scale = q.shape[-1] ** -0.5
-        return self.kernel(q, k, v, cu_seqlens, causal=self.causal, scale=scale, prepare=prepare, inputs=inputs)
+        how = {"causal": self.causal, "scale": scale, "prepare": prepare, "inputs": inputs, "kept": kept}
+        return self.kernel(q, k, v, cu_seqlens, **how)
 
 
 class Attention(nn.Module):

@@ -31,7 +31,7 @@ class DeltaNetCore(nn.Module):
         kept: Kept | None = None,
     ) -> Tensor:
         """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
-        return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens)
+        return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens, kept)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 2 Hk Dk + Hv Dv] -> q, k [T, Hk, Dk], v [T, Hv, Dv]"""

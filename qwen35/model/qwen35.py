@@ -137,6 +137,10 @@ class Qwen35(nn.Module):
 
         return load_pretrained(cls, hf_dir, dtype, **kwargs)
 
+    def recompute(self, how: bool | str) -> None:
+        """As LanguageModel.recompute; of the vision blocks nothing but the input is kept, whatever else `how` keeps."""
+        self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)
+
     @property
     def head_weight(self) -> Tensor:
         """[V, H]"""

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
 from qwen35.batch import VisionIndex
@@ -82,6 +83,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.depth))
         self.merger = Merger(config)
         self.all_features = nn.Identity()  # of those of some patches: what context parallelism swaps
+        self.recompute = False  # keep only each block's input for backward
 
     def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
         """pixels [P, C*2*16*16] -> features [P/4, H]"""
@@ -90,5 +92,8 @@ class VisionTower(nn.Module):
         x = x + learned.to(x.dtype)
         rope = vision_rope(index.position, self.head_dim)
         for block in self.blocks:
-            x = block(x, rope, index.cu_seqlens)
+            if self.recompute:
+                x = checkpoint(block, x, rope, index.cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, index.cu_seqlens)
         return self.all_features(self.merger(x))

@@ -20,6 +20,7 @@ FORWARD = [
     "rms_norm_gated::forward",
     *(f"delta_rule::{x}" for x in ("prepare", "invert", "scan")),
 ]
+ATTENTION = ["npu::npu_fusion_attention", "npu::npu_fusion_attention_grad"]
 BACKWARD = ["causal_conv1d::backward", "rms_norm_gated::backward"]
 BACKWARD += [f"delta_rule::{x}" for x in ("states", "grad_states", "gradients", "finish")]
 
@@ -29,7 +30,7 @@ def poisoned_memory():
     """Not here: filling each new tensor would be one more operator."""
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("recompute", [False, True, "selective"], ids=["", "recompute", "selective"])
 @pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 def test_a_step(moe, images, recompute):
@@ -49,11 +50,17 @@ def test_a_step(moe, images, recompute):
     if moe:
         wanted |= {"npu_moe_token_permute", "npu_grouped_matmul", "npu_moe_token_permute_grad"}
     assert wanted <= called
-    # the delta net's kernels, each launched once a layer, and those of forward once more where it is recomputed
+    # the delta net's kernels, each launched once a layer, and those of forward once more where it is recomputed; selective
+    # leaves out the scan, whose output is kept, and the attention of the text
     deltas = LAYERS.count("linear_attention")
+    again = [deltas * bool(recompute)] * (len(FORWARD) - 1) + [deltas * (recompute is True)]
     assert [step.forward.ops[name] for name in FORWARD] == [deltas] * len(FORWARD)
-    assert [step.backward.ops[name] for name in FORWARD] == [deltas * recompute] * len(FORWARD)
+    assert [step.backward.ops[name] for name in FORWARD] == again
     assert [step.backward.ops[name] for name in BACKWARD] == [deltas] * len(BACKWARD)
+    attentions = {name: sum(func.name() == name for func, _, _ in step.calls) for name in ATTENTION}
+    text, vision = LAYERS.count("full_attention"), config["vision_config"]["depth"]
+    more = vision * bool(recompute) + text * (recompute is True)
+    assert list(attentions.values()) == [text + vision + more, text + vision]
     # the shapes of the operators do not depend on what the batch holds
     assert step.optimizer.ops["aten::_fused_adamw_"] > 0
 
@@ -145,6 +152,25 @@ def test_the_native_loss_would_wait_for_the_device():
         labels = torch.zeros(9, dtype=torch.long, device=DEVICE)
         with pytest.raises(DynamicOutputShapeException):
             kernels.linear_cross_entropy(hidden, weight, labels, labels.float())
+
+
+@pytest.mark.parametrize(
+    ("kind", "core"), [("linear_attention", 2 * 32 * 128), ("full_attention", 2 * 8 * 256 + 2 * 4 * 8 * 8)]
+)  # bytes of what a core returns: bf16, and the fp32 maximum and sum of each head's softmax, eight times each
+def test_bytes_kept_of_a_layer(kind, core):
+    """A token's, from the end of forward: with recompute the layer's input, and with selective its core's output."""
+    tokens, base = 1024, ["linear_attention", "full_attention"]
+    kept = {}
+    for how in (False, True, "selective"):
+        more, less = (
+            our_step(slice_config(True, types), make_batch(slice_config(True, types), tokens, False), how).kept
+            for types in (sorted([*base, kind], reverse=True), base)
+        )
+        kept[how] = (more - less) / tokens
+    small = 2  # bytes of what is the same for any number of tokens
+    assert 2 * 1024 <= kept[True] <= 2 * 1024 + small
+    assert 2 * 1024 + core <= kept["selective"] <= 2 * 1024 + core + small
+    assert kept[False] > 3 * kept["selective"]
 
 
 def test_saved_bytes_are_counted_once():

@@ -13,6 +13,7 @@ from test_kernels import LENGTHS, cu
 import kernels
 from kernels import reference
 from kernels import triton as ours
+from kernels.kept import Kept
 from kernels.triton import tiles
 
 interpreter.install()
@@ -49,6 +50,22 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
         allowed = max(2 * error(native, exact), 2e-5 if dtype == torch.float32 else ROUNDING)
         off = error(found, exact)
         assert off <= allowed, f"{op} {i}: {off:.1e}, the native one {error(native, exact):.1e}"
+
+
+@DTYPES
+def test_a_second_run_takes_the_output_of_the_first(dtype, monkeypatch):
+    """Of a layer that is run again for backward: the same gradients to the bit, and one scan."""
+    scans, scan = [], ours.delta_rule.launch.scan
+    monkeypatch.setattr(ours.delta_rule.launch, "scan", lambda *args: scans.append(1) or scan(*args))
+    inputs, probe = [x.to(dtype) for x in delta_rule(70)], torch.randn(70, 6, 32)
+    plain = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]),), dtype, probe)
+    kept = Kept(outputs=True)
+    first, second = kept.contexts()
+    with first:
+        ours.chunk_gated_delta_rule(*inputs, cu([3, 67]), kept)
+    with second:
+        again = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]), kept), dtype, probe)
+    assert len(scans) == 2 and all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
 
 
 def delta_rule(T: int, Hk: int = 2, Hv: int = 6, Dk: int = 16, Dv: int = 32) -> list[torch.Tensor]:

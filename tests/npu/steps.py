@@ -9,6 +9,7 @@ The delta rule, its convolution and its gated norm are the Triton kernels, each 
 import dataclasses
 
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Record, SavedBytes, Watch
@@ -73,7 +74,8 @@ class Step:
     forward: Record
     backward: Record
     optimizer: Record
-    saved: int  # bytes for backward
+    saved: int  # bytes for backward, of what autograd keeps
+    kept: int  # bytes that are there between forward and backward
     calls: list
     model: Qwen35 | torch.nn.Module
 
@@ -94,7 +96,7 @@ def _fake(record, mode: FakeTensorMode):
 
 
 def our_step(
-    config: dict, batch: PackedBatch, recompute: bool = False, mtp: bool = False, meshes: Meshes | None = None
+    config: dict, batch: PackedBatch, recompute: bool | str = False, mtp: bool = False, meshes: Meshes | None = None
 ) -> Step:
     """meshes: of the ranks that share the batch; the step is that of the first."""
     weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
@@ -106,7 +108,7 @@ def our_step(
         if meshes:
             share_bins(model, meshes)
         _to_bf16(model, HELD_OUT)
-        model.model.language_model.recompute = recompute
+        model.recompute(recompute)
 
         def loss() -> Tensor:
             there = batch.to(DEVICE)
@@ -128,6 +130,10 @@ def _run(model: torch.nn.Module, loss) -> Step:
     kept = SavedBytes(model.parameters())
     with kept:  # in a run of its own, for it adds operators
         loss()
+    with LiveBytes("npu") as live:
+        value = loss()
+        held = live.now
+        del value
     with Watch() as forward:
         value = loss()
     with Watch() as backward:
@@ -139,7 +145,7 @@ def _run(model: torch.nn.Module, loss) -> Step:
     optimizer.step()  # the first makes its state
     with Watch() as update:
         optimizer.step()
-    return Step(forward.record, backward.record, update.record, kept.total, forward.calls + backward.calls, model)
+    return Step(forward.record, backward.record, update.record, kept.total, held, forward.calls + backward.calls, model)
 
 
 # ── transformers' step ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,61 @@
+"""Whole runs with the experts split over the processes: begun without, gone on with, stopped, resumed, exported."""
+
+import shutil
+
+import pytest
+import torch
+from training_runs import tensors, train
+
+from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint.convert import dcp_to_hf
+from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.hf import HFFolder, HFSource
+from qwen35.metrics import read_metrics
+
+SPLIT = ("parallel.expert_parallel_size=2", "training.save_interval=2", "parallel.recompute=true")
+SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")
+
+
+@pytest.fixture(scope="module")
+def split(workplace, two, tmp_path_factory):
+    """Steps 6 to 10 of the run of two processes, from its checkpoint of whole experts."""
+    save = tmp_path_factory.mktemp("experts") / "split"
+    shutil.copytree(two, save)
+    shutil.rmtree(save / "iter_0000010")
+    done = train(workplace, save, 2, *SPLIT)
+    assert done.returncode == 0, done.stderr
+    assert "steps 6 to 10" in done.stdout
+    assert "weights 1 x 2 (copies x ranks that share one), experts 1 x 1 x 2 (the last:" in done.stdout
+    return save
+
+
+def test_it_trains_as_without(two, split):
+    for a, b in zip(read_metrics(two / "metrics.jsonl"), read_metrics(split / "metrics.jsonl"), strict=True):
+        for key in SAME:
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+    weights, wanted = tensors(split), tensors(two)
+    assert weights.keys() == wanted.keys()
+    for name, weight in weights.items():
+        assert (weight - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
+
+
+def test_resumed_equals_uninterrupted(workplace, split, tmp_path):
+    save = tmp_path / "again"
+    shutil.copytree(split, save)
+    shutil.rmtree(save / "iter_0000010")
+    done = train(workplace, save, 2, *SPLIT)
+    assert done.returncode == 0, done.stderr
+    assert "steps 9 to 10" in done.stdout
+    first, second = read_metrics(split / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
+    assert [[line[k] for k in SAME] for line in first] == [[line[k] for k in SAME] for line in second]
+    for prefix in ("model.", "optimizer."):
+        a, b = tensors(split, prefix), tensors(save, prefix)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_exported(workplace, split, tmp_path):
+    dcp_to_hf(newest_checkpoint(split), workplace / "weights", tmp_path / "hf")
+    exported, wanted = HFSource(HFFolder(tmp_path / "hf")), tensors(split)
+    assert exported.specs.keys() == wanted.keys()
+    for name, spec in exported.specs.items():
+        assert torch.equal(exported.read(name, Box.whole(spec.shape)), wanted[name].to(spec.dtype)), name

@@ -37,6 +37,7 @@ class StepRecord:
     sums: Tensor  # [5 or 6] this rank's parts of SUMS
     group_squares: Tensor  # [G] squared gradient norms of all ranks, by group
     bad_records: tuple[str, ...] = ()  # what is wrong with those of this rank's samples that were not trained
+    load: Tensor | None = None  # [L, E] how often this rank's tokens chose each expert of each layer
 
 
 SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last where that is trained
@@ -84,12 +85,21 @@ class Metrics:
         names = (*SUMS[: len(records[0].sums)], *HOST_SUMS)
         sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, names]
         dist.all_reduce(sums)
-        values = torch.cat([sums, torch.stack([r.group_squares for r in records])], dim=1).tolist()
+        columns = [sums, torch.stack([r.group_squares for r in records])]
+        if all(r.load is not None for r in records):
+            load = torch.stack([r.load for r in records if r.load is not None])  # [steps, L, E]
+            dist.all_reduce(load)
+            columns.append(load.amax(-1) / load.mean(-1).clamp(min=1e-9))
+        values = torch.cat(columns, dim=1).tolist()
         step_time = (time.perf_counter() - self.last_flush) / len(records)
         self.restart_clock()
         totals = [dict(zip(names, row, strict=False)) for row in values]
-        squares = [row[len(names) :] for row in values]
+        end = len(names) + len(self.groups)
+        squares = [row[len(names) : end] for row in values]
         lines = [self._line(*of_step, step_time) for of_step in zip(records, totals, squares, strict=True)]
+        for line, row in zip(lines, values, strict=True):
+            if len(row) > end:  # of each layer: the busiest expert's tokens / the mean of all experts'
+                line["expert_load"] = [round(ratio, 3) for ratio in row[end:]]
         if self.is_writer:
             self._append("".join(json.dumps(line) + "\n" for line in lines))
             self._show(lines)

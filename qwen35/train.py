@@ -148,6 +148,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         scale = 1 / trained.clamp(min=1)
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
+    text = run.model.config.text
+    load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
     flops = 0.0
     for batch, weight, ahead, count in zip(batches, weights, aheads, counts, strict=True):
         flops += counted * batch_flops(run.model.config, batch, count, ahead)
@@ -156,7 +158,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         if ahead is not None:
             ahead = ahead.to(device)
             ahead = replace(ahead, weights=ahead.weights * scale[1])
-        loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor)
+        loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor, load)
         (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
         losses[1] += counted * share * aux.detach()
@@ -174,7 +176,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.step += 1
     sums = torch.cat([losses[:2], torch.tensor(totals, dtype=torch.float32, device=device), losses[2:]])
     bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
-    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records)
+    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:

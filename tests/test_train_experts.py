@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from peer import config_dict, pack, sample
 from training_runs import tensors, train
 
 from qwen35.checkpoint.boxes import Box
@@ -11,9 +12,23 @@ from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.hf import HFFolder, HFSource
 from qwen35.metrics import read_metrics
+from qwen35.model import Qwen35
 
 SPLIT = ("parallel.expert_parallel_size=2", "training.save_interval=2", "parallel.recompute=true")
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")
+
+
+def test_load_is_how_often_each_expert_is_chosen():
+    model, batch = Qwen35.from_config(config_dict()), pack([sample([9, (4, 4), 6]), sample([21], seed=1)])
+    chosen = []
+    for layer in model.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda module, inputs, out: chosen.append(out[0].flatten().bincount(minlength=8))
+        )
+    load = torch.zeros(4, 8)
+    for _ in range(2):
+        model.loss(batch, torch.ones(len(batch.labels)), load=load)
+    assert torch.equal(load, 2 * torch.stack(chosen[:4])) and load.sum() == 2 * 4 * 2 * 42
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +48,8 @@ def test_it_trains_as_without(two, split):
     for a, b in zip(read_metrics(two / "metrics.jsonl"), read_metrics(split / "metrics.jsonl"), strict=True):
         for key in SAME:
             assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+        assert b["expert_load"] == pytest.approx(a["expert_load"], rel=0.05) and len(b["expert_load"]) == 4
+        assert all(1 <= ratio <= 4 for ratio in b["expert_load"])  # two of eight experts a token
     weights, wanted = tensors(split), tensors(two)
     assert weights.keys() == wanted.keys()
     for name, weight in weights.items():
@@ -43,7 +60,7 @@ def test_resumed_equals_uninterrupted(workplace, split, tmp_path):
     save = tmp_path / "again"
     shutil.copytree(split, save)
     shutil.rmtree(save / "iter_0000010")
-    done = train(workplace, save, 2, *SPLIT)
+    done = train(workplace, save, 2, *SPLIT, "training.init_model_with_meta_device=false")
     assert done.returncode == 0, done.stderr
     assert "steps 9 to 10" in done.stdout
     first, second = read_metrics(split / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")

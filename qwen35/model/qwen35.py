@@ -160,13 +160,20 @@ class Qwen35(nn.Module):
         return self(batch) @ self.head_weight.T
 
     def loss(
-        self, batch: PackedBatch, token_weights: Tensor, ahead: Ahead | None = None, ahead_factor: float = 1.0
+        self,
+        batch: PackedBatch,
+        token_weights: Tensor,
+        ahead: Ahead | None = None,
+        ahead_factor: float = 1.0,
+        load: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached.
 
         With `ahead`, for a model with the layer, multi-token prediction is trained too: ahead_factor times its loss is in the
         first, the second counts its router as one layer more, and its tokens' cross entropy comes behind the others', [2T].
         Both go through the head at once: the gradient of so large a weight is made once, and summed in fp32.
+
+        load [L, E]: to it is added how often these tokens chose each expert of each layer.
         """
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
@@ -180,6 +187,8 @@ class Qwen35(nn.Module):
             token_weights = torch.cat([token_weights, ahead_factor * ahead.weights])
             labels = torch.cat([labels, ahead.labels])
         loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, trained)
+        if load is not None:
+            load += torch.stack(stats)[:, 1].detach()
         return loss, self._aux(stats, hidden), token_loss
 
     def _look_ahead(self, hidden: Tensor, x: Tensor, batch: PackedBatch, ahead: Ahead) -> tuple[Tensor, Stats]:

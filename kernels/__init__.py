@@ -62,6 +62,9 @@ SOURCES = {
     ),
     "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
     "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
+    "alltoallv_gmm": Source(
+        "kernels.fused_exchange", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"
+    ),
 }
 BY_TRITON = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
 BY_FLA = ("chunk_gated_delta_rule", "causal_conv1d")
@@ -75,7 +78,8 @@ def implementations(device: str) -> dict[str, tuple[str, ...]]:
     """
     if device == "npu":
         by_triton = {op: ("triton", "fla" if op in BY_FLA else "torch_npu", "native") for op in BY_TRITON}
-        return {op: by_triton.get(op, ("torch_npu", "native")) for op in OPS}
+        several = {"moe_experts_parallel": ("torch_npu", "alltoallv_gmm", "native")}
+        return {op: (by_triton | several).get(op, ("torch_npu", "native")) for op in OPS}
     if device == "cuda":
         return {op: ("native", "triton") if op in BY_TRITON else ("native",) for op in OPS}
     return dict.fromkeys(OPS, ("native",))
@@ -116,7 +120,8 @@ def _load(op: str, name: str, device: str) -> Callable:
             import_module("triton.backends.ascend")  # of triton-ascend: another triton has none
         return getattr(import_module(source.module), op)
     except ImportError as error:
-        others = [other for other in implementations(device)[op] if other not in (name, "native")]
+        others = [other for other in implementations(device)[op] if other != "native"]
+        others = [other for other in others if SOURCES[other].stands_on != source.stands_on]
         raise KernelError(
             f"{op}: no fused kernel for {device} here: {source.stands_on} cannot be imported ({error}); {source.install},"
             f" or ask for {''.join(f'{other}, or for ' for other in others)}the slow one: model.kernels.{op}=native"

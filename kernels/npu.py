@@ -4,9 +4,12 @@ torch_npu registers its own derivatives for NPU tensors alone, so forward and ba
 Sources: op-plugin's documentation of each operator, and CANN's of the aclnn operator below it.
 """
 
+from typing import Any
+
 import torch
 import torch_npu  # noqa: F401  # registers torch.ops.npu
 from torch import Tensor
+from torch.distributed import ProcessGroup, get_rank
 
 npu = torch.ops.npu
 SEQUENCES = 1024  # of one call of the attention, by its documentation
@@ -83,6 +86,35 @@ def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     if not len(rows):
         return rows.new_zeros(len(ends), rows.shape[1], grad.shape[1])
     return npu.npu_grouped_matmul([rows.T], [grad], group_list=ends, split_item=3, group_type=2, group_list_type=0)[0]
+
+
+# ── Experts of several ranks: counts are on the host, [ep][E/ep] flattened, of each rank's experts in turn ─────────────
+
+
+def alltoallv_matmul(
+    rows: Tensor, weight: Tensor, transposed: bool, name: str, ranks: int, send: list[int], receive: list[int]
+) -> tuple[Tensor, Tensor]:
+    """rows [T*K, A] by expert of all, to their ranks; there by expert, times weight [E/ep, A, B] or transposed.
+
+    -> the rows as they were multiplied [N, A], and the products [N, B]. `name` of the communicator.
+    """
+    product, _, came = npu.npu_alltoallv_gmm(
+        rows, weight, name, ranks, send, receive, trans_gmm_weight=transposed, permute_out_flag=True
+    )
+    return came, product
+
+
+def matmul_alltoallv(
+    rows: Tensor, weight: Tensor, transposed: bool, name: str, ranks: int, send: list[int], receive: list[int]
+) -> Tensor:
+    """rows [N, A] by expert of this rank, times its weights, back to where they came from -> [T*K, B], as they left."""
+    return npu.npu_gmm_alltoallv(rows, weight, name, ranks, send, receive, trans_gmm_weight=transposed)[0]
+
+
+def communicator(group: ProcessGroup) -> str:
+    """HCCL's name of the group, for operators that communicate; asked for by the rank among all, which says the device."""
+    backend: Any = group._get_backend(torch.device("npu"))
+    return backend.get_hccl_comm_name(get_rank())
 
 
 # ── Elementwise, norms, rotary ─────────────────────────────────────────────────────────────────────────────────────────

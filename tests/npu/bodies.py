@@ -8,21 +8,25 @@ results have the documented dtypes. A call outside the documented limits fails h
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
-    """sortedIndices = argsort(argsort(indices)); permuted[sortedIndices[i]] = tokens[i // topK]"""
-    assert not num_out_tokens and not padded_mode and tokens.numel()
+    """sortedIndices = argsort(argsort(indices)); permuted[sortedIndices[i]] = tokens[i // topK], cut to numOutTokens rows
+
+    where that is above 0; 0 would cut nothing.
+    """
+    assert not padded_mode and tokens.numel() and num_out_tokens in (None, *range(1, indices.numel() + 1))
     assert tokens.ndim == 2 and indices.ndim == 2 and indices.dtype in (torch.int32, torch.int64)
-    assert indices.shape[1] <= 512
+    assert indices.shape[1] <= 512 and indices.numel() < 16777215 and 0 <= indices.min() <= indices.max() < 16777215
     place = indices.flatten().argsort(stable=True).argsort(stable=True)
     permuted = torch.empty(len(place), tokens.shape[1], dtype=tokens.dtype)
     for i, row in enumerate(place.tolist()):
         permuted[row] = tokens[i // indices.shape[1]]
-    return permuted, place.to(torch.int32)
+    return permuted[:num_out_tokens].clone(), place.to(torch.int32)
 
 
 def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices, padded_mode=False):
@@ -36,12 +40,17 @@ def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices
 
 
 def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
-    """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]"""
+    """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]; indices in [0, tokens * topK), none twice.
+
+    An index past the rows is passed over: moe_token_unpermute.h of ops-transformer (num_out_tokens there: the rows that came).
+    """
     assert probs is not None and probs.ndim == 2 and not padded_mode and sorted_indices.dtype == torch.int32
+    assert sorted_indices.sort().values.equal(torch.arange(probs.numel(), dtype=torch.int32)) and len(permuted_tokens)
     out = torch.zeros(probs.shape[0], permuted_tokens.shape[1], dtype=torch.float32)
     for i in range(probs.shape[0]):
         for j in range(probs.shape[1]):
-            out[i] += permuted_tokens[sorted_indices[i * probs.shape[1] + j]].float() * probs[i, j].float()
+            if (row := int(sorted_indices[i * probs.shape[1] + j])) < len(permuted_tokens):
+                out[i] += permuted_tokens[row].float() * probs[i, j].float()
     return out.to(permuted_tokens.dtype)
 
 
@@ -59,6 +68,87 @@ def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None,
     assert group_type == 2 and weight.ndim == 2 and x.T.is_contiguous() and weight.is_contiguous()
     assert ends[-1] == x.shape[1] == weight.shape[0]
     return [torch.stack([x[:, a:b].float() @ weight[a:b].float() for a, b in pairwise(ends)]).to(x.dtype)]
+
+
+def _exchange(rows, ranks, send, receive):
+    """Counts [rank][expert there], flattened: what goes to, or comes from, each rank's experts in turn."""
+    out = rows.new_empty(sum(receive), rows.shape[1])
+    splits = (
+        [sum(part) for part in zip(*[iter(counts)] * (len(counts) // ranks), strict=True)] for counts in (receive, send)
+    )
+    dist.all_to_all_single(out, rows, *splits)
+    return out
+
+
+def _check_exchange(x, weight, hcom, ranks, send, receive, *others):
+    """Atlas A3: e <= 32, e * ep <= 256, 8 to 128 ranks; half precision; neither the shared expert nor counts on the device."""
+    assert (
+        not any(x is not None for x in others) and x.dtype in HALF and x.dtype == weight.dtype and 0 < len(hcom) < 128
+    )
+    assert (
+        ranks in (8, 16, 32, 64, 128) and len(weight) <= 32 and len(send) == len(receive) == len(weight) * ranks <= 256
+    )
+    assert x.ndim == 2 and weight.ndim == 3 and x.is_contiguous() and weight.is_contiguous() and sum(send) == len(x)
+
+
+def alltoallv_gmm(
+    gmm_x,
+    gmm_weight,
+    hcom,
+    ep_world_size,
+    send_counts,
+    recv_counts,
+    *,
+    send_counts_tensor=None,
+    recv_counts_tensor=None,
+    mm_x=None,
+    mm_weight=None,
+    trans_gmm_weight=False,
+    trans_mm_weight=False,
+    permute_out_flag=False,
+    comm_mode=None,
+):
+    """AlltoAllv, Permute (by expert, inside by rank), GroupedMatMul; the permuted rows are returned as well if asked for."""
+    others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
+    _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
+    assert len(gmm_x)  # BSK in (0, 52428800)
+    parts = _exchange(gmm_x, ep_world_size, send_counts, recv_counts).split(recv_counts)
+    experts = len(gmm_weight)
+    rows = [torch.cat(parts[e::experts]) for e in range(experts)]
+    weight = gmm_weight.transpose(1, 2) if trans_gmm_weight else gmm_weight
+    product = torch.cat([x.float() @ w.float() for x, w in zip(rows, weight, strict=True)]).to(gmm_x.dtype)
+    return product, torch.empty(0), torch.cat(rows) if permute_out_flag else torch.empty(0)
+
+
+def gmm_alltoallv(
+    gmm_x,
+    gmm_weight,
+    hcom,
+    ep_world_size,
+    send_counts,
+    recv_counts,
+    *,
+    send_counts_tensor=None,
+    recv_counts_tensor=None,
+    mm_x=None,
+    mm_weight=None,
+    trans_gmm_weight=False,
+    trans_mm_weight=False,
+    comm_mode=None,
+):
+    """GroupedMatMul, Unpermute (by rank, inside by expert), AlltoAllv. Counts in the order [rank][localExpert] here too."""
+    others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
+    _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
+    assert sum(recv_counts)
+    experts = len(gmm_weight)
+    by_expert = [send_counts[r * experts + e] for e in range(experts) for r in range(ep_world_size)]
+    weight = gmm_weight.transpose(1, 2) if trans_gmm_weight else gmm_weight
+    parts = gmm_x.split(by_expert)
+    parts = [x.float() @ weight[i // ep_world_size].float() for i, x in enumerate(parts)]
+    rows = torch.cat([parts[e * ep_world_size + r] for r in range(ep_world_size) for e in range(experts)]).to(
+        gmm_x.dtype
+    )
+    return _exchange(rows, ep_world_size, send_counts, recv_counts), torch.empty(0)
 
 
 def swiglu(x, dim=-1):
@@ -219,6 +309,8 @@ BODIES = {
     "npu_moe_token_permute_grad": moe_token_permute_grad,
     "npu_moe_token_unpermute": moe_token_unpermute,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_alltoallv_gmm": alltoallv_gmm,
+    "npu_gmm_alltoallv": gmm_alltoallv,
     "npu_swiglu": swiglu,
     "npu_swiglu_backward": swiglu_backward,
     "npu_rms_norm": rms_norm,

@@ -1,0 +1,156 @@
+"""Experts of several ranks on the NPU's primitives: contract on fake tensors, numbers with the bodies that CANN documents.
+
+The ranks of the numbers are threads, see threads.py.
+"""
+
+import functools
+from collections import Counter
+
+import pytest
+import threads
+import torch
+import torch.distributed as dist
+from bodies import error, install
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from watch import Watch
+
+import kernels
+from kernels import fused, fused_exchange, moe_parallel, npu, reference
+
+RANKS, HIDDEN, INNER = 8, 16, 24
+# module, experts a token: gathered if these are more than the ranks
+WAYS = {"all-to-all": (fused, 2), "all-gather": (fused, 9), "fused": (fused_exchange, 2)}
+FUSED = {"npu_alltoallv_gmm", "npu_gmm_alltoallv"}
+
+
+@pytest.fixture(autouse=True)
+def named(monkeypatch):
+    monkeypatch.setattr(npu, "communicator", lambda group: "experts")
+
+
+@pytest.fixture
+def virtual():
+    """Rank 0 of eight that are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def documented_bodies():
+    library = install()
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("imbalance", [1.0, 1.5])
+def test_contract(way, imbalance, virtual):
+    """Shapes and dtypes, no operator without a kernel, and no sync but the counts, for which balanced ones stand."""
+    (module, top_k), tokens, dtype = WAYS[way], 64, torch.bfloat16
+    asked = []
+
+    def sizes(counts, *of):
+        asked.append(counts.shape)
+        return moe_parallel.balanced(counts, *of, imbalance=imbalance)
+
+    with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
+        ids = torch.zeros(tokens, top_k, dtype=torch.long)
+        shapes = [(tokens, HIDDEN), (tokens, top_k), (2, 2 * INNER, HIDDEN), (2, HIDDEN, INNER)]
+        x, weights, gate_up, down = (torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes)
+        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, sizes=sizes)
+        y.sum().backward()
+    assert y.shape == x.shape and y.dtype == dtype
+    for t in (x, weights, gate_up, down):
+        assert t.grad.shape == t.shape and t.grad.dtype == dtype and t.grad.device == torch.device("npu:0")
+    assert not watch.record.wrong and asked == [(2, RANKS, 3)]
+    called = Counter(func.name().partition("::")[2] for func, _, _ in watch.calls)
+    if way == "fused":
+        assert {name: called[name] for name in FUSED} == dict.fromkeys(FUSED, 2)
+        assert called["npu_grouped_matmul"] == 2  # the weights' gradients
+    else:
+        assert not FUSED & set(called) and called["npu_grouped_matmul"] == 6
+    received = round(tokens * top_k // 16 * imbalance) * 16
+    grouped = [args[0][0].shape for func, args, _ in watch.calls if func.name() == "npu::npu_grouped_matmul"]
+    assert {max(shape) for shape in grouped} == {received}
+
+
+def problem(top_k: int, tokens: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(top_k)
+    total, rand = sum(tokens), functools.partial(torch.randn, generator=generator)
+    ids = torch.rand(total, 16, generator=generator)
+    ids[:, 5] = -1  # an expert without tokens
+    shapes = [(total, HIDDEN), (total, top_k), (16, 2 * INNER, HIDDEN), (16, HIDDEN, INNER), (total, HIDDEN)]
+    return [ids.topk(top_k).indices, *(rand(s).to(dtype) for s in shapes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_numbers(way, dtype, documented_bodies):
+    if way == "fused" and dtype is torch.float32:
+        dtype = torch.float16
+    module, top_k = WAYS[way]
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    ids, x, weights, gate_up, down, probe = problem(top_k, tokens, dtype)
+    whole = [t.detach().double().requires_grad_() for t in (x, weights, gate_up, down)]
+    truth = reference.moe_experts(whole[0], ids, *whole[1:])
+    truth.backward(probe.double())
+    found = [None] * RANKS
+
+    def run() -> None:
+        rank = dist.get_rank()
+        mine, here = slice(sum(tokens[:rank]), sum(tokens[: rank + 1])), slice(2 * rank, 2 * rank + 2)
+        leaves = [t.detach().clone().requires_grad_() for t in (x[mine], weights[mine], gate_up[here], down[here])]
+        y = module.moe_experts_parallel(leaves[0], ids[mine], *leaves[1:], dist.group.WORLD)
+        y.backward(probe[mine])
+        found[rank] = [y.detach(), *(t.grad for t in leaves)]
+
+    threads.run(RANKS, run)
+    tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for parts, exact in zip(zip(*found, strict=True), (truth, *(t.grad for t in whole)), strict=True):
+        ours = torch.cat(parts)
+        assert ours.dtype == dtype and error(ours, exact) <= tolerance, error(ours, exact)
+    assert not torch.cat([f[3] for f in found])[5].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ranks": 4}, "parallel.expert_parallel_size 4 is not one of 8, 16, 32, 64, 128"),
+        ({"experts": 33}, "33 experts a rank are more than 32"),
+        ({"experts": 17, "ranks": 16}, "272 experts are more than 256"),
+        ({"top_k": 10}, "10 experts a token are not 2 to 8"),
+        ({"dtype": torch.float32}, "torch.float32 is neither bfloat16 nor float16"),
+        ({"tokens": 0}, "a rank has no tokens"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_the_fused_operators_do_not_take(change, words, monkeypatch):
+    case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3} | change
+    monkeypatch.setattr(fused_exchange, "get_world_size", lambda group: case["ranks"])
+    x = torch.zeros(case["tokens"], 4, dtype=case["dtype"])
+    ids = torch.zeros(case["tokens"], case["top_k"], dtype=torch.long)
+    with pytest.raises(kernels.KernelError, match=f"alltoallv_gmm does not take this: {words}; auto takes it"):
+        fused_exchange.moe_experts_parallel(x, ids, ids.float(), torch.zeros(case["experts"], 8, 4), None, None)
+
+
+def test_it_is_asked_for_by_name():
+    auto, named = kernels.select("npu"), kernels.select("npu", {"moe_experts_parallel": "alltoallv_gmm"})
+    assert auto.moe_experts_parallel is fused.moe_experts_parallel
+    assert named.moe_experts_parallel is fused_exchange.moe_experts_parallel
+
+
+def test_the_communicator_is_asked_for_by_the_rank_among_all(monkeypatch):
+    monkeypatch.undo()  # of the name above
+
+    class Group:
+        def _get_backend(self, device):
+            assert device == torch.device("npu")
+            return self
+
+        def get_hccl_comm_name(self, rank):
+            return f"of {rank}"
+
+    monkeypatch.setattr(npu, "get_rank", lambda: 11)
+    assert npu.communicator(Group()) == "of 11"

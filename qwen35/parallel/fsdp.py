@@ -5,6 +5,7 @@ gradients are reduced in one flat all-reduce a step.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -53,10 +54,20 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     if hasattr(model, "mtp"):
         unit(model.mtp)
     unit(model)
+    _prefetch(model)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module, replicas)
+
+
+def _prefetch(model: Qwen35) -> None:
+    """In forward, ask for the next unit's weights before a unit computes: one more is whole meanwhile, and the two overlap even
+    where the host has to wait inside a layer. In backward, where the peak is, FSDP2 by itself is one unit ahead."""
+    tower = model.model.visual
+    order = [tower, *tower.blocks, *model.model.language_model.layers, *([model.mtp] if hasattr(model, "mtp") else [])]
+    for one, following in pairwise(order):
+        one.set_modules_to_forward_prefetch([m for m in following.modules() if isinstance(m, FSDPModule)])
 
 
 def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:

@@ -45,7 +45,6 @@ class Job:
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.failures = failures
         self.meeting = meeting
-        self.elsewhere: str | None = None  # what ended another machine
         self.first_failed: int | None = None
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
@@ -79,8 +78,8 @@ class Job:
         """Until all have ended; when one has failed, the others do not outlive it for long. Returns their exit codes."""
         failed_at: float | None = None
         while None in (codes := {rank: process.poll() for rank, process in self.processes.items()}).values():
-            if self.meeting and not self.elsewhere and (words := self.meeting.news()):
-                self.elsewhere, failed_at = words, failed_at or time.monotonic()
+            if self.meeting:
+                self.meeting.record_news(self.failures)
             if failed_at is None:
                 failed = {rank: code for rank, code in codes.items() if code}
                 if failed:  # what a signal ended comes first: the others may have failed for want of it
@@ -139,7 +138,7 @@ def run(command: Sequence[str], args: argparse.Namespace, meeting: Meeting | Non
     with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
         job = Job(command, rank_environments(args, Path(name)), Path(name), meeting)
         codes = job.wait()
-        words = failure(codes, job.first_failed, Path(name), job.elsewhere)
+        words = failure(codes, job.first_failed, Path(name))
     if meeting:
         meeting.close(words.splitlines()[-1] if words else None)
     if job.asked is not None and (not words or job.at_once or -signal.SIGTERM in codes.values()):
@@ -192,16 +191,14 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
     return environments
 
 
-def failure(codes: dict[int, int], first_failed: int | None, folder: Path, elsewhere: str | None = None) -> str | None:
-    """What to tell of a job whose processes ended so, or another machine's; None if all is well."""
+def failure(codes: dict[int, int], first_failed: int | None, folder: Path) -> str | None:
+    """What to tell of a job whose processes ended so; None if all is well."""
     told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     told.sort(key=lambda reason: reason["time"])
     # a rank whose peer is gone may fail in the same moment; the user's own mistake explains it
     expected = next((reason["message"] for reason in told if reason["expected"]), None)
     if expected:
         return expected
-    if elsewhere:  # what fails here then fails for want of it
-        return elsewhere
     if told and not (first_failed is not None and codes[first_failed] < 0):
         return f"{told[0]['traceback']}rank {told[0]['rank']}: {told[0]['message']}"
     if first_failed is None:  # all in the same moment

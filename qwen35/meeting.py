@@ -10,6 +10,7 @@ file times, or the checkpoints' dates, should know.
 """
 
 import contextlib
+import json
 import select
 import socket
 import sys
@@ -78,6 +79,13 @@ class Meeting:
             if words:
                 return words if words.startswith("machine ") else f"machine {machine} ended: {words}"
         return None
+
+    def record_news(self, folder: Path) -> None:
+        """As a failure that explains those of the processes here, beside theirs in `folder` (launch.record_failure)."""
+        if words := self.news():
+            reason = {"message": words, "traceback": "", "time": time.time(), "rank": None, "expected": True}
+            (folder / "elsewhere.new").write_text(json.dumps(reason))
+            (folder / "elsewhere.new").replace(folder / "elsewhere.json")
 
     def close(self, words: str | None) -> None:
         """Tell the others how this machine ended: None if well."""

@@ -54,7 +54,7 @@ class Talk:
     save: Path
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     clock: Callable[[], float] = time.time
-    patience: float = SLOW_DISK
+    patience: float | None = None  # default: SLOW_DISK
 
 
 @dataclass
@@ -309,7 +309,9 @@ def _reply(message: Mapping[str, Any], talk: Talk) -> dict[str, Any]:
         if "facts" in message:
             return {"facts": dict(talk.facts())}
         if "look" in message:
-            return {"seen": seen(talk.save, str(message["look"]), talk.patience)}
+            return {
+                "seen": seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
+            }
     except USER_ERRORS as error:
         return {"error": one_line(error)}
     return {}

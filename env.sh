@@ -62,6 +62,15 @@
 : "${MASTER_ADDR:=}"
 # Free port of machine 0. Default 6000. Allowed: 1 to 65535.
 : "${MASTER_PORT:=6000}"
+# Seconds that a machine waits for the others before the run starts; who is missing is said. Default 300. Allowed: 1 to 86400.
+: "${RENDEZVOUS_TIMEOUT:=300}"
+# A file of machines, one a line, "[user@]name [slots=8] [addr=10.0.0.1] [port=22]", machine 0 first: `make finetune` then starts
+# the run on all of them over ssh, with this machine's settings. Default: none, each machine is started by hand.
+: "${HOSTS:=}"
+# The project's folder on those machines, an absolute path. Default: the same as here.
+: "${HOSTS_DIR:=}"
+# The ssh that starts them, with options of its own: "ssh -F cluster.conf". It must ask nothing. Default ssh.
+: "${SSH:=ssh}"
 # Processes on this machine, one an NPU. Default: all visible NPUs; 2 on a CPU. Allowed: from 1.
 : "${NPUS_PER_NODE:=}"
 # The NPUs that the run may use, "0,1,2,3". Default: all.

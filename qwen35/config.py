@@ -186,13 +186,18 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
     return value
 
 
+def flat_settings(settings: Settings) -> dict[str, Any]:
+    """{"training.lr": 1e-5, …}: every setting by its dotted name."""
+    return _flatten(_plain(settings))
+
+
 def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
     """The settings that changed, "training.lr: 0.001 -> 0.0001" each."""
-    before, after = _flatten(_plain(old)), _flatten(_plain(new))
+    before, after = flat_settings(old), flat_settings(new)
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in before | after if before.get(k) != after.get(k)]
 
 
@@ -266,7 +271,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         settings = load_settings(args.config, args.overrides)
-        flat = _flatten(_plain(settings))
+        flat = flat_settings(settings)
         for name in args.get or []:
             if name not in flat:
                 raise SettingError(_unknown(name, flat))

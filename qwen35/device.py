@@ -106,7 +106,11 @@ def set_device_rng_state(state: torch.Tensor, device: torch.device) -> None:
     getattr(torch, device.type).set_rng_state(state, device)
 
 
+def model_name(device: torch.device) -> str:
+    """Of what kind it is, "Ascend910B2"; a CPU is a CPU."""
+    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(device))
+
+
 def describe(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads a process)"
-    return f"{device.type} ({getattr(torch, device.type).get_device_name(device)})"
+    words = f"{torch.get_num_threads()} threads a process" if device.type == "cpu" else model_name(device)
+    return f"{device.type} ({words})"

@@ -2,7 +2,8 @@
 
 The settings are checked before anything starts. The processes end together: with this one, however it ends; when one of
 them fails; and after SIGTERM or Ctrl-C, which have the run save and stop (a second Ctrl-C stops it at once). What is printed
-of a failure is what came first: one line where it is the user's to mend, the traceback where it is ours.
+of a failure is what came first: one line where it is the user's to mend, the traceback where it is ours. Of several machines
+the launchers meet first and compare what must agree (meeting.py), and what ends one of them ends all.
 """
 
 import argparse
@@ -21,10 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from qwen35.agreement import facts
 from qwen35.config import SettingError, load_settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
 from qwen35.layout import check_layout
+from qwen35.meeting import Meeting, Place, Talk, listen, meet
 from qwen35.processes import die_with
+from qwen35.settings import Settings
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
 PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
@@ -35,9 +39,12 @@ AGAIN = 1.0  # a Ctrl-C so many seconds after the first is a second one, and not
 class Job:
     """The processes of this machine, by rank."""
 
-    def __init__(self, command: Sequence[str], environments: dict[int, dict[str, str]], failures: Path):
+    def __init__(
+        self, command: Sequence[str], environments: dict[int, dict[str, str]], failures: Path, meeting: Meeting | None
+    ):
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         self.failures = failures
+        self.meeting = meeting
         self.first_failed: int | None = None
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
@@ -71,6 +78,8 @@ class Job:
         """Until all have ended; when one has failed, the others do not outlive it for long. Returns their exit codes."""
         failed_at: float | None = None
         while None in (codes := {rank: process.poll() for rank, process in self.processes.items()}).values():
+            if self.meeting:
+                self.meeting.record_news(self.failures)
             if failed_at is None:
                 failed = {rank: code for rank, code in codes.items() if code}
                 if failed:  # what a signal ended comes first: the others may have failed for want of it
@@ -93,20 +102,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--nproc_per_node", type=whole_number(1), default=1, help="processes here, one a device")
     add("--master_addr", default="localhost", help="address of machine 0")
     add("--master_port", type=whole_number(1, 65535), default=6000, help="free port of machine 0")
+    add("--rendezvous_timeout", type=whole_number(1), default=300, help="seconds to wait for the other machines")
+    add("--preflight", action="store_true", help="compare the machines, measure an all-reduce, and train nothing")
     add("config", help="a recipe, e.g. configs/tiny.yaml")
     add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
     if args.node_rank >= args.nnodes:
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     try:
-        check_layout(load_settings(args.config, args.overrides), args.nnodes * args.nproc_per_node)
+        settings = load_settings(args.config, args.overrides)
+        check_layout(settings, args.nnodes * args.nproc_per_node)
         check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
-        return run([sys.executable, "-m", "qwen35.train", args.config, *args.overrides], args)
+        program = "qwen35.preflight" if args.preflight else "qwen35.train"
+        meeting = meet_others(args, settings) if args.nnodes > 1 else None
+        return run([sys.executable, "-m", program, args.config, *args.overrides], args, meeting)
     except USER_ERRORS as error:
         return complain(error)
+    except KeyboardInterrupt:
+        print("stopped before anything was started", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
-def run(command: Sequence[str], args: argparse.Namespace) -> int:
+def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
+    place = Place(args.node_rank, args.nnodes, args.master_addr, args.master_port, args.rendezvous_timeout)
+    return meet(place, Talk(partial(facts, settings, args.nproc_per_node), Path(settings.training.save)))
+
+
+def run(command: Sequence[str], args: argparse.Namespace, meeting: Meeting | None = None) -> int:
     """Start `command` for each rank of this machine, wait, tell what went wrong. Returns the exit code."""
     if args.nnodes > 1:
         first, own = args.node_rank * args.nproc_per_node, args.nproc_per_node
@@ -114,9 +136,11 @@ def run(command: Sequence[str], args: argparse.Namespace) -> int:
         told = f"ranks {first} to {first + own - 1} of {args.nnodes * own}, which meet at {args.master_addr}:{args.master_port}"
         print(f"machine {args.node_rank}: {told}{where}", flush=True)
     with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
-        job = Job(command, rank_environments(args, Path(name)), Path(name))
+        job = Job(command, rank_environments(args, Path(name)), Path(name), meeting)
         codes = job.wait()
         words = failure(codes, job.first_failed, Path(name))
+    if meeting:
+        meeting.close(words.splitlines()[-1] if words else None)
     if job.asked is not None and (not words or job.at_once or -signal.SIGTERM in codes.values()):
         if job.at_once:
             print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
@@ -136,12 +160,8 @@ def check_address(host: str, port: int, is_own: bool) -> None:
         raise SettingError(f"MASTER_ADDR={host}: no machine of that name is known here") from None
     if not is_own:
         return
-    # as the store of the processes does: IPv6 that takes IPv4 too, where the machine has it
-    both = socket.has_dualstack_ipv6()
     try:
-        socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        ).close()
+        listen(port).close()
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise SettingError(

@@ -33,6 +33,7 @@ from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
+from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
@@ -208,6 +209,8 @@ def train(settings: Settings) -> None:
                     report(line)
 
         together(hold, None, f"{folder} cannot be used")
+        if dist.get_world_size() > ranks_here():  # over a network
+            measure(device, report)
         run = setup(settings, device)
         if not is_finished(run, folder):
             loop(run, folder)

@@ -19,6 +19,7 @@ NODE_RANK                    int 0 -
 NPUS_PER_NODE                int 1 -
 NPU_ASD_ENABLE               int 0 3
 OMP_NUM_THREADS              int 1 -
+RENDEZVOUS_TIMEOUT           int 1 86400
 MALLOC_MMAP_THRESHOLD_       int 0 -
 MALLOC_TRIM_THRESHOLD_       int 0 -
 TASK_QUEUE_ENABLE            int 0 2
@@ -35,6 +36,7 @@ GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
 TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
 TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
+HOSTS_DIR                    like ^/ the absolute path of a folder
 HF_ENDPOINT                  like ^https?://[A-Za-z0-9._:/-]+$ an address, https://…
 MODELSCOPE_DOMAIN            like ^(https?://)?[A-Za-z0-9._:-]+$ a host name
 HCCL_IF_IP                   like ^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:.%a-z]*)$ an IPv4 or IPv6 address
@@ -93,7 +95,7 @@ check_alloc_conf() {
 check_nodes() { # the values that depend on each other
     local nodes=${NODES:-1} rank=${NODE_RANK:-0} name
     if [[ ! $nodes =~ ^[0-9]+$ || ! $rank =~ ^[0-9]+$ ]]; then return; fi # wrong by themselves
-    if ((nodes > 1)); then
+    if ((nodes > 1)) && [[ -z ${HOSTS:-} ]]; then # which says where each machine is
         for name in MASTER_ADDR NODE_RANK; do
             [[ -n ${!name:-} ]] || die "$name is not set, and NODES=$nodes needs it: the same MASTER_ADDR on every machine, NODE_RANK 0 to $((nodes - 1))"
         done

@@ -3,12 +3,23 @@
 #
 #   CONFIG=<recipe> [ARGS="a.b=c …"] scripts/finetune.sh [a.b=c …]
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 [MASTER_PORT=6000 NODE_ADDR=… NPUS_PER_NODE=8] scripts/finetune.sh    on each machine
+#   HOSTS=<file> [HOSTS_DIR=<folder there> SSH="ssh -F …"] scripts/finetune.sh    on one machine, which starts all over ssh
 #   DRY_RUN=1 scripts/finetune.sh    print the command, and do not run it
 #
 # With configs/tiny.yaml, the default, model and data are made first and the trained model is tested (scripts/tiny.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 [[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
+preflight=()
+if [[ ${1:-} == --preflight ]]; then # see preflight.sh
+    preflight=("$1")
+    shift
+fi
+split "${ARGS:-}"
+overrides=("${words[@]}" "$@")
+if [[ -n ${HOSTS:-} && -z ${QWEN35_NODE:-} ]]; then
+    exec "$python" -m qwen35.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
+fi
 
 visible_npus() {
     if [[ -n ${ASCEND_RT_VISIBLE_DEVICES:-} ]]; then
@@ -34,18 +45,16 @@ case $(device) in
         ;;
 esac
 
-split "${ARGS:-}"
-overrides=("${words[@]}" "$@")
 train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
     --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT"
-    "$CONFIG" "${overrides[@]}")
+    --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${preflight[@]}" "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then
     printf '%q ' "${train[@]}"
     echo
     exit
 fi
-if [[ $CONFIG -ef configs/tiny.yaml ]]; then
+if [[ $CONFIG -ef configs/tiny.yaml && ${#preflight[@]} == 0 ]]; then
     exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${train[@]}"
 fi
 exec "${train[@]}"

@@ -25,7 +25,7 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
     MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS
-    SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL""".split()
+    SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT HOSTS HOSTS_DIR SSH""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -40,6 +40,7 @@ BOUNDS = {
     "MASTER_PORT": (1, 65535),
     "MULTI_STREAM_MEMORY_REUSE": (0, 1),
     "NPU_ASD_ENABLE": (0, 3),
+    "RENDEZVOUS_TIMEOUT": (1, 86400),
     "TASK_QUEUE_ENABLE": (0, 2),
 }
 LOW = {name: str(low) for name, (low, _) in BOUNDS.items()}
@@ -84,12 +85,13 @@ BAD = [
     ("SOURCE", "github"),
     ("HF_ENDPOINT", "mirror"),
     ("MODELSCOPE_DOMAIN", "a b"),
+    ("HOSTS_DIR", "here"),
     ("CONFIG", "configs/none.yaml"),
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))
-TARGETS = """help install doctor download convert export data show finetune generate evaluate bench test test-versions lint
-    clean""".split()
+TARGETS = """help install doctor download convert export data show finetune preflight generate evaluate bench test
+    test-versions lint clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -292,6 +294,16 @@ def test_two_machines(run: Run) -> None:
     variables = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000", "NPUS_PER_NODE": "8"}
     result = run("make", "finetune", "DRY_RUN=1", *(f"{k}={v}" for k, v in variables.items()))
     assert "--nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 7000" in result.stdout
+
+
+def test_preflight_is_the_launch_without_the_training(run: Run, project: Path) -> None:
+    result = run(
+        "make", "preflight", "ARGS=training.lr=1", NODES="2", NODE_RANK="0", MASTER_ADDR="a", RENDEZVOUS_TIMEOUT="9"
+    )
+    assert result.returncode == 0, result.stderr
+    [call] = calls(project)  # of the tiny recipe too, which makes nothing first
+    assert call.startswith("-m qwen35.launch --nnodes 2 --node_rank 0 ")
+    assert call.endswith(" --rendezvous_timeout 9 --preflight configs/tiny.yaml training.lr=1")
 
 
 def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> None:

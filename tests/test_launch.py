@@ -157,20 +157,88 @@ def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
     """As tiny.sh tells it: kill -9 of the script leaves nothing behind."""
     outer = "import os, subprocess, sys; env = {**os.environ, 'QWEN35_PARENT': str(os.getpid())}\n"
     outer += "subprocess.run([sys.executable, '-m', 'qwen35.launch', *sys.argv[1:]], env=env)"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    missing = f"training.save={tmp_path}"
-    command = [sys.executable, "-c", outer, "--nnodes", "2", "--master_port", port, "configs/tiny.yaml", missing]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == f"machine 0: ranks 0 to 0 of 2, which meet at localhost:{port}\n"
-    started = wait_for(
-        lambda: [p.pid for p in psutil.Process(process.pid).children(recursive=True)][1:]
-    )  # waits for machine 1
+    # the ranks stand still before they do anything
+    still = "import os, sys, time\nif 'RANK' in os.environ:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+    (tmp_path / "sitecustomize.py").write_text(still)
+    command = [sys.executable, "-c", outer, "--master_port", str(free_port()), "configs/tiny.yaml"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    rank = int(process.stdout.readline())
+    launcher = psutil.Process(rank).ppid()
     process.kill()
-    wait_for(lambda: gone(started), 5)
+    wait_for(lambda: gone([rank, launcher]), 5)
     process.stdout.close()
     process.wait()
+
+
+# -- several machines ----------------------------------------------------------------------------------------------------
+
+MACHINE = """
+import argparse, sys
+from pathlib import Path
+from qwen35.launch import run
+from qwen35.meeting import Place, Talk, meet
+machine, machines, port = map(int, sys.argv[1:4])
+args = argparse.Namespace(
+    nnodes=machines, node_rank=machine, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
+)
+meeting = meet(Place(machine, machines, "127.0.0.1", port, 60), Talk(dict, Path(sys.argv[4]), say=lambda line: None))
+sys.exit(run([sys.executable, "-c", sys.argv[5]], args, meeting))
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_machines(program: str, save: Path, machines: int = 2) -> list[subprocess.Popen]:
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", MACHINE, str(machine), str(machines), port, str(save), HEAD + program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for machine in range(machines)
+    ]
+
+
+def test_what_fails_on_one_machine_ends_all_and_is_told_on_all(tmp_path):
+    """The ranks of the others hang, as in a collective."""
+    program = "if rank == 3:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
+    machines = start_machines(program, tmp_path)
+    ended = [process.communicate(timeout=60) for process in machines]
+    assert [process.returncode for process in machines] == [1, 1]
+    words = "rank 3 was ended by SIGKILL; out of memory?"
+    assert [err for _, err in ended] == [f"error: machine 1 ended: {words}\n", f"error: {words}\n"]
+    assert ended[1][0].startswith("machine 1: ranks 2 to 3 of 4, which meet at 127.0.0.1:")
+
+
+def test_machines_that_end_at_different_times_end_well(tmp_path):
+    program = """
+while rank < 2 and not os.path.exists(go):
+    time.sleep(0.01)
+"""
+    first, second = start_machines(f"go = {str(tmp_path / 'go')!r}\n{program}", tmp_path)
+    assert second.communicate(timeout=60)[1] == "" and second.returncode == 0
+    (tmp_path / "go").touch()
+    assert first.communicate(timeout=60)[1] == "" and first.returncode == 0
+
+
+def test_kill_9_of_one_launcher_ends_the_other_machine(tmp_path):
+    first, second = start_machines("say(os.getpid()); time.sleep(600)", tmp_path)
+    numbers = []
+    for process in (first, second):
+        process.stdout.readline()  # which ranks it has
+        numbers += [int(process.stdout.readline()) for _ in range(2)]
+    second.kill()
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (1, "error: machine 1 ended: its launcher is gone, killed or with the machine\n")
+    wait_for(lambda: gone(numbers), 10)
+    second.communicate()
 
 
 def test_stopped_before_the_first_step():

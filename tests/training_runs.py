@@ -72,11 +72,14 @@ def make_workplace(folder: Path) -> Path:
     return folder
 
 
-def train_command(workplace: Path, save: Path, processes: int, *overrides: str) -> list[str]:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(processes), "--master_port", str(port)]
+        return s.getsockname()[1]
+
+
+def train_command(workplace: Path, save: Path, processes: int, *overrides: str) -> list[str]:
+    launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     return [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
 
 

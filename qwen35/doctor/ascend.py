@@ -31,7 +31,7 @@ def cann(m: Machine) -> list[Finding]:
     if not home.is_dir():
         fact = f"no set_env.sh in {m.get('CANN_PATH') or '/usr/local/Ascend'}, nor in cann/ or ascend-toolkit/ below it"
         return [wrong("CANN", fact, f"install CANN {OLDEST_CANN} or newer, or set CANN_PATH to where it is")]
-    version = _cann_version(home)
+    version = cann_version(home)
     if version is None:
         return [wrong("CANN", f"{home} does not say its version", f"install CANN {OLDEST_CANN} or newer")]
     if release(version) < release(OLDEST_CANN):
@@ -47,7 +47,7 @@ def cann(m: Machine) -> list[Finding]:
     return findings
 
 
-def _cann_version(home: Path) -> str | None:
+def cann_version(home: Path) -> str | None:
     found = (_read(home / name.format(arch=architecture()), pattern) for name, pattern in VERSION_FILES.items())
     return next((version for version in found if version), None)
 

@@ -1,0 +1,89 @@
+"""Before a run of several machines: how fast they talk to each other. `python -m qwen35.preflight CONFIG`, as qwen35.train.
+
+That the machines agree is settled before, by their launchers (meeting.py); here the processes of the run are there, and the
+group in which they will train.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from qwen35.config import load_settings
+from qwen35.device import init_process, model_name, synchronize
+from qwen35.errors import USER_ERRORS, Parser, UserError, complain
+from qwen35.launch import leave, record_failure
+
+SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from what is over at once to what fills a fast network
+ENOUGH = 0.1  # seconds that an all-reduce may take until the larger ones are left out
+
+
+class PreflightError(UserError):
+    """The processes do not compute together as they should."""
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def measure(device: torch.device, say: Callable[[str], None]) -> None:
+    """An all-reduce over all ranks, larger and larger: its result is checked, its speed told in a line of rank 0.
+
+    A few milliseconds in one machine; 0.3 s at most on slow networks, where the smaller size is what can be had. Raises
+    PreflightError on a rank that gets a wrong sum, or where the ranks compute on different devices.
+    """
+    world, own = dist.get_world_size(), ranks_here()
+    kinds: list[str] = [""] * world
+    dist.all_gather_object(kinds, model_name(device))
+    if other := next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None):
+        raise PreflightError(f"rank {other} computes on {kinds[other]}, rank 0 on {kinds[0]}")
+    seconds = torch.zeros(1, device=device)
+    for size in SIZES:
+        numbers = torch.ones(size // 4, device=device)
+        dist.all_reduce(numbers)  # the first one makes connections
+        wrong = numbers[numbers != world]
+        if len(wrong):
+            raise PreflightError(
+                f"rank {dist.get_rank()}: an all-reduce of {world} ones gives {float(wrong[0])} somewhere"
+            )
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(numbers)
+        synchronize([device])
+        seconds[0] = time.perf_counter() - begin
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        if float(seconds) > ENOUGH:
+            break
+    took = float(seconds)
+    through = 2 * (world - 1) / world * size / took / 1e6  # what each rank sends, and receives, at the least
+    machines = f"{world // own} machine{'s' * (world > own)}"
+    if dist.get_rank() == 0:
+        say(
+            f"all-reduce over {world} ranks of {machines}: {size >> 20} MiB in {took * 1e3:.1f} ms, {through:,.0f} MB/s a rank"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="qwen35.preflight", description=__doc__)
+    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
+    args = parser.parse_args(argv)
+    try:
+        load_settings(args.config, args.overrides)
+        measure(init_process(), lambda line: print(f"{line}\npreflight: all is well", flush=True))
+    except USER_ERRORS as error:
+        if record_failure(error, expected=True):
+            leave(1)
+        return complain(error)
+    except BaseException as error:
+        if record_failure(error, expected=False):
+            leave(1)
+        raise
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,368 @@
+"""HOSTS and Slurm: the real scripts in a copy of the project, a stand-in for ssh (for srun) that starts them here."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen35.config import SettingError
+from qwen35.hosts_file import Host, check_environment, read_hosts
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" ---- >>"$0.log"
+while [[ $1 == -* ]]; do case $1 in -o | -p) shift 2 ;; *) shift ;; esac; done
+[[ $1 != unreachable ]] || { echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255; }
+env -i PATH="$PATH" bash -c "$2" # a child, which outlives this one as it would on another machine
+"""
+PYTHON = """#!/usr/bin/env bash
+source ./act
+"""
+DRIVER = "import sys, qwen35.hosts as h; h.GRACE = 0.3; h.SAVING = 0.6; h.AGAIN = 0.0; sys.exit(h.main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """The project's folder on the machines. What `python` does there is in the file `act`."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "it's there/scripts")
+    folder = tmp_path / "it's there"
+    files = {"configs/other.yaml": "", ".venv/.installed": "cpu", ".venv/bin/python": PYTHON, "act": ""}
+    for name, text in {**files, "env.sh": (ROOT / "env.sh").read_text()}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / ".venv/bin/python").chmod(0o755)
+    (tmp_path / "ssh").write_text(STAND_IN)
+    (tmp_path / "ssh").chmod(0o755)
+    (tmp_path / "hosts").write_text("# two\nme@one slots=1 addr=127.0.0.1 port=2222\n\ntwo slots=1\n")
+    return folder
+
+
+def start(there: Path, *overrides: str, hosts: str = "hosts", **variables: str) -> subprocess.Popen:
+    names = (
+        "CONFIG NODES MASTER_PORT NPUS_PER_NODE RENDEZVOUS_TIMEOUT CANN_PATH HCCL_CONNECT_TIMEOUT OUT HOSTS SSH ARGS"
+    )
+    env = {"PATH": os.environ["PATH"], "SSH": str(there.parent / "ssh"), "HOSTS_DIR": str(there), "NODES": "1"}
+    env |= {"CONFIG": "configs/other.yaml", "CANN_PATH": str(there / "none"), **variables}
+    overrides = (*overrides, "training.train_iters=2")
+    command = ["--variables", names, "--", str(there.parent / hosts), "configs/tiny.yaml", *overrides]
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pids(process: subprocess.Popen, count: int = 2) -> dict[str, int]:
+    """Name of a machine -> the process that says its number there."""
+    lines = [process.stdout.readline().split() for _ in range(count)]
+    return {name.rstrip(":"): int(pid) for name, pid in lines}
+
+
+STAYS = """
+trap 'echo asked >>asked_$NODE_RANK; echo saved; exit 0' TERM
+echo $$
+while :; do sleep 0.05; done
+"""
+
+
+def asked(there: Path) -> list[str]:
+    return sorted(path.name for path in there.glob("asked_*"))
+
+
+def test_each_machine_gets_its_place_and_the_same_settings(there: Path) -> None:
+    (there / "act").write_text(
+        'env >env_$NODE_RANK; printf "%s\\n" "$@" >call_$NODE_RANK; echo "here is $NODE_RANK"; echo oh >&2'
+    )
+    odd = """a 'b' "c" $HOME `x` \\ \n ü"""
+    process = start(
+        there,
+        "model.freeze=[a, 'b c', \"$HOME\"]",
+        OUT=odd,
+        HCCL_ALGO="level0:ring",
+        HF_TOKEN="hf_secret",
+        NPUS_PER_NODE="1",
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, sorted(err.splitlines())) == (0, ["one: oh", "two: oh"]), err
+    assert sorted(out.splitlines()) == ["one: here is 0", "two: here is 1"]
+    for rank in range(2):
+        text = (there / f"env_{rank}").read_text()
+        assert f"OUT={odd}\n" in text and "HCCL_ALGO=level0:ring\n" in text and "HF_TOKEN" not in text
+        values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        assert {name: values[name] for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "NPUS_PER_NODE")} == {
+            "NODES": "2",
+            "NODE_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "NPUS_PER_NODE": "1",
+        }
+        assert values.get("NODE_ADDR") == values.get("HCCL_IF_IP") == (None if rank else "127.0.0.1")
+        call = (there / f"call_{rank}").read_text()
+        assert f"qwen35.launch\n--nnodes\n2\n--node_rank\n{rank}\n" in call
+        assert call.endswith("configs/other.yaml\nmodel.freeze=[a, 'b c', \"$HOME\"]\ntraining.train_iters=2\n")
+    log = (there.parent / "ssh.log").read_text()
+    assert log.count("BatchMode=yes") == log.count("StrictHostKeyChecking=yes") == 2
+    assert "-p\n2222\nme@one\n" in log and "\ntwo\ncd " in log
+    assert not re.search(
+        r"secret|level0|train_iters|OUT", log
+    )  # nothing that others could read in the list of processes
+
+
+def test_a_machine_that_fails_ends_the_others(there: Path) -> None:
+    hangs = "trap '' TERM; echo $$; while :; do sleep 0.05; done"
+    (there / "act").write_text(f"if ((NODE_RANK == 1)); then echo 'error: a.json: bad' >&2; exit 7; fi\n{hangs}")
+    process = start(there)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert sorted(err.splitlines()) == ["error: two ended with exit code 7", "two: error: a.json: bad"]
+    assert not Path(f"/proc/{out.split()[1]}").exists()
+
+
+def test_a_machine_that_cannot_be_reached(there: Path) -> None:
+    (there / "act").write_text(STAYS)
+    (there.parent / "hosts").write_text("one addr=127.0.0.1\nunreachable\n")
+    process = start(there)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines() == [
+        "unreachable: ssh: connect to host unreachable port 22: Connection refused",
+        "error: unreachable cannot be reached, or was lost; this must work without a question: ssh unreachable true",
+    ]
+    # the other was asked to save and stop, unless that came before it had begun
+    assert asked(there) in ([], ["asked_0"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_has_all_machines_save(there: Path, number: int, code: int) -> None:
+    (there / "act").write_text(STAYS)
+    process = start(there)
+    pids(process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, sorted(out.splitlines())) == (code, ["one: saved", "two: saved"])
+    assert err.startswith("stopping: the run saves at the next log step, on all machines") and err.count("\n") == 1
+    assert asked(there) == ["asked_0", "asked_1"]
+
+
+def test_a_second_ctrl_c_stops_at_once(there: Path) -> None:
+    (there / "act").write_text("trap '' TERM; echo $$; while :; do sleep 0.05; done")
+    process = start(there)
+    started = pids(process)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline().startswith("stopping")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
+
+
+def test_kill_9_of_the_starter_has_all_machines_save(there: Path) -> None:
+    """Though nobody reads what they print any more."""
+    (there / "act").write_text(
+        STAYS.replace("echo saved", "for i in {1..3000}; do echo saved; done; touch done_$NODE_RANK")
+    )
+    process = start(there)
+    started = pids(process)
+    process.kill()
+    process.stdout.close()
+    process.wait()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in started.values()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert asked(there) == ["asked_0", "asked_1"]
+    assert len(list(there.glob("done_*"))) == 2
+
+
+def test_a_machine_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> None:
+    env_sh = (there / "env.sh").read_text()
+    (there / "env.sh").write_text(env_sh.replace('"${HOSTS:=}"', '"${HOSTS:=hosts}"'))
+    (there / "act").write_text('echo "$2"')
+    out, err = start(there).communicate(timeout=60)
+    assert (sorted(out.splitlines()), err) == (["one: qwen35.launch", "two: qwen35.launch"], "")
+
+
+def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
+    process = start(there, "training.learning_rate=1")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+    assert "unknown setting training.learning_rate" in err
+    assert not (there.parent / "ssh.log").exists()
+
+
+def test_a_dry_run_says_what_each_machine_would_get(there: Path) -> None:
+    process = start(there, DRY_RUN="1")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err, out.count("\n")) == (0, "", 2)
+    assert "NODE_RANK=1" in out.splitlines()[1] and out.splitlines()[1].endswith(" training.train_iters=2")
+    assert not (there.parent / "ssh.log").exists()
+
+
+@pytest.mark.parametrize("preflight", [False, True])
+def test_the_scripts_hand_over(there: Path, preflight: bool) -> None:
+    (there / "act").write_text('printf "%s\\n" "$@"')
+    env = {
+        "PATH": os.environ["PATH"],
+        "CANN_PATH": "none",
+        "HOSTS": "hosts",
+        "CONFIG": "configs/other.yaml",
+        "NODES": "2",
+    }
+    script = "preflight.sh" if preflight else "finetune.sh"
+    command = ["bash", str(there / "scripts" / script), "a.b=c d"]
+    done = subprocess.run(command, env=env | {"ARGS": "x.y=1"}, capture_output=True, text=True, timeout=60, check=False)
+    words = done.stdout.splitlines()
+    assert (done.returncode, words[:2]) == (0, ["-m", "qwen35.hosts"]), done.stderr
+    assert ("--preflight" in words) == preflight
+    assert words[-5:] == ["--", "hosts", "configs/other.yaml", "x.y=1", "a.b=c d"]
+    assert {"HCCL_CONNECT_TIMEOUT", "RENDEZVOUS_TIMEOUT"} <= set(words[words.index("--variables") + 1].split())
+
+
+# -- the file ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hosts_file(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a\nroot@10.0.0.2 addr=192.168.0.2 port=2200 # the second\n  # none\nfe80::3\n")
+    assert read_hosts(tmp_path / "hosts") == [
+        Host("a"),
+        Host("root@10.0.0.2", address="192.168.0.2", port=2200),
+        Host("fe80::3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no machine"),
+        ("a\n-oProxyCommand=x", "line 2: '-oProxyCommand=x' is no name of a machine"),
+        ("me@-x", "line 1: 'me@-x' is no name"),
+        ("a;reboot", "line 1: 'a;reboot' is no name"),
+        ("a\nb slots=0", "line 2: 'slots=0': a number is expected"),
+        ("a port=65536", "line 1: 'port=65536': a number"),
+        ("a gpus=8", "line 1: 'gpus=8' is none of slots=…, addr=…, port=…"),
+        ("a slots=1 slots=1", "'slots=1' is none of"),
+        ("a addr=$(x)", "an address is expected"),
+        ("a\n\nme@a", "line 3: a is there twice"),
+        ("a slots=8\nb slots=4\nc", "every machine needs the same slots: a 8, b 4, c no slots"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(SettingError, match=re.escape(words)):
+        read_hosts(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"NODES": "3"}, "NODES=3, but HOSTS names 2 machines"),
+        ({"NODE_RANK": "0"}, "NODE_RANK=0 is one machine's"),
+        ({"NODE_ADDR": "10.0.0.1"}, "NODE_ADDR=10.0.0.1 is one machine's"),
+        ({"HCCL_IF_IP": "10.0.0.1"}, "HCCL_IF_IP=10.0.0.1 is one machine's"),
+        ({"NPUS_PER_NODE": "4"}, "NPUS_PER_NODE=4, but HOSTS says slots=8"),
+        ({"MASTER_ADDR": "b"}, "MASTER_ADDR=b, but HOSTS gives machine 0 addr=a"),
+    ],
+)
+def test_contradictions_are_refused(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(words)):
+        check_environment([Host("one", 8, "a"), Host("two", 8)], environment)
+    with pytest.raises(SettingError, match="the name localhost"):
+        check_environment([Host("localhost"), Host("two")], {})
+    check_environment([Host("one"), Host("two")], {"NODES": "2", "NPUS_PER_NODE": "4", "MASTER_ADDR": "b"})
+
+
+# -- Slurm ---------------------------------------------------------------------------------------------------------------
+
+SRUN = """#!/usr/bin/env bash
+# each task of the step here; SIGTERM goes to all of them, as srun forwards it
+while [[ $1 == -* ]]; do shift; done
+trap 'kill -TERM "${tasks[@]}"' TERM
+for n in 0 1; do
+    SLURM_NODEID=$n "$@" &
+    tasks+=($!)
+done
+code=0
+for task in "${tasks[@]}"; do
+    until wait "$task" || { last=$?; ((last < 128)) && code=$last || ((last == 128)); }; do
+        kill -0 "$task" 2>/dev/null || break
+    done
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'gpu3\\ngpu4\\n'; else echo "$@" >>scontrol.log; fi
+"""
+
+
+def slurm(there: Path, *arguments: str, script: str = "../bin/spool", **variables: str) -> subprocess.Popen:
+    folder = there.parent / "bin"
+    folder.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "spool": (there / "scripts/slurm.sh").read_text()}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "CANN_PATH": "none", "CONFIG": "configs/other.yaml"}
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_SUBMIT_DIR": str(there)}
+    return subprocess.Popen(
+        ["bash", str(there / script), *arguments],
+        env=env | job | variables,
+        cwd=there,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_slurm_job_starts_each_node_in_its_place(there: Path) -> None:
+    (there / "act").write_text('printf "%s " "$@" >call_$NODE_RANK')
+    process = slurm(there, "training.train_iters=2", "model.freeze=[a, b]")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+    for rank in range(2):
+        call = (there / f"call_{rank}").read_text()
+        assert f"--nnodes 2 --node_rank {rank} " in call and "--master_addr gpu3 " in call
+        assert call.endswith("configs/other.yaml training.train_iters=2 model.freeze=[a, b] ")
+    assert not (there / "scontrol.log").exists()
+
+
+def test_a_slurm_job_near_its_limit_saves_and_comes_back(there: Path) -> None:
+    (there / "act").write_text(STAYS)
+    process = slurm(there)
+    for _ in range(2):
+        process.stdout.readline()
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "saved\nsaved\n")
+    assert (there / "scontrol.log").read_text() == "requeue 17\n"
+
+
+def test_a_slurm_job_that_fails_does_not_come_back(there: Path) -> None:
+    (there / "act").write_text("exit 3")
+    process = slurm(there)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert not (there / "scontrol.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the project's folder: submit the job from there"),
+        ({"SLURM_JOB_ID": ""}, "is a job's script: sbatch"),
+        ({"HOSTS": "hosts"}, "HOSTS=hosts: Slurm says which machines there are"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: Slurm says"),
+        ({"NODES": "3"}, "NODES=3, but the job has 2 nodes"),
+    ],
+)
+def test_what_a_slurm_job_cannot_use_is_named(there: Path, variables: dict[str, str], words: str) -> None:
+    process = slurm(there, script="scripts/slurm.sh" if "sbatch" in words else "../bin/spool", **variables)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert words in err

@@ -1,0 +1,134 @@
+"""Two machines on this one: whole launchers that compare themselves, measure, and train as one machine does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from training_runs import ROOT, free_port, make_workplace, train
+
+from qwen35.preflight import PreflightError, measure
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+def start(workplace: Path, machine: int, port: int, *arguments: str) -> subprocess.Popen:
+    place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "qwen35.launch", *place, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(*machines: subprocess.Popen) -> list[tuple[int, str, str]]:
+    told = [process.communicate(timeout=300) for process in machines]
+    return [(process.returncode, *words) for process, words in zip(machines, told, strict=True)]
+
+
+def without_waiting(err: str) -> list[str]:
+    return [line for line in err.splitlines() if ": waiting for " not in line]
+
+
+def steps(save: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in ("step", "loss", "grad_norm", "lr", "tokens")} for line in lines]
+
+
+def test_two_machines_train_as_one_does(workplace, tmp_path):
+    recipe, port = str(workplace / "recipe.yaml"), free_port()
+    settings = ["training.train_iters=3", "training.log_interval=1"]
+    save = tmp_path / "two"
+    both = ends(*(start(workplace, machine, port, recipe, f"training.save={save}", *settings) for machine in (1, 0)))
+    assert [code for code, *_ in both] == [0, 0], both
+    (_, second, _), (_, first, _) = both
+    assert first.startswith(f"machine 0: ranks 0 to 0 of 2, which meet at 127.0.0.1:{port}\n")
+    assert second == f"machine 1: ranks 1 to 1 of 2, which meet at 127.0.0.1:{port}; the log is on machine 0\n"
+    assert first.count("all-reduce over 2 ranks of 2 machines: ") == 1
+    one = train(workplace, tmp_path / "one", 2, *settings)
+    assert one.returncode == 0, one.stderr
+    assert "all-reduce" not in one.stdout
+    assert steps(save) == steps(tmp_path / "one")
+    assert len(steps(save)) == 3
+
+
+def test_machines_that_differ_start_nothing(workplace, tmp_path):
+    recipe, port = str(workplace / "recipe.yaml"), free_port()
+    other = tmp_path / "other.json"
+    other.write_text((workplace / "records.json").read_text() + "\n")
+    save = tmp_path / "runs/save"
+    dataset = f"data.dataset_param.basic_parameters.dataset={other}"
+    machines = (start(workplace, 0, port, recipe, f"training.save={save}"),)
+    machines += (start(workplace, 1, port, recipe, f"training.save={save}", "training.lr=0.5", dataset),)
+    (code, out, err), (code_1, out_1, err_1) = ends(*machines)
+    assert (code, code_1, out, out_1) == (1, 1, "", "")
+    *lines, last = without_waiting(err)
+    assert without_waiting(err_1) == [*lines, last]
+    assert last == f"error: the machines differ in {len(lines)} things, told above: nothing was started"
+    assert "machine 1 has training.lr: 0.5; machine 0: 0.01" in lines
+    assert any(line.startswith(f"machine 1 has {other}: ") for line in lines)
+    assert not save.parent.exists()
+
+
+def test_a_save_folder_of_each_machines_own(workplace, tmp_path):
+    """The same path, and another folder: as on disks that the machines do not share."""
+    port = free_port()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    command = ["--preflight", str(workplace / "recipe.yaml"), "training.save=save", "--rendezvous_timeout", "60"]
+    machines = []
+    for machine, name in enumerate(("a", "b")):
+        place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+        program = "import sys, qwen35.meeting as m; m.SLOW_DISK = 0.2; from qwen35.launch import main; sys.exit(main())"
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        machines.append(
+            subprocess.Popen([sys.executable, "-c", program, *place, *command], cwd=tmp_path / name, env=env, **pipes)
+        )
+    for code, out, err in ends(*machines):
+        assert (code, out) == (1, "")
+        [line] = without_waiting(err)
+        assert line.startswith("error: machine 1 does not see what machine 0 writes in save: name a training.save")
+    assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
+
+
+# -- what the ranks measure ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_sum_is_checked(alone, monkeypatch):
+    said = []
+    measure(torch.device("cpu"), said.append)
+    assert len(said) == 1 and said[0].startswith("all-reduce over 1 ranks of 1 machine: 64 MiB in ")
+
+    def all_reduce(tensor, *op):
+        if len(tensor) > 1:
+            tensor[-1] = 2
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(PreflightError, match=r"rank 0: an all-reduce of 1 ones gives 2\.0 somewhere"):
+        measure(torch.device("cpu"), said.append)
+    assert len(said) == 1
+
+
+def test_other_devices_are_named(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own, "A3"]))
+    with pytest.raises(PreflightError, match="rank 2 computes on A3, rank 0 on cpu"):
+        measure(torch.device("cpu"), print)

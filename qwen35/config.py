@@ -222,6 +222,7 @@ def _check(s: Settings) -> None:
         "training.zero_grad_patience": t.zero_grad_patience,
         "training.lr": t.lr,
         "training.peak_tflops": t.peak_tflops,
+        "training.timeout": t.timeout,
         "training.adam_eps": t.adam_eps,
         "model.mtp_loss_scaling_factor": s.model.mtp_loss_scaling_factor,
         "parallel.fully_shard_parallel_size": s.parallel.fully_shard_parallel_size,
@@ -238,6 +239,7 @@ def _check(s: Settings) -> None:
         "training.clip_grad": t.clip_grad,
         "training.min_lr": t.min_lr,
         "training.seed": t.seed,
+        "training.max_restarts": t.max_restarts,
         "model.loss_cfg.router_aux_loss_coef": s.model.loss_cfg.router_aux_loss_coef,
         "data.dataloader_param.num_workers": s.data.dataloader_param.num_workers,
     }

@@ -53,15 +53,18 @@ def take_device() -> torch.device:
     return device
 
 
-def init_process(timeout_seconds: int = 1800) -> torch.device:
-    """Join the processes that the launcher started (or be alone) and take this rank's device."""
+def init_process(timeout: float = 1800) -> torch.device:
+    """Join the processes that the launcher started (or be alone) and take this rank's device. Raises SettingError.
+
+    timeout: seconds that they wait here for each other, and later in a collective for the slowest.
+    """
     kind, device = device_type(), take_device()
     if "RANK" not in os.environ:  # without a launcher: one process, and no port
         store = dist.HashStore()
         dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)
     else:
         try:
-            dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout_seconds))
+            dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout))
         except dist.DistError as error:  # of the store, where the processes meet
             address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
             raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None

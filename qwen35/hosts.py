@@ -25,7 +25,7 @@ from typing import BinaryIO
 from qwen35.config import load_settings
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
 from qwen35.hosts_file import Host, check_environment, read_hosts
-from qwen35.launch import AGAIN
+from qwen35.job import AGAIN
 from qwen35.processes import die_with
 
 # no question is asked that nobody could answer, no key of an unknown machine is taken, a lost machine is missed in a minute

@@ -1,9 +1,10 @@
 """Start one training process a device on this machine: `python -m qwen35.launch [options] CONFIG [a.b=c …]`.
 
 The settings are checked before anything starts. The processes end together: with this one, however it ends; when one of
-them fails; and after SIGTERM or Ctrl-C, which have the run save and stop (a second Ctrl-C stops it at once). What is printed
-of a failure is what came first: one line where it is the user's to mend, the traceback where it is ours. Of several machines
-the launchers meet first and compare what must agree (meeting.py), and what ends one of them ends all.
+them fails, or stands still for longer than training.timeout; and after SIGTERM or Ctrl-C, which have the run save and stop (a
+second Ctrl-C stops it at once). What is printed of a failure is what came first: one line where it is the user's to mend; else
+where every process stood, and the traceback where it is ours. Up to training.max_restarts times they are then started again.
+Of several machines the launchers meet first and compare what must agree (meeting.py), and what ends one of them ends all.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,77 +19,21 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from qwen35.agreement import facts
 from qwen35.config import SettingError, load_settings
-from qwen35.errors import USER_ERRORS, Parser, complain, one_line, whole_number
+from qwen35.errors import USER_ERRORS, Parser, UserError, complain, one_line, whole_number
+from qwen35.job import Failure, Job
 from qwen35.layout import check_layout
-from qwen35.meeting import Meeting, Place, Talk, listen, meet
+from qwen35.machines import Meeting, Place
+from qwen35.meeting import Talk, listen, meet
 from qwen35.processes import die_with
 from qwen35.settings import Settings
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
 PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
-GRACE = 3.0  # seconds that the others have to fail for a reason of their own before they are ended
-AGAIN = 1.0  # a Ctrl-C so many seconds after the first is a second one, and not the same through another process
-
-
-class Job:
-    """The processes of this machine, by rank."""
-
-    def __init__(
-        self, command: Sequence[str], environments: dict[int, dict[str, str]], failures: Path, meeting: Meeting | None
-    ):
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.failures = failures
-        self.meeting = meeting
-        self.first_failed: int | None = None
-        self.asked: int | None = None  # the signal that asked for the end
-        self.asked_at = 0.0
-        self.at_once = False  # it was asked twice
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-        for rank, environment in environments.items():
-            self.processes[rank] = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C reaches them through this process alone
-                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # there is one thread here
-            )
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self.asked_at = number, time.monotonic()
-            print("stopping: the run saves at the next log step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-            self.send(signal.SIGTERM)
-        elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
-            self.at_once = True
-            self.send(signal.SIGKILL)
-
-    def send(self, number: int) -> None:
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.send_signal(number)
-
-    def wait(self) -> dict[int, int]:
-        """Until all have ended; when one has failed, the others do not outlive it for long. Returns their exit codes."""
-        failed_at: float | None = None
-        while None in (codes := {rank: process.poll() for rank, process in self.processes.items()}).values():
-            if self.meeting:
-                self.meeting.record_news(self.failures)
-            if failed_at is None:
-                failed = {rank: code for rank, code in codes.items() if code}
-                if failed:  # what a signal ended comes first: the others may have failed for want of it
-                    self.first_failed = min(failed, key=lambda rank: failed[rank])
-                if failed or any(self.failures.iterdir()):  # with its reason told, a process may still hang as it ends
-                    failed_at = time.monotonic()
-            elif time.monotonic() - failed_at > GRACE:
-                self.send(signal.SIGKILL)
-            time.sleep(0.05)
-        return {rank: process.returncode for rank, process in self.processes.items()}
+RESTART = "QWEN35_RESTART"  # how often the processes have been started before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
         program = "qwen35.preflight" if args.preflight else "qwen35.train"
         meeting = meet_others(args, settings) if args.nnodes > 1 else None
-        return run([sys.executable, "-m", program, args.config, *args.overrides], args, meeting)
+        command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
+        return run(command, args, meeting, t.timeout, 0 if args.preflight else t.max_restarts)
     except USER_ERRORS as error:
         return complain(error)
     except KeyboardInterrupt:
@@ -128,28 +73,64 @@ def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
     return meet(place, Talk(partial(facts, settings, args.nproc_per_node), Path(settings.training.save)))
 
 
-def run(command: Sequence[str], args: argparse.Namespace, meeting: Meeting | None = None) -> int:
-    """Start `command` for each rank of this machine, wait, tell what went wrong. Returns the exit code."""
+def run(
+    command: Sequence[str],
+    args: argparse.Namespace,
+    meeting: Meeting | None = None,
+    patience: float | None = None,
+    restarts: int = 0,
+) -> int:
+    """Start `command` for each rank of this machine, wait, tell what went wrong. Returns the exit code.
+
+    patience: seconds that a rank may stand still. restarts: how often the ranks of all machines are started again after a
+    failure that is not the user's to mend.
+    """
     if args.nnodes > 1:
         first, own = args.node_rank * args.nproc_per_node, args.nproc_per_node
         where = "" if args.node_rank == 0 else "; the log is on machine 0"
         told = f"ranks {first} to {first + own - 1} of {args.nnodes * own}, which meet at {args.master_addr}:{args.master_port}"
         print(f"machine {args.node_rank}: {told}{where}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
-        job = Job(command, rank_environments(args, Path(name)), Path(name), meeting)
-        codes = job.wait()
-        words = failure(codes, job.first_failed, Path(name))
+    job, port = Job(command, meeting), args.master_port
+    for attempt in range(restarts + 1):
+        with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
+            more = {RESTART: str(attempt), "MASTER_PORT": str(port)} if attempt else {}
+            environments = {rank: one | more for rank, one in rank_environments(args, Path(name)).items()}
+            failure = job.run(environments, Path(name), patience)
+        codes = {process.returncode for process in job.processes.values()}
+        is_stopped = job.asked is not None and (not failure or job.at_once or -signal.SIGTERM in codes)
+        if failure and failure.where and not is_stopped:
+            print(failure.where, file=sys.stderr)
+        if not failure or is_stopped or job.asked is not None or not failure.may_go_on or attempt == restarts:
+            break
+        print(f"error: {failure.words}", file=sys.stderr, flush=True)
+        try:
+            port = next_port(args)
+            port = meeting.regroup(failure.words.splitlines()[-1], port) if meeting else port
+        except UserError as error:
+            failure = Failure(str(error))
+            break
+        print(f"restart {attempt + 1} of {restarts}, from the newest checkpoint", file=sys.stderr, flush=True)
     if meeting:
-        meeting.close(words.splitlines()[-1] if words else None)
-    if job.asked is not None and (not words or job.at_once or -signal.SIGTERM in codes.values()):
+        meeting.close(failure.words.splitlines()[-1] if failure else None, bool(failure and failure.is_mistake))
+    if is_stopped:
         if job.at_once:
             print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        elif words:
+        elif failure:
             print("stopped outside of the training steps: there was nothing to save", file=sys.stderr)
         return 128 + signal.SIGINT if job.asked == signal.SIGINT else 0
-    if words:
-        print(f"error: {words}", file=sys.stderr)
-    return 1 if words else 0
+    if failure:
+        print(f"error: {failure.words}", file=sys.stderr)
+    return 1 if failure else 0
+
+
+def next_port(args: argparse.Namespace) -> int:
+    """Where the ranks of the next start can meet; machine 0 tells it to the others."""
+    try:
+        check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
+    except SettingError:  # it is not free yet
+        with listen(0) as free:
+            return free.getsockname()[1]
+    return args.master_port
 
 
 def check_address(host: str, port: int, is_own: bool) -> None:
@@ -189,28 +170,6 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
             FAILURE_FILE: str(folder / f"{rank}.json"),
         }
     return environments
-
-
-def failure(codes: dict[int, int], first_failed: int | None, folder: Path) -> str | None:
-    """What to tell of a job whose processes ended so; None if all is well."""
-    told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    told.sort(key=lambda reason: reason["time"])
-    # a rank whose peer is gone may fail in the same moment; the user's own mistake explains it
-    expected = next((reason["message"] for reason in told if reason["expected"]), None)
-    if expected:
-        return expected
-    if told and not (first_failed is not None and codes[first_failed] < 0):
-        return f"{told[0]['traceback']}rank {told[0]['rank']}: {told[0]['message']}"
-    if first_failed is None:  # all in the same moment
-        first_failed = next((rank for rank, code in codes.items() if code), None)
-    return None if first_failed is None else f"rank {first_failed} {ending(codes[first_failed])}"
-
-
-def ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"was ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}"
 
 
 def leave(code: int) -> NoReturn:

@@ -10,40 +10,24 @@ file times, or the checkpoints' dates, should know.
 """
 
 import contextlib
-import json
 import select
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen35.agreement import disagreements, machines, present, seen
-from qwen35.errors import USER_ERRORS, UserError, one_line
+from qwen35.errors import USER_ERRORS, one_line
+from qwen35.machines import ANSWER, Meeting, MeetingError, Place
 from qwen35.peer import HELLO, Left, Peer
 
 GREETING = "qwen35 launcher"
-ANSWER = 120.0  # seconds for an answer, once all are there
 OFTEN = 30.0  # seconds between two lines that say who is waited for
 SKEW = 5.0  # seconds that clocks may differ without a word
 SLOW_DISK = 10.0  # seconds until a new file is seen on the other machines: file systems of a network keep what they saw
-
-
-class MeetingError(UserError):
-    """The machines did not meet, or do not agree."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which machine this is, and where all meet."""
-
-    machine: int
-    machines: int
-    address: str  # of machine 0
-    port: int
-    timeout: float  # seconds that the first to come waits for the last
 
 
 @dataclass(frozen=True)
@@ -55,45 +39,6 @@ class Talk:
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     clock: Callable[[], float] = time.time
     patience: float | None = None  # default: SLOW_DISK
-
-
-@dataclass
-class Meeting:
-    """The other launchers of the run: all of them on machine 0, machine 0 on the others."""
-
-    place: Place
-    peers: dict[int, Peer] = field(default_factory=dict)
-
-    def news(self) -> str | None:
-        """Why the run cannot go on: how another machine ended that did not end well. Does not wait."""
-        for machine, peer in list(self.peers.items()):
-            if not (peer.rest or peer.is_ready()):
-                continue
-            try:
-                ended = peer.hear(HELLO)
-                words = str(ended["ended"] or "") if ended and "ended" in ended else "its launcher made no sense"
-            except Left:
-                words = "its launcher is gone, killed or with the machine"
-            del self.peers[machine]
-            peer.close()
-            if words:
-                return words if words.startswith("machine ") else f"machine {machine} ended: {words}"
-        return None
-
-    def record_news(self, folder: Path) -> None:
-        """As a failure that explains those of the processes here, beside theirs in `folder` (launch.record_failure)."""
-        if words := self.news():
-            reason = {"message": words, "traceback": "", "time": time.time(), "rank": None, "expected": True}
-            (folder / "elsewhere.new").write_text(json.dumps(reason))
-            (folder / "elsewhere.new").replace(folder / "elsewhere.json")
-
-    def close(self, words: str | None) -> None:
-        """Tell the others how this machine ended: None if well."""
-        for peer in self.peers.values():
-            with contextlib.suppress(Left):
-                peer.tell(ended=words)
-            peer.close()
-        self.peers.clear()
 
 
 def meet(place: Place, talk: Talk) -> Meeting:

@@ -170,8 +170,13 @@ class Metrics:
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
+            broken = [name for name, square in zip(self.groups, squares, strict=True) if not math.isfinite(square)]
+            groups = "all groups" if len(broken) == len(self.groups) else ", ".join(broken)
+            where = f", in the gradient of {groups}" if groups else ""
             raise RunError(
-                f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number; stopped"
+                f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number"
+                f"{where}; stopped, and nothing saved since. From the newest checkpoint it would come again: lower training.lr,"
+                f" or look at that step's data"
             )
         for name, square in zip(self.groups, squares, strict=True):
             if name.startswith("visual") and (line["image_tokens"] == 0 or line["bad_records"]):

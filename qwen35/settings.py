@@ -126,6 +126,8 @@ class TrainingSettings:
     load: str | None = None  # DCP folder: converted weights, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder, read directly
     init_model_with_meta_device: bool = True  # no rank ever holds the whole model; False: build it whole, then shard
+    timeout: float = 1800.0  # seconds that a rank may stand still, in a step or between steps, before the job is ended
+    max_restarts: int = 0  # so often the ranks are started again, from the newest checkpoint, after a failure
     zero_grad_patience: int = 5  # steps that a trainable group may have a gradient of exactly zero
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,11 +35,13 @@ from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
+from qwen35.pulse import Pulse
 from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 
+LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,6 +56,10 @@ class Run:
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
+    pulse: Pulse = field(default_factory=Pulse)
+
+    def at(self, what: str) -> None:
+        self.pulse.at(f"step {self.step + 1}: {what}")
 
 
 def report(text: str) -> None:
@@ -61,10 +67,11 @@ def report(text: str) -> None:
         print(text, flush=True)
 
 
-def setup(settings: Settings, device: torch.device) -> Run:
+def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
     t, m = settings.training, settings.model
     world = dist.get_world_size()
+    pulse.at("building the model")
     seed_all(t.seed)
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
@@ -77,8 +84,10 @@ def setup(settings: Settings, device: torch.device) -> Run:
     check = fitting if is_hf else fitting_checkpoint
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
     held = check(model, origin)
+    pulse.at("reading the data")
     micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size)
     check_same_data(micro_batches.fingerprint)
+    pulse.at("sharding the model")
     before = table(model)
     share_bins(model, meshes)
     shard(model, meshes, DTYPES[t.dtype])
@@ -89,6 +98,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     model.recompute(settings.parallel.recompute)
     optimizer = make_optimizer(model, t)
+    pulse.at(f"loading {origin}")
     loaded = None
     if is_hf:
         load_hf(model, origin)
@@ -112,7 +122,7 @@ def setup(settings: Settings, device: torch.device) -> Run:
     if step < t.train_iters:
         report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
-    return Run(settings, device, meshes, model, optimizer, gradients, iter(micro_batches), step, position)
+    return Run(settings, device, meshes, model, optimizer, gradients, iter(micro_batches), step, position, pulse)
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -152,7 +162,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     text = run.model.config.text
     load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
     flops = 0.0
-    for batch, weight, ahead, count in zip(batches, weights, aheads, counts, strict=True):
+    for i, (batch, weight, ahead, count) in enumerate(zip(batches, weights, aheads, counts, strict=True), 1):
+        run.at(f"micro-batch {i} of {len(batches)}, forward")
         flops += counted * batch_flops(run.model.config, batch, count, ahead)
         batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), weight.to(device, non_blocking=True) * scale[0]
@@ -160,12 +171,14 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
             ahead = ahead.to(device)
             ahead = replace(ahead, weights=ahead.weights * scale[1])
         loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor, load)
+        run.at(f"micro-batch {i} of {len(batches)}, backward")
         (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
         losses[1] += counted * share * aux.detach()
         if ahead is not None:
             losses[2] += (ahead.weights * token_loss[len(weight) :]).sum()
 
+    run.at("gradient norm and optimizer")
     reduce_held_out(run.model)
     squares = run.gradients.squares()
     if t.clip_grad:
@@ -199,7 +212,10 @@ def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int,
 
 
 def train(settings: Settings) -> None:
-    device, folder = init_process(), Path(settings.training.save)
+    t, folder = settings.training, Path(settings.training.save)
+    pulse = Pulse(t.timeout)
+    pulse.at("meeting the other processes", t.timeout + 2 * LONGER)
+    device = init_process(t.timeout + LONGER)
     with ExitStack() as until_done:
 
         def hold() -> None:
@@ -208,10 +224,12 @@ def train(settings: Settings) -> None:
                 for line in [*([warning] if warning else []), *sweep(folder, ITERATION)]:
                     report(line)
 
+        pulse.at(f"taking hold of {folder}")
         together(hold, None, f"{folder} cannot be used")
         if dist.get_world_size() > ranks_here():  # over a network
+            pulse.at("measuring an all-reduce")
             measure(device, report)
-        run = setup(settings, device)
+        run = setup(settings, device, pulse)
         if not is_finished(run, folder):
             loop(run, folder)
 
@@ -241,14 +259,17 @@ def loop(run: Run, folder: Path) -> None:
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
             start = time.perf_counter()
+            run.at("waiting for its data")
             batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
             metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
             saver.check()
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             if is_due or run.step % t.log_interval == 0:
+                run.pulse.at(f"step {run.step}: waiting for the device, and for the others' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if is_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
+                run.pulse.at(f"step {run.step}: saving the checkpoint")
                 waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
                 if waited and not is_last:
                     metrics.tell(

@@ -168,7 +168,8 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     """On one rank, while all go on: one line, at the latest when the next save is due; the checkpoint before it stays."""
     save = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
-    process = start_training(workplace, save, 2, *RECIPE, PYTHONPATH=str(tmp_path))
+    # no restart either: the disk would be as full
+    process = start_training(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err

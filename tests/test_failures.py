@@ -1,0 +1,268 @@
+"""When something dies: what is told, what is left, how the job goes on. Real processes, against a run without faults."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import ROOT, tensors
+
+from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.metrics import read_metrics
+from qwen35.pulse import PULSE, Pulse
+from qwen35.watchdog import Watch, plogs
+
+SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(workplace, save: Path, faults: str, *overrides: str, nodes=(1, 0, 2), port=0, restarts=0, **env: str):
+    numbers = [*nodes, port or free_port(), restarts]
+    command = [sys.executable, str(ROOT / "tests/faults.py"), "launch", *map(str, numbers)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": faults, "PYTHONPATH": str(ROOT)} | env
+    return subprocess.Popen(
+        [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def assert_same_run(save: Path, reference: Path) -> None:
+    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, reference))
+    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
+    a, b = tensors(save), tensors(reference)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
+    """A rank that hangs in C with Python's lock held; after the restart one that is killed; after another, the end."""
+    logs = tmp_path / "log" / "debug" / "plog"
+    logs.mkdir(parents=True)
+    env = {"ASCEND_PROCESS_LOG_PATH": str(tmp_path / "log")}
+    done = run(workplace, tmp_path / "run", "0:1:7:hang 1:0:9:kill", "training.save_interval=5", restarts=2, **env)
+    assert done.returncode == 0, done.stderr
+    hung, killed, last = done.stderr.split("from the newest checkpoint\n")
+    assert not last
+    where = "step 7: micro-batch 1 of 1, forward"
+    assert (
+        hung.endswith(f" s (training.timeout): {where}\nrestart 1 of 2, ") and "error: rank 1 has stood still" in hung
+    )
+    places = [line for line in hung.splitlines() if line.startswith("  rank ")]
+    assert [line.split(" (")[0] for line in places] == ["  rank 0", "  rank 1"]
+    assert f"): {where}, for " in places[1] and "): step 7: " in places[0]
+    of = {part.split(":")[0]: part for part in hung.split("stacks of rank ")[1:]}
+    assert of.keys() == {"0", "1"}
+    assert "in stand_still" in of["1"] and "in train_step" in of["1"]
+    assert "in train_step" in of["0"] and "stand_still" not in of["0"]
+    assert f"CANN's log: {tmp_path / 'log'}, which has nothing of these processes" in hung
+    assert "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 2 of 2, " in killed
+    assert "step 9: micro-batch 1 of 1, forward, for 0 s; was ended by SIGKILL" in killed
+    assert done.stdout.count("iter_0000005") >= 2 and done.stdout.count("steps 6 to 10") == 2
+    assert_same_run(tmp_path / "run", two)
+
+
+def test_two_machines(workplace, two, tmp_path):
+    """Two launchers. A rank is killed: both start theirs again, and go on. A launcher is killed: the other one ends."""
+    port, save = free_port(), tmp_path / "run"
+    faults, settings = "0:1:7:kill 1:1:9:kill-launcher", ("training.save_interval=5",)
+    begin = time.monotonic()
+    both = [
+        start(workplace, save, faults, *settings, nodes=(2, i, 1), port=port, restarts=1, TMPDIR=str(tmp_path))
+        for i in (0, 1)
+    ]
+    told = [process.communicate(timeout=300) for process in both]
+    assert time.monotonic() - begin < 300 and [process.returncode for process in both] == [1, -signal.SIGKILL]
+    assert all("restart 1 of 1, from the newest checkpoint" in err for _, err in told)
+    assert "error: rank 1 was ended by SIGKILL; out of memory?\n" in told[1][1]
+    first, second = told[0][1].split("restart 1 of 1")
+    assert "step 7: micro-batch 1 of 1" in first and "step 9: micro-batch 1 of 1" in second
+    assert second.rstrip().splitlines()[-1].startswith("rank 0: ") or "error: rank 0" in second
+    assert "steps 6 to 10" in told[0][0]
+    assert newest_checkpoint(save).name == "iter_0000005"
+    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, two))
+    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted[: len(lines)]]
+    assert len(lines) >= 5
+
+
+def test_not_a_number_is_named_and_never_saved(workplace, tmp_path):
+    """Two steps before the next log step, at which a save is due too; no restart, for it would meet the same again."""
+    save = tmp_path / "run"
+    settings = ("training.save_interval=8", "training.log_interval=100", "training.async_save=false")
+    done = run(workplace, save, "0:0:6:nan", *settings, restarts=1)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: step 6: loss ") and done.stderr.count("\n") == 1
+    assert (
+        "grad_norm nan: not a number, in the gradient of all groups; stopped, and nothing saved since." in done.stderr
+    )
+    assert not list(save.glob("iter_*"))
+    assert [line["step"] for line in read_metrics(save / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_pulse(monkeypatch):
+    """What one process says, the other reads; a text that is too long is cut; without a launcher it is said to nobody."""
+    watch = Watch(patience=50.0)
+    begun, late, what = watch.read()
+    assert (late - begun, what) == (50.0, "")
+    monkeypatch.setenv(PULSE, str(watch.descriptor))
+    pulse = Pulse(7.0)
+    pulse.at("reading é" + "x" * 500)
+    begun, late, what = watch.read()
+    assert 0 <= time.monotonic() - begun < 5 and late - begun == pytest.approx(7.0)
+    assert what.startswith("reading éx") and 200 < len(what) <= 240
+    pulse.at("meeting", 100.0)
+    begun, late, what = watch.read()
+    assert (what, round(late - begun)) == ("meeting", 100)
+    assert watch.stacks() == ""
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert "in test_a_pulse" in watch.stacks()
+    monkeypatch.delenv(PULSE)
+    Pulse().at("alone")
+    assert watch.read()[2] == "meeting"
+
+
+def test_where_cann_writes(tmp_path, monkeypatch):
+    for name in ("ASCEND_PROCESS_LOG_PATH", "ASCEND_WORK_PATH", "ASCEND_HOME_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plogs([12]) == []  # no CANN here
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/Ascend")
+    assert plogs([12]) == [f"CANN's log: {tmp_path}/ascend/log, which is not there"]
+    folder = tmp_path / "work" / "log" / "debug" / "plog"
+    folder.mkdir(parents=True)
+    for pid in (1, 12, 123):
+        (folder / f"plog-{pid}_20260101000000000.log").touch()
+    monkeypatch.setenv("ASCEND_WORK_PATH", str(tmp_path / "work"))
+    assert plogs([12]) == [f"CANN's log: {folder}/plog-12_20260101000000000.log"]
+    assert plogs([7]) == [f"CANN's log: {tmp_path}/work/log, which has nothing of these processes"]
+    monkeypatch.setenv("ASCEND_PROCESS_LOG_PATH", str(folder.parent))
+    assert plogs([12, 123]) == [f"CANN's log: {folder}/plog-{pid}_20260101000000000.log" for pid in (12, 123)]
+
+
+# -- the launcher alone, with small programs in the place of the training ----------------------------------------------
+
+DRIVER = """
+import argparse, sys
+from qwen35.launch import run
+args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=2, master_addr="localhost", master_port=int(sys.argv[1]))
+sys.exit(run([sys.executable, "-c", sys.argv[4]], args, float(sys.argv[2]), int(sys.argv[3])))
+"""
+HEAD = """
+import os, signal, sys, time
+from qwen35.launch import record_failure
+from qwen35.processes import die_with
+from qwen35.pulse import Pulse
+rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0"))
+"""
+
+
+def launch(program: str, patience: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", DRIVER, str(port or free_port()), str(patience), str(restarts), HEAD + program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_restarts_are_counted_and_meet_elsewhere():
+    program = """
+if rank == 0:
+    print("port", os.environ["MASTER_PORT"], "restart", restart, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with socket.create_server(("", 0)) as taken:  # the second restart's port would be this
+        port = taken.getsockname()[1]
+        done = launch(program, restarts=2, port=port - 2)
+    ports = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert [line.split()[3] for line in done.stdout.splitlines()] == ["0", "1", "2"]
+    assert ports[:2] == [port - 2, port - 1] and len({*ports, port}) == 4
+    told = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart {} of 2, from the newest checkpoint\n"
+    assert done.stderr == (told * 3).format(1, 2, 3).replace("restart 3 of 2, from the newest checkpoint\n", "")
+    assert done.returncode == 1
+
+
+def test_what_is_the_users_to_mend_is_not_tried_again():
+    program = """
+if rank == 1:
+    Pulse(600).at("step 3: saving the checkpoint")
+    record_failure(OSError(28, "No space left on device"), expected=True)
+    sys.exit(1)
+time.sleep(600)
+"""
+    done = launch(program, restarts=3)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_rank_that_never_begins():
+    done = launch("time.sleep(600)", patience=1.0)
+    assert done.returncode == 1
+    assert done.stderr == "error: rank 0 has stood still for 1 s (training.timeout): before it began\n"
+
+
+def test_an_error_of_ours_and_one_that_does_not_answer():
+    """Rank 0 fails and tells why, rank 1 is stopped and cannot write its stack, and ends all the same."""
+    program = """
+Pulse(600).at(f"step 4: here is rank {rank}")
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+while "T (stopped)" not in states():
+    time.sleep(0.01)
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    record_failure(error, expected=False)
+    sys.exit(1)
+"""
+    states = """
+def states():
+    pids = open(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read().split()
+    return "".join(open(f"/proc/{pid}/status").read() for pid in pids)
+"""
+    done = launch(states + program)
+    assert done.returncode == 1
+    assert "): step 4: here is rank 0, for " in done.stderr and "s; division by zero\n" in done.stderr
+    assert "): step 4: here is rank 1, for " in done.stderr
+    assert "stacks of" not in done.stderr
+    assert done.stderr.endswith("rank 0: division by zero\n") and "Traceback" in done.stderr
+
+
+def test_a_loader_that_hangs(tmp_path, monkeypatch):
+    """The stack of the worker is told as well; ranks at the same place are told together."""
+    program = """
+def read_an_image():
+    time.sleep(600)
+pulse, (reader, writer) = Pulse(600), os.pipe()
+if not os.fork():
+    die_with(os.getppid())
+    os.write(writer, b"x")
+    read_an_image()
+os.read(reader, 1)
+pulse.at("step 9: waiting for its data")
+open(os.environ["MEETING"] + str(rank), "w").close()
+while not all(os.path.exists(os.environ["MEETING"] + str(other)) for other in range(2)):
+    time.sleep(0.01)
+if rank == 1:
+    pulse.at("step 9: waiting for its data", 0.0)
+time.sleep(600)
+"""
+    monkeypatch.setenv("MEETING", str(tmp_path / "here"))
+    done = launch(program)
+    assert done.returncode == 1
+    assert done.stderr.count("in read_an_image") == 2
+    assert done.stderr.count("of the loader\n") == 2 and done.stderr.count("): step 9: waiting for its data, for ") == 2
+    assert "error: rank 1 has stood still for 0 s (training.timeout): step 9: waiting for its data\n" in done.stderr

@@ -7,11 +7,14 @@ Sources: op-plugin's documentation of each operator, and CANN's of the aclnn ope
 from typing import Any
 
 import torch
-import torch_npu  # noqa: F401  # registers torch.ops.npu
+import torch_npu  # registers torch.ops.npu
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 
 npu = torch.ops.npu
+profiler = (
+    torch_npu.profiler
+)  # for qwen35/device.py: who profiles an NPU needs torch_npu, and it is imported here alone
 SEQUENCES = 1024  # of one call of the attention, by its documentation
 CAUSAL_BLOCK = 2048  # side of the one mask that stands for every causal mask in the operator's compressed form
 

@@ -240,6 +240,7 @@ def _check(s: Settings) -> None:
         "training.min_lr": t.min_lr,
         "training.seed": t.seed,
         "training.max_restarts": t.max_restarts,
+        "training.profile.steps": t.profile.steps,
         "model.loss_cfg.router_aux_loss_coef": s.model.loss_cfg.router_aux_loss_coef,
         "data.dataloader_param.num_workers": s.data.dataloader_param.num_workers,
     }

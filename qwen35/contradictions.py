@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen35.errors import SettingError
-from qwen35.settings import Attr, ModelSettings, Settings
+from qwen35.settings import Attr, ModelSettings, ProfileSettings, Settings
 
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
@@ -13,7 +13,13 @@ CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a
 
 def check_contradictions(s: Settings) -> None:
     """Raises SettingError for the first pair."""
-    for words in (*_of_data(s), *_of_training(s), *_of_folders(s), *_of_names(s.data.dataset_param.attr)):
+    for words in (
+        *_of_data(s),
+        *_of_training(s),
+        *_of_profile(s),
+        *_of_folders(s),
+        *_of_names(s.data.dataset_param.attr),
+    ):
         raise SettingError(words)
 
 
@@ -50,6 +56,24 @@ def _of_training(s: Settings) -> Iterator[str]:
             f"training.micro_batch_size {t.micro_batch_size} x cutoff_len {cutoff_len}: a micro-batch must have fewer than"
             f" {2**31:,} tokens"
         )
+
+
+def _of_profile(s: Settings) -> Iterator[str]:
+    p, steps = s.training.profile, s.training.train_iters
+    if not p.steps and p != ProfileSettings():
+        yield "training.profile means nothing without training.profile.steps; set that, or leave it out"
+    if not p.steps:
+        return
+    if p.start < 2:
+        yield f"training.profile.start: {p.start} must be 2 or more: the step before it warms the profiler up"
+    if p.start + p.steps - 1 > steps:
+        last = p.start + p.steps - 1
+        yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of training.train_iters"
+    if not p.ranks or min(p.ranks) < 0:
+        yield f"training.profile.ranks: {list(p.ranks)} must name at least one rank, 0 or more each"
+    parts = Path(p.folder).parts
+    if not parts or Path(p.folder).is_absolute() or ".." in parts or CHECKPOINT_NAME.match(parts[0]):
+        yield f"training.profile.folder: {p.folder} must be a folder below training.save, and not a checkpoint's"
 
 
 def _of_folders(s: Settings) -> Iterator[str]:

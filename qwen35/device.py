@@ -4,6 +4,8 @@ import os
 import resource
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,6 +100,39 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return getattr(torch, device.type).max_memory_allocated(device)
+
+
+def make_profiler(device: torch.device, steps: int, memory: bool, folder: Path) -> Any:
+    """The device's profiler, host included: start(), step() after each step, and after one to warm up and `steps` to record
+    it has written a Chrome trace below `folder`, trace.json or torch_npu's trace_view.json. memory: allocations too.
+    """
+    kind: Any = torch.profiler
+    if device.type == "npu":
+        from kernels.npu import profiler as kind
+
+        # by the wheel's signatures the same as torch's, but for who writes: it keeps its raw data beside what it makes of them
+        ready = kind.tensorboard_trace_handler(str(folder), worker_name="rank")
+    else:
+
+        def ready(done: Any) -> None:
+            done.export_chrome_trace(str(folder / "trace.json"))
+
+    schedule = kind.schedule(wait=0, warmup=1, active=steps, repeat=1)
+    return kind.profile(schedule=schedule, on_trace_ready=ready, profile_memory=memory)
+
+
+def has_memory_history(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def record_memory(device: torch.device, on: bool) -> None:
+    """Have an accelerator remember its allocations, with their stacks; or no longer."""
+    getattr(torch, device.type).memory._record_memory_history(enabled="all" if on else None)
+
+
+def save_memory(device: torch.device, path: Path) -> None:
+    """What it remembers."""
+    getattr(torch, device.type).memory._dump_snapshot(str(path))
 
 
 def device_rng_state(device: torch.device) -> torch.Tensor | None:

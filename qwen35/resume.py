@@ -16,6 +16,7 @@ DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the setti
 WITHOUT_EFFECT = (  # settings of which what is trained does not depend
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
+    "training.profile.",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
 NOT_TRAINED_BY = ("text.initializer_range",)  # of a model's config: it has done its part

@@ -102,6 +102,17 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class ProfileSettings:
+    """Some steps under the profiler of the device."""
+
+    steps: int = 0  # how many; 0: none
+    start: int = 3  # the first of them
+    ranks: tuple[int, ...] = (0,)
+    memory_snapshot: bool = False  # also what the device's memory holds, or on a CPU each allocation in the trace
+    folder: str = "profile"  # below save
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     train_iters: int = REQUIRED
     save: str = REQUIRED  # folder that the run leaves behind
@@ -129,6 +140,7 @@ class TrainingSettings:
     timeout: float = 1800.0  # seconds that a rank may stand still, in a step or between steps, before the job is ended
     max_restarts: int = 0  # so often the ranks are started again, from the newest checkpoint, after a failure
     zero_grad_patience: int = 5  # steps that a trainable group may have a gradient of exactly zero
+    profile: ProfileSettings = ProfileSettings()
 
 
 @dataclass(frozen=True)

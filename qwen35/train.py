@@ -35,6 +35,7 @@ from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
+from qwen35.profiling import Profile
 from qwen35.pulse import Pulse
 from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
@@ -251,18 +252,26 @@ def loop(run: Run, folder: Path) -> None:
     t = run.settings.training
     first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
     in_background = t.async_save and first_due < t.train_iters
-    with stop_request() as stop, Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit) as saver:
+    with (
+        stop_request() as stop,
+        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit) as saver,
+        Profile(t.profile, folder, run.device) as profile,
+    ):
         if dist.get_rank() == 0:
             write_atomic(folder / "config.yaml", to_yaml(run.settings))
         dist.barrier()
+        if t.profile.steps:
+            report(profile.plan(run.step))
         metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
             start = time.perf_counter()
+            profile.before(run.step + 1)
             run.at("waiting for its data")
             batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
             metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
             saver.check()
+            profile.after(run.step)
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             if is_due or run.step % t.log_interval == 0:
                 run.pulse.at(f"step {run.step}: waiting for the device, and for the others' metrics")

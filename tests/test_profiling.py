@@ -1,0 +1,100 @@
+"""training.profile: a whole run under torch's profiler, and the same run without; torch_npu's is in tests/npu."""
+
+import json
+
+import pytest
+import torch
+from training_runs import tensors, train
+
+from qwen35.config import SettingError, load_settings
+from qwen35.metrics import read_metrics
+from qwen35.profiling import table
+
+
+def test_profiled_steps(workplace, two, tmp_path):
+    """Of one rank of two: a trace and a table are written, and nothing that is trained differs."""
+    save = tmp_path / "run"
+    settings = ("profile.steps=2", "profile.start=3", "profile.ranks=[1]", "profile.memory_snapshot=true")
+    done = train(workplace, save, 2, "training.save_interval=5", *(f"training.{setting}" for setting in settings))
+    assert done.returncode == 0, done.stderr
+    assert f"profile of steps 3 to 4 on ranks 1, allocations in the trace: {save}/profile/step_0000003\n" in done.stdout
+    [folder] = (save / "profile").glob("*/*")
+    assert str(folder.relative_to(save)) == "profile/step_0000003/rank_00001"
+    assert sorted(path.name for path in folder.iterdir()) == ["operators.txt", "trace.json"]
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    assert sum(name == "Optimizer.step#AdamW.step" for name in names) == 2
+    assert any(event["name"] == "[memory]" for event in events)
+    text = (folder / "operators.txt").read_text()
+    assert text.startswith("cpu_op: ") and "  aten::mm\n" in text
+    lines, wanted = (read_metrics(path / "metrics.jsonl") for path in (save, two))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in wanted]
+    a, b = tensors(save), tensors(two)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def event(name: str, begin: float, time: float, **more) -> dict:
+    return {"ph": "X", "name": name, "ts": begin, "dur": time, "pid": 1, "tid": 1, "cat": "cpu_op"} | more
+
+
+def test_the_table():
+    """Own times: without what is inside, of the same kind and thread; events of no kind go by the name of their row."""
+    events = [
+        event("outer", 0, 100),
+        event("inner", 10, 30),
+        event("innermost", 20, 5),
+        event("inner", 50, 10),
+        event("later", 100, 7),
+        event("elsewhere", 10, 50, tid=2),
+        event("step", 0, 200, cat="user_annotation"),
+        event("all", 0, 500, cat="Trace"),
+        {"ph": "M", "name": "process_name", "pid": 7, "args": {"name": "Ascend Hardware"}},
+        {"ph": "i", "name": "[memory]", "pid": 1, "ts": 3},
+        {k: v for k, v in event("MatMulV2", 5, 2, pid=7).items() if k != "cat"},
+        {k: v for k, v in event("MatMulV2", "9.5", 4, pid=7).items() if k != "cat"},
+    ]
+    for trace in (events, {"traceEvents": events[::-1]}):
+        lines = [line.split() for line in table(trace).splitlines()]
+        own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "own"}
+        assert own == {
+            "outer": ("0.060", "1"),
+            "inner": ("0.035", "2"),
+            "innermost": ("0.005", "1"),
+            "later": ("0.007", "1"),
+            "elsewhere": ("0.050", "1"),
+            "step": ("0.200", "1"),
+            "MatMulV2": ("0.006", "2"),
+        }
+        assert [words[:-1] for words in lines if words[-1:] == ["ms"]] == [
+            ["Ascend", "Hardware:", "0.006"], ["cpu_op:", "0.157"], ["user_annotation:", "0.200"]
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["steps=2", "start=10"], "steps 10 to 11 are not all among the 10 of training.train_iters"),
+        (["steps=1", "start=1"], "training.profile.start: 1 must be 2 or more"),
+        (["ranks=[1]"], "training.profile means nothing without training.profile.steps"),
+        (["steps=-1"], "training.profile.steps: -1 must be 0 or more"),
+        (["steps=1", "ranks=[]"], "training.profile.ranks: [] must name at least one rank"),
+        (["steps=1", "ranks=[0, -1]"], "training.profile.ranks: [0, -1] must name at least one rank, 0 or more each"),
+        (["steps=1", "folder=../x"], "training.profile.folder: ../x must be a folder below training.save"),
+        (["steps=1", "folder=/x"], "training.profile.folder: /x must be a folder below training.save"),
+        (["steps=1", "folder=."], "training.profile.folder: . must be a folder below training.save"),
+        (["steps=1", "folder=iter_0000001"], "iter_0000001 must be a folder below training.save, and not a checkpoint"),
+    ],
+)
+def test_refused(workplace, overrides, words):
+    with pytest.raises(SettingError) as caught:
+        load_settings(workplace / "recipe.yaml", [f"training.profile.{override}" for override in overrides])
+    assert words in str(caught.value)
+    load_settings(workplace / "recipe.yaml", ["training.profile.steps=8"])
+
+
+def test_a_rank_that_there_is_not(workplace, tmp_path):
+    overrides = ("training.profile.steps=1", "training.profile.ranks=[0, 1]")
+    done = train(workplace, tmp_path / "run", 1, *overrides)
+    assert done.returncode == 1
+    assert done.stderr == "error: training.profile.ranks: there is no rank 1 of 1\n"

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,44 @@ def host_group() -> dist.ProcessGroup:
         ) from None
 
 
-def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros on the host like a tensor; page-locked if that is on a device, which then copies without the host's help."""
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Zeros on the host like a tensor, sharded as it is; page-locked if that is on a device, which then copies without the
+    host's help."""
+    is_locked = tensor.device.type != "cpu"
+    return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
+
+
+class CopyQueue:
+    """Copies between a device and the host, in order, beside what the device computes. On a CPU: at once, by the host.
+
+    The caller keeps alive what is copied, until the device has been told to hold for it (or the host waited).
+    """
+
+    def __init__(self, device: torch.device):
+        self._api: Any = None if device.type == "cpu" else getattr(torch, device.type)
+        self._stream: Any = self._api.Stream(device) if self._api else None
+
+    def follow_device(self) -> None:
+        """What is queued from now on comes after all that the device has been asked to compute so far."""
+        if self._stream:
+            self._stream.wait_stream(self._api.current_stream())
+
+    def after(self, mark: Any) -> AbstractContextManager[Any]:
+        """Copies inside the block are queued here, behind a mark of another queue (None: behind nothing more)."""
+        if not self._api:
+            return nullcontext()
+        if mark:
+            self._stream.wait_event(mark)
+        return self._api.stream(self._stream)
+
+    def mark(self) -> Any:
+        """All that is queued here so far."""
+        return self._stream.record_event() if self._stream else None
+
+    def hold_device(self, mark: Any) -> None:
+        """What the device is asked to compute from now on comes after a mark; the host goes on."""
+        if mark:
+            self._api.current_stream().wait_event(mark)
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:

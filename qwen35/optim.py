@@ -1,6 +1,7 @@
 """AdamW over sharded and replicated parameters, the learning rate's course, and the one global gradient norm."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from qwen35.optim_swap import SwappedAdamW
 from qwen35.settings import TrainingSettings
 from qwen35.trainable import by_group
 
@@ -25,7 +27,9 @@ def make_optimizer(model: nn.Module, t: TrainingSettings) -> torch.optim.AdamW:
         {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0}
         for (_, matrix), parameters in alike.items()
     ]
-    optimizer = torch.optim.AdamW(groups, lr=t.lr, betas=(t.adam_beta1, t.adam_beta2), eps=t.adam_eps, fused=True)
+    options: dict[str, Any] = {"lr": t.lr, "betas": (t.adam_beta1, t.adam_beta2), "eps": t.adam_eps}
+    swapped = t.optimizer == "adamw_swap"
+    optimizer = SwappedAdamW(groups, **options) if swapped else torch.optim.AdamW(groups, **options, fused=True)
     held = [p for g in optimizer.param_groups for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in trained} and len(held) == len(trained)
     return optimizer

@@ -118,6 +118,7 @@ class TrainingSettings:
     save: str = REQUIRED  # folder that the run leaves behind
     micro_batch_size: int = 1  # bins of cutoff_len a rank and micro-step
     gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "adamw_swap"] = "adamw"  # adamw_swap: its moments live in the host's memory
     lr: float = 1e-5
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"

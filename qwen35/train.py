@@ -116,7 +116,8 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     recompute = settings.parallel.recompute
     how = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
-    report(f"arithmetic {t.dtype}, recompute {how}, kernels {m.kernels or 'auto'} (see python -m kernels)")
+    chosen_kernels = f"kernels {m.kernels or 'auto'} (see python -m kernels)"
+    report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len

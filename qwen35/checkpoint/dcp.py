@@ -8,6 +8,7 @@ pickle: it is written by DCP and read through an unpickler that knows nothing bu
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.names import HEAD, lacks_mtp, may_be_left
-from qwen35.device import HOST
+from qwen35.device import HOST, host_buffer, synchronize
 from qwen35.errors import read_object
 
 __all__ = [
@@ -58,6 +59,8 @@ def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, T
     parameters = named_parameters(model)
     state = {MODEL + name: p.detach() for name, p in parameters.items()}
     if optimizer is not None:
+        if any(group.get("on_host") for group in optimizer.param_groups):
+            synchronize({p.device for p in parameters.values()})  # the last step's moments may be on their way there
         names = {id(p): name for name, p in parameters.items()}
         for parameter, values in optimizer.state.items():
             if id(parameter) not in names:
@@ -182,7 +185,12 @@ def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], stat
         elif spec.shape != tuple(parameter.shape):
             found.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
         else:
-            fresh.setdefault(name, {})[key] = torch.zeros_like(parameter, dtype=spec.dtype, requires_grad=False)
+            make = (
+                host_buffer
+                if group_of[id(parameter)].get("on_host")
+                else partial(torch.zeros_like, requires_grad=False)
+            )
+            fresh.setdefault(name, {})[key] = make(parameter, dtype=spec.dtype)
     found.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
     for name, values in fresh.items():
         whole_ones = {f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}

@@ -1,0 +1,79 @@
+"""AdamW with its moments on the host: the same numbers to the bit, the same checkpoints, a chunk on the device at a time."""
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from peer import config_dict
+
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.model import Qwen35
+from qwen35.optim import make_optimizer
+from qwen35.optim_swap import SwappedAdamW
+from qwen35.settings import TrainingSettings
+
+KINDS = ("adamw", "adamw_swap")
+
+
+def make(kind: str, chunk: int | None = None):
+    model = Qwen35.from_config(config_dict(), seed=1)
+    settings = TrainingSettings(train_iters=9, save="x", optimizer=kind, weight_decay=0.1, lr=1e-2, adam_eps=1e-4)
+    optimizer = make_optimizer(model, settings)
+    if chunk:
+        optimizer.chunk = chunk
+    return model, optimizer
+
+
+def train(model, optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for i, p in enumerate(model.parameters()):
+            # one has its first gradient late, and one never has any
+            if i and (i > 1 or step > 1):
+                p.grad = torch.randn(p.shape, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(one, two) -> None:
+    (model, optimizer), (other, others) = one, two
+    for (name, p), q in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(p, q[1]), name
+        assert optimizer.state[p].keys() == others.state[q[1]].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, others.state[q[1]][key]) and value.dtype == others.state[q[1]][key].dtype, (
+                name,
+                key,
+            )
+
+
+@pytest.mark.parametrize("chunk", [64, 1000, 20_000, None])  # 1000: no multiple of where a tensor may be cut
+def test_the_same_numbers_as_adamw(chunk):
+    plain, swapped = make("adamw"), make("adamw_swap", chunk)
+    assert type(plain[1]) is torch.optim.AdamW and type(swapped[1]) is SwappedAdamW
+    train(*plain, range(4))
+    train(*swapped, range(4))
+    same(plain, swapped)
+
+
+@pytest.mark.parametrize(("first", "then"), [KINDS, KINDS[::-1]], ids=["to swap", "from swap"])
+def test_a_checkpoint_of_one_goes_on_with_the_other(first, then, tmp_path):
+    plain, before, after = make("adamw"), make(first), make(then)
+    train(*plain, range(4))
+    train(*before, range(2))
+    save_checkpoint(tmp_path, 2, *before)
+    load_checkpoint(tmp_path, *after)
+    train(*after, range(2, 4))
+    same(plain, after)
+
+
+def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
+    """On a CPU the rooms of the chunks are all that a step makes, beside steps of four bytes each."""
+    model, optimizer = make("adamw_swap", 4096)
+    train(model, optimizer, range(3))
+    for p in optimizer.state:
+        p.grad = torch.ones_like(p)
+    with LiveBytes() as live:
+        optimizer.step()
+    assert 2 * 2 * 4096 * 4 <= live.peak <= 2 * 2 * 4096 * 4 + 1024

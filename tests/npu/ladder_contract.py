@@ -4,7 +4,7 @@ NPU tensors, gives the shapes and dtypes of the native op, forward and backward.
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watch import Watch
+from rehearse.watch import Watch
 
 import kernels
 from kernels import fused, npu, triton

@@ -12,7 +12,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watch import Record, SavedBytes, Watch
+from rehearse.watch import Record, SavedBytes, Watch
 
 import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive

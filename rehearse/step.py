@@ -1,0 +1,116 @@
+"""The rehearsal itself: the run's own meshes, model, sharding, optimizer and step, as rank 0 of a virtual cluster."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import kernels
+from qwen35.batch import PackedBatch
+from qwen35.model import ModelConfig, Qwen35
+from qwen35.optim import GradientNorm, make_optimizer
+from qwen35.parallel import make_meshes, shard
+from qwen35.settings import Settings
+from qwen35.train import DTYPES, Run, train_step
+from qwen35.trainable import freeze
+from rehearse.cluster import Machine, Observer, ranks
+from rehearse.memory import Ledger
+from rehearse.operators import Operators, refused
+from rehearse.wire import Wire
+
+
+@dataclass
+class Rehearsal:
+    """What one step does on rank 0."""
+
+    ranks: int
+    data_ranks: int  # that have bins of their own
+    parameters: int  # of the whole model
+    ledger: Ledger
+    operators: Operators
+    wire: Wire
+    flops: float  # the model's, of this rank
+    tokens: int  # of this rank, padding not counted
+
+
+class Clock:
+    """An Observer that tells the phases apart, for the others: autograd knows whether it runs backward."""
+
+    def __init__(self, others: list[Ledger | Operators], micro_batches: int, model: nn.Module) -> None:
+        self.others, self.left, self.model = others, micro_batches, model
+        self.phase = ""
+        self.enter("forward")
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+        for other in self.others:
+            other.phase = phase
+
+    def saw(self, func: object, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        is_backward = torch._C._current_graph_task_id() != -1
+        if is_backward and self.phase == "forward":
+            self.enter("backward")
+        elif not is_backward and self.phase == "backward":
+            self.left -= 1
+            self.enter("forward" if self.left else "optimizer")
+            if not self.left:
+                for other in self.others:
+                    if isinstance(other, Ledger):
+                        other.claim("gradients", local(p.grad for p in self.model.parameters()))
+
+
+def local(tensors) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Of each tensor that is there, what this rank has of it."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
+
+
+def rehearse(
+    settings: Settings, config: ModelConfig, batches: list[PackedBatch], world: int, per_node: int, device: torch.device
+) -> Rehearsal:
+    """One whole step over the micro-batches, which are on the host. Raises SettingError, RehearsalError."""
+    with ranks(world):
+        return _rehearse(settings, config, batches, per_node, device)
+
+
+def _rehearse(
+    settings: Settings, config: ModelConfig, batches: list[PackedBatch], per_node: int, device: torch.device
+) -> Rehearsal:
+    t, m = settings.training, settings.model
+    meshes = make_meshes(device.type, settings.parallel)
+    ledger, operators, wire = Ledger(device.type), Operators(), Wire(meshes, per_node)
+    with torch.device("meta"):
+        model = Qwen35(config, kernels=kernels.select(device.type, m.kernels), mtp=bool(m.mtp_num_layers))
+    freeze(model, m.freeze)
+    parameters = sum(p.numel() for p in model.parameters())
+    observers: list[Observer] = [ledger]
+    with Machine(device, observers):
+        shard(model, meshes, DTYPES[t.dtype])
+        model.to_empty(device=device)
+        model.model.language_model.recompute = settings.parallel.recompute
+        optimizer = make_optimizer(model, t)
+        ledger.claim("parameters", local(model.parameters()))
+        _first_step(optimizer)
+        ledger.claim("optimizer", local(x for of_one in optimizer.state.values() for x in of_one.values()))
+        gradients = GradientNorm(model, meshes.weights["shard"].get_group())
+        run = Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
+        observers[:] = [Clock([ledger, operators], len(batches), model), ledger, wire]
+        if device.type == "npu":
+            observers.append(operators)
+        try:
+            record = train_step(run, batches, t.lr, 0.0)
+        except RuntimeError as error:
+            raise refused(error) or error from None
+    tokens = sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches)
+    return Rehearsal(
+        meshes.weights.size(), meshes.data_size, parameters, ledger, operators, wire, record.flops, tokens
+    )
+
+
+def _first_step(optimizer: torch.optim.Optimizer) -> None:
+    """It makes the optimizer's state, which every later step finds."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()

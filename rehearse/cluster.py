@@ -1,7 +1,9 @@
 """The virtual cluster: a process group of any size in one process, and a machine whose device is fake and whose host is real."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +47,7 @@ class Machine(TorchDispatchMode):
         self.device, self.observers, self.copied = device, observers, copied
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
 
     def __enter__(self) -> "Machine":
         # torch.tensor(…, device=) would else copy to the device behind the modes' back
@@ -69,6 +72,8 @@ class Machine(TorchDispatchMode):
             if not self.is_shared:
                 return out
         else:
+            if self.is_shared and func._schema.is_mutable:
+                self._forget(func, args, kwargs)
             # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
@@ -83,7 +88,24 @@ class Machine(TorchDispatchMode):
 
     def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
         there = device is None or torch.device(device).type == "cpu"
-        return there and all(not isinstance(x, FakeTensor) and x.device.type == "cpu" for x in inputs)
+        return there and all(
+            not isinstance(x, FakeTensor)
+            and x.device.type == "cpu"
+            and (not self.unknown or x.untyped_storage()._cdata not in self.unknown)
+            for x in inputs
+        )
+
+    def _forget(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """What the operator writes into is not known from now on."""
+        given = [*zip(func._schema.arguments, args, strict=False)]
+        given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+        for argument, value in given:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tree_leaves(value):
+                    if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+                        storage = x.untyped_storage()
+                        address = storage._cdata
+                        self.unknown[address] = weakref.ref(storage, partial(_drop, self.unknown, address))
 
     def _fake(self, x: Tensor) -> Tensor:
         if isinstance(x, FakeTensor) or x.device.type != "cpu":
@@ -95,3 +117,7 @@ class Machine(TorchDispatchMode):
         if self.copied is None or out.device.type != "cpu" or inputs[-1].device.type == "cpu":
             return None
         return self.copied(inputs[-1])
+
+
+def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:
+    table.pop(address, None)

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from rehearse.places import place
+
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "other")
 # FSDP's buffers: gathered parameters, and gradients that are yet to be scattered
 GATHERED = ("fsdp::all_gather_copy_in", "fsdp::chunk_cat", "fsdp::split_with_sizes_copy")
+LARGE = 8 << 20  # bytes
 PHASES = ("set-up", "forward", "backward", "optimizer")
 
 
@@ -20,6 +23,7 @@ class Peak:
 
     bytes: int = 0
     of: Counter[str] = field(default_factory=Counter)
+    at: Counter[str] = field(default_factory=Counter)  # of the activations: the line that made them, for what is LARGE
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Ledger:
         self.live: dict[int, _Storage] = {}  # by address
         self.elastic: dict[int, _Storage] = {}  # by number: with bytes now, and perhaps without them at any moment
         self.kinds: dict[int, str] = {}  # number -> kind
-        self.born: list[str] = []  # number -> the phase in which it was made
+        self.born: list[tuple[str, str]] = []  # number -> the phase and the line in which it was made
         self.changes: list[tuple[int, int, str]] = []  # number, bytes more or less, phase
 
     def saw(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -70,7 +74,7 @@ class Ledger:
         if known is None:
             known = _Storage(len(self.born), 0, weakref.ref(storage, lambda _: self._gone(address)))
             self.live[address] = known
-            self.born.append(self.phase)
+            self.born.append((self.phase, place() if storage.nbytes() >= LARGE else ""))
         self._set(known, storage.nbytes())
         return known
 
@@ -93,17 +97,21 @@ class Ledger:
                 self.elastic[known.number] = known
 
     def kind(self, number: int) -> str:
-        born = self.born[number]
+        born, _ = self.born[number]
         return self.kinds.get(number) or ("activations" if born in ("forward", "backward") else "other")
 
     def peaks(self) -> dict[str, Peak]:
         """Of each phase. What is alive at its start counts in it."""
         peaks = {phase: Peak() for phase in PHASES}
         now: Counter[str] = Counter()
+        at: Counter[str] = Counter()
         total = 0
         for number, change, phase in self.changes:
-            now[self.kind(number)] += change
+            kind = self.kind(number)
+            now[kind] += change
+            if kind == "activations":
+                at[self.born[number][1] or "smaller ones"] += change
             total += change
             if total > peaks[phase].bytes:
-                peaks[phase] = Peak(total, now.copy())
+                peaks[phase] = Peak(total, now.copy(), at.copy())
         return peaks

@@ -1,9 +1,7 @@
 """The operators of a step by its phases: how many, what they move through memory, and what must not be among them."""
 
-import traceback
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +9,10 @@ from torch import Tensor
 
 from qwen35.errors import UserError
 from rehearse.memory import PHASES
+from rehearse.places import place, place_of
 from rehearse.watch import Record, note
 from rehearse.wire import size_of
 
-ROOT = Path(__file__).parents[1]
 # bound by arithmetic, which the model's FLOPs stand for
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_fusion_attention")
 MATMULS += ("npu_fusion_attention_grad", "invert", "scan", "states", "grad_states", "gradients")
@@ -45,7 +43,7 @@ class Operators:
         record = self.records[self.phase]
         before = len(record.wrong)
         note(record, func, args, inputs, outputs)
-        record.wrong[before:] = [f"{what} in {self.phase}{place()}" for what in record.wrong[before:]]
+        record.wrong[before:] = [f"{what} in {self.phase} ({place()})" for what in record.wrong[before:]]
         self.moved[self.phase] += _moved(func, inputs, outputs)
 
     @property
@@ -62,30 +60,13 @@ def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return sum(size_of(x) for x in {id(x): x for x in (*inputs, *outputs)}.values())
 
 
-def place() -> str:
-    """Where in the project the operator was called: of the innermost line outside of this package."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("kernels", "qwen35"):
-            return f" ({path.relative_to(ROOT)}:{frame.lineno})"
-    return ""
-
-
 def refused(error: BaseException) -> RehearsalError | None:
     """What torch's fake tensors raise where the host would have to know a value, or nobody knows a shape."""
     fake = torch._subclasses.fake_tensor
     func = getattr(error, "func", None)
     name = func.name() if hasattr(func, "name") else str(func)
     if isinstance(error, fake.DataDependentOutputException | fake.DynamicOutputShapeException):
-        return RehearsalError(f"{name} waits for the device{place_of(error)}")
+        return RehearsalError(f"{name} waits for the device ({place_of(error)})")
     if isinstance(error, fake.UnsupportedOperatorException):
-        return RehearsalError(f"{name} has no kernel for the device{place_of(error)}")
+        return RehearsalError(f"{name} has no kernel for the device ({place_of(error)})")
     return None
-
-
-def place_of(error: BaseException) -> str:
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("kernels", "qwen35"):
-            return f" ({path.relative_to(ROOT)}:{frame.lineno})"
-    return ""

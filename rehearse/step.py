@@ -1,9 +1,10 @@
 """The rehearsal itself: the run's own meshes, model, sharding, optimizer and step, as rank 0 of a virtual cluster."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import kernels
@@ -15,6 +16,7 @@ from qwen35.settings import Settings
 from qwen35.train import DTYPES, Run, train_step
 from qwen35.trainable import freeze
 from rehearse.cluster import Machine, Observer, ranks
+from rehearse.least import Bytes, least
 from rehearse.memory import Ledger
 from rehearse.operators import Operators, refused
 from rehearse.wire import Wire
@@ -30,6 +32,7 @@ class Rehearsal:
     ledger: Ledger
     operators: Operators
     wire: Wire
+    least: Bytes  # to be sent by rank 0
     flops: float  # the model's, of this rank
     tokens: int  # of this rank, padding not counted
 
@@ -37,8 +40,8 @@ class Rehearsal:
 class Clock:
     """An Observer that tells the phases apart, for the others: autograd knows whether it runs backward."""
 
-    def __init__(self, others: list[Ledger | Operators], micro_batches: int, model: nn.Module) -> None:
-        self.others, self.left, self.model = others, micro_batches, model
+    def __init__(self, others: list[Ledger | Operators], micro_batches: int) -> None:
+        self.others, self.left = others, micro_batches
         self.phase = ""
         self.enter("forward")
 
@@ -54,13 +57,9 @@ class Clock:
         elif not is_backward and self.phase == "backward":
             self.left -= 1
             self.enter("forward" if self.left else "optimizer")
-            if not self.left:
-                for other in self.others:
-                    if isinstance(other, Ledger):
-                        other.claim("gradients", local(p.grad for p in self.model.parameters()))
 
 
-def local(tensors) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def local(tensors: Iterable[object]) -> list[Tensor]:
     """Of each tensor that is there, what this rank has of it."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
 
@@ -93,17 +92,21 @@ def _rehearse(
         _first_step(optimizer)
         ledger.claim("optimizer", local(x for of_one in optimizer.state.values() for x in of_one.values()))
         gradients = GradientNorm(model, meshes.weights["shard"].get_group())
+        optimizer.register_step_pre_hook(
+            lambda *_: ledger.claim("gradients", local(p.grad for p in model.parameters()))
+        )
         run = Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
-        observers[:] = [Clock([ledger, operators], len(batches), model), ledger, wire]
+        observers[:] = [Clock([ledger, operators], len(batches)), ledger, wire]
         if device.type == "npu":
             observers.append(operators)
         try:
             record = train_step(run, batches, t.lr, 0.0)
         except RuntimeError as error:
             raise refused(error) or error from None
+    lowest = least(model, meshes, settings, len(batches[0].pixel_values))
     tokens = sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches)
     return Rehearsal(
-        meshes.weights.size(), meshes.data_size, parameters, ledger, operators, wire, record.flops, tokens
+        meshes.weights.size(), meshes.data_size, parameters, ledger, operators, wire, lowest, record.flops, tokens
     )
 
 

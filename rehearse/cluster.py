@@ -1,7 +1,7 @@
-"""The virtual cluster: a process group of any size in one process, and a machine whose device is fake and whose host is real."""
+"""The virtual cluster: a group of any size in one process, and a machine whose device is fake and whose host is real."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -36,15 +36,12 @@ def ranks(world: int) -> Iterator[None]:
 class Machine(TorchDispatchMode):
     """What touches the device is fake and told to the observers; what the host does by itself is done.
 
-    On a CPU the host is the device: there the observers see its own work too. `copied` is asked for what the host
-    reads when it copies a tensor from the device: its values, which nobody knows, or None.
+    On a CPU the host is the device: there the observers see its own work too.
     """
 
-    def __init__(
-        self, device: torch.device, observers: list[Observer], copied: Callable[[Tensor], Tensor | None] | None = None
-    ):
+    def __init__(self, device: torch.device, observers: list[Observer]):
         super().__init__()
-        self.device, self.observers, self.copied = device, observers, copied
+        self.device, self.observers = device, observers
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
@@ -81,9 +78,6 @@ class Machine(TorchDispatchMode):
         if func.namespace != "prim":  # prim: fake tensors' own
             for observer in self.observers:
                 observer.saw(func, args, kwargs, inputs, outputs)
-        if self.copied and func.name() in ("aten::_to_copy", "aten::copy_") and not self.is_shared:
-            known = self._known(inputs, outputs)
-            return out if known is None else known
         return out
 
     def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
@@ -111,12 +105,6 @@ class Machine(TorchDispatchMode):
         if isinstance(x, FakeTensor) or x.device.type != "cpu":
             return x
         return self.fake.from_tensor(x)
-
-    def _known(self, inputs: Tensors, outputs: Tensors) -> Tensor | None:
-        [out] = outputs
-        if self.copied is None or out.device.type != "cpu" or inputs[-1].device.type == "cpu":
-            return None
-        return self.copied(inputs[-1])
 
 
 def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:

@@ -1,4 +1,4 @@
-"""Live storages of the device: each counted once, however many tensors view it, from its first operator to its last reference."""
+"""Live storages of the device: each once, however many tensors view it, from its first operator to its last reference."""
 
 import weakref
 from collections import Counter
@@ -34,7 +34,7 @@ class _Storage:
 
 
 class Ledger:
-    """An Observer. What a storage was for shows later than it is made, so every change is written down and summed up at the end.
+    """An Observer. What a storage was for shows after it is made, so every change is written down and summed up at the end.
 
     `phase` is set by who knows it. FSDP frees a gathered parameter by giving its storage no bytes, and fills it again: those
     storages, known by the operators that write them, are looked at again before every operator.

@@ -37,7 +37,6 @@ def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
         of = [peaks[phase].of[kind] for kind in KINDS]
         yield f"{phase:12}" + "".join(f"{x / GB:13.2f}" for x in (*of, hccl, peaks[phase].bytes + hccl))
 
-
     phase, highest = peak(r)
     most = ", ".join(f"{place} {count / GB:.2f}" for place, count in highest.at.most_common(LINES) if count >= GB / 100)
     yield f"activations at the peak, in {phase}, by the line that made them: {most}"

@@ -4,7 +4,7 @@ import torch
 
 from qwen35.settings import Settings
 from rehearse.batches import Mix, make_batch
-from rehearse.configs import find_config
+from rehearse.configs import with_config
 from rehearse.step import Rehearsal, rehearse
 
 SIZES = (16, 64, 256, 1024)
@@ -12,7 +12,7 @@ SIZES = (16, 64, 256, 1024)
 
 def scaling(settings: Settings, mix: Mix, per_node: int, device: torch.device) -> int:
     """Print the table, as Markdown. Raises SettingError."""
-    config, source = find_config(settings.model.model_name_or_path)
+    settings, config, source = with_config(settings)
     print(f"{source}; {mix.describe(settings)}; sent by a rank in a step")
     print("| NPUs | what | GB | least, GB | ratio | between nodes, GB | calls | messages, ring | messages, by nodes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -2,9 +2,9 @@
 
 The quick end: every rate at its peak, and arithmetic, memory, wire and host all at once. The slow end: rates that were measured
 by others or are assumed, and one after the other. Sources:
-- arithmetic: CANN's platform file of Ascend 910B2C has 24 cube cores of 16 x 16 x 16 products at 1.8 GHz, which is 354 TFLOPS; a
-  public measurement (the README of limulidae) reached 328 with one large matmul in bf16. A model's mean is far below: 40% assumed.
-- memory: the same file has 32 bytes a cycle and core, 1.38 TB/s; the same measurement has 0.64 TB/s for an elementwise operator.
+- arithmetic: CANN's platform file of Ascend 910B2C has 24 cube cores of 16 x 16 x 16 products at 1.8 GHz, that is 354 TFLOPS;
+  a public measurement (the README of limulidae) reached 328 with one large matmul in bf16. Over a step 40% is assumed.
+- memory: the same file has 32 bytes a cycle and core, 1.38 TB/s; the same measurement 0.64 TB/s for an elementwise operator.
 - within a node: the same measurement has 149 GB/s for an all-gather of 8 NPUs, 72 for an all-reduce.
 - between nodes: a port of 200 Gb/s an NPU, 25 GB/s; 60% of it assumed.
 - host: from 3 to 15 microseconds an operator, assumed.

@@ -1,19 +1,22 @@
 """The rehearsal itself: the run's own meshes, model, sharding, optimizer and step, as rank 0 of a virtual cluster."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import kernels
+from kernels.moe_parallel import balanced
 from qwen35.batch import PackedBatch
+from qwen35.layout import check_layout
 from qwen35.model import ModelConfig, Qwen35
-from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import make_meshes, shard
+from qwen35.optim import GradientNorm
+from qwen35.parallel import make_meshes
 from qwen35.settings import Settings
-from qwen35.train import DTYPES, Run, train_step
+from qwen35.train import Run, distribute, train_step
 from qwen35.trainable import freeze
 from rehearse.cluster import Machine, Observer, ranks
 from rehearse.least import Bytes, least
@@ -33,8 +36,8 @@ class Rehearsal:
     operators: Operators
     wire: Wire
     least: Bytes  # to be sent by rank 0
-    flops: float  # the model's, of this rank
-    tokens: int  # of this rank, padding not counted
+    flops: float  # the model's, for this rank's share of its bins
+    tokens: int  # of its bins, padding not counted
 
 
 class Clock:
@@ -65,29 +68,47 @@ def local(tensors: Iterable[object]) -> list[Tensor]:
 
 
 def rehearse(
-    settings: Settings, config: ModelConfig, batches: list[PackedBatch], world: int, per_node: int, device: torch.device
+    settings: Settings,
+    config: ModelConfig,
+    batches: list[PackedBatch],
+    world: int,
+    per_node: int,
+    device: torch.device,
+    imbalance: float = 1.0,
 ) -> Rehearsal:
-    """One whole step over the micro-batches, which are on the host. Raises SettingError, RehearsalError."""
+    """One whole step over the micro-batches, which are on the host. `imbalance`: rows that come to this rank's experts, over
+    what they were if every expert were chosen equally often. Raises SettingError, RehearsalError.
+    """
+    check_layout(settings, world)
     with ranks(world):
-        return _rehearse(settings, config, batches, per_node, device)
+        return _rehearse(settings, config, batches, per_node, device, imbalance)
 
 
 def _rehearse(
-    settings: Settings, config: ModelConfig, batches: list[PackedBatch], per_node: int, device: torch.device
+    settings: Settings,
+    config: ModelConfig,
+    batches: list[PackedBatch],
+    per_node: int,
+    device: torch.device,
+    imbalance: float,
 ) -> Rehearsal:
     t, m = settings.training, settings.model
     meshes = make_meshes(device.type, settings.parallel)
     ledger, operators, wire = Ledger(device.type), Operators(), Wire(meshes, per_node)
+
+    def sizes(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]]:
+        operators.syncs[operators.phase] += 1
+        return balanced(counts, tokens, top_k, imbalance)
+
+    chosen = kernels.select(device.type, m.kernels)
+    chosen = replace(chosen, moe_experts_parallel=partial(chosen.moe_experts_parallel, sizes=sizes))
     with torch.device("meta"):
-        model = Qwen35(config, kernels=kernels.select(device.type, m.kernels), mtp=bool(m.mtp_num_layers))
+        model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     parameters = sum(p.numel() for p in model.parameters())
     observers: list[Observer] = [ledger]
     with Machine(device, observers):
-        shard(model, meshes, DTYPES[t.dtype])
-        model.to_empty(device=device)
-        model.model.language_model.recompute = settings.parallel.recompute
-        optimizer = make_optimizer(model, t)
+        optimizer = distribute(settings, model, meshes, device)
         ledger.claim("parameters", local(model.parameters()))
         _first_step(optimizer)
         ledger.claim("optimizer", local(x for of_one in optimizer.state.values() for x in of_one.values()))
@@ -102,11 +123,21 @@ def _rehearse(
         try:
             record = train_step(run, batches, t.lr, 0.0)
         except RuntimeError as error:
-            raise refused(error) or error from None
+            if known := refused(error):
+                raise known from None
+            raise
     lowest = least(model, meshes, settings, len(batches[0].pixel_values))
     tokens = sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches)
     return Rehearsal(
-        meshes.weights.size(), meshes.data_size, parameters, ledger, operators, wire, lowest, record.flops, tokens
+        meshes.weights.size(),
+        meshes.data_size,
+        parameters,
+        ledger,
+        operators,
+        wire,
+        lowest,
+        record.flops / meshes.ulysses_size,
+        tokens,
     )
 
 

@@ -50,7 +50,9 @@ class Group:
 class Traffic:
     calls: int = 0
     sent: float = 0.0  # bytes of rank 0
-    between: float = 0.0  # of these, the least that has to leave its node, shared evenly by the node's ranks of the group
+    between: float = (
+        0.0  # of these, the least that has to leave its node, shared evenly by the node's ranks of the group
+    )
 
 
 class Wire:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from qwen35.device import init_process
 from qwen35.errors import SettingError
 from qwen35.launch import leave
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import make_meshes, shard
+from qwen35.optim import GradientNorm
+from qwen35.parallel import make_meshes
 from qwen35.parallel.fsdp import HELD_OUT
 from qwen35.settings import Settings
-from qwen35.train import DTYPES, Run, token_counts, train_step
+from qwen35.train import Run, distribute, token_counts, train_step
 from rehearse.batches import Mix, make_batch
 from rehearse.cluster import Machine
-from rehearse.configs import find_config
+from rehearse.configs import with_config
 from rehearse.memory import Ledger, Peak
 from rehearse.step import Rehearsal, rehearse
 from rehearse.wire import Group, between_nodes
@@ -86,18 +87,16 @@ def process(rank: int, folder: Path, port: int) -> None:
 
 
 def start(settings: Settings, device: torch.device) -> Run:
-    config, t = load_config(settings.model.model_name_or_path), settings.training
+    config = load_config(settings.model.model_name_or_path)
     meshes = make_meshes(device.type, settings.parallel)
     with torch.device("meta"):
         model = Qwen35(config)
-    shard(model, meshes, DTYPES[t.dtype])
-    model.to_empty(device=device)
+    optimizer = distribute(settings, model, meshes, device)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.full_like(p, 0.01))
-    model.model.language_model.recompute = settings.parallel.recompute
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
-    return Run(settings, device, meshes, model, make_optimizer(model, t), gradients, iter(()), 0, {})
+    return Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
 
 
 def status(name: str) -> int:
@@ -110,7 +109,9 @@ def status(name: str) -> int:
 def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
     """Within a tenth of the memory that two processes really take, with recomputation and without, which differ by more."""
     recipe(tmp_path)
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back, so that the kernel's count is ours
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # what is freed is given back, so that the kernel's count is ours
     mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
     measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
     for recompute, real in measured.items():
@@ -147,7 +148,9 @@ def test_storages_are_counted_once_and_until_they_are_gone():
         del buffer
     quarter = 256 * 256 * 4
     peaks = ledger.peaks()
-    assert peaks["forward"] == Peak(4 * quarter, {"parameters": quarter, "activations": 3 * quarter}, peaks["forward"].at)
+    assert peaks["forward"] == Peak(
+        4 * quarter, {"parameters": quarter, "activations": 3 * quarter}, peaks["forward"].at
+    )
     assert peaks["backward"].bytes == 6 * quarter
 
 
@@ -196,15 +199,18 @@ def test_a_batch_is_as_described(tmp_path):
 
 
 def test_whose_config_it_is(tmp_path):
-    recipe(tmp_path)
-    assert find_config(str(tmp_path))[1] == f"{tmp_path}/config.json"
-    config, source = find_config("ckpt/hf_path/Qwen3.5-35B-A3B")
+    settings = recipe(tmp_path)
+    assert with_config(settings) == (settings, load_config(tmp_path), f"{tmp_path}/config.json")
+    named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/hf_path/Qwen3.5-35B-A3B"))
+    there, config, source = with_config(named)
     assert config.text.num_experts == 256 and source.startswith("the published config of 35B-A3B, since ckpt/")
+    assert load_config(there.model.model_name_or_path) == config
+    named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/my-model"))
     with pytest.raises(SettingError, match=r"my-model is not there.*0\.8B, 2B"):
-        find_config("ckpt/my-model")
+        with_config(named)
 
 
 def test_every_published_size_has_its_recipe():
     for path in ROOT.glob("assets/configs/*.json"):
         settings = load_settings(ROOT / f"configs/qwen3_5_{path.stem}.yaml", [])
-        assert find_config(settings.model.model_name_or_path)[0] == load_config(path)
+        assert with_config(settings)[1] == load_config(path)

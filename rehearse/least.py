@@ -38,8 +38,13 @@ def least(model: Qwen35, meshes: Meshes, settings: Settings, patches: int) -> By
     tokens = settings.training.micro_batch_size * basic.cutoff_len // ulysses  # of a rank and micro-batch
     mtp = bool(settings.model.mtp_num_layers)
     if ep > 1:
-        rows = tokens * text.num_experts_per_tok * (ep - 1) / ep
-        _add(found, "all-to-all", NAMES["ep"], (len(text.layer_types) + mtp) * 4 * rows * text.hidden_size * narrow)
+        layers = len(text.layer_types) + mtp
+        row = layers * tokens * text.hidden_size * narrow
+        if ep < text.num_experts_per_tok:  # cheaper: all tokens to all ranks, and a share from each
+            _add(found, "all-gather", NAMES["ep"], 2 * row * (ep - 1))
+            _add(found, "all-to-all", NAMES["ep"], 2 * row * (ep - 1))
+        else:
+            _add(found, "all-to-all", NAMES["ep"], 4 * row * text.num_experts_per_tok * (ep - 1) / ep)
     if ulysses > 1:
         width = _mixers(text, ulysses, narrow, mtp) * tokens
         width += model.config.vision.depth * 4 * model.config.vision.hidden_size * narrow * patches / ulysses

@@ -12,7 +12,7 @@ from rehearse.places import place
 
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "other")
 # FSDP's buffers: gathered parameters, and gradients that are yet to be scattered
-GATHERED = ("fsdp::all_gather_copy_in", "fsdp::chunk_cat", "fsdp::split_with_sizes_copy")
+GATHERED = ("fsdp::all_gather_copy_in", "fsdp::chunk_cat", "fsdp::split_with_sizes_copy", "aten::cat.out")
 LARGE = 8 << 20  # bytes
 PHASES = ("set-up", "forward", "backward", "optimizer")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from qwen35.parallel import Meshes
 
@@ -29,13 +28,12 @@ COLLECTIVES = {
     "_c10d_functional::broadcast": "broadcast",
 }
 HARMLESS = ("_c10d_functional::wait_tensor", "c10d::barrier")
-NAMES = {  # of a mesh's dimension in what is printed
+NAMES = {  # of a mesh's dimension in what is printed; data ranks have nothing to say to each other
     "shard": "fsdp",
     "replicate": "replicas",
-    "ep": "ep",
     "fsdp": "experts' fsdp",
+    "ep": "ep",
     "ulysses": "ulysses",
-    "data": "data",
 }
 
 
@@ -61,16 +59,20 @@ class Wire:
     def __init__(self, meshes: Meshes, per_node: int) -> None:
         self.traffic: dict[tuple[str, Group], Traffic] = defaultdict(Traffic)
         self.groups: dict[str, Group] = {}
-        for mesh in (meshes.weights, meshes.experts, meshes.tokens):
-            for name in mesh.mesh_dim_names or ():
-                self._add(mesh[name], NAMES.get(name, name), per_node)
         world = dist.group.WORLD
         assert world is not None
-        self.groups.setdefault(world.group_name, _group("all ranks", world, per_node))
+        for mesh in (meshes.weights, meshes.experts, meshes.tokens):
+            for dim in mesh.mesh_dim_names or ():
+                if dim in NAMES:
+                    self._add(mesh[dim].get_group(), NAMES[dim], per_node)
+        if world.group_name not in self.groups:
+            self._add(world, "all ranks", per_node)
 
-    def _add(self, mesh: DeviceMesh, name: str, per_node: int) -> None:
-        group = mesh.get_group()
-        self.groups.setdefault(group.group_name, _group(name, group, per_node))
+    def _add(self, group: dist.ProcessGroup, name: str, per_node: int) -> None:
+        """Meshes over the same ranks may have one group: it has all their names."""
+        ranks, known = dist.get_process_group_ranks(group), self.groups.get(group.group_name)
+        name = f"{known.name}+{name}" if known else name
+        self.groups[group.group_name] = Group(name, len(ranks), len({rank // per_node for rank in ranks}))
 
     def saw(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if func.namespace not in ("c10d", "_c10d_functional") or func.name().partition(".")[0] in HARMLESS:
@@ -87,11 +89,6 @@ class Wire:
         traffic.calls += 1
         traffic.sent += sent
         traffic.between += between_nodes(kind, group, sent)
-
-
-def _group(name: str, group: dist.ProcessGroup, per_node: int) -> Group:
-    ranks = dist.get_process_group_ranks(group)
-    return Group(name, len(ranks), len({rank // per_node for rank in ranks}))
 
 
 def _group_name(values: tuple) -> str:

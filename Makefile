@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor download convert export data show finetune preflight generate evaluate bench test test-npu test-versions lint clean
+.PHONY: help install doctor download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
@@ -15,6 +15,7 @@ data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES O
 show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
 finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT HOSTS DRY_RUN=1]
 preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing  [CONFIG ARGS, and as finetune: NODES … or HOSTS]
+rehearse: ## one step on a virtual cluster of NPUs: does it fit, what does it send?  [CONFIG NODES NPUS_PER_NODE NPU_MEMORY_GB ARGS]
 generate: ## a model's answer about images and text  [MODEL IMAGE PROMPT HF ARGS]
 evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 bench:    ## speed and memory beside transformers' model and bare matmuls, as ratios  [ARGS]
@@ -33,7 +34,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-download convert export data show finetune preflight generate evaluate bench test test-npu test-versions lint: .venv/.installed
+download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

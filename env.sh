@@ -48,7 +48,8 @@
 # The recipe that `make finetune` trains; configs/tiny.yaml makes its own model and data first.
 : "${CONFIG:=configs/tiny.yaml}"
 # `make finetune`, `make show`: settings over those of the recipe, "training.train_iters=20 training.lr=1e-4". Elsewhere: more
-# options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`, "--only moe" for `make bench`.
+# options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`, "--only moe" for `make bench`, "--scaling" for
+# `make rehearse`.
 : "${ARGS:=}"
 # 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0. Allowed: 0, 1.
 : "${DRY_RUN:=0}"
@@ -71,8 +72,10 @@
 : "${HOSTS_DIR:=}"
 # The ssh that starts them, with options of its own: "ssh -F cluster.conf". It must ask nothing. Default ssh.
 : "${SSH:=ssh}"
-# Processes on this machine, one an NPU. Default: all visible NPUs; 2 on a CPU. Allowed: from 1.
+# Processes on this machine, one an NPU. Default: all visible NPUs; 2 on a CPU; 8 for `make rehearse`. Allowed: from 1.
 : "${NPUS_PER_NODE:=}"
+# Gigabytes of memory of one NPU, for `make rehearse`. Default 64. Allowed: from 1.
+: "${NPU_MEMORY_GB:=64}"
 # The NPUs that the run may use, "0,1,2,3". Default: all.
 : "${ASCEND_RT_VISIBLE_DEVICES:=}"
 

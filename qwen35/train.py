@@ -90,15 +90,10 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     check_same_data(micro_batches.fingerprint)
     pulse.at("sharding the model")
     before = table(model)
-    share_bins(model, meshes)
-    shard(model, meshes, DTYPES[t.dtype])
-    if t.init_model_with_meta_device:
-        model.to_empty(device=device)
+    optimizer = distribute(settings, model, meshes, device)
     after = table(model)
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
-    model.recompute(settings.parallel.recompute)
-    optimizer = make_optimizer(model, t)
     pulse.at(f"loading {origin}")
     loaded = None
     if is_hf:
@@ -125,6 +120,16 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     return Run(settings, device, meshes, model, optimizer, gradients, iter(micro_batches), step, position, pulse)
+
+
+def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> torch.optim.AdamW:
+    """This rank's share of a plain model, in place and not loaded yet, and the optimizer over it. A rehearsal does it too."""
+    share_bins(model, meshes)
+    shard(model, meshes, DTYPES[settings.training.dtype])
+    if settings.training.init_model_with_meta_device:
+        model.to_empty(device=device)
+    model.recompute(settings.parallel.recompute)
+    return make_optimizer(model, settings.training)
 
 
 def check_same_data(fingerprint: str) -> None:

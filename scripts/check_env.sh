@@ -18,6 +18,7 @@ NODES                        int 1 -
 NODE_RANK                    int 0 -
 NPUS_PER_NODE                int 1 -
 NPU_ASD_ENABLE               int 0 3
+NPU_MEMORY_GB                int 1 -
 OMP_NUM_THREADS              int 1 -
 RENDEZVOUS_TIMEOUT           int 1 86400
 MALLOC_MMAP_THRESHOLD_       int 0 -

@@ -108,7 +108,7 @@ def test_flops_of_the_published_sizes():
     nothing, bounds = torch.zeros(0, 3, dtype=torch.long), torch.tensor([1024])
     counts = {c["size"]: c for c in json.loads((Path(__file__).parent / "data/parameter_counts.json").read_text())}
     for size, c in counts.items():
-        config = load_config(Path(__file__).parent / f"data/configs/{size}.json")
+        config = load_config(Path(__file__).parents[1] / f"assets/configs/{size}.json")
         flops = training_flops(config, 1024, bounds, 1024, nothing) / 3 / 1024
         tied = config.tie_word_embeddings  # the embedding itself costs nothing, the head as much as its weights
         weights = c["active"] - (0 if tied else c["embed"])

@@ -119,7 +119,7 @@ def test_config_has_the_published_fields(made):
         below = [keys(v, f"{prefix}{k}.") for k, v in config.items() if isinstance(v, dict)]
         return {prefix + k for k in config}.union(*below)
 
-    published = json.loads((ROOT / "tests/data/configs/35B-A3B.json").read_text())
+    published = json.loads((ROOT / "assets/configs/35B-A3B.json").read_text())
     assert keys(json.loads((made / "model/config.json").read_text())) == keys(published)
 
 

@@ -7,12 +7,12 @@ from steps import DEVICE, make_batch, our_step, peer_step, slice_config
 from table import layers
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from watch import SavedBytes, Watch, has_kernel
 
 import kernels
 from kernels.features import HAS_GROUPED_MM
 from qwen35.parallel import make_meshes
 from qwen35.settings import ParallelSettings
+from rehearse.watch import SavedBytes, Watch, has_kernel
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 FORWARD = [

@@ -12,7 +12,6 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watch import Record, SavedBytes, Watch
 
 import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
@@ -20,6 +19,7 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import Meshes, share_bins, split
 from qwen35.parallel.fsdp import HELD_OUT
+from rehearse.watch import Record, SavedBytes, Watch
 
 DEVICE = "npu:0"
 

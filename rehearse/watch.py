@@ -57,29 +57,31 @@ class Watch(TorchDispatchMode):
         if func.namespace != "prim" and any(
             x.device.type == "npu" for x in (*leaves, *made)
         ):  # prim: fake tensors' own
-            self._note(func, leaves, made, args, kwargs)
+            note(self.record, func, args, leaves, made)
             if func.namespace == "npu":
                 self.calls.append((func, args, kwargs))
         return out
 
-    def _note(self, func, leaves, made, args, kwargs) -> None:
-        record, name = self.record, func.name()
-        record.ops[name] += 1
-        record.views += func.is_view
-        foreign = {x.device.type for x in leaves if x.device.type != "npu" and x.ndim} - {"npu"}
-        if name in SYNCS:
-            record.wrong.append(f"{name} waits for the device")
-        if name in COPIES:
-            source = args[1] if name != "aten::_to_copy" else args[0]
-            to = made[0].device.type
-            if source.device.type == "npu" and to != "npu":
-                record.wrong.append(f"{name} copies {list(source.shape)} to the host")
-        elif foreign or any(x.device.type != "npu" for x in made):
-            record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
-        if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            record.wrong.append("aten::index.Tensor with a mask waits for the device")
-        if func.namespace in ("aten", "npu") and not has_kernel(func):
-            record.wrong.append(f"{name} has no kernel for the device")
+
+def note(record: Record, func: torch._ops.OpOverload, args: tuple, leaves: list[Tensor], made: list[Tensor]) -> None:
+    """Count an operator on NPU tensors: `leaves` are all tensors of its arguments, `made` those that it returned."""
+    name = func.name()
+    record.ops[name] += 1
+    record.views += func.is_view
+    foreign = {x.device.type for x in leaves if x.device.type != "npu" and x.ndim}
+    if name in SYNCS:
+        record.wrong.append(f"{name} waits for the device")
+    if name in COPIES:
+        source = args[1] if name != "aten::_to_copy" else args[0]
+        to = made[0].device.type
+        if source.device.type == "npu" and to != "npu":
+            record.wrong.append(f"{name} copies {list(source.shape)} to the host")
+    elif foreign or any(x.device.type != "npu" for x in made):
+        record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
+    if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+        record.wrong.append("aten::index.Tensor with a mask waits for the device")
+    if func.namespace in ("aten", "npu") and not has_kernel(func):
+        record.wrong.append(f"{name} has no kernel for the device")
 
 
 def has_kernel(func: torch._ops.OpOverload) -> bool:

@@ -1,0 +1,75 @@
+"""A batch of a recipe's shapes, made by the run's own collator of samples that nobody has to have."""
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen35.batch import IGNORE, PackedBatch, VisionSpec
+from qwen35.data.collate import collate
+from qwen35.data.dataset import Sample
+from qwen35.data.positions import position_ids
+from qwen35.errors import SettingError
+from qwen35.model import ModelConfig
+from qwen35.settings import Settings
+
+TEXT = 1  # any token that is not an image's
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is in a bin: sequences of one length, each an image (where images are asked for), a question and an answer."""
+
+    sequence: int = 1024  # tokens
+    images: float = 0.25  # share of the tokens that stand for image patches
+    trained: float = 0.4  # share of the tokens that are trained
+
+    def describe(self, settings: Settings) -> str:
+        basic = settings.data.dataset_param.basic_parameters
+        length = min(self.sequence, basic.cutoff_len)
+        return (
+            f"bins of {basic.cutoff_len:,} tokens in sequences of {length:,}: {self.images:.0%} of the tokens are of "
+            f"images, {self.trained:.0%} are trained"
+        )
+
+
+def make_batch(settings: Settings, config: ModelConfig, mix: Mix) -> PackedBatch:
+    """One micro-batch on the host, T = micro_batch_size * cutoff_len. Raises SettingError where the mix cannot be had."""
+    basic = settings.data.dataset_param.basic_parameters
+    spec, v = config.vision_spec, config.vision
+    length = min(mix.sequence, basic.cutoff_len)
+    sizes = [length] * (basic.cutoff_len // length)
+    if basic.cutoff_len % length > 1:
+        sizes.append(basic.cutoff_len % length)
+    values = v.in_channels * v.temporal_patch_size * v.patch_size**2
+    samples = {size: make_sample(size, mix, spec, values) for size in set(sizes)}
+    bins = [[samples[size] for size in sizes]] * settings.training.micro_batch_size
+    return collate(bins, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
+
+
+def make_sample(length: int, mix: Mix, spec: VisionSpec, values: int) -> Sample:
+    rows, columns = _grid(round(length * mix.images))
+    image = rows * columns
+    grids = [(1, rows * spec.merge_size, columns * spec.merge_size)] if image else []
+    trained = round(length * mix.trained)
+    if image + 2 + trained > length or trained < 1:
+        raise SettingError(
+            f"a sequence of {length} tokens with {image} of an image and {trained} trained ones: --images and --trained are "
+            "shares of it, and something has to be asked too"
+        )
+    ids = torch.full((length,), TEXT)
+    ids[1 : 1 + image] = spec.image_token_id
+    labels = torch.full((length,), IGNORE)
+    labels[length - 1 - trained : length - 1] = TEXT
+    return Sample(
+        ids,
+        labels,
+        torch.from_numpy(position_ids(ids.numpy(), grids, spec)),
+        torch.zeros(image * spec.merge_size**2, values),
+        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+    )
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    """Rows and columns of an image of about so many tokens, nearly square."""
+    rows = int(tokens**0.5)
+    return rows, tokens // rows if rows else 0

@@ -1,0 +1,111 @@
+"""The virtual cluster: a group of any size in one process, and a machine whose device is fake and whose host is real."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Tensors = list[Tensor]
+
+
+class Observer(Protocol):
+    def saw(self, func: Any, args: tuple, kwargs: dict, inputs: Tensors, outputs: Tensors) -> None:
+        """An operator on the device has been called with `inputs` somewhere in its arguments."""
+
+
+@contextmanager
+def ranks(world: int) -> Iterator[None]:
+    """The default group, of which this process is rank 0; nothing is sent, nobody is waited for."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Machine(TorchDispatchMode):
+    """What touches the device is fake and told to the observers; what the host does by itself is done.
+
+    On a CPU the host is the device: there the observers see its own work too.
+    """
+
+    def __init__(self, device: torch.device, observers: list[Observer]):
+        super().__init__()
+        self.device, self.observers = device, observers
+        self.is_shared = device.type == "cpu"
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
+
+    def __enter__(self) -> "Machine":
+        # torch.tensor(…, device=) would else copy to the device behind the modes' back
+        self.lifted = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+        torch._C._set_only_lift_cpu_tensors(self.lifted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls the operator on its local tensors, which come by here
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.namespace in ("aten", "prims") and self._is_of_host(inputs, kwargs.get("device")):
+            with unset_fake_temporarily():
+                out = func(*args, **kwargs)
+            if not self.is_shared:
+                return out
+        else:
+            if self.is_shared and func._schema.is_mutable:
+                self._forget(func, args, kwargs)
+            # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
+            args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+            out = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if func.namespace != "prim":  # prim: fake tensors' own
+            for observer in self.observers:
+                observer.saw(func, args, kwargs, inputs, outputs)
+        return out
+
+    def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
+        there = device is None or torch.device(device).type == "cpu"
+        return there and all(
+            not isinstance(x, FakeTensor)
+            and x.device.type == "cpu"
+            and (not self.unknown or x.untyped_storage()._cdata not in self.unknown)
+            for x in inputs
+        )
+
+    def _forget(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """What the operator writes into is not known from now on."""
+        given = [*zip(func._schema.arguments, args, strict=False)]
+        given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+        for argument, value in given:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for x in tree_leaves(value):
+                    if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+                        storage = x.untyped_storage()
+                        address = storage._cdata
+                        self.unknown[address] = weakref.ref(storage, partial(_drop, self.unknown, address))
+
+    def _fake(self, x: Tensor) -> Tensor:
+        if isinstance(x, FakeTensor) or x.device.type != "cpu":
+            return x
+        return self.fake.from_tensor(x)
+
+
+def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:
+    table.pop(address, None)

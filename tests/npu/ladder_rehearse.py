@@ -1,0 +1,126 @@
+"""A rehearsal, whole: a small recipe is green, and each thing that it must refuse is refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from steps import slice_config
+
+import rehearse.step
+from kernels import npu  # noqa: F401  # and with it, torch has the device
+from rehearse.__main__ import main
+
+NOBODYS = torch.library.Library("npu", "FRAGMENT")
+NOBODYS.define("nobodys(Tensor x) -> Tensor")
+NOBODYS.impl("nobodys", torch.empty_like, "Meta")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: filling each new tensor would be one more operator."""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    """A MoE of slice S's widths, one layer of each kind."""
+    (tmp_path / "model").mkdir()
+    config = slice_config(True, ["linear_attention", "full_attention"])
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"""
+data: {{dataset_param: {{basic_parameters: {{dataset: none.json, cutoff_len: 2048}}}}}}
+model: {{model_name_or_path: {tmp_path / "model"}}}
+parallel: {{recompute: true}}
+training: {{train_iters: 5, save: {tmp_path / "run"}}}
+""")
+    return str(file)
+
+
+def words(out: str, start: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines() if line.startswith(start)]
+
+
+def test_a_recipe_is_rehearsed(recipe, capsys):
+    assert main([recipe, "--nodes", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert not err and "it fits, waits for nothing and lacks no kernel" in out
+    assert f"on 2 x 8 NPUs, model {Path(recipe).parent}/model/config.json" in out
+    [scattered] = words(out, "reduce-scatter, fsdp")
+    assert scattered[2:5] == ["16", "2", "6"]  # ranks, nodes, units: two vision blocks, the tower, two layers, the rest
+    for phase in ("forward", "backward", "optimizer"):
+        [numbers] = words(out, phase)
+        assert sum(map(float, numbers[1:-1])) == pytest.approx(float(numbers[-1]), abs=0.04)
+    assert out.count("0 host syncs") == 3 and "32,768 tokens a step on 16 NPUs" in out
+
+
+def test_experts_and_bins_that_are_shared(recipe, capsys):
+    """The counts of rows are read once a layer in forward, and in recomputation not again; two ranks share a bin."""
+    shared = ["parallel.expert_parallel_size=8", "parallel.ulysses_parallel_size=2"]
+    results = {}
+    for imbalance in ("1", "4"):
+        assert main([recipe, *shared, "--nodes", "2", "--imbalance", imbalance]) == 0
+        out, err = capsys.readouterr()
+        assert not err and "2 host syncs (counts of rows by expert)" in out and out.count("0 host syncs") == 2
+        assert "16,384 tokens a step on 16 NPUs" in out
+        [line] = words(out, "all-to-all, ep")
+        results[imbalance] = float(line[5]), float(words(out, "backward")[0][5])
+    assert "the experts of rank 0 get 4.0 times their fair share" in out
+    # four times the rows come, and as many leave as before; what comes is sent back
+    assert 2 < results["4"][0] / results["1"][0] < 2.6
+    assert results["4"][1] > results["1"][1]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            lambda run: torch.ops.npu.nobodys(run.model.head_weight.to_local()),
+            "npu::nobodys has no kernel for the device",
+        ),
+        (lambda run: run.model.head_weight.to_local().sum().item(), "aten::_local_scalar_dense waits for the device"),
+        (lambda run: run.model.head_weight.to_local()[0].cpu(), "aten::_to_copy copies [1024] to the host"),
+    ],
+    ids=["kernel", "sync", "copy"],
+)
+def test_what_would_not_run_is_refused(recipe, capsys, monkeypatch, more, told):
+    step = rehearse.step.train_step
+    monkeypatch.setattr(rehearse.step, "train_step", lambda run, *args: (more(run), step(run, *args))[1])
+    assert main([recipe]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {told}")
+
+
+def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
+    assert main([recipe, "--memory-gb", "1"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "GB in backward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "more NODES" in line
+
+
+def test_words_that_are_wrong(recipe, capsys):
+    for wrong, told in (
+        (["parallel.expert_parallel_size=3"], "expert_parallel_size 3 does not divide the 8 processes"),
+        (
+            ["model.model_name_or_path=nowhere"],
+            "nowhere is not there, and its name ends in none of the published sizes",
+        ),
+    ):
+        assert main([recipe, *wrong]) == 1
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([recipe, "--images", "2"])
+    assert "'2' is not a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_scaling(recipe, capsys, monkeypatch):
+    """Of FSDP, as many bytes on any number of ranks, but for a share of 1/n; of calls as many; of messages more."""
+    monkeypatch.setattr("rehearse.scaling.SIZES", (16, 64))
+    assert main([recipe, "--scaling"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "all-gather, fsdp" in line]
+    (few, _, sent, _, ratio, *_, calls, flat, _), (many, _, more, *_, same, longer, _) = rows
+    assert (
+        [few, many] == ["| 16", "| 64"]
+        and calls == same
+        and int(longer.replace(",", "")) > 4 * int(flat.replace(",", ""))
+    )
+    assert float(more) / float(sent) == pytest.approx((63 / 64) / (15 / 16), rel=0.02) and float(ratio) == 1

@@ -1,0 +1,216 @@
+"""What a rehearsal counts, against figures made by hand and against a real run of two processes."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from peer import config_dict
+from test_parallel import free_port
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qwen35.config import load_settings
+from qwen35.device import init_process
+from qwen35.errors import SettingError
+from qwen35.launch import leave
+from qwen35.model import Qwen35, load_config
+from qwen35.optim import GradientNorm
+from qwen35.parallel import make_meshes
+from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.settings import Settings
+from qwen35.train import Run, distribute, token_counts, train_step
+from rehearse.batches import Mix, make_batch
+from rehearse.cluster import Machine
+from rehearse.configs import with_config
+from rehearse.memory import Ledger, Peak
+from rehearse.step import Rehearsal, rehearse
+from rehearse.wire import Group, between_nodes
+
+ROOT = Path(__file__).parents[1]
+MIX = Mix(sequence=256)
+MiB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: filling each new tensor would be one more operator, and touch memory that the step does not."""
+
+
+def recipe(folder: Path, **text: int) -> Settings:
+    """A recipe with a model of 12 million parameters, whose step needs some hundred megabytes."""
+    sizes = {"vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 2} | text
+    config = config_dict(**sizes, layer_types=["linear_attention", "full_attention"], moe_intermediate_size=128)
+    config["vision_config"]["out_hidden_size"] = 512
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = f"""
+data: {{dataset_param: {{basic_parameters: {{dataset: none.json, cutoff_len: 2048}}}}}}
+model: {{model_name_or_path: {folder}}}
+training: {{train_iters: 5, save: {folder}-run, lr: 1.0e-3}}
+"""
+    (folder / "recipe.yaml").write_text(lines)
+    return load_settings(folder / "recipe.yaml", [])
+
+
+def rehearsed(settings: Settings, world: int) -> Rehearsal:
+    config = load_config(settings.model.model_name_or_path)
+    return rehearse(settings, config, [make_batch(settings, config, MIX)], world, 2, torch.device("cpu"))
+
+
+# ── Against a real run ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def process(rank: int, folder: Path, port: int) -> None:
+    """Two steps of both kinds of run; what the second needs over what the process had before there was a model."""
+    torch.set_num_threads(1)
+    where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    device = init_process()
+    measured = {}
+    for recompute in ("true", "false", "true"):  # the first warms up what torch makes once a process
+        settings = load_settings(folder / "recipe.yaml", [f"parallel.recompute={recompute}"])
+        config = load_config(settings.model.model_name_or_path)
+        batch = make_batch(settings, config, MIX)
+        before = status("VmRSS")
+        run = start(settings, device)
+        for _ in range(2):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
+            train_step(run, [batch], 1e-3, 0.0)
+        measured[recompute] = status("VmHWM") - before
+        del run
+    if rank == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    leave(0)
+
+
+def start(settings: Settings, device: torch.device) -> Run:
+    config = load_config(settings.model.model_name_or_path)
+    meshes = make_meshes(device.type, settings.parallel)
+    with torch.device("meta"):
+        model = Qwen35(config)
+    optimizer = distribute(settings, model, meshes, device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.full_like(p, 0.01))
+    gradients = GradientNorm(model, meshes.weights["shard"].get_group())
+    return Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
+
+
+def status(name: str) -> int:
+    """Bytes of this process, by the kernel's own count."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
+    """Within a tenth of the memory that two processes really take, with recomputation and without, which differ by more."""
+    recipe(tmp_path)
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # what is freed is given back, so that the kernel's count is ours
+    mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
+    measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
+    for recompute, real in measured.items():
+        settings = load_settings(tmp_path / "recipe.yaml", [f"parallel.recompute={recompute}"])
+        r = rehearsed(settings, 2)
+        counted[recompute] = max(r.ledger.peaks()[phase].bytes for phase in ("forward", "backward", "optimizer"))
+        print(f"recompute {recompute}: counted {counted[recompute] / MiB:.1f} MiB, measured {real / MiB:.1f}")
+        assert 0.9 <= counted[recompute] / real <= 1.1, (recompute, counted[recompute] / MiB, real / MiB)
+    assert counted["false"] > 1.2 * counted["true"]
+
+
+# ── Against figures made by hand ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_storages_are_counted_once_and_until_they_are_gone():
+    ledger = Ledger("cpu")
+    with FakeTensorMode() as fake:
+        weight = torch.ones(256, 256)  # 256 KiB
+    machine = Machine(torch.device("cpu"), [ledger])
+    machine.fake = fake
+    with machine:
+        ledger.claim("parameters", [weight])
+        ledger.phase = "forward"
+        x = weight * 2
+        y = x.view(-1)[:10]
+        y.add_(1)  # a view: nothing more
+        del x
+        z = weight + 1  # y keeps all of x alive
+        del y
+        z = z + 1
+        ledger.phase = "backward"
+        z.add_(1)
+        buffer = torch.zeros(1024, 256)
+        del buffer
+    quarter = 256 * 256 * 4
+    peaks = ledger.peaks()
+    assert peaks["forward"] == Peak(
+        4 * quarter, {"parameters": quarter, "activations": 3 * quarter}, peaks["forward"].at
+    )
+    assert peaks["backward"].bytes == 6 * quarter
+
+
+def test_bytes_on_the_wire(tmp_path):
+    """Every sharded parameter gathered twice in bf16 (those of the last unit once), every gradient scattered once in fp32."""
+    settings = recipe(tmp_path)
+    with torch.device("meta"):
+        model = Qwen35(load_config(tmp_path))
+    named = [(n, p.numel()) for n, p in model.named_parameters() if not n.endswith(HELD_OUT)]
+    last = ("model.language_model.embed_tokens", "model.language_model.norm", "lm_head")
+    gathered = sum(count * 2 * (1 if n.startswith(last) else 2) for n, count in named)
+    scattered = sum(count * 4 for _, count in named)
+    for world in (2, 8):
+        r = rehearsed(settings, world)
+        found = {(kind, group.name.partition("+")[0]): traffic for (kind, group), traffic in r.wire.traffic.items()}
+        share = (world - 1) / world
+        assert found["all-gather", "fsdp"].sent == pytest.approx(gathered * share, rel=0.01)
+        assert found["reduce-scatter", "fsdp"].sent == pytest.approx(scattered * share, rel=0.01)
+        for key in (("all-gather", "fsdp"), ("reduce-scatter", "fsdp")):
+            assert r.least[key] == pytest.approx(found[key].sent, rel=0.01)
+        units = 2 + 1 + 2 + 1  # vision blocks, the rest of the tower, layers, all else
+        assert found["reduce-scatter", "fsdp"].calls == units
+        assert found["all-gather", "fsdp"].calls == 2 * units - 1
+        assert r.tokens == 2048 and r.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_what_leaves_a_node():
+    """Of 16 ranks on 2 nodes, each needs what the other node has: half of the whole, brought by 8 ranks together."""
+    sixteen, whole = Group("fsdp", 16, 2), 16.0
+    assert between_nodes("all-gather", sixteen, whole * 15 / 16) == pytest.approx(whole / 2 / 8)
+    assert between_nodes("all-gather", Group("fsdp", 8, 1), 7.0) == 0
+    # of an all-to-all, 8 of the 16 parts are for the other node
+    assert between_nodes("all-to-all", sixteen, 15.0) == pytest.approx(8.0)
+
+
+def test_a_batch_is_as_described(tmp_path):
+    settings = recipe(tmp_path)
+    config = load_config(tmp_path)
+    batch = make_batch(settings, config, Mix(sequence=500, images=0.5, trained=0.2))
+    tokens, trained, images = token_counts(batch)
+    assert len(batch.input_ids) == tokens == 2048 and batch.cu_seqlens.tolist() == [0, 500, 1000, 1500, 2000, 2048]
+    assert 0.17 < trained / tokens < 0.22 and 0.45 < images / tokens < 0.52
+    assert len(batch.pixel_values) % settings.data.dataloader_param.patch_bucket == 0
+    with pytest.raises(SettingError, match="--images and --trained"):
+        make_batch(settings, config, Mix(images=0.7, trained=0.4))
+
+
+def test_whose_config_it_is(tmp_path):
+    settings = recipe(tmp_path)
+    assert with_config(settings) == (settings, load_config(tmp_path), f"{tmp_path}/config.json")
+    named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/hf_path/Qwen3.5-35B-A3B"))
+    there, config, source = with_config(named)
+    assert config.text.num_experts == 256 and source.startswith("the published config of 35B-A3B, since ckpt/")
+    assert load_config(there.model.model_name_or_path) == config
+    named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/my-model"))
+    with pytest.raises(SettingError, match=r"my-model is not there.*0\.8B, 2B"):
+        with_config(named)
+
+
+def test_every_published_size_has_its_recipe():
+    for path in ROOT.glob("assets/configs/*.json"):
+        settings = load_settings(ROOT / f"configs/qwen3_5_{path.stem}.yaml", [])
+        assert with_config(settings)[1] == load_config(path)

@@ -57,7 +57,8 @@
 : "${NODES:=1}"
 # Which of them this one is. Default 0, to be set where NODES > 1. Allowed: 0 to NODES - 1.
 : "${NODE_RANK:=}"
-# This machine's own address. Default: found by itself. It is also the default of HCCL_IF_IP.
+# This machine's own address. Default: found by itself. It is also the default of HCCL_IF_IP, and of several machines its
+# interface is that of GLOO_SOCKET_IFNAME.
 : "${NODE_ADDR:=}"
 # Address of machine 0. Default localhost, to be set where NODES > 1.
 : "${MASTER_ADDR:=}"
@@ -140,7 +141,7 @@
 : "${HCCL_DETERMINISTIC:=}"
 # Network interfaces of HCCL, by name or its start: "eth0", "eth,end", "=eth0" exactly, "^lo" all but. Default: HCCL's choice.
 : "${HCCL_SOCKET_IFNAME:=}"
-# The same for gloo, CPU tensors and CPU runs. Default: gloo's choice.
+# The same for gloo, CPU tensors and CPU runs, whole names. Default: the one of NODE_ADDR, else gloo's choice.
 : "${GLOO_SOCKET_IFNAME:=}"
 # This machine's address for HCCL, IPv4 or IPv6. Default: NODE_ADDR.
 : "${HCCL_IF_IP:=$NODE_ADDR}"

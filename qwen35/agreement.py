@@ -77,8 +77,8 @@ def files(settings: Settings) -> dict[str, str]:
     folders += [Path(t.init_from_hf_path)] if t.init_from_hf_path else []
     if t.load:
         folders += [Path(t.load), *_latest(Path(t.load))]
-    found = {str(file): fingerprint(file) for file in records}
-    for folder in dict.fromkeys(folders):
+    found = {str(file): fingerprint(file) for file in (*records, *(path for path in folders if path.is_file()))}
+    for folder in dict.fromkeys(path for path in folders if not path.is_file()):
         names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         found[f"{folder}/"] = f"{len(names)} files" if folder.is_dir() else NONE
         step = -(-len(names) // MOST) or 1

@@ -28,6 +28,7 @@ from qwen35.job import Failure, Job
 from qwen35.layout import check_layout
 from qwen35.machines import Meeting, Place
 from qwen35.meeting import Talk, listen, meet
+from qwen35.network import interface_of
 from qwen35.processes import die_with
 from qwen35.settings import Settings
 
@@ -69,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
+    """Raises SettingError, MeetingError."""
+    own = os.environ.get("NODE_ADDR")
+    if (
+        own and "GLOO_SOCKET_IFNAME" not in os.environ
+    ):  # gloo takes an interface where HCCL takes an address, HCCL_IF_IP
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
     place = Place(args.node_rank, args.nnodes, args.master_addr, args.master_port, args.rendezvous_timeout)
     return meet(place, Talk(partial(facts, settings, args.nproc_per_node), Path(settings.training.save)))
 

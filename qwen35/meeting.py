@@ -25,7 +25,7 @@ from qwen35.machines import ANSWER, Meeting, MeetingError, Place
 from qwen35.peer import HELLO, Left, Peer
 
 GREETING = "qwen35 launcher"
-OFTEN = 30.0  # seconds between two lines that say who is waited for
+NEWS, OFTEN = 5.0, 30.0  # seconds between two lines that say who is waited for: others than before, the same
 SKEW = 5.0  # seconds that clocks may differ without a word
 SLOW_DISK = 10.0  # seconds until a new file is seen on the other machines: file systems of a network keep what they saw
 
@@ -47,7 +47,7 @@ def meet(place: Place, talk: Talk) -> Meeting:
 
 
 class Waiting:
-    """Says who is waited for: when that changes, and now and then."""
+    """Says who is waited for: at once, and then now and then."""
 
     def __init__(self, place: Place, talk: Talk):
         self.place, self.talk = place, talk
@@ -61,7 +61,7 @@ class Waiting:
 
     def say(self, whom: str, why: str = "") -> None:
         now = time.monotonic()
-        if whom != self.told or now - self.told_at > OFTEN:
+        if self.told is None or now - self.told_at > (OFTEN if whom == self.told else NEWS):
             self.told, self.told_at = whom, now
             up_to = f"up to {self.left:.0f} s more (RENDEZVOUS_TIMEOUT)"
             self.talk.say(f"machine {self.place.machine}: waiting for {whom}{why and f' ({why})'}, {up_to}")
@@ -111,7 +111,7 @@ def _gather(server: socket.socket, peers: dict[int, Peer], place: Place, talk: T
             with contextlib.suppress(Left):  # it is missed below
                 peer.tell(waiting=whom)
         sockets = [server, *(peer.connection for peer in peers.values())]
-        ready = select.select(sockets, [], [], min(OFTEN, max(0.0, waiting.left)))[0]
+        ready = select.select(sockets, [], [], min(NEWS, max(0.0, waiting.left)))[0]
         for machine, peer in list(peers.items()):
             if peer.connection in ready:  # it has nothing to say yet
                 del peers[machine]

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qwen35.agreement import disagreements, facts, machines, present, seen
-from qwen35.config import load_settings
+from qwen35.config import SettingError, load_settings
 from qwen35.meeting import Meeting, MeetingError, Place, Talk, listen, meet
+from qwen35.network import interface_of
 from qwen35.peer import Peer
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +96,9 @@ def test_who_is_waited_for_is_said_and_named_at_the_end(tmp_path):
         " started there, with NODES=4, a NODE_RANK of its own and this machine's MASTER_ADDR?"
     )
     assert those.ended == {0: expected, 2: expected}
-    assert f"machine 0: waiting for machines 1, 3 of 4 (port {those.place.port})" in "\n".join(those.said[0])
+    assert those.said[0][0].startswith(
+        f"machine 0: waiting for machines 1 to 3 of 4 (port {those.place.port}), up to 1 s"
+    )
     assert "machine 2: waiting for machines 1, 3 of 4" in "\n".join(those.said[2])
 
 
@@ -278,6 +282,19 @@ def test_a_launcher_that_is_killed_is_missed(tmp_path):
         pass
     assert found == "machine 1 ended: its launcher is gone, killed or with the machine"
     those.close()
+
+
+def test_the_interface_of_a_machines_own_address(monkeypatch):
+    loopback = {info.address: name for name, all_of_it in psutil.net_if_addrs().items() for info in all_of_it}[
+        "127.0.0.1"
+    ]
+    assert interface_of("127.0.0.1") == interface_of("localhost") == loopback
+    with pytest.raises(
+        SettingError, match=rf"no network interface of this machine has that address; there are .*{loopback} 127"
+    ):
+        interface_of("192.0.2.1")
+    with pytest.raises(SettingError, match="no machine of that name"):
+        interface_of("no.such.machine.invalid")
 
 
 # -- what must agree -----------------------------------------------------------------------------------------------------

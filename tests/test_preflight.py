@@ -24,7 +24,7 @@ def start(workplace: Path, machine: int, port: int, *arguments: str) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", "qwen35.launch", *place, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -64,17 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(command, args, meeting, t.timeout, 0 if args.preflight else t.max_restarts)
     except USER_ERRORS as error:
         return complain(error)
-    except KeyboardInterrupt:
-        print("stopped before anything was started", file=sys.stderr)
-        return 128 + signal.SIGINT
+
+
+def stop_waiting(number: int, frame: FrameType | None) -> NoReturn:
+    print("stopped before anything was started", file=sys.stderr, flush=True)
+    raise SystemExit(128 + signal.SIGINT if number == signal.SIGINT else 0)
 
 
 def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
     """Raises SettingError, MeetingError."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_waiting)
     own = os.environ.get("NODE_ADDR")
-    if (
-        own and "GLOO_SOCKET_IFNAME" not in os.environ
-    ):  # gloo takes an interface where HCCL takes an address, HCCL_IF_IP
+    if own and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes an interface, HCCL an address: HCCL_IF_IP
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
     place = Place(args.node_rank, args.nnodes, args.master_addr, args.master_port, args.rendezvous_timeout)
     return meet(place, Talk(partial(facts, settings, args.nproc_per_node), Path(settings.training.save)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_machines_that_differ_start_nothing(workplace, tmp_path):
     assert "machine 1 has training.lr: 0.5; machine 0: 0.01" in lines
     assert any(line.startswith(f"machine 1 has {other}: ") for line in lines)
     assert not save.parent.exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_who_waits_may_be_stopped(workplace, tmp_path, number, code):
+    machine = start(workplace, 0, free_port(), str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'save'}")
+    assert "machine 0: waiting for machine 1 of 2" in machine.stderr.readline()
+    machine.send_signal(number)
+    assert ends(machine) == [(code, "", "stopped before anything was started\n")]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_save_folder_of_each_machines_own(workplace, tmp_path):

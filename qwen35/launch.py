@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from qwen35.agreement import facts

@@ -48,7 +48,7 @@ def steps(save: Path) -> list[dict]:
 
 def test_two_machines_train_as_one_does(workplace, tmp_path):
     recipe, port = str(workplace / "recipe.yaml"), free_port()
-    settings = ["training.train_iters=3", "training.log_interval=1"]
+    settings = ["training.train_iters=3", "training.log_interval=1", "data.dataloader_param.num_workers=0"]
     save = tmp_path / "two"
     both = ends(*(start(workplace, machine, port, recipe, f"training.save={save}", *settings) for machine in (1, 0)))
     assert [code for code, *_ in both] == [0, 0], both

@@ -57,4 +57,6 @@ fi
 if [[ $CONFIG -ef configs/tiny.yaml && ${#preflight[@]} == 0 ]]; then
     exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${train[@]}"
 fi
+# what make started ends with it, kill -9 included; what a shell started outlives that
+if [[ $(cat "/proc/$PPID/comm" 2>/dev/null) == make ]]; then export QWEN35_PARENT=$PPID; fi
 exec "${train[@]}"

@@ -35,6 +35,8 @@ class Recorder(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             leaves = tree_leaves((args, kwargs or {}))
             tensors = [f"{list(x.shape)} {x.dtype}" for x in leaves if isinstance(x, torch.Tensor)]
+            if "alltoall" in func.name():  # of the tokens to their experts: that many are sent to each
+                tensors = [str(x.dtype) for x in leaves if isinstance(x, torch.Tensor)]
             self.calls.append([func.name(), [members(x) for x in leaves if is_group(x)], tensors])
         return func(*args, **(kwargs or {}))
 
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
     def other_data(settings, *others):
         run = setup(settings, *others)
-        run.micro_batches = batches(settings, int(rank))
+        run.micro_batches = batches(settings, run.meshes.data_rank)
         return run
 
     def recorded(function):

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from qwen35 import launch, train
+from qwen35.config import load_settings
 from qwen35.model import Qwen35
 
 
@@ -57,8 +58,11 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
         nproc_per_node=int(processes),
         master_addr="localhost",
         master_port=int(port),
+        rendezvous_timeout=200,
     )
-    return launch.run([sys.executable, __file__, "rank", *arguments], args, 600.0, int(restarts))
+    meeting = launch.meet_others(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
+    command = [sys.executable, __file__, "rank", *arguments]
+    return launch.run(command, args, meeting, patience=600.0, restarts=int(restarts))
 
 
 if __name__ == "__main__":

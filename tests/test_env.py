@@ -212,6 +212,14 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
     assert calls(project)[-1].endswith(" configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
 
 
+def test_what_make_started_ends_with_it(run: Run, project: Path) -> None:
+    """By the process that qwen35.launch is told of; a shell's end is no reason to stop."""
+    assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
+    assert child(project)["QWEN35_PARENT"].isdecimal()
+    assert run("bash", "scripts/finetune.sh", CONFIG="configs/other.yaml").returncode == 0
+    assert "QWEN35_PARENT" not in child(project)
+
+
 def test_an_open_quote_stops_the_launch(run: Run) -> None:
     result = run("bash", "scripts/finetune.sh", ARGS="training.lr=1 model.freeze=['a] training.seed=1", DRY_RUN="1")
     assert (result.returncode, result.stdout) == (2, "")

@@ -84,23 +84,18 @@ def test_two_machines(workplace, two, tmp_path):
     """Two launchers. A rank is killed: both start theirs again, and go on. A launcher is killed: the other one ends."""
     port, save = free_port(), tmp_path / "run"
     faults, settings = "0:1:7:kill 1:1:9:kill-launcher", ("training.save_interval=5",)
-    begin = time.monotonic()
-    both = [
-        start(workplace, save, faults, *settings, nodes=(2, i, 1), port=port, restarts=1, TMPDIR=str(tmp_path))
-        for i in (0, 1)
-    ]
-    told = [process.communicate(timeout=300) for process in both]
-    assert time.monotonic() - begin < 300 and [process.returncode for process in both] == [1, -signal.SIGKILL]
-    assert all("restart 1 of 1, from the newest checkpoint" in err for _, err in told)
-    assert "error: rank 1 was ended by SIGKILL; out of memory?\n" in told[1][1]
-    first, second = told[0][1].split("restart 1 of 1")
-    assert "step 7: micro-batch 1 of 1" in first and "step 9: micro-batch 1 of 1" in second
-    assert second.rstrip().splitlines()[-1].startswith("rank 0: ") or "error: rank 0" in second
-    assert "steps 6 to 10" in told[0][0]
+    both = [start(workplace, save, faults, *settings, nodes=(2, i, 1), port=port, restarts=2) for i in (0, 1)]
+    told = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [1, -signal.SIGKILL], told
+    assert "error: rank 1 was ended by SIGKILL; out of memory?\nrestart 1 of 2, from the newest checkpoint\n" in told[1]
+    first, second = told[0].split("restart 1 of 2, from the newest checkpoint\n")
+    assert "  rank 0 (process " in first and "step 7: micro-batch 1 of 1, " in first
+    assert "step 9: micro-batch 1 of 1, " in second and "restart" not in second
+    assert second.splitlines()[-1] == "error: machine 1 ended: its launcher is gone, killed or with the machine"
     assert newest_checkpoint(save).name == "iter_0000005"
     lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, two))
     assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted[: len(lines)]]
-    assert len(lines) >= 5
+    assert 5 <= len(lines) <= 8
 
 
 def test_not_a_number_is_named_and_never_saved(workplace, tmp_path):
@@ -163,7 +158,7 @@ DRIVER = """
 import argparse, sys
 from qwen35.launch import run
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=2, master_addr="localhost", master_port=int(sys.argv[1]))
-sys.exit(run([sys.executable, "-c", sys.argv[4]], args, float(sys.argv[2]), int(sys.argv[3])))
+sys.exit(run([sys.executable, "-c", sys.argv[4]], args, None, float(sys.argv[2]), int(sys.argv[3])))
 """
 HEAD = """
 import os, signal, sys, time
@@ -179,18 +174,21 @@ def launch(program: str, patience: float = 600, restarts: int = 0, port: int = 0
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_restarts_are_counted_and_meet_elsewhere():
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_restarts_are_counted_and_meet_where_there_is_room(is_taken):
     program = """
 if rank == 0:
     print("port", os.environ["MASTER_PORT"], "restart", restart, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    with socket.create_server(("", 0)) as taken:  # the second restart's port would be this
-        port = taken.getsockname()[1]
-        done = launch(program, restarts=2, port=port - 2)
-    ports = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert [line.split()[3] for line in done.stdout.splitlines()] == ["0", "1", "2"]
-    assert ports[:2] == [port - 2, port - 1] and len({*ports, port}) == 4
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        if not is_taken:
+            server.close()
+        done = launch(program, restarts=2, port=port)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[3] for line in lines] == ["0", "1", "2"]
+    assert [int(line[1]) == port for line in lines] == [True, not is_taken, not is_taken]
     told = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart {} of 2, from the newest checkpoint\n"
     assert done.stderr == (told * 3).format(1, 2, 3).replace("restart 3 of 2, from the newest checkpoint\n", "")
     assert done.returncode == 1

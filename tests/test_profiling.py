@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from training_runs import tensors, train
 
 from qwen35.config import SettingError, load_settings
+from qwen35.device import HOST
 from qwen35.metrics import read_metrics
-from qwen35.profiling import table
+from qwen35.profiling import Profile, table
+from qwen35.settings import ProfileSettings
 
 
 def test_profiled_steps(workplace, two, tmp_path):
@@ -93,8 +96,13 @@ def test_refused(workplace, overrides, words):
     load_settings(workplace / "recipe.yaml", ["training.profile.steps=8"])
 
 
-def test_a_rank_that_there_is_not(workplace, tmp_path):
-    overrides = ("training.profile.steps=1", "training.profile.ranks=[0, 1]")
-    done = train(workplace, tmp_path / "run", 1, *overrides)
-    assert done.returncode == 1
-    assert done.stderr == "error: training.profile.ranks: there is no rank 1 of 1\n"
+def test_a_rank_that_there_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(SettingError, match=r"training\.profile\.ranks: there is no rank 2 of 2"):
+        Profile(ProfileSettings(steps=1, ranks=(0, 2)), tmp_path, HOST)
+    profile = Profile(ProfileSettings(steps=2, ranks=(1,)), tmp_path, HOST)
+    assert profile.plan(0) == f"profile of steps 3 to 4 on ranks 1: {tmp_path}/profile/step_0000003"
+    assert profile.plan(2) == "no profile of steps 3 to 4: the run goes on after step 2"
+    profile.before(2)
+    assert not list(tmp_path.iterdir())

@@ -231,6 +231,10 @@ def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, nu
     process = start_and_wait(workplace, save, "os.rename", "iter_0000006.tmp", *settings)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
+    if number == signal.SIGTERM:  # as schedulers do, to every process of the job
+        assert len(children) >= 4  # two ranks, and a worker of the loader each
+        for child in children:
+            child.send_signal(number)
     time.sleep(0.5)  # it has reached the ranks
     (tmp_path / "moment" / "go_on").touch()
     out, err = process.communicate(timeout=60)

@@ -123,5 +123,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _start_worker(parent: int, _: int) -> None:
     die_with(parent)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how multiprocessing ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means is for the parent to say
+    # a Ctrl-C or SIGTERM to the whole job is for the parent, which needs its batches to go on until it saves; what ends a
+    # worker is its parent's end, or the loader's
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

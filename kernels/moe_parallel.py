@@ -1,7 +1,8 @@
 """The routed experts of moe.py where each of ep ranks owns E/ep of them: tokens travel, weights stay.
 
 Two ways, chosen by what they send. A rank's T tokens have K rows each, of which (ep-1)/ep belong elsewhere:
-- all-to-all, K*T*H*(ep-1)/ep each way: every row goes to its expert's rank and back;
+- all-to-all, K*T*H*(ep-1)/ep each way: every row goes to its expert's rank and back. (The least would be a token once to each
+  rank that has several of its experts, and one sum back: two thirds of that at ep = K = 8, evenly chosen. Not done.);
 - all-gather, (ep-1)*T*H each way, less where ep < K: every rank sees all tokens, sums its own experts' share of each, and the
   ep shares of a token are summed on the token's rank. The shares travel in x's dtype and are summed in fp32, which is why
   this is an all-to-all of equal parts and an addition, not a reduce-scatter in bf16: that sends as much and rounds each sum.
@@ -161,7 +162,8 @@ class Exchange:
 
     def back(self, rows: Tensor) -> Coming:
         """[N, …] -> [T*K, …], the opposite way"""
-        return self._send(rows.index_select(0, self.by_rank), self.from_ranks, self.to_ranks)
+        rows = rows.index_select(0, self.by_rank)  # lets go of what came in, where nobody else holds it
+        return self._send(rows, self.from_ranks, self.to_ranks)
 
     def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> Coming:
         received = rows.new_empty(sum(come), *rows.shape[1:])
@@ -255,16 +257,16 @@ class _Gathered(torch.autograd.Function):
         most, total = max(routes.tokens), sum(map(sum, routes.received))
         wide = working_dtype(weights)
         choice = torch.cat([ids.to(wide), weights.to(wide)], 1)  # numbers of experts are far below 2^24: exact
-        choices = _gather(choice, most, group, ep * local).wait().view(-1, 2, ids.shape[1])
-        all_x = _gather(x, most, group)
+        choices_coming, all_x = _gather(choice, most, group, ep * local), _gather(x, most, group)
+        choices = choices_coming.wait().view(-1, 2, ids.shape[1])
         # this rank's experts get the numbers 0 to E/ep - 1, others and the padding higher ones
-        chosen = choices[:, 0].to(ids.dtype)
+        chosen = choices[:, 0].to(torch.int32)
         all_ids = torch.where(chosen < ep * local, (chosen - local * dist.get_rank(group)) % (ep * local), chosen)
         rows, place, ends = do.permute(all_x.wait(), all_ids, local, total)
         gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
         del rows
         out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
-        all_weights = choices[:, 1].to(weights.dtype)
+        all_weights = choices[:, 1].to(weights.dtype).contiguous()  # of its own: the rest is not kept
         shares = do.unpermute(out, place, all_weights)  # [ep * most, H], of each token what is due to the rows here
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)

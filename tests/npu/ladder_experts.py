@@ -10,6 +10,7 @@ import pytest
 import threads
 import torch
 import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # torch 2.7 registers the collectives' shapes in it
 from bodies import error, install
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -248,20 +248,19 @@ def test_little_is_kept_for_backward(found, way):
         tokens = its["rows"] if ep >= top_k else ep * 12
         choices = 12 * top_k * (1 if ep >= top_k else ep)  # place, weights, and the gathered ids
         own = 8 + (4 if ep < top_k else 0)
-        experts = 0 if ep >= top_k else 8 * E // ep  # where each one's rows end
-        assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + experts
+        rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the orders of the rows, or where each expert's end
+        assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + rest
 
 
 @pytest.mark.parametrize("counts", [[[3]], [[0, 2], [1, 0], [0, 0]], [[2, 0, 1], [0, 0, 4]], [[0, 0], [0, 0]]], ids=str)
-def test_regroup(counts):
+def test_orders(counts):
     """Parts by rank, inside by expert -> by expert, inside by rank, and back."""
     counts = torch.tensor(counts)
-    total = int(counts.sum())
-    parts = torch.arange(total).split(counts.flatten().tolist())
+    parts = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
     wanted = torch.cat([part for expert in range(counts.shape[1]) for part in parts[expert :: counts.shape[1]]])
-    order = moe_parallel.regroup(counts, total)
-    assert torch.equal(order.long(), wanted)
-    assert torch.equal(wanted[moe_parallel.regroup(counts.T, total)], torch.arange(total))
+    by_expert, by_rank = moe_parallel.orders(counts, int(counts.sum()))
+    assert by_expert.tolist() == wanted.tolist()
+    assert wanted[by_rank].tolist() == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize("ep", [2, 8])

@@ -1,7 +1,8 @@
 """The routed experts of moe.py where each of ep ranks owns E/ep of them: tokens travel, weights stay.
 
 Two ways, chosen by what they send. A rank's T tokens have K rows each, of which (ep-1)/ep belong elsewhere:
-- all-to-all, K*T*H*(ep-1)/ep each way: every row goes to its expert's rank and back;
+- all-to-all, K*T*H*(ep-1)/ep each way: every row goes to its expert's rank and back. (The least would be a token once to each
+  rank that has several of its experts, and one sum back: two thirds of that at ep = K = 8, evenly chosen. Not done.);
 - all-gather, (ep-1)*T*H each way, less where ep < K: every rank sees all tokens, sums its own experts' share of each, and the
   ep shares of a token are summed on the token's rank. The shares travel in x's dtype and are summed in fp32, which is why
   this is an all-to-all of equal parts and an addition, not a reduce-scatter in bf16: that sends as much and rounds each sum.
@@ -14,7 +15,6 @@ sent again; while the gradient of x is on its way back, those of the projections
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
+from kernels.features import all_gather_single
 from kernels.kept import Kept
 from kernels.moe import hidden_backward, moe_experts, weight_of_row
 from kernels.native import working_dtype
@@ -110,18 +111,21 @@ def ask(chosen: Callable[[], Tensor], ids: Tensor, group: dist.ProcessGroup, kep
     return make() if kept is None else kept.once(make)
 
 
-def regroup(counts: Tensor, total: int) -> Tensor:
-    """counts [A, B] of parts laid out by a, inside by b -> the index [total] int32 that lays them out by b, inside by a.
+def orders(counts: Tensor, total: int) -> Tensor:
+    """counts [A, B] of parts that lie by a, inside by b, or by b, inside by a -> the indices that turn one into the other.
 
-    It counts up by one inside a part, and jumps from one to the next. (repeat_interleave would say it in a line, and on some
-    releases of torch_npu wait for the device.)
+    [2, total] int32: the first lays out by b what lies by a, the second back. An index counts up by one inside a part, and
+    jumps from one to the next. (repeat_interleave would say it in a line; on some releases of torch_npu it may wait.)
     """
-    lengths = counts.T.flatten()
-    ends = counts.flatten().cumsum(0).view_as(counts).T.flatten()  # of each part where it lies now
-    jumps = ends - lengths - F.pad(ends[:-1], (1, 0), value=1)
-    steps = torch.ones(total + 1, dtype=torch.int32, device=counts.device)  # an empty part may start at the very end
-    steps.index_add_(0, lengths.cumsum(0) - lengths, jumps.to(torch.int32))
-    return steps[:total].cumsum(0, dtype=torch.int32)
+    lengths = torch.stack([counts.T.flatten(), counts.flatten()])  # [2, A*B], in the order of what is to be
+    ends = lengths.cumsum(1)
+    now = torch.stack(
+        [ends[1].view_as(counts).T.flatten(), ends[0].view_as(counts.T).T.flatten()]
+    )  # where each ends as yet
+    jumps = now - lengths - F.pad(now[:, :-1], (1, 0), value=1)
+    steps = torch.ones(2, total + 1, dtype=torch.int32, device=counts.device)  # an empty part may start at the very end
+    steps.scatter_add_(1, ends - lengths, jumps.to(torch.int32))
+    return steps[:, :total].cumsum(1, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -141,27 +145,28 @@ class Coming:
 class Exchange:
     """Rows to their experts' ranks and back. At home they lie by expert, so by rank; there by expert of that rank."""
 
-    def __init__(self, routes: Routes, group: dist.ProcessGroup, primitives: ModuleType) -> None:
-        self.routes, self.group, self.do = routes, group, primitives
+    def __init__(
+        self, routes: Routes, group: dist.ProcessGroup, primitives: ModuleType, known: Tensor | None = None
+    ) -> None:
+        """known: the orders, if they have been made before."""
+        self.routes, self.group, self.do, self.known = routes, group, primitives, known
         self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
-        self.total = sum(self.from_ranks)
         self.ends = routes.counts.sum(0).cumsum(0)  # [E/ep] of the rows here
 
-    @cached_property
-    def by_expert(self) -> Tensor:
-        return regroup(self.routes.counts, self.total)
-
-    @cached_property
-    def by_rank(self) -> Tensor:
-        return regroup(self.routes.counts.T, self.total)
+    def orders(self) -> Tensor:
+        """[2, N]: by expert what lies by rank, and back."""
+        if self.known is None:
+            self.known = orders(self.routes.counts, sum(self.from_ranks))
+        return self.known
 
     def out(self, rows: Tensor) -> Coming:
         """rows [T*K, …] -> [N, …]"""
-        return self._send(rows, self.to_ranks, self.from_ranks, self.by_expert)
+        return self._send(rows, self.to_ranks, self.from_ranks, self.orders()[0])
 
     def back(self, rows: Tensor) -> Coming:
         """[N, …] -> [T*K, …], the opposite way"""
-        return self._send(rows.index_select(0, self.by_rank), self.from_ranks, self.to_ranks)
+        rows = rows.index_select(0, self.orders()[1])  # lets go of what came in, where nobody else holds it
+        return self._send(rows, self.from_ranks, self.to_ranks)
 
     def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> Coming:
         received = rows.new_empty(sum(come), *rows.shape[1:])
@@ -202,16 +207,16 @@ class _Exchanged(torch.autograd.Function):
         seen = rows if ctx.needs_input_grad[3] else None
         del rows
         out = exchange.matmul_and_back(do.swiglu(gate_up), down_proj, True)()  # [T*K, H]
-        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place)
+        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place, exchange.known)
         ctx.parts = routes, group, do, kind
         return do.unpermute(out, place, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weights, gate_up_proj, down_proj, rows, gate_up, place = ctx.saved_tensors
+        ids, weights, gate_up_proj, down_proj, rows, gate_up, place, known = ctx.saved_tensors
         need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
         routes, group, do, kind = ctx.parts
-        exchange = kind(routes, group, do)
+        exchange = kind(routes, group, do, known)
         weight = exchange.out(weight_of_row(weights, place))
         # not yet times the row's weight: [N, H], [N, I]
         grad_out, grad_hidden = exchange.out_and_matmul(do.sorted_rows(grad_y, ids, place), down_proj, False)
@@ -255,16 +260,16 @@ class _Gathered(torch.autograd.Function):
         most, total = max(routes.tokens), sum(map(sum, routes.received))
         wide = working_dtype(weights)
         choice = torch.cat([ids.to(wide), weights.to(wide)], 1)  # numbers of experts are far below 2^24: exact
-        choices = _gather(choice, most, group, ep * local).wait().view(-1, 2, ids.shape[1])
-        all_x = _gather(x, most, group)
+        choices_coming, all_x = _gather(choice, most, group, ep * local), _gather(x, most, group)
+        choices = choices_coming.wait().view(-1, 2, ids.shape[1])
         # this rank's experts get the numbers 0 to E/ep - 1, others and the padding higher ones
-        chosen = choices[:, 0].to(ids.dtype)
+        chosen = choices[:, 0].to(torch.int32)
         all_ids = torch.where(chosen < ep * local, (chosen - local * dist.get_rank(group)) % (ep * local), chosen)
         rows, place, ends = do.permute(all_x.wait(), all_ids, local, total)
         gate_up = do.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
         del rows
         out = do.grouped_matmul(do.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
-        all_weights = choices[:, 1].to(weights.dtype)
+        all_weights = choices[:, 1].to(weights.dtype).contiguous()  # of its own: the rest is not kept
         shares = do.unpermute(out, place, all_weights)  # [ep * most, H], of each token what is due to the rows here
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
@@ -306,7 +311,7 @@ def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) 
         x = F.pad(x, (0, 0, 0, most - len(x)), value=padding)
     x = x.contiguous()
     received = x.new_empty(dist.get_world_size(group) * most, *x.shape[1:])
-    return Coming(x, received, dist.all_gather_into_tensor(received, x, group=group, async_op=True))
+    return Coming(x, received, all_gather_single(received, x, group=group, async_op=True))
 
 
 def _scatter(shares: Tensor, group: dist.ProcessGroup) -> Coming:

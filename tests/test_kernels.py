@@ -403,7 +403,14 @@ def test_select_has_no_quiet_fallback():
         kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
     with pytest.raises(kernels.KernelError, match=r"fla cannot be imported .* or ask for triton, or for the slow one"):
         kernels.select("npu", {"gated_delta_rule": "fla"})
-    assert kernels.select("npu", dict.fromkeys(kernels.OPS, "native")) == kernels.Kernels()
+    others = dict.fromkeys(kernels.OPS, "native")
+    with pytest.raises(
+        kernels.KernelError, match=r"moe_experts_parallel: .*torch_npu cannot .* sourced, or ask for the slow"
+    ):
+        kernels.select(
+            "npu", others | {"moe_experts_parallel": "alltoallv_gmm"}
+        )  # what it stands on serves auto as well
+    assert kernels.select("npu", others) == kernels.Kernels()
 
 
 def test_import_kernels_is_quick_and_free_of_torch_npu():

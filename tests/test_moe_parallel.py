@@ -155,9 +155,15 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
 
     is_mine = ids // (E // ep) == me
     found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
+    found["rows"], own = int(is_mine.sum()), {t.untyped_storage().data_ptr() for t in (*parts[2:], ids)}
+    saved = {}
     with Watch() as watch:
-        y = layer(None, *parts)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            y = layer(None, *parts)
         found["forward"], watch.seen = watch.seen, []
+        found["saved"] = sum(
+            t.untyped_storage().nbytes() for t in saved.values() if t.untyped_storage().data_ptr() not in own
+        )
         y.backward(probe[mine])
         found["backward"] = watch.seen
     found["waits"], grads = len(waited), [t.grad.clone() for t in parts]
@@ -234,11 +240,27 @@ def test_a_layer_that_is_run_again_waits_once(found, way):
         assert its["same"]
 
 
-def test_the_way_is_the_one_that_sends_less():
-    """A token's K rows, of which (ep-1)/ep travel, beside the token itself to the other ep-1 ranks."""
-    for ep, top_k in WAYS.values():
-        by_rows, by_tokens = top_k * (ep - 1) / ep, ep - 1
-        assert (by_tokens < by_rows) == (ep < top_k)
+@pytest.mark.parametrize("way", WAYS)
+def test_little_is_kept_for_backward(found, way):
+    """The rows that came, or the gathered tokens, gate_up's output, and a few numbers a choice: nothing is sent again."""
+    ep, top_k = WAYS[way]
+    for its in (found[rank]["traffic"][way] for rank in range(4)):
+        tokens = its["rows"] if ep >= top_k else ep * 12
+        choices = 12 * top_k * (1 if ep >= top_k else ep)  # place, weights, and the gathered ids
+        own = 8 + (4 if ep < top_k else 0)
+        rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the orders of the rows, or where each expert's end
+        assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + rest
+
+
+@pytest.mark.parametrize("counts", [[[3]], [[0, 2], [1, 0], [0, 0]], [[2, 0, 1], [0, 0, 4]], [[0, 0], [0, 0]]], ids=str)
+def test_orders(counts):
+    """Parts by rank, inside by expert -> by expert, inside by rank, and back."""
+    counts = torch.tensor(counts)
+    parts = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
+    wanted = torch.cat([part for expert in range(counts.shape[1]) for part in parts[expert :: counts.shape[1]]])
+    by_expert, by_rank = moe_parallel.orders(counts, int(counts.sum()))
+    assert by_expert.tolist() == wanted.tolist()
+    assert wanted[by_rank].tolist() == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize("ep", [2, 8])

@@ -42,7 +42,7 @@ def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices
 def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
     """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]; indices in [0, tokens * topK), none twice.
 
-    An index past the rows is passed over: moe_token_unpermute.h of ops-transformer (num_out_tokens there: the rows that came).
+    An index past the rows is passed over, and so is what has a weight of zero: moe_token_unpermute.h of ops-transformer.
     """
     assert probs is not None and probs.ndim == 2 and not padded_mode and sorted_indices.dtype == torch.int32
     assert sorted_indices.sort().values.equal(torch.arange(probs.numel(), dtype=torch.int32)) and len(permuted_tokens)
@@ -51,6 +51,8 @@ def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode
         for j in range(probs.shape[1]):
             if (row := int(sorted_indices[i * probs.shape[1] + j])) < len(permuted_tokens):
                 out[i] += permuted_tokens[row].float() * probs[i, j].float()
+            else:
+                assert not probs[i, j]  # as the documentation knows of no such rows, both are asked for
     return out.to(permuted_tokens.dtype)
 
 

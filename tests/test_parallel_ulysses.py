@@ -90,7 +90,7 @@ CASES = {  # parallel settings; others of the model's
     "ulysses 2 x ep 2": {
         "parallel": {"ulysses_parallel_size": 2, "expert_parallel_size": 2},
         "mtp": 1,
-        "recompute": True,
+        "recompute": "selective",
     },
     "ulysses 4, dense and tied": {
         "parallel": {"ulysses_parallel_size": 4, "fully_shard_parallel_size": 2},

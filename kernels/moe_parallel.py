@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import native
+from kernels.features import all_gather_single
 from kernels.kept import Kept
 from kernels.moe import hidden_backward, moe_experts, weight_of_row
 from kernels.native import working_dtype
@@ -269,7 +270,8 @@ class _Gathered(torch.autograd.Function):
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
         ctx.group, ctx.do, ctx.total, ctx.tokens = group, do, total, len(x)
-        return _added(do, _scatter(shares, group).wait(), ep)[: len(x)]
+        y = _added(do, _scatter(shares, group).wait(), ep)
+        return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns of views that its units return
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -306,7 +308,7 @@ def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) 
         x = F.pad(x, (0, 0, 0, most - len(x)), value=padding)
     x = x.contiguous()
     received = x.new_empty(dist.get_world_size(group) * most, *x.shape[1:])
-    return Coming(x, received, dist.all_gather_into_tensor(received, x, group=group, async_op=True))
+    return Coming(x, received, all_gather_single(received, x, group=group, async_op=True))
 
 
 def _scatter(shares: Tensor, group: dist.ProcessGroup) -> Coming:

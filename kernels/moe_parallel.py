@@ -274,7 +274,8 @@ class _Gathered(torch.autograd.Function):
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
         ctx.group, ctx.do, ctx.total, ctx.tokens = group, do, total, len(x)
-        return _added(do, _scatter(shares, group).wait(), ep)[: len(x)]
+        y = _added(do, _scatter(shares, group).wait(), ep)
+        return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns of views that its units return
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

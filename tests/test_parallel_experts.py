@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,6 +157,7 @@ CASES = {
 
 def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=r".*returned a view tensor|.*is deprecated")  # a user would read them
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = {}

@@ -15,8 +15,8 @@ from qwen35.batch import derive
 from qwen35.device import CopyQueue
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35
-from qwen35.model.offload import Offload, Stash, View
 from qwen35.parallel import make_meshes, shard
+from qwen35.parallel.offload import Offload, Stash, View
 from qwen35.settings import ParallelSettings
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_gradients_are_the_same_to_the_bit(recompute, dtype):
     batch = dataclasses.replace(BATCH, pixel_values=BATCH.pixel_values.to(dtype))
     plain = step(model, False, batch)
     for smallest in (0, 3000):
-        model.model.language_model.offload = Offload(CPU, smallest)
+        model.model.language_model.offload = Offload(CPU, smallest).stash
         again = step(model, recompute, batch)
         assert plain.keys() == again.keys()
         assert all(torch.equal(plain[name], again[name]) for name in plain), smallest
@@ -52,8 +52,9 @@ class Counted(CopyQueue):
 
 
 def offloaded(model: Qwen35, log: list) -> None:
-    offload = model.model.language_model.offload = Offload(CPU, 100)  # cu_seqlens is less
+    offload = Offload(CPU, 100)  # cu_seqlens is less
     offload.going, offload.coming = Counted(log), Counted(log)
+    model.model.language_model.offload = offload.stash
     layers = model.model.language_model.layers
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda m, args, i=i: log.append(("run", i, 0)))
@@ -138,7 +139,7 @@ def test_nothing_outlives_backward():
     """Without the garbage collector: of a device's memory everything counts."""
     model = Qwen35.from_config(config_dict(), seed=3)
     batch = derive(BATCH, model.config.vision_spec)
-    model.model.language_model.offload = Offload(CPU, 0)
+    model.model.language_model.offload = Offload(CPU, 0).stash
     weights = token_weights(batch, "default")
     gc.collect()
     gc.disable()

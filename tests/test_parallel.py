@@ -15,9 +15,9 @@ from qwen35.device import init_process
 from qwen35.launch import leave
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
-from qwen35.model.offload import Offload
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
+from qwen35.parallel.offload import Offload
 from qwen35.settings import ParallelSettings, TrainingSettings
 from qwen35.trainable import freeze
 
@@ -64,7 +64,7 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
                 p.copy_(q)
     model.recompute(case.get("recompute", False))
     if case.get("offload"):
-        model.model.language_model.offload = Offload(device, 0)
+        model.model.language_model.offload = Offload(device, 0).stash
     t = TrainingSettings(
         train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, **case.get("training", {})
     )

@@ -1,10 +1,10 @@
 """Qwen3.5, dense and mixture-of-experts, assembled. Parameter names and layouts are the checkpoint's own."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,17 @@ from qwen35.model.gated_delta_net import GatedDeltaNet
 from qwen35.model.moe import MLP, MoE, load_balancing_loss
 from qwen35.model.mtp import MultiTokenPrediction
 from qwen35.model.norm import RMSNorm, RMSNormGated
-from qwen35.model.offload import Offload, Stash
 from qwen35.model.rope import Rope, text_rope
 from qwen35.model.vision import VisionTower
 
 Stats = list[Tensor]  # of the routers, [2, E] a MoE layer; empty for a dense model
+
+
+class Stash(AbstractContextManager[None], Protocol):
+    """Around a layer's forward: takes what autograd keeps inside, and by pack what is kept otherwise."""
+
+    def pack(self, x: Tensor) -> Any: ...
+    def unpack(self, packed: Any) -> Tensor: ...
 
 
 class DecoderLayer(nn.Module):
@@ -68,7 +74,8 @@ class LanguageModel(nn.Module):
         self.recompute: bool | str = (
             False  # keep only each layer's input for backward; "selective": and what its core returns
         )
-        self.offload: Offload | None = None  # where what is kept is put meanwhile; None: it stays on the device
+        # (layer, what all layers share, the stash of the layer before, is_last) -> where what is kept is put; None: it stays
+        self.offload: Callable[[nn.Module, list[Tensor], Any, bool], Stash] | None = None
 
     def rope(self, position_ids: Tensor) -> Rope:
         return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
@@ -81,7 +88,7 @@ class LanguageModel(nn.Module):
         stash: Stash | None = None
         for i, layer in enumerate(self.layers, 1):
             if self.offload and torch.is_grad_enabled():
-                stash = self.offload.stash(layer, [*rope, counted], before=stash, is_last=i == len(self.layers))
+                stash = self.offload(layer, [*rope, counted], stash, i == len(self.layers))
             x, more = self.run(layer, x, rope, batch.cu_seqlens, counted, stash=stash)
             stats += more
         return self.norm(x), stats

@@ -1,4 +1,4 @@
-"""What lies on the host meanwhile, on fake NPU tensors: the copies that a step asks for, and what the device holds at a time."""
+"""What lies on the host meanwhile, on fake NPU tensors: the copies asked for, and what the device holds at a time."""
 
 import dataclasses
 
@@ -12,9 +12,9 @@ from watch import Watch
 import kernels
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
-from qwen35.model.offload import Offload
 from qwen35.optim_swap import SwappedAdamW
 from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.offload import Offload
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 TOKENS = 1024
@@ -56,7 +56,7 @@ def test_activations_on_the_host(recompute):
             model = Qwen35(load_config(config), kernels=kernels.select("npu"))
             _to_bf16(model, HELD_OUT)
             model.recompute(recompute)
-            model.model.language_model.offload = Offload(torch.device(DEVICE)) if offload else None
+            model.model.language_model.offload = Offload(torch.device(DEVICE)).stash if offload else None
             with LiveBytes("npu") as live, Copies() as copies:
                 there = fake.to(DEVICE)
                 there = dataclasses.replace(there, pixel_values=there.pixel_values.bfloat16())

@@ -10,6 +10,7 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_d
 from torch import Tensor
 
 from kernels.kept import Kept
+from kernels.lengths import made_once
 
 
 def chunk_gated_delta_rule(
@@ -33,5 +34,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _lengths(cu_seqlens: Tensor, x: Tensor) -> dict[str, Tensor]:
-    host = cu_seqlens.long().unique_consecutive()  # without empty sequences
-    return {"cu_seqlens": host.to(x.device, non_blocking=True), "cu_seqlens_cpu": host}
+    def make() -> dict[str, Tensor]:
+        host = cu_seqlens.long().unique_consecutive()  # without empty sequences
+        return {"cu_seqlens": host.to(x.device, non_blocking=True), "cu_seqlens_cpu": host}
+
+    return made_once(cu_seqlens, ("fla", x.device), make)

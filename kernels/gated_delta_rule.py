@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels.kept import Kept, outputs_once
+from kernels.lengths import made_once
 from kernels.native import working_dtype
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
@@ -77,8 +78,15 @@ class Step:
         return Step(tokens, real.to(device, non_blocking=True), places.to(device, non_blocking=True))
 
 
-def groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[tuple[Tensor, list[Step]]]:
-    """cu_seqlens [S+1] on the CPU -> up to `size` sequences that go together, longest first, and their steps."""
+Group = tuple[Tensor, list[Step]]  # sequences that go together, and their steps
+
+
+def groups(cu_seqlens: Tensor, size: int, device: torch.device) -> list[Group]:
+    """cu_seqlens [S+1] on the CPU -> up to `size` sequences each, longest first; made once a batch."""
+    return made_once(cu_seqlens, ("groups", size, device), lambda: list(_groups(cu_seqlens, size, device)))
+
+
+def _groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[Group]:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
     place = torch.arange(CHUNK)
@@ -270,7 +278,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     _, k, v, _, _ = inputs
     grads, heads = tuple(torch.empty_like(x) for x in inputs), v.shape[1]
-    for members, steps in reversed(list(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device))):
+    for members, steps in reversed(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device)):
         grad_state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in reversed(steps):
             entering, inverse = kept.pop()

@@ -15,11 +15,17 @@ class Kept:
     sync), and, with `outputs`, what attention and the delta rule return.
 
     One object a layer and micro-batch, given to torch.utils.checkpoint as `context_fn=kept.contexts`. The second run asks
-    in the order of the first. Tensors must be given detached: they outlive the first run's graph.
+    in the order of the first. Tensors must be given to `once` detached: they outlive the first run's graph. pack, unpack: how
+    outputs are put away and found again; what pack gives must hold nothing of the graph either.
     """
 
-    def __init__(self, outputs: bool = False) -> None:
-        self.outputs = outputs
+    def __init__(
+        self,
+        outputs: bool = False,
+        pack: Callable[[Tensor], Any] = Tensor.detach,
+        unpack: Callable[[Any], Tensor] = Tensor.detach,
+    ) -> None:
+        self.outputs, self._pack, self._unpack = outputs, pack, unpack
         self._results: deque[Any] = deque()
         self._is_second = False
 
@@ -35,6 +41,14 @@ class Kept:
     def is_second(self) -> bool:
         return self._is_second
 
+    def outputs_once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The same of outputs, inside an autograd.Function's forward."""
+        if self._is_second:
+            return tuple(self._unpack(x) for x in self._results.popleft())
+        result = make()
+        self._results.append(tuple(self._pack(x) for x in result))
+        return result
+
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of the first run, of the second."""
         return nullcontext(), self._second()
@@ -47,8 +61,5 @@ class Kept:
 
 
 def outputs_once(kept: Kept | None, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Inside an autograd.Function's forward: make(), or what the first run made. None: there is only one run.
-
-    Aliases, for autograd hangs its graph on the very tensor that a forward returns.
-    """
-    return make() if kept is None else tuple(x.detach() for x in kept.once(make))
+    """make(), or what the first run made. None: there is only one run."""
+    return make() if kept is None else kept.outputs_once(make)

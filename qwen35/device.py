@@ -114,6 +114,18 @@ class CopyQueue:
             self._stream.wait_event(mark)
         return self._api.stream(self._stream)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in page-locked memory, whole once what is queued so far is done."""
+        room = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=self._api is not None)
+        with self.after(None):
+            return room.copy_(tensor, non_blocking=True)
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The way back; into memory that the device may use for nothing else meanwhile."""
+        room = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        with self.after(None):
+            return room.copy_(tensor, non_blocking=True)
+
     def mark(self) -> Any:
         """All that is queued here so far."""
         return self._stream.record_event() if self._stream else None

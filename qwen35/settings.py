@@ -99,6 +99,7 @@ class ParallelSettings:
     # keep only each layer's input for backward, and run the layer again; selective: keep what attention and delta rule return
     # too, so that these do not run again
     recompute: bool | Literal["selective"] = False
+    activation_offload: bool = False  # what a layer keeps for backward lies in the host's memory meanwhile
 
 
 @dataclass(frozen=True)

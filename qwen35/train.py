@@ -33,6 +33,7 @@ from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
+from qwen35.parallel.offload import Offload
 from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.profiling import Profile
@@ -129,6 +130,8 @@ def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.
     if settings.training.init_model_with_meta_device:
         model.to_empty(device=device)
     model.recompute(settings.parallel.recompute)
+    if settings.parallel.activation_offload:
+        model.model.language_model.offload = Offload(device).stash
     return make_optimizer(model, settings.training)
 
 

@@ -3,13 +3,14 @@
 import itertools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
-from kernels import native, reference
+from kernels import gated_delta_rule, native, reference
 
 LENGTHS = [[1], [2], [63], [64], [65], [127], [200], [1000], [1, 1, 64, 3, 130, 1], [1, 2, 3, 2, 2] * 20]
 
@@ -453,3 +454,18 @@ def test_the_table_prints_and_the_name_does_not_break_transformers():
     assert all(op in table for op in kernels.OPS)
     code = "import kernels; assert kernels.__version__ == '0.0.0'; import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
+
+
+def test_what_follows_from_the_lengths_is_made_once_and_goes_with_them():
+    lengths, q = cu([70, 3]), torch.randn(73, 2, 8)
+    v, g, beta = torch.randn(73, 4, 8), -torch.rand(73, 4), torch.rand(73, 4)
+    first = kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths)
+    made = gated_delta_rule.groups(lengths, 16, q.device)
+    assert made is gated_delta_rule.groups(lengths, 16, q.device) is not gated_delta_rule.groups(lengths, 8, q.device)
+    assert made is not gated_delta_rule.groups(lengths.clone(), 16, q.device)
+    assert torch.equal(first, kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths.clone()))
+    group = weakref.ref(made[0][0])
+    del made
+    assert group() is not None
+    del lengths
+    assert group() is None

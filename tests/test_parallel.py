@@ -17,6 +17,7 @@ from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
+from qwen35.parallel.offload import Offload
 from qwen35.settings import ParallelSettings, TrainingSettings
 from qwen35.trainable import freeze
 
@@ -62,7 +63,11 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
             else:
                 p.copy_(q)
     model.recompute(case.get("recompute", False))
-    t = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
+    if case.get("offload"):
+        model.model.language_model.offload = Offload(device, 0).stash
+    t = TrainingSettings(
+        train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, **case.get("training", {})
+    )
     optimizer = make_optimizer(model, t)
     norm = GradientNorm(model, meshes.weights["shard"].get_group())
     mine = BATCHES[rank::world]
@@ -101,7 +106,7 @@ CASES = {
     "sharded": {},
     "replicated": {"parallel": {"fully_shard_parallel_size": 1}},
     "recompute": {"recompute": True},
-    "selective": {"recompute": "selective"},
+    "selective, on the host": {"recompute": "selective", "offload": True, "training": {"optimizer": "adamw_swap"}},
     "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
     "dense, tied": {"config": {"moe": False, "tied": True}},
 }

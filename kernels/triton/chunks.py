@@ -4,13 +4,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.lengths import made_once
+
 
 def chunk_tables(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cu_seqlens [S+1] on the host -> chunks [N, 4], sequences [S+1, 2], int32.
+    """cu_seqlens [S+1] on the host -> chunks [N, 4], sequences [S+1, 2], int32; made once a batch.
 
     Of a chunk of up to `size` tokens: its first token, how many it has, how many of its sequence come before it, and after it.
     Of a sequence: its first token and its first chunk; the last row holds the ends.
     """
+    return made_once(cu_seqlens, ("chunks", size, device), lambda: _made(cu_seqlens, size, device))
+
+
+def _made(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     bounds = np.array(cu_seqlens.tolist(), dtype=np.int64)
     lengths = np.diff(bounds)
     counts = -(-lengths // size)  # [S], of chunks

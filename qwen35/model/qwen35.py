@@ -1,9 +1,10 @@
 """Qwen3.5, dense and mixture-of-experts, assembled. Parameter names and layouts are the checkpoint's own."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,13 @@ from qwen35.model.rope import Rope, text_rope
 from qwen35.model.vision import VisionTower
 
 Stats = list[Tensor]  # of the routers, [2, E] a MoE layer; empty for a dense model
+
+
+class Stash(AbstractContextManager[None], Protocol):
+    """Around a layer's forward: takes what autograd keeps inside, and by pack what is kept otherwise."""
+
+    def pack(self, x: Tensor) -> Any: ...
+    def unpack(self, packed: Any) -> Tensor: ...
 
 
 class DecoderLayer(nn.Module):
@@ -66,6 +74,8 @@ class LanguageModel(nn.Module):
         self.recompute: bool | str = (
             False  # keep only each layer's input for backward; "selective": and what its core returns
         )
+        # (layer, what all layers share, the stash of the layer before, is_last) -> where what is kept is put; None: it stays
+        self.offload: Callable[[nn.Module, list[Tensor], Any, bool], Stash] | None = None
 
     def rope(self, position_ids: Tensor) -> Rope:
         return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
@@ -75,19 +85,26 @@ class LanguageModel(nn.Module):
         rope = self.rope(batch.position_ids)
         stats: Stats = []
         counted = torch.ones(len(x), device=x.device) if batch.is_pad is None else (~batch.is_pad).float()
-        for layer in self.layers:
-            x, more = self.run(layer, x, rope, batch.cu_seqlens, counted)
+        stash: Stash | None = None
+        for i, layer in enumerate(self.layers, 1):
+            if self.offload and torch.is_grad_enabled():
+                stash = self.offload(layer, [*rope, counted], stash, i == len(self.layers))
+            x, more = self.run(layer, x, rope, batch.cu_seqlens, counted, stash=stash)
             stats += more
         return self.norm(x), stats
 
-    def run(self, layer: Callable[..., tuple[Tensor, Stats]], *inputs: Any) -> tuple[Tensor, Stats]:
-        """layer(*inputs, kept): as it is, or so that backward runs it again."""
-        if not self.recompute:
-            return layer(*inputs, None)
-        kept = Kept(outputs=self.recompute == "selective")
-        # nothing in a layer is random: the generators' states need not be kept
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
-        return again(layer, *inputs, kept)
+    def run(
+        self, layer: Callable[..., tuple[Tensor, Stats]], *inputs: Any, stash: Stash | None = None
+    ) -> tuple[Tensor, Stats]:
+        """layer(*inputs, kept): as it is, or so that backward runs it again; what is kept for that goes into the stash."""
+        with stash or nullcontext():
+            if not self.recompute:
+                return layer(*inputs, None)
+            aside = (stash.pack, stash.unpack) if stash else ()
+            kept = Kept(self.recompute == "selective", *aside)
+            # nothing in a layer is random: the generators' states need not be kept
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
+            return again(layer, *inputs, kept)
 
 
 class Backbone(nn.Module):

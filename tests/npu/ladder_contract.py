@@ -47,9 +47,11 @@ def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     shapes, rest = CASES[op]
     rest = (IDS,) if op == "moe_experts" else rest
     native = run(kernels, op, [torch.randn(s).to(dtype) for s in shapes], rest)
+    fresh = CU.clone()  # what operators keep with it belongs to one mode
     with FakeTensorMode() as mode, Watch() as watch:
         moved = tuple(
-            x if x is CU or not isinstance(x, torch.Tensor) else mode.from_tensor(x).to("npu:0") for x in rest
+            fresh if x is CU else x if not isinstance(x, torch.Tensor) else mode.from_tensor(x).to("npu:0")
+            for x in rest
         )
         fake = run(module, op, [torch.randn(s, dtype=dtype, device="npu:0") for s in shapes], moved)
     for ours, theirs in zip(fake, native, strict=True):

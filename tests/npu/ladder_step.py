@@ -10,6 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
 from kernels.features import HAS_GROUPED_MM
+from kernels.triton import chunks
+from kernels.triton.tiles import CONV_ROWS, chunk_size
 from qwen35.parallel import make_meshes
 from qwen35.settings import ParallelSettings
 from rehearse.watch import SavedBytes, Watch, has_kernel
@@ -98,6 +100,18 @@ def test_a_step_on_shared_bins(moe, recompute, sharing):
     assert step.forward.ops[exchange] == 2 * mixers
     assert step.backward.ops[exchange] == 2 * mixers * (1 + recompute) + 1  # the features' gradient
     assert step.forward.ops["c10d::allgather_"] == 1 and step.forward.ops["c10d::allreduce_"] == moe
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_the_chunks_are_written_down_once_a_batch(recompute, monkeypatch):
+    """For the delta rule's size and for the convolution's: not once a layer, nor again where layers are run again."""
+    tables, make = [], chunks._made
+    monkeypatch.setattr(
+        chunks, "_made", lambda lengths, size, device: tables.append(size) or make(lengths, size, device)
+    )
+    config = slice_config(True, LAYERS)
+    our_step(config, make_batch(config, 1024, True), recompute)
+    assert sorted(tables) == [chunk_size(128, 128), CONV_ROWS]
 
 
 def test_text_and_images_dispatch_the_same():

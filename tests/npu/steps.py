@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from live_bytes import LiveBytes
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
@@ -92,6 +92,9 @@ def _fake(record, mode: FakeTensorMode):
             fields[name] = _fake(value, mode)
         elif isinstance(value, Tensor) and name not in HOST_FIELDS:
             fields[name] = mode.from_tensor(value)
+        elif isinstance(value, Tensor):
+            with unset_fake_temporarily():  # what operators keep with it belongs to one mode
+                fields[name] = value.clone()
     return dataclasses.replace(record, **fields)
 
 

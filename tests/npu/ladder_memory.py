@@ -1,0 +1,95 @@
+"""What lies on the host meanwhile, on fake NPU tensors: the copies asked for, and what the device holds at a time."""
+
+import dataclasses
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from steps import DEVICE, _fake, _to_bf16, make_batch, slice_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from watch import Watch
+
+import kernels
+from qwen35.loss import token_weights
+from qwen35.model import Qwen35, load_config
+from qwen35.optim_swap import SwappedAdamW
+from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.offload import Offload
+
+LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+TOKENS = 1024
+
+
+class Copies(Watch):
+    """Between host and device: bytes each way. One that the host would wait for is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = self.back = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            target, source = args[:2]
+            if {target.device.type, source.device.type} == {"npu", "cpu"}:
+                assert args[2:] == (True,) or (kwargs or {}).get("non_blocking"), "the host waits"
+                self.out += target.nbytes * (target.device.type == "cpu")
+                self.back += target.nbytes * (target.device.type == "npu")
+                return func(*args, **(kwargs or {}))
+        self.calls.clear()  # they would keep their tensors alive
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: filling each new tensor would be one more operator."""
+
+
+@pytest.mark.parametrize("recompute", [False, True, "selective"], ids=["", "recompute", "selective"])
+def test_activations_on_the_host(recompute):
+    """No host sync; what goes comes back; from forward to backward far less stays on the device."""
+    config, held = slice_config(True, LAYERS), {}
+    batch = make_batch(config, TOKENS, True)
+    weights = token_weights(batch, "default")
+    for offload in (False, True):
+        with FakeTensorMode() as mode, torch.device(DEVICE):
+            fake, fake_weights = _fake(batch, mode), mode.from_tensor(weights)
+            model = Qwen35(load_config(config), kernels=kernels.select("npu"))
+            _to_bf16(model, HELD_OUT)
+            model.recompute(recompute)
+            model.model.language_model.offload = Offload(torch.device(DEVICE)).stash if offload else None
+            with LiveBytes("npu") as live, Copies() as copies:
+                there = fake.to(DEVICE)
+                there = dataclasses.replace(there, pixel_values=there.pixel_values.bfloat16())
+                loss, aux, _ = model.loss(there, fake_weights.to(DEVICE, non_blocking=True))
+                total = loss + aux
+                held[offload] = live.now
+                total.backward()
+            assert not copies.record.wrong
+            assert (copies.out == copies.back > 0) if offload else copies.out == 0
+            del loss, aux, total, there
+    sent = copies.out
+    assert sent >= 3 * TOKENS * 1024 * 2  # the inputs of all layers but the last
+    assert held[False] - held[True] >= 0.95 * sent
+
+
+def test_moments_on_the_host():
+    """No host sync; the moments go both ways; two chunks of them are on the device, and no more."""
+    with FakeTensorMode(), torch.device(DEVICE):
+        model = Qwen35(load_config(slice_config(True, LAYERS)), kernels=kernels.select("npu"))
+        optimizer = SwappedAdamW([{"params": list(model.parameters())}], chunk=1 << 22, lr=1e-4)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        elements = sum(p.numel() for p in model.parameters())
+        for state in optimizer.state.values():
+            assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "cpu"
+            assert state["step"].device.type == "npu"
+        with LiveBytes("npu") as live, Copies() as copies:
+            optimizer.step()
+        assert not copies.record.wrong and copies.out == copies.back == 2 * 4 * elements
+        assert live.peak == 2 * 2 * 4 * (1 << 22) and live.now == 0
+        chunks = -(-elements // (1 << 22))
+        assert chunks <= copies.record.ops["aten::_fused_adamw_"] <= chunks + 1
+        assert (
+            copies.record.launched == copies.record.ops["aten::_fused_adamw_"] + 2
+        )  # the rooms, and the counts of steps

@@ -1,0 +1,158 @@
+"""What layers keep, put aside and brought back: the same gradients to the bit, each storage once, no parameters."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+import torch.distributed as dist
+from live_bytes import LiveBytes
+from peer import config_dict
+from test_recompute import BATCH, step
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from qwen35.batch import derive
+from qwen35.device import CopyQueue
+from qwen35.loss import token_weights
+from qwen35.model import Qwen35
+from qwen35.parallel import make_meshes, shard
+from qwen35.parallel.offload import Offload, Stash, View
+from qwen35.settings import ParallelSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_gradients_are_the_same_to_the_bit(recompute, dtype):
+    model = Qwen35.from_config(config_dict(), seed=3).to(dtype)
+    batch = dataclasses.replace(BATCH, pixel_values=BATCH.pixel_values.to(dtype))
+    plain = step(model, False, batch)
+    for smallest in (0, 3000):
+        model.model.language_model.offload = Offload(CPU, smallest).stash
+        again = step(model, recompute, batch)
+        assert plain.keys() == again.keys()
+        assert all(torch.equal(plain[name], again[name]) for name in plain), smallest
+
+
+class Counted(CopyQueue):
+    """What went through the queues, in order."""
+
+    def __init__(self, log: list) -> None:
+        super().__init__(CPU)
+        self.log = log
+
+    def to_host(self, tensor):
+        self.log.append(("to host", tensor.untyped_storage()._cdata, tensor.nbytes))
+        return super().to_host(tensor)
+
+    def to_device(self, tensor, device):
+        self.log.append(("to device", 0, tensor.nbytes))
+        return super().to_device(tensor, device)
+
+
+def offloaded(model: Qwen35, log: list) -> None:
+    offload = Offload(CPU, 100)  # cu_seqlens is less
+    offload.going, offload.coming = Counted(log), Counted(log)
+    model.model.language_model.offload = offload.stash
+    layers = model.model.language_model.layers
+    for i, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda m, args, i=i: log.append(("run", i, 0)))
+
+
+def test_what_goes_where_and_when():
+    """With recompute: each layer's input but the last's goes after the layer, and comes back as the layer behind begins."""
+    model, log = Qwen35.from_config(config_dict(), seed=3), []
+    offloaded(model, log)
+    step(model, True, derive(BATCH, model.config.vision_spec))
+    size = len(BATCH.input_ids) * 48 * 4
+    copies = [(what, n if what == "run" else size) for what, n, size in log]
+    forward = [("run", 0), ("to host", size), ("run", 1), ("to host", size), ("run", 2), ("to host", size), ("run", 3)]
+    backward = [
+        ("to device", size),
+        ("run", 3),
+        ("to device", size),
+        ("run", 2),
+        ("to device", size),
+        ("run", 1),
+        ("run", 0),
+    ]
+    assert copies == forward + backward
+    log.clear()
+    step(model, "selective", derive(BATCH, model.config.vision_spec))
+    tokens = len(BATCH.input_ids)
+    sent = sum(size for what, _, size in log if what == "to host")
+    assert sent == 3 * size + 3 * tokens * 4 * 24 * 4  # and the outputs of the three delta rules
+
+
+def test_each_storage_once_and_no_parameter():
+    model, log = Qwen35.from_config(config_dict(), seed=3), []
+    offloaded(model, log)
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    loss, _, _ = model.loss(BATCH, token_weights(BATCH, "default"))
+    runs = [i for i, (what, _, _) in enumerate(log) if what == "run"]
+    for start, end in zip(runs, [*runs[1:], len(log)], strict=True):
+        sent = [key for what, key, _ in log[start:end] if what == "to host"]
+        assert len(sent) == len(set(sent)) and not parameters & set(sent)
+    assert all(what != "to host" for what, _, _ in log[runs[-1] :])
+    loss.backward()
+    sent, back = (sum(size for w, _, size in log if w == what) for what in ("to host", "to device"))
+    assert sent == back > 0
+
+
+def test_the_whole_weights_of_fsdp_are_not_put_aside():
+    """They are parameters only while a layer runs: with them, more would go than without FSDP."""
+    sent = []
+    for world in (1, 4):
+        model, log = Qwen35.from_config(config_dict(), seed=3), []
+        if world > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+            shard(model, make_meshes("cpu", ParallelSettings()), torch.float32)
+        try:
+            offloaded(model, log)
+            model.loss(BATCH, token_weights(BATCH, "default"))
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+        sent.append([size for what, _, size in log if what == "to host"])
+    assert sent[0] == sent[1] and len(sent[0]) > 20
+
+
+def test_views_come_back_as_they_were():
+    layer = torch.nn.Linear(2, 2)
+    stash = Offload(CPU, 0).stash(layer, [], None, is_last=False)
+    x = torch.arange(24.0).view(4, 6)
+    views = [x[1:, ::2], x.T, x.view(2, 12)[1], x.view(torch.int32), layer.weight.T, torch.tensor(3.0)]
+    with stash:
+        packed = [stash.pack(v) for v in views]
+    assert [isinstance(p, View) for p in packed] == [True] * 4 + [False, True]
+    stash._let_go()
+    expected = [v.clone() for v in views]
+    x.zero_()
+    for p, v, e in zip(packed, views, expected, strict=True):
+        found = stash.unpack(p)
+        assert torch.equal(found, e) and found.dtype == v.dtype and found.stride() == v.stride()
+    assert packed[0].item is packed[1].item is packed[2].item is not packed[3].item
+
+
+def test_nothing_outlives_backward():
+    """Without the garbage collector: of a device's memory everything counts."""
+    model = Qwen35.from_config(config_dict(), seed=3)
+    batch = derive(BATCH, model.config.vision_spec)
+    model.model.language_model.offload = Offload(CPU, 0).stash
+    weights = token_weights(batch, "default")
+    gc.collect()
+    gc.disable()
+    try:
+        for how in (False, True, "selective"):
+            model.recompute(how)
+            with LiveBytes() as live:
+                loss, aux, _ = model.loss(batch, weights)
+                total = loss + aux
+                total.backward()
+                model.zero_grad()
+                del loss, aux, total
+            assert live.now < 4096, how
+            assert not any(type(x) is Stash for x in gc.get_objects())
+    finally:
+        gc.enable()

@@ -45,6 +45,7 @@ class Machine(TorchDispatchMode):
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
+        self.doubles: dict[int, weakref.ref] = {}  # storages of fake tensors that stand for one of the host
 
     def __enter__(self) -> "Machine":
         # torch.tensor(…, device=) would else copy to the device behind the modes' back
@@ -74,7 +75,7 @@ class Machine(TorchDispatchMode):
             # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not _is_among(self.doubles, x)]
         if func.namespace != "prim":  # prim: fake tensors' own
             for observer in self.observers:
                 observer.saw(func, args, kwargs, inputs, outputs)
@@ -85,7 +86,7 @@ class Machine(TorchDispatchMode):
         return there and all(
             not isinstance(x, FakeTensor)
             and x.device.type == "cpu"
-            and (not self.unknown or x.untyped_storage()._cdata not in self.unknown)
+            and not _is_among(self.unknown, x)
             for x in inputs
         )
 
@@ -97,14 +98,25 @@ class Machine(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in tree_leaves(value):
                     if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
-                        storage = x.untyped_storage()
-                        address = storage._cdata
-                        self.unknown[address] = weakref.ref(storage, partial(_drop, self.unknown, address))
+                        _remember(self.unknown, x)
 
     def _fake(self, x: Tensor) -> Tensor:
         if isinstance(x, FakeTensor) or x.device.type != "cpu":
             return x
-        return self.fake.from_tensor(x)
+        double = self.fake.from_tensor(x)
+        _remember(self.doubles, double)
+        return double
+
+
+def _is_among(table: dict[int, weakref.ref], x: Tensor) -> bool:
+    return bool(table) and x.untyped_storage()._cdata in table
+
+
+def _remember(table: dict[int, weakref.ref], x: Tensor) -> None:
+    """x's storage, as long as it lives."""
+    storage = x.untyped_storage()
+    address = storage._cdata
+    table[address] = weakref.ref(storage, partial(_drop, table, address))
 
 
 def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:

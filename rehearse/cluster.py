@@ -64,7 +64,8 @@ class Machine(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operator on its local tensors, which come by here
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.namespace in ("aten", "prims") and self._is_of_host(inputs, kwargs.get("device")):
+        is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
+        if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             if not self.is_shared:
@@ -84,10 +85,7 @@ class Machine(TorchDispatchMode):
     def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
         there = device is None or torch.device(device).type == "cpu"
         return there and all(
-            not isinstance(x, FakeTensor)
-            and x.device.type == "cpu"
-            and not _is_among(self.unknown, x)
-            for x in inputs
+            not isinstance(x, FakeTensor) and x.device.type == "cpu" and not _is_among(self.unknown, x) for x in inputs
         )
 
     def _forget(self, func: Any, args: tuple, kwargs: dict) -> None:

@@ -1,5 +1,6 @@
 """The operators of a step by its phases: how many, what they move through memory, and what must not be among them."""
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,29 @@ class RehearsalError(UserError):
     """The step would not run on NPUs, or not well: a missing kernel, a host sync, too little memory."""
 
 
+class PageLocked:
+    """Memory of the host that the device writes to by itself."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, tuple[int, weakref.ref]] = {}  # by the address of the storage
+        self.now = self.most = 0  # bytes
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for x in tensors:
+            storage = x.untyped_storage()
+            address, size = storage._cdata, storage.nbytes()
+            if address not in self.sizes:
+                self.sizes[address] = size, weakref.ref(storage, lambda _, gone=address: self._drop(gone))
+                self.now += size
+                self.most = max(self.most, self.now)
+
+    def _drop(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)[0]
+
+    def __contains__(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self.sizes
+
+
 @dataclass
 class Operators:
     """An Observer of a step on NPUs. `phase` is set by who knows it."""
@@ -33,11 +57,20 @@ class Operators:
     moved: Counter[str] = field(
         default_factory=Counter
     )  # phase -> bytes through the device's memory, matmuls' left out
+    copied: Counter[str] = field(default_factory=Counter)  # phase -> bytes to page-locked memory of the host
     syncs: Counter[str] = field(
         default_factory=Counter
     )  # phase -> the allowed ones: each asks for counts of rows by expert
 
+    locked: PageLocked = field(default_factory=PageLocked)
+
     def saw(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if kwargs.get("pin_memory"):
+            self.locked.add(outputs)
+            return
+        if func.name() == "aten::copy_" and len(args) > 2 and args[2] and args[0] in self.locked:
+            self.copied[self.phase] += size_of(args[0])  # the host goes on
+            return
         if not any(x.device.type == "npu" for x in (*inputs, *outputs)):
             return
         record = self.records[self.phase]

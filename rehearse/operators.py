@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from rehearse.watch import Record, note
 from rehearse.wire import size_of
 
 # bound by arithmetic, which the model's FLOPs stand for
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_fusion_attention")
-MATMULS += ("npu_fusion_attention_grad", "invert", "scan", "states", "grad_states", "gradients")
+MATMULS = (
+    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_fusion_attention"),
+    *("npu_fusion_attention_grad", "invert", "scan", "states", "grad_states", "gradients"),
+)
 # read what they return, not all of what they are given
 GATHERS = ("embedding", "index", "index_select", "gather", "npu_moe_token_permute")
 
@@ -37,11 +40,11 @@ class PageLocked:
             storage = x.untyped_storage()
             address, size = storage._cdata, storage.nbytes()
             if address not in self.sizes:
-                self.sizes[address] = size, weakref.ref(storage, lambda _, gone=address: self._drop(gone))
+                self.sizes[address] = size, weakref.ref(storage, partial(self._drop, address))
                 self.now += size
                 self.most = max(self.most, self.now)
 
-    def _drop(self, address: int) -> None:
+    def _drop(self, address: int, _: object) -> None:
         self.now -= self.sizes.pop(address)[0]
 
     def __contains__(self, x: Tensor) -> bool:
@@ -96,7 +99,7 @@ def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 def refused(error: BaseException) -> RehearsalError | None:
     """What torch's fake tensors raise where the host would have to know a value, or nobody knows a shape."""
     fake = torch._subclasses.fake_tensor
-    func = getattr(error, "func", None)
+    func: Any = getattr(error, "func", None)
     name = func.name() if hasattr(func, "name") else str(func)
     if isinstance(error, fake.DataDependentOutputException | fake.DynamicOutputShapeException):
         return RehearsalError(f"{name} waits for the device ({place_of(error)})")

@@ -48,8 +48,8 @@
 # The recipe that `make finetune` trains; configs/tiny.yaml makes its own model and data first.
 : "${CONFIG:=configs/tiny.yaml}"
 # `make finetune`, `make show`: settings over those of the recipe, "training.train_iters=20 training.lr=1e-4". Elsewhere: more
-# options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`, "--only moe" for `make bench`, "--scaling" for
-# `make rehearse`.
+# options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`, "--only moe" for `make bench`,
+# "--scaling" for `make rehearse`.
 : "${ARGS:=}"
 # 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0. Allowed: 0, 1.
 : "${DRY_RUN:=0}"

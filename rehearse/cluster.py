@@ -45,6 +45,7 @@ class Machine(TorchDispatchMode):
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
+        self.doubles: dict[int, weakref.ref] = {}  # storages of fake tensors that stand for one of the host
 
     def __enter__(self) -> "Machine":
         # torch.tensor(…, device=) would else copy to the device behind the modes' back
@@ -63,7 +64,8 @@ class Machine(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operator on its local tensors, which come by here
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.namespace in ("aten", "prims") and self._is_of_host(inputs, kwargs.get("device")):
+        is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
+        if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             if not self.is_shared:
@@ -74,7 +76,7 @@ class Machine(TorchDispatchMode):
             # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not _is_among(self.doubles, x)]
         if func.namespace != "prim":  # prim: fake tensors' own
             for observer in self.observers:
                 observer.saw(func, args, kwargs, inputs, outputs)
@@ -83,10 +85,7 @@ class Machine(TorchDispatchMode):
     def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
         there = device is None or torch.device(device).type == "cpu"
         return there and all(
-            not isinstance(x, FakeTensor)
-            and x.device.type == "cpu"
-            and (not self.unknown or x.untyped_storage()._cdata not in self.unknown)
-            for x in inputs
+            not isinstance(x, FakeTensor) and x.device.type == "cpu" and not _is_among(self.unknown, x) for x in inputs
         )
 
     def _forget(self, func: Any, args: tuple, kwargs: dict) -> None:
@@ -97,14 +96,25 @@ class Machine(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in tree_leaves(value):
                     if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
-                        storage = x.untyped_storage()
-                        address = storage._cdata
-                        self.unknown[address] = weakref.ref(storage, partial(_drop, self.unknown, address))
+                        _remember(self.unknown, x)
 
     def _fake(self, x: Tensor) -> Tensor:
         if isinstance(x, FakeTensor) or x.device.type != "cpu":
             return x
-        return self.fake.from_tensor(x)
+        double = self.fake.from_tensor(x)
+        _remember(self.doubles, double)
+        return double
+
+
+def _is_among(table: dict[int, weakref.ref], x: Tensor) -> bool:
+    return bool(table) and x.untyped_storage()._cdata in table
+
+
+def _remember(table: dict[int, weakref.ref], x: Tensor) -> None:
+    """x's storage, as long as it lives."""
+    storage = x.untyped_storage()
+    address = storage._cdata
+    table[address] = weakref.ref(storage, partial(_drop, table, address))
 
 
 def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:

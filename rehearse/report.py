@@ -37,6 +37,9 @@ def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
         of = [peaks[phase].of[kind] for kind in KINDS]
         yield f"{phase:12}" + "".join(f"{x / GB:13.2f}" for x in (*of, hccl, peaks[phase].bytes + hccl))
 
+    if r.operators.locked.most:
+        copied = ", ".join(f"{phase} {r.operators.copied[phase] / GB:.2f}" for phase in STEP)
+        yield f"page-locked memory of the host: {r.operators.locked.most / GB:.2f} GB a rank; GB copied there: {copied}"
     phase, highest = peak(r)
     most = ", ".join(f"{place} {count / GB:.2f}" for place, count in highest.at.most_common(LINES) if count >= GB / 100)
     yield f"activations at the peak, in {phase}, by the line that made them: {most}"

@@ -1,6 +1,6 @@
 """Stand-ins for the CANN libraries, so that the real torch_npu imports on a machine without CANN or an NPU.
 
-`python tests/npu/stand_ins.py SITE OUT`: for the torch_npu below SITE, one C file of functions that return 0 is generated and
+`python rehearse/stand_ins.py SITE OUT`: for the torch_npu below SITE, one C file of functions that return 0 is generated and
 compiled under each library's name into OUT. Only what the import asks for writes an answer. Nothing can run on the device
 that this pretends to be: the ladder uses fake tensors, and CPU bodies for the operators.
 """

@@ -106,7 +106,8 @@ def _rehearse(
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     parameters = sum(p.numel() for p in model.parameters())
-    observers: list[Observer] = [ledger]
+    of_device: list[Observer] = [operators] if device.type == "npu" else []
+    observers: list[Observer] = [ledger, *of_device]
     with Machine(device, observers):
         optimizer = distribute(settings, model, meshes, device)
         ledger.claim("parameters", local(model.parameters()))
@@ -117,9 +118,7 @@ def _rehearse(
             lambda *_: ledger.claim("gradients", local(p.grad for p in model.parameters()))
         )
         run = Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
-        observers[:] = [Clock([ledger, operators], len(batches)), ledger, wire]
-        if device.type == "npu":
-            observers.append(operators)
+        observers[:] = [Clock([ledger, operators], len(batches)), ledger, wire, *of_device]
         try:
             record = train_step(run, batches, t.lr, 0.0)
         except RuntimeError as error:

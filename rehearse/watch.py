@@ -1,7 +1,9 @@
 """What a step does on a device that is not there: every operator that is dispatched, and what must not be among them."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class Watch(TorchDispatchMode):
         self.record = Record()
         self.calls: list[tuple[torch._ops.OpOverload, tuple, dict]] = []  # torch_npu's own
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -92,7 +94,7 @@ def has_kernel(func: torch._ops.OpOverload) -> bool:
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Bytes of the storages that autograd keeps for backward, each once, without those of `parameters`."""
 
-    def __init__(self, parameters) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.known = {id(_storage(p)): _storage(p) for p in parameters}
         self.skip = set(self.known)
         super().__init__(self._pack, lambda x: x)
@@ -107,5 +109,5 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return sum(s.nbytes() for i, s in self.known.items() if i not in self.skip)
 
 
-def _storage(x: Tensor):
+def _storage(x: Tensor) -> torch.UntypedStorage:
     return x.untyped_storage()

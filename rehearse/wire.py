@@ -61,7 +61,8 @@ class Wire:
         self.groups: dict[str, Group] = {}
         world = dist.group.WORLD
         assert world is not None
-        for mesh in (meshes.weights, meshes.experts, meshes.tokens):
+        split = [meshes.experts] if meshes.experts["ep"].size() > 1 else []
+        for mesh in (meshes.weights, *split, meshes.tokens):
             for dim in mesh.mesh_dim_names or ():
                 if dim in NAMES:
                     self._add(mesh[dim].get_group(), NAMES[dim], per_node)

@@ -34,6 +34,18 @@ def test_without_the_wheel_nothing_is_tested_and_one_line_says_so(copy):
     )
 
 
+def test_without_the_wheel_nothing_is_rehearsed(copy):
+    done = run(copy, "rehearse.sh", NODES="2")
+    assert done.returncode == 3 and not done.stdout
+    [line] = done.stderr.splitlines()
+    assert line.startswith("rehearse.sh: nothing rehearsed: torch-npu ") and "cannot be had from pip's index: " in line
+    for name, value in (("NODES", "none"), ("NPU_MEMORY_GB", "0")):
+        done = run(copy, "rehearse.sh", **{name: value})
+        assert (
+            done.returncode == 2 and done.stderr == f"rehearse.sh: {name}={value}: allowed is a whole number from 1\n"
+        )
+
+
 def test_an_environment_that_is_not_there_is_named(copy):
     for torch, words in (("2.9.0", "TORCH=2.9.0: only 2.7.1 is known here"), ("2.7.1", "make test-versions makes it")):
         wheel = copy / "build/npu/wheels/torch_npu-2.7.1.post11-cp310-cp310-any.whl"

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from qwen35.config import SettingError
-from qwen35.data.formats import ImageFolder, RecordError, Turn, dataset_files, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
+from qwen35.data.mixture import dataset_files
+from qwen35.data.record import RecordError, Turn
 from qwen35.settings import Attr
 
 LLAVA = {
@@ -106,10 +109,14 @@ BROKEN = {
     "no role": ([{"messages": [{"content": "x"}]}], r"messages\[0\]: has no field role or from"),
     "no content": ([{"messages": [{"role": "user"}]}], r"messages\[0\]: has no text in content or value"),
     "content is null": ([{"messages": [turn("user", None)]}], r"messages\[0\]: has no text in content or value"),
-    "content is a list": ([{"messages": [turn("user", ["x"])]}], r"messages\[0\]\.content: is a list, not text"),
+    "content is a number": ([{"messages": [turn("user", 3)]}], r"messages\[0\]\.content: is a number, not text"),
+    "content is a list of text": (
+        [{"messages": [turn("user", ["x"])]}],
+        r"messages\[0\]\.content\[0\]: is text, not an object with a type",
+    ),
     "unknown role": (
-        [{"messages": [turn("tool", "x")]}],
-        r"messages\[0\]\.role: 'tool' is not one of user, human, assist",
+        [{"messages": [turn("critic", "x")]}],
+        r"messages\[0\]\.role: 'critic' is not one of user, human, assist",
     ),
     "role is a number": ([{"messages": [turn(1, "x")]}], r"messages\[0\]\.role: 1 is not one of"),
     "surrogate": ([{"messages": [turn("user", "\ud800")]}], r"messages\[0\]\.content: half a surrogate pair"),
@@ -149,9 +156,9 @@ BROKEN = {
     "no image": ([LLAVA | {"image": None}], r"1 <image> in what the user says, but 0 images$"),
     "image is a number": (
         [LLAVA | {"image": 3}],
-        r"record 1 \(id a7\), image: is a number, not a path or a list of paths",
+        r"record 1 \(id a7\), image: is a number, not a path",
     ),
-    "image is an object": ([LLAVA | {"image": [{"path": "x"}]}], r"image\[0\]: is an object, not a path"),
+    "image is an object": ([LLAVA | {"image": [{"name": "x"}]}], r"image\[0\]: is an object, not a path"),
     "image above": ([LLAVA | {"image": "../a.jpg"}], r"image: '\.\./a\.jpg' lies outside dataset_dir"),
     "image elsewhere": ([LLAVA | {"image": "/etc/passwd"}], r"image: '/etc/passwd' lies outside dataset_dir"),
     "image is a folder above": ([LLAVA | {"image": "sub/.."}], r"image: 'sub/\.\.' is not a file name"),

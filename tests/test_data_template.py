@@ -10,7 +10,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config import SettingError
-from qwen35.data.formats import Record, RecordError, Turn
+from qwen35.data.record import Record, RecordError, Turn
 from qwen35.data.template import prompt_pieces, render, thinks_by_default, training_pieces
 from qwen35.data.tokens import ChatTokenizer
 

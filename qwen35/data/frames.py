@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen35.data.images import ImageError, read_rgb, upright_size
+from qwen35.data.images import DAMAGED, ImageError, read_rgb, upright_size
 from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
 
@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             yield container, container.streams.video[0]
     except VideoError:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (av.error.FFmpegError, *DAMAGED) as error:
         raise VideoError(f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 

@@ -1,6 +1,5 @@
 """Which samples an epoch holds, where files have weights: a function of seed and epoch alone."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ class Mixture:
         size, weight = self.sizes[file], self.weights[file]
         if weight == 1 or size == 0:
             return np.arange(size)
-        first, last = (math.floor(size * weight * number) for number in (epoch, epoch + 1))
+        first, last = (round(size * weight * number) for number in (epoch, epoch + 1))
         passes = [self._pass(file, number) for number in range(first // size, -(-last // size))]
         row = np.concatenate(passes) if passes else np.zeros(0, dtype=np.int64)
         return np.sort(row[first - first // size * size :][: last - first])

@@ -74,7 +74,7 @@ def write_video(path: Path, frames: np.ndarray, rate: Fraction, monkeypatch, cou
         return
     header = {"shape": frames.shape, "rate": str(rate), "counted": counted}
     path.write_bytes(b"FILM" + json.dumps(header).encode() + b"\n" + frames.tobytes())
-    monkeypatch.setitem(sys.modules, "av", _av())
+    monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
 
 
 def _rgb24(pixels: np.ndarray, **options: str) -> np.ndarray:
@@ -82,7 +82,7 @@ def _rgb24(pixels: np.ndarray, **options: str) -> np.ndarray:
     return pixels
 
 
-def _av() -> types.ModuleType:
+def stand_in_for_av() -> types.ModuleType:
     class FFmpegError(Exception):
         pass
 

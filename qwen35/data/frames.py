@@ -44,6 +44,10 @@ def reel(video: Video) -> Reel:
     files = _frame_files(video)
     if files is None:
         return _file_reel(_path_of(video), video)
+    for number, file in enumerate(files):  # missing ones show now, broken ones when they are decoded
+        if not file.is_file():
+            with _frame(file, number, len(files)):
+                raise ImageError("is no file" if file.exists() else "no such file", "image missing")
     with _frame(files[0], 0, len(files)):
         width, height = upright_size(files[0])
     return Reel(len(files), video.fps, width, height)
@@ -113,6 +117,8 @@ def _decode_images(files: Sequence[Path], numbers: Sequence[int]) -> Iterator[np
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; whatever goes wrong inside is a VideoError."""
+    if not path.is_file():
+        raise VideoError("is no file" if path.exists() else "no such file", "video missing")
     try:
         import av
     except ModuleNotFoundError:
@@ -120,8 +126,6 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             f"{path}: a video file needs PyAV, which is missing; install it (.venv/bin/pip install av), or give the frames as "
             "images in a folder"
         ) from None
-    if not path.is_file():
-        raise VideoError("is no file" if path.exists() else "no such file", "video missing")
     try:
         # a file object and a list of formats, so that nothing but this file is ever opened
         with path.open("rb") as file, av.open(file, options={"format_whitelist": CONTAINERS}) as container:

@@ -4,7 +4,7 @@ Each field is read somewhere; config.py makes these from a recipe, and refuses a
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +29,13 @@ class PreprocessParameters:
 class DatasetFile:
     file: str = REQUIRED
     weight: float = 1.0  # how often an epoch shows its samples: 2 is each twice, 0.5 another half in each epoch
+
+
+def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
+    """One entry a file, of a list or of names with commas between them."""
+    if isinstance(dataset, str):
+        return [DatasetFile(name.strip()) for name in dataset.split(",") if name.strip()]
+    return list(dataset)
 
 
 @dataclass(frozen=True)

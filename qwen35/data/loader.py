@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from qwen35.batch import PackedBatch
 from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset
-from qwen35.data.mixture import Mixture, dataset_entries, dataset_name
+from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation
 from qwen35.errors import SettingError
 from qwen35.processes import die_with
-from qwen35.settings import Settings
+from qwen35.settings import Settings, dataset_entries
 
 
 class MicroBatches:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen35.errors import SettingError
-from qwen35.settings import DatasetFile
+from qwen35.settings import DatasetFile, dataset_entries
 
 SETTING = "data.dataset_param.basic_parameters.dataset"
 
@@ -23,13 +23,6 @@ def dataset_files(dataset: str | Sequence[DatasetFile]) -> list[Path]:
         if not file.is_file():
             raise SettingError(f"{SETTING}: {file}: no such file below {Path.cwd()}")
     return files
-
-
-def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
-    """One entry a file, of a list or of names with commas between them."""
-    if isinstance(dataset, str):
-        return [DatasetFile(name.strip()) for name in dataset.split(",") if name.strip()]
-    return list(dataset)
 
 
 def dataset_name(dataset: str | Sequence[DatasetFile]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen35.config import flat_settings
-from qwen35.settings import Settings
+from qwen35.settings import Settings, dataset_entries
 
 PACKAGES = (
     "torch torch-npu numpy pillow tokenizers jinja2 safetensors".split()
@@ -72,7 +72,7 @@ def sources(root: Path) -> str:
 def files(settings: Settings) -> dict[str, str]:
     """The records, the model folder, and the weights: name -> size and what its two ends hold."""
     t = settings.training
-    records = [Path(name.strip()) for name in settings.data.dataset_param.basic_parameters.dataset.split(",")]
+    records = [Path(entry.file) for entry in dataset_entries(settings.data.dataset_param.basic_parameters.dataset)]
     folders = [Path(name) for name in (settings.model.model_name_or_path, settings.tokenizer_dir) if name]
     folders += [Path(t.init_from_hf_path)] if t.init_from_hf_path else []
     if t.load:

@@ -14,6 +14,7 @@ from qwen35.data.files import read_config
 from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
 from qwen35.device import take_device
 from qwen35.errors import Parser, whole_number
 from qwen35.model import Qwen35
@@ -105,6 +106,7 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
         BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
         trained.attr,
+        VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation

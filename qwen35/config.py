@@ -162,7 +162,9 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         words = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
         if (value is None and type(None) in kinds) or value in words:
             return value
-        kind = next(k for k in kinds if k is not type(None))
+        is_list = isinstance(value, list | tuple)  # text, or a list
+        kinds = tuple(k for k in kinds if k is not type(None))
+        kind = next((k for k in kinds if (get_origin(k) is tuple) == is_list), kinds[0])
         origin, or_else = get_origin(kind), f", nor {', '.join(words)}" if words else ""
     if origin is Literal:
         if value in get_args(kind):
@@ -172,6 +174,8 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         if isinstance(value, list | tuple):
             return tuple(_coerce(v, get_args(kind)[0], f"{path}[{i}]") for i, v in enumerate(value))
         raise SettingError(f"{path}: {value!r} is not a list")
+    if dataclasses.is_dataclass(kind):
+        return _entry(value, kind, path)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-5 as a string
@@ -191,6 +195,15 @@ def flat_settings(settings: Settings) -> dict[str, Any]:
     return _flatten(_plain(settings))
 
 
+def _entry(value: Any, kind: Any, path: str) -> Any:
+    """One of a list: a mapping, or the value of its first field alone."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    values = value if isinstance(value, dict) else {names[0]: value}
+    if unknown := [key for key in values if key not in names]:
+        raise SettingError(_unknown(f"{path}.{unknown[0]}", {f"{path}.{name}": None for name in names}))
+    return _build(kind, {f"{path}.{name}": v for name, v in values.items()}, f"{path}.")
+
+
 def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
 
@@ -206,7 +219,7 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _check(s: Settings) -> None:
@@ -232,8 +245,15 @@ def _check(s: Settings) -> None:
         "data.dataset_param.basic_parameters.max_samples": b.max_samples,
         "data.dataset_param.preprocess_parameters.image_min_pixels": p.image_min_pixels,
         "data.dataset_param.preprocess_parameters.image_max_pixels": p.image_max_pixels,
+        "data.dataset_param.preprocess_parameters.video_min_pixels": p.video_min_pixels,
+        "data.dataset_param.preprocess_parameters.video_max_pixels": p.video_max_pixels,
+        "data.dataset_param.preprocess_parameters.video_fps": p.video_fps,
+        "data.dataset_param.preprocess_parameters.video_maxlen": p.video_maxlen,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
     }
+    if not isinstance(b.dataset, str):
+        where = "data.dataset_param.basic_parameters.dataset"
+        positive |= {f"{where}[{i}].weight": entry.weight for i, entry in enumerate(b.dataset)}
     not_negative = {
         "training.weight_decay": t.weight_decay,
         "training.clip_grad": t.clip_grad,

@@ -27,6 +27,10 @@ def _of_data(s: Settings) -> Iterator[str]:
     b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
     if p.image_min_pixels > p.image_max_pixels:
         yield f"image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
+    if p.video_min_pixels > p.video_max_pixels:
+        yield f"video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
+    if p.video_maxlen < 2:
+        yield f"video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
     if b.enable_thinking is not None and b.template != "qwen3_5":
         yield f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
     if b.train_on_prompt and b.mask_history:
@@ -93,7 +97,11 @@ def _of_folders(s: Settings) -> Iterator[str]:
 
 
 def _of_names(attr: Attr) -> Iterator[str]:
-    groups = (("messages", "images"), ("role_tag", "content_tag"), ("user_tag", "assistant_tag", "system_tag"))
+    groups = (
+        ("messages", "images", "videos", "tools", "system"),
+        ("role_tag", "content_tag"),
+        ("user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag"),
+    )
     for names in groups:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]

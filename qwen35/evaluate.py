@@ -15,7 +15,8 @@ from tqdm import tqdm
 from qwen35.chat import add_options, find_model, load_model, positive, prepare, stop_ids
 from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.formats import ImageFolder, dataset_files, read_records
+from qwen35.data.formats import read_records
+from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.samples import Preparation
 from qwen35.data.template import Piece
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -39,10 +40,10 @@ class Answer:
 def read_all(preparation: Preparation) -> list[Record]:
     """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
     basic = preparation.basic
-    files, images = dataset_files(basic.dataset), ImageFolder(basic.dataset_dir)
+    files, images = dataset_files(basic.dataset), preparation.folder()
     records = list(chain.from_iterable(read_records(file, preparation.attr, images) for file in files))
     if not records:
-        raise RecordError(f"{basic.dataset}: no records")
+        raise RecordError(f"{dataset_name(basic.dataset)}: no records")
     for record in records:
         preparation.measure(record)
     return records

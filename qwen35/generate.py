@@ -18,7 +18,7 @@ from qwen35.chat import Source, add_options, find_model, load_model, positive, p
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.formats import IMAGE_PLACEHOLDER, Turn
+from qwen35.data.record import IMAGE_PLACEHOLDER, Turn
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain

@@ -4,7 +4,7 @@ Each field is read somewhere; config.py makes these from a recipe, and refuses a
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,11 +19,29 @@ class PreprocessParameters:
     model_name_or_path: str | None = None  # folder of the tokenizer; default: model.model_name_or_path
     image_max_pixels: int = 262144  # larger images are scaled down to this many pixels
     image_min_pixels: int = 1024  # smaller ones are scaled up
+    video_max_pixels: int = 65536  # of one frame: a video's frames are scaled down, all alike, to this many pixels each
+    video_min_pixels: int = 1024  # or up
+    video_fps: float = 2.0  # frames a second that are taken of a video; a list of frames without a rate has this one
+    video_maxlen: int = 64  # most frames that are taken; of a longer video, evenly spaced ones
+
+
+@dataclass(frozen=True)
+class DatasetFile:
+    file: str = REQUIRED
+    weight: float = 1.0  # how often an epoch shows its samples: 2 is each twice, 0.5 another half in each epoch
+
+
+def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
+    """One entry a file, of a list or of names with commas between them."""
+    if isinstance(dataset, str):
+        return [DatasetFile(name.strip()) for name in dataset.split(",") if name.strip()]
+    return list(dataset)
 
 
 @dataclass(frozen=True)
 class BasicParameters:
-    dataset: str = REQUIRED  # one file, or several separated by commas
+    # one file, or several separated by commas; or a list of names and of {file: …, weight: …}
+    dataset: str | tuple[DatasetFile, ...] = REQUIRED
     dataset_dir: str = "."  # where the images of the records lie; none may lie outside
     cache_dir: str | None = None  # tokenised samples are kept here; default: not kept
     max_samples: int | None = None  # read only the first so many records
@@ -39,15 +57,23 @@ class BasicParameters:
 
 @dataclass(frozen=True)
 class Attr:
-    """The names of a record's fields, where they are not the usual ones (which are found by themselves)."""
+    """The names of a record's fields, where they are not the usual ones (which are found by themselves).
+
+    With dots for a field inside another: `dialog.turns`.
+    """
 
     messages: str | None = None  # "messages", "conversations"
     images: str | None = None  # "images", "image"
+    videos: str | None = None  # "videos", "video"
+    tools: str | None = None  # "tools"
+    system: str | None = None  # "system": the text of a system turn, beside the turns
     role_tag: str | None = None  # "role", "from"
     content_tag: str | None = None  # "content", "value"
     user_tag: str | None = None  # "user", "human"
     assistant_tag: str | None = None  # "assistant", "gpt"
-    system_tag: str | None = None  # "system"
+    system_tag: str | None = None  # "system", "developer"
+    observation_tag: str | None = None  # "tool", "observation": what a tool answered
+    function_tag: str | None = None  # "function_call": the assistant's call of a tool
 
 
 @dataclass(frozen=True)

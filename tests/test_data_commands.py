@@ -11,7 +11,8 @@ from tokenizer_fixture import make_model_folder
 
 from qwen35.config import load_settings
 from qwen35.data.__main__ import main
-from qwen35.data.formats import ImageFolder, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
 from qwen35.data.show import show
 from qwen35.settings import Attr
 

@@ -1,11 +1,16 @@
 """Records in every form that people bring, and an error that names the place for every one that is broken."""
 
+import base64
 import json
 
 import pytest
+from optional import write_parquet
 
 from qwen35.config import SettingError
-from qwen35.data.formats import ImageFolder, RecordError, Turn, dataset_files, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
+from qwen35.data.mixture import dataset_files
+from qwen35.data.record import RecordError, ToolCall, Turn, Video
 from qwen35.settings import Attr
 
 LLAVA = {
@@ -90,6 +95,133 @@ def test_attr_chooses_between_two_fields(tmp_path):
     assert len(read(tmp_path, [both], Attr(messages="messages"))[0].turns) == 3
 
 
+def item(kind, **more):
+    return {"type": kind, **more}
+
+
+def asked(*items, **fields):
+    return {"messages": [turn("user", list(items)), turn("assistant", "A")], **fields}
+
+
+def test_content_lists(tmp_path):
+    records = [
+        asked(item("text", text="a"), item("image", image="a.jpg"), item("text", text="b")),
+        asked(item("image_url", image_url={"url": "a.jpg"}), item("image_url", image_url="b.jpg")),
+        asked(item("video", video="v.mp4"), {"image": "a.jpg"}, {"text": "t"}),
+        asked(item("video", video=["1.png", "2.png"], sample_fps=3), item("video_url", video_url={"url": "d/v"})),
+        asked(item("image"), item("text", text="?"), item("image"), images=["a.jpg", "b.jpg"]),
+        asked(item("image", path=f"file://{tmp_path}/a.jpg"), item("text", text="?", image=None)),
+    ]
+    a, b = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    expected = [
+        ("a<image>b", [a], []),
+        ("<image><image>", [a, b], []),
+        ("<video><image>t", [a], [Video(tmp_path / "v.mp4")]),
+        ("<video><video>", [], [Video((tmp_path / "1.png", tmp_path / "2.png"), 3.0), Video(tmp_path / "d" / "v")]),
+        ("<image>?<image>", [a, b], []),
+        ("<image>?", [a], []),
+    ]
+    for record, (content, images, videos) in zip(read(tmp_path, records), expected, strict=True):
+        assert (record.turns[0].content, list(record.images), list(record.videos)) == (content, images, videos)
+
+
+def test_visuals_come_in_order_of_appearance(tmp_path):
+    record = {"images": ["a.jpg", "b.jpg"], "videos": ["v.mp4"], "messages": [turn("user", "<image><video> x <image>")]}
+    record["messages"].append(turn("assistant", "<image>"))  # what the model says is text
+    (r,) = read(tmp_path, [record])
+    assert r.visuals == [tmp_path / "a.jpg", Video(tmp_path / "v.mp4"), tmp_path / "b.jpg"]
+
+
+def test_videos_of_a_field(tmp_path):
+    frames = Video((tmp_path / "1.png", tmp_path / "2.png"))
+    for value, expected in [
+        ("v.mp4", [Video(tmp_path / "v.mp4")]),
+        (["v.mp4", "w.mp4"], [Video(tmp_path / "v.mp4"), Video(tmp_path / "w.mp4")]),
+        ([["1.png", "2.png"], "v.mp4"], [frames, Video(tmp_path / "v.mp4")]),
+        ({"frames": ["1.png", "2.png"], "sample_fps": 0.5}, [Video(frames.source, 0.5)]),
+        ("", []),
+    ]:
+        record = {"video": value, "messages": [turn("user", "<video>" * len(expected)), turn("assistant", "A")]}
+        assert list(read(tmp_path, [record])[0].videos) == expected
+
+
+def test_sharegpt_with_system_and_tools(tmp_path):
+    call = {"name": "f", "arguments": {"a": 1}}
+    record = {
+        "system": "S",
+        "tools": json.dumps([{"name": "f"}]),
+        "conversations": [
+            {"from": "human", "value": "Q"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "5"},
+            {"from": "gpt", "value": "A"},
+        ],
+    }
+    spelt = call | {"arguments": '{"a": 1}'}
+    openai = {
+        "tools": [{"name": "f"}],
+        "messages": [
+            turn("developer", "S"),
+            turn("user", "Q"),
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": spelt}],
+            },
+            turn("tool", "5"),
+            turn("assistant", "A"),
+        ],
+    }
+    ours, theirs = read(tmp_path, [record, openai])
+    turns = (
+        Turn("system", "S"),
+        Turn("user", "Q"),
+        Turn("assistant", "", None, (ToolCall("f", {"a": 1}),)),
+        Turn("tool", "5"),
+    )
+    assert ours.turns == theirs.turns == (*turns, Turn("assistant", "A"))
+    assert ours.tools == theirs.tools == ({"name": "f"},)
+
+
+def test_names_inside_others(tmp_path):
+    attr = Attr(
+        messages="data.dialog", images="data.pics", content_tag="message.text", observation_tag="O", function_tag="F"
+    )
+    said = [("user", "<image>"), ("F", '{"name": "f"}'), ("O", "5"), ("assistant", "A")]
+    dialog = [{"role": role, "message": {"text": text}} for role, text in said]
+    (record,) = read(tmp_path, [{"data": {"dialog": dialog, "pics": ["a.jpg"]}}], attr)
+    assert [t.role for t in record.turns] == ["user", "assistant", "tool", "assistant"]
+    assert record.turns[1].tool_calls == (ToolCall("f"),) and record.images == (tmp_path / "a.jpg",)
+
+
+PNG = b"\x89PNG what comes then is for the decoder to judge"
+
+
+def test_images_that_a_record_holds_become_files(tmp_path):
+    url = "data:image/png;base64," + base64.b64encode(PNG).decode()
+    records = [asked(item("image_url", image_url={"url": url})), LLAVA | {"image": url}]
+    with pytest.raises(RecordError, match="holds an image itself; set cache_dir, where such images become files"):
+        read(tmp_path, records)
+    folder = ImageFolder(tmp_path, tmp_path / "cache")
+    one, two = read_records(tmp_path / "x.json", Attr(), folder)
+    assert one.images == two.images and one.images[0].is_relative_to(tmp_path / "cache" / "images")
+    assert one.images[0].read_bytes() == PNG
+    one.images[0].write_bytes(b"cut")  # a crash of long ago
+    assert folder.keep(PNG).read_bytes() == PNG
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 1
+
+
+def test_images_in_parquet(tmp_path, monkeypatch):
+    records = [
+        {"images": [{"bytes": PNG, "path": None}], "messages": [turn("user", "<image>"), turn("assistant", "A")]},
+        {"images": [{"bytes": None, "path": "a.jpg"}], "messages": [turn("user", "<image>"), turn("assistant", "A")]},
+    ]
+    write_parquet(tmp_path / "x.parquet", records, monkeypatch)
+    held, named = read_records(tmp_path / "x.parquet", Attr(), ImageFolder(tmp_path, tmp_path / "cache"))
+    assert held.images[0].read_bytes() == PNG and named.images == (tmp_path / "a.jpg",)
+    assert held.source == f"{tmp_path}/x.parquet, record 1"
+
+
 def turn(role, content):
     return {"role": role, "content": content}
 
@@ -106,10 +238,14 @@ BROKEN = {
     "no role": ([{"messages": [{"content": "x"}]}], r"messages\[0\]: has no field role or from"),
     "no content": ([{"messages": [{"role": "user"}]}], r"messages\[0\]: has no text in content or value"),
     "content is null": ([{"messages": [turn("user", None)]}], r"messages\[0\]: has no text in content or value"),
-    "content is a list": ([{"messages": [turn("user", ["x"])]}], r"messages\[0\]\.content: is a list, not text"),
+    "content is a number": ([{"messages": [turn("user", 3)]}], r"messages\[0\]\.content: is a number, not text"),
+    "content is a list of text": (
+        [{"messages": [turn("user", ["x"])]}],
+        r"messages\[0\]\.content\[0\]: is text, not an object with a type",
+    ),
     "unknown role": (
-        [{"messages": [turn("tool", "x")]}],
-        r"messages\[0\]\.role: 'tool' is not one of user, human, assist",
+        [{"messages": [turn("critic", "x")]}],
+        r"messages\[0\]\.role: 'critic' is not one of user, human, assist",
     ),
     "role is a number": ([{"messages": [turn(1, "x")]}], r"messages\[0\]\.role: 1 is not one of"),
     "surrogate": ([{"messages": [turn("user", "\ud800")]}], r"messages\[0\]\.content: half a surrogate pair"),
@@ -149,14 +285,75 @@ BROKEN = {
     "no image": ([LLAVA | {"image": None}], r"1 <image> in what the user says, but 0 images$"),
     "image is a number": (
         [LLAVA | {"image": 3}],
-        r"record 1 \(id a7\), image: is a number, not a path or a list of paths",
+        r"record 1 \(id a7\), image: is a number, not a path",
     ),
-    "image is an object": ([LLAVA | {"image": [{"path": "x"}]}], r"image\[0\]: is an object, not a path"),
+    "image is an object": ([LLAVA | {"image": [{"name": "x"}]}], r"image\[0\]: is an object, not a path"),
     "image above": ([LLAVA | {"image": "../a.jpg"}], r"image: '\.\./a\.jpg' lies outside dataset_dir"),
     "image elsewhere": ([LLAVA | {"image": "/etc/passwd"}], r"image: '/etc/passwd' lies outside dataset_dir"),
     "image is a folder above": ([LLAVA | {"image": "sub/.."}], r"image: 'sub/\.\.' is not a file name"),
     "image with NUL": ([LLAVA | {"image": "a\0.jpg"}], r"image: has a NUL character"),
     "image with a long name": ([LLAVA | {"image": "a" * 5000}], r"image: 'a+': File name too long"),
+    "image in the text and beside it": (
+        [asked(item("image", image="a.jpg"), image="b.jpg")],
+        r"images between the texts and in a field of their own too; keep one",
+    ),
+    "item without a type": ([asked({"x": 1})], r"content\[0\]: has no type; text, image, image_url, video"),
+    "item of another type": ([asked(item("audio", audio="x"))], r"content\[0\]: has type 'audio'; text, image"),
+    "text without text": ([asked(item("text"))], r"content\[0\]\.text: is null, not text"),
+    "image of the assistant": (
+        [{"messages": [turn("user", "x"), turn("assistant", [item("image", image="a.jpg")])]}],
+        r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only the user shows any",
+    ),
+    "size of one image": (
+        [asked(item("image", image="a.jpg", max_pixels=100))],
+        r"content\[0\]: has max_pixels, which is not read; preprocess_parameters hold for all records",
+    ),
+    "rate of one video": ([asked(item("video", video="v", fps=1))], r"content\[0\]: has fps, which is not read"),
+    "rate that is none": ([asked(item("video", video="v", sample_fps=0))], r"video: sample_fps: 0 is not a number of"),
+    "placeholder beside an item": (
+        [asked(item("image", image="a.jpg"), item("text", text="<image>"))],
+        r"messages: 2 <image> in what the user says, but 1 image$",
+    ),
+    "address": ([asked(item("image", image="http://x/a.jpg"))], r"image: 'http://x/a\.jpg' is an address; only files"),
+    "file elsewhere": ([asked(item("image", image="file:///etc/x"))], r"image: '/etc/x' lies outside dataset_dir"),
+    "not base64": (
+        [LLAVA | {"image": "data:image/png;base64,???"}],
+        r"image: 'data:image/png;base64,\?\?\?'… is not base64",
+    ),
+    "no image in base64": (
+        [LLAVA | {"image": "data:text/html,x"}],
+        r"image: 'data:text/html,x'… is no image in base64",
+    ),
+    "no video": ([asked(item("video"))], r"messages: 1 <video> in what the user says, but 0 videos$"),
+    "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in what the user says"),
+    "no frames": ([asked(item("video", video=[]))], r"content\[0\]\.video: is empty, not a list of frames"),
+    "frame is a number": ([asked(item("video", video=["a", 1]))], r"content\[0\]\.video\[1\]: is a number, not a path"),
+    "two systems": (
+        [{"system": "a", "messages": [turn("system", "b"), turn("user", "x"), turn("assistant", "y")]}],
+        r"record 1: has a system turn and the field system too; keep one",
+    ),
+    "tools are text": ([TEXT | {"tools": "f"}], r"record 1, tools: 'f' is not JSON"),
+    "tool is a name": ([TEXT | {"tools": ["f"]}], r"record 1, tools: is a list, not a list of objects"),
+    "call of the user": (
+        [{"messages": [turn("user", "x") | {"tool_calls": [{"name": "f"}]}]}],
+        r"messages\[0\]: tool_calls in a turn of the user; only the assistant calls tools",
+    ),
+    "call without a name": (
+        [{"messages": [turn("user", "x"), turn("assistant", "") | {"tool_calls": [{"arguments": {}}]}]}],
+        r"messages\[1\]\.tool_calls\[0\]\.name: is null, not text",
+    ),
+    "arguments are a list": (
+        [{"messages": [turn("user", "x"), turn("function_call", '{"name": "f", "arguments": [1]}')]}],
+        r"messages\[1\]\.content\[0\]\.arguments: is a list, not an object",
+    ),
+    "tool first": (
+        [{"messages": [turn("user", "x"), turn("tool", "y")]}],
+        r"messages\[1\]: a turn of the tool where one of the assistant belongs",
+    ),
+    "ends with a tool": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y"), turn("tool", "z")]}],
+        r"messages\[2\]: ends with the tool; there is no answer to train on",
+    ),
     "two image fields": ([LLAVA | {"images": ["a.jpg"]}], r"has both images and image; say in attr which one counts"),
 }
 

@@ -19,7 +19,8 @@ from qwen35.batch import PackedBatch
 from qwen35.config import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.formats import ImageFolder, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
 from qwen35.data.samples import Preparation, load_samples
 from qwen35.data.tokens import ChatTokenizer
 
@@ -181,7 +182,7 @@ def test_each_sample_once_an_epoch(home, model):
     assert len(seen) == 40 and sum(map(len, seen)) == loader.tokens_per_epoch
     assert loader.report() == (
         f"data: 40 samples of 2 files, 30 images; an epoch is {loader.tokens_per_epoch:,} tokens "
-        f"({loader.dataset.trained_tokens / loader.tokens_per_epoch:.1%} trained) in {loader.bins_per_epoch} bins of {CUTOFF} "
+        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in {loader.bins_per_epoch} bins of {CUTOFF} "
         f"({loader.real_share:.1%} real tokens)"
     )
 

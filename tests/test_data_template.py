@@ -1,20 +1,23 @@
 """The text of both templates against the published chat templates, and which tokens of it are trained."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config import SettingError
-from qwen35.data.formats import Record, RecordError, Turn
+from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video
 from qwen35.data.template import prompt_pieces, render, thinks_by_default, training_pieces
 from qwen35.data.tokens import ChatTokenizer
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +44,19 @@ def raise_exception(message):
 def published(name="chat_template.jinja"):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers has it
     return environment.from_string((PUBLISHED / name).read_text())
 
 
 TEMPLATES = {True: published(), False: published("chat_template_nothink.jinja")}  # by thinks_by_default
 
 
-def record(*turns):
-    """(role, content[, reasoning]) … -> Record"""
+def record(*turns, tools=()):
+    """(role, content[, reasoning[, tool_calls]]) … -> Record"""
     turns = tuple(Turn(*turn) for turn in turns)
-    images = sum(turn.content.count("<image>") for turn in turns if turn.role == "user")
-    return Record("x.json, record 1", turns, ("a.jpg",) * images)
+    asked = "".join(turn.content for turn in turns if turn.role == "user")
+    images, videos = asked.count("<image>"), asked.count("<video>")
+    return Record("x.json, record 1", turns, ("a.jpg",) * images, (Video("v.mp4"),) * videos, tools)
 
 
 def messages(r):
@@ -59,21 +64,36 @@ def messages(r):
     out = []
     for turn in r.turns:
         message = {"role": turn.role, "content": turn.content}
-        if turn.role == "user" and "<image>" in turn.content:
+        if turn.role == "user" and ("<image>" in turn.content or "<video>" in turn.content):
             items = []
-            for i, text in enumerate(turn.content.split("<image>")):
-                items += [{"type": "image", "image": "a.jpg"}] if i else []
-                items += [{"type": "text", "text": text}] if text else []
+            for text in re.split("(<image>|<video>)", turn.content):
+                kind = text[1:-1] if text in ("<image>", "<video>") else "text"
+                items += [{"type": kind, kind: text}] if text else []
             message["content"] = items
+        if turn.tool_calls:
+            calls = [{"name": call.name, "arguments": call.arguments} for call in turn.tool_calls]
+            message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         if turn.reasoning is not None:
             message["reasoning_content"] = turn.reasoning
         out.append(message)
     return out
 
 
+def extents(pieces, n):
+    """Images of n tokens; videos of two pairs of frames of n tokens each."""
+    visuals = [p.kind for p in pieces if p.kind in ("image", "video")]
+    return [n if kind == "image" else [(0.24, n), (1.3, n)] for kind in visuals]
+
+
+def expanded(text, n):
+    """The same of a rendered text: what transformers' processor makes of it before it is tokenised."""
+    frames = [f"<{t} seconds><|vision_start|>{'<|video_pad|>' * n}<|vision_end|>" for t in ("0.2", "1.3")]
+    return text.replace("<|image_pad|>", "<|image_pad|>" * n).replace(VIDEO, "".join(frames))
+
+
 def trained_text(tokenizer, pieces):
     """The decoded trained stretches."""
-    ids, trained = tokenizer.encode(pieces, [3] * sum(p.kind == "image" for p in pieces))
+    ids, trained = tokenizer.encode(pieces, extents(pieces, 3))
     stretches, before = [], False
     for token, now in zip(ids.tolist(), trained.tolist(), strict=True):
         if now:
@@ -84,6 +104,7 @@ def trained_text(tokenizer, pieces):
 
 
 USER = ("user", "Hi")
+ARGUMENTS = {"a": 1, "b": True, "c": [1, "é"], "d": "s", "e": None}
 CASES = {
     "no reasoning": (
         [USER, ("assistant", "Yo")],
@@ -142,6 +163,44 @@ CASES = {
         ),
         ["Yo<|im_end|>\n"],
     ),
+    "videos": (
+        [("user", "<video>a<image><video>"), ("assistant", "Yo")],
+        (
+            f"<|im_start|>user\n{VIDEO}a{IMAGE}{VIDEO}<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\nYo<|im_end|>\n"
+        ),
+        ["Yo<|im_end|>\n"],
+    ),
+    "tools": (
+        [
+            ("user", "w?"),
+            (
+                "assistant",
+                "",
+                "need f",
+                (ToolCall("f", ARGUMENTS), ToolCall("g")),
+            ),
+            ("tool", " r1\n"),
+            ("tool", "r2"),
+            ("assistant", "done"),
+        ],
+        (
+            "<|im_start|>user\nw?<|im_end|>\n<|im_start|>assistant\n<think>\nneed f\n</think>\n\n<tool_call>\n<function=f>\n"
+            '<parameter=a>\n1\n</parameter>\n<parameter=b>\nTrue\n</parameter>\n<parameter=c>\n[1, "é"]\n</parameter>\n'
+            "<parameter=d>\ns\n</parameter>\n<parameter=e>\nNone\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n"
+            "<function=g>\n</function>\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nr1\n</tool_response>\n"
+            "<tool_response>\nr2\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ndone<|im_end|>\n"
+        ),
+        [
+            (
+                "need f\n</think>\n\n<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n"
+                "<parameter=b>\nTrue\n</parameter>\n"
+                '<parameter=c>\n[1, "é"]\n</parameter>\n<parameter=d>\ns\n</parameter>\n<parameter=e>\nNone\n</parameter>\n'
+                "</function>\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call><|im_end|>\n"
+            ),
+            "done<|im_end|>\n",
+        ],
+    ),
     "empty answer": (
         [USER, ("assistant", "")],
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n",
@@ -181,6 +240,27 @@ def test_only_tool_responses_are_refused():
         training_pieces(r, "qwen3_5")
     with pytest.raises(ValueError, match="No user query"):
         TEMPLATES[True].render(messages=messages(r))
+
+
+def test_what_can_be_called_stands_before_what_the_system_says(tokenizer):
+    tools = ({"type": "function", "function": {"name": "f", "description": "é <b>"}}, {"name": "g"})
+    for system in ([("system", " S\n")], [("system", "")], []):
+        r = record(*system, USER, ("assistant", "Yo"), tools=tools)
+        text = render(training_pieces(r, "qwen3_5"))
+        assert text == TEMPLATES[True].render(messages=messages(r), tools=list(tools))
+        assert (
+            text.startswith("<|im_start|>system\n# Tools\n\nYou have access") and text.count("<|im_start|>system") == 1
+        )
+        assert trained_text(tokenizer, training_pieces(r, "qwen3_5")) == ["Yo<|im_end|>\n"]
+
+
+def test_nothink_has_no_text_for_tools():
+    for r in (
+        record(USER, ("assistant", "Yo"), tools=({"name": "f"},)),
+        record(USER, ("assistant", "", None, (ToolCall("f"),)), ("tool", "r"), ("assistant", "Yo")),
+    ):
+        with pytest.raises(RecordError, match="record 1: has tools, for which template qwen3_vl_nothink has no text"):
+            training_pieces(r, "qwen3_vl_nothink")
 
 
 CONVERSATION = [("system", "S"), ("user", "a<image>b"), ("assistant", "A1"), ("user", "c"), ("assistant", "A2", "why")]
@@ -258,7 +338,14 @@ TEXT = st.lists(
     ),
     max_size=6,
 ).map("".join)
-USER_TEXT = st.lists(st.one_of(TEXT, st.just("<image>")), max_size=4).map("".join)
+USER_TEXT = st.lists(st.one_of(TEXT, st.sampled_from(["<image>", "<video>"])), max_size=4).map("".join)
+VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(allow_nan=False), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(TEXT, inner, max_size=2)),
+    max_leaves=4,
+)
+CALL = st.builds(ToolCall, st.sampled_from(["f", "get_weather"]), st.dictionaries(st.sampled_from(["a", "b"]), VALUE))
+TOOLS = st.lists(st.fixed_dictionaries({"name": TEXT, "parameters": VALUE}), max_size=2).map(tuple)
 ANSWER = st.one_of(
     st.tuples(TEXT),
     st.tuples(TEXT, TEXT),  # reasoning_content
@@ -267,35 +354,45 @@ ANSWER = st.one_of(
 
 
 @st.composite
-def conversations(draw):
+def conversations(draw, with_tools=True):
     turns = [("system", draw(TEXT))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):
         turns += [("user", draw(USER_TEXT)), ("assistant", *draw(ANSWER))]
-    return record(*turns)
+        while with_tools and draw(st.integers(0, 3)) == 0:
+            content, *reasoning = turns.pop()[1:]
+            calls = tuple(draw(st.lists(CALL, min_size=1, max_size=2)))
+            turns.append(("assistant", content, *(reasoning or [None]), calls))
+            turns += [("tool", draw(TEXT)) for _ in range(draw(st.integers(1, 2)))]
+            turns.append(("assistant", *draw(ANSWER)))
+    return record(*turns, tools=draw(TOOLS) if with_tools else ())
 
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def rendered(template, r, **options):
+    return template.render(messages=messages(r), tools=list(r.tools) or None, **options)
+
+
+quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @quick
 @given(conversations())
 def test_random_conversations_equal_the_published_template(r):
     try:
-        expected = TEMPLATES[True].render(messages=messages(r))
+        expected = rendered(TEMPLATES[True], r)
     except ValueError:
         with pytest.raises(RecordError):
             training_pieces(r, "qwen3_5")
         return
-    assert render(training_pieces(r, "qwen3_5")) == expected == TEMPLATES[False].render(messages=messages(r))
+    assert render(training_pieces(r, "qwen3_5")) == expected == rendered(TEMPLATES[False], r)
 
 
 @quick
 @given(r=conversations(), thinking=st.sampled_from([None, True, False]), default=st.booleans())
 def test_random_prompts_equal_the_published_templates(r, thinking, default):
-    asked = Record(r.source, r.turns[:-1], r.images)
+    asked = replace(r, turns=r.turns[:-1])
     options = {} if thinking is None else {"enable_thinking": thinking}
     try:
-        expected = TEMPLATES[default].render(messages=messages(asked), add_generation_prompt=True, **options)
+        expected = rendered(TEMPLATES[default], asked, add_generation_prompt=True, **options)
     except ValueError:
         with pytest.raises(RecordError):
             prompt_pieces(r, "qwen3_5", default)
@@ -304,6 +401,11 @@ def test_random_prompts_equal_the_published_templates(r, thinking, default):
     assert render(pieces) == expected
     assert prompt_pieces(asked, "qwen3_5", default if thinking is None else thinking) == pieces
     assert not any(p.trained for p in pieces)
+
+
+@quick
+@given(r=conversations(with_tools=False), default=st.booleans())
+def test_random_prompts_of_nothink_are_what_training_begins_with(r, default):
     plain = render(prompt_pieces(r, "qwen3_vl_nothink", default))
     assert plain + r.turns[-1].content + "<|im_end|>\n" == render(training_pieces(r, "qwen3_vl_nothink"))
 
@@ -316,10 +418,18 @@ def test_what_is_trained_follows_the_prompt_exactly(r, thinking, history, tokeni
         pieces = training_pieces(r, "qwen3_5", enable_thinking=thinking, mask_history=history)
     except RecordError:
         return
-    images = [2] * len(r.images)
-    ids, trained = tokenizer.encode(pieces, images)
+    questions = [i for i, turn in enumerate(r.turns) if turn.role == "user" and "<tool_response>" not in turn.content]
+    between = [turn for turn in r.turns[max(questions, default=0) : -1] if turn.role == "assistant"]
+    assume(
+        thinking is not False or not any(turn.reasoning or "</think>" in turn.content for turn in between)
+    )  # as prompted
+    earlier = [p.text for p in pieces if p.fresh][:-1]
+    assume(
+        not any(text[:1].isspace() for text in earlier)
+    )  # a prompt's tokens would join the line's end and such a space
+    ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
     has_thought = "<think>\n\n</think>\n\n" not in render(pieces).rsplit("<|im_start|>", 1)[-1]
-    prompt = render(prompt_pieces(r, "qwen3_5", has_thought)).replace("<|image_pad|>", "<|image_pad|>" * 2)
+    prompt = expanded(render(prompt_pieces(r, "qwen3_5", has_thought)), 2)
     prompt_ids = hf_tokenizer(prompt, add_special_tokens=False).input_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
     assert trained[len(prompt_ids) :].all() and not (history and trained[: len(prompt_ids)].any())
@@ -332,13 +442,14 @@ def test_what_is_trained_follows_the_prompt_exactly(r, thinking, history, tokeni
 @given(r=conversations(), template=st.sampled_from(["qwen3_5", "qwen3_vl_nothink"]))
 def test_train_on_prompt_changes_masks_never_tokens(r, template, tokenizer):
     try:
-        plain, answers = tokenizer.encode(training_pieces(r, template), [2] * len(r.images))
+        pieces = training_pieces(r, template)
     except RecordError:
         return
-    ids, trained = tokenizer.encode(training_pieces(r, template, train_on_prompt=True), [2] * len(r.images))
+    plain, answers = tokenizer.encode(pieces, extents(pieces, 2))
+    ids, trained = tokenizer.encode(training_pieces(r, template, train_on_prompt=True), extents(pieces, 2))
     assert ids.tolist() == plain.tolist()
     assert trained[answers].all()
-    assert not trained[ids == tokenizer.image_id].any()
+    assert not trained[(ids == tokenizer.image_id) | (ids == tokenizer.video_id)].any()
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from qwen35 import evaluate, tiny
 from qwen35.batch import IGNORE, PackedBatch, derive
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.formats import Turn
 from qwen35.data.images import ImageProcessor
+from qwen35.data.record import Turn
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
 from qwen35.generate import greedy, stop_ids
 from qwen35.model import Qwen35
-from qwen35.settings import Attr, BasicParameters
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def prompts(folder, tokenizer, tmp_path_factory) -> list[PackedBatch]:
         pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(images / f"{i}.png")
     paths = [images / f"{i}.png" for i in range(3)]
-    preparation = Preparation(
-        tokenizer, ImageProcessor.from_folder(folder, 1024, 65536), BasicParameters("none"), Attr()
-    )
+    images = ImageProcessor.from_folder(folder, 1024, 65536)
+    videos = VideoProcessor.from_folder(folder, PreprocessParameters())
+    preparation = Preparation(tokenizer, images, BasicParameters("none"), Attr(), videos)
     records = [
         Record("a", (Turn("user", "<image>and <image>\nWhich digit is this?"),), (paths[0], paths[1])),
         Record("b", (Turn("user", "Hello!"),)),
@@ -176,9 +177,9 @@ def test_chats_end_at_every_end_that_the_folder_names(folder, tokenizer, tmp_pat
 def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
     """Three questions answered as the model does, with a thought before the first answer, and one answered otherwise."""
     questions = ["Which digit is this?", "Hello!", "Is this the user?", "What?"]
-    preparation = Preparation(
-        tokenizer, ImageProcessor.from_folder(folder, 1024, 65536), BasicParameters("none"), Attr()
-    )
+    images = ImageProcessor.from_folder(folder, 1024, 65536)
+    videos = VideoProcessor.from_folder(folder, PreprocessParameters())
+    preparation = Preparation(tokenizer, images, BasicParameters("none"), Attr(), videos)
     asked = [
         prompt_batch(Record("", (Turn("user", q),)), preparation, vision_spec(folder), thinking=False)
         for q in questions

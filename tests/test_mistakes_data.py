@@ -89,7 +89,7 @@ TURNS = [
     Case(
         "half a character", TRAIN, (f"{SECOND}, conversations[1].value: half a surr",), turns(ASKED, ("gpt", "\ud800"))
     ),
-    Case("field that is not read", TRAIN, (f"{SECOND}: has videos, which are not read",), record(videos=["a.mp4"])),
+    Case("field that is not read", TRAIN, (f"{SECOND}: has audio, which are not read",), record(audio="a.wav")),
     Case("two kinds of turns", TRAIN, (f"{SECOND}: has both messages and conversations",), record(messages=[{}])),
     Case("too long", TRAIN, (f"{SECOND}: ", "more than", "cutoff_len = 160"), turns(ASKED, ("gpt", "word " * 200))),
     Case(

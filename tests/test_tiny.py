@@ -13,11 +13,13 @@ from tokenizers import Tokenizer
 from qwen35 import tiny
 from qwen35.config import load_settings
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.formats import ImageFolder, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
 from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
-from qwen35.settings import Attr, BasicParameters
+from qwen35.data.videos import VideoProcessor
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (
@@ -38,9 +40,9 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def preparation(made) -> Preparation:
     basic = BasicParameters(dataset=str(made / "digits/heldout.json"), dataset_dir=str(made / "digits"))
-    return Preparation(
-        ChatTokenizer(made / "model"), ImageProcessor.from_folder(made / "model", 1024, 262144), basic, Attr()
-    )
+    images = ImageProcessor.from_folder(made / "model", 1024, 262144)
+    videos = VideoProcessor.from_folder(made / "model", PreprocessParameters())
+    return Preparation(ChatTokenizer(made / "model"), images, basic, Attr(), videos)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

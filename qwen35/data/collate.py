@@ -11,11 +11,13 @@ import torch
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
 from qwen35.data.dataset import Sample
 from qwen35.data.files import read_config
-from qwen35.data.formats import Record
-from qwen35.data.images import CHANNELS, ImageError
+from qwen35.data.images import CONFIG, ImageError
+from qwen35.data.patches import CHANNELS
 from qwen35.data.positions import position_ids
+from qwen35.data.record import Record
 from qwen35.data.samples import Preparation
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, prompt_pieces
+from qwen35.data.videos import VIDEO_CONFIG
 from qwen35.errors import SettingError
 
 
@@ -43,7 +45,7 @@ def _number(values: dict[str, Any], name: str, where: str, default: int | None =
 
 def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
     """The model in `folder` and the tokenizer and processor in `other` speak of the same, or SettingError."""
-    tokenizer, images = preparation.tokenizer, preparation.images
+    tokenizer = preparation.tokenizer
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
     for token, ours, name, theirs in (
         (IMAGE_PAD, tokenizer.image_id, "image_token_id", spec.image_token_id),
@@ -61,16 +63,15 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
             f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
         )
     vision = config["vision_config"]
-    for name, there, ours in (
-        ("merge_size", "spatial_merge_size", images.merge),
-        ("patch_size", "patch_size", images.patch),
-        ("temporal_patch_size", "temporal_patch_size", images.temporal_patch),
-    ):
-        theirs = _number(vision, there, where, ours)
-        if ours != theirs:
-            raise SettingError(
-                f"{name} is {ours} in {other}/preprocessor_config.json, but {there} is {theirs} in {where}"
-            )
+    for processor, file in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
+        for name, there, ours in (
+            ("merge_size", "spatial_merge_size", processor.merge),
+            ("patch_size", "patch_size", processor.patch),
+            ("temporal_patch_size", "temporal_patch_size", processor.temporal_patch),
+        ):
+            theirs = _number(vision, there, where, ours)
+            if ours != theirs:
+                raise SettingError(f"{name} is {ours} in {other}/{file}, but {there} is {theirs} in {where}")
     channels = _number(vision, "in_channels", where, CHANNELS)
     if channels != CHANNELS:
         raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")
@@ -141,15 +142,15 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
 
     A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
     """
-    grids = preparation.measure(record)
+    grids, extents = preparation.measure(record)
     pieces = prompt_pieces(record, preparation.basic.template, thinking)
-    ids, _ = preparation.tokenizer.encode(pieces, [preparation.images.tokens(grid) for grid in grids])
+    ids, _ = preparation.tokenizer.encode(pieces, extents)
     pixels = []
-    for path in record.images:
+    for visual in record.visuals:
         try:
-            pixels.append(preparation.images.patches(path)[0])
+            pixels.append(preparation.patches(visual)[0])
         except ImageError as error:
-            raise record.error(f"{path}: {error}") from None
+            raise record.error(f"{visual}: {error}") from None
     sample = Sample(
         torch.from_numpy(ids).long(),
         torch.full((len(ids),), IGNORE),

@@ -12,8 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
-from qwen35.data.formats import FieldNames, ImageFolder, Record, RecordError, parse_record, read_json
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import parse_record
+from qwen35.data.reading import read_values
+from qwen35.data.record import Record, RecordError
 from qwen35.errors import SettingError
 
 NAMED = 5  # missing images that a message names
@@ -57,11 +61,9 @@ def convert(llava: Path, images: Path, out: Path, on_missing: str = "error") -> 
 
 def _convert_all(llava: Path, images: Path) -> Converted:
     converted = Converted()
-    # only what the LLaVA form has: anything else is an error
-    names = FieldNames(("conversations",), ("image",), ("from",), ("value",), {"human": "user", "gpt": "assistant"})
-    folder = ImageFolder(images)
+    names, folder = FieldNames.llava(), ImageFolder(images)
     name = Path(os.path.realpath(images)).name
-    raws = tqdm(read_json(llava), desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
+    raws = tqdm(read_values(llava), desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
     for number, raw in enumerate(raws, 1):
         record = parse_record(raw, f"{llava}, record {number}", names, folder)
         absent = [path for path in record.images if not path.is_file()]

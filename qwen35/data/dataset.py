@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, VisionSpec
-from qwen35.data.formats import RecordError, dataset_files
 from qwen35.data.images import ImageError
+from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.positions import position_ids
-from qwen35.data.samples import FileSamples, Preparation, load_samples
+from qwen35.data.record import RecordError
+from qwen35.data.samples import FileSamples, Preparation, load_samples, visual_of
 from qwen35.data.skipped import Skipped
 
 
@@ -62,22 +64,29 @@ class Dataset:
             self.skipped.add(RecordError(message, "longer than cutoff_len"))
         self._kept = np.delete(np.arange(len(lengths)), self._too_long)  # [N] numbers of the samples among all
         self.lengths = lengths[self._kept]  # [N] tokens
+        self.sizes = np.diff(np.searchsorted(self._kept, self._starts)).tolist()  # samples of each file
         if len(self.lengths) == 0:
             why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
-            raise RecordError(f"{basic.dataset}: no records{why}")
+            raise RecordError(f"{dataset_name(basic.dataset)}: no records{why}")
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def trained_tokens(self) -> int:
-        unused = sum(int(self._part(number, "trained").sum()) for number in self._too_long.tolist())
-        return sum(int(samples.trained.sum()) for samples in self.files) - unused
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """[N] trained tokens of each sample."""
+        counts = [
+            np.add.reduceat(samples.trained.numpy(), samples.offsets[:-1].numpy(), dtype=np.int64)
+            for samples in self.files
+            if samples.sources
+        ]
+        return np.concatenate(counts)[self._kept]
 
     @property
     def images(self) -> int:
+        """And videos."""
         unused = sum(len(self._part(number, "grids")) for number in self._too_long.tolist())
-        return sum(len(samples.images) for samples in self.files) - unused
+        return sum(len(samples.visuals) for samples in self.files) - unused
 
     def fingerprint(self, more: str = "") -> str:
         """Changes with any sample's tokens, with which of them are trained, and with `more`."""
@@ -125,17 +134,18 @@ class Dataset:
         return Sample(ids.long(), labels, positions, pixels, grids, bad)
 
     def _pixels(self, number: int, grids: Tensor) -> Tensor:
-        """[P, 3*2*16*16] of all images of a sample. Raises RecordError."""
+        """[P, 3*2*16*16] of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)
         first, last = samples.image_offsets[i : i + 2].tolist()
         pixels = [torch.zeros(0, self.preparation.images.values)]
-        for path, grid in zip(samples.images[first:last], grids.tolist(), strict=True):
+        for plain, grid in zip(samples.visuals[first:last], grids.tolist(), strict=True):
+            visual = visual_of(plain)
             try:
-                patches, found = self.preparation.images.patches(path)
+                patches, found = self.preparation.patches(visual)
             except ImageError as error:
-                raise RecordError(f"{samples.sources[i]}: {path}: {error}") from None
+                raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
             if list(found) != grid:
-                raise RecordError(f"{samples.sources[i]}: {path}: has changed since it was measured; empty cache_dir")
+                raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)
 

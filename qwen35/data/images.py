@@ -9,21 +9,21 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from qwen35.data.files import read_config
-from qwen35.errors import SettingError, UserError, one_line
+from qwen35.data.patches import Levels, PatchFormat, cut
+from qwen35.errors import UserError, one_line
 
-CHANNELS = 3  # of every image, made RGB
+CONFIG = "preprocessor_config.json"
 MAX_SIDES_RATIO = 200
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
@@ -62,69 +62,17 @@ class ImageError(UserError):
         self.kind = kind
 
 
-LARGEST = 1024  # of a patch's sizes
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rgb(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
-
-
-def _entry(config: dict[str, Any], key: str, path: Path, holds: Callable[[Any], bool], what: str) -> Any:
-    if key not in config:
-        raise SettingError(f"{path}: has no {key}")
-    if not holds(config[key]):
-        raise SettingError(f"{path}: {key}: {str(config[key])[:80]} is not {what}")
-    return config[key]
-
-
 @dataclass(frozen=True)
-class ImageProcessor:
-    patch: int
-    temporal_patch: int
-    merge: int  # patches a side that become one token
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float  # of a pixel's 0..255 before mean and std
+class ImageProcessor(PatchFormat):
     min_pixels: int
     max_pixels: int
 
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int, max_pixels: int) -> "ImageProcessor":
         """By preprocessor_config.json of a model folder, its `size` replaced by the two settings. Raises SettingError."""
-        config = read_config(folder, "preprocessor_config.json")
-        path = Path(folder) / "preprocessor_config.json"
-        for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not config.get(key, True):
-                raise SettingError(f"{path}: {key}: false is not supported")
-        if config.get("resample", 3) != Image.Resampling.BICUBIC:
-            raise SettingError(f"{path}: resample: {config['resample']} is not supported, only 3 (bicubic)")
-        patch, temporal_patch, merge = (
-            _entry(config, key, path, _is_size, f"a whole number from 1 to {LARGEST}")
-            for key in ("patch_size", "temporal_patch_size", "merge_size")
-        )
-        mean, std = (
-            _entry(config, key, path, _is_rgb, "a list of three numbers") for key in ("image_mean", "image_std")
-        )
-        if not all(std):
-            raise SettingError(f"{path}: image_std: {std} has a 0, and pixels are divided by it")
-        scale = _entry({"rescale_factor": 1 / 255, **config}, "rescale_factor", path, _is_number, "a number")
-        return cls(patch, temporal_patch, merge, tuple(mean), tuple(std), scale, min_pixels, max_pixels)
-
-    @property
-    def values(self) -> int:
-        """Numbers in one patch."""
-        return CHANNELS * self.temporal_patch * self.patch**2
-
-    def tokens(self, grid: tuple[int, int, int]) -> int:
-        return grid[0] * grid[1] * grid[2] // self.merge**2
+        config = read_config(folder, CONFIG)
+        format_ = PatchFormat.of(config, Path(folder) / CONFIG)
+        return cls(**vars(format_), min_pixels=min_pixels, max_pixels=max_pixels)
 
     def grid(self, path: str | Path) -> tuple[int, int, int]:
         """(1, h, w) in patches, from the file's header alone: nothing is decoded. Raises ImageError."""
@@ -139,20 +87,12 @@ class ImageProcessor:
             rgb = _rgb(_upright(image))
             height, width = self._resized(rgb.height, rgb.width)
             pixels = np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))  # [H, W, 3] uint8
-        m, p = self.merge, self.patch
-        blocks = pixels.reshape(height // (m * p), m, p, width // (m * p), m, p, 3)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [H/mp, W/mp, m, m, 3, p, p]
-        # of each of the 256 values, in the processor's own precision: fp64, rounded, then fp32
-        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)
-        out = np.empty((*blocks.shape[:5], self.temporal_patch, p, p), dtype=np.float32)
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            table = (scaled - np.float32(mean)) / np.float32(std)
-            values = np.take(
-                table, np.ascontiguousarray(blocks[..., channel, :, :]), mode="clip"
-            )  # the fastest look-up
-            out[..., channel, :, :, :] = values[..., None, :, :]
-        grid = (1, height // p, width // p)
-        return torch.from_numpy(out.reshape(-1, self.values)), grid
+        grid = (1, height // self.patch, width // self.patch)
+        return cut(pixels[None], self.patch, self.merge, self.temporal_patch, self.levels), grid
+
+    @cached_property
+    def levels(self) -> Levels:
+        return Levels.of_images(self.scale, self.mean, self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Both sides multiples of a token's side, min_pixels <= their product <= max_pixels, the ratio kept nearly."""
@@ -169,6 +109,18 @@ class ImageProcessor:
             new_height = math.ceil(height * grow / side) * side
             new_width = math.ceil(width * grow / side) * side
         return new_height, new_width
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Upright, RGB, what is transparent laid on white. Raises ImageError."""
+    with _opened(path) as image:
+        return _rgb(_upright(image))
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header where that says it. Raises ImageError."""
+    with _opened(path) as image:
+        return _upright_size(image, path)
 
 
 @contextmanager

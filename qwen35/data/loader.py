@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 from qwen35.batch import PackedBatch
 from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset
-from qwen35.data.formats import RecordError
+from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
+from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation
+from qwen35.errors import SettingError
 from qwen35.processes import die_with
-from qwen35.settings import Settings
+from qwen35.settings import Settings, dataset_entries
 
 
 class MicroBatches:
@@ -38,11 +40,21 @@ class MicroBatches:
         check_agreement(settings.model.model_name_or_path, settings.tokenizer_dir, preparation, spec)
         self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
         self.cutoff_len = basic.cutoff_len
-        self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle)
+        sizes = tuple(self.dataset.sizes)
+        weights = tuple(entry.weight for entry in dataset_entries(basic.dataset))[
+            : len(sizes)
+        ]  # max_samples ends early
+        mixture = Mixture(sizes, weights, training.seed, loader.shuffle)
+        self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle, mixture.epoch)
         self.samples = len(self.dataset)
-        order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}"
+        weighted = f" {weights}" if set(weights) != {1} else ""
+        order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
         self.fingerprint = self.dataset.fingerprint(order)  # the same where every bin of every epoch is the same
-        self.tokens_per_epoch = int(self.dataset.lengths.sum())
+        first = mixture.epoch(0)
+        if not len(first):
+            raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
+        self.tokens_per_epoch = int(self.dataset.lengths[first].sum())
+        self.trained_share = int(self.dataset.trained[first].sum()) / self.tokens_per_epoch
         self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
         self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
         self._order = _Order(self.bins, rank, world_size, training.micro_batch_size, 0)
@@ -58,15 +70,14 @@ class MicroBatches:
     def report(self) -> str:
         """For the start of a run: one line, and one more of records that were left out."""
         files = len(self.dataset.files)
-        trained = self.dataset.trained_tokens / self.tokens_per_epoch
         skipped = self.dataset.skipped
         left_out = (
             f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
         )
         return (
             f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
-            f"{self.tokens_per_epoch:,} tokens ({trained:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens){left_out}"
+            f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of "
+            f"{self.cutoff_len} ({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:

@@ -1,6 +1,6 @@
 """Which samples share a bin, and in which order the bins come: a function of lengths, seed and epoch alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -76,11 +76,22 @@ def _first_fit(lengths: list[int], cutoff_len: int) -> list[list[int]]:
 class BinStream:
     """The bins of all epochs end to end, numbered from 0."""
 
-    def __init__(self, lengths: np.ndarray, cutoff_len: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        cutoff_len: int,
+        seed: int,
+        shuffle: bool = True,
+        members: Callable[[int], np.ndarray] | None = None,
+    ):
+        """members: the samples of an epoch, some of them more than once or not at all; None: each once."""
         self.lengths, self.cutoff_len, self.seed, self.shuffle = lengths, cutoff_len, seed, shuffle
+        self._members = members
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        return pack_epoch(self.lengths, self.cutoff_len, self.seed, epoch, self.shuffle)
+        members = np.arange(len(self.lengths)) if self._members is None else self._members(epoch)
+        bins = pack_epoch(self.lengths[members], self.cutoff_len, self.seed, epoch, self.shuffle)
+        return [members[content].tolist() for content in bins]
 
     def micro_batches(self, rank: int, world_size: int, bins: int, start: int = 0) -> Iterator[list[list[int]]]:
         """The micro-batches of a rank, `bins` bins each, without end.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen35.data.files import replacing
-from qwen35.data.formats import ImageFolder, Record, RecordError, read_records
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
 from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.skipped import Skipped
 from qwen35.data.template import training_pieces
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokens import ChatTokenizer, Extent
+from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 2  # of what is kept and how it is made
+CACHE_VERSION = 3  # of what is kept and how it is made
 
 
 @dataclass(frozen=True)
 class TokenisedSample:
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool
-    grids: list[tuple[int, int, int]]  # patches (1, h, w) of each image
+    grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,10 @@ class FileSamples:
     ids: Tensor  # [tokens] int32
     trained: Tensor  # [tokens] bool
     offsets: Tensor  # [N+1] int64: sample i is tokens offsets[i]:offsets[i+1]
-    grids: Tensor  # [M, 3] int64 of all images
-    image_offsets: Tensor  # [N+1] int64
+    grids: Tensor  # [M, 3] int64 of all images and videos
+    image_offsets: Tensor  # [N+1] int64: those of sample i
     sources: list[str]  # of each record, for messages
-    images: list[str]  # [M] paths
+    visuals: list[str | dict[str, Any]]  # [M] the path of an image, or what a Video is
     records: int  # that were read: N and those left out
     skipped: Skipped
 
@@ -57,6 +61,7 @@ class Preparation:
     images: ImageProcessor
     basic: BasicParameters
     attr: Attr
+    videos: VideoProcessor
 
     @classmethod
     def of(cls, settings: Settings) -> "Preparation":
@@ -64,28 +69,44 @@ class Preparation:
         limits = param.preprocess_parameters
         folder = settings.tokenizer_dir
         images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
-        return cls(ChatTokenizer(folder), images, param.basic_parameters, param.attr)
+        videos = VideoProcessor.from_folder(folder, limits)
+        return cls(ChatTokenizer(folder), images, param.basic_parameters, param.attr, videos)
 
     def tokenise(self, record: Record) -> TokenisedSample:
         """Raises RecordError. Images are not decoded, only measured."""
         b = self.basic
         pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
-        grids = self.measure(record)
-        ids, trained = self.tokenizer.encode(pieces, [self.images.tokens(grid) for grid in grids])
+        grids, extents = self.measure(record)
+        ids, trained = self.tokenizer.encode(pieces, extents)
         if not trained[1:].any():
             raise record.error("nothing in it is trained", "nothing trained")
         return TokenisedSample(ids, trained, grids)
 
-    def measure(self, record: Record) -> list[tuple[int, int, int]]:
-        """The grid of each image. Raises RecordError."""
-        grids = []
-        for i, path in enumerate(record.images):
+    def folder(self) -> ImageFolder:
+        """Raises SettingError."""
+        return ImageFolder(self.basic.dataset_dir, self.basic.cache_dir)
+
+    def measure(self, record: Record) -> tuple[list[tuple[int, int, int]], list[Extent]]:
+        """Of each image and video: its grid, and how many tokens it takes. Raises RecordError."""
+        grids: list[tuple[int, int, int]] = []
+        extents: list[Extent] = []
+        for visual in record.visuals:
             try:
-                grids.append(self.images.grid(path))
+                if isinstance(visual, Video):
+                    clip = self.videos.clip(visual)
+                    each = self.videos.tokens((1, *clip.grid[1:]))
+                    grids.append(clip.grid)
+                    extents.append([(seconds, each) for seconds in clip.seconds])
+                else:
+                    grids.append(self.images.grid(visual))
+                    extents.append(self.images.tokens(grids[-1]))
             except ImageError as error:
-                which = f"image {i + 1} of {len(record.images)}, {path}"
-                raise record.error(f"{which}: {error}", error.kind, str(path)) from None
-        return grids
+                raise _named(record, visual, error) from None
+        return grids, extents
+
+    def patches(self, visual: Visual) -> tuple[Tensor, tuple[int, int, int]]:
+        """pixels [P, 3*2*16*16] and the grid. Raises ImageError."""
+        return self.videos.patches(visual) if isinstance(visual, Video) else self.images.patches(visual)
 
     def cache_key(self, file: Path, limit: int | None) -> str:
         """Changes with the file's content and with every setting that the tokens depend on."""
@@ -93,11 +114,21 @@ class Preparation:
         for name in ("dataset", "cache_dir", "cutoff_len", "max_samples"):  # these do not change a sample's tokens
             del settings[name]
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
-        made_by = [CACHE_VERSION, str(file), limit, settings, asdict(self.attr), asdict(self.images)]
+        processors = [asdict(self.images), asdict(self.videos)]
+        made_by = [CACHE_VERSION, str(file), limit, settings, asdict(self.attr), processors]
         digest = hashlib.sha256(json.dumps(made_by).encode())
         for path in (file, self.tokenizer.file):
             digest.update(_file_digest(path))
         return digest.hexdigest()[:32]
+
+
+def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:
+    if isinstance(visual, Video):
+        which = f"video {record.videos.index(visual) + 1} of {len(record.videos)}"
+        file = visual.source if isinstance(visual.source, Path) else visual.source[0]
+    else:
+        which, file = f"image {record.images.index(visual) + 1} of {len(record.images)}", visual
+    return record.error(f"{which}, {visual}: {error}", error.kind, str(file))
 
 
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
@@ -129,8 +160,7 @@ def tokenised(
     skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[tuple[Record, TokenisedSample]]:
     """Of the first `limit` records of a file; `skip`: as for `read_records`."""
-    folder = ImageFolder(preparation.basic.dataset_dir)
-    for record in read_records(file, preparation.attr, folder, limit, skip=skip):
+    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=skip):
         try:
             sample = preparation.tokenise(record)
         except RecordError as error:
@@ -143,7 +173,7 @@ def tokenised(
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
-    ids, trained, grids, sources, images = [], [], [], [], []
+    ids, trained, grids, sources, visuals = [], [], [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()
     made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
@@ -154,7 +184,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         grids += sample.grids
         counts.append(len(sample.grids))
         sources.append(record.source)
-        images += [str(path) for path in record.images]
+        visuals += [_plain(visual) for visual in record.visuals]
     return FileSamples(
         str(file),
         torch.from_numpy(np.concatenate(ids)) if ids else torch.zeros(0, dtype=torch.int32),
@@ -163,14 +193,29 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         torch.tensor(counts).cumsum(0),
         sources,
-        images,
+        visuals,
         len(sources) + len(skipped),
         skipped,
     )
 
 
 TENSORS = ("ids", "trained", "offsets", "grids", "image_offsets")
-NAMES = ("file", "sources", "images", "records")
+NAMES = ("file", "sources", "visuals", "records")
+
+
+def _plain(visual: Visual) -> str | dict[str, Any]:
+    if not isinstance(visual, Video):
+        return str(visual)
+    source = str(visual.source) if isinstance(visual.source, Path) else [str(frame) for frame in visual.source]
+    return {"source": source, "fps": visual.fps}
+
+
+def visual_of(plain: str | dict[str, Any]) -> Visual:
+    """What `FileSamples.visuals` says."""
+    if isinstance(plain, str):
+        return Path(plain)
+    source = plain["source"]
+    return Video(Path(source) if isinstance(source, str) else tuple(map(Path, source)), plain["fps"])
 
 
 def _read(path: Path) -> FileSamples:

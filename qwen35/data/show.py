@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
 from qwen35.data.collate import check_agreement, vision_spec
-from qwen35.data.formats import RecordError, dataset_files
+from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, tokenised
-from qwen35.data.template import IMAGE_PAD
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.settings import Settings
 
@@ -32,15 +33,17 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     for record, sample in islice(made, limit):
         yield from _told(left_out)
         shown += 1
-        tokens, trained, images = len(sample.ids), int(sample.trained.sum()), len(sample.grids)
+        tokens, trained = len(sample.ids), int(sample.trained.sum())
+        images, videos = len(record.images), len(record.videos)
         fate = ", left out" if skip else ""
         too_long = f", MORE THAN cutoff_len {basic.cutoff_len}{fate}" if tokens > basic.cutoff_len else ""
         head = f"{record.source}: {tokens} tokens{too_long}, {trained} trained, {images} image{'s' * (images != 1)}"
+        head += f", {videos} video{'s' * (videos != 1)}" * bool(videos)
         text = marked(preparation.tokenizer, sample.ids.tolist(), sample.trained.tolist(), marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)
     if not shown:
-        raise RecordError(f"{basic.dataset}: no records" + " left" * bool(skip))
+        raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
 
 
 def _told(left_out: list[RecordError]) -> Iterator[str]:
@@ -51,9 +54,10 @@ def _told(left_out: list[RecordError]) -> Iterator[str]:
 def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool], marks: tuple[str, str]) -> str:
     """ids [T] as text, trained stretches between the marks, runs of image tokens as one with their number."""
     out = []
-    kinds = [(mask, token == tokenizer.image_id, token) for token, mask in zip(ids, trained, strict=True)]
-    for (is_trained, is_image), run in groupby(kinds, key=lambda kind: kind[:2]):
+    pads = {tokenizer.image_id: IMAGE_PAD, tokenizer.video_id: VIDEO_PAD}
+    kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
+    for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{IMAGE_PAD}*{len(stretch)}" if is_image else tokenizer.decode(stretch).translate(VISIBLE)
+        text = f"{pad}*{len(stretch)}" if pad else tokenizer.decode(stretch).translate(VISIBLE)
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen35.data.formats import RecordError
+from qwen35.data.record import RecordError
 
 
 @dataclass

@@ -8,13 +8,14 @@ Trained is what the model has to write itself: never what its generation prompt 
 the whole empty think block), always the closing `<|im_end|>\\n`.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwen35.data.files import read_config
-from qwen35.data.formats import IMAGE_PLACEHOLDER, Record, Role, Turn
+from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, Role, ToolCall, Turn
 from qwen35.errors import SettingError
 
 Template = Literal["qwen3_vl_nothink", "qwen3_5"]
@@ -23,6 +24,17 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 VIDEO_PAD = "<|video_pad|>"
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+TOOLS_BEFORE = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
+TOOLS_AFTER = (
+    "\n</tools>\n\nIf you choose to call a function ONLY reply in the following format with NO suffix:\n\n<tool_call>\n"
+    "<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n"
+    "<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\nmultiple lines\n"
+    "</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the specified "
+    "format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n"
+    "- Required parameters MUST be specified\n- You may provide optional reasoning for your function call in natural "
+    "language BEFORE the function call, but NOT after\n- If there is no function call available, answer the question like "
+    "normal with your current knowledge and do not tell the user about function calls\n</IMPORTANT>"
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +42,18 @@ class Piece:
     """A stretch of a sample.
 
     kind "text" is plain: what it spells is never a control token. "control" is one control token. "image" is the place of an
-    image: its start, its tokens, its end. `fresh`: generation would begin here, so tokens do not join what comes before.
+    image: its start, its tokens, its end; "video" that of a video: for each pair of frames its time, then the same. `fresh`:
+    generation would begin here, so tokens do not join what comes before.
     """
 
     text: str
     trained: bool = False
-    kind: Literal["text", "control", "image"] = "text"
+    kind: Literal["text", "control", "image", "video"] = "text"
     fresh: bool = False
 
 
 def render(pieces: Sequence[Piece]) -> str:
-    """The text of the pieces, an image as the chat template writes it."""
+    """The text of the pieces, an image or video as the chat template writes it."""
     return "".join(p.text for p in pieces)
 
 
@@ -54,18 +67,20 @@ def training_pieces(
     """The whole conversation.
 
     enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, those after the last question of the
-    user; False drops them. train_on_prompt: what user and system say is trained too, their headers and images are not.
+    user; False drops them. train_on_prompt: what user, system and tools say is trained too, their headers and images are not.
     mask_history: only the last answer is trained. Raises RecordError where the template has no text for the record.
     """
+    _check(record, template)
     last = len(record.turns) - 1
-    pieces = []
+    pieces = _tools_turn(record, train_on_prompt) if record.tools else []
     for i, turn in enumerate(record.turns):
         if turn.role == "assistant":
             trained = i == last or not mask_history
             pieces += _answer(record, i, template, trained, drop_thought=enable_thinking is False)
-        else:
+        elif turn.role == "tool":
+            pieces += _tool_response(record.turns, i, train_on_prompt)
+        elif turn.role == "user" or not record.tools:
             pieces += _prompt_turn(turn, template, train_on_prompt)
-    _check_query(record, template)
     return pieces
 
 
@@ -75,7 +90,7 @@ def prompt_pieces(record: Record, template: Template, thinking: bool) -> list[Pi
     thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else with the empty block. See `thinks_by_default`.
     """
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-    asked = Record(record.source, turns, record.images)
+    asked = replace(record, turns=turns)
     opening = "" if template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
     return [*training_pieces(asked, template, mask_history=True), *_header("assistant"), *_text(opening)]
 
@@ -115,11 +130,53 @@ def _end(trained: bool) -> list[Piece]:
 def _prompt_turn(turn: Turn, template: Template, trained: bool) -> list[Piece]:
     """A system or user turn; in a user turn, images stand where the placeholders are."""
     content = _trim(turn.content, template)
-    parts = content.split(IMAGE_PLACEHOLDER) if turn.role == "user" else [content]
-    body = _text(parts[0], trained)
-    for part in parts[1:]:
-        body += [Piece(VISION_START + IMAGE_PAD + VISION_END, kind="image"), *_text(part, trained)]
+    body: list[Piece] = []
+    for part in PLACEHOLDER.split(content) if turn.role == "user" else [content]:
+        if turn.role == "user" and PLACEHOLDER.fullmatch(part):
+            is_image = part == IMAGE_PLACEHOLDER
+            pad = IMAGE_PAD if is_image else VIDEO_PAD
+            body.append(Piece(VISION_START + pad + VISION_END, kind="image" if is_image else "video"))
+        else:
+            body += _text(part, trained)
     return [*_header(turn.role), *body, *_end(trained)]
+
+
+def _tools_turn(record: Record, trained: bool) -> list[Piece]:
+    """What can be called stands in a system turn, before what the record's own says."""
+    first = record.turns[0]
+    system = first.content.strip() if first.role == "system" else ""
+    listed = "".join(f"\n{_json(tool)}" for tool in record.tools)
+    text = f"{TOOLS_BEFORE}{listed}{TOOLS_AFTER}" + (f"\n\n{system}" if system else "")
+    return [*_header("system"), *_text(text, trained), *_end(trained)]
+
+
+def _tool_response(turns: Sequence[Turn], index: int, trained: bool) -> list[Piece]:
+    """Those in a row share one turn, in the user's name."""
+    pieces: list[Piece] = []
+    if turns[index - 1].role != "tool":
+        pieces += [Piece(IM_START, kind="control"), Piece("user")]
+    pieces += _text(f"\n<tool_response>\n{turns[index].content.strip()}\n</tool_response>", trained)
+    is_last = index + 1 == len(turns) or turns[index + 1].role != "tool"
+    return [*pieces, *(_end(trained) if is_last else [])]
+
+
+def _calls(calls: Sequence[ToolCall], content: str) -> str:
+    """What follows the content of an answer that calls tools."""
+    gap = "\n\n" if calls and content.strip() else ""
+    return gap + "\n".join(
+        f"<tool_call>\n<function={call.name}>\n"
+        + "".join(f"<parameter={name}>\n{_argument(value)}\n</parameter>\n" for name, value in call.arguments.items())
+        + "</function>\n</tool_call>"
+        for call in calls
+    )
+
+
+def _argument(value: Any) -> str:
+    return _json(value) if isinstance(value, dict | list) else str(value)  # True, None: as the template writes them
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _answer(record: Record, index: int, template: Template, trained: bool, drop_thought: bool) -> list[Piece]:
@@ -131,7 +188,8 @@ def _answer(record: Record, index: int, template: Template, trained: bool, drop_
     if index > _last_query(record.turns):  # the template drops the thoughts before the user's last question
         thought = "" if drop_thought else thought
         opening = "<think>\n" if thought else EMPTY_THOUGHT
-        content = f"{thought}\n</think>\n\n{content}" if thought else content
+    answer = content + _calls(turn.tool_calls, content)
+    content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh=trained), *_end(trained)]
 
 
@@ -159,9 +217,12 @@ def _last_query(turns: Sequence[Turn]) -> int:
     return max((i for i, turn in enumerate(turns) if _is_query(turn)), default=len(turns) - 1)
 
 
-def _check_query(record: Record, template: Template) -> None:
+def _check(record: Record, template: Template) -> None:
     if template == "qwen3_5" and not any(map(_is_query, record.turns)):
         raise record.error("no question of the user, only tool responses; the chat template has no text for that")
+    has_tools = record.tools or any(turn.role == "tool" or turn.tool_calls for turn in record.turns)
+    if template == "qwen3_vl_nothink" and has_tools:
+        raise record.error("has tools, for which template qwen3_vl_nothink has no text; use qwen3_5")
 
 
 def _trim(content: str, template: Template) -> str:

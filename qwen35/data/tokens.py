@@ -10,6 +10,8 @@ from qwen35.data.files import read_config
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
+Extent = int | Sequence[tuple[float, int]]  # tokens of an image; (seconds, tokens) of each pair of frames of a video
+
 
 class ChatTokenizer:
     """The tokenizer.json of a model folder.
@@ -51,14 +53,18 @@ class ChatTokenizer:
         """The token of the highest id, and that."""
         return max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
 
-    def encode(self, pieces: Sequence[Piece], image_tokens: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """ids [T] int32 and trained [T] bool; image i becomes image_tokens[i] tokens between its start and end."""
+    def encode(self, pieces: Sequence[Piece], visuals: Sequence[Extent] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """ids [T] int32 and trained [T] bool; visuals: of each image and video, in order of appearance.
+
+        An image becomes so many tokens between its start and end; a video, for each of its pairs of frames, the time as text
+        and so many tokens between a start and an end of their own.
+        """
         ids: list[int] = []
         trained: list[bool] = []
         run: list[Piece] = []
-        images = iter(image_tokens)
+        extents = iter(visuals)
         for piece in pieces:
-            if piece.fresh or piece.kind != "text":
+            if piece.fresh or piece.kind not in ("text", "video"):  # a video begins with a text
                 self._encode_run(run, ids, trained)
                 run = []
             if piece.kind == "text":
@@ -67,11 +73,22 @@ class ChatTokenizer:
                 ids.append(self._control[piece.text])
                 trained.append(piece.trained)
             else:
-                n = next(images)
-                ids += [self._control[VISION_START], *[self.image_id] * n, self._control[VISION_END]]
-                trained += [False] * (n + 2)
+                extent = next(extents)
+                if isinstance(extent, int):
+                    self._encode_visual(extent, self.image_id, ids, trained)
+                    continue
+                if self.video_id is None:
+                    raise SettingError(f"{self.file}: has no token {VIDEO_PAD}; is it a Qwen3.5 tokenizer?")
+                for seconds, n in extent:
+                    self._encode_run([*run, Piece(f"<{seconds:.1f} seconds>")], ids, trained)
+                    run = []
+                    self._encode_visual(n, self.video_id, ids, trained)
         self._encode_run(run, ids, trained)
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+
+    def _encode_visual(self, n: int, token: int, ids: list[int], trained: list[bool]) -> None:
+        ids += [self._control[VISION_START], *[token] * n, self._control[VISION_END]]
+        trained += [False] * (n + 2)
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of plain text; what it spells is never a control token."""

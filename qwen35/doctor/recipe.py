@@ -103,7 +103,7 @@ def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -
 def _records(preparation: "Preparation") -> list[Finding]:
     from qwen35.config import SettingError
     from qwen35.data import RecordError
-    from qwen35.data.formats import dataset_files
+    from qwen35.data.mixture import dataset_files
     from qwen35.data.samples import tokenised
     from qwen35.data.skipped import Skipped
 

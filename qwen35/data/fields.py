@@ -1,0 +1,95 @@
+"""Where a record keeps what: the names that attr gives, else the usual ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen35.data.record import RecordError, Role
+from qwen35.settings import Attr
+
+USUAL_ROLES: dict[str, Role] = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system",
+    "tool": "tool", "observation": "tool",
+}  # fmt: skip
+FUNCTION_CALL = "function_call"  # of ShareGPT: an assistant turn that is nothing but calls
+
+
+@dataclass(frozen=True)
+class Names:
+    """Of one field. A name with dots, as attr may give it, is looked for inside: `message.content`."""
+
+    own: str | None
+    usual: tuple[str, ...]
+
+    def find(self, raw: Mapping[str, Any], source: str) -> tuple[str, Any] | None:
+        """(name, value) of the one that the object has, or None. Raises RecordError if it has several."""
+        if self.own is not None and (value := _inside(raw, self.own)) is not None:
+            return self.own, value
+        present = [name for name in self.usual if raw.get(name) is not None]
+        if len(present) > 1:
+            raise RecordError(f"{source}: has both {' and '.join(present)}; say in attr which one counts")
+        return (present[0], raw[present[0]]) if present else None
+
+    def __str__(self) -> str:
+        return " or ".join(name for name in (self.own, *self.usual) if name is not None)
+
+
+def _inside(raw: Any, name: str) -> Any:
+    if isinstance(raw, Mapping) and raw.get(name) is not None:
+        return raw[name]
+    for part in name.split("."):
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+    return raw
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    messages: Names
+    images: Names
+    videos: Names
+    tools: Names
+    system: Names
+    role: Names
+    content: Names
+    roles: Mapping[str, Role]
+    calls: frozenset[str]  # roles whose content is a tool call
+    unread: tuple[str, ...] = ("audios", "audio")  # fields that others read, and without which training would be wrong
+
+    @classmethod
+    def of(cls, attr: Attr) -> "FieldNames":
+        own: tuple[tuple[str | None, Role], ...] = (
+            (attr.system_tag, "system"),
+            (attr.user_tag, "user"),
+            (attr.assistant_tag, "assistant"),
+            (attr.observation_tag, "tool"),
+            (attr.function_tag, "assistant"),
+        )
+        roles = USUAL_ROLES | {FUNCTION_CALL: "assistant"} | {tag: role for tag, role in own if tag}
+        return cls(
+            Names(attr.messages, ("messages", "conversations")),
+            Names(attr.images, ("images", "image")),
+            Names(attr.videos, ("videos", "video")),
+            Names(attr.tools, ("tools",)),
+            Names(attr.system, ("system",)),
+            Names(attr.role_tag, ("role", "from")),
+            Names(attr.content_tag, ("content", "value")),
+            roles,
+            frozenset({FUNCTION_CALL, *([attr.function_tag] if attr.function_tag else [])}),
+        )
+
+    @classmethod
+    def llava(cls) -> "FieldNames":
+        """Only what LLaVA-Instruct has: anything else is an error."""
+        none = Names(None, ())
+        return cls(
+            Names(None, ("conversations",)),
+            Names(None, ("image",)),
+            none,
+            none,
+            none,
+            Names(None, ("from",)),
+            Names(None, ("value",)),
+            {"human": "user", "gpt": "assistant"},
+            frozenset(),
+            ("videos", "video", "audios", "audio", "tools", "system"),
+        )

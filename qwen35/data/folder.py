@@ -1,0 +1,82 @@
+"""Where the images and videos of records lie: below one folder, and nowhere else."""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from qwen35.data.files import replacing
+from qwen35.errors import SettingError
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+LOCAL = "file://"
+DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
+
+
+class ImageFolder:
+    """Turns the path in a record into a real one, which must lie below `root` (dataset_dir), links followed."""
+
+    def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
+        """cache_dir: where images that a record holds itself become files. Raises SettingError if there is no folder `root`."""
+        if not Path(root).is_dir():
+            raise SettingError(f"dataset_dir: {root}: no such folder; it is where the records' images lie")
+        self.root = str(root)
+        self.real_root = _real(root)
+        self._kept = None if cache_dir is None else Path(cache_dir) / "images"
+        self._real_folders: dict[Path, Path] = {}  # following links is slow on a network disk: once a folder
+
+    def path(self, name: str) -> Path:
+        """Raises ValueError if `name` leaves the folder, OSError if it is no name. Does not ask for the file to be there."""
+        if "\0" in name:
+            raise ValueError("has a NUL character")
+        name = name.removeprefix(LOCAL)
+        if ADDRESS.match(name):
+            raise ValueError(f"{name[:80]!r} is an address; only files below dataset_dir are read, so download it")
+        path = self.real_root / name
+        if path.name in {"", ".."}:
+            raise ValueError(f"{name!r} is not a file name")
+        folder = path.parent
+        if folder not in self._real_folders:
+            self._real_folders[folder] = _real(folder)
+        path = self._real_folders[folder] / path.name
+        if path.is_symlink():
+            path = _real(path)
+        if not path.is_relative_to(self.real_root):
+            raise ValueError(f"{name!r} lies outside dataset_dir {self.root}")
+        return path
+
+    def image(self, name: str) -> Path:
+        """As `path`; also of a `data:` URL, whose image becomes a file in the cache."""
+        if name[:5].lower() != "data:":
+            return self.path(name)
+        head = DATA_URL.match(name)
+        if head is None:
+            raise ValueError(f"{name[:40]!r}… is no image in base64")
+        try:
+            return self.keep(base64.b64decode(name[head.end() :], validate=True))
+        except binascii.Error as error:
+            raise ValueError(f"{name[:40]!r}… is not base64: {error}") from None
+
+    def keep(self, data: bytes) -> Path:
+        """The file of an image that a record holds itself, named by its content: several processes may keep the same.
+
+        Raises ValueError if there is no cache_dir, SettingError if it cannot be written.
+        """
+        if self._kept is None:
+            raise ValueError("holds an image itself; set cache_dir, where such images become files")
+        digest = hashlib.sha256(data).hexdigest()
+        path = Path(os.path.realpath(self._kept)) / digest[:2] / digest
+        if path.is_file() and path.stat().st_size == len(data):
+            return path
+        try:
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            raise SettingError(f"cache_dir: {path}: cannot be written: {error.strerror}") from None
+        return path
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, lets a loop of links be

@@ -1,0 +1,99 @@
+"""A JSON list read value by value, whatever its size: only one value and a block of text are in memory."""
+
+import json
+import re
+from collections.abc import Iterator
+from json.decoder import JSONDecodeError
+from typing import Any, TextIO
+
+BLOCK = 1 << 20  # characters read at once
+SPACE = re.compile(r"[ \t\n\r]*")
+LONGEST_WORD = 16  # nearer than this to the end of what is read, a word, a number or an escape may be cut in two
+
+
+def values(stream: TextIO, block: int = BLOCK) -> Iterator[Any]:
+    """Of the list that `stream` holds from its start on, one after the other.
+
+    Raises JSONDecodeError with the line and column in the whole file, and what the decoder raises (ValueError, RecursionError).
+    """
+    window = _Window(stream, block)
+    window.expect("[")
+    if window.at("]"):
+        window.skip(1)
+    else:
+        while True:
+            yield window.value()
+            if window.at("]"):
+                window.skip(1)
+                break
+            window.expect(",")
+    window.end()
+
+
+class _Window:
+    """The part of a text that is being looked at."""
+
+    def __init__(self, stream: TextIO, block: int):
+        self._stream, self._block = stream, block
+        self._text, self._position, self._is_whole = "", 0, False
+        self._line, self._column = 1, 1  # of the first character of the text
+        self._decode = json.JSONDecoder().raw_decode
+
+    def value(self) -> Any:
+        wanted = self._block
+        while True:
+            self._space()
+            try:
+                value, end = self._decode(self._text, self._position)
+            except JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_WORD
+                if self._is_whole or not cut:
+                    raise self._error(error.msg, error.pos) from None
+            else:
+                if end < len(self._text) - LONGEST_WORD or self._is_whole:  # else a number might go on
+                    self._position = end
+                    return value
+            wanted = self._more(wanted)
+
+    def at(self, character: str) -> bool:
+        self._space()
+        return self._text.startswith(character, self._position)
+
+    def skip(self, count: int) -> None:
+        self._position += count
+
+    def expect(self, character: str) -> None:
+        if not self.at(character):
+            raise self._error(f"Expecting '{character}' delimiter", self._position)
+        self._position += 1
+
+    def end(self) -> None:
+        self._space()
+        if self._position < len(self._text):
+            raise self._error("Extra data", self._position)
+
+    def _space(self) -> None:
+        """To the next character that counts, or to the end of the file."""
+        while True:
+            found = SPACE.match(self._text, self._position)
+            self._position = found.end() if found else self._position
+            if self._position < len(self._text) or self._is_whole:
+                return
+            self._more(self._block)
+
+    def _more(self, characters: int) -> int:
+        """Drop what is done with, read on; -> twice as much for the next time, so that a long value is not read bit by bit."""
+        done, rest = self._text[: self._position], self._text[self._position :]
+        lines = done.count("\n")
+        self._column = len(done) - done.rfind("\n") if lines else self._column + len(done)
+        self._line += lines
+        new = self._stream.read(characters)
+        self._text, self._position, self._is_whole = rest + new, 0, not new
+        return 2 * characters
+
+    def _error(self, message: str, position: int) -> JSONDecodeError:
+        error = JSONDecodeError(message, self._text, position)
+        if error.lineno == 1:
+            error.colno += self._column - 1
+        error.lineno += self._line - 1
+        return error

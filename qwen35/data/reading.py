@@ -1,0 +1,100 @@
+"""The values of a file of records, one after the other: a JSON list, JSON lines or parquet. Its first bytes say which."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen35.data import json_list
+from qwen35.data.record import RecordError
+from qwen35.errors import SettingError, one_line
+
+PARQUET = b"PAR1"
+ROWS = 1024  # of a parquet file that are in memory at once
+
+
+def read_values(file: Path, lenient: bool = False) -> Iterator[Any]:
+    """No more than a part of the file is in memory. Raises RecordError, SettingError where a package is missing.
+
+    lenient: a line that is not JSON becomes a RecordError among the values, unless no line of the file is.
+    """
+    with file.open("rb") as start:
+        is_parquet = start.read(len(PARQUET)) == PARQUET
+    yield from _parquet(file) if is_parquet else _json(file, lenient)
+
+
+def _json(file: Path, lenient: bool) -> Iterator[Any]:
+    broken: list[RecordError] = []
+    number = 0
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            start = " "
+            while start.isspace():
+                start = stream.read(1)
+            stream.seek(0)
+            if start == "[":
+                yield from json_list.values(stream)
+                return
+            for line in stream:
+                if line.strip():
+                    number += 1
+                    value = _json_line(line, f"{file}, record {number}")
+                    if isinstance(value, RecordError):
+                        broken.append(value)
+                        if not lenient:
+                            raise value
+                    yield value
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{file}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{file}: not UTF-8 text: {error.reason} at byte {_first_wrong_byte(file)}") from None
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
+        raise RecordError(f"{file}: JSON that cannot be read: {one_line(error)}") from None
+    if start == "":
+        raise RecordError(f"{file}: is empty")
+    if len(broken) == number:
+        raise broken[0]
+
+
+def _first_wrong_byte(file: Path) -> int:
+    """Of a file that is not UTF-8; what was being read when it showed is only a block of it."""
+    decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
+    with file.open("rb") as stream:
+        while True:
+            block, pending = stream.read(1 << 20), len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                return read - pending + error.start
+            if not block:
+                return read
+            read += len(block)
+
+
+def _json_line(line: str, source: str) -> Any:
+    """Its value, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line", "not JSON")
+    except (ValueError, RecursionError) as error:
+        return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")
+
+
+def _parquet(file: Path) -> Iterator[Any]:
+    """Each row as an object; fields that are null are as good as absent."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise SettingError(
+            f"{file}: is a parquet file, and pyarrow is missing; install it (.venv/bin/pip install pyarrow)"
+        ) from None
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=ROWS):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise RecordError(f"{file}: parquet that cannot be read: {one_line(error)}") from None

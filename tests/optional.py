@@ -1,0 +1,126 @@
+"""Parquet and video files for tests: by the real packages where they are installed, else by stand-ins with the same calls."""
+
+import json
+import sys
+import types
+from fractions import Fraction
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+HAS_PYARROW, HAS_AV = find_spec("pyarrow") is not None, find_spec("av") is not None
+
+
+def write_parquet(path: Path, records: list[dict], monkeypatch) -> None:
+    if HAS_PYARROW:
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(records), path, row_group_size=2)
+        return
+    path.write_bytes(b"PAR1" + repr(records).encode())
+    monkeypatch.setitem(sys.modules, "pyarrow", _pyarrow())
+
+
+def _pyarrow() -> types.ModuleType:
+    import ast
+
+    class ArrowException(Exception):  # noqa: N818  # its name
+        pass
+
+    class Batch(list):
+        def to_pylist(self):
+            return list(self)
+
+    class ParquetFile:
+        def __init__(self, path):
+            try:
+                self._rows = ast.literal_eval(Path(path).read_bytes()[4:].decode())
+            except (SyntaxError, ValueError) as error:
+                raise ArrowException("Parquet magic bytes not found in footer.") from error
+            names = dict.fromkeys(name for row in self._rows for name in row)
+            self._rows = [{name: row.get(name) for name in names} for row in self._rows]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def iter_batches(self, batch_size):
+            assert batch_size > 0
+            return (Batch(self._rows[i : i + 2]) for i in range(0, len(self._rows), 2))
+
+    module = types.ModuleType("pyarrow")
+    module.ArrowException = ArrowException
+    module.parquet = types.SimpleNamespace(ParquetFile=ParquetFile)
+    return module
+
+
+def write_video(path: Path, frames: np.ndarray, rate: Fraction, monkeypatch, counted: bool = True) -> None:
+    """frames [T, H, W, 3] uint8, sides even, kept without loss; counted: the header says how many there are."""
+    if HAS_AV:
+        import av
+
+        path_, container = (str(path), "mov" if counted else "matroska")
+        with av.open(path_, "w", format=container) as out:
+            stream = out.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "rgb24"
+            for frame in frames:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+        return
+    header = {"shape": frames.shape, "rate": str(rate), "counted": counted}
+    path.write_bytes(b"FILM" + json.dumps(header).encode() + b"\n" + frames.tobytes())
+    monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
+
+
+def _rgb24(pixels: np.ndarray, **options: str) -> np.ndarray:
+    assert options == {"format": "rgb24"}
+    return pixels
+
+
+def stand_in_for_av() -> types.ModuleType:
+    class FFmpegError(Exception):
+        pass
+
+    class Stream:
+        def __init__(self, data):
+            if data[:4] != b"FILM":
+                raise FFmpegError("Invalid data found when processing input")
+            header, _, self.pixels = data[4:].partition(b"\n")
+            header = json.loads(header)
+            self.shape = count, self.height, self.width, _ = header["shape"]
+            self.frames = count if header["counted"] else 0
+            self.average_rate = Fraction(header["rate"])
+
+        def whole(self):
+            size = self.height * self.width * 3
+            return [self.pixels[i : i + size] for i in range(0, len(self.pixels) // size * size, size)]
+
+    class Container:
+        def __init__(self, file, options):
+            assert set(options) == {"format_whitelist"}
+            stream = Stream(file.read())
+            self.streams = types.SimpleNamespace(video=[stream])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def demux(self, stream):
+            return (types.SimpleNamespace(size=n) for n in (*map(len, stream.whole()), 0))
+
+        def decode(self, stream):
+            for data in stream.whole():
+                pixels = np.frombuffer(data, np.uint8).reshape(stream.height, stream.width, 3)
+                yield types.SimpleNamespace(to_ndarray=partial(_rgb24, pixels))
+
+    module = types.ModuleType("av")
+    module.open = Container
+    module.error = types.SimpleNamespace(FFmpegError=FFmpegError)
+    return module

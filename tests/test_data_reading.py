@@ -1,0 +1,89 @@
+"""Files of records read value by value: as json.loads reads them whole, and with its errors."""
+
+import json
+import sys
+import tracemalloc
+from io import StringIO
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optional import write_parquet
+
+from qwen35.data.json_list import values
+from qwen35.data.reading import read_values
+from qwen35.data.record import RecordError
+from qwen35.errors import SettingError
+
+VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=8,
+)
+DAMAGE = st.lists(
+    st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(["", "x", '"', "[", "]", "\n", ",", "\\"])), max_size=2
+)
+
+
+def outcome(read):
+    try:
+        return read()
+    except json.JSONDecodeError as error:
+        return error.msg, error.lineno, error.colno
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.lists(VALUE, max_size=4), st.sampled_from([None, 1]), st.booleans(), DAMAGE)
+def test_equals_json_whatever_the_block(content, indent, ascii_, damage):
+    text = json.dumps(content, indent=indent, ensure_ascii=ascii_)
+    for place, character in damage:
+        at = 1 + int(place * (len(text) - 1))
+        text = text[:at] + character + text[at + 1 :]
+    expected = outcome(lambda: json.loads(text))
+    for block in (1, 3, 50, 1000):
+        assert outcome(lambda block=block: list(values(StringIO(text), block))) == expected
+
+
+def test_a_long_list_is_never_whole_in_memory(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("[" + ",".join(json.dumps({"id": i, "text": "x" * 1000}) for i in range(20_000)) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in read_values(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 20_000 and file.stat().st_size > 20_000_000 and peak < 8_000_000
+
+
+def test_what_comes_before_an_error_is_read(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"a": 1},\n {"a": 2}, {"a" 3}]')
+    read = read_values(file)
+    assert [next(read), next(read)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(RecordError, match=r"a\.json: not JSON: Expecting ':' delimiter at line 2, column 17$"):
+        next(read)
+
+
+def test_the_byte_that_is_no_text(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_bytes(b'["' + b"x" * 3_000_000 + "é".encode() + b'", "\xff"]')
+    with pytest.raises(RecordError, match=r"a\.json: not UTF-8 text: .* at byte 3000008$"):
+        list(read_values(file))
+
+
+def test_parquet(tmp_path, monkeypatch):
+    records = [{"id": i, "messages": [{"role": "user", "content": f"é{i}"}]} for i in range(5)]
+    write_parquet(tmp_path / "a.parquet", records, monkeypatch)
+    assert list(read_values(tmp_path / "a.parquet")) == records
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(RecordError, match=r"b\.parquet: parquet that cannot be read: ") as caught:
+        list(read_values(tmp_path / "b.parquet"))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.json").write_bytes(b"PAR1")  # the content decides
+    with pytest.raises(
+        SettingError, match=r"a\.json: is a parquet file, and pyarrow is missing; install it \(.*pip install"
+    ):
+        list(read_values(tmp_path / "a.json"))

@@ -1,0 +1,269 @@
+"""Videos against transformers' Qwen3-VL video processor, whose parts that need no torchvision are called one by one."""
+
+import random
+import sys
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from optional import write_video
+from peer import config_dict
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+
+from qwen35.batch import VisionSpec
+from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.positions import position_ids
+from qwen35.data.record import Record, RecordError, Turn, Video
+from qwen35.data.samples import Preparation, visual_of
+from qwen35.data.samples import _plain as plain
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
+from qwen35.errors import SettingError
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def preparation(folder, **settings):
+    settings = PreprocessParameters(**settings)
+    images = ImageProcessor.from_folder(folder, settings.image_min_pixels, settings.image_max_pixels)
+    videos = VideoProcessor.from_folder(folder, settings)
+    return Preparation(ChatTokenizer(folder), images, BasicParameters("x"), Attr(), videos)
+
+
+def film(count, height, width, seed=0):
+    """[T, H, W, 3] uint8: smooth, moving, with noise."""
+    rng = np.random.default_rng([seed, count, height, width])
+    t, y, x = np.mgrid[:count, :height, :width]
+    base = (
+        np.sin(x / 9 + t)[..., None] * 50
+        + np.cos(y / 7 + np.arange(3)[:, None, None, None] * 2).transpose(1, 2, 3, 0) * 50
+    )
+    return (base + 118 + rng.integers(0, 20, (count, height, width, 3))).astype(np.uint8)
+
+
+def save(frames, folder, name="frame_{}.png"):
+    folder.mkdir(exist_ok=True)
+    paths = tuple(folder / name.format(i) for i in range(len(frames)))
+    for path, frame in zip(paths, frames, strict=True):
+        Image.fromarray(frame).save(path)
+    return paths
+
+
+def expected(frames, numbers, height, width):
+    """Patches of the frames in plain words: scaled by Pillow, cut square by square. [P, 1536]"""
+    scaled = [np.asarray(Image.fromarray(frames[i]).resize((width, height), Image.Resampling.BICUBIC)) for i in numbers]
+    scaled += [scaled[-1]] * (len(scaled) % 2)
+    rows = []
+    for t in range(0, len(scaled), 2):
+        pair = np.stack(scaled[t : t + 2]).astype(np.float32) / 255 * 2 - 1  # [2, H, W, 3]
+        for top in range(0, height, 32):
+            for left in range(0, width, 32):
+                for y, x in ((0, 0), (0, 16), (16, 0), (16, 16)):
+                    square = pair[:, top + y : top + y + 16, left + x : left + x + 16]
+                    rows.append(square.transpose(3, 0, 1, 2).reshape(-1))
+    return torch.from_numpy(np.stack(rows))
+
+
+def sampled(count, fps, settings):
+    peer = SimpleNamespace(fps=settings.video_fps, min_frames=4, max_frames=settings.video_maxlen)
+    metadata = SimpleNamespace(total_num_frames=count, fps=fps)
+    return Qwen3VLVideoProcessor.sample_frames(peer, metadata, fps=settings.video_fps).tolist()
+
+
+def times(numbers, fps):
+    return Qwen3VLProcessor._calculate_timestamps(None, list(numbers), fps, 2)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not counted"])
+def test_files_equal_transformers(tmp_path, folder, monkeypatch, counted):
+    rng = random.Random(counted)
+    for case in range(8):
+        count, height, width = rng.choice([2, 3, 5, 16, 41]), 2 * rng.randint(16, 60), 2 * rng.randint(16, 60)
+        rate = rng.choice([Fraction(25), Fraction(30000, 1001), Fraction(4), Fraction(1)])
+        settings = PreprocessParameters(
+            video_fps=rng.choice([2.0, 1.0, 0.7]),
+            video_maxlen=rng.choice([5, 64]),
+            video_max_pixels=rng.choice([1024, 4000, 65536]),
+        )
+        frames, path = film(count, height, width, case), tmp_path / f"{case}.mp4"
+        write_video(path, frames, rate, monkeypatch, counted)
+        ours = VideoProcessor.from_folder(folder, settings)
+        clip = ours.clip(Video(path))
+        numbers = sampled(count, float(rate), settings)
+        assert clip.numbers == numbers and clip.seconds == times(numbers, float(rate))
+        n = len(numbers)
+        high, wide = smart_resize(n, height, width, 2, 32, 1024 * n, settings.video_max_pixels * n)
+        assert clip.grid == ((n + 1) // 2, high // 16, wide // 16)
+        patches, grid = ours.patches(Video(path))
+        assert grid == clip.grid and patches.dtype == torch.float32
+        # torch's scaling, which that processor has from torchvision, differs from Pillow's by a level here and there
+        difference = (patches - expected(frames, numbers, high, wide)).abs()
+        assert patches.shape == (grid[0] * grid[1] * grid[2], 1536)
+        assert difference.max() < 2.01 / 127.5
+
+
+def test_frames_of_the_right_size_are_taken_as_they_are(tmp_path, folder):
+    frames = film(5, 64, 96)
+    paths = save(frames, tmp_path / "v")
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_min_pixels=6144, video_max_pixels=6144))
+    for video in (Video(tmp_path / "v"), Video(paths)):
+        patches, grid = processor.patches(video)
+        assert grid == (3, 4, 6)
+        assert (patches - expected(frames, range(5), 64, 96)).abs().max() < 1e-6
+
+
+def test_smart_resize(folder):
+    rng = random.Random(0)
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_min_pixels=2000, video_max_pixels=50_000))
+    for _ in range(3000):
+        count, height, width = rng.randint(2, 70), int(10 ** rng.uniform(1.51, 3.6)), int(10 ** rng.uniform(1.51, 3.6))
+        if max(height, width) <= 200 * min(height, width):
+            theirs = smart_resize(count, height, width, 2, 32, 2000 * count, 50_000 * count)
+            assert processor._resized(count, height, width) == theirs
+
+
+def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path, folder):
+    frames = film(12, 32, 32)
+    save(frames, tmp_path / "v")
+    (tmp_path / "v" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "v" / "notes.txt").write_text("x")
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters())
+    patches, _ = processor.patches(Video(tmp_path / "v"))
+    assert (patches - expected(frames, range(12), 32, 32)).abs().max() < 1e-6
+
+
+def test_frames_without_a_rate_are_video_fps_apart(tmp_path, folder):
+    paths = save(film(9, 32, 32), tmp_path / "v")
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_fps=0.7))
+    assert processor.clip(Video(paths)).numbers == list(range(9))
+    assert processor.clip(Video(paths)).seconds == times(range(9), 0.7)
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_fps=1.0, video_maxlen=6))
+    assert processor.clip(Video(paths)).numbers == np.linspace(0, 8, 6).round().astype(int).tolist()
+    with_rate = processor.clip(Video(paths, 2.0))  # 4.5 seconds at one a second
+    assert with_rate.numbers == sampled(9, 2.0, PreprocessParameters(video_fps=1.0, video_maxlen=6))
+    assert with_rate.seconds == times(with_rate.numbers, 2.0)
+
+
+# -- tokens and positions -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_and_positions_equal_transformers(tmp_path, folder):
+    from transformers import PreTrainedTokenizerFast
+
+    p = preparation(folder, video_max_pixels=4096, image_max_pixels=8192)
+    hf = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer, rng = p.tokenizer, random.Random(0)
+    config = config_dict(moe=False) | {"image_token_id": tokenizer.image_id, "video_token_id": tokenizer.video_id}
+    config |= {"vision_start_token_id": hf.convert_tokens_to_ids("<|vision_start|>")}
+    with torch.device("meta"):
+        peer = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).model
+    Image.fromarray(film(1, 70, 40)[0]).save(tmp_path / "a.png")
+    for case in range(8):
+        order = [*rng.choices(["<image>", "<video>", "x é", "12"], k=rng.randint(1, 6)), "<video>"]
+        videos, grids = [], []
+        for place in order:
+            if place == "<video>":
+                frames = film(rng.choice([2, 3, 6]), 2 * rng.randint(16, 40), 2 * rng.randint(16, 40), case)
+                videos.append(Video(save(frames, tmp_path / f"{case}_{len(videos)}"), 3.0))
+        images = (tmp_path / "a.png",) * order.count("<image>")
+        record = Record("r", (Turn("user", "".join(order)), Turn("assistant", "A")), images, tuple(videos))
+        sample = p.tokenise(record)
+        text = "<|im_start|>user\n"
+        for place in order:
+            if place == "<video>":
+                clip = p.videos.clip(videos[sum(kind == "video" for kind, _ in grids)])
+                pad = "<|video_pad|>" * (clip.grid[1] * clip.grid[2] // 4)
+                for second in times(clip.numbers, 3.0):
+                    text += f"<{second:.1f} seconds><|vision_start|>{pad}<|vision_end|>"
+                grids.append(("video", clip.grid))
+            elif place == "<image>":
+                grid = p.images.grid(images[0])
+                text += f"<|vision_start|>{'<|image_pad|>' * p.images.tokens(grid)}<|vision_end|>"
+                grids.append(("image", grid))
+            else:
+                text += place
+        text += "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
+        assert sample.ids.tolist() == hf(text, add_special_tokens=False).input_ids
+        assert sample.grids == [grid for _, grid in grids]
+        ids = torch.from_numpy(sample.ids).long()[None]
+        of = {kind: torch.tensor([grid for k, grid in grids if k == kind]) for kind in ("image", "video")}
+        theirs, _ = peer.get_rope_index(
+            input_ids=ids,
+            mm_token_type_ids=(ids == tokenizer.image_id).int() + 2 * (ids == tokenizer.video_id).int(),
+            image_grid_thw=of["image"] if len(of["image"]) else None,
+            video_grid_thw=of["video"],
+            attention_mask=torch.ones_like(ids),
+        )
+        spec = VisionSpec(tokenizer.image_id, tokenizer.video_id)
+        assert torch.equal(torch.from_numpy(position_ids(sample.ids, sample.grids, spec)), theirs[:, 0])
+        assert sample.trained.sum() == len(hf("A<|im_end|>\n", add_special_tokens=False).input_ids)
+
+
+# -- what cannot be used ------------------------------------------------------------------------------------------------
+
+
+def test_refused(tmp_path, folder, monkeypatch):
+    processor = VideoProcessor.from_folder(folder, PreprocessParameters())
+    write_video(tmp_path / "one.mp4", film(1, 32, 32), Fraction(1), monkeypatch)
+    write_video(tmp_path / "cut.mp4", film(6, 64, 64), Fraction(1), monkeypatch)
+    write_video(tmp_path / "thin.mp4", film(2, 2, 402), Fraction(1), monkeypatch)
+    data = (tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
+    (tmp_path / "text.mp4").write_text("hello")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{tmp_path}/thin.mp4\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "linked").mkdir()
+    paths = save(film(3, 40, 40), tmp_path / "v")
+    (tmp_path / "linked" / "0.png").symlink_to(paths[0])
+    Image.new("RGB", (40, 32)).save(paths[2])
+    for source, fps, message in [
+        ("none.mp4", None, "^no such file$"),
+        ("text.mp4", None, "^cannot be read: "),
+        ("list.m3u8", None, "^cannot be read: "),
+        ("cut.mp4", None, "^cannot be read: |^ends before the last of its frames$"),
+        ("one.mp4", None, "^has 1 frame, fewer than 2$"),
+        ("thin.mp4", None, "^is 6432 x 32 pixels, one side more than 200 times the other$"),
+        ("thin.mp4", 2.0, "^is a file, which says itself how many frames"),
+        ("empty", None, "^is a folder without frames"),
+        ("linked", None, r"^0\.png is a link; name the frames in a list"),
+        ("v", None, "^frame 3 is 40 x 32 pixels, others 40 x 40$"),
+        (paths[:1], None, "^has 1 frame, fewer than 2$"),
+        ((paths[0], tmp_path / "v" / "x.png"), None, r"^frame 2 of 2, x\.png: no such file$"),
+        ((tmp_path / "text.mp4", paths[0]), None, r"^frame 1 of 2, text\.mp4: is not an image$"),
+    ]:
+        video = Video(source if isinstance(source, tuple) else tmp_path / source, fps)
+        with pytest.raises(ImageError, match=message) as caught:
+            processor.patches(video)
+        assert "\n" not in str(caught.value)
+    p = preparation(folder)
+    record = Record(
+        "a.json, record 4", (Turn("user", "<video>"), Turn("assistant", "A")), (), (Video(tmp_path / "none.mp4"),)
+    )
+    with pytest.raises(RecordError, match=r"^a\.json, record 4: video 1 of 1, .*/none\.mp4: no such file$") as caught:
+        p.tokenise(record)
+    assert caught.value.kind == "video missing" and caught.value.image == str(tmp_path / "none.mp4")
+
+
+def test_without_pyav(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(
+        SettingError, match=r"a\.mp4: a video file needs PyAV, which is missing; install it \(.*pip install av"
+    ):
+        VideoProcessor.from_folder(folder, PreprocessParameters()).clip(Video(tmp_path / "a.mp4"))
+
+
+def test_a_video_survives_the_cache(tmp_path):
+    for video in (Video(tmp_path / "a.mp4"), Video((tmp_path / "1.png", tmp_path / "2.png"), 1.5)):
+        assert visual_of(plain(video)) == video
+    assert visual_of(plain(tmp_path / "a.png")) == tmp_path / "a.png"

@@ -83,8 +83,8 @@ SETTINGS = [
     Case("list for a number", on("training.lr=[1]"), ("training.lr: [1] is not of type float",)),
     Case(
         "list for a path",
-        on(f"{BASIC}.dataset=[data/a.json]"),
-        (f"{BASIC}.dataset: ['data/a.json'] is not of type str",),
+        on("training.save=[runs/a]"),
+        ("training.save: ['runs/a'] is not of type str",),
     ),
     Case(
         "date for a path",

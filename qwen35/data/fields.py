@@ -25,10 +25,13 @@ class Names:
         """(name, value) of the one that the object has, or None. Raises RecordError if it has several."""
         if self.own is not None and (value := _inside(raw, self.own)) is not None:
             return self.own, value
-        present = [name for name in self.usual if raw.get(name) is not None]
-        if len(present) > 1:
-            raise RecordError(f"{source}: has both {' and '.join(present)}; say in attr which one counts")
-        return (present[0], raw[present[0]]) if present else None
+        found = None
+        for name in self.usual:
+            if (value := raw.get(name)) is not None:
+                if found is not None:
+                    raise RecordError(f"{source}: has both {found[0]} and {name}; say in attr which one counts")
+                found = name, value
+        return found
 
     def __str__(self) -> str:
         return " or ".join(name for name in (self.own, *self.usual) if name is not None)

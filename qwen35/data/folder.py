@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 
 from qwen35.data.files import replacing
@@ -23,9 +24,10 @@ class ImageFolder:
         if not Path(root).is_dir():
             raise SettingError(f"dataset_dir: {root}: no such folder; it is where the records' images lie")
         self.root = str(root)
-        self.real_root = _real(root)
+        self._real = os.path.realpath(root)  # unlike Path.resolve, lets a loop of links be
+        self.real_root = Path(self._real)
         self._kept = None if cache_dir is None else Path(cache_dir) / "images"
-        self._real_folders: dict[Path, Path] = {}  # following links is slow on a network disk: once a folder
+        self._real_folders: dict[str, str] = {}  # following links is slow on a network disk: once a folder
 
     def path(self, name: str) -> Path:
         """Raises ValueError if `name` leaves the folder, OSError if it is no name. Does not ask for the file to be there."""
@@ -34,18 +36,18 @@ class ImageFolder:
         name = name.removeprefix(LOCAL)
         if ADDRESS.match(name):
             raise ValueError(f"{name[:80]!r} is an address; only files below dataset_dir are read, so download it")
-        path = self.real_root / name
-        if path.name in {"", ".."}:
+        whole = os.path.join(self._real, name.rstrip("/"))  # noqa: PTH118  # pathlib is slow where every record passes
+        folder, last = os.path.split(whole)
+        if last in {"", ".", ".."}:
             raise ValueError(f"{name!r} is not a file name")
-        folder = path.parent
         if folder not in self._real_folders:
-            self._real_folders[folder] = _real(folder)
-        path = self._real_folders[folder] / path.name
-        if path.is_symlink():
-            path = _real(path)
-        if not path.is_relative_to(self.real_root):
+            self._real_folders[folder] = os.path.realpath(folder)
+        path = os.path.join(self._real_folders[folder], last)  # noqa: PTH118
+        if stat.S_ISLNK(_mode(path)):
+            path = os.path.realpath(path)
+        if not path.startswith(self._real.rstrip("/") + "/"):
             raise ValueError(f"{name!r} lies outside dataset_dir {self.root}")
-        return path
+        return Path(path)
 
     def image(self, name: str) -> Path:
         """As `path`; also of a `data:` URL, whose image becomes a file in the cache."""
@@ -78,5 +80,9 @@ class ImageFolder:
         return path
 
 
-def _real(path: str | Path) -> Path:
-    return Path(os.path.realpath(path))  # unlike Path.resolve, lets a loop of links be
+def _mode(path: str) -> int:
+    """0 of a file that is not there. Raises OSError where the path is no name at all."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0

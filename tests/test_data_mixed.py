@@ -1,0 +1,81 @@
+"""Images, videos and tools of several files with weights, from the recipe to the packed batch."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from mistakes import BASIC, SHOW, place, run, whole
+from PIL import Image
+
+from qwen35.config import load_settings
+from qwen35.data import MicroBatches
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.errors import SettingError
+
+__all__ = ["place", "whole"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "data/v").mkdir()
+    for i in range(3):
+        Image.effect_noise((40, 48), 90).save(place / f"data/v/{i}.png")
+    record = {
+        "id": "v",
+        "messages": [
+            {"role": "user", "content": [{"type": "video", "video": "v"}, {"type": "image", "image": "1.png"}]},
+            {"role": "assistant", "content": "A film."},
+        ],
+    }
+    (place / "data/b.json").write_text(json.dumps([record, record | {"id": "w"}]))
+
+
+def loader(*overrides):
+    return MicroBatches(load_settings("r.yaml", overrides), 0, 1)
+
+
+def test_videos_reach_the_batch(place):
+    batches = loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.cache_dir=cache")
+    batch = next(iter(batches))
+    tokenizer = ChatTokenizer("hf")
+    video = batch.input_ids == tokenizer.video_id
+    samples = int((batch.input_ids == tokenizer.im_end_id).sum()) // 2
+    assert samples and batch.grid_thw[: 2 * samples].tolist() == [[2, 4, 2], [1, 2, 2]] * samples
+    assert int(video.sum()) == 4 * samples and not (batch.labels[:-1][video[1:]] >= 0).any()
+    assert (batch.vision_index[video] >= 0).all()
+    first = batch.pixel_values[:16].unflatten(1, (3, 2, 256))  # two pairs of frames: 0 and 1, 2 and 2
+    assert not torch.equal(first[:8, :, 0], first[:8, :, 1]) and torch.equal(first[8:, :, 0], first[8:, :, 1])
+    again = next(iter(loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.cache_dir=cache")))  # from the cache
+    assert torch.equal(again.pixel_values, batch.pixel_values) and torch.equal(again.input_ids, batch.input_ids)
+
+
+def test_show_tells_of_videos(place):
+    out = run(place, *SHOW, f"{BASIC}.dataset=data/b.json", "--samples", "1").out
+    assert "1 image, 1 video\n" in out
+    frames = "".join(f"<{t} seconds><|vision_start|><|video_pad|>*2<|vision_end|>" for t in ("0.2", "1.0"))
+    assert f"user\n{frames}<|vision_start|><|image_pad|>*1<|vision_end|><|im_end|>" in out
+    assert "[[A film.<|im_end|>" in out
+
+
+def test_weights_shape_the_epochs(place):
+    files = "[{file: data/a.json, weight: 0.5}, {file: data/b.json, weight: 3}]"
+    batches = loader(f"{BASIC}.dataset={files}")
+    dataset, seen = batches.dataset, Counter()
+    assert dataset.sizes == [12, 2]
+    for epoch in (0, 1):
+        numbers = [number for content in batches.bins.epoch(epoch) for number in content]
+        seen.update(numbers)
+        assert Counter(numbers)[12] == Counter(numbers)[13] == 3 and len(numbers) == 6 + 6
+    assert all(seen[number] == 1 for number in range(12))
+    numbers = batches.bins.epoch(0)
+    tokens = sum(int(dataset.lengths[content].sum()) for content in numbers)
+    trained = sum(int(dataset.trained[content].sum()) for content in numbers)
+    assert f"an epoch is {tokens:,} tokens ({trained / tokens:.1%} trained) in {len(numbers)} bins" in batches.report()
+    assert batches.fingerprint != loader(f"{BASIC}.dataset=data/a.json,data/b.json").fingerprint
+
+
+def test_weights_that_leave_nothing(place):
+    with pytest.raises(SettingError, match=r"data/b\.json: the weights leave no sample for an epoch; raise one"):
+        loader(f"{BASIC}.dataset=[{{file: data/b.json, weight: 0.1}}]")

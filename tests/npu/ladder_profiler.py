@@ -17,7 +17,6 @@ from rehearse import stand_ins
 
 PROGRAM = """
 import sys
-import zipfile
 from pathlib import Path
 import torch
 import torch.distributed as dist

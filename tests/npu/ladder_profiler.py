@@ -11,13 +11,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import stand_ins
 import torch_npu
 
-ROOT = Path(__file__).parents[2]
+from rehearse import stand_ins
+
 PROGRAM = """
 import sys
-import zipfile
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ def run(folder: Path, memory: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"LD_LIBRARY_PATH": f"{folder}:{os.environ['LD_LIBRARY_PATH']}"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder / "run"), memory],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -82,7 +81,7 @@ def test_without_its_trace_the_run_says_so(tmp_path):
     environment = os.environ.copy()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "run"), "none"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "rank_00000: the profiler has written no whole trace" in done.stderr

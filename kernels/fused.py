@@ -17,6 +17,9 @@ from kernels.cross_entropy import chunks
 from kernels.kept import Kept
 
 
+WORDS = 1 << 15  # of the head's gradient that are scaled at once
+
+
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     return moe.moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives=npu)
 
@@ -187,5 +190,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if grad_hidden is not None else None
-        grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype) if grad_weight is not None else None
+        if grad_weight is not None:
+            scaled = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
+            for some, out in zip(grad_weight.split(WORDS), scaled.split(WORDS), strict=True):
+                out.copy_(some * grad_loss)  # at once, it would be another [V, D] in fp32, where a step's memory is at its peak
+            grad_weight = scaled
         return grad_hidden, grad_weight, None, None, None, None

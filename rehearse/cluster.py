@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,8 @@ class Observer(Protocol):
 @contextmanager
 def ranks(world: int) -> Iterator[None]:
     """The default group, of which this process is rank 0; nothing is sent, nobody is waited for."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::_allgather_base_", "Meta"):
+        import_module("torch.distributed._tools.fake_collectives")  # an older torch has them there, for who asks
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -63,6 +66,8 @@ class Machine(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operator on its local tensors, which come by here
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not self.fake:
+            return func(*args, **kwargs)  # DTensor, which finds out a shape by a mode of its own
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
         if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):

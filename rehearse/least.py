@@ -25,10 +25,10 @@ def least(model: Qwen35, meshes: Meshes, settings: Settings, patches: int) -> By
     narrow = DTYPES[settings.training.dtype].itemsize
     for name, p in model.named_parameters():
         if isinstance(p, DTensor):
-            names = p.device_mesh.mesh_dim_names or ()
-            dim = "fsdp" if "ep" in names else "shard"
-            ranks = meshes.experts["fsdp"].size() if dim == "fsdp" else meshes.weights["shard"].size()
-            sent = p.to_local().numel() * (ranks - 1)
+            split = "ep" in (p.device_mesh.mesh_dim_names or ())
+            dim, part = ("fsdp", meshes.experts["ep"].size()) if split else ("shard", 1)
+            ranks = meshes.experts["fsdp"].size() if split else meshes.weights["shard"].size()
+            sent = p.numel() / part * (ranks - 1) / ranks  # without what pads the shards to one size
             _add(found, "all-gather", NAMES[dim], sent * narrow * (1 + name.startswith(UNITS)))
             if p.requires_grad:
                 _add(found, "reduce-scatter", NAMES[dim], sent * 4)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 import kernels
 from kernels.moe_parallel import balanced
 from qwen35.batch import PackedBatch
+from qwen35.errors import SettingError
 from qwen35.layout import check_layout
 from qwen35.model import ModelConfig, Qwen35
 from qwen35.optim import GradientNorm
@@ -80,6 +81,11 @@ def rehearse(
     what they were if every expert were chosen equally often. Raises SettingError, RehearsalError.
     """
     check_layout(settings, world)
+    if settings.model.kernels.get("moe_experts_parallel") == "alltoallv_gmm":
+        raise SettingError(
+            "model.kernels.moe_experts_parallel=alltoallv_gmm asks HCCL for its communicator, and there is none here: "
+            "rehearse without it, which sends the same"
+        )
     with ranks(world):
         return _rehearse(settings, config, batches, per_node, device, imbalance)
 

@@ -111,6 +111,7 @@ def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
 def test_words_that_are_wrong(recipe, capsys):
     for wrong, told in (
         (["parallel.expert_parallel_size=3"], "expert_parallel_size 3 does not divide the 8 processes"),
+        (["model.kernels.moe_experts_parallel=alltoallv_gmm"], "rehearse without it, which sends the same"),
         (
             ["model.model_name_or_path=nowhere"],
             "nowhere is not there, and its name ends in none of the published sizes",

@@ -1,6 +1,7 @@
 """When something dies: what is told, what is left, how the job goes on. Real processes, against a run without faults."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,7 +76,7 @@ def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
     assert "in train_step" in of["0"] and "stand_still" not in of["0"]
     assert f"CANN's log: {tmp_path / 'log'}, which has nothing of these processes" in hung
     assert "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 2 of 2, " in killed
-    assert "step 9: micro-batch 1 of 1, forward, for 0 s; was ended by SIGKILL" in killed
+    assert re.search(r"step 9: micro-batch 1 of 1, forward, for \d+ s; was ended by SIGKILL", killed)
     assert done.stdout.count("iter_0000005") >= 2 and done.stdout.count("steps 6 to 10") == 2
     assert_same_run(tmp_path / "run", two)
 
@@ -209,7 +210,8 @@ time.sleep(600)
 def test_a_rank_that_never_begins():
     done = launch("time.sleep(600)", patience=1.0)
     assert done.returncode == 1
-    assert done.stderr == "error: rank 0 has stood still for 1 s (training.timeout): before it began\n"
+    words = r"error: rank [01] has stood still for \d+ s \(training\.timeout\): before it began\n"
+    assert re.fullmatch(words, done.stderr), done.stderr
 
 
 def test_an_error_of_ours_and_one_that_does_not_answer():
@@ -263,4 +265,5 @@ time.sleep(600)
     assert done.returncode == 1
     assert done.stderr.count("in read_an_image") == 2
     assert done.stderr.count("of the loader\n") == 2 and done.stderr.count("): step 9: waiting for its data, for ") == 2
-    assert "error: rank 1 has stood still for 0 s (training.timeout): step 9: waiting for its data\n" in done.stderr
+    words = r"error: rank 1 has stood still for \d+ s \(training\.timeout\): step 9: waiting for its data\n"
+    assert re.search(words, done.stderr), done.stderr

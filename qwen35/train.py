@@ -110,7 +110,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
     recompute = settings.parallel.recompute
-    how = recompute if isinstance(recompute, str) else "on" if recompute else "off"
+    how: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
     chosen_kernels = f"kernels {m.kernels or 'auto'} (see python -m kernels)"
     if settings.parallel.activation_offload:

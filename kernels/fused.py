@@ -192,8 +192,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             scaled = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
             for some, out in zip(grad_weight.split(WORDS), scaled.split(WORDS), strict=True):
-                out.copy_(
-                    some * grad_loss
-                )  # at once, it would be another [V, D] in fp32, where a step's memory is at its peak
+                out.copy_(some * grad_loss)  # all at once is another [V, D] in fp32, near the peak of a step's memory
             grad_weight = scaled
         return grad_hidden, grad_weight, None, None, None, None

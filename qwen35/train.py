@@ -23,7 +23,7 @@ from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.device import describe, init_process
+from qwen35.device import HOST, describe, init_process
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import leave, record_failure
@@ -110,9 +110,11 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
     recompute = settings.parallel.recompute
-    how = recompute if isinstance(recompute, str) else "on" if recompute else "off"
+    how: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
     chosen_kernels = f"kernels {m.kernels or 'auto'} (see python -m kernels)"
+    if settings.parallel.activation_offload:
+        how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
     report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")

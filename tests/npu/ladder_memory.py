@@ -7,7 +7,6 @@ import torch
 from live_bytes import LiveBytes
 from steps import DEVICE, _fake, _to_bf16, make_batch, slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watch import Watch
 
 import kernels
 from qwen35.loss import token_weights
@@ -15,6 +14,7 @@ from qwen35.model import Qwen35, load_config
 from qwen35.optim_swap import SwappedAdamW
 from qwen35.parallel.fsdp import HELD_OUT
 from qwen35.parallel.offload import Offload
+from rehearse.watch import Watch
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 TOKENS = 1024

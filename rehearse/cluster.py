@@ -48,7 +48,9 @@ class Machine(TorchDispatchMode):
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
-        self.doubles: dict[int, weakref.ref] = {}  # storages of fake tensors that stand for one of the host
+        self.doubles: dict[
+            int, weakref.ref
+        ] = {}  # storages of fake tensors that stand for one of the host, and take no memory
 
     def __enter__(self) -> "Machine":
         # torch.tensor(…, device=) would else copy to the device behind the modes' back
@@ -81,7 +83,7 @@ class Machine(TorchDispatchMode):
             # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not _is_among(self.doubles, x)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if func.namespace != "prim":  # prim: fake tensors' own
             for observer in self.observers:
                 observer.saw(func, args, kwargs, inputs, outputs)

@@ -47,9 +47,9 @@ def poisoned_memory():
 
 
 def recipe(folder: Path, layers: int = 2, **parallel: int) -> Settings:
-    """A recipe with a model of 12 million parameters, whose step needs some hundred megabytes."""
+    """A recipe with a model whose step needs some hundred megabytes."""
     kinds = ["linear_attention", "full_attention"] * (layers // 2)
-    sizes = {"vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
+    sizes = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
     config = config_dict(**sizes, layer_types=kinds)
     config["vision_config"]["out_hidden_size"] = 512
     (folder / "config.json").write_text(json.dumps(config))
@@ -116,8 +116,11 @@ def status(name: str) -> int:
 
 
 def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
-    """Within a tenth of the memory that two processes really take, with recomputation and without."""
-    recipe(tmp_path)
+    """Within a tenth of the memory that two processes really take, with recomputation and without.
+
+    The vocabulary is small, for gloo keeps a copy of what it reduces, which is no tensor: as large as a unit's gradients.
+    """
+    recipe(tmp_path, layers=4)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once: the kernel counts as we do
     mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
     measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
@@ -162,13 +165,13 @@ def test_storages_are_counted_once_and_until_they_are_gone():
 
 @pytest.mark.parametrize("experts", [1, 2], ids=["", "experts"])
 def test_what_fsdp_frees_is_seen(tmp_path, experts):
-    """Layers are gathered and freed in turn, so that four times as many take no more room for gathered weights."""
+    """Layers are gathered and freed in turn, so that twice as many take no more room for gathered weights."""
     gathered = []
-    for layers in (2, 8):
+    for layers in (4, 8):
         settings = recipe(tmp_path, layers, expert_parallel_size=experts, recompute="true")
         r = rehearsed(settings, 4)
         gathered.append(r.ledger.peaks()["backward"].of["gathered"])
-    assert 0 < gathered[1] < 1.05 * gathered[0]
+    assert 0 < gathered[1] < 1.1 * gathered[0]
 
 
 def test_bytes_on_the_wire(tmp_path):

@@ -48,7 +48,9 @@ class Machine(TorchDispatchMode):
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
-        self.doubles: dict[int, weakref.ref] = {}  # storages of fake tensors that stand for one of the host
+        # storages of fake tensors that stand for one of the host and take no memory; that one lives as long as its double,
+        # of which a view may be left when the host's tensor is gone
+        self.doubles: dict[int, tuple[weakref.ref, torch.UntypedStorage]] = {}
 
     def __enter__(self) -> "Machine":
         # torch.tensor(…, device=) would else copy to the device behind the modes' back
@@ -81,7 +83,7 @@ class Machine(TorchDispatchMode):
             # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor) and not _is_among(self.doubles, x)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if func.namespace != "prim":  # prim: fake tensors' own
             for observer in self.observers:
                 observer.saw(func, args, kwargs, inputs, outputs)
@@ -107,7 +109,11 @@ class Machine(TorchDispatchMode):
         if isinstance(x, FakeTensor) or x.device.type != "cpu":
             return x
         double = self.fake.from_tensor(x)
-        _remember(self.doubles, double)
+        storage = double.untyped_storage()
+        address = storage._cdata
+        if address not in self.doubles:
+            alive = weakref.ref(storage, partial(_drop, self.doubles, address))
+            self.doubles[address] = alive, x.untyped_storage()
         return double
 
 
@@ -122,5 +128,5 @@ def _remember(table: dict[int, weakref.ref], x: Tensor) -> None:
     table[address] = weakref.ref(storage, partial(_drop, table, address))
 
 
-def _drop(table: dict[int, weakref.ref], address: int, _: object) -> None:
+def _drop(table: dict[int, Any], address: int, _: object) -> None:
     table.pop(address, None)

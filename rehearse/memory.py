@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class Ledger:
 
     def __init__(self, device_type: str) -> None:
         self.device_type, self.phase = device_type, PHASES[0]
+        self.doubles: Mapping[int, object] = {}  # addresses of storages that stand for another one
         self.live: dict[int, _Storage] = {}  # by address
         self.elastic: dict[int, _Storage] = {}  # by number: with bytes now, and perhaps without them at any moment
         self.kinds: dict[int, str] = {}  # number -> kind
@@ -53,7 +54,7 @@ class Ledger:
             self._look(known)
         is_gathering = func.name() in GATHERED
         for tensor in (*inputs, *outputs):
-            if tensor.device.type == self.device_type:
+            if tensor.device.type == self.device_type and tensor.untyped_storage()._cdata not in self.doubles:
                 known = self._known(tensor)
                 if is_gathering:
                     self.kinds.setdefault(known.number, "gathered")

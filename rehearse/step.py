@@ -114,7 +114,8 @@ def _rehearse(
     parameters = sum(p.numel() for p in model.parameters())
     of_device: list[Observer] = [operators] if device.type == "npu" else []
     observers: list[Observer] = [ledger, *of_device]
-    with Machine(device, observers):
+    with Machine(device, observers) as machine:
+        ledger.doubles = machine.doubles
         optimizer = distribute(settings, model, meshes, device)
         ledger.claim("parameters", local(model.parameters()))
         _first_step(optimizer)

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,11 @@ from rehearse.batches import Mix, make_batch
 from rehearse.cluster import Machine
 from rehearse.configs import with_config
 from rehearse.memory import Ledger, Peak
+from rehearse.operators import Operators
+from rehearse.scaling import messages
+from rehearse.speed import QUICK, SLOW, step_range
 from rehearse.step import Rehearsal, rehearse
-from rehearse.wire import Group, between_nodes
+from rehearse.wire import Group, Traffic, between_nodes
 
 ROOT = Path(__file__).parents[1]
 MIX = Mix(sequence=256)
@@ -42,10 +46,11 @@ def poisoned_memory():
     """Not here: filling each new tensor would be one more operator, and touch memory that the step does not."""
 
 
-def recipe(folder: Path, **text: int) -> Settings:
-    """A recipe with a model of 12 million parameters, whose step needs some hundred megabytes."""
-    sizes = {"vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 2} | text
-    config = config_dict(**sizes, layer_types=["linear_attention", "full_attention"], moe_intermediate_size=128)
+def recipe(folder: Path, layers: int = 2, **parallel: int) -> Settings:
+    """A recipe with a model whose step needs some hundred megabytes."""
+    kinds = ["linear_attention", "full_attention"] * (layers // 2)
+    sizes = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
+    config = config_dict(**sizes, layer_types=kinds)
     config["vision_config"]["out_hidden_size"] = 512
     (folder / "config.json").write_text(json.dumps(config))
     lines = f"""
@@ -54,7 +59,7 @@ model: {{model_name_or_path: {folder}}}
 training: {{train_iters: 5, save: {folder}-run, lr: 1.0e-3}}
 """
     (folder / "recipe.yaml").write_text(lines)
-    return load_settings(folder / "recipe.yaml", [])
+    return load_settings(folder / "recipe.yaml", [f"parallel.{name}={value}" for name, value in parallel.items()])
 
 
 def rehearsed(settings: Settings, world: int) -> Rehearsal:
@@ -111,8 +116,11 @@ def status(name: str) -> int:
 
 
 def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
-    """Within a tenth of the memory that two processes really take, with recomputation and without."""
-    recipe(tmp_path)
+    """Within a tenth of the memory that two processes really take, with recomputation and without.
+
+    The vocabulary is small, for gloo keeps a copy of what it reduces, which is no tensor: as large as a unit's gradients.
+    """
+    recipe(tmp_path, layers=4)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once: the kernel counts as we do
     mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
     measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
@@ -155,6 +163,17 @@ def test_storages_are_counted_once_and_until_they_are_gone():
     assert peaks["backward"].bytes == 6 * quarter
 
 
+@pytest.mark.parametrize("experts", [1, 2], ids=["", "experts"])
+def test_what_fsdp_frees_is_seen(tmp_path, experts):
+    """Layers are gathered and freed in turn, so that twice as many take no more room for gathered weights."""
+    gathered = []
+    for layers in (4, 8):
+        settings = recipe(tmp_path, layers, expert_parallel_size=experts, recompute="true")
+        r = rehearsed(settings, 4)
+        gathered.append(r.ledger.peaks()["backward"].of["gathered"])
+    assert 0 < gathered[1] < 1.1 * gathered[0]
+
+
 def test_bytes_on_the_wire(tmp_path):
     """Every sharded parameter gathered twice in bf16 (those of the last unit once), every gradient scattered once in fp32."""
     settings = recipe(tmp_path)
@@ -185,6 +204,27 @@ def test_what_leaves_a_node():
     assert between_nodes("all-gather", Group("fsdp", 8, 1), 7.0) == 0
     # of an all-to-all, 8 of the 16 parts are for the other node
     assert between_nodes("all-to-all", sixteen, 15.0) == pytest.approx(8.0)
+
+
+def test_the_range_of_a_step():
+    """One second of arithmetic at the peak, half a second of memory; a wire that within a node is quick."""
+    operators, wire = Operators(), SimpleNamespace(traffic={})
+    operators.moved["forward"] = int(0.5 * QUICK.memory)
+    operators.records["backward"].ops["aten::mm"] = 1000
+    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, wire, {}, QUICK.flops, 0)  # type: ignore[arg-type]
+    quick, slow = step_range(r, again=0.0)
+    assert quick.together == pytest.approx(1.5) and quick.host == pytest.approx(1000 * QUICK.host)
+    assert slow.in_turn == pytest.approx(1 / 0.4 + 0.5 * QUICK.memory / SLOW.memory + 1000 * SLOW.host)
+    assert step_range(r, again=1 / 3)[0].arithmetic == pytest.approx(4 / 3)
+    traffic = Traffic(1, sent=2 * QUICK.within, between=3 * QUICK.between)
+    wire.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
+    assert step_range(r, 0.0)[0].together == 3  # the network's part and the node's at once
+    assert step_range(r, 0.0)[1].wire == pytest.approx(traffic.sent / SLOW.between)  # one ring through all
+
+
+def test_messages_of_a_call():
+    assert messages("all-gather", 16, 2) == (15, 8) and messages("all-reduce", 16, 2) == (30, 16)
+    assert messages("all-to-all", 16, 2) == (15, 15)
 
 
 def test_a_batch_is_as_described(tmp_path):

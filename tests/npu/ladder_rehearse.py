@@ -105,7 +105,7 @@ def test_what_would_not_run_is_refused(recipe, capsys, monkeypatch, more, told):
 def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
     assert main([recipe, "--memory-gb", "1"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "GB in backward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "more NODES" in line
+    assert "ward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "more NODES" in line
 
 
 def test_words_that_are_wrong(recipe, capsys):

@@ -18,6 +18,7 @@ from qwen35.model import Qwen35
 from qwen35.parallel import make_meshes, shard
 from qwen35.parallel.offload import Offload, Stash, View
 from qwen35.settings import ParallelSettings
+from qwen35.trainable import freeze
 
 CPU = torch.device("cpu")
 
@@ -85,17 +86,29 @@ def test_what_goes_where_and_when():
     assert sent == 3 * size + 3 * tokens * 4 * 24 * 4  # and the outputs of the three delta rules
 
 
+@pytest.mark.parametrize(("recompute", "kept"), [(True, 1), ("selective", 2)])
+def test_what_no_backward_asks_for_does_not_come_back(recompute, kept):
+    """Of layers below all that is trained: the device would not hold for it, and use its memory while it still arrives."""
+    model, log = Qwen35.from_config(config_dict(), seed=3), []
+    layers = "model.language_model.layers"
+    freeze(model, ["model.visual", "model.language_model.embed_tokens", f"{layers}.0", f"{layers}.1"])
+    offloaded(model, log)
+    step(model, recompute, derive(BATCH, model.config.vision_spec))
+    backward = [(what, key) for what, key, _ in log][[what for what, _, _ in log].index("to device") :]
+    assert backward == [("to device", 0)] * kept + [("run", 3), ("run", 2)]  # of layer 2 alone
+
+
 def test_each_storage_once_and_no_parameter():
     model, log = Qwen35.from_config(config_dict(), seed=3), []
     offloaded(model, log)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    loss, _, _ = model.loss(BATCH, token_weights(BATCH, "default"))
+    loss, aux, _ = model.loss(BATCH, token_weights(BATCH, "default"))
     runs = [i for i, (what, _, _) in enumerate(log) if what == "run"]
     for start, end in zip(runs, [*runs[1:], len(log)], strict=True):
         sent = [key for what, key, _ in log[start:end] if what == "to host"]
         assert len(sent) == len(set(sent)) and not parameters & set(sent)
     assert all(what != "to host" for what, _, _ in log[runs[-1] :])
-    loss.backward()
+    (loss + aux).backward()
     sent, back = (sum(size for w, _, size in log if w == what) for what in ("to host", "to device"))
     assert sent == back > 0
 

@@ -1,9 +1,10 @@
 """What layers keep for backward, in the host's memory meanwhile: it goes there while the next layer computes, and comes back
 while the layer behind it is run backward. The last layer's stays: it is needed at once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ class Stash:
 
     def __init__(self, offload: Offload, layer: nn.Module, shared: set[int], before: "Stash | None", is_last: bool):
         self.offload, self.layer, self.shared, self.before, self.is_last = offload, layer, shared, before, is_last
-        self.items: dict[tuple[int, torch.dtype], Item] = {}
+        # of those that somebody still needs: a layer below all that is trained keeps nothing, though much was packed
+        self.items: MutableMapping[tuple[int, torch.dtype], Item] = WeakValueDictionary()
         self.mark: Any = None  # of the copies that were asked for last
         self.is_back = False
 

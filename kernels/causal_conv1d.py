@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.host import to_device
 from kernels.native import BLOCK, working_dtype
 
 
@@ -72,7 +73,7 @@ class _Block:
         """x [n, C], with zeros where t-j is of another sequence."""
         if j == 0 or not self.has_start:
             return x
-        outside = (self.offset < j).to(x.device, non_blocking=True)
+        outside = to_device(self.offset < j, x.device)
         return x.masked_fill(outside[:, None], 0)
 
     def convolve(self, taps: Tensor) -> Tensor:

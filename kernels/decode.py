@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.host import to_device
 from kernels.native import working_dtype
 
 
@@ -28,7 +29,7 @@ def last_inputs(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
     """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count], zeros before a shorter."""
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     index = ends - count + torch.arange(count)  # [S, count]
-    index = torch.where(index >= starts, index, x.shape[0]).to(x.device, non_blocking=True)
+    index = to_device(torch.where(index >= starts, index, x.shape[0]), x.device)
     return F.pad(x, (0, 0, 0, 1))[index].transpose(1, 2).contiguous()
 
 

@@ -9,6 +9,7 @@ from fla.modules.causal_conv1d import causal_conv1d as fla_causal_conv1d
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
 from torch import Tensor
 
+from kernels.host import to_device
 from kernels.kept import Kept
 from kernels.lengths import made_once
 
@@ -36,6 +37,6 @@ def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _lengths(cu_seqlens: Tensor, x: Tensor) -> dict[str, Tensor]:
     def make() -> dict[str, Tensor]:
         host = cu_seqlens.long().unique_consecutive()  # without empty sequences
-        return {"cu_seqlens": host.to(x.device, non_blocking=True), "cu_seqlens_cpu": host}
+        return {"cu_seqlens": to_device(host, x.device), "cu_seqlens_cpu": host}
 
     return made_once(cu_seqlens, ("fla", x.device), make)

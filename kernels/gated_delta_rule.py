@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.host import to_device
 from kernels.kept import Kept, outputs_once
 from kernels.lengths import made_once
 from kernels.native import working_dtype
@@ -72,10 +73,10 @@ class Step:
 
     @staticmethod
     def of(tokens: Tensor, real: Tensor, device: torch.device) -> "Step":
-        tokens, places = tokens.flatten().to(device, non_blocking=True), real.flatten().nonzero().squeeze(1)
+        tokens, places = to_device(tokens.flatten(), device), real.flatten().nonzero().squeeze(1)
         if len(places) == len(tokens):
             return Step(tokens)
-        return Step(tokens, real.to(device, non_blocking=True), places.to(device, non_blocking=True))
+        return Step(tokens, to_device(real, device), to_device(places, device))
 
 
 Group = tuple[Tensor, list[Step]]  # sequences that go together, and their steps

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.host import to_device
+
 IGNORE = -100  # label of a position that is not trained
 
 
@@ -82,7 +84,7 @@ def _to(record: Record, device: torch.device | str) -> Record:
         if isinstance(value, VisionIndex):
             moved[f.name] = _to(value, device)
         elif isinstance(value, Tensor) and f.name not in HOST_FIELDS:
-            moved[f.name] = value.to(device, non_blocking=True)
+            moved[f.name] = to_device(value, torch.device(device))
     return dataclasses.replace(record, **moved)
 
 

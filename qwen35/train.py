@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from kernels.host import to_device
 from qwen35.batch import IGNORE, Ahead, PackedBatch
 from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
@@ -166,7 +167,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     totals = [counted * sum(values) for values in zip(*counts, strict=True)]
     scale = torch.full((2,), share, device=device)  # of the loss, of multi-token prediction's
     if loss_cfg.loss_type == "per_token_loss":
-        trained = torch.tensor([float(totals[1]), counted * sum(len(a.trained) for a in aheads if a)], device=device)
+        ahead_trained = counted * sum(len(a.trained) for a in aheads if a)
+        trained = to_device(torch.tensor([float(totals[1]), ahead_trained]), device)
         dist.all_reduce(trained)
         scale = 1 / trained.clamp(min=1)
 
@@ -178,7 +180,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         run.at(f"micro-batch {i} of {len(batches)}, forward")
         flops += counted * batch_flops(run.model.config, batch, count, ahead)
         batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
-        batch, weight = batch.to(device), weight.to(device, non_blocking=True) * scale[0]
+        batch, weight = batch.to(device), to_device(weight, device) * scale[0]
         if ahead is not None:
             ahead = ahead.to(device)
             ahead = replace(ahead, weights=ahead.weights * scale[1])
@@ -200,7 +202,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-    sums = torch.cat([losses[:2], torch.tensor(totals, dtype=torch.float32, device=device), losses[2:]])
+    sums = torch.cat([losses[:2], to_device(torch.tensor(totals, dtype=torch.float32), device), losses[2:]])
     bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 

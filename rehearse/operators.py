@@ -78,7 +78,7 @@ class Operators:
             return
         record = self.records[self.phase]
         before = len(record.wrong)
-        note(record, func, args, inputs, outputs)
+        note(record, func, args, kwargs, inputs, outputs)
         record.wrong[before:] = [f"{what} in {self.phase} ({place()})" for what in record.wrong[before:]]
         self.moved[self.phase] += _moved(func, inputs, outputs)
 

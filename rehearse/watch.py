@@ -59,13 +59,15 @@ class Watch(TorchDispatchMode):
         if func.namespace != "prim" and any(
             x.device.type == "npu" for x in (*leaves, *made)
         ):  # prim: fake tensors' own
-            note(self.record, func, args, leaves, made)
+            note(self.record, func, args, kwargs, leaves, made)
             if func.namespace == "npu":
                 self.calls.append((func, args, kwargs))
         return out
 
 
-def note(record: Record, func: torch._ops.OpOverload, args: tuple, leaves: list[Tensor], made: list[Tensor]) -> None:
+def note(
+    record: Record, func: torch._ops.OpOverload, args: tuple, kwargs: dict, leaves: list[Tensor], made: list[Tensor]
+) -> None:
     """Count an operator on NPU tensors: `leaves` are all tensors of its arguments, `made` those that it returned."""
     name = func.name()
     record.ops[name] += 1
@@ -78,6 +80,8 @@ def note(record: Record, func: torch._ops.OpOverload, args: tuple, leaves: list[
         to = made[0].device.type
         if source.device.type == "npu" and to != "npu":
             record.wrong.append(f"{name} copies {list(source.shape)} to the host")
+        if source.device.type != "npu" and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+            record.wrong.append(f"{name} copies {list(source.shape)} from the host, which waits for it")
     elif foreign or any(x.device.type != "npu" for x in made):
         record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
     if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):

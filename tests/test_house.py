@@ -103,6 +103,18 @@ def test_nothing_runs_what_a_file_says():
         assert "trust_remote_code" not in script.read_text(), script
 
 
+def test_who_copies_without_waiting():
+    """Only what keeps the host's memory until the copy is done; kernels/host.py is for all others."""
+    allowed = {
+        "kernels/host.py",
+        "qwen35/device.py",
+        "qwen35/optim_swap.py",
+        "qwen35/checkpoint/saver.py",
+    }
+    found = {str(path.relative_to(ROOT)) for path in FILES if "non_blocking=True" in path.read_text()}
+    assert found == allowed
+
+
 def test_torch_is_asked_in_one_place():
     """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
     for path in FILES:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.host import to_device
 from kernels.lengths import made_once
 
 
@@ -26,6 +27,6 @@ def _made(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, 
     count = left.clip(max=size)
     chunks = np.stack([bounds[:-1].repeat(counts) + before, count, before, left - count], axis=1)
     sequences = np.stack([bounds, chunk_bounds], axis=1)
-    both = torch.tensor(np.concatenate([chunks.ravel(), sequences.ravel()]), dtype=torch.int32)
-    both = both.to(device, non_blocking=True)
+    numbers = np.concatenate([chunks.ravel(), sequences.ravel()]).astype(np.int32)
+    both = to_device(torch.from_numpy(numbers), device)
     return both[: chunks.size].view(-1, 4), both[chunks.size :].view(-1, 2)

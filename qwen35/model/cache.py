@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
+from kernels.host import to_device
 from kernels.kept import Kept
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
@@ -55,7 +56,7 @@ class CachedAttention(nn.Module):
         lengths = cu_seqlens.diff().long()
         row = torch.arange(len(lengths)).repeat_interleave(lengths)
         place = torch.arange(len(row)) - cu_seqlens[:-1].long()[row]
-        row, place = (x.to(k.device, non_blocking=True) for x in (row, place))
+        row, place = (to_device(x, k.device) for x in (row, place))
         self.longest = int(lengths.max())
         # zeros, for what is masked still meets a weight of zero
         self.keys = k.new_zeros(len(lengths), self.longest + self.room, *k.shape[1:])

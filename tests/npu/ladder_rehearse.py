@@ -79,7 +79,8 @@ def test_moments_that_live_on_the_host(recipe, capsys):
         moments[optimizer] = float(words(out, "optimizer ")[0][2])
     [line] = words(out, "page-locked")
     assert moments["adamw_swap"] < 0.01 and float(line[5]) == pytest.approx(moments["adamw"], rel=0.05)
-    assert float(line[-1]) == float(line[5])  # all of them go back in the optimizer's phase
+    # all of them go back in the optimizer's phase; the rest is the batch on its way to the device
+    assert float(line[-1]) == pytest.approx(float(line[5]), abs=0.02)
 
 
 @pytest.mark.parametrize(

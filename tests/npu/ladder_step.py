@@ -148,10 +148,11 @@ def test_the_watch_sees_what_must_not_be():
         assert not watch.record.wrong and watch.record.ops.total() == 3 and watch.record.launched == 2
         x.cpu()
         x[torch.tensor([0, 1])]
-        x.copy_(torch.ones(4, 4))  # to the device: allowed
+        x.copy_(torch.ones(4, 4), non_blocking=True)  # to the device: allowed
+        x.copy_(torch.ones(4, 4))  # not so: torch_npu waits for the stream before it copies
         torch.empty(2).copy_(x[0, :2])
     found = "; ".join(watch.record.wrong)
-    assert len(watch.record.wrong) == 3
+    assert len(watch.record.wrong) == 4
     assert "aten::_to_copy copies [4, 4] to the host" in found and "aten::index.Tensor mixes npu with {'cpu'}" in found
     assert "aten::copy_ copies [2] to the host" in found
     assert not has_kernel(torch.ops.aten._cudnn_rnn.default) and has_kernel(torch.ops.aten.add.Tensor)

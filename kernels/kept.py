@@ -27,23 +27,19 @@ class Kept:
     ) -> None:
         self.outputs, self._pack, self._unpack = outputs, pack, unpack
         self._results: deque[Any] = deque()
-        self._is_second = False
+        self.is_second = False
 
     def once(self, make: Callable[[], T]) -> T:
         """make(), or in the second run what it gave in the first."""
-        if self._is_second:
+        if self.is_second:
             return self._results.popleft()
         result = make()
         self._results.append(result)
         return result
 
-    @property
-    def is_second(self) -> bool:
-        return self._is_second
-
     def outputs_once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The same of outputs, inside an autograd.Function's forward."""
-        if self._is_second:
+        if self.is_second:
             return tuple(self._unpack(x) for x in self._results.popleft())
         result = make()
         self._results.append(tuple(self._pack(x) for x in result))
@@ -55,9 +51,9 @@ class Kept:
 
     @contextmanager
     def _second(self) -> Iterator[None]:
-        self._is_second = True
+        self.is_second = True
         yield
-        self._is_second = False
+        self.is_second = False
 
 
 def outputs_once(kept: Kept | None, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

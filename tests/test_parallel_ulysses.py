@@ -25,6 +25,7 @@ from qwen35.metrics import SUMS, read_metrics
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import exchange, make_meshes, shard, share_bins, split
+from qwen35.parallel.offload import Offload
 from qwen35.settings import (
     BasicParameters,
     DatasetParam,
@@ -98,6 +99,14 @@ CASES = {  # parallel settings; others of the model's
         "recompute": "selective",
         "mtp": 1,
     },
+    "all at once": {
+        "parallel": {"ulysses_parallel_size": 2, "expert_parallel_size": 2, "fully_shard_parallel_size": 2},
+        "config": {"tied": True, "num_experts_per_tok": 3},
+        "recompute": "selective",
+        "mtp": 1,
+        "loss_type": "per_token_loss",
+        "on_host": True,  # what layers keep, and the optimizer's moments
+    },
 }
 
 
@@ -130,6 +139,11 @@ def three_steps(case: dict, is_shared: bool) -> dict:
         TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, clip_grad=0.05),
         parallel,
     )
+    if is_shared and case.get("on_host"):
+        model.model.language_model.offload = Offload(HOST, smallest=0).stash
+        settings = dataclasses.replace(
+            settings, training=dataclasses.replace(settings.training, optimizer="adamw_swap")
+        )
     optimizer = make_optimizer(model, settings.training)
     gradients: dict[str, torch.Tensor] = {}
 

@@ -50,7 +50,11 @@ def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     fresh = CU.clone()  # what operators keep with it belongs to one mode
     with FakeTensorMode() as mode, Watch() as watch:
         moved = tuple(
-            fresh if x is CU else x if not isinstance(x, torch.Tensor) else mode.from_tensor(x).to("npu:0")
+            fresh
+            if x is CU
+            else x
+            if not isinstance(x, torch.Tensor)
+            else mode.from_tensor(x).to("npu:0", non_blocking=True)
             for x in rest
         )
         fake = run(module, op, [torch.randn(s, dtype=dtype, device="npu:0") for s in shapes], moved)

@@ -74,10 +74,13 @@ def init_process(timeout: float = 1800) -> torch.device:
     return device
 
 
-def host_group() -> dist.ProcessGroup:
-    """All ranks, in a group of its own whose messages go from host to host. Raises SettingError."""
+def host_group(timeout: float) -> dist.ProcessGroup:
+    """All ranks, in a group of its own whose messages go from host to host. Raises SettingError.
+
+    timeout: seconds that they wait for the slowest; torch would take half an hour, whatever the other groups have.
+    """
     try:
-        return dist.new_group(backend=BACKENDS["cpu"])
+        return dist.new_group(backend=BACKENDS["cpu"], timeout=timedelta(seconds=timeout))
     except RuntimeError as error:  # gloo's
         raise SettingError(
             f"the processes cannot meet over the network of their hosts: {one_line(error)}; GLOO_SOCKET_IFNAME names it"

@@ -65,7 +65,9 @@ def check_layout(s: Settings, world: int) -> Layout:
     Of the model it reads config.json, without torch, and only if the layout cuts it. What is wrong with that file itself is
     load_config's to tell: a number that is not there passes.
     """
-    layout = layout_of(s.parallel, world)
+    layout, ranks = layout_of(s.parallel, world), s.training.profile.ranks
+    if s.training.profile.steps and max(ranks) >= world:
+        raise SettingError(f"training.profile.ranks: there is no rank {max(ranks)} of {world}")
     folder = Path(s.model.model_name_or_path)
     path = folder if folder.suffix == ".json" else folder / "config.json"
     if (layout.ep > 1 or layout.ulysses > 1) and path.is_file():

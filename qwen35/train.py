@@ -97,11 +97,15 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     pulse.at(f"loading {origin}")
+
+    def progress(nbytes: int) -> None:  # weights of any size, in parts that each have their time
+        pulse.at(f"loading {origin}")
+
     loaded = None
     if is_hf:
-        load_hf(model, origin)
+        load_hf(model, origin, progress=progress)
     else:
-        loaded = load_checkpoint(origin, model, optimizer)
+        loaded = load_checkpoint(origin, model, optimizer, progress=progress)
     del held
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
@@ -267,7 +271,7 @@ def loop(run: Run, folder: Path) -> None:
     in_background = t.async_save and first_due < t.train_iters
     with (
         stop_request() as stop,
-        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit) as saver,
+        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + LONGER) as saver,
         Profile(t.profile, folder, run.device) as profile,
     ):
         if dist.get_rank() == 0:

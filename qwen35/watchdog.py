@@ -1,5 +1,6 @@
 """What a launcher sees of its ranks: whether one is late, and where all of them stand when the job is over."""
 
+import contextlib
 import mmap
 import os
 import re
@@ -76,7 +77,8 @@ class Watchdog:
             watch = self.watches[rank]
             for worker in children(process.pid) if "data" in watch.read()[2] else ():
                 os.write(watch.descriptor, f"\nworker {worker} of the loader\n".encode())
-                os.kill(worker, DUMP)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(worker, DUMP)
                 self._settle([rank])
 
     def _settle(self, ranks: Iterable[int]) -> None:

@@ -9,7 +9,7 @@ die() { # one line on stderr
 
 root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then # the comment at the head of the script
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    sed -n -e '1d; /^#/!q; s/^# \{0,1\}//p' "$0"
     echo
     echo "Relative paths are below $root; env.sh there describes every variable, with its default."
     exit

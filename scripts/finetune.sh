@@ -18,6 +18,7 @@ fi
 split "${ARGS:-}"
 overrides=("${words[@]}" "$@")
 if [[ -n ${HOSTS:-} && -z ${QWEN35_NODE:-} ]]; then
+    need_venv # for a dry run as well: Python reads the file
     exec "$python" -m qwen35.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
 fi
 

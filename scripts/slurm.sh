@@ -7,7 +7,7 @@
 # Two minutes before the time limit the run saves, stops, and the job goes back into the queue, where it goes on from there;
 # the same after a node has failed. scancel ends the job; scancel --batch --signal=TERM has it save and come back. (What Slurm does is
 # from the manual pages of sbatch, srun, scontrol and scancel.)
-#
+
 #SBATCH --job-name=qwen35
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -454,6 +454,7 @@ def test_every_script_helps_from_any_folder(run: Run, project: Path, script: str
     assert (result.returncode, result.stderr) == (0, "")
     assert script.removesuffix(".sh") in result.stdout.lower()
     assert str(project) in result.stdout
+    assert "SBATCH" not in result.stdout  # the head alone
     assert not calls(project)
 
 

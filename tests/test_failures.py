@@ -1,5 +1,6 @@
 """When something dies: what is told, what is left, how the job goes on. Real processes, against a run without faults."""
 
+import faulthandler
 import os
 import re
 import signal
@@ -8,23 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import ROOT, tensors
+import torch.distributed as dist
+from training_runs import ROOT, free_port, tensors
 
 from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.config import load_settings
+from qwen35.device import HOST
 from qwen35.metrics import read_metrics
 from qwen35.pulse import PULSE, Pulse
-from qwen35.watchdog import Watch, plogs
+from qwen35.train import setup
+from qwen35.watchdog import Watch, Watchdog, plogs
 
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(workplace, save: Path, faults: str, *overrides: str, nodes=(1, 0, 2), port=0, restarts=0, **env: str):
@@ -135,6 +135,35 @@ def test_a_pulse(monkeypatch):
     assert watch.read()[2] == "meeting"
 
 
+def test_a_worker_that_ends_before_it_is_asked(monkeypatch):
+    """What a rank has started may be gone at any moment; the other stacks are told all the same."""
+    monkeypatch.setattr("qwen35.watchdog.ANSWER", 0.1)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr("qwen35.watchdog.children", lambda pid: [ended.pid])
+    watchdog = Watchdog([0], None)
+    monkeypatch.setenv(PULSE, str(watchdog.watches[0].descriptor))
+    Pulse(7.0).at("step 3: waiting for its data")
+    with subprocess.Popen(["sleep", "600"]) as process:  # which ends when it is asked for a stack
+        watchdog.gather({0: process})
+    assert f"worker {ended.pid} of the loader" in watchdog.watches[0].stacks()
+    faulthandler.unregister(signal.SIGUSR1)
+    watchdog.close()
+
+
+def test_weights_of_any_size_may_load_for_as_long_as_something_comes(workplace, two, tmp_path):
+    """The patience is that of each part, not that of all; from a Hugging Face folder and from a checkpoint."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for origin, save in ((workplace / "weights", tmp_path), (two / "iter_0000010", two)):
+        settings = load_settings(workplace / "recipe.yaml", [f"training.save={save}", "training.micro_batch_size=2"])
+        said = []
+        run = setup(settings, HOST, SimpleNamespace(at=said.append))
+        count = len(list(run.model.parameters()))
+        count *= 1 if save == tmp_path else 3  # and AdamW's two moments of each
+        assert said.count(f"loading {origin}") == 1 + count
+    dist.destroy_process_group()
+
+
 def test_where_cann_writes(tmp_path, monkeypatch):
     for name in ("ASCEND_PROCESS_LOG_PATH", "ASCEND_WORK_PATH", "ASCEND_HOME_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -157,7 +186,9 @@ def test_where_cann_writes(tmp_path, monkeypatch):
 
 DRIVER = """
 import argparse, sys
+from qwen35 import job
 from qwen35.launch import run
+job.GRACE = 0.5
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=2, master_addr="localhost", master_port=int(sys.argv[1]))
 sys.exit(run([sys.executable, "-c", sys.argv[4]], args, None, float(sys.argv[2]), int(sys.argv[3])))
 """
@@ -172,7 +203,7 @@ rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0
 
 def launch(program: str, patience: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", DRIVER, str(port or free_port()), str(patience), str(restarts), HEAD + program]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("is_taken", [False, True])

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from training_runs import free_port
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import argparse, sys
+from qwen35 import job
 from qwen35.launch import run
+job.GRACE = float(sys.argv[3])
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=1)
 sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
 """
@@ -28,12 +31,12 @@ def say(*words):  # a line in one write, whatever the other ranks do
 """
 
 
-def start(program: str, processes: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-c", DRIVER, str(processes), HEAD + program]
+def start(program: str, processes: int = 2, grace: float = 0.5) -> subprocess.Popen:
+    command = [sys.executable, "-c", DRIVER, str(processes), HEAD + program, str(grace)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition, seconds: float = 20.0):
+def wait_for(condition, seconds: float = 60.0):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -48,22 +51,28 @@ def gone(pids: list[int]) -> bool:
 def test_ranks_and_their_environment():
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     process = start(f"say(*(os.environ[n] for n in {names}))", 3)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert sorted(out.splitlines()) == [f"{r} {r} 3 3 localhost 1" for r in range(3)]
 
 
-def test_an_expected_failure_is_one_line_whoever_fails_first():
-    program = """
+def test_an_expected_failure_is_one_line_whoever_fails_first(tmp_path):
+    program = f"here = {str(tmp_path / 'here')!r}"
+    program += """
+own = os.environ['QWEN35_FAILURE_FILE']
+if rank == 0:
+    open(here, 'w').close()
+awaited = here if rank else own.replace('0.json', '1.json')
+while not os.path.exists(awaited):
+    time.sleep(0.01)
 try:
     raise RuntimeError("the peer is gone") if rank else ValueError("a.json, record 3: no such file")
 except Exception as error:
-    time.sleep(0.3 * (1 - rank))
     record_failure(error, expected=rank == 0)
     sys.exit(1)
 """
-    process = start(program)
-    _, err = process.communicate(timeout=60)
+    process = start(program, grace=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err == "error: a.json, record 3: no such file\n"
 
@@ -78,12 +87,10 @@ if rank == 1:
         sys.exit(1)
 time.sleep(600)
 """
-    begin = time.monotonic()
     process = start(program)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" in err and err.endswith("rank 1: division by zero\n") and err.startswith("error: ")
-    assert time.monotonic() - begin < 20
 
 
 def test_a_process_that_hangs_after_its_failure_is_ended():
@@ -93,7 +100,7 @@ if rank == 1:
 time.sleep(600)
 """
     process = start(program)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, "error: No space left on device\n")
 
 
@@ -107,7 +114,7 @@ time.sleep(600)
 )
 def test_an_end_without_words(ending, words):
     process = start(f"if rank == 1:\n    {ending}\ntime.sleep(600)")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, f"error: {words}\n")
 
 
@@ -115,7 +122,7 @@ def test_kill_9_of_the_launcher_ends_everything():
     process = start("say(os.getpid()); time.sleep(600)", 3)
     pids = [int(process.stdout.readline()) for _ in range(3)]
     process.kill()
-    wait_for(lambda: gone(pids), 5)
+    wait_for(lambda: gone(pids))
     process.communicate()
 
 
@@ -134,7 +141,7 @@ say("saved", len(asked))
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(number)
     process.send_signal(number)  # as from make and from the terminal in one moment
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (code, "saved 1\nsaved 1\n")
     assert err.startswith("stopping: ") and err.count("\n") == 1
     assert gone(pids)
@@ -144,10 +151,11 @@ def test_a_second_ctrl_c_stops_at_once():
     process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); say(os.getpid()); time.sleep(600)")
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGINT)
-    time.sleep(1.2)
+    assert process.stderr.readline().startswith("stopping")
+    time.sleep(1.1)  # more than job.AGAIN
     assert not gone(pids)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.endswith("stopped at once; the same command goes on from the newest checkpoint\n")
     assert gone(pids)
@@ -166,7 +174,7 @@ def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
     rank = int(process.stdout.readline())
     launcher = psutil.Process(rank).ppid()
     process.kill()
-    wait_for(lambda: gone([rank, launcher]), 5)
+    wait_for(lambda: gone([rank, launcher]))
     process.stdout.close()
     process.wait()
 
@@ -176,20 +184,17 @@ def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
 MACHINE = """
 import argparse, sys
 from pathlib import Path
+from qwen35 import job
 from qwen35.launch import run
 from qwen35.meeting import Place, Talk, meet
+job.GRACE = 0.5
 machine, machines, port = map(int, sys.argv[1:4])
 args = argparse.Namespace(
     nnodes=machines, node_rank=machine, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
 )
-meeting = meet(Place(machine, machines, "127.0.0.1", port, 60), Talk(dict, Path(sys.argv[4]), say=lambda line: None))
+meeting = meet(Place(machine, machines, "127.0.0.1", port, 300), Talk(dict, Path(sys.argv[4]), say=lambda line: None))
 sys.exit(run([sys.executable, "-c", sys.argv[5]], args, meeting))
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def start_machines(program: str, save: Path, machines: int = 2) -> list[subprocess.Popen]:
@@ -210,7 +215,7 @@ def test_what_fails_on_one_machine_ends_all_and_is_told_on_all(tmp_path):
     """The ranks of the others hang, as in a collective."""
     program = "if rank == 3:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
     machines = start_machines(program, tmp_path)
-    ended = [process.communicate(timeout=60) for process in machines]
+    ended = [process.communicate(timeout=300) for process in machines]
     assert [process.returncode for process in machines] == [1, 1]
     words = "rank 3 was ended by SIGKILL; out of memory?"
     assert [err for _, err in ended] == [f"error: machine 1 ended: {words}\n", f"error: {words}\n"]
@@ -223,9 +228,9 @@ while rank < 2 and not os.path.exists(go):
     time.sleep(0.01)
 """
     first, second = start_machines(f"go = {str(tmp_path / 'go')!r}\n{program}", tmp_path)
-    assert second.communicate(timeout=60)[1] == "" and second.returncode == 0
+    assert second.communicate(timeout=300)[1] == "" and second.returncode == 0
     (tmp_path / "go").touch()
-    assert first.communicate(timeout=60)[1] == "" and first.returncode == 0
+    assert first.communicate(timeout=300)[1] == "" and first.returncode == 0
 
 
 def test_kill_9_of_one_launcher_ends_the_other_machine(tmp_path):
@@ -235,9 +240,9 @@ def test_kill_9_of_one_launcher_ends_the_other_machine(tmp_path):
         process.stdout.readline()  # which ranks it has
         numbers += [int(process.stdout.readline()) for _ in range(2)]
     second.kill()
-    _, err = first.communicate(timeout=60)
+    _, err = first.communicate(timeout=300)
     assert (first.returncode, err) == (1, "error: machine 1 ended: its launcher is gone, killed or with the machine\n")
-    wait_for(lambda: gone(numbers), 10)
+    wait_for(lambda: gone(numbers))
     second.communicate()
 
 
@@ -246,14 +251,14 @@ def test_stopped_before_the_first_step():
     for _ in range(2):
         process.stdout.readline()
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert err.endswith("stopped outside of the training steps: there was nothing to save\n")
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "qwen35.launch", *arguments, "configs/tiny.yaml"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_taken_port_and_an_unknown_machine_are_named():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from training_runs import free_port
 
 from qwen35.agreement import disagreements, facts, machines, present, seen
 from qwen35.config import SettingError, load_settings
@@ -20,15 +21,10 @@ from qwen35.peer import Peer
 ROOT = Path(__file__).parents[1]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 class Machines:
     """Each meets the others in a thread of its own; what it said, and how that ended, is kept."""
 
-    def __init__(self, count: int, save: Path, timeout: float = 20):
+    def __init__(self, count: int, save: Path, timeout: float = 60):
         self.place = Place(0, count, "127.0.0.1", free_port(), timeout)
         self.save = save
         self.said: dict[int, list[str]] = {}
@@ -82,22 +78,22 @@ def test_machines_that_agree_go_on_and_the_port_is_free(tmp_path, order):
     assert all(isinstance(end, Meeting) for end in all_of_them.ended.values()), all_of_them.ended
     assert not list(tmp_path.iterdir())  # the folder was made for the occasion
     listen(all_of_them.place.port).close()  # while the machines are still connected
-    assert all("up to 20 s more" in line for said in all_of_them.said.values() for line in said)
+    assert all("up to 60 s more" in line for said in all_of_them.said.values() for line in said)
     all_of_them.close()
 
 
 def test_who_is_waited_for_is_said_and_named_at_the_end(tmp_path):
-    those = Machines(4, tmp_path, timeout=1)
+    those = Machines(4, tmp_path, timeout=2)
     those.start(0)
     those.start(2)
     those.wait()
     expected = (
-        f"machines 1, 3 of 4 did not come to MASTER_PORT={those.place.port} of machine 0 within 1 s: was the run"
+        f"machines 1, 3 of 4 did not come to MASTER_PORT={those.place.port} of machine 0 within 2 s: was the run"
         " started there, with NODES=4, a NODE_RANK of its own and this machine's MASTER_ADDR?"
     )
     assert those.ended == {0: expected, 2: expected}
     assert those.said[0][0].startswith(
-        f"machine 0: waiting for machines 1 to 3 of 4 (port {those.place.port}), up to 1 s"
+        f"machine 0: waiting for machines 1 to 3 of 4 (port {those.place.port}), up to 2 s"
     )
     assert "machine 2: waiting for machines 1, 3 of 4" in "\n".join(those.said[2])
 
@@ -115,10 +111,9 @@ def test_something_else_at_the_port(tmp_path):
     those = Machines(2, tmp_path, timeout=1)
     with socket.create_server(("127.0.0.1", those.place.port)) as server:
         those.start(1)
-        for _ in range(2):  # it tries again
-            connection, _ = server.accept()
-            connection.sendall(b"SSH-2.0-OpenSSH\r\n")
-            connection.close()
+        connection, _ = server.accept()
+        connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+        connection.close()
         server.close()
         those.wait()
     assert "something answers there that is no launcher" in "\n".join(those.said[1])

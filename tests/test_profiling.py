@@ -9,6 +9,7 @@ from training_runs import tensors, train
 
 from qwen35.config import SettingError, load_settings
 from qwen35.device import HOST
+from qwen35.layout import check_layout
 from qwen35.metrics import read_metrics
 from qwen35.profiling import Profile, table
 from qwen35.settings import ProfileSettings
@@ -96,11 +97,15 @@ def test_refused(workplace, overrides, words):
     load_settings(workplace / "recipe.yaml", ["training.profile.steps=8"])
 
 
-def test_a_rank_that_there_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+def test_a_rank_that_there_is_not(workplace):
+    settings = load_settings(workplace / "recipe.yaml", ["training.profile.steps=1", "training.profile.ranks=[0, 2]"])
     with pytest.raises(SettingError, match=r"training\.profile\.ranks: there is no rank 2 of 2"):
-        Profile(ProfileSettings(steps=1, ranks=(0, 2)), tmp_path, HOST)
+        check_layout(settings, 2)
+    check_layout(settings, 3)
+
+
+def test_a_rank_that_has_no_part_in_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     profile = Profile(ProfileSettings(steps=2, ranks=(1,)), tmp_path, HOST)
     assert profile.plan(0) == f"profile of steps 3 to 4 on ranks 1: {tmp_path}/profile/step_0000003"
     assert profile.plan(2) == "no profile of steps 3 to 4: the run goes on after step 2"

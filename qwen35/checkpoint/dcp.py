@@ -6,7 +6,7 @@ pickle: it is written by DCP and read through an unpickler that knows nothing bu
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,14 +110,18 @@ def write_parts(
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: Optimizer | None = None, group: dist.ProcessGroup | None = None
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    group: dist.ProcessGroup | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Loaded:
     """Load a checkpoint (`resolve_load` says which) into a model, plain or sharded in any way, and its optimizer.
 
     Values are cast to the parameters' dtypes. Each rank reads its own parts, without communication. Optimizer state
     is made for exactly the parameters that have some in the checkpoint and are held by the optimizer; converted
     weights have none, and leave the optimizer as it is. Names or shapes that do not fit are one CheckpointError that
-    lists them all. `mtp.*` is left out for a model without that layer.
+    lists them all. `mtp.*` is left out for a model without that layer. `progress` is called with the bytes read.
     """
     checkpoint = resolve_load(path)
     facts = whole(checkpoint) or {}
@@ -127,8 +131,8 @@ def load_checkpoint(
         check_tied(source, checkpoint)
     states = DCPSource(checkpoint, OPTIMIZER)
     if optimizer is not None and states.specs:
-        _load_optimizer(optimizer, parameters, states)
-    fill(parameters, source)
+        _load_optimizer(optimizer, parameters, states, progress)
+    fill(parameters, source, progress)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
     own = RANK_EXTRA.format(rank)
     return Loaded(
@@ -164,7 +168,12 @@ def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     return source
 
 
-def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], states: DCPSource) -> None:
+def _load_optimizer(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    states: DCPSource,
+    progress: Callable[[int], object] | None,
+) -> None:
     """Replace the optimizer's state by the checkpoint's. Parameters without any there have none afterwards."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     found = Misfit()
@@ -194,7 +203,7 @@ def _load_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], stat
     found.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
     for name, values in fresh.items():
         whole_ones = {f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}
-        fill(whole_ones, states)
+        fill(whole_ones, states, progress)
     optimizer.state.clear()
     for name, values in fresh.items():
         optimizer.state[parameters[name]] = values

@@ -31,13 +31,19 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: Optimizer | None, background: bool, limit: int | None = None
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        background: bool,
+        limit: int | None = None,
+        timeout: float = 1800.0,  # seconds that the ranks wait for the slowest of them, in the background
     ):
         self.folder, self.model, self.optimizer, self.limit = folder, model, optimizer, limit
         self.background = background
         self.saves = 0  # between steps
         self.stood = 0.0  # seconds that the steps have stood still for them
-        self._group = host_group() if background and dist.is_initialized() else None
+        self._group = host_group(timeout) if background and dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._room: dict[str, Tensor] = {}  # of the copy
         self._jobs: list[Future[None]] = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,12 @@ class Failure:
     is_mistake: bool = False  # the user's to mend: another start would meet it again
     may_go_on: bool = False  # another start may help
     where: str = ""  # each process stood
+
+    @property
+    def line(self) -> str:
+        """For the other machines: without the traceback, and of a message of several lines the first."""
+        found = re.search(r"^rank \d+: .*", self.words, re.MULTILINE)
+        return found[0] if found else self.words.splitlines()[-1]
 
 
 class Job:

@@ -115,13 +115,13 @@ def run(
         print(f"error: {failure.words}", file=sys.stderr, flush=True)
         try:
             port = next_port(args)
-            port = meeting.regroup(failure.words.splitlines()[-1], port) if meeting else port
+            port = meeting.regroup(failure.line, port) if meeting else port
         except UserError as error:
             failure = Failure(str(error))
             break
         print(f"restart {attempt + 1} of {restarts}, from the newest checkpoint", file=sys.stderr, flush=True)
     if meeting:
-        meeting.close(failure.words.splitlines()[-1] if failure else None, bool(failure and failure.is_mistake))
+        meeting.close(failure.line if failure else None, bool(failure and failure.is_mistake))
     if is_stopped:
         if job.at_once:
             print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -184,7 +184,10 @@ def _agree(peers: Mapping[int, Peer], talk: Talk) -> None:
     for machine, peer in peers.items():
         with _answering(machine):
             peer.tell(facts=True)
-    facts = {0: dict(talk.facts())}
+    try:
+        facts = {0: dict(talk.facts())}
+    except USER_ERRORS as error:
+        raise MeetingError(f"machine 0: {one_line(error)}") from None
     facts |= {machine: _answer(machine, peer)["facts"] for machine, peer in peers.items()}
     found = disagreements(facts)
     for one in found:

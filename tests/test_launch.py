@@ -12,6 +12,8 @@ import psutil
 import pytest
 from training_runs import free_port
 
+from qwen35.job import Failure
+
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import argparse, sys
@@ -220,6 +222,13 @@ def test_what_fails_on_one_machine_ends_all_and_is_told_on_all(tmp_path):
     words = "rank 3 was ended by SIGKILL; out of memory?"
     assert [err for _, err in ended] == [f"error: machine 1 ended: {words}\n", f"error: {words}\n"]
     assert ended[1][0].startswith("machine 1: ranks 2 to 3 of 4, which meet at 127.0.0.1:")
+
+
+def test_what_other_machines_are_told():
+    told = "Traceback (most recent call last):\n  File x\nRuntimeError: no memory\n#12 clone3\n"
+    assert Failure(f"{told}rank 3: no memory\n#12 clone3").line == "rank 3: no memory"
+    assert Failure("rank 3 was ended by SIGKILL").line == "rank 3 was ended by SIGKILL"
+    assert Failure("a.json, record 3: no such file").line == "a.json, record 3: no such file"
 
 
 def test_machines_that_end_at_different_times_end_well(tmp_path):

@@ -186,15 +186,16 @@ def test_disagreements_are_one_line_each_and_nothing_starts(tmp_path):
     assert set(those.ended.values()) == {"the machines differ in 3 things, told above: nothing was started"}
 
 
-def test_what_a_machine_cannot_read_is_named(tmp_path):
+@pytest.mark.parametrize("machine", [0, 1])
+def test_what_a_machine_cannot_read_is_named(tmp_path, machine):
     def unreadable():
         raise PermissionError(13, "Permission denied", "data/a.json")
 
     those = Machines(2, tmp_path)
-    those.start(0)
-    those.start(1, unreadable)
+    those.start(machine, unreadable)
+    those.start(1 - machine)
     those.wait()
-    assert set(those.ended.values()) == {"machine 1: data/a.json: Permission denied"}
+    assert [those.ended[n] for n in (0, 1)] == [f"machine {machine}: data/a.json: Permission denied"] * 2
 
 
 def test_a_save_folder_of_its_own(tmp_path):

@@ -1,6 +1,8 @@
 """truncation: what is longer than cutoff_len is cut or left out; never through an image, the labels right, all counted."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -180,6 +182,29 @@ def test_the_policies(home):
     assert anew.fingerprint == whole.fingerprint and "cut" not in anew.report()  # nothing is too long
     for batch, _ in zip(cut_, range(cut_.bins_per_epoch), strict=False):
         assert len(batch.input_ids) == 75
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 0), (2, 2)])
+def test_an_epoch_has_each_sample_as_often_as_its_weight(home, ranks, workers):
+    """Whole ones and cut ones, in the bins that one rank takes alone, whatever the number of ranks and workers."""
+    (home / "b.json").write_text(json.dumps(json.loads((home / "a.json").read_text())[:15]))
+    files = [str(home / "a.json"), {"file": str(home / "b.json"), "weight": 2.0}]
+    s = settings(home, dataset=files, cutoff_len=150, truncation="truncate")
+    s = replace(s, data=replace(s.data, dataloader_param=replace(s.data.dataloader_param, num_workers=workers)))
+    loaders = [MicroBatches(s, rank, ranks) for rank in range(ranks)]
+    dataset, count = loaders[0].dataset, loaders[0].bins_per_epoch
+    streams = [iter(loader) for loader in loaders]
+    seen = []
+    for number in range(count):
+        batch = next(streams[number % ranks])
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            if not batch.is_pad[start]:
+                seen.append((batch.input_ids[start:end].tolist(), batch.labels[start:end].tolist()))
+    expected = []
+    for i in range(len(dataset)):
+        pair = (dataset[i].input_ids.tolist(), dataset[i].labels.tolist())
+        expected += [pair] * (1 if dataset.source(i).startswith(f"{home}/a.json") else 2)
+    assert dataset.truncated.numbers and sorted(seen) == sorted(expected)
 
 
 def test_the_cache_serves_every_policy(home, tmp_path, monkeypatch):

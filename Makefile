@@ -11,7 +11,7 @@ doctor:   ## is all as it should be here? every line ok, or wrong with what to d
 download: ## a model of a hub into ckpt/hf_path, checked; goes on where it was stopped  [MODEL SOURCE=hf|modelscope OUT ARGS]
 convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]
 export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
-data:     ## LLaVA-Instruct and COCO images to training records  [LLAVA IMAGES OUT ARGS]
+data:     ## LLaVA-Instruct and COCO images to training records, checked, with a report  [LLAVA IMAGES OUT HF ARGS]
 show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
 finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT HOSTS DRY_RUN=1]
 preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing  [CONFIG ARGS, and as finetune: NODES … or HOSTS]

@@ -52,6 +52,9 @@ class BasicParameters:
     )
     train_on_prompt: bool = False  # the loss also counts what the user says
     mask_history: bool = False  # the loss counts only the last answer of a conversation
+    # of a sample longer than cutoff_len: error as any record that cannot be used, drop leaves it out, truncate keeps its first
+    # tokens, up to the last that is trained and never through an image or video; all counted
+    truncation: Literal["error", "drop", "truncate"] = "error"
     on_bad_record: Literal["error", "skip"] = "error"  # that cannot be used: stop, or leave it out, counted and named
 
 

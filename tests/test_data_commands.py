@@ -82,7 +82,8 @@ def test_convert(coco, capsys):
     assert f"dataset_dir={coco}/coco" in report
     records = list(read_records(out, Attr(), ImageFolder(coco / "coco")))
     assert all(path.is_file() for record in records for path in record.images)
-    assert list(out.parent.iterdir()) == [out]
+    beside = [out, out.with_suffix(".lengths.png"), out.with_suffix(".report.txt")]
+    assert sorted(out.parent.iterdir()) == sorted(beside)
 
 
 def test_missing_images(coco, capsys):

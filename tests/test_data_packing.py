@@ -41,6 +41,18 @@ def test_bins_are_full_whatever_the_lengths(low, high, cutoff_len, least):
     assert lengths.sum() / (len(bins) * cutoff_len) > least
 
 
+@pytest.mark.parametrize("cutoff_len", [256, 512, 1024, 2048, 4096])
+def test_no_packing_has_many_fewer_bins(cutoff_len):
+    """Short bins cannot always be full: most samples fill more than half of one. All that could be done is done."""
+    lengths = np.minimum(LLAVA[:8000], cutoff_len)
+    bins = pack_epoch(lengths, cutoff_len, seed=1, epoch=0)
+    check_epoch(bins, lengths, cutoff_len)
+    fewest = max(lengths.sum() / cutoff_len, (2 * lengths > cutoff_len).sum())
+    assert len(bins) <= 1.01 * fewest
+    if cutoff_len >= 1024:
+        assert lengths.sum() / (len(bins) * cutoff_len) > 0.985
+
+
 def test_order_is_a_function_of_seed_and_epoch():
     lengths = LLAVA[:500]
     orders = [pack_epoch(lengths, 2048, seed, epoch) for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]]

@@ -363,6 +363,10 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         ),
         (["data", "LLAVA=l", "IMAGES=i", "OUT=o"], "-m qwen35.data convert --llava l --images i --out o"),
         (
+            ["data", "LLAVA=l", "IMAGES=i", "OUT=o", "HF=h"],
+            "-m qwen35.data convert --llava l --images i --out o --tokenizer h",
+        ),
+        (
             ["data"],
             (
                 "-m qwen35.data convert --llava data/llava_instruct_150k.json --images data/COCO2017/train2017"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from qwen35.config import load_settings
-from qwen35.data.convert import convert
+from qwen35.data.convert import Options, convert
 from qwen35.data.show import show
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
@@ -18,6 +18,12 @@ def parser() -> Parser:
     c.add_argument("--images", type=Path, required=True, help="folder of its images, e.g. data/COCO2017/train2017")
     c.add_argument("--out", type=Path, required=True, help="file to write")
     c.add_argument("--on_missing", choices=["error", "skip"], default="error", help="records whose image is not there")
+    c.add_argument(
+        "--on_bad_record", choices=["error", "skip"], default="error", help="records that cannot be used for any reason"
+    )
+    c.add_argument("--check", choices=["headers", "none"], default="headers", help="what is read of each image")
+    c.add_argument("--tokenizer", type=Path, help="model folder: the report counts tokens, else characters")
+    c.add_argument("--workers", type=whole_number(1), help="processes (default: the cores of this machine)")
     s = commands.add_parser("show", help="samples as they are trained, the trained tokens marked")
     s.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     s.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings over those of the recipe")
@@ -33,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"unknown: {' '.join(rest)}")
     try:
         if args.command == "convert":
-            print(convert(args.llava, args.images, args.out, args.on_missing))
+            print(convert(Options(**{name: value for name, value in vars(args).items() if name != "command"})))
         else:
             settings = load_settings(args.config, args.overrides)
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

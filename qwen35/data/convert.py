@@ -1,14 +1,19 @@
 """LLaVA-Instruct and the images of COCO -> training records.
 
-A JSON list of {"images": ["./train2017/X.jpg"], "messages": [{"role": "user", "content": …}, …]}.
+A JSON list of {"images": ["./train2017/X.jpg"], "messages": [{"role": "user", "content": …}, …]}, and beside it a report.
+Several processes read the records and the headers of their images; only a few thousand records are in memory at a time.
 """
 
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -16,77 +21,193 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
+from qwen35.data.images import ImageError, ImageProcessor, upright_size
+from qwen35.data.in_order import in_order
 from qwen35.data.reading import read_values
 from qwen35.data.record import Record, RecordError
+from qwen35.data.samples import Preparation
+from qwen35.data.tally import Tally
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 
 NAMED = 5  # missing images that a message names
+CHUNK = 512  # records that a process gets at once
+MISSING = "image missing"
+
+Jobs = tuple[int, list[Any]]  # the number of the first, from 1, and the values of the file
 
 
-@dataclass
+@dataclass(frozen=True)
+class Options:
+    llava: Path
+    images: Path
+    out: Path
+    on_missing: Literal["error", "skip"] = "error"
+    on_bad_record: Literal["error", "skip"] = "error"
+    check: Literal["headers", "none"] = "headers"
+    tokenizer: Path | None = None  # model folder
+    workers: int | None = None  # default: the cores of this machine that may be used
+
+    def tolerates(self, error: RecordError) -> bool:
+        return self.on_bad_record == "skip" or (error.kind == MISSING and self.on_missing == "skip")
+
+
+@dataclass(frozen=True)
 class Converted:
-    records: list[dict[str, Any]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # images of records left out
+    line: str  # JSON
+    turns: int
+    images: int
+    length: int
 
 
-def convert(llava: Path, images: Path, out: Path, on_missing: str = "error") -> str:
-    """Write `out`, whole or not at all, and return a report. `dataset_dir` for it is the folder above `images`.
+def convert(options: Options) -> str:
+    """Write `out`, whole or not at all, then its report; return that. `dataset_dir` for it is the folder above `images`.
 
-    on_missing: "error", or "skip" to leave out records whose image file is not there.
-    Raises SettingError for folders and files, RecordError for a record that cannot be used.
+    Raises SettingError for folders and files, RecordError for a record that cannot be used and is not to be skipped.
     """
+    llava, images, out = options.llava, options.images, options.out
     if not llava.is_file():
         raise SettingError(f"{llava}: no such file; set LLAVA to llava_instruct_150k.json")
     if not images.is_dir():
         raise SettingError(f"{images}: no such folder; set IMAGES to the folder of the images, e.g. …/train2017")
     if out.exists() and out.samefile(llava):
         raise SettingError(f"{out}: is the file that is read; set OUT to another")
-    converted = _convert_all(llava, images)
-    n = len(converted.missing)
-    named = ", ".join(converted.missing[:NAMED]) + (", …" if n > NAMED else "")
-    if n and on_missing == "error":
-        raise RecordError(
-            f"{llava}: {n:,} image{'s' * (n > 1)} not in {images}: {named}; --on_missing skip leaves such records out"
-        )
-    if not converted.records:
-        raise RecordError(f"{llava}: no records" + (f" left: no image is in {images}: {named}" if n else ""))
-    _write(converted.records, out)
-    turns = sum(len(record["messages"]) for record in converted.records)
-    used = sum(len(record["images"]) for record in converted.records)
-    report = f"{out}: {len(converted.records):,} records, {turns:,} turns, {used:,} images"
-    if n:
-        report += f"\nleft out: {n:,} record{'s' * (n > 1)} whose image is not in {images}: {named}"
-    return report + f"\nfor training: dataset={out}, dataset_dir={Path(os.path.realpath(images)).parent}"
-
-
-def _convert_all(llava: Path, images: Path) -> Converted:
-    converted = Converted()
-    names, folder = FieldNames.llava(), ImageFolder(images)
-    name = Path(os.path.realpath(images)).name
-    raws = tqdm(read_values(llava), desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
-    for number, raw in enumerate(raws, 1):
-        record = parse_record(raw, f"{llava}, record {number}", names, folder)
-        absent = [path for path in record.images if not path.is_file()]
-        if absent:
-            converted.missing.append(Path(os.path.relpath(absent[0], folder.real_root)).as_posix())
-        else:
-            converted.records.append(_as_messages(record, folder, name))
-    return converted
-
-
-def _as_messages(record: Record, folder: ImageFolder, name: str) -> dict[str, Any]:
-    below = [Path(os.path.relpath(path, folder.real_root)).as_posix() for path in record.images]
-    return {
-        "images": [f"./{name}/{path}" for path in below],
-        "messages": [{"role": turn.role, "content": turn.content} for turn in record.turns],
-    }
-
-
-def _write(records: list[dict[str, Any]], out: Path) -> None:
-    """A JSON list, one record a line."""
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    if options.tokenizer is not None and options.check == "none":
+        raise SettingError("--tokenizer counts the tokens of images, so their headers are read: leave out --check none")
+    llava.open("rb").close()  # a file that may not be read is named as itself, below
+    tally = Tally("characters" if options.tokenizer is None else "tokens")
     try:
-        with replacing(out) as temporary:
-            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.write("[\n")
+            with closing(_lines(options, tally)) as lines:
+                stream.writelines(lines)
+            stream.write("\n]\n")
+        report = _report(options, tally)
+        files = tally.write(report, out)
     except OSError as error:
         raise SettingError(f"{out}: cannot be written: {error.strerror}") from None
+    return f"{report}\nthis report: {files[0]}, {files[1]}"
+
+
+def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
+    """Raises RecordError."""
+    missing: list[str] = []
+    separator = ""
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    bar = tqdm(desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
+    with bar, closing(in_order(partial(Converter, options), _jobs(options), workers)) as parts:
+        for part in parts:
+            for made in part:
+                bar.update()
+                if isinstance(made, Converted):
+                    tally.add(made.turns, made.images, made.length)
+                    yield separator + made.line
+                    separator = ",\n"
+                elif options.tolerates(made):
+                    tally.skip(made)
+                elif made.kind == MISSING:  # all of them are told at once
+                    missing.append(_below(options, made.image or ""))
+                else:
+                    raise made
+    if missing:
+        n = len(missing)
+        raise RecordError(
+            f"{options.llava}: {n:,} image{'s' * (n > 1)} not in {options.images}: {_names(missing)}; "
+            "--on_missing skip leaves such records out"
+        )
+    if not tally.records:
+        raise RecordError(f"{options.llava}: no records" + (f" left: {tally.skipped}" if tally.named else ""))
+
+
+def _jobs(options: Options) -> Iterator[Jobs]:
+    values, first = read_values(options.llava, lenient=options.on_bad_record == "skip"), 1
+    while chunk := list(islice(values, CHUNK)):
+        yield first, chunk
+        first += len(chunk)
+
+
+def _report(options: Options, tally: Tally) -> str:
+    out, skipped = options.out, tally.skipped
+    lines = [f"{out}: {tally.records:,} records, {tally.turns:,} turns, {tally.images:,} images"]
+    if n := skipped.kinds.get(MISSING, 0):
+        gone = [image for image, state in skipped.images.items() if state == "missing"]
+        named = [_below(options, image) for image in gone]
+        lines.append(f"left out: {n:,} record{'s' * (n > 1)} whose image is not in {options.images}: {_names(named)}")
+    if len(skipped) > n:
+        lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
+    if options.check == "none":
+        lines.append("the images were not looked at (--check none)")
+    lines.append(tally.histogram())
+    if options.tokenizer is None:
+        lines.append("for tokens instead of characters name a model folder: make data HF=…")
+    lines.append(f"for training: dataset={out}, dataset_dir={Path(os.path.realpath(options.images)).parent}")
+    return "\n".join(lines)
+
+
+def _below(options: Options, image: str) -> str:
+    return os.path.relpath(image, os.path.realpath(options.images))
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+
+
+class Converter:
+    """What a process does with a stretch of the file."""
+
+    def __init__(self, options: Options):
+        """Raises SettingError."""
+        self._options, self._names = options, FieldNames.llava()
+        self._folder = ImageFolder(options.images)
+        self._root = f"{self._folder.real_root}/"
+        self._prefix = f"./{self._folder.real_root.name}/"
+        self._verdicts: dict[Path, ImageError | None] = {}  # the same image serves several records
+        self._preparation = None if options.tokenizer is None else _preparation(options.tokenizer)
+
+    def __call__(self, job: Jobs) -> list[Converted | RecordError]:
+        return [self._one(raw, number) for number, raw in enumerate(job[1], job[0])]
+
+    def _one(self, raw: Any, number: int) -> Converted | RecordError:
+        if isinstance(raw, RecordError):
+            return raw
+        try:
+            record = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
+            if self._preparation is not None:
+                length = len(self._preparation.tokenise(record).ids)
+            else:
+                if self._options.check == "headers":
+                    self._check(record)
+                length = sum(len(turn.content) for turn in record.turns)
+        except RecordError as error:
+            return error
+        messages = [{"role": turn.role, "content": turn.content} for turn in record.turns]
+        images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
+        line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
+        return Converted(line, len(messages), len(images), length)
+
+    def _check(self, record: Record) -> None:
+        """Raises RecordError."""
+        for number, path in enumerate(record.images, 1):
+            if path not in self._verdicts:
+                self._verdicts[path] = _verdict(path)
+            if (error := self._verdicts[path]) is not None:
+                which = f"image {number} of {len(record.images)}, {path}"
+                raise record.error(f"{which}: {error}", error.kind, str(path))
+
+
+def _verdict(path: Path) -> ImageError | None:
+    try:
+        upright_size(path)
+    except ImageError as error:
+        return error
+    return None
+
+
+def _preparation(folder: Path) -> Preparation:
+    """With the default settings of a recipe. Raises SettingError."""
+    limits = PreprocessParameters()
+    images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
+    videos = VideoProcessor.from_folder(folder, limits)
+    return Preparation(ChatTokenizer(folder), images, BasicParameters(""), Attr(), videos)

@@ -1,7 +1,7 @@
 """All samples of a run: tokens and lengths known from the start, pixels decoded when asked for."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +16,7 @@ from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
 from qwen35.data.samples import FileSamples, Preparation, load_samples, visual_of
 from qwen35.data.skipped import Skipped
+from qwen35.data.truncation import cut
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,26 @@ class Sample:
     bad: str | None = None  # why nothing of it is trained: the message of a record whose image turned out broken
 
 
+@dataclass
+class Truncated:
+    """What `truncation: truncate` has cut off."""
+
+    numbers: list[int] = field(default_factory=list)  # of the samples, among all
+    tokens: int = 0
+    visuals: int = 0
+
+    def add(self, number: int, tokens: int, visuals: int) -> None:
+        self.numbers.append(number)
+        self.tokens += tokens
+        self.visuals += visuals
+
+
 class Dataset:
     """The samples of all files in order, of the first `max_samples` records of the whole.
 
     Raises SettingError for files that are not there, RecordError for a record that cannot be used, has nothing trained or
-    is longer than cutoff_len: a sample is never cut. With `on_bad_record: skip` such records are left out, and told in
-    `skipped`; then RecordError only if nothing is left.
+    is longer than cutoff_len. With `on_bad_record: skip` such records are left out, and told in `skipped`; then RecordError
+    only if nothing is left. `truncation` has those that are too long left out, or cut, whatever on_bad_record says.
     """
 
     def __init__(self, preparation: Preparation, spec: VisionSpec, progress: bool = False):
@@ -53,21 +68,38 @@ class Dataset:
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
         self.skipped = Skipped.together(samples.skipped for samples in self.files)
-        lengths = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # the long ones too
-        self._too_long = np.flatnonzero(lengths > basic.cutoff_len)
-        for number in self._too_long.tolist():
-            limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
-            message = f"{self._source(number)}: {lengths[number]} tokens, more than {limit}"
-            if not self.skips:
-                count = len(self._too_long)
-                raise RecordError(message + (f" ({count} such records in all)" if count > 1 else ""))
-            self.skipped.add(RecordError(message, "longer than cutoff_len"))
-        self._kept = np.delete(np.arange(len(lengths)), self._too_long)  # [N] numbers of the samples among all
-        self.lengths = lengths[self._kept]  # [N] tokens
+        self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [all], 0: left out
+        self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])  # [all]
+        self.truncated = Truncated()
+        too_long = np.flatnonzero(self._tokens > basic.cutoff_len).tolist()
+        for number in too_long:
+            self._shorten(number, len(too_long))
+        self._kept = np.flatnonzero(self._tokens)  # [N] numbers of the samples among all
+        self.lengths = self._tokens[self._kept]  # [N] tokens
         self.sizes = np.diff(np.searchsorted(self._kept, self._starts)).tolist()  # samples of each file
         if len(self.lengths) == 0:
             why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
             raise RecordError(f"{dataset_name(basic.dataset)}: no records{why}")
+
+    def _shorten(self, number: int, count: int) -> None:
+        """What becomes of a sample that is too long, one of `count`. Raises RecordError."""
+        basic, tokens = self.preparation.basic, int(self._tokens[number])
+        limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
+        message = f"{self._source(number)}: {tokens} tokens, more than {limit}"
+        if basic.truncation == "error" and not self.skips:
+            others = f" ({count} such records in all)" if count > 1 else ""
+            raise RecordError(f"{message}{others}; truncation: drop leaves such records out, truncate cuts them")
+        left, kind, visuals = 0, "longer than cutoff_len", int(self._visuals[number])
+        self._visuals[number] = 0
+        if basic.truncation == "truncate":
+            ids, trained, grids = (self._part(number, name, whole=True).numpy() for name in ("ids", "trained", "grids"))
+            left, self._visuals[number] = cut(ids, trained, grids, basic.cutoff_len, self.preparation.tokenizer)
+            message, kind = f"{message}, and nothing trained is left of it", "nothing trained within cutoff_len"
+        self._tokens[number] = left
+        if left:
+            self.truncated.add(number, tokens - left, visuals - int(self._visuals[number]))
+        else:
+            self.skipped.add(RecordError(message, kind))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -80,30 +112,37 @@ class Dataset:
             for samples in self.files
             if samples.sources
         ]
-        return np.concatenate(counts)[self._kept]
+        whole = np.concatenate(counts)
+        for number in self.truncated.numbers:
+            whole[number] = int(self._part(number, "trained").sum())
+        kept: np.ndarray = whole[self._kept]
+        return kept
 
     @property
     def images(self) -> int:
         """And videos."""
-        unused = sum(len(self._part(number, "grids")) for number in self._too_long.tolist())
-        return sum(len(samples.visuals) for samples in self.files) - unused
+        return int(self._visuals.sum())
 
     def fingerprint(self, more: str = "") -> str:
-        """Changes with any sample's tokens, with which of them are trained, and with `more`."""
+        """Changes with any sample's tokens, with which of them are trained, with where samples are cut, and with `more`."""
         digest = hashlib.blake2b(more.encode(), digest_size=16)
         for samples in self.files:
             for tensor in (samples.ids, samples.trained, samples.offsets):
                 digest.update(tensor.numpy().data)
+        if self.truncated.numbers:
+            digest.update(self._tokens.tobytes())
         return digest.hexdigest()
 
     def _locate(self, number: int) -> tuple[FileSamples, int]:
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.files[file], number - int(self._starts[file])
 
-    def _part(self, number: int, name: Literal["ids", "trained", "grids"]) -> Tensor:
-        """Of sample `number` among all."""
+    def _part(self, number: int, name: Literal["ids", "trained", "grids"], whole: bool = False) -> Tensor:
+        """Of sample `number` among all, as it is trained, or as it was before it was cut."""
         samples, i = self._locate(number)
-        start, end = (samples.image_offsets if name == "grids" else samples.offsets)[i : i + 2].tolist()
+        offsets, counts = (samples.image_offsets, self._visuals) if name == "grids" else (samples.offsets, self._tokens)
+        start = int(offsets[i])
+        end = int(offsets[i + 1]) if whole else start + int(counts[number])
         part: Tensor = getattr(samples, name)[start:end]
         return part
 
@@ -136,9 +175,9 @@ class Dataset:
     def _pixels(self, number: int, grids: Tensor) -> Tensor:
         """[P, 3*2*16*16] of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)
-        first, last = samples.image_offsets[i : i + 2].tolist()
+        first = int(samples.image_offsets[i])
         pixels = [torch.zeros(0, self.preparation.images.values)]
-        for plain, grid in zip(samples.visuals[first:last], grids.tolist(), strict=True):
+        for plain, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
             visual = visual_of(plain)
             try:
                 patches, found = self.preparation.patches(visual)

@@ -74,6 +74,12 @@ class MicroBatches:
         left_out = (
             f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
         )
+        cut = self.dataset.truncated
+        if cut.numbers:
+            left_out += (
+                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and {cut.visuals:,} images "
+                "of theirs are not trained"
+            )
         return (
             f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of "

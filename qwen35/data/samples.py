@@ -111,7 +111,8 @@ class Preparation:
     def cache_key(self, file: Path, limit: int | None) -> str:
         """Changes with the file's content and with every setting that the tokens depend on."""
         settings = asdict(self.basic)
-        for name in ("dataset", "cache_dir", "cutoff_len", "max_samples"):  # these do not change a sample's tokens
+        # these do not change what is kept: samples are whole there, and cut as they are read
+        for name in ("dataset", "cache_dir", "cutoff_len", "truncation", "max_samples"):
             del settings[name]
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [asdict(self.images), asdict(self.videos)]

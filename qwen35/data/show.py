@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
 
+import numpy as np
+
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.truncation import cut
 from qwen35.settings import Settings
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
@@ -33,13 +36,20 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     for record, sample in islice(made, limit):
         yield from _told(left_out)
         shown += 1
-        tokens, trained = len(sample.ids), int(sample.trained.sum())
+        tokens, left, too_long = len(sample.ids), len(sample.ids), ""
         images, videos = len(record.images), len(record.videos)
-        fate = ", left out" if skip else ""
-        too_long = f", MORE THAN cutoff_len {basic.cutoff_len}{fate}" if tokens > basic.cutoff_len else ""
-        head = f"{record.source}: {tokens} tokens{too_long}, {trained} trained, {images} image{'s' * (images != 1)}"
+        if tokens > basic.cutoff_len:
+            too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
+            if basic.truncation == "truncate":
+                grids = np.array(sample.grids, dtype=np.int64).reshape(-1, 3)
+                left, _ = cut(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
+                too_long += f", cut to {left}" if left else ", left out: nothing trained is left"
+            elif skip or basic.truncation == "drop":
+                too_long += ", left out"
+        ids, mask = sample.ids[: left or None].tolist(), sample.trained[: left or None].tolist()
+        head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, {images} image{'s' * (images != 1)}"
         head += f", {videos} video{'s' * (videos != 1)}" * bool(videos)
-        text = marked(preparation.tokenizer, sample.ids.tolist(), sample.trained.tolist(), marks)
+        text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)
     if not shown:

@@ -40,6 +40,7 @@ class ChatTokenizer:
         self.image_id = self._control[IMAGE_PAD]
         self.video_id: int | None = self._tokenizer.token_to_id(VIDEO_PAD)
         self.im_end_id = self._control[IM_END]
+        self.control_ids = list(self._control.values())
 
     def _id(self, token: str) -> int:
         number = self._tokenizer.token_to_id(token)

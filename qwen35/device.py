@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from qwen35.batch import Ahead, PackedBatch
 from qwen35.errors import SettingError, one_line
 
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
@@ -89,6 +90,23 @@ def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     host's help."""
     is_locked = tensor.device.type != "cpu"
     return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether it has a memory of its own, which takes what is page-locked on the host without the host's help.
+
+    From memory that is not, a copy holds up the host until the device has got to it. torch_npu too keeps a page-locked block
+    from being used anew before its copies are done (process_non_blocking_copy in its sources).
+    """
+    return device.type != "cpu"
+
+
+Moved = TypeVar("Moved", torch.Tensor, PackedBatch, Ahead)
+
+
+def pinned(value: Moved, device: torch.device) -> Moved:
+    """Page-locked, if that helps on the way to a device."""
+    return value.pin_memory() if is_apart(device) else value
 
 
 class CopyQueue:

@@ -24,7 +24,7 @@ from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.device import HOST, describe, init_process
+from qwen35.device import HOST, describe, init_process, is_apart, pinned
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import leave, record_failure
@@ -91,7 +91,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     held = check(model, origin)
     pulse.at("reading the data")
     progress = dist.get_rank() == 0 and sys.stderr.isatty()
-    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size, progress=progress)
+    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size, progress=progress, pin=is_apart(device))
     held_out = settings.validation
     validation = Validation(held_out, meshes, device, DTYPES[t.dtype], progress) if held_out else None
     check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
@@ -187,9 +187,10 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         run.at(f"micro-batch {i} of {len(batches)}, forward")
         flops += counted * batch_flops(run.model.config, batch, count, ahead)
         batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
-        batch, weight = batch.to(device), weight.to(device, non_blocking=True) * scale[0]
+        batch = pinned(batch, device).to(device)
+        weight = pinned(weight, device).to(device, non_blocking=True) * scale[0]
         if ahead is not None:
-            ahead = ahead.to(device)
+            ahead = pinned(ahead, device).to(device)
             ahead = replace(ahead, weights=ahead.weights * scale[1])
         loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor, load)
         run.at(f"micro-batch {i} of {len(batches)}, backward")

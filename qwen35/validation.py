@@ -11,6 +11,7 @@ import kernels
 from qwen35.batch import IGNORE
 from qwen35.data import RecordError
 from qwen35.data.validation import ValidationSet
+from qwen35.device import is_apart, pinned
 from qwen35.errors import SettingError
 from qwen35.evaluate import answers
 from qwen35.loss import look_ahead, token_weights
@@ -50,7 +51,7 @@ class Validation:
         """settings: those of the validation, `Settings.validation`. Raises SettingError, RecordError."""
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
         try:
-            self.set = ValidationSet(settings, meshes.data_rank, meshes.data_size, progress)
+            self.set = ValidationSet(settings, meshes.data_rank, meshes.data_size, progress, is_apart(device))
             self.groups = self.set.answerable() if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(str(error).replace(TRAINED, HELD_OUT)) from None
@@ -110,9 +111,10 @@ class Validation:
                 tokens[1] += len(ahead.trained) if ahead else 0
                 bad += batch.bad_records
             part, weights, ahead = split(batch, token_weights(batch, "per_token_loss"), ahead, rank, size)
-            _, _, losses = model.loss(
-                part.to(self.device), weights.to(self.device), ahead.to(self.device) if ahead else None
-            )
+            part = pinned(part, self.device).to(self.device)
+            weights = pinned(weights, self.device).to(self.device, non_blocking=True)
+            ahead = pinned(ahead, self.device).to(self.device) if ahead else None
+            _, _, losses = model.loss(part, weights, ahead)
             sums.append(torch.stack([losses[: len(weights)].sum(), losses[len(weights) :].sum()]))
         let_go(model)
         return torch.stack(sums).cpu().double().sum(0).tolist(), tokens, bad

@@ -30,8 +30,16 @@ class MicroBatches:
     Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
     """
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, start_step: int = 0, progress: bool = False):
-        """progress: a bar on the console while records are tokenised, for one process to show."""
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        progress: bool = False,
+        pin: bool = False,
+    ):
+        """progress: a bar on the console while records are tokenised, for one process to show. pin: page-locked batches."""
         loader, training = settings.data.dataloader_param, settings.training
         basic = settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
@@ -57,7 +65,7 @@ class MicroBatches:
         self._micro_steps = training.gradient_accumulation_steps
         self.start_at(start_step)
         self._batches = DecodedBins(self.dataset, loader.patch_bucket)
-        self._workers = loader.num_workers
+        self._workers, self._pin = loader.num_workers, pin
 
     def start_at(self, step: int) -> None:
         """Have the next iteration begin with the first micro-step of `step`."""
@@ -77,7 +85,7 @@ class MicroBatches:
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in in_background(self._batches, self._order, self._workers):
+        for batch in in_background(self._batches, self._order, self._workers, self._pin):
             if isinstance(batch, RecordError):
                 raise batch
             yield batch
@@ -94,9 +102,9 @@ def open_dataset(settings: Settings, progress: bool) -> Dataset:
 
 
 def in_background(
-    batches: "DecodedBins", order: Iterable[list[list[int]]], workers: int, again: bool = False
+    batches: "DecodedBins", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
 ) -> "DataLoader[PackedBatch | RecordError]":
-    """again: it is iterated over several times, by the same workers."""
+    """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers."""
     return DataLoader(
         batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
         batch_size=None,
@@ -106,6 +114,7 @@ def in_background(
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
         multiprocessing_context="fork" if workers else None,  # the tokens are shared, not copied
+        pin_memory=pin,
         persistent_workers=again and workers > 0,
     )
 

@@ -18,7 +18,7 @@ class ValidationSet:
     Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
     """
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, progress: bool = False):
+    def __init__(self, settings: Settings, rank: int, world_size: int, progress: bool = False, pin: bool = False):
         """settings: those of the validation, `Settings.validation`."""
         loader, basic = settings.data.dataloader_param, settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
@@ -30,7 +30,7 @@ class ValidationSet:
         micro_batches += [[[]] * size] * (-len(micro_batches) % world_size)
         self._order = micro_batches[rank::world_size]
         self._loader = in_background(
-            DecodedBins(self.dataset, loader.patch_bucket), self._order, loader.num_workers, again=True
+            DecodedBins(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, again=True
         )
         self._next: Iterator[PackedBatch | RecordError] | None = None
         self.fingerprint = self.dataset.fingerprint(f"{basic.cutoff_len}")

@@ -12,4 +12,5 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """
     if x.device.type == device.type:
         return x
-    return torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)
+    held = x if x.is_pinned() else torch.empty_like(x, pin_memory=True).copy_(x)
+    return held.to(device, non_blocking=True)

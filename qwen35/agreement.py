@@ -20,7 +20,9 @@ PACKAGES = (
 PREFIXES = ("HCCL_", "GLOO_")  # of variables that all processes must understand alike
 VARIABLES = ("CLOSE_MATMUL_K_SHIFT", "NPU_ASD_ENABLE")
 OF_ONE_MACHINE = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")  # another network card, another name
-SETTINGS_OF_ONE_MACHINE = ("data.dataset_param.basic_parameters.cache_dir",)  # on a disk of its own
+SETTINGS_OF_ONE_MACHINE = tuple(  # on a disk of its own
+    f"data.{param}.basic_parameters.cache_dir" for param in ("dataset_param", "val_dataset_param")
+)
 ENDS = 1 << 16  # bytes at each end of a file that are looked at
 MOST = 64  # files of a folder that are looked into; of the rest the names count, and how many there are
 LATEST = "latest_checkpointed_iteration.txt"  # as in checkpoint/dcp_folder.py, which takes seconds to import
@@ -72,7 +74,9 @@ def sources(root: Path) -> str:
 def files(settings: Settings) -> dict[str, str]:
     """The records, the model folder, and the weights: name -> size and what its two ends hold."""
     t = settings.training
-    records = [Path(entry.file) for entry in dataset_entries(settings.data.dataset_param.basic_parameters.dataset)]
+    params = [settings.data.dataset_param, settings.data.val_dataset_param]
+    datasets = [param.basic_parameters.dataset for param in params if param]
+    records = [Path(entry.file) for dataset in datasets for entry in dataset_entries(dataset)]
     folders = [Path(name) for name in (settings.model.model_name_or_path, settings.tokenizer_dir) if name]
     folders += [Path(t.init_from_hf_path)] if t.init_from_hf_path else []
     if t.load:

@@ -17,8 +17,9 @@ import yaml
 
 from qwen35.contradictions import check_contradictions
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
-from qwen35.settings import Settings
+from qwen35.settings import DatasetParam, Settings
 
+TRAINED, HELD_OUT = "data.dataset_param.", "data.val_dataset_param."  # the second is as the first where it says nothing
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
 
 
@@ -97,6 +98,9 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
             raise SettingError(f"{key}: {value!r} is not a section, with settings below it")
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
+    if any(key.startswith(HELD_OUT) for key in flat):
+        shared = {key for key in flat if key.startswith(TRAINED) and key != f"{TRAINED}basic_parameters.dataset"}
+        flat = {key.replace(TRAINED, HELD_OUT): flat[key] for key in shared} | flat
     return _build(Settings, flat, "")
 
 
@@ -126,8 +130,15 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every setting below a dataclass."""
     leaves: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
-        leaves |= _leaves(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {f"{prefix}{name}": kind}
+        section = _section(kind)
+        leaves |= _leaves(section, f"{prefix}{name}.") if section else {f"{prefix}{name}": kind}
     return leaves
+
+
+def _section(kind: Any) -> Any:
+    """The dataclass that a field is, or is if it is there at all; else None."""
+    kinds = [k for k in get_args(kind) if k is not type(None)] if isinstance(kind, types.UnionType) else [kind]
+    return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
 
 
 def _is_mapping(kind: Any) -> bool:
@@ -143,8 +154,9 @@ def _build(cls: Any, flat: Mapping[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         path, kind = prefix + f.name, hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            values[f.name] = _build(kind, flat, f"{path}.")
+        if section := _section(kind):
+            is_there = section is kind or any(key.startswith(f"{path}.") for key in flat)
+            values[f.name] = _build(section, flat, f"{path}.") if is_there else None
         elif _is_mapping(kind):
             below = {k[len(path) + 1 :]: v for k, v in flat.items() if k.startswith(f"{path}.")}
             values[f.name] = {k: _coerce(v, get_args(kind)[1], f"{path}.{k}") for k, v in below.items()}
@@ -224,7 +236,7 @@ def _plain(value: Any) -> Any:
 
 def _check(s: Settings) -> None:
     """Ranges, then settings that contradict each other. Raises SettingError."""
-    t, b, p = s.training, s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
+    t = s.training
     positive = {
         "training.train_iters": t.train_iters,
         "training.micro_batch_size": t.micro_batch_size,
@@ -232,6 +244,7 @@ def _check(s: Settings) -> None:
         "training.log_interval": t.log_interval,
         "training.save_interval": t.save_interval,
         "training.save_total_limit": t.save_total_limit,
+        "training.val_interval": t.val_interval,
         "training.zero_grad_patience": t.zero_grad_patience,
         "training.lr": t.lr,
         "training.peak_tflops": t.peak_tflops,
@@ -241,19 +254,10 @@ def _check(s: Settings) -> None:
         "parallel.fully_shard_parallel_size": s.parallel.fully_shard_parallel_size,
         "parallel.expert_parallel_size": s.parallel.expert_parallel_size,
         "parallel.ulysses_parallel_size": s.parallel.ulysses_parallel_size,
-        "data.dataset_param.basic_parameters.cutoff_len": b.cutoff_len,
-        "data.dataset_param.basic_parameters.max_samples": b.max_samples,
-        "data.dataset_param.preprocess_parameters.image_min_pixels": p.image_min_pixels,
-        "data.dataset_param.preprocess_parameters.image_max_pixels": p.image_max_pixels,
-        "data.dataset_param.preprocess_parameters.video_min_pixels": p.video_min_pixels,
-        "data.dataset_param.preprocess_parameters.video_max_pixels": p.video_max_pixels,
-        "data.dataset_param.preprocess_parameters.video_fps": p.video_fps,
-        "data.dataset_param.preprocess_parameters.video_maxlen": p.video_maxlen,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
+        **_positive(s.data.dataset_param, TRAINED),
+        **(_positive(s.data.val_dataset_param, HELD_OUT) if s.data.val_dataset_param else {}),
     }
-    if not isinstance(b.dataset, str):
-        where = "data.dataset_param.basic_parameters.dataset"
-        positive |= {f"{where}[{i}].weight": entry.weight for i, entry in enumerate(b.dataset)}
     not_negative = {
         "training.weight_decay": t.weight_decay,
         "training.clip_grad": t.clip_grad,
@@ -282,6 +286,24 @@ def _check(s: Settings) -> None:
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise SettingError(f"{name}: {value} must be {rule}")
     check_contradictions(s)
+
+
+def _positive(param: DatasetParam, prefix: str) -> dict[str, Any]:
+    """What must be more than 0."""
+    b, p = param.basic_parameters, param.preprocess_parameters
+    basic, limits = f"{prefix}basic_parameters", f"{prefix}preprocess_parameters"
+    entries = [] if isinstance(b.dataset, str) else b.dataset
+    return {
+        f"{basic}.cutoff_len": b.cutoff_len,
+        f"{basic}.max_samples": b.max_samples,
+        f"{limits}.image_min_pixels": p.image_min_pixels,
+        f"{limits}.image_max_pixels": p.image_max_pixels,
+        f"{limits}.video_min_pixels": p.video_min_pixels,
+        f"{limits}.video_max_pixels": p.video_max_pixels,
+        f"{limits}.video_fps": p.video_fps,
+        f"{limits}.video_maxlen": p.video_maxlen,
+        **{f"{basic}.dataset[{i}].weight": entry.weight for i, entry in enumerate(entries)},
+    }
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen35.errors import SettingError
-from qwen35.settings import Attr, ModelSettings, ProfileSettings, Settings
+from qwen35.settings import ModelSettings, ProfileSettings, Settings, dataset_entries
 
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
@@ -15,10 +15,11 @@ def check_contradictions(s: Settings) -> None:
     """Raises SettingError for the first pair."""
     for words in (
         *_of_data(s),
+        *_of_validation(s),
         *_of_training(s),
         *_of_profile(s),
         *_of_folders(s),
-        *_of_names(s.data.dataset_param.attr),
+        *_of_names(s),
     ):
         raise SettingError(words)
 
@@ -37,8 +38,23 @@ def _of_data(s: Settings) -> Iterator[str]:
         yield "train_on_prompt and mask_history contradict each other; set one"
 
 
+def _of_validation(s: Settings) -> Iterator[str]:
+    t, held_out = s.training, s.data.val_dataset_param
+    if t.val_interval and not held_out:
+        yield "training.val_interval says when to validate, and nothing on what; set data.val_dataset_param"
+    if held_out and not t.val_interval:
+        yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
+    if t.val_generate and not t.val_interval:
+        yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
+    if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
+        yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
+    if s.validation:
+        yield from (f"data.val_dataset_param: {words}" for words in (*_of_data(s.validation), *_of_names(s.validation)))
+
+
 def _of_training(s: Settings) -> Iterator[str]:
-    t, cutoff_len = s.training, s.data.dataset_param.basic_parameters.cutoff_len
+    t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
+    cutoff_len = max(param.basic_parameters.cutoff_len for param in params)
     if t.min_lr > t.lr:
         yield f"training.min_lr {t.min_lr} is above training.lr {t.lr}"
     if t.min_lr and t.lr_decay_style == "constant":
@@ -83,6 +99,8 @@ def _of_profile(s: Settings) -> Iterator[str]:
 def _of_folders(s: Settings) -> Iterator[str]:
     """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
     t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
+    held_out = s.data.val_dataset_param
+    other = held_out.basic_parameters.cache_dir if held_out else None
     if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
         yield f"training.save: {t.save} is named like a checkpoint in a save folder; name the folder above it"
     sources = {
@@ -90,13 +108,18 @@ def _of_folders(s: Settings) -> Iterator[str]:
         "preprocess_parameters.model_name_or_path": s.tokenizer_dir,
         "training.init_from_hf_path": t.init_from_hf_path,
     }
-    for name, written in (("training.save", t.save), ("basic_parameters.cache_dir", cache_dir)):
+    for name, written in (
+        ("training.save", t.save),
+        ("basic_parameters.cache_dir", cache_dir),
+        ("data.val_dataset_param.basic_parameters.cache_dir", other),
+    ):
         for source, folder in sources.items():
             if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):
                 yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
 
 
-def _of_names(attr: Attr) -> Iterator[str]:
+def _of_names(s: Settings) -> Iterator[str]:
+    attr = s.data.dataset_param.attr
     groups = (
         ("messages", "images", "videos", "tools", "system"),
         ("role_tag", "content_tag"),

@@ -94,6 +94,15 @@ def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
 
 
+def is_apart(device: torch.device) -> bool:
+    """Whether it has a memory of its own, which takes what is page-locked on the host without the host's help.
+
+    From memory that is not, a copy holds up the host until the device has got to it. torch_npu too keeps a page-locked block
+    from being used anew before its copies are done (process_non_blocking_copy in its sources).
+    """
+    return device.type != "cpu"
+
+
 class CopyQueue:
     """Copies between a device and the host, in order, beside what the device computes. On a CPU: at once, by the host.
 

@@ -98,12 +98,14 @@ def _of_bins(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[st
         return
     kv_heads, bins = text("num_key_value_heads"), s.training.micro_batch_size
     cutoff_len, bucket = s.data.dataset_param.basic_parameters.cutoff_len, s.data.dataloader_param.patch_bucket
+    held_out = s.data.val_dataset_param.basic_parameters.cutoff_len if s.data.val_dataset_param else 0
     for total, what in (
         (text("num_attention_heads"), "attention heads, num_attention_heads"),
         (text("linear_num_key_heads"), "key heads of the delta net, linear_num_key_heads"),
         (text("linear_num_value_heads"), "value heads of the delta net, linear_num_value_heads"),
         (vision("num_heads"), "heads of the vision tower, vision_config.num_heads"),
         (bins * cutoff_len, f"tokens of a micro-batch, {bins} x cutoff_len {cutoff_len}"),
+        (bins * held_out, f"tokens of a micro-batch of val_dataset_param, {bins} x cutoff_len {held_out}"),
     ):
         yield from _indivisible(ULYSSES, size, total, what)
     if kv_heads and kv_heads % size and size % kv_heads:

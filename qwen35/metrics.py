@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Metrics:
         self.path, self.groups, self.device = folder / "metrics.jsonl", groups, device
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
         self.pending: list[StepRecord] = []
+        self.last: dict[str, Any] = {}  # the line of the last step that is written
         self.zero_steps = dict.fromkeys(groups, 0)
         self.named: set[str] = set()  # bad records that the console has seen
         self.is_writer = dist.get_rank() == 0
@@ -70,7 +72,7 @@ class Metrics:
     def _cut_back(self, done: int) -> None:
         """Drop the lines after the checkpoint that the run goes on from."""
         kept = [line for line in read_metrics(self.path) if line["step"] <= done]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomic(self.path, _text(kept))
 
     def record(self, record: StepRecord) -> None:
         self.pending.append(record)
@@ -101,8 +103,9 @@ class Metrics:
             if len(row) > end:  # of each layer: the busiest expert's tokens / the mean of all experts'
                 line["expert_load"] = [round(ratio, 3) for ratio in row[end:]]
         if self.is_writer:
-            self._append("".join(json.dumps(line) + "\n" for line in lines))
+            self._append(_text(lines))
             self._show(lines)
+        self.last = lines[-1]
         if any(line["bad_records"] for line in lines):  # the same on all ranks
             self._name([message for r in records for message in r.bad_records])
         for line, of_groups in zip(lines, squares, strict=True):
@@ -126,9 +129,24 @@ class Metrics:
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
         for message in dict.fromkeys(message for part in found for message in part):
-            if self.is_writer and message not in self.named:
-                self.named.add(message)
-                self.tell(f"not trained: {message}")
+            self._tell_once(f"not trained: {message}")
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self.named:
+            self.named.add(message)
+            self.tell(message)
+
+    def validated(self, found: dict[str, Any], bad_records: Iterable[str]) -> None:
+        """Put onto the last step's line what a validation has found. No step's time counts it."""
+        if self.is_writer:
+            os.truncate(self.path, self.path.stat().st_size - len(_text([self.last])))
+            self.last |= found
+            self._append(_text([self.last]))
+            for message in bad_records:
+                self._tell_once(f"not validated: {message}")
+            values = "  ".join(f"{name} {value:.6g}" for name, value in found.items())
+            self.tell(f"step {self.last['step']:6}  {values}")
+        self.restart_clock()
 
     def tell(self, text: str) -> None:
         """A line on the console, beside the progress bar; of rank 0 alone."""
@@ -193,6 +211,10 @@ class Metrics:
             self.bar.close()
 
 
+def _text(lines: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last one that was cut off while it was written is left out."""
     lines = []
@@ -213,13 +235,25 @@ def draw_loss(folder: Path) -> None:
 
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line["step"] for line in lines]
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    axis.plot(steps, [line["loss"] for line in lines], color="tab:blue", linewidth=1, label="loss")
-    if further := [line for line in lines if "mtp_loss" in line]:
-        values = [line["mtp_loss"] for line in further]
-        axis.plot([line["step"] for line in further], values, color="tab:orange", linewidth=1, label="mtp_loss")
+    with_answers = any("val_exact_match" in line for line in lines)
+    figure, axes = plt.subplots(1 + with_answers, figsize=(8, 6 if with_answers else 4.5), sharex=True, squeeze=False)
+    axis, last = axes[0, 0], axes[-1, 0]
+    for name, place, color, marker in (
+        ("loss", axis, "tab:blue", ""),
+        ("mtp_loss", axis, "tab:orange", ""),
+        ("val_loss", axis, "tab:red", "."),
+        ("val_mtp_loss", axis, "tab:brown", "."),
+        ("val_exact_match", last, "tab:green", "."),
+    ):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            place.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
+    if len(axis.lines) > 1:
         axis.legend()
-    axis.set(xlabel="step", ylabel="loss", title=str(folder))
+    axis.set(ylabel="loss", title=str(folder))
+    last.set(xlabel="step")
+    if with_answers:
+        last.set(ylabel="exact match", ylim=(0, 1.02))
     rate = axis.twinx()
     rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linewidth=0.8, linestyle="--")
     rate.set_ylabel("learning rate", color="tab:gray")

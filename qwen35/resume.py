@@ -16,7 +16,7 @@ DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the setti
 WITHOUT_EFFECT = (  # settings of which what is trained does not depend
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
-    "training.profile.",
+    "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
 NOT_TRAINED_BY = ("text.initializer_range",)  # of a model's config: it has done its part
@@ -72,7 +72,11 @@ def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings)
             f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
         )
     if loaded.extra.get("data") != position["data"]:
-        changed = [c for c in changes(loaded.path.parent, settings) if c.startswith(DATA_ORDER)]
+        changed = [
+            c
+            for c in changes(loaded.path.parent, settings)
+            if c.startswith(DATA_ORDER) and not c.startswith(WITHOUT_EFFECT)
+        ]
         why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
         raise SettingError(
             f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"

@@ -5,7 +5,7 @@ Each field is read somewhere; config.py makes these from a recipe, and refuses a
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 REQUIRED: Any = dataclasses.MISSING
@@ -96,6 +96,8 @@ class DataloaderParam:
 @dataclass(frozen=True)
 class DataSettings:
     dataset_param: DatasetParam
+    # held-out records for training.val_interval; what is not given here is as in dataset_param, all but the dataset itself
+    val_dataset_param: DatasetParam | None = None
     dataloader_param: DataloaderParam = DataloaderParam()
 
 
@@ -165,6 +167,10 @@ class TrainingSettings:
     save_interval: int | None = None  # steps between checkpoints; default: only one at the end
     save_total_limit: int | None = None  # newest checkpoints that stay, once a newer one is whole; default: all
     async_save: bool = True  # write them while training goes on, from a copy in the host's memory
+    val_interval: int | None = (
+        None  # steps between validations on data.val_dataset_param, one more at the end; default: none
+    )
+    val_generate: bool = False  # have the model answer its records too, on a whole copy of it on each device
     load: str | None = None  # DCP folder: converted weights, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder, read directly
     init_model_with_meta_device: bool = True  # no rank ever holds the whole model; False: build it whole, then shard
@@ -184,3 +190,9 @@ class Settings:
     @property
     def tokenizer_dir(self) -> str:
         return self.data.dataset_param.preprocess_parameters.model_name_or_path or self.model.model_name_or_path
+
+    @property
+    def validation(self) -> "Settings | None":
+        """The same with the validation set for the records, where there is one."""
+        held_out = self.data.val_dataset_param
+        return replace(self, data=replace(self.data, dataset_param=held_out)) if held_out else None

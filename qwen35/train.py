@@ -1,5 +1,6 @@
 """Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.device import HOST, describe, init_process
+from qwen35.device import HOST, describe, init_process, is_apart
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import training_flops
 from qwen35.launch import leave, record_failure
@@ -43,6 +44,7 @@ from qwen35.resume import bins_a_step, changes, check_finished, check_position, 
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
+from qwen35.validation import Validation
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,6 +62,7 @@ class Run:
     step: int  # steps done
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
     pulse: Pulse = field(default_factory=Pulse)
+    validation: Validation | None = None
 
     def at(self, what: str) -> None:
         self.pulse.at(f"step {self.step + 1}: {what}")
@@ -88,8 +91,11 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
     held = check(model, origin)
     pulse.at("reading the data")
-    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size)
-    check_same_data(micro_batches.fingerprint)
+    has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
+    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size, progress=has_bar, pin=is_apart(device))
+    held_out = settings.validation
+    validation = Validation(held_out, meshes, device, DTYPES[t.dtype], has_bar) if held_out else None
+    check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
     pulse.at("sharding the model")
     before = table(model)
     optimizer = distribute(settings, model, meshes, device)
@@ -98,14 +104,14 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     pulse.at(f"loading {origin}")
 
-    def progress(nbytes: int) -> None:  # weights of any size, in parts that each have their time
+    def part_is_read(nbytes: int) -> None:  # weights of any size, in parts that each have their time
         pulse.at(f"loading {origin}")
 
     loaded = None
     if is_hf:
-        load_hf(model, origin, progress=progress)
+        load_hf(model, origin, progress=part_is_read)
     else:
-        loaded = load_checkpoint(origin, model, optimizer, progress=progress)
+        loaded = load_checkpoint(origin, model, optimizer, progress=part_is_read)
     del held
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
@@ -123,11 +129,14 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
     report(f"weights from {origin}\n{micro_batches.report()}")
+    if validation:
+        report(validation.report())
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     if step < t.train_iters:
         report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
-    return Run(settings, device, meshes, model, optimizer, gradients, iter(micro_batches), step, position, pulse)
+    batches = iter(micro_batches)
+    return Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation)
 
 
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> torch.optim.AdamW:
@@ -269,6 +278,8 @@ def loop(run: Run, folder: Path) -> None:
     t = run.settings.training
     first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
     in_background = t.async_save and first_due < t.train_iters
+    if run.validation:
+        run.validation.set.start()
     with (
         stop_request() as stop,
         Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + LONGER) as saver,
@@ -290,9 +301,13 @@ def loop(run: Run, folder: Path) -> None:
             saver.check()
             profile.after(run.step)
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
-            if is_due or run.step % t.log_interval == 0:
+            validation = run.validation if run.validation and run.validation.is_due(run.step) else None
+            if is_due or validation or run.step % t.log_interval == 0:
                 run.pulse.at(f"step {run.step}: waiting for the device, and for the others' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
+            if validation and (not is_stopping or run.step == t.train_iters):
+                result = validation.run(run.model, run.pulse, run.step)
+                metrics.validated(result.metrics(), result.bad_records)
             if is_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 run.pulse.at(f"step {run.step}: saving the checkpoint")

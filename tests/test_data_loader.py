@@ -1,7 +1,9 @@
 """From a recipe to packed batches: what is in them, the cache, the workers, and the errors on the way."""
 
+import errno
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -18,10 +20,11 @@ from tokenizer_fixture import make_model_folder
 from qwen35.batch import PackedBatch
 from qwen35.config import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
+from qwen35.data import samples as module
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
-from qwen35.data.samples import Preparation, load_samples
+from qwen35.data.samples import Preparation, load_samples, make_samples
 from qwen35.data.tokens import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +198,36 @@ def test_max_samples_is_of_the_whole_in_order(home, model):
     assert dataset.source(30).endswith("b.json, record 1")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_page_locked_batches(home, model, monkeypatch, workers):
+    """With a CPU in the part of an accelerator: all that `to` moves is locked, and nothing else."""
+    locked = []
+
+    def pin(tensor):
+        locked.append(tensor.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    for name, value in (
+        ("is_available", True),
+        ("current_accelerator", torch.device("cpu")),
+        ("current_device_index", 0),
+        ("set_device_index", None),
+    ):
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value, **__: value)
+    s = settings(home, model, **{"data.dataloader_param.num_workers": workers})
+    plain = batches(3, s)
+    assert not locked
+    for batch, wanted in zip(islice(MicroBatches(s, 0, 1, pin=True), 3), plain, strict=True):
+        assert same(batch, wanted)
+        names = ("input_ids", "labels", "position_ids", "pixel_values", "vision_index", "is_pad", "trained")
+        moved = [getattr(batch, name) for name in names]
+        moved += [batch.vision.position, batch.vision.corner, batch.vision.corner_weight]
+        read = [batch.cu_seqlens, batch.grid_thw, batch.vision.cu_seqlens]
+        here = {tensor.data_ptr() for tensor in locked}
+        assert [tensor.data_ptr() in here for tensor in moved + read] == [True] * len(moved) + [False] * len(read)
+
+
 def test_opening_a_loader_leaves_the_random_state_alone(home, model):
     before = torch.get_rng_state()
     batches(2, settings(home, model))
@@ -288,6 +321,36 @@ def test_a_cut_cache_file_is_made_again(home, model):
     for file in (home / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:100])
     assert all(map(same, batches(3, s), plain))
+
+
+def test_of_several_writers_the_first_stands(home, model, monkeypatch):
+    """Another machine has finished while this one was tokenising: whoever reads its entry by now keeps it."""
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    preparation, entries = Preparation.of(s), []
+
+    def slowly(*args):
+        if not entries:  # the other one, meanwhile
+            entries.append(None)
+            load_samples(home / "a.json", preparation, None)
+            entries[0] = next((home / "cache").iterdir()).stat().st_ino
+        return make_samples(*args)
+
+    monkeypatch.setattr(module, "make_samples", slowly)
+    load_samples(home / "a.json", preparation, None)
+    (entry,) = (home / "cache").iterdir()
+    assert entry.stat().st_ino == entries[0]
+
+
+def test_a_cache_where_files_have_one_name(home, model, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", link)
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    load_samples(home / "a.json", Preparation.of(s), None)
+    assert len(list((home / "cache").iterdir())) == 1
+    monkeypatch.setattr(Preparation, "tokenise", None)
+    assert len(load_samples(home / "a.json", Preparation.of(s), None).sources) == 30
 
 
 def write_cache(s, home):

@@ -24,6 +24,7 @@ from mistakes import (
 
 __all__ = ["place", "whole"]  # fixtures
 
+VAL = "data.val_dataset_param.basic_parameters"
 CONFIG, IMAGES = ("config", "r.yaml"), "data.dataset_param.preprocess_parameters"
 
 
@@ -155,6 +156,34 @@ CONTRADICTIONS = [
         ("training.save: runs/release is named like",),
     ),
     Case("caches in the model", on(f"{BASIC}.cache_dir=hf"), ("cache_dir: hf lies in model.model_name_or_path hf",)),
+    Case(
+        "validates nothing",
+        on("training.val_interval=5"),
+        ("training.val_interval says when to validate, and nothing on",),
+    ),
+    Case(
+        "never validates", on(f"{VAL}.dataset=data/a.json"), ("val_dataset_param means nothing without training.val_i",)
+    ),
+    Case(
+        "asks and never validates",
+        on("training.val_generate=true"),
+        ("val_generate means nothing without training.val_",),
+    ),
+    Case(
+        "validates with weights",
+        on("training.val_interval=5", f"{VAL}.dataset=[{{file: data/a.json, weight: 2}}]"),
+        ("data.val_dataset_param: a validation takes each record once; leave the weights out",),
+    ),
+    Case(
+        "validates without records",
+        on("training.val_interval=5", f"{VAL}.cutoff_len=100"),
+        (f"{VAL}.dataset is not set; it has no default",),
+    ),
+    Case(
+        "validates on bins of nothing",
+        on("training.val_interval=5", f"{VAL}.dataset=data/a.json", f"{VAL}.cutoff_len=0"),
+        (f"{VAL}.cutoff_len: 0 must be more than 0",),
+    ),
     Case(
         "one tag for both",
         on("data.dataset_param.attr.user_tag=x", "data.dataset_param.attr.assistant_tag=x"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoint_cases import assert_same_bytes
 from training_runs import tensors, train
 
@@ -35,7 +36,14 @@ def place(workplace, tmp_path_factory) -> Path:
         if file.suffix in (".json", ".jinja") and not (folder / "weights" / file.name).exists():
             shutil.copy(file, folder / "weights")
     recipe = (workplace / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(recipe.replace(str(workplace / "weights"), str(folder / "weights")))
+    recipe = yaml.safe_load(recipe)
+    recipe["data"]["val_dataset_param"] = {
+        "basic_parameters": {"dataset": str(workplace / "records.json"), "max_samples": 7}
+    }
+    recipe["training"]["val_interval"] = 3
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe).replace(str(workplace / "weights"), str(folder / "weights"))
+    )
     return folder
 
 
@@ -55,6 +63,10 @@ def test_two_processes_equal_one(place, two):
     for a, b in zip(one, both, strict=True):
         for key in ("loss", "mtp_loss", "aux_loss", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
+    for a, b in zip([one[2], one[3]], [both[2], both[3]], strict=True):
+        assert b["val_tokens"] == a["val_tokens"]
+        for key in ("val_loss", "val_mtp_loss"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"{key} of step {a['step']}"
     assert one[-1]["mtp_loss"] < 0.95 * one[0]["mtp_loss"]
     reference = tensors(place / "one")
     assert any(name.startswith("mtp.") for name in reference)
@@ -69,8 +81,8 @@ def test_resumed_equals_uninterrupted(place, two, tmp_path):
     done = train(place, save, 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
     assert done.returncode == 0, done.stderr
     first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
-    same = ("step", "loss", "mtp_loss", "aux_loss", "grad_norm")
-    assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]
+    same = ("step", "loss", "mtp_loss", "aux_loss", "grad_norm", "val_loss", "val_mtp_loss")
+    assert [[line.get(k) for k in same] for line in first] == [[line.get(k) for k in same] for line in second]
     for prefix in ("model.", "optimizer."):
         a, b = tensors(two, prefix), tensors(save, prefix)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -86,12 +86,18 @@ def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
 
 
 def collate(
-    bins: Sequence[Sequence[Sample]], cutoff_len: int, pad_id: int, patch_bucket: int, spec: VisionSpec
+    bins: Sequence[Sequence[Sample]],
+    cutoff_len: int,
+    pad_id: int,
+    patch_bucket: int,
+    spec: VisionSpec,
+    values: int | None = None,
 ) -> PackedBatch:
     """Bins -> one batch of T = len(bins) * cutoff_len tokens, with all derived fields.
 
     A bin that is not full ends with one sequence of pad tokens: not trained, positions from 0, `is_pad`. The patches are
-    filled up to a multiple of patch_bucket by one dummy image of zeros, which no token refers to.
+    filled up to a multiple of patch_bucket by one dummy image of zeros, which no token refers to. values: numbers a patch,
+    needed where the first bin is empty.
     """
     samples: list[Sample] = []
     pads: list[bool] = []
@@ -102,7 +108,7 @@ def collate(
         if left < 0:
             raise ValueError(f"a bin of {cutoff_len - left} tokens, cutoff_len is {cutoff_len}")
         if left:
-            samples.append(_pad_sequence(left, pad_id, samples[0].pixel_values.shape[1]))
+            samples.append(_pad_sequence(left, pad_id, values or samples[0].pixel_values.shape[1]))
             pads.append(True)
     lengths = torch.tensor([len(s.input_ids) for s in samples])
     pixels = [s.pixel_values for s in samples]

@@ -18,11 +18,12 @@ def read_config(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
     """A new file beside `path`, which takes its place when the block ends well and is removed when it does not.
 
-    Several processes may write the same at once: the last one stands. Raises OSError, also where `path` is there and is no
-    plain file (a folder, /dev/null).
+    Several processes may write the same at once, on several machines too: the last one stands, or the first. With the first
+    nobody loses the file that he has open: a network's file system keeps none whose name was given to another one there.
+    Raises OSError, also where `path` is there and is no plain file (a folder, /dev/null).
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is there already, and is no plain file", str(path))
@@ -34,8 +35,20 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
-        temporary.replace(path)
+        if not first_stands or not _has_name(temporary, path):
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
         if is_new and not any(path.parent.iterdir()):
             path.parent.rmdir()
+
+
+def _has_name(file: Path, path: Path) -> bool:
+    """Give a file one more name, unless another file has it; False where the file system knows one name a file."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -73,7 +73,8 @@ class ImageFolder:
         if path.is_file() and path.stat().st_size == len(data):
             return path
         try:
-            with replacing(path) as temporary:
+            path.unlink(missing_ok=True)  # one that was cut short
+            with replacing(path, first_stands=True) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise SettingError(f"cache_dir: {path}: cannot be written: {error.strerror}") from None

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,14 +30,19 @@ class MicroBatches:
     Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
     """
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, start_step: int = 0):
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+        progress: bool = False,
+        pin: bool = False,
+    ):
+        """progress: a bar on the console while records are tokenised, for one process to show. pin: page-locked batches."""
         loader, training = settings.data.dataloader_param, settings.training
         basic = settings.data.dataset_param.basic_parameters
-        spec = vision_spec(settings.model.model_name_or_path)
-        check_patch_bucket(loader.patch_bucket, spec)
-        preparation = Preparation.of(settings)
-        check_agreement(settings.model.model_name_or_path, settings.tokenizer_dir, preparation, spec)
-        self.dataset = Dataset(preparation, spec, progress=rank == 0 and sys.stderr.isatty())
+        self.dataset = open_dataset(settings, progress)
         self.cutoff_len = basic.cutoff_len
         sizes = tuple(self.dataset.sizes)
         weights = tuple(entry.weight for entry in dataset_entries(basic.dataset))[
@@ -60,8 +64,8 @@ class MicroBatches:
         self._order = _Order(self.bins, rank, world_size, training.micro_batch_size, 0)
         self._micro_steps = training.gradient_accumulation_steps
         self.start_at(start_step)
-        self._batches = _Batches(self.dataset, basic.cutoff_len, preparation.tokenizer.pad_id, loader.patch_bucket)
-        self._workers = loader.num_workers
+        self._batches = DecodedBins(self.dataset, loader.patch_bucket)
+        self._workers, self._pin = loader.num_workers, pin
 
     def start_at(self, step: int) -> None:
         """Have the next iteration begin with the first micro-step of `step`."""
@@ -87,20 +91,38 @@ class MicroBatches:
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        batches: DataLoader[PackedBatch | RecordError] = DataLoader(
-            self._batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
-            batch_size=None,
-            sampler=self._order,
-            num_workers=self._workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(_start_worker, os.getpid()),
-            generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
-            multiprocessing_context="fork" if self._workers else None,  # the tokens are shared, not copied
-        )
-        for batch in batches:
+        for batch in in_background(self._batches, self._order, self._workers, self._pin):
             if isinstance(batch, RecordError):
                 raise batch
             yield batch
+
+
+def open_dataset(settings: Settings, progress: bool) -> Dataset:
+    """Raises SettingError, RecordError."""
+    folder = settings.model.model_name_or_path
+    spec = vision_spec(folder)
+    check_patch_bucket(settings.data.dataloader_param.patch_bucket, spec)
+    preparation = Preparation.of(settings)
+    check_agreement(folder, settings.tokenizer_dir, preparation, spec)
+    return Dataset(preparation, spec, progress)
+
+
+def in_background(
+    batches: "DecodedBins", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
+) -> "DataLoader[PackedBatch | RecordError]":
+    """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers."""
+    return DataLoader(
+        batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_start_worker, os.getpid()),
+        generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
+        multiprocessing_context="fork" if workers else None,  # the tokens are shared, not copied
+        pin_memory=pin,
+        persistent_workers=again and workers > 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -118,12 +140,10 @@ class _Order:
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """Samples of a micro-batch -> PackedBatch; what a worker runs."""
+class DecodedBins:
+    """Samples of a micro-batch, bin by bin -> PackedBatch; what a worker runs."""
 
     dataset: Dataset
-    cutoff_len: int
-    pad_id: int
     patch_bucket: int
 
     def __getitem__(self, bins: list[list[int]]) -> PackedBatch | RecordError:
@@ -131,7 +151,9 @@ class _Batches:
             samples = [[self.dataset[i] for i in content] for content in bins]
         except RecordError as error:
             return error  # the DataLoader would wrap it into a traceback
-        return collate(samples, self.cutoff_len, self.pad_id, self.patch_bucket, self.dataset.spec)
+        preparation = self.dataset.preparation
+        cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
+        return collate(samples, cutoff_len, pad_id, self.patch_bucket, self.dataset.spec, preparation.images.values)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -145,6 +145,7 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
                 return samples
         except SafetensorError:
             pass  # cut short by a full disk or a crash: made again
+        kept.unlink(missing_ok=True)  # now: whatever has this name later is another's new one
     samples = make_samples(file, preparation, limit, progress)
     try:
         _write(samples, kept)
@@ -231,8 +232,10 @@ def _write(samples: FileSamples, path: Path) -> None:
     names = {name: getattr(samples, name) for name in NAMES} | {"skipped": asdict(samples.skipped)}
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
-    with replacing(path) as temporary:
+    with replacing(path, first_stands=True) as temporary:
         save_file(tensors, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # before it has its name: a machine that goes down must not leave half of it
 
 
 def _file_digest(path: Path) -> bytes:

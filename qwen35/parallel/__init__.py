@@ -1,7 +1,17 @@
 """Sharding from outside: takes a plain model, knows its module names, changes none of its code."""
 
-from qwen35.parallel.fsdp import reduce_held_out, shard
+from qwen35.parallel.fsdp import gather_weights, held_out, let_go, reduce_held_out, shard
 from qwen35.parallel.mesh import Meshes, make_meshes
 from qwen35.parallel.ulysses import share_bins, split
 
-__all__ = ["Meshes", "make_meshes", "reduce_held_out", "shard", "share_bins", "split"]
+__all__ = [
+    "Meshes",
+    "gather_weights",
+    "held_out",
+    "let_go",
+    "make_meshes",
+    "reduce_held_out",
+    "shard",
+    "share_bins",
+    "split",
+]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from kernels.features import fsdp_has_sums
 from qwen35.model import Qwen35
@@ -83,6 +83,21 @@ def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
         group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # type: ignore[attr-defined]  # 2.7 has it
     if replicas.size() > 1:
         module.set_all_reduce_hook(partial(dist.all_reduce, group=replicas.get_group()))
+
+
+def let_go(model: nn.Module) -> None:
+    """Of weights that a forward without a backward has left whole: the root's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def gather_weights(model: nn.Module, plain: nn.Module) -> None:
+    """Fill a plain model of the same shape on each rank, in its own dtypes; all ranks call it."""
+    for (name, whole), (other, own) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other
+        whole.copy_(own.full_tensor() if isinstance(own, DTensor) else own)
 
 
 def reduce_held_out(model: nn.Module) -> None:

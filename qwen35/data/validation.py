@@ -1,0 +1,70 @@
+"""The validation set: the same micro-batches each time, as many for each rank, in which every sample is once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen35.batch import PackedBatch
+from qwen35.data.loader import DecodedBins, in_background, open_dataset
+from qwen35.data.packing import pack_epoch
+from qwen35.data.record import Record, RecordError
+from qwen35.data.samples import tokenised
+from qwen35.settings import Settings
+
+
+class ValidationSet:
+    """Iterates over PackedBatch, those of `rank`: `len` of them, whatever the rank. Where the bins do not come out even, the
+    last ones are of pad tokens alone.
+
+    Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
+    """
+
+    def __init__(self, settings: Settings, rank: int, world_size: int, progress: bool = False, pin: bool = False):
+        """settings: those of the validation, `Settings.validation`."""
+        loader, basic = settings.data.dataloader_param, settings.data.dataset_param.basic_parameters
+        self.dataset = open_dataset(settings, progress)
+        self.micro_batch = settings.training.micro_batch_size * basic.cutoff_len  # tokens
+        bins = pack_epoch(self.dataset.lengths, basic.cutoff_len, 0, 0, shuffle=False)
+        size = settings.training.micro_batch_size
+        micro_batches = [bins[i : i + size] for i in range(0, len(bins), size)]
+        micro_batches[-1] += [[]] * (size - len(micro_batches[-1]))
+        micro_batches += [[[]] * size] * (-len(micro_batches) % world_size)
+        self._order = micro_batches[rank::world_size]
+        self._loader = in_background(
+            DecodedBins(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, again=True
+        )
+        self._next: Iterator[PackedBatch | RecordError] | None = None
+        self.fingerprint = self.dataset.fingerprint(f"{basic.cutoff_len}")
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def start(self) -> None:
+        """Have the first batches decoded: before other threads run, for the workers are forked."""
+        self._next = iter(self._loader)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        for batch in self._next or iter(self._loader):
+            if isinstance(batch, RecordError):
+                raise batch
+            yield batch
+        self.start()
+
+    def answerable(self) -> list[list[Record]]:
+        """The records that end with an answer and not with a tool's call, in groups of at most a micro-batch's tokens.
+
+        Raises RecordError.
+        """
+        preparation, skip = self.dataset.preparation, (lambda _: None) if self.dataset.skips else None
+        groups: list[list[Record]] = []
+        room = 0
+        for file in self.dataset.files:
+            for record, sample in tokenised(Path(file.file), preparation, file.records, skip):
+                length = len(sample.ids)
+                if length > preparation.basic.cutoff_len or record.turns[-1].tool_calls:
+                    continue
+                if length > room:
+                    groups.append([])
+                    room = self.micro_batch
+                groups[-1].append(record)
+                room -= length
+        return groups

@@ -2,9 +2,28 @@
 
 from torch import Tensor
 
+from qwen35.batch import IGNORE, Ahead, PackedBatch
 from qwen35.model.config import ModelConfig
 
 CHUNK = 64  # of the gated delta rule
+
+
+def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
+    """Of a batch on the host: tokens that are not padding, trained ones, image tokens."""
+    pad = 0 if batch.is_pad is None else int(batch.is_pad.sum())
+    images = 0 if batch.vision_index is None else int((batch.vision_index >= 0).sum())
+    return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
+
+
+def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
+    """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
+    tokens, trained, image_tokens = counts
+    lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
+    if batch.is_pad is not None:
+        lengths = lengths[~batch.is_pad[starts]]
+    is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * config.vision.spatial_merge_size**2
+    trained += len(ahead.trained) if ahead else 0
+    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real], mtp=ahead is not None)
 
 
 def training_flops(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import kernels
 from kernels.host import to_device
-from qwen35.batch import IGNORE, Ahead, PackedBatch
+from qwen35.batch import PackedBatch
 from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.dcp_write import together
@@ -27,12 +27,12 @@ from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
 from qwen35.device import HOST, describe, init_process, is_apart
 from qwen35.errors import USER_ERRORS, Parser, complain
-from qwen35.flops import training_flops
+from qwen35.flops import batch_flops, token_counts
 from qwen35.launch import leave, record_failure
 from qwen35.layout import check_layout
 from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.model import ModelConfig, Qwen35, load_config
+from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.parallel.offload import Offload
@@ -218,24 +218,6 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     sums = torch.cat([losses[:2], to_device(torch.tensor(totals, dtype=torch.float32), device), losses[2:]])
     bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
-
-
-def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
-    """Of a batch on the host: tokens that are not padding, trained ones, image tokens."""
-    pad = 0 if batch.is_pad is None else int(batch.is_pad.sum())
-    images = 0 if batch.vision_index is None else int((batch.vision_index >= 0).sum())
-    return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
-
-
-def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
-    """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
-    tokens, trained, image_tokens = counts
-    lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
-    if batch.is_pad is not None:
-        lengths = lengths[~batch.is_pad[starts]]
-    is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * config.vision.spatial_merge_size**2
-    trained += len(ahead.trained) if ahead else 0
-    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real], mtp=ahead is not None)
 
 
 def train(settings: Settings) -> None:

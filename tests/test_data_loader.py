@@ -12,6 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -399,6 +400,27 @@ def test_prompt_batch(home, model):
     assert int((batch.vision_index >= 0).sum()) * 4 == len(batch.pixel_values)
     text_only = prompt_batch(records[0], preparation, spec, thinking=False)
     assert len(text_only.pixel_values) == 4 and not text_only.pixel_values.any()
+
+
+def test_memory_stays_what_it_is(home, model):
+    """Ten epochs, of which each brings megabytes: neither the process nor its worker keeps what has gone by."""
+    loader = MicroBatches(settings(home, model, **{"data.dataloader_param.num_workers": 1}), 0, 1)
+    stream, own = iter(loader), psutil.Process()
+    before = {child.pid for child in own.children()}
+
+    def epoch() -> int:
+        return sum(batch.pixel_values.nbytes for batch in islice(stream, loader.bins_per_epoch))
+
+    def in_use() -> list[int]:
+        (worker,) = (child for child in own.children() if child.pid not in before)
+        return [process.memory_full_info().uss for process in (own, worker)]
+
+    for _ in range(2):
+        epoch()
+    first = in_use()
+    passed = sum(epoch() for _ in range(8))
+    assert passed > 20e6
+    assert [last - start < 0.1 * passed for start, last in zip(first, in_use(), strict=True)] == [True, True]
 
 
 WATCHED = """

@@ -12,6 +12,7 @@ from qwen35.checkpoint.names import published_dtype
 from qwen35.model import Qwen35, load_config
 
 DATA = Path(__file__).parent / "data"
+CONFIGS = Path(__file__).parents[1] / "assets/configs"  # of all published sizes
 LAYOUTS = ("hub", "per_expert", "stacked")
 
 
@@ -28,7 +29,7 @@ def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
 def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
     """The parameters of a published model with its MTP layer, by its config.json."""
     with torch.device("meta"):
-        return shapes_of(Qwen35(load_config(DATA / "configs" / f"{size}.json"), mtp=True).named_parameters())
+        return shapes_of(Qwen35(load_config(CONFIGS / f"{size}.json"), mtp=True).named_parameters())
 
 
 def state_of(model: torch.nn.Module, dtype_of=published_dtype) -> dict[str, torch.Tensor]:

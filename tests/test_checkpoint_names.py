@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from checkpoint_cases import DATA, published_shapes
+from checkpoint_cases import CONFIGS, DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold
 from qwen35.checkpoint.hf import disk_spec, places
@@ -93,7 +93,7 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 @pytest.mark.parametrize("size", COUNTS)
 def test_every_published_checkpoint(size):
     """Our model on the meta device, through the table: the published names, shapes, dtypes, counts and bytes."""
-    config = json.loads((DATA / "configs" / f"{size}.json").read_text())
+    config = json.loads((CONFIGS / f"{size}.json").read_text())
     spec = disk_spec(published_shapes(size))
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
     assert {name: (s.shape, codes[s.dtype]) for name, s in spec.items()} == published_tensors(config)

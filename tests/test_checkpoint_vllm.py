@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from checkpoint_cases import DATA, LAYOUTS, build, published_shapes, write_folder
+from checkpoint_cases import CONFIGS, DATA, LAYOUTS, build, published_shapes, write_folder
 
 from qwen35.checkpoint import HFFolder, save_hf
 from qwen35.checkpoint.hf import disk_spec
@@ -74,7 +74,7 @@ def assert_loads(names, config: dict, load: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", ["0.8B", "27B", "35B-A3B"])
 def test_vllm_finds_every_parameter_of_the_published_models(size, layout, load):
-    config = json.loads((DATA / "configs" / f"{size}.json").read_text())
+    config = json.loads((CONFIGS / f"{size}.json").read_text())
     assert_loads(disk_spec(published_shapes(size), layout), config, load)
 
 

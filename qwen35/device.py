@@ -90,7 +90,7 @@ def host_group(timeout: float) -> dist.ProcessGroup:
 def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros on the host like a tensor, sharded as it is; page-locked if that is on a device, which then copies without the
     host's help."""
-    is_locked = tensor.device.type != "cpu"
+    is_locked = is_apart(tensor.device)
     return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qwen35.optim_swap import SwappedAdamW
+from qwen35.optim_swap import SwappedAdamW, local
 from qwen35.settings import TrainingSettings
 from qwen35.trainable import by_group
 
@@ -62,7 +62,7 @@ class GradientNorm:
         parts = torch.zeros(2, len(self.groups), device=device)  # of sharded tensors here, of replicated ones
         for i, parameters in enumerate(self.groups.values()):
             for row, sharded in enumerate((True, False)):
-                grads = [_local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded]
+                grads = [local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded]
                 grads = [g for g in grads if g.numel()]
                 if grads:
                     parts[row, i] = torch.stack(torch._foreach_norm(grads)).square().sum()
@@ -72,8 +72,4 @@ class GradientNorm:
     def clip(self, norm: Tensor, limit: float) -> None:
         """Scale all gradients so that their norm is at most `limit`."""
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([_local(p.grad) for p in self.parameters if p.grad is not None], scale)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], scale)

@@ -83,8 +83,8 @@ class SwappedAdamW(torch.optim.AdamW):
             torch._foreach_add_([self.state[p]["step"] for p in trained], 1)
         for parameter in trained:
             state = self.state[parameter]
-            changed = (_local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"]))
-            flat = _local(parameter.grad).reshape(-1), *changed
+            changed = (local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+            flat = local(parameter.grad).reshape(-1), *changed
             done, total = 0, len(flat[0])
             while done < total:
                 size = min(total - done, self.chunk - chunk.size)
@@ -113,5 +113,6 @@ def _copy(
             target.copy_(source, non_blocking=True)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,17 +85,19 @@ class Job:
 
     def wait(self, watchdog: Watchdog, failures: Path) -> Failure | None:
         """Until all have ended; when one has failed or stands still, the others do not outlive it for long."""
-        first_failed: int | None = None
+        failed: dict[int, int] = {}  # rank -> how it ended, as seen, before this process ended the others
         failed_at: float | None = None
         late: str | None = None
         ended: dict[int, int | None] | None = None  # before this process ended the others
-        while None in (codes := {rank: process.poll() for rank, process in self.processes.items()}).values():
+        while True:
+            codes = {rank: process.poll() for rank, process in self.processes.items()}
+            if ended is None:
+                failed |= {rank: code for rank, code in codes.items() if code and rank not in failed}
+            if None not in codes.values():
+                break
             if self.meeting:
                 self.meeting.record_news(failures)
             if failed_at is None:
-                failed = {rank: code for rank, code in codes.items() if code}
-                if failed:  # what a signal ended comes first: the others may have failed for want of it
-                    first_failed = min(failed, key=lambda rank: failed[rank] or 0)
                 if failed or any(failures.iterdir()):  # with its reason told, a process may still hang as it ends
                     failed_at = time.monotonic()
                 elif late := watchdog.look(self.processes):
@@ -106,7 +108,7 @@ class Job:
                     watchdog.gather(self.processes)
                 self.send(signal.SIGKILL)
             time.sleep(0.05)
-        words = late or failure(codes, first_failed, failures)
+        words = late or failure(failed or codes, failures)
         told = reasons(failures)
         if not words:
             return None
@@ -129,18 +131,20 @@ def is_mistake(reason: dict[str, Any]) -> bool:
     return reason["expected"] if reason["rank"] is not None else reason["mistake"]
 
 
-def failure(codes: dict[int, int | None], first_failed: int | None, folder: Path) -> str | None:
-    """What to tell of a job whose processes ended so; None if all is well."""
+def failure(codes: Mapping[int, int | None], folder: Path) -> str | None:
+    """What to tell of a job whose processes ended so, the first one first; None if all is well."""
     told = reasons(folder)
     # a rank whose peer is gone may fail in the same moment; the user's own mistake explains it
     expected = next((reason["message"] for reason in told if reason["expected"]), None)
     if expected:
         return expected
-    if told and not (first_failed is not None and (codes[first_failed] or 0) < 0):
+    failed = [(rank, code) for rank, code in codes.items() if code]
+    # a peer may tell of its loss before its end is seen; an abort may itself be the answer to one, unless it came first
+    killed = [end for end in failed if end[1] < 0 and (end[1] != -signal.SIGABRT or end == failed[0])]
+    if told and not killed:
         return f"{told[0]['traceback']}rank {told[0]['rank']}: {told[0]['message']}"
-    if first_failed is None:  # all in the same moment
-        first_failed = next((rank for rank, code in codes.items() if code), None)
-    return None if first_failed is None else f"rank {first_failed} {ending(codes[first_failed] or 0)}"
+    first = next(iter(killed or failed), None)
+    return None if first is None else f"rank {first[0]} {ending(first[1])}"
 
 
 def ending(code: int) -> str:

@@ -95,6 +95,22 @@ time.sleep(600)
     assert "Traceback" in err and err.endswith("rank 1: division by zero\n") and err.startswith("error: ")
 
 
+def test_a_kill_comes_first_even_where_its_peer_is_quicker_to_tell():
+    program = """
+other = os.environ['QWEN35_FAILURE_FILE'].replace('0.json', '1.json')
+if rank == 1:
+    record_failure(RuntimeError("connection closed by peer"), expected=False)
+    sys.exit(1)
+while not os.path.exists(other):
+    time.sleep(0.01)
+time.sleep(0.5)
+os.kill(os.getpid(), 9)
+"""
+    process = start(program)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (1, "error: rank 0 was ended by SIGKILL; out of memory?\n")
+
+
 def test_a_process_that_hangs_after_its_failure_is_ended():
     program = """
 if rank == 1:

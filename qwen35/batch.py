@@ -5,7 +5,7 @@ gated delta rule; nobody infers boundaries from position_ids.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class PackedBatch:
 
         The DataLoader knows this name.
         """
-        return _each(self, Tensor.pin_memory)
+        return each(self, Tensor.pin_memory, but=HOST_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,19 @@ HOST_FIELDS = ("cu_seqlens", "grid_thw")
 
 
 def _to(record: Record, device: torch.device | str) -> Record:
-    return _each(record, lambda tensor: to_device(tensor, torch.device(device)))
+    return each(record, lambda tensor: to_device(tensor, torch.device(device)), but=HOST_FIELDS)
 
 
-def _each(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    moved: dict[str, Any] = {}
+def each(record: Record, change: Callable[[Any], Any], of: type = Tensor, but: Collection[str] = ()) -> Record:
+    """A copy with what `change` makes of each field that is `of` a type (`but` of these names), VisionIndex's too."""
+    changed: dict[str, Any] = {}
     for f in dataclasses.fields(record):
         value = getattr(record, f.name)
         if isinstance(value, VisionIndex):
-            moved[f.name] = _each(value, change)
-        elif isinstance(value, Tensor) and f.name not in HOST_FIELDS:
-            moved[f.name] = change(value)
-    return dataclasses.replace(record, **moved)
+            changed[f.name] = each(value, change, of, but)
+        elif isinstance(value, of) and f.name not in but:
+            changed[f.name] = change(value)
+    return dataclasses.replace(record, **changed)
 
 
 @dataclass(frozen=True)

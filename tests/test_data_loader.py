@@ -1,14 +1,17 @@
 """From a recipe to packed batches: what is in them, the cache, the workers, and the errors on the way."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from itertools import islice, pairwise
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from qwen35.data import samples as module
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
+from qwen35.data.parcel import Parcel
 from qwen35.data.samples import Preparation, load_samples, make_samples
 from qwen35.data.tokens import ChatTokenizer
 
@@ -197,6 +201,24 @@ def test_max_samples_is_of_the_whole_in_order(home, model):
         assert len(dataset) == min(n, 40) and len(dataset.files) == files
     assert dataset.source(6).endswith("a.json, record 7 (id 6)")
     assert dataset.source(30).endswith("b.json, record 1")
+
+
+def test_a_worker_hands_over_a_batch_in_one_piece(home, model):
+    """Every tensor of a batch, of whatever type and empty ones too, lies in one shared memory, at a place any type can take."""
+    s = settings(home, model, **{"data.dataloader_param.num_workers": 1})
+    for batch in batches(3, s):
+        tensors = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+        tensors += [getattr(batch.vision, f.name) for f in dataclasses.fields(batch.vision)]
+        tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        assert len(tensors) == 13 and all(tensor.is_contiguous() for tensor in tensors)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1 and tensors[0].is_shared()
+        assert not any(tensor.storage_offset() * tensor.element_size() % 64 for tensor in tensors)
+        assert tensors[0].untyped_storage().nbytes() < sum(tensor.nbytes + 64 for tensor in tensors)
+    few = dict.fromkeys((f.name for f in dataclasses.fields(PackedBatch)[:5]), torch.arange(3))
+    few |= {"grid_thw": torch.zeros(0, 3), "is_pad": torch.tensor([True, False]), "bad_records": ("a",)}
+    handed = pickle.loads(ForkingPickler.dumps(Parcel(PackedBatch(**few))))
+    assert handed.bad_records == ("a",) and handed.vision is None and handed.vision_index is None
+    assert all(torch.equal(getattr(handed, name), few[name]) for name in few if name != "bad_records")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

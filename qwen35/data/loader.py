@@ -15,6 +15,7 @@ from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vi
 from qwen35.data.dataset import Dataset
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
+from qwen35.data.parcel import Parcel
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation
 from qwen35.errors import SettingError
@@ -116,7 +117,7 @@ def in_background(
         batch_size=None,
         sampler=order,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_wrapped if workers else _as_it_is,
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
         multiprocessing_context="fork" if workers else None,  # the tokens are shared, not copied
@@ -158,6 +159,10 @@ class DecodedBins:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _wrapped(batch: Any) -> Any:
+    return Parcel(batch) if isinstance(batch, PackedBatch) else batch
 
 
 def _start_worker(parent: int, _: int) -> None:

@@ -1,14 +1,16 @@
 """The benchmark compares like with like: the sizes are small here, so nothing is timed in earnest."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import __main__ as command
-from bench import rows
+from bench import images, rows
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -90,3 +92,16 @@ def test_a_row_that_fails_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "moe"])
     assert command.main() == 1
     assert "killed" in capsys.readouterr().out
+
+
+def test_both_processors_give_the_same_patches_and_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.images", "--images", "2"])
+    monkeypatch.setattr(images, "ROUNDS", 2)
+    images.main()
+    told = capsys.readouterr().out
+    assert re.search(
+        r"^qwen35: \d+ images/s in one process .*\ntransformers: \d+ images/s .*\nratio \d+\.\d\d$", told, re.M
+    )
+    monkeypatch.setattr(images, "read_as_peer", lambda processor, file: torch.zeros(1))
+    with pytest.raises(SystemExit, match="do not give the same"):
+        images.main()

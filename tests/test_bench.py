@@ -100,7 +100,7 @@ def test_both_processors_give_the_same_patches_and_are_timed(monkeypatch, capsys
     images.main()
     told = capsys.readouterr().out
     assert re.search(
-        r"^qwen35: \d+ images/s in one process .*\ntransformers: \d+ images/s .*\nratio \d+\.\d\d$", told, re.M
+        r"^qwen35: \d+ images/s in one process .*\ntransformers: \d+ images/s .*\nratio \d+\.\d\d$", told, re.MULTILINE
     )
     monkeypatch.setattr(images, "read_as_peer", lambda processor, file: torch.zeros(1))
     with pytest.raises(SystemExit, match="do not give the same"):

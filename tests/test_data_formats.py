@@ -222,6 +222,20 @@ def test_images_in_parquet(tmp_path, monkeypatch):
     assert held.source == f"{tmp_path}/x.parquet, record 1"
 
 
+def test_fields_that_are_null_in_parquet_are_absent(tmp_path, monkeypatch):
+    """Its columns give each object the fields of all: the call of one tool the arguments of the other, as null."""
+    calls = [
+        {"name": "f", "arguments": {"city": "Rome", "n": None}},
+        {"name": "g", "arguments": {"city": None, "n": 3}},
+    ]
+    turns = [turn("user", "x"), turn("assistant", "") | {"tool_calls": calls}]
+    tools = [{"name": "f", "parameters": {"city": {"type": "string"}, "n": None}}]
+    write_parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": tools}], monkeypatch)
+    (record,) = read_records(tmp_path / "x.parquet", Attr(), ImageFolder(tmp_path))
+    assert record.turns[-1].tool_calls == (ToolCall("f", {"city": "Rome"}), ToolCall("g", {"n": 3}))
+    assert record.tools == ({"name": "f", "parameters": {"city": {"type": "string"}}},)
+
+
 def turn(role, content):
     return {"role": role, "content": content}
 

@@ -240,6 +240,13 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
+def test_an_answer_that_counts_anyway(tmp_path):
+    """`weight` of SlimOrca: 0 for the user, 1 for the assistant, null for the system."""
+    turns = [turn("user", "x") | {"weight": 0.0}, turn("assistant", "y") | {"weight": 1.0, "loss": True, "train": None}]
+    (record,) = read(tmp_path, [{"messages": [turn("system", "s") | {"weight": None}, *turns]}])
+    assert [t.content for t in record.turns] == ["s", "x", "y"]
+
+
 BROKEN = {
     "not an object": ([7], r"x\.json, record 1: is a number, not an object"),
     "no messages": (
@@ -284,6 +291,23 @@ BROKEN = {
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning_content": 3}]}],
         r"messages\[1\]\.reasoning_content: is a number, not text",
     ),
+    "an answer that others do not train": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"weight": 0}]}],
+        r"messages\[1\]\.weight: 0 is not read; every answer is trained, or with mask_history the last",
+    ),
+    "the same in other words": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"loss": False}]}],
+        r"messages\[1\]\.loss: False is not read",
+    ),
+    "a call beside the text": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"function_call": {"name": "f"}}]}],
+        r"messages\[1\]: has function_call, which is not read; calls from tool_calls",
+    ),
+    "a thought of another name": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning": "why"}]}],
+        r"messages\[1\]: has reasoning, which is not read; thoughts from reasoning_content",
+    ),
+    "functions": ([TEXT | {"functions": [{"name": "f"}]}], r"record 1: has functions, which are not read; training"),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],
         r"conversations: 1 image but no <image> in what the user says; put one where each image belongs",

@@ -405,6 +405,12 @@ def test_broken_records_are_named(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_is_one_line_whatever_files_are_called(tmp_path):
+    (record,) = read(tmp_path, [LLAVA | {"image": "a\nb\x1b[2J\x85.jpg"}])
+    error = record.error(f"{record.images[0]}: no such file")
+    assert str(error).endswith(r"/a\x0ab\x1b[2J\x85.jpg: no such file")
+
+
 BROKEN_FILES = {
     "": r"x\.json: is empty",
     "[{]": r"x\.json: not JSON: .* at line 1, column 3",

@@ -5,7 +5,7 @@ The last answer of each record is left to the model, which takes the likeliest t
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -57,19 +57,30 @@ def answers(
     batch: int,
     max_new_tokens: int | None = None,
     thinking: bool = False,
+    skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[Answer]:
     """The model's answer to each record, `batch` records at once.
 
     max_new_tokens None: as many as the longest right answer of a batch needs, for a longer one is wrong anyway.
-    Raises SettingError, RecordError.
+    skip: is told of each record whose images cannot be read, which is then not answered; None: it raises RecordError.
+    Raises SettingError.
     """
     tokenizer, spec = preparation.tokenizer, vision_spec(folder)
     stop = stop_ids(folder, tokenizer)
     for start in range(0, len(records), batch):
-        some = records[start : start + batch]
+        some, prompts = [], []
+        for record in records[start : start + batch]:
+            try:
+                prompts.append(prompt_batch(record, preparation, spec, thinking))
+                some.append(record)
+            except RecordError as error:
+                if skip is None:
+                    raise
+                skip(error)
+        if not some:
+            continue
         wanted = [_without_thought(record.turns[-1].content) for record in some]
         room = max(len(tokenizer.encode([Piece(text)])[0]) for text in wanted) + 1 + ROOM_TO_THINK * thinking
-        prompts = [prompt_batch(record, preparation, spec, thinking) for record in some]
         given = greedy(model, prompts, max_new_tokens or room, stop)
         for record, right, ids in zip(some, wanted, given, strict=True):
             yield Answer(record, right, _without_thought(tokenizer.decode(ids)))

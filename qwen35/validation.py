@@ -82,7 +82,7 @@ class Validation:
         model.recompute(False)
         try:
             sums, tokens, bad = self._losses(model, at)
-            right, answered = self._answers(model, at) if self.settings.training.val_generate else (0, 0)
+            right, answered = self._answers(model, at, bad) if self.settings.training.val_generate else (0, 0)
         finally:
             model.recompute(recompute)
         at("waiting for the others")
@@ -119,8 +119,8 @@ class Validation:
         let_go(model)
         return torch.stack(sums).cpu().double().sum(0).tolist(), tokens, bad
 
-    def _answers(self, model: Qwen35, at: Callable[[str], None]) -> tuple[int, int]:
-        """How many of this rank's share of the records are answered right, and how many there are.
+    def _answers(self, model: Qwen35, at: Callable[[str], None], bad: list[str]) -> tuple[int, int]:
+        """How many of this rank's share of the records are answered right, and how many are; `bad` gets the broken ones.
 
         The ranks' answers take different numbers of steps, so each rank asks a whole, plain copy of the model.
         """
@@ -131,17 +131,14 @@ class Validation:
         for parameter in held_out(plain):
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))
-        folder, thinking = (
-            self.settings.model.model_name_or_path,
-            bool(self.set.dataset.preparation.basic.enable_thinking),
-        )
+        folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
+        thinking = bool(dataset.preparation.basic.enable_thinking)
+        skip = (lambda error: bad.append(str(error))) if dataset.skips else None
         right = answered = 0
         mine = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(mine, 1):
             at(f"answers {i} of {len(mine)}")
-            for answer in answers(
-                plain, folder, self.set.dataset.preparation, records, len(records), thinking=thinking
-            ):
+            for answer in answers(plain, folder, dataset.preparation, records, len(records), None, thinking, skip):
                 right += answer.is_right
                 answered += 1
         return right, answered

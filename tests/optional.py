@@ -58,21 +58,25 @@ def _pyarrow() -> types.ModuleType:
     return module
 
 
-def write_video(path: Path, frames: np.ndarray, rate: Fraction, monkeypatch, counted: bool = True) -> None:
+def write_video(
+    path: Path, frames: np.ndarray, rate: Fraction, monkeypatch, counted: bool = True, title: bytes = b"a film"
+) -> None:
     """frames [T, H, W, 3] uint8, sides even, kept without loss; counted: the header says how many there are."""
     if HAS_AV:
         import av
 
         path_, container = (str(path), "mov" if counted else "matroska")
         with av.open(path_, "w", format=container) as out:
+            out.metadata["title"] = stand_in = "t" * len(title)
             stream = out.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "rgb24"
             for frame in frames:
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             out.mux(stream.encode())
+        path.write_bytes(path.read_bytes().replace(stand_in.encode(), title))
         return
-    header = {"shape": frames.shape, "rate": str(rate), "counted": counted}
+    header = {"shape": frames.shape, "rate": str(rate), "counted": counted, "title": title.hex()}
     path.write_bytes(b"FILM" + json.dumps(header).encode() + b"\n" + frames.tobytes())
     monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
 
@@ -87,11 +91,12 @@ def stand_in_for_av() -> types.ModuleType:
         pass
 
     class Stream:
-        def __init__(self, data):
+        def __init__(self, data, errors):
             if data[:4] != b"FILM":
                 raise FFmpegError("Invalid data found when processing input")
             header, _, self.pixels = data[4:].partition(b"\n")
             header = json.loads(header)
+            self.title = bytes.fromhex(header["title"]).decode(errors=errors)
             self.shape = count, self.height, self.width, _ = header["shape"]
             self.frames = count if header["counted"] else 0
             self.average_rate = Fraction(header["rate"])
@@ -101,9 +106,9 @@ def stand_in_for_av() -> types.ModuleType:
             return [self.pixels[i : i + size] for i in range(0, len(self.pixels) // size * size, size)]
 
     class Container:
-        def __init__(self, file, options):
+        def __init__(self, file, options, metadata_errors="strict"):
             assert set(options) == {"format_whitelist"}
-            stream = Stream(file.read())
+            stream = Stream(file.read(), metadata_errors)
             self.streams = types.SimpleNamespace(video=[stream])
 
         def __enter__(self):

@@ -222,8 +222,29 @@ def test_images_in_parquet(tmp_path, monkeypatch):
     assert held.source == f"{tmp_path}/x.parquet, record 1"
 
 
+def test_fields_that_are_null_in_parquet_are_absent(tmp_path, monkeypatch):
+    """Its columns give each object the fields of all: the call of one tool the arguments of the other, as null."""
+    calls = [
+        {"name": "f", "arguments": {"city": "Rome", "n": None}},
+        {"name": "g", "arguments": {"city": None, "n": 3}},
+    ]
+    turns = [turn("user", "x"), turn("assistant", "") | {"tool_calls": calls}]
+    tools = [{"name": "f", "parameters": {"city": {"type": "string"}, "n": None}}]
+    write_parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": tools}], monkeypatch)
+    (record,) = read_records(tmp_path / "x.parquet", Attr(), ImageFolder(tmp_path))
+    assert record.turns[-1].tool_calls == (ToolCall("f", {"city": "Rome"}), ToolCall("g", {"n": 3}))
+    assert record.tools == ({"name": "f", "parameters": {"city": {"type": "string"}}},)
+
+
 def turn(role, content):
     return {"role": role, "content": content}
+
+
+def test_an_answer_that_counts_anyway(tmp_path):
+    """`weight` of SlimOrca: 0 for the user, 1 for the assistant, null for the system."""
+    turns = [turn("user", "x") | {"weight": 0.0}, turn("assistant", "y") | {"weight": 1.0, "loss": True, "train": None}]
+    (record,) = read(tmp_path, [{"messages": [turn("system", "s") | {"weight": None}, *turns]}])
+    assert [t.content for t in record.turns] == ["s", "x", "y"]
 
 
 BROKEN = {
@@ -270,6 +291,23 @@ BROKEN = {
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning_content": 3}]}],
         r"messages\[1\]\.reasoning_content: is a number, not text",
     ),
+    "an answer that others do not train": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"weight": 0}]}],
+        r"messages\[1\]\.weight: 0 is not read; every answer is trained, or with mask_history the last",
+    ),
+    "the same in other words": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"loss": False}]}],
+        r"messages\[1\]\.loss: False is not read",
+    ),
+    "a call beside the text": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"function_call": {"name": "f"}}]}],
+        r"messages\[1\]: has function_call, which is not read; calls from tool_calls",
+    ),
+    "a thought of another name": (
+        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning": "why"}]}],
+        r"messages\[1\]: has reasoning, which is not read; thoughts from reasoning_content",
+    ),
+    "functions": ([TEXT | {"functions": [{"name": "f"}]}], r"record 1: has functions, which are not read; training"),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],
         r"conversations: 1 image but no <image> in what the user says; put one where each image belongs",
@@ -365,6 +403,12 @@ def test_broken_records_are_named(tmp_path, case):
         read(tmp_path, records)
     assert str(caught.value).startswith(f"{tmp_path}/x.json, record 1")
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_is_one_line_whatever_files_are_called(tmp_path):
+    (record,) = read(tmp_path, [LLAVA | {"image": "a\nb\x1b[2J\x85.jpg"}])
+    error = record.error(f"{record.images[0]}: no such file")
+    assert str(error).endswith(r"/a\x0ab\x1b[2J\x85.jpg: no such file")
 
 
 BROKEN_FILES = {

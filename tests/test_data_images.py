@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from tokenizer_fixture import PUBLISHED
 
 from qwen35.config import SettingError
@@ -193,6 +193,14 @@ def test_refused(data, message, tmp_path, processor):
     with pytest.raises(ImageError, match=message) as caught:
         processor.patches(path)
     assert "\n" not in str(caught.value)
+
+
+def test_no_program_is_run(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # what would run it: calling that fails
+    Image.fromarray(picture(90, 70)).save(tmp_path / "a.png", "EPS")
+    for use in (processor.grid, processor.patches):
+        with pytest.raises(ImageError, match=r"^is EPS, a program that draws, which is not run"):
+            use(tmp_path / "a.png")
 
 
 def test_too_narrow(tmp_path, processor):

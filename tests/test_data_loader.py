@@ -341,9 +341,23 @@ def test_a_changed_file_or_setting_makes_a_new_entry(home, model):
 def test_a_cut_cache_file_is_made_again(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     plain = batches(3, s)
-    for file in (home / "cache").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    assert all(map(same, batches(3, s), plain))
+    for damage in (_cut, _names_lost):
+        for file in (home / "cache").iterdir():
+            whole = file.read_bytes()
+            file.write_bytes(damage(whole))
+        assert all(map(same, batches(3, s), plain))
+        assert file.read_bytes() == whole
+
+
+def _cut(data: bytes) -> bytes:
+    return data[:100]
+
+
+def _names_lost(data: bytes) -> bytes:
+    """A block of a disk that was never written: zeros."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    start, stop = json.loads(data[8:end])["names"]["data_offsets"]
+    return data[: end + start] + bytes(stop - start) + data[end + stop :]
 
 
 def test_of_several_writers_the_first_stands(home, model, monkeypatch):

@@ -112,6 +112,15 @@ def test_files_equal_transformers(tmp_path, folder, monkeypatch, counted):
         assert difference.max() < 2.01 / 127.5
 
 
+def test_a_title_in_another_encoding(tmp_path, folder, monkeypatch):
+    frames = film(4, 64, 96)
+    for name, title in (("utf-8", "电影"), ("gbk", "电影")):
+        write_video(tmp_path / name, frames, Fraction(2), monkeypatch, title=title.encode(name))
+    ours = VideoProcessor.from_folder(folder, PreprocessParameters())
+    (a, grid), (b, other) = (ours.patches(Video(tmp_path / name)) for name in ("utf-8", "gbk"))
+    assert grid == other == (2, 4, 6) and torch.equal(a, b)
+
+
 def test_frames_of_the_right_size_are_taken_as_they_are(tmp_path, folder):
     frames = film(5, 64, 96)
     paths = save(frames, tmp_path / "v")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from training_runs import tensors, train
 
 from qwen35.batch import PackedBatch
@@ -110,6 +111,32 @@ def test_shared_in_every_way(workplace, held_out, run, tmp_path):
     last = lines_of(run)[-1]
     assert line["val_tokens"] == last["val_tokens"] and line["val_exact_match"] == last["val_exact_match"]
     assert line["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+
+
+def test_a_record_whose_image_breaks_takes_no_part(workplace, held_out, run, tmp_path):
+    """Its header is whole, so that it shows only as it is decoded: for the loss, and for the answer."""
+    records = json.loads(held_out.read_text())
+    Image.effect_noise((64, 64), 90).save(workplace / "broken.png")
+    data = (workplace / "broken.png").read_bytes()
+    (workplace / "broken.png").write_bytes(data[: len(data) // 2])
+    records[4]["image"] = "broken.png"
+    some = tmp_path / "some.json"
+    some.write_text(json.dumps(records))
+    steps = ["training.train_iters=11", "training.lr=1e-20", "training.weight_decay=0", "training.val_interval=11"]
+    steps += [f"training.load={run}", "training.init_from_hf_path=null"]
+    skip = "data.val_dataset_param.basic_parameters.on_bad_record=skip"
+    done = train(workplace, tmp_path / "broken", 2, *validating(some), *steps, skip)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "not trained" not in done.stdout
+        and f"{some}, record 5 (id 4): {workplace}/broken.png: cannot be" in done.stdout
+    )
+    some.write_text(json.dumps(records[:4] + records[5:]))
+    done = train(workplace, tmp_path / "whole", 2, *validating(some), *steps, skip)
+    assert done.returncode == 0, done.stderr
+    (line,), (wanted,) = lines_of(tmp_path / "broken"), lines_of(tmp_path / "whole")
+    assert line["val_bad_records"] == 1 and 0 < line["val_exact_match"] < 1
+    assert [line[key] for key in FOUND] == [pytest.approx(wanted[key], rel=1e-6) for key in FOUND]
 
 
 @pytest.mark.parametrize(("ranks", "bins", "workers"), [(1, 1, 0), (2, 2, 1), (5, 2, 0)])

@@ -12,6 +12,12 @@ USUAL_ROLES: dict[str, Role] = {
     "tool": "tool", "observation": "tool",
 }  # fmt: skip
 FUNCTION_CALL = "function_call"  # of ShareGPT: an assistant turn that is nothing but calls
+# what others read in a turn, and without which training would be wrong -> what is read instead
+UNREAD_IN_TURNS = {
+    "function_call": "calls from tool_calls", "reasoning": "thoughts from reasoning_content",
+    "thinking": "thoughts from reasoning_content",
+}  # fmt: skip
+SHARES = ("weight", "loss", "train")  # of an answer, whether it is trained: 1, true and null are what holds anyway
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class FieldNames:
     content: Names
     roles: Mapping[str, Role]
     calls: frozenset[str]  # roles whose content is a tool call
-    unread: tuple[str, ...] = ("audios", "audio")  # fields that others read, and without which training would be wrong
+    unread: tuple[str, ...] = ("audios", "audio", "functions")  # what others read in a record, as UNREAD_IN_TURNS
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
@@ -94,5 +100,5 @@ class FieldNames:
             Names(None, ("value",)),
             {"human": "user", "gpt": "assistant"},
             frozenset(),
-            ("videos", "video", "audios", "audio", "tools", "system"),
+            ("videos", "video", "audios", "audio", "tools", "functions", "system"),
         )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.data.content import Visuals, kind, parse_calls, parse_content, parse_tools, text
-from qwen35.data.fields import FieldNames, Names
+from qwen35.data.fields import SHARES, UNREAD_IN_TURNS, FieldNames, Names
 from qwen35.data.folder import ImageFolder
 from qwen35.data.reading import read_values
-from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Turn
+from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Role, Turn
 from qwen35.settings import Attr
 
 FOLLOWS = {  # what may come after which turn
@@ -128,6 +128,7 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, own: Visuals) -> Turn
     role = names.roles.get(tag) if isinstance(tag, str) else None
     if role is None:
         raise RecordError(f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}")
+    _check_unread(entry, role, where)
     if tag in names.calls:
         field, value = _required(names.content, entry, where, "has no call in")
         return Turn(role, "", tool_calls=parse_calls(value, f"{where}.{field}"))
@@ -143,6 +144,17 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, own: Visuals) -> Turn
     reasoning = entry.get("reasoning_content") if role == "assistant" else None
     thought = None if reasoning is None else text(reasoning, f"{where}.reasoning_content")
     return Turn(role, content, thought, parsed)
+
+
+def _check_unread(entry: dict[str, Any], role: Role, where: str) -> None:
+    for name, instead in UNREAD_IN_TURNS.items():
+        if entry.get(name):
+            raise RecordError(f"{where}: has {name}, which is not read; {instead}")
+    for name in SHARES if role == "assistant" else ():
+        if entry.get(name) not in (None, 1):
+            raise RecordError(
+                f"{where}.{name}: {str(entry[name])[:80]} is not read; every answer is trained, or with mask_history the last"
+            )
 
 
 def _required(names: Names, entry: dict[str, Any], where: str, missing: str) -> tuple[str, Any]:

@@ -127,8 +127,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             "images in a folder"
         ) from None
     try:
-        # a file object and a list of formats, so that nothing but this file is ever opened
-        with path.open("rb") as file, av.open(file, options={"format_whitelist": CONTAINERS}) as container:
+        # a file object and a list of formats, so that nothing but this file is ever opened; its title may be in any encoding
+        options = {"format_whitelist": CONTAINERS}
+        with path.open("rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise VideoError("has no video stream")
             yield container, container.streams.video[0]

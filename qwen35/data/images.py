@@ -133,6 +133,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.format == "EPS":  # Pillow would have Ghostscript run it
+                    raise ImageError("is EPS, a program that draws, which is not run; make it PNG or JPEG")
                 yield image
     except ImageError:
         raise

@@ -84,8 +84,15 @@ def _json_line(line: str, source: str) -> Any:
         return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")
 
 
+def _without_nulls(value: Any) -> Any:
+    """Else the call of one tool would have the arguments of the others."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _parquet(file: Path) -> Iterator[Any]:
-    """Each row as an object; fields that are null are as good as absent."""
+    """Each row as an object, without the fields that are null: a column's objects all have the fields of any of them."""
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
@@ -95,6 +102,6 @@ def _parquet(file: Path) -> Iterator[Any]:
     try:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=ROWS):
-                yield from batch.to_pylist()
+                yield from map(_without_nulls, batch.to_pylist())
     except (ArrowException, OSError) as error:
         raise RecordError(f"{file}: parquet that cannot be read: {one_line(error)}") from None

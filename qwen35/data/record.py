@@ -11,6 +11,8 @@ from qwen35.errors import UserError
 Role = Literal["system", "user", "assistant", "tool"]
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 PLACEHOLDER = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
+# control characters by their codes: what a record says, or a file is called, must not move the cursor
+VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 class RecordError(UserError):
@@ -18,7 +20,7 @@ class RecordError(UserError):
 
     def __init__(self, message: str, kind: str = "malformed", image: str | None = None):
         """kind: in two or three words what is wrong; image: the file that made the record a bad one."""
-        super().__init__(message)
+        super().__init__(message.translate(VISIBLE))
         self.kind, self.image = kind, image
 
 

@@ -143,8 +143,8 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
             samples = _read(kept)
             if not samples.skipped.is_outdated():
                 return samples
-        except SafetensorError:
-            pass  # cut short by a full disk or a crash: made again
+        except (SafetensorError, ValueError):  # the second: names that are no JSON
+            pass  # cut short by a full disk or a crash, or damaged since: made again
         kept.unlink(missing_ok=True)  # now: whatever has this name later is another's new one
     samples = make_samples(file, preparation, limit, progress)
     try:

@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.mixture import dataset_files, dataset_name
-from qwen35.data.record import RecordError
+from qwen35.data.record import VISIBLE, RecordError
 from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
@@ -16,8 +16,7 @@ from qwen35.settings import Settings
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
-CONTROL = [code for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"]
-VISIBLE = {code: f"\\x{code:02x}" for code in CONTROL}  # so that no record moves the cursor
+IN_TEXT = {code: shown for code, shown in VISIBLE.items() if chr(code) not in "\n\t"}
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
@@ -58,7 +57,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
 
 def _told(left_out: list[RecordError]) -> Iterator[str]:
     while left_out:
-        yield f"--- left out: {left_out.pop(0)}".translate(VISIBLE)
+        yield f"--- left out: {left_out.pop(0)}"
 
 
 def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool], marks: tuple[str, str]) -> str:
@@ -68,6 +67,6 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
     kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{pad}*{len(stretch)}" if pad else tokenizer.decode(stretch).translate(VISIBLE)
+        text = f"{pad}*{len(stretch)}" if pad else tokenizer.decode(stretch).translate(IN_TEXT)
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)

@@ -110,7 +110,7 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
                 elif made.kind == MISSING:  # all of them are told at once
                     missing.append(_below(options, made.image or ""))
                 else:
-                    raise made
+                    raise RecordError(f"{made}; --on_bad_record skip leaves such records out", made.kind, made.image)
     if missing:
         n = len(missing)
         raise RecordError(

@@ -59,7 +59,9 @@ def test_what_comes_before_an_error_is_read(tmp_path):
     file.write_text('[{"a": 1},\n {"a": 2}, {"a" 3}]')
     read = read_values(file)
     assert [next(read), next(read)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(RecordError, match=r"a\.json: not JSON: Expecting ':' delimiter at line 2, column 17$"):
+    with pytest.raises(
+        RecordError, match=r"a\.json: not JSON: Expecting ':' delimiter at line 2, column 17, after 2 records$"
+    ):
         next(read)
 
 

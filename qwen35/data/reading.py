@@ -34,7 +34,9 @@ def _json(file: Path, lenient: bool) -> Iterator[Any]:
                 start = stream.read(1)
             stream.seek(0)
             if start == "[":
-                yield from json_list.values(stream)
+                for value in json_list.values(stream):
+                    number += 1
+                    yield value
                 return
             for line in stream:
                 if line.strip():
@@ -46,7 +48,8 @@ def _json(file: Path, lenient: bool) -> Iterator[Any]:
                             raise value
                     yield value
     except json.JSONDecodeError as error:
-        raise RecordError(f"{file}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        where = f"at line {error.lineno}, column {error.colno}, after {number:,} records"
+        raise RecordError(f"{file}: not JSON: {error.msg} {where}") from None
     except UnicodeDecodeError as error:
         raise RecordError(f"{file}: not UTF-8 text: {error.reason} at byte {_first_wrong_byte(file)}") from None
     except RecordError:

@@ -65,7 +65,10 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
         )
     found = names.messages.find(raw, source)
     if found is None:
-        raise RecordError(f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}")
+        raise RecordError(
+            f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}; attr.messages says which one "
+            "holds the turns"
+        )
     field, entries = found
     between = Visuals(folder)  # the texts
     turns = _with_system(raw, source, names, _parse_turns(entries, field, source, names, between))
@@ -98,6 +101,12 @@ def _check_places(asked: list[str], what: str, placeholder: str, beside: int, be
             f"put one where each {what} belongs",
             wrong,
         )
+    if what == "video" and places == 1 and count > 1 and beside:
+        raise RecordError(
+            f"{where}: 1 {placeholder} in what the user says, but {count} videos; the frames of one video are a list in the "
+            "list: [[frame, frame, …]]",
+            wrong,
+        )
     if places != count:
         raise RecordError(
             f"{where}: {places} {placeholder} in what the user says, but {count} {what}{'s' * (count != 1)}", wrong
@@ -127,7 +136,9 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, own: Visuals) -> Turn
     role_field, tag = _required(names.role, entry, where, "has no field")
     role = names.roles.get(tag) if isinstance(tag, str) else None
     if role is None:
-        raise RecordError(f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}")
+        raise RecordError(
+            f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
+        )
     _check_unread(entry, role, where)
     if tag in names.calls:
         field, value = _required(names.content, entry, where, "has no call in")

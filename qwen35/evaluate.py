@@ -45,7 +45,11 @@ def read_all(preparation: Preparation) -> list[Record]:
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
     for record in records:
-        preparation.measure(record)
+        try:
+            preparation.measure(record)
+        except RecordError as error:
+            where = f"; --dataset_dir says where, now {basic.dataset_dir}" if error.kind.endswith(" missing") else ""
+            raise RecordError(f"{error}{where}", error.kind, error.image) from None
     return records
 
 

@@ -175,7 +175,8 @@ def test_records(records, lines, place, preparation):
         assert str(file) in skipped.first and "record " in skipped.first and "\n" not in skipped.first
         with pytest.raises(RecordError) as caught:  # the same one stops where none is to be skipped
             list(tokenised(file, preparation))
-        assert str(caught.value) == skipped.first
+        below = f", dataset_dir is {preparation.basic.dataset_dir}" if "missing" in caught.value.kind else ""
+        assert str(caught.value) == f"{skipped.first}{below}; on_bad_record: skip leaves such records out"
     samples = make_samples(file, preparation, None)
     assert (len(samples.sources), samples.records) == (len(made), len(records))
     if not made:

@@ -12,6 +12,7 @@ from mistakes import (
     TRAIN,
     Case,
     becomes_folder,
+    both,
     check,
     parametrized,
     place,
@@ -48,6 +49,12 @@ def as_lines(place: Path) -> None:
     (place / FILE).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
 
 
+def a_comma_too_many(place: Path) -> None:
+    """Behind the last record."""
+    text = (place / FILE).read_text()
+    (place / FILE).write_text(f"{text[:-1]},]")
+
+
 only_tools = turns(("human", "<tool_response><image></tool_response>"), ("gpt", "x"))
 
 FILES = [
@@ -60,7 +67,8 @@ FILES = [
     Case("nothing to evaluate", EVALUATE, ("data/a.json: no records",), write(FILE, "[]")),
     Case("nothing to convert", DATA, ("data/a.json: no records",), write(FILE, "[]")),
     Case("prose", TRAIN, ("data/a.json, record 1: not JSON",), write(FILE, "Once upon a time")),
-    Case("half a list", DATA, ("data/a.json: not JSON", "at line 1, column 10"), write(FILE, '[{"id": 1')),
+    Case("half a list", DATA, ("data/a.json: not JSON", "at line 1, column 10, after 0"), write(FILE, '[{"id": 1')),
+    Case("comma too many", TRAIN, ("data/a.json: not JSON", "after 12 records"), a_comma_too_many),
     Case("half a line", TRAIN, ("data/a.json, record 2: not JSON", "column"), as_lines),
     Case("UTF-16", TRAIN, ("data/a.json: not UTF-8 text", "at byte 0"), write(FILE, "[]".encode("utf-16"))),
     Case("very deep", SHOW, ("data/a.json: JSON that cannot be read",), write(FILE, "[" * 100_000)),
@@ -71,7 +79,20 @@ FILES = [
 ]
 TURNS = [
     Case("no turns", TRAIN, (f"{SECOND}, conversations: is empty",), record(conversations=[])),
-    Case("no conversation", TRAIN, (f"{SECOND}: has no field messages or conversations",), record(conversations=None)),
+    Case(
+        "no conversation",
+        TRAIN,
+        (f"{SECOND}: has no field messages or conversations", "attr.messages says which"),
+        record(conversations=None),
+    ),
+    Case(
+        "frames that are not one video",
+        TRAIN,
+        (
+            f"{SECOND}, conversations: 1 <video> in what the user says, but 2 videos; the frames of one video are a list in",
+        ),
+        both(turns(("human", "<image><video>"), ("gpt", "x")), record(video=["1.png", "1.png"])),
+    ),
     Case("text for turns", SHOW, (f"{SECOND}, conversations: is text, not a list",), record(conversations="Hi")),
     Case("answer first", TRAIN, (f"{SECOND}, conversations[0]: a turn of the assistant",), turns(("gpt", "x"), ASKED)),
     Case("twice the user", TRAIN, (f"{SECOND}, conversations[1]: a turn of the user",), turns(ASKED, ASKED)),
@@ -79,7 +100,7 @@ TURNS = [
     Case(
         "unknown role",
         TRAIN,
-        (f"{SECOND}, conversations[1].from: 'bot' is not one of user",),
+        (f"{SECOND}, conversations[1].from: 'bot' is not one of user", "; name others in attr"),
         turns(ASKED, ("bot", "x")),
     ),
     Case(
@@ -100,7 +121,27 @@ TURNS = [
     ),
 ]
 IMAGES = [
-    Case("no image", TRAIN, (f"{SECOND}: image 1 of 1", "data/1.png: no such file"), remove("data/1.png")),
+    Case(
+        "no image",
+        TRAIN,
+        (
+            f"{SECOND}: image 1 of 1",
+            "data/1.png: no such file, dataset_dir is data; on_bad_record: skip leaves such records",
+        ),
+        remove("data/1.png"),
+    ),
+    Case(
+        "no image to evaluate",
+        EVALUATE,
+        (f"{SECOND}: image 1 of 1", "data/1.png: no such file; --dataset_dir says where, now data\n"),
+        remove("data/1.png"),
+    ),
+    Case(
+        "text for an image to convert",
+        DATA,
+        ("data/1.png: is not an image; --on_bad_record skip leaves such records out",),
+        write("data/1.png", "x"),
+    ),
     Case(
         "no image to convert",
         DATA,

@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -162,15 +163,19 @@ def tokenised(
     skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[tuple[Record, TokenisedSample]]:
     """Of the first `limit` records of a file; `skip`: as for `read_records`."""
-    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=skip):
+    tell = skip or partial(_refuse, preparation.basic.dataset_dir)
+    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=tell):
         try:
             sample = preparation.tokenise(record)
         except RecordError as error:
-            if skip is None:
-                raise
-            skip(error)
+            tell(error)
         else:
             yield record, sample
+
+
+def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
+    below = f", dataset_dir is {dataset_dir}" if error.kind.endswith(" missing") else ""
+    raise RecordError(f"{error}{below}; on_bad_record: skip leaves such records out", error.kind, error.image) from None
 
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:

@@ -66,10 +66,14 @@ class Validation:
         """For the start of a run."""
         dataset, t = self.set.dataset, self.settings.training
         left_out = f"; skipped {len(dataset.skipped):,}: {dataset.skipped}" if len(dataset.skipped) else ""
-        asked = f", {sum(map(len, self.groups)):,} of them answered" if t.val_generate else ""
+        cut = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
+        asked, without = sum(map(len, self.groups)), ""
+        if asked < len(dataset):
+            without = " (none that is longer than cutoff_len, or ends with a tool's call)"
+        told = f", {asked:,} of them answered{without}" if t.val_generate else ""
         return (
-            f"validation every {t.val_interval} steps: {len(dataset):,} samples{asked}, {len(self.set):,} micro-batches "
-            f"a rank{left_out}"
+            f"validation every {t.val_interval} steps: {len(dataset):,} samples{told}, {len(self.set):,} micro-batches "
+            f"a rank{cut}{left_out}"
         )
 
     def run(self, model: Qwen35, pulse: Pulse, step: int) -> Result:

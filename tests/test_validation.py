@@ -5,6 +5,7 @@ import json
 import subprocess
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qwen35.data.validation import ValidationSet
 from qwen35.evaluate import answers
 from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
+from qwen35.validation import Validation
 
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
 FOUND = ("val_loss", "val_tokens", "val_exact_match")
@@ -157,6 +159,27 @@ def test_each_record_once(workplace, held_out, ranks, bins, workers):
                 seen.append(a.input_ids[start:end].tolist())
     dataset = sets[0].dataset
     assert sorted(seen) == sorted(dataset[i].input_ids.tolist() for i in range(HELD_OUT))
+
+
+def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
+    settings = load_settings(workplace / "recipe.yaml", validating(held_out)).validation
+    whole = ValidationSet(settings, 0, 1).dataset
+    limit = int(whole.lengths.max()) - 1
+    basic = "data.val_dataset_param.basic_parameters"
+    words = [*validating(held_out), f"{basic}.cutoff_len={limit}", f"{basic}.truncation=truncate"]
+    settings = load_settings(workplace / "recipe.yaml", words).validation
+    told = report(settings)
+    long = int((whole.lengths > limit).sum())
+    answered = f"{HELD_OUT - long} of them answered (none that is longer than cutoff_len, or ends with a tool's call)"
+    assert f"{HELD_OUT} samples, {answered}" in told and f"; cut {long} to cutoff_len" in told
+    told = report(load_settings(workplace / "recipe.yaml", validating(held_out)).validation)
+    assert f"{HELD_OUT} samples, {HELD_OUT} of them answered, " in told and "cut" not in told
+
+
+def report(settings) -> str:
+    """Of a validation on one rank."""
+    meshes = SimpleNamespace(data_rank=0, data_size=1)
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, False).report()
 
 
 def test_what_is_not_given_is_as_in_training(workplace, held_out):

@@ -130,14 +130,14 @@ def broken_records(draw):
             holder = holder[key]
         what = draw(st.sampled_from(["replace", "remove", "repeat", "rename"]))
         if what == "replace":
-            holder[path[-1]] = draw(ANY)
+            holder[path[-1]] = copy.deepcopy(draw(ANY))
         elif what == "remove":
             del holder[path[-1]]
         elif isinstance(holder, list):
             holder.insert(path[-1], copy.deepcopy(holder[path[-1]]))
         else:
-            holder[draw(st.sampled_from(["images", "image", "text", "content", "value", "role", "type", "x"]))] = draw(
-                ANY
+            holder[draw(st.sampled_from(["images", "image", "text", "content", "value", "role", "type", "x"]))] = (
+                copy.deepcopy(draw(ANY))
             )
     return record
 

@@ -55,14 +55,20 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
     ("exported", EXPORT, 100_000, "cannot be written: File too large", ()),
     ("small files of the export", EXPORT, 0, "cannot be written: File too large", ()),
     ("records", DATA, 1000, "out/a.json: cannot be written: File too large", ()),
-    ("under the launcher", (), 600, "run/config.yaml: File too large", ()),
+    (  # torch 2.7 itself writes 2.4 kB as it is imported, which is more than the settings are
+        "under the launcher",
+        (),
+        3000,
+        "run/metrics.jsonl: File too large",
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("command", "size", "words", "left"), [row[1:] for row in FULL], ids=[row[0] for row in FULL])
 def test_a_full_disk(place, command, size, words, left):
     before = contents(place)
-    done = run(place, *(command or launch(1)), file_size=size)
+    done = run(place, *(command or (*launch(1), "training.train_iters=20")), file_size=size)
     assert (done.code, done.err.count("\n")) == (1, 1), done.err
     assert words in done.err
     after = contents(place)

@@ -423,6 +423,8 @@ def test_another_triton_than_ascends_is_not_taken_on_an_npu(tmp_path, monkeypatc
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:  # torch's, of a build for CUDA
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(
         kernels.KernelError, match=r"triton cannot be imported \(No module named 'triton.backends'\); .*ascend"
     ):

@@ -30,6 +30,6 @@ class Pulse:
     def at(self, what: str, patience: float | None = None) -> None:
         """Say what begins now. About a microsecond."""
         now = time.monotonic()
-        LAYOUT.pack_into(
-            self._memory, 0, now, now + (self.patience if patience is None else patience), what.encode()[:240]
-        )
+        late = now + (self.patience if patience is None else patience)
+        # in one copy: pack_into would first fill in zeros, and who reads then finds a process that is late since ever
+        self._memory[:] = LAYOUT.pack(now, late, what.encode()[:240])

@@ -31,7 +31,7 @@ class Watch:
     def read(self) -> tuple[float, float | None, str]:
         """Seconds of time.monotonic() at which it began and from which it is late, and what; "" if it has said nothing."""
         begun, late, what = LAYOUT.unpack_from(self._memory)
-        if not begun:
+        if not (begun and late):  # the second: its first words are just being written
             return self._started, None if self._patience is None else self._started + self._patience, ""
         return begun, late, what.rstrip(b"\0").decode(errors="ignore")
 

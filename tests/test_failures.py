@@ -135,6 +135,24 @@ def test_a_pulse(monkeypatch):
     assert watch.read()[2] == "meeting"
 
 
+def test_a_pulse_is_never_read_half_written():
+    """Of a process that says more than one after the other: at no moment it seems late, or not to have begun."""
+    watch = Watch(patience=-1.0)
+    program = "from qwen35.pulse import Pulse\npulse = Pulse(600.0)\nwhile True:\n    pulse.at('step 1')"
+    environment = os.environ | {PULSE: str(watch.descriptor)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, pass_fds=[watch.descriptor])
+    try:
+        while not watch.read()[2]:
+            assert process.poll() is None
+        end = time.monotonic() + 1
+        while (now := time.monotonic()) < end:
+            begun, late, what = watch.read()
+            assert late > now and begun > 0 and what == "step 1"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_worker_that_ends_before_it_is_asked(monkeypatch):
     """What a rank has started may be gone at any moment; the other stacks are told all the same."""
     monkeypatch.setattr("qwen35.watchdog.ANSWER", 0.1)

@@ -108,7 +108,7 @@ class Job:
                     watchdog.gather(self.processes)
                 self.send(signal.SIGKILL)
             time.sleep(0.05)
-        words = late or failure(failed or codes, failures)
+        words = late or failure(failed, failures)
         told = reasons(failures)
         if not words:
             return None
@@ -135,14 +135,19 @@ def failure(codes: Mapping[int, int | None], folder: Path) -> str | None:
     """What to tell of a job whose processes ended so, the first one first; None if all is well."""
     told = reasons(folder)
     # a rank whose peer is gone may fail in the same moment; the user's own mistake explains it
-    expected = next((reason["message"] for reason in told if reason["expected"]), None)
-    if expected:
-        return expected
+    mistake = next((reason["message"] for reason in told if is_mistake(reason)), None)
+    if mistake:
+        return mistake
+    here = [f"{r['traceback']}rank {r['rank']}: {r['message']}" for r in told if r["rank"] is not None]
+    elsewhere = [reason["message"] for reason in told if reason["rank"] is None]
     failed = [(rank, code) for rank, code in codes.items() if code]
-    # a peer may tell of its loss before its end is seen; an abort may itself be the answer to one, unless it came first
-    killed = [end for end in failed if end[1] < 0 and (end[1] != -signal.SIGABRT or end == failed[0])]
-    if told and not killed:
-        return f"{told[0]['traceback']}rank {told[0]['rank']}: {told[0]['message']}"
+    # peers may tell of their loss before a rank's end is seen, on other machines too; an abort may itself be the answer to
+    # a loss, unless it came first
+    killed = [
+        end for end in failed if end[1] < 0 and (end[1] != -signal.SIGABRT or (end == failed[0] and not elsewhere))
+    ]
+    if here + elsewhere and not killed:
+        return "\nerror: ".join(here[:1] + elsewhere)  # which of the two is the answer to the other cannot be told
     first = next(iter(killed or failed), None)
     return None if first is None else f"rank {first[0]} {ending(first[1])}"
 

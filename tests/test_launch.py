@@ -106,7 +106,7 @@ while not os.path.exists(other):
 time.sleep(0.5)
 os.kill(os.getpid(), 9)
 """
-    process = start(program)
+    process = start(program, grace=60)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, "error: rank 0 was ended by SIGKILL; out of memory?\n")
 
@@ -120,6 +120,17 @@ time.sleep(600)
     process = start(program)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, "error: No space left on device\n")
+
+
+def test_a_process_that_hangs_after_an_error_of_ours_is_ended_and_its_error_told():
+    program = """
+if rank == 1:
+    record_failure(ZeroDivisionError("division by zero"), expected=False)
+time.sleep(600)
+"""
+    process = start(program)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (1, "error: ZeroDivisionError: division by zero\nrank 1: division by zero\n")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +249,37 @@ def test_what_fails_on_one_machine_ends_all_and_is_told_on_all(tmp_path):
     words = "rank 3 was ended by SIGKILL; out of memory?"
     assert [err for _, err in ended] == [f"error: machine 1 ended: {words}\n", f"error: {words}\n"]
     assert ended[1][0].startswith("machine 1: ranks 2 to 3 of 4, which meet at 127.0.0.1:")
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_what_failed_here_is_not_explained_by_what_it_does_elsewhere(tmp_path, is_killed):
+    """The other machine's ranks miss this one's at once and end, its launcher tells of that; here a rank still hangs."""
+    own = "os.kill(os.getpid(), 9)"
+    if not is_killed:
+        own = "record_failure(ZeroDivisionError('of ours'), expected=False)\n    sys.exit(1)"
+    program = f"""
+from pathlib import Path
+file = Path({str(tmp_path / "pid")!r})
+if rank == 2:
+    time.sleep(600)
+if rank == 3:
+    file.with_suffix(".new").write_text(str(os.getpid()))
+    file.with_suffix(".new").replace(file)
+    {own}
+while not file.exists() or os.path.exists(f"/proc/{{file.read_text()}}"):  # until its launcher has seen its end
+    time.sleep(0.01)
+record_failure(RuntimeError("connection closed by peer"), expected=False)
+sys.exit(1)
+"""
+    (tmp_path / "save").mkdir()
+    machines = start_machines(program, tmp_path / "save")
+    ended = [process.communicate(timeout=300)[1] for process in machines]
+    assert [process.returncode for process in machines] == [1, 1]
+    if is_killed:
+        assert ended[1] == "error: rank 3 was ended by SIGKILL; out of memory?\n"
+    else:
+        assert ended[1].startswith("error: ZeroDivisionError: of ours\nrank 3: of ours\nerror: machine 0 ended: rank ")
+    assert "connection closed by peer" in ended[0]
 
 
 def test_what_other_machines_are_told():

@@ -117,7 +117,7 @@ def run(
             port = next_port(args)
             port = meeting.regroup(failure.line, port) if meeting else port
         except UserError as error:
-            failure = Failure(str(error))
+            failure = Failure(str(error), is_mistake=bool(meeting and meeting.is_mistake))
             break
         print(f"restart {attempt + 1} of {restarts}, from the newest checkpoint", file=sys.stderr, flush=True)
     if meeting:

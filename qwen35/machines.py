@@ -49,7 +49,7 @@ class Meeting:
             except Left:
                 words = GONE
             if words:
-                return words if words.startswith("machine ") else f"machine {machine} ended: {words}"
+                return _of(machine, words)
         return None
 
     def _hear(self, machine: int, peer: Peer, seconds: float) -> str | None:
@@ -72,11 +72,14 @@ class Meeting:
 
     def record_news(self, folder: Path) -> None:
         """As a failure that explains those of the processes here, beside theirs in `folder` (launch.record_failure)."""
+        had_mistake, file = self.is_mistake, folder / "elsewhere.json"
         if words := self.news():
             reason = {"message": words, "traceback": "", "time": time.time(), "rank": None, "expected": True}
+            if file.exists() and self.is_mistake == had_mistake:  # the first failure explains the others, or a mistake
+                reason = json.loads(file.read_text())
             reason |= {"mistake": self.is_mistake, "again": bool(self.failed) and not self.left}
-            (folder / "elsewhere.new").write_text(json.dumps(reason))
-            (folder / "elsewhere.new").replace(folder / "elsewhere.json")
+            file.with_suffix(".new").write_text(json.dumps(reason))
+            file.with_suffix(".new").replace(file)
 
     def regroup(self, words: str, port: int) -> int:
         """The ranks here have ended by a failure that may be tried again: wait until they have on all machines.
@@ -90,7 +93,9 @@ class Meeting:
         for machine, peer in list(self.peers.items()):
             if machine not in self.failed:
                 with self._staying(machine):
-                    self._hear(machine, peer, ANSWER)
+                    why = self._hear(machine, peer, ANSWER)
+                if why and machine in self.left:
+                    raise MeetingError(_of(machine, why))
         if self.left:
             raise MeetingError(f"machine {min(self.left)} has ended, and does not start again")
         self.failed.clear()
@@ -119,3 +124,8 @@ class Meeting:
                 peer.tell(ended=words, mistake=is_mistake)
             peer.close()
         self.peers.clear()
+
+
+def _of(machine: int, words: str) -> str:
+    """What is told of a machine's end, which may be of another's already."""
+    return words if words.startswith("machine ") else f"machine {machine} ended: {words}"

@@ -91,7 +91,7 @@ def _host(place: Place, talk: Talk) -> Meeting:
     except MeetingError as error:
         for peer in peers.values():
             with contextlib.suppress(Left):
-                peer.tell(error=str(error))
+                peer.tell(error=str(error), ended=str(error))  # the second for who has been told to go on already
             peer.close()
         raise
     return Meeting(place, peers)

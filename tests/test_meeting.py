@@ -1,6 +1,7 @@
 """Launchers that meet: threads in the place of machines, real sockets, no torch."""
 
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -16,7 +17,7 @@ from qwen35.agreement import disagreements, facts, machines, present, seen
 from qwen35.config import SettingError, load_settings
 from qwen35.meeting import Meeting, MeetingError, Place, Talk, listen, meet
 from qwen35.network import interface_of
-from qwen35.peer import Peer
+from qwen35.peer import Left, Peer
 
 ROOT = Path(__file__).parents[1]
 
@@ -278,6 +279,67 @@ def test_a_launcher_that_is_killed_is_missed(tmp_path):
         pass
     assert found == "machine 1 ended: its launcher is gone, killed or with the machine"
     those.close()
+
+
+def met(save: Path, count: int) -> list[Meeting]:
+    those = Machines(count, save)
+    for machine in range(count):
+        those.start(machine)
+    those.wait()
+    return [those.ended[machine] for machine in range(count)]
+
+
+@pytest.mark.parametrize("is_mistake", [False, True])
+def test_of_two_machines_the_first_is_told_unless_the_second_explains_it(tmp_path, is_mistake):
+    first, second, third = met(tmp_path / "save", 3)
+
+    def recorded(words):
+        file = tmp_path / "elsewhere.json"
+        while not file.exists() or words not in file.read_text():
+            first.record_news(tmp_path)
+        return json.loads(file.read_text())
+
+    second.peers[0].tell(failed="rank 1 was ended by SIGKILL")
+    told = recorded("SIGKILL")
+    assert told["again"] and not told["mistake"]
+    third.close("a.json, record 3: no such file" if is_mistake else "rank 2: connection closed", is_mistake)
+    told = recorded('"again": false')
+    words = "2 ended: a.json, record 3: no such file" if is_mistake else "1 ended: rank 1 was ended by SIGKILL"
+    assert (told["message"], told["mistake"]) == (f"machine {words}", is_mistake)
+    for meeting in (first, second):
+        meeting.close(None)
+
+
+def test_why_a_machine_does_not_start_again_is_told(tmp_path):
+    first, second = met(tmp_path, 2)
+    second.close("a.json, record 3: no such file", is_mistake=True)
+    with pytest.raises(MeetingError, match=r"^machine 1 ended: a\.json, record 3: no such file$"):
+        first.regroup("rank 0: connection closed by peer", 6000)
+    assert first.is_mistake
+    first.close(None)
+
+
+def test_who_has_been_told_to_go_on_learns_why_not(tmp_path, monkeypatch):
+    """The last one leaves as the others are told already."""
+    real, told = Peer.tell, []
+
+    def tell(peer, **message):
+        if "go" in message:
+            told.append(peer)
+            if len(told) == 2:
+                raise Left("gone")
+        real(peer, **message)
+
+    monkeypatch.setattr(Peer, "tell", tell)
+    those = Machines(3, tmp_path)
+    for machine in range(3):
+        those.start(machine)
+    those.wait()
+    [going] = [ended for ended in those.ended.values() if isinstance(ended, Meeting)]
+    while (found := going.news()) is None:
+        pass
+    last = 3 - going.place.machine
+    assert found == f"machine {last} has left while the machines met: gone"
 
 
 def test_the_interface_of_a_machines_own_address(monkeypatch):

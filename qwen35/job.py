@@ -155,5 +155,5 @@ def failure(codes: Mapping[int, int | None], folder: Path) -> str | None:
 def ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
-    name = signal.Signals(-code).name
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     return f"was ended by {name}{'; out of memory?' if name == 'SIGKILL' else ''}"

@@ -138,6 +138,7 @@ time.sleep(600)
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was ended by SIGKILL; out of memory?"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 was ended by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", "rank 1 was ended by signal 35"),  # which has no name
         ("os._exit(7)", "rank 1 ended with exit code 7"),
     ],
 )

@@ -77,8 +77,8 @@ def moe_experts_parallel(
     if ep == 1:
         return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
     way = _Gathered if exchange is None and ep < topk_ids.shape[1] else _Exchanged
-    kind = exchange or Exchange
-    return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives, sizes, kind)
+    how = How(group, kept, primitives, sizes, exchange or Exchange)
+    return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, how)
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,27 @@ class Routes:
     counts: Tensor  # `received` on the device, [ep, E/ep] int64
 
 
-def ask(chosen: Callable[[], Tensor], ids: Tensor, group: dist.ProcessGroup, kept: Kept | None, sizes: Sizes) -> Routes:
+@dataclass(frozen=True)
+class How:
+    """What both ways take beside tensors, as moe_experts_parallel was given it."""
+
+    group: dist.ProcessGroup
+    kept: Kept | None
+    do: ModuleType
+    sizes: Sizes
+    kind: "type[Exchange]"
+
+
+def ask(chosen: Callable[[], Tensor], ids: Tensor, how: How) -> Routes:
     """The one exchange of counts and the one host sync of a layer. chosen() -> [E], how often this rank chose each expert."""
 
     def make() -> Routes:
-        ep = dist.get_world_size(group)
+        ep = dist.get_world_size(how.group)
         tokens, top_k = ids.shape
         sent = F.pad(chosen().view(ep, -1), (0, 1), value=tokens)  # [ep, E/ep + 1]
         both = torch.stack([sent, torch.empty_like(sent)])
-        dist.all_to_all_single(both[1], both[0], group=group)
-        to, came = sizes(both, tokens, top_k)
+        dist.all_to_all_single(both[1], both[0], group=how.group)
+        to, came = how.sizes(both, tokens, top_k)
         return Routes(
             [counts[:-1] for counts in to],
             [counts[:-1] for counts in came],
@@ -108,7 +119,7 @@ def ask(chosen: Callable[[], Tensor], ids: Tensor, group: dist.ProcessGroup, kep
             both[1, :, :-1].contiguous(),
         )
 
-    return make() if kept is None else kept.once(make)
+    return make() if how.kept is None else how.kept.once(make)
 
 
 def orders(counts: Tensor, total: int) -> Tensor:
@@ -188,54 +199,38 @@ class _Exchanged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        group: dist.ProcessGroup,
-        kept: Kept | None,
-        do: ModuleType,
-        sizes: Sizes,
-        kind: type[Exchange],
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, how: How
     ) -> Tensor:
-        rows, place, ends = do.permute(x, ids, dist.get_world_size(group) * len(gate_up_proj))
-        routes = ask(lambda: ends.diff(prepend=ends.new_zeros(1)), ids, group, kept, sizes)
-        exchange = kind(routes, group, do)
+        do = how.do
+        rows, place, ends = do.permute(x, ids, dist.get_world_size(how.group) * len(gate_up_proj))
+        routes = ask(lambda: ends.diff(prepend=ends.new_zeros(1)), ids, how)
+        exchange = how.kind(routes, how.group, do)
         rows, gate_up = exchange.out_and_matmul(rows, gate_up_proj, True)  # [N, H], [N, 2I]
         seen = rows if ctx.needs_input_grad[3] else None
         del rows
         out = exchange.matmul_and_back(do.swiglu(gate_up), down_proj, True)()  # [T*K, H]
         ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, seen, gate_up, place, exchange.known)
-        ctx.parts = routes, group, do, kind
+        ctx.routes, ctx.how = routes, how
         return do.unpermute(out, place, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         ids, weights, gate_up_proj, down_proj, rows, gate_up, place, known = ctx.saved_tensors
-        need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
-        routes, group, do, kind = ctx.parts
-        exchange = kind(routes, group, do, known)
+        need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
+        do = ctx.how.do
+        exchange = ctx.how.kind(ctx.routes, ctx.how.group, do, known)
         weight = exchange.out(weight_of_row(weights, place))
         # not yet times the row's weight: [N, H], [N, I]
         grad_out, grad_hidden = exchange.out_and_matmul(do.sorted_rows(grad_y, ids, place), down_proj, False)
         dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight.wait())
         del grad_hidden
-        grad_x = grad_weights = grad_gate_up_proj = grad_down = None
-        if need_x:
-            rows_home = exchange.matmul_and_back(grad_gate_up, gate_up_proj, False)
-        if need_weights:
-            dots_home = exchange.back(dots)
-        if need_down:
-            grad_down = do.grouped_weight_grad(grad_out, hidden, exchange.ends)
-        if need_gate_up:
-            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, exchange.ends)
-        if need_x:
-            grad_x = do.permute_backward(rows_home(), place, ids.shape[1])
-        if need_weights:
-            grad_weights = dots_home.wait().index_select(0, place).view_as(weights)
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None, None
+        rows_home = exchange.matmul_and_back(grad_gate_up, gate_up_proj, False) if need_x else None
+        dots_home = exchange.back(dots) if need_weights else None
+        grad_down = do.grouped_weight_grad(grad_out, hidden, exchange.ends) if need_down else None
+        grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, exchange.ends) if need_gate_up else None
+        grad_x = do.permute_backward(rows_home(), place, ids.shape[1]) if rows_home else None
+        grad_weights = dots_home.wait().index_select(0, place).view_as(weights) if dots_home else None
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
 
 
 class _Gathered(torch.autograd.Function):
@@ -243,20 +238,11 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        group: dist.ProcessGroup,
-        kept: Kept | None,
-        do: ModuleType,
-        sizes: Sizes,
-        kind: type[Exchange],
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, how: How
     ) -> Tensor:
+        do, group = how.do, how.group
         ep, local = dist.get_world_size(group), len(gate_up_proj)
-        routes = ask(lambda: do.histogram(ids, ep * local), ids, group, kept, sizes)
+        routes = ask(lambda: do.histogram(ids, ep * local), ids, how)
         most, total = max(routes.tokens), sum(map(sum, routes.received))
         wide = working_dtype(weights)
         choice = torch.cat([ids.to(wide), weights.to(wide)], 1)  # numbers of experts are far below 2^24: exact
@@ -273,37 +259,35 @@ class _Gathered(torch.autograd.Function):
         shares = do.unpermute(out, place, all_weights)  # [ep * most, H], of each token what is due to the rows here
         seen = all_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, seen, gate_up, place, ends)
-        ctx.group, ctx.do, ctx.total, ctx.tokens = group, do, total, len(x)
+        ctx.how, ctx.total, ctx.tokens = how, total, len(x)
         y = _added(do, _scatter(shares, group).wait(), ep)
         return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns of views that its units return
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         ids, weights, gate_up_proj, down_proj, x, gate_up, place, ends = ctx.saved_tensors
-        need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
-        do, group, total, ep = ctx.do, ctx.group, ctx.total, dist.get_world_size(ctx.group)
+        need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
+        do, group, total, ep = ctx.how.do, ctx.how.group, ctx.total, dist.get_world_size(ctx.how.group)
         grad_y = _gather(grad_y, len(ids) // ep, group).wait()
         grad_out = do.sorted_rows(grad_y, ids, place, count=total)
         weight = weight_of_row(weights, place)[:total]
         grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
         dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight)
         del grad_hidden
-        grad_x = grad_weights = grad_gate_up_proj = grad_down = None
+        x_home = slots_home = None
         if need_x:
             grad_rows = do.grouped_matmul(grad_gate_up, gate_up_proj, ends)
-            coming = _scatter(do.unpermute(grad_rows, place, torch.ones_like(weights)), group)
+            x_home = _scatter(do.unpermute(grad_rows, place, torch.ones_like(weights)), group)
             del grad_rows
         if need_weights:  # of the ep shares of a slot all but one are zero
             mine = F.pad(dots, (0, 1)).index_select(0, place.clamp(max=total)).view_as(weights)
-            grad_weights = _scatter(mine, group).wait().view(ep, -1, weights.shape[1]).sum(0)[: ctx.tokens]
-        if need_down:
-            grad_down = do.grouped_weight_grad(grad_out, hidden, ends)
-        if need_gate_up:
-            rows = do.sorted_rows(x, ids, place, grad_out, total)
-            grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends)
-        if need_x:
-            grad_x = _added(do, coming.wait(), ep)[: ctx.tokens]
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None, None, None, None, None
+            slots_home = _scatter(mine, group)
+        grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
+        rows = do.sorted_rows(x, ids, place, grad_out, total) if need_gate_up else None
+        grad_gate_up_proj = do.grouped_weight_grad(grad_gate_up, rows, ends) if need_gate_up else None
+        grad_x = _added(do, x_home.wait(), ep)[: ctx.tokens] if x_home else None
+        grad_weights = slots_home.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if slots_home else None
+        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
 
 
 def _gather(x: Tensor, most: int, group: dist.ProcessGroup, padding: float = 0) -> Coming:

@@ -81,7 +81,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     seed_all(t.seed)
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
-    meshes = make_meshes(device.type, settings.parallel)
+    meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
     chosen = kernels.select(device.type, m.kernels)
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))

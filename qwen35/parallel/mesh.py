@@ -1,9 +1,11 @@
 """Who shares what: the ranks laid out for the weights, for the experts, and for long sequences."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwen35.layout import layout_of
 from qwen35.settings import ParallelSettings
@@ -38,11 +40,27 @@ class Meshes:
         return self.tokens["ulysses"].get_local_rank()
 
 
-def make_meshes(device_type: str, p: ParallelSettings) -> Meshes:
-    """Over all ranks of the default group. Raises SettingError."""
-    of = layout_of(p, dist.get_world_size())
+def make_meshes(device_type: str, p: ParallelSettings, timeout: float = 1800) -> Meshes:
+    """Over all ranks of the default group, which must have the same timeout: seconds that a collective waits for the slowest.
+
+    Raises SettingError.
+    """
+    of, patience = layout_of(p, dist.get_world_size()), timedelta(seconds=timeout)
     return Meshes(
-        init_device_mesh(device_type, (of.copies, of.shard), mesh_dim_names=("replicate", "shard")),
-        init_device_mesh(device_type, (of.copies, of.fsdp, of.ep), mesh_dim_names=("replicate", "fsdp", "ep")),
-        init_device_mesh(device_type, (of.data, of.ulysses), mesh_dim_names=("data", "ulysses")),
+        _mesh(device_type, {"replicate": of.copies, "shard": of.shard}, patience),
+        _mesh(device_type, {"replicate": of.copies, "fsdp": of.fsdp, "ep": of.ep}, patience),
+        _mesh(device_type, {"data": of.data, "ulysses": of.ulysses}, patience),
     )
+
+
+def _mesh(device_type: str, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
+    """As init_device_mesh makes it, whose groups would have torch's own half hour whatever the default group has."""
+    ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
+    groups = []
+    for dim, (name, size) in enumerate(sizes.items()):
+        lines = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+        everyone = dist.group.WORLD if len(lines) == 1 else None  # a second one would need buffers of its own
+        groups.append(
+            everyone or dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{name}")[0]
+        )
+    return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=tuple(sizes))

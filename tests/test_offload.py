@@ -148,6 +148,26 @@ def test_views_come_back_as_they_were():
     assert packed[0].item is packed[1].item is packed[2].item is not packed[3].item
 
 
+def test_parameters_are_looked_through_once_for_each_storage_that_goes():
+    """And not for what is known: a layer packs dozens of tensors. What becomes a parameter later is found too."""
+    looks = []
+
+    class Layer(torch.nn.Linear):
+        def parameters(self, recurse=True):
+            looks.append(None)
+            return super().parameters(recurse)
+
+    layer = Layer(4, 4)
+    stash = Offload(CPU, 0).stash(layer, [shared := torch.ones(4)], None, is_last=False)
+    x, y = torch.ones(6, 4), torch.ones(6, 4)
+    packed = [stash.pack(v) for v in (x, layer.weight, x.T, layer.bias, x[1:], shared, layer.weight.T, x)]
+    assert [isinstance(p, View) for p in packed] == [True, False, True, False, True, False, False, True]
+    assert len(looks) == 1
+    assert isinstance(stash.pack(y), View) and len(looks) == 2
+    layer.weight = torch.nn.Parameter(torch.ones(4, 4))
+    assert not isinstance(stash.pack(layer.weight), View)
+
+
 def test_nothing_outlives_backward():
     """Without the garbage collector: of a device's memory everything counts."""
     model = Qwen35.from_config(config_dict(), seed=3)

@@ -53,7 +53,8 @@ class Stash:
     """
 
     def __init__(self, offload: Offload, layer: nn.Module, shared: set[int], before: "Stash | None", is_last: bool):
-        self.offload, self.layer, self.shared, self.before, self.is_last = offload, layer, shared, before, is_last
+        self.offload, self.layer, self.before, self.is_last = offload, layer, before, is_last
+        self.staying = shared  # and the parameters, as they are met
         # of those that somebody still needs: a layer below all that is trained keeps nothing, though much was packed
         self.items: MutableMapping[tuple[int, torch.dtype], Item] = WeakValueDictionary()
         self.mark: Any = None  # of the copies that were asked for last
@@ -74,9 +75,10 @@ class Stash:
         if x.device.type != self.offload.device.type:
             return x  # of the host already
         x, size = x.detach(), x.untyped_storage().nbytes()
-        if self.is_last or size < max(1, self.offload.smallest) or self._is_known(_key(x)):
+        key = _key(x)
+        if self.is_last or size < max(1, self.offload.smallest) or self._stays(key, x.dtype):
             return x
-        item = self.items.setdefault((_key(x), x.dtype), Item())
+        item = self.items.setdefault((key, x.dtype), Item())
         if item.here is None:
             item.here = x.as_strided((size // x.element_size(),), (1,), 0)
         return View(item, x.shape, x.stride(), x.storage_offset())
@@ -91,8 +93,12 @@ class Stash:
         assert kept.item.here is not None
         return kept.item.here.as_strided(kept.shape, kept.stride, kept.offset)
 
-    def _is_known(self, key: int) -> bool:
-        return key in self.shared or any(key == _key(p) for p in self.layer.parameters())
+    def _stays(self, key: int, dtype: torch.dtype) -> bool:
+        if key not in self.staying and (key, dtype) not in self.items:
+            self.staying.update(
+                map(_key, self.layer.parameters())
+            )  # again for what is new: FSDP makes them whole by parts
+        return key in self.staying
 
     def _send(self) -> None:
         """To the host, after what the device computes now."""

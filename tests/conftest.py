@@ -6,10 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# a shell has what it starts in the background ignore Ctrl-C, and all that this starts; here some are sent it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

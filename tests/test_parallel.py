@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qwen35.device import init_process
+from qwen35 import trainable
+from qwen35.config import load_settings
+from qwen35.device import HOST, init_process
 from qwen35.launch import leave
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
 from qwen35.parallel.offload import Offload
+from qwen35.pulse import Pulse
 from qwen35.settings import ParallelSettings, TrainingSettings
-from qwen35.trainable import freeze
+from qwen35.train import LONGER, setup
 
 STEPS = 3
 # four micro-batches: with images of several sizes, without any, and one with nothing to train
@@ -42,18 +47,36 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
+def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
+    """Every case, one after the other."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     device = init_process()
-    config = config_dict(**case.get("config", {}))
+    found = {name: train(device, **case) for name, case in cases.items()}
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+    leave(0)
+
+
+def train(
+    device: torch.device,
+    config: dict | None = None,
+    parallel: dict | None = None,
+    freeze: Sequence[str] = (),
+    recompute: bool | str = False,
+    offload: bool = False,
+    optimizer: str = "adamw",
+) -> dict:
+    """Some steps. -> of all of them the losses and norms, of the first the gradients, after the last the weights"""
+    config = config_dict(**config or {})
     whole = Qwen35.from_config(config, seed=1)
-    meshes = make_meshes(device.type, ParallelSettings(**case.get("parallel", {})))
+    meshes = make_meshes(device.type, ParallelSettings(**parallel or {}))
     with torch.device("meta"):
         model = Qwen35(load_config(config))
-    freeze(model, case.get("freeze", []))
+    trainable.freeze(model, freeze)
     shard(model, meshes, torch.float32)
     model.to_empty(device=device)
     with torch.no_grad():
@@ -62,19 +85,16 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
                 p.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements))
             else:
                 p.copy_(q)
-    model.recompute(case.get("recompute", False))
-    if case.get("offload"):
+    model.recompute(recompute)
+    if offload:
         model.model.language_model.offload = Offload(device, 0).stash
-    t = TrainingSettings(
-        train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, **case.get("training", {})
-    )
-    optimizer = make_optimizer(model, t)
+    t = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4, optimizer=optimizer)
+    adam = make_optimizer(model, t)
     norm = GradientNorm(model, meshes.weights["shard"].get_group())
-    mine = BATCHES[rank::world]
     losses, gradients, norms = [], {}, []
     for step in range(STEPS):
         total = torch.zeros(())
-        for batch in mine:
+        for batch in BATCHES[dist.get_rank() :: dist.get_world_size()]:
             loss, aux, _ = model.loss(batch, token_weights(batch, "default") / len(BATCHES))
             both = loss + 0.1 * aux / len(BATCHES)
             both.backward()
@@ -86,39 +106,72 @@ def worker(rank: int, world: int, port: int, out: Path, case: dict) -> None:
         norms.append(float(squares.sum().sqrt()))
         norm.clip(squares.sum().sqrt(), 0.05)
         if step == 0:
-            gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-        optimizer.step()
-        optimizer.zero_grad()
+            gradients = {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+        adam.step()
+        adam.zero_grad()
     weights = {n: full(p.detach()) for n, p in model.named_parameters()}
-    if rank == 0:
-        torch.save({"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}, out)
-    dist.destroy_process_group()
-    leave(0)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
-def run(tmp_path: Path, world: int, **case) -> dict:
-    out = tmp_path / f"{world}-{len(list(tmp_path.iterdir()))}.pt"
-    mp.spawn(worker, args=(world, free_port(), out, case), nprocs=world)
+def run(folder: Path, world: int, cases: dict[str, dict]) -> dict[str, dict]:
+    out = folder / f"{world}.pt"
+    mp.spawn(worker, args=(world, free_port(), out, cases), nprocs=world)
     return torch.load(out)
 
 
+# what one process computes, and what two do beside it
+PLAIN = {
+    "as it is": {},
+    "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
+    "dense, tied": {"config": {"moe": False, "tied": True}},
+}
 CASES = {
     "sharded": {},
     "replicated": {"parallel": {"fully_shard_parallel_size": 1}},
     "recompute": {"recompute": True},
-    "selective, on the host": {"recompute": "selective", "offload": True, "training": {"optimizer": "adamw_swap"}},
-    "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
-    "dense, tied": {"config": {"moe": False, "tied": True}},
+    "selective, on the host": {"recompute": "selective", "offload": True, "optimizer": "adamw_swap"},
+    "frozen tower": PLAIN["frozen tower"],
+    "dense, tied": PLAIN["dense, tied"],
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_two_processes_equal_one(tmp_path, case):
-    check(case, run(tmp_path, 1, **case), run(tmp_path, 2, **case))
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict[str, dict]:
+    return run(tmp_path_factory.mktemp("one"), 1, PLAIN)
 
 
-def test_two_replicas_of_two_shards_equal_one(tmp_path):
-    check({}, run(tmp_path, 1), run(tmp_path, 4, parallel={"fully_shard_parallel_size": 2}))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict[str, dict]:
+    return run(tmp_path_factory.mktemp("two"), 2, CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(one, two, name):
+    check(CASES[name], one[name if name in PLAIN else "as it is"], two[name])
+
+
+def test_two_replicas_of_two_shards_equal_one(one, tmp_path):
+    four = run(tmp_path, 4, {"2 x 2": {"parallel": {"fully_shard_parallel_size": 2}}})
+    check({}, one["as it is"], four["2 x 2"])
+
+
+def test_the_groups_of_a_run_wait_as_long_as_its_settings_say(workplace, monkeypatch):
+    """Longer than the launcher, which says more when its patience ends."""
+    asked = []
+
+    def ask(*args):
+        asked.append(args)
+        raise RuntimeError("that is all")
+
+    monkeypatch.setattr("qwen35.train.make_meshes", ask)
+    settings = load_settings(workplace / "recipe.yaml", ["training.timeout=5000", f"training.save={workplace / 'no'}"])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="that is all"):
+            setup(settings, HOST, Pulse())
+    finally:
+        dist.destroy_process_group()
+    assert asked == [("cpu", settings.parallel, 5000 + LONGER)]
 
 
 def check(case: dict, one: dict, two: dict) -> None:

@@ -147,11 +147,10 @@ class Sharded:
 CASES = {
     "fsdp 4": {},
     "ep 2 x fsdp 2": {"expert_parallel_size": 2},
-    "ep 4": {"expert_parallel_size": 4},
     "ep 2, 2 replicas": {"expert_parallel_size": 2, "fully_shard_parallel_size": 2},
     "recomputed": {"expert_parallel_size": 2, "recompute": True},
     "frozen": {"expert_parallel_size": 2, "frozen": FROZEN},
-    "looking ahead, selective": {"expert_parallel_size": 4, "mtp": True, "recompute": "selective"},
+    "ep 4, looking ahead, selective": {"expert_parallel_size": 4, "mtp": True, "recompute": "selective"},
 }
 
 
@@ -166,6 +165,7 @@ def worker(rank: int, folder: Path) -> None:
     found["gathers"] = {kept: gathers(folder / "hf", kept) for kept in (False, True)}
     found["read"] = {layout: bytes_read(folder / layout) for layout in ("hf", "per_expert")}
     found["resumed"] = resumed(folder)
+    found["seconds"] = patience(4000.0)
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
@@ -231,6 +231,20 @@ def resumed(folder: Path) -> dict:
     return steps[0] | courses | {"weights": steps[-1]["weights"]}
 
 
+def patience(seconds: float) -> dict[str, float]:
+    """Of each group of the meshes."""
+    meshes = make_meshes("cpu", ParallelSettings(expert_parallel_size=2, fully_shard_parallel_size=2), seconds)
+    groups = {
+        f"{kind} {name}": getattr(meshes, kind)[name].get_group()
+        for kind in ("weights", "experts", "tokens")
+        for name in getattr(meshes, kind).mesh_dim_names
+    }
+    assert groups.pop("tokens data") is dist.group.WORLD  # which has what it was made with
+    return {
+        name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("experts")
@@ -275,6 +289,11 @@ def test_each_rank_reads_its_own_slices(found):
         specs = HFFolder(found["folder"] / layout).specs
         every_rank = sum(specs[n].nbytes for n in specs if n.endswith(HELD_OUT))
         assert read == 2 * (sum(s.nbytes for s in specs.values()) + every_rank), layout
+
+
+def test_the_groups_of_the_meshes_wait_as_long_as_they_are_told(found):
+    """More than the half hour that torch gives them."""
+    assert len(found["seconds"]) == 6 and set(found["seconds"].values()) == {4000.0}
 
 
 def test_experts_are_gathered_twice(found):

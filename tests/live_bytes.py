@@ -1,69 +1,44 @@
 """Bytes of the storages that are alive on a device, as operators make them and their last user lets go."""
 
-import weakref
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rehearse.memory import Ledger
+
+BEFORE = "before"
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts each storage once, fake ones too; what was there before only if `hold` names it. `now`, and the highest, `peak`.
+    """A rehearsal's own count, of fake tensors or real ones, but for what was there before: `now`, and the highest, `peak`.
 
-    What an operator takes for itself inside is not seen. Storages that FSDP empties and fills again are followed.
+    What an operator takes for itself inside is not seen.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
-        self.device_type, self.now, self.peak = device_type, 0, 0
-        self._sizes: dict[int, int] = {}
-
-    def hold(self, *tensors: Tensor) -> None:
-        for storage in self._storages(tensors):
-            if storage._cdata not in self._sizes:
-                self._set(storage._cdata, storage.nbytes())
-                weakref.finalize(storage, self._gone, storage._cdata)
+        self._ledger = Ledger(device_type)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for storage in self._storages(tree_leaves((args, kwargs))):
-            if storage._cdata not in self._sizes:  # from before
-                self._sizes[storage._cdata] = 0
-                weakref.finalize(storage, self._gone, storage._cdata)
+        inputs = tensors((args, kwargs))
+        self._ledger.claim(BEFORE, [x for x in inputs if x.untyped_storage()._cdata not in self._ledger.live])
         out = func(*args, **(kwargs or {}))
-        self.hold(*tree_leaves(out))
+        self._ledger.saw(func, args, kwargs or {}, inputs, tensors(out))
         return out
 
-    def _storages(self, values):
-        for x in values:
-            if isinstance(x, Tensor):
-                local = getattr(x, "_local_tensor", x)
-                if local.device.type == self.device_type:
-                    yield local.untyped_storage()
-
-    def __enter__(self):
-        self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = self._resized
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self._resize
-        return super().__exit__(*error)
+    @property
+    def now(self) -> int:
+        return sum(self._changes())
 
     @property
-    def _resized(self):
-        def resize_(storage, size):
-            found = self._resize(storage, size)
-            if storage._cdata in self._sizes:
-                self._set(storage._cdata, storage.nbytes())
-            return found
+    def peak(self) -> int:
+        return max(accumulate(self._changes()), default=0)
 
-        return resize_
+    def _changes(self) -> list[int]:
+        return [change for number, change, _ in self._ledger.changes if self._ledger.kind(number) != BEFORE]
 
-    def _set(self, key: int, size: int) -> None:
-        self.now += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        self.peak = max(self.peak, self.now)
 
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
+def tensors(values) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]

@@ -47,6 +47,19 @@ def load_pair(x, index, C: tl.constexpr):
 
 
 @triton.jit
+def load_task(sequences, task, Hk: tl.constexpr, Hv: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr):
+    """Which of the walks it is, and from where to where: a sequence, a V head and BV columns of its state.
+
+    -> the V head, its K head, the first column; of the sequence (as in chunks.py) the tokens' start and end, the chunks'
+    """
+    sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
+    k_head = v_head // (Hv // Hk)
+    start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
+    end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+    return v_head, k_head, column, start, end, chunk, last
+
+
+@triton.jit
 def decay(cum, C: tl.constexpr):
     """exp(b_i - b_j) on and below the diagonal, zeros above, of cum [C]"""
     place = tl.arange(0, C).to(tl.float32)  # compared as floats, which the vector unit can

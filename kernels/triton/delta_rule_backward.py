@@ -6,7 +6,7 @@ Names and mathematics as in kernels/gated_delta_rule.py.
 import triton
 import triton.language as tl
 
-from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, store_block
+from kernels.triton.blocks import decay_transposed, load_block, load_pair, load_rows, load_task, store_block
 
 
 @triton.jit(do_not_specialize=["count_sequences", "k_stride", "v_stride"])
@@ -17,10 +17,7 @@ def states(
     """The walk of delta_rule_forward.scan without its output: writes states [N, Hv, Dk, Dv], what enters each chunk."""
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
-        sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
-        k_head = v_head // (Hv // Hk)
-        start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
-        end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+        v_head, k_head, column, start, end, chunk, last = load_task(sequences, task, Hk, Hv, BLOCKS, BV)
         state = tl.zeros([Dk, BV], dtype=tl.float32)
         for i in range(last - chunk):
             first, count = start + i * C, tl.minimum(C, end - start - i * C)
@@ -50,10 +47,7 @@ def grad_states(
     """
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
-        sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
-        k_head = v_head // (Hv // Hk)
-        start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
-        end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+        v_head, k_head, column, start, end, chunk, last = load_task(sequences, task, Hk, Hv, BLOCKS, BV)
         grad_state = tl.zeros([Dk, BV], dtype=tl.float32)
         for back in range(last - chunk):
             i = last - chunk - 1 - back

@@ -12,6 +12,7 @@ from kernels.triton.blocks import (
     load_block,
     load_pair,
     load_rows,
+    load_task,
     store_block,
     store_rows,
     unit_lower_inverse,
@@ -78,10 +79,7 @@ def scan(
     """
     BLOCKS: tl.constexpr = Dv // BV
     for task in range(tl.program_id(0), count_sequences * Hv * BLOCKS, tl.num_programs(0)):
-        sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
-        k_head = v_head // (Hv // Hk)
-        start, chunk = tl.load(sequences + 2 * sequence), tl.load(sequences + 2 * sequence + 1)
-        end, last = tl.load(sequences + 2 * sequence + 2), tl.load(sequences + 2 * sequence + 3)
+        v_head, k_head, column, start, end, chunk, last = load_task(sequences, task, Hk, Hv, BLOCKS, BV)
         state = tl.zeros([Dk, BV], dtype=tl.float32)
         for i in range(last - chunk):
             first, count = start + i * C, tl.minimum(C, end - start - i * C)

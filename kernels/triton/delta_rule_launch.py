@@ -129,14 +129,7 @@ def grad_states(
 
 @grad_states.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    inverse: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    entering: Tensor,
-    sequences: Tensor,
+    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
     return _grad_states(k, grad, gates)
 
@@ -172,16 +165,7 @@ def gradients(
 
 @gradients.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inverse: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    entering: Tensor,
-    leaving: Tensor,
-    chunks: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _gradients(k, v, gates)
 

@@ -180,13 +180,14 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
-    ids, trained, grids, sources, visuals = [], [], [], [], []
+    ids, trained = bytearray(), bytearray()  # which grow in place: no second copy of all of them, as a list to join would need
+    grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()
     made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
     for record, sample in tqdm(made, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
-        ids.append(sample.ids)
-        trained.append(sample.trained)
+        ids += sample.ids.data
+        trained += sample.trained.data
         lengths.append(len(sample.ids))
         grids += sample.grids
         counts.append(len(sample.grids))
@@ -194,8 +195,8 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         visuals += [_plain(visual) for visual in record.visuals]
     return FileSamples(
         str(file),
-        torch.from_numpy(np.concatenate(ids)) if ids else torch.zeros(0, dtype=torch.int32),
-        torch.from_numpy(np.concatenate(trained)) if ids else torch.zeros(0, dtype=torch.bool),
+        torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
+        torch.frombuffer(trained, dtype=torch.bool) if ids else torch.zeros(0, dtype=torch.bool),
         torch.tensor(lengths).cumsum(0),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         torch.tensor(counts).cumsum(0),

@@ -1,8 +1,8 @@
 """Whether memory stays flat over a run: `python -m bench.memory [--epochs 12] [--processes 1]`.
 
 The model of the tiny recipe trains on images, text and videos with weights; each epoch is packed anew and ends with a
-validation, which generates too, and a checkpoint. After it the memory of the processes is read: rank 0 and all its loader workers,
-each page counted in parts by those that share it (Pss of Linux).
+validation, which generates too, and a checkpoint. After it the memory of rank 0 and of its loader workers is read: what is theirs,
+each page counted in parts by those that share it (Pss_Anon and Pss_Shmem of Linux), and beside it all that rank 0 has resident.
 """
 
 import argparse
@@ -65,23 +65,19 @@ def measure(job: "subprocess.Popen[bytes]", save: Path, step: int) -> dict[str, 
         if latest.is_file() and int(latest.read_text()) >= step:
             ranks = [child for child in psutil.Process(job.pid).children() if "qwen35.train" in child.cmdline()]
             rank = min(ranks, key=lambda process: int(process.environ()["RANK"]))
-            workers = [memory(child.pid) for child in rank.children()]
-            own = memory(rank.pid)
-            whole = own["Pss"] + sum(worker["Pss"] for worker in workers)
-            return {
-                "rank resident": own["Rss"],
-                "its own share": own["Pss"],
-                f"{len(workers)} workers": whole - own["Pss"],
-                "together": whole,
-            }
+            resident, own = memory(rank.pid)
+            workers = [memory(worker.pid)[1] for worker in rank.children()]
+            shares = {"rank": own, f"{len(workers)} workers": sum(workers), "together": own + sum(workers)}
+            return {"rank resident": resident, **shares}
         time.sleep(0.02)
     return {}
 
 
-def memory(pid: int) -> dict[str, float]:
-    """MB by the names of Linux's smaps_rollup."""
+def memory(pid: int) -> tuple[float, float]:
+    """MB that are resident, and MB of its own, files left out: how many share the libraries is others' doing."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    return {name: int(size.split()[0]) / 1e3 for name, size in (line.split(":", 1) for line in lines)}
+    sizes = {name: int(size.split()[0]) / 1e3 for name, size in (line.split(":", 1) for line in lines)}
+    return sizes["Rss"], sizes["Pss_Anon"] + sizes["Pss_Shmem"]
 
 
 def write(folder: Path) -> list[str]:

@@ -1,8 +1,9 @@
 """Whether memory stays flat over a run: `python -m bench.memory [--epochs 12] [--processes 1]`.
 
 The model of the tiny recipe trains on images, text and videos with weights; each epoch is packed anew and ends with a
-validation, which generates too, and a checkpoint. After it the memory of rank 0 and of its loader workers is read: what is theirs,
-each page counted in parts by those that share it (Pss_Anon and Pss_Shmem of Linux), and beside it all that rank 0 has resident.
+validation, which generates too, and a checkpoint. After it the memory of rank 0 and of its loader workers is read: what is
+theirs, a page counted in parts by those that share it (Pss_Anon and Pss_Shmem of Linux), and beside it all that rank 0 has
+resident.
 """
 
 import argparse
@@ -38,11 +39,16 @@ def main() -> None:
         recipe = f"{ASSETS.parent}/configs/tiny.yaml"
         steps = MicroBatches(load_settings(recipe, own), 0, args.processes).bins_per_epoch // args.processes
         own += [f"training.{name}={steps}" for name in ("val_interval", "save_interval")]
-        own.append(f"training.train_iters={steps * (args.epochs + 1)}")  # one more: the last is read before the run ends
+        own.append(
+            f"training.train_iters={steps * (args.epochs + 1)}"
+        )  # one more: the last is read before the run ends
         with listen(0) as free:
             port = free.getsockname()[1]
         launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(args.processes), "--master_port", str(port)]
-        print(f"{steps} steps an epoch, {args.processes} processes with {args.workers} workers for each loader", flush=True)
+        print(
+            f"{steps} steps an epoch, {args.processes} processes with {args.workers} workers for each loader",
+            flush=True,
+        )
         with (
             (folder / "log").open("w") as log,
             subprocess.Popen([sys.executable, *launcher, recipe, *own], stdout=log, stderr=log) as job,
@@ -87,7 +93,8 @@ def write(folder: Path) -> list[str]:
     digits = json.loads((folder / "digits/train.json").read_text())
     text = [exchange(f"What is {a} and {b}?", str(a + b)) for a in range(12) for b in range(12)]
     videos = [
-        exchange("<video>\nWhich digits are these?", f"{i} and {i + 1}") | {"videos": [[f"images/{j:04}.png" for j in (i, i + 1)]]}
+        exchange("<video>\nWhich digits are these?", f"{i} and {i + 1}")
+        | {"videos": [[f"images/{j:04}.png" for j in (i, i + 1)]]}
         for i in range(60)
     ]
     files = {"images": digits[:400], "text": text, "videos": videos}

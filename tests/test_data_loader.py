@@ -468,7 +468,9 @@ def test_samples_that_were_just_made_lie_in_the_shared_file_too(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     samples = load_samples(home / "a.json", Preparation.of(s), None)
     (entry,) = (home / "cache").iterdir()
-    places = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(entry) in line]
+    places = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(entry) in line
+    ]
     assert any(int(start, 16) <= samples.ids.data_ptr() < int(end, 16) for start, end in places)
 
 

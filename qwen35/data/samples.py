@@ -152,7 +152,7 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
             elif is_alone:
                 samples = make_samples(file, preparation, limit, progress)
                 _write(samples, kept)
-                samples = _usable(kept) or samples  # in the file, which all share, instead of in this process's own memory
+                samples = _usable(kept) or samples  # in the file, which all share, not in this process's memory
         if samples is None:
             time.sleep(WAIT)
     return samples
@@ -196,7 +196,7 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
-    ids, trained = bytearray(), bytearray()  # which grow in place: no second copy of all of them, as a list to join would need
+    ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()

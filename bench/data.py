@@ -1,7 +1,8 @@
 """How fast records become training data: `python -m bench.data [--records 150000] [--images 2000] [--tokenizer FOLDER]`.
 
 A synthetic LLaVA-Instruct of that size, one image in use for several records, converted as `make data` does it: without looking
-at the images, then with their headers read, then with a model folder's tokenizer. Then the packing of as many samples of LLaVA-like lengths into bins.
+at the images, then with their headers read, then with a model folder's tokenizer. Then the packing of as many samples of
+LLaVA-like lengths into bins.
 """
 
 import argparse

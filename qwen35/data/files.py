@@ -49,7 +49,7 @@ def alone_in(folder: Path) -> Iterator[bool]:
     """Whether no other process of this machine is in such a block with this folder (made if need be), for as long as it lasts.
 
     The lock ends with the process, kill -9 included. On a folder it is one of this machine, on a network's file system too.
-    Where there are no locks, or the folder cannot be made, everybody is alone. One that was made here and left empty goes again.
+    Where there are no locks, or the folder cannot be made, everybody is alone. One that was made here and is empty goes again.
     """
     is_new, handle, is_alone = not folder.exists(), None, True
     try:

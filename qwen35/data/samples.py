@@ -159,7 +159,7 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
 
 
 def _usable(kept: Path) -> FileSamples | None:
-    """The samples of an entry, or none, and then it is gone: cut short by a full disk or a crash, damaged since, or outdated."""
+    """The samples of an entry, or none, and then it is gone: cut short (a full disk, a crash), damaged since, outdated."""
     if not kept.is_file():
         return None
     try:

@@ -1,7 +1,8 @@
-"""How fast records become training data: `python -m bench.data [--records 150000] [--images 2000]`.
+"""How fast records become training data: `python -m bench.data [--records 150000] [--images 2000] [--tokenizer FOLDER]`.
 
 A synthetic LLaVA-Instruct of that size, one image in use for several records, converted as `make data` does it: without looking
-at the images, then with their headers read. Then the packing of as many samples of LLaVA-like lengths into bins.
+at the images, then with their headers read, then with a model folder's tokenizer. Then the packing of as many samples of
+LLaVA-like lengths into bins.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import random
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +28,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.data", description=__doc__)
     parser.add_argument("--records", type=int, default=150_000)
     parser.add_argument("--images", type=int, default=2_000, help="image files; records take them in turn")
+    parser.add_argument("--tokenizer", type=Path, help="model folder; without one no record is tokenised")
     args = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
         llava, images = write(Path(folder), args.records, args.images)
         print(f"{args.records:,} records, {llava.stat().st_size / 1e6:.0f} MB, {args.images:,} images")
-        for check in ("none", "headers"):
+        asked = {"images none": Options(llava, images, Path(folder) / "out.json", check="none")}
+        asked["images headers"] = replace(asked["images none"], check="headers")
+        if args.tokenizer:
+            asked["tokens"] = replace(asked["images headers"], tokenizer=args.tokenizer)
+        for what, options in asked.items():
             start = time.perf_counter()
-            convert(Options(llava, images, Path(folder) / "out.json", check=check))
-            print(f"make data, images {check}: {args.records / (time.perf_counter() - start):,.0f} records/s")
+            convert(options)
+            print(f"make data, {what}: {args.records / (time.perf_counter() - start):,.0f} records/s")
         own, others = (
             resource.getrusage(who).ru_maxrss / 1e3 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         )

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,14 +215,18 @@ def _text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last one that was cut off while it was written is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+def read_metrics(path: Path, only: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or these values of them; a last one that was cut off while it was written is left out."""
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    with path.open() as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            lines.append({name: value for name, value in values.items() if name in only} if only else values)
     return lines
 
 
@@ -233,7 +237,9 @@ def draw_loss(folder: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = read_metrics(folder / "metrics.jsonl")
+    # of a long run all of them would be half a gigabyte
+    drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
+    lines = read_metrics(folder / "metrics.jsonl", drawn)
     steps = [line["step"] for line in lines]
     with_answers = any("val_exact_match" in line for line in lines)
     figure, axes = plt.subplots(1 + with_answers, figsize=(8, 6 if with_answers else 4.5), sharex=True, squeeze=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from contextlib import nullcontext
 from itertools import islice, pairwise
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -26,10 +29,11 @@ from qwen35.config import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data import samples as module
 from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.files import alone_in
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.parcel import Parcel
-from qwen35.data.samples import Preparation, load_samples, make_samples
+from qwen35.data.samples import Preparation, TokenisedSample, load_samples, make_samples
 from qwen35.data.tokens import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -362,6 +366,7 @@ def _names_lost(data: bytes) -> bytes:
 
 def test_of_several_writers_the_first_stands(home, model, monkeypatch):
     """Another machine has finished while this one was tokenising: whoever reads its entry by now keeps it."""
+    monkeypatch.setattr(module, "alone_in", lambda _: nullcontext(True))  # its lock is not seen there
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     preparation, entries = Preparation.of(s), []
 
@@ -390,20 +395,97 @@ def test_a_cache_where_files_have_one_name(home, model, monkeypatch):
     assert len(load_samples(home / "a.json", Preparation.of(s), None).sources) == 30
 
 
+def fork(function, *args):
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def write_cache(s, home):
     load_samples(home / "a.json", Preparation.of(s), None)
 
 
 def test_several_processes_write_one_entry(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
-    processes = [multiprocessing.get_context("fork").Process(target=write_cache, args=(s, home)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
+    for process in [fork(write_cache, s, home) for _ in range(3)]:
         process.join(60)
         assert process.exitcode == 0
     (entry,) = (home / "cache").iterdir()  # nothing temporary is left
     assert entry.suffix == ".safetensors"
+
+
+def test_one_process_makes_the_samples_and_the_others_wait_for_them(home, model, monkeypatch):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    made, waits = make_samples(home / "a.json", Preparation.of(s), None), multiprocessing.Event()
+    monkeypatch.setattr(module, "make_samples", None)  # any use would fail
+    monkeypatch.setattr(module.time, "sleep", lambda _: waits.set())
+    with alone_in(home / "cache") as is_alone:
+        assert is_alone
+        other = fork(write_cache, s, home)
+        assert waits.wait(60)
+        module._write(made, home / "cache" / f"a-{Preparation.of(s).cache_key(home / 'a.json', None)}.safetensors")
+        other.join(60)  # the entry is enough: it may be for another one that the lock is still held
+    assert other.exitcode == 0
+
+
+def test_who_waited_takes_the_place_of_one_that_was_killed(home, model, monkeypatch):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    begun, waits = multiprocessing.Event(), multiprocessing.Event()
+
+    def never_done(*_):
+        begun.set()
+        signal.pause()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_samples", never_done)
+        killed = fork(write_cache, s, home)
+        assert begun.wait(60)
+    monkeypatch.setattr(module.time, "sleep", lambda _: waits.set())
+    other = fork(write_cache, s, home)
+    assert waits.wait(60) and other.is_alive()
+    killed.kill()
+    other.join(60)
+    assert other.exitcode == 0 and len(list((home / "cache").iterdir())) == 1
+
+
+def test_a_cache_whose_folder_knows_no_locks(home, model, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_cache(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")}), home)
+    assert len(list((home / "cache").iterdir())) == 1
+
+
+def test_nothing_is_left_of_a_cache_where_the_records_are_bad(home, model):
+    (home / "pics/1_0.png").unlink()
+    with pytest.raises(RecordError, match=r"1_0\.png"):
+        write_cache(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")}), home)
+    assert not (home / "cache").exists()
+
+
+def test_samples_that_were_just_made_lie_in_the_shared_file_too(home, model):
+    s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
+    samples = load_samples(home / "a.json", Preparation.of(s), None)
+    (entry,) = (home / "cache").iterdir()
+    places = [
+        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(entry) in line
+    ]
+    assert any(int(start, 16) <= samples.ids.data_ptr() < int(end, 16) for start, end in places)
+
+
+def test_samples_are_held_once_while_they_are_made(home, model, monkeypatch):
+    def tokenise(*_):
+        return TokenisedSample(np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool), [])
+
+    preparation = Preparation.of(settings(home, model))
+    monkeypatch.setattr(Preparation, "tokenise", tokenise)
+    tracemalloc.start()
+    samples = make_samples(home / "a.json", preparation, None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = samples.ids.nbytes + samples.trained.nbytes
+    assert size == 30 * 200_000 * 5 and peak < 1.3 * size
 
 
 def test_an_image_that_changed_since_it_was_measured(home, model):

@@ -1,10 +1,11 @@
 """The JSON files of a model folder, and files written whole or not at all."""
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,32 @@ def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         if is_new and not any(path.parent.iterdir()):
             path.parent.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process of this machine is in such a block with this folder (made if need be), for as long as it lasts.
+
+    The lock ends with the process, kill -9 included. On a folder it is one of this machine, on a network's file system too.
+    Where there are no locks, or the folder cannot be made, everybody is alone. One that was made here and is empty goes again.
+    """
+    is_new, handle, is_alone = not folder.exists(), None, True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_alone = False
+    except OSError:
+        pass  # the lock only spares work; who writes into the folder finds out what is wrong with it
+    try:
+        yield is_alone
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if is_new:
+            with suppress(OSError):  # it holds something, or another has removed it
+                folder.rmdir()
 
 
 def _has_name(file: Path, path: Path) -> bool:

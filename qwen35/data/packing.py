@@ -87,8 +87,14 @@ class BinStream:
         """members: the samples of an epoch, some of them more than once or not at all; None: each once."""
         self.lengths, self.cutoff_len, self.seed, self.shuffle = lengths, cutoff_len, seed, shuffle
         self._members = members
+        self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last: the first is asked for twice
 
     def epoch(self, epoch: int) -> list[list[int]]:
+        if self._last is None or self._last[0] != epoch:
+            self._last = epoch, self._pack(epoch)
+        return self._last[1]
+
+    def _pack(self, epoch: int) -> list[list[int]]:
         members = np.arange(len(self.lengths)) if self._members is None else self._members(epoch)
         bins = pack_epoch(self.lengths[members], self.cutoff_len, self.seed, epoch, self.shuffle)
         return [members[content].tolist() for content in bins]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.data.files import replacing
+from qwen35.data.files import alone_in, replacing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.images import ImageError, ImageProcessor
@@ -29,6 +30,7 @@ from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
 CACHE_VERSION = 3  # of what is kept and how it is made
+WAIT = 0.1  # seconds between looks at what another process makes
 
 
 @dataclass(frozen=True)
@@ -134,26 +136,40 @@ def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:
 
 
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
-    """The first `limit` samples of a file, from cache_dir if they are there, else made (and kept there)."""
+    """The first `limit` samples of a file, from cache_dir if they are there, else made (and kept there).
+
+    Of the processes of a machine one makes them, and the others wait for it: they find its entry, or take its place.
+    """
     if preparation.basic.cache_dir is None:
         return make_samples(file, preparation, limit, progress)
     folder = Path(preparation.basic.cache_dir)
     kept = folder / f"{file.stem}-{preparation.cache_key(file, limit)}.safetensors"
-    if kept.is_file():
-        try:
-            samples = _read(kept)
-            if not samples.skipped.is_outdated():
-                return samples
-        except (SafetensorError, ValueError):  # the second: names that are no JSON
-            pass  # cut short by a full disk or a crash, or damaged since: made again
-        kept.unlink(missing_ok=True)  # now: whatever has this name later is another's new one
-    samples = make_samples(file, preparation, limit, progress)
-    try:
-        _write(samples, kept)
-    except (OSError, SafetensorError) as error:  # the second where its library cannot write
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {folder}: {reason}") from None
+    samples = _usable(kept)
+    while samples is None:
+        with alone_in(folder) as is_alone:
+            if kept.is_file():
+                samples = _usable(kept)
+            elif is_alone:
+                samples = make_samples(file, preparation, limit, progress)
+                _write(samples, kept)
+                samples = _usable(kept) or samples  # in the file, which all share, not in this process's memory
+        if samples is None:
+            time.sleep(WAIT)
     return samples
+
+
+def _usable(kept: Path) -> FileSamples | None:
+    """The samples of an entry, or none, and then it is gone: cut short (a full disk, a crash), damaged since, outdated."""
+    if not kept.is_file():
+        return None
+    try:
+        samples = _read(kept)
+        if not samples.skipped.is_outdated():
+            return samples
+    except (SafetensorError, ValueError):  # the second: names that are no JSON
+        pass
+    kept.unlink(missing_ok=True)  # now: whatever has this name later is another's new one
+    return None
 
 
 def tokenised(
@@ -180,13 +196,14 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
-    ids, trained, grids, sources, visuals = [], [], [], [], []
+    ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
+    grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()
     made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
     for record, sample in tqdm(made, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
-        ids.append(sample.ids)
-        trained.append(sample.trained)
+        ids += sample.ids.data
+        trained += sample.trained.data
         lengths.append(len(sample.ids))
         grids += sample.grids
         counts.append(len(sample.grids))
@@ -194,8 +211,8 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         visuals += [_plain(visual) for visual in record.visuals]
     return FileSamples(
         str(file),
-        torch.from_numpy(np.concatenate(ids)) if ids else torch.zeros(0, dtype=torch.int32),
-        torch.from_numpy(np.concatenate(trained)) if ids else torch.zeros(0, dtype=torch.bool),
+        torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
+        torch.frombuffer(trained, dtype=torch.bool) if ids else torch.zeros(0, dtype=torch.bool),
         torch.tensor(lengths).cumsum(0),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         torch.tensor(counts).cumsum(0),
@@ -234,13 +251,18 @@ def _read(path: Path) -> FileSamples:
 
 
 def _write(samples: FileSamples, path: Path) -> None:
+    """Raises SettingError."""
     names = {name: getattr(samples, name) for name in NAMES} | {"skipped": asdict(samples.skipped)}
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
-    with replacing(path, first_stands=True) as temporary:
-        save_file(tensors, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # before it has its name: a machine that goes down must not leave half of it
+    try:
+        with replacing(path, first_stands=True) as temporary:
+            save_file(tensors, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # before it has its name: a machine that goes down must not leave half of it
+    except (OSError, SafetensorError) as error:  # the second where its library cannot write
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {path.parent}: {reason}") from None
 
 
 def _file_digest(path: Path) -> bytes:

@@ -158,7 +158,10 @@ def question(args: argparse.Namespace) -> Record:
     if not text.strip():
         raise SettingError("the prompt is empty; give --prompt TEXT, or text on standard input (PROMPT='…' with make)")
     before = ""
-    for what, given, placeholder in (("image", args.image, IMAGE_PLACEHOLDER), ("video", args.video, VIDEO_PLACEHOLDER)):
+    for what, given, placeholder in (
+        ("image", args.image, IMAGE_PLACEHOLDER),
+        ("video", args.video, VIDEO_PLACEHOLDER),
+    ):
         places, count = text.count(placeholder), len(given)
         if not places:
             before += placeholder * count

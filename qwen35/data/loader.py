@@ -82,13 +82,14 @@ class MicroBatches:
         cut = self.dataset.truncated
         if cut.numbers:
             left_out += (
-                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and {cut.visuals:,} images "
-                "of theirs are not trained"
+                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and "
+                f"{_counts(cut.images, cut.videos)} of theirs are not trained"
             )
         return (
-            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
-            f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of "
-            f"{self.cutoff_len} ({self.real_share:.1%} real tokens){left_out}"
+            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, "
+            f"{_counts(self.dataset.images, self.dataset.videos)}; an epoch is {self.tokens_per_epoch:,} tokens "
+            f"({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
+            f"({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -96,6 +97,11 @@ class MicroBatches:
             if isinstance(batch, RecordError):
                 raise batch
             yield batch
+
+
+def _counts(images: int, videos: int) -> str:
+    """For messages."""
+    return f"{images:,} images" + f", {videos:,} videos" * (videos > 0)
 
 
 def open_dataset(settings: Settings, progress: bool) -> Dataset:

@@ -183,7 +183,9 @@ def test_the_validation_set_is_looked_at_as_the_training_set(m: Machine, setting
         line = wrong(recipe.recipe(m, RECIPE, [*settings, override]))
         assert line.split()[:2] == ["wrong", "validation"] and words in line and "data.dataset_param" not in line
     skipping = [*settings, f"{held_out}.dataset_dir=configs", f"{held_out}.on_bad_record=skip"]
-    assert "heldout.json: of the first 20 records 20 will be skipped" in only(recipe.recipe(m, RECIPE, skipping), "note")
+    assert "heldout.json: of the first 20 records 20 will be skipped" in only(
+        recipe.recipe(m, RECIPE, skipping), "note"
+    )
 
 
 def test_converted_weights_that_are_not_there(m: Machine, settings: list[str]) -> None:

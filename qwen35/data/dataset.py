@@ -14,7 +14,7 @@ from qwen35.data.images import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
-from qwen35.data.samples import FileSamples, Preparation, load_samples, visual_of
+from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.truncation import cut
 
@@ -55,7 +55,7 @@ class Dataset:
     only if nothing is left. `truncation` has those that are too long left out, or cut, whatever on_bad_record says.
     """
 
-    def __init__(self, preparation: Preparation, spec: VisionSpec, progress: bool = False):
+    def __init__(self, preparation: Preparation, spec: VisionSpec, progress: Progress = untold):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
         self.skips = basic.on_bad_record == "skip"

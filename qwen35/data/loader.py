@@ -17,7 +17,7 @@ from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
 from qwen35.data.parcel import Parcel
 from qwen35.data.record import RecordError
-from qwen35.data.samples import Preparation
+from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
 from qwen35.processes import die_with
 from qwen35.settings import Settings, dataset_entries
@@ -37,10 +37,10 @@ class MicroBatches:
         rank: int,
         world_size: int,
         start_step: int = 0,
-        progress: bool = False,
+        progress: Progress = untold,
         pin: bool = False,
     ):
-        """progress: a bar on the console while records are tokenised, for one process to show. pin: page-locked batches."""
+        """progress: is told of each record as it is tokenised. pin: page-locked batches."""
         loader, training = settings.data.dataloader_param, settings.training
         basic = settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
@@ -104,7 +104,7 @@ def _counts(images: int, videos: int) -> str:
     return f"{images:,} images" + f", {videos:,} videos" * (videos > 0)
 
 
-def open_dataset(settings: Settings, progress: bool) -> Dataset:
+def open_dataset(settings: Settings, progress: Progress) -> Dataset:
     """Raises SettingError, RecordError."""
     folder = settings.model.model_name_or_path
     spec = vision_spec(folder)

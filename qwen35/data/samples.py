@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from qwen35.data.files import replacing
 from qwen35.data.folder import ImageFolder
@@ -29,6 +28,11 @@ from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
 CACHE_VERSION = 3  # of what is kept and how it is made
+Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
+
+
+def untold(what: str, records: int) -> None:
+    """Nobody asks how far it is."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,9 @@ def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:
     return record.error(f"{which}, {visual}: {error}", error.kind, str(file))
 
 
-def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = untold) -> FileSamples:
     """The first `limit` samples of a file, from cache_dir if they are there, else made (and kept there)."""
+    progress(str(file), 0)
     if preparation.basic.cache_dir is None:
         return make_samples(file, preparation, limit, progress)
     folder = Path(preparation.basic.cache_dir)
@@ -178,13 +183,20 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
     raise RecordError(f"{error}{below}; on_bad_record: skip leaves such records out", error.kind, error.image) from None
 
 
-def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = untold) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
     ids, trained, grids, sources, visuals = [], [], [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()
-    made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
-    for record, sample in tqdm(made, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
+
+    def skip(error: RecordError) -> None:
+        skipped.add(error)
+        progress(str(error), 1)
+
+    for record, sample in tokenised(
+        file, preparation, limit, skip if preparation.basic.on_bad_record == "skip" else None
+    ):
+        progress(record.source, 1)
         ids.append(sample.ids)
         trained.append(sample.trained)
         lengths.append(len(sample.ids))

@@ -19,7 +19,7 @@ from qwen35.data.parcel import Parcel
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
-from qwen35.processes import die_with
+from qwen35.processes import die_with, obey
 from qwen35.settings import Settings, dataset_entries
 
 
@@ -174,6 +174,6 @@ def _wrapped(batch: Any) -> Any:
 def _start_worker(parent: int, _: int) -> None:
     die_with(parent)
     # a Ctrl-C or SIGTERM to the whole job is for the parent, which needs its batches to go on until it saves; what ends a
-    # worker is its parent's end, or the loader's
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # worker is its parent's end, or its parent's own SIGTERM: Python's way out waits for the workers once it has sent that
+    obey(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

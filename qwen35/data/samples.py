@@ -27,7 +27,7 @@ from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 3  # of what is kept and how it is made
+CACHE_VERSION = 4  # of what is kept and how it is made
 Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
 
 

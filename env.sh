@@ -38,10 +38,14 @@
 : "${MODEL:=${OUT:-$EXPORT_OUT}}"
 # The records with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
-# What `make generate` asks. Default: text on standard input. `<image>` in it is where an image belongs.
+# What `make generate` asks. Default: text on standard input. `<image>` in it is where an image belongs,
+# `<video>` where a video.
 : "${PROMPT:=}"
 # Image files for `make generate`, with commas between them. Without an `<image>` in PROMPT they go before it. Default: none.
 : "${IMAGE:=}"
+# A video for `make generate`: a file, a folder of frames, or its frames with commas between them; `;` between several videos.
+# Without a `<video>` in PROMPT they go before it, after the images. Default: none.
+: "${VIDEO:=}"
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 

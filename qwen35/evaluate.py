@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add = parser.add_argument
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
-    add("--dataset_dir", help="where the records' images lie; default: the folder of the (first) file")
+    add("--dataset_dir", help="where the records' images and videos lie; default: the folder of the (first) file")
     add("--batch", type=positive, default=64, help="records at once; default: 64")
     add("--max_new_tokens", type=positive, help="default: what the longest right answer needs")
     add("--thinking", action="store_true", help="let the model think first; default: it begins after an empty thought")

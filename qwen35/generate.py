@@ -1,4 +1,4 @@
-"""Answers of a model about images and text: `python -m qwen35.generate --model DIR [--image FILE …] --prompt TEXT`.
+"""Answers of a model about images, videos and text: `python -m qwen35.generate --model DIR [--image FILE …] --prompt TEXT`.
 
 The prompts run once, packed on one token axis; every step after that costs one token a sequence, whatever came before.
 """
@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from qwen35.chat import Source, add_options, find_model, load_model, positive, p
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.record import IMAGE_PLACEHOLDER, Turn
+from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -127,8 +128,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m qwen35.generate", description=__doc__)
     add_options(parser)
     add = parser.add_argument
-    add("--prompt", help="the question; default: standard input. `<image>` is where an image belongs")
+    add("--prompt", help="the question; default: standard input. `<image>`, `<video>`: where an image, a video belongs")
     add("--image", nargs="+", action="extend", default=[], help="files; before the text, if it has no `<image>`")
+    frames = "one video: a file, a folder of frames, or its frames; before the text, if it has no `<video>`"
+    add("--video", nargs="+", action="append", default=[], help=frames)
     add("--system", help="text of a system turn before it; default: none")
     add("--max_new_tokens", type=positive, default=512, help="default: 512")
     add("--temperature", type=float, default=0.0, help="default: 0, which always takes the likeliest token")
@@ -154,13 +157,19 @@ def question(args: argparse.Namespace) -> Record:
         raise SettingError("the prompt is not UTF-8 text") from None
     if not text.strip():
         raise SettingError("the prompt is empty; give --prompt TEXT, or text on standard input (PROMPT='…' with make)")
-    places, images = text.count(IMAGE_PLACEHOLDER), len(args.image)
-    if not places:
-        text = IMAGE_PLACEHOLDER * images + text
-    elif places != images:
-        raise SettingError(f"{places} {IMAGE_PLACEHOLDER} in the prompt, but {images} image{'s' * (images != 1)}")
+    before = ""
+    for what, given, placeholder in (
+        ("image", args.image, IMAGE_PLACEHOLDER),
+        ("video", args.video, VIDEO_PLACEHOLDER),
+    ):
+        places, count = text.count(placeholder), len(given)
+        if not places:
+            before += placeholder * count
+        elif places != count:
+            raise SettingError(f"{places} {placeholder} in the prompt, but {count} {what}{'s' * (count != 1)}")
     system = () if args.system is None else (Turn("system", args.system),)
-    return Record("the prompt", (*system, Turn("user", text)), tuple(args.image))
+    videos = tuple(Video(Path(names[0]) if len(names) == 1 else tuple(map(Path, names))) for names in args.video)
+    return Record("the prompt", (*system, Turn("user", before + text)), tuple(map(Path, args.image)), videos)
 
 
 def is_thinking(asked: bool | None, template: str, source: Source) -> bool:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -18,6 +19,20 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended in between
         os._exit(1)
+
+
+def obey(parent: int) -> None:
+    """In a new process: have a SIGTERM end it that the process `parent` has sent, and no other. Main thread only, on Linux."""
+    if sys.platform != "linux":
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    Thread(target=wait, daemon=True).start()
 
 
 class StopRequest:

@@ -32,4 +32,4 @@ class Pulse:
         now = time.monotonic()
         late = now + (self.patience if patience is None else patience)
         # in one copy: pack_into would first fill in zeros, and who reads then finds a process that is late since ever
-        self._memory[:] = LAYOUT.pack(now, late, what.encode()[:240])
+        self._memory[:] = LAYOUT.pack(now, late, what.encode(errors="replace")[:240])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import kernels
 from kernels.host import to_device
@@ -92,9 +93,18 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     held = check(model, origin)
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
-    micro_batches = MicroBatches(settings, meshes.data_rank, meshes.data_size, progress=has_bar, pin=is_apart(device))
-    held_out = settings.validation
-    validation = Validation(held_out, meshes, device, DTYPES[t.dtype], has_bar) if held_out else None
+    with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
+
+        def is_read(what: str, records: int) -> None:  # any number of records, each of which has its time
+            pulse.at(f"reading the data: {what}")
+            bar.update(records)
+
+        micro_batches = MicroBatches(
+            settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=is_apart(device)
+        )
+        held_out = settings.validation
+        validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read) if held_out else None
+    pulse.at("comparing the data with the others'")
     check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
     pulse.at("sharding the model")
     before = table(model)

@@ -11,6 +11,7 @@ import kernels
 from kernels.host import to_device
 from qwen35.batch import IGNORE
 from qwen35.data import RecordError
+from qwen35.data.samples import Progress
 from qwen35.data.validation import ValidationSet
 from qwen35.device import is_apart
 from qwen35.errors import SettingError
@@ -48,12 +49,14 @@ class Result:
 class Validation:
     """Every rank makes the same number of forward passes, so no collective waits for one that does not come."""
 
-    def __init__(self, settings: Settings, meshes: Meshes, device: torch.device, dtype: torch.dtype, progress: bool):
+    def __init__(
+        self, settings: Settings, meshes: Meshes, device: torch.device, dtype: torch.dtype, progress: Progress
+    ):
         """settings: those of the validation, `Settings.validation`. Raises SettingError, RecordError."""
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
         try:
             self.set = ValidationSet(settings, meshes.data_rank, meshes.data_size, progress, is_apart(device))
-            self.groups = self.set.answerable() if settings.training.val_generate else []
+            self.groups = self.set.answerable(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(str(error).replace(TRAINED, HELD_OUT)) from None
 

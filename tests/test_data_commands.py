@@ -114,6 +114,7 @@ def change(home, **entry):
         ({"image": "../../secret.jpg"}, "image: '../../secret.jpg' lies outside"),
         ({"image": None}, "1 <image> in what the user says, but 0 images"),
         ({"conversations": None}, "has no field conversations"),
+        ({"video": "v.mp4"}, "has video, which are not read"),
     ],
 )
 def test_convert_names_the_broken_record(coco, capsys, entry, message):

@@ -570,6 +570,32 @@ def test_workers_die_with_their_parent(home, model):
     assert not any(map(is_running, pids))
 
 
+ENDS = """
+import os, signal, sys
+from multiprocessing import active_children
+from qwen35.config import load_settings
+from qwen35.data import MicroBatches
+stream = iter(MicroBatches(load_settings(sys.argv[1]), 0, 1))
+next(stream)
+workers = active_children()
+os.system(f"kill -TERM {' '.join(str(worker.pid) for worker in workers)}")  # from another process
+for _ in range(20):
+    next(stream)
+print(*[worker.pid for worker in workers], all(worker.is_alive() for worker in workers))
+"""
+
+
+def test_a_script_that_just_ends_does_not_wait_for_its_workers(home, model):
+    """Which yet go on where anyone but their parent asks them to stop: a signal to the whole job is for that."""
+    s = settings(home, model, **{"data.dataloader_param.num_workers": 2})
+    (home / "run.yaml").write_text(to_yaml(s))
+    command = [sys.executable, "-c", ENDS, str(home / "run.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    *pids, are_alive = done.stdout.split()
+    assert (done.returncode, done.stderr, are_alive, len(pids)) == (0, "", "True", 2)
+    assert not any(map(is_running, map(int, pids)))
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

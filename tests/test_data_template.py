@@ -48,7 +48,8 @@ def published(name="chat_template.jinja"):
     return environment.from_string((PUBLISHED / name).read_text())
 
 
-TEMPLATES = {True: published(), False: published("chat_template_nothink.jinja")}  # by thinks_by_default
+TEMPLATE_FILES = {True: "chat_template.jinja", False: "chat_template_nothink.jinja"}  # by thinks_by_default
+TEMPLATES = {thinks: published(name) for thinks, name in TEMPLATE_FILES.items()}
 
 
 def record(*turns, tools=()):
@@ -410,6 +411,57 @@ def test_random_prompts_of_nothink_are_what_training_begins_with(r, default):
     assert plain + r.turns[-1].content + "<|im_end|>\n" == render(training_pieces(r, "qwen3_vl_nothink"))
 
 
+def begins_with_a_line(piece):
+    """Where a text is tokenised, such a start is one with the end of the line before."""
+    return re.match(r"\s*[\r\n]", piece.text) is not None
+
+
+@quick
+@given(
+    r=conversations(),
+    default=st.booleans(),
+    options=st.sampled_from([{}, {"mask_history": True}, {"train_on_prompt": True}, {"enable_thinking": True}]),
+)
+def test_a_sample_has_the_tokens_of_the_whole_text(r, default, options, tokenizer, hf_tokenizer):
+    """As transformers tokenises what the template renders; but for answers that begin with a line where the model begins."""
+    try:
+        pieces = training_pieces(r, "qwen3_5", **options)
+    except RecordError:
+        return
+    assume(not any(p.fresh and begins_with_a_line(p) for p in pieces))
+    ids, _ = tokenizer.encode(pieces, extents(pieces, 2))
+    whole = expanded(rendered(TEMPLATES[default], r), 2)
+    assert ids.tolist() == hf_tokenizer(whole, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_an_earlier_answer_that_begins_with_a_line(default, tokenizer, hf_tokenizer):
+    """After its think block, which the template drops. The tokens are still those of the whole text; the one that begins in the
+    header is the header's, and not trained."""
+    r = record(("user", "a"), ("assistant", "<think>\nwhy\n</think>\n\n \nb"), ("user", "c"), ("assistant", "d"))
+    chat = {"chat_template": (PUBLISHED / TEMPLATE_FILES[default]).read_text(), "tokenize": False}
+    whole = hf_tokenizer.apply_chat_template(messages(r), **chat)
+    assert "<|im_start|>assistant\n \nb<|im_end|>" in whole
+    wanted = hf_tokenizer(whole, add_special_tokens=False).input_ids
+    ids = tokenizer.encode(training_pieces(r, "qwen3_5"))[0].tolist()
+    prompt = tokenizer.encode(prompt_pieces(r, "qwen3_5", default))[0].tolist()
+    last = len(ids) - 1 - ids[::-1].index(hf_tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    assert ids == wanted and prompt[:last] == ids[:last]
+    assert tokenizer.encode_text("\n \nb") != tokenizer.encode_text("\n") + tokenizer.encode_text(" \nb")
+    assert trained_text(tokenizer, training_pieces(r, "qwen3_5")) == ["\nb<|im_end|>\n", "d<|im_end|>\n"]
+
+
+def test_an_answer_that_begins_with_a_line_where_the_model_begins(tokenizer, hf_tokenizer):
+    """No token of the whole text begins with the answer, so its tokens are those that the model writes after the prompt's."""
+    r = record(("user", "a"), ("assistant", "\nb"), ("user", "c"), ("assistant", "\nd"))
+    pieces = training_pieces(r, "qwen3_vl_nothink")
+    ids, _ = tokenizer.encode(pieces)
+    assert trained_text(tokenizer, pieces) == ["\nb<|im_end|>\n", "\nd<|im_end|>\n"]
+    parts = re.split("(?<=assistant\n)", render(pieces))
+    apart = [token for part in parts for token in hf_tokenizer(part, add_special_tokens=False).input_ids]
+    assert ids.tolist() == apart != hf_tokenizer(render(pieces), add_special_tokens=False).input_ids
+
+
 @quick
 @given(r=conversations(), thinking=st.sampled_from([None, True, False]), history=st.booleans())
 def test_what_is_trained_follows_the_prompt_exactly(r, thinking, history, tokenizer, hf_tokenizer):
@@ -423,10 +475,7 @@ def test_what_is_trained_follows_the_prompt_exactly(r, thinking, history, tokeni
     assume(
         thinking is not False or not any(turn.reasoning or "</think>" in turn.content for turn in between)
     )  # as prompted
-    earlier = [p.text for p in pieces if p.fresh][:-1]
-    assume(
-        not any(text[:1].isspace() for text in earlier)
-    )  # a prompt's tokens would join the line's end and such a space
+    assume(not any(begins_with_a_line(p) for p in [p for p in pieces if p.fresh][:-1]))
     ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
     has_thought = "<think>\n\n</think>\n\n" not in render(pieces).rsplit("<|im_start|>", 1)[-1]
     prompt = expanded(render(prompt_pieces(r, "qwen3_5", has_thought)), 2)

@@ -89,13 +89,15 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
     samples = {whole.source(i): whole[i] for i in range(len(whole))}
     for limit in (75, 150, 300):
         loader = MicroBatches(settings(home, **mask, cutoff_len=limit, truncation="truncate"), 0, 1)
-        ours, lost, seen = loader.dataset, [0, 0], set()
+        ours, lost, seen = loader.dataset, [0, 0, 0], set()
         for i in range(len(ours)):
             sample, full = ours[i], samples[ours.source(i)]
             seen.add(ours.source(i))
             n, images = len(sample.input_ids), len(sample.grid_thw)
             lost[0] += len(full.input_ids) - n
-            lost[1] += len(full.grid_thw) - images
+            frames = full.grid_thw[images:, 0]  # pairs: 1 of an image, 2 of each video here
+            lost[1] += int((frames == 1).sum())
+            lost[2] += int((frames == 2).sum())
             assert n == ours.lengths[i] <= limit
             assert torch.equal(sample.input_ids, full.input_ids[:n])
             assert torch.equal(sample.position_ids, full.position_ids[:, :n])
@@ -118,8 +120,12 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
         vision = [any(in_vision(s.input_ids.tolist(), tokenizer)[:limit]) for s in left_out]
         for sample, has_vision in zip(left_out, vision, strict=True):
             assert has_vision or (sample.labels[: limit - 1] == -100).all()
-        assert [ours.truncated.tokens, ours.truncated.visuals] == lost
-        assert ours.images == sum(len(ours[i].grid_thw) for i in range(len(ours)))
+        cut_ = ours.truncated
+        assert [cut_.tokens, cut_.images, cut_.videos] == lost
+        frames = torch.cat([ours[i].grid_thw[:, 0] for i in range(len(ours))])
+        assert (ours.images, ours.videos) == (int((frames == 1).sum()), int((frames == 2).sum()))
+        assert f", {ours.images} images, {ours.videos} videos; an epoch" in loader.report()
+        assert f" and {lost[1]} images{f', {lost[2]} videos' * (lost[2] > 0)} of theirs are not" in loader.report()
 
 
 def tokens(tokenizer, *parts):

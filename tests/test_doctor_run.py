@@ -167,6 +167,27 @@ def test_recipes(m: Machine, settings: list[str], override: str, words: str) -> 
     assert words in line
 
 
+def test_the_validation_set_is_looked_at_as_the_training_set(m: Machine, settings: list[str], made: Path) -> None:
+    held_out = "data.val_dataset_param.basic_parameters"
+    settings = [*settings, "training.val_interval=5", f"{held_out}.dataset={made / 'digits/heldout.json'}"]
+    findings = recipe.recipe(m, RECIPE, settings)
+    assert {f.status for f in findings} == {"ok"}, "\n".join(lines(findings))
+    [line] = [f.fact for f in findings if f.subject == "validation"]
+    assert line == f"{made / 'digits/heldout.json'}: the first 20 records can be used"
+    for override, words in (
+        (f"{held_out}.dataset=none.json", f"{held_out}.dataset: none.json: no such file"),
+        (f"{held_out}.dataset_dir=configs", "heldout.json, record 1"),
+        (f"{held_out}.dataset_dir=nowhere", "nowhere: no such folder"),
+        ("data.val_dataset_param.preprocess_parameters.model_name_or_path=nowhere", "nowhere"),
+    ):
+        line = wrong(recipe.recipe(m, RECIPE, [*settings, override]))
+        assert line.split()[:2] == ["wrong", "validation"] and words in line and "data.dataset_param" not in line
+    skipping = [*settings, f"{held_out}.dataset_dir=configs", f"{held_out}.on_bad_record=skip"]
+    assert "heldout.json: of the first 20 records 20 will be skipped" in only(
+        recipe.recipe(m, RECIPE, skipping), "note"
+    )
+
+
 def test_converted_weights_that_are_not_there(m: Machine, settings: list[str]) -> None:
     from_dcp = [*settings, "training.init_from_hf_path=null", "training.load=nowhere"]
     assert "nowhere: no such folder -> make convert" in wrong(recipe.recipe(m, RECIPE, from_dcp))

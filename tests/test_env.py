@@ -24,7 +24,7 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
     MASTER_ADDR MASTER_PORT NODE_ADDR NODE_RANK NODES""".split()
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
-    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE ARGS
+    MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE VIDEO ARGS
     SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT HOSTS HOSTS_DIR SSH""".split()
 
 BOUNDS = {
@@ -380,6 +380,10 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
                 "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
                 " --prompt=-What 'is' $this? --seed 1"
             ),
+        ),
+        (
+            ["generate", "MODEL=m", "HF=h", "VIDEO=a b.mp4; 1.png, 2.png;v", "PROMPT=x"],
+            "-m qwen35.generate --model m --hf h --video a b.mp4 --video 1.png 2.png --video v --prompt=x",
         ),
         (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),

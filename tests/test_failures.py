@@ -1,6 +1,7 @@
 """When something dies: what is told, what is left, how the job goes on. Real processes, against a run without faults."""
 
 import faulthandler
+import json
 import os
 import re
 import signal
@@ -180,6 +181,34 @@ def test_weights_of_any_size_may_load_for_as_long_as_something_comes(workplace, 
         count *= 1 if save == tmp_path else 3  # and AdamW's two moments of each
         assert said.count(f"loading {origin}") == 1 + count
     dist.destroy_process_group()
+
+
+def test_any_number_of_records_may_be_read_for_as_long_as_one_comes(workplace, tmp_path):
+    """Those that are skipped, those of the validation set and what is read again for its answers among them."""
+    records = json.loads((workplace / "records.json").read_text())
+    records[3] = records[5] = {"id": "\ud800"}  # which no text may hold
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "held_out.json").write_text(json.dumps(records[:4]))
+    own, held_out = (f"data.{name}.basic_parameters" for name in ("dataset_param", "val_dataset_param"))
+    flat = [
+        f"{own}.dataset={tmp_path / 'records.json'}", f"{own}.on_bad_record=skip", f"training.save={tmp_path}",
+        f"{held_out}.dataset={tmp_path / 'held_out.json'}", "training.val_interval=3", "training.val_generate=true",
+    ]  # fmt: skip
+    said = []
+
+    def at(what):
+        said.append(what)
+        pulse.at(what)
+
+    pulse = Pulse()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    setup(load_settings(workplace / "recipe.yaml", flat), HOST, SimpleNamespace(at=at))
+    dist.destroy_process_group()
+    read = re.findall(rf"^reading the data: {tmp_path}/(\w+)\.json(?:, record (\d+))?", "\n".join(said), re.MULTILINE)
+    again = [("held_out", str(i)) for i in range(1, 5)]
+    assert read == [
+        ("records", ""), *(("records", str(i)) for i in range(1, len(records) + 1)), ("held_out", ""), *again, *again
+    ]  # fmt: skip
 
 
 def test_where_cann_writes(tmp_path, monkeypatch):

@@ -9,10 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from optional import write_video
 from peer import continued
 from PIL import Image
 
@@ -87,13 +90,29 @@ def peer(place: Path, content: list[dict], system: str | None = None, **template
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
-    inputs = dict(tokenizer(text, return_tensors="pt"))
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == ChatTokenizer(folder).image_id).int()
+    pair = "<|vision_start|><|video_pad|><|vision_end|>"  # of 32 x 32 pixels, one token
+    videos = [part["video"] for part in content if part["type"] == "video"]
+    for times in (TIMES[len(frames)] for frames in videos):
+        text = text.replace(pair, "".join(f"<{t} seconds>{pair[:-1]}~" for t in times), 1)  # ~: of those that are done
+    ours = ChatTokenizer(folder)
+    inputs = dict(tokenizer(text.replace("~", ">"), return_tensors="pt"))
+    ids, processor = inputs["input_ids"], AutoImageProcessor.from_pretrained(folder)
+    inputs["mm_token_type_ids"] = (ids == ours.image_id).int() + 2 * (ids == ours.video_id).int()
     if images := [Image.open(part["image"]) for part in content if part["type"] == "image"]:
-        inputs |= AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+        inputs |= processor(images=images, return_tensors="pt")
+    pairs = []
+    for frames in videos:
+        stills = processor(images=[Image.open(frame) for frame in frames], return_tensors="pt")["pixel_values"]
+        stills = stills.reshape(len(frames), 4, 3, 2, 256)  # a still is a pair of the same frame
+        for first, second in zip(stills[::2], [*stills[1::2], stills[-1]], strict=False):
+            pairs.append(torch.stack([first[:, :, 0], second[:, :, 1]], 2).reshape(4, -1))
+    if pairs:
+        grids = torch.tensor([[(len(frames) + 1) // 2, 2, 2] for frames in videos])
+        inputs |= {"pixel_values_videos": torch.cat(pairs), "video_grid_thw": grids}
     return tokenizer.decode(continued(model, inputs, TOKENS), skip_special_tokens=True) + "\n"
 
 
+TIMES = {2: ["0.2"], 3: ["0.2", "1.0"]}  # of the pairs of so many frames, half a second each
 TEXT = {"type": "text", "text": "Which digit is this?"}
 
 
@@ -123,6 +142,32 @@ def test_text_system_and_places(place, ask):
     arguments = ["--image", str(place / "1.png")]
     assert ask("hub", *arguments, "--prompt", "Is this <image> a user?") == peer(place, content)
     assert ask("hub", *arguments, stdin="Is this <image> a user?\n") == peer(place, content)
+
+
+def test_videos(place, ask):
+    frames = [place / "0.png", place / "1.png", place / "0.png"]
+    folder = place / "frames"
+    folder.mkdir()
+    for i, frame in enumerate(frames):
+        shutil.copy(frame, folder / f"{i + 9}.png")
+    image, video = {"type": "image", "image": place / "1.png"}, {"type": "video", "video": frames}
+    answer = peer(place, [video, TEXT])
+    assert answer != peer(place, [{"type": "video", "video": frames[:2]}, TEXT])
+    assert answer == ask("hub", "--video", str(folder), "--prompt", TEXT["text"])
+    assert answer == ask("hub", "--video", *map(str, frames), "--prompt", TEXT["text"])
+    shown = ["--image", str(place / "1.png"), "--video", str(folder), "--video", *map(str, frames[:2])]
+    both = [image, video, {"type": "video", "video": frames[:2]}]
+    assert ask("hub", *shown, "--prompt", "What?") == peer(place, [*both, {"type": "text", "text": "What?"}])
+    between = [both[1], {"type": "text", "text": " or "}, both[2], image, {"type": "text", "text": "?"}]
+    assert ask("hub", *shown, "--prompt", "<video> or <video><image>?") == peer(place, between)
+
+
+def test_a_video_file(place, ask, monkeypatch):
+    frames = np.stack([np.asarray(Image.open(place / f"{i % 2}.png")) for i in range(5)])
+    write_video(place / "film.mp4", frames, Fraction(2), monkeypatch)
+    listed = [str(place / f"{i % 2}.png") for i in range(5)]
+    asked = ["--prompt", TEXT["text"], "--video"]
+    assert ask("hub", *asked, str(place / "film.mp4")) == ask("hub", *asked, *listed)
 
 
 def test_thoughts(place, ask):
@@ -198,6 +243,11 @@ WRONG = [
     ("hub", ["--prompt", "x", "--image", "Makefile"], "Makefile: is not an image"),
     ("hub", ["--prompt", "<image> <image>", "--image", "none.png"], "2 <image> in the prompt, but 1 image"),
     ("hub", ["--prompt", "<image>"], "1 <image> in the prompt, but 0 images"),
+    ("hub", ["--prompt", "<video>"], "1 <video> in the prompt, but 0 videos"),
+    ("hub", ["--prompt", "<video>s: <video>", "--video", "a", "b"], "2 <video> in the prompt, but 1 video"),
+    ("hub", ["--prompt", "x", "--video", "none.mp4"], "the prompt: video 1 of 1, none.mp4: no such file"),
+    ("hub", ["--prompt", "x", "--video", "1.png", "2.png"], "1.png … (2 frames): frame 1 of 2, 1.png: no such file"),
+    ("hub", ["--prompt", "x", "--video", "configs"], "configs: is a folder without frames"),
     ("hub", ["--prompt", "x", "--image_max_pixels", "1000"], "image_min_pixels 1024 is above image_max_pixels 1000"),
     ("nowhere", ["--prompt", "x"], "nowhere: no such folder"),
     (".", ["--prompt", "x"], "no whole checkpoint"),
@@ -264,6 +314,16 @@ def test_evaluation_takes_a_run_too(place, tmp_path, capsys):
         assert evaluate.main(["--model", str(place / model), "--data", str(tmp_path / "records.json"), "--show"]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] and shown[0].count("right is '7'") == 2
+
+
+def test_evaluation_shows_videos_too(place, tmp_path, capsys, ask):
+    frames = ["0.png", "1.png", "0.png"]
+    turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "7"}]
+    (tmp_path / "records.json").write_text(json.dumps([{"messages": turns, "videos": [frames]}]))
+    given = ask("hub", "--no_thinking", "--prompt", "What?", "--video", *(str(place / name) for name in frames)).strip()
+    options = ["--dataset_dir", str(place), "--max_new_tokens", str(TOKENS), "--show"]
+    assert evaluate.main(["--model", str(place / "hub"), "--data", str(tmp_path / "records.json"), *options]) == 0
+    assert f"record 1: {given!r}, right is '7'" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_the_text_as_it_comes(monkeypatch):

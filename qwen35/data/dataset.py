@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from qwen35.data.images import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
-from qwen35.data.samples import FileSamples, Preparation, load_samples, visual_of
+from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.truncation import cut
 
@@ -37,12 +37,14 @@ class Truncated:
 
     numbers: list[int] = field(default_factory=list)  # of the samples, among all
     tokens: int = 0
-    visuals: int = 0
+    images: int = 0
+    videos: int = 0
 
-    def add(self, number: int, tokens: int, visuals: int) -> None:
+    def add(self, number: int, tokens: int, images: int, videos: int) -> None:
         self.numbers.append(number)
         self.tokens += tokens
-        self.visuals += visuals
+        self.images += images
+        self.videos += videos
 
 
 class Dataset:
@@ -53,7 +55,7 @@ class Dataset:
     only if nothing is left. `truncation` has those that are too long left out, or cut, whatever on_bad_record says.
     """
 
-    def __init__(self, preparation: Preparation, spec: VisionSpec, progress: bool = False):
+    def __init__(self, preparation: Preparation, spec: VisionSpec, progress: Progress = untold):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
         self.skips = basic.on_bad_record == "skip"
@@ -70,6 +72,7 @@ class Dataset:
         self.skipped = Skipped.together(samples.skipped for samples in self.files)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [all], 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])  # [all]
+        self.videos = sum(_videos(samples.visuals) for samples in self.files)
         self.truncated = Truncated()
         too_long = np.flatnonzero(self._tokens > basic.cutoff_len).tolist()
         for number in too_long:
@@ -96,8 +99,13 @@ class Dataset:
             left, self._visuals[number] = cut(ids, trained, grids, basic.cutoff_len, self.preparation.tokenizer)
             message, kind = f"{message}, and nothing trained is left of it", "nothing trained within cutoff_len"
         self._tokens[number] = left
+        gone = visuals - int(self._visuals[number])
+        samples, i = self._locate(number)
+        end = int(samples.image_offsets[i + 1])
+        videos = _videos(samples.visuals[end - gone : end])
+        self.videos -= videos
         if left:
-            self.truncated.add(number, tokens - left, visuals - int(self._visuals[number]))
+            self.truncated.add(number, tokens - left, gone - videos, videos)
         else:
             self.skipped.add(RecordError(message, kind))
 
@@ -120,8 +128,7 @@ class Dataset:
 
     @property
     def images(self) -> int:
-        """And videos."""
-        return int(self._visuals.sum())
+        return int(self._visuals.sum()) - self.videos
 
     def fingerprint(self, more: str = "") -> str:
         """Changes with any sample's tokens, with which of them are trained, with where samples are cut, and with `more`."""
@@ -187,6 +194,11 @@ class Dataset:
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)
+
+
+def _videos(visuals: list[str | dict[str, Any]]) -> int:
+    """How many of `FileSamples.visuals` are no images."""
+    return sum(not isinstance(plain, str) for plain in visuals)
 
 
 def shifted_labels(ids: Tensor, trained: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
 from qwen35.data.parcel import Parcel
 from qwen35.data.record import RecordError
-from qwen35.data.samples import Preparation
+from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
-from qwen35.processes import die_with
+from qwen35.processes import die_with, obey
 from qwen35.settings import Settings, dataset_entries
 
 
@@ -37,10 +37,10 @@ class MicroBatches:
         rank: int,
         world_size: int,
         start_step: int = 0,
-        progress: bool = False,
+        progress: Progress = untold,
         pin: bool = False,
     ):
-        """progress: a bar on the console while records are tokenised, for one process to show. pin: page-locked batches."""
+        """progress: is told of each record as it is tokenised. pin: page-locked batches."""
         loader, training = settings.data.dataloader_param, settings.training
         basic = settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
@@ -82,13 +82,14 @@ class MicroBatches:
         cut = self.dataset.truncated
         if cut.numbers:
             left_out += (
-                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and {cut.visuals:,} images "
-                "of theirs are not trained"
+                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and "
+                f"{_counts(cut.images, cut.videos)} of theirs are not trained"
             )
         return (
-            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, {self.dataset.images:,} images; an epoch is "
-            f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of "
-            f"{self.cutoff_len} ({self.real_share:.1%} real tokens){left_out}"
+            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, "
+            f"{_counts(self.dataset.images, self.dataset.videos)}; an epoch is {self.tokens_per_epoch:,} tokens "
+            f"({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
+            f"({self.real_share:.1%} real tokens){left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -98,7 +99,12 @@ class MicroBatches:
             yield batch
 
 
-def open_dataset(settings: Settings, progress: bool) -> Dataset:
+def _counts(images: int, videos: int) -> str:
+    """For messages."""
+    return f"{images:,} images" + f", {videos:,} videos" * (videos > 0)
+
+
+def open_dataset(settings: Settings, progress: Progress) -> Dataset:
     """Raises SettingError, RecordError."""
     folder = settings.model.model_name_or_path
     spec = vision_spec(folder)
@@ -168,6 +174,6 @@ def _wrapped(batch: Any) -> Any:
 def _start_worker(parent: int, _: int) -> None:
     die_with(parent)
     # a Ctrl-C or SIGTERM to the whole job is for the parent, which needs its batches to go on until it saves; what ends a
-    # worker is its parent's end, or the loader's
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # worker is its parent's end, or its parent's own SIGTERM: Python's way out waits for the workers once it has sent that
+    obey(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from qwen35.data.files import alone_in, replacing
 from qwen35.data.folder import ImageFolder
@@ -29,8 +28,13 @@ from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 3  # of what is kept and how it is made
+CACHE_VERSION = 4  # of what is kept and how it is made
 WAIT = 0.1  # seconds between looks at what another process makes
+Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
+
+
+def untold(what: str, records: int) -> None:
+    """Nobody asks how far it is."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,12 @@ def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:
     return record.error(f"{which}, {visual}: {error}", error.kind, str(file))
 
 
-def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = untold) -> FileSamples:
     """The first `limit` samples of a file, from cache_dir if they are there, else made (and kept there).
 
     Of the processes of a machine one makes them, and the others wait for it: they find its entry, or take its place.
     """
+    progress(str(file), 0)
     if preparation.basic.cache_dir is None:
         return make_samples(file, preparation, limit, progress)
     folder = Path(preparation.basic.cache_dir)
@@ -154,6 +159,7 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
                 _write(samples, kept)
                 samples = _usable(kept) or samples  # in the file, which all share, not in this process's memory
         if samples is None:
+            progress(f"{file}, which another process tokenises", 0)
             time.sleep(WAIT)
     return samples
 
@@ -194,14 +200,21 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
     raise RecordError(f"{error}{below}; on_bad_record: skip leaves such records out", error.kind, error.image) from None
 
 
-def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: bool = False) -> FileSamples:
+def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = untold) -> FileSamples:
     """Read and tokenise. Raises RecordError for the first record that cannot be used, unless such are to be skipped."""
     ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
     skipped = Skipped()
-    made = tokenised(file, preparation, limit, skipped.add if preparation.basic.on_bad_record == "skip" else None)
-    for record, sample in tqdm(made, desc=f"tokenise {file}", unit=" records", disable=not progress, leave=False):
+
+    def skip(error: RecordError) -> None:
+        skipped.add(error)
+        progress(str(error), 1)
+
+    for record, sample in tokenised(
+        file, preparation, limit, skip if preparation.basic.on_bad_record == "skip" else None
+    ):
+        progress(record.source, 1)
         ids += sample.ids.data
         trained += sample.trained.data
         lengths.append(len(sample.ids))

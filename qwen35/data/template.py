@@ -190,7 +190,9 @@ def _answer(record: Record, index: int, template: Template, trained: bool, drop_
         opening = "<think>\n" if thought else EMPTY_THOUGHT
     answer = content + _calls(turn.tool_calls, content)
     content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
-    return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh=trained), *_end(trained)]
+    # without an opening no generation prompt ends here: the tokens are those of the whole text, as later prompts have it
+    fresh = trained and bool(opening)
+    return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh), *_end(trained)]
 
 
 def _split_thought(record: Record, index: int) -> tuple[str, str]:

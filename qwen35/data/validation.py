@@ -7,7 +7,7 @@ from qwen35.batch import PackedBatch
 from qwen35.data.loader import DecodedBins, in_background, open_dataset
 from qwen35.data.packing import pack_epoch
 from qwen35.data.record import Record, RecordError
-from qwen35.data.samples import tokenised
+from qwen35.data.samples import Progress, tokenised, untold
 from qwen35.settings import Settings
 
 
@@ -18,7 +18,7 @@ class ValidationSet:
     Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
     """
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, progress: bool = False, pin: bool = False):
+    def __init__(self, settings: Settings, rank: int, world_size: int, progress: Progress = untold, pin: bool = False):
         """settings: those of the validation, `Settings.validation`."""
         loader, basic = settings.data.dataloader_param, settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
@@ -49,16 +49,18 @@ class ValidationSet:
             yield batch
         self.start()
 
-    def answerable(self) -> list[list[Record]]:
+    def answerable(self, progress: Progress = untold) -> list[list[Record]]:
         """The records that end with an answer and not with a tool's call, in groups of at most a micro-batch's tokens.
 
         Raises RecordError.
         """
-        preparation, skip = self.dataset.preparation, (lambda _: None) if self.dataset.skips else None
+        preparation = self.dataset.preparation
+        skip = (lambda error: progress(str(error), 1)) if self.dataset.skips else None
         groups: list[list[Record]] = []
         room = 0
         for file in self.dataset.files:
             for record, sample in tokenised(Path(file.file), preparation, file.records, skip):
+                progress(record.source, 1)
                 length = len(sample.ids)
                 if length > preparation.basic.cutoff_len or record.turns[-1].tool_calls:
                     continue

@@ -36,7 +36,8 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
         preparation = Preparation.of(settings)
     except (SettingError, OSError) as error:
         return [*findings, wrong("model", str(error), WHOLE_FOLDER)]
-    return [*findings, *_model(m, settings, preparation), *_records(preparation), *_weights(settings)]
+    findings += [*_model(m, settings, preparation), *_records(preparation)]
+    return [*findings, *(_held_out(settings.validation) if settings.validation else []), *_weights(settings)]
 
 
 def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
@@ -123,6 +124,21 @@ def _records(preparation: "Preparation") -> list[Finding]:
         fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
         return [note("data", fact, "on_bad_record: error stops there")]
     return [ok("data", f"{named}: the first {RECORDS} records can be used")]
+
+
+def _held_out(settings: "Settings") -> list[Finding]:
+    """As the records, of the validation set: of `Settings.validation`."""
+    from qwen35.config import HELD_OUT, TRAINED, SettingError
+    from qwen35.data.samples import Preparation
+
+    try:
+        found = _records(Preparation.of(settings))
+    except (SettingError, OSError) as error:
+        found = [wrong("model", str(error), WHOLE_FOLDER)]
+    return [
+        Finding(f.status, "validation", f.fact.replace(TRAINED, HELD_OUT), f.todo.replace(TRAINED, HELD_OUT))
+        for f in found
+    ]
 
 
 def _weights(settings: "Settings") -> list[Finding]:

@@ -16,6 +16,7 @@ from training_runs import tensors, train
 from qwen35.batch import PackedBatch
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
+from qwen35.data.samples import untold
 from qwen35.data.validation import ValidationSet
 from qwen35.evaluate import answers
 from qwen35.metrics import read_metrics
@@ -179,7 +180,7 @@ def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
 def report(settings) -> str:
     """Of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    return Validation(settings, meshes, torch.device("cpu"), torch.float32, False).report()
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold).report()
 
 
 def test_what_is_not_given_is_as_in_training(workplace, held_out):

@@ -273,7 +273,8 @@ def test_too_long(home, model):
 
 def test_a_missing_image_is_named_at_the_start(home, model):
     (home / "pics" / "1_0.png").unlink()
-    with pytest.raises(RecordError, match=r"a\.json, record 2 \(id 1\): image 1 of 1, .*/pics/1_0\.png: no such file, dataset_dir is "):
+    wanted = r"a\.json, record 2 \(id 1\): image 1 of 1, .*/pics/1_0\.png: no such file, dataset_dir is "
+    with pytest.raises(RecordError, match=wanted):
         MicroBatches(settings(home, model), 0, 1)
 
 

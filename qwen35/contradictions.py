@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen35.errors import SettingError
 from qwen35.settings import ModelSettings, ProfileSettings, Settings, dataset_entries
 
+RECORDS = "data.dataset_param"
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
 
@@ -26,16 +27,17 @@ def check_contradictions(s: Settings) -> None:
 
 def _of_data(s: Settings) -> Iterator[str]:
     b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
+    basic, limits = f"{RECORDS}.basic_parameters", f"{RECORDS}.preprocess_parameters"
     if p.image_min_pixels > p.image_max_pixels:
-        yield f"image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
+        yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
     if p.video_min_pixels > p.video_max_pixels:
-        yield f"video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
+        yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
     if p.video_maxlen < 2:
-        yield f"video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
+        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
     if b.enable_thinking is not None and b.template != "qwen3_5":
-        yield f"enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+        yield f"{basic}.enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
     if b.train_on_prompt and b.mask_history:
-        yield "train_on_prompt and mask_history contradict each other; set one"
+        yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
 
 
 def _of_validation(s: Settings) -> Iterator[str]:
@@ -49,7 +51,8 @@ def _of_validation(s: Settings) -> Iterator[str]:
     if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
-        yield from (f"data.val_dataset_param: {words}" for words in (*_of_data(s.validation), *_of_names(s.validation)))
+        found = (*_of_data(s.validation), *_of_names(s.validation))
+        yield from (words.replace(RECORDS, "data.val_dataset_param") for words in found)
 
 
 def _of_training(s: Settings) -> Iterator[str]:
@@ -129,4 +132,4 @@ def _of_names(s: Settings) -> Iterator[str]:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
         if same:
-            yield f"data.dataset_param.attr: {' and '.join(same)} are both {given[same[0]]!r}"
+            yield f"{RECORDS}.attr: {' and '.join(same)} are both {given[same[0]]!r}"

@@ -46,6 +46,7 @@ from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 from qwen35.validation import Validation
+from qwen35.words import count
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -143,7 +144,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         report(validation.report())
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     if step < t.train_iters:
-        report(f"{bins_a_step(settings)} bins of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
+        report(f"{count(bins_a_step(settings), 'bin')} of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
     return Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation)

@@ -21,6 +21,7 @@ from qwen35.model import Qwen35
 from qwen35.parallel import Meshes, gather_weights, held_out, let_go, split
 from qwen35.pulse import Pulse
 from qwen35.settings import Settings
+from qwen35.words import count
 
 TRAINED, HELD_OUT = "data.dataset_param", "data.val_dataset_param"
 
@@ -75,8 +76,8 @@ class Validation:
             without = " (none that is longer than cutoff_len, or ends with a tool's call)"
         told = f", {asked:,} of them answered{without}" if t.val_generate else ""
         return (
-            f"validation every {t.val_interval} steps: {len(dataset):,} samples{told}, {len(self.set):,} micro-batches "
-            f"a rank{cut}{left_out}"
+            f"validation every {count(t.val_interval or 0, 'step')}: {count(len(dataset), 'sample')}{told}, "
+            f"{count(len(self.set), 'micro-batch')} a rank{cut}{left_out}"
         )
 
     def run(self, model: Qwen35, pulse: Pulse, step: int) -> Result:

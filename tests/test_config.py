@@ -68,7 +68,10 @@ def test_what_is_written_is_what_is_read(recipe, tmp_path):
         ("training.load=x", "training.load and training.init_from_hf_path both say where the weights come from"),
         ("model.freeze=model.visual", "model.freeze: 'model.visual' is not a list"),
         ("parallel.recompute=maybe", "parallel.recompute: 'maybe' is not of type bool"),
-        ("data.dataset_param.preprocess_parameters.image_min_pixels=999999", "is above image_max_pixels"),
+        (
+            "data.dataset_param.preprocess_parameters.image_min_pixels=999999",
+            "data.dataset_param.preprocess_parameters.image_min_pixels 999999 is above image_max_pixels 262144",
+        ),
         ("data.dataset_param.basic_parameters.template=qwen2", "is not one of qwen3_vl_nothink, qwen3_5"),
         ("training={}", "training.train_iters is not set"),
     ],
@@ -86,6 +89,13 @@ def test_contradictions_of_the_template(recipe):
     both = [f"data.dataset_param.basic_parameters.{name}=true" for name in ("train_on_prompt", "mask_history")]
     with pytest.raises(SettingError, match="train_on_prompt and mask_history contradict"):
         load_settings(recipe, both)
+
+
+def test_the_validation_is_named_by_its_own_path(recipe):
+    held_out = ["data.val_dataset_param.basic_parameters.dataset=a.json", "training.val_interval=1"]
+    limits = "data.val_dataset_param.preprocess_parameters"
+    with pytest.raises(SettingError, match=rf"^{limits}\.video_min_pixels 99999 is above video_max_pixels 65536$"):
+        load_settings(recipe, [*held_out, f"{limits}.video_min_pixels=99999"])
 
 
 def test_a_missing_or_broken_recipe(tmp_path):

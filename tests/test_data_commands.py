@@ -1,6 +1,7 @@
 """`python -m qwen35.data convert` and `show`, as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,8 +177,23 @@ def test_colour_on_a_terminal_and_no_control_characters_of_the_record(recipe, co
 
 
 def test_show_says_what_is_too_long(recipe, capsys):
-    assert main(["show", str(recipe), "data.dataset_param.basic_parameters.cutoff_len=20"]) == 0
-    assert "MORE THAN cutoff_len 20" in capsys.readouterr().out
+    basic = "data.dataset_param.basic_parameters"
+    capsys.readouterr()
+    assert main(["show", str(recipe)]) == 0
+    limit = min(map(int, re.findall(r": (\d+) tokens, ", capsys.readouterr().out)))  # of the record of text
+    assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}"]) == 1
+    told = capsys.readouterr()
+    assert told.out.count(f"MORE THAN cutoff_len {limit}") == 2 and told.out.count("\n--- ") == 3  # all are shown
+    assert told.err.count("\n") == 1
+    assert (
+        f"2 of the 3 records shown are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
+        in told.err
+    )
+    assert main(["show", str(recipe), "--samples", "1", f"{basic}.cutoff_len={limit}"]) == 1
+    assert "1 of the 1 record shown is longer than" in capsys.readouterr().err
+    for tolerant in ("truncation=drop", "truncation=truncate", "on_bad_record=skip"):
+        assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}", f"{basic}.{tolerant}"]) == 0
+        assert f"MORE THAN cutoff_len {limit}, " in capsys.readouterr().out
 
 
 def test_errors_are_one_line_and_exit_1(recipe, capsys):

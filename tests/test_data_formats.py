@@ -40,6 +40,13 @@ def read_text(tmp_path, text, attr=None, **options):
     return list(read_records(file, attr or Attr(), ImageFolder(tmp_path), **options))
 
 
+def test_of_a_preference_pair_attr_says_what_is_trained(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    raw = {"messages": turns[:1], "chosen": turns, "rejected": turns[:1]}
+    (record,) = read(tmp_path, [raw], Attr(messages="chosen"))
+    assert record.turns[1].content == "Yo"
+
+
 @pytest.mark.parametrize("lines", [False, True], ids=["list", "lines"])
 def test_forms_mixed_in_one_file(tmp_path, lines):
     a, b, c = read(tmp_path, [LLAVA, MESSAGES, TEXT], lines=lines)
@@ -308,6 +315,10 @@ BROKEN = {
         r"messages\[1\]: has reasoning, which is not read; thoughts from reasoning_content",
     ),
     "functions": ([TEXT | {"functions": [{"name": "f"}]}], r"record 1: has functions, which are not read; training"),
+    "a preference pair": (
+        [TEXT | {"chosen": TEXT["conversations"][1], "rejected": {"from": "gpt", "value": "No"}}],
+        r"record 1: has chosen and rejected: preference pairs are not read; attr.messages says which field holds the turns",
+    ),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],
         r"conversations: 1 image but no <image> in what the user says; put one where each image belongs",

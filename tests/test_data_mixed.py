@@ -73,7 +73,12 @@ def test_weights_shape_the_epochs(place):
     tokens = sum(int(dataset.lengths[content].sum()) for content in numbers)
     trained = sum(int(dataset.trained[content].sum()) for content in numbers)
     assert f"an epoch is {tokens:,} tokens ({trained / tokens:.1%} trained) in {len(numbers)} bins" in batches.report()
-    assert batches.fingerprint != loader(f"{BASIC}.dataset=data/a.json,data/b.json").fingerprint
+    told = f" real tokens)\ndata: by weight an epoch is {6 + 6} samples: 6 of data/a.json, 6 of data/b.json"
+    assert batches.report().endswith(told)
+    plain = loader(f"{BASIC}.dataset=data/a.json,data/b.json")
+    assert batches.fingerprint != plain.fingerprint and "weight" not in plain.report()
+    one = loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.max_samples=1")
+    assert one.report().startswith("data: 1 sample of 1 file, ") and " in 1 bin of 160 (" in one.report()
 
 
 def test_weights_that_leave_nothing(place):

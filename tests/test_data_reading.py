@@ -1,8 +1,12 @@
 """Files of records read value by value: as json.loads reads them whole, and with its errors."""
 
+import bz2
+import gzip
 import json
+import lzma
 import sys
 import tracemalloc
+import zipfile
 from io import StringIO
 
 import pytest
@@ -70,6 +74,55 @@ def test_the_byte_that_is_no_text(tmp_path):
     file.write_bytes(b'["' + b"x" * 3_000_000 + "é".encode() + b'", "\xff"]')
     with pytest.raises(RecordError, match=r"a\.json: not UTF-8 text: .* at byte 3000008$"):
         list(read_values(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (json.dumps({"messages": [{"role": "user"}]}, indent=2), "record 1: not JSON: Expecting property name"),
+        ("question,answer\nWhat?,That.\n", "record 1: not JSON: Expecting value"),
+        ('{"a": 1} {"a": 2}\n', "record 1: not JSON: Extra data at column 10"),
+        ('{"a": 1}\n{"a": 2}, {"a": 3}\n', "record 2: not JSON: Extra data at column 9"),
+    ],
+)
+@pytest.mark.parametrize("lenient", [False, True])
+def test_another_form_is_told_what_is_read(tmp_path, text, where, lenient):
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    if lenient and where.startswith("record 2"):  # one line of several
+        assert str(list(read_values(file, lenient))[1]).endswith("parquet")
+        return
+    with pytest.raises(RecordError) as caught:
+        list(read_values(file, lenient))
+    assert str(caught.value).startswith(f"{file}, {where}")
+    assert str(caught.value).endswith("; what is read: a JSON list, one object a line, or parquet")
+
+
+def test_a_line_that_is_cut_off_is_told_no_more(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(RecordError, match="record 2: not JSON: Expecting value at column 1 of its line$"):
+        list(read_values(file))
+
+
+def archives(file):
+    """Of each kind that Python can write, and the first bytes of the others."""
+    text = b'[{"a": 1}]'
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.json", text)
+    yield file.read_bytes()
+    yield from (gzip.compress(text), bz2.compress(text), lzma.compress(text))
+    yield b"\x28\xb5\x2f\xfd\x20\x0a" + text  # zstd
+    yield b"7z\xbc\xaf\x27\x1c\x00\x04"
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_archives_are_to_be_unpacked(tmp_path, lenient):
+    file = tmp_path / "a.json"
+    for data in archives(file):
+        file.write_bytes(data)
+        with pytest.raises(RecordError, match=r"a\.json: is compressed; unpack it first$"):
+            list(read_values(file, lenient))
 
 
 def test_parquet(tmp_path, monkeypatch):

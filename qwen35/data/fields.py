@@ -17,6 +17,7 @@ UNREAD_IN_TURNS = {
     "function_call": "calls from tool_calls", "reasoning": "thoughts from reasoning_content",
     "thinking": "thoughts from reasoning_content",
 }  # fmt: skip
+PREFERENCES = ("chosen", "rejected")  # pairs of answers, of which none is known to be the one to train
 SHARES = ("weight", "loss", "train")  # of an answer, whether it is trained: 1, true and null are what holds anyway
 
 
@@ -63,6 +64,7 @@ class FieldNames:
     roles: Mapping[str, Role]
     calls: frozenset[str]  # roles whose content is a tool call
     unread: tuple[str, ...] = ("audios", "audio", "functions")  # what others read in a record, as UNREAD_IN_TURNS
+    preferences: tuple[str, ...] = PREFERENCES
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
@@ -84,6 +86,7 @@ class FieldNames:
             Names(attr.content_tag, ("content", "value")),
             roles,
             frozenset({FUNCTION_CALL, *([attr.function_tag] if attr.function_tag else [])}),
+            preferences=() if attr.messages else PREFERENCES,
         )
 
     @classmethod
@@ -100,5 +103,6 @@ class FieldNames:
             Names(None, ("value",)),
             {"human": "user", "gpt": "assistant"},
             frozenset(),
-            ("videos", "video", "audios", "audio", "tools", "functions", "system"),
+            ("videos", "video", "audios", "audio", "tools", "functions", "system", *PREFERENCES),
+            (),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,7 @@ from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
 from qwen35.processes import die_with, obey
 from qwen35.settings import Settings, dataset_entries
+from qwen35.words import count
 
 
 class MicroBatches:
@@ -58,6 +60,7 @@ class MicroBatches:
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
+        self.shares = _shares(self.dataset, first) if weighted else ""
         self.tokens_per_epoch = int(self.dataset.lengths[first].sum())
         self.trained_share = int(self.dataset.trained[first].sum()) / self.tokens_per_epoch
         self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
@@ -74,7 +77,7 @@ class MicroBatches:
 
     def report(self) -> str:
         """For the start of a run: one line, and one more of records that were left out."""
-        files = len(self.dataset.files)
+        files = count(len(self.dataset.files), "file")
         skipped = self.dataset.skipped
         left_out = (
             f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
@@ -82,14 +85,13 @@ class MicroBatches:
         cut = self.dataset.truncated
         if cut.numbers:
             left_out += (
-                f"\ndata: cut {len(cut.numbers):,} samples to cutoff_len, {cut.tokens:,} tokens and "
+                f"\ndata: cut {count(len(cut.numbers), 'sample')} to cutoff_len, {count(cut.tokens, 'token')} and "
                 f"{_counts(cut.images, cut.videos)} of theirs are not trained"
             )
         return (
-            f"data: {self.samples:,} samples of {files} file{'s' * (files > 1)}, "
-            f"{_counts(self.dataset.images, self.dataset.videos)}; an epoch is {self.tokens_per_epoch:,} tokens "
-            f"({self.trained_share:.1%} trained) in {self.bins_per_epoch:,} bins of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens){left_out}"
+            f"data: {count(self.samples, 'sample')} of {files}, {_counts(self.dataset.images, self.dataset.videos)}; an "
+            f"epoch is {self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in "
+            f"{count(self.bins_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens){self.shares}{left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -101,7 +103,15 @@ class MicroBatches:
 
 def _counts(images: int, videos: int) -> str:
     """For messages."""
-    return f"{images:,} images" + f", {videos:,} videos" * (videos > 0)
+    return count(images, "image") + f", {count(videos, 'video')}" * (videos > 0)
+
+
+def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
+    """For messages: how many of an epoch's samples are of each file, which weights make another number than it has."""
+    ends = np.cumsum(dataset.sizes)
+    each = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
+    named = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(each, dataset.files, strict=True))
+    return f"\ndata: by weight an epoch is {count(len(epoch), 'sample')}: {named}"
 
 
 def open_dataset(settings: Settings, progress: Progress) -> Dataset:

@@ -11,6 +11,15 @@ from qwen35.data.record import RecordError
 from qwen35.errors import SettingError, one_line
 
 PARQUET = b"PAR1"
+PACKED = (
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"\x28\xb5\x2f\xfd",
+    b"7z\xbc\xaf\x27\x1c",
+)  # zip, gzip, bzip2, xz, zstd, 7z
+READ = "; what is read: a JSON list, one object a line, or parquet"
 ROWS = 1024  # of a parquet file that are in memory at once
 
 
@@ -19,9 +28,11 @@ def read_values(file: Path, lenient: bool = False) -> Iterator[Any]:
 
     lenient: a line that is not JSON becomes a RecordError among the values, unless no line of the file is.
     """
-    with file.open("rb") as start:
-        is_parquet = start.read(len(PARQUET)) == PARQUET
-    yield from _parquet(file) if is_parquet else _json(file, lenient)
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if start.startswith(PACKED):
+        raise RecordError(f"{file}: is compressed; unpack it first")
+    yield from _parquet(file) if start.startswith(PARQUET) else _json(file, lenient)
 
 
 def _json(file: Path, lenient: bool) -> Iterator[Any]:
@@ -41,7 +52,7 @@ def _json(file: Path, lenient: bool) -> Iterator[Any]:
             for line in stream:
                 if line.strip():
                     number += 1
-                    value = _json_line(line, f"{file}, record {number}")
+                    value = _json_line(line, f"{file}, record {number}", is_first=number == 1)
                     if isinstance(value, RecordError):
                         broken.append(value)
                         if not lenient:
@@ -77,12 +88,13 @@ def _first_wrong_byte(file: Path) -> int:
             read += len(block)
 
 
-def _json_line(line: str, source: str) -> Any:
-    """Its value, or what is wrong with it."""
+def _json_line(line: str, source: str, is_first: bool) -> Any:
+    """Its value, or what is wrong with it; of the first, and of several values in one, perhaps the whole form."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line", "not JSON")
+        form = READ if is_first or error.msg == "Extra data" else ""
+        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line{form}", "not JSON")
     except (ValueError, RecursionError) as error:
         return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")
 

@@ -13,6 +13,7 @@ from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
 from qwen35.settings import Settings
+from qwen35.words import count
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
@@ -20,7 +21,7 @@ IN_TEXT = {code: shown for code, shown in VISIBLE.items() if chr(code) not in "\
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
-    """The first samples, one text each. Raises SettingError, RecordError."""
+    """The first samples, one text each. Raises SettingError, RecordError; for samples that training refuses at the end."""
     preparation = Preparation.of(settings)
     basic = preparation.basic
     folder = settings.model.model_name_or_path
@@ -31,7 +32,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     skip = left_out.append if basic.on_bad_record == "skip" else None
     made = chain.from_iterable(tokenised(f, preparation, None, skip) for f in dataset_files(basic.dataset))
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
-    shown = 0
+    shown = refused = 0
     for record, sample in islice(made, limit):
         yield from _told(left_out)
         shown += 1
@@ -45,6 +46,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
                 too_long += f", cut to {left}" if left else ", left out: nothing trained is left"
             elif skip or basic.truncation == "drop":
                 too_long += ", left out"
+            else:
+                refused += 1
         ids, mask = sample.ids[: left or None].tolist(), sample.trained[: left or None].tolist()
         head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, {images} image{'s' * (images != 1)}"
         head += f", {videos} video{'s' * (videos != 1)}" * bool(videos)
@@ -53,6 +56,12 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     yield from _told(left_out)
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
+    if refused:
+        raise RecordError(
+            f"{dataset_name(basic.dataset)}: {refused:,} of the {count(shown, 'record')} shown {'is' if refused == 1 else 'are'} "
+            f"longer than data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}, which training refuses; "
+            "truncation: drop leaves such records out, truncate cuts them"
+        )
 
 
 def _told(left_out: list[RecordError]) -> Iterator[str]:

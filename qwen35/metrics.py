@@ -144,8 +144,8 @@ class Metrics:
             self._append(_text([self.last]))
             for message in bad_records:
                 self._tell_once(f"not validated: {message}")
-            values = "  ".join(f"{name} {value:.6g}" for name, value in found.items())
-            self.tell(f"step {self.last['step']:6}  {values}")
+            values = "  ".join(f"{name} {value:.6g}" for name, value in found.items() if name != "val_time")
+            self.tell(f"step {self.last['step']:6}  {values}  {found['val_time']:.2f} s")
         self.restart_clock()
 
     def tell(self, text: str) -> None:

@@ -46,7 +46,7 @@ from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
 from qwen35.validation import Validation
-from qwen35.words import count
+from qwen35.words import number_of
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -104,7 +104,9 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
             settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=is_apart(device)
         )
         held_out = settings.validation
-        validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read) if held_out else None
+        validation, trained = None, settings.data.dataset_param
+        if held_out:
+            validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read, trained)
     pulse.at("comparing the data with the others'")
     check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
     pulse.at("sharding the model")
@@ -144,7 +146,9 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         report(validation.report())
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     if step < t.train_iters:
-        report(f"{count(bins_a_step(settings), 'bin')} of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}")
+        report(
+            f"{number_of(bins_a_step(settings), 'bin')} of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}"
+        )
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
     return Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation)

@@ -1,5 +1,6 @@
 """How a model does on records that it is not trained on, between two steps. Nothing of the training's course depends on it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35
 from qwen35.parallel import Meshes, gather_weights, held_out, let_go, split
 from qwen35.pulse import Pulse
-from qwen35.settings import Settings
-from qwen35.words import count
+from qwen35.settings import DatasetParam, Settings
+from qwen35.words import number_of
 
 TRAINED, HELD_OUT = "data.dataset_param", "data.val_dataset_param"
 
@@ -35,6 +36,7 @@ class Result:
     mtp_loss: float | None  # the same of multi-token prediction, where that is trained
     exact_match: float | None  # share of the records that are answered as they stand, where that is asked for
     bad_records: tuple[str, ...]  # what is wrong with those that took no part
+    seconds: float  # that it took
 
     def metrics(self) -> dict[str, Any]:
         found = {
@@ -43,6 +45,7 @@ class Result:
             "val_tokens": self.tokens,
             "val_exact_match": self.exact_match,
             "val_bad_records": len(self.bad_records) or None,
+            "val_time": self.seconds,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -51,12 +54,22 @@ class Validation:
     """Every rank makes the same number of forward passes, so no collective waits for one that does not come."""
 
     def __init__(
-        self, settings: Settings, meshes: Meshes, device: torch.device, dtype: torch.dtype, progress: Progress
+        self,
+        settings: Settings,
+        meshes: Meshes,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+        trained: DatasetParam | None = None,
     ):
-        """settings: those of the validation, `Settings.validation`. Raises SettingError, RecordError."""
+        """settings: those of the validation, `Settings.validation`; trained: of the records that are trained on.
+
+        Raises SettingError, RecordError.
+        """
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
         try:
-            self.set = ValidationSet(settings, meshes.data_rank, meshes.data_size, progress, is_apart(device))
+            rank, ranks = meshes.data_rank, meshes.data_size
+            self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
             self.groups = self.set.answerable(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(str(error).replace(TRAINED, HELD_OUT)) from None
@@ -75,9 +88,11 @@ class Validation:
         if asked < len(dataset):
             without = " (none that is longer than cutoff_len, or ends with a tool's call)"
         told = f", {asked:,} of them answered{without}" if t.val_generate else ""
+        both = ", ".join(map(str, self.set.also_trained))
+        odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.told)
         return (
-            f"validation every {count(t.val_interval or 0, 'step')}: {count(len(dataset), 'sample')}{told}, "
-            f"{count(len(self.set), 'micro-batch')} a rank{cut}{left_out}"
+            f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{told}, "
+            f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{odd.replace(TRAINED, HELD_OUT)}"
         )
 
     def run(self, model: Qwen35, pulse: Pulse, step: int) -> Result:
@@ -86,6 +101,7 @@ class Validation:
         def at(what: str) -> None:
             pulse.at(f"step {step}: validation, {what}")
 
+        start = time.perf_counter()
         recompute = model.model.language_model.recompute
         model.recompute(False)
         try:
@@ -104,6 +120,7 @@ class Validation:
             mtp / max(ahead, 1) if self.settings.model.mtp_num_layers else None,
             right / answered if answered else None,
             tuple(dict.fromkeys(message for part in found for message in part[-1])),
+            time.perf_counter() - start,
         )
 
     @torch.no_grad()

@@ -186,11 +186,11 @@ def test_show_says_what_is_too_long(recipe, capsys):
     assert told.out.count(f"MORE THAN cutoff_len {limit}") == 2 and told.out.count("\n--- ") == 3  # all are shown
     assert told.err.count("\n") == 1
     assert (
-        f"2 of the 3 records shown are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
+        f"of the 3 records shown, 2 are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
         in told.err
     )
     assert main(["show", str(recipe), "--samples", "1", f"{basic}.cutoff_len={limit}"]) == 1
-    assert "1 of the 1 record shown is longer than" in capsys.readouterr().err
+    assert "of the 1 record shown, 1 is longer than" in capsys.readouterr().err
     for tolerant in ("truncation=drop", "truncation=truncate", "on_bad_record=skip"):
         assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}", f"{basic}.{tolerant}"]) == 0
         assert f"MORE THAN cutoff_len {limit}, " in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_another_form_is_told_what_is_read(tmp_path, text, where, lenient):
 def test_a_line_that_is_cut_off_is_told_no_more(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(RecordError, match="record 2: not JSON: Expecting value at column 1 of its line$"):
+    with pytest.raises(RecordError, match=r"record 2: not JSON: Expecting value at column 1 of its line$"):
         list(read_values(file))
 
 

@@ -12,11 +12,15 @@ from torch import Tensor
 from qwen35.batch import IGNORE, VisionSpec
 from qwen35.data.images import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.noticed import Noticed
 from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
 from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.truncation import cut
+from qwen35.errors import SettingError
+from qwen35.settings import Attr
+from qwen35.words import number_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,14 @@ class Dataset:
     Raises SettingError for files that are not there, RecordError for a record that cannot be used, has nothing trained or
     is longer than cutoff_len. With `on_bad_record: skip` such records are left out, and told in `skipped`; then RecordError
     only if nothing is left. `truncation` has those that are too long left out, or cut, whatever on_bad_record says.
+
+    Raises SettingError for a field's name in attr that no record has, but for one of `vetted`, which other records have; where
+    max_samples ends the reading, `told` has it instead.
     """
 
-    def __init__(self, preparation: Preparation, spec: VisionSpec, progress: Progress = untold):
+    def __init__(
+        self, preparation: Preparation, spec: VisionSpec, progress: Progress = untold, vetted: Attr | None = None
+    ):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
         self.skips = basic.on_bad_record == "skip"
@@ -70,6 +79,7 @@ class Dataset:
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
         self.skipped = Skipped.together(samples.skipped for samples in self.files)
+        self.told = self._told(vetted, is_cut=left == 0)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [all], 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])  # [all]
         self.videos = sum(_videos(samples.visuals) for samples in self.files)
@@ -83,6 +93,24 @@ class Dataset:
         if len(self.lengths) == 0:
             why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
             raise RecordError(f"{dataset_name(basic.dataset)}: no records{why}")
+
+    def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
+        """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
+        noticed = Noticed.together(samples.noticed for samples in self.files)
+        told = noticed.lines()
+        for setting, name in noticed.unseen.items():
+            if vetted is not None and name == getattr(vetted, setting):
+                continue
+            read = (
+                f"the first {number_of(self.records, 'record')}"
+                if is_cut
+                else dataset_name(self.preparation.basic.dataset)
+            )
+            words = noticed.unread(setting, read)
+            if not is_cut:
+                raise SettingError(words)
+            told.append(words)
+        return told
 
     def _shorten(self, number: int, count: int) -> None:
         """What becomes of a sample that is too long, one of `count`. Raises RecordError."""

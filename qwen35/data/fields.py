@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qwen35.data.record import RecordError, Role
@@ -40,6 +41,18 @@ class Names:
                 found = name, value
         return found
 
+    def unusual(self) -> str | None:
+        """The name that attr gives, where it is not a usual one."""
+        return None if self.own in self.usual else self.own
+
+    def has_own(self, raw: Mapping[str, Any]) -> bool:
+        return self.own is not None and _inside(raw, self.own) is not None
+
+    def any_of(self, raw: Mapping[str, Any]) -> Any:
+        """The first value that `find` might find, or None."""
+        values = ([_inside(raw, self.own)] if self.own is not None else []) + [raw.get(name) for name in self.usual]
+        return next((value for value in values if value is not None), None)
+
     def __str__(self) -> str:
         return " or ".join(name for name in (self.own, *self.usual) if name is not None)
 
@@ -65,6 +78,13 @@ class FieldNames:
     calls: frozenset[str]  # roles whose content is a tool call
     unread: tuple[str, ...] = ("audios", "audio", "functions")  # what others read in a record, as UNREAD_IN_TURNS
     preferences: tuple[str, ...] = PREFERENCES
+
+    @cached_property
+    def read(self) -> frozenset[str]:
+        """The fields of a record that are looked at, or lie around one that is."""
+        named = (self.messages, self.images, self.videos, self.tools, self.system)
+        own = [part for name in named if name.own is not None for part in (name.own, name.own.split(".")[0])]
+        return frozenset([*own, *(usual for name in named for usual in name.usual)])
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":

@@ -14,6 +14,7 @@ from typing import Any
 from qwen35.data.content import Visuals, kind, parse_calls, parse_content, parse_tools, text
 from qwen35.data.fields import SHARES, UNREAD_IN_TURNS, FieldNames, Names
 from qwen35.data.folder import ImageFolder
+from qwen35.data.noticed import Noticed, look
 from qwen35.data.reading import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Role, Turn
 from qwen35.settings import Attr
@@ -34,13 +35,17 @@ def read_records(
     limit: int | None = None,
     answered: bool = True,
     skip: Callable[[RecordError], object] | None = None,
+    noticed: Noticed | None = None,
 ) -> Iterator[Record]:
     """Of the first `limit` records of a file, in order; `answered`: each must end with an assistant turn.
 
     skip: is told of each record that cannot be used, which is then left out; None: the first such raises RecordError.
+    noticed: gets what is odd about the others.
     """
     names = FieldNames.of(attr)
     for number, raw in enumerate(islice(read_values(file, lenient=skip is not None), limit), 1):
+        if noticed is not None and noticed.unseen:
+            noticed.look_for_names(raw, names)
         try:
             if isinstance(raw, RecordError):
                 raise raw
@@ -50,6 +55,8 @@ def read_records(
                 raise
             skip(error)
         else:
+            if noticed is not None and (oddity := look(raw, record, names)):
+                noticed.add(oddity)
             yield record
 
 

@@ -21,8 +21,8 @@ from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
 from qwen35.processes import die_with, obey
-from qwen35.settings import Settings, dataset_entries
-from qwen35.words import count
+from qwen35.settings import Attr, Settings, dataset_entries
+from qwen35.words import number_of
 
 
 class MicroBatches:
@@ -77,7 +77,7 @@ class MicroBatches:
 
     def report(self) -> str:
         """For the start of a run: one line, and one more of records that were left out."""
-        files = count(len(self.dataset.files), "file")
+        files = number_of(len(self.dataset.files), "file")
         skipped = self.dataset.skipped
         left_out = (
             f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
@@ -85,13 +85,14 @@ class MicroBatches:
         cut = self.dataset.truncated
         if cut.numbers:
             left_out += (
-                f"\ndata: cut {count(len(cut.numbers), 'sample')} to cutoff_len, {count(cut.tokens, 'token')} and "
+                f"\ndata: cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
                 f"{_counts(cut.images, cut.videos)} of theirs are not trained"
             )
+        left_out += "".join(f"\ndata: {line}" for line in self.dataset.told)
+        bins = f"{number_of(self.bins_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens)"
         return (
-            f"data: {count(self.samples, 'sample')} of {files}, {_counts(self.dataset.images, self.dataset.videos)}; an "
-            f"epoch is {self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in "
-            f"{count(self.bins_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens){self.shares}{left_out}"
+            f"data: {number_of(self.samples, 'sample')} of {files}, {_counts(self.dataset.images, self.dataset.videos)}; an "
+            f"epoch is {self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {bins}{self.shares}{left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -103,7 +104,7 @@ class MicroBatches:
 
 def _counts(images: int, videos: int) -> str:
     """For messages."""
-    return count(images, "image") + f", {count(videos, 'video')}" * (videos > 0)
+    return number_of(images, "image") + f", {number_of(videos, 'video')}" * (videos > 0)
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
@@ -111,17 +112,17 @@ def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
     ends = np.cumsum(dataset.sizes)
     each = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
     named = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(each, dataset.files, strict=True))
-    return f"\ndata: by weight an epoch is {count(len(epoch), 'sample')}: {named}"
+    return f"\ndata: by weight an epoch is {number_of(len(epoch), 'sample')}: {named}"
 
 
-def open_dataset(settings: Settings, progress: Progress) -> Dataset:
-    """Raises SettingError, RecordError."""
+def open_dataset(settings: Settings, progress: Progress, vetted: Attr | None = None) -> Dataset:
+    """vetted: as for `Dataset`. Raises SettingError, RecordError."""
     folder = settings.model.model_name_or_path
     spec = vision_spec(folder)
     check_patch_bucket(settings.data.dataloader_param.patch_bucket, spec)
     preparation = Preparation.of(settings)
     check_agreement(folder, settings.tokenizer_dir, preparation, spec)
-    return Dataset(preparation, spec, progress)
+    return Dataset(preparation, spec, progress, vetted)
 
 
 def in_background(

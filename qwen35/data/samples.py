@@ -20,6 +20,7 @@ from qwen35.data.files import alone_in, replacing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.data.noticed import Noticed
 from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.skipped import Skipped
 from qwen35.data.template import training_pieces
@@ -28,7 +29,7 @@ from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 4  # of what is kept and how it is made
+CACHE_VERSION = 5  # of what is kept and how it is made
 WAIT = 0.1  # seconds between looks at what another process makes
 Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
 
@@ -58,6 +59,7 @@ class FileSamples:
     visuals: list[str | dict[str, Any]]  # [M] the path of an image, or what a Video is
     records: int  # that were read: N and those left out
     skipped: Skipped
+    noticed: Noticed
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,11 @@ def tokenised(
     preparation: Preparation,
     limit: int | None = None,
     skip: Callable[[RecordError], object] | None = None,
+    noticed: Noticed | None = None,
 ) -> Iterator[tuple[Record, TokenisedSample]]:
-    """Of the first `limit` records of a file; `skip`: as for `read_records`."""
+    """Of the first `limit` records of a file; `skip`, `noticed`: as for `read_records`."""
     tell = skip or partial(_refuse, preparation.basic.dataset_dir)
-    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=tell):
+    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=tell, noticed=noticed):
         try:
             sample = preparation.tokenise(record)
         except RecordError as error:
@@ -205,15 +208,14 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
     ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
-    skipped = Skipped()
+    skipped, noticed = Skipped(), Noticed.before(preparation.attr)
 
     def skip(error: RecordError) -> None:
         skipped.add(error)
         progress(str(error), 1)
 
-    for record, sample in tokenised(
-        file, preparation, limit, skip if preparation.basic.on_bad_record == "skip" else None
-    ):
+    tell = skip if preparation.basic.on_bad_record == "skip" else None
+    for record, sample in tokenised(file, preparation, limit, tell, noticed):
         progress(record.source, 1)
         ids += sample.ids.data
         trained += sample.trained.data
@@ -233,6 +235,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         visuals,
         len(sources) + len(skipped),
         skipped,
+        noticed,
     )
 
 
@@ -259,13 +262,14 @@ def _read(path: Path) -> FileSamples:
     """The tensors stay in the file, which the processes of a machine share in memory."""
     with safe_open(path, framework="pt") as kept:
         names = json.loads(kept.get_tensor("names").numpy().tobytes())
-        skipped = Skipped(**names.pop("skipped"))
-        return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names, skipped=skipped)
+        names["skipped"], names["noticed"] = Skipped(**names["skipped"]), Noticed(**names["noticed"])
+        return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names)
 
 
 def _write(samples: FileSamples, path: Path) -> None:
     """Raises SettingError."""
-    names = {name: getattr(samples, name) for name in NAMES} | {"skipped": asdict(samples.skipped)}
+    names = {name: getattr(samples, name) for name in NAMES}
+    names |= {"skipped": asdict(samples.skipped), "noticed": asdict(samples.noticed)}
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     try:

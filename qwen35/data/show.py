@@ -13,7 +13,7 @@ from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
 from qwen35.settings import Settings
-from qwen35.words import count
+from qwen35.words import number_of
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
@@ -57,10 +57,11 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:
+        limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
-            f"{dataset_name(basic.dataset)}: {refused:,} of the {count(shown, 'record')} shown {'is' if refused == 1 else 'are'} "
-            f"longer than data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}, which training refuses; "
-            "truncation: drop leaves such records out, truncate cuts them"
+            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'record')} shown, {refused:,} "
+            f"{'is' if refused == 1 else 'are'} longer than {limit}, which training refuses; truncation: drop leaves such "
+            "records out, truncate cuts them"
         )
 
 

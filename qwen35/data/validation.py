@@ -1,14 +1,15 @@
 """The validation set: the same micro-batches each time, as many for each rank, in which every sample is once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen35.batch import PackedBatch
 from qwen35.data.loader import DecodedBins, in_background, open_dataset
+from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch
 from qwen35.data.record import Record, RecordError
 from qwen35.data.samples import Progress, tokenised, untold
-from qwen35.settings import Settings
+from qwen35.settings import DatasetFile, DatasetParam, Settings
 
 
 class ValidationSet:
@@ -18,10 +19,19 @@ class ValidationSet:
     Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
     """
 
-    def __init__(self, settings: Settings, rank: int, world_size: int, progress: Progress = untold, pin: bool = False):
-        """settings: those of the validation, `Settings.validation`."""
+    def __init__(
+        self,
+        settings: Settings,
+        rank: int,
+        world_size: int,
+        progress: Progress = untold,
+        pin: bool = False,
+        trained: DatasetParam | None = None,
+    ):
+        """settings: those of the validation, `Settings.validation`; trained: of the records that are trained on."""
         loader, basic = settings.data.dataloader_param, settings.data.dataset_param.basic_parameters
-        self.dataset = open_dataset(settings, progress)
+        self.dataset = open_dataset(settings, progress, trained.attr if trained else None)
+        self.also_trained = _in_both(basic.dataset, trained.basic_parameters.dataset) if trained else []
         self.micro_batch = settings.training.micro_batch_size * basic.cutoff_len  # tokens
         bins = pack_epoch(self.dataset.lengths, basic.cutoff_len, 0, 0, shuffle=False)
         size = settings.training.micro_batch_size
@@ -70,3 +80,9 @@ class ValidationSet:
                 groups[-1].append(record)
                 room -= length
         return groups
+
+
+def _in_both(dataset: str | Sequence[DatasetFile], other: str | Sequence[DatasetFile]) -> list[Path]:
+    """The files of `dataset` that are, by whatever name, of the other too."""
+    others = {file.resolve() for file in dataset_files(other)}
+    return [file for file in dataset_files(dataset) if file.resolve() in others]

@@ -103,10 +103,8 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         micro_batches = MicroBatches(
             settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=is_apart(device)
         )
-        held_out = settings.validation
-        validation, trained = None, settings.data.dataset_param
-        if held_out:
-            validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read, trained)
+        held_out, trained = settings.validation, settings.data.dataset_param
+        validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read, trained) if held_out else None
     pulse.at("comparing the data with the others'")
     check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
     pulse.at("sharding the model")

@@ -125,7 +125,8 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
         frames = torch.cat([ours[i].grid_thw[:, 0] for i in range(len(ours))])
         assert (ours.images, ours.videos) == (int((frames == 1).sum()), int((frames == 2).sum()))
         assert f", {ours.images} images, {ours.videos} videos; an epoch" in loader.report()
-        assert f" and {lost[1]} images{f', {lost[2]} videos' * (lost[2] > 0)} of theirs are not" in loader.report()
+        images, videos = (f"{n} {what}" + "s" * (n != 1) for n, what in zip(lost[1:], ("image", "video"), strict=True))
+        assert f" and {images}{f', {videos}' * (lost[2] > 0)} of theirs are not" in loader.report()
 
 
 def tokens(tokenizer, *parts):

@@ -16,8 +16,9 @@ from training_runs import tensors, train
 from qwen35.batch import PackedBatch
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.data.samples import untold
 from qwen35.data.validation import ValidationSet
+from qwen35.data.samples import untold
+from qwen35.errors import SettingError
 from qwen35.evaluate import answers
 from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
@@ -47,6 +48,7 @@ def run(workplace, held_out) -> Path:
     save = workplace / "validated"
     done = train(workplace, save, 2, "training.save_interval=5", *validating(held_out))
     assert done.returncode == 0, done.stderr
+    (save / "console").write_text(done.stdout)
     return save
 
 
@@ -88,6 +90,16 @@ def test_what_is_found_is_so(workplace, held_out, run):
     assert len(given) == HELD_OUT
     assert 0 < last["val_exact_match"] < 1
     assert last["val_exact_match"] == pytest.approx(sum(answer.is_right for answer in given) / HELD_OUT)
+
+
+def test_the_console_tells_of_each_with_its_seconds(run):
+    lines = [line for line in lines_of(run) if "val_loss" in line]
+    assert [line["step"] for line in lines] == [3, 6, 9, 10]
+    told = (run / "console").read_text().splitlines()
+    for line in lines:
+        assert 0 < line["val_time"] < 600
+        match = f"val_exact_match {line['val_exact_match']:.6g}  {line['val_time']:.2f} s"
+        assert [x for x in told if x.startswith(f"step {line['step']:6}  val_loss ") and x.endswith(match)]
 
 
 def test_resumed_equals_uninterrupted(workplace, held_out, run, tmp_path):
@@ -177,10 +189,34 @@ def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
     assert f"{HELD_OUT} samples, {HELD_OUT} of them answered, " in told and "cut" not in told
 
 
-def report(settings) -> str:
+def report(settings, trained=None) -> str:
     """Of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold).report()
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold, trained).report()
+
+
+def test_what_is_trained_on_too_is_said(workplace, held_out, tmp_path):
+    """By whatever name."""
+    link = tmp_path / "link.json"
+    link.symlink_to(workplace / "records.json")
+    settings = load_settings(workplace / "recipe.yaml", [*validating(held_out), f"{DATASET}={held_out},{link}"])
+    told = report(settings.validation, settings.data.dataset_param)
+    assert told.endswith(f" a rank; of these, {link} is trained on too")
+    settings = load_settings(workplace / "recipe.yaml", validating(held_out))
+    assert "trained on" not in report(settings.validation, settings.data.dataset_param)
+
+
+def test_what_is_odd_about_it_is_said(workplace, tmp_path):
+    """And a name in attr that no record has is one of the validation's own settings."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
+    (tmp_path / "odd.json").write_text(json.dumps([{"messages": turns}]))
+    settings = load_settings(workplace / "recipe.yaml", validating(tmp_path / "odd.json"))
+    told = report(settings.validation, settings.data.dataset_param)
+    assert told.startswith("validation every 3 steps: 1 sample, 1 of them answered, 1 micro-batch a rank; 1 answer is empty; ")
+    attr = "data.val_dataset_param.attr.images"
+    settings = load_settings(workplace / "recipe.yaml", [*validating(tmp_path / "odd.json"), f"{attr}=photo"])
+    with pytest.raises(SettingError, match=rf"^{attr}: no record of .*odd\.json has a field 'photo'; they have 'messages'$"):
+        report(settings.validation, settings.data.dataset_param)
 
 
 def test_what_is_not_given_is_as_in_training(workplace, held_out):

@@ -23,6 +23,7 @@ from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
 from qwen35.data.images import ImageError, ImageProcessor, upright_size
 from qwen35.data.in_order import in_order
+from qwen35.data.noticed import Oddity, look
 from qwen35.data.reading import read_values
 from qwen35.data.record import Record, RecordError
 from qwen35.data.samples import Preparation
@@ -60,6 +61,7 @@ class Converted:
     turns: int
     images: int
     length: int
+    oddity: Oddity | None
 
 
 def convert(options: Options) -> str:
@@ -103,6 +105,8 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
                 bar.update()
                 if isinstance(made, Converted):
                     tally.add(made.turns, made.images, made.length)
+                    if made.oddity is not None:
+                        tally.noticed.add(made.oddity)
                     yield separator + made.line
                     separator = ",\n"
                 elif options.tolerates(made):
@@ -139,6 +143,7 @@ def _report(options: Options, tally: Tally) -> str:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":
         lines.append("the images were not looked at (--check none)")
+    lines += tally.noticed.lines("LLaVA's field is image")
     lines.append(tally.histogram())
     if options.tokenizer is None:
         lines.append("for tokens instead of characters name a model folder: make data HF=…")
@@ -185,7 +190,7 @@ class Converter:
         messages = [{"role": turn.role, "content": turn.content} for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length)
+        return Converted(line, len(messages), len(images), length, look(raw, record, self._names))
 
     def _check(self, record: Record) -> None:
         """Raises RecordError."""

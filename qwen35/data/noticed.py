@@ -102,8 +102,8 @@ class Noticed:
                 self.strays[name] = self.strays.get(name, 0) + 1
             self.first_stray = self.first_stray or oddity.source
 
-    def lines(self) -> list[str]:
-        """For the start of a run, and for the report of make data."""
+    def lines(self, mend: str = "attr.images (or .videos) says which field holds them") -> list[str]:
+        """For the start of a run, and for the report of make data. mend: what is to be done about images that are not read."""
         told = []
         if self.empty_answers:
             answers = f"{number_of(self.empty_answers, 'answer')} {'is' if self.empty_answers == 1 else 'are'} empty"
@@ -111,8 +111,8 @@ class Noticed:
         if self.strays:
             found = ", ".join(f"{number_of(count, 'record')} in {name!r}" for name, count in self.strays.items())
             told.append(
-                f"what looks like an image or video, and is not read, in records that have none: {found}; attr.images (or "
-                f".videos) says which field holds them; first: {self.first_stray}".translate(VISIBLE)
+                f"what looks like an image or video, and is not read, in records that have none: {found}; {mend}; "
+                f"first: {self.first_stray}".translate(VISIBLE)
             )
         return told
 

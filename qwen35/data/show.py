@@ -57,10 +57,10 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:
-        limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
+        most = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
             f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'record')} shown, {refused:,} "
-            f"{'is' if refused == 1 else 'are'} longer than {limit}, which training refuses; truncation: drop leaves such "
+            f"{'is' if refused == 1 else 'are'} longer than {most}, which training refuses; truncation: drop leaves such "
             "records out, truncate cuts them"
         )
 

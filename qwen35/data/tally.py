@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen35.data.files import replacing
+from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
 from qwen35.data.skipped import Skipped
 
@@ -22,6 +23,7 @@ class Tally:
     images: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of each record
     skipped: Skipped = field(default_factory=Skipped)
+    noticed: Noticed = field(default_factory=Noticed)
     named: list[str] = field(default_factory=list)  # the first of them, in full
 
     def add(self, turns: int, images: int, length: int) -> None:

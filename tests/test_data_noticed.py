@@ -1,0 +1,215 @@
+"""What is odd about records that are used: told at the start of a run, or an error where it is a setting's name."""
+
+import json
+
+import pytest
+from mistakes import BASIC, DATA, change, place, run, whole
+
+from qwen35.config import load_settings
+from qwen35.data import MicroBatches, RecordError
+from qwen35.data.samples import Preparation
+from qwen35.data.validation import ValidationSet
+from qwen35.errors import SettingError
+
+__all__ = ["place", "whole"]  # fixtures
+
+FILE, ATTR, CACHE = "data/a.json", "data.dataset_param.attr", f"{BASIC}.cache_dir=cache"
+BOTH = f"{BASIC}.dataset=data/a.json,data/b.json"
+TEXT = {"id": "t", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+STRAY = "data: what looks like an image or video, and is not read, in records that have none: "
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def write(name: str, *records: dict) -> None:
+    with open(name, "w") as file:  # noqa: PTH123
+        json.dump(records, file)
+
+
+def loader(*overrides: str) -> MicroBatches:
+    return MicroBatches(load_settings("r.yaml", overrides), 0, 1)
+
+
+def told(*overrides: str) -> list[str]:
+    """The lines of the report after the first."""
+    return loader(*overrides).report().splitlines()[1:]
+
+
+# -- names in attr ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "of", "has"),
+    [
+        ("images", "record", "'id', 'conversations', 'image'"),
+        ("videos", "record", "'id', 'conversations', 'image'"),
+        ("tools", "record", "'id', 'conversations', 'image'"),
+        ("system", "record", "'id', 'conversations', 'image'"),
+        ("messages", "record", "'id', 'conversations', 'image'"),
+        ("role_tag", "turn of a record", "'from', 'value'"),
+        ("content_tag", "turn of a record", "'from', 'value'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["photo", "photo.path"])
+def test_a_name_that_no_record_has(setting, of, has, name):
+    for more in ([], [CACHE], [CACHE]):  # the last time from the cache
+        with pytest.raises(SettingError) as caught:
+            loader(f"{ATTR}.{setting}={name}", *more)
+        assert str(caught.value) == f"{ATTR}.{setting}: no {of} of data/a.json has a field {name!r}; they have {has}"
+
+
+def test_a_name_that_one_record_of_one_file_has(place):
+    write(
+        "data/b.json",
+        TEXT,
+        TEXT | {"photo": "1.png", "messages": [{"role": "user", "content": "<image>"}, TEXT["messages"][1]]},
+    )
+    for more in ([], [CACHE], [CACHE]):
+        dataset = loader(f"{ATTR}.images=photo", BOTH, *more).dataset
+        assert len(dataset) == 14 and dataset.images == loader().dataset.images + 1
+    with pytest.raises(SettingError, match=r"attr\.images: no record of data/a\.json has a field 'photo'"):
+        loader(f"{ATTR}.images=photo")
+    with pytest.raises(SettingError, match=r"attr\.videos: no record of data/a\.json,data/b\.json has a field 'clip'"):
+        loader(f"{ATTR}.images=photo", f"{ATTR}.videos=clip", BOTH)
+
+
+def test_a_name_that_only_a_bad_record_has():
+    write("data/b.json", TEXT, {"photo": "1.png"})
+    assert len(loader(f"{ATTR}.images=photo", BOTH, f"{BASIC}.on_bad_record=skip").dataset) == 13
+
+
+def test_a_wrong_name_is_told_before_nothing_is_left():
+    write(FILE, {"turns": TEXT["messages"]})
+    with pytest.raises(
+        SettingError, match=r"attr\.messages: no record of data/a\.json has a field 'turn'; they have 'turns'$"
+    ):
+        loader(f"{ATTR}.messages=turn", f"{BASIC}.on_bad_record=skip")
+
+
+def test_usual_names_and_roles_need_not_be_there():
+    """As recipes give all of them, for records of text too."""
+    write(FILE, TEXT)
+    names = {"images": "images", "videos": "video", "tools": "tools", "system": "system", "role_tag": "role"}
+    roles = {"observation_tag": "seen", "function_tag": "call", "system_tag": "rules"}
+    assert told(*(f"{ATTR}.{setting}={name}" for setting, name in (names | roles).items())) == []
+
+
+def test_what_max_samples_leaves_unread_may_have_it():
+    write("data/b.json", TEXT | {"photo": "1.png"})
+    words = [f"{ATTR}.images=photo", BOTH, f"{BASIC}.max_samples=3"]
+    (line,) = told(*words)
+    assert line.startswith(f"data: {ATTR}.images: no record of the first 3 records has a field 'photo'; they have 'id'")
+    with pytest.raises(SettingError, match="has a field 'photo'"):
+        loader(f"{ATTR}.images=photo", f"{BASIC}.max_samples=13")
+
+
+def test_the_validation_needs_only_names_of_its_own():
+    write(
+        "data/b.json",
+        TEXT,
+        TEXT | {"photo": "1.png", "messages": [{"role": "user", "content": "<image>"}, TEXT["messages"][1]]},
+    )
+    held_out = ["data.val_dataset_param.basic_parameters.dataset=data/a.json", "training.val_interval=1"]
+    settings = load_settings("r.yaml", [*held_out, f"{BASIC}.dataset=data/b.json", f"{ATTR}.images=photo"])
+    MicroBatches(settings, 0, 1)
+    assert len(ValidationSet(settings.validation, 0, 1, trained=settings.data.dataset_param).dataset) == 12
+    with pytest.raises(SettingError, match="has a field 'photo'"):
+        ValidationSet(settings.validation, 0, 1)
+    own = [*held_out, "data.val_dataset_param.attr.images=pic"]
+    settings = load_settings("r.yaml", own)
+    with pytest.raises(SettingError, match="has a field 'pic'"):
+        ValidationSet(settings.validation, 0, 1, trained=settings.data.dataset_param)
+
+
+# -- images that are not read -------------------------------------------------------------------------------------------
+
+
+def test_images_in_a_field_of_another_name():
+    write(
+        "data/b.json",
+        TEXT,
+        TEXT | {"id": 7, "photo": "x/A.JPG"},
+        TEXT | {"photo": "b.png"},
+        TEXT | {"clips": ["c.webm", "d"]},
+    )
+    for more in ([], [CACHE], [CACHE]):
+        (line,) = told(BOTH, *more)
+        assert line == (
+            f"{STRAY}2 records in 'photo', 1 record in 'clips'; attr.images (or .videos) says which field holds them; "
+            "first: data/b.json, record 2 (id 7)"
+        )
+    with pytest.raises(RecordError, match=r"record 2 \(id 7\), messages: 1 image but no <image>"):  # as the line has it
+        loader(f"{ATTR}.images=photo", BOTH)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"id": "a.jpg"},
+        {"source": "a.jpg of something"},
+        {"source": "Draw me\na.jpg"},
+        {"source": ["a", "a.jpg"]},
+        {"source": {"file": "a.jpg"}},
+        {"source": []},
+        {"source": 3},
+        {"system": "Call it a.jpg"},
+        {"image": ""},
+    ],
+)
+def test_what_is_no_image_is_not_told(field):
+    write("data/b.json", TEXT | field)
+    assert told(BOTH) == []
+
+
+def test_beside_images_that_are_there_it_is_metadata(place):
+    for i in range(12):
+        change(FILE, f"{i}.source", "a.jpg")(place)
+    without = sum("image" not in record for record in json.loads((place / FILE).read_text()))
+    (line,) = told()
+    assert 0 < without < 12 and line.startswith(f"{STRAY}{without} records in 'source'; ")
+
+
+# -- empty answers ------------------------------------------------------------------------------------------------------
+
+
+def answers(*texts: str) -> dict:
+    turns = [{"role": role, "content": said} for text in texts for role, said in (("user", "?"), ("assistant", text))]
+    return {"messages": turns}
+
+
+def test_empty_answers_are_counted():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tool = [TEXT["messages"][0], call, {"role": "tool", "content": ""}, TEXT["messages"][1]]
+    write("data/b.json", TEXT, {"messages": tool}, answers("a"), answers("", " \n", "b"), answers("\t"))
+    for more in ([], [CACHE], [CACHE]):
+        assert told(BOTH, *more) == ["data: 3 answers are empty; first: data/b.json, record 4"]
+    write("data/b.json", TEXT, answers("a", ""))
+    assert told(BOTH) == ["data: 1 answer is empty; first: data/b.json, record 2"]
+
+
+def test_an_empty_answer_is_text_of_the_template():
+    """Nothing but its end is trained: why it is told, and no error."""
+    write(FILE, answers(" "))
+    preparation = Preparation.of(load_settings("r.yaml"))
+    dataset = loader().dataset
+    ids, labels = dataset[0].input_ids, dataset[0].labels
+    assert preparation.tokenizer.decode(ids.tolist()).endswith("assistant\n<think>\n\n</think>\n\n<|im_end|>\n")
+    assert preparation.tokenizer.decode(labels[labels >= 0].tolist()) == "<|im_end|>\n"
+
+
+# -- make data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_make_data_tells_the_same(workers):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
+    records = [{"conversations": turns}] * 600 + [{"conversations": turns, "photo": "x.png"}] * 600
+    write(FILE, *records)
+    done = run(".", *DATA, "--workers", workers)
+    assert done.code == 0, done.err
+    assert "\n1,200 answers are empty; first: data/a.json, record 1\n" in done.out
+    told = STRAY.removeprefix("data: ")
+    assert f"\n{told}600 records in 'photo'; LLaVA's field is image; first: data/a.json, record 601\n" in done.out

@@ -73,6 +73,21 @@ FILES = [
     Case("UTF-16", TRAIN, ("data/a.json: not UTF-8 text", "at byte 0"), write(FILE, "[]".encode("utf-16"))),
     Case("very deep", SHOW, ("data/a.json: JSON that cannot be read",), write(FILE, "[" * 100_000)),
     Case("not records", TRAIN, ("data/a.json, record 1: is a number, not an object",), write(FILE, "[1, 2]")),
+    Case("archive", TRAIN, ("data/a.json: is compressed; unpack it first",), write(FILE, "PK\3\4 and so on")),
+    Case(
+        "table", DATA, ("data/a.json, record 1: not JSON", "what is read: a JSON list, one"), write(FILE, "a,b\n1,2\n")
+    ),
+    Case(
+        "name that no record has",
+        (*TRAIN, "data.dataset_param.attr.images=photo"),
+        ("data.dataset_param.attr.images: no record of data/a.json has a field 'photo'; they have 'id', ",),
+    ),
+    Case(
+        "preference pair",
+        DATA,
+        (f"{SECOND}: has chosen, rejected, which are not",),
+        both(record(chosen="a"), record(rejected="b")),
+    ),
     Case("no dataset_dir", (*TRAIN, f"{BASIC}.dataset_dir=pics"), ("dataset_dir: pics: no such folder",)),
     Case("file for a folder", (*TRAIN, f"{BASIC}.dataset_dir=r.yaml"), ("dataset_dir: r.yaml: no such folder",)),
     Case("file for a cache", (*TRAIN, f"{BASIC}.cache_dir=r.yaml"), (f"{BASIC}.cache_dir: r.yaml: File exists",)),

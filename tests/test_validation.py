@@ -16,8 +16,8 @@ from training_runs import tensors, train
 from qwen35.batch import PackedBatch
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.data.validation import ValidationSet
 from qwen35.data.samples import untold
+from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
 from qwen35.evaluate import answers
 from qwen35.metrics import read_metrics
@@ -212,10 +212,14 @@ def test_what_is_odd_about_it_is_said(workplace, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps([{"messages": turns}]))
     settings = load_settings(workplace / "recipe.yaml", validating(tmp_path / "odd.json"))
     told = report(settings.validation, settings.data.dataset_param)
-    assert told.startswith("validation every 3 steps: 1 sample, 1 of them answered, 1 micro-batch a rank; 1 answer is empty; ")
+    assert told.startswith(
+        "validation every 3 steps: 1 sample, 1 of them answered, 1 micro-batch a rank; 1 answer is empty; "
+    )
     attr = "data.val_dataset_param.attr.images"
     settings = load_settings(workplace / "recipe.yaml", [*validating(tmp_path / "odd.json"), f"{attr}=photo"])
-    with pytest.raises(SettingError, match=rf"^{attr}: no record of .*odd\.json has a field 'photo'; they have 'messages'$"):
+    with pytest.raises(
+        SettingError, match=rf"^{attr}: no record of .*odd\.json has a field 'photo'; they have 'messages'$"
+    ):
         report(settings.validation, settings.data.dataset_param)
 
 

@@ -70,7 +70,7 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
         raise RecordError(
             f"{source}: has {', '.join(unread)}, which are not read; training without them would be wrong"
         )
-    if pair := [name for name in names.preferences if raw.get(name)]:
+    if names.preferences and (pair := [name for name in names.preferences if raw.get(name)]):
         raise RecordError(
             f"{source}: has {' and '.join(pair)}: preference pairs are not read; attr.messages says which field holds the turns"
         )

@@ -17,9 +17,8 @@ import yaml
 
 from qwen35.contradictions import check_contradictions
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
-from qwen35.settings import DatasetParam, Settings
+from qwen35.settings import HELD_OUT, TRAINED, DatasetParam, Settings, of_held_out
 
-TRAINED, HELD_OUT = "data.dataset_param.", "data.val_dataset_param."  # the second is as the first where it says nothing
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
 
 
@@ -98,9 +97,9 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
             raise SettingError(f"{key}: {value!r} is not a section, with settings below it")
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
-    if any(key.startswith(HELD_OUT) for key in flat):
-        shared = {key for key in flat if key.startswith(TRAINED) and key != f"{TRAINED}basic_parameters.dataset"}
-        flat = {key.replace(TRAINED, HELD_OUT): flat[key] for key in shared} | flat
+    if any(key.startswith(f"{HELD_OUT}.") for key in flat):
+        shared = {key for key in flat if key.startswith(f"{TRAINED}.") and key != f"{TRAINED}.basic_parameters.dataset"}
+        flat = {of_held_out(key): flat[key] for key in shared} | flat
     return _build(Settings, flat, "")
 
 
@@ -255,8 +254,8 @@ def _check(s: Settings) -> None:
         "parallel.expert_parallel_size": s.parallel.expert_parallel_size,
         "parallel.ulysses_parallel_size": s.parallel.ulysses_parallel_size,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
-        **_positive(s.data.dataset_param, TRAINED),
-        **(_positive(s.data.val_dataset_param, HELD_OUT) if s.data.val_dataset_param else {}),
+        **_positive(s.data.dataset_param, f"{TRAINED}."),
+        **(_positive(s.data.val_dataset_param, f"{HELD_OUT}.") if s.data.val_dataset_param else {}),
     }
     not_negative = {
         "training.weight_decay": t.weight_decay,

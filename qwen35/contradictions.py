@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen35.errors import SettingError
-from qwen35.settings import ModelSettings, ProfileSettings, Settings, dataset_entries
+from qwen35.settings import TRAINED, ModelSettings, ProfileSettings, Settings, dataset_entries, of_held_out
 
-RECORDS = "data.dataset_param"
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
 
@@ -27,7 +26,7 @@ def check_contradictions(s: Settings) -> None:
 
 def _of_data(s: Settings) -> Iterator[str]:
     b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
-    basic, limits = f"{RECORDS}.basic_parameters", f"{RECORDS}.preprocess_parameters"
+    basic, limits = f"{TRAINED}.basic_parameters", f"{TRAINED}.preprocess_parameters"
     if p.image_min_pixels > p.image_max_pixels:
         yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
     if p.video_min_pixels > p.video_max_pixels:
@@ -52,7 +51,7 @@ def _of_validation(s: Settings) -> Iterator[str]:
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
         found = (*_of_data(s.validation), *_of_names(s.validation))
-        yield from (words.replace(RECORDS, "data.val_dataset_param") for words in found)
+        yield from (of_held_out(words) for words in found)
 
 
 def _of_training(s: Settings) -> Iterator[str]:
@@ -132,4 +131,4 @@ def _of_names(s: Settings) -> Iterator[str]:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
         if same:
-            yield f"{RECORDS}.attr: {' and '.join(same)} are both {given[same[0]]!r}"
+            yield f"{TRAINED}.attr: {' and '.join(same)} are both {given[same[0]]!r}"

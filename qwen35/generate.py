@@ -26,6 +26,7 @@ from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
 from qwen35.sampling import Sampling, draw
+from qwen35.words import number_of
 
 
 def greedy(
@@ -166,7 +167,7 @@ def question(args: argparse.Namespace) -> Record:
         if not places:
             before += placeholder * count
         elif places != count:
-            raise SettingError(f"{places} {placeholder} in the prompt, but {count} {what}{'s' * (count != 1)}")
+            raise SettingError(f"{places} {placeholder} in the prompt, but {number_of(count, what)}")
     system = () if args.system is None else (Turn("system", args.system),)
     videos = tuple(Video(Path(names[0]) if len(names) == 1 else tuple(map(Path, names))) for names in args.video)
     return Record("the prompt", (*system, Turn("user", before + text)), tuple(map(Path, args.image)), videos)

@@ -8,6 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+TRAINED, HELD_OUT = "data.dataset_param", "data.val_dataset_param"  # the second is as the first where it says nothing
+
+
+def of_held_out(words: str) -> str:
+    """What names a setting of the records that are trained, with that of the validation set in its place."""
+    return words.replace(TRAINED, HELD_OUT)
+
+
 REQUIRED: Any = dataclasses.MISSING
 
 

@@ -21,10 +21,8 @@ from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35
 from qwen35.parallel import Meshes, gather_weights, held_out, let_go, split
 from qwen35.pulse import Pulse
-from qwen35.settings import DatasetParam, Settings
+from qwen35.settings import DatasetParam, Settings, of_held_out
 from qwen35.words import number_of
-
-TRAINED, HELD_OUT = "data.dataset_param", "data.val_dataset_param"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Validation:
             self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
             self.groups = self.set.answerable(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
-            raise type(error)(str(error).replace(TRAINED, HELD_OUT)) from None
+            raise type(error)(of_held_out(str(error))) from None
 
     def is_due(self, step: int) -> bool:
         t = self.settings.training
@@ -92,7 +90,7 @@ class Validation:
         odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.told)
         return (
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{told}, "
-            f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{odd.replace(TRAINED, HELD_OUT)}"
+            f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{of_held_out(odd)}"
         )
 
     def run(self, model: Qwen35, pulse: Pulse, step: int) -> Result:

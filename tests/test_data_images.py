@@ -13,6 +13,7 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from tokenizer_fixture import PUBLISHED
 
+from bench.images import peer_processor
 from qwen35.config import SettingError
 from qwen35.data.images import ImageError, ImageProcessor
 
@@ -26,14 +27,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def peer():
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Pil
-    except ModuleNotFoundError:  # its name in transformers 5.2
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Pil
-    processor = Pil.from_pretrained(PUBLISHED)
-    processor.size = {"shortest_edge": MIN, "longest_edge": MAX}
-    if hasattr(processor, "min_pixels"):  # where 5.2 looks
-        processor.min_pixels, processor.max_pixels = MIN, MAX
+    processor = peer_processor(PUBLISHED)
     clear = processor(images=Image.new("RGBA", (32, 32)), return_tensors="pt")["pixel_values"]
     processor.keeps_what_is_below = bool((clear != 1).any())  # until 5.20: the colours below the transparency
     return processor

@@ -111,26 +111,26 @@ os.kill(os.getpid(), 9)
     assert (process.returncode, err) == (1, "error: rank 0 was ended by SIGKILL; out of memory?\n")
 
 
-def test_a_process_that_hangs_after_its_failure_is_ended():
-    program = """
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        ('OSError("No space left on device"), expected=True', "error: No space left on device\n"),
+        (
+            'ZeroDivisionError("division by zero"), expected=False',
+            "error: ZeroDivisionError: division by zero\nrank 1: division by zero\n",
+        ),
+    ],
+    ids=["of the user", "of ours"],
+)
+def test_a_process_that_hangs_after_its_failure_is_ended_and_the_failure_told(failure, words):
+    program = f"""
 if rank == 1:
-    record_failure(OSError("No space left on device"), expected=True)
+    record_failure({failure})
 time.sleep(600)
 """
     process = start(program)
     _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (1, "error: No space left on device\n")
-
-
-def test_a_process_that_hangs_after_an_error_of_ours_is_ended_and_its_error_told():
-    program = """
-if rank == 1:
-    record_failure(ZeroDivisionError("division by zero"), expected=False)
-time.sleep(600)
-"""
-    process = start(program)
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (1, "error: ZeroDivisionError: division by zero\nrank 1: division by zero\n")
+    assert (process.returncode, err) == (1, words)
 
 
 @pytest.mark.parametrize(

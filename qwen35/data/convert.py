@@ -32,6 +32,7 @@ from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError
 from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+from qwen35.words import number_of
 
 NAMED = 5  # missing images that a message names
 CHUNK = 512  # records that a process gets at once
@@ -118,7 +119,7 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
     if missing:
         n = len(missing)
         raise RecordError(
-            f"{options.llava}: {n:,} image{'s' * (n > 1)} not in {options.images}: {_names(missing)}; "
+            f"{options.llava}: {number_of(n, 'image')} not in {options.images}: {_names(missing)}; "
             "--on_missing skip leaves such records out"
         )
     if not tally.records:
@@ -138,7 +139,7 @@ def _report(options: Options, tally: Tally) -> str:
     if n := skipped.kinds.get(MISSING, 0):
         gone = [image for image, state in skipped.images.items() if state == "missing"]
         named = [_below(options, image) for image in gone]
-        lines.append(f"left out: {n:,} record{'s' * (n > 1)} whose image is not in {options.images}: {_names(named)}")
+        lines.append(f"left out: {number_of(n, 'record')} whose image is not in {options.images}: {_names(named)}")
     if len(skipped) > n:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":

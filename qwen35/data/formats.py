@@ -18,6 +18,7 @@ from qwen35.data.noticed import Noticed, look
 from qwen35.data.reading import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Role, Turn
 from qwen35.settings import Attr
+from qwen35.words import number_of
 
 FOLLOWS = {  # what may come after which turn
     None: ("user",),
@@ -108,7 +109,7 @@ def _check_places(asked: list[str], what: str, placeholder: str, beside: int, be
     count = beside + between
     if count and not places:
         raise RecordError(
-            f"{where}: {count} {what}{'s' * (count > 1)} but no {placeholder} in what the user says; "
+            f"{where}: {number_of(count, what)} but no {placeholder} in what the user says; "
             f"put one where each {what} belongs",
             wrong,
         )
@@ -119,9 +120,7 @@ def _check_places(asked: list[str], what: str, placeholder: str, beside: int, be
             wrong,
         )
     if places != count:
-        raise RecordError(
-            f"{where}: {places} {placeholder} in what the user says, but {count} {what}{'s' * (count != 1)}", wrong
-        )
+        raise RecordError(f"{where}: {places} {placeholder} in what the user says, but {number_of(count, what)}", wrong)
 
 
 def _with_system(raw: dict[str, Any], source: str, names: FieldNames, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

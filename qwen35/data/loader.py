@@ -22,7 +22,7 @@ from qwen35.data.samples import Preparation, Progress, untold
 from qwen35.errors import SettingError
 from qwen35.processes import die_with, obey
 from qwen35.settings import Attr, Settings, dataset_entries
-from qwen35.words import number_of
+from qwen35.words import number_of, number_of_visuals
 
 
 class MicroBatches:
@@ -86,13 +86,14 @@ class MicroBatches:
         if cut.numbers:
             left_out += (
                 f"\ndata: cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
-                f"{_counts(cut.images, cut.videos)} of theirs are not trained"
+                f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
             )
         left_out += "".join(f"\ndata: {line}" for line in self.dataset.told)
         bins = f"{number_of(self.bins_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens)"
+        visuals = number_of_visuals(self.dataset.images, self.dataset.videos)
         return (
-            f"data: {number_of(self.samples, 'sample')} of {files}, {_counts(self.dataset.images, self.dataset.videos)}; an "
-            f"epoch is {self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {bins}{self.shares}{left_out}"
+            f"data: {number_of(self.samples, 'sample')} of {files}, {visuals}; an epoch is "
+            f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {bins}{self.shares}{left_out}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -100,11 +101,6 @@ class MicroBatches:
             if isinstance(batch, RecordError):
                 raise batch
             yield batch
-
-
-def _counts(images: int, videos: int) -> str:
-    """For messages."""
-    return number_of(images, "image") + f", {number_of(videos, 'video')}" * (videos > 0)
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:

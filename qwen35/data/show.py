@@ -13,7 +13,7 @@ from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
 from qwen35.settings import Settings
-from qwen35.words import number_of
+from qwen35.words import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
@@ -37,7 +37,6 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         yield from _told(left_out)
         shown += 1
         tokens, left, too_long = len(sample.ids), len(sample.ids), ""
-        images, videos = len(record.images), len(record.videos)
         if tokens > basic.cutoff_len:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
             if basic.truncation == "truncate":
@@ -49,8 +48,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
             else:
                 refused += 1
         ids, mask = sample.ids[: left or None].tolist(), sample.trained[: left or None].tolist()
-        head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, {images} image{'s' * (images != 1)}"
-        head += f", {videos} video{'s' * (videos != 1)}" * bool(videos)
+        head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
+        head += number_of_visuals(len(record.images), len(record.videos))
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)

@@ -128,17 +128,15 @@ def _records(preparation: "Preparation") -> list[Finding]:
 
 def _held_out(settings: "Settings") -> list[Finding]:
     """As the records, of the validation set: of `Settings.validation`."""
-    from qwen35.config import HELD_OUT, TRAINED, SettingError
+    from qwen35.config import SettingError
     from qwen35.data.samples import Preparation
+    from qwen35.settings import of_held_out
 
     try:
         found = _records(Preparation.of(settings))
     except (SettingError, OSError) as error:
         found = [wrong("model", str(error), WHOLE_FOLDER)]
-    return [
-        Finding(f.status, "validation", f.fact.replace(TRAINED, HELD_OUT), f.todo.replace(TRAINED, HELD_OUT))
-        for f in found
-    ]
+    return [Finding(f.status, "validation", of_held_out(f.fact), of_held_out(f.todo)) for f in found]
 
 
 def _weights(settings: "Settings") -> list[Finding]:

@@ -3,6 +3,8 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
+# What is given on the command line reaches the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
+$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override export $v := $$(value $v))))
 .PHONY: help install doctor download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint clean
 
 help:     ## this list

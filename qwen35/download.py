@@ -4,6 +4,7 @@ The files gather in a hidden folder beside the one that they are for, which gets
 bears the model's name is whole. The same command goes on where an earlier one was stopped.
 """
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,13 @@ def download(model: str, hub: Hub, folder: Path) -> str:
             " SOURCE=modelscope, or HF_ENDPOINT=<a mirror>"
         ) from None
     total = sum(file.size for file in files)
-    told = f"{len(files)} files, {total:,} bytes"
+    told, as_the_hub = f"{len(files)} files, {total:,} bytes", f"all as {hub.host} has them"
+    if unchecked := sum(file.checksum is None for file in files):
+        as_the_hub += f", but {unchecked} without a checksum there are compared by size alone"
+    if folder.is_symlink():  # the finished folder is renamed, and a link cannot be replaced by a folder
+        folder = Path(os.path.realpath(folder))
     beside = folder.with_name(f".{folder.name}.download")
-    there_already = f"{folder} is there already: {told}, all as {hub.host} has them"
+    there_already = f"{folder} is there already: {told}, {as_the_hub}"
     if _is_there(folder):
         _compare(files, folder, beside)
         return there_already
@@ -84,7 +89,7 @@ def download(model: str, hub: Hub, folder: Path) -> str:
         (beside / LOCK).unlink()
         beside.rename(folder)
         flush(folder.parent)
-    return f"{folder}: {told}, all as {hub.host} has them"
+    return f"{folder}: {told}, {as_the_hub}"
 
 
 def _is_there(folder: Path) -> bool:
@@ -157,8 +162,8 @@ def _fetch_all(hub: Hub, folder: Path, progress: Progress, files: Sequence[HubFi
 def _fetch(hub: Hub, file: HubFile, path: Path, progress: Progress, stop: threading.Event) -> None:
     """Fill `path` up from what an earlier run left there; if that then does not fit, fetch it anew. Raises DownloadError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if _size(path) > file.size:
-        path.unlink()
+    if _size(path) > file.size or file.checksum is None:
+        path.unlink(missing_ok=True)  # without a checksum nothing tells what is left of an older revision from this one
     for left in (_size(path), 0):
         hasher = _hashed(path, file, progress)
         _append(hub, file, path, hasher, progress, stop)

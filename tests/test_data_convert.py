@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from qwen35.data import MicroBatches, RecordError
 from qwen35.data import convert as module
 from qwen35.data.convert import Options
 from qwen35.data.convert import convert as run
+from qwen35.data.files import replacing
 from qwen35.data.in_order import in_order
 from qwen35.data.tally import Tally
 from qwen35.errors import SettingError, UserError
@@ -171,3 +173,14 @@ def test_what_goes_wrong_in_a_process_is_told(make, message):
     with pytest.raises(UserError, match=message):
         seen.extend(in_order(make, range(20), 2))
     assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "a.json") as temporary:
+            temporary.write_text("{}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o666 & ~mask

@@ -187,9 +187,23 @@ def test_what_is_damaged_on_the_way_is_not_taken(hub, original, source, capsys):
 
 
 @SOURCES
-def test_no_checksum_given(hub, original, source):
+def test_without_checksums_nothing_is_taken_from_an_earlier_download_and_the_message_says_so(
+    hub, original, source, capsys
+):
     hub.without_checksums = True
+    name, content = largest(original)
+    BESIDE.mkdir(parents=True)
+    (BESIDE / name).write_bytes(b"an older revision"[: len(content) // 2])
     assert run(source) == 0 and contents(TARGET) == needed(original)
+    files = len(needed(original))
+    assert f"but {files} without a checksum there are compared by size alone" in capsys.readouterr().out
+
+
+def test_a_link_as_the_target_is_followed(hub, original, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/model")
+    assert run("hf", "--out", "link") == 0
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "disk/model") == needed(original)
 
 
 @SOURCES

@@ -375,7 +375,7 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         (["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"], "-m qwen35.download a/b --source modelscope --out o"),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
         (
-            ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $$this?", "ARGS=--seed 1"],
+            ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $this?", "ARGS=--seed 1"],
             (
                 "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
                 " --prompt=-What 'is' $this? --seed 1"
@@ -442,6 +442,13 @@ def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
     (project / ".venv/bin/python").write_text("#!/usr/bin/env bash\nexit 3\n")
     for target in ("convert", "finetune", "test"):
         assert run("make", target).returncode != 0
+
+
+@pytest.mark.parametrize("value", ["$(shell touch ran)", "$${x} $5 $$", "a#b 'c' \"d\" \\ e", "two\nlines"])
+def test_what_is_given_to_make_arrives_letter_for_letter(run: Run, project: Path, value: str) -> None:
+    assert run("make", "generate", "MODEL=m", f"PROMPT={value}").returncode == 0
+    assert f"PROMPT={value}\n" in (project / "env_of_child").read_text()
+    assert not (project / "ran").exists()
 
 
 def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:

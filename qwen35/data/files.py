@@ -3,7 +3,7 @@
 import errno
 import fcntl
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,12 +30,10 @@ def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
         raise OSError(errno.EEXIST, "is there already, and is no plain file", str(path))
     is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary.touch(exist_ok=False)  # with the permissions that the umask leaves
     try:
         yield temporary
-        temporary.chmod(0o644)
         if not first_stands or not _has_name(temporary, path):
             temporary.replace(path)
     finally:

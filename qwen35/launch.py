@@ -25,6 +25,7 @@ from typing import NoReturn
 from qwen35.agreement import facts
 from qwen35.config import SettingError, load_settings
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain, one_line, whole_number
+from qwen35.handshake import SECRET, check_secret
 from qwen35.job import Failure, Job
 from qwen35.layout import check_layout
 from qwen35.machines import Meeting, Place
@@ -79,7 +80,8 @@ def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
     own = os.environ.get("NODE_ADDR")
     if own and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes an interface, HCCL an address: HCCL_IF_IP
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
-    place = Place(args.node_rank, args.nnodes, args.master_addr, args.master_port, args.rendezvous_timeout)
+    secret = check_secret(os.environ.pop(SECRET, ""))  # the ranks have no need of it
+    place = Place(args.node_rank, args.nnodes, args.master_addr, args.master_port, args.rendezvous_timeout, secret)
     return meet(place, Talk(partial(facts, settings, args.nproc_per_node), Path(settings.training.save)))
 
 

@@ -25,7 +25,8 @@ def start(workplace: Path, machine: int, port: int, *arguments: str) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", "qwen35.launch", *place, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,7 +101,7 @@ def test_a_save_folder_of_each_machines_own(workplace, tmp_path):
     for machine, name in enumerate(("a", "b")):
         place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
         program = "import sys, qwen35.meeting as m; m.SLOW_DISK = 0.2; from qwen35.launch import main; sys.exit(main())"
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "RENDEZVOUS_SECRET": "a secret of the tests"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         machines.append(
             subprocess.Popen([sys.executable, "-c", program, *place, *command], cwd=tmp_path / name, env=env, **pipes)

@@ -25,11 +25,12 @@ from types import FrameType
 from typing import BinaryIO
 
 from qwen35.config import load_settings
+from qwen35.console import outlive_readers, say_at_once
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
 from qwen35.handshake import SECRET, check_secret
 from qwen35.hosts_file import Host, check_environment, read_hosts
 from qwen35.job import AGAIN
-from qwen35.processes import die_with
+from qwen35.processes import die_with, stop_signals
 
 # no question is asked that nobody could answer, no key of an unknown machine is taken, a lost machine is missed in a minute
 OPTIONS = [
@@ -114,15 +115,14 @@ class Machines:
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
         self.failed: Node | None = None  # the first that did not end well
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self.asked_at = number, time.monotonic()
-            words = "stopping: the run saves at the next log step, on all machines (Ctrl-C again: at once)"
-            print(words, file=sys.stderr, flush=True)
-            self.order(b"stop\n")
+            self.order(b"stop\n")  # before anything that may fail
+            say_at_once("stopping: the run saves at the next log step, on all machines (Ctrl-C again: at once)")
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
             self.order(b"kill\n")
 
@@ -214,4 +214,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

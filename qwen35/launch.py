@@ -1,9 +1,10 @@
 """Start one training process a device on this machine: `python -m qwen35.launch [options] CONFIG [a.b=c …]`.
 
 The settings are checked before anything starts. The processes end together: with this one, however it ends; when one of
-them fails, or stands still for longer than training.timeout; and after SIGTERM or Ctrl-C, which have the run save and stop (a
-second Ctrl-C stops it at once). What is printed of a failure is what came first: one line where it is the user's to mend; else
-where every process stood, and the traceback where it is ours. Up to training.max_restarts times they are then started again.
+them fails, or stands still for longer than training.timeout; and after SIGTERM, SIGHUP or Ctrl-C, which have the run save and
+stop, whether anybody still reads what is printed or not (a second Ctrl-C stops it at once). What is printed of a failure is
+what came first: one line where it is the user's to mend; else where every process stood, and the traceback where it is ours.
+Up to training.max_restarts times they are then started again.
 Of several machines the launchers meet first and compare what must agree (meeting.py), and what ends one of them ends all.
 """
 
@@ -24,6 +25,7 @@ from typing import NoReturn
 
 from qwen35.agreement import facts
 from qwen35.config import SettingError, load_settings
+from qwen35.console import outlive_readers, say_at_once
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain, one_line, whole_number
 from qwen35.handshake import SECRET, check_secret
 from qwen35.job import Failure, Job
@@ -31,11 +33,12 @@ from qwen35.layout import check_layout
 from qwen35.machines import Meeting, Place
 from qwen35.meeting import Talk, listen, meet
 from qwen35.network import interface_of
-from qwen35.processes import die_with
+from qwen35.processes import die_with, stop_signals
 from qwen35.settings import Settings
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
 PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
+TEMPORARY = "tmp"
 RESTART = "QWEN35_RESTART"  # how often the processes have been started before
 
 
@@ -69,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stop_waiting(number: int, frame: FrameType | None) -> NoReturn:
-    print("stopped before anything was started", file=sys.stderr, flush=True)
+    say_at_once("stopped before anything was started")
     raise SystemExit(128 + signal.SIGINT if number == signal.SIGINT else 0)
 
 
 def meet_others(args: argparse.Namespace, settings: Settings) -> Meeting:
     """Raises SettingError, MeetingError."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop_waiting)
     own = os.environ.get("NODE_ADDR")
     if own and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes an interface, HCCL an address: HCCL_IF_IP
@@ -104,12 +107,14 @@ def run(
         print(f"machine {args.node_rank}: {told}{where}", flush=True)
     job, port = Job(command, meeting), args.master_port
     for attempt in range(restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="qwen35-") as name:
+        with tempfile.TemporaryDirectory(prefix="qwen35-", ignore_cleanup_errors=True) as name:
+            Path(name, TEMPORARY).mkdir()
             more = {RESTART: str(attempt), "MASTER_PORT": str(port)} if attempt else {}
             environments = {rank: one | more for rank, one in rank_environments(args, Path(name)).items()}
             failure = job.run(environments, Path(name), patience)
         codes = {process.returncode for process in job.processes.values()}
-        is_stopped = job.asked is not None and (not failure or job.at_once or -signal.SIGTERM in codes)
+        is_ended = {-signal.SIGTERM, -signal.SIGHUP} & codes  # by a signal, before it listened for any
+        is_stopped = job.asked is not None and bool(not failure or job.at_once or is_ended)
         if failure and failure.where and not is_stopped:
             print(failure.where, file=sys.stderr)
         if not failure or is_stopped or job.asked is not None or not failure.may_go_on or attempt == restarts:
@@ -179,6 +184,7 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
             "LOCAL_WORLD_SIZE": str(own),
             "MASTER_ADDR": args.master_addr,
             "MASTER_PORT": str(args.master_port),
+            "TMPDIR": str(folder / TEMPORARY),  # of what workers of the loader leave when they are ended
             FAILURE_FILE: str(folder / f"{rank}.json"),
         }
     return environments
@@ -219,4 +225,5 @@ def record_failure(error: BaseException, expected: bool) -> bool:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

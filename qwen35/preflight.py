@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from qwen35.config import load_settings
+from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain
 from qwen35.launch import leave, record_failure
@@ -86,4 +87,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     leave(main())

@@ -25,6 +25,7 @@ from qwen35.checkpoint.hf import fitting, load_hf
 from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
+from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import HOST, describe, init_process, is_apart
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -345,4 +346,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     leave(main())

@@ -330,7 +330,7 @@ def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -
     assert calls(project)[-1].startswith("-m qwen35.launch")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
     env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
     walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)

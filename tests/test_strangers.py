@@ -27,7 +27,7 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\nerror: forged"
 def hello(challenge: str, secret: str, machine: object, machines: object) -> bytes:
     """A hello with the proof that belongs to its words, whatever they are."""
     words = {"machine": machine, "machines": machines, "challenge": "own"}
-    answer = proof(secret, "join", challenge, "own", machine, machines)  # type: ignore[arg-type]
+    answer = proof(secret, "join", challenge, machine, machines, "own")  # type: ignore[arg-type]
     return json.dumps({**words, "proof": answer}).encode() + b"\n"
 
 
@@ -358,7 +358,7 @@ def test_no_message_passes_for_a_hello(message):
 @given(VALUES, VALUES, VALUES)
 def test_a_hello_with_its_proof_passes_if_it_makes_sense(machine, machines, challenge):
     try:
-        answer = proof(SECRET, "join", "c", challenge, machine, machines)
+        answer = proof(SECRET, "join", "c", machine, machines, challenge)
     except ValueError:  # an integer that no JSON text holds
         return
     message = {"machine": machine, "machines": machines, "challenge": challenge, "proof": answer}

@@ -32,7 +32,7 @@ from qwen35.job import Failure, Job
 from qwen35.layout import check_layout
 from qwen35.machines import Meeting, Place
 from qwen35.meeting import Talk, listen, meet
-from qwen35.network import interface_of
+from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import die_with, stop_signals
 from qwen35.settings import Settings
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(args.config, args.overrides)
         check_layout(settings, args.nnodes * args.nproc_per_node)
-        check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
+        check_address(args)
         program = "qwen35.preflight" if args.preflight else "qwen35.train"
         meeting = meet_others(args, settings) if args.nnodes > 1 else None
         command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
@@ -143,23 +143,24 @@ def run(
 def next_port(args: argparse.Namespace) -> int:
     """Where the ranks of the next start can meet; machine 0 tells it to the others."""
     try:
-        check_address(args.master_addr, args.master_port, is_own=args.node_rank == 0)
+        check_address(args)
     except SettingError:  # it is not free yet
-        with listen(0) as free:
+        with listen(0, is_alone=args.nnodes == 1) as free:
             return free.getsockname()[1]
     return args.master_port
 
 
-def check_address(host: str, port: int, is_own: bool) -> None:
+def check_address(args: argparse.Namespace) -> None:
     """MASTER_ADDR must mean something, and where rank 0 will be the port must be free. Raises SettingError."""
+    host, port = args.master_addr, args.master_port
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise SettingError(f"MASTER_ADDR={host}: no machine of that name is known here") from None
-    if not is_own:
+    if args.node_rank > 0:
         return
     try:
-        listen(port).close()
+        listen(port, is_alone=args.nnodes == 1).close()
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise SettingError(
@@ -172,11 +173,14 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
     """Rank -> the environment of its process, by the names that torch.distributed reads."""
     own = args.nproc_per_node
     threads = max(1, len(os.sched_getaffinity(0)) // own) if own > 1 else None
+    # alone, no process listens where other machines are: gloo would at the address of this machine's name
+    interface = interface_of(LOOPBACK) if args.nnodes == 1 else None
     environments = {}
     for local_rank in range(own):
         rank = args.node_rank * own + local_rank
         environments[rank] = {
             **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            **({"GLOO_SOCKET_IFNAME": interface} if interface else {}),
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),

@@ -27,12 +27,12 @@ from qwen35.agreement import disagreements, hashed, machines, present, seen, unh
 from qwen35.errors import USER_ERRORS, one_line
 from qwen35.handshake import SECRET, Handshakes, Hello, introduce
 from qwen35.machines import ANSWER, Meeting, MeetingError, Place, foreign
+from qwen35.network import LOOPBACK
 from qwen35.peer import HELLO, Left, Peer
 
 UNSAID = f"machine 0 says why the machines did not meet; where {SECRET} is set, all of them do"
 NEWS, OFTEN = 5.0, 30.0  # seconds between two lines that say who is waited for: others than before, the same
 SKEW = 5.0  # seconds that clocks may differ without a word
-LOOPBACK = "127.0.0.1"
 SLOW_DISK = 10.0  # seconds until a new file is seen on the other machines: file systems of a network keep what they saw
 
 

@@ -26,7 +26,12 @@ env -i PATH="$PATH" bash -c "$2" # a child, which outlives this one as it would 
 PYTHON = """#!/usr/bin/env bash
 source ./act
 """
-DRIVER = "import sys, qwen35.hosts as h; h.outlive_readers(); h.GRACE = 0.3; h.SAVING = 0.6; h.AGAIN = 0.0; sys.exit(h.main(sys.argv[1:]))"
+DRIVER = """
+import sys, qwen35.hosts as h
+h.GRACE, h.SAVING, h.AGAIN = 0.3, 0.6, 0.0
+h.outlive_readers()
+sys.exit(h.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture

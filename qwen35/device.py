@@ -74,7 +74,7 @@ def init_process(timeout: float = 1800) -> torch.device:
         dist.init_process_group(
             BACKENDS[kind], timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=world
         )
-    except (dist.DistError, OSError) as error:  # of the store, where the processes meet
+    except (RuntimeError, OSError) as error:  # of the store, where the processes meet, or of gloo
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device

@@ -11,6 +11,7 @@ Of several machines the launchers meet first and compare what must agree (meetin
 import argparse
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ from qwen35.settings import Settings
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
 PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
 TEMPORARY = "tmp"
+OPEN_FILES = 256
 RESTART = "QWEN35_RESTART"  # how often the processes have been started before
 
 
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.node_rank >= args.nnodes:
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     try:
+        open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if open_files < OPEN_FILES:
+            raise SettingError(f"ulimit -n is {open_files}: a process of a run needs {OPEN_FILES} open files and more")
         settings = load_settings(args.config, args.overrides)
         check_layout(settings, args.nnodes * args.nproc_per_node)
         check_address(args)

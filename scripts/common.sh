@@ -21,7 +21,6 @@ python=.venv/bin/python
 source ./env.sh
 mapfile -t env_names < <(sed -n 's/^: "${\([A-Za-z0-9_]*\):=.*/\1/p' env.sh)
 for name in "${env_names[@]}"; do
-    [[ ${!name} != '~/'* || $name == PROMPT ]] || die "$name=${!name}: ~ is not expanded here, it would be a folder of that name; write \$HOME"
     if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
 done
 

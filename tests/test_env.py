@@ -87,6 +87,7 @@ BAD = [
     ("MODELSCOPE_DOMAIN", "a b"),
     ("HOSTS_DIR", "here"),
     ("CONFIG", "configs/none.yaml"),
+    ("OUT", "~/out"),
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))

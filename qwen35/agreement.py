@@ -152,7 +152,7 @@ def unhashed(found: Mapping[str, str], own: Mapping[str, str], salt: str) -> dic
 
 def _hash(text: str, salt: str) -> str:
     return blake2b(
-        text.encode(errors="surrogateescape"), key=salt.encode(errors="replace")[:64], digest_size=16
+        text.encode(errors="surrogatepass"), key=salt.encode(errors="replace")[:64], digest_size=16
     ).hexdigest()
 
 

@@ -33,7 +33,7 @@ def check_secret(secret: str) -> str:
 
 def proof(secret: str, *words: str | int) -> str:
     """What only who knows the secret can say of these words."""
-    return hmac.new(secret.encode(errors="surrogateescape"), json.dumps(words).encode(), "sha256").hexdigest()
+    return hmac.new(secret.encode(errors="surrogatepass"), json.dumps(words).encode(), "sha256").hexdigest()
 
 
 def is_proof(value: object, secret: str, *words: str | int) -> bool:

@@ -111,8 +111,12 @@ def run(
         told = f"ranks {first} to {first + own - 1} of {args.nnodes * own}, which meet at {args.master_addr}:{args.master_port}"
         print(f"machine {args.node_rank}: {told}{where}", flush=True)
     job, port = Job(command, meeting), args.master_port
+    temporary = (
+        tempfile.gettempdir()
+    )  # below it loaders have sockets, whose paths have 107 bytes at most; else they hang
+    temporary = temporary if len(temporary) < 50 else "/tmp"
     for attempt in range(restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="qwen35-", ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(prefix="qwen35-", dir=temporary, ignore_cleanup_errors=True) as name:
             Path(name, TEMPORARY).mkdir()
             more = {RESTART: str(attempt), "MASTER_PORT": str(port)} if attempt else {}
             environments = {rank: one | more for rank, one in rank_environments(args, Path(name)).items()}

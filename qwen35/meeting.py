@@ -89,10 +89,7 @@ def _host(place: Place, talk: Talk) -> Meeting:
     try:
         with listen(place.port) as server:
             _gather(server, peers, place, talk)
-        for line in _clocks(peers, talk):
-            talk.say(line)
-        _agree(peers, talk, place.secret)
-        _share(peers, talk)
+        _compare(peers, talk, place.secret)
         for machine, peer in peers.items():
             with _answering(machine):
                 peer.tell(go=True)
@@ -160,73 +157,57 @@ def _answering(machine: int) -> Iterator[None]:
         raise MeetingError(f"machine {machine} has left while the machines met: {error}") from None
 
 
-def _answer(machine: int, peer: Peer, name: str, *kinds: type) -> Any:
-    """What it says to a question. Raises MeetingError if it says nothing, what went wrong, or what is no answer."""
-    with _answering(machine):
-        answer = peer.hear(ANSWER)
-    if answer is None:
-        raise MeetingError(f"machine {machine} ({peer.address}) gave no answer within {ANSWER:.0f} s")
-    if words := answer.get("error"):
-        raise MeetingError(f"machine {machine}: {foreign(words)}")
-    if type(answer.get(name)) not in kinds:
-        raise MeetingError(f"machine {machine} ({peer.address}) answers what makes no sense when asked for its {name}")
-    return answer[name]
-
-
-def _clocks(peers: Mapping[int, Peer], talk: Talk) -> list[str]:
-    lines = []
-    for machine, peer in peers.items():
-        before = talk.clock()
-        with _answering(machine):
-            peer.tell(clock=True)
-        ahead = _answer(machine, peer, "time", float) - (before + talk.clock()) / 2
-        if not abs(ahead) <= SKEW:  # or it is no number
-            words = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} machine 0's"
-            lines.append(
-                f"note: the clock of machine {machine} is {words}: the run does not care, but logs and files do"
-            )
-    return lines
-
-
-def _agree(peers: Mapping[int, Peer], talk: Talk, secret: str) -> None:
-    salt = secrets.token_hex(16)
-    for machine, peer in peers.items():
-        with _answering(machine):
-            peer.tell(facts=salt)
-    try:
-        facts = {0: dict(talk.facts())}
-    except USER_ERRORS as error:
-        raise MeetingError(f"machine 0: {one_line(error)}") from None
-    for machine, peer in peers.items():
-        answer = {name: str(value) for name, value in _answer(machine, peer, "facts", dict).items()}
-        facts[machine] = answer if secret else unhashed(answer, facts[0], salt)
-    found = disagreements(facts)
-    for one in found:
-        talk.say(foreign(one.line))
-    for machine, peer in peers.items():
-        with _answering(machine):
-            peer.tell(lines=[one.line for one in found if secret and machine in one.machines])
-    if found:
-        count = "one thing" if len(found) == 1 else f"{len(found)} things"
-        raise MeetingError(f"the machines differ in {count}, told above: nothing was started")
-
-
-def _share(peers: Mapping[int, Peer], talk: Talk) -> None:
-    """The save folder is the same one everywhere, and all may write there."""
+def _compare(peers: Mapping[int, Peer], talk: Talk, secret: str) -> None:
+    """Clocks are only told of; what must agree does, and the save folder is the same everywhere. Raises MeetingError."""
+    salt, asked_at = secrets.token_hex(16), {}
     try:
         with present(talk.save) as token:
             for machine, peer in peers.items():
+                asked_at[machine] = talk.clock()
                 with _answering(machine):
-                    peer.tell(look=token)
-            blind = [machine for machine, peer in peers.items() if not _answer(machine, peer, "seen", bool)]
-    except OSError as error:
-        raise MeetingError(f"training.save: {one_line(error)}") from None
-    if blind:
+                    peer.tell(look=token, salt=salt)
+            facts = {0: dict(talk.facts())}
+            answers = {machine: _answer(machine, peer) for machine, peer in peers.items()}
+    except MeetingError:
+        raise
+    except USER_ERRORS as error:
+        raise MeetingError(f"machine 0: {one_line(error)}") from None
+    for machine, (clock, found, _) in answers.items():
+        ahead = clock - asked_at[machine]
+        if not abs(ahead) <= SKEW:  # or it is no number
+            words = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} machine 0's"
+            talk.say(f"note: the clock of machine {machine} is {words}: the run does not care, but logs and files do")
+        facts[machine] = found if secret else unhashed(found, facts[0], salt)
+    differences = disagreements(facts)
+    for one in differences:
+        talk.say(foreign(one.line))
+    for machine, peer in peers.items():
+        with _answering(machine):
+            peer.tell(lines=[one.line for one in differences if secret and machine in one.machines])
+    if differences:
+        count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
+        raise MeetingError(f"the machines differ in {count}, told above: nothing was started")
+    if blind := [machine for machine, (_, _, has_seen) in answers.items() if not has_seen]:
         verb = "does" if len(blind) == 1 else "do"
         raise MeetingError(
             f"{machines(blind)} {verb} not see what machine 0 writes in {talk.save}: name a training.save on a file system"
             " that all machines share"
         )
+
+
+def _answer(machine: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
+    """Its clock, what must agree there, whether it sees the save folder. Raises MeetingError."""
+    with _answering(machine):
+        answer = peer.hear(ANSWER)
+    who = f"machine {machine} ({peer.address})"
+    if answer is None:
+        raise MeetingError(f"{who} gave no answer within {ANSWER:.0f} s")
+    if words := answer.get("error"):
+        raise MeetingError(f"machine {machine}: {foreign(words)}")
+    clock, facts, has_seen = (answer.get(name) for name in ("time", "facts", "seen"))
+    if not (type(clock) is float and isinstance(facts, dict) and type(has_seen) is bool):
+        raise MeetingError(f"{who} gave an answer that makes no sense")
+    return clock, {name: str(value) for name, value in facts.items()}, has_seen
 
 
 # -- the others ----------------------------------------------------------------------------------------------------------
@@ -250,8 +231,8 @@ def _join(place: Place, talk: Talk) -> Meeting:
             lines = message.get("lines")
             for line in lines if isinstance(lines, list) else ():
                 talk.say(foreign(line))
-            if answer := _reply(message, talk, place.secret):
-                peer.tell(**answer)
+            if "look" in message:
+                peer.tell(**_reply(message, talk, place.secret))
     except Left as error:
         peer.close()
         raise MeetingError(f"machine 0 has left while the machines met: {error}") from None
@@ -261,22 +242,15 @@ def _join(place: Place, talk: Talk) -> Meeting:
 
 
 def _reply(message: Mapping[str, Any], talk: Talk, secret: str) -> dict[str, Any]:
-    """To what machine 0 asks; nothing where it does not. Raises MeetingError where it may not be told what went wrong here."""
+    """To what machine 0 asks. Raises MeetingError where it may not be told what went wrong here."""
     try:
-        if "clock" in message:
-            return {"time": talk.clock()}
-        if "facts" in message:
-            facts = dict(talk.facts())
-            return {"facts": facts if secret else hashed(facts, str(message["facts"]))}
-        if "look" in message:
-            return {
-                "seen": seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
-            }
+        clock, facts = talk.clock(), dict(talk.facts())
+        sees = seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
     except USER_ERRORS as error:
         if not secret:
             raise MeetingError(one_line(error)) from None
         return {"error": one_line(error)}
-    return {}
+    return {"time": clock, "facts": facts if secret else hashed(facts, str(message.get("salt"))), "seen": sees}
 
 
 def _connect(place: Place, talk: Talk) -> Peer:

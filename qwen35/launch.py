@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -111,10 +111,8 @@ def run(
         told = f"ranks {first} to {first + own - 1} of {args.nnodes * own}, which meet at {args.master_addr}:{args.master_port}"
         print(f"machine {args.node_rank}: {told}{where}", flush=True)
     job, port = Job(command, meeting), args.master_port
-    temporary = (
-        tempfile.gettempdir()
-    )  # below it loaders have sockets, whose paths have 107 bytes at most; else they hang
-    temporary = temporary if len(temporary) < 50 else "/tmp"
+    # below it loaders have sockets, whose paths may have 107 bytes: beyond that their workers would hang
+    temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
     for attempt in range(restarts + 1):
         with tempfile.TemporaryDirectory(prefix="qwen35-", dir=temporary, ignore_cleanup_errors=True) as name:
             Path(name, TEMPORARY).mkdir()
@@ -235,6 +233,29 @@ def record_failure(error: BaseException, expected: bool) -> bool:
     except OSError:
         return False
     return True
+
+
+def run_rank(
+    work: Callable[[Settings], None], name: str, about: str | None, argv: Sequence[str] | None, *own: type[Exception]
+) -> int:
+    """What a rank's program does: `work`, with the settings of its command line. own: errors of its own that a user can mend.
+
+    Of several ranks that fail the launcher prints the first one's reason, and not every rank its own.
+    """
+    parser = Parser(prog=name, description=about)
+    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
+    args = parser.parse_args(argv)
+    try:
+        work(load_settings(args.config, args.overrides))
+    except BaseException as error:
+        is_expected = isinstance(error, (*USER_ERRORS, *own))
+        if record_failure(error, is_expected):
+            leave(1)
+        if is_expected:
+            return complain(error)
+        raise
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,23 +5,31 @@ import errno
 import io
 import os
 import sys
-from typing import Any
 
 GONE = (errno.EPIPE, errno.EIO)  # the other end of a pipe was closed; the terminal was
 
 
-class _Output(io.FileIO):
+class _Output(io.TextIOWrapper):
     """Where nobody reads it any more, what is written goes nowhere."""
 
-    def write(self, content: Any) -> int | None:  # type: ignore[override]  # any bytes
+    def write(self, text: str) -> int:
         try:
-            return super().write(content)
+            return super().write(text)
         except OSError as error:
-            if error.errno not in GONE:
-                raise
+            self._go_nowhere(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._go_nowhere(error)
+
+    def _go_nowhere(self, error: OSError) -> None:
+        if error.errno not in GONE:
+            raise error
         with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), self.fileno())
-        return super().write(content)
 
 
 def outlive_readers() -> None:
@@ -29,11 +37,9 @@ def outlive_readers() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None:  # it was not closed when the program began
-            raw = _Output(stream.fileno(), "wb", closefd=False)
-            wrapped = io.TextIOWrapper(
-                io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
-            )
-            setattr(sys, name, wrapped)
+            raw = io.BufferedWriter(io.FileIO(stream.fileno(), "wb", closefd=False))
+            output = _Output(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            setattr(sys, name, output)
 
 
 def say_at_once(line: str) -> None:

@@ -177,7 +177,7 @@ def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, num
     pids(process)
     nodes = [
         child for child in psutil.Process(process.pid).children(recursive=True)
-        if child.cmdline()[:2] == ["bash", "scripts/node.sh"] and child.parent().cmdline()[-1:] != ["scripts/node.sh"]
+        if child.cmdline() == ["bash", "scripts/node.sh"] and str(there.parent / "ssh") in child.parent().cmdline()
     ]  # fmt: skip
     assert len(nodes) == 2
     for node in nodes:
@@ -206,7 +206,7 @@ def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
     """One that is made anew for each run, or the one that is set; never in a list of processes, nor printed."""
     (there / "act").write_text("env >env_$NODE_RANK; cat /proc/$$/cmdline >call_$NODE_RANK")
     found = []
-    for variables in ({}, {}, {"RENDEZVOUS_SECRET": "set by the user"}):
+    for variables in ({}, {}, {"RENDEZVOUS_SECRET": "that of the user"}):
         process = start(there, **variables)
         out, err = process.communicate(timeout=300)
         assert (process.returncode, out, err) == (0, "", "")
@@ -217,9 +217,9 @@ def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
         found.append(both[0])
         seen = (there.parent / "ssh.log").read_text() + "".join((there / f"call_{n}").read_text() for n in (0, 1))
         assert both[0] not in seen
-    assert len(set(found)) == 3 and found[2] == "set by the user" and all(len(one) == 64 for one in found[:2])
-    out, err = start(there, RENDEZVOUS_SECRET="set by the user", DRY_RUN="1").communicate(timeout=300)
-    assert "NODE_RANK=1" in out and "set by the user" not in out + err
+    assert len(set(found)) == 3 and found[2] == "that of the user" and all(len(one) == 64 for one in found[:2])
+    out, err = start(there, RENDEZVOUS_SECRET="that of the user", DRY_RUN="1").communicate(timeout=300)
+    assert "NODE_RANK=1" in out and "that of the user" not in out + err
     process = start(there, RENDEZVOUS_SECRET="short")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "RENDEZVOUS_SECRET has fewer than 16 characters" in err

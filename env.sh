@@ -70,6 +70,10 @@
 : "${MASTER_PORT:=6000}"
 # Seconds that a machine waits for the others before the run starts; who is missing is said. Default 300. Allowed: 1 to 86400.
 : "${RENDEZVOUS_TIMEOUT:=300}"
+# What the launchers of a run prove to each other that they know before they say anything: the same on every machine, from 16
+# characters, best exported where no command line shows it. `openssl rand -hex 32` makes one. HOSTS and Slurm make their own.
+# Default: none, and then whoever reaches MASTER_PORT can take a machine's place.
+: "${RENDEZVOUS_SECRET:=}"
 # A file of machines, one a line, "[user@]name [slots=8] [addr=10.0.0.1] [port=22]", machine 0 first: `make finetune` then starts
 # the run on all of them over ssh, with this machine's settings. Default: none, each machine is started by hand.
 : "${HOSTS:=}"

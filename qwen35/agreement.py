@@ -27,6 +27,7 @@ ENDS = 1 << 16  # bytes at each end of a file that are looked at
 MOST = 64  # files of a folder that are looked into; of the rest the names count, and how many there are
 LATEST = "latest_checkpointed_iteration.txt"  # as in checkpoint/dcp_folder.py, which takes seconds to import
 NONE = "none"
+OTHER = "something else (both values are told where RENDEZVOUS_SECRET is set)"
 
 
 def facts(settings: Settings, processes: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -130,6 +131,29 @@ def disagreements(facts: Mapping[int, Mapping[str, str]]) -> list[Disagreement]:
             verb = "has" if len(who) == 1 else "have"
             found.append(Disagreement(who, f"{machines(who)} {verb} {name}: {value}; machine 0: {expected}"))
     return found
+
+
+def hashed(facts: Mapping[str, str], salt: str) -> dict[str, str]:
+    """Names and values, told only to who has the same."""
+    return {_hash(name, salt): _hash(value, salt) for name, value in facts.items()}
+
+
+def unhashed(found: Mapping[str, str], own: Mapping[str, str], salt: str) -> dict[str, str]:
+    """Another machine's hashed facts, beside those of this one, as far as they are the same."""
+    known = {_hash(name, salt): name for name in own}
+    facts = {
+        known[key]: own[known[key]] if value == _hash(own[known[key]], salt) else OTHER
+        for key, value in found.items()
+        if key in known
+    }
+    more = len(found) - len(facts)
+    return facts | ({"what machine 0 has not": f"{more} things"} if more else {})
+
+
+def _hash(text: str, salt: str) -> str:
+    return blake2b(
+        text.encode(errors="surrogatepass"), key=salt.encode(errors="replace")[:64], digest_size=16
+    ).hexdigest()
 
 
 def machines(numbers: Iterable[int]) -> str:

@@ -196,6 +196,10 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         raise SettingError(f"{path}: {value!r} is not of type {kind.__name__}{or_else}")
     if kind is str and (not value or "\0" in value):
         raise SettingError(f"{path}: {value!r} names nothing; leave it out, or set it")
+    if kind is str and any(name.strip().startswith("~/") for name in value.split(",")):
+        raise SettingError(
+            f"{path}: {value!r}: ~ is not expanded here, it would be a folder of that name; write out the path"
+        )
     if kind is int and abs(value) >= 2**63:
         raise SettingError(f"{path}: {value} is too large")
     return value
@@ -279,6 +283,7 @@ def _check(s: Settings) -> None:
         ("0 or more", not_negative, lambda v: v >= 0),
         ("at least 0 and below 1", fraction, lambda v: 0 <= v < 1),
         ("at most 512", at_most_512, lambda v: v <= 512),
+        ("at most a year of 31536000 seconds", {"training.timeout": t.timeout}, lambda v: v <= 31536000),
         ("0 or 1", one_or_none, lambda v: v in (0, 1)),
     ):
         for name, value in group.items():

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qwen35.errors import SettingError, one_line
+from qwen35.network import LOOPBACK
 
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -62,16 +64,34 @@ def init_process(timeout: float = 1800) -> torch.device:
     timeout: seconds that they wait here for each other, and later in a collective for the slowest.
     """
     kind, device = device_type(), take_device()
-    if "RANK" not in os.environ:  # without a launcher: one process, and no port
-        store = dist.HashStore()
-        dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)
-    else:
-        try:
-            dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=timeout))
-        except dist.DistError as error:  # of the store, where the processes meet
-            address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-            raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
+    store: dist.Store | None = None  # torch's own, by what the launcher has set
+    rank = world = -1
+    try:
+        if "RANK" not in os.environ:  # without a launcher: one process, and no port
+            store, rank, world = dist.HashStore(), 0, 1
+        elif is_one_node():
+            store, rank, world = loopback_store(timeout), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            BACKENDS[kind], timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=world
+        )
+    except (RuntimeError, OSError) as error:  # of the store, where the processes meet, or of gloo
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device
+
+
+def is_one_node() -> bool:
+    """Whether all ranks are on this machine, and nobody has made a store for them already, as torchrun does."""
+    is_local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return is_local and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+
+
+def loopback_store(timeout: float) -> dist.Store:
+    """Where the processes of one machine meet: torch's own store, but out of reach of other machines. Raises OSError."""
+    port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listener = socket.create_server((LOOPBACK, port)).detach() if is_first else None
+    world, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout)
+    return dist.TCPStore(LOOPBACK, port, world, is_first, patience, master_listen_fd=listener)
 
 
 def host_group(timeout: float) -> dist.ProcessGroup:

@@ -20,11 +20,16 @@ class SettingError(UserError):
 USER_ERRORS = (UserError, OSError)
 
 
+def printable(text: str) -> str:
+    """With escapes for what a terminal would obey and not show: control characters, line ends, marks of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if isinstance(error.filename, str) else ""
-        return f"{named}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{named}{error.strerror}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def complain(error: BaseException, prefix: str = "error: ") -> int:

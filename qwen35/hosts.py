@@ -1,8 +1,9 @@
 """Start a run on all machines of a file, over ssh: `HOSTS=file make finetune`, which calls `python -m qwen35.hosts`.
 
-Each machine runs scripts/node.sh, with the settings of this one: they go through ssh's standard input, not its command
-line, which everybody on a machine can read. Every line that a machine prints comes out here with its name before it. They end
-together: what ends one ends all, Ctrl-C and SIGTERM have the run save and stop, and a second Ctrl-C stops it at once.
+Each machine runs scripts/node.sh, with the settings of this one and a secret of the run: they go through ssh's standard
+input, not its command line, which everybody on a machine can read. Every line that a machine prints comes out here with its
+name before it. They end together: what ends one ends all, SIGTERM, SIGHUP and Ctrl-C have the run save and stop, and a second
+Ctrl-C stops it at once.
 
 When this process is gone, kill -9 included, so are its ssh processes, and each machine that still hears of its connection's end
 has its run save and stop. A machine that is cut off otherwise notices it by what fails in the run itself.
@@ -10,6 +11,7 @@ has its run save and stop. A machine that is cut off otherwise notices it by wha
 
 import contextlib
 import os
+import secrets
 import selectors
 import shlex
 import signal
@@ -23,10 +25,12 @@ from types import FrameType
 from typing import BinaryIO
 
 from qwen35.config import load_settings
+from qwen35.console import outlive_readers, say_at_once
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
+from qwen35.handshake import SECRET, check_secret
 from qwen35.hosts_file import Host, check_environment, read_hosts
 from qwen35.job import AGAIN
-from qwen35.processes import die_with
+from qwen35.processes import die_with, stop_signals
 
 # no question is asked that nobody could answer, no key of an unknown machine is taken, a lost machine is missed in a minute
 OPTIONS = [
@@ -39,7 +43,7 @@ OPTIONS = [
 NOT_CONNECTED = 255  # ssh's own exit code
 GRACE = 10.0  # seconds that the other machines have to end by themselves, as their launchers do where one fails
 SAVING = 120.0  # the same where a connection was lost: the machine behind it saves and stops, if it is still there
-NOT_SENT = {"HOSTS", "HOSTS_DIR", "SSH", "DRY_RUN", "ARGS", "PYTHON"}  # said otherwise, or this machine's own
+NOT_SENT = {"HOSTS", "HOSTS_DIR", "SSH", "DRY_RUN", "ARGS", "PYTHON", SECRET}  # said otherwise, or this machine's own
 SENT = ("HCCL_", "GLOO_")  # those that env.sh does not name are sent too
 
 
@@ -111,15 +115,14 @@ class Machines:
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
         self.failed: Node | None = None  # the first that did not end well
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self.asked_at = number, time.monotonic()
-            words = "stopping: the run saves at the next log step, on all machines (Ctrl-C again: at once)"
-            print(words, file=sys.stderr, flush=True)
-            self.order(b"stop\n")
+            self.order(b"stop\n")  # before anything that may fail
+            say_at_once("stopping: the run saves at the next log step, on all machines (Ctrl-C again: at once)")
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
             self.order(b"kill\n")
 
@@ -194,14 +197,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingError(f"SSH={os.environ['SSH']}: {error}") from None
         folder = os.environ.get("HOSTS_DIR") or str(Path.cwd())
         arguments = [*(["--preflight"] if args.preflight else []), *args.overrides]
+        secret = check_secret(os.environ.get(SECRET, "")) or secrets.token_hex(32)
         nodes = []
         for number, host in enumerate(hosts):
             command = ssh_command(ssh, host, folder)
             values = node_environment(hosts, number, args.variables.split(), os.environ)
-            words = [*(f"{name}={value}" for name, value in values.items()), "", *arguments, ""]
+            words = [f"{name}={value}" for name, value in values.items()]
             if os.environ.get("DRY_RUN") == "1":
-                print(shlex.join(command), "<<<", shlex.join([*words[: len(values)], *arguments]))
+                print(shlex.join(command), "<<<", shlex.join([*words, *arguments]))
             else:
+                words = [f"{SECRET}={secret}", *words, "", *arguments, ""]
                 nodes.append(Node(host, command, b"".join(word.encode() + b"\0" for word in words)))
         return Machines(nodes).wait()
     except USER_ERRORS as error:
@@ -209,4 +214,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qwen35.console import say_at_once
 from qwen35.machines import Meeting
-from qwen35.processes import die_with
+from qwen35.processes import die_with, stop_signals
 from qwen35.pulse import PULSE
 from qwen35.watchdog import Watchdog
 
@@ -46,7 +46,7 @@ class Job:
         self.asked: int | None = None  # the signal that asked for the end
         self.asked_at = 0.0
         self.at_once = False  # it was asked twice
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self.ask)
 
     def run(self, environments: dict[int, dict[str, str]], failures: Path, patience: float | None) -> Failure | None:
@@ -72,8 +72,8 @@ class Job:
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self.asked_at = number, time.monotonic()
-            print("stopping: the run saves at the next log step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-            self.send(signal.SIGTERM)
+            self.send(signal.SIGTERM)  # before anything that may fail
+            say_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
             self.at_once = True
             self.send(signal.SIGKILL)
@@ -98,7 +98,7 @@ class Job:
             if self.meeting:
                 self.meeting.record_news(failures)
             if failed_at is None:
-                if failed or any(failures.iterdir()):  # with its reason told, a process may still hang as it ends
+                if failed or reasons(failures):  # with its reason told, a process may still hang as it ends
                     failed_at = time.monotonic()
                 elif late := watchdog.look(self.processes):
                     failed_at = time.monotonic() - GRACE

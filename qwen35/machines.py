@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen35.errors import UserError
+from qwen35.errors import UserError, printable
 from qwen35.peer import HELLO, Left, Peer
 
 ANSWER = 120.0  # seconds for an answer, once all are there
@@ -27,6 +27,7 @@ class Place:
     address: str  # of machine 0
     port: int
     timeout: float  # seconds that the first to come waits for the last
+    secret: str = field(default="", repr=False)  # that all launchers of the run know, and nobody else
 
 
 @dataclass
@@ -63,12 +64,12 @@ class Meeting:
                 self.left.add(machine)
                 peer.close()
         if message and "failed" in message:
-            self.failed[machine] = str(message["failed"])
+            self.failed[machine] = foreign(message["failed"])
             return self.failed[machine]
         if not message or "ended" not in message:
             return "its launcher made no sense"
         self.is_mistake = self.is_mistake or bool(message.get("mistake"))
-        return str(message["ended"] or "")
+        return foreign(message["ended"] or "")
 
     def record_news(self, folder: Path) -> None:
         """As a failure that explains those of the processes here, beside theirs in `folder` (launch.record_failure)."""
@@ -106,9 +107,10 @@ class Meeting:
             return port
         with self._staying(0):
             answer = self.peers[0].hear(ANSWER) or {}
-        if "port" not in answer:
-            raise MeetingError(f"machine 0 ended: {answer.get('ended') or 'it has said nothing more'}")
-        return int(answer["port"])
+        given = answer.get("port")
+        if type(given) is not int or not 0 < given < 1 << 16:
+            raise MeetingError(f"machine 0 ended: {foreign(answer.get('ended') or 'it has said nothing more')}")
+        return given
 
     @contextlib.contextmanager
     def _staying(self, machine: int) -> Iterator[None]:
@@ -124,6 +126,11 @@ class Meeting:
                 peer.tell(ended=words, mistake=is_mistake)
             peer.close()
         self.peers.clear()
+
+
+def foreign(words: object) -> str:
+    """What another machine says, fit to be printed."""
+    return printable(str(words)[:1000])
 
 
 def _of(machine: int, words: str) -> str:

@@ -5,11 +5,15 @@ their clocks, for what must agree, and whether they see its save folder; it comp
 Then it no longer listens, so that the processes of the run can meet at the same port. The connections stay: how one
 machine ends is known on the others at once, and not when a time-out of theirs has passed. This needs no torch, so it is quick.
 
+Strangers may reach the port. Who does not prove the secret (handshake.py) is told nothing, and holds up nobody. Where none is
+set, everybody can: then salted hashes of what must agree are compared, and machine 0 alone says what differs.
+
 Clocks are compared and told, and never refused: nothing in a run depends on another machine's clock, but who reads logs and
 file times, or the checkpoints' dates, should know.
 """
 
 import contextlib
+import secrets
 import select
 import socket
 import sys
@@ -19,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen35.agreement import disagreements, machines, present, seen
+from qwen35.agreement import disagreements, hashed, machines, present, seen, unhashed
 from qwen35.errors import USER_ERRORS, one_line
-from qwen35.machines import ANSWER, Meeting, MeetingError, Place
+from qwen35.handshake import SECRET, Handshakes, Hello, introduce
+from qwen35.machines import ANSWER, Meeting, MeetingError, Place, foreign
+from qwen35.network import LOOPBACK
 from qwen35.peer import HELLO, Left, Peer
 
-GREETING = "qwen35 launcher"
+UNSAID = f"machine 0 says why the machines did not meet; where {SECRET} is set, all of them do"
 NEWS, OFTEN = 5.0, 30.0  # seconds between two lines that say who is waited for: others than before, the same
 SKEW = 5.0  # seconds that clocks may differ without a word
 SLOW_DISK = 10.0  # seconds until a new file is seen on the other machines: file systems of a network keep what they saw
@@ -70,8 +76,10 @@ class Waiting:
 # -- machine 0 -----------------------------------------------------------------------------------------------------------
 
 
-def listen(port: int) -> socket.socket:
-    """As the store of the processes does: IPv6 that takes IPv4 too, where the machine has it. Raises OSError."""
+def listen(port: int, is_alone: bool = False) -> socket.socket:
+    """At every address, as torch's store does, IPv6 that takes IPv4 too; alone, at this machine's own. Raises OSError."""
+    if is_alone:
+        return socket.create_server((LOOPBACK, port))
     both = socket.has_dualstack_ipv6()
     return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
@@ -81,17 +89,15 @@ def _host(place: Place, talk: Talk) -> Meeting:
     try:
         with listen(place.port) as server:
             _gather(server, peers, place, talk)
-        for line in _clocks(peers, talk):
-            talk.say(line)
-        _agree(peers, talk)
-        _share(peers, talk)
+        _compare(peers, talk, place.secret)
         for machine, peer in peers.items():
             with _answering(machine):
                 peer.tell(go=True)
     except MeetingError as error:
+        words = str(error) if place.secret else UNSAID
         for peer in peers.values():
             with contextlib.suppress(Left):
-                peer.tell(error=str(error), ended=str(error))  # the second for who has been told to go on already
+                peer.tell(error=words, ended=words)  # the second for who has been told to go on already
             peer.close()
         raise
     return Meeting(place, peers)
@@ -99,42 +105,38 @@ def _host(place: Place, talk: Talk) -> Meeting:
 
 def _gather(server: socket.socket, peers: dict[int, Peer], place: Place, talk: Talk) -> None:
     waiting = Waiting(place, talk)
-    while missing := sorted(set(range(1, place.machines)) - peers.keys()):
-        whom = f"{machines(missing)} of {place.machines}"
-        if waiting.left <= 0:
-            raise MeetingError(
-                f"{whom} did not come to MASTER_PORT={place.port} of machine 0 within {place.timeout:.0f} s: was the run"
-                f" started there, with NODES={place.machines}, a NODE_RANK of its own and this machine's MASTER_ADDR?"
-            )
-        waiting.say(whom, f"port {place.port}")
-        for peer in peers.values():
-            with contextlib.suppress(Left):  # it is missed below
-                peer.tell(waiting=whom)
-        sockets = [server, *(peer.connection for peer in peers.values())]
-        ready = select.select(sockets, [], [], min(NEWS, max(0.0, waiting.left)))[0]
-        for machine, peer in list(peers.items()):
-            if peer.connection in ready:  # it has nothing to say yet
-                del peers[machine]
-                peer.close()
-                talk.say(f"machine 0: machine {machine} ({peer.address}) has left")
-        if server in ready:
-            connection, address = server.accept()
-            _admit(Peer(connection, address[0].removeprefix("::ffff:")), peers, place, talk)
+    told, told_at = "", 0.0
+    strangers = Handshakes(server, place.secret, lambda words: talk.say(f"machine 0, port {place.port}: {words}"))
+    with contextlib.closing(strangers):
+        while missing := sorted(set(range(1, place.machines)) - peers.keys()):
+            whom, now = f"{machines(missing)} of {place.machines}", time.monotonic()
+            if waiting.left <= 0:
+                raise MeetingError(
+                    f"{whom} did not come to MASTER_PORT={place.port} of machine 0 within {place.timeout:.0f} s: was the run"
+                    f" started there, with NODES={place.machines}, a NODE_RANK of its own and this machine's MASTER_ADDR?"
+                )
+            waiting.say(whom, f"port {place.port}")
+            if whom != told or now - told_at > NEWS:
+                told, told_at = whom, now
+                for peer in peers.values():
+                    with contextlib.suppress(Left):  # it is missed below
+                        peer.tell(waiting=whom)
+            sockets = [*strangers.sockets, *(peer.connection for peer in peers.values())]
+            seconds = min(now + NEWS, waiting.end, strangers.end) - time.monotonic()
+            ready = select.select(sockets, [], [], max(0.0, seconds))[0]
+            for machine, peer in list(peers.items()):
+                if peer.connection in ready:  # it has nothing to say yet
+                    del peers[machine]
+                    peer.close()
+                    talk.say(f"machine 0: machine {machine} ({peer.address}) has left")
+            for peer, hello in strangers.go_on(ready):
+                _admit(peer, hello, peers, place)
 
 
-def _admit(peer: Peer, peers: dict[int, Peer], place: Place, talk: Talk) -> None:
-    try:
-        peer.tell(greeting=GREETING)
-        hello = peer.hear(HELLO) or {}
-    except Left:
-        hello = {}
-    machine, count = hello.get("machine"), hello.get("machines")
-    if not isinstance(machine, int) or not isinstance(count, int):
-        talk.say(f"machine 0: somebody at {peer.address} connects to port {place.port} and is no launcher of ours")
-        peer.close()
-        return
-    if count != place.machines:
-        words = f"machine {machine} ({peer.address}) has NODES={count}, machine 0 has NODES={place.machines}"
+def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], place: Place) -> None:
+    machine = hello.machine
+    if hello.machines != place.machines:
+        words = f"machine {machine} ({peer.address}) has NODES={hello.machines}, machine 0 has NODES={place.machines}"
     elif machine == 0 or machine in peers:
         other = "the one that listens" if machine == 0 else peers[machine].address
         words = f"two machines have NODE_RANK={machine}: {other} and {peer.address}"
@@ -142,7 +144,7 @@ def _admit(peer: Peer, peers: dict[int, Peer], place: Place, talk: Talk) -> None
         peers[machine] = peer
         return
     with contextlib.suppress(Left):
-        peer.tell(error=words)
+        peer.tell(error=words if place.secret else UNSAID)
     peer.close()
     raise MeetingError(words)
 
@@ -155,67 +157,57 @@ def _answering(machine: int) -> Iterator[None]:
         raise MeetingError(f"machine {machine} has left while the machines met: {error}") from None
 
 
-def _answer(machine: int, peer: Peer) -> dict[str, Any]:
-    with _answering(machine):
-        answer = peer.hear(ANSWER)
-    if answer is None:
-        raise MeetingError(f"machine {machine} ({peer.address}) gave no answer within {ANSWER:.0f} s")
-    if words := answer.get("error"):
-        raise MeetingError(f"machine {machine}: {words}")
-    return answer
-
-
-def _clocks(peers: Mapping[int, Peer], talk: Talk) -> list[str]:
-    lines = []
-    for machine, peer in peers.items():
-        before = talk.clock()
-        with _answering(machine):
-            peer.tell(clock=True)
-        ahead = float(_answer(machine, peer)["time"]) - (before + talk.clock()) / 2
-        if abs(ahead) > SKEW:
-            words = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} machine 0's"
-            lines.append(
-                f"note: the clock of machine {machine} is {words}: the run does not care, but logs and files do"
-            )
-    return lines
-
-
-def _agree(peers: Mapping[int, Peer], talk: Talk) -> None:
-    for machine, peer in peers.items():
-        with _answering(machine):
-            peer.tell(facts=True)
-    try:
-        facts = {0: dict(talk.facts())}
-    except USER_ERRORS as error:
-        raise MeetingError(f"machine 0: {one_line(error)}") from None
-    facts |= {machine: _answer(machine, peer)["facts"] for machine, peer in peers.items()}
-    found = disagreements(facts)
-    for one in found:
-        talk.say(one.line)
-    for machine, peer in peers.items():
-        with _answering(machine):
-            peer.tell(lines=[one.line for one in found if machine in one.machines])
-    if found:
-        count = "one thing" if len(found) == 1 else f"{len(found)} things"
-        raise MeetingError(f"the machines differ in {count}, told above: nothing was started")
-
-
-def _share(peers: Mapping[int, Peer], talk: Talk) -> None:
-    """The save folder is the same one everywhere, and all may write there."""
+def _compare(peers: Mapping[int, Peer], talk: Talk, secret: str) -> None:
+    """Clocks are only told of; what must agree does, and the save folder is the same everywhere. Raises MeetingError."""
+    salt, asked_at = secrets.token_hex(16), {}
     try:
         with present(talk.save) as token:
             for machine, peer in peers.items():
+                asked_at[machine] = talk.clock()
                 with _answering(machine):
-                    peer.tell(look=token)
-            blind = [machine for machine, peer in peers.items() if not _answer(machine, peer)["seen"]]
-    except OSError as error:
-        raise MeetingError(f"training.save: {one_line(error)}") from None
-    if blind:
+                    peer.tell(look=token, salt=salt)
+            facts = {0: dict(talk.facts())}
+            answers = {machine: _answer(machine, peer) for machine, peer in peers.items()}
+    except MeetingError:
+        raise
+    except USER_ERRORS as error:
+        raise MeetingError(f"machine 0: {one_line(error)}") from None
+    for machine, (clock, found, _) in answers.items():
+        ahead = clock - asked_at[machine]
+        if not abs(ahead) <= SKEW:  # or it is no number
+            words = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} machine 0's"
+            talk.say(f"note: the clock of machine {machine} is {words}: the run does not care, but logs and files do")
+        facts[machine] = found if secret else unhashed(found, facts[0], salt)
+    differences = disagreements(facts)
+    for one in differences:
+        talk.say(foreign(one.line))
+    for machine, peer in peers.items():
+        with _answering(machine):
+            peer.tell(lines=[one.line for one in differences if secret and machine in one.machines])
+    if differences:
+        count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
+        raise MeetingError(f"the machines differ in {count}, told above: nothing was started")
+    if blind := [machine for machine, (_, _, has_seen) in answers.items() if not has_seen]:
         verb = "does" if len(blind) == 1 else "do"
         raise MeetingError(
             f"{machines(blind)} {verb} not see what machine 0 writes in {talk.save}: name a training.save on a file system"
             " that all machines share"
         )
+
+
+def _answer(machine: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
+    """Its clock, what must agree there, whether it sees the save folder. Raises MeetingError."""
+    with _answering(machine):
+        answer = peer.hear(ANSWER)
+    who = f"machine {machine} ({peer.address})"
+    if answer is None:
+        raise MeetingError(f"{who} gave no answer within {ANSWER:.0f} s")
+    if words := answer.get("error"):
+        raise MeetingError(f"machine {machine}: {foreign(words)}")
+    clock, facts, has_seen = (answer.get(name) for name in ("time", "facts", "seen"))
+    if not (type(clock) is float and isinstance(facts, dict) and type(has_seen) is bool):
+        raise MeetingError(f"{who} gave an answer that makes no sense")
+    return clock, {name: str(value) for name, value in facts.items()}, has_seen
 
 
 # -- the others ----------------------------------------------------------------------------------------------------------
@@ -226,21 +218,21 @@ def _join(place: Place, talk: Talk) -> Meeting:
     seconds = place.timeout + ANSWER
     waiting = Waiting(place, talk)
     try:
-        peer.tell(machine=place.machine, machines=place.machines)
         while True:
             message = peer.hear(seconds)
             if message is None:
                 raise MeetingError(f"machine 0 has said nothing for {seconds:.0f} s")
             if "error" in message:
-                raise MeetingError(str(message["error"]))
+                raise MeetingError(foreign(message["error"]))
             if "go" in message:
                 return Meeting(place, {0: peer})
             if "waiting" in message:
-                waiting.say(str(message["waiting"]))
-            for line in message.get("lines", ()):
-                talk.say(line)
-            if answer := _reply(message, talk):
-                peer.tell(**answer)
+                waiting.say(foreign(message["waiting"]))
+            lines = message.get("lines")
+            for line in lines if isinstance(lines, list) else ():
+                talk.say(foreign(line))
+            if "look" in message:
+                peer.tell(**_reply(message, talk, place.secret))
     except Left as error:
         peer.close()
         raise MeetingError(f"machine 0 has left while the machines met: {error}") from None
@@ -249,32 +241,26 @@ def _join(place: Place, talk: Talk) -> Meeting:
         raise
 
 
-def _reply(message: Mapping[str, Any], talk: Talk) -> dict[str, Any]:
-    """To what machine 0 asks; nothing where it does not."""
+def _reply(message: Mapping[str, Any], talk: Talk, secret: str) -> dict[str, Any]:
+    """To what machine 0 asks. Raises MeetingError where it may not be told what went wrong here."""
     try:
-        if "clock" in message:
-            return {"time": talk.clock()}
-        if "facts" in message:
-            return {"facts": dict(talk.facts())}
-        if "look" in message:
-            return {
-                "seen": seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
-            }
+        clock, facts = talk.clock(), dict(talk.facts())
+        sees = seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
     except USER_ERRORS as error:
+        if not secret:
+            raise MeetingError(one_line(error)) from None
         return {"error": one_line(error)}
-    return {}
+    return {"time": clock, "facts": facts if secret else hashed(facts, str(message.get("salt"))), "seen": sees}
 
 
 def _connect(place: Place, talk: Talk) -> Peer:
     waiting = Waiting(place, talk)
     pause = 0.1
     while True:
-        why = "something answers there that is no launcher: is an earlier run still at that port?"
+        why = f"something answers there that is no launcher of this run, or has another {SECRET}"
         try:
             peer = Peer(socket.create_connection((place.address, place.port), timeout=HELLO), place.address)
-            is_own = peer.connection.getsockname() == peer.connection.getpeername()  # Linux lets a port call itself
-            greeting = None if is_own else peer.hear(HELLO)
-            if greeting and greeting.get("greeting") == GREETING:
+            if introduce(peer, place):
                 return peer
             peer.close()
         except Left:

@@ -10,11 +10,7 @@ from qwen35.errors import one_line
 
 LONGEST = 1 << 24  # bytes of a message
 HELLO = 5.0  # seconds that somebody who connects has to say who it is
-KEEPALIVE = {
-    "TCP_KEEPIDLE": 60,
-    "TCP_KEEPINTVL": 15,
-    "TCP_KEEPCNT": 8,
-}  # a machine without power is missed in 3 minutes
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 8}  # a machine without power: missed in 3 minutes
 
 
 class Left(Exception):  # noqa: N818  # which is no error yet
@@ -40,12 +36,13 @@ class Peer:
         except OSError as error:
             raise Left(one_line(error)) from None
 
-    def hear(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; None if there is none in time. Raises Left."""
+    def hear(self, seconds: float, most: int = LONGEST) -> dict[str, Any] | None:
+        """The next message, of so many bytes at most; None if it is not whole in time. Raises Left."""
         end = time.monotonic() + seconds
-        while b"\n" not in self.rest:
+        while b"\n" not in self.rest and len(self.rest) <= most:
+            left = end - time.monotonic()
             try:
-                self.connection.settimeout(max(1e-3, end - time.monotonic()))
+                self.connection.settimeout(max(1e-3, left))
                 more = self.connection.recv(1 << 16)
             except TimeoutError:
                 return None
@@ -54,9 +51,11 @@ class Peer:
             if not more:
                 raise Left("it closed the connection")
             self.rest += more
-            if len(self.rest) > LONGEST:
-                raise Left("it says too much")
+            if left <= 0 and b"\n" not in more:  # a drop at a time is no answer in time
+                return None
         line, _, self.rest = self.rest.partition(b"\n")
+        if len(line) > most:
+            raise Left("it says too much")
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):

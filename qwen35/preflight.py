@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from qwen35.config import load_settings
+from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
-from qwen35.errors import USER_ERRORS, Parser, UserError, complain
-from qwen35.launch import leave, record_failure
+from qwen35.errors import UserError
+from qwen35.launch import leave, run_rank
+from qwen35.settings import Settings
 
 SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from what is over at once to what fills a fast network
 ENOUGH = 0.1  # seconds that an all-reduce may take until the larger ones are left out
@@ -65,25 +66,11 @@ def measure(device: torch.device, say: Callable[[str], None]) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="qwen35.preflight", description=__doc__)
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
-    try:
-        load_settings(args.config, args.overrides)
-        measure(init_process(), lambda line: print(f"{line}\npreflight: all is well", flush=True))
-    except USER_ERRORS as error:
-        if record_failure(error, expected=True):
-            leave(1)
-        return complain(error)
-    except BaseException as error:
-        if record_failure(error, expected=False):
-            leave(1)
-        raise
+def preflight(settings: Settings) -> None:
+    measure(init_process(), lambda line: print(f"{line}\npreflight: all is well", flush=True))
     dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    leave(main())
+    outlive_readers()
+    leave(run_rank(preflight, "qwen35.preflight", __doc__, None))

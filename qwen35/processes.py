@@ -35,8 +35,14 @@ def obey(parent: int) -> None:
     Thread(target=wait, daemon=True).start()
 
 
+def stop_signals() -> list[int]:
+    """Those that ask a run to save and stop: SIGTERM, Ctrl-C, a terminal that is closed unless nohup has it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
+
+
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked this process to stop. A second Ctrl-C interrupts at once."""
+    """Whether a signal has asked this process to stop. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -48,9 +54,9 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listen for SIGTERM and Ctrl-C until the block ends. Main thread only."""
+    """Listen for stop_signals() until the block ends. Main thread only."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, request.ask) for number in stop_signals()}
     try:
         yield request
     finally:

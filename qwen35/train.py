@@ -24,12 +24,12 @@ from qwen35.checkpoint.folders import sweep, write_atomic
 from qwen35.checkpoint.hf import fitting, load_hf
 from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
-from qwen35.config import load_settings, to_yaml
+from qwen35.config import to_yaml
+from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import HOST, describe, init_process, is_apart
-from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.flops import batch_flops, token_counts
-from qwen35.launch import leave, record_failure
+from qwen35.launch import leave, run_rank
 from qwen35.layout import check_layout
 from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
@@ -324,25 +324,12 @@ def loop(run: Run, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="qwen35.train", description=__doc__)
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
-    code = 0
-    try:
-        train(load_settings(args.config, args.overrides))
-    except (*USER_ERRORS, kernels.KernelError) as error:
-        if record_failure(error, expected=True):
-            leave(1)
-        code = complain(error)
-    except BaseException as error:
-        if record_failure(error, expected=False):
-            leave(1)  # the launcher prints the first one, not every rank its own
-        raise
+    code = run_rank(train, "qwen35.train", __doc__, argv, kernels.KernelError)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
+    outlive_readers()
     leave(main())

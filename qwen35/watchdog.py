@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import psutil
+
 from qwen35.pulse import DUMP, LAYOUT
 
 ANSWER = 3.0  # seconds that the ranks have to write their stacks
@@ -124,14 +126,10 @@ def readable(stacks: str) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, on Linux."""
-    found: list[int] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, file.read_text().split())
-        except OSError:  # that thread has ended
-            continue
-    return found
+    """The processes that a process has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
 
 
 def plogs(pids: Iterable[int]) -> list[str]:

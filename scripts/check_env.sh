@@ -62,6 +62,10 @@ check_env() {
     while read -r name kind allowed; do
         if [[ -n ${!name:-} ]]; then "check_$kind" "$name" "${!name}" "$allowed"; fi
     done < <(env_rules)
+    # shellcheck disable=SC2154 # common.sh has the names; a ~ that no shell has expanded would be the name of a folder
+    for name in "${env_names[@]}"; do
+        [[ ${!name:-} != \~/* || $name == PROMPT ]] || wrong "$name" "${!name}" "a path without ~"
+    done
     check_alloc_conf
     check_nodes
 }

@@ -31,6 +31,8 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#hosts[@]})) || die "scontrol names no machine of SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
 [[ $NODES == 1 || $NODES == "${#hosts[@]}" ]] || die "NODES=$NODES, but the job has ${#hosts[@]} nodes: leave NODES out"
 export NODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}}
+secret=$(od -An -vtx8 -N32 /dev/urandom)
+export RENDEZVOUS_SECRET=${RENDEZVOUS_SECRET:-${secret//[[:space:]]/}}
 
 # a signal that srun gets goes to its tasks; the launchers have the run save and stop
 asked=

@@ -19,9 +19,9 @@ if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 { read -r save; read -r steps; } < <("$python" -m qwen35.config "${settings[@]}" --get training.save training.train_iters)
 [[ -n ${steps:-} ]] || exit 1 # the reason is printed already
 
-# SIGTERM and Ctrl-C go to the step that runs, and none follows it
+# SIGTERM, SIGHUP and Ctrl-C go to the step that runs, and none follows it
 stopped=
-trap 'stopped=0; kill -TERM "$child"' TERM
+trap 'stopped=0; kill -TERM "$child"' TERM HUP
 trap 'stopped=130; kill -TERM "$child"' INT
 step() { # in the background, for bash hears a signal only while it waits
     local code=0

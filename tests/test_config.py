@@ -64,6 +64,12 @@ def test_what_is_written_is_what_is_read(recipe, tmp_path):
         ("training.lr_decay_style=cosin", "training.lr_decay_style: 'cosin' is not one of constant, linear, cosine"),
         ("training.lr_warmup_ratio=1", "training.lr_warmup_ratio: 1.0 must be at least 0 and below 1"),
         ("training.clip_grad=-1", "training.clip_grad: -1.0 must be 0 or more"),
+        ("training.timeout=1e308", "training.timeout: 1e+308 must be at most a year of 31536000 seconds"),
+        ("training.save=~/x", "training.save: '~/x': ~ is not expanded here, it would be a folder of that name"),
+        (
+            "data.dataset_param.basic_parameters.dataset=a.json, ~/b.json",
+            "dataset: 'a.json, ~/b.json': ~ is not expanded",
+        ),
         ("training.min_lr=1", "training.min_lr 1.0 is above training.lr"),
         ("training.load=x", "training.load and training.init_from_hf_path both say where the weights come from"),
         ("model.freeze=model.visual", "model.freeze: 'model.visual' is not a list"),

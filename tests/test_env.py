@@ -25,7 +25,7 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH TORCH_INDEX PYTHON TORCH TRANSFORMERS OMP_NUM_THREADS
     MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE VIDEO ARGS
-    SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT HOSTS HOSTS_DIR SSH""".split()
+    SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT RENDEZVOUS_SECRET HOSTS HOSTS_DIR SSH""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -87,6 +87,7 @@ BAD = [
     ("MODELSCOPE_DOMAIN", "a b"),
     ("HOSTS_DIR", "here"),
     ("CONFIG", "configs/none.yaml"),
+    ("OUT", "~/out"),
 ]
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))
@@ -330,7 +331,7 @@ def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -
     assert calls(project)[-1].startswith("-m qwen35.launch")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
     env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
     walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qwen35.config import SettingError
@@ -25,7 +26,12 @@ env -i PATH="$PATH" bash -c "$2" # a child, which outlives this one as it would 
 PYTHON = """#!/usr/bin/env bash
 source ./act
 """
-DRIVER = "import sys, qwen35.hosts as h; h.GRACE = 0.3; h.SAVING = 0.6; h.AGAIN = 0.0; sys.exit(h.main(sys.argv[1:]))"
+DRIVER = """
+import sys, qwen35.hosts as h
+h.GRACE, h.SAVING, h.AGAIN = 0.3, 0.6, 0.0
+h.outlive_readers()
+sys.exit(h.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -161,6 +167,62 @@ def test_a_signal_has_all_machines_save(there: Path, number: int, code: int) -> 
     assert (process.returncode, sorted(out.splitlines())) == (code, ["one: saved", "two: saved"])
     assert err.startswith("stopping: the run saves at the next log step, on all machines") and err.count("\n") == 1
     assert asked(there) == ["asked_0", "asked_1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, number: int) -> None:
+    """As of a lost connection, or of a session that its system ends: SIGTERM has that machine save, and stop."""
+    (there / "act").write_text(STAYS)
+    process = start(there)
+    pids(process)
+    nodes = [
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if child.cmdline() == ["bash", "scripts/node.sh"] and str(there.parent / "ssh") in child.parent().cmdline()
+    ]  # fmt: skip
+    assert len(nodes) == 2
+    for node in nodes:
+        node.send_signal(number)
+    if number == signal.SIGHUP:
+        time.sleep(0.3)
+        assert not asked(there)
+        process.terminate()
+    out, _ = process.communicate(timeout=300)
+    assert (process.returncode, sorted(out.splitlines())) == (0, ["one: saved", "two: saved"])
+
+
+def test_a_stop_saves_though_nobody_reads(there: Path) -> None:
+    """Ctrl-C ends the reader of both streams as well, and before this has said a word."""
+    (there / "act").write_text(STAYS.replace("echo saved", "touch saved_$NODE_RANK; echo saved"))
+    process = start(there)
+    pids(process)
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=300) == 130
+    assert len(list(there.glob("saved_*"))) == 2
+
+
+def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
+    """One that is made anew for each run, or the one that is set; never in a list of processes, nor printed."""
+    (there / "act").write_text("env >env_$NODE_RANK; cat /proc/$$/cmdline >call_$NODE_RANK")
+    found = []
+    for variables in ({}, {}, {"RENDEZVOUS_SECRET": "that of the user"}):
+        process = start(there, **variables)
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, out, err) == (0, "", "")
+        both = [
+            re.search(r"^RENDEZVOUS_SECRET=(.*)", (there / f"env_{n}").read_text(), re.MULTILINE)[1] for n in (0, 1)
+        ]
+        assert both[0] == both[1]
+        found.append(both[0])
+        seen = (there.parent / "ssh.log").read_text() + "".join((there / f"call_{n}").read_text() for n in (0, 1))
+        assert both[0] not in seen
+    assert len(set(found)) == 3 and found[2] == "that of the user" and all(len(one) == 64 for one in found[:2])
+    out, err = start(there, RENDEZVOUS_SECRET="that of the user", DRY_RUN="1").communicate(timeout=300)
+    assert "NODE_RANK=1" in out and "that of the user" not in out + err
+    process = start(there, RENDEZVOUS_SECRET="short")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "RENDEZVOUS_SECRET has fewer than 16 characters" in err
 
 
 def test_a_second_ctrl_c_stops_at_once(there: Path) -> None:
@@ -331,7 +393,7 @@ def slurm(there: Path, *arguments: str, script: str = "../bin/spool", **variable
 
 
 def test_a_slurm_job_starts_each_node_in_its_place(there: Path) -> None:
-    (there / "act").write_text('printf "%s " "$@" >call_$NODE_RANK')
+    (there / "act").write_text('printf "%s " "$@" >call_$NODE_RANK; echo "$RENDEZVOUS_SECRET" >secret_$NODE_RANK')
     process = slurm(there, "training.train_iters=2", "model.freeze=[a, b]")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "", "")
@@ -339,6 +401,8 @@ def test_a_slurm_job_starts_each_node_in_its_place(there: Path) -> None:
         call = (there / f"call_{rank}").read_text()
         assert f"--nnodes 2 --node_rank {rank} " in call and "--master_addr gpu3 " in call
         assert call.endswith("configs/other.yaml training.train_iters=2 model.freeze=[a, b] ")
+    one, other = ((there / f"secret_{rank}").read_text() for rank in range(2))
+    assert one == other and re.fullmatch(r"[0-9a-f]{64}\n", one)
     assert not (there / "scontrol.log").exists()
 
 

@@ -345,6 +345,13 @@ def test_a_taken_port_and_an_unknown_machine_are_named():
     assert "MASTER_ADDR=no.such.machine.invalid: no machine of that name is known here" in done.stderr
 
 
+def test_a_machine_that_lets_nobody_open_files_is_named():
+    command = f'ulimit -n 16; exec "{sys.executable}" -m qwen35.launch configs/tiny.yaml'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    words = "error: ulimit -n is 16: a process of a run needs 256 open files and more\n"
+    assert (done.returncode, done.stderr) == (1, words)
+
+
 def test_threads_are_shared_out(monkeypatch):
     import argparse
 

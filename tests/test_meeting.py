@@ -15,18 +15,20 @@ from training_runs import free_port
 
 from qwen35.agreement import disagreements, facts, machines, present, seen
 from qwen35.config import SettingError, load_settings
+from qwen35.handshake import introduce
 from qwen35.meeting import Meeting, MeetingError, Place, Talk, listen, meet
 from qwen35.network import interface_of
 from qwen35.peer import Left, Peer
 
 ROOT = Path(__file__).parents[1]
+SECRET = "a secret of the tests"
 
 
 class Machines:
     """Each meets the others in a thread of its own; what it said, and how that ended, is kept."""
 
     def __init__(self, count: int, save: Path, timeout: float = 60):
-        self.place = Place(0, count, "127.0.0.1", free_port(), timeout)
+        self.place = Place(0, count, "127.0.0.1", free_port(), timeout, SECRET)
         self.save = save
         self.said: dict[int, list[str]] = {}
         self.ended: dict[int, Meeting | str] = {}
@@ -57,6 +59,12 @@ class Machines:
         for meeting in self.ended.values():
             if isinstance(meeting, Meeting):
                 meeting.close(None)
+
+
+def introduced(connection: socket.socket, those: Machines, machine: int) -> Peer:
+    peer = Peer(connection, "")
+    assert introduce(peer, replace(those.place, machine=machine))
+    return peer
 
 
 @contextlib.contextmanager
@@ -129,7 +137,7 @@ def test_a_stranger_is_told_of_and_does_no_harm(tmp_path):
         those.start(1)
         those.wait()
     assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-    assert "somebody at 127.0.0.1 connects" in "\n".join(those.said[0])
+    assert any("somebody at 127.0.0.1 connects and is no launcher" in line for line in those.said[0])
     those.close()
 
 
@@ -137,9 +145,7 @@ def test_a_machine_that_leaves_may_come_again(tmp_path):
     those = Machines(3, tmp_path)
     those.start(0)
     with at_the_port(those) as connection:
-        peer = Peer(connection, "")
-        assert "greeting" in peer.hear(20)
-        peer.tell(machine=1, machines=3)
+        peer = introduced(connection, those, 1)
         while (peer.hear(20) or {})["waiting"] != "machine 2 of 3":
             pass
     those.start(1)
@@ -161,9 +167,7 @@ def test_places_that_contradict_each_other(tmp_path, machine, changes, words):
     those = Machines(3, tmp_path)
     those.start(0)
     with at_the_port(those) as connection:
-        peer = Peer(connection, "")
-        assert "greeting" in peer.hear(20)
-        peer.tell(machine=2, machines=3)
+        peer = introduced(connection, those, 2)
         those.start(machine, **changes)
         those.wait()
         while "error" not in (message := peer.hear(20)):

@@ -1,10 +1,13 @@
 """Two machines on this one: whole launchers that compare themselves, measure, and train as one machine does."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,8 @@ def start(workplace: Path, machine: int, port: int, *arguments: str) -> subproce
     return subprocess.Popen(
         [sys.executable, "-m", "qwen35.launch", *place, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,11 +50,35 @@ def steps(save: Path) -> list[dict]:
     return [{name: line[name] for name in ("step", "loss", "grad_norm", "lr", "tokens")} for line in lines]
 
 
+def strangers(port: int) -> list[socket.socket]:
+    """Some that say nothing and some that lie, who stay, once machine 0 is there."""
+    found: list[socket.socket] = []
+    lies = (
+        b'{"machine": 1, "machines": 3}\n',
+        b'{"machine": 1, "machines": 2, "proof": "0"}\n',
+        b"\xff" * 5000,
+        b"",
+        b"",
+    )
+    end = time.monotonic() + 120
+    while len(found) < 30:
+        assert time.monotonic() < end
+        with contextlib.suppress(ConnectionRefusedError):
+            found.append(socket.create_connection(("127.0.0.1", port)))
+            found[-1].sendall(lies[len(found) % len(lies)])
+    return found
+
+
 def test_two_machines_train_as_one_does(workplace, tmp_path):
+    """Whoever else knocks at their port."""
     recipe, port = str(workplace / "recipe.yaml"), free_port()
     settings = ["training.train_iters=3", "training.log_interval=1", "data.dataloader_param.num_workers=0"]
     save = tmp_path / "two"
-    both = ends(*(start(workplace, machine, port, recipe, f"training.save={save}", *settings) for machine in (1, 0)))
+    machine_0 = start(workplace, 0, port, recipe, f"training.save={save}", *settings)
+    knocking = strangers(port)
+    both = ends(start(workplace, 1, port, recipe, f"training.save={save}", *settings), machine_0)
+    for connection in knocking:
+        connection.close()
     assert [code for code, *_ in both] == [0, 0], both
     (_, second, _), (_, first, _) = both
     assert first.startswith(f"machine 0: ranks 0 to 0 of 2, which meet at 127.0.0.1:{port}\n")
@@ -100,7 +128,7 @@ def test_a_save_folder_of_each_machines_own(workplace, tmp_path):
     for machine, name in enumerate(("a", "b")):
         place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
         program = "import sys, qwen35.meeting as m; m.SLOW_DISK = 0.2; from qwen35.launch import main; sys.exit(main())"
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "RENDEZVOUS_SECRET": "a secret of the tests"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         machines.append(
             subprocess.Popen([sys.executable, "-c", program, *place, *command], cwd=tmp_path / name, env=env, **pipes)

@@ -1,6 +1,7 @@
 """What was stopped goes on: real processes, killed and asked to stop at all moments, against a run that never stopped."""
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -309,6 +310,23 @@ with lock.holding(Path(sys.argv[1])):
     second.kill()
     second.communicate()
     assert f"in use by another job (process {second.pid} on " in third.stderr
+
+
+def test_a_lock_file_that_somebody_removes_lets_nobody_in(tmp_path):
+    """Nor does one that is put in its place; a forked worker that lives on keeps nobody out."""
+    code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(tmp_path)!r})): pass"
+    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.PATIENCE = 0\n{code}"]
+    with holding(tmp_path):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        worker.start()
+        for act in ((tmp_path / ".lock").unlink, (tmp_path / ".lock").touch):
+            act()
+            second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+            assert f"{tmp_path} is in use by another job" in second.stderr
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    worker.kill()
+    worker.join()
+    assert (third.returncode, third.stderr) == (0, "")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from qwen35.checkpoint.errors import CheckpointError
 LOCK = ".lock"
 PATIENCE = 5.0  # seconds that a job that was just killed may take to be gone
 BUSY = (errno.EACCES, errno.EAGAIN)
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)  # the last: of a folder, over NFS
 
 
 @contextmanager
@@ -25,16 +25,18 @@ def holding(folder: Path) -> Iterator[str | None]:
     Yields None, or one line of warning where the file system has no locks. A folder that was made for this and that the
     block leaves empty is removed again. Raises CheckpointError if another job has it.
 
-    A POSIX record lock: it goes with the process, is not handed to the loader's forked workers, and works over NFS.
+    A POSIX record lock: it goes with the process, is not handed to the loader's forked workers, and works over NFS. Where the
+    file is removed meanwhile, a lock on the folder itself still keeps others out; network file systems have none of those.
     """
     is_new = not folder.exists()
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as file:
-            warning = _take(file.fileno(), path)
-            if not _is_still(path, file.fileno()):
-                continue  # the job that had it has removed it: this lock is on a file that nobody else will find
+        with path.open("a+") as file, _opened(folder) as above:
+            warning = _take(fcntl.lockf, file.fileno(), path)
+            _take(fcntl.flock, above, path)
+            if not (_is_still(path, file.fileno()) and _is_still(folder, above)):
+                continue  # the job that had them has removed them: these locks are on what nobody else will find
             try:
                 if warning is None:
                     file.truncate(0)
@@ -57,11 +59,22 @@ def _is_still(path: Path, fd: int) -> bool:
         return False
 
 
-def _take(fd: int, path: Path) -> str | None:
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # for forked workers too, which have the same open folder
+        os.close(fd)
+
+
+def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return None
         except OSError as error:
             if error.errno in NO_LOCKS:

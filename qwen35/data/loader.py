@@ -180,7 +180,8 @@ def _wrapped(batch: Any) -> Any:
 
 def _start_worker(parent: int, _: int) -> None:
     die_with(parent)
-    # a Ctrl-C or SIGTERM to the whole job is for the parent, which needs its batches to go on until it saves; what ends a
-    # worker is its parent's end, or its parent's own SIGTERM: Python's way out waits for the workers once it has sent that
+    # a signal to the whole job is for the parent, which needs its batches to go on until it saves; what ends a worker is
+    # its parent's end, or its parent's own SIGTERM: Python's way out waits for the workers once it has sent that
     obey(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

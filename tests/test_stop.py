@@ -1,0 +1,197 @@
+"""A stop must save, whoever still reads what is printed: real training behind pipes and terminals whose other end goes."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from training_runs import ROOT, train_command
+
+from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.metrics import read_metrics
+
+ENDLESS = ("training.train_iters=100000", "training.log_interval=1")
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """Where the run keeps what is gone with it."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as name:
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
+        assert not list(Path(name).iterdir())
+
+
+def start(workplace: Path, save: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(train_command(workplace, save, 2, *overrides), cwd=ROOT, env=environment, **kwargs)
+
+
+def wait_for_steps(save: Path, count: int, process: subprocess.Popen, meanwhile=lambda: time.sleep(0.02)) -> None:
+    end = time.monotonic() + 300
+    while not (save / "metrics.jsonl").exists() or len(read_metrics(save / "metrics.jsonl")) < count:
+        assert time.monotonic() < end and process.poll() is None
+        meanwhile()
+
+
+def assert_saved(save: Path, after: int) -> None:
+    step = int(newest_checkpoint(save).name[5:])
+    assert step >= after and len(read_metrics(save / "metrics.jsonl")) == step
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_the_reader_dies_first(workplace, tmp_path, temporary, number, code):
+    """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before anybody says that it stops."""
+    save = tmp_path / "run"
+    process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    process.stdout.close()
+    wait_for_steps(save, 3, process)
+    tee.kill()
+    tee.wait()
+    process.send_signal(number)
+    assert process.wait(timeout=300) == code
+    assert_saved(save, after=3)
+    assert "weights from" in (tmp_path / "log").read_text()
+
+
+def test_nobody_reads_the_rest(workplace, tmp_path, monkeypatch):
+    """`make finetune | head -5`: the run goes on to its end, and that is a good one. Also where temporary paths are long."""
+    save, long = tmp_path / "run", tmp_path / ("t" * 60)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    process = start(workplace, save, "training.log_interval=1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(5):
+        assert process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(timeout=300), err) == (0, b"")
+    assert len(read_metrics(save / "metrics.jsonl")) == 10
+    assert_saved(save, after=10)
+
+
+def test_a_terminal_that_is_closed(workplace, tmp_path):
+    """Its job has a progress bar there, gets SIGHUP from the system, and may not write any more."""
+    save = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    # as a shell's job: the terminal is its controlling one, which sends the signal when its other end is closed
+    head = "import fcntl, os, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", head, *train_command(workplace, save, 2, *ENDLESS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **ends)
+    os.close(theirs)
+    shown = []
+
+    def read() -> None:
+        if select.select([ours], [], [], 0.02)[0]:
+            shown.append(os.read(ours, 1 << 16))
+
+    wait_for_steps(save, 3, process, read)
+    read()
+    assert re.search(rb"(step/s|s/step)\b", b"".join(shown))
+    os.close(ours)
+    assert process.wait(timeout=300) == 0
+    assert_saved(save, after=3)
+
+
+def test_a_signal_to_all_processes_at_once(workplace, tmp_path, temporary):
+    """A SIGHUP to ranks and workers as well, with both streams dead. No other machine could reach any of them."""
+    save = tmp_path / "run"
+    process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_steps(save, 3, process)
+    process.stdout.close()
+    process.stderr.close()
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    assert len(everybody) >= 4
+    sockets = [
+        one.laddr.ip for process_ in [*everybody, process] for one in psutil.Process(process_.pid).net_connections()
+    ]
+    assert sockets and {ip.removeprefix("::ffff:") for ip in sockets} == {"127.0.0.1"}
+    for one in [*everybody, process]:
+        one.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=300) == 0
+    assert_saved(save, after=3)
+    assert not psutil.wait_procs(everybody, timeout=60)[1]
+
+
+def test_nohup_is_left_alone(workplace, tmp_path):
+    save = tmp_path / "run"
+    process = start(
+        workplace, save, *ENDLESS, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    wait_for_steps(save, 2, process)
+    process.send_signal(signal.SIGHUP)
+    steps = len(read_metrics(save / "metrics.jsonl"))
+    wait_for_steps(save, steps + 3, process)
+    process.terminate()
+    assert process.stderr.read().startswith(b"stopping: ")
+    assert process.wait(timeout=300) == 0
+    assert_saved(save, after=steps + 3)
+
+
+PRINTS = """
+import logging, os, sys, warnings
+from tqdm import tqdm
+from qwen35.console import outlive_readers
+outlive_readers()
+logging.basicConfig()
+bar = tqdm(total=3000, mininterval=0)
+for i in range(3000):
+    print("é", i, flush=i % 2 == 0)
+    print(i, file=sys.stderr)
+    logging.getLogger("of a library").error("i %d", i)
+    warnings.warn(f"{i}")
+    bar.update()
+    bar.write("x", file=sys.stderr)
+    if i == 5:
+        sys.stdin.read()  # until the readers are gone
+os.write(3, b"done")
+"""
+
+
+def test_whatever_prints_outlives_its_reader():
+    """Bars, logs and warnings too; the process ends well, though Python writes what is left at its end."""
+    reader, writer = os.pipe()
+    head = f"import os; os.dup2({writer}, 3)\n" if writer != 3 else ""
+    process = subprocess.Popen(
+        [sys.executable, "-c", head + PRINTS], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, pass_fds=[writer],
+    )  # fmt: skip
+    os.close(writer)
+    assert process.stdout.readline() == "é 0\n".encode()
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=120) == 0
+    assert os.read(reader, 10) == b"done"
+    os.close(reader)
+
+
+def test_what_is_read_is_as_it_was():
+    """Text, its encoding, what is buffered and what is not; other failures to write stay failures."""
+    program = "import sys; from qwen35.console import outlive_readers; outlive_readers(); {}"
+    first = "print('é'); print('err', file=sys.stderr); sys.stdout.write('no line end')"
+    done = subprocess.run([sys.executable, "-c", program.format(first)], cwd=ROOT, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == ("é\nno line end".encode(), b"err\n")
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-c", program.format("print('x', flush=True)")]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert b"No space left on device" in done.stderr and done.returncode != 0
+    closed = subprocess.run(
+        ["bash", "-c", f'exec "{sys.executable}" -c "$0" >&- 2>&-', program.format("print(1)")], cwd=ROOT, check=False
+    )
+    assert closed.returncode == 0

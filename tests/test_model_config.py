@@ -86,7 +86,7 @@ def test_what_transformers_says_of_any_model_is_harmless():
     general = set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
     config = config_dict()
     for section in (config, config["text_config"], config["vision_config"]):
-        section |= {key: 7 for key in general & HARMLESS_KEYS}
+        section |= dict.fromkeys(general & HARMLESS_KEYS, 7)
     assert unknown_keys(config) == []
     assert load_config(config) == load_config(config_dict())
     assert set(PreTrainedConfig().to_dict()) - HARMLESS_KEYS <= {"model_type", "is_encoder_decoder"}

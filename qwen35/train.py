@@ -21,9 +21,8 @@ from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import sweep, write_atomic
-from qwen35.checkpoint.hf import check_export, fitting, load_hf
+from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
-from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
@@ -91,12 +90,10 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
-    check = fitting if is_hf else fitting_checkpoint
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = check(model, origin)
+    held = (fitting if is_hf else fitting_checkpoint)(model, origin)
     check_export(model, m.model_name_or_path)
-    if is_hf and origin != Path(m.model_name_or_path):
-        unread += not_read(origin)
+    unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:

@@ -10,6 +10,7 @@ from torch import nn
 from qwen35.checkpoint.hf_folder import INDEX, WEIGHTS, HFFolder, HFSource, check_tied, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.names import HEAD, disk_spec, lacks_mtp, places, shapes_of
 from qwen35.device import HOST
 
@@ -23,6 +24,7 @@ __all__ = [
     "fitting",
     "load_hf",
     "load_pretrained",
+    "not_read",
     "places",
     "save_hf",
     "shapes_of",

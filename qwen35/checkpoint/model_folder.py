@@ -83,7 +83,7 @@ def not_read(folder: str | Path) -> list[str]:
     others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
     others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
     if others:
-        first = f" beside {weights[0]}" * (weights == ["model.safetensors"])
+        first = " beside model.safetensors" * (weights == ["model.safetensors"])
         lines.append(f"{folder}: not read{first}: {few(others)}")
     return lines
 

@@ -351,8 +351,7 @@ def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporar
     assert file.read_text().splitlines()[1:] == [f"missing: {name}" for name in odd]
 
 
-@pytest.mark.parametrize("length", [10, 300, 10_000])
-@pytest.mark.parametrize("count", [1, 4, 30_000])
+@pytest.mark.parametrize(("count", "length"), [(1, 10), (1, 10_000), (4, 300), (4, 10_000), (30_000, 10)])
 def test_no_message_is_longer_than_its_bound(temporary, count, length):
     names = [f"{'x' * length}{i}" for i in range(count)]
     wrong = Misfit(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})

@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, stored_dtypes
+from qwen35.checkpoint.model_folder import refuse
 from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
 from qwen35.data.collate import check_agreement, vision_spec
@@ -40,6 +41,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
     Raises CheckpointError, SettingError.
     """
     folder = Path(model)
+    refuse(folder)
     if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
         return Source(folder, folder, folder)
     try:

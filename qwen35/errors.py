@@ -1,7 +1,10 @@
 """Mistakes that are the user's to mend: told in one line on standard error, without a traceback."""
 
 import argparse
+import errno
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +21,9 @@ class SettingError(UserError):
 
 
 USER_ERRORS = (UserError, OSError)
+LARGEST_TEXT = (
+    64 * 2**20
+)  # bytes; the index of a model of 2,400 billion parameters, an entry for each expert, has 20 MB
 
 
 def printable(text: str) -> str:
@@ -68,9 +74,22 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -> str:
-    """A text file. Raises `kind`; `absent` is what to say of a file that is not there."""
+    """A text file. Raises `kind`; `absent` is what to say of a file that is not there.
+
+    A pipe or a device might never end, and a file of more than LARGEST_TEXT bytes holds something else.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode) and found.st_size <= LARGEST_TEXT:
+            return path.read_text(encoding="utf-8")
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        what = (
+            f"{found.st_size:,} bytes, more than {LARGEST_TEXT:,}"
+            if found.st_size
+            else "a pipe or a device, not a file"
+        )
+        raise kind(f"{path}: cannot be read: {what}")
     except FileNotFoundError:
         raise kind(f"{path}: {absent}") from None
     except OSError as error:

@@ -21,7 +21,7 @@ from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import sweep, write_atomic
-from qwen35.checkpoint.hf import fitting, load_hf
+from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
 from qwen35.config import to_yaml
@@ -81,6 +81,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     world = dist.get_world_size()
     pulse.at("building the model")
     seed_all(t.seed)
+    unread = not_read(m.model_name_or_path)
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
@@ -89,9 +90,10 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
-    check = fitting if is_hf else fitting_checkpoint
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = check(model, origin)
+    held = (fitting if is_hf else fitting_checkpoint)(model, origin)
+    check_export(model, m.model_name_or_path)
+    unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
@@ -139,7 +141,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
     report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
-    report(f"weights from {origin}\n{micro_batches.report()}")
+    report("\n".join([*unread, f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len

@@ -192,7 +192,7 @@ def damage_pickle(folder):
         (damage_index, r"\d safetensors files, but no model.safetensors.index.json"),
         (damage_index_path, r"'../secret.safetensors' is not a file of this folder"),
         (damage_index_empty, "has no weight_map"),
-        (damage_index_names, r"1 tensor missing: ghost; not in model.safetensors.index.json: lm_head.weight"),
+        (damage_index_names, r"1 tensor missing: ghost; 1 tensor not in model.safetensors.index.json: lm_head.weight"),
         (damage_all, "no safetensors files"),
         (damage_pickle, "no safetensors files"),
     ],

@@ -230,7 +230,7 @@ WEIGHTS = [
     Case(
         "integers",
         TRAIN,
-        ("lm_head.weight is torch.int32, not",),
+        ("1 tensor of torch.int32, as quantized weights are: lm_head.weight",),
         tensor("lm_head.weight", torch.ones(512, 48).int()),
     ),
     Case("index without a map", TRAIN, (f"{INDEX}: has no weight_map",), write(INDEX, "{}")),

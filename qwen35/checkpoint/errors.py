@@ -1,53 +1,80 @@
 """The one error of this package, and how long lists of tensor names are told in it."""
 
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen35.errors import UserError
+from qwen35.errors import UserError, one_line
 
+SHOWN = 3  # names of a kind in a message
+LONGEST = 500  # characters of a message
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is broken, half-written, or does not fit; the message is one line and names every culprit."""
+    """A checkpoint that is broken, half-written, or does not fit; the message is one line that names what is wrong with it."""
 
 
 @dataclass
 class Misfit:
-    """What keeps a checkpoint from fitting, collected so that it can be told at once."""
+    """What keeps a checkpoint from fitting, collected so that it can be told at once.
+
+    A message names the first few tensors of each kind and counts the rest; all of them stand in a file that it names.
+    """
 
     missing: list[str] = field(default_factory=list)  # asked for, not there
     surplus: list[str] = field(default_factory=list)  # there, not asked for
     misshapen: dict[str, tuple[Sequence[int], Sequence[int]]] = field(
         default_factory=dict
     )  # name -> (there, asked for)
-    other: list[str] = field(default_factory=list)
+    faulty: dict[str, list[str]] = field(default_factory=dict)  # what else is wrong -> with which tensors
+    other: list[str] = field(default_factory=list)  # what else is to be said, first of all
 
     def raise_if_any(self, headline: str) -> None:
         """Raise CheckpointError with everything in one line, if there is anything."""
-        parts = []
-        if self.missing:
-            parts.append(f"{_count(self.missing)} missing: {fold(self.missing)}")
-        if self.surplus:
-            parts.append(f"{_count(self.surplus)} not of this model: {fold(self.surplus)}")
-        if self.misshapen:
-            shapes: dict[str, list[str]] = {}
-            for name, (there, wanted) in self.misshapen.items():
-                shapes.setdefault(f"{list(there)} instead of {list(wanted)}", []).append(name)
-            told = ", ".join(f"{fold(names)} is {words}" for words, names in shapes.items())
-            parts.append(f"{_count(list(self.misshapen))} misshapen: {told}")
-        parts += self.other
+        kinds = {"missing": fold(self.missing), "not of this model": fold(self.surplus)}
+        shapes: dict[str, list[str]] = {}
+        for name, (there, wanted) in self.misshapen.items():
+            shapes.setdefault(f"is {list(there)} instead of {list(wanted)}", []).append(name)
+        kinds["misshapen"] = [f"{one} {words}" for words, names in shapes.items() for one in fold(names)]
+        kinds |= {words: fold(names) for words, names in self.faulty.items()}
+        counts = {
+            "missing": self.missing,
+            "not of this model": self.surplus,
+            "misshapen": self.misshapen,
+            **self.faulty,
+        }
+        parts, is_whole = list(self.other), True
+        for words, told in kinds.items():
+            if told:
+                count = len(counts[words])
+                rest = ", …" * (len(told) > SHOWN)
+                parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:SHOWN])}{rest}")
+                is_whole &= not rest
+        message = f"{headline}: {'; '.join(parts)}"
+        if parts and (not is_whole or len(message) > LONGEST):
+            where = f"; all of them: {_write(headline, counts)}"
+            message = (
+                message if len(message + where) <= LONGEST else f"{message[: LONGEST - len(where) - 1]}…"
+            ) + where
         if parts:
-            raise CheckpointError(f"{headline}: " + "; ".join(parts))
+            raise CheckpointError(message)
 
 
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
+def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
+    """A new file that its owner alone can read, with a line for each tensor. Returns its path."""
+    lines = [headline, *(f"{words}: {name}" for words, names in kinds.items() for name in names)]
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        return f"nowhere, for no file can be written ({one_line(error)})"
+    return file.name
 
 
-def fold(names: Iterable[str]) -> str:
-    """Names as one line; those that differ only in layer or expert are folded: `layers.{0-2,4}.mlp.gate.weight`.
+def fold(names: Iterable[str]) -> list[str]:
+    """Names that differ only in layer or expert are one: `layers.{0-2,4}.mlp.gate.weight`.
 
     Nothing is left out: names are folded only where every combination of the numbers shown is present.
     """
@@ -65,7 +92,7 @@ def fold(names: Iterable[str]) -> str:
             told.append(first + "".join(_ranges(c) + text for c, text in zip(columns, rest, strict=True)))
         else:
             told += members
-    return ", ".join(told)
+    return told
 
 
 def _ranges(numbers: Sequence[int]) -> str:

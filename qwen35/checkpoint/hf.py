@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, misfit
-from qwen35.checkpoint.hf_write import Written, save_hf, write_hf
+from qwen35.checkpoint.hf_folder import INDEX, WEIGHTS, HFFolder, HFSource, check_tied, misfit
+from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.names import HEAD, disk_spec, lacks_mtp, places, shapes_of
 from qwen35.device import HOST
 
@@ -17,11 +18,13 @@ __all__ = [
     "HFFolder",
     "HFSource",
     "Written",
+    "check_export",
     "disk_spec",
     "empty_model",
     "fitting",
     "load_hf",
     "load_pretrained",
+    "not_read",
     "places",
     "save_hf",
     "shapes_of",
@@ -58,9 +61,17 @@ def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFold
     if strict:
         found.other += lacks_mtp(shapes, disk.specs)
     else:
-        found.missing, found.surplus = [], []
+        found.missing, found.surplus, found.other = [], [], []
     found.raise_if_any(f"{folder} does not fit the model")
     return disk
+
+
+def check_export(model: nn.Module, folder: str | Path) -> None:
+    """Raises CheckpointError if what a run makes of the model could not be exported like the folder; one without weights can
+    be anything. Nothing but index and headers is read."""
+    if any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
+        shapes = shapes_of(named_parameters(model).items())
+        exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 
 
 def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Model:

@@ -1,6 +1,7 @@
 """Reading a Hugging Face folder: as it is on disk, and under the model's names."""
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,51 +10,64 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.boxes import Box, Source, TensorSpec, pieces
-from qwen35.checkpoint.errors import CheckpointError, Misfit, fold
+from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.model_folder import MERGE, config_of, few, refuse
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
 from qwen35.errors import read_object
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+PEFT = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
+TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # weights of other dtypes are quantized
 
 
 class HFFolder:
     """The tensors of a folder as they are on disk: one safetensors file, or many with model.safetensors.index.json."""
 
     def __init__(self, folder: str | Path):
-        """Reads index and headers. Raises CheckpointError if a file is missing or broken, or index and files differ."""
+        """Reads index and headers. Raises CheckpointError if a file is missing or broken, or index and files differ.
+
+        An adapter, quantized weights and the names of either are refused first, as CheckpointError or ConfigError.
+        """
         self.folder = Path(folder)
-        self.index = self.folder / INDEX if (self.folder / INDEX).is_file() else None
-        weight_map = _read_weight_map(self.index) if self.index else None
-        self.files: dict[str, Header] = {}
-        for file in _weight_files(self.folder, weight_map):
-            self.files[file] = read_header(self.folder / file)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder")
+        refuse(self.folder)
+        names, weight_map = weight_files(self.folder)
+        self.has_index = weight_map is not None
+        self.files: dict[str, Header] = {file: read_header(self.folder / file) for file in names}
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         wrong = Misfit()
         for file, header in self.files.items():
             for name, entry in header.entries.items():
                 if name in self.file_of:
-                    wrong.other.append(f"{name} is in both {self.file_of[name]} and {file}")
-                if not entry.spec.dtype.is_floating_point:
-                    wrong.other.append(f"{name} is {entry.spec.dtype}, not floating point")
+                    wrong.faulty.setdefault(f"in both {self.file_of[name]} and {file}", []).append(name)
+                if entry.spec.dtype not in TRAINED:
+                    wrong.faulty.setdefault(f"of {entry.spec.dtype}, as quantized weights are", []).append(name)
                 self.file_of[name], self.specs[name] = file, entry.spec
+        if adapted := [name for name in self.specs if PEFT.search(name)]:
+            raise CheckpointError(
+                f"{folder}: {len(adapted)} tensors have names that PEFT gives ({few(adapted)}): an adapter that is not merged "
+                f"into the weights; {MERGE}"
+            )
         if weight_map is not None:
             wrong.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
-            not_listed = [n for n in self.specs if n not in weight_map]
-            if not_listed:
-                wrong.other.append(f"not in {INDEX}: {fold(not_listed)}")
+            wrong.faulty[f"not in {INDEX}"] = [n for n in self.specs if n not in weight_map]
         wrong.raise_if_any(f"{self.folder}")
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The folder's config.json."""
-        return read_object(self.folder / "config.json", CheckpointError)
+        return config_of(self.folder)
 
     @property
     def is_tied(self) -> bool:
         """Whether the output head is the embedding, by config.json."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        from qwen35.model.config import is_tied  # the model's package imports this one's in turn
+
+        return is_tied(self.config)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A tensor on disk, or a part of it, in its own dtype."""
@@ -75,7 +89,7 @@ class HFSource:
         wrong = Misfit()
         for name, found in self.places.items():
             if name in folder.specs and len(found) > 1:
-                wrong.other.append(f"{name} is there stacked and also one by one")
+                wrong.faulty.setdefault("there stacked and also one by one", []).append(name)
                 continue
             end = [max(p.box.start[d] + p.box.size[d] for p in found) for d in range(len(found[0].box.size))]
             dtypes = {folder.specs[p.name].dtype for p in found}
@@ -85,7 +99,7 @@ class HFSource:
                 wrong.missing += [n for n in wanted if n not in there]
                 wrong.misshapen |= {n: (s, wanted[n]) for n, s in there.items() if n in wanted and s != wanted[n]}
             if len(dtypes) > 1:
-                wrong.other.append(f"{name} is made of tensors of different dtypes: {sorted(map(str, dtypes))}")
+                wrong.faulty.setdefault(f"made of tensors of {' and '.join(sorted(map(str, dtypes)))}", []).append(name)
             self.specs[name] = TensorSpec(tuple(end), dtypes.pop())
         wrong.raise_if_any(f"{folder.folder}")
 
@@ -118,6 +132,10 @@ def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
             elif folder.specs[place.name].shape != place.disk_shape:
                 found.misshapen[place.name] = (folder.specs[place.name].shape, place.disk_shape)
     found.surplus = [n for n in folder.specs if n not in used and not may_be_left(n, shapes)]
+    if HEAD in found.missing:
+        found.other.append(
+            "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
+        )
     return found
 
 
@@ -127,7 +145,10 @@ def check_tied(source: Source, where: str | Path) -> None:
     Taking the embedding for a head that differs would quietly be another model.
     """
     if HEAD in source.specs and EMBEDDING in source.specs and not equal(source, HEAD, EMBEDDING):
-        raise CheckpointError(f"{where}: {HEAD} differs from {EMBEDDING}, though the model ties the two")
+        raise CheckpointError(
+            f"{where}: {HEAD} differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings: false at its "
+            "top level to train the head that is stored"
+        )
 
 
 def equal(source: Source, one: str, other: str) -> bool:
@@ -152,18 +173,26 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _weight_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[str]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if weight_map is not None:
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files of weights, and the index where it is what names them. As transformers: model.safetensors, else the index.
+
+    Raises CheckpointError if a file is missing, or there are none of these names.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS], None
+    if (folder / INDEX).is_file():
+        weight_map = _read_weight_map(folder / INDEX)
         files = sorted(set(weight_map.values()))
-        absent = [f for f in files if not (folder / f).is_file()]
-        if absent:
-            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {', '.join(absent)}")
-        return files
-    files = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no safetensors files")
-    if len(files) > 1:
-        raise CheckpointError(f"{folder}: {len(files)} safetensors files, but no {INDEX}")
-    return files
+        if absent := [file for file in files if not (folder / file).is_file()]:
+            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {few(absent)}")
+        return files, weight_map
+    if files := sorted(path.name for path in folder.glob("*.safetensors")):
+        count = f"{len(files)} safetensors file{'s' * (len(files) != 1)}"
+        raise CheckpointError(
+            f"{folder}: {count}, but no {INDEX} that names them, nor {WEIGHTS}, which are what transformers reads: {few(files)}"
+        )
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
+    what = (
+        f"; {few(others)}: weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
+    )
+    raise CheckpointError(f"{folder}: no safetensors files{what if others else ''}")

@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from torch import Tensor
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.boxes import Box, Source, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.errors import CheckpointError, Misfit
-from qwen35.checkpoint.hf_folder import INDEX, HFFolder
+from qwen35.checkpoint.hf_folder import INDEX, OTHER_WEIGHTS, HFFolder
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
 from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_box, read_header, write_at
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 
 MARKER = ".qwen35.json"  # lies in folders that we wrote, and may replace
-# weights in other formats are not the source's safetensors any more once those are trained: they do not come along
-OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 
 Fetch = Callable[[str, Box], Tensor]  # (name on disk, part) -> values of any float dtype
 Progress = Callable[[int], object]  # is told the bytes of each piece
@@ -53,8 +51,9 @@ def save_hf(
     source, out = HFFolder(source_folder), Path(out)
     folders.check_apart(source.folder, out)
     values = TensorSource(state) if isinstance(state, Mapping) else state
-    tied = HEAD in source.specs and HEAD not in values.specs and source.is_tied
-    _check_covers(values, source, tied)
+    shapes = {name: spec.shape for name, spec in values.specs.items()}
+    tied = exportable(shapes, source, f"the weights do not fit {source.folder}")
+    _check_room(out, sum(header.nbytes for header in source.files.values()))
 
     def fetch(name: str, part: Box) -> Tensor:
         owner, place = home(name, source.specs[name].shape)
@@ -65,7 +64,8 @@ def save_hf(
     content: dict[str, Any] = {}
     with folders.new_folder(out, MARKER, content) as temporary:
         _write_files(temporary, source.files, fetch, progress)
-        _copy_small_files(source.folder, temporary)
+        for path in _small_files(source):
+            _copy(path, temporary / path.relative_to(source.folder))
         _check_folder(HFFolder(temporary), source.files)
         content |= {"tensors": len(source.specs), "bytes": sum(s.nbytes for s in source.specs.values())}
     return Written(content["tensors"], content["bytes"], out)
@@ -178,11 +178,16 @@ def _check_folder(written: HFFolder, headers: Mapping[str, Header]) -> None:
         raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
 
 
-def _check_covers(values: Source, source: HFFolder, tied: bool) -> None:
-    """The state has every tensor of the source but those that may be copied, and none besides."""
+def exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
+    """Raises CheckpointError if a state of these names and shapes could not be written like the source.
+
+    The state has every tensor of the source but those that may be copied, and none besides. Returns whether the head that is
+    stored is the embedding.
+    """
     wrong, covered = Misfit(), set()
-    for name, spec in values.specs.items():
-        for place in places(name, spec.shape, source.specs):
+    tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
+    for name, shape in shapes.items():
+        for place in places(name, shape, source.specs):
             covered.add(place.name)
             if place.name not in source.specs:
                 wrong.surplus.append(place.name)
@@ -190,24 +195,48 @@ def _check_covers(values: Source, source: HFFolder, tied: bool) -> None:
                 wrong.misshapen[place.name] = (place.disk_shape, source.specs[place.name].shape)
     copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
     wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
-    wrong.raise_if_any(f"the weights do not fit {source.folder}")
+    wrong.raise_if_any(headline)
+    _small_files(source)
+    return tied
 
 
-def _copy_small_files(source: Path, out: Path) -> None:
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if (
-            path.is_file()
-            and not hidden
-            and path.suffix not in OTHER_WEIGHTS
-            and not path.name.endswith(".bin.index.json")
-        ):
-            (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                shutil.copyfile(path, out / relative)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be copied to {out}: {error.strerror}") from None
+def _check_room(out: Path, needed: int) -> None:
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(f"{out}: the export takes {needed:,} bytes, and {free:,} are free on that disk")
+
+
+def _small_files(source: HFFolder) -> list[Path]:
+    """What comes along: all files but weights, hidden files and an index that is not the weights'.
+
+    Raises CheckpointError for a link out of the folder, which may name any file of this machine. In a hub's cache every file
+    is a link from snapshots/… to blobs.
+    """
+    root, found = source.folder.resolve(), []
+    cache = [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    for path in sorted(source.folder.rglob("*")):
+        relative = path.relative_to(source.folder)
+        weights = path.suffix in {".safetensors", *OTHER_WEIGHTS} or path.name.endswith(".bin.index.json")
+        if any(part.startswith(".") for part in relative.parts) or weights or not path.is_file():
+            continue
+        if str(relative) == INDEX and not source.has_index:
+            continue
+        target = path.resolve()
+        if not any(target.is_relative_to(allowed) for allowed in (root, *cache)):
+            raise CheckpointError(
+                f"{path}: a link out of the model folder, to {target}, which an export would copy; put the file itself there"
+            )
+        found.append(path)
+    return found
+
+
+def _copy(path: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(path, copy)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be copied to {copy}: {error.strerror}") from None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
 from qwen35.data.dataset import Sample
-from qwen35.data.files import read_config
+from qwen35.data.files import read_config, read_processor
 from qwen35.data.images import CONFIG, ImageError
 from qwen35.data.patches import CHANNELS
 from qwen35.data.positions import position_ids
@@ -63,7 +63,8 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
             f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
         )
     vision = config["vision_config"]
-    for processor, file in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
+    for processor, names in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
+        _, said = read_processor(other, *names)
         for name, there, ours in (
             ("merge_size", "spatial_merge_size", processor.merge),
             ("patch_size", "patch_size", processor.patch),
@@ -71,7 +72,7 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
         ):
             theirs = _number(vision, there, where, ours)
             if ours != theirs:
-                raise SettingError(f"{name} is {ours} in {other}/{file}, but {there} is {theirs} in {where}")
+                raise SettingError(f"{name} is {ours} in {said}, but {there} is {theirs} in {where}")
     channels = _number(vision, "in_channels", where, CHANNELS)
     if channels != CHANNELS:
         raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")

@@ -11,11 +11,27 @@ from typing import Any
 
 from qwen35.errors import SettingError, read_object
 
+PROCESSOR = "processor_config.json"
+
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:
     """`name` of a model folder. Raises SettingError if it is not there or no JSON object."""
     absent = "no such file; model_name_or_path names a whole Hugging Face folder"
     return read_object(Path(folder) / name, SettingError, absent)
+
+
+def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[str, Any], str]:
+    """A processor's config, and where it stands: the first that is there, in transformers' order. Raises SettingError.
+
+    It is a section of processor_config.json, which transformers 5 saves, or a file of its own.
+    """
+    path = Path(folder) / PROCESSOR
+    if path.is_file() and (found := read_object(path, SettingError).get(section)) is not None:
+        if not isinstance(found, dict):
+            raise SettingError(f"{path}: {section}: {str(found)[:80]} is not an object")
+        return found, f"{path}: {section}"
+    name = next((name for name in names if (Path(folder) / name).is_file()), names[-1])
+    return read_config(folder, name), f"{folder}/{name}"
 
 
 @contextmanager

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from qwen35.data.files import read_config
+from qwen35.data.files import read_processor
 from qwen35.data.patches import Levels, PatchFormat, cut
 from qwen35.errors import UserError, one_line
 
-CONFIG = "preprocessor_config.json"
+CONFIG = ("image_processor", "preprocessor_config.json")  # a section of processor_config.json, or a file
 MAX_SIDES_RATIO = 200
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
@@ -69,9 +69,8 @@ class ImageProcessor(PatchFormat):
 
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int, max_pixels: int) -> "ImageProcessor":
-        """By preprocessor_config.json of a model folder, its `size` replaced by the two settings. Raises SettingError."""
-        config = read_config(folder, CONFIG)
-        format_ = PatchFormat.of(config, Path(folder) / CONFIG)
+        """By a model folder's processor, its `size` replaced by the two settings. Raises SettingError."""
+        format_ = PatchFormat.of(*read_processor(folder, *CONFIG))
         return cls(**vars(format_), min_pixels=min_pixels, max_pixels=max_pixels)
 
     def grid(self, path: str | Path) -> tuple[int, int, int]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,13 @@ CHANNELS = 3  # of every image, made RGB
 
 
 LARGEST = 1024  # of a patch's sizes
+KINDS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil", "Qwen3VLVideoProcessor")
+READ = """do_resize do_rescale do_normalize do_convert_rgb resample min_frames image_processor_type video_processor_type
+    patch_size temporal_patch_size merge_size image_mean image_std rescale_factor""".split()
+# what the recipe says instead (sizes, frames), and how transformers runs a processor
+WITHOUT_EFFECT = """size min_pixels max_pixels fps max_frames num_frames max_video_tokens do_sample_frames processor_class
+    feature_extractor_type return_metadata return_tensors data_format input_data_format device disable_grouping
+    default_to_square model_input_names _processor_class _valid_processor_keys""".split()
 
 
 def _is_size(value: Any) -> bool:
@@ -32,7 +38,7 @@ def _is_rgb(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
-def _entry(config: dict[str, Any], key: str, path: Path, holds: Callable[[Any], bool], what: str) -> Any:
+def _entry(config: dict[str, Any], key: str, path: str, holds: Callable[[Any], bool], what: str) -> Any:
     if key not in config:
         raise SettingError(f"{path}: has no {key}")
     if not holds(config[key]):
@@ -50,13 +56,24 @@ class PatchFormat:
     scale: float  # of a pixel's 0..255 before mean and std
 
     @classmethod
-    def of(cls, config: dict[str, Any], path: Path) -> "PatchFormat":
-        """By the processor's config in a model folder; `path` is its file, for messages. Raises SettingError."""
+    def of(cls, config: dict[str, Any], path: str) -> "PatchFormat":
+        """By the processor's config in a model folder; `path` says where that stands. Raises SettingError."""
         for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if not config.get(key, True):
                 raise SettingError(f"{path}: {key}: false is not supported")
-        if config.get("resample", 3) != Image.Resampling.BICUBIC:
-            raise SettingError(f"{path}: resample: {config['resample']} is not supported, only 3 (bicubic)")
+        for key, only, name in (("resample", Image.Resampling.BICUBIC, "3 (bicubic)"), ("min_frames", 4, "4")):
+            if config.get(key, only) != only:
+                raise SettingError(f"{path}: {key}: {str(config[key])[:80]} is not supported, only {name}")
+        for key in ("image_processor_type", "video_processor_type"):
+            if config.get(key, KINDS[0]) not in KINDS:
+                raise SettingError(
+                    f"{path}: {key}: {str(config[key])[:80]} is not supported, only {' and '.join(KINDS[::3])}"
+                )
+        known = {*READ, *WITHOUT_EFFECT}
+        for key in [key for key, value in config.items() if key not in known and value not in (None, False)]:
+            raise SettingError(
+                f"{path}: {key[:80]}: not known, and it may change what images become; take it out if it does not"
+            )
         patch, temporal_patch, merge = (
             _entry(config, key, path, _is_size, f"a whole number from 1 to {LARGEST}")
             for key in ("patch_size", "temporal_patch_size", "merge_size")

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen35.data.files import read_config
+from qwen35.data.files import read_processor
 from qwen35.data.frames import Reel, VideoError, decode, reel
 from qwen35.data.images import CONFIG, MAX_SIDES_RATIO
 from qwen35.data.patches import Levels, PatchFormat, cut
 from qwen35.data.record import Video
 from qwen35.settings import PreprocessParameters
 
-VIDEO_CONFIG = "video_preprocessor_config.json"
+VIDEO_CONFIG = ("video_processor", "video_preprocessor_config.json", CONFIG[1])
 FEWEST = 4  # frames that are taken, where there are as many
 
 
@@ -43,9 +43,8 @@ class VideoProcessor(PatchFormat):
 
     @classmethod
     def from_folder(cls, folder: str | Path, settings: PreprocessParameters) -> "VideoProcessor":
-        """By video_preprocessor_config.json of a model folder, else by the images' own. Raises SettingError."""
-        name = VIDEO_CONFIG if (Path(folder) / VIDEO_CONFIG).is_file() else CONFIG
-        format_ = PatchFormat.of(read_config(folder, name), Path(folder) / name)
+        """By a model folder's video processor, else by the images' own file. Raises SettingError."""
+        format_ = PatchFormat.of(*read_processor(folder, *VIDEO_CONFIG))
         return cls(
             **vars(format_),
             fps=settings.video_fps,

@@ -66,6 +66,9 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
     """Config, tokenizer and images agree; what is frozen is there; a checkpoint and the loaders have room."""
     import torch
 
+    from qwen35.checkpoint.errors import CheckpointError
+    from qwen35.checkpoint.hf import check_export
+    from qwen35.checkpoint.model_folder import not_read
     from qwen35.config import SettingError
     from qwen35.data.collate import check_agreement, check_patch_bucket
     from qwen35.model import ConfigError, Qwen35, load_config
@@ -73,13 +76,15 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
 
     folder = settings.model.model_name_or_path
     try:
+        unread = not_read(folder)
         config = load_config(folder)
         with torch.device("meta"):
             model = Qwen35(config, mtp=bool(settings.model.mtp_num_layers))
         freeze(model, settings.model.freeze)
         check_agreement(folder, settings.tokenizer_dir, preparation, config.vision_spec)
         check_patch_bucket(settings.data.dataloader_param.patch_bucket, config.vision_spec)
-    except (ConfigError, SettingError, OSError) as error:
+        check_export(model, folder)
+    except (ConfigError, SettingError, CheckpointError, OSError) as error:
         return [wrong("model", str(error), WHOLE_FOLDER)]
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     parameters, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
@@ -87,6 +92,7 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
     least, most = _loader_bytes(settings, config, m.processes())
     return [
         ok("model", fact),
+        *(note("model", line, "nothing to do if it means nothing for the training") for line in unread),
         *disk("disk", Path(settings.training.save), 4 * parameters + 8 * trained, "a checkpoint"),
         *(shared_memory(m, least, most) if most else []),
     ]

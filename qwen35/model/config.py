@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35.batch import VisionSpec
-from qwen35.errors import UserError, read_object
+from qwen35.errors import read_object
+from qwen35.model.config_keys import FAMILY, ConfigError, refuse_quantized, shown, unknown_keys
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_moe")
 LAYER_TYPES = ("linear_attention", "full_attention")
+TEXT_ROPE = "text_config.rope_parameters"
 LARGEST = {"depth": 1000, "num_hidden_layers": 1000}  # layers are built one by one; any other size: 2**24
-
-
-class ConfigError(UserError):
-    """A config.json that is not of a Qwen3.5, or that asks for something the model does not do."""
 
 
 @dataclass(frozen=True)
@@ -89,41 +86,47 @@ def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
 
 
 def _from_dict(config: dict[str, Any]) -> ModelConfig:
+    refuse_quantized(config)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ConfigError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+    if kind not in FAMILY:
+        raise ConfigError(f"model_type {shown(kind)} is not one of {', '.join(FAMILY)}")
     text, vision = dict(_section(config, "text_config")), _section(config, "vision_config")
-    rope = _section(text, "rope_parameters", "text_config.") if text.get("rope_parameters") is not None else {}
-    for name, value, only in (
-        ("text_config.hidden_act", text.get("hidden_act", "silu"), "silu"),
-        ("text_config.attention_bias", text.get("attention_bias", False), False),
-        ("text_config.attention_dropout", text.get("attention_dropout", 0.0), 0.0),
-        ("text_config.mlp_only_layers", text.get("mlp_only_layers") or [], []),
-        ("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
-        ("vision_config.hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
-        ("vision_config.deepstack_visual_indexes", vision.get("deepstack_visual_indexes") or [], []),
-    ):
-        if value != only:
-            raise ConfigError(f"{name} is {value!r}; this model does {only!r} only")
+    unknown_keys(config)
+    rope = _rope(text)
     text |= {
         "layer_types": _layer_types(text),
-        "rope_theta": rope.get("rope_theta", 1e7),
-        "rotary_dim": int(_size(text, "head_dim", "text_config.") * _number(rope, "partial_rotary_factor", 0.25)),
+        "rope_theta": _number(rope, "rope_theta", 1e4, f"{TEXT_ROPE}."),
+        "rotary_dim": int(
+            _size(text, "head_dim", "text_config.") * _number(rope, "partial_rotary_factor", 0.25, f"{TEXT_ROPE}.")
+        ),
         "mrope_section": _sections(rope.get("mrope_section", [11, 11, 10])),
         "initializer_range": text.get("initializer_range", 0.02),
     }
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    if not isinstance(tied, bool):
-        raise ConfigError(f"tie_word_embeddings is {tied!r}, not true or false")
     made = ModelConfig(
         text=_take(TextConfig, text, "text_config"),
         vision=_take(VisionConfig, vision, "vision_config"),
-        tie_word_embeddings=tied,
+        tie_word_embeddings=is_tied(config),
         image_token_id=_size(config, "image_token_id", least=0),
         video_token_id=_size(config, "video_token_id", least=0),
     )
     _check(made, is_moe=kind == "qwen3_5_moe")
     return made
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the embedding. As in transformers the top level of config.json alone decides."""
+    for where, values in (("", config), ("text_config.", config.get("text_config"))):
+        tied = values.get("tie_word_embeddings") if isinstance(values, Mapping) else None
+        if not isinstance(tied, bool | None):
+            raise ConfigError(f"{where}tie_word_embeddings is {shown(tied)}, not true or false")
+    return bool(config.get("tie_word_embeddings"))
+
+
+def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What turns the heads, as transformers reads it (5.2 to 5.23): rope_scaling, if it says anything, stands for
+    rope_parameters, and what the one that counts does not say may stand beside it."""
+    beside = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text}
+    return beside | (text.get("rope_scaling") or text.get("rope_parameters") or {})
 
 
 def _check(config: ModelConfig, is_moe: bool) -> None:
@@ -176,7 +179,7 @@ def _section(values: Mapping[str, Any], name: str, where: str = "") -> dict[str,
     if value is None:
         raise ConfigError(f"lacks {name}")
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}{name} is {value!r}, not an object")
+        raise ConfigError(f"{where}{name} is {shown(value)}, not an object")
     return value
 
 
@@ -185,14 +188,14 @@ def _size(values: Mapping[str, Any], name: str, where: str = "", least: int = 1)
         raise ConfigError(f"{where.rstrip('.') + ' ' if where else ''}lacks {name}")
     value, largest = values[name], LARGEST.get(name, 2**24)
     if type(value) is not int or not least <= value <= largest:
-        raise ConfigError(f"{where}{name} is {value!r}, not a whole number from {least} to {largest}")
+        raise ConfigError(f"{where}{name} is {shown(value)}, not a whole number from {least} to {largest}")
     return value
 
 
 def _number(values: Mapping[str, Any], name: str, default: float | None = None, where: str = "") -> float:
     value = values.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{where}{name} is {value!r}, not a number above 0")
+        raise ConfigError(f"{where}{name} is {shown(value)}, not a number above 0")
     return value
 
 
@@ -201,20 +204,22 @@ def _layer_types(text: dict[str, Any]) -> tuple[str, ...]:
     if kinds is None:
         every, count = text.get("full_attention_interval", 4), _size(text, "num_hidden_layers", "text_config.")
         if type(every) is not int or every < 1:
-            raise ConfigError(f"text_config.full_attention_interval is {every!r}, not a whole number from 1")
+            raise ConfigError(f"text_config.full_attention_interval is {shown(every)}, not a whole number from 1")
         return tuple(LAYER_TYPES[(i + 1) % every == 0] for i in range(count))
     if not isinstance(kinds, list) or not kinds or any(kind not in LAYER_TYPES for kind in kinds):
-        raise ConfigError(f"text_config.layer_types is {kinds!r}, not a list of {' and '.join(LAYER_TYPES)}")
-    if text.get("num_hidden_layers", len(kinds)) != len(kinds):
+        raise ConfigError(f"text_config.layer_types is {shown(kinds)}, not a list of {' and '.join(LAYER_TYPES)}")
+    if _size({"num_hidden_layers": len(kinds), **text}, "num_hidden_layers", "text_config.") != len(kinds):
         raise ConfigError(
-            f"text_config.num_hidden_layers is {text['num_hidden_layers']!r}, but layer_types has {len(kinds)} layers"
+            f"text_config.num_hidden_layers is {text['num_hidden_layers']}, but layer_types has {len(kinds)} layers"
         )
     return tuple(kinds)
 
 
 def _sections(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) != 3 or any(type(n) is not int or n < 0 for n in value):
-        raise ConfigError(f"text_config.rope_parameters.mrope_section is {value!r}, not a list of three whole numbers")
+        raise ConfigError(
+            f"text_config.rope_parameters.mrope_section is {shown(value)}, not a list of three whole numbers"
+        )
     return tuple(value)
 
 

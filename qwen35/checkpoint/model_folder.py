@@ -1,0 +1,98 @@
+"""The files of a model folder beside its weights: used, harmless, refused, or unknown and therefore reported."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.errors import SHOWN, CheckpointError
+from qwen35.errors import read_object
+
+CONFIG = "config.json"
+USED = """config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    preprocessor_config.json video_preprocessor_config.json processor_config.json model.safetensors.index.json""".split()
+# why -> names, or how they end, of files that change nothing of what is trained
+HARMLESS = {
+    "they are for people": "README LICENSE NOTICE .md .txt .rst .pdf .html .png .jpg .jpeg .gif .svg .webp .ipynb",
+    "tokenizer.json holds it too": "vocab.json merges.txt added_tokens.json special_tokens_map.json tokenizer.model",
+    "a hub keeps it for itself": "configuration.json",
+    "transformers takes the safetensors where there are any": """.bin .bin.index.json .pt .pth .ckpt .gguf .h5 .msgpack .onnx
+        .npz .pkl""",
+    "a trainer keeps it to go on with": "trainer_state.json training_args.json all_results.json train_results.json",
+}
+HARMLESS_FILES = tuple(" ".join(HARMLESS.values()).split())
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_description.*)\.json")
+MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
+
+
+def refuse(folder: Path) -> None:
+    """Raises CheckpointError, ConfigError if a folder holds an adapter, or says that its weights are quantized."""
+    from qwen35.model.config_keys import ConfigError, refuse_quantized  # the model's package imports this one's in turn
+
+    for name in ADAPTERS:
+        if (folder / name).is_file():
+            beside = (
+                "an adapter beside the model, without which the model is another" if (folder / CONFIG).is_file() else ""
+            )
+            raise CheckpointError(
+                f"{folder}: {name} is {beside or 'an adapter, not a model'}; {MERGE}, or move it away"
+            )
+    for path in sorted(folder.glob("*.json")):
+        if QUANTIZED.fullmatch(path.name):
+            raise CheckpointError(
+                f"{folder}: {path.name} says that the weights are quantized, and those cannot be trained; bring the bf16 "
+                "checkpoint, or move the file away if the weights are bf16 all the same"
+            )
+    if (folder / CONFIG).is_file():
+        try:
+            refuse_quantized(config_of(folder))
+        except ConfigError as error:
+            raise ConfigError(f"{folder / CONFIG}: {error}") from None
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return read_object(folder / CONFIG, CheckpointError, "not there; a Qwen3.5 checkpoint folder holds config.json")
+
+
+def not_read(folder: str | Path) -> list[str]:
+    """What of a model folder is not read though it might mean something, a line for each kind.
+
+    Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
+    """
+    from qwen35.checkpoint.hf_folder import weight_files
+    from qwen35.model.config import load_config
+    from qwen35.model.config_keys import unknown_keys
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    refuse(folder)
+    load_config(folder)
+    config, lines = config_of(folder), []
+    if keys := unknown_keys(config):
+        lines.append(f"{folder / CONFIG}: not known, and not read: {few(keys)}")
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("tie_word_embeddings") is True and not config.get("tie_word_embeddings"):
+        lines.append(
+            f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, and counts at the top level: the head is "
+            "trained apart from the embedding"
+        )
+    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    weights = weight_files(folder)[0] if has_weights else []
+    others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
+    others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
+    if others:
+        first = " beside model.safetensors" * (weights == ["model.safetensors"])
+        lines.append(f"{folder}: not read{first}: {few(others)}")
+    return lines
+
+
+_NAMES = tuple(name for name in HARMLESS_FILES if not name.startswith("."))
+_ENDINGS = tuple(name for name in HARMLESS_FILES if name.startswith("."))
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(name[:80] for name in names[:SHOWN])
+    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -1,0 +1,179 @@
+"""Every key of a config.json: used, harmless, of one value only, refused, or unknown. None is passed over in silence.
+
+What a key means is what transformers 5.23 reads of it (configuration_qwen3_5.py, configuration_qwen3_5_moe.py and their
+modeling files). A null says nothing. An unknown key is an error where it looks like an instruction about the computation: its
+value is an object, or one of its words begins like one of COMPUTATION. Any other unknown key is reported by its name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qwen35.errors import UserError
+
+TEXT, VISION = "text_config.", "vision_config."
+ROPES = ("rope_parameters", "rope_scaling")
+FAMILY = ("qwen3_5", "qwen3_5_moe")
+
+USED = {
+    "": "model_type text_config vision_config tie_word_embeddings image_token_id video_token_id",
+    TEXT: """vocab_size hidden_size layer_types num_hidden_layers full_attention_interval num_attention_heads
+        num_key_value_heads head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+        linear_conv_kernel_dim rms_norm_eps rope_parameters rope_scaling rope_theta partial_rotary_factor initializer_range
+        intermediate_size num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+        mtp_num_hidden_layers tie_word_embeddings""",
+    VISION: """depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size
+        num_position_embeddings out_hidden_size rope_parameters rope_scaling""",
+    f"{TEXT}rope": "rope_theta partial_rotary_factor mrope_section",
+    f"{VISION}rope": "",
+}
+# keys that may have no other value than these, because the model computes nothing else
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"language_model_only": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({},)},
+    TEXT: {
+        "model_type": (*(f"{name}_text" for name in FAMILY), *FAMILY),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "attn_output_gate": (True,),
+        "output_gate_type": ("swish", "silu"),
+        "norm_topk_prob": (True,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([],),
+        "mtp_use_dedicated_embeddings": (False,),
+        "use_sliding_window": (False,),
+        "is_encoder_decoder": (False,),
+        "pruned_heads": ({},),
+    },
+    VISION: {
+        "model_type": (*(f"{name}_vision" for name in FAMILY), *FAMILY),
+        "hidden_act": ("gelu_pytorch_tanh",),
+        "deepstack_visual_indexes": ([],),
+        "rope_theta": (10000,),
+        "is_encoder_decoder": (False,),
+        "pruned_heads": ({},),
+    },
+    f"{TEXT}rope": {"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
+    # releases before 5.23 turn the tower by 10000, whatever its config says
+    f"{VISION}rope": {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)},
+}
+# why -> keys that change nothing of what is trained, wherever they stand
+HARMLESS = {
+    "they say where the file comes from": """architectures transformers_version name_or_path _name_or_path _commit_hash
+        unsloth_fixed unsloth_version""",
+    "weights keep the dtype that they are stored in, and training.dtype says what is computed in": "dtype torch_dtype",
+    "training keeps no recurrent state from call to call": "mamba_ssm_dtype",
+    "they say how transformers runs a model": """use_cache return_dict use_return_dict output_attentions output_hidden_states
+        output_router_logits chunk_size_feed_forward attn_implementation _attn_implementation _attn_implementation_autoset
+        experts_implementation _experts_implementation torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing
+        keys_to_ignore_at_inference""",
+    "the tower's weights are loaded, or begin as text_config says": "initializer_range",
+    "the recipe's loss_cfg says it": "router_aux_loss_coef",
+    "the default rope does not depend on it": "max_position_embeddings",
+    "it means nothing without sliding windows": "max_window_layers",
+    "the tokenizer and generation_config.json say it": """bos_token_id eos_token_id pad_token_id sep_token_id
+        decoder_start_token_id vision_start_token_id vision_end_token_id vision_token_id tokenizer_class prefix""",
+    "they are for other tasks and kinds of models": """is_decoder add_cross_attention cross_attention_hidden_size
+        tie_encoder_decoder id2label label2id num_labels problem_type finetuning_task task_specific_params""",
+    "they are for generation, as releases before 5 saved them": """assistant_confidence_threshold assistant_lookbehind
+        bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+        encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty forced_bos_token_id
+        forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_assistant_tokens
+        num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+        repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p""",
+}
+HARMLESS_KEYS = frozenset(" ".join(HARMLESS.values()).split())
+QUANTIZATION = ("quantization_config", "compression_config")
+REFUSED = {  # what to do about it
+    "auto_map": "it names code of its own, which is never run here; bring the checkpoint in transformers' own form",
+    "transformers_weights": "it names another file of weights; name the weights model.safetensors, and take it out",
+    "per_layer_config": "layers that differ in more than their type are not supported",
+}
+COMPUTATION = re.compile(
+    r"(^|_)(scal|factor|multipl|bias|norm|eps|cap|softcap|logit|clip|quant|bit|lora|adapter|peft|window|slid|chunk|rope|rotary|"
+    r"mrope|yarn|theta|pos|mask|sink|att|gate|gating|act|expert|moe|mlp|ffn|router|routed|topk|head|num|dim|size|length|layer|"
+    r"depth|block|mtp|nextn|dropout|residual|skip|embed|hidden|conv|linear|ssm|mamba|delta|kernel|tie|prun|weight|index)"
+)
+
+
+class ConfigError(UserError):
+    """A config.json that is not of a Qwen3.5, or that asks for something the model does not do."""
+
+
+def shown(value: object) -> str:
+    """A value of a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def refuse_quantized(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a config says that its weights are quantized, whether they are or not."""
+    for where, values in _levels(config):
+        for key in QUANTIZATION:
+            if (found := values.get(key)) is not None:
+                names = found if isinstance(found, dict) else {}
+                method = names.get("quant_method") or names.get("quant_algo") or names.get("format") or "method unknown"
+                raise ConfigError(
+                    f"{where}{key} says that the weights are quantized ({shown(method)}), and those cannot be trained; bring "
+                    "the bf16 checkpoint, or take the entry out if the weights are bf16 all the same"
+                )
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that nobody here knows. Raises ConfigError for one that asks for what the model does not do."""
+    unknown = []
+    for where, kind, values in _sections(config):
+        only, known = ONLY[kind], {*USED[kind].split(), *HARMLESS_KEYS}
+        for key, value in sorted(
+            values.items(), key=lambda entry: entry[0] not in only
+        ):  # these say best what is wrong
+            name = f"{where}{key}" if key.isidentifier() else f"{where}{shown(key)}"
+            if value is None:
+                continue
+            if key in REFUSED:
+                raise ConfigError(f"{name} is {shown(value)}: {REFUSED[key]}")
+            if key in only:
+                if value not in only[key]:
+                    raise ConfigError(f"{name} is {shown(value)}; this model does {only[key][0]!r} only")
+            elif not where and key in _OF_TEXT:
+                _check_moved(key, value, config)
+            elif key not in known:
+                if isinstance(value, dict) or COMPUTATION.search(key):
+                    raise ConfigError(
+                        f"{name} is {shown(value)}, a key that is not known and may change what is computed; take it out if it "
+                        "does not"
+                    )
+                unknown.append(name)
+    return unknown
+
+
+_OF_TEXT = {*USED[TEXT].split(), *ONLY[TEXT]} - {*USED[""].split(), *ONLY[""], *HARMLESS_KEYS}
+
+
+def _check_moved(key: str, value: Any, config: Mapping[str, Any]) -> None:
+    """At the top level nothing reads a key of text_config: it may only repeat what stands there."""
+    text = config.get("text_config")
+    inside = text.get(key) if isinstance(text, dict) else None
+    if value != inside:
+        raise ConfigError(
+            f"{key} is {shown(value)} at the top level, where it is not read, but {shown(inside)} in text_config; "
+            "set the two alike"
+        )
+
+
+def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, values in (("", config), (TEXT, config.get("text_config")), (VISION, config.get("vision_config"))):
+        if isinstance(values, dict):
+            yield where, values
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Where it stands, which table is for it, what is in it: rope's objects first, which say it most clearly."""
+    for where, values in _levels(config):
+        for name in ROPES:
+            rope = values.get(name)
+            if rope is not None and not isinstance(rope, dict):
+                raise ConfigError(f"{where}{name} is {shown(rope)}, not an object")
+            if rope:
+                yield f"{where}{name}.", f"{where or TEXT}rope", rope
+        yield where, where, values

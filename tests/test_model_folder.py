@@ -1,0 +1,417 @@
+"""The files of a model folder: which weights are read, what is refused, what is reported, what a message may hold."""
+
+import json
+import re
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import build, empty_model, index_of, resave, state_of, tensors_in, write_folder
+from mistakes import CONVERT, EXPORT, TRAIN, Case, check, parametrized, place, run, whole
+from peer import config_dict
+from safetensors.torch import load_file, save_file
+
+from qwen35.chat import find_model
+from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, save_hf
+from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
+from qwen35.checkpoint.errors import LONGEST, Misfit
+from qwen35.checkpoint.hf import check_export
+from qwen35.checkpoint.hf_folder import INDEX, check_tied
+from qwen35.checkpoint.model_folder import not_read
+from qwen35.model import ConfigError, Qwen35
+
+__all__ = ["place", "whole"]  # fixtures
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+DENSE = {"moe": False, "mtp": False}
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The system's folder of temporary files, empty."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def embedding_of(folder: Path) -> torch.Tensor:
+    model = empty_model(config_dict(moe=False))
+    load_hf(model, folder)
+    return dict(model.named_parameters())[EMBEDDING].detach()
+
+
+def peer_embedding(folder: Path) -> torch.Tensor:
+    import transformers
+
+    model = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.get_input_embeddings().weight.detach()
+
+
+# -- which weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", ["all there", "stale index alone", "no index"])
+def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, shards):
+    folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
+    newer = {name: tensor + 1 if name == EMBEDDING else tensor for name, tensor in tensors_in(folder).items()}
+    old = sorted(path.name for path in folder.glob("*.safetensors"))
+    save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
+    if shards != "all there":
+        for name in old:
+            (folder / name).unlink()
+    if shards == "no index":
+        (folder / INDEX).unlink()
+    assert torch.equal(embedding_of(folder), newer[EMBEDDING].float())
+    assert torch.equal(embedding_of(folder), peer_embedding(folder))
+    report = [f"{folder}: not read beside model.safetensors: {', '.join(old[:3])} and {len(old) - 3} more"]
+    assert not_read(folder) == report * (shards == "all there")
+    # what is exported like it has one file too, and no index that names others
+    save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in names and not names & {INDEX, *old}
+    assert torch.equal(peer_embedding(tmp_path / "out"), newer[EMBEDDING].float())
+
+
+def test_an_index_whose_files_are_gone(tmp_path):
+    folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        path.unlink()
+    with pytest.raises(OSError, match="No such file"):
+        peer_embedding(folder)
+    count = len(files)
+    with pytest.raises(CheckpointError, match=f"{count} of {count} weight files missing: .*and {count - 3} more$"):
+        HFFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "consolidated.safetensors", "model-00001-of-00001.safetensors"]
+)
+def test_weights_of_another_name_are_not_guessed_at(tmp_path, name):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    (file,) = folder.glob("*.safetensors")
+    file.rename(folder / name)
+    (folder / INDEX).unlink()
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        peer_embedding(folder)
+    with pytest.raises(CheckpointError, match=rf"1 safetensors file, but no {INDEX} .*: {name}$"):
+        HFFolder(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.gguf"])
+def test_weights_in_another_form_are_named(tmp_path, name):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, folder / name)
+    with pytest.raises(CheckpointError, match=rf"no safetensors files; {name}: weights in that form are not read"):
+        HFFolder(folder)
+
+
+# -- adapters and quantized weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_named_beside_a_model_and_alone(tmp_path, name):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    (folder / name).write_text("{}")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / name, alone)
+    for where, words in ((folder, "an adapter beside the model"), (alone, "an adapter, not a model")):
+        for look in (HFFolder, not_read, find_model, lambda f: hf_to_dcp(f, tmp_path / "dcp")):
+            with pytest.raises(CheckpointError) as caught:
+                look(where)
+            assert str(caught.value).startswith(f"{where}: {name} is {words}")
+            assert "merge it first" in str(caught.value) and len(str(caught.value)) < LONGEST
+    assert not (tmp_path / "dcp").exists()
+
+
+def test_the_names_that_peft_gives(tmp_path):
+    """As a model wrapped by PEFT saves its whole state."""
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    tensors = tensors_in(folder)
+    (file,) = folder.glob("*.safetensors")
+    for rename in (lambda n: f"base_model.model.{n}", lambda n: n.replace("q_proj.", "q_proj.base_layer.")):
+        named = {rename(name): tensor for name, tensor in tensors.items()}
+        save_file(named, file)
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(named, file.name)}))
+        with pytest.raises(
+            CheckpointError, match=r"\d+ tensors have names that PEFT gives \(.*an adapter that is not merg"
+        ) as e:
+            HFFolder(folder)
+        assert len(str(e.value)) < LONGEST
+
+
+@pytest.mark.parametrize(
+    "where", ["config.json", "text_config", "hf_quant_config.json", "quant_model_description.json"]
+)
+def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_path, where):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    entry = {"quantization_config": {"quant_method": "fp8"}}
+    if where == "config.json":
+        change_config(folder, **entry)
+    elif where == "text_config":
+        change_config(folder, text_config=config_dict(moe=False)["text_config"] | entry)
+    else:
+        (folder / where).write_text("{}")
+    for whole_ in (True, False):
+        if not whole_:
+            resave(folder, lambda t: t.clear())
+        for look in (HFFolder, not_read, find_model, lambda f: hf_to_dcp(f, tmp_path / "dcp")):
+            with pytest.raises(
+                (CheckpointError, ConfigError), match=r"says that the weights are quantized.*bf16"
+            ) as caught:
+                look(folder)
+            assert len(str(caught.value)) < LONGEST
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_quantized_tensors_that_no_config_speaks_of(tmp_path, temporary, dtype):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    resave(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items() if n.endswith("_proj.weight")}))
+    with pytest.raises(CheckpointError, match=rf"hf: \d+ tensors of {dtype}, as quantized weights are: ") as caught:
+        HFFolder(folder)
+    assert len(str(caught.value)) <= LONGEST
+
+
+# -- what is reported ------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_keys_that_nobody_reads_are_reported_once(tmp_path):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    for name in (
+        "README.md",
+        "LICENSE",
+        "merges.txt",
+        "vocab.json",
+        "trainer_state.json",
+        "pytorch_model.bin",
+        ".hidden",
+    ):
+        (folder / name).write_text("{}")
+    (folder / "figures").mkdir()
+    assert not_read(folder) == []
+    (folder / "recipe.yaml").touch()
+    (folder / "extra.safetensors").touch()
+    change_config(folder, author="me")
+    assert not_read(folder) == [
+        f"{folder}/config.json: not known, and not read: author",
+        f"{folder}: not read: extra.safetensors, recipe.yaml",
+    ]
+
+
+def test_what_transformers_saves_is_read_without_a_word(tmp_path):
+    import transformers
+
+    config = config_dict(moe=False)
+    cls = transformers.Qwen3_5ForConditionalGeneration
+    model = cls(cls.config_class(**config))
+    model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    assert not_read(tmp_path / "hf") == []
+
+
+# -- tied weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_is_tied_in_text_config_alone(tmp_path):
+    """transformers takes the top level's word: a head of its own. Without one in the weights the error says what to set."""
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    text = config_dict(moe=False, tied=True)["text_config"]
+    change_config(folder, text_config=text)
+    assert "tie_word_embeddings is true in text_config alone" in not_read(folder)[0]
+    model = Qwen35.from_pretrained(folder)
+    assert not HFFolder(folder).is_tied and not model.config.tie_word_embeddings
+    save_hf(dict(model.named_parameters()), folder, tmp_path / "out")
+    resave(folder, lambda t: t.pop("lm_head.weight"))
+    for attempt in (lambda: Qwen35.from_pretrained(folder), lambda: hf_to_dcp(folder, tmp_path / "dcp")):
+        with pytest.raises(CheckpointError, match=r"set tie_word_embeddings: true at the top level.*lm_head.weight"):
+            attempt()
+    change_config(folder, tie_word_embeddings=True)
+    assert not_read(folder) == []
+    hf_to_dcp(folder, tmp_path / "dcp")
+    dcp_to_hf(tmp_path / "dcp", folder, tmp_path / "out2")
+    assert (tmp_path / "out2/config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    change_config(folder, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="set tie_word_embeddings: false at its top level"):
+        check_tied(HFSource(HFFolder(folder)), folder)
+    change_config(folder, tie_word_embeddings=False)
+    load_hf(Qwen35.from_pretrained(folder), folder)
+
+
+# -- whether an export will be possible --------------------------------------------------------------------------------------
+
+
+def test_what_could_not_be_exported_is_said_before(tmp_path):
+    folder = write_folder(tmp_path / "hf", moe=False, mtp=False)
+    config = config_dict(moe=False, mtp_num_hidden_layers=1)
+    check_export(empty_model(config), folder)
+    with pytest.raises(CheckpointError, match=r"could not be exported like .*tensors not of this model: mtp"):
+        check_export(empty_model(config, mtp=True), folder)
+    state = state_of(build(config, mtp=True))
+    with pytest.raises(CheckpointError, match="tensors not of this model: mtp"):
+        save_hf(state, folder, tmp_path / "out")
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    check_export(empty_model(config, mtp=True), folder)  # config and tokenizer alone: the original is named on export
+
+
+def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(CheckpointError, match=f"the export takes {size:,} bytes, and {size - 1:,} are free"):
+        save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "some/where/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_links_out_of_the_model_folder_are_not_copied(tmp_path):
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    (tmp_path / "secret").write_text("key")
+    (folder / "inside.txt").symlink_to("chat_template.jinja")
+    save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+    assert (tmp_path / "out/inside.txt").read_text() == (folder / "chat_template.jinja").read_text()
+    for target in ("../secret", tmp_path / "secret"):
+        (folder / "notes.txt").unlink(missing_ok=True)
+        (folder / "notes.txt").symlink_to(target)
+        for attempt in (
+            lambda: save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "new"),
+            lambda: check_export(empty_model(config_dict(moe=False)), folder),
+        ):
+            with pytest.raises(CheckpointError, match=r"notes\.txt: a link out of the model folder"):
+                attempt()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
+    """snapshots/<revision>/file -> ../../blobs/<sum>"""
+    plain = write_folder(tmp_path / "plain", **DENSE)
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(plain.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    save_hf(HFSource(HFFolder(snapshot)), snapshot, tmp_path / "out")
+    for path in plain.iterdir():
+        copy = tmp_path / "out" / path.name
+        assert copy.read_bytes() == path.read_bytes() and not copy.is_symlink()
+
+
+# -- values that are no numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_weights_that_are_no_numbers_are_not_converted(tmp_path, value, dtype):
+    folder = write_folder(tmp_path / "hf", dtype_of=lambda name: dtype, **DENSE)
+    hf_to_dcp(folder, tmp_path / "good")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors):
+        tensors[name][3, 5] = value
+        tensors[name][4, 6] = value
+
+    resave(folder, damage)
+    with pytest.raises(CheckpointError, match=f"{name} has 2 values that are NaN or infinite among") as caught:
+        hf_to_dcp(folder, tmp_path / "dcp")
+    assert str(folder) in str(caught.value)
+    assert not (tmp_path / "dcp").exists()
+
+
+# -- how much a message holds --------------------------------------------------------------------------------------------------
+
+
+def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporary):
+    folder = write_folder(tmp_path / "hf", moe=True, mtp=False, layout="per_expert")
+    odd = [f"model.language_model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in (0, 2) for j in (1, 3, 4)][:-1]
+    resave(folder, lambda t: [t.pop(name) for name in odd])
+    with pytest.raises(CheckpointError) as caught:
+        load_hf(empty_model(config_dict()), folder)
+    message = str(caught.value)
+    found = re.search(r": 5 tensors missing: (.*), …; all of them: (\S+)$", message)
+    assert found[1].split(", ") == odd[:3]
+    file = Path(found[2])
+    assert file.parent == temporary and re.fullmatch(r"qwen35-.*\.txt", file.name)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.read_text().splitlines()[1:] == [f"missing: {name}" for name in odd]
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 10), (1, 10_000), (4, 300), (4, 10_000), (30_000, 10)])
+def test_no_message_is_longer_than_its_bound(temporary, count, length):
+    names = [f"{'x' * length}{i}" for i in range(count)]
+    wrong = Misfit(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
+    with pytest.raises(CheckpointError) as caught:
+        wrong.raise_if_any("some/folder does not fit the model")
+    message = str(caught.value)
+    assert len(message) <= LONGEST and message.startswith(f"some/folder does not fit the model: {count} tensor")
+    if "all of them: " in message:
+        lines = Path(message.split("all of them: ")[1]).read_text().splitlines()
+        assert len(lines) == 1 + 4 * count and f"not of this model: {names[-1]}" in lines
+    else:
+        assert (count, length) == (1, 10)
+    assert len(list(temporary.iterdir())) == ("all of them: " in message)
+
+
+def test_where_no_file_can_be_written_the_message_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
+        Misfit(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
+
+
+# -- the commands --------------------------------------------------------------------------------------------------------------
+
+
+def unmerged(place: Path) -> None:
+    (place / "hf/adapter_config.json").write_text("{}")
+
+
+def quantized(place: Path) -> None:
+    change_config(place / "hf", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def infinite(place: Path) -> None:
+    file = place / "hf" / index_of(place / "hf")["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] = float("inf")
+    save_file(tensors, file)
+
+
+CASES = [
+    Case(f"{what}, {command[0]}", command, words, broken)
+    for what, words, broken in (
+        ("adapter", ("hf: adapter_config.json is an adapter beside the model", "merge it first"), unmerged),
+        ("quantized", ("hf/config.json: quantization_config", "('gptq')", "bring the bf16 checkpoint"), quantized),
+    )
+    for command in (TRAIN, CONVERT, ("generate", "--model", "hf", "--prompt", "What?"))
+]
+
+
+@parametrized([*CASES, Case("infinite", CONVERT, ("hf: lm_head.weight has 1 values that are NaN",), infinite)])
+def test_one_line(place, case):
+    check(place, case)
+
+
+def test_the_commands_say_what_is_not_read(place):
+    change_config(place / "hf", author="me")
+    (place / "hf/extra.safetensors").touch()
+    lines = ["hf/config.json: not known, and not read: author", "hf: not read: extra.safetensors"]
+    for command in (TRAIN, CONVERT):
+        done = run(place, *command)
+        assert done.code == 0, done
+        assert [done.out.count(f"{line}\n") for line in lines] == [1, 1], done.out
+    assert run(place, *EXPORT).code == 0

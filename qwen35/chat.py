@@ -1,10 +1,12 @@
 """A model and all that it takes to ask it: what `make generate` and `make evaluate` share."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, stored_dtypes
 from qwen35.checkpoint.names import published_dtype
@@ -46,6 +48,8 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
         weights = resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
+    for line in [*about(folder, weights), f"weights from {weights}"]:
+        print(line, file=sys.stderr)
     recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
     run = load_settings(recipe) if recipe.is_file() else None
     trained = run.data.dataset_param if run else None

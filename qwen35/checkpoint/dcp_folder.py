@@ -55,7 +55,14 @@ def marker_content(folder: Path, step: int | None, world_size: int = 1) -> dict[
 def _checksum_of_marker(content: Mapping[str, Any]) -> str:
     """Of all that it says but this."""
     sums = {name: value for name, value in content["crc32"].items() if name != MARKER}
-    said = [content["step"], content["world_size"], sorted(content["files"].items()), sorted(sums.items())]
+    said = [
+        sorted(content),
+        content["format"],
+        content["step"],
+        content["world_size"],
+        sorted(content["files"].items()),
+        sorted(sums.items()),
+    ]
     return checksum(json.dumps(said).encode())
 
 
@@ -74,7 +81,8 @@ def read_marker(checkpoint: Path) -> Mapping[str, Any]:
             raise CheckpointError(f"{marker}: {name}: {str(content[name])[:80]} is not a whole number")
     if content["format"] not in (1, FORMAT):
         raise CheckpointError(f"{marker}: format {content['format']}, which this version of the program does not know")
-    if content["format"] == FORMAT and sums.get(MARKER) != _checksum_of_marker(content):
+    is_checked = content["format"] == FORMAT or INDEX in sizes
+    if is_checked and sums.get(MARKER) != _checksum_of_marker(content):
         raise damaged(checkpoint, MARKER, "its checksum is not that of what it says")
     for name, size in sizes.items():
         path = checkpoint / name

@@ -140,8 +140,9 @@ def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
     shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
     for chunk in stored.chunks:
         box = chunk.box
-        ends = [a + n for a, n in zip(box.start, box.size, strict=True)]
-        if any(end > n for end, n in zip(ends, shape, strict=True)):
+        if not len(box.start) == len(box.size) == len(shape):
+            raise ValueError(f"{name}: a chunk of it has other axes")
+        if any(a + n > end for a, n, end in zip(box.start, box.size, shape, strict=True)):
             raise ValueError(f"{name}: a chunk of it lies outside of it")
         if not isinstance(chunk.file, str) or Path(chunk.file).name != chunk.file or chunk.file not in sizes:
             raise ValueError(f"{name}: it lies in no file of this checkpoint")

@@ -1,10 +1,12 @@
 """A model and all that it takes to ask it: what `make generate` and `make evaluate` share."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, stored_dtypes
 from qwen35.checkpoint.model_folder import refuse
@@ -32,6 +34,7 @@ class Source:
     config: Path  # Hugging Face folder with the config.json of these weights
     tokenizer: Path  # Hugging Face folder with tokenizer, image processor and chat template
     trained: DatasetParam | None = None  # how the run whose checkpoint it is prepared its data
+    chosen: tuple[str, ...] = ()  # lines on which of a folder's checkpoints it is
 
 
 def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
@@ -48,17 +51,18 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
         weights = resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
+    chosen = () if weights == folder else (*about(folder, weights), f"weights from {weights}")
     recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
     run = load_settings(recipe) if recipe.is_file() else None
     trained = run.data.dataset_param if run else None
     if hf is not None:
-        return Source(weights, Path(hf), Path(hf), trained)
+        return Source(weights, Path(hf), Path(hf), trained, chosen)
     if run is None:
         raise SettingError(
             f"{weights}: a DCP checkpoint without a run's config.yaml beside it; name the Hugging Face folder that has "
             "its config.json and tokenizer: --hf DIR (HF=DIR with make)"
         )
-    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained)
+    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained, chosen)
     for named in (source.config, source.tokenizer):
         if not named.is_dir():
             raise SettingError(f"{recipe} names the model folder {named}, which is not there; give --hf DIR")
@@ -80,6 +84,8 @@ def load_model(source: Source) -> Qwen35:
             load_checkpoint(source.weights, model)
         except CheckpointError as error:
             raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
+    for line in source.chosen:
+        print(line, file=sys.stderr, flush=True)
     return model.to(take_device()).eval()
 
 

@@ -3,6 +3,7 @@
 Values stay on the device between log intervals; one flush brings the whole interval to the host.
 """
 
+import itertools
 import json
 import math
 import os
@@ -70,9 +71,13 @@ class Metrics:
         self.last_flush = time.perf_counter()
 
     def _cut_back(self, done: int) -> None:
-        """Drop the lines after the checkpoint that the run goes on from."""
-        kept = [line for line in read_metrics(self.path) if line["step"] <= done]
-        write_atomic(self.path, _text(kept))
+        """Drop the lines after the checkpoint that the run goes on from. A file with other lines is kept beside it."""
+        lines, strange = _read(self.path)
+        if strange:
+            copy = next(p for n in itertools.count(1) if not (p := self.path.with_suffix(f".damaged{n}")).exists())
+            copy.write_bytes(self.path.read_bytes())
+            self.tell(f"{self.path}: {strange}; what can be read stays in it, and {copy.name} is what it was")
+        write_atomic(self.path, _text(line for line in lines if line["step"] <= done))
 
     def record(self, record: StepRecord) -> None:
         self.pending.append(record)
@@ -112,16 +117,23 @@ class Metrics:
             self._check(line, of_groups, patience)
         return totals[-1]["stop"] > 0
 
-    def _append(self, text: str) -> None:
-        """All of it, or nothing."""
-        size = self.path.stat().st_size
+    def _append(self, text: str, instead: str = "") -> None:
+        """All of it, or nothing. `instead` of what the file ends with, if it still does."""
+        if not self.path.exists():
+            self.tell(f"{self.path} is gone, somebody removed it: it begins anew with this step")
+        with naming(self.path), self.path.open("a+b") as before:
+            end = max(0, before.seek(0, os.SEEK_END) - len(instead))
+            before.seek(end)
+            if before.read() == instead.encode():
+                before.truncate(end)
+            end = before.seek(0, os.SEEK_END)
         try:
             with naming(self.path), self.path.open("a") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint that comes after it must find it there, whatever happens
         except OSError:
-            os.truncate(self.path, size)
+            os.truncate(self.path, end)
             raise
 
     def _name(self, mine: list[str]) -> None:
@@ -139,9 +151,9 @@ class Metrics:
     def validated(self, found: dict[str, Any], bad_records: Iterable[str]) -> None:
         """Put onto the last step's line what a validation has found. No step's time counts it."""
         if self.is_writer:
-            os.truncate(self.path, self.path.stat().st_size - len(_text([self.last])))
+            before = _text([self.last])
             self.last |= found
-            self._append(_text([self.last]))
+            self._append(_text([self.last]), instead=before)
             for message in bad_records:
                 self._tell_once(f"not validated: {message}")
             values = "  ".join(f"{name} {value:.6g}" for name, value in found.items() if name != "val_time")
@@ -216,18 +228,27 @@ def _text(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def read_metrics(path: Path, only: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or these values of them; a last one that was cut off while it was written is left out."""
+    """The lines of a metrics.jsonl, or these values of them; what is none is left out."""
+    return _read(path, only)[0]
+
+
+def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]], str]:
+    """And what is wrong with the first line that is none, but for a last one that was cut off while it was written."""
     lines: list[dict[str, Any]] = []
+    strange = ""
     if not path.exists():
-        return lines
-    with path.open() as file:
-        for line in file:
+        return lines, strange
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            lines.append({name: value for name, value in values.items() if name in only} if only else values)
-    return lines
+            except (ValueError, RecursionError):
+                values = None
+            if isinstance(values, dict) and type(values.get("step")) is int:
+                lines.append({name: value for name, value in values.items() if name in only} if only else values)
+            elif line.endswith(b"\n"):
+                strange = strange or f"line {number} is not a step's"
+    return lines, strange
 
 
 def draw_loss(folder: Path) -> None:
@@ -240,7 +261,6 @@ def draw_loss(folder: Path) -> None:
     # of a long run all of them would be half a gigabyte
     drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
     lines = read_metrics(folder / "metrics.jsonl", drawn)
-    steps = [line["step"] for line in lines]
     with_answers = any("val_exact_match" in line for line in lines)
     figure, axes = plt.subplots(1 + with_answers, figsize=(8, 6 if with_answers else 4.5), sharex=True, squeeze=False)
     axis, last = axes[0, 0], axes[-1, 0]
@@ -251,7 +271,7 @@ def draw_loss(folder: Path) -> None:
         ("val_mtp_loss", axis, "tab:brown", "."),
         ("val_exact_match", last, "tab:green", "."),
     ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         if points:
             place.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
     if len(axis.lines) > 1:
@@ -261,7 +281,8 @@ def draw_loss(folder: Path) -> None:
     if with_answers:
         last.set(ylabel="exact match", ylim=(0, 1.02))
     rate = axis.twinx()
-    rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linewidth=0.8, linestyle="--")
+    points = [(line["step"], line["lr"]) for line in lines if isinstance(line.get("lr"), int | float)]
+    rate.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8, linestyle="--")
     rate.set_ylabel("learning rate", color="tab:gray")
     figure.tight_layout()
     partial = folder / "loss.tmp.png"

@@ -5,11 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, Loaded, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import damaged
 from qwen35.config import SettingError, difference, load_settings
 from qwen35.model import ModelConfig
+from qwen35.rng import BROKEN_STATES, restore_rng
 from qwen35.settings import Settings
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
@@ -58,19 +61,38 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> di
     }
 
 
-def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
-    """Raises SettingError where the run could not go on as if it had never stopped."""
-    if loaded.extra.get("mtp_num_layers") and not position["mtp_num_layers"]:
+def check_loaded(loaded: Loaded, settings: Settings, device: torch.device) -> None:
+    """Before the data is read: raises CheckpointError for what is missing or of a wrong form, SettingError for settings."""
+    if not loaded.step:  # converted weights
+        return
+    for name, kind in (("bins_a_step", int), ("data", str)):
+        if type(loaded.extra.get(name)) is not kind:
+            raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
+    if not isinstance(loaded.extra.get("model", {}), Mapping):
+        raise damaged(loaded.path, EXTRA, "does not hold model as a run writes it")
+    if loaded.world_size == dist.get_world_size():
+        own = RANK_EXTRA.format(dist.get_rank())
+        if loaded.rank_extra is None:
+            raise damaged(loaded.path, own, "is missing: the random states of this rank")
+        try:
+            restore_rng(loaded.rank_extra, device)  # and again when all is loaded, which may draw from them
+        except BROKEN_STATES:
+            raise damaged(loaded.path, own, "does not hold the random states of a rank") from None
+    if loaded.extra.get("mtp_num_layers") and not settings.model.mtp_num_layers:
         raise SettingError(
             f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
             f" back, or {ANEW}"
         )
-    before, now = loaded.extra.get("bins_a_step"), position["bins_a_step"]
+    before, now = loaded.extra["bins_a_step"], bins_a_step(settings)
     if before != now:
         raise SettingError(
             f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
             f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
         )
+
+
+def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+    """Raises SettingError where the run could not go on as if it had never stopped."""
     if loaded.extra.get("data") != position["data"]:
         changed = [
             c

@@ -8,6 +8,15 @@ import torch
 
 from qwen35.device import device_rng_state, set_device_rng_state
 
+BROKEN_STATES = (
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # what `restore_rng` raises
+
 
 def seed_all(seed: int) -> None:
     """Every generator of this process, its device's too."""

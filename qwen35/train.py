@@ -17,10 +17,10 @@ from tqdm import tqdm
 import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
-from qwen35.checkpoint.dcp_folder import ITERATION
+from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint, read_facts
+from qwen35.checkpoint.dcp_folder import about, keep_newest, settle
 from qwen35.checkpoint.dcp_write import together
-from qwen35.checkpoint.folders import sweep, write_atomic
+from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
@@ -41,7 +41,7 @@ from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.profiling import Profile
 from qwen35.pulse import Pulse
-from qwen35.resume import bins_a_step, changes, check_finished, check_position, find_weights, position_of
+from qwen35.resume import bins_a_step, changes, check_finished, check_loaded, check_position, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
@@ -91,9 +91,14 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = (fitting if is_hf else fitting_checkpoint)(model, origin)
+    held = fitting(model, origin) if is_hf else fitting_checkpoint(model, origin)
     check_export(model, m.model_name_or_path)
     unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
+    loaded = None if is_hf else read_facts(origin)
+    for line in about(t.load or "", origin):
+        report(line)
+    if loaded:
+        check_loaded(loaded, settings, device)
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
@@ -120,11 +125,10 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     def part_is_read(nbytes: int) -> None:  # weights of any size, in parts that each have their time
         pulse.at(f"loading {origin}")
 
-    loaded = None
     if is_hf:
         load_hf(model, origin, progress=part_is_read)
     else:
-        loaded = load_checkpoint(origin, model, optimizer, progress=part_is_read)
+        load_checkpoint(origin, model, optimizer, progress=part_is_read)
     del held
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
@@ -245,7 +249,7 @@ def train(settings: Settings) -> None:
         def hold() -> None:
             if dist.get_rank() == 0:
                 warning = until_done.enter_context(holding(folder))
-                for line in [*([warning] if warning else []), *sweep(folder, ITERATION)]:
+                for line in [*([warning] if warning else []), *settle(folder)]:
                     report(line)
 
         pulse.at(f"taking hold of {folder}")
@@ -266,6 +270,9 @@ def is_finished(run: Run, folder: Path) -> bool:
             report(f"settings changed since the checkpoint: {'; '.join(changed)}")
         return False
     check_finished(folder, run.step, changed)
+    limit = run.settings.training.save_total_limit
+    if limit is not None and dist.get_rank() == 0:  # where it was stopped before it could
+        keep_newest(folder, limit)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
 

@@ -89,3 +89,12 @@ def empty_model(config: dict, mtp: bool = False) -> Qwen35:
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
+
+
+def as_before(checkpoint: Path) -> None:
+    """Rewrite a checkpoint's marker for what lies there now, in the form that had no tensors.json and no checksums."""
+    (checkpoint / "tensors.json").unlink(missing_ok=True)
+    marker = json.loads((checkpoint / "complete.json").read_text())
+    files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "complete.json"}
+    kept = {name: marker[name] for name in ("step", "world_size")}
+    (checkpoint / "complete.json").write_text(json.dumps({**kept, "files": files}))

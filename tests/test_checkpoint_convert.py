@@ -63,6 +63,7 @@ def test_there_and_back_is_byte_identical(tmp_path, capsys, kind, layout, tie, s
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {tmp_path / 'out'}"
     assert lines[0].endswith(str(tmp_path / "dcp" / "release"))
+    assert lines[1] == lines[3] == f"weights from {tmp_path / 'dcp' / 'release'}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,6 +97,41 @@ def test_converted_weights_train_and_export(tmp_path):
     assert torch.equal(out.pop("lm_head.weight"), model.lm_head.weight.to(torch.bfloat16))
     assert_same_bytes(out, {n: t for n, t in source.items() if n != "lm_head.weight"})
     assert back(tmp_path / "run" / "iter_0000003", folder, tmp_path / "out2") == 0
+
+
+def test_an_export_takes_the_newest_that_is_whole_and_says_so(tmp_path, capsys):
+    """Not the one that is named, after a stop between the two; and what is passed over is told."""
+    folder = write_folder(tmp_path / "hf", mtp=False)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path / "run", step, build(config_dict(), mtp=False, seed=step))
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("1")
+    (tmp_path / "run/iter_0000003/complete.json").unlink()
+    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    run = tmp_path / "run"
+    assert lines[:-1] == [
+        f"{run}/iter_0000003 is passed over, for it is not whole ({run}/iter_0000003/complete.json: no such file)",
+        f"{run}/latest_checkpointed_iteration.txt names iter_0000001; iter_0000002 is taken, the newest that is whole",
+        f"weights from {run}/iter_0000002",
+    ]
+    head = build(config_dict(), mtp=False, seed=2).lm_head.weight.to(torch.bfloat16)
+    assert torch.equal(tensors_in(tmp_path / "out")["lm_head.weight"], head)
+
+
+def test_damage_is_not_exported(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf", mtp=False)
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run", step, build(config_dict(), mtp=False, seed=step))
+    checkpoint = tmp_path / "run/iter_0000002"
+    chunk = json.loads((checkpoint / "tensors.json").read_text())["model.lm_head.weight"]["chunks"][0]
+    data = bytearray((checkpoint / chunk["file"]).read_bytes())
+    data[chunk["begin"] + 77] ^= 1
+    (checkpoint / chunk["file"]).write_bytes(data)
+    assert back(tmp_path / "run", folder, tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    words = "is damaged where model.lm_head.weight lies: a checksum is not that of what was written; move it away; iter_0000001"
+    assert err == f"mm-convert: {checkpoint}/__0_0.distcp: {words} follows\n"
+    assert not (tmp_path / "out").exists()
 
 
 def equal_heads(tensors):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import build
+from checkpoint_cases import as_before, build
 from peer import config_dict
 
 from qwen35.checkpoint import (
@@ -23,6 +23,7 @@ from qwen35.checkpoint import (
 )
 from qwen35.checkpoint.boxes import Box, TensorSource, pieces
 from qwen35.checkpoint.dcp import training_state
+from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
 
@@ -143,11 +144,20 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     iters = {n: tmp_path / f"iter_{n:07}" for n in (1, 3, 20)}
     assert newest_checkpoint(tmp_path) == iters[20]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
-    assert resolve_load(tmp_path) == iters[3]  # by hand, one may go back
+    assert (
+        resolve_load(tmp_path) == iters[20]
+    )  # as a run goes on, whatever is named there: its writing may be what failed
+    assert about(tmp_path, iters[20]) == [
+        f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003; iter_0000020 is taken, the newest that is whole"
+    ]
+    assert about(iters[3], iters[3]) == []  # by its own name, one may go back
     shutil.copytree(iters[20], tmp_path / "iter_0000030.tmp")
     assert newest_checkpoint(tmp_path) == iters[20]
     (iters[20] / "complete.json").unlink()
     assert newest_checkpoint(tmp_path) == iters[3]
+    assert about(tmp_path, iters[3]) == [
+        f"{iters[20]} is passed over, for it is not whole ({iters[20]}/complete.json: no such file)"
+    ]
     with pytest.raises(CheckpointError, match="iter_0000020: not a whole checkpoint"):
         resolve_load(iters[20])
     data = next(iters[3].glob("*.distcp"))
@@ -161,7 +171,7 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
         resolve_load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("moment", ["_check_all_written", "write_latest", "marker_content"])
+@pytest.mark.parametrize("moment", ["describe", "write_latest", "marker_content"])
 def test_interrupted_saves(tmp_path, monkeypatch, moment):
     """Stopped at any of these moments, the newest whole checkpoint is the one before, or the new one in full."""
     model = small_model()
@@ -173,7 +183,9 @@ def test_interrupted_saves(tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patched:
         patched.setattr(dcp_write, moment, interrupt)
         patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # as kill -9: nobody tidies up
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(
+            CheckpointError if moment == "describe" else KeyboardInterrupt
+        ):  # the first is inside of DCP
             save_checkpoint(tmp_path, 2, model)
     assert newest_checkpoint(tmp_path).name == ("iter_0000002" if moment == "write_latest" else "iter_0000001")
     save_checkpoint(tmp_path, 2, model)  # what was left is no obstacle
@@ -269,6 +281,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
     ]
     for content in (pickle.dumps(Evil()), *sly, b"", b"nonsense", pickle.dumps({"a": 1})):
         metadata.write_bytes(content)
+        as_before(metadata.parent)
         with pytest.raises(CheckpointError, match=r"\.metadata is broken or not DCP's") as caught:
             DCPSource(tmp_path / "iter_0000001")
         assert "has no place in it" in str(caught.value) or len(content) < 30

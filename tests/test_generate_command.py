@@ -74,6 +74,9 @@ def ask(place, capsys, monkeypatch) -> Callable[..., str]:
         if status:
             assert out == "" and err.startswith("error: ") and err.count("\n") == 1
             return err
+        if chosen := {"run": "iter_0000005", "converted": "release"}.get(model):
+            said, _, err = err.partition("\n")
+            assert said == f"weights from {place / model / chosen}"
         assert re.fullmatch(LINE + r"(, seed \d+)?(, cut at max_new_tokens)?\n", err), err
         return out
 

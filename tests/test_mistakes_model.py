@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import torch
-from checkpoint_cases import tensors_in
+from checkpoint_cases import as_before, tensors_in
 from mistakes import (
     CONVERT,
     EVALUATE,
@@ -251,14 +251,11 @@ def foreign(place: Path) -> None:
 
 
 def lying(broken: Break) -> Break:
-    """Damage that the marker says is how it should be."""
+    """Damage that the marker says is how it should be, in a checkpoint without checksums."""
 
     def lie(place: Path) -> None:
         broken(place)
-        marker = json.loads((place / MARKER).read_text())
-        files = {name: (place / "dcp/release" / name) for name in marker["files"]}
-        marker["files"] = {name: path.stat().st_size for name, path in files.items() if path.exists()}
-        (place / MARKER).write_text(json.dumps(marker))
+        as_before(place / "dcp/release")
 
     return lie
 
@@ -275,11 +272,11 @@ CHECKPOINTS = [
     Case(
         "marker that lies",
         RESUME,
-        ("dcp/release: model.", "cannot be read: its file is damaged"),
+        ("dcp/release: .metadata is broken", "model.", "lies beyond the end of __0_0.distcp"),
         lying(cut(DATA, 3000)),
     ),
-    Case("marker that lies to export", EXPORT, ("dcp/release: model.", "cannot be read"), lying(write(DATA, ""))),
-    Case("data that is gone", EXPORT, ("dcp/release: model.", "No such file"), lying(remove(DATA))),
+    Case("marker that lies to export", EXPORT, ("dcp/release: .metadata", "beyond the end"), lying(write(DATA, ""))),
+    Case("data that is gone", EXPORT, ("dcp/release: .metadata", "lies in no file of this"), lying(remove(DATA))),
     Case(
         "foreign description",
         RESUME,

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -16,17 +17,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from checkpoint_cases import as_before
 from training_runs import ROOT, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import Loaded, newest_checkpoint
+from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, read_facts, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
 from qwen35.checkpoint.lock import holding
 from qwen35.config import SettingError, load_settings
 from qwen35.device import HOST
+from qwen35.errors import UserError
 from qwen35.metrics import read_metrics
 from qwen35.model import load_config
-from qwen35.resume import check_position
+from qwen35.resume import bins_a_step, check_loaded, check_position
 from qwen35.rng import restore_rng, rng_states
 
 STEPS, INTERVAL = 24, 4
@@ -154,6 +158,96 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     assert int(newest_checkpoint(save).name[5:]) == left
     assert f"steps {left + 1} to {STEPS}" in finish(workplace, save)
     assert_same_run(save, uninterrupted)
+
+
+def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
+    """After a stop between the last rename and what follows it: what is named, and how many stay."""
+    save = tmp_path / "run"
+    shutil.copytree(uninterrupted, save)
+    (save / "latest_checkpointed_iteration.txt").write_text("20")
+    done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
+    assert done.returncode == 0, done.stderr
+    assert "latest_checkpointed_iteration.txt names iter_0000024 now" in done.stdout
+    assert "nothing left to train" in done.stdout
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "24"
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000020", "iter_0000024"]
+
+
+def test_a_newest_checkpoint_that_is_not_whole(workplace, uninterrupted, tmp_path):
+    """It is said which, why, and from where the run goes on, to the same end; and it is still there afterwards."""
+    save = tmp_path / "run"
+    shutil.copytree(uninterrupted, save)
+    file = save / "iter_0000024/__1_0.distcp"
+    os.truncate(file, 1000)
+    out = finish(workplace, save)
+    assert f"{file.parent} is not whole ({file}: 1000 bytes, complete.json says " in out
+    assert f": it is now iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
+    assert f"steps 21 to {STEPS}" in out
+    assert (save / "iter_0000024.damaged/__1_0.distcp").stat().st_size == 1000
+    assert_same_run(save, uninterrupted)
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def extras(checkpoint: Path, name: str, **changes) -> None:
+    """Change what a file of extras holds, in a checkpoint without checksums; None: leave it out."""
+    content = json.loads((checkpoint / name).read_text()) | encode(changes)
+    (checkpoint / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    as_before(checkpoint)
+
+
+WRONG_EXTRAS = {
+    "no bins a step": (lambda c: extras(c, "extra.json", bins_a_step=None), "extra.json: does not hold bins_a_step"),
+    "bins a step": (lambda c: extras(c, "extra.json", bins_a_step=True), "extra.json: does not hold bins_a_step"),
+    "other bins": (lambda c: extras(c, "extra.json", bins_a_step=3), "was trained with 3 bins a step"),
+    "no data": (lambda c: extras(c, "extra.json", data=None), "extra.json: does not hold data"),
+    "model": (lambda c: extras(c, "extra.json", model=[1]), "extra.json: does not hold model"),
+    "a list": (lambda c: ((c / "extra.json").write_text("[1]"), as_before(c)), "extra.json: is damaged"),
+    "no JSON": (lambda c: ((c / "rank_00000.json").write_text("{"), as_before(c)), "rank_00000.json: is damaged"),
+    "python": (lambda c: extras(c, "rank_00000.json", python=1), "rank_00000.json: does not hold the random states"),
+    "numpy": (
+        lambda c: extras(c, "rank_00000.json", numpy=("a", 1)),
+        "rank_00000.json: does not hold the random states",
+    ),
+    "torch": (
+        lambda c: extras(c, "rank_00000.json", torch=torch.zeros(3)),
+        "rank_00000.json: does not hold the random",
+    ),
+    "device": (lambda c: extras(c, "rank_00000.json", torch=None), "rank_00000.json: does not hold the random states"),
+    "no random states": (lambda c: ((c / "rank_00000.json").unlink(), as_before(c)), "rank_00000.json: is missing"),
+    "no extras": (lambda c: ((c / "extra.json").unlink(), as_before(c)), "extra.json: is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_EXTRAS)
+def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
+    break_it, words = WRONG_EXTRAS[kind]
+    settings = load_settings(workplace / "recipe.yaml")
+    position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "mtp_num_layers": 0}
+    checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
+    check_loaded(read_facts(checkpoint), settings, HOST)
+    break_it(checkpoint)
+    with pytest.raises(UserError) as caught:
+        check_loaded(read_facts(checkpoint), settings, HOST)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_path):
+    """Before the data is read; with other numbers of ranks none are asked for."""
+    save = tmp_path / "run"
+    shutil.copytree(uninterrupted, save)
+    (save / "iter_0000024/rank_00001.json").unlink()
+    as_before(save / "iter_0000024")
+    done = train(workplace, save, 2, *RECIPE, "training.train_iters=25")
+    assert done.returncode == 1
+    words = "is missing, while there is one of another of the 2 ranks; move it away; iter_0000020 follows"
+    assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
+    assert "bins of" not in done.stdout
 
 
 FULL_DISK = """

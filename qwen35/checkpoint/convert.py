@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen35.checkpoint.boxes import Box, Source
 from qwen35.checkpoint.dcp import DCPSource, resolve_load
-from qwen35.checkpoint.dcp_folder import ITERATION, MARKER
+from qwen35.checkpoint.dcp_folder import ITERATION, MARKER, about
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import check_apart, check_replaceable
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
@@ -162,7 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "hf_to_dcp":
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
-            written = dcp_to_hf(args.dcp_dir, args.origin_hf_dir, args.save_hf_dir)
+            checkpoint = resolve_load(args.dcp_dir)
+            for line in [*about(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
+                print(line, flush=True)
+            written = dcp_to_hf(checkpoint, args.origin_hf_dir, args.save_hf_dir)
     except USER_ERRORS as error:
         return complain(error, "mm-convert: ")
     print(written)

@@ -1,8 +1,7 @@
 """Training checkpoints on top of torch.distributed.checkpoint (DCP): save, resume, with and without processes.
 
 A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<state>.<parameter>` (exp_avg,
-exp_avg_sq, step) for the parameters that have such state, and small extras as JSON. DCP's own index, .metadata, is a
-pickle: it is written by DCP and read through an unpickler that knows nothing but its classes (dcp_source.py).
+exp_avg_sq, step) for the parameters that have such state, and small extras as JSON.
 """
 
 import json
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qwen35.checkpoint.boxes import Box
-from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load, whole
+from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_marker, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
@@ -27,7 +26,6 @@ from qwen35.checkpoint.hf_folder import check_tied
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.names import HEAD, lacks_mtp, may_be_left
 from qwen35.device import HOST, host_buffer, synchronize
-from qwen35.errors import read_object
 
 __all__ = [
     "DCPSource",
@@ -106,7 +104,37 @@ def write_parts(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, {"world_size": world_size})
+    return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, world_size)
+
+
+def read_facts(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Loaded:
+    """What a whole checkpoint holds besides tensors. Raises CheckpointError where something of it is missing or damaged."""
+    marker = read_marker(checkpoint)
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+    own, files = RANK_EXTRA.format(rank), marker["files"]
+    if marker["step"] is not None and EXTRA not in files:
+        raise damaged(checkpoint, EXTRA, "is missing")
+    is_own = marker["world_size"] == world_size and any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
+    if is_own and own not in files:
+        raise damaged(checkpoint, own, f"is missing, while there is one of another of the {world_size} ranks")
+    return Loaded(
+        path=checkpoint,
+        step=marker["step"],
+        world_size=marker["world_size"],
+        has_optimizer=bool(DCPSource(checkpoint, OPTIMIZER).specs),
+        extra=_read_extra(checkpoint, EXTRA, marker) if EXTRA in files else {},
+        rank_extra=_read_extra(checkpoint, own, marker) if is_own else None,
+    )
+
+
+def _read_extra(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        content = json.loads(read_file(checkpoint, name, marker))
+        return dict(decode(content).items())
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):  # RecursionError too
+        raise damaged(checkpoint, name, "is damaged") from None
 
 
 def load_checkpoint(
@@ -124,35 +152,15 @@ def load_checkpoint(
     lists them all. `mtp.*` is left out for a model without that layer. `progress` is called with the bytes read.
     """
     checkpoint = resolve_load(path)
-    facts = whole(checkpoint) or {}
+    loaded = read_facts(checkpoint, group)
     parameters = named_parameters(model)
     source = fitting_checkpoint(model, checkpoint)
     if HEAD not in parameters:
         check_tied(source, checkpoint)
-    states = DCPSource(checkpoint, OPTIMIZER)
-    if optimizer is not None and states.specs:
-        _load_optimizer(optimizer, parameters, states, progress)
+    if optimizer is not None and loaded.has_optimizer:
+        _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
     fill(parameters, source, progress)
-    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    own = RANK_EXTRA.format(rank)
-    return Loaded(
-        path=checkpoint,
-        step=facts.get("step"),
-        world_size=facts.get("world_size", 1),
-        has_optimizer=bool(states.specs),
-        extra=_read_extra(checkpoint / EXTRA) or {},
-        rank_extra=_read_extra(checkpoint / own) if facts.get("world_size") == world_size else None,
-    )
-
-
-def _read_extra(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content = read_object(path, CheckpointError)
-    try:
-        return decode(content)
-    except (KeyError, TypeError, RuntimeError, ValueError):  # of a tensor that is not there in full
-        raise CheckpointError(f"{path}: is damaged") from None
+    return loaded
 
 
 def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:

@@ -2,28 +2,39 @@
 
     <folder>/release/                              converted weights
     <folder>/iter_0000100/                         a training run's state after step 100
-    <folder>/latest_checkpointed_iteration.txt     `release` or `100`
+    <folder>/latest_checkpointed_iteration.txt     `release` or `100`, for other programs: this one goes by what is there
 
-Each is written as `<name>.tmp` and renamed; in it, complete.json is written last and lists every file with its size.
-A folder without it, or whose files are not all there in full, was interrupted and is never chosen.
+Each is written as `<name>.tmp` and renamed; in it, complete.json is written last and lists every file with its size, and
+those that hold no tensors with their checksums (of the tensors' bytes tensors.json has them, dcp_index.py).
+A folder without it, or whose files are not all there in full, was interrupted and is never chosen. One that contradicts
+itself is refused.
 """
 
+import itertools
+import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import set_aside, write_atomic
+from qwen35.checkpoint.folders import INCOMPLETE, set_aside, sweep, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object
 
+FORMAT = 2  # 1, which nobody wrote down, had no tensors.json and no checksums
 MARKER = "complete.json"
+INDEX = "tensors.json"
 METADATA = ".metadata"  # DCP's own; who reads a checkpoint holds it open
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-ITERATION = re.compile(r"iter_(\d{7,})")
+ITERATION = re.compile(r"iter_([0-9]{7,18})")
+
+
+class IncompleteError(CheckpointError):
+    """A checkpoint that is not all there, as when its writing or copying was interrupted."""
 
 
 def checkpoint_name(step: int | None) -> str:
@@ -31,10 +42,85 @@ def checkpoint_name(step: int | None) -> str:
     return RELEASE if step is None else f"iter_{step:07}"
 
 
-def marker_content(folder: Path, **facts: Any) -> dict[str, Any]:
-    """What complete.json says of the files that lie in a folder, and `facts` (step, world_size, …)."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {**facts, "files": {name: size for name, size in files.items() if name != ".incomplete"}}
+def marker_content(folder: Path, step: int | None, world_size: int = 1) -> dict[str, Any]:
+    """What complete.json says of the files that lie in a folder."""
+    paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != INCOMPLETE}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    sums = {name: checksum(path.read_bytes()) for name, path in paths.items() if path.suffix != ".distcp"}
+    content = {"format": FORMAT, "step": step, "world_size": world_size, "files": sizes, "crc32": sums}
+    sums[MARKER] = _checksum_of_marker(content)
+    return content
+
+
+def _checksum_of_marker(content: Mapping[str, Any]) -> str:
+    """Of all that it says but this."""
+    sums = {name: value for name, value in content["crc32"].items() if name != MARKER}
+    said = [
+        sorted(content),
+        content["format"],
+        content["step"],
+        content["world_size"],
+        sorted(content["files"].items()),
+        sorted(sums.items()),
+    ]
+    return checksum(json.dumps(said).encode())
+
+
+def read_marker(checkpoint: Path) -> Mapping[str, Any]:
+    """The content of complete.json.
+
+    Raises IncompleteError if the checkpoint is not whole, CheckpointError if it cannot be what it says that it is.
+    """
+    marker = checkpoint / MARKER
+    content = read_object(marker, IncompleteError)
+    sizes, sums = content.get("files"), content.setdefault("crc32", {})
+    if not (isinstance(sizes, dict) and METADATA in sizes and _holds(sizes, int) and _holds(sums, str)):
+        raise IncompleteError(f"{marker}: does not say which files there are")
+    for name, default in (("format", 1), ("step", None), ("world_size", 1)):
+        if type(content.setdefault(name, default)) not in (int, type(default)):
+            raise CheckpointError(f"{marker}: {name}: {str(content[name])[:80]} is not a whole number")
+    if content["format"] not in (1, FORMAT):
+        raise CheckpointError(f"{marker}: format {content['format']}, which this version of the program does not know")
+    is_checked = content["format"] == FORMAT or INDEX in sizes
+    if is_checked and sums.get(MARKER) != _checksum_of_marker(content):
+        raise damaged(checkpoint, MARKER, "its checksum is not that of what it says")
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise IncompleteError(f"{path}: no such file")
+        if path.stat().st_size != size:
+            raise IncompleteError(f"{path}: {path.stat().st_size} bytes, {MARKER} says {size}")
+    is_named = checkpoint.name == RELEASE or ITERATION.fullmatch(checkpoint.name)
+    if is_named and checkpoint.name != checkpoint_name(content["step"]):
+        raise damaged(checkpoint, MARKER, f"it is that of {checkpoint_name(content['step'])}")
+    return content
+
+
+def _holds(values: object, kind: type) -> bool:
+    return isinstance(values, dict) and all(type(value) is kind for value in values.values())
+
+
+def damaged(checkpoint: Path, file: str, why: str) -> CheckpointError:
+    """What to say of a checkpoint that cannot be used, and what there is instead."""
+    if checkpoint.name == RELEASE:
+        instead = "convert the weights again"
+    else:
+        candidates = _candidates(checkpoint.parent)
+        older = candidates[candidates.index(checkpoint) + 1 :] if checkpoint in candidates else []
+        follows = next((path.name for path in older if whole(path)), None)
+        instead = "move it away; " + (f"{follows} follows" if follows else "there is no older one that is whole")
+    return CheckpointError(f"{checkpoint / file}: {why}; {instead}")
+
+
+def read_file(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> bytes:
+    """A file that holds no tensors, as it was written. Raises CheckpointError."""
+    try:
+        data = (checkpoint / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error.strerror}") from None
+    if marker.get("format") == FORMAT and checksum(data) != marker["crc32"].get(name):
+        raise damaged(checkpoint, name, "is damaged, its checksum is not that of what was written")
+    return data
 
 
 def whole(checkpoint: Path) -> Mapping[str, Any] | None:
@@ -45,27 +131,18 @@ def whole(checkpoint: Path) -> Mapping[str, Any] | None:
         return None
 
 
-def read_marker(checkpoint: Path) -> Mapping[str, Any]:
-    """The content of complete.json. Raises CheckpointError if the checkpoint is not whole."""
-    content = read_object(checkpoint / MARKER, CheckpointError)
-    sizes = content.get("files")
-    if not isinstance(sizes, dict) or ".metadata" not in sizes:
-        raise CheckpointError(f"{checkpoint / MARKER}: does not say which files there are")
-    for name, default in (("step", None), ("world_size", 1)):
-        if type(content.get(name, default)) not in (int, type(default)):
-            raise CheckpointError(f"{checkpoint / MARKER}: {name}: {str(content[name])[:80]} is not a whole number")
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MARKER} says {size}")
-    return content
-
-
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The whole checkpoint of the highest step in a folder, else a whole `release`, else None."""
-    return next((path for path in _candidates(Path(folder)) if whole(path)), None)
+    """The whole checkpoint of the highest step in a folder, else a whole `release`, else None.
+
+    Raises CheckpointError where it contradicts itself: that is no trace of an interruption, and another is not taken for it.
+    """
+    for path in _candidates(Path(folder)):
+        try:
+            read_marker(path)
+        except IncompleteError:
+            continue
+        return path
+    return None
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -76,27 +153,45 @@ def _candidates(folder: Path) -> list[Path]:
     return [*(steps[step] for step in sorted(steps, reverse=True)), folder / RELEASE]
 
 
-def resolve_load(path: str | Path) -> Path:
-    """The checkpoint that a path means: a checkpoint itself, or the folder above.
+def passed_over(folder: Path, chosen: Path | None) -> Iterator[tuple[Path, str]]:
+    """The checkpoints that would be chosen before this one if they were whole, and what is wrong with them."""
+    for path in _candidates(folder):
+        if path == chosen:
+            return
+        if path.is_dir():
+            yield path, _damage(path)
 
-    In the folder above, latest_checkpointed_iteration.txt says which (so it may be edited by hand to go back); if it
-    is absent, or what it names is not whole, the newest whole one is meant. Raises CheckpointError if there is none.
+
+def resolve_load(path: str | Path) -> Path:
+    """The checkpoint that a path means: a checkpoint itself, or the newest whole one in the folder above, as a run takes it.
+
+    Raises CheckpointError if there is none.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    if whole(path):
+    if path.name == RELEASE or ITERATION.fullmatch(path.name) or any((path / n).exists() for n in (MARKER, METADATA)):
+        try:
+            read_marker(path)
+        except IncompleteError as error:
+            raise CheckpointError(f"{path}: not a whole checkpoint, was it interrupted? {error}") from None
         return path
-    if path.name == RELEASE or ITERATION.fullmatch(path.name) or (path / ".metadata").exists():
-        raise CheckpointError(f"{path}: not a whole checkpoint, was it interrupted? {_damage(path)}")
-    named = named_by_latest(path)
-    found = named if named and whole(named) else newest_checkpoint(path)
+    found = newest_checkpoint(path)
     if found is None:
-        broken = "; ".join(_damage(one) for one in _candidates(path) if one.is_dir())
-        raise CheckpointError(
-            f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER})" + (f"; {broken}" if broken else "")
-        )
+        broken = "".join(f"; {why}" for _, why in passed_over(path, None))
+        raise CheckpointError(f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER}){broken}")
     return found
+
+
+def about(path: str | Path, chosen: Path) -> list[str]:
+    """What to tell of the checkpoint that was chosen in a folder: which others were not, and why."""
+    folder = Path(path)
+    if chosen.parent != folder:
+        return []
+    lines = [f"{broken} is passed over, for it is not whole ({why})" for broken, why in passed_over(folder, chosen)]
+    if (latest := _latest(folder)) not in (None, chosen.name):
+        lines.append(f"{folder / LATEST} names {latest}; {chosen.name} is taken, the newest that is whole")
+    return lines
 
 
 def _damage(checkpoint: Path) -> str:
@@ -107,19 +202,41 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def named_by_latest(folder: Path) -> Path | None:
-    """The checkpoint that latest_checkpointed_iteration.txt names, whole or not; None if it names none."""
+def _latest(folder: Path) -> str | None:
+    """The name of the checkpoint that latest_checkpointed_iteration.txt names; None if it names none."""
     try:
         word = (folder / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    if word == RELEASE:
-        return folder / RELEASE
-    return folder / checkpoint_name(int(word)) if word.isdecimal() else None
+    return word if word == RELEASE else checkpoint_name(int(word)) if re.fullmatch("[0-9]{1,18}", word) else None
 
 
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
+
+
+def settle(folder: Path) -> list[str]:
+    """Put a save folder, which is this job's alone, in order after jobs that were stopped. Returns what to tell.
+
+    What is not whole and newer than what the run goes on from gets another name: it is kept, and in nobody's way.
+    Raises CheckpointError if there is nothing else: to start anew would be no resume.
+    """
+    lines = sweep(folder, ITERATION)
+    newest = newest_checkpoint(folder)
+    broken = [(path, why) for path, why in passed_over(folder, newest) if ITERATION.fullmatch(path.name)]
+    if broken and newest is None:
+        path, why = broken[0]
+        raise CheckpointError(f"{folder}: no whole checkpoint in it; {why}. Move {path.name} away to start anew")
+    for path, why in broken:
+        aside = next(
+            p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
+        )
+        path.rename(aside)
+        lines.append(f"{path} is not whole ({why}): it is now {aside.name}, and the run goes on from {newest}")
+    if newest and ITERATION.fullmatch(newest.name) and _latest(folder) != newest.name:
+        write_latest(folder, int(newest.name[5:]))
+        lines.append(f"{folder / LATEST} names {newest.name} now, which was whole before it was named")
+    return lines
 
 
 def keep_newest(folder: Path, limit: int) -> None:

@@ -10,18 +10,27 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from qwen35.checkpoint.boxes import Box, TensorSpec
-from qwen35.checkpoint.safetensors_file import Entry, read_box
+from qwen35.checkpoint.checksums import checksums
+from qwen35.checkpoint.pickle_read import PERSISTENT, Name, called, read_pickle
+from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_box
 
-BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # what zipfile raises for broken data
+BROKEN_ARCHIVE = (  # what zipfile raises for broken data, and what its description raises
+    zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError,
+    pickle.UnpicklingError, IndexError, KeyError, TypeError, ValueError,
+)  # fmt: skip
+MOST = 2**16  # bytes of the description of one tensor
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of a zip archive: the lengths of its name and of its extra field
 STORAGES = {  # torch's names for the kinds of bytes
     "BFloat16Storage": torch.bfloat16,
@@ -55,32 +64,42 @@ class DCPItem:
         return flat.as_strided(self.spec.shape, self.strides, self.first)[box.slices()]
 
 
-def save_tensor(tensor: Tensor, file: BinaryIO) -> None:
-    """Append a CPU tensor to a file as DCP's reader expects it. Raises OSError."""
-    # torch.save writes the whole storage, of which a shard may be a part
-    alone = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+@dataclass(frozen=True)
+class Written(WriteResult):
+    """What was written of a chunk, as DCP wants to know it, and as tensors.json says it."""
+
+    begin: int  # of the tensor's bytes, from the start of the file
+    crc32: str
+
+
+def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: BufferedWriter) -> Written:
+    """Append a CPU tensor to the open file `path` as DCP's reader expects it. Raises OSError."""
+    alone = tensor.contiguous()
+    if alone.untyped_storage().nbytes() > alone.nbytes:  # of which it may be a part: torch.save writes all of it
+        alone = alone.clone()
+    offset = file.tell()
     try:
         torch.save(alone, file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # the reason, which torch's zip writer hides
             raise error.__context__ from None
         raise
+    file.flush()
+    length = file.tell() - offset
+    begin = find_item(path, offset, length).storage.begin
+    return Written(index, length, _StorageInfo(path.name, offset, length), begin, checksums(raw_bytes(alone)))
 
 
 def find_item(path: Path, offset: int, length: int) -> DCPItem:
     """The tensor whose archive is the file's bytes from `offset` on.
 
-    Raises OSError, BROKEN_ARCHIVE, and what pickle raises for broken data; a description that names anything but one
-    plain tensor is refused.
+    Raises OSError, BROKEN_ARCHIVE; a description that names anything but one plain tensor is refused.
     """
     with path.open("rb") as file, zipfile.ZipFile(_Section(file.fileno(), offset, length)) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+        if "byteorder" in members and _text(archive, members["byteorder"]) != b"little":
             raise pickle.UnpicklingError("its bytes are in another order")
-        with archive.open(members["data.pkl"]) as description:
-            view = _Description(description).load()
-        if not isinstance(view, _View):
-            raise pickle.UnpicklingError(f"it holds a {type(view).__name__}")
+        view = _view(read_pickle(_text(archive, members["data.pkl"])))
         member = members[f"data/{view.key}"]
         stored = TensorSpec((view.numel,), view.dtype)
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != stored.nbytes:
@@ -91,7 +110,15 @@ def find_item(path: Path, offset: int, length: int) -> DCPItem:
         header = offset + member.header_offset
         name, extra = LOCAL_HEADER.unpack(os.pread(file.fileno(), LOCAL_HEADER.size, header))
         begin = header + LOCAL_HEADER.size + name + extra
+        if begin + stored.nbytes > offset + length:
+            raise pickle.UnpicklingError("its bytes lie beyond it")
     return DCPItem(path, TensorSpec(view.shape, view.dtype), Entry(stored, begin), view.first, view.strides)
+
+
+def _text(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.file_size > MOST or member.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError("its description is not torch's")
+    return archive.read(member)
 
 
 @dataclass(frozen=True)
@@ -104,29 +131,14 @@ class _View:
     strides: tuple[int, ...]
 
 
-def _view(storage: tuple[str, int, torch.dtype], first: int, shape: Any, strides: Any, *rest: Any) -> _View:
-    """Stands in for what rebuilds a tensor when torch loads it."""
-    key, numel, dtype = storage
-    return _View(key, numel, dtype, int(first), tuple(map(int, shape)), tuple(map(int, strides)))
-
-
-class _Description(pickle.Unpickler):
-    """Refuses all that is not one plain tensor: a file of unknown origin cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _view
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
-
-    def persistent_load(self, pid: Any) -> tuple[str, int, torch.dtype]:
-        word, dtype, key, _, numel = pid
-        if word != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"{word!r} has no place in it")
-        return str(key), int(numel), dtype
+def _view(value: Any) -> _View:
+    """Of what torch.save describes: one plain tensor."""
+    storage, first, shape, strides, *_ = called(value, "torch._utils._rebuild_tensor_v2").args
+    _, kind, key, _, numel = called(storage, PERSISTENT).args[0]
+    dtype = STORAGES.get(kind.removeprefix("torch.")) if isinstance(kind, Name) else None
+    if dtype is None or not all(type(n) is int and n >= 0 for n in (first, numel, *shape, *strides)):
+        raise pickle.UnpicklingError("it is no plain tensor")
+    return _View(str(key), numel, dtype, first, shape, strides)
 
 
 class _Section(io.RawIOBase):

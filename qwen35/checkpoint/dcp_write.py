@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Size, Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.boxes import Box, TensorSpec, local_part
-from qwen35.checkpoint.dcp_folder import MARKER, checkpoint_name, marker_content, write_latest
-from qwen35.checkpoint.dcp_item import save_tensor
+from qwen35.checkpoint.dcp_folder import INDEX, MARKER, checkpoint_name, marker_content, write_latest
+from qwen35.checkpoint.dcp_index import describe
+from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.errors import CheckpointError
 
 
@@ -53,7 +48,7 @@ def write_checkpoint(
     planner: SavePlanner,
     write_rest: Callable[[Path], None],
     group: dist.ProcessGroup | None = None,
-    facts: Mapping[str, Any] | None = None,
+    world_size: int = 1,
 ) -> Path:
     """Write one checkpoint, all ranks in step, and return its folder.
 
@@ -68,13 +63,11 @@ def write_checkpoint(
     together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
     try:
         together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
-        metadata = _dcp_save(temporary, planner, group)
+        _dcp_save(temporary, planner, group)
 
         def finish() -> None:
             if is_first:
-                _check_all_written(metadata, temporary)
-                content = marker_content(temporary, step=step, **(facts or {}))
-                folders.commit(temporary, checkpoint, MARKER, content)
+                folders.commit(temporary, checkpoint, MARKER, marker_content(temporary, step, world_size))
                 write_latest(folder, step)
 
         together(finish, group, f"{checkpoint} cannot be written")
@@ -115,36 +108,38 @@ def _item(name: str, spec: TensorSpec, box: Box) -> WriteItem:
     return WriteItem(MetadataIndex(name, Size(box.start)), WriteItemType.SHARD, tensor_data=data)
 
 
-class _StreamWriter(dcp.FileSystemWriter):
+class StreamWriter(dcp.FileSystemWriter):
     """DCP's own files, written tensor by tensor: DCP's writer keeps every tensor until the end of the file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
+        path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
+        results: list[WriteResult] = []
         if plan.items:
-            with (Path(self.path) / name).open("wb") as file:
+            with path.open("wb") as file:
                 for item in plan.items:
-                    begin = file.tell()
                     value = planner.resolve_data(item)
                     assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
-                    save_tensor(value.detach().cpu(), file)
-                    length = file.tell() - begin
-                    results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
-                file.flush()
+                    results.append(append_tensor(value.detach().cpu(), item.index, path, file))
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank: tensors.json, and .metadata beside it."""
+        (Path(self.path) / INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
+        super().finish(metadata, results)
 
-def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | None) -> Metadata:
-    save = partial(dcp.save, {}, storage_writer=_StreamWriter(folder), planner=planner, process_group=group)
+
+def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | None) -> None:
+    save = partial(dcp.save, {}, storage_writer=StreamWriter(folder), planner=planner, process_group=group)
     try:
         if dist.is_initialized():
-            return save()
+            save()
+            return
         with warnings.catch_warnings():  # not beside other threads: the filters are the whole process's
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-            return save()
+            save()
     except CheckpointException as failed:  # a BaseException
         told = sorted({_words(error) for error, _ in failed.failures.values()})
         raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed
@@ -154,15 +149,6 @@ def _words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_all_written(metadata: Metadata, folder: Path) -> None:
-    stored = metadata.storage_data
-    for name, entry in metadata.state_dict_metadata.items():
-        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else []
-        for chunk in chunks:
-            if MetadataIndex(name, chunk.offsets) not in stored:
-                raise CheckpointError(f"{folder}: a part of {name} was not written")
 
 
 def together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:

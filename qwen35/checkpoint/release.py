@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Size
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -20,8 +18,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.boxes import Box, Source, pieces
 from qwen35.checkpoint.dcp_folder import MARKER, RELEASE, marker_content, write_latest
-from qwen35.checkpoint.dcp_item import save_tensor
+from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.dcp_source import MODEL
+from qwen35.checkpoint.dcp_write import StreamWriter
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
@@ -40,7 +39,7 @@ def write_release(source: Source, folder: str | Path, progress: Callable[[int], 
     try:
         with folders.new_folder(folder / RELEASE, MARKER, content) as temporary:
             _write(source, temporary, progress)
-            content |= marker_content(temporary, step=None)
+            content |= marker_content(temporary, None)
         write_latest(folder, None)
     except OSError as error:
         raise CheckpointError(f"{folder / RELEASE} cannot be written: {one_line(error)}") from error
@@ -57,25 +56,23 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
     }
 
     def write(number: int, parts: Iterator[tuple[str, Box]]) -> list[WriteResult]:
-        file_name, written = f"__0_{number}.distcp", []
-        with (folder / file_name).open("wb") as file:
+        path = folder / f"__0_{number}.distcp"
+        written: list[WriteResult] = []
+        with path.open("wb") as file:
             for name, box in parts:
-                values, begin = source.read(name, box), file.tell()
-                save_tensor(values, file)
-                file.flush()
-                length = file.tell() - begin
-                folders.flush_soon(file.fileno(), begin, length)
-                index = MetadataIndex(MODEL + name, Size(box.start))
-                written.append(WriteResult(index, length, _StorageInfo(file_name, begin, length)))
+                values = source.read(name, box)
+                one = append_tensor(values, MetadataIndex(MODEL + name, Size(box.start)), path, file)
+                folders.flush_soon(file.fileno(), one.storage_data.offset, one.size_in_bytes)
+                written.append(one)
                 if progress:
                     progress(values.nbytes)
-            folders.flush(folder / file_name)
+            folders.flush(path)
         return written
 
     parts = [(name, box) for name, boxes in plan.items() for box in boxes]
     is_small = sum(spec.nbytes for spec in source.specs.values()) <= SMALL
     written = share_out(parts, write, 1 if is_small else THREADS)
-    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+    described: dict[str, STORAGE_TYPES] = {
         MODEL + name: TensorStorageMetadata(
             TensorProperties(dtype=source.specs[name].dtype),
             Size(source.specs[name].shape),
@@ -83,4 +80,4 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
         )
         for name, boxes in plan.items()
     }
-    FileSystemWriter(folder).finish(Metadata(described), written)
+    StreamWriter(folder).finish(Metadata(described), written)

@@ -114,9 +114,9 @@ def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            for offset, count in _runs(entry.spec.shape, box):
+            for offset, count in runs_of(entry.spec.shape, box):
                 length = count * itemsize
-                _read_into(fd, view[filled : filled + length], entry.begin + offset * itemsize, path)
+                read_into(fd, view[filled : filled + length], entry.begin + offset * itemsize, path)
                 filled += length
         finally:
             os.close(fd)
@@ -143,7 +143,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
+def read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
     while view.nbytes:
         got = os.preadv(fd, [view], position)  # at most 2 GiB at a time
         if got == 0:
@@ -151,7 +151,7 @@ def _read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
         view, position = view[got:], position + got
 
 
-def _runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
+def runs_of(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
     """(offset, count) in elements of the contiguous stretches that make up a box, in row-major order."""
     if box.numel == 0:
         return

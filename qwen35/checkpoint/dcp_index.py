@@ -1,0 +1,183 @@
+"""What a DCP checkpoint holds: each tensor's shape and dtype, and in which file its chunks lie, where, with which checksums.
+
+It is written as JSON, tensors.json, beside DCP's own description, .metadata: a pickle, which torch's tools read. This program
+reads it in checkpoints that have no tensors.json, as they were once written.
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.checksums import DIGITS, blocks_in
+from qwen35.checkpoint.dcp_folder import FORMAT, INDEX, METADATA, read_file
+from qwen35.checkpoint.dcp_item import Written
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.pickle_read import Pickled, called, fields_of, pairs, read_pickle
+from qwen35.checkpoint.safetensors_file import CODES, DTYPES
+from qwen35.errors import one_line
+
+MODULE = "torch.distributed.checkpoint."
+TORCH_DTYPES = {str(dtype): dtype for dtype in CODES}
+AXES, CUTS = (
+    16,
+    32,
+)  # of a tensor; of a tensor into chunks: more of them are nobody's layout, and would take long to look at
+BROKEN = (pickle.UnpicklingError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    box: Box
+    file: str
+    begin: int  # of its bytes; without checksums: of the archive in which they are
+    nbytes: int
+    crc32: str | None
+
+
+@dataclass(frozen=True)
+class Stored:
+    spec: TensorSpec
+    chunks: list[Chunk]
+
+
+def describe(metadata: Metadata, results: Iterable[WriteResult]) -> str:
+    """The text of tensors.json. Raises CheckpointError if a part of a tensor was not written."""
+    found, tensors = {one.index: one for one in results if isinstance(one, Written)}, {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)  # there are no others: extras are files of their own
+        rows = []
+        for chunk in entry.chunks:
+            one = found.get(MetadataIndex(name, chunk.offsets))
+            if one is None:
+                raise CheckpointError(f"a part of {name} was not written")
+            place = {"file": one.storage_data.relative_path, "begin": one.begin, "crc32": one.crc32}
+            rows.append({"start": list(chunk.offsets), "size": list(chunk.sizes), **place})
+        tensors[name] = {"dtype": CODES[entry.properties.dtype], "shape": list(entry.size), "chunks": rows}
+    return json.dumps(tensors)
+
+
+def read_index(checkpoint: Path, marker: Mapping[str, Any]) -> dict[str, Stored]:
+    """By the tensors' names. Raises CheckpointError for what no checkpoint could be: see `_check`."""
+    file, parse = (INDEX, _from_json) if marker.get("format") == FORMAT else (METADATA, _from_metadata)
+    data = read_file(checkpoint, file, marker)
+    sizes = marker.get("files") or {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.is_file()}
+    try:
+        stored = parse(data)
+        for name, one in stored.items():
+            _check(name, one, sizes)
+    except BROKEN as error:
+        raise CheckpointError(f"{checkpoint}: {file} is broken or not DCP's: {one_line(error)}") from None
+    return stored
+
+
+def _from_json(data: bytes) -> dict[str, Stored]:
+    stored = {}
+    for name, fields in json.loads(data).items():
+        spec = TensorSpec(_numbers(fields["shape"]), DTYPES[fields["dtype"]])
+        stored[name] = Stored(spec, [_chunk(row, spec) for row in fields["chunks"]])
+    return stored
+
+
+def _chunk(row: Mapping[str, Any], spec: TensorSpec) -> Chunk:
+    box = Box(_numbers(row["start"]), _numbers(row["size"]))
+    return Chunk(box, row["file"], row["begin"], box.numel * spec.dtype.itemsize, row["crc32"].lower())
+
+
+def _from_metadata(data: bytes) -> dict[str, Stored]:
+    root = fields_of(read_pickle(data), MODULE + "metadata.Metadata")
+    places = {}
+    for index, info in pairs(root["storage_data"]):
+        key = fields_of(index, MODULE + "metadata.MetadataIndex")
+        start = () if key["offset"] is None else _size(key["offset"])
+        places[str(key["fqn"]), start] = fields_of(info, MODULE + "filesystem._StorageInfo")
+    stored = {}
+    for name, entry in pairs(root["state_dict_metadata"]):
+        if isinstance(entry, Pickled) and entry.name == MODULE + "metadata.BytesStorageMetadata":
+            continue
+        fields = fields_of(entry, MODULE + "metadata.TensorStorageMetadata")
+        dtype = called(fields["properties"], MODULE + "metadata.TensorProperties").state[0]
+        if dtype not in TORCH_DTYPES:
+            raise ValueError(f"{name}: its dtype is not supported")
+        chunks = []
+        for chunk in fields["chunks"]:
+            at = fields_of(chunk, MODULE + "metadata.ChunkStorageMetadata")
+            box = Box(_size(at["offsets"]), _size(at["sizes"]))
+            info = places.get((name, box.start))
+            if info is None:
+                raise ValueError(f"{name}: a part of it is missing")
+            if info.get("transform_descriptors"):
+                raise ValueError(f"{name}: it is stored in a form that is not supported")
+            chunks.append(Chunk(box, info["relative_path"], info["offset"], info["length"], None))
+        stored[name] = Stored(TensorSpec(_size(fields["size"]), TORCH_DTYPES[dtype]), chunks)
+    return stored
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    (numbers,) = called(value, "torch.Size").args
+    return _numbers(numbers)
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if len(values) > AXES or not all(_is_count(n) for n in values):
+        raise ValueError("a shape or place is not made of whole numbers")
+    return tuple(values)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the chunks lie within the tensor and hold each element once, and their bytes within files."""
+    shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
+    for chunk in stored.chunks:
+        box = chunk.box
+        if not len(box.start) == len(box.size) == len(shape):
+            raise ValueError(f"{name}: a chunk of it has other axes")
+        if any(a + n > end for a, n, end in zip(box.start, box.size, shape, strict=True)):
+            raise ValueError(f"{name}: a chunk of it lies outside of it")
+        if not isinstance(chunk.file, str) or Path(chunk.file).name != chunk.file or chunk.file not in sizes:
+            raise ValueError(f"{name}: it lies in no file of this checkpoint")
+        if not (_is_count(chunk.begin) and _is_count(chunk.nbytes) and box.numel * itemsize <= chunk.nbytes):
+            raise ValueError(f"{name}: a chunk of it has another size than its bytes")
+        if chunk.begin + chunk.nbytes > sizes[chunk.file]:
+            raise ValueError(f"{name}: it lies beyond the end of {chunk.file}")
+        if chunk.crc32 is not None and len(chunk.crc32) != blocks_in(chunk.nbytes) * DIGITS:
+            raise ValueError(f"{name}: a chunk of it has too few checksums or too many")
+    boxes = [chunk.box for chunk in stored.chunks if chunk.box.numel]
+    if sum(box.numel for box in boxes) != math.prod(shape) or not _are_apart(boxes):
+        raise ValueError(f"{name}: its chunks do not hold each element once")
+
+
+def _are_apart(boxes: list[Box]) -> bool:
+    """Whether no two boxes have an element in common, for boxes that come about by cutting: again and again, across."""
+    left = [(boxes, 0)]
+    while left:
+        group, cuts = left.pop()
+        if len(group) > 1:
+            axes = range(len(group[0].start))
+            parts = next((parts for axis in axes if len(parts := _cut(group, axis)) > 1), None)
+            if parts is None or cuts == CUTS:
+                return False
+            left += [(part, cuts + 1) for part in parts]
+    return True
+
+
+def _cut(boxes: list[Box], axis: int) -> list[list[Box]]:
+    """Boxes in groups that lie one behind the other along an axis."""
+    groups: list[list[Box]] = []
+    end = -1
+    for box in sorted(boxes, key=lambda box: box.start[axis]):
+        if box.start[axis] >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, box.start[axis] + box.size[axis])
+    return groups

@@ -1,0 +1,93 @@
+"""metrics.jsonl when something else has written into it, or removed it: the run goes on, and nothing of it is lost unsaid."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen35 import metrics as module
+from qwen35.metrics import Metrics, StepRecord, draw_loss, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "all_reduce", lambda tensor: None)
+
+
+def begin(folder: Path, done: int) -> Metrics:
+    return Metrics(folder, ["visual"], 10, done, torch.device("cpu"), None)
+
+
+def step(metrics: Metrics, number: int) -> None:
+    sums = torch.tensor([1.0, 0.0, 10.0, 5.0, 2.0])
+    metrics.record(StepRecord(number, 1e-3, 0.0, 0.0, sums, torch.tensor([1.0])))
+    metrics.flush(patience=3)
+
+
+def text(*steps: int) -> bytes:
+    return b"".join(json.dumps({"step": n, "loss": 1.5, "lr": 0.1}).encode() + b"\n" for n in steps)
+
+
+STRANGE = {
+    "words": b"what is this\n",
+    "a byte that is not UTF-8": b'{"step": 3, "loss": "\xff"}\n',
+    "another value": b"[3]\n",
+    "no step": b'{"loss": 3}\n',
+    "a step that is none": b'{"step": "3"}\n',
+    "nesting": b"[" * 100_000 + b"\n",
+    "many digits": b'{"step": ' + b"9" * 5000 + b"}\n",
+    "nothing": b"\n",
+    "zeros": bytes(4096) + b"\n",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, capsys, kind):
+    """And the file as it was, under another name each time; it says which line."""
+    file, before = tmp_path / "metrics.jsonl", text(1, 2) + STRANGE[kind] + text(4, 5, 6)
+    for number in (1, 2):
+        file.write_bytes(before)
+        begin(tmp_path, 5)
+        assert file.read_bytes() == text(1, 2, 4, 5)
+        assert (tmp_path / f"metrics.damaged{number}").read_bytes() == before
+        words = f"line 3 is not a step's; what can be read stays in it, and metrics.damaged{number} is what it was"
+        assert capsys.readouterr().out == f"{file}: {words}\n"
+    file.write_bytes(before)
+    draw_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_that_was_cut_off_is_the_last_steps(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(text(1, 2, 3) + text(4)[:-9])
+    begin(tmp_path, 3)
+    assert file.read_bytes() == text(1, 2, 3)
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_file_that_somebody_removes_begins_anew(tmp_path, capsys):
+    metrics, file = begin(tmp_path, 0), tmp_path / "metrics.jsonl"
+    for number in (1, 2):
+        step(metrics, number)
+    file.unlink()
+    step(metrics, 3)
+    assert f"{file} is gone, somebody removed it: it begins anew with this step\n" in capsys.readouterr().out
+    metrics.validated({"val_loss": 2.0, "val_time": 0.1}, [])
+    assert [(line["step"], line.get("val_loss")) for line in read_metrics(file)] == [(3, 2.0)]
+    file.unlink()
+    metrics.validated({"val_loss": 3.0, "val_time": 0.1}, [])
+    step(metrics, 4)
+    assert [(line["step"], line.get("val_loss")) for line in read_metrics(file)] == [(3, 3.0), (4, None)]
+    file.write_bytes(b"another's\n")
+    metrics.validated({"val_loss": 4.0, "val_time": 0.1}, [])
+    assert file.read_bytes().startswith(b"another's\n{")
+    assert [(line["step"], line.get("val_loss")) for line in read_metrics(file)] == [(4, 4.0)]
+
+
+def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x", "lr": [1]}\n{"step": 2, "val_loss": null}\n')
+    draw_loss(tmp_path)
+    assert (tmp_path / "loss.png").is_file()

@@ -88,9 +88,8 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
-    check = fitting if is_hf else fitting_checkpoint
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = check(model, origin)
+    held = (fitting if is_hf else fitting_checkpoint)(model, origin)
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
@@ -167,7 +166,6 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     of_step = here.clone()
     dist.all_reduce(of_step)
     scale = 1 / of_step[:3].clamp(min=1)  # of the loss, of multi-token prediction's, of load balancing's
-    no_images = of_step[5] == 0
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
     text = run.model.config.text
@@ -198,7 +196,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     for group in run.optimizer.param_groups:
         group["lr"] = lr
         # without images on any rank the tower takes no step, as if it had not run; a rank that has some need not ask
-        group["skip"] = no_images if group["visual"] and not images else None
+        group["skip"] = of_step[5] == 0 if group["visual"] and not images else None
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1

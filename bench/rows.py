@@ -19,7 +19,7 @@ import kernels
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.flops import training_flops
+from qwen35.flops import Flops
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35
 
@@ -174,7 +174,7 @@ def slice_row(lengths: tuple[int, ...], trained: float, with_peer: bool) -> Resu
     seconds = in_turn(calls, rounds=3)
     labels = int((batch.labels != IGNORE).sum())
     total = sum(lengths)
-    flops = training_flops(ours.config, total, batch.cu_seqlens.diff(), labels, batch.grid_thw)
+    flops = Flops(ours).of(total, batch.cu_seqlens.diff(), labels, batch.grid_thw)
     result = {"tokens_per_second": total / seconds[0], "share_of_matmul_rate": flops / seconds[0] / matmul_rate()}
     if theirs is None:
         return result | {"peak_gb": peak_bytes() / 1e9}

@@ -43,7 +43,7 @@ class PackedBatch:
     vision: VisionIndex | None = None
     trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
-    bad_records: tuple[str, ...] = ()  # what is wrong with samples of which nothing is trained: their images are broken
+    bad_records: tuple[str, ...] = ()  # what is wrong with the samples that are missing: their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy whose tensors are on `device`; those that the host reads (cu_seqlens, grid_thw) stay on the CPU."""

@@ -1,9 +1,17 @@
-"""Model FLOPs of a packed batch: what the maths needs, forward + backward (= 3 x forward). Recomputation is not counted."""
+"""Model FLOPs of a packed batch: what the maths needs, forward and backward. Recomputation is not counted.
 
-from torch import Tensor
+Backward costs as much as forward for the gradients of weights, and as much again for the gradients of what they read. The first
+are counted where the weight is trained, the second where something trained lies below; a frozen part costs its forward alone.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from qwen35.batch import IGNORE, Ahead, PackedBatch
-from qwen35.model.config import ModelConfig
+from qwen35.model import Qwen35
 
 CHUNK = 64  # of the gated delta rule
 
@@ -15,52 +23,119 @@ def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
     return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
 
 
-def batch_flops(config: ModelConfig, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
-    """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
-    tokens, trained, image_tokens = counts
-    lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
-    if batch.is_pad is not None:
-        lengths = lengths[~batch.is_pad[starts]]
-    is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * config.vision.spatial_merge_size**2
-    trained += len(ahead.trained) if ahead else 0
-    return training_flops(config, tokens, lengths, trained, batch.grid_thw[is_real], mtp=ahead is not None)
+class Flops:
+    """Of a model as it is frozen, plain or sharded: walks once along the way of the data, from the pixels to the heads."""
+
+    def __init__(self, model: Qwen35):
+        self.config = model.config
+        self.per: dict[str, float] = defaultdict(float)  # token, pair, label, ahead, patch, patch_pair -> FLOPs of each
+        self.is_trained_below = False  # whether the gradient of what the next part reads is needed
+        text = model.model.language_model
+        self._tower(model.model.visual)
+        self._maps("token", lookups=[text.embed_tokens])
+        for layer in text.layers:
+            self._layer(layer)
+        self._maps("token", text.norm)
+        head = text.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+        below = self.is_trained_below
+        self._maps("label", head)
+        if hasattr(model, "mtp"):
+            self.is_trained_below = below
+            self._maps("token", model.mtp.pre_fc_norm_embedding, model.mtp.pre_fc_norm_hidden)
+            self._maps("token", model.mtp.fc)
+            self._layer(model.mtp.layers[0])
+            self._maps("token", model.mtp.norm)
+            self._maps("ahead", head)
+
+    def of_batch(self, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
+        """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
+        tokens, labels, image_tokens = counts
+        lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
+        if batch.is_pad is not None:
+            lengths = lengths[~batch.is_pad[starts]]
+        is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * self.config.vision.spatial_merge_size**2
+        return self.of(tokens, lengths, labels, batch.grid_thw[is_real], len(ahead.trained) if ahead else 0)
+
+    def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, ahead: int = 0) -> float:
+        """Of sequences of `lengths` [S] tokens; the head counts where it has a label, the next token's or the one `ahead`."""
+        frames, patches = grid_thw[:, 0], grid_thw[:, 1] * grid_thw[:, 2]
+        counts = {
+            "token": tokens,
+            "pair": float((lengths.double().square() / 2).sum()),  # of a query and a key that it sees
+            "label": labels,
+            "ahead": ahead,
+            "patch": float((frames * patches).sum()),
+            "patch_pair": float((frames * patches**2).sum()),
+        }
+        return sum(count * self.per[unit] for unit, count in counts.items())
+
+    def _maps(
+        self,
+        unit: str,
+        *maps: nn.Module | Tensor,
+        share: float = 1.0,
+        routed: Sequence[Tensor] = (),
+        lookups: Sequence[nn.Module] = (),
+    ) -> None:
+        """What reads the same input, side by side. share: of a unit that it meets; routed: stacked weights of experts."""
+        weights = [w for part in maps for w in _weights(part)]
+        t, cost = self.config.text, 2 * (1 + self.is_trained_below)
+        for w in weights:
+            if w.ndim > 1:
+                self.per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
+        for w in routed:
+            self.per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
+        everything = (*weights, *routed, *(w for part in lookups for w in _weights(part)))
+        self.is_trained_below |= any(w.requires_grad for w in everything)
+
+    def _core(self, unit: str, flops: float) -> None:
+        """What has no weights, and several inputs."""
+        self.per[unit] += flops * (3 if self.is_trained_below else 1)
+
+    def _layer(self, layer: Any) -> None:
+        t = self.config.text
+        self._maps("token", layer.input_layernorm)
+        if layer.is_attention:
+            attention = layer.self_attn
+            self._maps("token", attention.q_proj, attention.k_proj, attention.v_proj)
+            self._maps("token", attention.q_norm, attention.k_norm)
+            self._core("pair", 4 * t.num_attention_heads * t.head_dim)
+            self._maps("token", attention.o_proj)
+        else:
+            delta, dk, dv = layer.linear_attn, t.linear_key_head_dim, t.linear_value_head_dim
+            self._maps("token", delta.in_proj_qkv, delta.in_proj_z, delta.in_proj_b, delta.in_proj_a)
+            self._maps("token", delta.conv1d, delta.A_log, delta.dt_bias)
+            rule = 4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv
+            self._core("token", t.linear_num_value_heads * rule)
+            self._maps("token", delta.norm)
+            self._maps("token", delta.out_proj)
+        self._maps("token", layer.post_attention_layernorm)
+        mlp = layer.mlp
+        if layer.is_moe:
+            shared, experts = mlp.shared_expert, mlp.experts
+            both = (shared.gate_proj, shared.up_proj)
+            self._maps("token", mlp.gate, mlp.shared_expert_gate, *both, routed=[experts.gate_up_proj])
+            self._maps("token", shared.down_proj, routed=[experts.down_proj])
+        else:
+            self._maps("token", mlp.gate_proj, mlp.up_proj)
+            self._maps("token", mlp.down_proj)
+
+    def _tower(self, tower: Any) -> None:
+        v = self.config.vision
+        self._maps("patch", tower.patch_embed, lookups=[tower.pos_embed])
+        for block in tower.blocks:
+            self._maps("patch", block.norm1)
+            self._maps("patch", block.attn.qkv)
+            self._core("patch_pair", 4 * v.hidden_size)
+            self._maps("patch", block.attn.proj)
+            self._maps("patch", block.norm2)
+            self._maps("patch", block.mlp.linear_fc1)
+            self._maps("patch", block.mlp.linear_fc2)
+        merged = 1 / v.spatial_merge_size**2
+        self._maps("patch", tower.merger.norm)
+        self._maps("patch", tower.merger.linear_fc1, share=merged)
+        self._maps("patch", tower.merger.linear_fc2, share=merged)
 
 
-def training_flops(
-    config: ModelConfig, tokens: int, lengths: Tensor, trained_tokens: int, grid_thw: Tensor, mtp: bool = False
-) -> float:
-    """FLOPs of one step over sequences of `lengths` [S] tokens; the head is counted where a label is trained.
-
-    mtp: with the layer of multi-token prediction, whose labels are among the trained_tokens.
-    """
-    t = config.text
-    gdn = t.layer_types.count("linear_attention")
-    attention = len(t.layer_types) - gdn + mtp
-    key, value = t.linear_num_key_heads * t.linear_key_head_dim, t.linear_num_value_heads * t.linear_value_head_dim
-    gdn_weights = t.hidden_size * (2 * key + 2 * value + 2 * t.linear_num_value_heads) + value * t.hidden_size
-    gdn_weights += (2 * key + value) * t.linear_conv_kernel_dim
-    query, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    attention_weights = t.hidden_size * (2 * query + 2 * kv) + query * t.hidden_size
-    ffn = 3 * t.hidden_size * t.intermediate_size
-    if t.num_experts:
-        ffn = 3 * t.hidden_size * (t.num_experts_per_tok * t.moe_intermediate_size + t.shared_expert_intermediate_size)
-        ffn += t.hidden_size * (t.num_experts + 1)
-    weights = gdn * gdn_weights + attention * attention_weights + (gdn + attention) * ffn
-    weights += mtp * 2 * t.hidden_size**2
-    dk, dv = t.linear_key_head_dim, t.linear_value_head_dim
-    delta_rule = t.linear_num_value_heads * (4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv)
-    pairs = float((lengths.double().square() / 2).sum())  # of a query and a key that it sees
-    text = tokens * (2 * weights + gdn * delta_rule) + attention * 4 * pairs * query
-    head = 2 * trained_tokens * t.hidden_size * t.vocab_size
-    return 3 * (text + head + _vision(config, grid_thw))
-
-
-def _vision(config: ModelConfig, grid_thw: Tensor) -> float:
-    v = config.vision
-    patches = float(grid_thw.prod(-1).sum())
-    pairs = float((grid_thw[:, 0] * (grid_thw[:, 1] * grid_thw[:, 2]) ** 2).sum())
-    block = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    embed = v.in_channels * v.temporal_patch_size * v.patch_size**2 * v.hidden_size
-    merged = v.hidden_size * v.spatial_merge_size**2
-    merger = (merged**2 + merged * v.out_hidden_size) / v.spatial_merge_size**2
-    return 2 * patches * (v.depth * block + embed + merger) + v.depth * 4 * pairs * v.hidden_size
+def _weights(part: nn.Module | Tensor) -> list[Tensor]:
+    return [part] if isinstance(part, Tensor) else list(part.parameters())

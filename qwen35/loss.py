@@ -1,14 +1,17 @@
 """Every loss_type is a vector of token weights: loss = sum over all ranks and micro-batches of sum(weights * cross entropy).
 
-With valid = labels != -100, and A micro-batches on each of R ranks a step:
-    default           mean over the valid tokens of a micro-batch, mean over A, mean over R
-    per_sample_loss   mean over the valid tokens of a sample, mean over the samples of a micro-batch, then A and R
+With valid = labels != -100, and the step's micro-batches on all ranks:
+    default           mean over the valid tokens of a micro-batch, mean over the micro-batches
+    per_sample_loss   mean over the valid tokens of a sample, mean over the samples of a micro-batch, then the micro-batches
     per_token_loss    sum over all valid tokens of the step / their number: the same for any split of the samples
-A sample without valid tokens counts nowhere. Multi-token prediction is weighed in the same way, over labels of its own: each of
-the two losses is a mean over what it is trained on.
+A sample without valid tokens counts nowhere, and neither does a micro-batch without any: where all of its records were broken,
+it does not dilute the mean of the others (transformers would divide zero by zero there). Multi-token prediction is weighed in
+the same way, over labels of its own: each of the two losses is a mean over what it is trained on. The load-balancing loss is a
+mean over the micro-batches that hold tokens other than padding.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from qwen35.batch import IGNORE, Ahead, PackedBatch, ahead_labels
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
     """[T] fp32 within one micro-batch, on the batch's device (host work: call it before the batch moves).
 
-    Still to be divided by A * R, or for per_token_loss by the step's number of valid tokens.
+    Still to be divided by the step's `divisors`.
     """
     valid = (batch.labels != IGNORE).float()
     if loss_type == "per_token_loss":
@@ -37,3 +40,13 @@ def look_ahead(batch: PackedBatch, loss_type: str) -> Ahead:
     labels, is_end = ahead_labels(batch)
     weights = token_weights(dataclasses.replace(batch, labels=labels), loss_type)
     return Ahead(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
+
+
+def divisors(batches: Sequence[PackedBatch], aheads: Sequence[Ahead | None], loss_type: str) -> list[float]:
+    """One rank's part of what divides the step's losses: of the next token, of the token after it, of load balancing."""
+    trained = [int((batch.labels != IGNORE).sum()) for batch in batches]
+    ahead = [0 if one is None else len(one.trained) for one in aheads]
+    filled = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
+    if loss_type != "per_token_loss":
+        trained, ahead = [int(n > 0) for n in trained], [int(n > 0) for n in ahead]
+    return [float(sum(trained)), float(sum(ahead)), float(sum(filled))]

@@ -209,8 +209,8 @@ class Metrics:
                 f" or look at that step's data"
             )
         for name, square in zip(self.groups, squares, strict=True):
-            if name.startswith("visual") and (line["image_tokens"] == 0 or line["bad_records"]):
-                continue  # nothing for the tower to learn from in this step, or perhaps nothing
+            if name.startswith("visual") and line["image_tokens"] == 0:
+                continue  # nothing for the tower to learn from in this step
             self.zero_steps[name] = self.zero_steps[name] + 1 if square == 0 else 0
             if self.zero_steps[name] >= patience:
                 raise RunError(

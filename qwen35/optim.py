@@ -6,33 +6,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from qwen35.optim_swap import SwappedAdamW, local
+from qwen35.adamw import AdamW, local
+from qwen35.optim_swap import SwappedAdamW
 from qwen35.settings import TrainingSettings
-from qwen35.trainable import by_group
+from qwen35.trainable import by_group, group_of
 
 
-def make_optimizer(model: nn.Module, t: TrainingSettings) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
     """AdamW on exactly the trained parameters. Matrices decay; norms, biases and gates do not.
 
-    Tensors of each mesh, and replicated ones, are kept in groups of their own, for torch fuses only alike ones.
+    The vision tower's are in groups of their own, "visual", which take no step where there are no images.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    alike: dict[tuple[DeviceMesh | None, bool], list[nn.Parameter]] = {}
-    for p in trained:
-        alike.setdefault((p.device_mesh if isinstance(p, DTensor) else None, p.ndim > 1), []).append(p)
+    alike: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            alike.setdefault((group_of(name).startswith("visual"), p.ndim > 1), []).append(p)
     groups = [
-        {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0}
-        for (_, matrix), parameters in alike.items()
+        {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0, "visual": visual}
+        for (visual, matrix), parameters in alike.items()
     ]
     options: dict[str, Any] = {"lr": t.lr, "betas": (t.adam_beta1, t.adam_beta2), "eps": t.adam_eps}
-    swapped = t.optimizer == "adamw_swap"
-    optimizer = SwappedAdamW(groups, **options) if swapped else torch.optim.AdamW(groups, **options, fused=True)
-    held = [p for g in optimizer.param_groups for p in g["params"]]
-    assert {id(p) for p in held} == {id(p) for p in trained} and len(held) == len(trained)
-    return optimizer
+    return (SwappedAdamW if t.optimizer == "adamw_swap" else AdamW)(groups, **options)
 
 
 def learning_rate(step: int, t: TrainingSettings) -> float:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
+from qwen35.adamw import CHUNK, AdamW, local, update
 from qwen35.device import CopyQueue, host_buffer
 
-CHUNK = 1 << 25  # elements: both moments take 256 MB on the device, of two chunks at a time
 ALIGNED = (
     64  # elements: where a tensor is cut, so that each part goes through the same vector instructions as the whole
 )
@@ -31,12 +30,12 @@ class Chunk:
     size: int = 0
 
 
-class SwappedAdamW(torch.optim.AdamW):
+class SwappedAdamW(AdamW):
     """chunk: elements whose moments are on the device at a time (twice as many in all: one comes while one is used)."""
 
     def __init__(self, groups: list[dict[str, Any]], chunk: int = CHUNK, **options: Any):
         assert chunk >= ALIGNED
-        super().__init__(groups, fused=True, **options)
+        super().__init__(groups, **options)
         self.chunk = chunk
         for group in self.param_groups:
             group["on_host"] = True  # where the checkpoint puts the moments that it reads
@@ -47,9 +46,15 @@ class SwappedAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Nothing waits on the host: who reads the moments there waits for the device first (checkpoint/dcp.py does)."""
         assert closure is None
-        chunks = [(group, chunk) for group in self.param_groups for chunk in self._chunks(group)]
-        if not chunks:
-            return
+        trained = [self.begin(group) for group in self.param_groups]
+        groups = list(zip(self.param_groups, trained, strict=True))
+        chunks = [(group, chunk) for group, parameters in groups for chunk in self._chunks(parameters)]
+        if chunks:
+            self._update(chunks)
+        for group, parameters in groups:
+            self.end(group, parameters)
+
+    def _update(self, chunks: list[tuple[dict[str, Any], Chunk]]) -> None:
         count = min(2, len(chunks))
         device = chunks[0][1].parameters[0].device
         rooms = torch.empty(count, 2, max(chunk.size for _, chunk in chunks), device=device)
@@ -57,33 +62,27 @@ class SwappedAdamW(torch.optim.AdamW):
         left = [self._going.mark()] * count  # that the moments which used a room last are back on the host
         for i, (group, chunk) in enumerate(chunks):
             room = rooms[i % count]
-            first, second = (x.split([len(p) for p in chunk.parameters]) for x in room[:, : chunk.size])
+            first, second = (list(x.split([len(p) for p in chunk.parameters])) for x in room[:, : chunk.size])
             with self._coming.after(left[i % count]):
                 _copy(chunk.moments, first, second, to_device=True)
             self._coming.hold_device(self._coming.mark())
-            torch._fused_adamw_(
-                chunk.parameters, chunk.gradients, first, second, [], chunk.steps, lr=group["lr"], beta1=group["betas"][0],
-                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-            )  # fmt: skip
+            update(group, chunk.parameters, chunk.gradients, first, second, chunk.steps)
             self._going.follow_device()
             with self._going.after(None):
                 _copy(chunk.moments, first, second, to_device=False)
             left[i % count] = self._going.mark()
         self._going.hold_device(self._going.mark())  # the rooms are given back
 
-    def _chunks(self, group: dict[str, Any]) -> Iterator[Chunk]:
-        """In the order of the parameters; raises its step by one."""
-        chunk, trained = Chunk(), [p for p in group["params"] if p.grad is not None]
-        for parameter in trained:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = host_buffer(parameter), host_buffer(parameter)
-        if trained:
-            torch._foreach_add_([self.state[p]["step"] for p in trained], 1)
+    def zeros_like(self, parameter: nn.Parameter) -> Tensor:
+        return host_buffer(parameter)
+
+    def _chunks(self, trained: list[nn.Parameter]) -> Iterator[Chunk]:
+        """In the order of the parameters."""
+        chunk = Chunk()
         for parameter in trained:
             state = self.state[parameter]
             changed = (local(x).view(-1) for x in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+            assert parameter.grad is not None
             flat = local(parameter.grad).reshape(-1), *changed
             done, total = 0, len(flat[0])
             while done < total:
@@ -104,15 +103,8 @@ class SwappedAdamW(torch.optim.AdamW):
             yield chunk
 
 
-def _copy(
-    moments: list[tuple[Tensor, Tensor]], first: tuple[Tensor, ...], second: tuple[Tensor, ...], to_device: bool
-) -> None:
+def _copy(moments: list[tuple[Tensor, Tensor]], first: list[Tensor], second: list[Tensor], to_device: bool) -> None:
     for pair, *places in zip(moments, first, second, strict=True):
         for there, place in zip(pair, places, strict=True):
             target, source = (place, there) if to_device else (there, place)
             target.copy_(source, non_blocking=True)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

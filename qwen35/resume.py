@@ -11,6 +11,7 @@ import torch.distributed as dist
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, Loaded, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_folder import damaged
 from qwen35.config import SettingError, difference, load_settings
+from qwen35.metrics import RunError
 from qwen35.model import ModelConfig
 from qwen35.rng import BROKEN_STATES, restore_rng
 from qwen35.settings import Settings
@@ -46,6 +47,18 @@ def _find_weights(settings: Settings) -> tuple[Path, bool]:
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def check_same_data(fingerprint: str) -> None:
+    """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint)
+    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        raise RunError(
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
+            "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
+        )
 
 
 def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import kernels
 from kernels.host import to_device
+from qwen35.adamw import AdamW
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint, read_facts
 from qwen35.checkpoint.dcp_folder import about, keep_newest, settle
@@ -27,11 +28,11 @@ from qwen35.checkpoint.saver import Saver
 from qwen35.config import to_yaml
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
-from qwen35.device import HOST, describe, init_process, is_apart
-from qwen35.flops import batch_flops, token_counts
+from qwen35.device import init_process, is_apart
+from qwen35.flops import Flops, token_counts
 from qwen35.launch import leave, run_rank
 from qwen35.layout import check_layout
-from qwen35.loss import look_ahead, token_weights
+from qwen35.loss import divisors, look_ahead, token_weights
 from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.model import Qwen35, load_config
 from qwen35.optim import GradientNorm, learning_rate, make_optimizer
@@ -41,12 +42,20 @@ from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.profiling import Profile
 from qwen35.pulse import Pulse
-from qwen35.resume import bins_a_step, changes, check_finished, check_loaded, check_position, find_weights, position_of
+from qwen35.resume import (
+    changes,
+    check_finished,
+    check_loaded,
+    check_position,
+    check_same_data,
+    find_weights,
+    position_of,
+)
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
+from qwen35.summary import coming_steps, opening, report
 from qwen35.trainable import freeze, table
 from qwen35.validation import Validation
-from qwen35.words import number_of
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +67,7 @@ class Run:
     device: torch.device
     meshes: Meshes
     model: Qwen35
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
@@ -66,13 +75,11 @@ class Run:
     pulse: Pulse = field(default_factory=Pulse)
     validation: Validation | None = None
 
+    def __post_init__(self) -> None:
+        self.flops = Flops(self.model)
+
     def at(self, what: str) -> None:
         self.pulse.at(f"step {self.step + 1}: {what}")
-
-
-def report(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
@@ -137,28 +144,18 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    recompute = settings.parallel.recompute
-    how: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
-    report(f"{world} processes on {describe(device)}, torch {torch.__version__}: {layout}")
-    chosen_kernels = f"kernels {m.kernels or 'auto'} (see python -m kernels)"
-    if settings.parallel.activation_offload:
-        how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
-    report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
-    report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
+    report(opening(settings, device, layout, model, before, after))
     report("\n".join([*unread, f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
-    cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     if step < t.train_iters:
-        report(
-            f"{number_of(bins_a_step(settings), 'bin')} of {cutoff} tokens a step, steps {step + 1} to {t.train_iters}"
-        )
+        report(coming_steps(settings, step))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
     return Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation)
 
 
-def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> torch.optim.AdamW:
+def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
     """This rank's share of a plain model, in place and not loaded yet, and the optimizer over it. A rehearsal does it too."""
     share_bins(model, meshes)
     shard(model, meshes, DTYPES[settings.training.dtype])
@@ -170,39 +167,20 @@ def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.
     return make_optimizer(model, settings.training)
 
 
-def check_same_data(fingerprint: str) -> None:
-    """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
-    found = [""] * dist.get_world_size()
-    dist.all_gather_object(found, fingerprint)
-    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
-    if others:
-        raise RunError(
-            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
-            "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
-        )
-
-
-def local_bytes(model: Qwen35) -> int:
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
-    return sum(p.numel() * p.element_size() for p in local)
-
-
 def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float) -> StepRecord:
     """One optimizer step over this rank's micro-batches. Leaves every value on the device."""
     t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
-    share = 1 / (len(batches) * meshes.data_size)
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
     mtp = run.settings.model.mtp_num_layers
     aheads = [look_ahead(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
+    tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
     counted = int(meshes.ulysses_rank == 0)  # of ranks that share their bins one counts them
-    totals = [counted * sum(values) for values in zip(*counts, strict=True)]
-    scale = torch.full((2,), share, device=device)  # of the loss, of multi-token prediction's
-    if loss_cfg.loss_type == "per_token_loss":
-        ahead_trained = counted * sum(len(a.trained) for a in aheads if a)
-        trained = to_device(torch.tensor([float(totals[1]), ahead_trained]), device)
-        dist.all_reduce(trained)
-        scale = 1 / trained.clamp(min=1)
+    mine = [*divisors(batches, aheads, loss_cfg.loss_type), tokens, labels, images]
+    here = to_device(counted * torch.tensor(mine, dtype=torch.float32), device)
+    of_step = here.clone()
+    dist.all_reduce(of_step)
+    scale = 1 / of_step[:3].clamp(min=1)  # of the loss, of multi-token prediction's, of load balancing's
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
     text = run.model.config.text
@@ -210,7 +188,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     flops = 0.0
     for i, (batch, weight, ahead, count) in enumerate(zip(batches, weights, aheads, counts, strict=True), 1):
         run.at(f"micro-batch {i} of {len(batches)}, forward")
-        flops += counted * batch_flops(run.model.config, batch, count, ahead)
+        flops += counted * run.flops.of_batch(batch, count, ahead)
         batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
         if ahead is not None:
@@ -218,9 +196,10 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
             ahead = replace(ahead, weights=ahead.weights * scale[1])
         loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor, load)
         run.at(f"micro-batch {i} of {len(batches)}, backward")
-        (loss + loss_cfg.router_aux_loss_coef * share * aux).backward()
+        aux = scale[2] * aux
+        (loss + loss_cfg.router_aux_loss_coef * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += counted * share * aux.detach()
+        losses[1] += counted * aux.detach()
         if ahead is not None:
             losses[2] += (ahead.weights * token_loss[len(weight) :]).sum()
 
@@ -231,10 +210,12 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+        # without images on any rank the tower takes no step, as if it had not run; a rank that has some need not ask
+        group["skip"] = of_step[5] == 0 if group["visual"] and not images else None
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-    sums = torch.cat([losses[:2], to_device(torch.tensor(totals, dtype=torch.float32), device), losses[2:]])
+    sums = torch.cat([losses[:2], here[3:], losses[2:]])
     bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 

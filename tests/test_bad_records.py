@@ -172,7 +172,8 @@ def test_the_cache_knows_what_was_skipped(place, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_whose_image_breaks_keeps_its_place(place, workers):
+def test_a_sample_whose_image_breaks_leaves_its_place_to_padding(place, workers):
+    """All others stay in their bins, in their order, as they were; what is left of the bin is padding like any other."""
     name = "data/1.png"
     Image.effect_noise((64, 64), 90).save(place / name)
     overrides = [SKIP, f"data.dataloader_param.num_workers={workers}", "training.micro_batch_size=2"]
@@ -181,27 +182,40 @@ def test_a_sample_whose_image_breaks_keeps_its_place(place, workers):
     cut(name, (place / name).stat().st_size // 2)(place)
     after, tokenizer, found = batches(count, *overrides), ChatTokenizer("hf"), 0
     for a, b in zip(before, after, strict=True):
-        for same in ("input_ids", "position_ids", "cu_seqlens", "grid_thw", "is_pad", "vision_index"):
-            assert torch.equal(getattr(a, same), getattr(b, same)), same
-        bad_rows = torch.zeros(len(a.pixel_values), dtype=torch.bool)
-        for start, end in pairwise(a.cu_seqlens.tolist()):
-            if "What is 1?" not in tokenizer.decode(a.input_ids[start:end].tolist()):
-                assert torch.equal(a.labels[start:end], b.labels[start:end])
-                continue
+        old, new = sequences(a), sequences(b)
+        broken = [i for i, s in enumerate(old) if "What is 1?" in tokenizer.decode(s["input_ids"].tolist())]
+        assert len(b.bad_records) == len(broken) and not a.bad_records
+        for i in reversed(broken):
             found += 1
-            assert (a.labels[start:end] != IGNORE).any() and (b.labels[start:end] == IGNORE).all()
-            features = a.vision_index[start:end]
-            for row in features[features >= 0].tolist():
-                bad_rows[4 * row : 4 * row + 4] = True
-            assert len(b.bad_records) == 1
+            assert len(old[i]["pixel_values"]) and (old.pop(i)["labels"] != IGNORE).any()
             assert re.fullmatch(
                 r"data/a\.json, record 2 \(id r1\): .*/data/1\.png: cannot be read: .*", b.bad_records[0]
             )
-        assert (len(b.bad_records) > 0) == bool(bad_rows.any())
-        assert not b.pixel_values[bad_rows].any() and torch.equal(a.pixel_values[~bad_rows], b.pixel_values[~bad_rows])
+        whole, kept = ([s for s in of if not s["is_pad"].any()] for of in (old, new))
+        assert len(kept) == len(whole) and len(b.labels) == len(a.labels) == 2 * 160
+        for mine, theirs in zip(kept, whole, strict=True):
+            assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+        for pad in [s for s in new if s["is_pad"].any()]:
+            assert pad["is_pad"].all() and (pad["labels"] == IGNORE).all() and not len(pad["pixel_values"])
+            assert pad["input_ids"].unique().tolist() == [tokenizer.pad_id]
+            assert torch.equal(pad["position_ids"], torch.arange(len(pad["labels"])).expand(3, -1))
+        assert len(b.trained) == sum(int((s["labels"] != IGNORE).sum()) for s in whole)
     assert found == 1
     with pytest.raises(RecordError, match=r"record 2 \(id r1\): .*1\.png: cannot be read"):
         batches(count, *overrides[1:])
+
+
+def sequences(batch) -> list[dict[str, torch.Tensor]]:
+    """Of a batch, each with the patches that its image tokens take."""
+    found = []
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        rows = batch.vision_index[start:end]
+        patches = [batch.pixel_values[4 * row : 4 * row + 4] for row in rows[rows >= 0].tolist()]
+        found.append(
+            {name: getattr(batch, name)[..., start:end] for name in ("input_ids", "labels", "position_ids", "is_pad")}
+            | {"pixel_values": torch.cat([batch.pixel_values[:0], *patches])}
+        )
+    return found
 
 
 def test_an_image_that_changed_is_a_bad_one(place):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from peer import config_dict, pack, pair, sample
 
-from qwen35.flops import training_flops
+from qwen35.flops import Flops
 from qwen35.loss import token_weights
-from qwen35.model import load_config
+from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.optim import learning_rate
 from qwen35.settings import TrainingSettings
+from qwen35.trainable import freeze
 
 
 def masked(lengths_and_trained: list[tuple[int, int]]):
@@ -89,6 +90,11 @@ def test_learning_rate():
     assert learning_rate(0, dataclasses.replace(settings(), lr_warmup_ratio=0.0)) == 1.0
 
 
+def on_meta(config: ModelConfig, mtp: bool = False) -> Qwen35:
+    with torch.device("meta"):
+        return Qwen35(config, mtp=mtp)
+
+
 def test_flops_of_a_dense_model_are_six_a_weight_and_the_rest():
     """Against matrix sizes added up by hand for one small config, without attention pairs, vision and delta rule."""
     config = load_config(config_dict(moe=False))
@@ -100,7 +106,7 @@ def test_flops_of_a_dense_model_are_six_a_weight_and_the_rest():
     each_alone = torch.ones(tokens)
     pairs = 0.5 * tokens * 4 * 128
     expected = 3 * (2 * tokens * weights + pairs + 2 * tokens * 48 * 160)
-    assert training_flops(config, tokens, each_alone, tokens, nothing) == expected
+    assert Flops(on_meta(config)).of(tokens, each_alone, tokens, nothing) == expected
 
 
 def test_flops_of_the_published_sizes():
@@ -109,7 +115,78 @@ def test_flops_of_the_published_sizes():
     counts = {c["size"]: c for c in json.loads((Path(__file__).parent / "data/parameter_counts.json").read_text())}
     for size, c in counts.items():
         config = load_config(Path(__file__).parents[1] / f"assets/configs/{size}.json")
-        flops = training_flops(config, 1024, bounds, 1024, nothing) / 3 / 1024
+        flops = Flops(on_meta(config)).of(1024, bounds, 1024, nothing) / 3 / 1024
         tied = config.tie_word_embeddings  # the embedding itself costs nothing, the head as much as its weights
         weights = c["active"] - (0 if tied else c["embed"])
         assert 1.0 < flops / (2 * weights) < 1.2, size
+
+
+# matrix elements that a token meets, of the small dense config, each added up by hand
+DELTA_IN, CONV = 48 * (2 * 32 + 2 * 96 + 2 * 4), (2 * 32 + 96) * 4
+DELTA_OUT, UP, DOWN = 96 * 48, 48 * 2 * 72, 72 * 48
+QKV, OUT, HEAD = 48 * (2 * 128 + 2 * 64), 128 * 48, 48 * 160
+RULE = 4 * (4 * 64 * 16 + 64 * (16 + 24) + 6 * 16 * 24 + 2 * 64 * 24)  # of four value heads
+PATCH, BLOCK = 3 * 2 * 16 * 16 * 32, 4 * 32 * 32 + 2 * 32 * 56
+FRAME_PAIRS = 4 * 32 * 2 * 24**2  # of two blocks, on one image of 4 x 6 patches
+MERGER = (128 * 128 / 4, 128 * 48 / 4)  # a patch's share
+TOKENS, LABELS, PATCHES, PAIRS = 20, 9, 24, 4 * 128 * (12**2 + 8**2) / 2
+LAYER = {"delta": DELTA_IN + CONV + DELTA_OUT + UP + DOWN, "attention": QKV + OUT + UP + DOWN}
+TOWER = PATCHES * 2 * (PATCH + 2 * BLOCK + sum(MERGER)) + FRAME_PAIRS
+LAYERS = TOKENS * (2 * (3 * LAYER["delta"] + LAYER["attention"]) + 3 * RULE) + PAIRS
+TOP = LABELS * 2 * HEAD
+FORWARD = TOWER + LAYERS + TOP
+FROZEN = {  # model.freeze -> what forward and backward cost
+    (): 3 * FORWARD - PATCHES * 2 * PATCH,  # nobody asks for the gradient of pixels
+    ("model.visual",): TOWER + 3 * (LAYERS + TOP),  # the embedding is trained: all above it needs its inputs' gradients
+    # the merger learns, from its norm on; above it are gradients of inputs alone
+    ("model.visual.blocks", "model.visual.patch_embed", "model.visual.pos_embed", "model.language_model", "lm_head"): (
+        TOWER
+        + PATCHES * 2 * (2 * MERGER[0] + 2 * MERGER[1])
+        + 2 * (LAYERS + TOP)
+        + TOKENS * 3 * RULE
+        + PAIRS  # these have several inputs, each with a gradient
+    ),
+    # the last layer alone, which is attention, from its norm on; the head passes the gradient down
+    ("model.visual", "model.language_model.embed_tokens", "model.language_model.layers.[012]", "lm_head"): (
+        TOWER + LAYERS + TOP + TOKENS * 4 * LAYER["attention"] + 2 * PAIRS + TOP
+    ),
+    # keys' and values' maps have nothing trained below; from there on inputs, and the weights of the way out and of the head
+    (
+        "model.visual",
+        "model.language_model.embed_tokens",
+        "model.language_model.layers.[012]",
+        "model.language_model.layers.3.input_layernorm",
+        "model.language_model.layers.3.mlp",
+        "model.language_model.layers.3.self_attn.q_proj",
+    ): (
+        FORWARD
+        + TOKENS * 2 * 48 * 2 * 64  # the two maps' weights
+        + 2 * PAIRS
+        + TOKENS * 4 * OUT
+        + TOKENS * 2 * (UP + DOWN)  # inputs alone
+        + 2 * TOP
+    ),
+}
+
+
+@pytest.mark.parametrize("patterns", FROZEN, ids=lambda patterns: str(len(patterns)))
+def test_flops_of_what_is_frozen(patterns):
+    """Forward once; a weight's gradient where it is trained; an input's where something trained lies below."""
+    model = on_meta(load_config(config_dict(moe=False)))
+    freeze(model, patterns)
+    found = Flops(model).of(TOKENS, torch.tensor([12, 8]), LABELS, torch.tensor([[1, 4, 6]]))
+    assert found == FROZEN[patterns]
+
+
+def test_flops_of_frozen_experts():
+    """Two of eight are met; what they read is the sum of gradients, what they hold is not asked for."""
+    config, nothing = load_config(config_dict()), torch.zeros(0, 3, dtype=torch.long)
+    trained, frozen = on_meta(config, mtp=True), on_meta(config, mtp=True)
+    freeze(frozen, ["model.language_model.layers.*.mlp.experts"])
+    whole, less = (Flops(model).of(10, torch.ones(10), 6, nothing, ahead=4) for model in (trained, frozen))
+    assert whole - less == 10 * 4 * 2 * 2 * (3 * 48 * 24)
+    freeze(frozen, ["model", "lm_head"])  # the layer of multi-token prediction alone learns
+    plain, learning = on_meta(config), Flops(frozen)
+    freeze(plain, ["lm_head", "model.language_model", "model.visual.merger.linear_fc1"])
+    assert learning.per["label"] == 2 * HEAD and learning.per["ahead"] == 2 * 2 * HEAD
+    assert Flops(plain).per["label"] == 2 * 2 * HEAD

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen35.batch import IGNORE, ahead_labels, derive
 from qwen35.device import HOST
-from qwen35.flops import training_flops
+from qwen35.flops import Flops
 from qwen35.loss import look_ahead, token_weights
 from qwen35.metrics import SUMS
 from qwen35.model import Qwen35, load_config
@@ -316,8 +316,9 @@ def test_flops_of_the_layer():
         lengths, images = torch.tensor([300, 200]), torch.zeros(0, 3, dtype=torch.long)
         types = (*config.text.layer_types, "full_attention")
         more = dataclasses.replace(config, text=dataclasses.replace(config.text, layer_types=types))
-        one_more = training_flops(more, 500, lengths, 180, images)
-        found = training_flops(config, 500, lengths, 180, images, mtp=True)
+        with torch.device("meta"):
+            one_more, found = Flops(Qwen35(more)), Flops(Qwen35(config, mtp=True))
+        one_more, found = one_more.of(500, lengths, 180, images), found.of(500, lengths, 100, images, ahead=80)
         assert found - one_more == 3 * 2 * 500 * 2 * 48 * 48
 
 

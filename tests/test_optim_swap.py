@@ -5,6 +5,7 @@ import torch
 from live_bytes import LiveBytes
 from peer import config_dict
 
+from qwen35.adamw import AdamW
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.model import Qwen35
 from qwen35.optim import make_optimizer
@@ -51,10 +52,17 @@ def same(one, two) -> None:
 @pytest.mark.parametrize("chunk", [64, 1000, 20_000, None])  # 1000: no multiple of where a tensor may be cut
 def test_the_same_numbers_as_adamw(chunk):
     plain, swapped = make("adamw"), make("adamw_swap", chunk)
-    assert type(plain[1]) is torch.optim.AdamW and type(swapped[1]) is SwappedAdamW
-    train(*plain, range(4))
-    train(*swapped, range(4))
-    same(plain, swapped)
+    assert type(plain[1]) is AdamW and type(swapped[1]) is SwappedAdamW
+    model = Qwen35.from_config(config_dict(), seed=1)
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrices], "weight_decay": 0.1 * matrices}
+        for matrices in (True, False)
+    ]
+    theirs = model, torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4, fused=True)
+    for one in (plain, swapped, theirs):
+        train(*one, range(4))
+    same(theirs, plain)
+    same(theirs, swapped)
 
 
 @pytest.mark.parametrize(("first", "then"), [KINDS, KINDS[::-1]], ids=["to swap", "from swap"])

@@ -129,7 +129,6 @@ def collate(
         grid_thw=torch.cat(grids),
         trained=(labels != IGNORE).nonzero().squeeze(1),
         is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
-        bad_records=tuple(s.bad for s in samples if s.bad is not None),
     )
     return derive(batch, spec)
 

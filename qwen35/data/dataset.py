@@ -32,7 +32,6 @@ class Sample:
     position_ids: Tensor  # [3, T] int64
     pixel_values: Tensor  # [P, 3*2*16*16] fp32
     grid_thw: Tensor  # [N, 3] int64
-    bad: str | None = None  # why nothing of it is trained: the message of a record whose image turned out broken
 
 
 @dataclass
@@ -189,23 +188,12 @@ class Dataset:
         return self._source(int(self._kept[index]))
 
     def __getitem__(self, index: int) -> Sample:
-        """Decodes the images. One that cannot be decoded, or is not the one that was measured, raises RecordError; with
-        `on_bad_record: skip` the sample keeps its shape, but its pixels are zero and nothing of it is trained.
-        """
+        """Decodes the images. One that cannot be decoded, or is not the one that was measured, raises RecordError."""
         number = int(self._kept[index])
         ids, grids = self._part(number, "ids"), self._part(number, "grids")
         labels = shifted_labels(ids, self._part(number, "trained"))
-        bad = None
-        try:
-            pixels = self._pixels(number, grids)
-        except RecordError as error:
-            if not self.skips:
-                raise
-            bad = str(error)
-            pixels = torch.zeros(int(grids.prod(-1).sum()), self.preparation.images.values)
-            labels = torch.full_like(labels, IGNORE)
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
-        return Sample(ids.long(), labels, positions, pixels, grids, bad)
+        return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids)
 
     def _pixels(self, number: int, grids: Tensor) -> Tensor:
         """[P, 3*2*16*16] of all images and videos of a sample. Raises RecordError."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from qwen35.batch import PackedBatch
 from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
-from qwen35.data.dataset import Dataset
+from qwen35.data.dataset import Dataset, Sample
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
 from qwen35.data.parcel import Parcel
@@ -155,19 +155,30 @@ class _Order:
 
 @dataclass(frozen=True)
 class DecodedBins:
-    """Samples of a micro-batch, bin by bin -> PackedBatch; what a worker runs."""
+    """Samples of a micro-batch, bin by bin -> PackedBatch; what a worker runs.
+
+    With `on_bad_record: skip` a sample whose image cannot be decoded leaves its place to padding, so nothing counts it.
+    """
 
     dataset: Dataset
     patch_bucket: int
 
     def __getitem__(self, bins: list[list[int]]) -> PackedBatch | RecordError:
-        try:
-            samples = [[self.dataset[i] for i in content] for content in bins]
-        except RecordError as error:
-            return error  # the DataLoader would wrap it into a traceback
-        preparation = self.dataset.preparation
+        samples: list[list[Sample]] = []
+        bad_records = []
+        for content in bins:
+            samples.append([])
+            for i in content:
+                try:
+                    samples[-1].append(self.dataset[i])
+                except RecordError as error:
+                    if not self.dataset.skips:
+                        return error  # the DataLoader would wrap it into a traceback
+                    bad_records.append(str(error))
+        preparation, spec = self.dataset.preparation, self.dataset.spec
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
-        return collate(samples, cutoff_len, pad_id, self.patch_bucket, self.dataset.spec, preparation.images.values)
+        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.images.values)
+        return replace(batch, bad_records=tuple(bad_records))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -65,6 +65,8 @@ def test_a_step(moe, images, recompute):
     assert list(attentions.values()) == [text + vision + more, text + vision]
     # the shapes of the operators do not depend on what the batch holds
     assert step.optimizer.ops["aten::_fused_adamw_"] > 0
+    # the tower's parameters are put back by a mask, matrices and all others at once
+    assert step.optimizer.ops["aten::where.self"] == step.optimizer.ops["aten::_foreach_copy_"] == 1
 
 
 @pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])

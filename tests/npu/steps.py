@@ -1,7 +1,8 @@
 """A whole training step on fake NPU tensors: model, loss, backward, AdamW; and transformers' model in the same way.
 
 Shapes are those of slice S (hidden 1024, a real vocabulary), for fake tensors take no memory. Weights are bf16 as FSDP hands
-them to the layers, but for what it holds out in fp32; the optimizer is torch's own fused AdamW over these.
+them to the layers, but for what it holds out in fp32; the optimizer is the run's own over
+these, in a step that may have had no images on any rank.
 
 The delta rule, its convolution and its gated norm are the Triton kernels, each launch an operator with a shape function.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import kernels.npu  # and with it, torch has the device
+from qwen35.adamw import AdamW
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
@@ -119,7 +121,16 @@ def our_step(
             loss, aux, _ = model.loss(there, weights.to(DEVICE, non_blocking=True), ahead and ahead.to(DEVICE))
             return loss + 0.001 * aux
 
-        return _run(model, loss)
+        return _run(model, loss, _optimizer(model))
+
+
+def _optimizer(model: Qwen35) -> AdamW:
+    """As a run makes it, of parameters that a rank may have to leave as they are; one dtype a group, as in a run."""
+    alike: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        alike.setdefault(("visual" in name, p.dtype), []).append(p)
+    skip = torch.zeros((), device=DEVICE) == 0
+    return AdamW([{"params": ps, "skip": skip if visual else None} for (visual, _), ps in alike.items()], lr=1e-4)
 
 
 def _to_bf16(model: torch.nn.Module, but: tuple[str, ...] = ()) -> None:
@@ -128,8 +139,7 @@ def _to_bf16(model: torch.nn.Module, but: tuple[str, ...] = ()) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def _run(model: torch.nn.Module, loss) -> Step:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step:
     kept = SavedBytes(model.parameters())
     with kept:  # in a run of its own, for it adds operators
         loss()
@@ -171,5 +181,7 @@ def peer_step(config: dict, tokens: int) -> Step:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=DEVICE)
         positions = torch.arange(tokens, device=DEVICE).expand(3, 1, -1)
         return _run(
-            model, lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum()
+            model,
+            lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum(),
+            torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
         )

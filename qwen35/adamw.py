@@ -1,0 +1,95 @@
+"""AdamW on each rank's parts of the parameters, in which a whole group can sit a step out, decided on the device."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+CHUNK = 1 << 25  # elements updated at a time: what a skipped group keeps meanwhile takes up to three times 400 MB
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW: the same numbers to the bit, and the same state.
+
+    The "skip" of a group is None, or a bool scalar on the device; where that is true, its parameters, moments and step counters
+    stay as they are, as if it had no gradients. torch's own way to say so, found_inf, does nothing on an NPU: op-plugin's
+    _fused_adamw_ takes it and never reads it. So what the update has changed is put back.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any):
+        super().__init__(groups, fused=True, **options)
+        for group in self.param_groups:
+            group.setdefault("skip", None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            trained = self.begin(group)
+            for part in batched(trained):
+                states = [self.state[p] for p in part]
+                first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+                grads = [local(p.grad) for p in part if p.grad is not None]
+                update(group, [local(p) for p in part], grads, first, second, [s["step"] for s in states])
+            self.end(group, trained)
+
+    def begin(self, group: dict[str, Any]) -> list[nn.Parameter]:
+        """The group's parameters that have gradients. Makes the state that is not there, and raises their steps by one."""
+        trained = [p for p in group["params"] if p.grad is not None]
+        for p in trained:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = self.zeros_like(p), self.zeros_like(p)
+        if trained:
+            torch._foreach_add_([self.state[p]["step"] for p in trained], 1)
+        return trained
+
+    def end(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
+        if trained and group["skip"] is not None:
+            torch._foreach_sub_([self.state[p]["step"] for p in trained], [group["skip"].float()] * len(trained))
+
+    def zeros_like(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter, requires_grad=False)
+
+
+def batched(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In their order, each time as many as have no more than CHUNK elements here, or one."""
+    part: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        elements = local(parameter).numel()
+        if part and size + elements > CHUNK:
+            yield part
+            part, size = [], 0
+        part.append(parameter)
+        size += elements
+    if part:
+        yield part
+
+
+def update(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    steps: list[Tensor],
+) -> None:
+    """The arithmetic of one step, in place. It leaves all as it was where the group is skipped; the caller lowers `steps`."""
+    changed, skip = [*parameters, *first, *second], group["skip"]
+    before = None if skip is None else torch.cat([x.flatten() for x in changed])
+    torch._fused_adamw_(
+        parameters, grads, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if before is not None:
+        kept = torch.where(skip, before, torch.cat([x.flatten() for x in changed]))
+        parts = kept.split([x.numel() for x in changed])
+        torch._foreach_copy_(changed, [part.view_as(x) for part, x in zip(parts, changed, strict=True)])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

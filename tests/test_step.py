@@ -1,0 +1,240 @@
+"""Steps that some of the model or some of the data takes no part in, against transformers' model with torch's AdamW.
+
+Without images transformers does not run the tower: its parameters have no gradients, and neither momentum nor weight decay
+moves them. A bin whose records are all broken counts for nothing.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peer import PATCH_VALUES, config_dict, pair, peer_inputs, sample
+from torch.distributed.tensor import distribute_tensor
+from training_runs import free_port
+
+from qwen35.batch import PackedBatch
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.data.collate import collate
+from qwen35.data.dataset import Sample
+from qwen35.device import HOST, init_process
+from qwen35.launch import leave
+from qwen35.metrics import SUMS
+from qwen35.model import Qwen35, load_config
+from qwen35.optim import GradientNorm, make_optimizer
+from qwen35.parallel import Meshes, make_meshes, shard, share_bins
+from qwen35.settings import (
+    BasicParameters,
+    DatasetParam,
+    DataSettings,
+    LossCfg,
+    ModelSettings,
+    ParallelSettings,
+    Settings,
+    TrainingSettings,
+)
+from qwen35.train import Run, train_step
+
+BIN, BUCKET, LR, DECAY, EPS, CLIP = 64, 32, 1e-2, 0.1, 1e-4, 0.5
+TEXT, IMAGE, BROKEN = [23], [9, (4, 6), 8], None
+STEPS = [  # the micro-batches of two ranks, in turn
+    [IMAGE, IMAGE, TEXT, TEXT],
+    [TEXT, TEXT, TEXT, TEXT],
+    [TEXT, TEXT, BROKEN, IMAGE],  # on the second rank alone
+    [TEXT, BROKEN, TEXT, TEXT],
+    [TEXT, TEXT, TEXT, BROKEN],
+    [IMAGE, BROKEN, BROKEN, BROKEN],
+]
+WITH_IMAGES = [0, 2, 5]
+CASES = {  # parallel settings, optimizer; of two processes
+    "sharded": ({}, "adamw"),
+    "replicas": ({"fully_shard_parallel_size": 1}, "adamw_swap"),
+    "ulysses": ({"ulysses_parallel_size": 2}, "adamw_swap"),
+    "experts": ({"expert_parallel_size": 2}, "adamw"),
+}
+
+
+def config(moe: bool) -> dict:
+    return config_dict(moe=moe)
+
+
+def sequence(step: int, number: int) -> PackedBatch:
+    return sample(STEPS[step][number], seed=10 * step + number)
+
+
+def batch_of(*sequences: PackedBatch) -> PackedBatch:
+    """A bin as the collator makes it; of padding alone, where nothing is left."""
+    names = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
+    samples = [Sample(*(getattr(s, name) for name in names)) for s in sequences]
+    return collate([samples], BIN, 0, BUCKET, load_config(config(True)).vision_spec, PATCH_VALUES)
+
+
+def settings_of(optimizer: str = "adamw", parallel: ParallelSettings | None = None, **of_model) -> Settings:
+    t = TrainingSettings(
+        train_iters=6, save="x", lr=LR, weight_decay=DECAY, adam_eps=EPS, clip_grad=CLIP, optimizer=optimizer
+    )
+    data = DataSettings(DatasetParam(BasicParameters("x")))
+    return Settings(data, ModelSettings("x", **of_model), t, parallel or ParallelSettings())
+
+
+def run_of(model: Qwen35, settings: Settings, meshes: Meshes) -> Run:
+    optimizer = make_optimizer(model, settings.training)
+    norm = GradientNorm(model, meshes.weights["shard"].get_group())
+    return Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def six_steps(moe: bool, optimizer: str, folder: Path | None, **parallel: int) -> list[dict[str, torch.Tensor]]:
+    """The weights and the optimizer's state after each step. folder: of a checkpoint that the fourth starts from anew."""
+    p, loss_cfg = ParallelSettings(**parallel), LossCfg("default", 0.0)
+    meshes, whole = make_meshes(HOST.type, p), pair(config(moe))[0]
+
+    def start() -> Run:
+        with torch.device("meta"):
+            model = Qwen35(load_config(config(moe)))
+        share_bins(model, meshes)
+        shard(model, meshes, torch.float32)
+        model.to_empty(device=HOST)
+        with torch.no_grad():
+            for q, w in zip(model.parameters(), whole.parameters(), strict=True):
+                q.copy_(distribute_tensor(w.detach(), q.device_mesh, q.placements) if hasattr(q, "placements") else w)
+        return run_of(model, settings_of(optimizer, p, loss_cfg=loss_cfg), meshes)
+
+    run, found = start(), []
+    for step, kinds in enumerate(STEPS):
+        numbers = range(meshes.data_rank, len(kinds), meshes.data_size)
+        train_step(run, [batch_of(*[sequence(step, i)] if kinds[i] else []) for i in numbers], LR, 0.0)
+        states = {
+            f"{key}.{name}": full(value)
+            for name, q in run.model.named_parameters()
+            for key, value in run.optimizer.state[q].items()
+        }
+        found.append({n: full(q) for n, q in run.model.named_parameters()} | states)
+        if step == 2 and folder:
+            save_checkpoint(folder, 3, run.model, run.optimizer)
+            run = start()
+            load_checkpoint(folder, run.model, run.optimizer)
+    return found
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    init_process()
+    found = {
+        name: six_steps(name == "experts", optimizer, folder / name, **parallel)
+        for name, (parallel, optimizer) in CASES.items()
+    }
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+    leave(0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> dict[str, list]:
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, args=(free_port(), folder), nprocs=2)
+    return torch.load(folder / "found.pt")
+
+
+@pytest.fixture
+def alone():
+    """The only process of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def transformers_steps(moe: bool) -> list[dict[str, torch.Tensor]]:
+    """The same by transformers' model and torch's AdamW, over the micro-batches that hold a record."""
+    ours, theirs = pair(config(moe))
+    names = [name for name, _ in ours.named_parameters()]
+    parameters = dict(theirs.named_parameters())
+    groups = [[parameters[n] for n in names if (parameters[n].ndim > 1) == matrices] for matrices in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": DECAY}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=LR,
+        betas=(0.9, 0.95),
+        eps=EPS,
+    )
+    found = [{n: parameters[n].detach().clone() for n in names}]
+    for step, kinds in enumerate(STEPS):
+        whole = [i for i, kind in enumerate(kinds) if kind]
+        for i in whole:
+            s = sequence(step, i)
+            (theirs(**peer_inputs(s), labels=s.input_ids[None]).loss / len(whole)).backward()
+        assert all((p.grad is None) == (step not in WITH_IMAGES) for n, p in parameters.items() if "visual" in n)
+        torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        states = {f"step.{n}": optimizer.state[parameters[n]]["step"].clone() for n in names}
+        found.append({n: parameters[n].detach().clone() for n in names} | states)
+    return found
+
+
+@pytest.fixture(scope="module")
+def peer() -> dict[bool, list]:
+    return {moe: transformers_steps(moe) for moe in (False, True)}
+
+
+def check(found: list[dict[str, torch.Tensor]], peer: list[dict[str, torch.Tensor]]) -> None:
+    first = peer[0]
+    for step, (mine, theirs) in enumerate(zip(found, peer[1:], strict=True)):
+        for name, before in first.items():
+            moved, off = (theirs[name] - before).norm(), (mine[name] - theirs[name]).norm()
+            assert off <= 2e-3 * moved + 1e-7, f"{name} after step {step + 1}: off by {off:.1e}, moved by {moved:.1e}"
+            assert mine[f"step.{name}"] == theirs[f"step.{name}"], name
+    for step in set(range(1, 6)) - set(WITH_IMAGES):
+        before, after = found[step - 1 : step + 1]
+        for name, value in after.items():
+            assert torch.equal(value, before[name]) == ("visual" in name), f"{name} in step {step + 1}"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_swap"])
+def test_one_process_is_as_transformers(alone, peer, optimizer, tmp_path):
+    check(six_steps(False, optimizer, tmp_path), peer[False])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_as_transformers(two, peer, name):
+    check(two[name], peer[name == "experts"])
+
+
+def test_a_resume_changes_no_bit(alone, tmp_path):
+    """Neither does where the moments live."""
+    resumed, through = six_steps(False, "adamw_swap", tmp_path), six_steps(False, "adamw", None)
+    for a, b in zip(resumed, through, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
+def test_a_micro_batch_of_padding_counts_for_nothing(alone, kind):
+    """Losses, what is counted, the experts' load, FLOPs, every gradient: those of a step that never had it."""
+    meshes, loss_cfg = make_meshes(HOST.type, ParallelSettings()), LossCfg(kind, 0.1)
+    settings = settings_of(mtp_num_layers=1, mtp_loss_scaling_factor=0.3, loss_cfg=loss_cfg)
+    batches = [batch_of(sample([12, (4, 4), 5], seed=1), sample([7], seed=2)), batch_of(sample([30], seed=3))]
+    results = []
+    for given in (batches, [batches[0], batch_of(), batches[1], batch_of()]):
+        model = Qwen35.from_config(config(True), seed=1, mtp=True)
+        gradients: dict[str, torch.Tensor] = {}
+        run = run_of(model, settings, meshes)
+
+        def keep(*_, model=model, gradients=gradients) -> None:
+            gradients.update((name, p.grad.clone()) for name, p in model.named_parameters())
+
+        run.optimizer.register_step_pre_hook(keep)
+        results.append((train_step(run, given, LR, 0.0), gradients))
+    (wanted, theirs), (found, ours) = results
+    assert dict(zip(SUMS, wanted.sums.tolist(), strict=True))["aux_loss"] > 0.5
+    torch.testing.assert_close(found.sums, wanted.sums, rtol=1e-6, atol=0)
+    assert torch.equal(found.load, wanted.load) and found.flops == wanted.flops
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()), msg=name)

@@ -92,6 +92,12 @@ def add_options(parser: Parser) -> None:
     add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
 
 
+def add_thinking(parser: Parser, default: str) -> None:
+    thinking = parser.add_mutually_exclusive_group()
+    for name, value in (("--thinking", True), ("--no_thinking", False)):
+        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=f"default: {default}")
+
+
 def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
     """By the options above, else as the model's run trained. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
@@ -101,10 +107,13 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
     if smallest > largest:
         raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
     template = args.template or trained.basic_parameters.template
+    if args.thinking and template == "qwen3_vl_nothink":
+        raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+    enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
     preparation = Preparation(
         ChatTokenizer(source.tokenizer),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
-        BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
+        BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking),
         trained.attr,
         VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.chat import Source, add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import Source, add_options, add_thinking, find_model, load_model, positive, prepare, stop_ids
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
@@ -26,6 +26,7 @@ from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
 from qwen35.sampling import Sampling, draw
+from qwen35.settings import BasicParameters
 from qwen35.words import number_of
 
 
@@ -139,11 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--top_k", type=positive, help="draw among the k likeliest tokens; default: all")
     add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; default: 1")
     add("--seed", type=int, help="of what is drawn; default: another one each time, told at the end")
-    thinking = parser.add_mutually_exclusive_group()
-    for name, value in (("--thinking", True), ("--no_thinking", False)):
-        thinking.add_argument(
-            name, dest="thinking", action="store_const", const=value, help="default: as the model's own template does"
-        )
+    add_thinking(parser, "as the run's or recipe's enable_thinking says, else as the model's own template does")
     return parser.parse_args(arguments)
 
 
@@ -173,13 +170,12 @@ def question(args: argparse.Namespace) -> Record:
     return Record("the prompt", (*system, Turn("user", before + text)), tuple(map(Path, args.image)), videos)
 
 
-def is_thinking(asked: bool | None, template: str, source: Source) -> bool:
+def is_thinking(asked: bool | None, basic: BasicParameters, source: Source) -> bool:
     """Whether the answer begins with an open thought. Raises SettingError."""
-    if template == "qwen3_vl_nothink":
-        if asked:
-            raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+    if basic.template == "qwen3_vl_nothink":
         return False
-    return thinks_by_default(source.tokenizer) if asked is None else asked
+    said = basic.enable_thinking if asked is None else asked
+    return thinks_by_default(source.tokenizer) if said is None else said
 
 
 def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterator[str]:
@@ -215,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SettingError("--top_k and --top_p mean nothing at temperature 0; give a --temperature")
         source = find_model(args.model, args.hf)
         preparation = prepare(args, source)
-        thinking = is_thinking(args.thinking, preparation.basic.template, source)
+        thinking = is_thinking(args.thinking, preparation.basic, source)
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
         stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)

@@ -84,7 +84,7 @@ class Validation:
         cut = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
         asked, without = sum(map(len, self.groups)), ""
         if asked < len(dataset):
-            without = " (none that is longer than cutoff_len, or ends with a tool's call)"
+            without = " (none that is longer than cutoff_len)"
         told = f", {asked:,} of them answered{without}" if t.val_generate else ""
         both = ", ".join(map(str, self.set.also_trained))
         odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.told)
@@ -155,13 +155,12 @@ class Validation:
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
-        thinking = bool(dataset.preparation.basic.enable_thinking)
         skip = (lambda error: bad.append(str(error))) if dataset.skips else None
         right = answered = 0
         mine = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(mine, 1):
             at(f"answers {i} of {len(mine)}")
-            for answer in answers(plain, folder, dataset.preparation, records, len(records), None, thinking, skip):
+            for answer in answers(plain, folder, dataset.preparation, records, len(records), skip=skip):
                 right += answer.is_right
                 answered += 1
         return right, answered

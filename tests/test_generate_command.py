@@ -30,6 +30,7 @@ from qwen35.data.tokens import ChatTokenizer
 from qwen35.model import Qwen35
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
 TOKENS = 12
 LINE = r"\d+ tokens in \d+\.\d\d s: prefill of \d+ tokens \d+\.\d tokens/s(, decoding \d+\.\d tokens/s)?"
 
@@ -175,9 +176,8 @@ def test_thoughts(place, ask):
     assert ask("hub", "--prompt", "What?") == ask("hub", "--prompt", "What?", "--no_thinking") == peer(place, text)
     thought = ask("hub", "--prompt", "What?", "--thinking")
     assert thought == "<think>\n" + peer(place, text, enable_thinking=True) and thought[9:] != peer(place, text)
-    published = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
     shutil.copytree(place / "hub", place / "thinks")
-    shutil.copy(published, place / "thinks")
+    shutil.copy(PUBLISHED, place / "thinks")
     assert ask("thinks", "--prompt", "What?") == thought
     (place / "thinks/chat_template.jinja").unlink()
     assert "--thinking" in ask("thinks", "--prompt", "What?", status=1)
@@ -190,6 +190,15 @@ def test_a_run_is_asked_as_it_trained(place, ask):
     assert ask("plain", "--prompt", "What?") == plain != ask("hub", "--prompt", "What?")
     assert ask("hub", "--prompt", "What?", "--recipe", str(place / "plain/config.yaml")) == plain
     assert "no thoughts" in ask("plain", "--prompt", "What?", "--thinking", status=1)
+    shutil.copytree(place / "hub", place / "opens")
+    shutil.copy(PUBLISHED, place / "opens")
+    for said, word, folder in (
+        (True, "--thinking", "hub"),
+        (False, "--no_thinking", "opens"),
+    ):  # against the template's own
+        write_recipe(place, "plain", place / folder, enable_thinking=said)
+        assert ask("plain", "--prompt", "What?") == ask("hub", "--prompt", "What?", word)
+        assert ask("plain", "--prompt", "What?", "--no_thinking") == ask("hub", "--prompt", "What?")
     write_recipe(place, "plain", place / "gone")
     assert "gone" in ask("plain", "--prompt", "What?", status=1)
     assert ask("plain", "--prompt", "What?", "--hf", str(place / "hub")) == ask("hub", "--prompt", "What?")

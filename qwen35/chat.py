@@ -10,7 +10,6 @@ from qwen35.checkpoint.hf import empty_model, stored_dtypes
 from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
 from qwen35.data.collate import check_agreement, vision_spec
-from qwen35.data.files import read_config
 from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
@@ -119,18 +118,3 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation
-
-
-def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
-    """Where a chat's answer ends: at `<|im_end|>`, the pad token, and whatever config.json and generation_config.json name.
-
-    The published config.json names `<|endoftext|>` alone, which no chat ends with, and some sizes have no generation_config.
-    """
-    found = {tokenizer.im_end_id, tokenizer.pad_id}
-    for name in ("config.json", "generation_config.json"):
-        if (Path(folder) / name).is_file():
-            config = read_config(folder, name)
-            for level in (config, config.get("text_config")):
-                named = level.get("eos_token_id") if isinstance(level, dict) else None
-                found |= {i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)}
-    return found

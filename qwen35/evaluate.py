@@ -1,8 +1,8 @@
 """How often a model answers held-out records right: `python -m qwen35.evaluate --model DIR --data FILE`.
 
-The last answer of each record is left to the model, which takes the likeliest token each time. Right is what spells the same,
-thoughts and white space at the ends aside. Tool calls are compared as the chat template writes them below the answer's text:
-their order, and that of their arguments, counts.
+The last answer of each record is left to the model, which takes the likeliest token each time (--sample: draws). Right is what
+spells the same, thoughts and white space at the ends aside. Tool calls are compared as the chat template writes them below
+the answer's text, so their order counts, and that of their arguments.
 """
 
 import argparse
@@ -14,19 +14,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.chat import add_options, add_thinking, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.samples import Preparation
 from qwen35.data.template import answer_text, has_thought
-from qwen35.errors import USER_ERRORS, Parser, complain
-from qwen35.generate import greedy
+from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
+from qwen35.generate import generate
+from qwen35.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.model import Qwen35
+from qwen35.sampling import Sampling
 from qwen35.settings import BasicParameters
 
 ROOM_TO_THINK = 1024  # tokens that an answer with a thought may take beyond the record's own
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def answers(
     batch: int,
     max_new_tokens: int | None = None,
     thinking: bool | None = None,
+    sampling: Sampling = GREEDY,
     skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[Answer]:
     """The model's answer to each record, `batch` records at once.
@@ -92,7 +96,7 @@ def answers(
             room = max(room, thought + len(right) + 1)
             # decoded again: the tokenizer may write a character in another of its Unicode forms
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
-        given = greedy(model, prompts, max_new_tokens or room, stop)
+        given = generate(model, prompts, max_new_tokens or room, stop, sampling)
         for (record, wanted, opening), ids in zip(asked, given, strict=True):
             yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)))
 
@@ -124,6 +128,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=64, help="records at once; default: 64")
     add("--max_new_tokens", type=positive, help="default: what the longest right answer needs")
     add_thinking(parser, "each record as it is trained: the model thinks first where the record's answer has a thought")
+    add(
+        "--sample",
+        action="store_true",
+        help=f"draw as the model's {FILE} says; default: the likeliest token, after penalties",
+    )
+    add_sampling(parser, "--sample and do_sample")
     add("--show", action="store_true", help="print the records that were answered wrong")
     return parser.parse_args(arguments)
 
@@ -135,10 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         source = find_model(args.model, args.hf)
         preparation = prepare(args, source, args.data, dataset_dir)
+        sampling = sampling_of(args, read_generation_config(source.config), args.sample)
+        if args.sample and sampling.is_greedy:
+            raise SettingError(f"--sample: {source.config}/{FILE} does not draw; give a --temperature")
         records = read_all(preparation)
         model = load_model(source)
-        print(f"asked with {asked_how(args.thinking, preparation.basic)}", file=sys.stderr)
-        given = answers(model, source.config, preparation, records, args.batch, args.max_new_tokens, args.thinking)
+        print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
+        how = (args.batch, args.max_new_tokens, args.thinking, sampling)
+        given = answers(model, source.config, preparation, records, *how)
         for answer in tqdm(given, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1
             right += answer.is_right

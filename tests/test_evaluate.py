@@ -1,7 +1,8 @@
 """What evaluation and validation ask, and what is right: as the chat template writes prompt and answer, by transformers."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,9 @@ from qwen35 import evaluate, tiny, validation
 from qwen35.config import from_flat, to_yaml
 from qwen35.data.samples import untold
 from qwen35.data.tokens import ChatTokenizer
+from qwen35.errors import SettingError
+from qwen35.sampling import Sampling
+from qwen35.settings import Settings
 from qwen35.validation import Validation
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -86,17 +90,19 @@ def asked(place, monkeypatch) -> Callable[..., list[str]]:
     prompts: list[str] = []
     tokenizer = ChatTokenizer(place / "hf")
 
-    def script(given: list[str], limits: list[int] | None = None) -> list[str]:
+    def script(given: list[str], limits: list[int] | None = None, ways: list[Sampling] | None = None) -> list[str]:
         left = iter(given)
 
-        def greedy(_, some, limit, *__):
+        def generate(_, some, limit, __, sampling):
             prompts.extend(tokenizer.decode(prompt.input_ids.tolist()) for prompt in some)
             texts = [next(left) for _ in some]
             if limits is not None:
                 limits.append(limit)
+            if ways is not None:
+                ways.append(sampling)
             return [tokenizer.encode_text(text) for text in texts]
 
-        monkeypatch.setattr(evaluate, "greedy", greedy)
+        monkeypatch.setattr(evaluate, "generate", generate)
         return prompts
 
     return script
@@ -115,7 +121,7 @@ def test_the_template_s_own_answer_after_its_own_prompt_is_right(place, expected
     total = len(CONVERSATIONS)
     assert out == f"held-out accuracy 1.000 ({total}/{total})\n"
     where = "an open thought where the record's answer has one, else an empty one"
-    assert err.endswith(f"asked with template qwen3_5, {where}\n")
+    assert err.endswith(f"asked with template qwen3_5, {where}; greedy\n")
 
 
 WRONG = {
@@ -151,7 +157,7 @@ def test_the_command_line_decides_for_all(place, asked, capsys, word, thinking):
     prompts = asked([""] * len(CONVERSATIONS))
     assert run(place, word) == 0
     assert prompts == [by_template(place, turns[:-1], thinking, True) for turns in CONVERSATIONS.values()]
-    assert capsys.readouterr().err.endswith(f"qwen3_5, an {'open' if thinking else 'empty'} thought\n")
+    assert capsys.readouterr().err.endswith(f"qwen3_5, an {'open' if thinking else 'empty'} thought; greedy\n")
 
 
 def write_recipe(place: Path, **basic) -> Path:
@@ -171,7 +177,7 @@ def test_a_run_that_trained_no_thoughts_is_asked_without(place, asked, capsys, t
     bare = [[{k: v for k, v in t.items() if k != "reasoning_content"} for t in c] for c in CONVERSATIONS.values()]
     assert prompts == [by_template(place, turns[:-1], False, True) for turns in bare]
     assert "hm" not in "".join(prompts)
-    assert capsys.readouterr().err.endswith("template qwen3_5, an empty thought (enable_thinking: false)\n")
+    assert capsys.readouterr().err.endswith("template qwen3_5, an empty thought (enable_thinking: false); greedy\n")
     assert run(place, "--recipe", str(recipe), "--thinking") == 0
     assert prompts[len(CONVERSATIONS) :] == [by_template(place, turns[:-1], True, True) for turns in bare]
 
@@ -193,7 +199,7 @@ def test_a_template_without_thoughts(place, asked, capsys, tmp_path):
     words = ["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), "--recipe", str(recipe)]
     assert evaluate.main(words) == 0
     assert prompts == ["<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"]
-    assert capsys.readouterr().err.endswith("template qwen3_vl_nothink, no thoughts\n")
+    assert capsys.readouterr().err.endswith("template qwen3_vl_nothink, no thoughts; greedy\n")
     assert evaluate.main([*words, "--thinking"]) == 1
     assert "qwen3_vl_nothink has no thoughts" in capsys.readouterr().err
 
@@ -216,13 +222,60 @@ def test_room_for_the_longest_answer_and_a_thought(place, asked, tmp_path):
     assert 40 < limits[3] < 500
 
 
-def test_validation_asks_as_it_trained(place, expected, asked, monkeypatch):
-    """Answers with a tool's call too; its own copy of the model and the other ranks are not what is tested here."""
+PUBLISHED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}  # generation_config.json of 27B
+
+
+@pytest.fixture
+def says(place) -> Iterator[Callable[..., None]]:
+    """Have the folder's generation_config.json say so."""
+    path = place / "hf/generation_config.json"
+    before = path.read_text()
+    yield lambda **values: path.write_text(json.dumps(json.loads(before) | values)) and None
+    path.write_text(before)
+
+
+def test_scores_are_greedy_unless_drawing_is_asked_for(place, asked, says, capsys):
+    says(**PUBLISHED, repetition_penalty=1.1)
+    ways: list[Sampling] = []
+    asked([""] * 4 * len(CONVERSATIONS), ways=ways)
+    for words in ([], ["--sample", "--seed", "5"], ["--temperature", "2", "--seed", "5"]):
+        assert run(place, *words) == 0
+    greedy, drawn, hot = ways
+    assert greedy == replace(Sampling(repetition_penalty=1.1), seed=greedy.seed)
+    assert drawn == Sampling(0.6, 20, 0.95, repetition_penalty=1.1, seed=5) and hot == replace(drawn, temperature=2.0)
+    err = capsys.readouterr().err
+    assert "; greedy, repetition_penalty 1.1\n" in err
+    assert "; temperature 0.6, top_k 20, top_p 0.95, repetition_penalty 1.1, seed 5\n" in err
+    says()
+    assert run(place, "--sample") == 1
+    assert "hf/generation_config.json does not draw; give a --temperature" in capsys.readouterr().err
+
+
+def validation_settings(place: Path) -> Settings:
     flat = {"data.dataset_param.basic_parameters.dataset": str(place / "records.json"), "training.train_iters": 5}
     flat |= {"model.model_name_or_path": str(place / "hf"), "training.save": str(place), "training.val_generate": True}
     flat |= {"data.val_dataset_param.basic_parameters.dataset": str(place / "records.json"), "training.val_interval": 1}
+    return from_flat(flat).validation
+
+
+def validating(settings: Settings) -> Validation:
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    found = Validation(from_flat(flat).validation, meshes, torch.device("cpu"), torch.float32, untold)
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold)
+
+
+def test_validation_is_greedy_and_refuses_what_is_not_built_at_once(place, says):
+    settings, total = validation_settings(place), len(CONVERSATIONS)
+    says(**PUBLISHED, repetition_penalty=1.1)
+    assert f"{total} of them answered (greedy, repetition_penalty 1.1), " in validating(settings).report()
+    says(num_beams=4)
+    with pytest.raises(SettingError, match=r"generation_config\.json: num_beams: 4 may change the answers"):
+        validating(settings)
+    validating(replace(settings, training=replace(settings.training, val_generate=False)))
+
+
+def test_validation_asks_as_it_trained(place, expected, asked, monkeypatch):
+    """Answers with a tool's call too; its own copy of the model and the other ranks are not what is tested here."""
+    found = validating(validation_settings(place))
     total = len(CONVERSATIONS)
     assert f": {total} samples, {total} of them answered, " in found.report()
     prompts = asked([answer for _, answer in expected.values()])

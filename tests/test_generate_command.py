@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
 TOKENS = 12
 LINE = r"\d+ tokens in \d+\.\d\d s: prefill of \d+ tokens \d+\.\d tokens/s(, decoding \d+\.\d tokens/s)?"
+HOW = r", (greedy|temperature [\d.]+)(, \w+ [\d.]+)*( \(by generation_config\.json\))?(, cut at max_new_tokens \d+)?\n"
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +76,17 @@ def ask(place, capsys, monkeypatch) -> Callable[..., str]:
         if status:
             assert out == "" and err.startswith("error: ") and err.count("\n") == 1
             return err
-        assert re.fullmatch(LINE + r"(, seed \d+)?(, cut at max_new_tokens)?\n", err), err
+        assert re.fullmatch(LINE + HOW, err), err
         return out
 
     return ask
 
 
-def peer(place: Path, content: list[dict], system: str | None = None, **template) -> str:
+def peer(place: Path, content: list[dict], system: str | None = None, model: str = "hub", **template) -> str:
     """transformers' greedy answer to a conversation in its own chat template, its images among the content."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    folder = place / "hub"
+    folder = place / model
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": system}] if system else []
@@ -244,6 +245,48 @@ def test_drawing(place, ask):
     assert "top_p 0.0" in ask("hub", *question, "--top_p", "0", status=1)
 
 
+@pytest.fixture
+def says(place, tmp_path) -> Callable[..., str]:
+    """The model with a generation_config.json that says so, beside the ends of an answer."""
+
+    def says(**values) -> str:
+        folder = tmp_path / "says"
+        shutil.copytree(place / "hub", folder, dirs_exist_ok=True)
+        ends = json.loads((place / "hub/generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(ends | values))
+        return str(folder)
+
+    return says
+
+
+def test_the_folder_s_penalty_is_transformers_penalty(place, ask, says):
+    model = says(repetition_penalty=1.4, top_k=3, do_sample=False)  # what is not drawn needs no top_k
+    image = {"type": "image", "image": place / "0.png"}
+    penalised = peer(place, [image, TEXT], model=model)
+    question = ["--prompt", TEXT["text"], "--image", str(place / "0.png")]
+    assert ask(model, *question) == penalised != ask("hub", *question)
+    assert ask(model, *question, "--repetition_penalty", "1") == ask("hub", *question) == peer(place, [image, TEXT])
+    assert ask("hub", *question, "--repetition_penalty", "1.4") == penalised
+
+
+def test_the_folder_s_way_of_drawing(place, ask, says, capsys):
+    model = says(do_sample=True, temperature=1.8, top_k=20, top_p=0.95, presence_penalty=0.5, max_new_tokens=5)
+    asked = ["--prompt", "Hello", "--seed"]
+    by_hand = ["--temperature", "1.8", "--top_k", "20", "--top_p", "0.95", "--presence_penalty", "0.5"]
+    answers = [ask(model, *asked, seed) for seed in "123"]
+    assert len(set(answers)) == 3
+    assert answers == [ask("hub", *asked, seed, *by_hand) for seed in "123"]
+    assert ask(model, *asked, "1", "--top_k", "0") == ask("hub", *asked, "1", *by_hand, "--top_k", "0")
+    greedy = ["--prompt", "Hello", "--presence_penalty", "0"]
+    assert ask(model, *greedy, "--greedy") == ask(model, *greedy, "--temperature", "0") == ask("hub", *greedy)
+    assert "one of them" in ask(model, *greedy, "--greedy", "--temperature", "1", status=1)
+    capsys.readouterr()
+    assert generate.main(["--model", model, *asked, "7"]) == 0
+    how = "temperature 1.8, top_k 20, top_p 0.95, presence_penalty 0.5, seed 7 (by generation_config.json)"
+    err = capsys.readouterr().err
+    assert err.startswith("5 tokens in ") and err.endswith(f", {how}, cut at max_new_tokens 5\n")
+
+
 WRONG = [
     ("hub", ["--prompt", " \n"], "prompt is empty"),
     ("hub", [], "prompt is empty"),
@@ -360,7 +403,7 @@ def test_as_a_process(place, right, model):
     question = command(place, model, "--prompt", TEXT["text"])
     done = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, right), done.stderr
-    assert re.fullmatch(LINE + r"(, cut at max_new_tokens)?\n", done.stderr)
+    assert re.fullmatch(LINE + r", greedy(, cut at max_new_tokens 12)?\n", done.stderr)
     failed = subprocess.run(
         command(place, model), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, input=""
     )

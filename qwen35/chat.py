@@ -93,8 +93,9 @@ def add_options(parser: Parser) -> None:
 
 def add_thinking(parser: Parser, default: str) -> None:
     thinking = parser.add_mutually_exclusive_group()
-    for name, value in (("--thinking", True), ("--no_thinking", False)):
-        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=f"default: {default}")
+    for name, value, kind in (("--thinking", True, "open"), ("--no_thinking", False, "empty")):
+        told = f"answer after an {kind} thought; default: {default}"
+        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=told)
 
 
 def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:

@@ -72,7 +72,7 @@ def answers(
 ) -> Iterator[Answer]:
     """The model's answer to each record, `batch` records at once.
 
-    max_new_tokens None: as many as the longest right answer of a batch needs, and ROOM_TO_THINK; a longer one is wrong anyway.
+    max_new_tokens None: what the longest right answer of a batch needs (a longer one is wrong), more after an open thought.
     thinking: whether the prompts open a thought; None: those of the records whose answer is trained with one.
     skip: is told of each record whose images cannot be read, which is then not answered; None: it raises RecordError.
     Raises SettingError.
@@ -126,14 +126,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
     add("--dataset_dir", help="where the records' images and videos lie; default: the folder of the (first) file")
     add("--batch", type=positive, default=64, help="records at once; default: 64")
-    add("--max_new_tokens", type=positive, help="default: what the longest right answer needs")
-    add_thinking(parser, "each record as it is trained: the model thinks first where the record's answer has a thought")
+    add(
+        "--max_new_tokens",
+        type=positive,
+        help=f"default: what the longest right answer needs, and {ROOM_TO_THINK} more after an open thought",
+    )
+    add_thinking(parser, "as the record's answer is trained, which is open where it has a thought")
     add(
         "--sample",
         action="store_true",
-        help=f"draw as the model's {FILE} says; default: the likeliest token, after penalties",
+        help=f"draw as the model's {FILE} says; default: the likeliest token, after its penalties",
     )
-    add_sampling(parser, "--sample and do_sample")
+    add_sampling(parser, "with --sample")
     add("--show", action="store_true", help="print the records that were answered wrong")
     return parser.parse_args(arguments)
 

@@ -23,7 +23,7 @@ from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
-from qwen35.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
+from qwen35.generation_config import DRAWN, FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
 from qwen35.sampling import Penalties, Sampling, draw
@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--system", help="text of a system turn before it; default: none")
     add("--max_new_tokens", type=positive, help=f"default: the model's {FILE}, else 512")
     add("--greedy", action="store_true", help=f"take the likeliest token, also where the model's {FILE} draws")
-    add_sampling(parser, "do_sample")
+    add_sampling(parser, "where its do_sample is true")
     add_thinking(parser, "as the run's or recipe's enable_thinking says, else as the model's own template does")
     return parser.parse_args(arguments)
 
@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finished, cut = time.perf_counter(), len(ends) == limit
     first = ends[0] if ends else finished
     decoding = f", decoding {(len(ends) - cut) / (finished - first):.1f} tokens/s" if len(ends) > cut else ""
-    by = f" (by {FILE})" if args.temperature is None and not sampling.is_greedy else ""
+    by_file = args.temperature is None and not args.greedy and config.keys() & {"do_sample", *DRAWN}
+    by = f" (by {FILE})" if by_file else ""
     told = f", {sampling}{by}" + (f", cut at max_new_tokens {limit}" if cut else "")
     count = len(prompt.input_ids)
     print(

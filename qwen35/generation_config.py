@@ -16,35 +16,17 @@ FILE = "generation_config.json"
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 DRAWN = NUMBERS[:4]  # these matter only where tokens are drawn
 USED = {"do_sample", "eos_token_id", "max_new_tokens", *NUMBERS}
-HARMLESS = {
-    *("bos_token_id", "pad_token_id", "decoder_start_token_id"),  # a chat's prompt is whole, and nothing is padded
-    *("transformers_version", "_from_model_config", "_commit_hash"),  # where the file comes from
-    *(
-        "use_cache",
-        "cache_implementation",
-        "cache_config",
-        "max_cache_len",
-        "low_memory",
-        "prefill_chunk_size",
-    ),  # memory
-    *("compile_config", "disable_compile", "continuous_batching_config", "use_mtp"),  # speed
-    *(
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "output_logits",
-        "return_dict_in_generate",
-    ),  # returned
-    *("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty"),  # of beams, which are refused
-    *(
-        "is_assistant",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-    ),  # speed
-    *("assistant_lookbehind", "target_lookbehind"),
-    "max_length",  # max_new_tokens bounds an answer, and it is said when that cuts one
-}
+HARMLESS = set(
+    "bos_token_id pad_token_id decoder_start_token_id "  # a chat's prompt is whole, and nothing is padded
+    "transformers_version _from_model_config _commit_hash "  # where the file comes from
+    "use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size "  # memory
+    "compile_config disable_compile continuous_batching_config use_mtp "  # speed
+    "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "  # speed too
+    "assistant_lookbehind target_lookbehind "
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "  # what is returned
+    "early_stopping length_penalty num_beam_groups diversity_penalty "  # of beams, which are refused themselves
+    "max_length".split()  # max_new_tokens bounds an answer, and an answer that is cut says so
+)
 # what is not built, and the value at which it changes nothing
 NEUTRAL = {
     "num_beams": 1,
@@ -98,9 +80,9 @@ def greedy_by(config: dict[str, Any]) -> Sampling:
 
 
 def add_sampling(parser: Parser, drawn: str) -> None:
-    """drawn: by what tokens are drawn where no temperature is given."""
+    """drawn: when tokens are drawn though no temperature is given."""
     add, own = parser.add_argument, f"default: that of the model's {FILE}, else"
-    heat = f"of the draw; 0: take the likeliest token; default: with {drawn} that of the model's {FILE}, or 1; else 0"
+    heat = f"of the draw; 0: take the likeliest token; default: that of the model's {FILE}, or 1, {drawn}; else 0"
     add("--temperature", type=float, help=heat)
     add("--top_k", type=whole_number(0), help=f"draw among the k likeliest tokens, 0: among all; {own} all")
     add("--top_p", type=float, help=f"draw among the likeliest tokens of this probability; {own} 1")

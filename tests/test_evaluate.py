@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from qwen35 import evaluate, tiny, validation
+from qwen35.checkpoint.dcp import save_checkpoint
 from qwen35.config import from_flat, to_yaml
 from qwen35.data.samples import untold
 from qwen35.data.tokens import ChatTokenizer
@@ -180,6 +181,16 @@ def test_a_run_that_trained_no_thoughts_is_asked_without(place, asked, capsys, t
     assert capsys.readouterr().err.endswith("template qwen3_5, an empty thought (enable_thinking: false); greedy\n")
     assert run(place, "--recipe", str(recipe), "--thinking") == 0
     assert prompts[len(CONVERSATIONS) :] == [by_template(place, turns[:-1], True, True) for turns in bare]
+
+
+@pytest.mark.parametrize("hf", [False, True])
+def test_a_run_s_checkpoint_is_asked_as_the_run_trained(place, asked, capsys, tmp_path, hf):
+    save_checkpoint(tmp_path, 5, evaluate.load_model(evaluate.find_model(place / "hf")))
+    write_recipe(place, enable_thinking=False).rename(tmp_path / "config.yaml")
+    prompts = asked([""] * len(CONVERSATIONS))
+    assert run(tmp_path, "--data", str(place / "records.json"), *(["--hf", str(place / "hf")] * hf), model=".") == 0
+    assert not any(prompt.endswith("<think>\n") for prompt in prompts) and len(prompts) == len(CONVERSATIONS)
+    assert "(enable_thinking: false); greedy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("said", [None, True])

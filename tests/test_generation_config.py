@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peer import config_dict, continued, pair, peer_inputs, sample
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 
 from qwen35 import generate
 from qwen35.errors import SettingError
-from qwen35.generation_config import HARMLESS, NEUTRAL, greedy_by, read_generation_config, sampling_of
+from qwen35.generation_config import HARMLESS, NEUTRAL, greedy_by, read_generation_config, sampling_of, stop_ids
 from qwen35.sampling import Sampling
 
 ENDS = {"bos_token_id": 248044, "eos_token_id": [248046, 248044], "pad_token_id": 248044}
@@ -159,3 +160,13 @@ def test_a_wrong_value_names_the_file(tmp_path, values, words):
     with pytest.raises(SettingError) as error:
         read_generation_config(write(tmp_path, values))
     assert str(error.value) == f"{tmp_path}/generation_config.json: {words}"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", ["<|im_end|>", [1, "2"], [True], 1.5])
+def test_ends_that_are_no_tokens_are_refused(tmp_path, file, ends):
+    tokenizer = SimpleNamespace(im_end_id=1, pad_id=2)
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(SettingError) as error:
+        stop_ids(tmp_path, tokenizer)
+    assert str(error.value) == f"{tmp_path}/{file}: eos_token_id: {ends} is no token's number"

@@ -13,7 +13,6 @@ from qwen35.checkpoint.model_folder import refuse
 from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
 from qwen35.data.collate import check_agreement, vision_spec
-from qwen35.data.files import read_config
 from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
@@ -100,6 +99,13 @@ def add_options(parser: Parser) -> None:
     add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
 
 
+def add_thinking(parser: Parser, default: str) -> None:
+    thinking = parser.add_mutually_exclusive_group()
+    for name, value, kind in (("--thinking", True, "open"), ("--no_thinking", False, "empty")):
+        told = f"answer after an {kind} thought; default: {default}"
+        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=told)
+
+
 def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
     """By the options above, else as the model's run trained. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
@@ -109,27 +115,15 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
     if smallest > largest:
         raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
     template = args.template or trained.basic_parameters.template
+    if args.thinking and template == "qwen3_vl_nothink":
+        raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+    enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
     preparation = Preparation(
         ChatTokenizer(source.tokenizer),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
-        BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
+        BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking),
         trained.attr,
         VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation
-
-
-def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
-    """Where a chat's answer ends: at `<|im_end|>`, the pad token, and whatever config.json and generation_config.json name.
-
-    The published config.json names `<|endoftext|>` alone, which no chat ends with, and some sizes have no generation_config.
-    """
-    found = {tokenizer.im_end_id, tokenizer.pad_id}
-    for name in ("config.json", "generation_config.json"):
-        if (Path(folder) / name).is_file():
-            config = read_config(folder, name)
-            for level in (config, config.get("text_config")):
-                named = level.get("eos_token_id") if isinstance(level, dict) else None
-                found |= {i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)}
-    return found

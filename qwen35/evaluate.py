@@ -1,6 +1,8 @@
 """How often a model answers held-out records right: `python -m qwen35.evaluate --model DIR --data FILE`.
 
-The last answer of each record is left to the model, which takes the likeliest token each time; right is what spells the same.
+The last answer of each record is left to the model, which takes the likeliest token each time (--sample: draws). Right is what
+spells the same, thoughts and white space at the ends aside. Tool calls are compared as the chat template writes them below
+the answer's text, so their order counts, and that of their arguments.
 """
 
 import argparse
@@ -12,18 +14,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.chat import add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.samples import Preparation
-from qwen35.data.template import Piece
-from qwen35.errors import USER_ERRORS, Parser, complain
-from qwen35.generate import greedy
+from qwen35.data.template import answer_text, has_thought
+from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
+from qwen35.generate import generate
+from qwen35.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.model import Qwen35
+from qwen35.sampling import Sampling
+from qwen35.settings import BasicParameters
 
-ROOM_TO_THINK = 1024  # tokens, with --thinking
+ROOM_TO_THINK = 1024  # tokens that an answer with a thought may take beyond the record's own
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -60,38 +66,57 @@ def answers(
     records: Sequence[Record],
     batch: int,
     max_new_tokens: int | None = None,
-    thinking: bool = False,
+    thinking: bool | None = None,
+    sampling: Sampling = GREEDY,
     skip: Callable[[RecordError], object] | None = None,
 ) -> Iterator[Answer]:
     """The model's answer to each record, `batch` records at once.
 
-    max_new_tokens None: as many as the longest right answer of a batch needs, for a longer one is wrong anyway.
+    max_new_tokens None: what the longest right answer of a batch needs (a longer one is wrong), more after an open thought.
+    thinking: whether the prompts open a thought; None: those of the records whose answer is trained with one.
     skip: is told of each record whose images cannot be read, which is then not answered; None: it raises RecordError.
     Raises SettingError.
     """
-    tokenizer, spec = preparation.tokenizer, vision_spec(folder)
+    tokenizer, spec, basic = preparation.tokenizer, vision_spec(folder), preparation.basic
     stop = stop_ids(folder, tokenizer)
     for start in range(0, len(records), batch):
-        some, prompts = [], []
+        asked, prompts, room = [], [], 0
         for record in records[start : start + batch]:
             try:
-                prompts.append(prompt_batch(record, preparation, spec, thinking))
-                some.append(record)
+                thinks = has_thought(record, basic.template, basic.enable_thinking) if thinking is None else thinking
+                prompts.append(prompt_batch(record, preparation, spec, thinks))
             except RecordError as error:
                 if skip is None:
                     raise
                 skip(error)
-        if not some:
-            continue
-        wanted = [_without_thought(record.turns[-1].content) for record in some]
-        room = max(len(tokenizer.encode([Piece(text)])[0]) for text in wanted) + 1 + ROOM_TO_THINK * thinking
-        given = greedy(model, prompts, max_new_tokens or room, stop)
-        for record, right, ids in zip(some, wanted, given, strict=True):
-            yield Answer(record, right, _without_thought(tokenizer.decode(ids)))
+                continue
+            turn = record.turns[-1]
+            right = tokenizer.encode_text(answer_text(turn))
+            thought = len(tokenizer.encode_text(turn.reasoning or "")) + ROOM_TO_THINK if thinks else 0
+            room = max(room, thought + len(right) + 1)
+            # decoded again: the tokenizer may write a character in another of its Unicode forms
+            asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
+        given = generate(model, prompts, max_new_tokens or room, stop, sampling)
+        for (record, wanted, opening), ids in zip(asked, given, strict=True):
+            yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)))
 
 
-def _without_thought(text: str) -> str:
+def without_thought(text: str) -> str:
+    """What follows the thought. One that is opened and never closed stays: it is no right answer."""
     return text.rpartition("</think>")[2].strip()
+
+
+def asked_how(thinking: bool | None, basic: BasicParameters) -> str:
+    """For standard error: what the prompts are made by."""
+    if basic.template == "qwen3_vl_nothink":
+        thoughts = "no thoughts"
+    elif thinking is not None:
+        thoughts = "an open thought" if thinking else "an empty thought"
+    elif basic.enable_thinking is False:
+        thoughts = "an empty thought (enable_thinking: false)"
+    else:
+        thoughts = "an open thought where the record's answer has one, else an empty one"
+    return f"template {basic.template}, {thoughts}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,8 +126,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
     add("--dataset_dir", help="where the records' images and videos lie; default: the folder of the (first) file")
     add("--batch", type=positive, default=64, help="records at once; default: 64")
-    add("--max_new_tokens", type=positive, help="default: what the longest right answer needs")
-    add("--thinking", action="store_true", help="let the model think first; default: it begins after an empty thought")
+    add(
+        "--max_new_tokens",
+        type=positive,
+        help=f"default: what the longest right answer needs, and {ROOM_TO_THINK} more after an open thought",
+    )
+    add_thinking(parser, "as the record's answer is trained, which is open where it has a thought")
+    add(
+        "--sample",
+        action="store_true",
+        help=f"draw as the model's {FILE} says; default: the likeliest token, after its penalties",
+    )
+    add_sampling(parser, "with --sample")
     add("--show", action="store_true", help="print the records that were answered wrong")
     return parser.parse_args(arguments)
 
@@ -114,9 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         source = find_model(args.model, args.hf)
         preparation = prepare(args, source, args.data, dataset_dir)
+        sampling = sampling_of(args, read_generation_config(source.config), args.sample)
+        if args.sample and sampling.is_greedy:
+            raise SettingError(f"--sample: {source.config}/{FILE} does not draw; give a --temperature")
         records = read_all(preparation)
         model = load_model(source)
-        given = answers(model, source.config, preparation, records, args.batch, args.max_new_tokens, args.thinking)
+        print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
+        how = (args.batch, args.max_new_tokens, args.thinking, sampling)
+        given = answers(model, source.config, preparation, records, *how)
         for answer in tqdm(given, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1
             right += answer.is_right

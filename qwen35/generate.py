@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
-from qwen35.chat import Source, add_options, find_model, load_model, positive, prepare, stop_ids
+from qwen35.chat import Source, add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
@@ -23,9 +23,11 @@ from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
+from qwen35.generation_config import DRAWN, FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.model import Qwen35
 from qwen35.model.cache import caching
-from qwen35.sampling import Sampling, draw
+from qwen35.sampling import Penalties, Sampling, draw
+from qwen35.settings import BasicParameters
 from qwen35.words import number_of
 
 
@@ -65,10 +67,12 @@ def steps(
         return
     head, going_on = model.head_weight, [True] * len(prompts)
     generators = sampling.generators(len(prompts))
+    penalties = Penalties(sampling, [prompt.input_ids for prompt in prompts], len(head), head.device)
     with caching(model, max_new_tokens - 1):
         hidden, position = _run_prompts(model, prompts)
         for left in reversed(range(max_new_tokens)):
-            tokens = draw(hidden @ head.T, sampling, generators)  # [S]
+            tokens = draw(penalties.apply(hidden @ head.T), sampling, generators)  # [S]
+            penalties.add(tokens)
             new = tokens.tolist()
             going_on = [going and token not in eos_ids for going, token in zip(going_on, new, strict=True)]
             if not any(going_on):
@@ -134,16 +138,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     frames = "one video: a file, a folder of frames, or its frames; before the text, if it has no `<video>`"
     add("--video", nargs="+", action="append", default=[], help=frames)
     add("--system", help="text of a system turn before it; default: none")
-    add("--max_new_tokens", type=positive, default=512, help="default: 512")
-    add("--temperature", type=float, default=0.0, help="default: 0, which always takes the likeliest token")
-    add("--top_k", type=positive, help="draw among the k likeliest tokens; default: all")
-    add("--top_p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; default: 1")
-    add("--seed", type=int, help="of what is drawn; default: another one each time, told at the end")
-    thinking = parser.add_mutually_exclusive_group()
-    for name, value in (("--thinking", True), ("--no_thinking", False)):
-        thinking.add_argument(
-            name, dest="thinking", action="store_const", const=value, help="default: as the model's own template does"
-        )
+    add("--max_new_tokens", type=positive, help=f"default: the model's {FILE}, else 512")
+    add("--greedy", action="store_true", help=f"take the likeliest token, also where the model's {FILE} draws")
+    add_sampling(parser, "where its do_sample is true")
+    add_thinking(parser, "as the run's or recipe's enable_thinking says, else as the model's own template does")
     return parser.parse_args(arguments)
 
 
@@ -173,13 +171,12 @@ def question(args: argparse.Namespace) -> Record:
     return Record("the prompt", (*system, Turn("user", before + text)), tuple(map(Path, args.image)), videos)
 
 
-def is_thinking(asked: bool | None, template: str, source: Source) -> bool:
+def is_thinking(asked: bool | None, basic: BasicParameters, source: Source) -> bool:
     """Whether the answer begins with an open thought. Raises SettingError."""
-    if template == "qwen3_vl_nothink":
-        if asked:
-            raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+    if basic.template == "qwen3_vl_nothink":
         return False
-    return thinks_by_default(source.tokenizer) if asked is None else asked
+    said = basic.enable_thinking if asked is None else asked
+    return thinks_by_default(source.tokenizer) if said is None else said
 
 
 def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterator[str]:
@@ -209,13 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         record = question(args)
-        seed = torch.Generator().seed() % 2**32 if args.seed is None else args.seed
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, seed)
-        if sampling.is_greedy and (args.top_k is not None or args.top_p != 1):
-            raise SettingError("--top_k and --top_p mean nothing at temperature 0; give a --temperature")
+        if args.greedy and args.temperature:
+            raise SettingError("--greedy takes the likeliest token, --temperature draws; give one of them")
         source = find_model(args.model, args.hf)
+        config = read_generation_config(source.config)
+        sampling = sampling_of(args, config, drawn=not args.greedy)
+        limit = args.max_new_tokens or config.get("max_new_tokens", 512)
         preparation = prepare(args, source)
-        thinking = is_thinking(args.thinking, preparation.basic.template, source)
+        thinking = is_thinking(args.thinking, preparation.basic, source)
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
         stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)
@@ -225,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, ends = time.perf_counter(), []  # when each token was there
 
     def timed() -> Iterator[int]:
-        for (token,) in steps(model, [prompt], args.max_new_tokens, stop, sampling):
+        for (token,) in steps(model, [prompt], limit, stop, sampling):
             assert token is not None  # of the only prompt
             ends.append(time.perf_counter())
             yield token
@@ -235,10 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    finished, cut = time.perf_counter(), len(ends) == args.max_new_tokens
+    finished, cut = time.perf_counter(), len(ends) == limit
     first = ends[0] if ends else finished
     decoding = f", decoding {(len(ends) - cut) / (finished - first):.1f} tokens/s" if len(ends) > cut else ""
-    told = ("" if sampling.is_greedy else f", seed {seed}") + (", cut at max_new_tokens" if cut else "")
+    by_file = args.temperature is None and not args.greedy and config.keys() & {"do_sample", *DRAWN}
+    by = f" (by {FILE})" if by_file else ""
+    told = f", {sampling}{by}" + (f", cut at max_new_tokens {limit}" if cut else "")
     count = len(prompt.input_ids)
     print(
         f"{len(ends)} tokens in {finished - started:.2f} s: prefill of {count} tokens {count / (first - started):.1f} tokens/s"

@@ -16,7 +16,8 @@ from qwen35.data.samples import Progress
 from qwen35.data.validation import ValidationSet
 from qwen35.device import is_apart
 from qwen35.errors import SettingError
-from qwen35.evaluate import answers
+from qwen35.evaluate import GREEDY, answers
+from qwen35.generation_config import greedy_by, read_generation_config
 from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35
 from qwen35.parallel import Meshes, gather_weights, held_out, let_go, split
@@ -65,6 +66,9 @@ class Validation:
         Raises SettingError, RecordError.
         """
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
+        self.sampling = GREEDY
+        if settings.training.val_generate:
+            self.sampling = greedy_by(read_generation_config(settings.model.model_name_or_path))
         try:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
@@ -84,8 +88,9 @@ class Validation:
         cut = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
         asked, without = sum(map(len, self.groups)), ""
         if asked < len(dataset):
-            without = " (none that is longer than cutoff_len, or ends with a tool's call)"
-        told = f", {asked:,} of them answered{without}" if t.val_generate else ""
+            without = " (none that is longer than cutoff_len)"
+        how = "" if self.sampling == GREEDY else f" ({self.sampling})"
+        told = f", {asked:,} of them answered{without}{how}" if t.val_generate else ""
         both = ", ".join(map(str, self.set.also_trained))
         odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.told)
         return (
@@ -155,13 +160,13 @@ class Validation:
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
-        thinking = bool(dataset.preparation.basic.enable_thinking)
         skip = (lambda error: bad.append(str(error))) if dataset.skips else None
         right = answered = 0
         mine = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(mine, 1):
             at(f"answers {i} of {len(mine)}")
-            for answer in answers(plain, folder, dataset.preparation, records, len(records), None, thinking, skip):
+            asked = dataset.preparation, records, len(records)
+            for answer in answers(plain, folder, *asked, sampling=self.sampling, skip=skip):
                 right += answer.is_right
                 answered += 1
         return right, answered

@@ -153,11 +153,11 @@ def peer_inputs(s: PackedBatch) -> dict:
     return inputs
 
 
-def continued(theirs: torch.nn.Module, inputs: dict, count: int) -> list[int]:
+def continued(theirs: torch.nn.Module, inputs: dict, count: int, **options) -> list[int]:
     """transformers' greedy answer of up to `count` tokens; what its release does not take is left out (5.2: the kinds)."""
     known = inspect.signature(theirs.forward).parameters
     inputs = {name: value for name, value in inputs.items() if name in known}
-    out = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    out = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 

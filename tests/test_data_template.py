@@ -13,7 +13,7 @@ from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config import SettingError
 from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video
-from qwen35.data.template import prompt_pieces, render, thinks_by_default, training_pieces
+from qwen35.data.template import has_thought, prompt_pieces, render, thinks_by_default, training_pieces
 from qwen35.data.tokens import ChatTokenizer
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -470,21 +470,17 @@ def test_what_is_trained_follows_the_prompt_exactly(r, thinking, history, tokeni
         pieces = training_pieces(r, "qwen3_5", enable_thinking=thinking, mask_history=history)
     except RecordError:
         return
-    questions = [i for i, turn in enumerate(r.turns) if turn.role == "user" and "<tool_response>" not in turn.content]
-    between = [turn for turn in r.turns[max(questions, default=0) : -1] if turn.role == "assistant"]
-    assume(
-        thinking is not False or not any(turn.reasoning or "</think>" in turn.content for turn in between)
-    )  # as prompted
     assume(not any(begins_with_a_line(p) for p in [p for p in pieces if p.fresh][:-1]))
     ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
-    has_thought = "<think>\n\n</think>\n\n" not in render(pieces).rsplit("<|im_start|>", 1)[-1]
-    prompt = expanded(render(prompt_pieces(r, "qwen3_5", has_thought)), 2)
+    thinks = "<think>\n\n</think>\n\n" not in render(pieces).rsplit("<|im_start|>", 1)[-1]
+    assert thinks == has_thought(r, "qwen3_5", thinking)
+    prompt = expanded(render(prompt_pieces(r, "qwen3_5", thinks, thinking)), 2)
     prompt_ids = hf_tokenizer(prompt, add_special_tokens=False).input_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
     assert trained[len(prompt_ids) :].all() and not (history and trained[: len(prompt_ids)].any())
     answer = tokenizer.decode(ids[len(prompt_ids) :].tolist())
     assert answer.endswith("<|im_end|>\n")
-    assert answer.count("</think>") == has_thought
+    assert answer.count("</think>") == thinks
 
 
 @quick

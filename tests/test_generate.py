@@ -175,7 +175,7 @@ def test_chats_end_at_every_end_that_the_folder_names(folder, tokenizer, tmp_pat
 
 @pytest.fixture
 def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
-    """Three questions answered as the model does, with a thought before the first answer, and one answered otherwise."""
+    """Three questions answered as the model does after an empty thought, the first behind a thought, and one otherwise."""
     questions = ["Which digit is this?", "Hello!", "Is this the user?", "What?"]
     images = ImageProcessor.from_folder(folder, 1024, 65536)
     videos = VideoProcessor.from_folder(folder, PreprocessParameters())
@@ -199,6 +199,7 @@ def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_evaluation_ends_with_the_accuracy(folder, records, batch, capsys):
     arguments = ["--model", str(folder), "--data", str(records), "--batch", batch, "--max_new_tokens", "4"]
+    arguments.append("--no_thinking")
     assert evaluate.main(arguments) == 0
     assert capsys.readouterr().out == "held-out accuracy 0.750 (3/4)\n"
     assert evaluate.main([*arguments, "--show"]) == 0

@@ -30,8 +30,10 @@ from qwen35.data.tokens import ChatTokenizer
 from qwen35.model import Qwen35
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
 TOKENS = 12
 LINE = r"\d+ tokens in \d+\.\d\d s: prefill of \d+ tokens \d+\.\d tokens/s(, decoding \d+\.\d tokens/s)?"
+HOW = r", (greedy|temperature [\d.]+)(, \w+ [\d.]+)*( \(by generation_config\.json\))?(, cut at max_new_tokens \d+)?\n"
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +79,17 @@ def ask(place, capsys, monkeypatch) -> Callable[..., str]:
         if chosen := {"run": "iter_0000005", "converted": "release"}.get(model):
             said, _, err = err.partition("\n")
             assert said == f"weights from {place / model / chosen}"
-        assert re.fullmatch(LINE + r"(, seed \d+)?(, cut at max_new_tokens)?\n", err), err
+        assert re.fullmatch(LINE + HOW, err), err
         return out
 
     return ask
 
 
-def peer(place: Path, content: list[dict], system: str | None = None, **template) -> str:
+def peer(place: Path, content: list[dict], system: str | None = None, model: str = "hub", **template) -> str:
     """transformers' greedy answer to a conversation in its own chat template, its images among the content."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    folder = place / "hub"
+    folder = place / model
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": system}] if system else []
@@ -178,9 +180,8 @@ def test_thoughts(place, ask):
     assert ask("hub", "--prompt", "What?") == ask("hub", "--prompt", "What?", "--no_thinking") == peer(place, text)
     thought = ask("hub", "--prompt", "What?", "--thinking")
     assert thought == "<think>\n" + peer(place, text, enable_thinking=True) and thought[9:] != peer(place, text)
-    published = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
     shutil.copytree(place / "hub", place / "thinks")
-    shutil.copy(published, place / "thinks")
+    shutil.copy(PUBLISHED, place / "thinks")
     assert ask("thinks", "--prompt", "What?") == thought
     (place / "thinks/chat_template.jinja").unlink()
     assert "--thinking" in ask("thinks", "--prompt", "What?", status=1)
@@ -193,6 +194,15 @@ def test_a_run_is_asked_as_it_trained(place, ask):
     assert ask("plain", "--prompt", "What?") == plain != ask("hub", "--prompt", "What?")
     assert ask("hub", "--prompt", "What?", "--recipe", str(place / "plain/config.yaml")) == plain
     assert "no thoughts" in ask("plain", "--prompt", "What?", "--thinking", status=1)
+    shutil.copytree(place / "hub", place / "opens")
+    shutil.copy(PUBLISHED, place / "opens")
+    for said, word, folder in (
+        (True, "--thinking", "hub"),
+        (False, "--no_thinking", "opens"),
+    ):  # against the template's own
+        write_recipe(place, "plain", place / folder, enable_thinking=said)
+        assert ask("plain", "--prompt", "What?") == ask("hub", "--prompt", "What?", word)
+        assert ask("plain", "--prompt", "What?", "--no_thinking") == ask("hub", "--prompt", "What?")
     write_recipe(place, "plain", place / "gone")
     assert "gone" in ask("plain", "--prompt", "What?", status=1)
     assert ask("plain", "--prompt", "What?", "--hf", str(place / "hub")) == ask("hub", "--prompt", "What?")
@@ -236,6 +246,48 @@ def test_drawing(place, ask):
     assert ask("hub", *question) != ask("hub", *question)  # seeds of their own
     assert "temperature" in ask("hub", "--prompt", "Hello", "--top_k", "3", status=1)
     assert "top_p 0.0" in ask("hub", *question, "--top_p", "0", status=1)
+
+
+@pytest.fixture
+def says(place, tmp_path) -> Callable[..., str]:
+    """The model with a generation_config.json that says so, beside the ends of an answer."""
+
+    def says(**values) -> str:
+        folder = tmp_path / "says"
+        shutil.copytree(place / "hub", folder, dirs_exist_ok=True)
+        ends = json.loads((place / "hub/generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(ends | values))
+        return str(folder)
+
+    return says
+
+
+def test_the_folder_s_penalty_is_transformers_penalty(place, ask, says):
+    model = says(repetition_penalty=1.4, top_k=3, do_sample=False)  # what is not drawn needs no top_k
+    image = {"type": "image", "image": place / "0.png"}
+    penalised = peer(place, [image, TEXT], model=model)
+    question = ["--prompt", TEXT["text"], "--image", str(place / "0.png")]
+    assert ask(model, *question) == penalised != ask("hub", *question)
+    assert ask(model, *question, "--repetition_penalty", "1") == ask("hub", *question) == peer(place, [image, TEXT])
+    assert ask("hub", *question, "--repetition_penalty", "1.4") == penalised
+
+
+def test_the_folder_s_way_of_drawing(place, ask, says, capsys):
+    model = says(do_sample=True, temperature=1.8, top_k=20, top_p=0.95, presence_penalty=0.5, max_new_tokens=5)
+    asked = ["--prompt", "Hello", "--seed"]
+    by_hand = ["--temperature", "1.8", "--top_k", "20", "--top_p", "0.95", "--presence_penalty", "0.5"]
+    answers = [ask(model, *asked, seed) for seed in "123"]
+    assert len(set(answers)) == 3
+    assert answers == [ask("hub", *asked, seed, *by_hand) for seed in "123"]
+    assert ask(model, *asked, "1", "--top_k", "0") == ask("hub", *asked, "1", *by_hand, "--top_k", "0")
+    greedy = ["--prompt", "Hello", "--presence_penalty", "0"]
+    assert ask(model, *greedy, "--greedy") == ask(model, *greedy, "--temperature", "0") == ask("hub", *greedy)
+    assert "one of them" in ask(model, *greedy, "--greedy", "--temperature", "1", status=1)
+    capsys.readouterr()
+    assert generate.main(["--model", model, *asked, "7"]) == 0
+    how = "temperature 1.8, top_k 20, top_p 0.95, presence_penalty 0.5, seed 7 (by generation_config.json)"
+    err = capsys.readouterr().err
+    assert err.startswith("5 tokens in ") and err.endswith(f", {how}, cut at max_new_tokens 5\n")
 
 
 WRONG = [
@@ -354,7 +406,7 @@ def test_as_a_process(place, right, model):
     question = command(place, model, "--prompt", TEXT["text"])
     done = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, right), done.stderr
-    assert re.fullmatch(LINE + r"(, cut at max_new_tokens)?\n", done.stderr)
+    assert re.fullmatch(LINE + r", greedy(, cut at max_new_tokens 12)?\n", done.stderr)
     failed = subprocess.run(
         command(place, model), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, input=""
     )

@@ -1,15 +1,19 @@
-"""What is drawn, against probabilities worked out one token at a time; and generation that draws."""
+"""What is drawn, against probabilities worked out one token at a time and transformers' own; and generation that draws."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
 import torch
-from peer import config_dict, sample
+from peer import VOCAB, config_dict, continued, pair, peer_inputs, sample
+from transformers.generation import logits_process as theirs
 
+from qwen35.batch import PackedBatch, derive
 from qwen35.config import SettingError
 from qwen35.generate import generate, greedy
 from qwen35.model import Qwen35
-from qwen35.sampling import Sampling, draw, pick
+from qwen35.sampling import Penalties, Sampling, distribution, draw, pick
 
 LOGITS = [0.3, -1.0, 2.0, 1.9, -4.0, 0.0, 1.1]
 
@@ -68,6 +72,11 @@ def test_the_ends(temperature, at):
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": math.nan},
         {"seed": -1},
         {"seed": 2**63},
     ],
@@ -99,3 +108,129 @@ def test_without_a_choice_it_is_greedy(model):
     for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6), Sampling(1e-6)):
         assert generate(model, PROMPTS, 20, (), sampling) == likeliest
     assert generate(model, PROMPTS, 20, (), Sampling(2.0)) != likeliest
+
+
+TIES = torch.tensor(
+    [
+        [2.0, 2, 2, 2, 2, 2, 2, 2],  # all tie
+        [0.0, 3, 1, 3, 1, 3, 1, -1],  # at the second, the fifth
+        [4.0, -1, 4, -1, 0, 0, 0, 4],
+        [5.0, -math.inf, 5, 1, 1, 1, -math.inf, 1],
+    ]
+)
+
+
+def by_transformers(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The probabilities [S, V] after its own warpers, in the order of its generate()."""
+    steps: list = [theirs.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        steps.append(theirs.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        steps.append(theirs.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        steps.append(theirs.MinPLogitsWarper(sampling.min_p))
+    for step in steps:
+        logits = step(None, logits)
+    return logits.softmax(-1)
+
+
+def over_all(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Our probabilities [S, V]."""
+    probabilities, tokens = distribution(logits, sampling)
+    assert (probabilities.diff() <= 0).all()
+    return torch.zeros(logits.shape).scatter(-1, tokens, probabilities)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 4, 5, 8, 20])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 0.5, 1.0])
+def test_equal_tokens_are_kept_as_in_transformers(temperature, top_k, min_p):
+    """Of equal tokens top_p may keep some: as many, though which of many is left to the order of an unstable sort there."""
+    many = torch.randint(-4, 5, (5, 300), generator=torch.Generator().manual_seed(1)).float()
+    for top_p in (1.0, 0.95, 0.7, 0.3):
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        for logits in (TIES, many, many.to(torch.bfloat16) / 3):
+            ours, wanted = over_all(logits, sampling), by_transformers(logits.float(), sampling)
+            kept = [logits.where(p > 0, -math.inf).sort(-1).values for p in (ours, wanted)]
+            assert torch.equal(*kept)
+            torch.testing.assert_close(ours.sort(-1).values, wanted.sort(-1).values, rtol=1e-5, atol=1e-7)
+            if top_p == 1 or logits is TIES:
+                torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_all_that_tie_with_the_last_of_k_are_drawn():
+    at = (torch.arange(300) + 0.5) / 300
+    drawn = pick(TIES[1].expand(300, -1), Sampling(1e-3, top_k=2), at)
+    assert torch.bincount(drawn, minlength=8).tolist() == [0, 100, 0, 100, 0, 100, 0, 0]
+
+
+def last_logits(model: Qwen35, prompt: PackedBatch, answer: list[int]) -> torch.Tensor:
+    """[V] after the prompt and these tokens, all anew. A new token is no image's, whatever its name."""
+    prompt, count = derive(prompt, model.config.vision_spec), len(answer)
+    after = prompt.position_ids.max() + 1 + torch.arange(count)
+    whole = dataclasses.replace(
+        prompt,
+        input_ids=torch.cat([prompt.input_ids, torch.tensor(answer, dtype=torch.int64)]),
+        labels=torch.cat([prompt.labels, torch.full((count,), -100)]),
+        position_ids=torch.cat([prompt.position_ids, after.expand(3, -1)], dim=1),
+        cu_seqlens=prompt.cu_seqlens + torch.tensor([0, count]),
+        vision_index=torch.cat([prompt.vision_index, torch.full((count,), -1)]),
+    )
+    with torch.no_grad():
+        return model.logits(whole)[-1]
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Qwen35, torch.nn.Module]:
+    return pair(config_dict(moe=False))
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.8])
+def test_greedy_with_a_repetition_penalty_equals_transformers(both, penalty):
+    ours, peer = both
+    given = generate(ours, PROMPTS, 30, (), Sampling(repetition_penalty=penalty))
+    for prompt, answer in zip(PROMPTS, given, strict=True):
+        assert answer == continued(peer, peer_inputs(prompt), 30, repetition_penalty=penalty)
+    assert given != greedy(ours, PROMPTS, 30, ())
+
+
+OPTIONS = {
+    "penalty": {"repetition_penalty": 1.7},
+    "published": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    "all": {"temperature": 1.4, "top_k": 40, "top_p": 0.9, "min_p": 0.2, "repetition_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_is_drawn_from_is_as_in_transformers_generate(both, options):
+    """Of its own path of tokens the scores that it draws from, after all its processors, in its order."""
+    ours, peer = both
+    options, prompt = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | OPTIONS[options], PROMPTS[1]
+    inputs = {k: v for k, v in peer_inputs(prompt).items() if k in inspect.signature(peer.forward).parameters}
+    words = {"do_sample": True, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": 0}
+    out = peer.generate(**inputs, max_new_tokens=8, **words, **options)
+    path = out.sequences[0, len(prompt.input_ids) :]
+    sampling = Sampling(**options | {"top_k": options["top_k"] or None})
+    penalties = Penalties(sampling, [prompt.input_ids], VOCAB, torch.device("cpu"))
+    for i, scores in enumerate(out.scores):
+        logits = penalties.apply(last_logits(ours, prompt, path[:i].tolist())[None])
+        torch.testing.assert_close(over_all(logits, sampling), scores.softmax(-1), rtol=1e-3, atol=1e-5)
+        penalties.add(path[i : i + 1])
+
+
+@pytest.mark.parametrize(("presence", "repetition"), [(0.3, 1.0), (2.0, 1.0), (0.5, 1.2), (-0.5, 1.0)])
+def test_penalties_equal_a_slow_count(both, presence, repetition):
+    """One prompt and one token at a time: the prompt's tokens count for the repetition, not for the presence."""
+    ours, _ = both
+    given = generate(ours, PROMPTS, 20, (), Sampling(repetition_penalty=repetition, presence_penalty=presence))
+    for prompt, answer in zip(PROMPTS, given, strict=True):
+        slow: list[int] = []
+        for _ in range(20):
+            logits = last_logits(ours, prompt, slow).tolist()
+            for token in {*prompt.input_ids.tolist(), *slow}:
+                logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
+            for token in set(slow):
+                logits[token] -= presence
+            slow.append(max(range(VOCAB), key=lambda i: logits[i]))
+        assert answer == slow
+    assert given != greedy(ours, PROMPTS, 20, ())

@@ -183,7 +183,7 @@ def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
     settings = load_settings(workplace / "recipe.yaml", words).validation
     told = report(settings)
     long = int((whole.lengths > limit).sum())
-    answered = f"{HELD_OUT - long} of them answered (none that is longer than cutoff_len, or ends with a tool's call)"
+    answered = f"{HELD_OUT - long} of them answered (none that is longer than cutoff_len)"
     assert f"{HELD_OUT} samples, {answered}" in told and f"; cut {long} to cutoff_len" in told
     told = report(load_settings(workplace / "recipe.yaml", validating(held_out)).validation)
     assert f"{HELD_OUT} samples, {HELD_OUT} of them answered, " in told and "cut" not in told

@@ -149,7 +149,8 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
     A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
     """
     grids, extents = preparation.measure(record)
-    pieces = prompt_pieces(record, preparation.basic.template, thinking)
+    basic = preparation.basic
+    pieces = prompt_pieces(record, basic.template, thinking, basic.enable_thinking)
     ids, _ = preparation.tokenizer.encode(pieces, extents)
     pixels = []
     for visual in record.visuals:

@@ -84,15 +84,32 @@ def training_pieces(
     return pieces
 
 
-def prompt_pieces(record: Record, template: Template, thinking: bool) -> list[Piece]:
+def prompt_pieces(
+    record: Record, template: Template, thinking: bool, enable_thinking: bool | None = None
+) -> list[Piece]:
     """The conversation up to where the model answers: a last assistant turn is left out, nothing is trained.
 
-    thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else with the empty block. See `thinks_by_default`.
+    thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else with the empty block. See `thinks_by_default` and
+    `has_thought`. enable_thinking: as in training_pieces, of the answers that the prompt holds.
     """
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
     asked = replace(record, turns=turns)
     opening = "" if template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
-    return [*training_pieces(asked, template, mask_history=True), *_header("assistant"), *_text(opening)]
+    before = training_pieces(asked, template, enable_thinking, mask_history=True)
+    return [*before, *_header("assistant"), *_text(opening)]
+
+
+def has_thought(record: Record, template: Template, enable_thinking: bool | None) -> bool:
+    """Whether the record's last answer is trained with a thought, after a prompt that opens it. Raises RecordError."""
+    if template == "qwen3_vl_nothink" or enable_thinking is False:
+        return False
+    return bool(_split_thought(record, len(record.turns) - 1)[0])
+
+
+def answer_text(turn: Turn) -> str:
+    """What an assistant turn says, and below it the tools that it calls, as the template writes both."""
+    content = turn.content.strip()
+    return content + _calls(turn.tool_calls, content)
 
 
 def thinks_by_default(folder: str | Path) -> bool:

@@ -60,7 +60,7 @@ class ValidationSet:
         self.start()
 
     def answerable(self, progress: Progress = untold) -> list[list[Record]]:
-        """The records that end with an answer and not with a tool's call, in groups of at most a micro-batch's tokens.
+        """The records that are no longer than cutoff_len, in groups of at most a micro-batch's tokens.
 
         Raises RecordError.
         """
@@ -72,7 +72,7 @@ class ValidationSet:
             for record, sample in tokenised(Path(file.file), preparation, file.records, skip):
                 progress(record.source, 1)
                 length = len(sample.ids)
-                if length > preparation.basic.cutoff_len or record.turns[-1].tool_calls:
+                if length > preparation.basic.cutoff_len:
                     continue
                 if length > room:
                     groups.append([])

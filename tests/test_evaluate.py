@@ -1,0 +1,298 @@
+"""What evaluation and validation ask, and what is right: as the chat template writes prompt and answer, by transformers."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from qwen35 import evaluate, tiny, validation
+from qwen35.checkpoint.dcp import save_checkpoint
+from qwen35.config import from_flat, to_yaml
+from qwen35.data.samples import untold
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.errors import SettingError
+from qwen35.sampling import Sampling
+from qwen35.settings import Settings
+from qwen35.validation import Validation
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def call(name: str, **arguments) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+THOUGHT = "<think>\nwhy\n</think>\n\n"
+CALLS = [call("f", b=[1, "é"], a="two\nlines"), call("g")]
+ANSWERS = {  # name -> the last turn, and whether it has a thought
+    "plain": ({"content": " 7 "}, False),
+    "thought in the content": ({"content": f"{THOUGHT}7"}, True),
+    "thought beside the content": ({"content": "7", "reasoning_content": "why"}, True),
+    "empty thought": ({"content": "<think>\n\n</think>\n\n7"}, False),
+    "call": ({"content": "", "tool_calls": CALLS}, False),
+    "text and call": ({"content": "I look.", "tool_calls": CALLS[:1]}, False),
+    "thought and call": ({"content": f"{THOUGHT}", "tool_calls": CALLS}, True),
+    "thought, text and call": ({"content": "I look.", "reasoning_content": "why", "tool_calls": CALLS}, True),
+    "letters in two parts": ({"content": "Zu\u0308rich"}, False),  # the tokenizer puts them together
+    "empty": ({"content": ""}, False),
+}
+# a thought before the last answer, and after the user's last question, so that the template keeps it
+LOOKED = [
+    {"role": "user", "content": "What?"},
+    {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": CALLS[1:]},
+    {"role": "tool", "content": "9"},
+]
+ASKED = {name: [{"role": "user", "content": f"{name}?"}] for name in ANSWERS}
+CONVERSATIONS = {name: [*ASKED[name], {"role": "assistant"} | turn] for name, (turn, _) in ANSWERS.items()}
+CONVERSATIONS["after a thought"] = [*LOOKED, {"role": "assistant", "content": "It is 9."}]
+HAS_THOUGHT = {name: has for name, (_, has) in ANSWERS.items()} | {"after a thought": False}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("evaluate")
+    tiny.make_model(place / "hf", seed=3)
+    write_records(place / "records.json", CONVERSATIONS.values())
+    return place
+
+
+def write_records(path: Path, conversations) -> None:
+    path.write_text(json.dumps([{"messages": turns, "tools": TOOLS} for turns in conversations]))
+
+
+def by_template(place: Path, turns: list[dict], thinking: bool, prompt: bool) -> str:
+    """transformers' rendering; a call's arguments come as an object."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "hf")
+    options = {"tools": TOOLS, "tokenize": False, "add_generation_prompt": prompt, "enable_thinking": thinking}
+    return tokenizer.apply_chat_template(turns, **options)
+
+
+@pytest.fixture(scope="module")
+def expected(place) -> dict[str, tuple[str, str]]:
+    """Of each record the prompt, and what the template writes after it, to the end of the turn."""
+    found = {}
+    for name, turns in CONVERSATIONS.items():
+        prompt = by_template(place, turns[:-1], HAS_THOUGHT[name], prompt=True)
+        whole = by_template(place, turns, HAS_THOUGHT[name], prompt=False)
+        assert whole.startswith(prompt) and whole.endswith("<|im_end|>\n"), name
+        found[name] = prompt, whole[len(prompt) :].removesuffix("<|im_end|>\n")
+    return found
+
+
+@pytest.fixture
+def asked(place, monkeypatch) -> Callable[..., list[str]]:
+    """Have the model answer what is given; -> the prompts so far."""
+    prompts: list[str] = []
+    tokenizer = ChatTokenizer(place / "hf")
+
+    def script(given: list[str], limits: list[int] | None = None, ways: list[Sampling] | None = None) -> list[str]:
+        left = iter(given)
+
+        def generate(_, some, limit, __, sampling):
+            prompts.extend(tokenizer.decode(prompt.input_ids.tolist()) for prompt in some)
+            texts = [next(left) for _ in some]
+            if limits is not None:
+                limits.append(limit)
+            if ways is not None:
+                ways.append(sampling)
+            return [tokenizer.encode_text(text) for text in texts]
+
+        monkeypatch.setattr(evaluate, "generate", generate)
+        return prompts
+
+    return script
+
+
+def run(place: Path, *arguments: str, model: str = "hf") -> int:
+    return evaluate.main(["--model", str(place / model), "--data", str(place / "records.json"), *arguments])
+
+
+@pytest.mark.parametrize("batch", ["1", "4", "64"])
+def test_the_template_s_own_answer_after_its_own_prompt_is_right(place, expected, asked, capsys, batch):
+    prompts = asked([answer for _, answer in expected.values()])
+    assert run(place, "--batch", batch, "--show") == 0
+    assert prompts == [prompt for prompt, _ in expected.values()]
+    out, err = capsys.readouterr()
+    total = len(CONVERSATIONS)
+    assert out == f"held-out accuracy 1.000 ({total}/{total})\n"
+    where = "an open thought where the record's answer has one, else an empty one"
+    assert err.endswith(f"asked with template qwen3_5, {where}; greedy\n")
+
+
+WRONG = {
+    "plain": ["8", "", "7 7", "<tool_call>\n<function=g>\n</function>\n</tool_call>"],
+    "thought in the content": ["7", "why 7", "why\n</think>\n\n8", "</think>"],  # the first: a thought that never ends
+    "call": ["", "I look."],
+    "text and call": ["I look.", "I look.\n\n<tool_call>\n<function=f>\n</function>\n</tool_call>"],
+    "thought and call": ["", "why\n</think>\n\n"],
+    "empty": ["<tool_call>\n<function=g>\n</function>\n</tool_call>"],
+}
+
+
+@pytest.mark.parametrize(("name", "given"), [(n, g) for n, some in WRONG.items() for g in some])
+def test_any_other_answer_is_wrong(place, asked, capsys, tmp_path, name, given):
+    write_records(tmp_path / "records.json", [CONVERSATIONS[name]])
+    asked([given])
+    assert evaluate.main(["--model", str(place / "hf"), "--data", str(tmp_path / "records.json")]) == 0
+    assert capsys.readouterr().out == "held-out accuracy 0.000 (0/1)\n"
+
+
+def test_arguments_in_another_order_or_of_another_value_are_wrong(place, expected, asked, capsys, tmp_path):
+    write_records(tmp_path / "records.json", [CONVERSATIONS["call"]] * 3)
+    right = expected["call"][1]
+    b, a = '<parameter=b>\n[1, "é"]\n</parameter>\n', "<parameter=a>\ntwo\nlines\n</parameter>\n"
+    asked([right.replace(b + a, a + b), right.replace("lines", "line"), f"why\n</think>\n\n{right}\n"])
+    assert b + a in right
+    assert evaluate.main(["--model", str(place / "hf"), "--data", str(tmp_path / "records.json")]) == 0
+    assert capsys.readouterr().out == "held-out accuracy 0.333 (1/3)\n"
+
+
+@pytest.mark.parametrize(("word", "thinking"), [("--thinking", True), ("--no_thinking", False)])
+def test_the_command_line_decides_for_all(place, asked, capsys, word, thinking):
+    prompts = asked([""] * len(CONVERSATIONS))
+    assert run(place, word) == 0
+    assert prompts == [by_template(place, turns[:-1], thinking, True) for turns in CONVERSATIONS.values()]
+    assert capsys.readouterr().err.endswith(f"qwen3_5, an {'open' if thinking else 'empty'} thought; greedy\n")
+
+
+def write_recipe(place: Path, **basic) -> Path:
+    flat = {"data.dataset_param.basic_parameters.dataset": "gone.json", "training.train_iters": 5}
+    flat |= {"model.model_name_or_path": str(place / "hf"), "training.save": str(place)}
+    flat |= {f"data.dataset_param.basic_parameters.{name}": value for name, value in basic.items()}
+    path = place / "config.yaml"
+    path.write_text(to_yaml(from_flat(flat)))
+    return path
+
+
+def test_a_run_that_trained_no_thoughts_is_asked_without(place, asked, capsys, tmp_path):
+    """As its samples were: the thoughts of earlier answers are dropped as well."""
+    recipe = write_recipe(place, enable_thinking=False)
+    prompts = asked([""] * len(CONVERSATIONS) * 2)
+    assert run(place, "--recipe", str(recipe)) == 0
+    bare = [[{k: v for k, v in t.items() if k != "reasoning_content"} for t in c] for c in CONVERSATIONS.values()]
+    assert prompts == [by_template(place, turns[:-1], False, True) for turns in bare]
+    assert "hm" not in "".join(prompts)
+    assert capsys.readouterr().err.endswith("template qwen3_5, an empty thought (enable_thinking: false); greedy\n")
+    assert run(place, "--recipe", str(recipe), "--thinking") == 0
+    assert prompts[len(CONVERSATIONS) :] == [by_template(place, turns[:-1], True, True) for turns in bare]
+
+
+@pytest.mark.parametrize("hf", [False, True])
+def test_a_run_s_checkpoint_is_asked_as_the_run_trained(place, asked, capsys, tmp_path, hf):
+    save_checkpoint(tmp_path, 5, evaluate.load_model(evaluate.find_model(place / "hf")))
+    write_recipe(place, enable_thinking=False).rename(tmp_path / "config.yaml")
+    prompts = asked([""] * len(CONVERSATIONS))
+    assert run(tmp_path, "--data", str(place / "records.json"), *(["--hf", str(place / "hf")] * hf), model=".") == 0
+    assert not any(prompt.endswith("<think>\n") for prompt in prompts) and len(prompts) == len(CONVERSATIONS)
+    assert "(enable_thinking: false); greedy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", [None, True])
+def test_a_run_that_trained_the_thoughts_is_asked_as_its_records_are(place, expected, asked, said):
+    recipe = write_recipe(place, enable_thinking=said)
+    prompts = asked([""] * len(CONVERSATIONS))
+    assert run(place, "--recipe", str(recipe)) == 0
+    assert prompts == [prompt for prompt, _ in expected.values()]
+
+
+def test_a_template_without_thoughts(place, asked, capsys, tmp_path):
+    recipe = write_recipe(place, template="qwen3_vl_nothink")
+    write_records(tmp_path / "records.json", [])
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{THOUGHT}7"}]
+    (tmp_path / "records.json").write_text(json.dumps([{"messages": turns}]))
+    prompts = asked(["7"])
+    words = ["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), "--recipe", str(recipe)]
+    assert evaluate.main(words) == 0
+    assert prompts == ["<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"]
+    assert capsys.readouterr().err.endswith("template qwen3_vl_nothink, no thoughts; greedy\n")
+    assert evaluate.main([*words, "--thinking"]) == 1
+    assert "qwen3_vl_nothink has no thoughts" in capsys.readouterr().err
+
+
+def test_room_for_the_longest_answer_and_a_thought(place, asked, tmp_path):
+    tokenizer, long = ChatTokenizer(place / "hf"), "because " * 2000
+    turns = [
+        {"content": "7 and 8"},
+        {"content": "7", "reasoning_content": long},
+        {"content": f"<think>{long}</think>7"},
+    ]
+    turns += [CONVERSATIONS["call"][-1]]
+    write_records(tmp_path / "records.json", [[*LOOKED[:1], {"role": "assistant"} | turn] for turn in turns])
+    limits: list[int] = []
+    asked([""] * 4, limits)
+    words = ["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), "--batch", "1"]
+    assert evaluate.main(words) == 0
+    assert limits[0] == len(tokenizer.encode_text("7 and 8")) + 1
+    assert min(limits[1:3]) > len(tokenizer.encode_text(long)) + 1000
+    assert 40 < limits[3] < 500
+
+
+PUBLISHED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}  # generation_config.json of 27B
+
+
+@pytest.fixture
+def says(place) -> Iterator[Callable[..., None]]:
+    """Have the folder's generation_config.json say so."""
+    path = place / "hf/generation_config.json"
+    before = path.read_text()
+    yield lambda **values: path.write_text(json.dumps(json.loads(before) | values)) and None
+    path.write_text(before)
+
+
+def test_scores_are_greedy_unless_drawing_is_asked_for(place, asked, says, capsys):
+    says(**PUBLISHED, repetition_penalty=1.1)
+    ways: list[Sampling] = []
+    asked([""] * 4 * len(CONVERSATIONS), ways=ways)
+    for words in ([], ["--sample", "--seed", "5"], ["--temperature", "2", "--seed", "5"]):
+        assert run(place, *words) == 0
+    greedy, drawn, hot = ways
+    assert greedy == replace(Sampling(repetition_penalty=1.1), seed=greedy.seed)
+    assert drawn == Sampling(0.6, 20, 0.95, repetition_penalty=1.1, seed=5) and hot == replace(drawn, temperature=2.0)
+    err = capsys.readouterr().err
+    assert "; greedy, repetition_penalty 1.1\n" in err
+    assert "; temperature 0.6, top_k 20, top_p 0.95, repetition_penalty 1.1, seed 5\n" in err
+    says()
+    assert run(place, "--sample") == 1
+    assert "hf/generation_config.json does not draw; give a --temperature" in capsys.readouterr().err
+
+
+def validation_settings(place: Path) -> Settings:
+    flat = {"data.dataset_param.basic_parameters.dataset": str(place / "records.json"), "training.train_iters": 5}
+    flat |= {"model.model_name_or_path": str(place / "hf"), "training.save": str(place), "training.val_generate": True}
+    flat |= {"data.val_dataset_param.basic_parameters.dataset": str(place / "records.json"), "training.val_interval": 1}
+    return from_flat(flat).validation
+
+
+def validating(settings: Settings) -> Validation:
+    meshes = SimpleNamespace(data_rank=0, data_size=1)
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold)
+
+
+def test_validation_is_greedy_and_refuses_what_is_not_built_at_once(place, says):
+    settings, total = validation_settings(place), len(CONVERSATIONS)
+    says(**PUBLISHED, repetition_penalty=1.1)
+    assert f"{total} of them answered (greedy, repetition_penalty 1.1), " in validating(settings).report()
+    says(num_beams=4)
+    with pytest.raises(SettingError, match=r"generation_config\.json: num_beams: 4 may change the answers"):
+        validating(settings)
+    validating(replace(settings, training=replace(settings.training, val_generate=False)))
+
+
+def test_validation_asks_as_it_trained(place, expected, asked, monkeypatch):
+    """Answers with a tool's call too; its own copy of the model and the other ranks are not what is tested here."""
+    found = validating(validation_settings(place))
+    total = len(CONVERSATIONS)
+    assert f": {total} samples, {total} of them answered, " in found.report()
+    prompts = asked([answer for _, answer in expected.values()])
+    monkeypatch.setattr(validation, "gather_weights", lambda *_: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    model = evaluate.load_model(evaluate.find_model(place / "hf"))
+    assert found._answers(model, lambda _: None, []) == (total, total)
+    assert prompts == [prompt for prompt, _ in expected.values()]

@@ -128,7 +128,9 @@ def orders(counts: Tensor, total: int) -> Tensor:
     [2, total] int32: the first lays out by b what lies by a, the second back. An index counts up by one inside a part, and
     jumps from one to the next. (repeat_interleave would say it in a line; on some releases of torch_npu it may wait.)
     """
-    lengths = torch.stack([counts.T.flatten(), counts.flatten()]).to(torch.int32)  # [2, A*B], in the order of what is to be
+    lengths = torch.stack([counts.T.flatten(), counts.flatten()]).to(
+        torch.int32
+    )  # [2, A*B], in the order of what is to be
     ends = lengths.cumsum(1, dtype=torch.int32)
     now = torch.stack(
         [ends[1].view_as(counts).T.flatten(), ends[0].view_as(counts.T).T.flatten()]
@@ -162,7 +164,10 @@ class Exchange:
         """known: the orders, if they have been made before."""
         self.routes, self.group, self.do, self.known = routes, group, primitives, known
         self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
-        ep, counts = len(routes.counts), routes.counts.T.flatten().to(torch.int32)  # NPUs sum up int64 on their host CPU
+        ep, counts = (
+            len(routes.counts),
+            routes.counts.T.flatten().to(torch.int32),
+        )  # NPUs sum up int64 on their host CPU
         self.ends = counts.cumsum(0, dtype=torch.int32)[ep - 1 :: ep].long()  # [E/ep] of the rows here
 
     def orders(self) -> Tensor:

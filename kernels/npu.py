@@ -48,9 +48,9 @@ def _counts(topk_ids: Tensor, experts: int) -> Tensor:
 def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
     """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows.
 
-    The inverse of `place` is a sort of fp32 numbers: the AI core sorts no integers, and scatters along the last axis one by one.
+    The inverse of `place` is a sort of fp32 numbers: AI cores sort no integers, and scatter along the last axis one by one.
     """
-    return weights.flatten().index_select(0, place.float().argsort())[:, None]
+    return weights.flatten().index_select(0, place.float().sort().indices)[:, None]
 
 
 def sorted_rows(

@@ -40,7 +40,9 @@ class PackedBatch:
     grid_thw: Tensor  # [N, 3] int64 on the CPU: patches per image or video, (1 or t, h, w)
     # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
-    vision_token: Tensor | None = None  # [P/4] int64, the inverse: token that each row of the features replaces, -1 for none
+    vision_token: Tensor | None = (
+        None  # [P/4] int64, the inverse: token that each row of the features replaces, -1 for none
+    )
     vision: VisionIndex | None = None
     trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none

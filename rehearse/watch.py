@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rehearse.limits import problems
+
 # the host waits for the device in these, whatever the values
 SYNCS = {
     "aten::_local_scalar_dense",
@@ -24,13 +26,6 @@ SYNCS = {
     "aten::bincount",
 }
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::copy"}  # the operators in which two devices may meet
-# operators whose kernels for Ascend 910B and 910_93 take no integers, or not all: the others run on the AI CPU, within
-# milliseconds (AICORE910B_DTYPE_SUPPORT_LIST in op_api/cumsum.cpp and sort.cpp of CANN's ops-math)
-AI_CORE_DTYPES = {
-    "aten::cumsum": (torch.float32, torch.float16, torch.bfloat16, torch.int32),
-    "aten::sort": (torch.float32, torch.float16, torch.bfloat16),
-    "aten::argsort": (torch.float32, torch.float16, torch.bfloat16),
-}
 KEYS = (
     "PrivateUse1",
     "CompositeExplicitAutograd",
@@ -93,11 +88,7 @@ def note(
         record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
     if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):
         record.wrong.append("aten::index.Tensor with a mask waits for the device")
-    base = name.partition(".")[0]
-    if base in AI_CORE_DTYPES and (dtype := kwargs.get("dtype") or args[0].dtype) not in AI_CORE_DTYPES[base]:
-        record.wrong.append(f"{name} of {dtype} runs on the AI CPU")
-    if base.startswith("aten::scatter") and args[2].ndim == 1:  # parallel over the rows before the last axis alone
-        record.wrong.append(f"{name} of one axis writes {len(args[2])} values one by one")
+    record.wrong += problems(func, args, kwargs)
     if func.namespace in ("aten", "npu") and not has_kernel(func):
         record.wrong.append(f"{name} has no kernel for the device")
 

@@ -144,7 +144,9 @@ class Backbone(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """-> [T, H]: the embeddings of the text, the features of images in their places"""
-        assert batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None  # by derive()
+        assert (
+            batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
+        )  # by derive()
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
         return _Placed.apply(x, features, batch.vision_index, batch.vision_token)

@@ -1,6 +1,5 @@
 """The vision tower: patches of all images and video frames at once, attention inside each frame, 2x2 patches to a token."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

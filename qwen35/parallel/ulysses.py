@@ -54,7 +54,9 @@ def split(
     """
     if size == 1:
         return batch, weights, ahead
-    assert batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None  # by the collator
+    assert (
+        batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
+    )  # by the collator
     tokens, patches = len(batch.labels), len(batch.pixel_values)
     if tokens % size or patches % size:
         raise ValueError(f"{tokens} tokens and {patches} patches cannot be shared by {size} ranks evenly")

@@ -19,9 +19,9 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: floa
     """
     counts = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [S, L]
     of_heads = q.unflatten(1, (k.shape[2], -1))  # [S, Hkv, G, D]: the queries of one KV head as if they were G tokens
-    out = F.scaled_dot_product_attention(
-        of_heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=counts[:, None, None], scale=scale
-    )
+    # op-plugin takes masks of [B, 1, Sq, Skv], and before release 26.1 none that is broadcast over Sq
+    mask = counts[:, None, None].expand(-1, 1, of_heads.shape[2], -1)
+    out = F.scaled_dot_product_attention(of_heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
 

@@ -49,7 +49,7 @@ class _Experts(torch.autograd.Function):
         do = ctx.do
         grad_out = do.sorted_rows(grad_y, ids, place)  # [T*K, H], not yet times the row's weight
         grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
-        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight_of_row(weights, place))
+        dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, do.weight_of_row(weights, place))
         del grad_hidden
         grad_weights = dots.index_select(0, place).view_as(weights)
         grad_down = do.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
@@ -63,11 +63,6 @@ class _Experts(torch.autograd.Function):
         if need_x:
             grad_x = do.permute_backward(do.grouped_matmul(grad_gate_up, gate_up_proj, ends), place, ids.shape[1])
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
-
-
-def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
-    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows."""
-    return torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
 
 
 def hidden_backward(

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels import native
 from kernels.features import all_gather_single
 from kernels.kept import Kept
-from kernels.moe import hidden_backward, moe_experts, weight_of_row
+from kernels.moe import hidden_backward, moe_experts
 from kernels.native import working_dtype
 
 Sizes = Callable[[Tensor, int, int], list[list[list[int]]]]
@@ -128,14 +128,16 @@ def orders(counts: Tensor, total: int) -> Tensor:
     [2, total] int32: the first lays out by b what lies by a, the second back. An index counts up by one inside a part, and
     jumps from one to the next. (repeat_interleave would say it in a line; on some releases of torch_npu it may wait.)
     """
-    lengths = torch.stack([counts.T.flatten(), counts.flatten()])  # [2, A*B], in the order of what is to be
-    ends = lengths.cumsum(1)
+    lengths = torch.stack([counts.T.flatten(), counts.flatten()]).to(
+        torch.int32
+    )  # [2, A*B], in the order of what is to be
+    ends = lengths.cumsum(1, dtype=torch.int32)
     now = torch.stack(
         [ends[1].view_as(counts).T.flatten(), ends[0].view_as(counts.T).T.flatten()]
     )  # where each ends as yet
     jumps = now - lengths - F.pad(now[:, :-1], (1, 0), value=1)
     steps = torch.ones(2, total + 1, dtype=torch.int32, device=counts.device)  # an empty part may start at the very end
-    steps.scatter_add_(1, ends - lengths, jumps.to(torch.int32))
+    steps.scatter_add_(1, (ends - lengths).long(), jumps)
     return steps[:, :total].cumsum(1, dtype=torch.int32)
 
 
@@ -162,7 +164,11 @@ class Exchange:
         """known: the orders, if they have been made before."""
         self.routes, self.group, self.do, self.known = routes, group, primitives, known
         self.to_ranks, self.from_ranks = ([sum(counts) for counts in side] for side in (routes.sent, routes.received))
-        self.ends = routes.counts.sum(0).cumsum(0)  # [E/ep] of the rows here
+        ep, counts = (
+            len(routes.counts),
+            routes.counts.T.flatten().to(torch.int32),
+        )  # NPUs sum up int64 on their host CPU
+        self.ends = counts.cumsum(0, dtype=torch.int32)[ep - 1 :: ep].long()  # [E/ep] of the rows here
 
     def orders(self) -> Tensor:
         """[2, N]: by expert what lies by rank, and back."""
@@ -219,7 +225,7 @@ class _Exchanged(torch.autograd.Function):
         need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
         do = ctx.how.do
         exchange = ctx.how.kind(ctx.routes, ctx.how.group, do, known)
-        weight = exchange.out(weight_of_row(weights, place))
+        weight = exchange.out(do.weight_of_row(weights, place))
         # not yet times the row's weight: [N, H], [N, I]
         grad_out, grad_hidden = exchange.out_and_matmul(do.sorted_rows(grad_y, ids, place), down_proj, False)
         dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight.wait())
@@ -270,7 +276,7 @@ class _Gathered(torch.autograd.Function):
         do, group, total, ep = ctx.how.do, ctx.how.group, ctx.total, dist.get_world_size(ctx.how.group)
         grad_y = _gather(grad_y, len(ids) // ep, group).wait()
         grad_out = do.sorted_rows(grad_y, ids, place, count=total)
-        weight = weight_of_row(weights, place)[:total]
+        weight = do.weight_of_row(weights, place)[:total]
         grad_hidden = do.grouped_matmul(grad_out, down_proj, ends)
         dots, hidden, grad_gate_up = hidden_backward(do, grad_hidden, gate_up, weight)
         del grad_hidden

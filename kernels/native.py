@@ -61,6 +61,11 @@ def sorted_rows(
     return torch.index_select(x, 0, token[:count], out=out)
 
 
+def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
+    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows."""
+    return torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
+
+
 def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; then both are multiplied by the weight, in place."""
     wide = working_dtype(hidden)

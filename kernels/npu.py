@@ -30,14 +30,27 @@ def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None)
         place = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
         return x[:0], place, topk_ids.new_zeros(experts, dtype=torch.int64)
     rows, place = npu.npu_moe_token_permute(x, topk_ids, count)
-    return rows, place, histogram(topk_ids, experts).cumsum(0)
+    return rows, place, _counts(topk_ids, experts).cumsum(0).long()
 
 
 def histogram(topk_ids: Tensor, experts: int) -> Tensor:
     """topk_ids [T, K] -> [E] int64, how often each expert was chosen; ids >= E are nobody's."""
     if not topk_ids.numel():
         return topk_ids.new_zeros(experts, dtype=torch.int64)
-    return torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5).long()  # integers below 2^24: exact
+    return _counts(topk_ids, experts).long()
+
+
+def _counts(topk_ids: Tensor, experts: int) -> Tensor:
+    """The histogram in fp32, exact below 2^24: cumsum and sort of int64 would run on the AI CPU (op_api of CANN's ops-math)."""
+    return torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5)
+
+
+def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
+    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows.
+
+    The inverse of `place` is a sort of fp32 numbers: AI cores sort no integers, and scatter along the last axis one by one.
+    """
+    return weights.flatten().index_select(0, place.float().sort().indices)[:, None]
 
 
 def sorted_rows(

@@ -40,6 +40,9 @@ class PackedBatch:
     grid_thw: Tensor  # [N, 3] int64 on the CPU: patches per image or video, (1 or t, h, w)
     # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
+    vision_token: Tensor | None = (
+        None  # [P/4] int64, the inverse: token that each row of the features replaces, -1 for none
+    )
     vision: VisionIndex | None = None
     trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
@@ -112,7 +115,7 @@ class VisionSpec:
 
 
 def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
-    """Fill in `vision_index` and `vision` where they are absent, and a dummy image where there is none at all.
+    """Fill in `vision_index`, `vision_token` and `vision` where they are absent, and a dummy image where there is none at all.
 
     Image tokens take the features in order. Features beyond those that the tokens ask for belong to a dummy, replace
     nothing and get a gradient of exactly zero: the vision tower runs in every step, whatever the data.
@@ -131,9 +134,11 @@ def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
     if tokens > features:
         raise ValueError(f"{tokens} image tokens in input_ids, but grid_thw gives only {features} features")
     index = torch.where(is_vision, is_vision.cumsum(0) - 1, -1)
+    token = torch.full((features,), -1)
+    token[:tokens] = is_vision.nonzero().squeeze(1)
     device = batch.input_ids.device
     vision = _to(build_vision_index(batch.grid_thw, spec), device)
-    return dataclasses.replace(batch, vision_index=index.to(device), vision=vision)
+    return dataclasses.replace(batch, vision_index=index.to(device), vision_token=token.to(device), vision=vision)
 
 
 def build_vision_index(grid_thw: Tensor, spec: VisionSpec) -> VisionIndex:

@@ -123,7 +123,8 @@ def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
     is_vision = (prompt.input_ids == spec.image_token_id) | (prompt.input_ids == spec.video_token_id)
     patches = int(is_vision.sum()) * spec.merge_size**2
     grids = prompt.grid_thw[prompt.grid_thw.prod(-1).cumsum(0) <= patches]
-    return replace(prompt, pixel_values=prompt.pixel_values[:patches], grid_thw=grids, vision=None, vision_index=None)
+    images = replace(prompt, pixel_values=prompt.pixel_values[:patches], grid_thw=grids)
+    return replace(images, vision=None, vision_index=None, vision_token=None)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

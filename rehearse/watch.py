@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rehearse.limits import problems
+
 # the host waits for the device in these, whatever the values
 SYNCS = {
     "aten::_local_scalar_dense",
@@ -86,6 +88,7 @@ def note(
         record.wrong.append(f"{name} mixes npu with {foreign or 'what it returns'}")
     if name == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1]):
         record.wrong.append("aten::index.Tensor with a mask waits for the device")
+    record.wrong += problems(func, args, kwargs)
     if func.namespace in ("aten", "npu") and not has_kernel(func):
         record.wrong.append(f"{name} has no kernel for the device")
 

@@ -214,7 +214,7 @@ def test_a_worker_hands_over_a_batch_in_one_piece(home, model):
         tensors = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
         tensors += [getattr(batch.vision, f.name) for f in dataclasses.fields(batch.vision)]
         tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        assert len(tensors) == 13 and all(tensor.is_contiguous() for tensor in tensors)
+        assert len(tensors) == 14 and all(tensor.is_contiguous() for tensor in tensors)
         assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1 and tensors[0].is_shared()
         assert not any(tensor.storage_offset() * tensor.element_size() % 64 for tensor in tensors)
         assert tensors[0].untyped_storage().nbytes() < sum(tensor.nbytes + 64 for tensor in tensors)

@@ -115,3 +115,18 @@ def test_attention(lengths, dtype, tolerance, heads):
         steps.append(attention_step(q[rows], keys, values, counts, 0.3))
     first = kernels.varlen_attention(*(x[split.of_prompts] for x in (q, k, v)), split.prompts, True, 0.3)
     split.compare(first, steps, truth, tolerance)
+
+
+def test_the_mask_has_a_row_for_each_query(monkeypatch):
+    """op-plugin takes [B, 1, Sq, Skv]; that a mask of one row stands for all is known to its newer releases alone."""
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v, attn_mask, scale):
+        seen.append((tuple(attn_mask.shape), (len(q), 1, q.shape[2], k.shape[2])))
+        return attend(q, k, v, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr("kernels.decode.F.scaled_dot_product_attention", record)
+    attention_step(
+        torch.ones(3, 8, 16), torch.ones(3, 5, 2, 16), torch.ones(3, 5, 2, 16), torch.tensor([1, 3, 5]), 0.25
+    )
+    assert seen == [((3, 1, 4, 5), (3, 1, 4, 5))]

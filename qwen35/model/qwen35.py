@@ -107,6 +107,32 @@ class LanguageModel(nn.Module):
             return again(layer, *inputs, kept)
 
 
+class _Placed(torch.autograd.Function):
+    """x [T, H] with the rows that vision_index names replaced by features [P/4, H].
+
+    The tower is in the graph whatever the data. Both directions gather: what autograd makes of the forward would add the zeros
+    of all text tokens up in one row, in any order and one by one on an NPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, features: Tensor, vision_index: Tensor, vision_token: Tensor) -> Tensor:
+        ctx.save_for_backward(vision_index, vision_token)
+        ctx.dtype = features.dtype
+        of_vision = features.index_select(0, vision_index.clamp(min=0)).to(x.dtype)
+        return torch.where((vision_index >= 0)[:, None], of_vision, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        vision_index, vision_token = ctx.saved_tensors
+        need_x, need_features, *_ = ctx.needs_input_grad
+        grad_x = grad.masked_fill((vision_index >= 0)[:, None], 0) if need_x else None
+        grad_features = None
+        if need_features:
+            grad_features = grad.index_select(0, vision_token.clamp(min=0)).to(ctx.dtype)
+            grad_features.masked_fill_((vision_token < 0)[:, None], 0)
+        return grad_x, grad_features, None, None
+
+
 class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
@@ -118,12 +144,12 @@ class Backbone(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """-> [T, H]: the embeddings of the text, the features of images in their places"""
-        assert batch.vision_index is not None and batch.vision is not None  # derive() has filled them in
+        assert (
+            batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
+        )  # by derive()
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
-        # every token takes part, so that the tower is in the graph whatever the data: text tokens point at row 0 and drop it
-        of_image = features[batch.vision_index.clamp(min=0)].to(x.dtype)
-        return torch.where((batch.vision_index >= 0)[:, None], of_image, x)
+        return _Placed.apply(x, features, batch.vision_index, batch.vision_token)
 
 
 class Qwen35(nn.Module):

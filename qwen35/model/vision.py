@@ -1,6 +1,5 @@
 """The vision tower: patches of all images and video frames at once, attention inside each frame, 2x2 patches to a token."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -87,7 +86,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
         """pixels [P, C*2*16*16] -> features [P/4, H]"""
-        learned = torch.einsum("cph,cp->ph", self.pos_embed(index.corner).float(), index.corner_weight)
+        # not an einsum, which is a batched matmul of one row for each patch
+        learned = (self.pos_embed(index.corner).float() * index.corner_weight[..., None]).sum(0)
         x = self.patch_embed(pixels)
         x = x + learned.to(x.dtype)
         rope = vision_rope(index.position, self.head_dim)

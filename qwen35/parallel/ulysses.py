@@ -54,18 +54,22 @@ def split(
     """
     if size == 1:
         return batch, weights, ahead
-    assert batch.vision is not None and batch.vision_index is not None  # the collator has filled them in
+    assert (
+        batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
+    )  # by the collator
     tokens, patches = len(batch.labels), len(batch.pixel_values)
     if tokens % size or patches % size:
         raise ValueError(f"{tokens} tokens and {patches} patches cannot be shared by {size} ranks evenly")
     here = slice(rank * tokens // size, (rank + 1) * tokens // size)
     seen = slice(here.start, here.stop + (ahead is not None))
+    is_here = (batch.vision_token >= seen.start) & (batch.vision_token < seen.stop)
     of_tower = slice(rank * patches // size, (rank + 1) * patches // size)
     part = dataclasses.replace(
         batch,
         input_ids=_rows(batch.input_ids, seen, 0),
         labels=batch.labels[here],
         vision_index=_rows(batch.vision_index, seen, -1),
+        vision_token=torch.where(is_here, batch.vision_token - seen.start, -1),
         trained=None if batch.trained is None else _inside(batch.trained, here),
         is_pad=None if batch.is_pad is None else batch.is_pad[here],
         pixel_values=batch.pixel_values[of_tower],

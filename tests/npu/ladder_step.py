@@ -162,6 +162,25 @@ def test_the_watch_sees_what_must_not_be():
         torch.ones((), device=DEVICE).item()
 
 
+def test_the_watch_sees_what_has_no_kernel_on_the_cores():
+    with FakeTensorMode(), Watch() as watch:
+        x, ids = torch.ones(8, device=DEVICE), torch.arange(8, device=DEVICE)
+        x.cumsum(0), ids.int().cumsum(0, dtype=torch.int32), x.sort(), x.sort(stable=True)
+        torch.zeros(8, 8, device=DEVICE).scatter_(1, ids[:, None], 1.0)
+        assert not watch.record.wrong
+        (
+            ids.cumsum(0),
+            ids.sort(),
+            ids.int().sort(stable=True),
+            x.clone().scatter_(0, ids, x),
+            x.clone().scatter_add_(0, ids, x),
+        )
+    found = "; ".join(watch.record.wrong)
+    assert len(watch.record.wrong) == 5, found
+    assert "aten::cumsum: of torch.int64" in found and found.count("aten::sort") == 2
+    assert found.count("of one axis writes 8 values") == 2
+
+
 def test_the_native_loss_would_wait_for_the_device():
     with FakeTensorMode():
         hidden, weight = torch.ones(9, 4, device=DEVICE), torch.ones(20, 4, device=DEVICE)

@@ -1,0 +1,233 @@
+"""What the operators of an Ascend 910B refuse, as far as dtypes, shapes, layouts and places of their arguments say.
+
+One function for each operator: it yields what is wrong with a call. Sources: op-plugin's docs/zh/custom_APIs/torch_npu (the
+page of the operator's name), CANN's aclnn pages in ops-nn, ops-math and ops-transformer, and HCCL's table of data types.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
+HCCL = (*FLOATS, torch.int8, *INTEGERS)  # that collectives can also sum
+Problems = Iterator[str]
+
+
+def problems(func: torch._ops.OpOverload, args: Iterable[Any], kwargs: dict[str, Any]) -> list[str]:
+    """What the device would refuse in this call, a line each."""
+    name = func.name()
+    rule = RULES.get(name.partition(".")[0]) or (_collective if name.startswith("c10d::") else None)
+    if rule is None:
+        return []
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    whole = {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
+    whole.setdefault("input", whole.get("self"))  # torch_npu's releases differ in this name
+    return [f"{name}: {problem}" for problem in rule(SimpleNamespace(**whole))]
+
+
+def _dtypes(allowed: Iterable[torch.dtype], **tensors: Tensor | None) -> Problems:
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in tuple(allowed):
+            yield f"{name} is {x.dtype}"
+
+
+def _if(*rules: tuple[bool, str]) -> Problems:
+    return (problem for is_wrong, problem in rules if is_wrong)
+
+
+def _attention(a: SimpleNamespace) -> Problems:
+    q, k, v, ends = a.query, a.key, a.value, a.actual_seq_qlen or []
+    yield from _dtypes(FLOATS, query=q)
+    yield from _if(
+        (not q.dtype == k.dtype == v.dtype, f"query {q.dtype}, key {k.dtype}, value {v.dtype}"),
+        (not q.ndim == k.ndim == v.ndim == 3, "TND has three axes"),
+        (not 0 < q.shape[1] <= 256 or q.shape[1] % k.shape[1] != 0, f"{q.shape[1]} query heads over {k.shape[1]}"),
+        (not q.shape[2] == k.shape[2] >= v.shape[2], "heads of query and key differ, or those of value are larger"),
+        (q.shape[2] > (512 if "dy" in vars(a) else 768), f"heads of {q.shape[2]}"),
+        (len(q) > 2**20, f"{len(q)} tokens"),
+        (not 0 < len(ends) <= 1024, f"{len(ends)} sequences in one call"),
+        (any(x > y for x, y in pairwise(ends)), "ends of sequences that decrease"),
+        (a.sparse_mode == 3 and (a.atten_mask is None or a.atten_mask.shape != (2048, 2048)), "mask of sparse_mode 3"),
+    )
+    yield from _dtypes((torch.bool, torch.uint8), atten_mask=a.atten_mask)
+
+
+def _attention_grad(a: SimpleNamespace) -> Problems:
+    yield from _attention(a)
+    stats = (*a.query.shape[:2], 8)
+    yield from _dtypes([torch.float32], softmax_max=a.softmax_max, softmax_sum=a.softmax_sum)
+    yield from _if(
+        (a.dy.shape != a.attention_in.shape or a.dy.dtype != a.query.dtype, "dy is not like the output"),
+        (not tuple(a.softmax_max.shape) == tuple(a.softmax_sum.shape) == stats, "statistics are not [T, N, 8]"),
+    )
+
+
+def _grouped_matmul(a: SimpleNamespace) -> Problems:
+    x, weight, groups = a.x[0], a.weight[0], a.group_list
+    yield from _dtypes(FLOATS, x=x)
+    yield from _dtypes([torch.int64], group_list=groups)
+    inner = weight if a.group_type == 0 else x
+    yield from _if(
+        (x.dtype != weight.dtype, f"x {x.dtype}, weight {weight.dtype}"),
+        ((a.split_item, a.group_type) not in ((2, 0), (3, 0), (2, 2), (3, 2)), "split_item and group_type"),
+        (groups.ndim != 1 or not 0 < len(groups) <= 1024, f"{len(groups)} groups"),
+        (groups.device != x.device, f"group_list is on {groups.device}"),
+        (a.group_type == 0 and x.stride(-1) != 1, "rows that do not lie side by side"),
+        (a.group_type == 2 and not x.T.is_contiguous(), "x is not the transposed view of its rows"),
+        (not (inner.is_contiguous() or inner.mT.is_contiguous()), "neither contiguous nor its transposed view is"),
+        (any(n > 65535 for n in (*x.shape[-1:], *weight.shape[-1:]) if a.group_type == 0), "an inner axis above 65535"),
+    )
+
+
+def _permute(a: SimpleNamespace) -> Problems:
+    yield from _dtypes((*FLOATS, torch.int8), tokens=a.tokens)
+    yield from _dtypes(INTEGERS, indices=a.indices)
+    yield from _if(
+        (a.tokens.ndim != 2 or a.indices.ndim != 2 or len(a.tokens) != len(a.indices), "shapes"),
+        (a.indices.shape[-1] > 512, f"top_k of {a.indices.shape[-1]}"),
+    )
+
+
+def _permute_grad(a: SimpleNamespace) -> Problems:
+    yield from _dtypes([torch.int32], sorted_indices=a.sorted_indices)
+    yield from _if(
+        (a.sorted_indices.ndim != 1 or len(a.sorted_indices) != a.indices.numel(), "sorted_indices' length"),
+        (a.grad_permuted_tokens.dtype != a.tokens.dtype, "the gradient's dtype is not the tokens'"),
+    )
+
+
+def _unpermute(a: SimpleNamespace) -> Problems:
+    yield from _dtypes(FLOATS, permuted_tokens=a.permuted_tokens, probs=a.probs)
+    yield from _dtypes([torch.int32], sorted_indices=a.sorted_indices)
+    yield from _if(
+        (a.sorted_indices.ndim != 1 or len(a.sorted_indices) != a.probs.numel(), "sorted_indices' length"),
+        (a.probs.shape[-1] > 512, f"top_k of {a.probs.shape[-1]}"),
+    )
+
+
+def _swiglu(a: SimpleNamespace) -> Problems:
+    x = a.input
+    yield from _dtypes(FLOATS, x=x)
+    yield from _if(
+        (x.shape[a.dim] % 2 != 0, f"an axis of {x.shape[a.dim]}"),
+        (not x.is_contiguous() or not x.numel(), "strided or empty"),
+    )
+
+
+def _swiglu_backward(a: SimpleNamespace) -> Problems:
+    x, grad = a.input, a.grad_output
+    yield from _swiglu(a)
+    yield from _if((grad.dtype != x.dtype or not grad.is_contiguous(), "the gradient's dtype or strides"))
+
+
+def _norm(a: SimpleNamespace) -> Problems:
+    x, gamma = a.input, a.gamma
+    yield from _dtypes(FLOATS, input=x)
+    yield from _if(
+        (gamma.dtype not in (x.dtype, torch.float32), f"gamma is {gamma.dtype} for {x.dtype}"),
+        (not 1 <= x.ndim <= 8 or x.shape[x.ndim - gamma.ndim :] != gamma.shape, "gamma's shape"),
+    )
+
+
+def _gemma_norm(a: SimpleNamespace) -> Problems:
+    yield from _norm(a)
+    yield from _if((a.gamma.dtype != a.input.dtype, "gamma's dtype is not the input's"))
+
+
+def _norm_backward(a: SimpleNamespace) -> Problems:
+    x, rest = a.input, a.input.shape[: a.input.ndim - a.gamma.ndim]
+    yield from _norm(a)
+    yield from _dtypes([torch.float32], rstd=a.rstd)
+    yield from _if(
+        (a.dy.dtype != x.dtype or a.dy.shape != x.shape, "dy is not like the input"),
+        (tuple(a.rstd.shape) != (*rest, *(1 for _ in a.gamma.shape)), f"rstd's shape {list(a.rstd.shape)}"),
+    )
+
+
+def _rotary(a: SimpleNamespace) -> Problems:
+    x = a.input
+    yield from _dtypes(FLOATS, input=x, r1=a.r1, r2=a.r2)
+    yield from _if(
+        (x.ndim != 4 or tuple(a.r1.shape) != (1, x.shape[1], 1, x.shape[3]) or a.r1.shape != a.r2.shape, "broadcast"),
+        (x.shape[-1] % 2 != 0 or x.shape[-1] >= 896, f"heads of {x.shape[-1]}"),
+    )
+
+
+def _cross_entropy(a: SimpleNamespace) -> Problems:
+    yield from _dtypes(FLOATS, input=a.input)
+    yield from _dtypes([torch.int64], target=a.target)
+    yield from _if(
+        (a.input.ndim != 2 or a.target.shape != a.input.shape[:1], "shapes"),
+        (not 0 < len(a.input) <= 200_000, f"{len(a.input)} rows"),
+        (a.label_smoothing != 0, "label_smoothing"),
+    )
+
+
+def _cross_entropy_backward(a: SimpleNamespace) -> Problems:
+    yield from _dtypes([torch.int64], target=a.target)
+    yield from _if(
+        (a.grad_loss.dtype != a.log_prob.dtype, f"grad_loss {a.grad_loss.dtype}, log_prob {a.log_prob.dtype}")
+    )
+
+
+def _adamw(a: SimpleNamespace) -> Problems:
+    lists = (a.input, a.grads, a.exp_avgs, a.exp_avg_sqs, a.state_steps)
+    yield from _if(
+        (len(set(map(len, lists))) != 1, "lists of different lengths"),
+        (any(s.device != p.device for s, p in zip(a.state_steps, a.input, strict=False)), "steps on the host"),
+    )
+
+
+def _cumsum(a: SimpleNamespace) -> Problems:  # AICORE910B_DTYPE_SUPPORT_LIST, op_api/cumsum.cpp of ops-math
+    if (dtype := a.dtype or a.input.dtype) not in (*FLOATS, torch.int32):
+        yield f"of {dtype} runs on the AI CPU"
+
+
+def _sort(a: SimpleNamespace) -> Problems:  # op_api/sort.cpp of ops-math
+    if a.input.dtype not in FLOATS:
+        yield f"of {a.input.dtype} runs on the AI CPU"
+
+
+def _scatter(
+    a: SimpleNamespace,
+) -> Problems:  # ScatterElementsV2 of ops-nn: parallel over the rows before the last axis
+    if a.index.ndim == 1:
+        yield f"of one axis writes {len(a.index)} values one by one"
+
+
+def _collective(a: SimpleNamespace) -> Problems:
+    for tensor in torch.utils._pytree.tree_leaves(vars(a)):
+        if isinstance(tensor, Tensor):
+            yield from _dtypes((*HCCL, torch.uint8, torch.bool, torch.float64), tensor=tensor)
+            yield from _if((not tensor.is_contiguous(), f"a strided tensor {list(tensor.shape)}"))
+
+
+RULES: dict[str, Callable[[SimpleNamespace], Problems]] = {
+    "npu::npu_fusion_attention": _attention,
+    "npu::npu_fusion_attention_grad": _attention_grad,
+    "npu::npu_grouped_matmul": _grouped_matmul,
+    "npu::npu_moe_token_permute": _permute,
+    "npu::npu_moe_token_permute_grad": _permute_grad,
+    "npu::npu_moe_token_unpermute": _unpermute,
+    "npu::npu_swiglu": _swiglu,
+    "npu::npu_swiglu_backward": _swiglu_backward,
+    "npu::npu_rms_norm": _norm,
+    "npu::npu_gemma_rms_norm": _gemma_norm,
+    "npu::npu_rms_norm_backward": _norm_backward,
+    "npu::npu_rotary_mul": _rotary,
+    "npu::npu_cross_entropy_loss": _cross_entropy,
+    "npu::npu_cross_entropy_loss_backward": _cross_entropy_backward,
+    "aten::_fused_adamw_": _adamw,
+    "aten::cumsum": _cumsum,
+    "aten::sort": _sort,
+    "aten::scatter": _scatter,
+    "aten::scatter_": _scatter,
+    "aten::scatter_add": _scatter,
+    "aten::scatter_add_": _scatter,
+}

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen35.chat import add_options, add_thinking, find_model, load_model, positive, prepare
+from qwen35.console import outlive_readers
 from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
@@ -169,4 +170,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import HFFolder, write_hf
+from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
 
@@ -274,4 +275,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

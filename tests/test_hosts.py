@@ -169,6 +169,13 @@ def test_a_signal_has_all_machines_save(there: Path, number: int, code: int) -> 
     assert asked(there) == ["asked_0", "asked_1"]
 
 
+def test_a_machine_cannot_write_anothers_lines(there: Path) -> None:
+    """Nor what a terminal would obey."""
+    (there / "act").write_text(r"printf 'a\rtwo: forged\033[2J\tü\n'")
+    out, _ = start(there).communicate(timeout=300)
+    assert sorted(out.splitlines()) == [rf"{name}: a\rtwo: forged\x1b[2J ü" for name in ("one", "two")]
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, number: int) -> None:
     """As of a lost connection, or of a session that its system ends: SIGTERM has that machine save, and stop."""

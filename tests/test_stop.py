@@ -181,6 +181,14 @@ def test_whatever_prints_outlives_its_reader():
     os.close(reader)
 
 
+@pytest.mark.parametrize("program", ["launch", "hosts", "train", "preflight", "convert", "tiny", "evaluate"])
+def test_every_step_of_a_run_outlives_its_reader(program):
+    command = [sys.executable, "-m", f"qwen35.{program}", "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 0)
+
+
 def test_what_is_read_is_as_it_was():
     """Text, its encoding, what is buffered and what is not; other failures to write stay failures."""
     program = "import sys; from qwen35.console import outlive_readers; outlive_readers(); {}"

@@ -151,6 +151,7 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     for folder in save.glob("iter_*"):
         if int(folder.name[5:]) > 12:
             shutil.rmtree(folder)
+    (save / "latest_checkpointed_iteration.txt").write_text("12")
     process = start_and_wait(workplace, save, event, path, *RECIPE)
     kill_all(process)
     assert list(save.glob("*.tmp")) or left == 16

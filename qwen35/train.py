@@ -17,8 +17,8 @@ from tqdm import tqdm
 import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint, read_facts
-from qwen35.checkpoint.dcp_folder import about, keep_newest, settle
+from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
+from qwen35.checkpoint.dcp_folder import about, settle
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import fitting, load_hf
@@ -41,7 +41,7 @@ from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.profiling import Profile
 from qwen35.pulse import Pulse
-from qwen35.resume import bins_a_step, changes, check_finished, check_loaded, check_position, find_weights, position_of
+from qwen35.resume import bins_a_step, changes, check_finished, check_position, checked_facts, find_weights, position_of
 from qwen35.rng import restore_rng, rng_states, seed_all
 from qwen35.settings import Settings
 from qwen35.trainable import freeze, table
@@ -91,11 +91,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     origin, is_hf = find_weights(settings)
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
     held = fitting(model, origin) if is_hf else fitting_checkpoint(model, origin)
-    loaded = None if is_hf else read_facts(origin)
-    for line in about(t.load or "", origin):
-        report(line)
-    if loaded:
-        check_loaded(loaded, settings, device)
+    loaded = None if is_hf else checked_facts(origin, settings, device)
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
@@ -142,7 +138,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
     report(f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {chosen_kernels}")
     report(f"before sharding:\n{before}\nafter sharding ({local_bytes(model):,} bytes on this rank):\n{after}")
-    report(f"weights from {origin}\n{micro_batches.report()}")
+    report("\n".join([*about(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
@@ -266,10 +262,7 @@ def is_finished(run: Run, folder: Path) -> bool:
         if changed:
             report(f"settings changed since the checkpoint: {'; '.join(changed)}")
         return False
-    check_finished(folder, run.step, changed)
-    limit = run.settings.training.save_total_limit
-    if limit is not None and dist.get_rank() == 0:  # where it was stopped before it could
-        keep_newest(folder, limit)
+    check_finished(folder, run.step, changed, run.settings)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
 

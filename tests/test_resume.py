@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpoint_cases import as_before
 from training_runs import ROOT, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, read_facts, save_checkpoint
+from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
 from qwen35.checkpoint.lock import holding
@@ -29,7 +29,7 @@ from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.metrics import read_metrics
 from qwen35.model import load_config
-from qwen35.resume import bins_a_step, check_loaded, check_position
+from qwen35.resume import bins_a_step, check_position, checked_facts
 from qwen35.rng import restore_rng, rng_states
 
 STEPS, INTERVAL = 24, 4
@@ -230,10 +230,10 @@ def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     settings = load_settings(workplace / "recipe.yaml")
     position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "mtp_num_layers": 0}
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
-    check_loaded(read_facts(checkpoint), settings, HOST)
+    checked_facts(checkpoint, settings, HOST)
     break_it(checkpoint)
     with pytest.raises(UserError) as caught:
-        check_loaded(read_facts(checkpoint), settings, HOST)
+        checked_facts(checkpoint, settings, HOST)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

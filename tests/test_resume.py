@@ -164,6 +164,8 @@ def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     """After a stop between the last rename and what follows it: what is named, and how many stay."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
+    recipe = save / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(uninterrupted), str(save)))
     (save / "latest_checkpointed_iteration.txt").write_text("20")
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
     assert done.returncode == 0, done.stderr

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, Loaded, newest_checkpoint, resolve_load
-from qwen35.checkpoint.dcp_folder import damaged
+from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, Loaded, newest_checkpoint, read_facts, resolve_load
+from qwen35.checkpoint.dcp_folder import damaged, keep_newest
 from qwen35.config import SettingError, difference, load_settings
 from qwen35.metrics import RunError
 from qwen35.model import ModelConfig
@@ -74,10 +74,14 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> di
     }
 
 
-def check_loaded(loaded: Loaded, settings: Settings, device: torch.device) -> None:
-    """Before the data is read: raises CheckpointError for what is missing or of a wrong form, SettingError for settings."""
+def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> Loaded:
+    """What a checkpoint holds besides tensors, before the data is read.
+
+    Raises CheckpointError for what is missing or of a wrong form, SettingError for settings that do not go with it.
+    """
+    loaded = read_facts(checkpoint)
     if not loaded.step:  # converted weights
-        return
+        return loaded
     for name, kind in (("bins_a_step", int), ("data", str)):
         if type(loaded.extra.get(name)) is not kind:
             raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
@@ -102,6 +106,7 @@ def check_loaded(loaded: Loaded, settings: Settings, device: torch.device) -> No
             f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
             f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
         )
+    return loaded
 
 
 def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
@@ -144,10 +149,16 @@ def changes(folder: Path, settings: Settings) -> list[str]:
     return difference(load_settings(recipe), settings) if recipe.is_file() else []
 
 
-def check_finished(folder: Path, step: int, changed: list[str]) -> None:
-    """Raises SettingError if a folder that is not to be trained further holds another run than the settings say."""
+def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
+    """Raises SettingError if a folder that is not to be trained further holds another run than the settings say.
+
+    Else the first rank removes the checkpoints that the run would have removed, had it not been stopped at its end.
+    """
     if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
         raise SettingError(
             f"{folder} holds {step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "
             "larger training.train_iters"
         )
+    limit = settings.training.save_total_limit
+    if limit is not None and dist.get_rank() == 0:
+        keep_newest(folder, limit)

@@ -18,8 +18,8 @@ import kernels
 from kernels.host import to_device
 from qwen35.adamw import AdamW
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint, read_facts
-from qwen35.checkpoint.dcp_folder import about, keep_newest, settle
+from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
+from qwen35.checkpoint.dcp_folder import about, settle
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
@@ -45,9 +45,9 @@ from qwen35.pulse import Pulse
 from qwen35.resume import (
     changes,
     check_finished,
-    check_loaded,
     check_position,
     check_same_data,
+    checked_facts,
     find_weights,
     position_of,
 )
@@ -101,11 +101,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     held = fitting(model, origin) if is_hf else fitting_checkpoint(model, origin)
     check_export(model, m.model_name_or_path)
     unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
-    loaded = None if is_hf else read_facts(origin)
-    for line in about(t.load or "", origin):
-        report(line)
-    if loaded:
-        check_loaded(loaded, settings, device)
+    loaded = None if is_hf else checked_facts(origin, settings, device)
     pulse.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
@@ -145,7 +141,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
     report(opening(settings, device, layout, model, before, after))
-    report("\n".join([*unread, f"weights from {origin}", micro_batches.report()]))
+    report("\n".join([*unread, *about(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
     if step < t.train_iters:
@@ -250,10 +246,7 @@ def is_finished(run: Run, folder: Path) -> bool:
         if changed:
             report(f"settings changed since the checkpoint: {'; '.join(changed)}")
         return False
-    check_finished(folder, run.step, changed)
-    limit = run.settings.training.save_total_limit
-    if limit is not None and dist.get_rank() == 0:  # where it was stopped before it could
-        keep_newest(folder, limit)
+    check_finished(folder, run.step, changed, run.settings)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
 

@@ -89,7 +89,7 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)
 def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
     tensor = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)
-    with (tmp_path / "file").open("wb") as file:
+    with (tmp_path / "file").open("w+b") as file:
         file.write(b"something else")
         written = append_tensor(tensor, MetadataIndex("x"), tmp_path / "file", file)
         file.write(b"and more")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from checkpoint_cases import as_before
 from training_runs import ROOT, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, read_facts, save_checkpoint
+from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
 from qwen35.checkpoint.lock import holding
@@ -30,7 +30,7 @@ from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.metrics import read_metrics
 from qwen35.model import load_config
-from qwen35.resume import bins_a_step, check_loaded, check_position
+from qwen35.resume import bins_a_step, check_position, checked_facts
 from qwen35.rng import restore_rng, rng_states
 
 STEPS, INTERVAL = 24, 4
@@ -152,6 +152,7 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     for folder in save.glob("iter_*"):
         if int(folder.name[5:]) > 12:
             shutil.rmtree(folder)
+    (save / "latest_checkpointed_iteration.txt").write_text("12")
     process = start_and_wait(workplace, save, event, path, *RECIPE)
     kill_all(process)
     assert list(save.glob("*.tmp")) or left == 16
@@ -164,6 +165,8 @@ def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     """After a stop between the last rename and what follows it: what is named, and how many stay."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
+    recipe = save / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(uninterrupted), str(save)))
     (save / "latest_checkpointed_iteration.txt").write_text("20")
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
     assert done.returncode == 0, done.stderr
@@ -230,10 +233,10 @@ def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     settings = load_settings(workplace / "recipe.yaml")
     position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "mtp_num_layers": 0}
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
-    check_loaded(read_facts(checkpoint), settings, HOST)
+    checked_facts(checkpoint, settings, HOST)
     break_it(checkpoint)
     with pytest.raises(UserError) as caught:
-        check_loaded(read_facts(checkpoint), settings, HOST)
+        checked_facts(checkpoint, settings, HOST)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

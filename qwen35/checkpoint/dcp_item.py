@@ -11,7 +11,7 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from io import BufferedWriter
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class Written(WriteResult):
     crc32: str
 
 
-def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: BufferedWriter) -> Written:
-    """Append a CPU tensor to the open file `path` as DCP's reader expects it. Raises OSError."""
+def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: BufferedRandom) -> Written:
+    """Append a CPU tensor to the file `path`, open as "w+b", as DCP's reader expects it. Raises OSError."""
     alone = tensor.contiguous()
     if alone.untyped_storage().nbytes() > alone.nbytes:  # of which it may be a part: torch.save writes all of it
         alone = alone.clone()
@@ -86,7 +86,7 @@ def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: Buffer
         raise
     file.flush()
     length = file.tell() - offset
-    begin = find_item(path, offset, length).storage.begin
+    begin = _item_in(file.fileno(), path, offset, length).storage.begin
     return Written(index, length, _StorageInfo(path.name, offset, length), begin, checksums(raw_bytes(alone)))
 
 
@@ -95,7 +95,12 @@ def find_item(path: Path, offset: int, length: int) -> DCPItem:
 
     Raises OSError, BROKEN_ARCHIVE; a description that names anything but one plain tensor is refused.
     """
-    with path.open("rb") as file, zipfile.ZipFile(_Section(file.fileno(), offset, length)) as archive:
+    with path.open("rb") as file:
+        return _item_in(file.fileno(), path, offset, length)
+
+
+def _item_in(fd: int, path: Path, offset: int, length: int) -> DCPItem:
+    with zipfile.ZipFile(_Section(fd, offset, length)) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "byteorder" in members and _text(archive, members["byteorder"]) != b"little":
             raise pickle.UnpicklingError("its bytes are in another order")
@@ -108,7 +113,7 @@ def find_item(path: Path, offset: int, length: int) -> DCPItem:
         if math.prod(view.shape) and not 0 <= view.first <= last < view.numel:
             raise pickle.UnpicklingError("it goes beyond its bytes")
         header = offset + member.header_offset
-        name, extra = LOCAL_HEADER.unpack(os.pread(file.fileno(), LOCAL_HEADER.size, header))
+        name, extra = LOCAL_HEADER.unpack(os.pread(fd, LOCAL_HEADER.size, header))
         begin = header + LOCAL_HEADER.size + name + extra
         if begin + stored.nbytes > offset + length:
             raise pickle.UnpicklingError("its bytes lie beyond it")

@@ -115,7 +115,7 @@ class StreamWriter(dcp.FileSystemWriter):
         path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
         results: list[WriteResult] = []
         if plan.items:
-            with path.open("wb") as file:
+            with path.open("w+b") as file:
                 for item in plan.items:
                     value = planner.resolve_data(item)
                     assert isinstance(value, Tensor)  # there are no other items: extras are files of their own

@@ -58,7 +58,7 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
     def write(number: int, parts: Iterator[tuple[str, Box]]) -> list[WriteResult]:
         path = folder / f"__0_{number}.distcp"
         written: list[WriteResult] = []
-        with path.open("wb") as file:
+        with path.open("w+b") as file:
             for name, box in parts:
                 values = source.read(name, box)
                 one = append_tensor(values, MetadataIndex(MODEL + name, Size(box.start)), path, file)

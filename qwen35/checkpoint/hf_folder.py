@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.boxes import Box, Source, TensorSpec, pieces
-from qwen35.checkpoint.errors import CheckpointError, Misfit
-from qwen35.checkpoint.model_folder import MERGE, config_of, few, refuse
+from qwen35.checkpoint.errors import CheckpointError, Misfit, few
+from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
 from qwen35.errors import read_object

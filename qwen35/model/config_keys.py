@@ -6,6 +6,7 @@ value is an object, or one of its words begins like one of COMPUTATION. Any othe
 """
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -102,7 +103,7 @@ class ConfigError(UserError):
 
 def shown(value: object) -> str:
     """A value of a file, short enough for a message."""
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

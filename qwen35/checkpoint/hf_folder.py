@@ -173,6 +173,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has more than config and tokenizer: of the weights the index alone may have stayed behind."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX)) and any(folder.glob("*.safetensors"))
+
+
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files of weights, and the index where it is what names them. As transformers: model.safetensors, else the index.
 

@@ -56,7 +56,7 @@ def not_read(folder: str | Path) -> list[str]:
 
     Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
     """
-    from qwen35.checkpoint.hf_folder import INDEX, WEIGHTS, weight_files
+    from qwen35.checkpoint.hf_folder import WEIGHTS, has_weights, weight_files
     from qwen35.model.config import load_config
     from qwen35.model.config_keys import unknown_keys
 
@@ -74,8 +74,7 @@ def not_read(folder: str | Path) -> list[str]:
             f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, and counts at the top level: the head is "
             "trained apart from the embedding"
         )
-    has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
-    weights = weight_files(folder)[0] if has_weights else []
+    weights = weight_files(folder)[0] if has_weights(folder) else []
     others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
     others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
     if others:

@@ -9,6 +9,7 @@ from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, stored_dtypes
+from qwen35.checkpoint.hf_folder import has_weights
 from qwen35.checkpoint.model_folder import refuse
 from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
@@ -76,8 +77,7 @@ def load_model(source: Source) -> Qwen35:
     if source.weights == source.config:
         model = Qwen35.from_pretrained(source.weights)
     else:
-        has_weights = any(source.config.glob("*.safetensors"))
-        dtype_of = stored_dtypes(source.config) if has_weights else published_dtype
+        dtype_of = stored_dtypes(source.config) if has_weights(source.config) else published_dtype
         model = empty_model(Qwen35, source.config, dtype_of)
         try:
             load_checkpoint(source.weights, model)

@@ -167,6 +167,17 @@ def test_recipes(m: Machine, settings: list[str], override: str, words: str) -> 
     assert words in line
 
 
+def test_a_model_folder_that_holds_more(m: Machine, settings: list[str], made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made / "model", tmp_path / "model")
+    (folder / "extra.safetensors").touch()
+    settings = [*settings, f"model.model_name_or_path={folder}", f"training.init_from_hf_path={folder}"]
+    assert f"{folder}: not read: extra.safetensors" in only(recipe.recipe(m, RECIPE, settings), "note")
+    (folder / "adapter_config.json").write_text("{}")
+    findings = [f for f in recipe.recipe(m, RECIPE, settings) if f.status == "wrong"]
+    assert [f.subject for f in findings] == ["model", "weights"]
+    assert all("adapter_config.json is an adapter beside the model" in f.fact for f in findings)
+
+
 def test_the_validation_set_is_looked_at_as_the_training_set(m: Machine, settings: list[str], made: Path) -> None:
     held_out = "data.val_dataset_param.basic_parameters"
     settings = [*settings, "training.val_interval=5", f"{held_out}.dataset={made / 'digits/heldout.json'}"]

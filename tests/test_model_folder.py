@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import build, empty_model, index_of, resave, state_of, tensors_in, write_folder
-from mistakes import CONVERT, EXPORT, TRAIN, Case, check, parametrized, place, run, whole
+from mistakes import CONVERT, EXPORT, RESUME, TRAIN, Case, check, parametrized, place, run, whole
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
@@ -264,9 +264,14 @@ def test_what_could_not_be_exported_is_said_before(tmp_path):
     state = state_of(build(config, mtp=True))
     with pytest.raises(CheckpointError, match="tensors not of this model: mtp"):
         save_hf(state, folder, tmp_path / "out")
-    for path in folder.glob("*.safetensors*"):
+    for path in folder.glob("*.safetensors"):
         path.unlink()
-    check_export(empty_model(config, mtp=True), folder)  # config and tokenizer alone: the original is named on export
+    for _ in range(
+        2
+    ):  # config and tokenizer, with the index that stayed behind and without: the original is named on export
+        check_export(empty_model(config, mtp=True), folder)
+        assert not_read(folder) == []
+        (folder / INDEX).unlink(missing_ok=True)
 
 
 def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
@@ -327,7 +332,7 @@ def test_weights_that_are_no_numbers_are_not_converted(tmp_path, value, dtype):
         tensors[name][4, 6] = value
 
     resave(folder, damage)
-    with pytest.raises(CheckpointError, match=f"{name} has 2 values that are NaN or infinite among") as caught:
+    with pytest.raises(CheckpointError, match=f"{name} has NaN or infinite values, 2 in a piece of") as caught:
         hf_to_dcp(folder, tmp_path / "dcp")
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "dcp").exists()
@@ -367,6 +372,17 @@ def test_no_message_is_longer_than_its_bound(temporary, count, length):
     assert len(list(temporary.iterdir())) == ("all of them: " in message)
 
 
+def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
+    names = [f"a\x1b[2J{i}\u202e\nb" for i in range(5)]
+    with pytest.raises(CheckpointError) as caught:
+        Misfit(missing=names).raise_if_any("it")
+    assert str(caught.value).startswith("it: 5 tensors missing: a?[2J0??b, ")
+    assert len(Path(str(caught.value).split("all of them: ")[1]).read_text().splitlines()) == 6
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    (folder / names[0]).touch()
+    assert not_read(folder) == [f"{folder}: not read: a?[2J0??b"]
+
+
 def test_where_no_file_can_be_written_the_message_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
@@ -382,6 +398,13 @@ def unmerged(place: Path) -> None:
 
 def quantized(place: Path) -> None:
     change_config(place / "hf", quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def another(place: Path) -> None:
+    file = place / "hf" / index_of(place / "hf")["weight_map"]["lm_head.weight"]
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = torch.zeros(600, 48, dtype=torch.bfloat16)
+    save_file(tensors, file)
 
 
 def infinite(place: Path) -> None:
@@ -401,7 +424,16 @@ CASES = [
 ]
 
 
-@parametrized([*CASES, Case("infinite", CONVERT, ("hf: lm_head.weight has 1 values that are NaN",), infinite)])
+WORDS = ("what is trained could not be exported like hf", "lm_head.weight is [512, 48] instead of [600, 48]")
+
+
+@parametrized(
+    [
+        *CASES,
+        Case("infinite", CONVERT, ("hf: lm_head.weight has NaN or infinite values, 1 in a piece of",), infinite),
+        Case("not to be exported", RESUME, WORDS, another),
+    ]
+)
 def test_one_line(place, case):
     check(place, case)
 

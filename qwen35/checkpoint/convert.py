@@ -75,8 +75,8 @@ class Finite:
         if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             count = int((~torch.isfinite(values)).sum())
             raise CheckpointError(
-                f"{self.where}: {name} has {count:,} values that are NaN or infinite among {values.numel():,} that were looked "
-                "at; the weights are damaged, or the run that made them diverged"
+                f"{self.where}: {name} has NaN or infinite values, {count:,} in a piece of {values.numel():,}; the weights are "
+                "damaged, or the run that made them diverged"
             )
         return values
 

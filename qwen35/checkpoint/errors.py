@@ -52,19 +52,29 @@ class Misfit:
                 rest = ", …" * (len(told) > SHOWN)
                 parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:SHOWN])}{rest}")
                 is_whole &= not rest
-        message = f"{headline}: {'; '.join(parts)}"
+        message = printable(f"{headline}: {'; '.join(parts)}")
         if parts and (not is_whole or len(message) > LONGEST):
             where = f"; all of them: {_write(headline, counts)}"
-            message = (
-                message if len(message + where) <= LONGEST else f"{message[: LONGEST - len(where) - 1]}…"
-            ) + where
+            room = LONGEST - len(where)
+            message = (message if len(message) <= room else f"{message[: room - 1]}…") + where
         if parts:
             raise CheckpointError(message)
 
 
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(printable(name[:80]) for name in names[:SHOWN])
+    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+
+
+def printable(text: str) -> str:
+    """Names come from files: what would move a terminal's cursor, or turn its text around, is a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
     """A new file that its owner alone can read, with a line for each tensor. Returns its path."""
-    lines = [headline, *(f"{words}: {name}" for words, names in kinds.items() for name in names)]
+    lines = [headline, *(f"{words}: {printable(name)}" for words, names in kinds.items() for name in names)]
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)

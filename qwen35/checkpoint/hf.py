@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_folder import INDEX, WEIGHTS, HFFolder, HFSource, check_tied, misfit
+from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import fill, named_parameters
 from qwen35.checkpoint.model_folder import not_read
@@ -69,7 +69,7 @@ def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFold
 def check_export(model: nn.Module, folder: str | Path) -> None:
     """Raises CheckpointError if what a run makes of the model could not be exported like the folder; one without weights can
     be anything. Nothing but index and headers is read."""
-    if any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
+    if has_weights(Path(folder)):
         shapes = shapes_of(named_parameters(model).items())
         exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 

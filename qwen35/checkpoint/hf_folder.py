@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.boxes import Box, Source, TensorSpec, pieces
-from qwen35.checkpoint.errors import CheckpointError, Misfit
-from qwen35.checkpoint.model_folder import MERGE, config_of, few, refuse
+from qwen35.checkpoint.errors import CheckpointError, Misfit, few
+from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
 from qwen35.checkpoint.names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
 from qwen35.errors import read_object
@@ -171,6 +171,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if outside:
         raise CheckpointError(f"{index}: {outside[0]!r} is not a file of this folder")
     return weight_map
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has more than config and tokenizer: of the weights the index alone may have stayed behind."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX)) and any(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -1,11 +1,10 @@
 """The files of a model folder beside its weights: used, harmless, refused, or unknown and therefore reported."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.errors import SHOWN, CheckpointError
+from qwen35.checkpoint.errors import CheckpointError, few
 from qwen35.errors import read_object
 
 CONFIG = "config.json"
@@ -20,7 +19,8 @@ HARMLESS = {
         .npz .pkl""",
     "a trainer keeps it to go on with": "trainer_state.json training_args.json all_results.json train_results.json",
 }
-HARMLESS_FILES = tuple(" ".join(HARMLESS.values()).split())
+_ENDINGS = tuple(word for word in " ".join(HARMLESS.values()).split() if word.startswith("."))
+_NAMES = tuple(word for word in " ".join(HARMLESS.values()).split() if not word.startswith("."))
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_description.*)\.json")
 MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
@@ -32,12 +32,8 @@ def refuse(folder: Path) -> None:
 
     for name in ADAPTERS:
         if (folder / name).is_file():
-            beside = (
-                "an adapter beside the model, without which the model is another" if (folder / CONFIG).is_file() else ""
-            )
-            raise CheckpointError(
-                f"{folder}: {name} is {beside or 'an adapter, not a model'}; {MERGE}, or move it away"
-            )
+            what = "an adapter beside the model" if (folder / CONFIG).is_file() else "an adapter, not a model"
+            raise CheckpointError(f"{folder}: {name} is {what}; {MERGE}, or move it away")
     for path in sorted(folder.glob("*.json")):
         if QUANTIZED.fullmatch(path.name):
             raise CheckpointError(
@@ -60,7 +56,7 @@ def not_read(folder: str | Path) -> list[str]:
 
     Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
     """
-    from qwen35.checkpoint.hf_folder import weight_files
+    from qwen35.checkpoint.hf_folder import WEIGHTS, has_weights, weight_files
     from qwen35.model.config import load_config
     from qwen35.model.config_keys import unknown_keys
 
@@ -78,21 +74,10 @@ def not_read(folder: str | Path) -> list[str]:
             f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, and counts at the top level: the head is "
             "trained apart from the embedding"
         )
-    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    weights = weight_files(folder)[0] if has_weights else []
+    weights = weight_files(folder)[0] if has_weights(folder) else []
     others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
     others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
     if others:
-        first = " beside model.safetensors" * (weights == ["model.safetensors"])
+        first = f" beside {WEIGHTS}" * (weights == [WEIGHTS])
         lines.append(f"{folder}: not read{first}: {few(others)}")
     return lines
-
-
-_NAMES = tuple(name for name in HARMLESS_FILES if not name.startswith("."))
-_ENDINGS = tuple(name for name in HARMLESS_FILES if name.startswith("."))
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(name[:80] for name in names[:SHOWN])
-    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)

@@ -2,10 +2,11 @@
 
 What a key means is what transformers 5.23 reads of it (configuration_qwen3_5.py, configuration_qwen3_5_moe.py and their
 modeling files). A null says nothing. An unknown key is an error where it looks like an instruction about the computation: its
-value is an object, or one of its words begins like one of COMPUTATION. Any other unknown key is reported by its name.
+value is an object, or its name speaks of a part or an operation of a model (COMPUTATION). Any other unknown key is reported.
 """
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -90,9 +91,10 @@ REFUSED = {  # what to do about it
     "per_layer_config": "layers that differ in more than their type are not supported",
 }
 COMPUTATION = re.compile(
-    r"(^|_)(scal|factor|multipl|bias|norm|eps|cap|softcap|logit|clip|quant|bit|lora|adapter|peft|window|slid|chunk|rope|rotary|"
-    r"mrope|yarn|theta|pos|mask|sink|att|gate|gating|act|expert|moe|mlp|ffn|router|routed|topk|head|num|dim|size|length|layer|"
-    r"depth|block|mtp|nextn|dropout|residual|skip|embed|hidden|conv|linear|ssm|mamba|delta|kernel|tie|prun|weight|index)"
+    r"norm|scal|bias|quant|lora|rope|rotary|attn|attention|window|"
+    r"(^|_)(factor|multipl|eps|cap|soft|logit|clip|bit|adapter|peft|slid|chunk|yarn|theta|pos|alibi|mask|sink|att|gate|gating|act|"
+    r"expert|moe|mlp|ffn|dense|rout|group|topk|scor|func|head|num|n_|dim|size|length|layer|depth|block|mtp|nextn|dropout|residual|"
+    r"skip|embed|hidden|conv|linear|ssm|mamba|delta|kernel|tie|prun|weight|index)"
 )
 
 
@@ -102,7 +104,7 @@ class ConfigError(UserError):
 
 def shown(value: object) -> str:
     """A value of a file, short enough for a message."""
-    text = repr(value)
+    text = reprlib.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -17,6 +17,7 @@ from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.noticed import Noticed
 from qwen35.data.samples import Preparation
 from qwen35.data.template import Piece
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -41,9 +42,13 @@ def read_all(preparation: Preparation) -> list[Record]:
     """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
     basic = preparation.basic
     files, images = dataset_files(basic.dataset), preparation.folder()
-    records = list(chain.from_iterable(read_records(file, preparation.attr, images) for file in files))
+    noticed = Noticed()
+    read = (read_records(file, preparation.attr, images, noticed=noticed) for file in files)
+    records = list(chain.from_iterable(read))
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
+    for line in noticed.lines():
+        print(f"data: {line}", file=sys.stderr)
     for record in records:
         try:
             preparation.measure(record)
@@ -83,7 +88,7 @@ def answers(
                 skip(error)
         if not some:
             continue
-        wanted = [_without_thought(record.turns[-1].content) for record in some]
+        wanted = [_without_thought(record.turns[-1].text) for record in some]
         room = max(len(tokenizer.encode([Piece(text)])[0]) for text in wanted) + 1 + ROOM_TO_THINK * thinking
         given = greedy(model, prompts, max_new_tokens or room, stop)
         for record, right, ids in zip(some, wanted, given, strict=True):

@@ -22,6 +22,7 @@ from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
+from qwen35.errors import SettingError
 from qwen35.settings import Attr
 
 __all__ = ["place", "whole"]  # fixtures
@@ -150,6 +151,42 @@ def test_what_lies_inside_another_field_is_not_read_there(tmp_path):
         RecordError, match=r"record 1\.data: has loss_mask, which is not read; it is not read inside another"
     ):
         read(tmp_path, raw, attr=attr)
+
+
+def test_fields_that_attr_ignores(tmp_path):
+    attr = Attr(ignore=("label", "token_mask", "mystery", "weight", "photo", "parameters", "fps"))
+    call = {"name": "f", "arguments": {}, "parameters": 1}
+    turns = [
+        Q | {"content": [{"type": "text", "text": "Q", "fps": 1}]},
+        A | {"weight": 0.5, "mystery": 1, "tool_calls": [call]},
+    ]
+    records, told = read(tmp_path, {"messages": turns, "label": "x", "token_mask": [1], "photo": "a.jpg"}, attr=attr)
+    assert records[0].turns[1].loss is None and told == []
+    masked = {"messages": [Q, A], "loss_mask": [0, 0]}
+    assert read(tmp_path, masked, attr=Attr(ignore=("loss_mask",)))[0][0].turns[1].loss is None
+    for attr in (Attr(ignore=("images",)), Attr(messages="a.b", ignore=("a",)), Attr(ignore=("tool_calls",))):
+        with pytest.raises(
+            SettingError, match=f"attr.ignore: {attr.ignore[0]} is read; only what is not read can be ign"
+        ):
+            read(tmp_path, TEXT, attr=attr)
+
+
+def test_images_named_in_the_text(tmp_path):
+    """As the first Qwen-VL had them."""
+    for text in ("Picture 1: <img>a/b.jpeg</img>\nWhat?", "<video>https://x/y.mp4</video>"):
+        raw = {"messages": [Q | {"content": text}, A]}
+        if "<video>" in text:
+            with pytest.raises(
+                RecordError, match=r"nothing to show there, but <video>…</video> in a text looks like it"
+            ):
+                read(tmp_path, raw)
+        else:
+            assert read(tmp_path, raw)[1][0].startswith(
+                "what looks like an image or video, and is not read, in records that have none: 1 record in '<img>…</img> in a"
+            )
+    for text in ("<b>a.jpg</b>", "<video src=a.mp4></video>", "<img> or </img>", "<img>the cat.</img>"):
+        ((record,), told) = read(tmp_path, {"messages": [Q | {"content": text}, A]})
+        assert record.turns[0].content == text and told == []
 
 
 def test_preference_pairs_of_which_attr_says_which_is_trained(tmp_path):

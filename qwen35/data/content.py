@@ -30,12 +30,13 @@ class Parser:
     """What the parts of one record have in common: where its images lie, and which of its fields are not read."""
 
     folder: ImageFolder
+    ignored: frozenset[str] = frozenset()  # fields of attr.ignore
     unread: list[tuple[str, str]] = field(default_factory=list)  # (where, the field's name)
 
     def check(self, raw: Mapping[str, Any], fields: Fields, where: str) -> None:
         """Raises RecordError for a field that is refused."""
         if not raw.keys() <= fields.known:
-            self.unread += ((where, name) for name in fields.unread(raw, where))
+            self.unread += ((where, name) for name in fields.unread(raw, where, self.ignored))
 
     def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:
         """Of a record's own field: a path, an object that holds one, or a list of such."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from qwen35.data.record import RecordError, Role
+from qwen35.errors import SettingError
 from qwen35.settings import Attr
 
 USUAL_ROLES: dict[str, Role] = {
@@ -15,6 +16,7 @@ USUAL_ROLES: dict[str, Role] = {
 }  # fmt: skip
 FUNCTION_CALLS = ("function_call", "tool_call")  # an assistant turn that is nothing but calls: of ShareGPT, of ms-swift
 LOSS = ("loss_mask", "loss", "train", "trainable", "weight", "loss_scale")  # of a turn, whether it is trained: 1 or 0
+BESIDE_CONTENT = ("reasoning_content", "tool_calls", "tool_call_id")  # what else a turn may have
 SIZE_LIMITS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
@@ -51,6 +53,7 @@ OF_RECORDS = _refused(
     ("functions", "what can be called is read from tools", None),
     ("system_prompt system_message", "attr.system says which field holds the system's text", None),
     ("chat_template_kwargs enable_thinking", "enable_thinking is a setting for all records", None),
+    ("continue_final_message add_generation_prompt", "an answer is trained from its first word to its end", False),
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
 )
 OF_TURNS = _refused(
@@ -64,18 +67,21 @@ OF_TURNS = _refused(
     ("audio audios", "audio is not supported", None),
     ("tools functions", "what can be called is read from the record's field", None),
 )
-OF_ITEMS = _refused((" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None))
+OF_ITEMS = _refused(
+    (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
+    ("start end start_time end_time", "a video is taken from its start to its end", None),
+)
 OF_CALLS = _refused(("parameters params input args kwargs", "arguments are read from arguments", None))
 
 DESCRIPTION = _harmless(
     names_it="id idx index uid uuid hash title question_id sample_id conversation_id prompt_id message_id turn_id parent_id",
-    where_it_is_from="source data_source dataset dataset_name origin url license subset split model timestamp date created_at",
+    where_it_is_from="source data_source dataset dataset_name origin url license model timestamp date created_at",
     what_it_is_about="language lang category topic domain task task_type tags difficulty ability metadata meta extra_info",
-    how_good_it_is="score scores quality rating reward",
+    how_good_it_is="score scores quality rating",
     how_large_it_is="width height image_size num_turns num_tokens token_count tokens",
 )
 IN_RECORDS = DESCRIPTION | _harmless(
-    of_reinforcement_learning="solution ground_truth margin reward_model",
+    of_reinforcement_learning="solution ground_truth reward reward_model margin",
     names_a_curve_of_the_loss="channel",
     first_turn_again="prompt",
     how_an_api_answered="parallel_tool_calls",
@@ -110,17 +116,17 @@ class Fields:
     not_read: frozenset[str] = frozenset()  # are counted whatever they look like
     inside: "Fields | None" = None  # of those that lie inside another
 
-    def unread(self, raw: Mapping[str, Any], where: str) -> Iterator[str]:
-        """The fields that are not known, and say something.
+    def unread(self, raw: Mapping[str, Any], where: str, ignored: frozenset[str]) -> Iterator[str]:
+        """The fields that are neither known nor `ignored`, and say something.
 
         Raises RecordError for one that is refused or looks like an instruction.
         """
         for name, value in raw.items():
-            if name in self.known or is_nothing(value):
+            if name in self.known or name in ignored or is_nothing(value):
                 continue
             if name in self.around and isinstance(value, Mapping):
                 fields = self.inside or self
-                yield from (f"{name}.{inner}" for inner in fields.unread(value, f"{where}.{name}"))
+                yield from (f"{name}.{inner}" for inner in fields.unread(value, f"{where}.{name}", ignored))
             elif name in self.refused:
                 todo, harmless = self.refused[name]
                 if value != harmless:
@@ -129,7 +135,7 @@ class Fields:
                 if name not in self.not_read and any(map(INSTRUCTION.fullmatch, WORD.findall(name))):
                     raise RecordError(
                         f"{where}: has {str(name)[:80]}, which is not read and looks like an instruction on what is trained; "
-                        "rename or remove it where it is none"
+                        "if it is none, name it in attr.ignore"
                     )
                 yield name
 
@@ -198,6 +204,12 @@ class FieldNames:
     calls: frozenset[str] = frozenset()  # roles whose content is a tool call
     refused: Refused = field(default_factory=lambda: OF_RECORDS | PREFERENCES)
     not_read: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
+
+    @cached_property
+    def loss(self) -> frozenset[str]:
+        """The fields of a turn that say whether it is trained."""
+        return frozenset(LOSS) - self.ignored
 
     @cached_property
     def read(self) -> frozenset[str]:
@@ -212,8 +224,7 @@ class FieldNames:
 
     @cached_property
     def of_turn(self) -> Fields:
-        read = ("reasoning_content", "tool_calls", "tool_call_id", *LOSS)
-        return _fields((self.role, self.content), read, IN_TURNS, OF_TURNS, frozenset())
+        return _fields((self.role, self.content), (*BESIDE_CONTENT, *LOSS), IN_TURNS, OF_TURNS, frozenset())
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
@@ -225,7 +236,7 @@ class FieldNames:
             (attr.function_tag, "assistant"),
         )
         calls: dict[str, Role] = dict.fromkeys(FUNCTION_CALLS, "assistant")
-        return cls(
+        names = cls(
             Names(attr.messages, ("messages", "conversations")),
             Names(attr.images, ("images", "image")),
             Names(attr.videos, ("videos", "video")),
@@ -236,8 +247,15 @@ class FieldNames:
             USUAL_ROLES | calls | {tag: role for tag, role in own if tag},
             frozenset(calls) - {tag for tag, _ in own if tag} | {*([attr.function_tag] if attr.function_tag else [])},
             OF_RECORDS if attr.messages else OF_RECORDS | PREFERENCES,
-            not_read=frozenset(PREFERENCES if attr.messages else ()),
+            frozenset(PREFERENCES if attr.messages else ()),
+            frozenset(attr.ignore),
         )
+        needed = {*names.read, *names.role.whole_and_parts(), *names.content.whole_and_parts(), *BESIDE_CONTENT}
+        if wrong := [name for name in attr.ignore if name in needed]:
+            raise SettingError(
+                f"data.dataset_param.attr.ignore: {wrong[0]} is read; only what is not read can be ignored"
+            )
+        return names
 
     @classmethod
     def llava(cls) -> "FieldNames":

@@ -76,7 +76,7 @@ def parse_record(
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
         source = f"{source} (id {' '.join(str(raw['id']).split())[:80]})"
-    parser = Parser(folder)
+    parser = Parser(folder, names.ignored)
     parser.check(raw, names.of_record, source)
     found = names.messages.find(raw, source)
     if found is None:
@@ -86,7 +86,8 @@ def parse_record(
         )
     field, entries = found
     here = f"{source}, {field}"
-    parsed, reordered = parse_turns(entries, here, names, parser, raw.get("loss_mask"), answered)
+    masks = None if "loss_mask" in names.ignored else raw.get("loss_mask")
+    parsed, reordered = parse_turns(entries, here, names, parser, masks, answered)
     beside: dict[str, list[Visual]] = {IMAGE_PLACEHOLDER: [], VIDEO_PLACEHOLDER: []}
     for placeholder, named in ((IMAGE_PLACEHOLDER, names.images), (VIDEO_PLACEHOLDER, names.videos)):
         if found := named.find(raw, source):

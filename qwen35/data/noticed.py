@@ -13,6 +13,7 @@ from qwen35.words import number_of
 ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mp4", ".avi", ".mov", ".mkv", ".webm",
 )  # fmt: skip
+NAMED_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # as the first Qwen-VL had it
 LONGEST_PATH = 300  # characters: what is longer is a text that ends like a file's name
 MOST_FIELDS = 20  # that a message names
 
@@ -46,12 +47,17 @@ def look(
 ) -> Oddity | None:
     """raw: what became `record`; unread, counts: found on the way. None of a usual one, which costs next to nothing."""
     empty, shows = 0, False
+    strays: tuple[str, ...] = ()
     for turn in record.turns:
         if isinstance(turn.content, tuple):
             shows = True
+        elif turn.role == "user":
+            if "</" in turn.content and (found := NAMED_IN_TEXT.search(turn.content)):
+                strays = (f"<{found[1]}>…</{found[1]}> in a text",)
         elif turn.role == "assistant" and not turn.tool_calls and (not turn.content or turn.content.isspace()):
             empty += 1
-    strays = () if shows else tuple(name for name in raw if _is_stray(raw[name], name, names))
+    if not shows:
+        strays = (*(name for name in raw if _is_stray(raw[name], name, names)), *strays)
     if not (empty or strays or unread or any(counts.values())):
         return None
     unread = [(where, name) for where, name in unread if where != record.source or name not in strays]
@@ -64,7 +70,7 @@ def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
         value = value[0]
     if type(value) is not str or not value[-5:].lower().endswith(ENDINGS):
         return False
-    return len(value) <= LONGEST_PATH and "\n" not in value and name != "id" and name not in names.read
+    return len(value) <= LONGEST_PATH and "\n" not in value and name not in names.read | names.ignored | {"id"}
 
 
 @dataclass

@@ -16,7 +16,6 @@ FOLLOWS = {  # what may come after which turn
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool", "user"),
 }
-HAS_LOSS = frozenset(LOSS)
 
 
 def parse_turns(
@@ -67,7 +66,7 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
             f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
         )
     parser.check(entry, names.of_turn, where)
-    loss = _loss(entry, where, mask)
+    loss = _loss(entry, where, names, mask)
     calls = parser.calls(entry.get("tool_calls") or [], f"{where}.tool_calls")  # parquet has the field in every turn
     if calls and role != "assistant":
         raise RecordError(f"{where}: tool_calls in a turn of the {role}; only the assistant calls tools")
@@ -90,11 +89,11 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
     return Turn(role, content, reasoning, calls, loss, entry.get("tool_call_id") or None)
 
 
-def _loss(entry: dict[str, Any], where: str, mask: Any) -> bool | None:
+def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:
     """What a turn, or the record's loss_mask, says of whether it is trained."""
-    if mask is None and HAS_LOSS.isdisjoint(entry):
+    if mask is None and names.loss.isdisjoint(entry):
         return None
-    given = {name: entry[name] for name in LOSS if entry.get(name) is not None}
+    given = {name: entry[name] for name in LOSS if name in names.loss and entry.get(name) is not None}
     if mask is not None:
         given["the record's loss_mask"] = mask
     for name, value in given.items():

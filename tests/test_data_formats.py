@@ -342,6 +342,14 @@ BROKEN = {
     "item without a type": ([asked({"x": 1})], r"content\[0\]: has no type; text, image, image_url, video"),
     "item of another type": ([asked(item("audio", audio="x"))], r"content\[0\]: has type 'audio'; text, image"),
     "text without text": ([asked(item("text"))], r"content\[0\]\.text: is null, not text"),
+    "two images in an item": (
+        [asked(item("image", image="a.jpg", url="b.jpg"))],
+        r"content\[0\]: has image and url, which differ; keep one",
+    ),
+    "an image in an item of text": (
+        [asked(item("text", text="x", image_url={"url": "b.jpg"}))],
+        r"content\[0\]: has type text, and image_url too; each belongs in an item of its own",
+    ),
     "image of the assistant": (
         [{"messages": [turn("user", "x"), turn("assistant", [item("image", image="a.jpg")])]}],
         r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only the user and tools show any",

@@ -40,9 +40,9 @@ class Parser:
 
     def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:
         """Of a record's own field: a path, an object that holds one, or a list of such."""
-        entries = value if isinstance(value, list) else [value] if value not in ("", {}, b"") else []
-        places = (f"{where}[{i}]" if isinstance(value, list) else where for i in range(len(entries)))
-        return [self._visual(entry, place, is_video) for entry, place in zip(entries, places, strict=True)]
+        if isinstance(value, list):
+            return [self._visual(entry, f"{where}[{i}]", is_video) for i, entry in enumerate(value)]
+        return [] if value in ("", {}, b"") else [self._visual(value, where, is_video)]
 
     def _visual(self, value: Any, where: str, is_video: bool, fps: Any = None) -> Visual:
         return self._video(value, where, fps) if is_video else self._image(value, where)
@@ -116,6 +116,8 @@ class Parser:
                 f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user and tools show any"
             )
         held = [key for key in (name, name.removesuffix("_url"), "url", "path") if not is_nothing(item.get(key))]
+        if any(item[key] != item[held[0]] for key in held):
+            raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
         if held:
             return self._visual(item[held[0]], f"{where}.{held[0]}", is_video, item.get("sample_fps"))
         return Place(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)

@@ -57,8 +57,8 @@ OF_RECORDS = _refused(
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
 )
 OF_TURNS = _refused(
-    ("function_call", "calls are read from tool_calls", None),
-    ("reasoning thinking thought", "thoughts are read from reasoning_content", None),
+    ("function_call tool_call", "calls are read from tool_calls", None),
+    ("reasoning thinking thought think", "thoughts are read from reasoning_content", None),
     ("refusal", "the text of a refusal belongs in the content", None),
     ("prefix partial", "an answer is trained from its first word on", False),
     ("channel", "thoughts are read from reasoning_content, and any other answer is trained as the final one", "final"),
@@ -92,7 +92,7 @@ IN_CALLS = _harmless(names_it="id index type")
 
 # A field of any other name is an error where one of its words is one of these, in whatever form: loss_masks, isTrainable.
 INSTRUCTION = re.compile(
-    r"(un|non)?(mask|label|loss|weight|reject|choose|chosen|prefer|train|ignore|skip|exclude|object|b?box)"
+    r"(un|non)?(mask|label|loss|weight|reject|choose|chosen|prefer|train|supervise|ignore|skip|exclude|object|b?box)"
     r"(s|es|d|ed|red|ing|able|ence)?",
     re.IGNORECASE,
 )
@@ -205,6 +205,11 @@ class FieldNames:
     refused: Refused = field(default_factory=lambda: OF_RECORDS | PREFERENCES)
     not_read: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
+
+    @cached_property
+    def plain(self) -> frozenset[str]:
+        """The fields of a turn that is nothing but text, as nearly all are."""
+        return frozenset(self.role.usual + self.content.usual)
 
     @cached_property
     def loss(self) -> frozenset[str]:

@@ -65,12 +65,16 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
         raise RecordError(
             f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
         )
+    content: Any = ""
+    if mask is None and tag not in names.calls and entry.keys() <= names.plain:
+        field, value = _required(names.content, entry, where, "has no text in")
+        content = parser.content(value, f"{where}.{field}", role)
+        return Turn(role, content)
     parser.check(entry, names.of_turn, where)
     loss = _loss(entry, where, names, mask)
     calls = parser.calls(entry.get("tool_calls") or [], f"{where}.tool_calls")  # parquet has the field in every turn
     if calls and role != "assistant":
         raise RecordError(f"{where}: tool_calls in a turn of the {role}; only the assistant calls tools")
-    content: Any = ""
     if tag in names.calls:
         if calls:
             raise RecordError(
@@ -81,18 +85,15 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
     elif not calls or names.content.find(entry, where) is not None:
         field, value = _required(names.content, entry, where, "has no text in")
         content = parser.content(value, f"{where}.{field}", role)
-    reasoning = entry.get("reasoning_content") or None
-    if reasoning is not None and role == "assistant":
-        reasoning = text(reasoning, f"{where}.reasoning_content")
-    elif reasoning is not None:
+    thought = entry.get("reasoning_content") or None
+    if thought is not None and role != "assistant":
         raise RecordError(f"{where}: reasoning_content in a turn of the {role}; only the assistant thinks")
+    reasoning = None if thought is None else text(thought, f"{where}.reasoning_content")
     return Turn(role, content, reasoning, calls, loss, entry.get("tool_call_id") or None)
 
 
 def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:
     """What a turn, or the record's loss_mask, says of whether it is trained."""
-    if mask is None and names.loss.isdisjoint(entry):
-        return None
     given = {name: entry[name] for name in LOSS if name in names.loss and entry.get(name) is not None}
     if mask is not None:
         given["the record's loss_mask"] = mask

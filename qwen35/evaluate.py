@@ -20,6 +20,7 @@ from qwen35.data import Record, RecordError
 from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.noticed import Noticed
 from qwen35.data.samples import Preparation
 from qwen35.data.template import answer_text, has_thought
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
@@ -48,9 +49,13 @@ def read_all(preparation: Preparation) -> list[Record]:
     """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
     basic = preparation.basic
     files, images = dataset_files(basic.dataset), preparation.folder()
-    records = list(chain.from_iterable(read_records(file, preparation.attr, images) for file in files))
+    noticed = Noticed()
+    read = (read_records(file, preparation.attr, images, noticed=noticed) for file in files)
+    records = list(chain.from_iterable(read))
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
+    for line in noticed.lines():
+        print(f"data: {line}", file=sys.stderr)
     for record in records:
         try:
             preparation.measure(record)
@@ -97,6 +102,8 @@ def answers(
             room = max(room, thought + len(right) + 1)
             # decoded again: the tokenizer may write a character in another of its Unicode forms
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
+        if not asked:
+            continue
         given = generate(model, prompts, max_new_tokens or room, stop, sampling)
         for (record, wanted, opening), ids in zip(asked, given, strict=True):
             yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)))

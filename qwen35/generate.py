@@ -19,7 +19,7 @@ from qwen35.chat import Source, add_options, add_thinking, find_model, load_mode
 from qwen35.config import SettingError
 from qwen35.data import Record
 from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
+from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video, with_visuals
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
@@ -168,8 +168,9 @@ def question(args: argparse.Namespace) -> Record:
         elif places != count:
             raise SettingError(f"{places} {placeholder} in the prompt, but {number_of(count, what)}")
     system = () if args.system is None else (Turn("system", args.system),)
-    videos = tuple(Video(Path(names[0]) if len(names) == 1 else tuple(map(Path, names))) for names in args.video)
-    return Record("the prompt", (*system, Turn("user", before + text)), tuple(map(Path, args.image)), videos)
+    videos = (Video(Path(names[0]) if len(names) == 1 else tuple(map(Path, names))) for names in args.video)
+    content = with_visuals(before + text, {IMAGE_PLACEHOLDER: map(Path, args.image), VIDEO_PLACEHOLDER: videos})
+    return Record("the prompt", (*system, Turn("user", content)))
 
 
 def is_thinking(asked: bool | None, basic: BasicParameters, source: Source) -> bool:

@@ -84,7 +84,8 @@ class Attr:
     assistant_tag: str | None = None  # "assistant", "gpt"
     system_tag: str | None = None  # "system", "developer"
     observation_tag: str | None = None  # "tool", "observation": what a tool answered
-    function_tag: str | None = None  # "function_call": the assistant's call of a tool
+    function_tag: str | None = None  # "function_call", "tool_call": the assistant's call of a tool
+    ignore: tuple[str, ...] = ()  # fields that do not matter, although they look as if they did
 
 
 @dataclass(frozen=True)

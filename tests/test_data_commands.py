@@ -12,8 +12,9 @@ from tokenizer_fixture import make_model_folder
 
 from qwen35.config import load_settings
 from qwen35.data.__main__ import main
+from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
-from qwen35.data.formats import read_records
+from qwen35.data.formats import parse_record, read_records
 from qwen35.data.show import show
 from qwen35.settings import Attr
 
@@ -113,9 +114,14 @@ def change(home, **entry):
             r"conversations[0].from: 'system' is not one of human, gpt",
         ),
         ({"image": "../../secret.jpg"}, "image: '../../secret.jpg' lies outside"),
-        ({"image": None}, "1 <image> in what the user says, but 0 images"),
+        ({"image": ["a.jpg", "b.jpg"]}, "1 <image> in what the user and tools say, but 2 images"),
         ({"conversations": None}, "has no field conversations"),
-        ({"video": "v.mp4"}, "has video, which are not read"),
+        ({"video": "v.mp4"}, "has video, which is not read"),
+        ({"label": False}, "has label, which is not read"),
+        (
+            {"conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": "a", "reasoning_content": "b"}]},
+            "has videos, thoughts or calls of tools, which LLaVA's records have not",
+        ),
     ],
 )
 def test_convert_names_the_broken_record(coco, capsys, entry, message):
@@ -124,6 +130,32 @@ def test_convert_names_the_broken_record(coco, capsys, entry, message):
     error = capsys.readouterr().err
     assert "llava.json, record 2 (id 000000033471)" in error and message in error
     assert error.count("\n") == 1
+
+
+def test_what_is_converted_reads_as_before(coco, capsys):
+    """What is no place of an image, and what is not trained, is neither afterwards."""
+    shown = {"type": "image", "image": "000000033471.jpg"}
+    hard = [
+        LLAVA[0] | {"loss_mask": [0, 0, 0, 1]},
+        {"conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "<video>", "weight": 1}]},
+        {
+            "conversations": [
+                {"from": "human", "value": [{"type": "text", "text": "Is <image> there: "}, shown]},
+                {"from": "gpt", "value": "<image>", "loss": False},
+                {"from": "human", "value": [{"type": "text", "text": "And <image>?"}]},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+    ]
+    (coco / "llava.json").write_text(json.dumps(hard))
+    assert convert(coco) == 0
+    assert "\n3 placeholders (<image>, <video>) are text, no places; first: " in capsys.readouterr().out
+    images = coco / "coco" / "train2017"
+    before = [parse_record(raw, "", FieldNames.llava(), ImageFolder(images))[0] for raw in hard]
+    after = list(read_records(coco / "out" / "records.json", Attr(), ImageFolder(coco / "coco")))
+    assert [record.turns for record in after] == [record.turns for record in before]
+    assert [turn.loss for turn in after[0].turns] == [False, False, False, True]
+    assert after[2].turns[0].content == ("Is <image> there: ", images / "000000033471.jpg")
 
 
 def test_convert_without_its_files(coco, capsys):

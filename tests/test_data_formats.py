@@ -50,7 +50,7 @@ def test_of_a_preference_pair_attr_says_what_is_trained(tmp_path):
 @pytest.mark.parametrize("lines", [False, True], ids=["list", "lines"])
 def test_forms_mixed_in_one_file(tmp_path, lines):
     a, b, c = read(tmp_path, [LLAVA, MESSAGES, TEXT], lines=lines)
-    assert a.turns == (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))
+    assert a.turns == (Turn("user", (tmp_path / "a.jpg", "\nWhat?")), Turn("assistant", "A cat."))
     assert a.images == (tmp_path / "a.jpg",)
     assert [turn.role for turn in b.turns] == ["system", "user", "assistant"]
     assert b.turns[2].reasoning == "hm"
@@ -121,15 +121,14 @@ def test_content_lists(tmp_path):
     ]
     a, b = tmp_path / "a.jpg", tmp_path / "b.jpg"
     expected = [
-        ("a<image>b", [a], []),
-        ("<image><image>", [a, b], []),
-        ("<video><image>t", [a], [Video(tmp_path / "v.mp4")]),
-        ("<video><video>", [], [Video((tmp_path / "1.png", tmp_path / "2.png"), 3.0), Video(tmp_path / "d" / "v")]),
-        ("<image>?<image>", [a, b], []),
-        ("<image>?", [a], []),
+        ("a", a, "b"),
+        (a, b),
+        (Video(tmp_path / "v.mp4"), a, "t"),
+        (Video((tmp_path / "1.png", tmp_path / "2.png"), 3.0), Video(tmp_path / "d" / "v")),
+        (a, "?", b),
+        (a, "?"),
     ]
-    for record, (content, images, videos) in zip(read(tmp_path, records), expected, strict=True):
-        assert (record.turns[0].content, list(record.images), list(record.videos)) == (content, images, videos)
+    assert [record.turns[0].content for record in read(tmp_path, records)] == expected
 
 
 def test_visuals_come_in_order_of_appearance(tmp_path):
@@ -298,40 +297,34 @@ BROKEN = {
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning_content": 3}]}],
         r"messages\[1\]\.reasoning_content: is a number, not text",
     ),
-    "an answer that others do not train": (
-        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"weight": 0}]}],
-        r"messages\[1\]\.weight: 0 is not read; every answer is trained, or with mask_history the last",
-    ),
-    "the same in other words": (
-        [{"messages": [turn("user", "x"), turn("assistant", "y") | {"loss": False}]}],
-        r"messages\[1\]\.loss: False is not read",
-    ),
     "a call beside the text": (
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"function_call": {"name": "f"}}]}],
-        r"messages\[1\]: has function_call, which is not read; calls from tool_calls",
+        r"messages\[1\]: has function_call, which is not read; calls are read from tool_calls",
     ),
     "a thought of another name": (
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning": "why"}]}],
-        r"messages\[1\]: has reasoning, which is not read; thoughts from reasoning_content",
+        r"messages\[1\]: has reasoning, which is not read; thoughts are read from reasoning_content",
     ),
-    "functions": ([TEXT | {"functions": [{"name": "f"}]}], r"record 1: has functions, which are not read; training"),
+    "functions": (
+        [TEXT | {"functions": [{"name": "f"}]}],
+        r"record 1: has functions, which is not read; what can be called is read from tools",
+    ),
     "a preference pair": (
         [TEXT | {"chosen": TEXT["conversations"][1], "rejected": {"from": "gpt", "value": "No"}}],
-        r"record 1: has chosen and rejected: preference pairs are not read; attr.messages says which field holds the turns",
+        r"record 1: has chosen, which is not read; preference pairs are not trained; attr.messages says which field holds",
     ),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],
-        r"conversations: 1 image but no <image> in what the user says; put one where each image belongs",
+        r"conversations: 1 image but no <image> in what the user and tools say; put one where each image belongs",
     ),
     "too many placeholders": (
         [MESSAGES | {"images": "a.jpg"}],
-        r"messages: 2 <image> in what the user says, but 1 image$",
+        r"messages: 2 <image> in what the user and tools say, but 1 image; one that is text belongs in a content list",
     ),
     "too few placeholders": (
         [LLAVA | {"image": ["a.jpg", "b.jpg"]}],
-        r"1 <image> in what the user says, but 2 images$",
+        r"1 <image> in what the user and tools say, but 2 images$",
     ),
-    "no image": ([LLAVA | {"image": None}], r"1 <image> in what the user says, but 0 images$"),
     "image is a number": (
         [LLAVA | {"image": 3}],
         r"record 1 \(id a7\), image: is a number, not a path",
@@ -349,9 +342,17 @@ BROKEN = {
     "item without a type": ([asked({"x": 1})], r"content\[0\]: has no type; text, image, image_url, video"),
     "item of another type": ([asked(item("audio", audio="x"))], r"content\[0\]: has type 'audio'; text, image"),
     "text without text": ([asked(item("text"))], r"content\[0\]\.text: is null, not text"),
+    "two images in an item": (
+        [asked(item("image", image="a.jpg", url="b.jpg"))],
+        r"content\[0\]: has image and url, which differ; keep one",
+    ),
+    "an image in an item of text": (
+        [asked(item("text", text="x", image_url={"url": "b.jpg"}))],
+        r"content\[0\]: has type text, and image_url too; each belongs in an item of its own",
+    ),
     "image of the assistant": (
         [{"messages": [turn("user", "x"), turn("assistant", [item("image", image="a.jpg")])]}],
-        r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only the user shows any",
+        r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only the user and tools show any",
     ),
     "size of one image": (
         [asked(item("image", image="a.jpg", max_pixels=100))],
@@ -359,10 +360,6 @@ BROKEN = {
     ),
     "rate of one video": ([asked(item("video", video="v", fps=1))], r"content\[0\]: has fps, which is not read"),
     "rate that is none": ([asked(item("video", video="v", sample_fps=0))], r"video: sample_fps: 0 is not a number of"),
-    "placeholder beside an item": (
-        [asked(item("image", image="a.jpg"), item("text", text="<image>"))],
-        r"messages: 2 <image> in what the user says, but 1 image$",
-    ),
     "address": ([asked(item("image", image="http://x/a.jpg"))], r"image: 'http://x/a\.jpg' is an address; only files"),
     "file elsewhere": ([asked(item("image", image="file:///etc/x"))], r"image: '/etc/x' lies outside dataset_dir"),
     "not base64": (
@@ -373,9 +370,12 @@ BROKEN = {
         [LLAVA | {"image": "data:text/html,x"}],
         r"image: 'data:text/html,x'… is no image in base64",
     ),
-    "no video": ([asked(item("video"))], r"messages: 1 <video> in what the user says, but 0 videos$"),
-    "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in what the user says"),
-    "no frames": ([asked(item("video", video=[]))], r"content\[0\]\.video: is empty, not a list of frames"),
+    "no video": ([asked(item("video"))], r"messages: 1 <video> in what the user and tools say, but 0 videos$"),
+    "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in what the user and tools say"),
+    "no frames": (
+        [asked(item("video", video=[]))],
+        r"messages: 1 <video> in what the user and tools say, but 0 videos$",
+    ),
     "frame is a number": ([asked(item("video", video=["a", 1]))], r"content\[0\]\.video\[1\]: is a number, not a path"),
     "two systems": (
         [{"system": "a", "messages": [turn("system", "b"), turn("user", "x"), turn("assistant", "y")]}],

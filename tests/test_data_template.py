@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -12,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config import SettingError
-from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video
+from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video, content_of, with_visuals
 from qwen35.data.template import has_thought, prompt_pieces, render, thinks_by_default, training_pieces
 from qwen35.data.tokens import ChatTokenizer
 
@@ -54,10 +56,19 @@ TEMPLATES = {thinks: published(name) for thinks, name in TEMPLATE_FILES.items()}
 
 def record(*turns, tools=()):
     """(role, content[, reasoning[, tool_calls]]) … -> Record"""
-    turns = tuple(Turn(*turn) for turn in turns)
-    asked = "".join(turn.content for turn in turns if turn.role == "user")
-    images, videos = asked.count("<image>"), asked.count("<video>")
-    return Record("x.json, record 1", turns, ("a.jpg",) * images, (Video("v.mp4"),) * videos, tools)
+    whole = []
+    for role, content, *more in turns:
+        shows = isinstance(content, str) and role in ("user", "tool")
+        whole.append(Turn(role, shown(content) if shows else content, *more))
+    return Record("x.json, record 1", tuple(whole), tools)
+
+
+A_JPG, V_MP4 = Path("a.jpg"), Video(Path("v.mp4"))
+
+
+def shown(text):
+    """With an image or video where each placeholder is."""
+    return with_visuals(text, {"<image>": repeat(A_JPG), "<video>": repeat(V_MP4)})
 
 
 def messages(r):
@@ -65,12 +76,9 @@ def messages(r):
     out = []
     for turn in r.turns:
         message = {"role": turn.role, "content": turn.content}
-        if turn.role == "user" and ("<image>" in turn.content or "<video>" in turn.content):
-            items = []
-            for text in re.split("(<image>|<video>)", turn.content):
-                kind = text[1:-1] if text in ("<image>", "<video>") else "text"
-                items += [{"type": kind, kind: text}] if text else []
-            message["content"] = items
+        if not isinstance(turn.content, str):
+            kinds = [{A_JPG: "image", V_MP4: "video"}.get(part, "text") for part in turn.content]
+            message["content"] = [{"type": kind, kind: part} for kind, part in zip(kinds, turn.content, strict=True)]
         if turn.tool_calls:
             calls = [{"name": call.name, "arguments": call.arguments} for call in turn.tool_calls]
             message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
@@ -339,7 +347,8 @@ TEXT = st.lists(
     ),
     max_size=6,
 ).map("".join)
-USER_TEXT = st.lists(st.one_of(TEXT, st.sampled_from(["<image>", "<video>"])), max_size=4).map("".join)
+LITERAL = st.sampled_from(["<image>", "<video>", "<tool_response>", "</tool_response>"])
+SHOWING = st.lists(st.one_of(TEXT, LITERAL, st.sampled_from([A_JPG, V_MP4])), max_size=4).map(content_of)
 VALUE = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(allow_nan=False), TEXT),
     lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(TEXT, inner, max_size=2)),
@@ -358,12 +367,14 @@ ANSWER = st.one_of(
 def conversations(draw, with_tools=True):
     turns = [("system", draw(TEXT))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):
-        turns += [("user", draw(USER_TEXT)), ("assistant", *draw(ANSWER))]
+        turns += [("user", draw(SHOWING)), ("assistant", *draw(ANSWER))]
         while with_tools and draw(st.integers(0, 3)) == 0:
             content, *reasoning = turns.pop()[1:]
             calls = tuple(draw(st.lists(CALL, min_size=1, max_size=2)))
             turns.append(("assistant", content, *(reasoning or [None]), calls))
-            turns += [("tool", draw(TEXT)) for _ in range(draw(st.integers(1, 2)))]
+            turns += [("tool", draw(SHOWING)) for _ in range(draw(st.integers(1, 2)))]
+            if draw(st.integers(0, 3)) == 0:
+                turns.append(("user", draw(SHOWING)))
             turns.append(("assistant", *draw(ANSWER)))
     return record(*turns, tools=draw(TOOLS) if with_tools else ())
 
@@ -408,7 +419,7 @@ def test_random_prompts_equal_the_published_templates(r, thinking, default):
 @given(r=conversations(with_tools=False), default=st.booleans())
 def test_random_prompts_of_nothink_are_what_training_begins_with(r, default):
     plain = render(prompt_pieces(r, "qwen3_vl_nothink", default))
-    assert plain + r.turns[-1].content + "<|im_end|>\n" == render(training_pieces(r, "qwen3_vl_nothink"))
+    assert plain + r.turns[-1].text + "<|im_end|>\n" == render(training_pieces(r, "qwen3_vl_nothink"))
 
 
 def begins_with_a_line(piece):

@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from qwen35.batch import VisionSpec
 from qwen35.data.images import ImageError, ImageProcessor
 from qwen35.data.positions import position_ids
-from qwen35.data.record import Record, RecordError, Turn, Video
+from qwen35.data.record import Record, RecordError, Turn, Video, with_visuals
 from qwen35.data.samples import Preparation, visual_of
 from qwen35.data.samples import _plain as plain
 from qwen35.data.tokens import ChatTokenizer
@@ -187,7 +187,8 @@ def test_tokens_and_positions_equal_transformers(tmp_path, folder):
                 frames = film(rng.choice([2, 3, 6]), 2 * rng.randint(16, 40), 2 * rng.randint(16, 40), case)
                 videos.append(Video(save(frames, tmp_path / f"{case}_{len(videos)}"), 3.0))
         images = (tmp_path / "a.png",) * order.count("<image>")
-        record = Record("r", (Turn("user", "".join(order)), Turn("assistant", "A")), images, tuple(videos))
+        content = with_visuals("".join(order), {"<image>": iter(images), "<video>": iter(videos)})
+        record = Record("r", (Turn("user", content), Turn("assistant", "A")))
         sample = p.tokenise(record)
         text = "<|im_start|>user\n"
         for place in order:
@@ -257,9 +258,8 @@ def test_refused(tmp_path, folder, monkeypatch):
             processor.patches(video)
         assert "\n" not in str(caught.value)
     p = preparation(folder)
-    record = Record(
-        "a.json, record 4", (Turn("user", "<video>"), Turn("assistant", "A")), (), (Video(tmp_path / "none.mp4"),)
-    )
+    content = (Video(tmp_path / "none.mp4"),)
+    record = Record("a.json, record 4", (Turn("user", content), Turn("assistant", "A")))
     with pytest.raises(RecordError, match=r"^a\.json, record 4: video 1 of 1, .*/none\.mp4: no such file$") as caught:
         p.tokenise(record)
     assert caught.value.kind == "video missing" and caught.value.image == str(tmp_path / "none.mp4")

@@ -53,11 +53,9 @@ def prompts(folder, tokenizer, tmp_path_factory) -> list[PackedBatch]:
     videos = VideoProcessor.from_folder(folder, PreprocessParameters())
     preparation = Preparation(tokenizer, images, BasicParameters("none"), Attr(), videos)
     records = [
-        Record("a", (Turn("user", "<image>and <image>\nWhich digit is this?"),), (paths[0], paths[1])),
+        Record("a", (Turn("user", (paths[0], "and ", paths[1], "\nWhich digit is this?")),)),
         Record("b", (Turn("user", "Hello!"),)),
-        Record(
-            "c", (Turn("system", "Be brief."), Turn("user", "<image>?"), Turn("assistant", "left out")), (paths[2],)
-        ),
+        Record("c", (Turn("system", "Be brief."), Turn("user", (paths[2], "?")), Turn("assistant", "left out"))),
         Record("d", (Turn("user", "Hello"), Turn("assistant", "What?"), Turn("user", "Hello again, " * 20))),
     ]
     return [prompt_batch(record, preparation, vision_spec(folder), thinking=False) for record in records]

@@ -85,7 +85,7 @@ FILES = [
     Case(
         "preference pair",
         DATA,
-        (f"{SECOND}: has chosen, rejected, which are not",),
+        (f"{SECOND}: has chosen, which is not read; preference pairs",),
         both(record(chosen="a"), record(rejected="b")),
     ),
     Case("no dataset_dir", (*TRAIN, f"{BASIC}.dataset_dir=pics"), ("dataset_dir: pics: no such folder",)),
@@ -103,9 +103,7 @@ TURNS = [
     Case(
         "frames that are not one video",
         TRAIN,
-        (
-            f"{SECOND}, conversations: 1 <video> in what the user says, but 2 videos; the frames of one video are a list in",
-        ),
+        (f"{SECOND}, conversations: 1 <video> in what the user and tools say, but 2 videos; the frames of one video",),
         both(turns(("human", "<image><video>"), ("gpt", "x")), record(video=["1.png", "1.png"])),
     ),
     Case("text for turns", SHOW, (f"{SECOND}, conversations: is text, not a list",), record(conversations="Hi")),
@@ -125,8 +123,13 @@ TURNS = [
     Case(
         "half a character", TRAIN, (f"{SECOND}, conversations[1].value: half a surr",), turns(ASKED, ("gpt", "\ud800"))
     ),
-    Case("field that is not read", TRAIN, (f"{SECOND}: has audio, which are not read",), record(audio="a.wav")),
-    Case("two kinds of turns", TRAIN, (f"{SECOND}: has both messages and conversations",), record(messages=[{}])),
+    Case("field that is not read", TRAIN, (f"{SECOND}: has audio, which is not read",), record(audio="a.wav")),
+    Case(
+        "two kinds of turns",
+        TRAIN,
+        (f"{SECOND}: has both messages and conversations",),
+        record(messages=[{"role": "user"}]),
+    ),
     Case("too long", TRAIN, (f"{SECOND}: ", "more than", "cutoff_len = 160"), turns(ASKED, ("gpt", "word " * 200))),
     Case(
         "only tools",
@@ -190,7 +193,12 @@ IMAGES = [
         (f"{SECOND}, conversations: 1 <image>", "2 images"),
         record(image=["1.png"] * 2),
     ),
-    Case("too many places", TRAIN, (f"{SECOND}, conversations: 1 <image> in what", "0 images"), record(image=None)),
+    Case(
+        "too many places",
+        TRAIN,
+        (f"{SECOND}, conversations: 2 <image> in what", "1 image; one that is text belongs in a content list"),
+        turns(("human", "<image><image>"), ("gpt", "x")),
+    ),
     Case(
         "place in the answer",
         TRAIN,

@@ -154,7 +154,7 @@ def test_transformers_asks_with_the_same_prompt_and_pixels(made, preparation):
     records = read_records(made / "digits/heldout.json", Attr(), ImageFolder(made / "digits"))
     record = next(records)
     ours = prompt_batch(record, preparation, vision_spec(folder), thinking=False)
-    content = [{"type": "image"}, {"type": "text", "text": record.turns[0].content.removeprefix("<image>")}]
+    content = [{"type": "image"}, {"type": "text", "text": record.turns[0].text}]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

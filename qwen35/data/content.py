@@ -1,43 +1,58 @@
 """What turns hold: text, or a list of texts, images and videos; and what the tools of a conversation are."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen35.data.fields import IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
 from qwen35.data.folder import ImageFolder
-from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, ToolCall, Video
+from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
 
-VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-SIZE_LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
+MEDIA = ("image", "image_url", "video", "video_url")  # what a content list may name beside text
+ITEM = Fields(IN_ITEMS | {"type", "text", *MEDIA, "url", "path", "sample_fps"}, OF_ITEMS)
+IMAGE = Fields(IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, OF_ITEMS)
+VIDEO = Fields(IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, OF_ITEMS)
+CALL = Fields(IN_CALLS | {"name", "arguments", "function"}, OF_CALLS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the next image or video of the record's own field belongs."""
+
+    placeholder: str
 
 
 @dataclass
-class Visuals:
-    """The images and videos that a record names, in order, in a field of its own or between the texts."""
+class Parser:
+    """What the parts of one record have in common: where its images lie, and which of its fields are not read."""
 
     folder: ImageFolder
-    images: list[Path] = field(default_factory=list)
-    videos: list[Video] = field(default_factory=list)
+    ignored: frozenset[str] = frozenset()  # fields of attr.ignore
+    unread: list[tuple[str, str]] = field(default_factory=list)  # (where, the field's name)
 
-    def add_field(self, value: Any, where: str, is_video: bool) -> None:
-        """A path, an object that holds one, or a list of such."""
-        entries = value if isinstance(value, list) else [value] if value not in ("", {}, b"") else []
-        for i, entry in enumerate(entries):
-            self.add(entry, f"{where}[{i}]" if isinstance(value, list) else where, is_video)
+    def check(self, raw: Mapping[str, Any], fields: Fields, where: str) -> None:
+        """Raises RecordError for a field that is refused."""
+        if not raw.keys() <= fields.known:
+            self.unread += ((where, name) for name in fields.unread(raw, where, self.ignored))
 
-    def add(self, value: Any, where: str, is_video: bool, fps: Any = None) -> None:
-        if is_video:
-            self.videos.append(self._video(value, where, fps))
-        else:
-            self.images.append(self._image(value, where))
+    def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:
+        """Of a record's own field: a path, an object that holds one, or a list of such."""
+        if isinstance(value, list):
+            return [self._visual(entry, f"{where}[{i}]", is_video) for i, entry in enumerate(value)]
+        return [] if value in ("", {}, b"") else [self._visual(value, where, is_video)]
+
+    def _visual(self, value: Any, where: str, is_video: bool, fps: Any = None) -> Visual:
+        return self._video(value, where, fps) if is_video else self._image(value, where)
 
     def _image(self, value: Any, where: str) -> Path:
         if isinstance(value, dict):  # {"url": …}, or what parquet files hold: {"bytes": …, "path": …}
             held = [name for name in ("bytes", "path", "url", "image") if value.get(name) is not None]
             if not held:
                 raise RecordError(f"{where}: is {kind(value)}, not a path")
+            self.check(value, IMAGE, where)
             where, value = f"{where}.{held[0]}", value[held[0]]
         if isinstance(value, bytes) and value:
             try:
@@ -62,7 +77,7 @@ class Visuals:
             held = [name for name in ("frames", "video", "path", "url") if value.get(name) is not None]
             if not held:
                 raise RecordError(f"{where}: is {kind(value)}, not a path or a list of frames")
-            _refuse(value, VIDEO_LIMITS + SIZE_LIMITS, where)
+            self.check(value, VIDEO, where)
             where, value, fps = f"{where}.{held[0]}", value[held[0]], value.get("sample_fps", fps)
         is_rate = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= 1000
         if fps is not None and not is_rate:
@@ -75,72 +90,65 @@ class Visuals:
             raise RecordError(f"{where}: is empty, not a list of frames")
         return Video(frames, rate)
 
+    def content(self, value: Any, where: str, role: Role) -> str | tuple[Part | Place, ...]:
+        """Text as it is; of a list (as the OpenAI API has it) the parts: what is text there is text, whatever it spells."""
+        if not isinstance(value, list):
+            return text(value, where)
+        return tuple(self._item(item, f"{where}[{i}]", role) for i, item in enumerate(value))
 
-def parse_content(value: Any, where: str, role: str, own: Visuals) -> str:
-    """Text as it is; a list (as the OpenAI API has it) as text with a placeholder for each image and video.
+    def _item(self, item: Any, where: str, role: Role) -> Part | Place:
+        if not isinstance(item, dict):
+            raise RecordError(f"{where}: is {kind(item)}, not an object with a type")
+        self.check(item, ITEM, where)
+        given = item.get("type")
+        present = [name for name in ("text", *MEDIA) if not is_nothing(item.get(name))]
+        name = given if given is not None else present[0] if len(present) == 1 else None
+        if name not in ("text", *MEDIA):
+            what = f"type {repr(given)[:80]}" if given is not None else "no type"
+            raise RecordError(f"{where}: has {what}; text, image, image_url, video and video_url are read")
+        if others := [key for key in present if key.removesuffix("_url") != name.removesuffix("_url")]:
+            raise RecordError(f"{where}: has type {name}, and {others[0]} too; each belongs in an item of its own")
+        if name == "text":
+            return text(item.get("text"), f"{where}.text")
+        is_video = name.startswith("video")
+        if role not in ("user", "tool"):
+            raise RecordError(
+                f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user and tools show any"
+            )
+        held = [key for key in (name, name.removesuffix("_url"), "url", "path") if not is_nothing(item.get(key))]
+        if any(item[key] != item[held[0]] for key in held):
+            raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
+        if held:
+            return self._visual(item[held[0]], f"{where}.{held[0]}", is_video, item.get("sample_fps"))
+        return Place(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
 
-    What such a list names goes to `own`; an item without a path stands for the next one of the record's own field.
-    """
-    if not isinstance(value, list):
-        return text(value, where)
-    return "".join(_item(item, f"{where}[{i}]", role, own) for i, item in enumerate(value))
+    def calls(self, value: Any, where: str) -> tuple[ToolCall, ...]:
+        """`tool_calls` as the OpenAI API has them, or the JSON text of one call or several."""
+        entries = _json(value, where)
+        entries = [entries] if isinstance(entries, dict) else entries or []
+        if not isinstance(entries, list):
+            raise RecordError(f"{where}: is {kind(entries)}, not a list of calls")
+        return tuple(self._call(entry, f"{where}[{i}]") for i, entry in enumerate(entries))
 
-
-def _item(item: Any, where: str, role: str, own: Visuals) -> str:
-    if not isinstance(item, dict):
-        raise RecordError(f"{where}: is {kind(item)}, not an object with a type")
-    given = item.get("type")
-    present = [name for name in ("text", "image", "image_url", "video", "video_url") if item.get(name) is not None]
-    name = given if given is not None else present[0] if len(present) == 1 else None
-    if name == "text":
-        return text(item.get("text"), f"{where}.text")
-    if name not in ("image", "image_url", "video", "video_url"):
-        told = f"type {repr(given)[:80]}" if given is not None else "no type"
-        raise RecordError(f"{where}: has {told}; text, image, image_url, video and video_url are read")
-    is_video = name.startswith("video")
-    if role != "user":
-        raise RecordError(
-            f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user shows any"
-        )
-    _refuse(item, SIZE_LIMITS + VIDEO_LIMITS * is_video, where)
-    held = [key for key in (name, name.removesuffix("_url"), "url", "path") if item.get(key) is not None]
-    if held:
-        own.add(item[held[0]], f"{where}.{held[0]}", is_video, item.get("sample_fps"))
-    return VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER
-
-
-def _refuse(item: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """What others read there, and is here a setting for all records."""
-    for key in keys:
-        if item.get(key) is not None:
-            raise RecordError(f"{where}: has {key}, which is not read; preprocess_parameters hold for all records")
-
-
-def parse_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
-    """`tool_calls` as the OpenAI API has them, or the JSON text of one call or several."""
-    entries = _json(value, where)
-    entries = [entries] if isinstance(entries, dict) else entries or []
-    if not isinstance(entries, list):
-        raise RecordError(f"{where}: is {kind(entries)}, not a list of calls")
-    return tuple(_call(entry, f"{where}[{i}]") for i, entry in enumerate(entries))
-
-
-def _call(entry: Any, where: str) -> ToolCall:
-    call = entry.get("function", entry) if isinstance(entry, dict) else entry
-    if not isinstance(call, dict):
-        raise RecordError(f"{where}: is {kind(call)}, not an object with name and arguments")
-    name = text(call.get("name"), f"{where}.name")
-    arguments = _json(call.get("arguments") or {}, f"{where}.arguments")
-    if not isinstance(arguments, dict):
-        raise RecordError(f"{where}.arguments: is {kind(arguments)}, not an object")
-    checked = {text(key, f"{where}.arguments"): value for key, value in arguments.items()}
-    _check_json(checked, f"{where}.arguments")
-    return ToolCall(name, checked)
+    def _call(self, entry: Any, where: str) -> ToolCall:
+        call = entry.get("function", entry) if isinstance(entry, dict) else entry
+        if not isinstance(call, dict):
+            raise RecordError(f"{where}: is {kind(call)}, not an object with name and arguments")
+        self.check(entry, CALL, where)
+        if call is not entry:
+            self.check(call, CALL, f"{where}.function")
+        name = text(call.get("name"), f"{where}.name")
+        arguments = _json(call.get("arguments") or {}, f"{where}.arguments") or {}
+        if not isinstance(arguments, dict):
+            raise RecordError(f"{where}.arguments: is {kind(arguments)}, not an object")
+        checked = {text(key, f"{where}.arguments"): value for key, value in arguments.items()}
+        _check_json(checked, f"{where}.arguments")
+        return ToolCall(name, checked, entry.get("id") or call.get("id"))
 
 
 def parse_tools(value: Any, where: str) -> tuple[Any, ...]:
     """A list of what can be called, or its JSON text."""
-    tools = _json(value, where)
+    tools = _json(value, where) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(f"{where}: is {kind(tools)}, not a list of objects")
     _check_json(tools, where)

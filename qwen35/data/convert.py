@@ -23,9 +23,9 @@ from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
 from qwen35.data.images import ImageError, ImageProcessor, upright_size
 from qwen35.data.in_order import in_order
-from qwen35.data.noticed import Oddity, look
+from qwen35.data.noticed import Oddity
 from qwen35.data.reading import read_values
-from qwen35.data.record import Record, RecordError
+from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
 from qwen35.data.samples import Preparation
 from qwen35.data.tally import Tally
 from qwen35.data.tokens import ChatTokenizer
@@ -179,19 +179,23 @@ class Converter:
         if isinstance(raw, RecordError):
             return raw
         try:
-            record = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
+            record, oddity = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
+            if record.videos or any(turn.reasoning or turn.tool_calls for turn in record.turns):
+                raise record.error(
+                    "has videos, thoughts or calls of tools, which LLaVA's records have not; use it as it is"
+                )
             if self._preparation is not None:
                 length = len(self._preparation.tokenise(record).ids)
             else:
                 if self._options.check == "headers":
                     self._check(record)
-                length = sum(len(turn.content) for turn in record.turns)
+                length = sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)
         except RecordError as error:
             return error
-        messages = [{"role": turn.role, "content": turn.content} for turn in record.turns]
+        messages = [_message(turn, shows=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length, look(raw, record, self._names))
+        return Converted(line, len(messages), len(images), length, oddity)
 
     def _check(self, record: Record) -> None:
         """Raises RecordError."""
@@ -201,6 +205,18 @@ class Converter:
             if (error := self._verdicts[path]) is not None:
                 which = f"image {number} of {len(record.images)}, {path}"
                 raise record.error(f"{which}: {error}", error.kind, str(path))
+
+
+def _message(turn: Turn, shows: bool) -> dict[str, Any]:
+    """shows: the record has images; what is text there, and spells a placeholder, can only be said in a list."""
+    content: str | list[dict[str, str]]
+    if shows and turn.role == "user" and PLACEHOLDER.search(turn.text):
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn.parts
+        ]
+    else:
+        content = "".join(part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in turn.parts)
+    return {"role": turn.role, "content": content} | ({} if turn.loss is None else {"loss_mask": int(turn.loss)})
 
 
 def _verdict(path: Path) -> ImageError | None:

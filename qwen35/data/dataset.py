@@ -105,7 +105,7 @@ class Dataset:
                 if is_cut
                 else dataset_name(self.preparation.basic.dataset)
             )
-            words = noticed.unread(setting, read)
+            words = noticed.unread_name(setting, read)
             if not is_cut:
                 raise SettingError(words)
             told.append(words)

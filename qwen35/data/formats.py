@@ -6,27 +6,33 @@ messages   {"images": ["./a.jpg", "./b.jpg"], "messages": [{"role": "user", "con
 lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]}, …]}
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qwen35.data.content import Visuals, kind, parse_calls, parse_content, parse_tools, text
-from qwen35.data.fields import SHARES, UNREAD_IN_TURNS, FieldNames, Names
+from qwen35.data.content import Parser, Place, kind, parse_tools, text
+from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.folder import ImageFolder
-from qwen35.data.noticed import Noticed, look
+from qwen35.data.noticed import Noticed, Oddity, look
 from qwen35.data.reading import read_values
-from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Role, Turn
+from qwen35.data.record import (
+    IMAGE_PLACEHOLDER,
+    PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    Record,
+    RecordError,
+    Turn,
+    Video,
+    Visual,
+    content_of,
+    with_visuals,
+)
+from qwen35.data.turns import parse_turns
 from qwen35.settings import Attr
 from qwen35.words import number_of
 
-FOLLOWS = {  # what may come after which turn
-    None: ("user",),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+SHOWING = ("user", "tool")  # whose turns may have images and videos: the chat template writes them there
 
 
 def read_records(
@@ -50,31 +56,27 @@ def read_records(
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            record = parse_record(raw, f"{file}, record {number}", names, images, answered)
+            record, oddity = parse_record(raw, f"{file}, record {number}", names, images, answered)
         except RecordError as error:
             if skip is None:
                 raise
             skip(error)
         else:
-            if noticed is not None and (oddity := look(raw, record, names)):
+            if noticed is not None and oddity is not None:
                 noticed.add(oddity)
             yield record
 
 
-def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True) -> Record:
-    """One JSON value -> Record. Raises RecordError."""
+def parse_record(
+    raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True
+) -> tuple[Record, Oddity | None]:
+    """One JSON value -> Record, and what is odd about it. Raises RecordError."""
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
         source = f"{source} (id {' '.join(str(raw['id']).split())[:80]})"
-    if unread := [name for name in names.unread if raw.get(name)]:
-        raise RecordError(
-            f"{source}: has {', '.join(unread)}, which are not read; training without them would be wrong"
-        )
-    if names.preferences and (pair := [name for name in names.preferences if raw.get(name)]):
-        raise RecordError(
-            f"{source}: has {' and '.join(pair)}: preference pairs are not read; attr.messages says which field holds the turns"
-        )
+    parser = Parser(folder, names.ignored)
+    parser.check(raw, names.of_record, source)
     found = names.messages.find(raw, source)
     if found is None:
         raise RecordError(
@@ -82,123 +84,89 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
             "holds the turns"
         )
     field, entries = found
-    between = Visuals(folder)  # the texts
-    turns = _with_system(raw, source, names, _parse_turns(entries, field, source, names, between))
-    _check_order(turns, field, source, answered)
-    beside = Visuals(folder)
-    for named, is_video in ((names.images, False), (names.videos, True)):
-        if found := named.find(raw, source):
-            beside.add_field(found[1], f"{source}, {found[0]}", is_video)
-    asked = [turn.content for turn in turns if turn.role == "user"]
     here = f"{source}, {field}"
-    _check_places(asked, "image", IMAGE_PLACEHOLDER, len(beside.images), len(between.images), here)
-    _check_places(asked, "video", VIDEO_PLACEHOLDER, len(beside.videos), len(between.videos), here)
+    masks = None if "loss_mask" in names.ignored else raw.get("loss_mask")
+    parsed, reordered = parse_turns(entries, here, names, parser, masks, answered)
+    beside: dict[str, list[Visual]] = {IMAGE_PLACEHOLDER: [], VIDEO_PLACEHOLDER: []}
+    for placeholder, named in ((IMAGE_PLACEHOLDER, names.images), (VIDEO_PLACEHOLDER, names.videos)):
+        if found := named.find(raw, source):
+            beside[placeholder] = parser.visuals(found[1], f"{source}, {found[0]}", placeholder == VIDEO_PLACEHOLDER)
+    turns, literal = _with_visuals(parsed, beside, here)
+    turns = _with_system(raw, source, names, turns)
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
-    images, videos = between.images or beside.images, between.videos or beside.videos
-    return Record(source, turns, tuple(images), tuple(videos), tools)
+    record = Record(source, turns, tools)
+    oddity = look(raw, record, names, parser.unread, {"literal": literal, "reordered": reordered})
+    strays = () if oddity is None else [name for name in oddity.strays if name not in names.of_record.known]
+    if literal and strays:
+        raise RecordError(
+            f"{here}: <image> or <video>, and nothing to show there, but {strays[0]} looks like it; attr.images (or .videos) "
+            "says which field holds it; what is text belongs in a content list"
+        )
+    return record, oddity
 
 
-def _check_places(asked: list[str], what: str, placeholder: str, beside: int, between: int, where: str) -> None:
+def _with_visuals(
+    turns: Sequence[Turn], beside: Mapping[str, list[Visual]], where: str
+) -> tuple[tuple[Turn, ...], int]:
+    """The turns with their images and videos, and how many placeholders are text. Raises RecordError.
+
+    beside: those of the record's own fields, by their placeholder. In a plain text a placeholder is a place only if the record
+    has something to show; in a list of texts, images and videos all text is text.
+    """
+    parts: list[Any] = [part for turn in turns if type(turn.content) is tuple for part in turn.content]
+    left: dict[str, Iterator[Visual]] = {}
+    if parts or any(beside.values()):
+        plain = "\n".join([turn.content for turn in turns if isinstance(turn.content, str) and turn.role in SHOWING])
+        for placeholder, visuals in beside.items():
+            between = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
+            bare = parts.count(Place(placeholder))
+            if visuals or between or bare:
+                places = between + bare + plain.count(placeholder)
+                _check_places(placeholder, places, len(visuals), between, where)
+                left[placeholder] = iter(visuals)
+    whole, literal = [], 0
+    for turn in turns:
+        content: Any = turn.content
+        if type(content) is tuple:
+            content = content_of(next(left[part.placeholder]) if isinstance(part, Place) else part for part in content)
+        elif IMAGE_PLACEHOLDER in content or VIDEO_PLACEHOLDER in content:
+            visible = left if turn.role in SHOWING else {}
+            literal += sum(placeholder not in visible for placeholder in PLACEHOLDER.findall(content))
+            content = with_visuals(content, visible)
+        if content is not turn.content:  # dataclasses.replace takes ten times as long
+            turn = Turn(turn.role, content, turn.reasoning, turn.tool_calls, turn.loss, turn.tool_call_id)
+        whole.append(turn)
+    return tuple(whole), literal
+
+
+def _check_places(placeholder: str, places: int, beside: int, between: int, where: str) -> None:
     """As many placeholders as images (or videos), named either in a field or between the texts."""
-    places, wrong = (
-        sum(content.count(placeholder) for content in asked),
-        f"with {placeholder} that do not match the {what}s",
-    )
+    if places == beside + between and not (beside and between):
+        return
+    what, wrong = placeholder[1:-1], f"with {placeholder} that do not match the {placeholder[1:-1]}s"
     if beside and between:
         raise RecordError(f"{where}: {what}s between the texts and in a field of their own too; keep one", wrong)
     count = beside + between
     if count and not places:
         raise RecordError(
-            f"{where}: {number_of(count, what)} but no {placeholder} in what the user says; "
+            f"{where}: {number_of(count, what)} but no {placeholder} in what the user and tools say; "
             f"put one where each {what} belongs",
             wrong,
         )
-    if what == "video" and places == 1 and count > 1 and beside:
-        raise RecordError(
-            f"{where}: 1 {placeholder} in what the user says, but {count} videos; the frames of one video are a list in the "
-            "list: [[frame, frame, …]]",
-            wrong,
-        )
-    if places != count:
-        raise RecordError(f"{where}: {places} {placeholder} in what the user says, but {number_of(count, what)}", wrong)
+    said = f"{places} {placeholder} in what the user and tools say, but {number_of(count, what)}"
+    if what == "video" and places == 1 and beside > 1:
+        said += "; the frames of one video are a list in the list: [[frame, frame, …]]"
+    if count and places > count:
+        said += "; one that is text belongs in a content list, where all text is text"
+    raise RecordError(f"{where}: {said}", wrong)
 
 
 def _with_system(raw: dict[str, Any], source: str, names: FieldNames, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """ShareGPT has the system's text in a field beside the turns."""
     found = names.system.find(raw, source)
-    if found is None or found[1] == "":
+    if found is None or is_nothing(found[1]):
         return turns
     system = text(found[1], f"{source}, {found[0]}")
     if turns[0].role == "system":
         raise RecordError(f"{source}: has a system turn and the field {found[0]} too; keep one")
     return (Turn("system", system), *turns)
-
-
-def _parse_turns(raw: Any, field: str, source: str, names: FieldNames, own: Visuals) -> tuple[Turn, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise RecordError(f"{source}, {field}: is {kind(raw)}, not a list of turns")
-    return tuple(_parse_turn(entry, f"{source}, {field}[{i}]", names, own) for i, entry in enumerate(raw))
-
-
-def _parse_turn(entry: Any, where: str, names: FieldNames, own: Visuals) -> Turn:
-    if not isinstance(entry, dict):
-        raise RecordError(f"{where}: is {kind(entry)}, not an object")
-    role_field, tag = _required(names.role, entry, where, "has no field")
-    role = names.roles.get(tag) if isinstance(tag, str) else None
-    if role is None:
-        raise RecordError(
-            f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
-        )
-    _check_unread(entry, role, where)
-    if tag in names.calls:
-        field, value = _required(names.content, entry, where, "has no call in")
-        return Turn(role, "", tool_calls=parse_calls(value, f"{where}.{field}"))
-    calls = entry.get("tool_calls") or None  # parquet has the field in every turn
-    if calls is not None and role != "assistant":
-        raise RecordError(f"{where}: tool_calls in a turn of the {role}; only the assistant calls tools")
-    parsed = () if calls is None else parse_calls(calls, f"{where}.tool_calls")
-    if parsed and names.content.find(entry, where) is None:
-        content = ""
-    else:
-        field, value = _required(names.content, entry, where, "has no text in")
-        content = parse_content(value, f"{where}.{field}", role, own)
-    reasoning = entry.get("reasoning_content") if role == "assistant" else None
-    thought = None if reasoning is None else text(reasoning, f"{where}.reasoning_content")
-    return Turn(role, content, thought, parsed)
-
-
-def _check_unread(entry: dict[str, Any], role: Role, where: str) -> None:
-    for name, instead in UNREAD_IN_TURNS.items():
-        if entry.get(name):
-            raise RecordError(f"{where}: has {name}, which is not read; {instead}")
-    for name in SHARES if role == "assistant" else ():
-        if entry.get(name) not in (None, 1):
-            raise RecordError(
-                f"{where}.{name}: {str(entry[name])[:80]} is not read; every answer is trained, or with mask_history the last"
-            )
-
-
-def _required(names: Names, entry: dict[str, Any], where: str, missing: str) -> tuple[str, Any]:
-    found = names.find(entry, where)
-    if found is None:
-        raise RecordError(f"{where}: {missing} {names}")
-    return found
-
-
-def _check_order(turns: tuple[Turn, ...], field: str, source: str, answered: bool) -> None:
-    offset = 1 if turns[0].role == "system" else 0
-    before = None
-    for i, turn in enumerate(turns[offset:]):
-        expected = FOLLOWS[before]
-        if turn.role not in expected:
-            raise RecordError(
-                f"{source}, {field}[{i + offset}]: a turn of the {turn.role} where one of the {expected[0]} belongs; "
-                "turns are [system,] user, assistant, user, assistant, …"
-            )
-        before = turn.role
-    if len(turns) == offset:
-        raise RecordError(f"{source}, {field}: has no turn of the user")
-    if answered and before != "assistant":
-        raise RecordError(
-            f"{source}, {field}[{len(turns) - 1}]: ends with the {before}; there is no answer to train on"
-        )

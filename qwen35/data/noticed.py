@@ -1,6 +1,7 @@
 """What is odd about records that are used: empty answers, images in a field that is not read, names in attr that none has."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,19 @@ from qwen35.words import number_of
 ENDINGS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mp4", ".avi", ".mov", ".mkv", ".webm",
 )  # fmt: skip
+NAMED_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # as the first Qwen-VL had it
 LONGEST_PATH = 300  # characters: what is longer is a text that ends like a file's name
 MOST_FIELDS = 20  # that a message names
+
+COUNTED = {  # of what is trained as it is, how it is told: of one, of several
+    "empty": ("answer", "is empty", "are empty"),
+    "literal": (
+        "placeholder",
+        "(<image>, <video>) is text, no place",
+        "(<image>, <video>) are text, no places",
+    ),
+    "reordered": ("tool response", "was put into the order of the calls", "were put into the order of the calls"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,18 +33,35 @@ class Oddity:
     """Of one record."""
 
     source: str
-    empty_answers: int
+    counts: Mapping[str, int]  # of what is COUNTED
     strays: tuple[str, ...]  # fields that look like its image, and are not read
+    unread: Sequence[tuple[str, str]]  # other fields that are not read: (where, name)
 
 
-def look(raw: Mapping[str, Any], record: Record, names: FieldNames) -> Oddity | None:
-    """raw: what became `record`. None of a usual one, which costs next to nothing."""
-    empty = 0
+def look(
+    raw: Mapping[str, Any],
+    record: Record,
+    names: FieldNames,
+    unread: Sequence[tuple[str, str]],
+    counts: Mapping[str, int],
+) -> Oddity | None:
+    """raw: what became `record`; unread, counts: found on the way. None of a usual one, which costs next to nothing."""
+    empty, shows = 0, False
+    strays: tuple[str, ...] = ()
     for turn in record.turns:
-        if turn.role == "assistant" and not turn.tool_calls and (not turn.content or turn.content.isspace()):
+        if isinstance(turn.content, tuple):
+            shows = True
+        elif turn.role == "user":
+            if "</" in turn.content and (found := NAMED_IN_TEXT.search(turn.content)):
+                strays = (f"<{found[1]}>…</{found[1]}> in a text",)
+        elif turn.role == "assistant" and not turn.tool_calls and (not turn.content or turn.content.isspace()):
             empty += 1
-    strays = () if record.images or record.videos else tuple(name for name in raw if _is_stray(raw[name], name, names))
-    return Oddity(record.source, empty, strays) if empty or strays else None
+    if not shows:
+        strays = (*(name for name in raw if _is_stray(raw[name], name, names)), *strays)
+    if not (empty or strays or unread or any(counts.values())):
+        return None
+    unread = [(where, name) for where, name in unread if where != record.source or name not in strays]
+    return Oddity(record.source, {"empty": empty, **counts}, strays, unread)
 
 
 def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
@@ -41,7 +70,7 @@ def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
         value = value[0]
     if type(value) is not str or not value[-5:].lower().endswith(ENDINGS):
         return False
-    return len(value) <= LONGEST_PATH and "\n" not in value and name != "id" and name not in names.read
+    return len(value) <= LONGEST_PATH and "\n" not in value and name not in names.read | names.ignored | {"id"}
 
 
 @dataclass
@@ -51,12 +80,12 @@ class Noticed:
     unseen: dict[str, str] = field(default_factory=dict)  # settings of attr -> their names, which no record has had yet
     fields: list[str] = field(default_factory=list)  # that records have; kept only as long as one is unseen
     turn_fields: list[str] = field(default_factory=list)  # those of their turns
-    empty_answers: int = 0
-    first_empty: str = ""  # its record
+    counts: dict[str, tuple[int, str]] = field(default_factory=dict)  # of what is COUNTED, and the first one's record
     strays: dict[str, int] = field(
         default_factory=dict
     )  # field -> records without an image that have what looks like one
     first_stray: str = ""
+    unread: dict[str, tuple[int, str]] = field(default_factory=dict)  # other fields -> how often, and where first
 
     @classmethod
     def before(cls, attr: Attr) -> "Noticed":
@@ -72,8 +101,10 @@ class Noticed:
         for part in parts:
             whole.fields = list(dict.fromkeys(whole.fields + part.fields))
             whole.turn_fields = list(dict.fromkeys(whole.turn_fields + part.turn_fields))
-            whole.empty_answers += part.empty_answers
-            whole.first_empty = whole.first_empty or part.first_empty
+            for name, (count, first) in part.counts.items():
+                _count(whole.counts, name, count, first)
+            for name, (count, first) in part.unread.items():
+                _count(whole.unread, name, count, first)
             whole.first_stray = whole.first_stray or part.first_stray
             for name, count in part.strays.items():
                 whole.strays[name] = whole.strays.get(name, 0) + count
@@ -94,9 +125,11 @@ class Noticed:
         _gather(self.turn_fields, turns)
 
     def add(self, oddity: Oddity) -> None:
-        if oddity.empty_answers:
-            self.empty_answers += oddity.empty_answers
-            self.first_empty = self.first_empty or oddity.source
+        for name, count in oddity.counts.items():
+            if count:
+                _count(self.counts, name, count, oddity.source)
+        for where, name in oddity.unread:
+            _count(self.unread, _path(where.removeprefix(oddity.source), name), 1, where)
         for name in oddity.strays:
             if name in self.strays or len(self.strays) < MOST_FIELDS:
                 self.strays[name] = self.strays.get(name, 0) + 1
@@ -105,18 +138,23 @@ class Noticed:
     def lines(self, mend: str = "attr.images (or .videos) says which field holds them") -> list[str]:
         """For the start of a run, and for the report of make data. mend: what is to be done about images that are not read."""
         told = []
-        if self.empty_answers:
-            answers = f"{number_of(self.empty_answers, 'answer')} {'is' if self.empty_answers == 1 else 'are'} empty"
-            told.append(f"{answers}; first: {self.first_empty}")
+        for name, (count, first) in self.counts.items():
+            what, one, several = COUNTED[name]
+            told.append(f"{number_of(count, what)} {one if count == 1 else several}; first: {first}")
         if self.strays:
             found = ", ".join(f"{number_of(count, 'record')} in {name!r}" for name, count in self.strays.items())
             told.append(
                 f"what looks like an image or video, and is not read, in records that have none: {found}; {mend}; "
                 f"first: {self.first_stray}".translate(VISIBLE)
             )
+        if self.unread:
+            names = [
+                f"{name} ({number_of(count, 'time')}, first: {first})" for name, (count, first) in self.unread.items()
+            ]
+            told.append(f"fields that are not read: {', '.join(names)}".translate(VISIBLE))
         return told
 
-    def unread(self, setting: str, data: str) -> str:
+    def unread_name(self, setting: str, data: str) -> str:
         """What is wrong with a name that stayed unseen in all of `data`."""
         of_turns = _is_of_turns(setting)
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MOST_FIELDS]))
@@ -142,3 +180,16 @@ def _gather(fields: list[str], parts: Iterable[Mapping[str, Any]]) -> None:
     for part in parts:
         if len(fields) < MOST_FIELDS:
             fields += [name for name in map(str, part) if name not in fields]
+
+
+def _path(where: str, name: str) -> str:
+    """The same for all turns, items and calls: `messages[].content[].name`."""
+    return re.sub(r"\[\d+\]", "[]", f"{where}.{name}").removeprefix(".").removeprefix(", ")
+
+
+def _count(counts: dict[str, tuple[int, str]], name: str, count: int, first: str) -> None:
+    """One more of a name, or of all the others, where there are already many."""
+    if name not in counts and len(counts) >= MOST_FIELDS:
+        name = "…"
+    before, first_before = counts.get(name, (0, first))
+    counts[name] = (before + count, first_before)

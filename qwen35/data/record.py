@@ -1,7 +1,7 @@
 """A record as the rest of the package sees it, whatever form it was brought in."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,20 +25,6 @@ class RecordError(UserError):
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: Role
-    content: str  # in the turns of the user, <image> and <video> stand where one belongs
-    reasoning: str | None = None  # `reasoning_content` of an assistant turn
-    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant turn
-
-
-@dataclass(frozen=True)
 class Video:
     source: Path | tuple[Path, ...]  # a file or a folder of frames; or the frames, in order
     fps: float | None = (
@@ -52,14 +38,64 @@ class Video:
 
 
 Visual = Path | Video  # an image file, or a video
+Part = str | Visual
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = field(
+        default=None, compare=False
+    )  # which a response may name; the chat template has no text for it
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    content: (
+        str | tuple[Part, ...]
+    )  # text; in turns of the user and of tools also texts with images and videos between them
+    reasoning: str | None = None  # `reasoning_content` of an assistant turn
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant turn
+    loss: bool | None = None  # what the record says of it: whether its tokens are trained; None: nothing
+    tool_call_id: str | None = field(default=None, compare=False)  # of a tool's turn: the call that it answers
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """Without its images and videos."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def content_of(parts: Iterable[Part]) -> str | tuple[Part, ...]:
+    """Texts that follow each other become one, and what holds no image or video a text."""
+    whole: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and whole and isinstance(whole[-1], str):
+            whole[-1] += part
+        elif part != "":
+            whole.append(part)
+    if len(whole) == 1 and isinstance(whole[0], str):
+        return whole[0]
+    return tuple(whole) or ""
+
+
+def with_visuals(text: str, visuals: Mapping[str, Iterator[Visual]]) -> str | tuple[Part, ...]:
+    """The content that a text stands for: the next image or video where a placeholder is that `visuals` has some for.
+
+    There must be one for each such place; any other placeholder is text.
+    """
+    return content_of(next(visuals[part]) if part in visuals else part for part in PLACEHOLDER.split(text) if part)
 
 
 @dataclass(frozen=True)
 class Record:
     source: str  # "data/a.json, record 12 (id 7)", for messages
     turns: tuple[Turn, ...]  # [system,] user, assistant, user, …; between assistant turns also those of tools
-    images: tuple[Path, ...] = ()  # one for each `<image>` in the user turns, in order
-    videos: tuple[Video, ...] = ()  # one for each `<video>`
     tools: tuple[Any, ...] = ()  # what the model may call, each as JSON describes it
 
     def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
@@ -68,6 +104,13 @@ class Record:
     @property
     def visuals(self) -> list[Visual]:
         """Images and videos in order of appearance."""
-        images, videos = iter(self.images), iter(self.videos)
-        places = [place for turn in self.turns if turn.role == "user" for place in PLACEHOLDER.findall(turn.content)]
-        return [next(images) if place == IMAGE_PLACEHOLDER else next(videos) for place in places]
+        parts = (part for turn in self.turns if not isinstance(turn.content, str) for part in turn.content)
+        return [part for part in parts if not isinstance(part, str)]
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        return tuple(visual for visual in self.visuals if not isinstance(visual, Video))
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        return tuple(visual for visual in self.visuals if isinstance(visual, Video))

@@ -7,6 +7,7 @@ import numpy as np
 
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.noticed import Noticed
 from qwen35.data.record import VISIBLE, RecordError
 from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
@@ -30,7 +31,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
-    made = chain.from_iterable(tokenised(f, preparation, None, skip) for f in dataset_files(basic.dataset))
+    noticed = Noticed()
+    made = chain.from_iterable(tokenised(f, preparation, None, skip, noticed) for f in dataset_files(basic.dataset))
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
     shown = refused = 0
     for record, sample in islice(made, limit):
@@ -53,6 +55,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)
+    yield from (f"--- of these: {line}" for line in noticed.lines())
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:

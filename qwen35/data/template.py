@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen35.data.files import read_config
-from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, Role, ToolCall, Turn
+from qwen35.data.record import Record, Role, ToolCall, Turn, Video
 from qwen35.errors import SettingError
 
 Template = Literal["qwen3_vl_nothink", "qwen3_5"]
@@ -68,20 +68,35 @@ def training_pieces(
 
     enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, those after the last question of the
     user; False drops them. train_on_prompt: what user, system and tools say is trained too, their headers and images are not.
-    mask_history: only the last answer is trained. Raises RecordError where the template has no text for the record.
+    mask_history: only the last answer is trained. A turn that the record wants out of the loss is not trained in any case.
+    Raises RecordError where the template has no text for the record.
     """
     _check(record, template)
-    last = len(record.turns) - 1
-    pieces = _tools_turn(record, train_on_prompt) if record.tools else []
+    trained = [_is_trained(record, i, train_on_prompt, mask_history) for i in range(len(record.turns))]
+    pieces: list[Piece] = []
+    if record.tools:
+        pieces += _tools_turn(record, trained[0] if record.turns[0].role == "system" else train_on_prompt)
     for i, turn in enumerate(record.turns):
         if turn.role == "assistant":
-            trained = i == last or not mask_history
-            pieces += _answer(record, i, template, trained, drop_thought=enable_thinking is False)
+            pieces += _answer(record, i, template, trained[i], drop_thought=enable_thinking is False)
         elif turn.role == "tool":
-            pieces += _tool_response(record.turns, i, train_on_prompt)
+            pieces += _tool_response(record.turns, i, trained[i])
         elif turn.role == "user" or not record.tools:
-            pieces += _prompt_turn(turn, template, train_on_prompt)
+            pieces += [*_header(turn.role), *_body(turn, trained[i], template == "qwen3_5"), *_end(trained[i])]
     return pieces
+
+
+def _is_trained(record: Record, index: int, train_on_prompt: bool, mask_history: bool) -> bool:
+    """Of a turn, where the settings and the record both say so. Raises RecordError."""
+    turn = record.turns[index]
+    if turn.role == "assistant":
+        return turn.loss is not False and (not mask_history or index + 1 == len(record.turns))
+    if turn.loss and not train_on_prompt:
+        raise record.error(
+            f"turn {index}, of the {turn.role}, is to be trained as the record says, but only answers are; train_on_prompt: "
+            "true trains what users, systems and tools say too"
+        )
+    return train_on_prompt and turn.loss is not False
 
 
 def prompt_pieces(
@@ -93,9 +108,9 @@ def prompt_pieces(
     `has_thought`. enable_thinking: as in training_pieces, of the answers that the prompt holds.
     """
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-    asked = replace(record, turns=turns)
+    asked = replace(record, turns=tuple(replace(turn, loss=False) for turn in turns))
     opening = "" if template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
-    before = training_pieces(asked, template, enable_thinking, mask_history=True)
+    before = training_pieces(asked, template, enable_thinking)
     return [*before, *_header("assistant"), *_text(opening)]
 
 
@@ -108,7 +123,7 @@ def has_thought(record: Record, template: Template, enable_thinking: bool | None
 
 def answer_text(turn: Turn) -> str:
     """What an assistant turn says, and below it the tools that it calls, as the template writes both."""
-    content = turn.content.strip()
+    content = turn.text.strip()
     return content + _calls(turn.tool_calls, content)
 
 
@@ -144,24 +159,28 @@ def _end(trained: bool) -> list[Piece]:
     return [Piece(IM_END, trained, "control"), Piece("\n", trained)]
 
 
-def _prompt_turn(turn: Turn, template: Template, trained: bool) -> list[Piece]:
-    """A system or user turn; in a user turn, images stand where the placeholders are."""
-    content = _trim(turn.content, template)
+def _body(turn: Turn, trained: bool, trim: bool = True) -> list[Piece]:
+    """The content of a turn, an image or video where it stands between the texts."""
+    parts = list(turn.parts)
+    if trim and parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if trim and parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
     body: list[Piece] = []
-    for part in PLACEHOLDER.split(content) if turn.role == "user" else [content]:
-        if turn.role == "user" and PLACEHOLDER.fullmatch(part):
-            is_image = part == IMAGE_PLACEHOLDER
-            pad = IMAGE_PAD if is_image else VIDEO_PAD
-            body.append(Piece(VISION_START + pad + VISION_END, kind="image" if is_image else "video"))
-        else:
+    for part in parts:
+        if isinstance(part, str):
             body += _text(part, trained)
-    return [*_header(turn.role), *body, *_end(trained)]
+        else:
+            is_video = isinstance(part, Video)
+            pad = VIDEO_PAD if is_video else IMAGE_PAD
+            body.append(Piece(VISION_START + pad + VISION_END, kind="video" if is_video else "image"))
+    return body
 
 
 def _tools_turn(record: Record, trained: bool) -> list[Piece]:
     """What can be called stands in a system turn, before what the record's own says."""
     first = record.turns[0]
-    system = first.content.strip() if first.role == "system" else ""
+    system = first.text.strip() if first.role == "system" else ""
     listed = "".join(f"\n{_json(tool)}" for tool in record.tools)
     text = f"{TOOLS_BEFORE}{listed}{TOOLS_AFTER}" + (f"\n\n{system}" if system else "")
     return [*_header("system"), *_text(text, trained), *_end(trained)]
@@ -172,7 +191,11 @@ def _tool_response(turns: Sequence[Turn], index: int, trained: bool) -> list[Pie
     pieces: list[Piece] = []
     if turns[index - 1].role != "tool":
         pieces += [Piece(IM_START, kind="control"), Piece("user")]
-    pieces += _text(f"\n<tool_response>\n{turns[index].content.strip()}\n</tool_response>", trained)
+    pieces += [
+        *_text("\n<tool_response>\n", trained),
+        *_body(turns[index], trained),
+        *_text("\n</tool_response>", trained),
+    ]
     is_last = index + 1 == len(turns) or turns[index + 1].role != "tool"
     return [*pieces, *(_end(trained) if is_last else [])]
 
@@ -199,7 +222,7 @@ def _json(value: Any) -> str:
 def _answer(record: Record, index: int, template: Template, trained: bool, drop_thought: bool) -> list[Piece]:
     turn = record.turns[index]
     if template == "qwen3_vl_nothink":  # has no place for reasoning_content
-        return [*_header("assistant"), *_text(turn.content, trained, fresh=trained), *_end(trained)]
+        return [*_header("assistant"), *_text(turn.text, trained, fresh=trained), *_end(trained)]
     thought, content = _split_thought(record, index)
     opening = ""
     if index > _last_query(record.turns):  # the template drops the thoughts before the user's last question
@@ -215,7 +238,7 @@ def _answer(record: Record, index: int, template: Template, trained: bool, drop_
 def _split_thought(record: Record, index: int) -> tuple[str, str]:
     """(thought, answer) of an assistant turn, from `reasoning_content` or from a think block in the content."""
     turn = record.turns[index]
-    content = turn.content.strip()
+    content = turn.text.strip()
     if turn.reasoning is not None:
         if "</think>" in content:  # the template would write both, and the thought would be trained twice
             raise record.error(f"turn {index} has a think block in its content and reasoning_content too; keep one")
@@ -228,8 +251,10 @@ def _split_thought(record: Record, index: int) -> tuple[str, str]:
 
 def _is_query(turn: Turn) -> bool:
     """A user turn that is not just a tool's response, handed on in the user's name."""
-    content = turn.content.strip()
-    return turn.role == "user" and not (content.startswith("<tool_response>") and content.endswith("</tool_response>"))
+    first, last = turn.parts[0], turn.parts[-1]
+    is_response = isinstance(first, str) and first.lstrip().startswith("<tool_response>")
+    is_response = is_response and isinstance(last, str) and last.rstrip().endswith("</tool_response>")
+    return turn.role == "user" and not is_response
 
 
 def _last_query(turns: Sequence[Turn]) -> int:
@@ -242,7 +267,3 @@ def _check(record: Record, template: Template) -> None:
     has_tools = record.tools or any(turn.role == "tool" or turn.tool_calls for turn in record.turns)
     if template == "qwen3_vl_nothink" and has_tools:
         raise record.error("has tools, for which template qwen3_vl_nothink has no text; use qwen3_5")
-
-
-def _trim(content: str, template: Template) -> str:
-    return content.strip() if template == "qwen3_5" else content

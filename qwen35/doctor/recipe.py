@@ -111,25 +111,27 @@ def _records(preparation: "Preparation") -> list[Finding]:
     from qwen35.config import SettingError
     from qwen35.data import RecordError
     from qwen35.data.mixture import dataset_files
+    from qwen35.data.noticed import Noticed
     from qwen35.data.samples import tokenised
     from qwen35.data.skipped import Skipped
 
-    basic, skipped = preparation.basic, Skipped()
+    basic, skipped, noticed = preparation.basic, Skipped(), Noticed()
     skip = skipped.add if basic.on_bad_record == "skip" else None
     try:
         files = dataset_files(basic.dataset)
         for file in files:
-            for _ in tokenised(file, preparation, RECORDS, skip):
+            for _ in tokenised(file, preparation, RECORDS, skip, noticed):
                 pass
     except SettingError as error:
         return [wrong("data", str(error), "data.dataset_param.basic_parameters.dataset names the files")]
     except (RecordError, OSError) as error:
         return [wrong("data", str(error), "mend the record; make show prints samples as they are trained")]
     named = ", ".join(map(str, files))
+    notes = [note("data", line) for line in noticed.lines()]
     if len(skipped):
         fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
-        return [note("data", fact, "on_bad_record: error stops there")]
-    return [ok("data", f"{named}: the first {RECORDS} records can be used")]
+        return [note("data", fact, "on_bad_record: error stops there"), *notes]
+    return [ok("data", f"{named}: the first {RECORDS} records can be used"), *notes]
 
 
 def _held_out(settings: "Settings") -> list[Finding]:

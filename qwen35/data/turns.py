@@ -1,0 +1,162 @@
+"""The turns of a record: each by itself, then calls joined to the answer that they belong to, and their order."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwen35.data.content import Parser, kind, text
+from qwen35.data.fields import LOSS, FieldNames, Names
+from qwen35.data.record import RecordError, Role, Turn
+from qwen35.words import number_of
+
+FOLLOWS = {  # what may come after which turn
+    None: ("user",),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool", "user"),
+}
+
+
+def parse_turns(
+    raw: Any, where: str, names: FieldNames, parser: Parser, masks: Any, answered: bool
+) -> tuple[list[Turn], int]:
+    """The turns, and how many responses of tools did not stand in the order of their calls. Raises RecordError.
+
+    raw: the list of turns; masks: the record's loss_mask. The content of a list is left as a tuple, in which a Place stands for
+    one of the record's own images or videos.
+    """
+    if not isinstance(raw, list) or not raw:
+        raise RecordError(f"{where}: is {kind(raw)}, not a list of turns")
+    if masks is not None and (not isinstance(masks, list) or len(masks) != len(raw)):
+        what = f"has {len(masks)} entries" if isinstance(masks, list) else f"is {kind(masks)}"
+        raise RecordError(
+            f"{where}: has {number_of(len(raw), 'turn')}, but the record's loss_mask {what}; one entry a turn"
+        )
+    turns: list[Turn] = []
+    numbers: list[int] = []  # of each turn, its place in the list
+    for i, entry in enumerate(raw):
+        mask = None if masks is None else masks[i]
+        turn = _parse_turn(entry, f"{where}[{i}]", names, parser, mask)
+        before = turns[-1] if turns else None
+        if before is not None and before.role == turn.role == "assistant" and _is_only_calls(turn):
+            if before.loss != turn.loss:
+                raise RecordError(
+                    f"{where}[{i}]: a call and the answer that it belongs to are one turn; train both or neither"
+                )
+            turns[-1] = replace(before, tool_calls=before.tool_calls + turn.tool_calls)
+        else:
+            turns.append(turn)
+            numbers.append(i)
+    _check_order(turns, numbers, where, answered)
+    return _with_responses(turns, numbers, where)
+
+
+def _is_only_calls(turn: Turn) -> bool:
+    return bool(turn.tool_calls) and not turn.reasoning and not turn.text.strip()
+
+
+def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask: Any) -> Turn:
+    if not isinstance(entry, dict):
+        raise RecordError(f"{where}: is {kind(entry)}, not an object")
+    role_field, tag = _required(names.role, entry, where, "has no field")
+    role = names.roles.get(tag) if isinstance(tag, str) else None
+    if role is None:
+        raise RecordError(
+            f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
+        )
+    content: Any = ""
+    if mask is None and tag not in names.calls and entry.keys() <= names.plain:
+        field, value = _required(names.content, entry, where, "has no text in")
+        content = parser.content(value, f"{where}.{field}", role)
+        return Turn(role, content)
+    parser.check(entry, names.of_turn, where)
+    loss = _loss(entry, where, names, mask)
+    calls = parser.calls(entry.get("tool_calls") or [], f"{where}.tool_calls")  # parquet has the field in every turn
+    if calls and role != "assistant":
+        raise RecordError(f"{where}: tool_calls in a turn of the {role}; only the assistant calls tools")
+    if tag in names.calls:
+        if calls:
+            raise RecordError(
+                f"{where}: has tool_calls in a turn of the role {tag}, whose content is the call; keep one"
+            )
+        field, value = _required(names.content, entry, where, "has no call in")
+        calls = parser.calls(value, f"{where}.{field}")
+    elif not calls or names.content.find(entry, where) is not None:
+        field, value = _required(names.content, entry, where, "has no text in")
+        content = parser.content(value, f"{where}.{field}", role)
+    thought = entry.get("reasoning_content") or None
+    if thought is not None and role != "assistant":
+        raise RecordError(f"{where}: reasoning_content in a turn of the {role}; only the assistant thinks")
+    reasoning = None if thought is None else text(thought, f"{where}.reasoning_content")
+    return Turn(role, content, reasoning, calls, loss, entry.get("tool_call_id") or None)
+
+
+def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:
+    """What a turn, or the record's loss_mask, says of whether it is trained."""
+    given = {name: entry[name] for name in LOSS if name in names.loss and entry.get(name) is not None}
+    if mask is not None:
+        given["the record's loss_mask"] = mask
+    for name, value in given.items():
+        if value not in (0, 1):
+            value = str(value)[:80]
+            raise RecordError(f"{where}: {name} is {value}, neither 0 nor 1; a turn is trained or not, by no factor")
+    if len(set(map(bool, given.values()))) > 1:
+        raise RecordError(f"{where}: {' and '.join(given)} differ on whether it is trained; keep one")
+    return next(map(bool, given.values()), None)
+
+
+def _required(names: Names, entry: dict[str, Any], where: str, missing: str) -> tuple[str, Any]:
+    found = names.find(entry, where)
+    if found is None:
+        raise RecordError(f"{where}: {missing} {names}")
+    return found
+
+
+def _check_order(turns: Sequence[Turn], numbers: Sequence[int], where: str, answered: bool) -> None:
+    offset = 1 if turns[0].role == "system" else 0
+    before: Role | None = None
+    for turn, number in zip(turns[offset:], numbers[offset:], strict=True):
+        expected = FOLLOWS[before]
+        if turn.role not in expected:
+            raise RecordError(
+                f"{where}[{number}]: a turn of the {turn.role} where one of the {expected[0]} belongs; "
+                "turns are [system,] user, assistant, user, assistant, …"
+            )
+        before = turn.role
+    if len(turns) == offset:
+        raise RecordError(f"{where}: has no turn of the user")
+    if answered and before != "assistant":
+        raise RecordError(f"{where}[{numbers[-1]}]: ends with the {before}; there is no answer to train on")
+
+
+def _with_responses(turns: list[Turn], numbers: Sequence[int], where: str) -> tuple[list[Turn], int]:
+    """As many responses behind calls as there are calls, in their order, for the text says nothing else of which is whose."""
+    reordered = 0
+    for i, turn in enumerate(turns):
+        if not turn.tool_calls or i + 1 == len(turns):
+            continue
+        end = i + 1
+        while end < len(turns) and turns[end].role == "tool":
+            end += 1
+        responses, here = turns[i + 1 : end], f"{where}[{numbers[i]}]"
+        if not responses and turns[i + 1].text.lstrip().startswith("<tool_response>"):  # in the user's name
+            continue
+        if len(responses) != len(turn.tool_calls):
+            raise RecordError(
+                f"{here}: {number_of(len(turn.tool_calls), 'call')} but {number_of(len(responses), 'response')} of tools "
+                "behind; each call needs one turn of a tool"
+            )
+        calls, answers = [call.id for call in turn.tool_calls], [response.tool_call_id for response in responses]
+        if None in calls or None in answers:
+            continue
+        if len(set(calls)) < len(calls) or set(calls) != set(answers):
+            raise RecordError(f"{here}: the calls' ids are {_listed(calls)}, but the responses have {_listed(answers)}")
+        if calls != answers:
+            turns[i + 1 : end] = [responses[answers.index(call)] for call in calls]
+            reordered += len(calls)
+    return turns, reordered
+
+
+def _listed(ids: Sequence[Any]) -> str:
+    return ", ".join(map(str, ids))[:200]

@@ -1,0 +1,261 @@
+"""Every field of a record is read, harmless, refused or counted: none is passed over in silence."""
+
+import json
+
+import pytest
+from mistakes import BASIC, DATA, EVALUATE, SHOW, place, run, whole
+
+from qwen35.config import load_settings
+from qwen35.data import MicroBatches
+from qwen35.data.fields import (
+    IN_CALLS,
+    IN_ITEMS,
+    IN_RECORDS,
+    IN_TURNS,
+    OF_CALLS,
+    OF_ITEMS,
+    OF_RECORDS,
+    OF_TURNS,
+    PREFERENCES,
+)
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import read_records
+from qwen35.data.noticed import Noticed
+from qwen35.data.record import RecordError
+from qwen35.errors import SettingError
+from qwen35.settings import Attr
+
+__all__ = ["place", "whole"]  # fixtures
+
+Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+TEXT = {"messages": [Q, A]}
+CALL = {"name": "f", "arguments": {}}
+NOT_READ = "fields that are not read: "
+
+
+def with_field(where, name, value):
+    """A record with the field in itself, in a turn, in an item of a content list, in a call."""
+    field = {name: value}
+    item = {"type": "text", "text": "Q"}
+    return {
+        "record": {"messages": [Q, A], **field},
+        "turn": {"messages": [Q, A | field]},
+        "item": {"messages": [Q | {"content": [item | field]}, A]},
+        "call": {"messages": [Q, A | {"tool_calls": [{"function": CALL | field}]}]},
+    }[where]
+
+
+def read(folder, *records, attr=None):
+    (folder / "x.json").write_text(json.dumps(records))
+    noticed = Noticed()
+    records = list(read_records(folder / "x.json", attr or Attr(), ImageFolder(folder), noticed=noticed))
+    return records, noticed.lines()
+
+
+REFUSED = [
+    (where, name, harmless)
+    for where, table in (
+        ("record", OF_RECORDS | PREFERENCES),
+        ("turn", OF_TURNS),
+        ("item", OF_ITEMS),
+        ("call", OF_CALLS),
+    )
+    for name, (_, harmless) in table.items()
+]
+
+
+@pytest.mark.parametrize(("where", "name", "harmless"), REFUSED)
+def test_refused_by_name(tmp_path, where, name, harmless):
+    for value in ("x", ["x"], {"x": 0}, 2, *([] if harmless in (False, None) else [False, 0])):
+        with pytest.raises(RecordError, match=rf"x\.json, record 1.*: has {name}, which is not read; .{{10}}"):
+            read(tmp_path, with_field(where, name, value))
+    for value in (None, "", [], {}, [None], *([] if harmless is None else [harmless])):
+        assert read(tmp_path, with_field(where, name, value))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "path"),
+    [
+        ("record", "{}"),
+        ("turn", "messages[].{}"),
+        ("item", "messages[].content[].{}"),
+        ("call", "messages[].tool_calls[].function.{}"),
+    ],
+)
+def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
+    records, told = read(tmp_path, TEXT, *[with_field(where, "mystery", 0)] * 2, with_field(where, "other", False))
+    assert len(records) == 4
+    first = {"record": "", "turn": ", messages[1]", "item": ", messages[0].content[0]"}.get(
+        where, ", messages[1].tool_calls[0].function"
+    )
+    at = f"{tmp_path}/x.json, record "
+    counted = [f"{path} (2 times, first: {at}2{first})", f"{path} (1 time, first: {at}4{first})"]
+    assert told == [NOT_READ + ", ".join(counted).replace("{}", "mystery", 1).replace("{}", "other")]
+    for name in {"record": IN_RECORDS, "turn": IN_TURNS, "item": IN_ITEMS, "call": IN_CALLS}[where] - {"id"}:
+        assert read(tmp_path, with_field(where, name, "x"))[1] == []
+    for name in (
+        "loss_masks",
+        "isTrainable",
+        "token-weights",
+        "LABELS",
+        "bboxes",
+        "REJECTED_answer",
+        "unmasked",
+        "ignored",
+    ):
+        with pytest.raises(
+            RecordError, match=f"has {name}, which is not read and looks like an instruction on what is tr"
+        ):
+            read(tmp_path, with_field(where, name, 0))
+        assert read(tmp_path, with_field(where, name, None))[1] == []
+    for name in ("trainer", "glossary", "constraint", "weightlessness", "boxer", "objective"):
+        assert len(read(tmp_path, with_field(where, name, 0))[1]) == 1
+
+
+def test_names_in_attr_are_read_whatever_they_are_called(tmp_path):
+    turns = [{"label": "user", "mask": "Q"}, {"label": "assistant", "mask": "A", "weight": 0}]
+    raw = {"objects": {"chosen": turns, "seen": 1}, "system_prompt": "S"}
+    attr = Attr(messages="objects.chosen", role_tag="label", content_tag="mask", system="system_prompt")
+    ((record,), told) = read(tmp_path, raw, attr=attr)
+    assert [turn.content for turn in record.turns] == ["S", "Q", "A"]
+    assert record.turns[-1].loss is False
+    assert told == [f"{NOT_READ}objects.seen (1 time, first: {tmp_path}/x.json, record 1)"]
+    with pytest.raises(
+        RecordError, match=r"record 1\.objects: has rejected_mask, which is not read and looks like an instr"
+    ):
+        read(tmp_path, raw | {"objects": {"chosen": turns, "rejected_mask": 1}}, attr=attr)
+
+
+def test_what_lies_inside_another_field_is_not_read_there(tmp_path):
+    attr = Attr(messages="data.turns", content_tag="message.content")
+
+    def record(more):
+        turns = [
+            {"role": turn["role"], "message": {"content": turn["content"], "model": "m"} | more} for turn in (Q, A)
+        ]
+        return {"data": {"turns": turns}}
+
+    assert read(tmp_path, record({}), attr=attr)[1] == []
+    first = f"first: {tmp_path}/x.json, record 1, data.turns[0])"
+    assert read(tmp_path, record({"mystery": 1}), attr=attr)[1] == [
+        f"{NOT_READ}data.turns[].message.mystery (2 times, {first}"
+    ]
+    for name in ("loss", "weight", "tool_calls", "reasoning_content"):
+        with pytest.raises(
+            RecordError, match=rf"turns\[0\]\.message: has {name}, which is not read; it is not read inside"
+        ):
+            read(tmp_path, record({name: 1}), attr=attr)
+    raw = record({})
+    raw["data"]["loss_mask"] = [0, 1]
+    with pytest.raises(
+        RecordError, match=r"record 1\.data: has loss_mask, which is not read; it is not read inside another"
+    ):
+        read(tmp_path, raw, attr=attr)
+
+
+def test_fields_that_attr_ignores(tmp_path):
+    attr = Attr(ignore=("label", "token_mask", "mystery", "weight", "photo", "parameters", "fps"))
+    call = {"name": "f", "arguments": {}, "parameters": 1}
+    turns = [
+        Q | {"content": [{"type": "text", "text": "Q", "fps": 1}]},
+        A | {"weight": 0.5, "mystery": 1, "tool_calls": [call]},
+    ]
+    records, told = read(tmp_path, {"messages": turns, "label": "x", "token_mask": [1], "photo": "a.jpg"}, attr=attr)
+    assert records[0].turns[1].loss is None and told == []
+    masked = {"messages": [Q, A], "loss_mask": [0, 0]}
+    assert read(tmp_path, masked, attr=Attr(ignore=("loss_mask",)))[0][0].turns[1].loss is None
+    for attr in (Attr(ignore=("images",)), Attr(messages="a.b", ignore=("a",)), Attr(ignore=("tool_calls",))):
+        with pytest.raises(
+            SettingError, match=f"attr.ignore: {attr.ignore[0]} is read; only what is not read can be ign"
+        ):
+            read(tmp_path, TEXT, attr=attr)
+
+
+def test_images_named_in_the_text(tmp_path):
+    """As the first Qwen-VL had them."""
+    for text in ("Picture 1: <img>a/b.jpeg</img>\nWhat?", "<video>https://x/y.mp4</video>"):
+        raw = {"messages": [Q | {"content": text}, A]}
+        if "<video>" in text:
+            with pytest.raises(
+                RecordError, match=r"nothing to show there, but <video>…</video> in a text looks like it"
+            ):
+                read(tmp_path, raw)
+        else:
+            assert read(tmp_path, raw)[1][0].startswith(
+                "what looks like an image or video, and is not read, in records that have none: 1 record in '<img>…</img> in a"
+            )
+    for text in ("<b>a.jpg</b>", "<video src=a.mp4></video>", "<img> or </img>", "<img>the cat.</img>"):
+        ((record,), told) = read(tmp_path, {"messages": [Q | {"content": text}, A]})
+        assert record.turns[0].content == text and told == []
+
+
+def test_preference_pairs_of_which_attr_says_which_is_trained(tmp_path):
+    raw = {"messages": [Q], "chosen": [Q, A], "rejected": "B", "rejected_images": ["b.png"]}
+    ((record,), told) = read(tmp_path, raw, attr=Attr(messages="chosen"))
+    assert record.turns[-1].content == "A"
+    assert told[-1].startswith(f"{NOT_READ}rejected (1 time, first: ")
+
+
+def test_very_many_names(tmp_path):
+    """As where the keys of a field are themselves data."""
+    (_, (line,)) = read(tmp_path, TEXT | {f"x{i}": 1 for i in range(1000)})
+    assert len(line) < 2500 and ", … (980 times, first: " in line
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    records = json.loads((place / "data/a.json").read_text())
+    records[2]["mystery"] = 1
+    records[4]["conversations"][1]["mood"] = "glad"
+    (place / "data/a.json").write_text(json.dumps(records))
+    return place
+
+
+FOUND = [
+    "mystery (1 time, first: data/a.json, record 3 (id r2))",
+    "conversations[].mood (1 time, first: data/a.json, record 5 (id r4), conversations[1])",
+]
+
+
+def test_the_start_of_a_run_tells_it_also_from_the_cache(here):
+    more = here / "data/b.json"
+    more.write_text(json.dumps([TEXT, TEXT | {"mystery": 2}]))
+    for cache in ([], ["cache"], ["cache"]):
+        words = [f"{BASIC}.dataset=data/a.json,data/b.json", *(f"{BASIC}.cache_dir={name}" for name in cache)]
+        lines = MicroBatches(load_settings("r.yaml", words), 0, 1).report().splitlines()
+        assert lines[1:] == [f"data: {NOT_READ}{FOUND[0].replace('1 time', '2 times')}, {FOUND[1]}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ((*SHOW, "--samples", "12"), f"--- of these: {NOT_READ}{', '.join(FOUND)}\n"),
+        ((*DATA, "--workers", "2"), f"\n{NOT_READ}{', '.join(FOUND)}\n"),
+        (EVALUATE, f"data: {NOT_READ}{', '.join(FOUND)}\n"),
+    ],
+    ids=["show", "data", "evaluate"],
+)
+def test_every_command_that_reads_records_tells_it(here, command, line):
+    done = run(here, *command)
+    assert done.code == 0, done.err
+    assert line in (done.err if command is EVALUATE else done.out)
+
+
+def test_doctor_tells_it(here):
+    from qwen35.data.samples import Preparation
+    from qwen35.doctor.recipe import _records
+
+    found = _records(Preparation.of(load_settings("r.yaml")))
+    assert [(f.status, f.fact) for f in found][1:] == [("note", f"{NOT_READ}{', '.join(FOUND)}")]
+
+
+def test_an_instruction_stops_a_run_and_can_be_skipped(here):
+    records = json.loads((here / "data/a.json").read_text())
+    records[7]["label"], records[8]["label"] = False, True
+    (here / "data/a.json").write_text(json.dumps(records))
+    with pytest.raises(
+        RecordError, match=r"record 8 \(id r7\): has label, which is not read; only records whose answers"
+    ):
+        MicroBatches(load_settings("r.yaml"), 0, 1)
+    assert MicroBatches(load_settings("r.yaml", [f"{BASIC}.on_bad_record=skip"]), 0, 1).samples == 11

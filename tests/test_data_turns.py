@@ -1,0 +1,437 @@
+"""Turns as people bring them: calls and answers in a row, images that tools return, what a record says of its own loss.
+
+What the text is, transformers says: `apply_chat_template` of the same record, or of the one that is meant, written out.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from tokenizer_fixture import PUBLISHED, make_model_folder
+
+from qwen35.data.images import ImageProcessor
+from qwen35.data.noticed import Noticed
+from qwen35.data.record import RecordError
+from qwen35.data.samples import Preparation, tokenised
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("turns")
+    make_model_folder(place / "hf")
+    (place / "images").mkdir()
+    for i in range(3):
+        Image.new("L", (40 + 32 * i, 40), i * 40).save(place / f"images/000{i}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def preparation(place):
+    images = ImageProcessor.from_folder(place / "hf", 1024, 4096)
+    videos = VideoProcessor.from_folder(place / "hf", PreprocessParameters())
+    basic = BasicParameters("x", dataset_dir=str(place))
+    return Preparation(ChatTokenizer(place / "hf"), images, basic, Attr(), videos)
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(place):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(place / "hf" / "tokenizer.json"))
+
+
+@pytest.fixture
+def make(place, preparation, hf_tokenizer):
+    """record -> (its tokens as transformers has them, its trained stretches as text); settings: of basic_parameters."""
+
+    def make(raw, meant=None, told=(), **settings):
+        p = replace(preparation, basic=replace(preparation.basic, **settings))
+        file = place / "r.json"
+        file.write_text(json.dumps([raw]))
+        noticed = Noticed()
+        ((record, sample),) = tokenised(file, p, noticed=noticed)
+        assert noticed.lines() == [*told]
+        meant = meant or raw
+        chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
+        text = hf_tokenizer.apply_chat_template(meant["messages"], tools=meant.get("tools"), **chat)
+        pads = iter(grid[1] * grid[2] // 4 for grid in sample.grids)
+        text = re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(pads), text)
+        assert sample.ids.tolist() == hf_tokenizer(text, add_special_tokens=False).input_ids
+        stretches, before = [], False
+        for token, now in zip(sample.ids.tolist(), sample.trained.tolist(), strict=True):
+            if now:
+                stretches = stretches if before else [*stretches, []]
+                stretches[-1].append(token)
+            before = now
+        return record, [p.tokenizer.decode(stretch) for stretch in stretches]
+
+    return make
+
+
+def refused(place, preparation, raw, message):
+    (place / "r.json").write_text(json.dumps([raw]))
+    with pytest.raises(RecordError, match=message) as caught:
+        list(tokenised(place / "r.json", preparation))
+    assert "\n" not in str(caught.value)
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def called(*arguments, content="", **more):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": x}}} for x in arguments]
+    return {"role": "assistant", "content": content, "tool_calls": calls, **more}
+
+
+def written(*xs):
+    """The text of the calls."""
+    texts = [f"<tool_call>\n<function=f>\n<parameter=x>\n{x}\n</parameter>\n</function>\n</tool_call>" for x in xs]
+    return "\n".join(texts)
+
+
+END = "<|im_end|>\n"
+Q, A = said("user", "Q"), said("assistant", "A")
+
+# -- images of tools ----------------------------------------------------------------------------------------------------
+
+SCREENSHOT = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "screenshot", "arguments": {}}}]}
+IMAGE = {"type": "image", "image": "images/0000.png"}
+SHOT = f"<tool_call>\n<function=screenshot>\n</function>\n</tool_call>{END}"
+OPEN = [said("user", "Open the page."), SCREENSHOT]
+TOOLS = [{"name": "screenshot"}]
+
+
+@pytest.mark.parametrize(
+    "after", [[], [said("tool", "2")], [said("tool", [IMAGE, {"type": "text", "text": "<image>"}])]]
+)
+def test_an_image_that_a_tool_returns(make, after):
+    shows = said("tool", [{"type": "text", "text": " here: "}, IMAGE])
+    calls = SCREENSHOT | {"tool_calls": SCREENSHOT["tool_calls"] * (1 + len(after))}
+    record, trained = make({"messages": [OPEN[0], calls, shows, *after, said("assistant", "A zero.")], "tools": TOOLS})
+    assert len(record.images) == 1 + sum(isinstance(turn["content"], list) for turn in after)
+    assert trained == [SHOT[: -len(END)] + (f"\n{SHOT}" if after else END), f"A zero.{END}"]
+
+
+def test_a_placeholder_in_what_a_tool_returns(make, place):
+    turns = [*OPEN, said("tool", "here: <image>"), said("assistant", "A zero.")]
+    meant = [*OPEN, said("tool", [{"type": "text", "text": "here: "}, IMAGE]), said("assistant", "A zero.")]
+    record, trained = make(
+        {"messages": turns, "tools": TOOLS, "images": ["images/0000.png"]}, {"messages": meant, "tools": TOOLS}
+    )
+    assert record.images == (place / "images/0000.png",)
+    assert trained == [SHOT, f"A zero.{END}"]
+
+
+def test_an_image_of_the_user_behind_a_tools_response(make):
+    turns = [
+        *OPEN,
+        said("tool", "shown"),
+        said("user", [IMAGE, {"type": "text", "text": "This?"}]),
+        said("assistant", "A zero."),
+    ]
+    _, trained = make({"messages": turns, "tools": TOOLS})
+    assert trained == [SHOT, f"A zero.{END}"]
+
+
+def test_images_come_in_the_order_of_the_turns(make, place):
+    turns = [said("user", "<image>"), SCREENSHOT, said("tool", "<image>"), said("user", "<image>"), A]
+    names = [f"images/000{i}.png" for i in (2, 0, 1)]
+    shown = [[{"type": "image"}] if turn["content"] == "<image>" else turn["content"] for turn in turns]
+    meant = [turn | {"content": content} for turn, content in zip(turns, shown, strict=True)]
+    record, _ = make({"messages": turns, "images": names}, {"messages": meant})
+    assert record.visuals == [place / name for name in names]
+
+
+# -- placeholders that are text -----------------------------------------------------------------------------------------
+
+
+def test_a_tag_in_a_text_without_images(make, place):
+    turns = [
+        said("user", "How do I use the <video> tag in HTML5?"),
+        said("assistant", "Put <video src=x></video> there."),
+    ]
+    told = f"1 placeholder (<image>, <video>) is text, no place; first: {place}/r.json, record 1"
+    _, trained = make({"messages": turns}, told=[told])
+    assert trained == [f"Put <video src=x></video> there.{END}"]
+
+
+def test_a_tag_in_a_list_is_text(make, place):
+    user = said("user", [IMAGE, {"type": "text", "text": "What does the <image> element in this SVG do?"}])
+    record, trained = make({"messages": [user, said("assistant", "It draws.")]})
+    assert record.turns[0].content == (place / "images/0000.png", "What does the <image> element in this SVG do?")
+    assert trained == [f"It draws.{END}"]
+    listed = said("user", [{"type": "text", "text": "<image> and <video>"}])
+    make(
+        {"messages": [listed, A, said("user", "<image>"), A], "images": "images/0000.png"},
+        {"messages": [listed, A, said("user", [IMAGE]), A]},
+    )
+
+
+def test_of_each_kind_by_itself(make, place):
+    """Where the record has images, `<image>` is a place and `<video>` is text."""
+    turns = [said("user", "<image> in <video>"), said("assistant", "<image>")]
+    meant = [said("user", [IMAGE, {"type": "text", "text": " in <video>"}]), said("assistant", "<image>")]
+    told = f"2 placeholders (<image>, <video>) are text, no places; first: {place}/r.json, record 1"
+    make({"messages": turns, "image": "images/0000.png"}, {"messages": meant}, told=[told])
+
+
+def test_a_placeholder_and_an_image_in_a_field_that_is_not_read(place, preparation):
+    raw = {"messages": [said("user", "<image>"), A], "photo": "images/0000.png"}
+    refused(place, preparation, raw, "nothing to show there, but photo looks like it; attr.images")
+    raw["source"] = raw.pop("photo")
+    (place / "r.json").write_text(json.dumps([raw]))
+    assert len(list(tokenised(place / "r.json", preparation))) == 1  # where it came from
+
+
+# -- calls and answers in a row -----------------------------------------------------------------------------------------
+
+
+def share(*turns):
+    """ShareGPT's form."""
+    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+CALL_1, CALL_2 = (json.dumps({"name": "f", "arguments": {"x": x}}) for x in (1, 2))
+JOINED = {
+    "two calls": (
+        share(("human", "Q"), ("function_call", CALL_1), ("function_call", CALL_2), ("observation", "r1"),
+              ("observation", "r2"), ("gpt", "A")),
+        [Q, called(1, 2), said("tool", "r1"), said("tool", "r2"), A],
+    ),
+    "a text, then a call": (
+        share(("human", "Q"), ("gpt", "Let me look."), ("function_call", CALL_1), ("observation", "r1"), ("gpt", "A")),
+        [Q, called(1, content="Let me look."), said("tool", "r1"), A],
+    ),
+    "a thought and a text, then calls": (
+        share(("human", "Q"), ("gpt", "<think>\nwhy\n</think>\n\nLet me look."), ("function_call", f"[{CALL_1}, {CALL_2}]"),
+              ("function_call", CALL_1), *[("observation", "r")] * 3, ("gpt", "A")),
+        [Q, called(1, 2, 1, content="<think>\nwhy\n</think>\n\nLet me look."), *[said("tool", "r")] * 3, A],
+    ),
+    "ms-swift's roles": (
+        {"messages": [Q, said("tool_call", CALL_1), said("tool_call", CALL_2), said("tool_response", "r1"),
+                      said("tool_response", "r2"), A]},
+        [Q, called(1, 2), said("tool", "r1"), said("tool", "r2"), A],
+    ),
+    "calls after each other": (
+        share(("human", "Q"), ("function_call", CALL_1), ("observation", "r1"), ("function_call", CALL_2),
+              ("observation", "r2"), ("gpt", "A")),
+        [Q, called(1), said("tool", "r1"), called(2), said("tool", "r2"), A],
+    ),
+    "at the end": (
+        share(("human", "Q"), ("gpt", "Look:"), ("function_call", CALL_1), ("function_call", CALL_2)),
+        [Q, called(1, 2, content="Look:")],
+    ),
+    "turns of the assistant": (
+        {"messages": [Q, said("assistant", "Look:"), called(1, content=None), called(2), said("tool", "r1"),
+                      said("tool", "r2"), A]},
+        [Q, called(1, 2, content="Look:"), said("tool", "r1"), said("tool", "r2"), A],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_calls_join_the_answer_before(case, make):
+    raw, meant = JOINED[case]
+    record, _ = make(raw, {"messages": meant})
+    assert [turn.role for turn in record.turns] == [turn["role"] for turn in meant]
+
+
+def test_all_of_a_joined_answer_is_trained(make):
+    raw, meant = JOINED["a thought and a text, then calls"]
+    _, trained = make(raw, {"messages": meant})
+    assert trained == [f"why\n</think>\n\nLet me look.\n\n{written(1, 2, 1)}{END}", f"A{END}"]
+
+
+def numbered(*ids):
+    calls = called(*range(len(ids)))
+    return calls | {"tool_calls": [call | {"id": own} for call, own in zip(calls["tool_calls"], ids, strict=True)]}
+
+
+def test_responses_come_in_the_order_of_their_calls(make, place):
+    turns = [Q, numbered("a", "b"), said("tool", "of b", tool_call_id="b"), said("tool", "of a", tool_call_id="a"), A]
+    told = f"2 tool responses were put into the order of the calls; first: {place}/r.json, record 1"
+    make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, told=[told])
+    make({"messages": [*turns[:2], turns[3], turns[2], A]})
+    make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id=""), A]})  # by their order
+
+
+WRONG = {
+    "too few responses": ([Q, called(1, 2), said("tool", "r"), A], r"\[1\]: 2 calls but 1 response of tools behind"),
+    "too many": ([Q, called(1), *[said("tool", "r")] * 2, A], r"\[1\]: 1 call but 2 responses of tools behind"),
+    "none": ([Q, called(1), Q, A], r"\[1\]: 1 call but 0 responses of tools behind; each call needs one turn of a tool"),
+    "an answer instead": ([Q, called(1), A], r"messages\[2\]: a turn of the assistant where one of the user belongs"),
+    "other ids": (
+        [Q, numbered("a", "b"), *[said("tool", "r", tool_call_id=i) for i in "ac"], A],
+        r"\[1\]: the calls' ids are a, b, but the responses have a, c",
+    ),
+    "an id twice": (
+        [Q, numbered("a", "a"), *[said("tool", "r", tool_call_id="a")] * 2, A],
+        r"\[1\]: the calls' ids are a, a, but the responses have a, a",
+    ),
+    "two texts": ([Q, said("assistant", "a"), A], r"messages\[2\]: a turn of the assistant where one of the user belongs"),
+    "a text in the second": (
+        [Q, said("assistant", "a"), called(1, content="b")],
+        r"messages\[2\]: a turn of the assistant where one of the user belongs",
+    ),
+    "a thought in the second": (
+        [Q, said("assistant", "a"), called(1, reasoning_content="why")],
+        r"messages\[2\]: a turn of the assistant where one of the user belongs",
+    ),
+    "a call in two ways": (
+        [Q, said("tool_call", CALL_1) | {"tool_calls": called(2)["tool_calls"]}],
+        r"messages\[1\]: has tool_calls in a turn of the role tool_call, whose content is the call; keep one",
+    ),
+    "half of it trained": (
+        [Q, said("assistant", "a", loss=0), called(1, loss=1)],
+        r"messages\[2\]: a call and the answer that it belongs to are one turn; train both or neither",
+    ),
+    "a thought of the user": ([Q | {"reasoning_content": "why"}, A], r"\[0\]: reasoning_content in a turn of the user"),
+    "arguments of another name": (
+        [Q, said("tool_call", '{"name": "f", "parameters": {"x": 1}}')],
+        r"content\[0\]: has parameters, which is not read; arguments are read from arguments",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_calls_and_answers_that_do_not_fit(case, place, preparation):
+    turns, message = WRONG[case]
+    refused(place, preparation, {"messages": turns}, message)
+
+
+def test_a_response_in_the_users_name(make):
+    make({"messages": [Q, called(1), said("user", "<tool_response>\nr\n</tool_response>"), A]})
+
+
+# -- what a record says of its loss -------------------------------------------------------------------------------------
+
+TWO = [said("user", "Q"), said("assistant", "x"), said("user", "R"), said("assistant", "y")]
+
+
+def masked(masks, name="loss_mask", turns=TWO):
+    return [turn if mask is None else turn | {name: mask} for turn, mask in zip(turns, masks, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "loss", "train", "trainable", "weight", "loss_scale"])
+@pytest.mark.parametrize(
+    ("masks", "trained"),
+    [
+        ([0, 0, 0, 1], ["y"]),
+        ([None, False, None, True], ["y"]),
+        ([0.0, 1.0, 0.0, 0.0], ["x"]),
+        ([None, 1, None, None], ["x", "y"]),
+        ([None, None, None, 0], ["x"]),
+    ],
+)
+def test_turns_that_say_if_they_are_trained(make, name, masks, trained):
+    """The text stays as it is."""
+    raw = {"messages": masked(masks, name)}
+    assert make(raw, {"messages": TWO})[1] == [f"{text}{END}" for text in trained]
+
+
+def test_a_record_that_says_it_for_all_turns(make):
+    turns = [{"from": {"user": "human"}.get(t["role"], "gpt"), "value": t["content"]} for t in TWO]
+    for masks, trained in (([0, 0, 0, 1], ["y"]), ([0, True, False, 0], ["x"]), ([0, 1, 0, 1], ["x", "y"])):
+        assert make({"conversations": turns, "loss_mask": masks}, {"messages": TWO})[1] == [
+            f"{t}{END}" for t in trained
+        ]
+    system = {"system": "S", "conversations": turns, "loss_mask": [0, 0, 0, 1]}  # one entry for each of the turns
+    assert make(system, {"messages": [said("system", "S"), *TWO]})[1] == [f"y{END}"]
+
+
+def test_settings_and_the_record_both_have_to_want_it(make):
+    first, last = {"messages": masked([None, 1, None, 0])}, {"messages": masked([None, 1, None, 1])}
+    assert make(last, {"messages": TWO}, mask_history=True)[1] == [f"y{END}"]
+    assert make(first, {"messages": TWO}, train_on_prompt=True)[1] == [f"Q{END}", f"x{END}", f"R{END}"]
+    asked = {"messages": masked([0, 0, 1, 1])}
+    assert make(asked, {"messages": TWO}, train_on_prompt=True)[1] == [f"R{END}", f"y{END}"]
+    turns = [said("system", "S", loss=False), *TWO]
+    tools = [{"name": "f"}]
+    assert make({"messages": turns, "tools": tools}, train_on_prompt=True)[1][0] == f"Q{END}"
+
+
+def test_a_call_that_is_not_trained(make):
+    turns = [Q, called(1, loss=False), said("tool", "r"), A]
+    assert make({"messages": turns})[1] == [f"A{END}"]
+    raw = share(
+        ("human", "Q"), ("function_call", CALL_1), ("function_call", CALL_2), *[("observation", "r")] * 2, ("gpt", "A")
+    )
+    raw["loss_mask"] = [0, 0, 0, 0, 0, 1]
+    assert make(raw, {"messages": [Q, called(1, 2), *[said("tool", "r")] * 2, A]})[1] == [f"A{END}"]
+
+
+WRONG_MASKS = {
+    "a factor": ({"messages": masked([None, 0.5, None, None], "loss_scale")}, r"\[1\]: loss_scale is 0\.5, neither 0 nor 1"),
+    "a text": ({"messages": masked([None, "0", None, None])}, r"\[1\]: loss_mask is 0, neither 0 nor 1; a turn is trained"),
+    "of tokens": ({"messages": masked([None, [0, 1], None, None])}, r"\[1\]: loss_mask is \[0, 1\], neither 0 nor 1"),
+    "both": (
+        {"messages": [Q, A | {"weight": 0, "loss": True}]}, r"\[1\]: loss and weight differ on whether it is trained; keep one",
+    ),
+    "the record's and the turn's": (
+        {"messages": [Q, A | {"weight": 0}], "loss_mask": [0, 1]},
+        r"\[1\]: weight and the record's loss_mask differ on whether",
+    ),
+    "too short": ({"messages": TWO, "loss_mask": [0, 1]}, r"has 4 turns, but the record's loss_mask has 2 entries; one"),
+    "no list": ({"messages": TWO, "loss_mask": 1}, r"has 4 turns, but the record's loss_mask is a number; one entry a turn"),
+    "a factor in the list": ({"messages": TWO, "loss_mask": [0, 2, 0, 1]}, r"\[1\]: the record's loss_mask is 2, neither 0"),
+    "the user's": (
+        {"messages": masked([1, 1, 0, 1])}, r"turn 0, of the user, is to be trained as the record says, but only answers are",
+    ),
+    "nothing": ({"messages": masked([0, 0, 0, 0])}, r"nothing in it is trained"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_MASKS)
+def test_masks_that_say_nothing_clear(case, place, preparation):
+    raw, message = WRONG_MASKS[case]
+    refused(place, preparation, raw, message)
+
+
+# -- what is empty ------------------------------------------------------------------------------------------------------
+
+NOTHING = [
+    {"images": []}, {"images": ""}, {"image": None}, {"videos": ""}, {"videos": []}, {"tools": ""}, {"tools": "[]"},
+    {"tools": {}}, {"tools": "null"}, {"tools": None}, {"tools": []}, {"system": ""}, {"system": None}, {"conversations": []},
+    {"loss_mask": None}, {"images": [], "image": ""}, {"objects": {"ref": [], "bbox": []}}, {"rejected": ""}, {"audios": []},
+    {"label": None}, {"mystery": ""}, {"mystery": [{"x": None}]}, {"chosen": [], "rejected": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", NOTHING, ids=json.dumps)
+def test_empty_fields_of_a_record_are_nothing(make, fields):
+    _, trained = make({"messages": [Q, A], **fields}, {"messages": [Q, A]})
+    assert trained == [f"A{END}"]
+
+
+EMPTY_IN_TURNS = [
+    {"tool_calls": []}, {"tool_calls": None}, {"tool_calls": ""}, {"reasoning_content": ""}, {"reasoning_content": None},
+    {"function_call": None}, {"function_call": {}}, {"weight": None}, {"name": ""}, {"refusal": None}, {"audio": None},
+    {"tool_call_id": ""}, {"images": []}, {"mystery": None}, {"value": ""}, {"prefix": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", EMPTY_IN_TURNS, ids=json.dumps)
+def test_empty_fields_of_turns_are_nothing(make, fields):
+    _, trained = make({"messages": [Q | fields, A | fields]}, {"messages": [Q, A]})
+    assert trained == [f"A{END}"]
+
+
+@pytest.mark.parametrize("content", [None, "", ..., [], [{"type": "text", "text": ""}]])
+def test_no_content_beside_calls(make, content):
+    calls = called(1, content=content)
+    if content is ...:
+        del calls["content"]
+    _, trained = make({"messages": [Q, calls]}, {"messages": [Q, called(1)]})
+    assert trained == [f"{written(1)}{END}"]
+
+
+def test_an_empty_thought_beside_one_in_the_content(make):
+    turns = [Q, said("assistant", "<think>\nwhy\n</think>\n\nA")]
+    _, trained = make({"messages": [Q, turns[1] | {"reasoning_content": ""}]}, {"messages": turns})
+    assert trained == [f"why\n</think>\n\nA{END}"]

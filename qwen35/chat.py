@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
         raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
     template = args.template or trained.basic_parameters.template
     preparation = Preparation(
-        ChatTokenizer(source.tokenizer),
+        ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
         BasicParameters(dataset=dataset, dataset_dir=dataset_dir, template=template),
         trained.attr,

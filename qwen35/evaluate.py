@@ -84,7 +84,9 @@ def answers(
         if not some:
             continue
         wanted = [_without_thought(record.turns[-1].content) for record in some]
-        room = max(len(tokenizer.encode([Piece(text)])[0]) for text in wanted) + 1 + ROOM_TO_THINK * thinking
+        room = (
+            max(len(tokenizer.encode([Piece(text, answer=True)])[0]) for text in wanted) + 1 + ROOM_TO_THINK * thinking
+        )
         given = greedy(model, prompts, max_new_tokens or room, stop)
         for record, right, ids in zip(some, wanted, given, strict=True):
             yield Answer(record, right, _without_thought(tokenizer.decode(ids)))

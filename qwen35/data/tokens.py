@@ -92,6 +92,13 @@ class ChatTokenizer:
 
         An image becomes so many tokens between its start and end; a video, for each of its pairs of frames, the time as text
         and so many tokens between a start and an end of their own. `spelled` gets the special tokens that the text spells.
+
+        There is no start and end around a whole video, though the chat template writes them. So the models were trained: the
+        Qwen team's own processor replaces them together with the pad (huggingface/transformers pull request 40795, in releases
+        up to 5.9; the published configs name 4.57), and their code for training and positions describes the same layout
+        (QwenLM/Qwen3-VL, qwen-vl-finetune/qwenvl/data/rope2d.py, get_rope_index_3), as does their model in vLLM. Since 5.10 the
+        processor replaces the pad alone, which came with a refactoring of all processors (pull request 45493), and leaves an
+        outer pair in the prompt; so does vLLM on such a release (vllm-project/vllm pull request 41359).
         """
         spelled = {} if spelled is None else spelled
         ids: list[int] = []

@@ -289,8 +289,10 @@ def test_tags_of_the_template_are_tokens_whatever_the_tokenizer_counts_them_as(s
         {"additional_special_tokens": ["<|im_start|>", "<|new|>"]},
         {"extra_special_tokens": {"new_token": "<|new|>"}},
         {"extra_special_tokens": [{"content": "<|new|>"}]},
+        {"bos_token": "<|new|>"},
+        {"eos_token": {"content": "<|new|>"}},
     ],
-    ids=["decoder", "additional", "extra", "extra list"],
+    ids=["decoder", "additional", "extra", "extra list", "bos", "eos"],
 )
 def test_tokens_that_only_tokenizer_config_lists(listed, folder, tmp_path):
     """Transformers would add them, so the same text would be other tokens there."""

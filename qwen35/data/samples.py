@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ class TokenisedSample:
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool
     grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
-    spelled: Spelled  # special tokens in its text
+    spelled: Spelled = field(default_factory=dict)  # special tokens in its text
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,12 @@ class ChatTokenizer:
 
     def _check_config(self, config: dict[str, Any], added: set[str]) -> None:
         """Transformers adds what tokenizer_config.json alone lists, with ids of its own. Raises SettingError."""
-        listed = [entry.get("content") for entry in (config.get("added_tokens_decoder") or {}).values()]
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            entries = config.get(key) or []
-            entries = list(entries.values()) if isinstance(entries, dict) else entries
-            listed += [entry.get("content") if isinstance(entry, dict) else entry for entry in entries]
-        missing = [str(name) for name in dict.fromkeys(listed) if name not in added]
+        listed = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
+        for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            entries = config.get(key)
+            listed += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
+        names = (entry.get("content") if isinstance(entry, dict) else entry for entry in listed)
+        missing = sorted({name for name in names if isinstance(name, str)} - added)
         if missing:
             shown = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise SettingError(

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mistakes import BASIC, DATA, SHOW, place, run, whole
@@ -12,8 +14,11 @@ from tokenizer_fixture import make_model_folder, make_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from qwen35 import generate
+from qwen35.chat import find_model, prepare
 from qwen35.config import load_settings
 from qwen35.data import MicroBatches
+from qwen35.data.collate import prompt_batch, vision_spec
 from qwen35.data.record import RecordError, ToolCall
 from qwen35.data.samples import Preparation
 from qwen35.data.show import BRACKETS, marked
@@ -345,6 +350,31 @@ def test_told_at_the_start_of_a_run(more, lines, place, monkeypatch):
         assert [line for line in report if "spelled" in line] == [f"data: {line}" for line in lines]
 
 
+@pytest.mark.parametrize("setting", ["tokens", "text"])
+def test_the_model_is_asked_as_it_was_trained(setting, place, monkeypatch):
+    monkeypatch.chdir(place)
+    recipe = yaml.safe_load((place / "r.yaml").read_text())
+    recipe["data"]["dataset_param"]["basic_parameters"]["special_tokens_in_prompts"] = setting
+    (place / "run").mkdir()
+    shutil.move(place / "dcp/release", place / "run/release")
+    for file in (
+        "r.yaml",
+        "run/config.yaml",
+    ):  # by a recipe that is named, and by that of the run whose checkpoint it is
+        (place / file).write_text(yaml.safe_dump(recipe))
+    text = "Where is <|box_start|>(1,2)<|box_end|>?"
+    training = Preparation.of(load_settings("r.yaml", []))
+    for words in (["--model", "hf", "--recipe", "r.yaml"], ["--model", "run"]):
+        args = generate.parse([*words, "--prompt", text])
+        source = find_model(args.model)
+        batch = prompt_batch(generate.question(args), prepare(args, source), vision_spec(source.config), thinking=False)
+        sample = training.tokenise(record(("user", text), ("assistant", "A")))
+        prompt = batch.input_ids.tolist()
+        assert sample.ids[: len(prompt)].tolist() == prompt
+        box = training.tokenizer.encode([Piece("<|box_start|>", answer=True)])[0].item()
+        assert (box in prompt) == (setting == "tokens")
+
+
 def test_the_cache_knows_the_setting(place, monkeypatch):
     monkeypatch.chdir(place)
     keys = set()
@@ -381,6 +411,11 @@ def test_show_tells_it(place):
     lines = done.out.splitlines()
     at = lines.index("--- of the records shown:")
     assert lines[at + 1 :] == [CONTROL, AS_TEXT, ANSWERS, "such characters have ¦ between their tokens"]
+    (place / "data/a.json").write_text(json.dumps(RECORDS[:2]))
+    done = run(place, *SHOW)
+    assert done.code == 0 and done.out.endswith(
+        f"--- of the records shown:\n{AS_TOKENS.replace('2 records', '1 record')}\n"
+    )
     done = run(place, *SHOW, "--samples", "1")
     assert done.code == 0 and "of the records shown" not in done.out
 

@@ -58,7 +58,9 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)
     if lines := special_tokens.lines():
-        yield "\n".join(["--- of the records shown:", *lines, f"such characters have {BOUNDARY} between their tokens"])
+        if {"control", "text"} & special_tokens.records.keys():
+            lines.append(f"such characters have {BOUNDARY} between their tokens")
+        yield "\n".join(["--- of the records shown:", *lines])
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:

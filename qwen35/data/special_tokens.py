@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from tokenizers import AddedToken
 
 from qwen35.data.record import VISIBLE
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
@@ -30,6 +32,30 @@ MESSAGES: dict[Outcome, str] = {
     "token": "special tokens are spelled in the text of {records}, where each is one token",
 }
 MOST_NAMES = 5  # that a message shows
+
+
+def disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> list[str]:
+    """Added tokens that transformers would read otherwise than the tokenizer.json which has them, or has them not.
+
+    config: tokenizer_config.json. Where it has an added_tokens_decoder, transformers has those alone, with the flags there;
+    what it names elsewhere, and tokenizer.json has not, transformers adds.
+    """
+    tokens = {token.content: token for token in added}
+    named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        entries = config.get(key)
+        named += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
+    names = {entry.get("content") if isinstance(entry, dict) else entry for entry in named if entry is not None}
+    odd = {str(name) for name in names if name not in tokens}
+    if isinstance(listed := config.get("added_tokens_decoder"), dict):
+        entries = {
+            entry["content"]: entry for entry in listed.values() if isinstance(entry, dict) and "content" in entry
+        }
+        for name, token in tokens.items():
+            flags = {flag: getattr(token, flag) for flag in ("normalized", "lstrip", "rstrip", "single_word")}
+            if name not in entries or flags != {flag: entries[name].get(flag, flags[flag]) for flag in flags}:
+                odd.add(name)
+    return sorted(odd)
 
 
 @dataclass

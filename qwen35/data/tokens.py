@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from qwen35.data.files import read_config
-from qwen35.data.special_tokens import CONTROL_TOKENS, TEMPLATE_TAGS, Outcome, Spelled
+from qwen35.data.special_tokens import CONTROL_TOKENS, TEMPLATE_TAGS, Outcome, Spelled, disagreements
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
@@ -42,7 +42,7 @@ class ChatTokenizer:
         ends = [
             _name(folder, config, key, usual) for key, usual in (("pad_token", "<|endoftext|>"), ("eos_token", IM_END))
         ]
-        self.pad_id = self._id(ends[0], added)
+        self.pad_id, _ = (self._id(name, added) for name in ends)
         self.image_id = self._control[IMAGE_PAD]
         has_video = self._tokenizer.token_to_id(VIDEO_PAD) is not None
         self.video_id = self._id(VIDEO_PAD, added) if has_video else None
@@ -56,7 +56,12 @@ class ChatTokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, longest_first)))
         self._tags = {i for i, t in added.items() if t.special and t.content in TEMPLATE_TAGS}
-        self._check_config(config, {token.content for token in added.values()})
+        if odd := disagreements(config, added.values()):
+            shown = ", ".join(odd[:3]) + f" and {len(odd) - 3} more" * (len(odd) > 3)
+            raise SettingError(
+                f"{path}: does not agree with tokenizer_config.json, by which transformers reads text, about the added "
+                f"tokens {shown}; save the tokenizer with transformers' save_pretrained, which writes both"
+            )
 
     def _id(self, token: str, added: dict[int, AddedToken]) -> int:
         number = self._tokenizer.token_to_id(token)
@@ -65,21 +70,6 @@ class ChatTokenizer:
         if number not in added or not added[number].special:
             raise SettingError(f"{self.file}: {token} is not marked as special, so that any text could contain it")
         return number
-
-    def _check_config(self, config: dict[str, Any], added: set[str]) -> None:
-        """Transformers adds what tokenizer_config.json alone lists, with ids of its own. Raises SettingError."""
-        listed = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
-        for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
-            entries = config.get(key)
-            listed += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
-        names = (entry.get("content") if isinstance(entry, dict) else entry for entry in listed)
-        missing = sorted({name for name in names if isinstance(name, str)} - added)
-        if missing:
-            shown = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
-            raise SettingError(
-                f"{self.file}: lacks added tokens that tokenizer_config.json lists: {shown}; save the tokenizer with "
-                "transformers' save_pretrained, which writes both"
-            )
 
     def last(self) -> tuple[str, int]:
         """The token of the highest id, and that."""

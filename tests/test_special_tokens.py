@@ -270,6 +270,16 @@ def test_ends_that_the_folder_names_are_control_tokens(folder, tmp_path):
         ChatTokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_splits_special_tokens(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    names = json.loads(file.read_text())
+    file.write_text(json.dumps(names | {"split_special_tokens": True}))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")("<|im_end|>").input_ids) > 1
+    with pytest.raises(SettingError, match=r"tokenizer_config\.json: split_special_tokens: .*; set it to false$"):
+        ChatTokenizer(tmp_path / "model")
+
+
 @pytest.mark.parametrize("setting", ["tokens", "text"])
 def test_tags_of_the_template_are_tokens_whatever_the_tokenizer_counts_them_as(setting, folder, tmp_path, peer):
     for file in ("tokenizer.json", "config.json", "tokenizer_config.json"):

@@ -56,6 +56,11 @@ class ChatTokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, longest_first)))
         self._tags = {i for i, t in added.items() if t.special and t.content in TEMPLATE_TAGS}
+        if config.get("split_special_tokens"):
+            raise SettingError(
+                f"{folder}/tokenizer_config.json: split_special_tokens: transformers would read the template's own control "
+                "tokens as characters; set it to false"
+            )
         if odd := disagreements(config, added.values()):
             shown = ", ".join(odd[:3]) + f" and {len(odd) - 3} more" * (len(odd) > 3)
             raise SettingError(

@@ -353,7 +353,8 @@ RECORDS = [
     )
 ]
 CONTROL = (
-    "control tokens are spelled in the text of 2 records, where they stay characters: <|im_end|>, <|vision_pad|>; "
+    "control tokens are spelled in the text of 2 records, where they stay characters "
+    "(remove those that a chat template has left there): <|im_end|>, <|vision_pad|>; "
     "first: data/a.json, record 3"
 )
 AS_TOKENS = (
@@ -457,8 +458,8 @@ def test_make_data_tells_it(workers, place):
     done = run(place, *DATA, "--tokenizer", "hf", "--workers", workers)
     assert done.code == 0, done.err
     assert (
-        "\ncontrol tokens are spelled in the text of 600 records, where they stay characters: <|im_end|>; first: data/a.json, "
-        "record 1\nspecial tokens are spelled in the text of 600 records, where each is one token: <|box_start|>; first: "
+        "\ncontrol tokens are spelled in the text of 600 records, where they stay characters (remove those that "
+        "a chat template has left there): <|im_end|>; first: data/a.json, record 1\nspecial tokens are spelled in the text of 600 records, where each is one token: <|box_start|>; first: "
         "data/a.json, record 1\n"
     ) in done.out
     assert "spelled" not in run(place, *DATA, "--workers", workers).out  # without a tokenizer nobody knows
@@ -476,8 +477,8 @@ def test_counts_of_files_add_up():
     }
     assert whole.lines() == [
         (
-            "control tokens are spelled in the text of 2 records, where they stay characters: <0>, <1>, <2>, <3>, <4> and "
-            "2 more; first: a, record 1"
+            "control tokens are spelled in the text of 2 records, where they stay characters (remove those that a chat "
+            "template has left there): <0>, <1>, <2>, <3>, <4> and 2 more; first: a, record 1"
         ),
         r"special tokens are spelled in the text of 2 records, where each is one token: <x>, <y\x1b>; first: b, record 1",
     ]

@@ -24,7 +24,10 @@ TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_re
 Outcome = Literal["control", "text", "token"]
 Spelled = dict[Outcome, set[str]]  # of one record: the special tokens that its text spells
 MESSAGES: dict[Outcome, str] = {
-    "control": "control tokens are spelled in the text of {records}, where they stay characters",
+    "control": (
+        "control tokens are spelled in the text of {records}, where they stay characters "
+        "(remove those that a chat template has left there)"
+    ),
     "text": (
         "special tokens are spelled by user, system or tools in {records}, where they stay characters "
         "(special_tokens_in_prompts: text)"

@@ -457,11 +457,15 @@ def test_make_data_tells_it(workers, place):
     (place / "data/a.json").write_text(json.dumps([{"conversations": turns}] * 600))
     done = run(place, *DATA, "--tokenizer", "hf", "--workers", workers)
     assert done.code == 0, done.err
-    assert (
-        "\ncontrol tokens are spelled in the text of 600 records, where they stay characters (remove those that "
-        "a chat template has left there): <|im_end|>; first: data/a.json, record 1\nspecial tokens are spelled in the text of 600 records, where each is one token: <|box_start|>; first: "
-        "data/a.json, record 1\n"
-    ) in done.out
+    told = [line for line in done.out.splitlines() if "spelled" in line]
+    first = "; first: data/a.json, record 1"
+    assert told == [
+        (
+            "control tokens are spelled in the text of 600 records, where they stay characters (remove those that a chat "
+            f"template has left there): <|im_end|>{first}"
+        ),
+        f"special tokens are spelled in the text of 600 records, where each is one token: <|box_start|>{first}",
+    ]
     assert "spelled" not in run(place, *DATA, "--workers", workers).out  # without a tokenizer nobody knows
 
 

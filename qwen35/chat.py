@@ -119,7 +119,7 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
     enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
     preparation = Preparation(
-        ChatTokenizer(source.tokenizer),
+        ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
         BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking),
         trained.attr,

@@ -97,9 +97,11 @@ def answers(
                 skip(error)
                 continue
             turn = record.turns[-1]
-            right = tokenizer.encode_text(answer_text(turn))
-            thought = len(tokenizer.encode_text(turn.reasoning or "")) + ROOM_TO_THINK if thinks else 0
-            room = max(room, thought + len(right) + 1)
+            right, thought = (
+                tokenizer.encode_text(text, answer=True) for text in (answer_text(turn), turn.reasoning or "")
+            )
+            more = len(thought) + ROOM_TO_THINK if thinks else 0
+            room = max(room, more + len(right) + 1)
             # decoded again: the tokenizer may write a character in another of its Unicode forms
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
         if not asked:

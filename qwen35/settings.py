@@ -58,6 +58,9 @@ class BasicParameters:
     enable_thinking: bool | None = (
         None  # qwen3_5: True trains the thoughts, False drops them, None as the record has it
     )
+    # what a special token that user, system or tools spell becomes: that token, as transformers and vLLM have it when the model
+    # is asked; or the text of its characters. In answers it is a token; the template's control tokens are text everywhere
+    special_tokens_in_prompts: Literal["tokens", "text"] = "tokens"
     train_on_prompt: bool = False  # the loss also counts what the user says
     mask_history: bool = False  # the loss counts only the last answer of a conversation
     # of a sample longer than cutoff_len: error as any record that cannot be used, drop leaves it out, truncate keeps its first

@@ -1,6 +1,8 @@
 """Videos against transformers' Qwen3-VL video processor, whose parts that need no torchvision are called one by one."""
 
 import random
+import re
+import shutil
 import sys
 from fractions import Fraction
 from types import SimpleNamespace
@@ -8,14 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from optional import write_video
+from packaging.version import Version
 from peer import config_dict
 from PIL import Image
-from tokenizer_fixture import make_model_folder
+from tokenizer_fixture import PUBLISHED, make_model_folder
+from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
+from transformers.video_utils import VideoMetadata
 
+from bench.images import peer_processor
 from qwen35.batch import VisionSpec
 from qwen35.data.images import ImageError, ImageProcessor
 from qwen35.data.positions import position_ids
@@ -168,57 +176,136 @@ def test_frames_without_a_rate_are_video_fps_apart(tmp_path, folder):
 # -- tokens and positions -----------------------------------------------------------------------------------------------
 
 
-def test_tokens_and_positions_equal_transformers(tmp_path, folder):
-    from transformers import PreTrainedTokenizerFast
+KINDS = ("qwen3_5", "qwen3_5_moe")
+WRAPPED = "<|vision_start|><|video_pad|><|vision_end|>"
+OUTER_PAIR = Version(transformers.__version__) >= Version("5.10")
 
-    p = preparation(folder, video_max_pixels=4096, image_max_pixels=8192)
-    hf = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    tokenizer, rng = p.tokenizer, random.Random(0)
+
+class Processor(Qwen3VLProcessor):
+    """The class that transformers has for qwen3_5 and qwen3_5_moe, without its look for torchvision: frames of the right size
+    need nothing of that."""
+
+    def check_argument_for_proper_class(self, *_):
+        pass
+
+    @classmethod
+    def of(cls, folder):
+        videos = Qwen3VLVideoProcessor.from_pretrained(folder)
+        videos.resample = None  # a name of torchvision's
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        template = (folder / "chat_template.jinja").read_text()
+        return cls(peer_processor(folder), tokenizer, videos, chat_template=template)
+
+    def inputs(self, text, images, films, fps):
+        """films: of each video all its frames, of which this samples; image_max_pixels is 8192."""
+        sizes = {"size": {"shortest_edge": 1024, "longest_edge": 8192}, "input_data_format": "channels_last"}
+        as_it_is = dict.fromkeys(["do_resize", "do_convert_rgb", "do_rescale", "do_normalize"], False)
+        metadata = [VideoMetadata(total_num_frames=len(frames), fps=fps) for frames in films]
+        options = {"images_kwargs": sizes, "videos_kwargs": {"video_metadata": metadata, **as_it_is}}
+        return self(text=[text], images=images or None, videos=list(films), return_tensors="pt", **options)
+
+
+def with_outer_pairs(text, grids):
+    """Start and end around each whole video, which is so many pairs of frames with their times."""
+    out = ""
+    for t, *_ in grids:
+        found = re.search(rf"(<[0-9.]+ seconds><\|vision_start\|>(<\|video_pad\|>)+<\|vision_end\|>){{{t}}}", text)
+        out += f"{text[: found.start()]}<|vision_start|>{found[0]}<|vision_end|>"
+        text = text[found.end() :]
+    return out + text
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = make_model_folder(tmp_path_factory.mktemp("published"))
+    shutil.copy(PUBLISHED / "video_preprocessor_config.json", folder)
+    names = {getattr(PROCESSOR_MAPPING_NAMES[kind], "__name__", PROCESSOR_MAPPING_NAMES[kind]) for kind in KINDS}
+    assert names == {"Qwen3VLProcessor"}
+    return Processor.of(folder), preparation(
+        folder, video_min_pixels=1024, video_max_pixels=2**20, image_min_pixels=1024, image_max_pixels=8192
+    )
+
+
+def test_tokens_and_positions_equal_transformers(tmp_path, processor):
+    """Real frames through the whole processor, which samples them, times them and lays them out.
+
+    Given the video's pad alone, every release gives our ids. Of what the template writes around it, releases up to 5.9 keep
+    nothing, as the models were trained (see ChatTokenizer.encode); later ones keep a start and an end, and that is all.
+    """
+    theirs, p = processor
+    hf, tokenizer, rng = theirs.tokenizer, p.tokenizer, random.Random(0)
     config = config_dict(moe=False) | {"image_token_id": tokenizer.image_id, "video_token_id": tokenizer.video_id}
     config |= {"vision_start_token_id": hf.convert_tokens_to_ids("<|vision_start|>")}
     with torch.device("meta"):
         peer = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**config)).model
-    Image.fromarray(film(1, 70, 40)[0]).save(tmp_path / "a.png")
-    for case in range(8):
-        order = [*rng.choices(["<image>", "<video>", "x é", "12"], k=rng.randint(1, 6)), "<video>"]
-        videos, grids = [], []
+    picture = film(1, 70, 40)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    for case in range(12):
+        order = [*rng.choices(["<image>", "<video>", "x é", "12", "y "], k=rng.randint(1, 6)), "<video>"]
+        films, videos, fps = [], [], rng.choice([1.0, 3.0, 24.0])
         for place in order:
             if place == "<video>":
-                frames = film(rng.choice([2, 3, 6]), 2 * rng.randint(16, 40), 2 * rng.randint(16, 40), case)
-                videos.append(Video(save(frames, tmp_path / f"{case}_{len(videos)}"), 3.0))
+                films.append(film(rng.choice([2, 3, 6, 31]), 32 * rng.randint(1, 3), 32 * rng.randint(1, 3), case))
+                videos.append(Video(save(films[-1], tmp_path / f"{case}_{len(videos)}"), fps))
         images = (tmp_path / "a.png",) * order.count("<image>")
         content = with_visuals("".join(order), {"<image>": iter(images), "<video>": iter(videos)})
         record = Record("r", (Turn("user", content), Turn("assistant", "A")))
         sample = p.tokenise(record)
-        text = "<|im_start|>user\n"
-        for place in order:
-            if place == "<video>":
-                clip = p.videos.clip(videos[sum(kind == "video" for kind, _ in grids)])
-                pad = "<|video_pad|>" * (clip.grid[1] * clip.grid[2] // 4)
-                for second in times(clip.numbers, 3.0):
-                    text += f"<{second:.1f} seconds><|vision_start|>{pad}<|vision_end|>"
-                grids.append(("video", clip.grid))
-            elif place == "<image>":
-                grid = p.images.grid(images[0])
-                text += f"<|vision_start|>{'<|image_pad|>' * p.images.tokens(grid)}<|vision_end|>"
-                grids.append(("image", grid))
-            else:
-                text += place
-        text += "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA<|im_end|>\n"
-        assert sample.ids.tolist() == hf(text, add_special_tokens=False).input_ids
-        assert sample.grids == [grid for _, grid in grids]
-        ids = torch.from_numpy(sample.ids).long()[None]
-        of = {kind: torch.tensor([grid for k, grid in grids if k == kind]) for kind in ("image", "video")}
-        theirs, _ = peer.get_rope_index(
-            input_ids=ids,
-            mm_token_type_ids=(ids == tokenizer.image_id).int() + 2 * (ids == tokenizer.video_id).int(),
-            image_grid_thw=of["image"] if len(of["image"]) else None,
-            video_grid_thw=of["video"],
-            attention_mask=torch.ones_like(ids),
+        content = [
+            {"type": kind} if (kind := place[1:-1]) in ("image", "video") else {"type": "text", "text": place}
+            for place in order
+        ]
+        text = theirs.apply_chat_template(
+            [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}], tokenize=False
         )
-        spec = VisionSpec(tokenizer.image_id, tokenizer.video_id)
-        assert torch.equal(torch.from_numpy(position_ids(sample.ids, sample.grids, spec)), theirs[:, 0])
+        assert text.count(WRAPPED) == len(videos)
+        bare = theirs.inputs(text.replace(WRAPPED, "<|video_pad|>"), [picture] * len(images), films, fps)
+        assert sample.ids.tolist() == bare["input_ids"][0].tolist()
+        of = {
+            "image": bare["image_grid_thw"].tolist() if images else [],
+            "video": bare["video_grid_thw"].tolist(),
+        }
+        grids = {kind: iter(of[kind]) for kind in of}
+        assert sample.grids == [tuple(next(grids[place[1:-1]])) for place in order if place[1:-1] in of]
+        wrapped = theirs.inputs(text, [picture] * len(images), films, fps)["input_ids"][0].tolist()
+        whole = hf.decode(sample.ids.tolist())
+        if OUTER_PAIR:
+            whole = with_outer_pairs(whole, of["video"])
+        assert hf.decode(wrapped) == whole and wrapped == hf(whole).input_ids
+        for ids in (
+            sample.ids,
+            np.array(wrapped, dtype=np.int32),
+        ):  # the positions follow from the ids, whatever their layout
+            row = torch.from_numpy(ids).long()[None]
+            expected, _ = peer.get_rope_index(
+                input_ids=row,
+                mm_token_type_ids=(row == tokenizer.image_id).int() + 2 * (row == tokenizer.video_id).int(),
+                image_grid_thw=bare["image_grid_thw"] if images else None,
+                video_grid_thw=bare["video_grid_thw"],
+                attention_mask=torch.ones_like(row),
+            )
+            spec = VisionSpec(tokenizer.image_id, tokenizer.video_id)
+            assert torch.equal(torch.from_numpy(position_ids(ids, sample.grids, spec)), expected[:, 0])
         assert sample.trained.sum() == len(hf("A<|im_end|>\n", add_special_tokens=False).input_ids)
+
+
+def test_the_layout_of_one_video(tmp_path, processor):
+    """Two pairs of frames of one token each: what the models were trained with, and what transformers has now."""
+    theirs, p = processor
+    frames = film(4, 32, 32)
+    record = Record(
+        "r", (Turn("user", "<video>"), Turn("assistant", "A")), (), (Video(save(frames, tmp_path / "v"), 2.0),)
+    )
+    ours = p.tokenise(record).ids.tolist()
+    frame = "<|vision_start|><|video_pad|><|vision_end|>"
+    assert theirs.tokenizer.decode(ours).startswith(
+        f"<|im_start|>user\n<0.2 seconds>{frame}<1.2 seconds>{frame}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    text = theirs.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+    given = theirs.inputs(text, [], [frames], 2.0)["input_ids"][0].tolist()
+    start, end = theirs.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    outer = 1 if OUTER_PAIR else 0
+    assert given.count(start) == given.count(end) == ours.count(start) + outer == ours.count(end) + outer
 
 
 # -- what cannot be used ------------------------------------------------------------------------------------------------

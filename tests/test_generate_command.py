@@ -114,7 +114,11 @@ def peer(place: Path, content: list[dict], system: str | None = None, model: str
     if pairs:
         grids = torch.tensor([[(len(frames) + 1) // 2, 2, 2] for frames in videos])
         inputs |= {"pixel_values_videos": torch.cat(pairs), "video_grid_thw": grids}
-    return tokenizer.decode(continued(model, inputs, TOKENS), skip_special_tokens=True) + "\n"
+    mark_up = re.compile(
+        r"<\|(object_ref|box|quad)_(start|end)\|>"
+    )  # which an answer may be made of, so they are shown
+    hidden = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and not mark_up.fullmatch(t.content)}
+    return tokenizer.decode([i for i in continued(model, inputs, TOKENS) if i not in hidden]) + "\n"
 
 
 TIMES = {2: ["0.2"], 3: ["0.2", "1.0"]}  # of the pairs of so many frames, half a second each
@@ -334,7 +338,7 @@ def test_weights_of_another_model_name_both_sides(place, ask):
 
 def test_characters_of_several_tokens_come_whole_and_control_tokens_not_at_all(place):
     tokenizer = ChatTokenizer(place / "hub")  # every character that is not ASCII is several tokens here
-    text = "a 描述 <think>ü</think>\n"
+    text = "a 描述 <think>ü</think><|box_start|>(1,2)<|box_end|>\n"
     ids = tokenizer.encode_text(text)
     pieces = list(generate.whole_characters([tokenizer.im_end_id, *ids, tokenizer.image_id], tokenizer))
     assert "".join(pieces) == text and "描" in pieces and "ü" in pieces and not any("\ufffd" in p for p in pieces)

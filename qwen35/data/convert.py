@@ -27,6 +27,7 @@ from qwen35.data.noticed import Oddity
 from qwen35.data.reading import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
 from qwen35.data.samples import Preparation
+from qwen35.data.special_tokens import Spelled
 from qwen35.data.tally import Tally
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.videos import VideoProcessor
@@ -63,6 +64,8 @@ class Converted:
     images: int
     length: int
     oddity: Oddity | None
+    source: str
+    spelled: Spelled
 
 
 def convert(options: Options) -> str:
@@ -108,6 +111,7 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
                     tally.add(made.turns, made.images, made.length)
                     if made.oddity is not None:
                         tally.noticed.add(made.oddity)
+                    tally.special_tokens.add(made.source, made.spelled)
                     yield separator + made.line
                     separator = ",\n"
                 elif options.tolerates(made):
@@ -144,7 +148,7 @@ def _report(options: Options, tally: Tally) -> str:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":
         lines.append("the images were not looked at (--check none)")
-    lines += tally.noticed.lines("LLaVA's field is image")
+    lines += tally.noticed.lines("LLaVA's field is image") + tally.special_tokens.lines()
     lines.append(tally.histogram())
     if options.tokenizer is None:
         lines.append("for tokens instead of characters name a model folder: make data HF=…")
@@ -184,8 +188,10 @@ class Converter:
                 raise record.error(
                     "has videos, thoughts or calls of tools, which LLaVA's records have not; use it as it is"
                 )
+            spelled: Spelled = {}
             if self._preparation is not None:
-                length = len(self._preparation.tokenise(record).ids)
+                sample = self._preparation.tokenise(record)
+                length, spelled = len(sample.ids), sample.spelled
             else:
                 if self._options.check == "headers":
                     self._check(record)
@@ -195,7 +201,7 @@ class Converter:
         messages = [_message(turn, shows=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length, oddity)
+        return Converted(line, len(messages), len(images), length, oddity, record.source, spelled)
 
     def _check(self, record: Record) -> None:
         """Raises RecordError."""

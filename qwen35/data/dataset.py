@@ -17,6 +17,7 @@ from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
 from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, untold, visual_of
 from qwen35.data.skipped import Skipped
+from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.truncation import cut
 from qwen35.errors import SettingError
 from qwen35.settings import Attr
@@ -96,7 +97,7 @@ class Dataset:
     def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
         """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
         noticed = Noticed.together(samples.noticed for samples in self.files)
-        told = noticed.lines()
+        told = noticed.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
         for setting, name in noticed.unseen.items():
             if vetted is not None and name == getattr(vetted, setting):
                 continue

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from qwen35.data.images import ImageError, ImageProcessor
 from qwen35.data.noticed import Noticed
 from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.skipped import Skipped
+from qwen35.data.special_tokens import SpecialTokens, Spelled
 from qwen35.data.template import training_pieces
 from qwen35.data.tokens import ChatTokenizer, Extent
 from qwen35.data.videos import VideoProcessor
@@ -43,6 +44,7 @@ class TokenisedSample:
     ids: np.ndarray  # [T] int32
     trained: np.ndarray  # [T] bool
     grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
+    spelled: Spelled = field(default_factory=dict)  # special tokens in its text
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class FileSamples:
     records: int  # that were read: N and those left out
     skipped: Skipped
     noticed: Noticed
+    special_tokens: SpecialTokens
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,19 @@ class Preparation:
         folder = settings.tokenizer_dir
         images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
         videos = VideoProcessor.from_folder(folder, limits)
-        return cls(ChatTokenizer(folder), images, param.basic_parameters, param.attr, videos)
+        basic = param.basic_parameters
+        return cls(ChatTokenizer(folder, basic.special_tokens_in_prompts), images, basic, param.attr, videos)
 
     def tokenise(self, record: Record) -> TokenisedSample:
         """Raises RecordError. Images are not decoded, only measured."""
         b = self.basic
         pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
         grids, extents = self.measure(record)
-        ids, trained = self.tokenizer.encode(pieces, extents)
+        spelled: Spelled = {}
+        ids, trained = self.tokenizer.encode(pieces, extents, spelled)
         if not trained[1:].any():
             raise record.error("nothing in it is trained", "nothing trained")
-        return TokenisedSample(ids, trained, grids)
+        return TokenisedSample(ids, trained, grids, spelled)
 
     def folder(self) -> ImageFolder:
         """Raises SettingError."""
@@ -125,7 +130,15 @@ class Preparation:
             del settings[name]
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [asdict(self.images), asdict(self.videos)]
-        made_by = [CACHE_VERSION, str(file), limit, settings, asdict(self.attr), processors]
+        made_by = [
+            CACHE_VERSION,
+            str(file),
+            limit,
+            settings,
+            asdict(self.attr),
+            processors,
+            self.tokenizer.control_names,
+        ]
         digest = hashlib.sha256(json.dumps(made_by).encode())
         for path in (file, self.tokenizer.file):
             digest.update(_file_digest(path))
@@ -208,7 +221,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
     ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
-    skipped, noticed = Skipped(), Noticed.before(preparation.attr)
+    skipped, noticed, special_tokens = Skipped(), Noticed.before(preparation.attr), SpecialTokens()
 
     def skip(error: RecordError) -> None:
         skipped.add(error)
@@ -223,6 +236,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         grids += sample.grids
         counts.append(len(sample.grids))
         sources.append(record.source)
+        special_tokens.add(record.source, sample.spelled)
         visuals += [_plain(visual) for visual in record.visuals]
     return FileSamples(
         str(file),
@@ -236,6 +250,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         len(sources) + len(skipped),
         skipped,
         noticed,
+        special_tokens,
     )
 
 
@@ -263,13 +278,14 @@ def _read(path: Path) -> FileSamples:
     with safe_open(path, framework="pt") as kept:
         names = json.loads(kept.get_tensor("names").numpy().tobytes())
         names["skipped"], names["noticed"] = Skipped(**names["skipped"]), Noticed(**names["noticed"])
+        names["special_tokens"] = SpecialTokens(**names["special_tokens"])
         return FileSamples(**{name: kept.get_tensor(name) for name in TENSORS}, **names)
 
 
 def _write(samples: FileSamples, path: Path) -> None:
     """Raises SettingError."""
     names = {name: getattr(samples, name) for name in NAMES}
-    names |= {"skipped": asdict(samples.skipped), "noticed": asdict(samples.noticed)}
+    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "noticed", "special_tokens")}
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     try:

@@ -10,6 +10,7 @@ from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.noticed import Noticed
 from qwen35.data.record import VISIBLE, RecordError
 from qwen35.data.samples import Preparation, tokenised
+from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
@@ -18,6 +19,7 @@ from qwen35.words import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
+BOUNDARY = "¦"  # between the tokens of what spells a special token, and is none
 IN_TEXT = {code: shown for code, shown in VISIBLE.items() if chr(code) not in "\n\t"}
 
 
@@ -34,10 +36,12 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     noticed = Noticed()
     made = chain.from_iterable(tokenised(f, preparation, None, skip, noticed) for f in dataset_files(basic.dataset))
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
+    special_tokens = SpecialTokens()
     shown = refused = 0
     for record, sample in islice(made, limit):
         yield from _told(left_out)
         shown += 1
+        special_tokens.add(record.source, sample.spelled)
         tokens, left, too_long = len(sample.ids), len(sample.ids), ""
         if tokens > basic.cutoff_len:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
@@ -55,7 +59,11 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {head.translate(VISIBLE)}\n{text}"
     yield from _told(left_out)
-    yield from (f"--- of these: {line}" for line in noticed.lines())
+    lines = noticed.lines() + special_tokens.lines()
+    if {"control", "text"} & special_tokens.records.keys():
+        lines.append(f"such characters have {BOUNDARY} between their tokens")
+    if lines:
+        yield "\n".join(["--- of the records shown:", *lines])
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:
@@ -79,6 +87,32 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
     kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{pad}*{len(stretch)}" if pad else tokenizer.decode(stretch).translate(IN_TEXT)
+        text = f"{pad}*{len(stretch)}" if pad else _text(tokenizer, stretch).translate(IN_TEXT)
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)
+
+
+def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
+    """ids [T] as text. Characters that spell a special token, and are not that token, have BOUNDARY between their tokens."""
+    out = []
+    for is_special, run in groupby(ids, key=tokenizer.is_special):
+        stretch = list(run)
+        text = tokenizer.decode(stretch)
+        spelled = [] if is_special else tokenizer.special_in(text)
+        out.append(_bounded(tokenizer, stretch, spelled) if spelled else text)
+    return "".join(out)
+
+
+def _bounded(tokenizer: ChatTokenizer, ids: Sequence[int], spelled: Sequence[tuple[int, int]]) -> str:
+    """ids [T] as text, with BOUNDARY between the tokens that lie inside the spans `spelled`."""
+    out: list[str] = []
+    pending: list[int] = []
+    at = 0
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd"):  # a whole character
+            out.append(BOUNDARY * any(start < at < end for start, end in spelled) + text)
+            at += len(text)
+            pending = []
+    return "".join(out) + tokenizer.decode(pending)

@@ -10,6 +10,7 @@ from qwen35.data.files import replacing
 from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
 from qwen35.data.skipped import Skipped
+from qwen35.data.special_tokens import SpecialTokens
 
 BUCKETS, WIDTH = 12, 40
 NAMED = 1000  # records left out that the file of the report names
@@ -24,6 +25,7 @@ class Tally:
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of each record
     skipped: Skipped = field(default_factory=Skipped)
     noticed: Noticed = field(default_factory=Noticed)
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)  # where there is a tokenizer
     named: list[str] = field(default_factory=list)  # the first of them, in full
 
     def add(self, turns: int, images: int, length: int) -> None:

@@ -43,13 +43,15 @@ class Piece:
 
     kind "text" is plain: what it spells is never a control token. "control" is one control token. "image" is the place of an
     image: its start, its tokens, its end; "video" that of a video: for each pair of frames its time, then the same. `fresh`:
-    generation would begin here, so tokens do not join what comes before.
+    generation would begin here, so tokens do not join what comes before. `answer`: the assistant's own words, in which special
+    tokens of the tokenizer are tokens.
     """
 
     text: str
     trained: bool = False
     kind: Literal["text", "control", "image", "video"] = "text"
     fresh: bool = False
+    answer: bool = False
 
 
 def render(pieces: Sequence[Piece]) -> str:
@@ -147,8 +149,8 @@ def thinks_by_default(folder: str | Path) -> bool:
     return "enable_thinking is false" in text
 
 
-def _text(text: str, trained: bool = False, fresh: bool = False) -> list[Piece]:
-    return [Piece(text, trained, fresh=fresh)] if text else []
+def _text(text: str, trained: bool = False, fresh: bool = False, answer: bool = False) -> list[Piece]:
+    return [Piece(text, trained, fresh=fresh, answer=answer)] if text else []
 
 
 def _header(role: Role) -> list[Piece]:
@@ -222,7 +224,7 @@ def _json(value: Any) -> str:
 def _answer(record: Record, index: int, template: Template, trained: bool, drop_thought: bool) -> list[Piece]:
     turn = record.turns[index]
     if template == "qwen3_vl_nothink":  # has no place for reasoning_content
-        return [*_header("assistant"), *_text(turn.text, trained, fresh=trained), *_end(trained)]
+        return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
     thought, content = _split_thought(record, index)
     opening = ""
     if index > _last_query(record.turns):  # the template drops the thoughts before the user's last question
@@ -232,7 +234,7 @@ def _answer(record: Record, index: int, template: Template, trained: bool, drop_
     content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
     # without an opening no generation prompt ends here: the tokens are those of the whole text, as later prompts have it
     fresh = trained and bool(opening)
-    return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh), *_end(trained)]
+    return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]
 
 
 def _split_thought(record: Record, index: int) -> tuple[str, str]:

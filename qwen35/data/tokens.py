@@ -1,12 +1,15 @@
 """Pieces of text as token ids, each with whether it is trained."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from qwen35.data.files import read_config
+from qwen35.data.special_tokens import CONTROL_TOKENS, TEMPLATE_TAGS, Outcome, Spelled, disagreements
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
@@ -16,12 +19,13 @@ Extent = int | Sequence[tuple[float, int]]  # tokens of an image; (seconds, toke
 class ChatTokenizer:
     """The tokenizer.json of a model folder.
 
-    Only the template's own control pieces become control tokens: a user who writes `<|im_end|>` or `<|image_pad|>` gets the
-    tokens of these characters. What the tokenizer does not count as special (`<think>`, `<tool_call>`) is recognised in any
-    text, as in the chat template's own output.
+    The ids are those that transformers makes of the whole rendered text, with two exceptions. Only the template's own control
+    pieces become control tokens (see CONTROL_TOKENS): a text that spells `<|im_end|>` or `<|image_pad|>` gets the tokens of
+    these characters. So does, where special_tokens_in_prompts is "text", any special token that user, system or tools spell.
+    What the tokenizer does not count as special (`<think>`, `<tool_call>`) is recognised in any text.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, special_tokens_in_prompts: str = "tokens"):
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise SettingError(f"{path}: no such file; model_name_or_path names a whole Hugging Face folder")
@@ -29,24 +33,46 @@ class ChatTokenizer:
         self._tokenizer = _from_file(path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # special tokens in plain text are plain text
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets count white space
-        self._control = {token: self._id(token) for token in (IM_START, IM_END, VISION_START, IMAGE_PAD, VISION_END)}
-        pad = read_config(folder, "tokenizer_config.json").get("pad_token") or "<|endoftext|>"
-        name = pad.get("content") if isinstance(pad, dict) else pad
-        if not isinstance(name, str) or not name.isprintable():
-            raise SettingError(f"{folder}/tokenizer_config.json: pad_token: {str(pad)[:80]} is not a token")
-        self.pad_id = self._id(name)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._control = {
+            token: self._id(token, added) for token in (IM_START, IM_END, VISION_START, IMAGE_PAD, VISION_END)
+        }
+        config = read_config(folder, "tokenizer_config.json")
+        ends = [
+            _name(folder, config, key, usual) for key, usual in (("pad_token", "<|endoftext|>"), ("eos_token", IM_END))
+        ]
+        self.pad_id, _ = (self._id(name, added) for name in ends)
         self.image_id = self._control[IMAGE_PAD]
-        self.video_id: int | None = self._tokenizer.token_to_id(VIDEO_PAD)
+        has_video = self._tokenizer.token_to_id(VIDEO_PAD) is not None
+        self.video_id = self._id(VIDEO_PAD, added) if has_video else None
         self.im_end_id = self._control[IM_END]
         self.control_ids = list(self._control.values())
+        self._tokens_in_prompts = special_tokens_in_prompts == "tokens"
+        # special tokens that a text may spell, and those that it may become
+        self._special = {i: t.content for i, t in added.items() if t.special and t.content not in TEMPLATE_TAGS}
+        self.control_names = sorted({name for name in self._special.values() if name in (*CONTROL_TOKENS, *ends)})
+        self._markup = {i for i, name in self._special.items() if name not in self.control_names}
+        longest_first = sorted(self._special.values(), key=len, reverse=True)
+        self._spelling = re.compile("|".join(map(re.escape, longest_first)))
+        self._tags = {i for i, t in added.items() if t.special and t.content in TEMPLATE_TAGS}
+        if config.get("split_special_tokens"):
+            raise SettingError(
+                f"{folder}/tokenizer_config.json: split_special_tokens: transformers would read the template's own control "
+                "tokens as characters; set it to false"
+            )
+        if odd := disagreements(config, added.values()):
+            shown = ", ".join(odd[:3]) + f" and {len(odd) - 3} more" * (len(odd) > 3)
+            raise SettingError(
+                f"{path}: does not agree with tokenizer_config.json, by which transformers reads text, about the added "
+                f"tokens {shown}; save the tokenizer with transformers' save_pretrained, which writes both"
+            )
 
-    def _id(self, token: str) -> int:
+    def _id(self, token: str, added: dict[int, AddedToken]) -> int:
         number = self._tokenizer.token_to_id(token)
         if number is None:
             raise SettingError(f"{self.file}: has no token {token}; is it a Qwen3.5 tokenizer?")
-        if self._tokenizer.encode(token, add_special_tokens=False).ids == [number]:
+        if number not in added or not added[number].special:
             raise SettingError(f"{self.file}: {token} is not marked as special, so that any text could contain it")
         return number
 
@@ -54,19 +80,29 @@ class ChatTokenizer:
         """The token of the highest id, and that."""
         return max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
 
-    def encode(self, pieces: Sequence[Piece], visuals: Sequence[Extent] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, pieces: Sequence[Piece], visuals: Sequence[Extent] = (), spelled: Spelled | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """ids [T] int32 and trained [T] bool; visuals: of each image and video, in order of appearance.
 
         An image becomes so many tokens between its start and end; a video, for each of its pairs of frames, the time as text
-        and so many tokens between a start and an end of their own.
+        and so many tokens between a start and an end of their own. `spelled` gets the special tokens that the text spells.
+
+        There is no start and end around a whole video, though the chat template writes them. So the models were trained: the
+        Qwen team's own processor replaces them together with the pad (huggingface/transformers pull request 40795, in releases
+        up to 5.9; the published configs name 4.57), and their code for training and positions describes the same layout
+        (QwenLM/Qwen3-VL, qwen-vl-finetune/qwenvl/data/rope2d.py, get_rope_index_3), as does their model in vLLM. Since 5.10 the
+        processor replaces the pad alone, which came with a refactoring of all processors (pull request 45493), and leaves an
+        outer pair in the prompt; so does vLLM on such a release (vllm-project/vllm pull request 41359).
         """
+        spelled = {} if spelled is None else spelled
         ids: list[int] = []
         trained: list[bool] = []
         run: list[Piece] = []
         extents = iter(visuals)
         for piece in pieces:
             if piece.fresh or piece.kind not in ("text", "video"):  # a video begins with a text
-                self._encode_run(run, ids, trained)
+                self._encode_run(run, ids, trained, spelled)
                 run = []
             if piece.kind == "text":
                 run.append(piece)
@@ -81,33 +117,84 @@ class ChatTokenizer:
                 if self.video_id is None:
                     raise SettingError(f"{self.file}: has no token {VIDEO_PAD}; is it a Qwen3.5 tokenizer?")
                 for seconds, n in extent:
-                    self._encode_run([*run, Piece(f"<{seconds:.1f} seconds>")], ids, trained)
+                    self._encode_run([*run, Piece(f"<{seconds:.1f} seconds>")], ids, trained, spelled)
                     run = []
                     self._encode_visual(n, self.video_id, ids, trained)
-        self._encode_run(run, ids, trained)
+        self._encode_run(run, ids, trained, spelled)
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
 
     def _encode_visual(self, n: int, token: int, ids: list[int], trained: list[bool]) -> None:
         ids += [self._control[VISION_START], *[token] * n, self._control[VISION_END]]
         trained += [False] * (n + 2)
 
-    def encode_text(self, text: str) -> list[int]:
-        """The ids of plain text; what it spells is never a control token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode_text(self, text: str, answer: bool = False) -> list[int]:
+        """The ids of plain text; what it spells is never a control token. answer: as in a Piece."""
+        return self.encode([Piece(text, answer=answer)])[0].tolist()
 
-    def _encode_run(self, run: list[Piece], ids: list[int], trained: list[bool]) -> None:
+    def _encode_run(self, run: list[Piece], ids: list[int], trained: list[bool], spelled: Spelled) -> None:
         """Text between two control tokens, tokenised in one go as at inference, even where only a part is trained."""
-        encoding = self._tokenizer.encode("".join(p.text for p in run), add_special_tokens=False)
-        ids += encoding.ids
-        if len({p.trained for p in run}) <= 1:
-            trained += [bool(run and run[0].trained)] * len(encoding.ids)
+        if not run:
+            return
+        is_markup = self._tokens_in_prompts or any(p.answer for p in run)
+        found, starts = self._encode_text("".join(p.text for p in run), is_markup, spelled)
+        ids += found
+        if len({p.trained for p in run}) == 1:
+            trained += [run[0].trained] * len(found)
             return
         mask = np.repeat([p.trained for p in run], [len(p.text) for p in run])
-        trained += [bool(mask[start]) for start, _ in encoding.offsets]
+        trained += [bool(mask[start]) for start in starts]
+
+    def _encode_text(self, text: str, is_markup: bool, spelled: Spelled) -> tuple[list[int], list[int]]:
+        """The ids of a text, and at which character each begins; is_markup: special tokens that mark up text are tokens."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        special = self._special.keys() & set(ids)
+        if not special:
+            return ids, [start for start, _ in offsets]
+        for token in special:
+            outcome: Outcome = "control" if token not in self._markup else "token" if is_markup else "text"
+            spelled.setdefault(outcome, set()).add(self._special[token])
+        tokens = self._tags | self._markup if is_markup else self._tags
+        if special <= tokens:
+            return ids, [start for start, _ in offsets]
+        # The tokenizer reads what lies between two added tokens by itself, so the rest can be had part by part, as characters.
+        kept = [(token, *offset) for token, offset in zip(ids, offsets, strict=True) if token in tokens]
+        out: list[int] = []
+        starts: list[int] = []
+        done = 0
+        for token, start, end in [*kept, (-1, len(text), len(text))]:
+            part = self._encode_characters(text[done:start])
+            out += [*part.ids, token]
+            starts += [*(done + begin for begin, _ in part.offsets), start]
+            done = end
+        return out[:-1], starts[:-1]
+
+    def _encode_characters(self, text: str) -> Encoding:
+        self._tokenizer.encode_special_tokens = True
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        return encoding
 
     def decode(self, ids: Sequence[int], control: bool = True) -> str:
-        """The text of ids; `control`: special tokens too. What is no whole character is `\ufffd`."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=not control)
+        """The text of ids; `control`: control tokens too. What is no whole character is `\ufffd`."""
+        shown = ids if control else [i for i in ids if i not in self._special or i in self._markup]
+        return self._tokenizer.decode(list(shown), skip_special_tokens=False)
+
+    def special_in(self, text: str) -> list[tuple[int, int]]:
+        """Where a text spells special tokens."""
+        return [found.span() for found in self._spelling.finditer(text)]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+
+def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> str:
+    """Of a token in tokenizer_config.json. Raises SettingError."""
+    token = config.get(key) or usual
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str) or not name.isprintable():
+        raise SettingError(f"{folder}/tokenizer_config.json: {key}: {str(token)[:80]} is not a token")
+    return name
 
 
 def _from_file(path: Path) -> Tokenizer:

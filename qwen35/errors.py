@@ -2,15 +2,45 @@
 
 import argparse
 import json
+import stat
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+LONGEST_LINE = 2000  # characters of one message; what is longer loses its middle
+LARGEST_TEXT_FILE = 256 << 20  # bytes of a recipe, a config, an index of weights
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text of a file or of the network with codes in the place of the characters that a terminal would act on or hide.
+
+    These are controls, escapes, line separators, bidirectional and zero-width characters, and halves of surrogate pairs,
+    which cannot even be printed. `keep`: those that stay all the same.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters: of a longer text its first two thirds and its end."""
+    head = most * 2 // 3
+    return text if len(text) <= most else f"{text[:head]} … {text[len(text) - (most - head - 3) :]}"
+
 
 class UserError(ValueError):
     """What a user can mend. The message is one line: it names the file, record, field or setting, and says what to do."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(visible(message, keep="\n"))  # lists of mistakes have a line for each
 
 
 class SettingError(UserError):
@@ -22,9 +52,10 @@ USER_ERRORS = (UserError, OSError)
 
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        named = f"{error.filename}: " if isinstance(error.filename, str) else ""
-        return f"{named}{error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if isinstance(error.filename, str) else error.strerror
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    return visible(shortened(text, LONGEST_LINE))
 
 
 def complain(error: BaseException, prefix: str = "error: ") -> int:
@@ -65,6 +96,11 @@ def naming(path: str | Path) -> Iterator[None]:
 def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -> str:
     """A text file. Raises `kind`; `absent` is what to say of a file that is not there."""
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise kind(f"{path}: is a pipe or a device, not a file")  # which might never end, or never begin
+        if found.st_size > LARGEST_TEXT_FILE:
+            raise kind(f"{path}: has {found.st_size:,} bytes, more than the {LARGEST_TEXT_FILE:,} of any such file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise kind(f"{path}: {absent}") from None

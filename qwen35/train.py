@@ -27,7 +27,7 @@ from qwen35.checkpoint.saver import Saver
 from qwen35.config import load_settings, to_yaml
 from qwen35.data import MicroBatches
 from qwen35.device import HOST, describe, init_process, is_apart
-from qwen35.errors import USER_ERRORS, Parser, complain
+from qwen35.errors import USER_ERRORS, Parser, complain, visible
 from qwen35.flops import batch_flops, token_counts
 from qwen35.launch import leave, record_failure
 from qwen35.layout import check_layout
@@ -72,7 +72,7 @@ class Run:
 
 def report(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(visible(text, keep="\n\t"), flush=True)  # it may name records and files
 
 
 def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:

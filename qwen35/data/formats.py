@@ -17,6 +17,7 @@ from qwen35.data.folder import ImageFolder
 from qwen35.data.noticed import Noticed, look
 from qwen35.data.reading import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Record, RecordError, Role, Turn
+from qwen35.errors import visible
 from qwen35.settings import Attr
 from qwen35.words import number_of
 
@@ -67,6 +68,7 @@ def parse_record(raw: Any, source: str, names: FieldNames, folder: ImageFolder, 
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
         source = f"{source} (id {' '.join(str(raw['id']).split())[:80]})"
+    source = visible(source)
     if unread := [name for name in names.unread if raw.get(name)]:
         raise RecordError(
             f"{source}: has {', '.join(unread)}, which are not read; training without them would be wrong"

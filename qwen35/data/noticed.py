@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen35.data.fields import FieldNames, Names
-from qwen35.data.record import VISIBLE, Record
+from qwen35.data.record import Record
+from qwen35.errors import visible
 from qwen35.settings import Attr
 from qwen35.words import number_of
 
@@ -57,6 +58,8 @@ class Noticed:
         default_factory=dict
     )  # field -> records without an image that have what looks like one
     first_stray: str = ""
+    aligned_nulls: int = 0  # records of JSON that was made from a table, of whose objects nulls were left out
+    first_aligned: str = ""
 
     @classmethod
     def before(cls, attr: Attr) -> "Noticed":
@@ -75,6 +78,8 @@ class Noticed:
             whole.empty_answers += part.empty_answers
             whole.first_empty = whole.first_empty or part.first_empty
             whole.first_stray = whole.first_stray or part.first_stray
+            whole.aligned_nulls += part.aligned_nulls
+            whole.first_aligned = whole.first_aligned or part.first_aligned
             for name, count in part.strays.items():
                 whole.strays[name] = whole.strays.get(name, 0) + count
         return whole
@@ -112,18 +117,23 @@ class Noticed:
             found = ", ".join(f"{number_of(count, 'record')} in {name!r}" for name, count in self.strays.items())
             told.append(
                 f"what looks like an image or video, and is not read, in records that have none: {found}; {mend}; "
-                f"first: {self.first_stray}".translate(VISIBLE)
+                f"first: {self.first_stray}"
             )
-        return told
+        if self.aligned_nulls:
+            told.append(
+                f"nulls in {number_of(self.aligned_nulls, 'record')} are left out, as of a parquet file: every object of the "
+                f"file has the same keys as its like, so it was written from a table; first: {self.first_aligned}"
+            )
+        return [visible(line) for line in told]
 
     def unread(self, setting: str, data: str) -> str:
         """What is wrong with a name that stayed unseen in all of `data`."""
         of_turns = _is_of_turns(setting)
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MOST_FIELDS]))
         what = "turn of a record" if of_turns else "record"
-        return (
+        return visible(
             f"data.dataset_param.attr.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
-        ).translate(VISIBLE)
+        )
 
 
 def _named(names: FieldNames) -> dict[str, Names]:

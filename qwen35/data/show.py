@@ -7,17 +7,17 @@ import numpy as np
 
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.mixture import dataset_files, dataset_name
-from qwen35.data.record import VISIBLE, RecordError
+from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
+from qwen35.errors import visible
 from qwen35.settings import Settings
 from qwen35.words import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
-IN_TEXT = {code: shown for code, shown in VISIBLE.items() if chr(code) not in "\n\t"}
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
@@ -51,7 +51,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
         head += number_of_visuals(len(record.images), len(record.videos))
         text = marked(preparation.tokenizer, ids, mask, marks)
-        yield f"--- {head.translate(VISIBLE)}\n{text}"
+        yield f"--- {visible(head)}\n{text}"
     yield from _told(left_out)
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
@@ -76,6 +76,6 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
     kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{pad}*{len(stretch)}" if pad else tokenizer.decode(stretch).translate(IN_TEXT)
+        text = f"{pad}*{len(stretch)}" if pad else visible(tokenizer.decode(stretch), keep="\n\t")
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)

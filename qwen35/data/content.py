@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen35.data import strict_json
 from qwen35.data.folder import ImageFolder
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, RecordError, ToolCall, Video
+from qwen35.data.strict_json import LossyJSONError
 
 VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 SIZE_LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -152,14 +154,16 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else []
+        return strict_json.loads(value) if value.strip() else []
+    except LossyJSONError as error:
+        raise RecordError(f"{where}: {error}") from None
     except (ValueError, RecursionError):
         raise RecordError(f"{where}: {value[:80]!r} is not JSON") from None
 
 
 def _check_json(value: Any, where: str) -> None:
     try:
-        text(json.dumps(value, ensure_ascii=False), where)
+        text(json.dumps(value, ensure_ascii=False, allow_nan=False), where)
     except (TypeError, ValueError, RecursionError):
         raise RecordError(f"{where}: holds what JSON cannot say") from None
 

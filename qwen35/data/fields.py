@@ -86,6 +86,11 @@ class FieldNames:
         own = [part for name in named if name.own is not None for part in (name.own, name.own.split(".")[0])]
         return frozenset([*own, *(usual for name in named for usual in name.usual)])
 
+    @cached_property
+    def looked_at(self) -> frozenset[str]:
+        """The fields of a record whose values decide anything; of others only the names are known."""
+        return self.read | {"id", *self.unread, *self.preferences}
+
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
         own: tuple[tuple[str | None, Role], ...] = (

@@ -107,6 +107,11 @@ class Noticed:
                 self.strays[name] = self.strays.get(name, 0) + 1
             self.first_stray = self.first_stray or oddity.source
 
+    def add_nulls(self, source: str) -> None:
+        """Of one more record."""
+        self.aligned_nulls += 1
+        self.first_aligned = self.first_aligned or source
+
     def lines(self, mend: str = "attr.images (or .videos) says which field holds them") -> list[str]:
         """For the start of a run, and for the report of make data. mend: what is to be done about images that are not read."""
         told = []

@@ -29,7 +29,7 @@ from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 5  # of what is kept and how it is made
+CACHE_VERSION = 6  # of what is kept and how it is made
 WAIT = 0.1  # seconds between looks at what another process makes
 Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
 

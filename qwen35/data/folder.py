@@ -55,7 +55,7 @@ class ImageFolder:
 
     def image(self, name: str) -> Path:
         """As `path`; also of a `data:` URL, whose image becomes a file in the cache."""
-        if BASE64.fullmatch(name):
+        if len(name) > SHOWN and BASE64.fullmatch(name):
             raise ValueError(
                 f"{name[:40]!r}… is an image in base64 without its beginning, data:image/png;base64, or the like"
             )

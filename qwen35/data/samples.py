@@ -26,11 +26,12 @@ from qwen35.data.skipped import Skipped
 from qwen35.data.template import training_pieces
 from qwen35.data.tokens import ChatTokenizer, Extent
 from qwen35.data.videos import VideoProcessor
-from qwen35.errors import SettingError, one_line
+from qwen35.errors import SettingError, one_line, shortened
 from qwen35.settings import Attr, BasicParameters, Settings
 
 CACHE_VERSION = 6  # of what is kept and how it is made
 LONGEST_TEXT = 8 << 20  # characters of a record: each takes 170 bytes while it is tokenised, and no model sees as many
+LONGEST_NAME = 200  # characters of an image's path in a message
 WAIT = 0.1  # seconds between looks at what another process makes
 Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is
 
@@ -141,7 +142,7 @@ def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:
         file = visual.source if isinstance(visual.source, Path) else visual.source[0]
     else:
         which, file = f"image {record.images.index(visual) + 1} of {len(record.images)}", visual
-    return record.error(f"{which}, {visual}: {error}", error.kind, str(file))
+    return record.error(f"{which}, {shortened(str(visual), LONGEST_NAME)}: {error}", error.kind, str(file))
 
 
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = untold) -> FileSamples:

@@ -86,10 +86,9 @@ class FieldNames:
         own = [part for name in named if name.own is not None for part in (name.own, name.own.split(".")[0])]
         return frozenset([*own, *(usual for name in named for usual in name.usual)])
 
-    @cached_property
-    def looked_at(self) -> frozenset[str]:
-        """The fields of a record whose values decide anything; of others only the names are known."""
-        return self.read | {"id", *self.unread, *self.preferences}
+    def decides(self, name: str) -> bool:
+        """Whether the value of a record's field does; of others the name is enough."""
+        return name in self.read or name == "id" or name in self.unread or name in self.preferences
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":

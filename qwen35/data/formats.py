@@ -45,7 +45,7 @@ def read_records(
     noticed: gets what is odd about the others.
     """
     names = FieldNames.of(attr)
-    values = read_values(file, lenient=skip is not None, columns=names.looked_at, noticed=noticed)
+    values = read_values(file, lenient=skip is not None, is_asked_for=names.decides, noticed=noticed)
     for number, raw in enumerate(islice(values, limit), 1):
         if noticed is not None and noticed.unseen:
             noticed.look_for_names(raw, names)

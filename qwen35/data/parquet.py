@@ -1,6 +1,6 @@
 """The rows of a parquet file as objects, without the fields that are null: a column's objects all have the fields of any."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ ROWS = 1024  # that are in memory at once
 UNREAD = "(a column that is not read)"
 
 
-def read_parquet(file: Path, columns: Container[str] | None) -> Iterator[dict[str, Any]]:
-    """columns: those whose values are asked for, None for all; the others have UNREAD for a value, and may hold anything.
+def read_parquet(file: Path, is_asked_for: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
+    """is_asked_for: whether a column's values are, None: all are. Others have UNREAD for a value, and may hold anything.
 
     Raises RecordError, SettingError where pyarrow is missing.
     """
@@ -29,7 +29,7 @@ def read_parquet(file: Path, columns: Container[str] | None) -> Iterator[dict[st
             names = table.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
                 raise RecordError(f"{file}: has several columns of the name {twice[0]!r}; keep one of them")
-            read = [name for name in names if columns is None or name in columns]
+            read = [name for name in names if is_asked_for is None or is_asked_for(name)]
             unread = {name: UNREAD for name in names if name not in read}
             for batch in table.iter_batches(batch_size=ROWS, columns=read):
                 values = [_values(batch.column(name), f"{file}, column {name!r}") for name in read]

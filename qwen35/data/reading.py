@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Container, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,18 +21,21 @@ READ = "; what is read: a JSON list, one object a line, or parquet"
 
 
 def read_values(
-    file: Path, lenient: bool = False, columns: Container[str] | None = None, noticed: Noticed | None = None
+    file: Path,
+    lenient: bool = False,
+    is_asked_for: Callable[[str], bool] | None = None,
+    noticed: Noticed | None = None,
 ) -> Iterator[Any]:
     """No more than a part of the file is in memory. Raises RecordError, SettingError where a package is missing.
 
     Nulls that stand for nothing are left out: all of a parquet file, and of JSON those that it has because it was written
     from a table (arrow_json.py), which `noticed` is told. lenient: a record that is not JSON, or that would lose something,
-    becomes a RecordError among the values, unless all are. columns: those of a parquet file whose values are asked for.
+    becomes a RecordError among the values, unless all are. is_asked_for: as for `read_parquet`.
     """
     with file.open("rb") as stream:
         start = stream.read(len(PARQUET))
     if start == PARQUET:
-        yield from read_parquet(file, columns)
+        yield from read_parquet(file, is_asked_for)
     elif what := recognised(file):
         raise RecordError(f"{file}: {what}")
     elif _is_from_table(file):

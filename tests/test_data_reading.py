@@ -18,7 +18,7 @@ from qwen35.data import json_list, reading
 from qwen35.data.json_list import values
 from qwen35.data.reading import read_values
 from qwen35.data.record import LONGEST_MESSAGE, RecordError
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, UserError
 
 VALUE = st.recursive(
     st.one_of(
@@ -63,7 +63,7 @@ def test_any_bytes_are_values_or_one_printable_line(content, lenient, tmp_path_f
     file.write_bytes(content)
     try:
         found = [value for value in read_values(file, lenient) if isinstance(value, RecordError)]
-    except RecordError as error:
+    except UserError as error:
         found = [error]
     assert all(str(error).isprintable() and len(str(error)) <= LONGEST_MESSAGE for error in found)
 

@@ -6,14 +6,42 @@ import json
 import os
 import stat
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+LONGEST_LINE = 2000  # characters of one message; what is longer loses its middle
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text of a file or of the network with codes in the place of the characters that a terminal would act on or hide.
+
+    These are controls, escapes, line separators, bidirectional and zero-width characters, and halves of surrogate pairs,
+    which cannot even be printed. `keep`: those that stay all the same.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many characters: of a longer text its first two thirds and its end."""
+    head = most * 2 // 3
+    return text if len(text) <= most else f"{text[:head]} … {text[len(text) - (most - head - 3) :]}"
+
 
 class UserError(ValueError):
     """What a user can mend. The message is one line: it names the file, record, field or setting, and says what to do."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(visible(message, keep="\n"))  # lists of mistakes have a line for each
 
 
 class SettingError(UserError):
@@ -21,21 +49,15 @@ class SettingError(UserError):
 
 
 USER_ERRORS = (UserError, OSError)
-LARGEST_TEXT = (
-    64 * 2**20
-)  # bytes; the index of a model of 2,400 billion parameters, an entry for each expert, has 20 MB
-
-
-def printable(text: str) -> str:
-    """With escapes for what a terminal would obey and not show: control characters, line ends, marks of direction."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+LARGEST_TEXT = 64 << 20  # bytes; the index of a model of 2,400 billion parameters, an entry for each expert, has 20 MB
 
 
 def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        named = f"{error.filename}: " if isinstance(error.filename, str) else ""
-        return printable(f"{named}{error.strerror}")
-    return printable(" ".join(str(error).split())) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if isinstance(error.filename, str) else error.strerror
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    return visible(shortened(text, LONGEST_LINE))
 
 
 def complain(error: BaseException, prefix: str = "error: ") -> int:

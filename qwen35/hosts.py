@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from qwen35.config import load_settings
 from qwen35.console import outlive_readers, say_at_once
-from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, printable
+from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, visible
 from qwen35.handshake import SECRET, check_secret
 from qwen35.hosts_file import Host, check_environment, read_hosts
 from qwen35.job import AGAIN
@@ -103,7 +103,7 @@ class Node:
             lines.append(self.outputs[stream])
         out = sys.stderr if stream is self.process.stderr else sys.stdout
         for line in lines:
-            words = printable(line.decode(errors="replace").rstrip().expandtabs())
+            words = visible(line.decode(errors="replace").rstrip().expandtabs())
             print(f"{self.host.name}: {words}", file=out, flush=True)
         return bool(more)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen35.errors import UserError, printable
+from qwen35.errors import UserError, visible
 from qwen35.peer import HELLO, Left, Peer
 
 ANSWER = 120.0  # seconds for an answer, once all are there
@@ -130,7 +130,7 @@ class Meeting:
 
 def foreign(words: object) -> str:
     """What another machine says, fit to be printed."""
-    return printable(str(words)[:1000])
+    return visible(str(words)[:1000])
 
 
 def _of(machine: int, words: str) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
-from qwen35.errors import UserError, naming
+from qwen35.errors import UserError, naming, visible
 
 
 class RunError(UserError):
@@ -162,6 +162,7 @@ class Metrics:
 
     def tell(self, text: str) -> None:
         """A line on the console, beside the progress bar; of rank 0 alone."""
+        text = visible(text, keep="\n\t")  # it may name records and files
         if self.bar is not None:
             self.bar.write(text)
         elif self.is_writer:

@@ -6,6 +6,7 @@ from torch import nn
 
 from qwen35.adamw import local
 from qwen35.device import HOST, describe
+from qwen35.errors import visible
 from qwen35.resume import bins_a_step
 from qwen35.settings import Settings
 from qwen35.words import number_of
@@ -13,7 +14,7 @@ from qwen35.words import number_of
 
 def report(text: str) -> None:
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        print(visible(text, keep="\n\t"), flush=True)  # it may name records and files
 
 
 def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, before: str, after: str) -> str:

@@ -13,6 +13,9 @@ import numpy as np
 HAS_PYARROW, HAS_AV = find_spec("pyarrow") is not None, find_spec("av") is not None
 
 
+UNREADABLE = "what pyarrow has no Python value for"  # in the stand-in's files
+
+
 def write_parquet(path: Path, records: list[dict], monkeypatch) -> None:
     if HAS_PYARROW:
         from pyarrow import Table, parquet
@@ -23,6 +26,12 @@ def write_parquet(path: Path, records: list[dict], monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", _pyarrow())
 
 
+def _as_python(value):
+    if value == UNREADABLE:
+        raise ValueError("Nanosecond resolution temporal type 1 is not safely convertible")
+    return value
+
+
 def _pyarrow() -> types.ModuleType:
     import ast
 
@@ -30,8 +39,10 @@ def _pyarrow() -> types.ModuleType:
         pass
 
     class Batch(list):
-        def to_pylist(self):
-            return list(self)
+        num_rows = property(len)
+
+        def column(self, name):
+            return types.SimpleNamespace(to_pylist=lambda: [_as_python(row[name]) for row in self])
 
     class ParquetFile:
         def __init__(self, path):
@@ -41,6 +52,7 @@ def _pyarrow() -> types.ModuleType:
                 raise ArrowException("Parquet magic bytes not found in footer.") from error
             names = dict.fromkeys(name for row in self._rows for name in row)
             self._rows = [{name: row.get(name) for name in names} for row in self._rows]
+            self.schema_arrow = types.SimpleNamespace(names=list(names))
 
         def __enter__(self):
             return self
@@ -48,9 +60,10 @@ def _pyarrow() -> types.ModuleType:
         def __exit__(self, *_):
             pass
 
-        def iter_batches(self, batch_size):
+        def iter_batches(self, batch_size, columns):
             assert batch_size > 0
-            return (Batch(self._rows[i : i + 2]) for i in range(0, len(self._rows), 2))
+            rows = [{name: row[name] for name in columns} for row in self._rows]
+            return (Batch(rows[i : i + 2]) for i in range(0, len(rows), 2))
 
     module = types.ModuleType("pyarrow")
     module.ArrowException = ArrowException

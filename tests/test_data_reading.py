@@ -12,15 +12,18 @@ from io import StringIO
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optional import write_parquet
+from optional import HAS_PYARROW, UNREADABLE, write_parquet
 
+from qwen35.data import json_list, reading
 from qwen35.data.json_list import values
 from qwen35.data.reading import read_values
-from qwen35.data.record import RecordError
-from qwen35.errors import SettingError
+from qwen35.data.record import LONGEST_MESSAGE, RecordError
+from qwen35.errors import SettingError, UserError
 
 VALUE = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5)),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5)
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
     max_leaves=8,
 )
@@ -46,6 +49,23 @@ def test_equals_json_whatever_the_block(content, indent, ascii_, damage):
     expected = outcome(lambda: json.loads(text))
     for block in (1, 3, 50, 1000):
         assert outcome(lambda block=block: list(values(StringIO(text), block))) == expected
+
+
+PIECES = st.sampled_from(
+    [b"{", b"}", b"[", b"]", b'"a"', b":", b",", b"1e999", b"NaN", b"null", b"\n", b"\xff", b"PAR", b"\xe2\x80\xae"]
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(content=st.one_of(st.binary(max_size=40), st.lists(PIECES, max_size=25).map(b"".join)), lenient=st.booleans())
+def test_any_bytes_are_values_or_one_printable_line(content, lenient, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_bytes(content)
+    try:
+        found = [value for value in read_values(file, lenient) if isinstance(value, RecordError)]
+    except UserError as error:
+        found = [error]
+    assert all(str(error).isprintable() and len(str(error)) <= LONGEST_MESSAGE for error in found)
 
 
 def test_a_long_list_is_never_whole_in_memory(tmp_path):
@@ -125,6 +145,46 @@ def test_archives_are_to_be_unpacked(tmp_path, lenient):
             list(read_values(file, lenient))
 
 
+LOSSY = {
+    '{"role": "user", "content": "a", "content": "b"}': "the key 'content' stands twice in one object; keep one of them",
+    '{"a": {"b": [{"c": 1, "c": 1}]}}': "the key 'c' stands twice",
+    '{"weight": 1e400}': "the number 1e400 is too large to be represented; write it as text",
+    '{"weight": -1e400}': "the number -1e400 is too large",
+    '{"weight": NaN}': "NaN is no number in JSON; write null or leave the key out",
+    '{"weight": [-Infinity]}': "-Infinity is no number in JSON",
+}
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+@pytest.mark.parametrize("text", LOSSY)
+def test_what_would_be_lost_is_named(tmp_path, text, form):
+    """And a record like that is left out alone where bad ones may be."""
+    file, good = tmp_path / "a.json", '{"weight": 1e300, "a": {"b": 1, "c": {"b": 2}}}'
+    file.write_text(f"[{good}, {text}, {good}]" if form == "list" else f"{good}\n{text}\n{good}\n")
+    with pytest.raises(RecordError, match=rf"a\.json, record 2: {LOSSY[text]}"):
+        list(read_values(file))
+    first, wrong, last = read_values(file, lenient=True)
+    assert first == last == json.loads(good) and isinstance(wrong, RecordError)
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_a_record_larger_than_any_is_named_before_it_is_read(tmp_path, form, monkeypatch):
+    for module in (json_list, reading):
+        monkeypatch.setattr(module, "LONGEST_VALUE", 3_000_000)
+    file, good, large = tmp_path / "a.json", '{"a": 1}', f'{{"a": "{"x" * 30_000_000}"}}'
+    file.write_text(f"[{good}, {large}, {good}]" if form == "list" else f"{good}\n{large}\n{good}\n")
+    words = r"record 2: (JSON that cannot be read: )?has more than 3,000,000 characters; keep images in files"
+    tracemalloc.start()
+    with pytest.raises(RecordError, match=words):
+        list(read_values(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 27_000_000
+    if form == "lines":
+        first, wrong, last = read_values(file, lenient=True)
+        assert first == last == {"a": 1} and isinstance(wrong, RecordError)
+
+
 def test_parquet(tmp_path, monkeypatch):
     records = [{"id": i, "messages": [{"role": "user", "content": f"é{i}"}]} for i in range(5)]
     write_parquet(tmp_path / "a.parquet", records, monkeypatch)
@@ -142,3 +202,31 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         SettingError, match=r"a\.json: is a parquet file, and pyarrow is missing; install it \(.*pip install"
     ):
         list(read_values(tmp_path / "a.json"))
+
+
+def test_only_the_columns_that_are_asked_for_are_read(tmp_path, monkeypatch):
+    """The others may hold what pyarrow cannot turn into values, as a time in nanoseconds, or gigabytes."""
+    records = [{"messages": [i], "extra": "é"} for i in range(3)]
+    write_parquet(tmp_path / "a.parquet", records, monkeypatch)
+    read = list(read_values(tmp_path / "a.parquet", is_asked_for={"messages", "images"}.__contains__))
+    assert read == [{"messages": [i], "extra": "(a column that is not read)"} for i in range(3)]
+    read = list(read_values(tmp_path / "a.parquet", is_asked_for=lambda _: False))
+    assert read == [dict.fromkeys(records[0], "(a column that is not read)")] * 3
+
+
+def test_a_column_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    if HAS_PYARROW:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        wrong = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+        columns = {"id": pa.array([1], pa.timestamp("ns")), "messages": ["x"], "system": wrong}
+        parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    else:
+        write_parquet(tmp_path / "a.parquet", [{"id": UNREADABLE, "messages": "x", "system": UNREADABLE}], monkeypatch)
+    for column in ("id", "system"):
+        with pytest.raises(RecordError, match=rf"a\.parquet, column '{column}': cannot be read: ") as caught:
+            list(read_values(tmp_path / "a.parquet", is_asked_for={"messages", column}.__contains__))
+        assert "\n" not in str(caught.value)
+    (read,) = read_values(tmp_path / "a.parquet", is_asked_for={"messages"}.__contains__)
+    assert read["messages"] == "x"

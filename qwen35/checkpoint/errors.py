@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen35.errors import UserError, one_line
+from qwen35.errors import UserError, one_line, visible
 
 SHOWN = 3  # names of a kind in a message
 LONGEST = 500  # characters of a message
@@ -52,7 +52,7 @@ class Misfit:
                 rest = ", …" * (len(told) > SHOWN)
                 parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:SHOWN])}{rest}")
                 is_whole &= not rest
-        message = printable(f"{headline}: {'; '.join(parts)}")
+        message = visible(f"{headline}: {'; '.join(parts)}")
         if parts and (not is_whole or len(message) > LONGEST):
             where = f"; all of them: {_write(headline, counts)}"
             room = LONGEST - len(where)
@@ -63,18 +63,13 @@ class Misfit:
 
 def few(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(printable(name[:80]) for name in names[:SHOWN])
+    shown = ", ".join(visible(name[:80]) for name in names[:SHOWN])
     return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
-
-
-def printable(text: str) -> str:
-    """Names come from files: what would move a terminal's cursor, or turn its text around, is a question mark."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
     """A new file that its owner alone can read, with a line for each tensor. Returns its path."""
-    lines = [headline, *(f"{words}: {printable(name)}" for words, names in kinds.items() for name in names)]
+    lines = [headline, *(f"{words}: {visible(name)}" for words, names in kinds.items() for name in names)]
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen35.data import strict_json
 from qwen35.data.fields import IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
+from qwen35.data.strict_json import LossyJSONError
 
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
 MEDIA = ("image", "image_url", "video", "video_url")  # what a content list may name beside text
@@ -160,14 +162,16 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else []
+        return strict_json.loads(value) if value.strip() else []
+    except LossyJSONError as error:
+        raise RecordError(f"{where}: {error}") from None
     except (ValueError, RecursionError):
         raise RecordError(f"{where}: {value[:80]!r} is not JSON") from None
 
 
 def _check_json(value: Any, where: str) -> None:
     try:
-        text(json.dumps(value, ensure_ascii=False), where)
+        text(json.dumps(value, ensure_ascii=False, allow_nan=False), where)
     except (TypeError, ValueError, RecursionError):
         raise RecordError(f"{where}: holds what JSON cannot say") from None
 

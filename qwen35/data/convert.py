@@ -31,7 +31,7 @@ from qwen35.data.special_tokens import Spelled
 from qwen35.data.tally import Tally
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.videos import VideoProcessor
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, visible
 from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 from qwen35.words import number_of
 
@@ -153,7 +153,7 @@ def _report(options: Options, tally: Tally) -> str:
     if options.tokenizer is None:
         lines.append("for tokens instead of characters name a model folder: make data HF=…")
     lines.append(f"for training: dataset={out}, dataset_dir={Path(os.path.realpath(options.images)).parent}")
-    return "\n".join(lines)
+    return visible("\n".join(lines), keep="\n")
 
 
 def _below(options: Options, image: str) -> str:

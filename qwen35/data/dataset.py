@@ -1,6 +1,7 @@
 """All samples of a run: tokens and lengths known from the start, pixels decoded when asked for."""
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.noticed import Noticed
 from qwen35.data.positions import position_ids
 from qwen35.data.record import RecordError
-from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, untold, visual_of
+from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.truncation import cut
@@ -203,6 +204,11 @@ class Dataset:
         pixels = [torch.zeros(0, self.preparation.images.values)]
         for plain, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
             visual = visual_of(plain)
+            if moved := next((path for path in paths_of(visual) if os.path.realpath(path) != str(path)), None):
+                raise RecordError(
+                    f"{samples.sources[i]}: {moved}: has become a link, or a folder above it has, since it was measured; "
+                    "empty cache_dir"
+                )
             try:
                 patches, found = self.preparation.patches(visual)
             except ImageError as error:

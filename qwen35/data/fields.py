@@ -99,6 +99,11 @@ INSTRUCTION = re.compile(
 WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")
 
 
+def is_instruction(name: str) -> bool:
+    """Whether a field's name looks like an instruction on what is trained."""
+    return any(map(INSTRUCTION.fullmatch, WORD.findall(name)))
+
+
 def is_nothing(value: Any) -> bool:
     """Whether a value says nothing: what the tables of Arrow fill up with."""
     if isinstance(value, dict):
@@ -132,7 +137,7 @@ class Fields:
                 if value != harmless:
                     raise RecordError(f"{where}: has {name}, which is not read; {todo}")
             else:
-                if name not in self.not_read and any(map(INSTRUCTION.fullmatch, WORD.findall(name))):
+                if name not in self.not_read and is_instruction(name):
                     raise RecordError(
                         f"{where}: has {str(name)[:80]}, which is not read and looks like an instruction on what is trained; "
                         "if it is none, name it in attr.ignore"
@@ -230,6 +235,10 @@ class FieldNames:
     @cached_property
     def of_turn(self) -> Fields:
         return _fields((self.role, self.content), (*BESIDE_CONTENT, *LOSS), IN_TURNS, OF_TURNS, frozenset())
+
+    def decides(self, name: str) -> bool:
+        """Whether the value of a record's field does; of others the name is enough."""
+        return name in self.read or name in ("id", "loss_mask") or name in self.refused or is_instruction(name)
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":

@@ -9,11 +9,15 @@ import stat
 from pathlib import Path
 
 from qwen35.data.files import replacing
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, shortened
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 LOCAL = "file://"
 DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
+BASE64 = re.compile(  # of a JPEG, PNG, GIF or WebP; of anything that is too long for a name
+    r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/=\s-]{60,}|(?=.*[A-Z])(?=.*[a-z])(?=.*[0-9])[\w+/=\s-]{256,}", re.ASCII
+)
+SHOWN = 80  # characters of a name that a message repeats
 
 
 class ImageFolder:
@@ -35,22 +39,26 @@ class ImageFolder:
             raise ValueError("has a NUL character")
         name = name.removeprefix(LOCAL)
         if ADDRESS.match(name):
-            raise ValueError(f"{name[:80]!r} is an address; only files below dataset_dir are read, so download it")
+            raise ValueError(f"{name[:SHOWN]!r} is an address; only files below dataset_dir are read, so download it")
         whole = os.path.join(self._real, name.rstrip("/"))  # noqa: PTH118  # pathlib is slow where every record passes
         folder, last = os.path.split(whole)
         if last in {"", ".", ".."}:
-            raise ValueError(f"{name!r} is not a file name")
+            raise ValueError(f"{shortened(name, SHOWN)!r} is not a file name")
         if folder not in self._real_folders:
             self._real_folders[folder] = os.path.realpath(folder)
         path = os.path.join(self._real_folders[folder], last)  # noqa: PTH118
         if stat.S_ISLNK(_mode(path)):
             path = os.path.realpath(path)
         if not path.startswith(self._real.rstrip("/") + "/"):
-            raise ValueError(f"{name!r} lies outside dataset_dir {self.root}")
+            raise ValueError(f"{shortened(name, SHOWN)!r} lies outside dataset_dir {self.root}")
         return Path(path)
 
     def image(self, name: str) -> Path:
         """As `path`; also of a `data:` URL, whose image becomes a file in the cache."""
+        if len(name) > SHOWN and BASE64.fullmatch(name):
+            raise ValueError(
+                f"{name[:40]!r}… is an image in base64 without its beginning, data:image/png;base64, or the like"
+            )
         if name[:5].lower() != "data:":
             return self.path(name)
         head = DATA_URL.match(name)

@@ -29,6 +29,7 @@ from qwen35.data.record import (
     with_visuals,
 )
 from qwen35.data.turns import parse_turns
+from qwen35.errors import visible
 from qwen35.settings import Attr
 from qwen35.words import number_of
 
@@ -50,7 +51,8 @@ def read_records(
     noticed: gets what is odd about the others.
     """
     names = FieldNames.of(attr)
-    for number, raw in enumerate(islice(read_values(file, lenient=skip is not None), limit), 1):
+    values = read_values(file, lenient=skip is not None, is_asked_for=names.decides, noticed=noticed)
+    for number, raw in enumerate(islice(values, limit), 1):
         if noticed is not None and noticed.unseen:
             noticed.look_for_names(raw, names)
         try:
@@ -75,6 +77,7 @@ def parse_record(
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
         source = f"{source} (id {' '.join(str(raw['id']).split())[:80]})"
+    source = visible(source)
     parser = Parser(folder, names.ignored)
     parser.check(raw, names.of_record, source)
     found = names.messages.find(raw, source)

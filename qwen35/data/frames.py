@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwen35.data.diagnosis import missing, recognised
 from qwen35.data.images import DAMAGED, ImageError, read_rgb, upright_size
 from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
@@ -47,7 +48,7 @@ def reel(video: Video) -> Reel:
     for number, file in enumerate(files):  # missing ones show now, broken ones when they are decoded
         if not file.is_file():
             with _frame(file, number, len(files)):
-                raise ImageError("is no file" if file.exists() else "no such file", "image missing")
+                raise ImageError("is no file" if file.exists() else missing(file), "image missing")
     with _frame(files[0], 0, len(files)):
         width, height = upright_size(files[0])
     return Reel(len(files), video.fps, width, height)
@@ -118,7 +119,7 @@ def _decode_images(files: Sequence[Path], numbers: Sequence[int]) -> Iterator[np
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; whatever goes wrong inside is a VideoError."""
     if not path.is_file():
-        raise VideoError("is no file" if path.exists() else "no such file", "video missing")
+        raise VideoError("is no file" if path.exists() else missing(path), "video missing")
     try:
         import av
     except ModuleNotFoundError:
@@ -136,7 +137,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except VideoError:
         raise
     except (av.error.FFmpegError, *DAMAGED) as error:
-        raise VideoError(f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise VideoError(recognised(path) or f"cannot be read: {reason}") from None
 
 
 def _file_reel(path: Path, video: Video) -> Reel:

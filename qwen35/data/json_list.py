@@ -1,11 +1,13 @@
 """A JSON list read value by value, whatever its size: only one value and a block of text are in memory."""
 
-import json
 import re
 from collections.abc import Iterator
 from json.decoder import JSONDecodeError
 from typing import Any, TextIO
 
+from qwen35.data.strict_json import StrictDecoder
+
+LONGEST_VALUE = 64 << 20  # characters: more than any record needs, even one that holds its images
 BLOCK = 1 << 20  # characters read at once
 SPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_WORD = 16  # nearer than this to the end of what is read, a word, a number or an escape may be cut in two
@@ -14,7 +16,8 @@ LONGEST_WORD = 16  # nearer than this to the end of what is read, a word, a numb
 def values(stream: TextIO, block: int = BLOCK) -> Iterator[Any]:
     """Of the list that `stream` holds from its start on, one after the other.
 
-    Raises JSONDecodeError with the line and column in the whole file, and what the decoder raises (ValueError, RecursionError).
+    Raises JSONDecodeError with the line and column in the whole file, and what the decoder raises (ValueError, RecursionError);
+    ValueError for a value of more than LONGEST_VALUE. A value that lost something is a LossyJSONError instead.
     """
     window = _Window(stream, block)
     window.expect("[")
@@ -30,6 +33,10 @@ def values(stream: TextIO, block: int = BLOCK) -> Iterator[Any]:
     window.end()
 
 
+def too_long() -> str:
+    return f"has more than {LONGEST_VALUE:,} characters; keep images in files, and cut texts before they get here"
+
+
 class _Window:
     """The part of a text that is being looked at."""
 
@@ -37,7 +44,7 @@ class _Window:
         self._stream, self._block = stream, block
         self._text, self._position, self._is_whole = "", 0, False
         self._line, self._column = 1, 1  # of the first character of the text
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = StrictDecoder().decode_at
 
     def value(self) -> Any:
         wanted = self._block
@@ -53,6 +60,8 @@ class _Window:
                 if end < len(self._text) - LONGEST_WORD or self._is_whole:  # else a number might go on
                     self._position = end
                     return value
+            if len(self._text) - self._position > LONGEST_VALUE:
+                raise ValueError(too_long())
             wanted = self._more(wanted)
 
     def at(self, character: str) -> bool:

@@ -16,13 +16,15 @@ from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vi
 from qwen35.data.dataset import Dataset, Sample
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
-from qwen35.data.parcel import Parcel
+from qwen35.data.parcel import Parcel, shared_memory
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, Progress, untold
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, UserError
 from qwen35.processes import die_with, obey
 from qwen35.settings import Attr, Settings, dataset_entries
 from qwen35.words import number_of, number_of_visuals
+
+PROBE = 1 << 20  # bytes of shared memory that there must be before workers are started
 
 
 class MicroBatches:
@@ -98,7 +100,7 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         for batch in in_background(self._batches, self._order, self._workers, self._pin):
-            if isinstance(batch, RecordError):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
 
@@ -123,8 +125,13 @@ def open_dataset(settings: Settings, progress: Progress, vetted: Attr | None = N
 
 def in_background(
     batches: "DecodedBins", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
-) -> "DataLoader[PackedBatch | RecordError]":
-    """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers."""
+) -> "DataLoader[PackedBatch | UserError]":
+    """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers.
+
+    Raises SettingError where /dev/shm is full.
+    """
+    if workers:
+        shared_memory(PROBE)  # which is given back at once: the DataLoader's own start fails with a traceback
     return DataLoader(
         batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
         batch_size=None,
@@ -186,7 +193,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _wrapped(batch: Any) -> Any:
-    return Parcel(batch) if isinstance(batch, PackedBatch) else batch
+    try:
+        return Parcel(batch) if isinstance(batch, PackedBatch) else batch
+    except SettingError as error:
+        return error
 
 
 def _start_worker(parent: int, _: int) -> None:

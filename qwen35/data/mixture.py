@@ -20,6 +20,8 @@ def dataset_files(dataset: str | Sequence[DatasetFile]) -> list[Path]:
     for file in files:
         if file.is_dir():
             raise SettingError(f"{SETTING}: {file}: is a folder; name the files in it, with commas between them")
+        if file.exists() and not file.is_file():
+            raise SettingError(f"{SETTING}: {file}: is a pipe or a device; write its records to a file first")
         if not file.is_file():
             raise SettingError(f"{SETTING}: {file}: no such file below {Path.cwd()}")
     return files

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen35.data.fields import FieldNames, Names
-from qwen35.data.record import VISIBLE, Record
+from qwen35.data.record import Record
+from qwen35.errors import visible
 from qwen35.settings import Attr
 from qwen35.words import number_of
 
@@ -23,6 +24,11 @@ COUNTED = {  # of what is trained as it is, how it is told: of one, of several
         "placeholder",
         "(<image>, <video>) is text, no place",
         "(<image>, <video>) are text, no places",
+    ),
+    "nulls": (  # every object of the file has the same keys as its like, so it was written from a table
+        "record",
+        "has nulls that a table filled in; they are left out, as of a parquet file",
+        "have nulls that a table filled in; they are left out, as of a parquet file",
     ),
     "reordered": ("tool response", "was put into the order of the calls", "were put into the order of the calls"),
 }
@@ -135,6 +141,10 @@ class Noticed:
                 self.strays[name] = self.strays.get(name, 0) + 1
             self.first_stray = self.first_stray or oddity.source
 
+    def add_nulls(self, source: str) -> None:
+        """Of one more record."""
+        _count(self.counts, "nulls", 1, source)
+
     def lines(self, mend: str = "attr.images (or .videos) says which field holds them") -> list[str]:
         """For the start of a run, and for the report of make data. mend: what is to be done about images that are not read."""
         told = []
@@ -145,23 +155,23 @@ class Noticed:
             found = ", ".join(f"{number_of(count, 'record')} in {name!r}" for name, count in self.strays.items())
             told.append(
                 f"what looks like an image or video, and is not read, in records that have none: {found}; {mend}; "
-                f"first: {self.first_stray}".translate(VISIBLE)
+                f"first: {self.first_stray}"
             )
         if self.unread:
             names = [
                 f"{name} ({number_of(count, 'time')}, first: {first})" for name, (count, first) in self.unread.items()
             ]
-            told.append(f"fields that are not read: {', '.join(names)}".translate(VISIBLE))
-        return told
+            told.append(f"fields that are not read: {', '.join(names)}")
+        return [visible(line) for line in told]
 
     def unread_name(self, setting: str, data: str) -> str:
         """What is wrong with a name that stayed unseen in all of `data`."""
         of_turns = _is_of_turns(setting)
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MOST_FIELDS]))
         what = "turn of a record" if of_turns else "record"
-        return (
+        return visible(
             f"data.dataset_param.attr.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
-        ).translate(VISIBLE)
+        )
 
 
 def _named(names: FieldNames) -> dict[str, Names]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import PackedBatch, each
+from qwen35.errors import SettingError
 
 ALIGN = 64  # bytes: any type may begin there, and a line of the cache does
 
@@ -23,6 +24,20 @@ class Place:
     start: int  # bytes
     shape: torch.Size
     dtype: torch.dtype
+
+
+def shared_memory(size: int) -> Tensor:
+    """[size] uint8. Raises SettingError where there is no room: containers have 64 MB of it unless they are told otherwise."""
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise SettingError(
+            f"/dev/shm has no room for {size:,} bytes of a batch; start the container with --shm-size=16g or --ipc=host, or "
+            "set data.dataloader_param.num_workers: 0"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 class Parcel:
@@ -39,7 +54,7 @@ class Parcel:
             return tensors[-1][0]
 
         self.outline = each(batch, place)
-        self.memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        self.memory = shared_memory(size)
         for where, tensor in tensors:
             view(self.memory, where).copy_(tensor)
 

@@ -2,40 +2,62 @@
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qwen35.data import json_list
+from qwen35.data.arrow_json import is_from_table, without_nulls
+from qwen35.data.diagnosis import recognised
+from qwen35.data.json_list import LONGEST_VALUE, too_long
+from qwen35.data.noticed import Noticed
+from qwen35.data.parquet import PARQUET, read_parquet
 from qwen35.data.record import RecordError
-from qwen35.errors import SettingError, one_line
+from qwen35.data.strict_json import LossyJSONError, StrictDecoder
+from qwen35.errors import one_line
 
-PARQUET = b"PAR1"
-PACKED = (
-    b"PK\x03\x04",
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ\x00",
-    b"\x28\xb5\x2f\xfd",
-    b"7z\xbc\xaf\x27\x1c",
-)  # zip, gzip, bzip2, xz, zstd, 7z
 READ = "; what is read: a JSON list, one object a line, or parquet"
-ROWS = 1024  # of a parquet file that are in memory at once
 
 
-def read_values(file: Path, lenient: bool = False) -> Iterator[Any]:
+def read_values(
+    file: Path,
+    lenient: bool = False,
+    is_asked_for: Callable[[str], bool] | None = None,
+    noticed: Noticed | None = None,
+) -> Iterator[Any]:
     """No more than a part of the file is in memory. Raises RecordError, SettingError where a package is missing.
 
-    lenient: a line that is not JSON becomes a RecordError among the values, unless no line of the file is.
+    Nulls that stand for nothing are left out: all of a parquet file, and of JSON those that it has because it was written
+    from a table (arrow_json.py), which `noticed` is told. lenient: a record that is not JSON, or that would lose something,
+    becomes a RecordError among the values, unless all are. is_asked_for: as for `read_parquet`.
     """
     with file.open("rb") as stream:
-        start = stream.read(8)
-    if start.startswith(PACKED):
-        raise RecordError(f"{file}: is compressed; unpack it first")
-    yield from _parquet(file) if start.startswith(PARQUET) else _json(file, lenient)
+        start = stream.read(len(PARQUET))
+    if start == PARQUET:
+        yield from read_parquet(file, is_asked_for)
+    elif what := recognised(file):
+        raise RecordError(f"{file}: {what}")
+    elif _is_from_table(file):
+        for number, value in enumerate(_json(file, lenient), 1):
+            whole = value if isinstance(value, RecordError) else without_nulls(value)
+            if noticed is not None and whole != value:
+                noticed.add_nulls(f"{file}, record {number}")
+            yield whole
+    else:
+        yield from _json(file, lenient)
 
 
-def _json(file: Path, lenient: bool) -> Iterator[Any]:
+def _is_from_table(file: Path) -> bool:
+    """Read as far as it takes to know; what cannot be read is told when its turn comes."""
+    with closing(_json(file, lenient=True)) as values:
+        try:
+            return is_from_table(value for value in values if not isinstance(value, RecordError))
+        except RecordError:
+            return False
+
+
+def _json(file: Path, lenient: bool) -> Generator[Any, None, None]:
     broken: list[RecordError] = []
     number = 0
     try:
@@ -44,20 +66,14 @@ def _json(file: Path, lenient: bool) -> Iterator[Any]:
             while start.isspace():
                 start = stream.read(1)
             stream.seek(0)
-            if start == "[":
-                for value in json_list.values(stream):
-                    number += 1
-                    yield value
-                return
-            for line in stream:
-                if line.strip():
-                    number += 1
-                    value = _json_line(line, f"{file}, record {number}", is_first=number == 1)
-                    if isinstance(value, RecordError):
-                        broken.append(value)
-                        if not lenient:
-                            raise value
-                    yield value
+            for value in json_list.values(stream) if start == "[" else _lines(stream):
+                number += 1
+                if isinstance(value, ValueError):
+                    value = _wrong(value, f"{file}, record {number}", is_first=number == 1)
+                    broken.append(value)
+                    if not lenient:
+                        raise value
+                yield value
     except json.JSONDecodeError as error:
         where = f"at line {error.lineno}, column {error.colno}, after {number:,} records"
         raise RecordError(f"{file}: not JSON: {error.msg} {where}") from None
@@ -66,10 +82,10 @@ def _json(file: Path, lenient: bool) -> Iterator[Any]:
     except RecordError:
         raise
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
-        raise RecordError(f"{file}: JSON that cannot be read: {one_line(error)}") from None
+        raise RecordError(f"{file}: JSON that cannot be read: record {number + 1}: {one_line(error)}") from None
     if start == "":
         raise RecordError(f"{file}: is empty")
-    if len(broken) == number:
+    if broken and len(broken) == number:
         raise broken[0]
 
 
@@ -88,35 +104,28 @@ def _first_wrong_byte(file: Path) -> int:
             read += len(block)
 
 
-def _json_line(line: str, source: str, is_first: bool) -> Any:
-    """Its value, or what is wrong with it; of the first, and of several values in one, perhaps the whole form."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+def _lines(stream: TextIO) -> Iterator[Any]:
+    """The value of each line, or the ValueError that says why it has none."""
+    decode = StrictDecoder().decode
+    while line := stream.readline(LONGEST_VALUE + 1):
+        if len(line) > LONGEST_VALUE:
+            while line and not line.endswith("\n"):
+                line = stream.readline(LONGEST_VALUE)
+            yield ValueError(too_long())
+        elif line.strip():
+            try:
+                yield decode(line)
+            except ValueError as error:
+                yield error
+            except RecursionError as error:
+                yield ValueError(one_line(error))
+
+
+def _wrong(error: ValueError, source: str, is_first: bool) -> RecordError:
+    """What is wrong with a record; with the first, and with several values in one line, perhaps the whole form."""
+    if isinstance(error, json.JSONDecodeError):
         form = READ if is_first or error.msg == "Extra data" else ""
         return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line{form}", "not JSON")
-    except (ValueError, RecursionError) as error:
-        return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")
-
-
-def _without_nulls(value: Any) -> Any:
-    """Else the call of one tool would have the arguments of the others."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-def _parquet(file: Path) -> Iterator[Any]:
-    """Each row as an object, without the fields that are null: a column's objects all have the fields of any of them."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError:
-        raise SettingError(
-            f"{file}: is a parquet file, and pyarrow is missing; install it (.venv/bin/pip install pyarrow)"
-        ) from None
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=ROWS):
-                yield from map(_without_nulls, batch.to_pylist())
-    except (ArrowException, OSError) as error:
-        raise RecordError(f"{file}: parquet that cannot be read: {one_line(error)}") from None
+    if isinstance(error, LossyJSONError):
+        return RecordError(f"{source}: {error}")
+    return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.errors import UserError
+from qwen35.errors import UserError, shortened, visible
 
 Role = Literal["system", "user", "assistant", "tool"]
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 PLACEHOLDER = re.compile(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})")
-# control characters by their codes: what a record says, or a file is called, must not move the cursor
-VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+LONGEST_MESSAGE = 600  # characters, whatever a record or the path of its image holds
 
 
 class RecordError(UserError):
@@ -20,7 +19,7 @@ class RecordError(UserError):
 
     def __init__(self, message: str, kind: str = "malformed", image: str | None = None):
         """kind: in two or three words what is wrong; image: the file that made the record a bad one."""
-        super().__init__(message.translate(VISIBLE))
+        super().__init__(shortened(visible(message), LONGEST_MESSAGE))
         self.kind, self.image = kind, image
 
 

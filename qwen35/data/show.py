@@ -8,19 +8,19 @@ import numpy as np
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.noticed import Noticed
-from qwen35.data.record import VISIBLE, RecordError
+from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.truncation import cut
+from qwen35.errors import visible
 from qwen35.settings import Settings
 from qwen35.words import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
 BOUNDARY = "¦"  # between the tokens of what spells a special token, and is none
-IN_TEXT = {code: shown for code, shown in VISIBLE.items() if chr(code) not in "\n\t"}
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
@@ -57,7 +57,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
         head += number_of_visuals(len(record.images), len(record.videos))
         text = marked(preparation.tokenizer, ids, mask, marks)
-        yield f"--- {head.translate(VISIBLE)}\n{text}"
+        yield f"--- {visible(head)}\n{text}"
     yield from _told(left_out)
     lines = noticed.lines() + special_tokens.lines()
     if {"control", "text"} & special_tokens.records.keys():
@@ -87,7 +87,7 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
     kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{pad}*{len(stretch)}" if pad else _text(tokenizer, stretch).translate(IN_TEXT)
+        text = f"{pad}*{len(stretch)}" if pad else visible(_text(tokenizer, stretch), keep="\n\t")
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken
 
-from qwen35.data.record import VISIBLE
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from qwen35.errors import visible
 from qwen35.words import number_of
 
 # Special tokens that separate turns, end an answer, or stand for what is not text. Text that spells one of them stays text,
@@ -93,5 +93,5 @@ class SpecialTokens:
                     f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
                 )
                 told = message.format(records=number_of(self.records[outcome], "record"))
-                lines.append(f"{told}: {shown}; first: {self.first[outcome]}".translate(VISIBLE))
+                lines.append(visible(f"{told}: {shown}; first: {self.first[outcome]}"))
         return lines

@@ -75,12 +75,14 @@ def training_pieces(
     """
     _check(record, template)
     trained = [_is_trained(record, i, train_on_prompt, mask_history) for i in range(len(record.turns))]
+    last_query = _last_query(record.turns)
     pieces: list[Piece] = []
     if record.tools:
         pieces += _tools_turn(record, trained[0] if record.turns[0].role == "system" else train_on_prompt)
     for i, turn in enumerate(record.turns):
         if turn.role == "assistant":
-            pieces += _answer(record, i, template, trained[i], drop_thought=enable_thinking is False)
+            drop_thought = enable_thinking is False
+            pieces += _answer(record, i, template, trained[i], drop_thought, is_history=i <= last_query)
         elif turn.role == "tool":
             pieces += _tool_response(record.turns, i, trained[i])
         elif turn.role == "user" or not record.tools:
@@ -221,13 +223,16 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _answer(record: Record, index: int, template: Template, trained: bool, drop_thought: bool) -> list[Piece]:
+def _answer(
+    record: Record, index: int, template: Template, trained: bool, drop_thought: bool, is_history: bool
+) -> list[Piece]:
+    """is_history: of before the user's last question, whose thoughts the template drops."""
     turn = record.turns[index]
     if template == "qwen3_vl_nothink":  # has no place for reasoning_content
         return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
     thought, content = _split_thought(record, index)
     opening = ""
-    if index > _last_query(record.turns):  # the template drops the thoughts before the user's last question
+    if not is_history:
         thought = "" if drop_thought else thought
         opening = "<think>\n" if thought else EMPTY_THOUGHT
     answer = content + _calls(turn.tool_calls, content)

@@ -7,8 +7,9 @@ from qwen35.batch import PackedBatch
 from qwen35.data.loader import DecodedBins, in_background, open_dataset
 from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch
-from qwen35.data.record import Record, RecordError
+from qwen35.data.record import Record
 from qwen35.data.samples import Progress, tokenised, untold
+from qwen35.errors import UserError
 from qwen35.settings import DatasetFile, DatasetParam, Settings
 
 
@@ -42,7 +43,7 @@ class ValidationSet:
         self._loader = in_background(
             DecodedBins(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, again=True
         )
-        self._next: Iterator[PackedBatch | RecordError] | None = None
+        self._next: Iterator[PackedBatch | UserError] | None = None
         self.fingerprint = self.dataset.fingerprint(f"{basic.cutoff_len}")
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class ValidationSet:
 
     def __iter__(self) -> Iterator[PackedBatch]:
         for batch in self._next or iter(self._loader):
-            if isinstance(batch, RecordError):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
         self.start()

@@ -1,0 +1,63 @@
+"""Why a file cannot be used, and what to do: what its first bytes say it is, or what it is called instead."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote
+
+COMPRESSED = "is compressed; unpack it first"
+LFS = "is a pointer of Git LFS, not the file itself; fetch the files with git lfs pull"
+PAGE = "is a web page, as a download that failed leaves it; download the file again"
+SIGNATURES = (
+    (
+        rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c",
+        COMPRESSED,
+    ),  # zip gzip bzip2 xz zstd 7z
+    (rb"version https://git-lfs\.", LFS),
+    (rb"(?i:\s*(<!--.*?-->\s*)?<(!doctype )?html)", PAGE),
+    (rb"(?i:\s*(<\?xml.*?\?>\s*)?(<!.*?>\s*)*<svg)", "is SVG, a drawing and not an image of pixels; make it PNG"),
+    (rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "is HEIC, which is not read; make it JPEG or PNG"),
+    (rb"....ftypavi[fs]", "is AVIF, which this Pillow does not read; make it JPEG or PNG"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "is JPEG XL, which is not read; make it JPEG or PNG"),
+    (rb"%PDF-", "is a PDF; make an image of each page"),
+)
+HEAD = 512  # bytes that are looked at
+
+
+def recognised(path: str | Path) -> str | None:
+    """Of a file that is not what it should be: what it is instead, and what to do. Raises OSError."""
+    with Path(path).open("rb") as file:
+        head = file.read(HEAD)
+    return next((words for pattern, words in SIGNATURES if re.match(pattern, head, re.DOTALL)), None)
+
+
+def missing(path: str | Path) -> str:
+    """Of a file that is not there: that, and how one that is there writes its name."""
+    for other, how in _other_names(str(path)):
+        if other != str(path) and os.path.isfile(other):  # noqa: PTH113  # False for names that are too long, too
+            return (
+                f"no such file; it is there under a name that looks alike, {how}: rename it, or write its name as it is"
+            )
+    return "no such file"
+
+
+def _other_names(path: str) -> Iterator[tuple[str, str]]:
+    yield _in_form(path, "NFC"), "in the Unicode form NFC"
+    yield _in_form(path, "NFD"), "in the Unicode form NFD"
+    if ".." not in path.replace("\\", "/").split("/"):
+        yield path.replace("\\", "/"), "with / for \\"
+    if ".." not in unquote(path).split("/"):
+        yield unquote(path), "without the %-codes of an address"
+
+
+def _in_form(path: str, form: Literal["NFC", "NFD"]) -> str:
+    """The path with those of its names in this form that are not there as they are."""
+    found = "/" if path.startswith("/") else ""
+    for name in path.strip("/").split("/"):
+        same = os.path.join(found, name)  # noqa: PTH118
+        is_there = os.path.exists(same)  # noqa: PTH110
+        found = same if is_there else os.path.join(found, unicodedata.normalize(form, name))  # noqa: PTH118
+    return found

@@ -1,0 +1,148 @@
+"""JSON lines that an Arrow table was written to: the nulls that it fills in are left out, those that somebody wrote stay."""
+
+import json
+
+import pytest
+from optional import HAS_PYARROW, write_parquet
+
+from qwen35.data.fields import FieldNames
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import parse_record, read_records
+from qwen35.data.noticed import Noticed
+from qwen35.data.reading import read_values
+from qwen35.data.template import render, training_pieces
+from qwen35.settings import Attr
+
+
+def tool(name, **properties):
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+    }
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+STRING = {"type": "string"}
+ASKED = {"role": "user", "content": "Weather in Oslo, and the price of ABC?"}
+ANSWER = {"role": "assistant", "content": "Rain, 12."}
+# as somebody writes it, and as `Dataset.to_json` writes the table that was made of it
+WRITTEN = {
+    "messages": [
+        ASKED,
+        {"role": "assistant", "tool_calls": [call("weather", city="Oslo"), call("price", ticker="ABC")]},
+        {"role": "tool", "content": "rain"},
+        {"role": "tool", "content": "12"},
+        ANSWER,
+    ],
+    "tools": [tool("weather", city=STRING), tool("price", ticker=STRING)],
+}
+ALIGNED = {
+    "messages": [
+        ASKED | {"tool_calls": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call("weather", city="Oslo", ticker=None), call("price", ticker="ABC", city=None)],
+        },
+        {"role": "tool", "content": "rain", "tool_calls": None},
+        {"role": "tool", "content": "12", "tool_calls": None},
+        ANSWER | {"tool_calls": None},
+    ],
+    "tools": [tool("weather", city=STRING, ticker=None), tool("price", ticker=STRING, city=None)],
+}
+NO_CALLS = {
+    "messages": [ASKED | {"tool_calls": None}, ANSWER | {"tool_calls": None}],
+    "tools": [tool("weather", city=STRING, ticker=None)],
+}
+
+
+def lines(folder, *records):
+    file = folder / "a.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return file
+
+
+def text(folder, file):
+    (record,) = read_records(file, Attr(), ImageFolder(folder))
+    return render(training_pieces(record, "qwen3_5"))
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_what_a_table_fills_in_is_not_trained(tmp_path, form):
+    file, noticed = lines(tmp_path, ALIGNED), Noticed()
+    if form == "list":
+        file.write_text(json.dumps([ALIGNED]))
+    assert list(read_values(file, noticed=noticed)) == [WRITTEN]
+    assert noticed.aligned_nulls == 1
+    (told,) = noticed.lines()
+    assert told.startswith("nulls in 1 record are left out, as of a parquet file") and f"{file}, record 1" in told
+    written = text(tmp_path, file)
+    assert "None" not in written and "null" not in written
+    assert written == text(tmp_path, lines(tmp_path, WRITTEN))
+
+
+def test_as_parquet_is_read(tmp_path, monkeypatch):
+    """By pyarrow itself where it is installed: it aligns the objects, and writes them as the cases above have them."""
+    write_parquet(tmp_path / "a.parquet", [WRITTEN] if HAS_PYARROW else [ALIGNED], monkeypatch)
+    assert list(read_values(tmp_path / "a.parquet")) == list(read_values(lines(tmp_path, ALIGNED))) == [WRITTEN]
+
+
+def test_the_whole_file_shows_what_a_record_does_not(tmp_path):
+    """One tool alone could have a parameter of any kind; its neighbours show where the null comes from."""
+    read = list(read_values(lines(tmp_path, *[NO_CALLS] * 3, ALIGNED)))
+    assert read[0]["tools"] == [tool("weather", city=STRING)] and read[3] == WRITTEN
+
+
+def test_a_property_that_is_null_is_no_schema(tmp_path):
+    (read,) = read_values(lines(tmp_path, NO_CALLS))
+    assert read["tools"] == [tool("weather", city=STRING)]
+
+
+GENUINE = {"messages": [ASKED, {"role": "assistant", "tool_calls": [call("weather", city="Oslo", unit=None)]}]}
+DEFAULT = {"messages": [ASKED, ANSWER], "tools": [tool("weather", city=STRING | {"default": None})]}
+
+
+WRITTEN_NULLS = {
+    "an argument": [GENUINE],
+    "an argument twice": [GENUINE, GENUINE],
+    "a default": [DEFAULT],
+    "a default in one of two": [DEFAULT, {"messages": [ASKED, ANSWER], "tools": [tool("weather", city=STRING)]}],
+    "a record that cannot come from the table": [ALIGNED, WRITTEN],
+    "late in the file": [ALIGNED] * 1500 + [GENUINE],
+    "text and objects": [{"turns": [{"value": call("f", a=None)}, {"value": "x"}, {"value": None}]}] * 2,
+    "text and numbers": [
+        {"a": None, "b": {"x": None}},
+        {"a": 1, "b": {"x": "text"}},
+        {"a": 2, "b": {"x": 3}},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_NULLS)
+def test_a_null_that_somebody_wrote_stays(tmp_path, name):
+    records = WRITTEN_NULLS[name]
+    noticed = Noticed()
+    assert list(read_values(lines(tmp_path, *records), noticed=noticed)) == records
+    assert noticed.lines() == []
+
+
+def test_a_null_argument_is_trained(tmp_path):
+    record = parse_record(
+        {"messages": [*GENUINE["messages"], {"role": "tool", "content": "x"}, ANSWER]},
+        "x",
+        FieldNames.of(Attr()),
+        ImageFolder(tmp_path),
+    )
+    assert "<parameter=unit>\nNone\n</parameter>" in render(training_pieces(record, "qwen3_5"))
+
+
+def test_lists_keep_their_nulls_and_depth_is_no_crash(tmp_path):
+    enum = {"messages": [{"a": [1, None], "b": None}, {"a": [2, None], "b": 1}]}
+    assert list(read_values(lines(tmp_path, enum))) == [{"messages": [{"a": [1, None]}, {"a": [2, None], "b": 1}]}]
+    deep = None
+    for _ in range(300):
+        deep = {"a": deep}
+    assert list(read_values(lines(tmp_path, {"x": deep, "y": None}, {"x": deep, "y": 1})))[1] == {"x": deep, "y": 1}

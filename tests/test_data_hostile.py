@@ -1,0 +1,195 @@
+"""Records, images and kept tokens of a stranger, or of a broken disk: nothing more is trained or read than may be."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizer_fixture import make_model_folder
+
+from qwen35.config import from_flat, to_yaml
+from qwen35.data import MicroBatches, RecordError, template
+from qwen35.data import samples as module
+from qwen35.data.__main__ import main
+from qwen35.data.loader import PROBE
+from qwen35.data.parcel import shared_memory
+from qwen35.data.record import Record, Turn
+from qwen35.data.samples import LONGEST_TEXT, Preparation, load_samples, make_samples
+from qwen35.data.template import training_pieces
+from qwen35.errors import SettingError
+
+BASIC = "data.dataset_param.basic_parameters"
+SHM_FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+def turns(asked, answer="Yes."):
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder of records with images and a video of three frames, and beside it what nobody may read."""
+    data, secret = tmp_path / "data", tmp_path / "secret"
+    (data / "pics").mkdir(parents=True)
+    secret.mkdir()
+    for folder in (data / "pics", secret):
+        for i in range(4):
+            Image.fromarray(np.full((64, 64, 3), 10 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+    frames = [[f"pics/{i}.png" for i in (1, 2, 3)]]
+    records = [
+        {"id": 0, "messages": turns("Hi")},
+        {"id": 1, "image": "pics/0.png", "messages": turns("<image> What?")},
+        {"id": 2, "videos": frames, "messages": turns("<video> What?")},
+    ]
+    (data / "a.json").write_text(json.dumps(records))
+    return data
+
+
+def settings(home, model, **flat):
+    base = {
+        "model.model_name_or_path": str(model),
+        f"{BASIC}.dataset": f"{home}/a.json",
+        f"{BASIC}.dataset_dir": str(home),
+        f"{BASIC}.cutoff_len": 2048,
+        f"{BASIC}.cache_dir": str(home / "cache"),
+        "data.dataset_param.preprocess_parameters.image_max_pixels": 8192,
+        "data.dataloader_param.num_workers": 0,
+        "data.dataloader_param.patch_bucket": 64,
+        "training.train_iters": 4,
+        "training.save": "unused",
+    }
+    return from_flat(base | flat)
+
+
+def replaced_by_link(path, target):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["pics/0.png", "pics/2.png", "pics"])
+def test_an_image_that_became_a_link_is_not_followed(home, model, name):
+    """The tokens lie in the cache, so that no record is read again: the pixels are what is read."""
+    s = settings(home, model)
+    next(iter(MicroBatches(s, 0, 1)))
+    replaced_by_link(home / name, home.parent / "secret" / name.removeprefix("pics").removeprefix("/"))
+    with pytest.raises(RecordError, match=r"record [23] \(id [12]\): .*has become a link, or a folder above it has"):
+        next(iter(MicroBatches(s, 0, 1)))
+
+
+def test_links_below_the_folder_stay_usable(home, model):
+    """A dataset_dir that is a link, and an image that is a link inside of it, are as they were measured."""
+    (home / "pics/0.png").rename(home / "pics/real.png")
+    (home / "pics/0.png").symlink_to("real.png")
+    (home.parent / "link").symlink_to(home)
+    s = settings(home.parent / "link", model)
+    for _ in range(2):
+        next(iter(MicroBatches(s, 0, 1)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_tokens_of_which_a_bit_flipped_are_made_again(home, model, seed):
+    preparation = Preparation.of(settings(home, model))
+    right = make_samples(home / "a.json", preparation, None)
+    load_samples(home / "a.json", preparation, None)
+    (entry,) = (path for path in (home / "cache").iterdir() if path.is_file())
+    whole = entry.read_bytes()
+    chance = np.random.default_rng(seed)
+    for place in chance.integers(0, len(whole), 40).tolist():
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(chance.integers(0, 8))
+        entry.write_bytes(flipped)
+        found = load_samples(home / "a.json", preparation, None)
+        for name in module.TENSORS:
+            assert torch.equal(getattr(found, name), getattr(right, name)), (place, name)
+        assert (found.sources, found.visuals, found.records) == (right.sources, right.visuals, right.records)
+        assert entry.read_bytes() == whole
+
+
+def test_what_is_whole_is_not_made_again(home, model, monkeypatch):
+    preparation = Preparation.of(settings(home, model))
+    load_samples(home / "a.json", preparation, None)
+    monkeypatch.setattr(module, "make_samples", None)  # any use would fail
+    assert len(load_samples(home / "a.json", preparation, None).sources) == 3
+
+
+def test_a_text_too_large_to_be_tokenised(home, model):
+    large = {"id": 7, "messages": turns("Hi", "x " * (LONGEST_TEXT // 2 + 1))}
+    (home / "a.json").write_text(json.dumps([large, {"id": 8, "messages": turns("Hi")}]))
+    with pytest.raises(
+        RecordError, match=r"record 1 \(id 7\): 8,388,\d+ characters of text, more than 8,388,608; cut it"
+    ):
+        make_samples(home / "a.json", Preparation.of(settings(home, model)), None)
+    skipping = Preparation.of(settings(home, model, **{f"{BASIC}.on_bad_record": "skip"}))
+    assert make_samples(home / "a.json", skipping, None).skipped.kinds == {"text too long": 1}
+
+
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("assistant", "tool")], ids=str)
+def test_a_long_conversation_takes_time_in_proportion(monkeypatch, roles):
+    looks = 0
+    is_query = template._is_query
+
+    def counted(turn):
+        nonlocal looks
+        looks += 1
+        return is_query(turn)
+
+    monkeypatch.setattr(template, "_is_query", counted)
+    talk = [Turn(role, "x") for _ in range(8000) for role in roles]  # type: ignore[arg-type]
+    pieces = training_pieces(Record("x", (Turn("user", "x"), *talk, Turn("assistant", "x"))), "qwen3_5")
+    assert looks <= 3 * 16_002
+    assert sum(piece.text == "assistant\n" for piece in pieces) == 8001
+
+
+def test_a_full_dev_shm_is_named():
+    with pytest.raises(
+        SettingError, match=r"^/dev/shm has no room for 1,125,899,906,842,624 bytes of a batch; .*--shm-size"
+    ):
+        shared_memory(1 << 50)
+
+
+@pytest.mark.parametrize("room", [0, PROBE])
+def test_a_full_dev_shm_ends_a_run_in_one_line(home, model, monkeypatch, room):
+    """Before a worker is started, or in a worker."""
+    new = torch.UntypedStorage._new_shared
+
+    def full(size):
+        if size == room:
+            return new(size)
+        raise RuntimeError(SHM_FULL)
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    batches = MicroBatches(settings(home, model, **{"data.dataloader_param.num_workers": 1}), 0, 1)
+    with pytest.raises(SettingError, match=r"^/dev/shm has no room for .*set data\.dataloader_param\.num_workers: 0$"):
+        next(iter(batches))
+
+
+def test_half_a_surrogate_and_bidirectional_text_in_an_id(home, model, capsys, tmp_path):
+    text = json.dumps([{"id": "a\ud83d\u202egpj\x1b[2J", "messages": turns("Hi")}, {"id": "\ud83d", "messages": []}])
+    (home / "a.json").write_text(text)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(settings(home, model)))
+    assert main(["show", str(recipe), "--samples", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert r"record 1 (id a\ud83d\u202egpj\x1b[2J)" in out and r"record 2 (id \ud83d)" in err
+    assert (out + err).replace("\n", "").isprintable()
+
+
+def test_a_pipe_in_the_place_of_an_image_or_of_records(home, model):
+    (home / "pics/0.png").unlink()
+    os.mkfifo(home / "pics/0.png")
+    with pytest.raises(RecordError, match=r"image 1 of 1, .*/0\.png: is no file"):
+        MicroBatches(settings(home, model), 0, 1)
+    (home / "a.json").unlink()
+    os.mkfifo(home / "a.json")
+    with pytest.raises(SettingError, match=r"a\.json: is a pipe or a device"):
+        MicroBatches(settings(home, model), 0, 1)
+    assert Path(home / "a.json").is_fifo()

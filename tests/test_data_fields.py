@@ -230,7 +230,7 @@ def test_the_start_of_a_run_tells_it_also_from_the_cache(here):
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ((*SHOW, "--samples", "12"), f"--- of these: {NOT_READ}{', '.join(FOUND)}\n"),
+        ((*SHOW, "--samples", "12"), f"--- of the records shown:\n{NOT_READ}{', '.join(FOUND)}\n"),
         ((*DATA, "--workers", "2"), f"\n{NOT_READ}{', '.join(FOUND)}\n"),
         (EVALUATE, f"data: {NOT_READ}{', '.join(FOUND)}\n"),
     ],

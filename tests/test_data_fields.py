@@ -101,6 +101,7 @@ def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
         "bboxes",
         "REJECTED_answer",
         "unmasked",
+        "supervised",
         "ignored",
     ):
         with pytest.raises(

@@ -8,13 +8,19 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
+from qwen35.data.fields import FieldNames
+from qwen35.data.folder import ImageFolder
+from qwen35.data.formats import parse_record
 from qwen35.data.images import ImageProcessor
 from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, tokenised
+from qwen35.data.template import render, training_pieces
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.videos import VideoProcessor
 from qwen35.settings import Attr, BasicParameters, PreprocessParameters
@@ -259,6 +265,49 @@ def test_responses_come_in_the_order_of_their_calls(make, place):
     make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, told=[told])
     make({"messages": [*turns[:2], turns[3], turns[2], A]})
     make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id=""), A]})  # by their order
+
+
+TEXT = st.lists(st.sampled_from(["Hi", " ", "\n", "é", "<image>", "<video>", "<tool_response>", "x1"]), max_size=4).map(
+    "".join
+)
+ITEMS = st.lists(
+    st.one_of(TEXT.map(lambda text: {"type": "text", "text": text}), st.just(IMAGE)), min_size=1, max_size=3
+)
+SAID = st.one_of(TEXT, st.just("<think>\nwhy\n</think>\n\nLet me look."))
+
+
+@st.composite
+def agents(draw):
+    """The turns of ShareGPT, and those that are meant."""
+    raw, meant = [], []
+    for _ in range(draw(st.integers(1, 2))):
+        for _ in range(draw(st.integers(1, 2))):
+            asked, text = draw(ITEMS), draw(SAID)
+            xs = draw(st.lists(st.one_of(st.integers(0, 9), TEXT, st.none()), min_size=1, max_size=3))
+            calls = [{"name": "f", "arguments": {"x": x}} for x in xs]
+            responses = draw(st.lists(ITEMS, min_size=len(xs), max_size=len(xs)))
+            meant += [said("user", asked), called(*xs, content=text), *(said("tool", items) for items in responses)]
+            first = draw(st.integers(1, len(calls)))  # the first turn of calls has so many of them
+            groups = [calls[:first], *([call] for call in calls[first:])]
+            raw += [("human", asked), *([("gpt", text)] if text else [])]
+            raw += [
+                *(("function_call", json.dumps(group)) for group in groups),
+                *(("observation", items) for items in responses),
+            ]
+        answer = draw(SAID)
+        raw.append(("gpt", answer))
+        meant.append(said("assistant", answer))
+    return share(*raw), meant
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(agents())
+def test_random_turns_have_the_text_of_those_that_are_meant(place, hf_tokenizer, both):
+    raw, meant = both
+    record, _ = parse_record(raw, "r", FieldNames.of(Attr()), ImageFolder(place))
+    chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
+    assert render(training_pieces(record, "qwen3_5")) == hf_tokenizer.apply_chat_template(meant, **chat)
+    assert len(record.images) == json.dumps(meant).count("images/0000.png")
 
 
 WRONG = {

@@ -117,7 +117,8 @@ class Parser:
             raise RecordError(
                 f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user and tools show any"
             )
-        held = [key for key in (name, name.removesuffix("_url"), "url", "path") if not is_nothing(item.get(key))]
+        keys = dict.fromkeys((name, name.removesuffix("_url"), "url", "path"))
+        held = [key for key in keys if not is_nothing(item.get(key))]
         if any(item[key] != item[held[0]] for key in held):
             raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
         if held:

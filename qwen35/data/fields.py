@@ -1,4 +1,4 @@
-"""Where a record keeps what: the names that attr gives, else the usual ones."""
+"""Where a record keeps what, by the names that attr gives, else the usual ones; and what becomes of every other field."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,6 +4,7 @@ LLaVA      {"id": 7, "image": "a.jpg", "conversations": [{"from": "human", "valu
 ShareGPT   {"system": "…", "conversations": [{"from": "human", …}, {"from": "function_call", …}, {"from": "observation", …}, …]}
 messages   {"images": ["./a.jpg", "./b.jpg"], "messages": [{"role": "user", "content": "<image><image> Same?"}, {"role": …}]}
 lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]}, …]}
+masks      {"messages": [{"role": "user", …}, {"role": "assistant", …, "loss_mask": 0}, …]}, or "loss_mask": [0, 0, …] beside
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -74,7 +74,7 @@ def init_process(timeout: float = 1800) -> torch.device:
         dist.init_process_group(
             BACKENDS[kind], timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=world
         )
-    except (RuntimeError, OSError) as error:  # of the store, where the processes meet, or of gloo
+    except (dist.DistError, OSError) as error:  # of the store, where the processes meet
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device
@@ -82,16 +82,18 @@ def init_process(timeout: float = 1800) -> torch.device:
 
 def is_one_node() -> bool:
     """Whether all ranks are on this machine, and nobody has made a store for them already, as torchrun does."""
-    is_local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return is_local and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    world, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
+    return here == world and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
 
 
 def loopback_store(timeout: float) -> dist.Store:
     """Where the processes of one machine meet: torch's own store, but out of reach of other machines. Raises OSError."""
     port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     listener = socket.create_server((LOOPBACK, port)).detach() if is_first else None
-    world, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout)
-    return dist.TCPStore(LOOPBACK, port, world, is_first, patience, master_listen_fd=listener)
+    world = int(os.environ["WORLD_SIZE"])
+    return dist.TCPStore(
+        LOOPBACK, port, world, is_master=is_first, timeout=timedelta(seconds=timeout), master_listen_fd=listener
+    )
 
 
 def host_group(timeout: float) -> dist.ProcessGroup:

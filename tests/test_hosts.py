@@ -182,11 +182,8 @@ def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, num
     (there / "act").write_text(STAYS)
     process = start(there)
     pids(process)
-    nodes = [
-        child for child in psutil.Process(process.pid).children(recursive=True)
-        if child.cmdline() == ["bash", "scripts/node.sh"] and str(there.parent / "ssh") in child.parent().cmdline()
-    ]  # fmt: skip
-    assert len(nodes) == 2
+    nodes = [node for ssh in psutil.Process(process.pid).children() for node in ssh.children()]
+    assert [node.cmdline() for node in nodes] == [["bash", "scripts/node.sh"]] * 2
     for node in nodes:
         node.send_signal(number)
     if number == signal.SIGHUP:

@@ -140,11 +140,12 @@ def test_a_port_in_use(place, taken):
     )
 
 
-def test_a_port_that_is_taken_in_between(place, taken):
+@pytest.mark.parametrize("more", [{}, {"LOCAL_WORLD_SIZE": "1"}], ids=["of several machines", "of one"])
+def test_a_port_that_is_taken_in_between(place, taken, more):
     """As it was free when the launcher looked."""
     before = contents(place)
     meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken)}
-    done = run(place, *TRAIN, environment=meeting)
+    done = run(place, *TRAIN, environment=meeting | more)
     assert done.code == 1 and contents(place) == before
     assert f"error: MASTER_ADDR=localhost MASTER_PORT={taken}: the processes cannot meet there: " in done.err
     assert "Traceback" not in done.err

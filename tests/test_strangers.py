@@ -16,7 +16,9 @@ from test_meeting import SECRET, Machines, at_the_port, introduced
 from qwen35 import handshake
 from qwen35.agreement import OTHER, hashed
 from qwen35.config import SettingError
+from qwen35.errors import UserError, one_line
 from qwen35.handshake import Hello, check_secret, proof, read_hello
+from qwen35.machines import foreign
 from qwen35.meeting import UNSAID, Meeting
 from qwen35.peer import Left, Peer
 
@@ -345,6 +347,15 @@ def test_a_secret_that_can_be_guessed_is_refused():
 
 
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_an_error_is_a_line_that_no_terminal_obeys():
+    """Whatever file or machine its words come from."""
+    assert one_line(UserError("é\x1b[2J\u202e a.json\x9b,\n record\t3\r")) == "é\\x1b[2J\\u202e a.json\\x9b, record 3"
+    assert one_line(FileNotFoundError(2, "No such file", "a\nerror: b\udcff")) == "a\\nerror: b\\udcff: No such file"
+    assert len(foreign("x" * 5_000_000)) == 1000
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text("0a\u202e\ud800\n", max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab"), inner, max_size=3),

@@ -1,13 +1,14 @@
 """AdamW on each rank's parts of the parameters, in which a whole group can sit a step out, decided on the device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-CHUNK = 1 << 25  # elements updated at a time: what a skipped group keeps meanwhile takes up to three times 400 MB
+TOGETHER = 1 << 21  # elements that are updated at a time where a group may be skipped: what is kept of them takes 25 MB
 
 
 class AdamW(torch.optim.AdamW):
@@ -28,11 +29,12 @@ class AdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             trained = self.begin(group)
-            for part in batched(trained):
-                states = [self.state[p] for p in part]
-                first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
-                grads = [local(p.grad) for p in part if p.grad is not None]
-                update(group, [local(p) for p in part], grads, first, second, [s["step"] for s in states])
+            if not trained:
+                continue
+            states = [self.state[p] for p in trained]
+            first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+            grads = [local(p.grad) for p in trained if p.grad is not None]
+            update(group, [local(p) for p in trained], grads, first, second, [s["step"] for s in states])
             self.end(group, trained)
 
     def begin(self, group: dict[str, Any]) -> list[nn.Parameter]:
@@ -54,21 +56,6 @@ class AdamW(torch.optim.AdamW):
         return torch.zeros_like(parameter, requires_grad=False)
 
 
-def batched(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """In their order, each time as many as have no more than CHUNK elements here, or one."""
-    part: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        elements = local(parameter).numel()
-        if part and size + elements > CHUNK:
-            yield part
-            part, size = [], 0
-        part.append(parameter)
-        size += elements
-    if part:
-        yield part
-
-
 def update(
     group: dict[str, Any],
     parameters: list[Tensor],
@@ -78,16 +65,30 @@ def update(
     steps: list[Tensor],
 ) -> None:
     """The arithmetic of one step, in place. It leaves all as it was where the group is skipped; the caller lowers `steps`."""
-    changed, skip = [*parameters, *first, *second], group["skip"]
-    before = None if skip is None else torch.cat([x.flatten() for x in changed])
-    torch._fused_adamw_(
-        parameters, grads, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
-    if before is not None:
-        kept = torch.where(skip, before, torch.cat([x.flatten() for x in changed]))
-        parts = kept.split([x.numel() for x in changed])
-        torch._foreach_copy_(changed, [part.view_as(x) for part, x in zip(parts, changed, strict=True)])
+    skip = group["skip"]
+    for part in [slice(None)] if skip is None else _parts(parameters):
+        changed = [*parameters[part], *first[part], *second[part]]
+        before = None if skip is None else torch.cat([x.flatten() for x in changed])
+        torch._fused_adamw_(
+            parameters[part], grads[part], first[part], second[part], [], steps[part], lr=group["lr"],
+            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if before is not None:
+            kept = torch.where(skip, before, torch.cat([x.flatten() for x in changed]))
+            rows = kept.split([x.numel() for x in changed])
+            torch._foreach_copy_(changed, [row.view_as(x) for row, x in zip(rows, changed, strict=True)])
+
+
+def _parts(tensors: list[Tensor]) -> list[slice]:
+    """Neighbours of no more than TOGETHER elements, or one."""
+    starts, size = [0], 0
+    for i, tensor in enumerate(tensors):
+        if size and size + tensor.numel() > TOGETHER:
+            starts.append(i)
+            size = 0
+        size += tensor.numel()
+    return [slice(*ends) for ends in pairwise([*starts, len(tensors)])]
 
 
 def local(tensor: Tensor) -> Tensor:

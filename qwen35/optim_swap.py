@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen35.adamw import CHUNK, AdamW, local, update
+from qwen35.adamw import AdamW, local, update
 from qwen35.device import CopyQueue, host_buffer
 
+CHUNK = 1 << 25  # elements: both moments take 256 MB on the device, of two chunks at a time
 ALIGNED = (
     64  # elements: where a tensor is cut, so that each part goes through the same vector instructions as the whole
 )

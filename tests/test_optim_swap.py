@@ -85,3 +85,35 @@ def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
     with LiveBytes() as live:
         optimizer.step()
     assert 2 * 2 * 4096 * 4 <= live.peak <= 2 * 2 * 4096 * 4 + 1024
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_skipped_group_stays_as_it_is(kind, monkeypatch):
+    """To the bit, moments and step counters too, also at its first step; where the mask is not set it is as without one."""
+    monkeypatch.setattr("qwen35.adamw.TOGETHER", 3000)  # several parts
+    masked, plain = make(kind, 5000), make(kind, 5000)
+    for group in masked[1].param_groups:
+        group["skip"] = torch.tensor(group["visual"])
+    train(*masked, range(2))
+    for name, p in masked[0].named_parameters():
+        state = masked[1].state[p]
+        assert "visual" not in name or not state or not (state["step"] or state["exp_avg"].any()), name
+    for group in masked[1].param_groups:
+        group["skip"] = torch.tensor(False)
+    train(*masked, range(2, 3))
+    for group in plain[1].param_groups:
+        group["params"], kept = [], group["params"]
+        if not group["visual"]:
+            group["params"] = kept
+        group["kept"] = kept
+    train(*plain, range(2))
+    for group in plain[1].param_groups:
+        group["params"] = group.pop("kept")
+    train(*plain, range(2, 3))
+    same(masked, plain)
+    before = [x.clone() for x in (*masked[0].parameters(), *(v for s in masked[1].state.values() for v in s.values()))]
+    for group in masked[1].param_groups:
+        group["skip"] = torch.tensor(True)
+    train(*masked, range(3, 4))
+    after = (*masked[0].parameters(), *(v for s in masked[1].state.values() for v in s.values()))
+    assert len(before) > 100 and all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -129,7 +129,7 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
         for key, value in sorted(
             values.items(), key=lambda entry: entry[0] not in only
         ):  # these say best what is wrong
-            name = f"{where}{key}" if key.isidentifier() else f"{where}{shown(key)}"
+            name = f"{where}{key if key.isidentifier() and len(key) <= 80 else shown(key)}"
             if value is None:
                 continue
             if key in REFUSED:

@@ -161,6 +161,10 @@ def damage_index_path(folder):
     write_index(folder, {"weight_map": {"x": "../secret.safetensors"}})
 
 
+def damage_index_endless(folder):
+    write_index(folder, {"weight_map": {"x": "/" + "x" * 100_000}})
+
+
 def damage_index_empty(folder):
     write_index(folder, {"metadata": {}})
 
@@ -191,6 +195,7 @@ def damage_pickle(folder):
         (damage_shard, r"1 of \d weight files missing: model.safetensors-00001"),
         (damage_index, r"\d safetensors files, but no model.safetensors.index.json"),
         (damage_index_path, r"'../secret.safetensors' is not a file of this folder"),
+        (damage_index_endless, r"'/x{,20}\.\.\.x{,20}' is not a file of this folder"),
         (damage_index_empty, "has no weight_map"),
         (damage_index_names, r"1 tensor missing: ghost; 1 tensor not in model.safetensors.index.json: lm_head.weight"),
         (damage_all, "no safetensors files"),

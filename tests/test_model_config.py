@@ -230,6 +230,14 @@ def test_what_would_change_the_computation_is_refused_by_name(key, value, words)
     assert words in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_key_without_end_makes_no_message_without_end():
+    (told,) = unknown_keys(with_key(f"text_config.{'note' * 10_000}", "y" * 100_000))
+    assert told.startswith("text_config.") and len(told) < 100
+    with pytest.raises(ConfigError) as caught:
+        load_config(with_key(f"text_config.{'x_scale' * 10_000}", "y" * 100_000))
+    assert str(caught.value).startswith("text_config.") and len(str(caught.value)) < 300
+
+
 def test_what_repeats_the_text_at_the_top_level_is_harmless():
     assert unknown_keys(with_key("hidden_size", 48)) == []
 

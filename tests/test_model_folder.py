@@ -21,6 +21,7 @@ from qwen35.checkpoint.errors import LONGEST, Misfit
 from qwen35.checkpoint.hf import check_export
 from qwen35.checkpoint.hf_folder import INDEX, check_tied
 from qwen35.checkpoint.model_folder import not_read
+from qwen35.checkpoint.release import write_release
 from qwen35.model import ConfigError, Qwen35
 
 __all__ = ["place", "whole"]  # fixtures
@@ -336,6 +337,10 @@ def test_weights_that_are_no_numbers_are_not_converted(tmp_path, value, dtype):
         hf_to_dcp(folder, tmp_path / "dcp")
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "dcp").exists()
+    release = write_release(HFSource(HFFolder(folder)), tmp_path / "dcp")
+    with pytest.raises(CheckpointError, match=f"^{release}: {name} has NaN or infinite values, 2 in a piece of"):
+        dcp_to_hf(tmp_path / "dcp", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- how much a message holds --------------------------------------------------------------------------------------------------

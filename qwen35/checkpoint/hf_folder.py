@@ -2,6 +2,7 @@
 
 import functools
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map")
     outside = [f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f]
     if outside:
-        raise CheckpointError(f"{index}: {outside[0]!r} is not a file of this folder")
+        raise CheckpointError(f"{index}: {reprlib.repr(outside[0])} is not a file of this folder")
     return weight_map
 
 

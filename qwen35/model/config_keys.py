@@ -55,7 +55,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "pruned_heads": ({},),
     },
     f"{TEXT}rope": {"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
-    # releases before 5.23 turn the tower by 10000, whatever its config says
+    # by theta 10000 transformers 5.2 turns the tower whatever its config says, 5.23 by what it says: so they agree
     f"{VISION}rope": {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)},
 }
 # why -> keys that change nothing of what is trained, wherever they stand
@@ -129,7 +129,7 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
         for key, value in sorted(
             values.items(), key=lambda entry: entry[0] not in only
         ):  # these say best what is wrong
-            name = f"{where}{key}" if key.isidentifier() else f"{where}{shown(key)}"
+            name = f"{where}{key if key.isidentifier() and len(key) <= 80 else shown(key)}"
             if value is None:
                 continue
             if key in REFUSED:

@@ -105,21 +105,25 @@ GENUINE = {"messages": [ASKED, {"role": "assistant", "tool_calls": [call("weathe
 DEFAULT = {"messages": [ASKED, ANSWER], "tools": [tool("weather", city=STRING | {"default": None})]}
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        [GENUINE],
-        [GENUINE, GENUINE],
-        [DEFAULT],
-        [DEFAULT, {"messages": [ASKED, ANSWER], "tools": [tool("weather", city=STRING)]}],
-        [ALIGNED, WRITTEN],  # of which one cannot have come from a table
-        [ALIGNED] * 1500 + [GENUINE],
-        [{"conversations": [{"from": "gpt", "value": call("f", a=None)}, {"from": "human", "value": "x"}]}] * 2,
-        [{"a": None, "b": {"x": None}}, {"a": 1, "b": {"x": "text"}}, {"a": 2, "b": {"x": 3}}],  # no column has both
+WRITTEN_NULLS = {
+    "an argument": [GENUINE],
+    "an argument twice": [GENUINE, GENUINE],
+    "a default": [DEFAULT],
+    "a default in one of two": [DEFAULT, {"messages": [ASKED, ANSWER], "tools": [tool("weather", city=STRING)]}],
+    "a record that cannot come from the table": [ALIGNED, WRITTEN],
+    "late in the file": [ALIGNED] * 1500 + [GENUINE],
+    "text and objects": [{"turns": [{"value": call("f", a=None)}, {"value": "x"}, {"value": None}]}] * 2,
+    "text and numbers": [
+        {"a": None, "b": {"x": None}},
+        {"a": 1, "b": {"x": "text"}},
+        {"a": 2, "b": {"x": 3}},
     ],
-    ids=str,
-)
-def test_a_null_that_somebody_wrote_stays(tmp_path, records):
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_NULLS)
+def test_a_null_that_somebody_wrote_stays(tmp_path, name):
+    records = WRITTEN_NULLS[name]
     noticed = Noticed()
     assert list(read_values(lines(tmp_path, *records), noticed=noticed)) == records
     assert noticed.lines() == []

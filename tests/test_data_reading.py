@@ -17,8 +17,8 @@ from optional import HAS_PYARROW, UNREADABLE, write_parquet
 from qwen35.data import json_list, reading
 from qwen35.data.json_list import values
 from qwen35.data.reading import read_values
-from qwen35.data.record import RecordError
-from qwen35.errors import SettingError
+from qwen35.data.record import LONGEST_MESSAGE, RecordError
+from qwen35.errors import SettingError, UserError
 
 VALUE = st.recursive(
     st.one_of(
@@ -49,6 +49,23 @@ def test_equals_json_whatever_the_block(content, indent, ascii_, damage):
     expected = outcome(lambda: json.loads(text))
     for block in (1, 3, 50, 1000):
         assert outcome(lambda block=block: list(values(StringIO(text), block))) == expected
+
+
+PIECES = st.sampled_from(
+    [b"{", b"}", b"[", b"]", b'"a"', b":", b",", b"1e999", b"NaN", b"null", b"\n", b"\xff", b"PAR", b"\xe2\x80\xae"]
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(content=st.one_of(st.binary(max_size=40), st.lists(PIECES, max_size=25).map(b"".join)), lenient=st.booleans())
+def test_any_bytes_are_values_or_one_printable_line(content, lenient, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "any.json"
+    file.write_bytes(content)
+    try:
+        found = [value for value in read_values(file, lenient) if isinstance(value, RecordError)]
+    except UserError as error:
+        found = [error]
+    assert all(str(error).isprintable() and len(str(error)) <= LONGEST_MESSAGE for error in found)
 
 
 def test_a_long_list_is_never_whole_in_memory(tmp_path):

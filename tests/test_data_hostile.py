@@ -125,7 +125,7 @@ def test_a_text_too_large_to_be_tokenised(home, model):
     large = {"id": 7, "messages": turns("Hi", "x " * (LONGEST_TEXT // 2 + 1))}
     (home / "a.json").write_text(json.dumps([large, {"id": 8, "messages": turns("Hi")}]))
     with pytest.raises(
-        RecordError, match=r"record 1 \(id 7\): 8,388,\d+ characters of text, more than 8,388,608; cut it"
+        RecordError, match=r"record 1 \(id 7\): 4,194,\d+ characters of text, more than 4,194,304; cut it"
     ):
         make_samples(home / "a.json", Preparation.of(settings(home, model)), None)
     skipping = Preparation.of(settings(home, model, **{f"{BASIC}.on_bad_record": "skip"}))

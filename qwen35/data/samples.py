@@ -31,7 +31,7 @@ from qwen35.errors import SettingError, one_line, shortened
 from qwen35.settings import Attr, BasicParameters, Settings
 
 CACHE_VERSION = 6  # of what is kept and how it is made
-LONGEST_TEXT = 8 << 20  # characters of a record: each takes 170 bytes while it is tokenised, and no model sees as many
+LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised, and no model sees as many
 LONGEST_NAME = 200  # characters of an image's path in a message
 WAIT = 0.1  # seconds between looks at what another process makes
 Progress = Callable[[str, int], object]  # is told what is being read, and how many records more that is

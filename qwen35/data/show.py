@@ -87,7 +87,7 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
     kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
-        text = f"{pad}*{len(stretch)}" if pad else visible(_text(tokenizer, stretch), keep="\n\t")
+        text = f"{pad}*{len(stretch)}" if pad else visible(_text(tokenizer, stretch), keep="\n\t\u200c\u200d")
         out.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
     return "".join(out)
 

@@ -98,7 +98,7 @@ def _from_metadata(data: bytes) -> dict[str, Stored]:
     places = {}
     for index, info in pairs(root["storage_data"]):
         key = fields_of(index, MODULE + "metadata.MetadataIndex")
-        start = () if key["offset"] is None else _size(key["offset"])
+        start = _size(key["offset"]) if key.get("offset") is not None else ()  # of what is no tensor
         places[str(key["fqn"]), start] = fields_of(info, MODULE + "filesystem._StorageInfo")
     stored = {}
     for name, entry in pairs(root["state_dict_metadata"]):

@@ -1,5 +1,6 @@
 """Damaged and mixed-up checkpoints: read as they were written, or refused in one line that names the file."""
 
+import copy
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from qwen35.checkpoint import CheckpointError, DCPSource, load_checkpoint, newes
 from qwen35.checkpoint import checksums as checksums_module
 from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.checksums import checksums, read_box_checked
-from qwen35.checkpoint.dcp_folder import keep_newest, settle
+from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, settle
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 
@@ -305,10 +306,8 @@ def test_each_element_is_there_once(tmp_path, lie, form):
     assert "\n" not in str(caught.value)
 
 
-def write_marker(checkpoint: Path) -> None:
-    from qwen35.checkpoint.dcp_folder import marker_content
-
-    (checkpoint / "complete.json").write_text(json.dumps(marker_content(checkpoint, 1)))
+def write_marker(checkpoint: Path, step: int = 1) -> None:
+    (checkpoint / "complete.json").write_text(json.dumps(marker_content(checkpoint, step)))
 
 
 def write_metadata(checkpoint: Path, starts, sizes, **info) -> None:
@@ -356,6 +355,63 @@ def test_bytes_lie_in_the_checkpoints_files(tmp_path, info, words):
     write_metadata(tmp_path, [[0, 0]], [[3, 4]], **info)
     with pytest.raises(CheckpointError, match=rf"\.metadata is broken or not DCP's: .*{words}"):
         DCPSource(tmp_path)
+
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**63,
+        2**70,
+        1e308,
+        "",
+        "x",
+        "../x",
+        "/etc/passwd",
+        "\u202e\x1b[31m",
+        "9" * 5000,
+        [],
+        [[]],
+        {},
+    ]
+)
+
+
+def changed(data, value):
+    """JSON with something in it replaced, removed, added or doubled."""
+    way = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "odd", "remove", "add"]))
+    if way == "odd" or not isinstance(value, dict | list) or not value:
+        return data.draw(ODD)
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key, value = data.draw(st.sampled_from(keys)), copy.copy(value)
+    if way == "remove":
+        del value[key]
+    elif way == "add" and isinstance(value, dict):
+        value[data.draw(st.text(max_size=9))] = data.draw(ODD)
+    elif way == "add":
+        value.append(value[key])
+    else:
+        value[key] = changed(data, value[key])
+    return value
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_changed_descriptions(run, tmp_path, data):
+    """With checksums that are right, as one who wants to harm would write them: short and printable, or read."""
+    checkpoint = tmp_path / "iter_0000004"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.copytree(run / checkpoint.name, checkpoint)
+    file = checkpoint / data.draw(st.sampled_from(["tensors.json", "extra.json", "rank_00000.json", "complete.json"]))
+    file.write_text(json.dumps(changed(data, json.loads(file.read_text()))))
+    if file.name != "complete.json":
+        (checkpoint / "complete.json").unlink()
+        write_marker(checkpoint, 4)
+    words = refusal(lambda: load(checkpoint))
+    assert len(words) < 1000 and words.isprintable()
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------

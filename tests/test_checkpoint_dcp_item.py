@@ -41,7 +41,7 @@ BOXES = {
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_what_torch_saves_is_read_in_any_part(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in TENSORS.items()}
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({**state, "model.notes": {"no": "tensor"}}, checkpoint_id=tmp_path, no_dist=True)
     source = DCPSource(tmp_path)
     assert set(source) == set(TENSORS)
     for name, tensor in TENSORS.items():

@@ -280,7 +280,7 @@ CHECKPOINTS = [
     Case(
         "foreign description",
         RESUME,
-        ("dcp/release: .metadata is broken", "print has no place"),
+        ("dcp/release: .metadata is broken", "dict has no place in it"),
         lying(foreign),
     ),
     Case("cut description", EXPORT, ("dcp/release: .metadata is broken",), lying(cut(PICKLE, 300))),

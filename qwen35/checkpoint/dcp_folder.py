@@ -78,7 +78,7 @@ def read_marker(checkpoint: Path) -> Mapping[str, Any]:
         raise IncompleteError(f"{marker}: does not say which files there are")
     for name, default in (("format", 1), ("step", None), ("world_size", 1)):
         if type(content.setdefault(name, default)) not in (int, type(default)):
-            raise CheckpointError(f"{marker}: {name}: {str(content[name])[:80]} is not a whole number")
+            raise CheckpointError(f"{marker}: {name}: {ascii(content[name])[:80]} is not a whole number")
     if content["format"] not in (1, FORMAT):
         raise CheckpointError(f"{marker}: format {content['format']}, which this version of the program does not know")
     is_checked = content["format"] == FORMAT or INDEX in sizes
@@ -97,7 +97,10 @@ def read_marker(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def _holds(values: object, kind: type) -> bool:
-    return isinstance(values, dict) and all(type(value) is kind for value in values.values())
+    """Whether these are values of this kind by the names of files."""
+    return isinstance(values, dict) and all(
+        name.isprintable() and len(name) < 256 and type(value) is kind for name, value in values.items()
+    )
 
 
 def damaged(checkpoint: Path, file: str, why: str) -> CheckpointError:

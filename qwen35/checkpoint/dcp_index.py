@@ -30,6 +30,7 @@ AXES, CUTS = (
     16,
     32,
 )  # of a tensor; of a tensor into chunks: more of them are nobody's layout, and would take long to look at
+NAME = 500  # characters
 BROKEN = (pickle.UnpicklingError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
@@ -74,7 +75,8 @@ def read_index(checkpoint: Path, marker: Mapping[str, Any]) -> dict[str, Stored]
         for name, one in stored.items():
             _check(name, one, sizes)
     except BROKEN as error:
-        raise CheckpointError(f"{checkpoint}: {file} is broken or not DCP's: {one_line(error)}") from None
+        why = "".join(c if c.isprintable() else "?" for c in one_line(error)[:300])  # which may quote the file
+        raise CheckpointError(f"{checkpoint}: {file} is broken or not DCP's: {why}") from None
     return stored
 
 
@@ -96,7 +98,7 @@ def _from_metadata(data: bytes) -> dict[str, Stored]:
     places = {}
     for index, info in pairs(root["storage_data"]):
         key = fields_of(index, MODULE + "metadata.MetadataIndex")
-        start = () if key["offset"] is None else _size(key["offset"])
+        start = _size(key["offset"]) if key.get("offset") is not None else ()  # of what is no tensor
         places[str(key["fqn"]), start] = fields_of(info, MODULE + "filesystem._StorageInfo")
     stored = {}
     for name, entry in pairs(root["state_dict_metadata"]):
@@ -138,6 +140,8 @@ def _is_count(value: Any) -> bool:
 def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
     """Raises ValueError unless the chunks lie within the tensor and hold each element once, and their bytes within files."""
     shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
+    if not isinstance(name, str) or not name.isprintable() or len(name) > NAME:
+        raise ValueError("a tensor in it has a name that no parameter can have")
     for chunk in stored.chunks:
         box = chunk.box
         if not len(box.start) == len(box.size) == len(shape):

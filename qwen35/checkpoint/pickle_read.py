@@ -139,8 +139,8 @@ class _Reader:
 def _of(kind: type, value: Any) -> Any:
     """The value, if it is of this kind. What has no place there is named, not shown: it may be nested in any depth."""
     if type(value) is not kind:
-        what = value.name if isinstance(value, Pickled) else value if isinstance(value, Name) else type(value).__name__
-        raise _misplaced(what)
+        what = "dict" if isinstance(value, Pairs) else type(value).__name__
+        raise _misplaced(value.name if isinstance(value, Pickled) else value if isinstance(value, Name) else what)
     return value
 
 

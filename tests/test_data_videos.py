@@ -293,9 +293,7 @@ def test_the_layout_of_one_video(tmp_path, processor):
     """Two pairs of frames of one token each: what the models were trained with, and what transformers has now."""
     theirs, p = processor
     frames = film(4, 32, 32)
-    record = Record(
-        "r", (Turn("user", "<video>"), Turn("assistant", "A")), (), (Video(save(frames, tmp_path / "v"), 2.0),)
-    )
+    record = Record("r", (Turn("user", (Video(save(frames, tmp_path / "v"), 2.0),)), Turn("assistant", "A")))
     ours = p.tokenise(record).ids.tolist()
     frame = "<|vision_start|><|video_pad|><|vision_end|>"
     assert theirs.tokenizer.decode(ours).startswith(

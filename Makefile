@@ -8,7 +8,7 @@ $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override ex
 .PHONY: help install doctor download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint clean
 
 help:     ## this list
-install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu PYTHON TORCH_INDEX DRY_RUN=1]
+install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu CANN_VERSION TORCH_NPU PYTHON TORCH_INDEX DRY_RUN=1]
 doctor:   ## is all as it should be here? every line ok, or wrong with what to do  [CONFIG ARGS]
 download: ## a model of a hub into ckpt/hf_path, checked; goes on where it was stopped  [MODEL SOURCE=hf|modelscope OUT ARGS]
 convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]

@@ -99,6 +99,11 @@
 # Address of one more package index to install from. Default: none. DEVICE=npu ARCH=x86 needs PyTorch's own index of CPU
 # wheels here, since torch-npu for x86_64 requires torch==2.7.1+cpu, which only that index has.
 : "${TORCH_INDEX:=}"
+# The CANN that DEVICE=npu installs for, "8.5" or "9.1.0"; scripts/requirements/versions.txt has the torch_npu and triton-ascend
+# that go with it. Default: the one in CANN_PATH, and where none is, 8.5. To be set where CANN comes later, as in an image.
+: "${CANN_VERSION:=}"
+# The torch_npu of that table to install, "2.10.0.post6"; torch is of the same release. Default: the first that goes with CANN.
+: "${TORCH_NPU:=}"
 # Where CANN's set_env.sh is: its folder, or the one above cann/ or ascend-toolkit/. Nothing there is fine on a CPU.
 : "${CANN_PATH:=/usr/local/Ascend}"
 
@@ -121,7 +126,7 @@
 # Optimise pairs of operators that do not follow each other directly. Default 1. Allowed: 0 off, 1 on.
 : "${COMBINED_ENABLE:=1}"
 # Bind the threads that launch operators to cores. Default 1. Allowed: 0 off, 1 coarse, 2 fine, each optionally with a
-# range of cores an NPU: "1,npu0:0-1,npu1:2-5", and with npu_affine:0 or 1.
+# range of cores an NPU: "1,npu0:0-1,npu1:2-5", and with npu_affine:, lazy_bind:, force: or bind_irq:, each 0 or 1.
 : "${CPU_AFFINITY_CONF:=1}"
 # The memory allocator, a comma list of key:value. Default: segments that grow. Allowed keys: expandable_segments,
 # max_split_size_mb, garbage_collection_threshold, base_addr_aligned_kb, page_size, segment_size_mb,
@@ -130,7 +135,8 @@
 # Operators that the single-operator API keeps prepared on the host. Default 100000 (CANN's own: 10000). Allowed: 1 to
 # 10000000.
 : "${ACLNN_CACHE_LIMIT:=100000}"
-# Reuse memory across streams. Default 1. Allowed: 0 off, 1 on.
+# Reuse memory across streams. Default 1. Allowed: 0 off, 1 on, 2 by keeping tensors alive (more memory, not recommended), 3 as 1,
+# for tensors that are freed early too.
 : "${MULTI_STREAM_MEMORY_REUSE:=1}"
 # Watch the gradients for silent data corruption. Default 0. Allowed: 0 off, 1 log only, 2 alarm, 3 alarm and record.
 : "${NPU_ASD_ENABLE:=0}"

@@ -54,11 +54,13 @@ class Source:
     install: str
 
 
+BY_TRITON = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
 SOURCES = {
     "triton": Source(
         "kernels.triton",
         "triton",
-        "pip install triton-ascend==3.2.0 pybind11, for an NPU (Python 3.10 or 3.11, and no other triton beside it)",
+        f"{', '.join(BY_TRITON)} stand on it: make install DEVICE=npu brings triton-ascend 3.2.0 for CANN 8.5"
+        " (Python 3.10 or 3.11); for a newer CANN its release page has it, see scripts/requirements/versions.txt",
     ),
     "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
     "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
@@ -66,7 +68,6 @@ SOURCES = {
         "kernels.fused_exchange", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"
     ),
 }
-BY_TRITON = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
 BY_FLA = ("chunk_gated_delta_rule", "causal_conv1d")
 SHORT_NAMES = {"gated_delta_rule": "chunk_gated_delta_rule"}  # that model.kernels takes as well
 

@@ -15,7 +15,7 @@ from qwen35.config import flat_settings
 from qwen35.settings import Settings, dataset_entries
 
 PACKAGES = (
-    "torch torch-npu numpy pillow tokenizers jinja2 safetensors".split()
+    "torch torch-npu triton-ascend numpy pillow tokenizers jinja2 safetensors".split()
 )  # whose other release may compute otherwise
 PREFIXES = ("HCCL_", "GLOO_")  # of variables that all processes must understand alike
 VARIABLES = ("CLOSE_MATMUL_K_SHIFT", "NPU_ASD_ENABLE")
@@ -53,7 +53,7 @@ def _version(package: str) -> str:
 
 
 def _cann(environment: Mapping[str, str]) -> str:
-    from qwen35.doctor.ascend import cann_version
+    from qwen35.doctor.stack import cann_version
 
     home = environment.get("ASCEND_HOME_PATH")
     return (cann_version(Path(home)) if home else None) or NONE

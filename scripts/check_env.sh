@@ -1,6 +1,9 @@
 # shellcheck shell=bash
 # Sourced by common.sh: is every variable that is set one of its allowed values? The first that is not stops the launch.
 
+# Of what torch_npu reads, in its own sources: OptionsManager.cpp takes MULTI_STREAM_MEMORY_REUSE from 0 to 3 (7.3.0 to 26.1.0),
+# NPUAffinityController.cpp the parts of CPU_AFFINITY_CONF: mode:, npu_affine: and lazy_bind: from 7.3.0 on, force: from 26.1.0,
+# bind_irq: from 26.2.0; an older release passes over those it does not know.
 env_rules() { # NAME int FROM TO | NAME one WORD… | NAME like REGEX what that means; a bound of - is none
     cat <<'RULES'
 ASCEND_GLOBAL_LOG_LEVEL      int 0 4
@@ -13,7 +16,7 @@ HCCL_BUFFSIZE                int 1 -
 HCCL_CONNECT_TIMEOUT         int 120 7200
 HCCL_EXEC_TIMEOUT            int 68 17340
 MASTER_PORT                  int 1 65535
-MULTI_STREAM_MEMORY_REUSE    int 0 1
+MULTI_STREAM_MEMORY_REUSE    int 0 3
 NODES                        int 1 -
 NODE_RANK                    int 0 -
 NPUS_PER_NODE                int 1 -
@@ -32,9 +35,11 @@ HCCL_DETERMINISTIC           one true false strict
 HCCL_OP_EXPANSION_MODE       one AI_CPU AIV HOST HOST_TS
 TOKENIZERS_PARALLELISM       one true false True False TRUE FALSE
 ASCEND_RT_VISIBLE_DEVICES    like ^[0-9]+(,[0-9]+)*$ NPU numbers with commas between them, 0,1,2,3
-CPU_AFFINITY_CONF            like ^[0-2](,(npu[0-9]+:[0-9]+-[0-9]+|npu_affine:[01]))*$ 0, 1 or 2, and perhaps ranges of cores, 1,npu0:0-1,npu1:2-5
+CPU_AFFINITY_CONF            like ^(mode:)?[0-2](,(npu[0-9]{1,2}:[0-9]+-[0-9]+|(npu_affine|lazy_bind|force|bind_irq):[01]))*$ 0, 1 or 2, perhaps after mode:, and perhaps ranges of cores and switches, 1,npu0:0-1,npu1:2-5,npu_affine:1
 GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
+CANN_VERSION                 like ^[0-9]+\.[0-9]+([.-][A-Za-z0-9.-]+)?$ a release of CANN, 8.5 or 9.1.0
+TORCH_NPU                    like ^[0-9]+(\.[0-9]+)*(\.post[0-9]+)?$ a release of torch_npu, 2.7.1.post2
 TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
 TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
 HOSTS_DIR                    like ^/ the absolute path of a folder

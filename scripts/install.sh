@@ -5,6 +5,8 @@
 #
 #   --arch, ARCH       default: detected
 #   --device, DEVICE   default: npu where an NPU driver is, else cpu
+#   CANN_VERSION       npu: the CANN to install for; default: the one in CANN_PATH, else 8.5 (scripts/requirements/versions.txt)
+#   TORCH_NPU          npu: another torch_npu that goes with it; default: the first of that table
 #   --dry-run, DRY_RUN=1   print what would be installed, and touch nothing; then ARCH may be another machine's
 #   --msid             accepted as in older guides; there is nothing for it to pin here
 #   PYTHON             the Python to make .venv with, 3.10 to 3.12
@@ -36,19 +38,28 @@ machine_arch() {
     esac
 }
 
-print_pins() { # the lock's pins, as pip on that Python and architecture would read their markers
-    "$python_base" - "$lock" "$arch" <<'PY'
+read_stack() { # the row of scripts/requirements/versions.txt: stack, what to know about kernels, and the lock's pins for it
+    local home answer elsewhere=()
+    home=$(load_cann >/dev/null 2>&1 && echo "${ASCEND_HOME_PATH:-}") || true
+    if [[ ${DRY_RUN:-0} == 1 ]]; then elsewhere=(--elsewhere); fi
+    answer=$(PYTHONDONTWRITEBYTECODE=1 "$python_base" -m qwen35.doctor.stack "$lock" --home "$home" \
+        --cann "${CANN_VERSION:-}" --torch_npu "${TORCH_NPU:-}" "${elsewhere[@]}") || exit 2
+    { read -r cann torch_npu origin && read -r about_kernels && pins=$(cat); } <<<"$answer"
+}
+
+print_pins() { # as pip on that Python and architecture would read their markers
+    "$python_base" - "$pins" "$arch" <<'PY'
 import signal
 import sys
 
-path, arch = sys.argv[1:]
+pins, arch = sys.argv[1:]
 machine = {"x86": "x86_64", "arm": "aarch64"}[arch]
 try:
     from pip._vendor.packaging.markers import Marker
 except ImportError:  # no pip beside this Python: print the markers
     Marker = None
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` has seen enough
-for line in open(path, encoding="utf-8"):
+for line in pins.splitlines():
     pin, _, marker = (part.strip() for part in line.partition(";"))
     if not pin or pin.startswith("#"):
         continue
@@ -67,16 +78,20 @@ device=${DEVICE:-$(detect_device)}
 python_base=$(find_python python3 python3.11 python3.10 python3.12)
 version=$("$python_base" -c 'import platform; print(platform.python_version())')
 case $device in
-    cpu) lock=scripts/requirements/cpu.txt ;;
-    npu) lock=scripts/requirements/npu-$arch.txt ;;
+    cpu) lock=scripts/requirements/cpu.txt pins=$(<scripts/requirements/cpu.txt) ;;
+    npu)
+        lock=scripts/requirements/npu-$arch.txt
+        read_stack
+        ;;
 esac
 need_index=
 if [[ $device-$arch == npu-x86 && -z ${TORCH_INDEX:-} ]]; then
-    need_index="TORCH_INDEX is empty, and npu on x86 needs it: torch-npu for x86_64 requires torch==2.7.1+cpu, which only PyTorch's own index of CPU wheels carries; set its address in env.sh"
+    need_index="TORCH_INDEX is empty, and npu on x86 needs it: torch-npu for x86_64 requires torch==${torch_npu%.post*}+cpu, which only PyTorch's own index of CPU wheels carries; set its address in env.sh"
 fi
 
 if [[ ${DRY_RUN:-0} == 1 ]]; then
     printf '%-8s %s\n' python "$python_base ($version)" arch "$arch" device "$device" lock "$lock" index "pip's own${TORCH_INDEX:+, and $TORCH_INDEX}"
+    if [[ $device == npu ]]; then printf '%-8s %s\n' cann "$cann ($origin)" kernels "${about_kernels:-all}"; fi
     print_pins
     [[ -z $need_index ]] || die "$need_index"
     exit
@@ -86,7 +101,7 @@ fi
 
 # The stamp goes first and comes back last: an install that stops half-way never looks whole. A .venv of the same kind is
 # brought up to date in place, any other is made anew.
-kind=$device-$arch-$version
+kind=$device-$arch${torch_npu:+-$torch_npu}-$version
 found=$(.venv/bin/python -c 'import pip, platform; print(platform.python_version())' 2>/dev/null || true)
 rm -f .venv/.installed
 if [[ $kind == "$(cat .venv/.kind 2>/dev/null || echo "$device-$arch-$found")" && $kind == *-"$found" ]]; then
@@ -97,8 +112,8 @@ else
 fi
 echo "$kind" >.venv/.kind
 pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-input)
-echo "[2/3] the pins of $lock (torch takes longest)"
-"${pip[@]}" --requirement "$lock" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+echo "[2/3] the pins of $lock${cann:+ for CANN $cann ($origin)} (torch takes longest)"
+"${pip[@]}" --requirement <(echo "$pins") ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
 echo "[3/3] qwen35 itself"
 "${pip[@]}" --no-deps --no-build-isolation --editable .
 echo "$kind" >.venv/.installed
@@ -111,3 +126,4 @@ device, seconds = sys.argv[1:]
 packages = ["torch", "transformers"] + ["torch-npu"] * (device == "npu")
 print(f"installed in {seconds} s: python {platform.python_version()},", ", ".join(f"{p} {version(p)}" for p in packages) + f", device {device}")
 PY
+[[ -z ${about_kernels:-} ]] || echo "$about_kernels"

@@ -3,7 +3,8 @@
 # triton-ascend, all below build/npu, none in .venv. Needs gcc, and pip's index on first use.
 # shellcheck disable=SC2034,SC2154 # root and python come from common.sh, what is set here serves who sources it
 
-oldest=2.7.1.post11
+oldest=2.7.1.post2         # what `make install` takes for CANN 8.5: its schemas are read out of its wheel
+with_shapes=2.7.1.post11   # of torch 2.7.1 too: fake tensors need a shape function of each operator, and post2 lacks one
 packages=(triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11) # triton-ascend asks for pybind11 as it is imported
 
 cannot() { # exit status 3: what is needed cannot be had

@@ -21,8 +21,8 @@ need_gcc
 wheels=$(wheel "$oldest" cp310 --python-version 3.10 --only-binary=:all: --platform "manylinux_2_28_$(uname -m)")
 export NPU_OLD_WHEEL=$root/$wheels
 if [[ -n ${TORCH:-} ]]; then
-    [[ $oldest == "$TORCH"* ]] || die "TORCH=$TORCH: only ${oldest%.post*} is known here, beside .venv's own"
-    python=build/versions/torch-$TORCH/bin/python version=$oldest
+    [[ $TORCH == 2.7.1 ]] || die "TORCH=$TORCH: only 2.7.1 is known here, beside .venv's own"
+    python=build/versions/torch-$TORCH/bin/python version=$with_shapes
     [[ -e build/versions/torch-$TORCH/.made ]] || die "build/versions/torch-$TORCH is not there: TORCH=$TORCH make test-versions makes it"
 else
     version=$(torch_version)

@@ -80,12 +80,15 @@ def npu_machine(tmp_path: Path) -> Machine:
     site, files, home = tmp_path / "site", tmp_path / "files", tmp_path / "cann"
     for line in LOCK.read_text().splitlines():
         pin, _, marker = line.partition(" ; ")
-        if not line.startswith("#") and (not marker or Marker(marker).evaluate()):
+        is_for_triton = line.startswith(
+            ("triton-ascend", "pybind11")
+        )  # the stand-in has Python 3.10, wherever this runs
+        if not line.startswith("#") and (is_for_triton or not marker or Marker(marker).evaluate()):
             install(site, *pin.split("=="))
-    install(site, "torch-npu", "2.7.1.post11", "torch==2.7.1", "numpy", "pyyaml")
+    install(site, "torch-npu", "2.7.1.post2", "torch==2.7.1")
     install(site, "qwen35", "0.1.0")
     write(site / "qwen35-0.1.0.dist-info/direct_url.json", json.dumps({"url": tmp_path.as_uri()}))
-    write(tmp_path / ".venv/.installed", "npu-arm-3.10.13\n")
+    write(tmp_path / ".venv/.installed", "npu-arm-2.7.1.post2-3.10.13\n")
     write(tmp_path / "scripts/requirements/npu-arm.txt", LOCK.read_text())
     for name in ("davinci_manager", "devmm_svm", "hisi_hdc", *(f"davinci{i}" for i in range(8))):
         write(files / "dev" / name)
@@ -97,6 +100,9 @@ def npu_machine(tmp_path: Path) -> Machine:
     info = f"package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100R001C25\npath={home}\n"
     for kind in ("toolkit", "ops"):
         write(home / f"{architecture()}-linux/ascend_{kind}_install.info", info)
+    for name in ("g++", "bishengir-compile"):
+        program(tmp_path / "bin" / name, "exit 1")
+    write(tmp_path / "include/Python.h")
     program(tmp_path / "bin/npu-smi", f"cat <<'END'\n{table()}END")
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
@@ -104,7 +110,16 @@ def npu_machine(tmp_path: Path) -> Machine:
         "MASTER_PORT": str(free_port()),
         "HCCL_SOCKET_IFNAME": "eth",
     }
-    found = Machine("npu", environment, tmp_path, files, (str(site),), str(tmp_path / "bin/python"), (3, 10, 13))
+    found = Machine(
+        "npu",
+        environment,
+        tmp_path,
+        files,
+        (str(site),),
+        str(tmp_path / "bin/python"),
+        (3, 10, 13),
+        str(tmp_path / "include"),
+    )
     answer(found)
     return found
 

@@ -1,5 +1,6 @@
 """`make doctor`: Python, packages, CANN, driver and NPUs; what each thing that is wrong says."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from stand_in import answer, given, install, npu_machine, only, program, table, write, wrong
 
-from qwen35.doctor import ascend, software
-from qwen35.doctor.__main__ import still_needed
+import kernels
+from qwen35.doctor import ascend, software, stack
+from qwen35.doctor.__main__ import lines, still_needed
 from qwen35.doctor.machine import Machine, architecture, release
+from qwen35.doctor.triton import triton
 
 
 @pytest.fixture
@@ -36,6 +39,8 @@ def test_installations(m: Machine) -> None:
     assert "numpy 1.24.0 (1.26.4)" in only(software.installation(m), "note")
     shutil.rmtree(next(site.glob("tqdm-*")))
     assert "tqdm of npu-arm.txt missing -> make install" in wrong(software.installation(m))
+    write(m.root / ".venv/.installed", "npu-arm-3.10.13")  # of an older install.sh
+    assert ".installed names no lock file -> make install" in wrong(software.installation(m))
     write(m.root / ".venv/.installed", "gpu")
     assert ".installed names no lock file -> make install" in wrong(software.installation(m))
     (m.root / ".venv/.installed").unlink()
@@ -99,13 +104,13 @@ def test_torch_sees_fewer(m: Machine) -> None:
 
 def test_torch_npu_goes_with_its_torch(m: Machine) -> None:
     site = Path(m.site[0])
-    install(site, "torch-npu", "2.7.1.post11", "torch==2.7.1+cpu", "numpy")  # as on x86_64
+    install(site, "torch-npu", "2.7.1.post2", "torch==2.7.1+cpu")  # as on x86_64
     assert "made for torch 2.7.1+cpu, installed is 2.7.1 " in wrong(software.torch_npu(m))
     install(site, "torch", "2.7.1+cpu")
     assert only(software.torch_npu(m), "ok")
     install(site, "torch", "2.13.0")
     assert "installed is 2.13.0" in wrong(software.torch_npu(m))
-    shutil.rmtree(site / "torch_npu-2.7.1.post11.dist-info")
+    shutil.rmtree(site / "torch_npu-2.7.1.post2.dist-info")
     assert "torch-npu  is not installed -> make install DEVICE=npu" in wrong(software.torch_npu(m))
 
 
@@ -113,6 +118,8 @@ def test_triton_over_triton_ascend(m: Machine) -> None:
     install(Path(m.site[0]), "triton-ascend", "3.2.0")
     install(Path(m.site[0]), "triton", "3.3.1")
     assert "pip uninstall triton triton-ascend" in wrong(software.torch_npu(m))
+    install(Path(m.site[0]), "triton-ascend", "3.2.1")  # requires triton, and puts its own files over it
+    assert {f.status for f in software.torch_npu(m)} == {"ok"}
 
 
 # -- CANN, driver, NPUs ------------------------------------------------------------------------------------------------
@@ -121,8 +128,10 @@ def test_triton_over_triton_ascend(m: Machine) -> None:
 def test_cann(m: Machine) -> None:
     home = Path(m.get("ASCEND_HOME_PATH"))
     toolkit, operators = (home / f"{architecture()}-linux/ascend_{kind}_install.info" for kind in ("toolkit", "ops"))
-    toolkit.write_text("version=8.3.RC1\n")
-    assert "8.3.RC1" in wrong(ascend.cann(m)) and "8.5 or newer" in wrong(ascend.cann(m))
+    for version in ("8.3.RC1", "9.3.0", "10.0.0"):
+        toolkit.write_text(f"version={version}\n")
+        line = wrong(ascend.cann(m))
+        assert version in line and "install one of CANN 8.5, 9.0, 9.1, 9.2" in line
     for version in ("8.5.0.alpha003", "9.2.0-beta.2"):
         toolkit.write_text(f"version={version}\n")
         assert "install the package of operators of the same version" in wrong(ascend.cann(m))
@@ -134,7 +143,78 @@ def test_cann(m: Machine) -> None:
     assert "does not say its version" in wrong(ascend.cann(m))
     write(home / "compiler/version.info", "Version=8.1.RC1\n")
     assert "8.1.RC1" in wrong(ascend.cann(m))
+    write(home / "compiler/version.info", "Version=7.6.0.1.220\nversion_dir=8.5.0\n")  # the component's, and CANN's
+    assert "8.5.0 in" in lines(ascend.cann(m))[0]
     assert "/opt/none" in wrong(ascend.cann(given(m, ASCEND_HOME_PATH="", CANN_PATH="/opt/none")))
+
+
+def of_cann(m: Machine, version: str) -> Machine:
+    write(
+        Path(m.get("ASCEND_HOME_PATH")) / f"{architecture()}-linux/ascend_toolkit_install.info", f"version={version}\n"
+    )
+    return m
+
+
+# as the vendors have them: COMPATIBILITY.md and release notes of Ascend/pytorch, installation guide of triton-ascend
+@pytest.mark.parametrize(
+    ("cann", "torch_npu", "triton_ascend", "is_on_index"),
+    [
+        ("8.5", "2.7.1.post2", "3.2.0", True),
+        ("9.0", "2.7.1.post4", "3.2.1", False),
+        ("9.1", "2.7.1.post8", "3.2.2", False),
+        ("9.2", "2.7.1.post11", "3.2.2", False),
+    ],
+)
+def test_what_goes_with_a_cann(cann: str, torch_npu: str, triton_ascend: str, is_on_index: bool) -> None:
+    expected = stack.Stack(cann, torch_npu, triton_ascend, is_on_index)
+    assert stack.choose(f"{cann}.0", "") == stack.choose(cann, torch_npu) == expected
+    assert stack.of_torch_npu(f"{torch_npu}+git123") == expected
+    names = [row.torch_npu for row in stack.stacks()]
+    assert len(set(names)) == len(names)  # a torch_npu is of one CANN
+
+
+def test_torch_npu_and_triton_ascend_of_this_cann(m: Machine) -> None:
+    site = Path(m.site[0])
+    assert [f.status for f in ascend.pair(m)] == ["ok", "ok"]
+    install(site, "torch-npu", "2.7.1.post11")
+    line = only(ascend.pair(m), "note")
+    assert "2.7.1.post11 is of CANN 9.2, this is 8.5.0" in line and "brings 2.7.1.post2" in line
+    for version in ("2.7.1", "2.9.0.post2", "2.7.1.post99"):  # below, beside and above what is known
+        install(site, "torch-npu", version)
+        assert f"{version} goes with no CANN" in wrong(ascend.pair(m)) and "post2" in wrong(ascend.pair(m))
+    install(site, "torch-npu", "2.10.0.post6")
+    line = wrong(ascend.pair(of_cann(m, "9.1.0")))
+    assert "triton-ascend  3.2.0 does not go with CANN 9.1.0 -> install 3.2.2, or uninstall it and choose" in line
+    install(site, "triton-ascend", "3.2.2")
+    assert [f.status for f in ascend.pair(m)] == ["ok", "ok"]
+    shutil.rmtree(next(site.glob("triton_ascend-*")))
+    line = only(ascend.pair(m), "note")
+    assert "3.2.2, which goes with CANN 9.1, is not on pip's index" in line
+    choices = dict(re.findall(r"model\.kernels\.(\w+)=(\w+)", line))
+    names = {kernels.SHORT_NAMES.get(op, op) for op in choices}
+    assert names == set(kernels.BY_TRITON)
+    there = kernels.implementations("npu")
+    assert all(name in there[kernels.SHORT_NAMES.get(op, op)] for op, name in choices.items())
+
+
+def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
+    assert {f.status for f in triton(m)} == {"ok"}
+    for name in ("g++", "bishengir-compile"):
+        (m.root / "bin" / name).unlink()
+    (m.root / "include/Python.h").unlink()
+    shutil.rmtree(next(Path(m.site[0]).glob("pybind11-*")))
+    alone = given(m, PATH=str(m.root / "bin"))
+    text = "\n".join(lines([f for f in triton(alone) if f.status == "wrong"]))
+    for words in (
+        "neither clang++ nor g++ is on PATH", f"Python.h           is not in {m.root / 'include'} -> install python3.10-dev",
+        "pybind11           is not installed", "bishengir-compile  is not on PATH",
+    ):  # fmt: skip
+        assert words in text
+    assert "CC=cc1plus is no program" in lines(triton(given(alone, CC="cc1plus")))[0]
+    program(m.root / "bin/clang++", "exit 1")
+    assert lines(triton(alone))[0].endswith("bin/clang++")
+    shutil.rmtree(next(Path(m.site[0]).glob("triton_ascend-*")))
+    assert triton(alone) == []  # nothing compiles
 
 
 def test_what_cann_imports(m: Machine) -> None:

@@ -15,7 +15,8 @@ LOCKS = ("cpu", "npu-x86", "npu-arm")
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("scripts", "qwen35"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("Makefile", "env.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -50,8 +51,8 @@ def pins(name: str) -> dict[str, list[str]]:
     [
         ("cpu", "x86", ["torch==2.13.0", "einops=="]),
         ("cpu", "arm", ["torch==2.13.0", "einops=="]),
-        ("npu", "arm", ["torch==2.7.1\n", "torch-npu==2.7.1.post11", "cloudpickle=="]),
-        ("npu", "x86", ["torch==2.7.1+cpu", "torch-npu==2.7.1.post11", "cloudpickle=="]),
+        ("npu", "arm", ["torch==2.7.1\n", "torch-npu==2.7.1.post2", "cloudpickle=="]),
+        ("npu", "x86", ["torch==2.7.1+cpu", "torch-npu==2.7.1.post2", "cloudpickle=="]),
     ],
 )
 def test_a_dry_run_prints_and_touches_nothing(project: Path, device: str, arch: str, expected: list[str]) -> None:
@@ -64,6 +65,82 @@ def test_a_dry_run_prints_and_touches_nothing(project: Path, device: str, arch: 
     names = re.findall(r"^  ([^=]+)==", result.stdout, re.MULTILINE)
     assert len(names) > 50
     assert len(set(names)) == len(names)
+    assert tree(project) == before
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected", "has_triton"),
+    [
+        ({}, ["cann     8.5 (the default", "torch==2.7.1\n", "torch-npu==2.7.1.post2\n"], True),
+        ({"CANN_VERSION": "8.5.0"}, ["cann     8.5 (CANN_VERSION)", "torch-npu==2.7.1.post2\n"], True),
+        ({"CANN_VERSION": "9.0"}, ["cann     9.0 (CANN_VERSION)", "torch==2.7.1\n", "torch-npu==2.7.1.post4\n"], False),
+        (
+            {"CANN_VERSION": "9.1.0", "TORCH_NPU": "2.10.0.post6"},
+            ["torch==2.10.0\n", "torch-npu==2.10.0.post6\n"],
+            False,
+        ),
+        ({"CANN_VERSION": "9.2.0-beta.2"}, ["torch==2.7.1\n", "torch-npu==2.7.1.post11\n"], False),
+    ],
+)
+def test_the_pins_of_a_cann(project: Path, variables: dict[str, str], expected: list[str], has_triton: bool) -> None:
+    before = tree(project)
+    result = run(project, "make", "install", "ARCH=arm", "DEVICE=npu", "DRY_RUN=1", CANN_PATH="/opt/none", **variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in expected:
+        assert text in result.stdout
+    if sys.version_info < (3, 12):  # no triton-ascend 3.2.0 from there on
+        assert ("triton-ascend==3.2.0\n" in result.stdout) == has_triton
+    if not has_triton:
+        assert "triton-ascend==" not in result.stdout
+        assert "is not on pip's index" in result.stdout and "model.kernels.gated_delta_rule=native" in result.stdout
+    assert tree(project) == before
+
+
+def test_the_plus_cpu_of_x86_stays(project: Path) -> None:
+    variables = {"CANN_VERSION": "9.1", "TORCH_NPU": "2.10.0.post4", "TORCH_INDEX": "an-index"}
+    result = run(project, "make", "install", "ARCH=x86", "DEVICE=npu", "DRY_RUN=1", **variables)
+    assert "  torch==2.10.0+cpu\n" in result.stdout
+
+
+def installed_cann(project: Path, version: str) -> str:
+    """CANN as its installer leaves it; returns CANN_PATH."""
+    home = project / "Ascend/cann"
+    info = home / f"{os.uname().machine}-linux/ascend_toolkit_install.info"
+    info.parent.mkdir(parents=True)
+    info.write_text(f"package_name=Ascend-cann-toolkit\nversion={version}\n")
+    (home / "set_env.sh").write_text(f"export ASCEND_HOME_PATH={home} NOISE=$UNBOUND\nfalse\necho noise\n")
+    return str(home.parent)
+
+
+def test_cann_is_found(project: Path) -> None:
+    cann = installed_cann(project, "9.1.0")
+    result = run(project, "make", "install", "ARCH=arm", "DEVICE=npu", "DRY_RUN=1", CANN_PATH=cann)
+    assert f"cann     9.1 ({cann}/cann)\n" in result.stdout
+    assert "torch-npu==2.7.1.post8\n" in result.stdout
+    # the pins of another machine may be looked at
+    other = run(project, "make", "install", "ARCH=arm", "DEVICE=npu", "DRY_RUN=1", CANN_PATH=cann, CANN_VERSION="9.0")
+    assert "torch-npu==2.7.1.post4\n" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("installed", "variables", "words"),
+    [
+        ("9.3.0", {}, "CANN 9.3.0: no torch_npu"),
+        ("", {}, "does not say its version: set CANN_VERSION"),
+        ("8.3.RC1", {}, "there are pins for CANN 8.5, 9.0, 9.1, 9.2"),
+        ("8.5.0", {"CANN_VERSION": "9.0"}, "is CANN 8.5.0: leave CANN_VERSION empty"),
+        ("8.5.0", {"CANN_VERSION": "new"}, "CANN_VERSION=new: allowed is"),
+        ("9.0.0", {"TORCH_NPU": "2.7.1.post2"}, "with CANN 9.0.0 go 2.7.1.post4, "),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    project: Path, installed: str, variables: dict[str, str], words: str
+) -> None:
+    cann = installed_cann(project, installed)
+    before = tree(project)
+    result = run(project, "make", "install", "DEVICE=npu", "TORCH_INDEX=an-index", CANN_PATH=cann, **variables)
+    line, *of_make = result.stderr.splitlines()
+    assert words in line and line.startswith("install.sh: ") and len(of_make) == 1
     assert tree(project) == before
 
 
@@ -165,7 +242,7 @@ def test_the_packages_that_the_project_stands_on() -> None:
     assert "einops" in pins("cpu")
     assert not [name for name in pins("cpu") if name.startswith(("nvidia", "cuda", "triton"))]
     for name in ("npu-x86", "npu-arm"):
-        assert pins(name)["torch-npu"] == ["2.7.1.post11"]
+        assert pins(name)["torch-npu"] == ["2.7.1.post2"]
         assert pins(name)["triton-ascend"] == ["3.2.0"]
         assert "triton" not in pins(name)
         # imported by CANN's own Python parts

@@ -30,7 +30,7 @@ def test_without_the_wheel_nothing_is_tested_and_one_line_says_so(copy):
     assert done.returncode == 3 and not done.stdout
     [line] = done.stderr.splitlines()
     assert line.startswith(
-        "test-npu.sh: nothing tested: torch-npu 2.7.1.post11 for cp310 cannot be had from pip's index: "
+        "test-npu.sh: nothing tested: torch-npu 2.7.1.post2 for cp310 cannot be had from pip's index: "
     )
 
 
@@ -48,7 +48,7 @@ def test_without_the_wheel_nothing_is_rehearsed(copy):
 
 def test_an_environment_that_is_not_there_is_named(copy):
     for torch, words in (("2.9.0", "TORCH=2.9.0: only 2.7.1 is known here"), ("2.7.1", "make test-versions makes it")):
-        wheel = copy / "build/npu/wheels/torch_npu-2.7.1.post11-cp310-cp310-any.whl"
+        wheel = copy / "build/npu/wheels/torch_npu-2.7.1.post2-cp310-cp310-any.whl"
         wheel.parent.mkdir(parents=True, exist_ok=True)
         wheel.touch()
         done = run(copy, "test-npu.sh", TORCH=torch)

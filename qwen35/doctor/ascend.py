@@ -6,15 +6,11 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen35.doctor.machine import Finding, Machine, architecture, note, ok, release, wrong
+from qwen35.doctor.machine import Finding, Machine, architecture, first_match, note, ok, release, wrong
 from qwen35.doctor.software import torch_npu
+from qwen35.doctor.stack import WITHOUT_TRITON, cann_version, of_cann, of_torch_npu, supported
+from qwen35.doctor.triton import triton
 
-OLDEST_CANN = "8.5"
-VERSION_FILES = {  # below ASCEND_HOME_PATH, the surest first
-    "{arch}-linux/ascend_toolkit_install.info": r"^version=(\S+)",
-    "compiler/version.info": r"^Version=(\S+)",
-    "runtime/version.info": r"^Version=(\S+)",
-}
 CANN_IMPORTS = "attrs cffi cloudpickle decorator numpy protobuf psutil scipy sympy".split()
 CANN_BELOW = {"numpy": 2, "protobuf": 4}  # its generated code is older than these
 DRIVER_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
@@ -23,39 +19,57 @@ SMI_SECONDS = 30
 
 def ascend(m: Machine) -> list[Finding]:
     """All that a run on NPUs needs beside what a run on the host does."""
-    return [*torch_npu(m), *cann(m), *cann_packages(m), *driver(m), *npus(m)]
+    return [*torch_npu(m), *cann(m), *pair(m), *triton(m), *cann_packages(m), *driver(m), *npus(m)]
 
 
 def cann(m: Machine) -> list[Finding]:
     home = Path(m.get("ASCEND_HOME_PATH") or "nowhere")
     if not home.is_dir():
         fact = f"no set_env.sh in {m.get('CANN_PATH') or '/usr/local/Ascend'}, nor in cann/ or ascend-toolkit/ below it"
-        return [wrong("CANN", fact, f"install CANN {OLDEST_CANN} or newer, or set CANN_PATH to where it is")]
+        return [wrong("CANN", fact, f"install CANN ({supported()}), or set CANN_PATH to where it is")]
     version = cann_version(home)
     if version is None:
-        return [wrong("CANN", f"{home} does not say its version", f"install CANN {OLDEST_CANN} or newer")]
-    if release(version) < release(OLDEST_CANN):
-        return [wrong("CANN", f"{version} in {home}", f"install CANN {OLDEST_CANN} or newer")]
+        return [wrong("CANN", f"{home} does not say its version", f"install CANN again, one of {supported()}")]
+    if not of_cann(version):
+        fact = f"{version} in {home}: no torch_npu that is known here goes with it"
+        return [wrong("CANN", fact, f"install one of CANN {supported()}")]
     findings = [ok("CANN", f"{version} in {home}")]
     operators = home / f"{architecture()}-linux/ascend_ops_install.info"
     if not operators.is_file():
         todo = "is CANN's package of operators for this chip installed (Ascend-cann-…-ops)?"
         findings.append(note("CANN", f"no {operators}", todo))
-    elif (other := _read(operators, r"^version=(\S+)")) != version:
+    elif (other := first_match(operators, r"^version=(\S+)")) != version:
         fact = f"{version}, its operators are of {other}"
         findings.append(wrong("CANN", fact, "install the package of operators of the same version"))
     return findings
 
 
-def cann_version(home: Path) -> str | None:
-    found = (_read(home / name.format(arch=architecture()), pattern) for name, pattern in VERSION_FILES.items())
-    return next((version for version in found if version), None)
-
-
-def _read(file: Path, pattern: str) -> str | None:
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    match = re.search(pattern, text, re.MULTILINE)
-    return match[1] if match else None
+def pair(m: Machine) -> list[Finding]:
+    """Are torch_npu and triton-ascend those of this CANN? scripts/requirements/versions.txt has what goes together."""
+    found, home = m.package("torch-npu"), m.get("ASCEND_HOME_PATH")
+    version = cann_version(Path(home)) if home else None
+    rows = of_cann(version) if version else []
+    if not found or not rows:
+        return []  # a finding of its own
+    subject, cann, todo = "torch-npu", rows[0].cann, f"make install DEVICE=npu brings {rows[0].torch_npu}"
+    known = of_torch_npu(found.version)
+    if known is None:
+        return [wrong(subject, f"{found.version} goes with no CANN that is known here, this is {version}", todo)]
+    stack = next((row for row in rows if row.torch_npu == known.torch_npu), rows[0])
+    findings = [ok(subject, f"{found.version} goes with CANN {version}")]
+    if known.cann != cann:  # TorchNPU's release notes: each release from 7.3 to 26.2 with each CANN from 8.5 to 9.2
+        fact = f"{found.version} is of CANN {known.cann}, this is {version}: its release notes call them compatible"
+        findings = [note(subject, fact, todo)]
+    subject, has = "triton-ascend", m.package("triton-ascend")
+    if has is None:
+        fact, todo = stack.no_triton(m.python_version) or ("is not installed", "make install DEVICE=npu")
+        findings.append(note(subject, fact, todo))
+    elif release(has.version) != release(stack.triton_ascend):
+        todo = f"install {stack.triton_ascend}, or uninstall it and choose {WITHOUT_TRITON}"
+        findings.append(wrong(subject, f"{has.version} does not go with CANN {version}", todo))
+    else:
+        findings.append(ok(subject, f"{has.version} goes with CANN {version}"))
+    return findings
 
 
 def cann_packages(m: Machine) -> list[Finding]:
@@ -72,9 +86,9 @@ def cann_packages(m: Machine) -> list[Finding]:
 
 
 def driver(m: Machine) -> list[Finding]:
-    where = _read(m.files / "etc/ascend_install.info", r"^Driver_Install_Path_Param=(\S+)") or "/usr/local/Ascend"
+    where = first_match(m.files / "etc/ascend_install.info", r"^Driver_Install_Path_Param=(\S+)") or "/usr/local/Ascend"
     file = m.files / where.lstrip("/") / "driver/version.info"
-    version = _read(file, r"^Version=(\S+)")
+    version = first_match(file, r"^Version=(\S+)")
     if version is None:
         todo = "install the NPU driver; into a container it has to be mounted"
         return [wrong("driver", f"no version in {file}", todo)]

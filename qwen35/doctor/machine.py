@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distributions
@@ -44,6 +46,7 @@ class Machine:
     site: tuple[str, ...] = field(default_factory=lambda: tuple(sys.path))  # where packages are installed
     python: str = sys.executable
     python_version: tuple[int, ...] = tuple(sys.version_info[:3])
+    include: str = sysconfig.get_path("include", "posix_prefix")  # where Python.h is, as triton-ascend takes it
 
     def get(self, name: str) -> str:
         return self.environment.get(name, "")
@@ -79,6 +82,13 @@ def release(version: str) -> tuple[int, ...]:
             break
         numbers.append(int(word))
     return tuple(numbers)
+
+
+def first_match(file: Path, pattern: str) -> str | None:
+    """What the pattern's first group is in a text file, at the start of a line; None without file or match."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def gib(size: float) -> str:

@@ -5,6 +5,7 @@ import re
 import subprocess
 
 from qwen35.doctor.machine import Finding, Machine, note, ok, release, wrong
+from qwen35.doctor.stack import of_torch_npu
 
 PYTHONS = ((3, 10), (3, 12))
 RANGES = {"torch": ("2.7.1", "2.13"), "transformers": ("5.2", "5.23")}  # what the tests have run on
@@ -31,10 +32,11 @@ def installation(m: Machine) -> list[Finding]:
     if not stamp.is_file():
         half = (m.root / ".venv").is_dir()
         return [wrong("installation", "stopped half-way" if half else "there is none yet", INSTALL)]
-    device, arch, *_ = [*stamp.read_text().split("-"), ""]
+    device, arch, torch_npu, *_ = [*stamp.read_text().split("-"), "", ""]
     locks = [m.root / f"scripts/requirements/{name}.txt" for name in (f"{device}-{arch}", device)]
     lock = next((file for file in locks if file.is_file()), None)
-    if lock is None:
+    pinned, stack = lock.read_text() if lock else "", of_torch_npu(torch_npu)
+    if lock is None or ("torch-npu==" in pinned and stack is None):
         return [wrong("installation", f"{stamp} names no lock file", INSTALL)]
     try:
         from packaging.markers import Marker
@@ -42,7 +44,7 @@ def installation(m: Machine) -> list[Finding]:
         return [wrong("installation", "packaging is missing", INSTALL)]
     missing, others = [], []
     pins = 0
-    for line in lock.read_text().splitlines():
+    for line in (stack.pins(pinned) if stack else pinned).splitlines():
         pin, _, marker = line.partition(" ; ")
         if line.startswith("#") or (marker and not Marker(marker).evaluate()):
             continue
@@ -143,7 +145,9 @@ def torch_npu(m: Machine) -> list[Finding]:
         findings.append(wrong("torch-npu", fact, "make install DEVICE=npu"))
     else:
         findings.append(ok("torch-npu", f"{found.version} for torch {has}"))
-    if m.package("triton") and m.package("triton-ascend"):
+    ascend = m.package("triton-ascend")
+    is_alone = ascend and release(ascend.version) < (3, 2, 1)  # later ones require triton, and put their files over it
+    if m.package("triton") and is_alone:
         todo = f"{m.python} -m pip uninstall triton triton-ascend, then make install"
         findings.append(wrong("triton-ascend", "triton is installed over it", todo))
     return findings

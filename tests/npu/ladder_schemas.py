@@ -1,4 +1,4 @@
-"""Every call in kernels/npu.py against the schemas of torch-npu 2.7.1, read out of its wheel: NPU_OLD_WHEEL names the file.
+"""Every call in kernels/npu.py against the schemas of torch-npu 2.7.1.post2, the default, read out of its wheel: NPU_OLD_WHEEL.
 
 That wheel needs Python 3.10 and torch 2.7.1 to be imported, but the schemas stand in its library as text.
 """
@@ -21,6 +21,7 @@ CALLS = [
     for node in ast.walk(ast.parse(SOURCE.read_text()))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "npu"
 ]
+WITHOUT_SHAPE = {"npu_gemma_rms_norm"}  # fake tensors alone need it: a rehearsal takes a newer release
 NAMES = sorted({call.func.attr for call in CALLS})
 
 
@@ -65,6 +66,6 @@ def test_the_older_release_has_the_op_with_these_arguments(name, files):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_older_release_has_its_shape_function(name, files):
-    assert re.search(
-        rb'@impl\(m, "' + name.encode() + rb'(\.default)?"', files["op_plugin/meta/_meta_registrations.py"]
-    )
+    pattern = rb'@impl\(m, "' + name.encode() + rb'(\.default)?"'
+    found = re.search(pattern, files["op_plugin/meta/_meta_registrations.py"])
+    assert bool(found) == (name not in WITHOUT_SHAPE)

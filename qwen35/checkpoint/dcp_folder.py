@@ -20,7 +20,7 @@ from typing import Any
 
 from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import INCOMPLETE, set_aside, sweep, write_atomic
+from qwen35.checkpoint.folders import file_sizes, set_aside, sweep, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object
 
@@ -44,9 +44,8 @@ def checkpoint_name(step: int | None) -> str:
 
 def marker_content(folder: Path, step: int | None, world_size: int = 1) -> dict[str, Any]:
     """What complete.json says of the files that lie in a folder."""
-    paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != INCOMPLETE}
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    sums = {name: checksum(path.read_bytes()) for name, path in paths.items() if path.suffix != ".distcp"}
+    sizes = file_sizes(folder)
+    sums = {name: checksum((folder / name).read_bytes()) for name in sizes if not name.endswith(".distcp")}
     content = {"format": FORMAT, "step": step, "world_size": world_size, "files": sizes, "crc32": sums}
     sums[MARKER] = _checksum_of_marker(content)
     return content

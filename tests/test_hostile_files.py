@@ -30,6 +30,7 @@ from qwen35.checkpoint import CheckpointError, HFFolder, HFSource
 from qwen35.checkpoint.boxes import Box, TensorSource
 from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import LATEST, about, read_file, resolve_load, settle
+from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_item
 from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.release import write_release
@@ -348,6 +349,16 @@ def test_an_index_that_is_no_file(tmp_path):
     marker = json.loads((file.parent / "complete.json").read_text())
     with at_most(60), pytest.raises(CheckpointError, match=r"tensors\.json: cannot be read: not a file"):
         read_file(file.parent, "tensors.json", marker)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**40, 2**40], [1] * 65, [0, True], [0, -1], [0, 1.0]])
+def test_an_empty_tensor_of_a_shape_that_torch_has_not(tmp_path, shape):
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointError, match="broken safetensors header"):
+        HFFolder(tmp_path)
+    with pytest.raises(ValueError, match="a shape or place is not made of whole numbers"):
+        _from_json(json.dumps({"a": {"dtype": "F32", "shape": shape, "chunks": []}}).encode())
 
 
 def test_members_of_an_archive_are_never_inflated(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen35.config import flat_settings
+from qwen35.errors import UserError, read_text
 from qwen35.settings import Settings, dataset_entries
 
 PACKAGES = (
@@ -93,9 +95,12 @@ def files(settings: Settings) -> dict[str, str]:
 
 def _latest(folder: Path) -> list[Path]:
     """The checkpoint that is loaded from the folder of a run, or of a conversion."""
-    file = folder / LATEST
-    word = file.read_text(errors="replace").strip() if file.is_file() else ""
-    return [folder / (f"iter_{int(word):07d}" if word.isdecimal() else "release")] if word else []
+    try:
+        word = read_text(folder / LATEST, UserError).strip()
+    except UserError:  # no such file, or one that names nothing: what is loaded is then found without it
+        return []
+    is_step = re.fullmatch("[0-9]{1,18}", word)
+    return [folder / (f"iter_{int(word):07d}" if is_step else "release")]
 
 
 def fingerprint(file: Path) -> str:

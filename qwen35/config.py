@@ -21,17 +21,20 @@ from qwen35.settings import HELD_OUT, TRAINED, DatasetParam, Settings, of_held_o
 
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
 
+LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
+
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides (values in YAML). Raises SettingError with one line that says what to do."""
     text = read_text(Path(path), SettingError, "no such recipe; the shipped ones are in configs/")
+    if len(text) > LONGEST_RECIPE:
+        raise SettingError(
+            f"{path}: {len(text):,} characters, a recipe has at most {LONGEST_RECIPE:,}; is it another file?"
+        )
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
-    try:
-        flat = _flatten(tree, str(path))
-    except RecursionError:
-        raise SettingError(f"{path}: a section that holds itself") from None
+    flat = _flatten(tree, str(path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -44,18 +47,28 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
-class _Twice(yaml.MarkedYAMLError):
-    pass
+class _Refused(yaml.MarkedYAMLError):
+    """What is YAML, but not in a recipe."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice: YAML would quietly take the last."""
+    """Refuses a key that is there twice, of which YAML would quietly take the last, and aliases.
+
+    A few lines of aliases of aliases stand for more values than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"*{event.anchor} is an alias, which recipes do not have; write out what it stands for"
+            raise _Refused(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _Twice(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                raise _Refused(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
@@ -68,7 +81,7 @@ def _parse(text: str, where: str) -> Any:
         what = " ".join(str(error.problem).split())
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        if isinstance(error, _Twice):
+        if isinstance(error, _Refused):
             raise SettingError(f"{where}{place}: {what}") from None
         hint = "; indent with spaces" if "'\\t'" in what else ""
         raise SettingError(f"{where} is not YAML{place}: {what}{hint}") from None

@@ -239,6 +239,8 @@ def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]],
     strange = ""
     if not path.exists():
         return lines, strange
+    if not path.is_file():
+        raise RunError(f"{path}: not a file; move it away")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

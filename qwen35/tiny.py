@@ -212,9 +212,7 @@ def make_model(folder: Path = MODEL_DIR, seed: int = 0, force: bool = False) -> 
     if not force and _is_there(folder, files):
         return False
     config = json.loads(files["config.json"])
-    write_hf(Qwen35.from_config(config, seed, mtp=True).state_dict(), config, folder)
-    for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+    write_hf(Qwen35.from_config(config, seed, mtp=True).state_dict(), config, folder, texts=files)
     return True
 
 

@@ -94,7 +94,10 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     (other / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="not written by this program"):
         save_hf(source, folder, other)
-    (tmp_path / "out.old").mkdir()  # as a user may call a copy
+    (tmp_path / "out.old").mkdir()  # empty, as a job that was killed while it removed it leaves it
+    save_hf(source, folder, out)
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old/config.json").touch()  # as a user may call a copy
     with pytest.raises(CheckpointError, match=r"out\.old is in the way"):
         save_hf(source, folder, out)
     for inside in (folder, folder / "new", tmp_path):

@@ -13,6 +13,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 # bytes that a thread holds at a time while tensors stream from file to file; memory of this size is used again, much more
 # comes fresh from the kernel for every piece, which takes longer than to read it
 PIECE = 8 * 2**20
+AXES = 16  # of a tensor; more of them are nobody's layout
+
+
+def is_shape(values: Sequence[object]) -> bool:
+    """Whether a tensor could have this shape. Where one axis is empty, torch multiplies the others all the same."""
+    is_counted = len(values) <= AXES and all(type(n) is int and n >= 0 for n in values)
+    return (
+        is_counted and math.prod(n or 1 for n in values if type(n) is int) < 2**60
+    )  # its bytes are counted in 63 bits
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ import itertools
 import json
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import INCOMPLETE, set_aside, sweep, write_atomic
+from qwen35.checkpoint.folders import file_sizes, set_aside, sweep, write_atomic
 from qwen35.checkpoint.lock import removable
-from qwen35.errors import read_object
+from qwen35.errors import read_object, read_text
 
 FORMAT = 2  # 1, which nobody wrote down, had no tensors.json and no checksums
 MARKER = "complete.json"
@@ -30,6 +31,7 @@ INDEX = "tensors.json"
 METADATA = ".metadata"  # DCP's own; who reads a checkpoint holds it open
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+LARGEST = 1 << 30  # bytes of a file without tensors; tensors.json has 40 for a MiB of tensors
 ITERATION = re.compile(r"iter_([0-9]{7,18})")
 
 
@@ -44,9 +46,8 @@ def checkpoint_name(step: int | None) -> str:
 
 def marker_content(folder: Path, step: int | None, world_size: int = 1) -> dict[str, Any]:
     """What complete.json says of the files that lie in a folder."""
-    paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != INCOMPLETE}
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
-    sums = {name: checksum(path.read_bytes()) for name, path in paths.items() if path.suffix != ".distcp"}
+    sizes = file_sizes(folder)
+    sums = {name: checksum((folder / name).read_bytes()) for name in sizes if not name.endswith(".distcp")}
     content = {"format": FORMAT, "step": step, "world_size": world_size, "files": sizes, "crc32": sums}
     sums[MARKER] = _checksum_of_marker(content)
     return content
@@ -117,8 +118,12 @@ def damaged(checkpoint: Path, file: str, why: str) -> CheckpointError:
 
 def read_file(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> bytes:
     """A file that holds no tensors, as it was written. Raises CheckpointError."""
+    path = checkpoint / name
     try:
-        data = (checkpoint / name).read_bytes()
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
+            raise CheckpointError(f"{path}: cannot be read: not a file, or one of more than {LARGEST:,} bytes")
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error.strerror}") from None
     if marker.get("format") == FORMAT and checksum(data) != marker["crc32"].get(name):
@@ -208,8 +213,8 @@ def _damage(checkpoint: Path) -> str:
 def _latest(folder: Path) -> str | None:
     """The name of the checkpoint that latest_checkpointed_iteration.txt names; None if it names none."""
     try:
-        word = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        word = read_text(folder / LATEST, CheckpointError).strip()
+    except CheckpointError:
         return None
     return word if word == RELEASE else checkpoint_name(int(word)) if re.fullmatch("[0-9]{1,18}", word) else None
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.boxes import Box, TensorSpec, is_shape
 from qwen35.checkpoint.checksums import DIGITS, blocks_in
 from qwen35.checkpoint.dcp_folder import FORMAT, INDEX, METADATA, read_file
 from qwen35.checkpoint.dcp_item import Written
@@ -26,10 +26,7 @@ from qwen35.errors import one_line
 
 MODULE = "torch.distributed.checkpoint."
 TORCH_DTYPES = {str(dtype): dtype for dtype in CODES}
-AXES, CUTS = (
-    16,
-    32,
-)  # of a tensor; of a tensor into chunks: more of them are nobody's layout, and would take long to look at
+CUTS = 32  # of a tensor into chunks: more of them are nobody's layout, and would take long to look at
 NAME = 500  # characters
 BROKEN = (pickle.UnpicklingError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
@@ -128,7 +125,7 @@ def _size(value: Any) -> tuple[int, ...]:
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
-    if len(values) > AXES or not all(_is_count(n) for n in values):
+    if not is_shape(values):
         raise ValueError("a shape or place is not made of whole numbers")
     return tuple(values)
 

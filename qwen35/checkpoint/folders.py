@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.errors import CheckpointError
-from qwen35.errors import naming
+from qwen35.checkpoint.errors import CheckpointError, few
+from qwen35.checkpoint.lock import LOCK, holding
+from qwen35.errors import naming, read_object
 
 INCOMPLETE = ".incomplete"  # lies in a folder that is being written
 
@@ -18,32 +19,61 @@ INCOMPLETE = ".incomplete"  # lies in a folder that is being written
 def begin(folder: Path, marker: str) -> Path:
     """Make the empty temporary folder that `commit` turns into `folder`; what an interrupted run left of it is removed.
 
-    Raises CheckpointError if `folder` is there and is neither empty nor written by us (then it holds `marker`).
+    Raises CheckpointError as `check_replaceable`.
     """
     old = _replaced(folder)
     if not folder.exists() and (old / INCOMPLETE).is_file():  # a job was stopped between the two renames of `commit`
         old.rename(folder)
         (folder / INCOMPLETE).unlink()
     check_replaceable(folder, marker)
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = _temporary(folder)
     if temporary.exists():
-        if any(temporary.iterdir()) and not any((temporary / name).exists() for name in (INCOMPLETE, marker)):
-            raise CheckpointError(f"{temporary} is in the way, and was not written by this program; move it")
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+        _clear(temporary, keep=LOCK)
+    temporary.mkdir(parents=True, exist_ok=True)
     (temporary / INCOMPLETE).touch()
     return temporary
 
 
 def check_replaceable(folder: Path, marker: str) -> None:
-    """Raise CheckpointError unless `folder` is absent, empty, or holds `marker`."""
+    """Raise CheckpointError unless `folder` is absent, empty, or holds what we wrote, as its `marker` says, and nothing else.
+
+    What others put there would be lost. So would what bears a name that the replacing needs.
+    """
     if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
         raise CheckpointError(
             f"{folder} is there already, and was not written by this program; choose another or move it"
         )
-    old = _replaced(folder)
-    if folder.exists() and old.exists() and not (old / INCOMPLETE).is_file():
+    if (folder / marker).is_file():
+        written = read_object(folder / marker, CheckpointError).get("files")
+        if not isinstance(written, dict | list):
+            raise CheckpointError(
+                f"{folder} is there already, and {marker} does not say what was written there; move it"
+            )
+        strange = [name for name in file_sizes(folder) if name != marker and name not in written]
+        if strange:
+            count, them = (f"{len(strange)} files", "them") if len(strange) > 1 else ("a file", "it")
+            raise CheckpointError(
+                f"{folder} is there already, with {count} that this program did not write: {few(strange)}; "
+                f"choose another folder, or move {them} away"
+            )
+    old, temporary = _replaced(folder), _temporary(folder)
+    if folder.exists() and old.exists() and any(old.iterdir()) and not (old / INCOMPLETE).is_file():
         raise CheckpointError(f"{old} is in the way of replacing {folder}; move it")
+    is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, marker))
+    if temporary.exists() and any(temporary.iterdir()) and not is_ours:
+        raise CheckpointError(f"{temporary} is in the way, and was not written by this program; move it")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The files in and below a folder by name, but for what is there only while it is written."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    names = {str(path.relative_to(folder)): path.lstat().st_size for path in paths}
+    return {name: size for name, size in names.items() if name not in (INCOMPLETE, LOCK)}
+
+
+def _temporary(folder: Path) -> Path:
+    """What `folder` is called while it is written."""
+    return folder.with_name(folder.name + ".tmp")
 
 
 def _replaced(folder: Path) -> Path:
@@ -51,13 +81,17 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _remove_replaced(old: Path) -> None:
-    """INCOMPLETE goes last: what a stopped job leaves of it is still known for what it is."""
-    for path in old.iterdir():
+def _clear(folder: Path, keep: str) -> None:
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != INCOMPLETE:
+        elif path.name != keep:
             path.unlink()
+
+
+def _remove_replaced(old: Path) -> None:
+    """INCOMPLETE goes last: what a stopped job leaves of it is still known for what it is."""
+    _clear(old, keep=INCOMPLETE)
     shutil.rmtree(old)
 
 
@@ -74,6 +108,7 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
             flush(path)
     write_atomic(temporary / marker, json.dumps(content, indent=2) + "\n")
     (temporary / INCOMPLETE).unlink()
+    (temporary / LOCK).unlink(missing_ok=True)  # who waits for it finds that it is gone, and looks again
     flush(temporary)
     if folder.exists():
         old = _replaced(folder)
@@ -125,14 +160,21 @@ def sweep(folder: Path, names: re.Pattern) -> list[str]:
 
 @contextmanager
 def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
-    """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's."""
-    temporary = begin(folder, marker)
-    try:
-        yield temporary
-        commit(temporary, folder, marker, content)
-    except BaseException:  # KeyboardInterrupt too
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's.
+
+    Another process that writes the same folder waits, and is refused with CheckpointError if that takes long.
+    """
+    check_replaceable(folder, marker)  # before a lock is put into what may be another's
+    with holding(_temporary(folder)) as warning:
+        if warning:
+            print(warning, flush=True)
+        temporary = begin(folder, marker)
+        try:
+            yield temporary
+            commit(temporary, folder, marker, content)
+        except BaseException:  # KeyboardInterrupt too
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def write_atomic(path: Path, text: str) -> None:

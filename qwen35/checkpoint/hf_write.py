@@ -67,7 +67,8 @@ def save_hf(
         for path in _small_files(source):
             _copy(path, temporary / path.relative_to(source.folder))
         _check_folder(HFFolder(temporary), source.files)
-        content |= {"tensors": len(source.specs), "bytes": sum(s.nbytes for s in source.specs.values())}
+        total = sum(spec.nbytes for spec in source.specs.values())
+        content |= {"tensors": len(source.specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
     return Written(content["tensors"], content["bytes"], out)
 
 
@@ -78,11 +79,12 @@ def write_hf(
     layout: Layout = "hub",
     shard_size: int = 4 * 2**30,
     dtype_of: Callable[[str], torch.dtype] = published_dtype,
+    texts: Mapping[str, str] | None = None,
 ) -> Written:
     """Write a fresh checkpoint of a model's state: safetensors files named as the hub's, index, config.json.
 
-    `dtype_of` maps a name on disk to its dtype, by default the published one. Files hold up to `shard_size` bytes, or
-    one tensor. `folder` is replaced if it is empty or was written by us.
+    `texts` are further files by name. `dtype_of` maps a name on disk to its dtype, by default the published one. Files of
+    weights hold up to `shard_size` bytes, or one tensor. `folder` is replaced if it is empty or was written by us.
     """
     values, folder = TensorSource(state) if isinstance(state, Mapping) else state, Path(folder)
     layout_places = {p.name: (n, p) for n, s in values.specs.items() for p in places(n, s.shape, layout)}
@@ -102,8 +104,10 @@ def write_hf(
         file_of = {name: file for file, names in files.items() for name in names}
         _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
         _write_json(temporary / "config.json", config)
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         _check_folder(HFFolder(temporary), headers)
-        content |= {"tensors": len(specs), "bytes": total}
+        content |= {"tensors": len(specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
     return Written(len(specs), total, folder)
 
 

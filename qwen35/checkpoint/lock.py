@@ -44,7 +44,8 @@ def holding(folder: Path) -> Iterator[str | None]:
                     file.flush()
                 yield warning
             finally:
-                if is_new and folder.is_dir() and [entry.name for entry in folder.iterdir()] == [LOCK]:
+                is_ours = is_new and _is_still(folder, above)  # and not one that another job has made since
+                if is_ours and [entry.name for entry in folder.iterdir()] == [LOCK]:
                     path.unlink()
                     with suppress(OSError):  # another job may have come in
                         folder.rmdir()
@@ -83,7 +84,7 @@ def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None
                 raise
         if time.monotonic() > end:
             raise CheckpointError(
-                f"{path.parent} is in use by another job ({_owner(path)}); wait for it, or name another save"
+                f"{path.parent} is in use by another job ({_owner(path)}); wait for it, or name another folder"
             )
         time.sleep(0.1)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.boxes import Box, TensorSpec
+from qwen35.checkpoint.boxes import Box, TensorSpec, is_shape
 from qwen35.checkpoint.errors import CheckpointError, few
 from qwen35.checkpoint.folders import flush_soon
 
@@ -86,7 +86,7 @@ def _row(name: str, fields: dict[str, Any]) -> tuple[str, str, tuple[int, ...], 
     """Of one tensor: name, code of the dtype, shape, first byte and last. Raises what broken fields raise."""
     first, last = fields["data_offsets"]
     code, shape = fields["dtype"], tuple(fields["shape"])
-    if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+    if not (isinstance(code, str) and is_shape(shape) and type(first) is type(last) is int and 0 <= first <= last):
         raise ValueError(name)
     return name, code, shape, first, last
 

@@ -1,6 +1,5 @@
 """Pixels as the patches that the vision tower takes: levels 0..255 to numbers, and the cut into squares."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,13 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Within what fp32 computes with: beyond it the pixels would all be infinite, or nothing."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and (value == 0 or 1e-6 <= abs(value) <= 1e6)
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _is_rgb(value: Any) -> bool:
@@ -79,11 +84,14 @@ class PatchFormat:
             for key in ("patch_size", "temporal_patch_size", "merge_size")
         )
         mean, std = (
-            _entry(config, key, path, _is_rgb, "a list of three numbers") for key in ("image_mean", "image_std")
+            _entry(config, key, path, _is_rgb, "a list of three numbers, 0 or from 1e-6 to 1e6")
+            for key in ("image_mean", "image_std")
         )
         if not all(std):
             raise SettingError(f"{path}: image_std: {std} has a 0, and pixels are divided by it")
-        scale = _entry({"rescale_factor": 1 / 255, **config}, "rescale_factor", path, _is_number, "a number")
+        scale = _entry(
+            {"rescale_factor": 1 / 255, **config}, "rescale_factor", path, _is_scale, "a number from 1e-6 to 1e6"
+        )
         return PatchFormat(patch, temporal_patch, merge, tuple(mean), tuple(std), scale)
 
     @property
@@ -112,7 +120,7 @@ class Levels:
         """Scaled in fp64, rounded to fp32, then normalised: the order of transformers' PIL image processors."""
         scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
         minus, by = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
-        divisor = np.float32(round(1 / scale) or 1) if scale else np.float32(1)
+        divisor = np.float32(round(1 / scale) or 1)
         return cls((scaled - minus) / by, (np.asarray(divisor), _one(minus), _one(by)))
 
     @classmethod

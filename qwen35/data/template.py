@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from qwen35.data.files import read_config
 from qwen35.data.record import Record, Role, ToolCall, Turn, Video
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, read_text
 
 Template = Literal["qwen3_vl_nothink", "qwen3_5"]
 
@@ -141,7 +141,7 @@ def thinks_by_default(folder: str | Path) -> bool:
     folder = Path(folder)
     own = folder / "chat_template.jinja"
     if own.is_file():
-        text = own.read_text(encoding="utf-8", errors="replace")
+        text = read_text(own, SettingError)
     else:
         text = str(read_config(folder, "tokenizer_config.json").get("chat_template"))
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):

@@ -1,0 +1,100 @@
+"""Folders that are replaced: one process at a time, and never with files in them that somebody else put there."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoint_cases import tensors_in, write_folder
+
+from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, hf_write, save_hf
+from qwen35.checkpoint.convert import main
+from qwen35.checkpoint.dcp_folder import LATEST
+from qwen35.checkpoint.folders import INCOMPLETE
+from qwen35.checkpoint.lock import LOCK
+
+
+def test_what_others_put_into_an_export_is_never_lost(tmp_path):
+    folder = write_folder(tmp_path / "hf")
+    (folder / "figures").mkdir()
+    (folder / "figures/a.svg").touch()
+    source, out = HFSource(HFFolder(folder)), tmp_path / "out"
+    save_hf(source, folder, out)
+    save_hf(source, folder, out)
+    (out / "config.json").write_text("{}")  # damaged, and made again
+    save_hf(source, folder, out)
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    mine = ["README.md", "figures/b.svg", "notes/a.txt", "z.txt"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    words = r"with 4 files that this program did not write: README.md, figures/b.svg, notes/a.txt and 1 more; choose another"
+    with pytest.raises(CheckpointError, match=words):
+        save_hf(source, folder, out)
+    assert {(out / name).read_text() for name in mine} == {"mine"}
+    for name in mine[1:]:
+        (out / name).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"with a file that this program did not write: README\.md; choose .* it away"
+    ):
+        save_hf(source, folder, out)
+    (out / "README.md").unlink()
+    marker = out / hf_write.MARKER
+    marker.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not say what was written there; move it"):
+        save_hf(source, folder, out)
+
+
+def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
+    folder, dcp = write_folder(tmp_path / "hf"), tmp_path / "dcp"
+    command = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
+    assert [main(command), main(command)] == [0, 0]
+    (dcp / "release/README.md").write_text("mine")
+    assert main(command) == 1
+    assert "with a file that this program did not write: README.md; choose" in capsys.readouterr().err
+    assert (dcp / "release/README.md").read_text() == "mine"
+
+
+CONVERT_SLOWLY = """
+import sys, time
+from qwen35.checkpoint import convert, lock
+def read(self, name, box, quick=convert.Finite.read):
+    print("in it", flush=True)
+    time.sleep(600)
+if sys.argv.pop(1) == "hang":
+    convert.Finite.read = read
+lock.PATIENCE = 0.2
+raise SystemExit(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
+def test_two_processes_do_not_write_one_folder(tmp_path, command):
+    """The second is refused in a line; the lock of one that was killed keeps nobody out, nor does what it left."""
+    folder, dcp, out = write_folder(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "out"
+    there = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
+    if command == "dcp_to_hf":
+        assert main(there) == 0
+    words = there if command == "hf_to_dcp" else ["dcp_to_hf", "--dcp_dir", dcp, "--origin_hf_dir", folder]
+    words += ["--save_hf_dir", out] * (command == "dcp_to_hf")
+    target = dcp / "release" if command == "hf_to_dcp" else out
+    code = [sys.executable, "-c", CONVERT_SLOWLY]
+    first = subprocess.Popen([*code, "hang", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while "in it" not in first.stdout.readline():
+        assert first.poll() is None
+    second = subprocess.run([*code, "go", *words], capture_output=True, text=True, check=False, timeout=120)
+    assert second.returncode == 1
+    busy = f"mm-convert: {target}.tmp is in use by another job (process {first.pid} on "
+    assert [line for line in second.stderr.splitlines() if line.startswith("mm-convert")] == [
+        second.stderr.splitlines()[-1]
+    ]
+    assert second.stderr.splitlines()[-1].startswith(busy)
+    first.kill()
+    first.communicate()
+    third = subprocess.run([*code, "go", *words], capture_output=True, text=True, check=False, timeout=120)
+    assert third.returncode == 0, third.stderr
+    assert {path.name for path in target.parent.iterdir()} <= {"hf", "dcp", "out", "release", LATEST}
+    assert not {INCOMPLETE, LOCK} & {path.name for path in target.iterdir()}
+    if command == "dcp_to_hf":
+        assert tensors_in(out).keys() == tensors_in(folder).keys()
+        assert all(torch.equal(values, tensors_in(folder)[name]) for name, values in tensors_in(out).items())

@@ -34,6 +34,31 @@ def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[
     return read_config(folder, name), f"{folder}/{name}"
 
 
+def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
+    """A model folder's chat template, and the file that holds it; None if it has none. Raises SettingError.
+
+    Tokenizers take chat_template.jinja before what tokenizer_config.json holds, processors take chat_template.json before
+    both, and servers ask either: so the two must not differ. Of several named templates the one that is used would depend on
+    the conversation.
+    """
+    folder, found = Path(folder), {}
+    for name in ("chat_template.json", PROCESSOR, "chat_template.jinja", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file() or (name == "tokenizer_config.json" and "chat_template.jinja" in found):
+            continue
+        if path.suffix == ".jinja":
+            found[name] = path.read_text(encoding="utf-8", errors="replace")
+        elif (text := read_object(path, SettingError).get("chat_template")) is not None:
+            found[name] = text
+    if any(not isinstance(text, str) for text in found.values()) or any(folder.glob("additional_chat_templates/*")):
+        raise SettingError(f"{folder}: has several chat templates; keep one, as chat_template.jinja")
+    if len(set(found.values())) > 1:
+        raise SettingError(
+            f"{folder}: {' and '.join(found)} hold different chat templates; keep one, chat_template.jinja"
+        )
+    return next(((text, str(folder / name)) for name, text in found.items()), None)
+
+
 @contextmanager
 def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
     """A new file beside `path`, which takes its place when the block ends well and is removed when it does not.

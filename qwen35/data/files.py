@@ -12,6 +12,7 @@ from typing import Any
 from qwen35.errors import SettingError, read_object
 
 PROCESSOR = "processor_config.json"
+SIZES = ("size", "min_pixels", "max_pixels", "fps", "max_frames", "num_frames", "max_video_tokens")
 
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:
@@ -32,6 +33,25 @@ def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[
         return found, f"{path}: {section}"
     name = next((name for name in names if (Path(folder) / name).is_file()), names[-1])
     return read_config(folder, name), f"{folder}/{name}"
+
+
+def own_sizes(folder: str | Path, least: int, most: int, section: str, *names: str) -> str | None:
+    """What a processor's config says of sizes and frames, which the recipe says instead: pixels from `least` to `most`.
+
+    None if it says the same. min_pixels and max_pixels stand for what `size` says. Raises SettingError.
+    """
+    config, where = read_processor(folder, section, *names)
+    said = {key: config[key] for key in SIZES if config.get(key) is not None}
+    size = said.get("size")
+    size = dict(size) if isinstance(size, dict) else {}
+    size |= {
+        edge: said[key]
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        if key in said
+    }
+    if not said or ({"shortest_edge": least, "longest_edge": most} == size and not said.keys() - {"size", *SIZES[1:3]}):
+        return None
+    return f"{where}: not read: {', '.join(f'{key} {value}'[:80] for key, value in said.items())}"
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, str] | None:

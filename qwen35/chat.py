@@ -15,7 +15,7 @@ from qwen35.checkpoint.names import published_dtype
 from qwen35.config import SettingError, load_settings
 from qwen35.data.collate import check_agreement, vision_spec
 from qwen35.data.images import ImageProcessor
-from qwen35.data.samples import Preparation
+from qwen35.data.samples import Preparation, own_template
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.data.videos import VideoProcessor
 from qwen35.device import take_device
@@ -118,12 +118,14 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
     if args.thinking and template == "qwen3_vl_nothink":
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
     enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
+    basic = BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking)
     preparation = Preparation(
         ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
-        BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking),
+        basic,
         trained.attr,
         VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
+        own_template(source.tokenizer, basic),
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation

@@ -56,12 +56,12 @@ def check_same_data(fingerprint: str) -> None:
     others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
     if others:
         raise RunError(
-            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images or "
-            "the tokenizer differ between the machines; with on_bad_record: error the first missing one is named"
+            f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images, "
+            "the processor or the tokenizer differ; with on_bad_record: error the first missing one is named"
         )
 
 
-def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> dict[str, Any]:
+def position_of(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
     """Kept in each checkpoint: what decides the course of the steps after it, besides weights and settings.
 
     Step s of any run with so many bins a step, however they are split over ranks and micro-steps, takes the same bins.
@@ -70,6 +70,7 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str) -> di
         "bins_a_step": bins_a_step(settings),
         "data": fingerprint,
         "model": asdict(config),
+        "levels": dict(levels),
         "mtp_num_layers": settings.model.mtp_num_layers,
     }
 
@@ -85,8 +86,9 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
     for name, kind in (("bins_a_step", int), ("data", str)):
         if type(loaded.extra.get(name)) is not kind:
             raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
-    if not isinstance(loaded.extra.get("model", {}), Mapping):
-        raise damaged(loaded.path, EXTRA, "does not hold model as a run writes it")
+    for name in ("model", "levels"):
+        if not isinstance(loaded.extra.get(name, {}), Mapping):
+            raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
     if loaded.world_size == dist.get_world_size():
         own = RANK_EXTRA.format(dist.get_rank())
         if loaded.rank_extra is None:
@@ -122,12 +124,11 @@ def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings)
             f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
             f" back, or {ANEW}"
         )
-    was, model = _flat(loaded.extra.get("model", {})), _flat(position["model"])
-    changed = [f"{k}: {was[k]} -> {v}" for k, v in model.items() if was.get(k, v) != v and k not in NOT_TRAINED_BY]
-    if changed:
-        raise SettingError(
-            f"{loaded.path} was trained as another model, by its config.json ({'; '.join(changed)}). Put that back, or {ANEW}"
-        )
+    for name, what in (("model", "as another model, by its config.json"), ("levels", "on pixels of other levels")):
+        was, now = _flat(loaded.extra.get(name, {})), _flat(position[name])
+        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in NOT_TRAINED_BY]
+        if changed:
+            raise SettingError(f"{loaded.path} was trained {what} ({'; '.join(changed)}). Put that back, or {ANEW}")
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def bins_a_step(settings: Settings) -> int:
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:
-    """The settings that are not those which a save folder was begun with."""
+    """The settings that are not those which the run of a save folder had last."""
     recipe = folder / "config.yaml"
     return difference(load_settings(recipe), settings) if recipe.is_file() else []
 

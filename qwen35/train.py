@@ -74,6 +74,7 @@ class Run:
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
     pulse: Pulse = field(default_factory=Pulse)
     validation: Validation | None = None
+    changed: list[str] = field(default_factory=list)  # settings that are not those of the run that it goes on from
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)
@@ -116,7 +117,9 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         held_out, trained = settings.validation, settings.data.dataset_param
         validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read, trained) if held_out else None
     pulse.at("comparing the data with the others'")
-    check_same_data(micro_batches.fingerprint + (validation.set.fingerprint if validation else ""))
+    check_same_data(
+        f"{micro_batches.fingerprint} {micro_batches.levels}" + (validation.set.fingerprint if validation else "")
+    )
     pulse.at("sharding the model")
     before = table(model)
     optimizer = distribute(settings, model, meshes, device)
@@ -135,12 +138,13 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     del held
     step = (loaded.step or 0) if loaded else 0  # converted weights have no step
     micro_batches.start_at(step)
-    position = position_of(settings, config, micro_batches.fingerprint)
+    position = position_of(settings, config, micro_batches.fingerprint, micro_batches.levels)
     if loaded and step:
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
     report(opening(settings, device, layout, model, before, after))
+    unread += micro_batches.not_read
     report("\n".join([*unread, *about(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
@@ -148,7 +152,10 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
         report(coming_steps(settings, step))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
-    return Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation)
+    changed = changes(origin.parent, settings) if step else []
+    return Run(
+        settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation, changed
+    )
 
 
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
@@ -241,12 +248,11 @@ def train(settings: Settings) -> None:
 
 def is_finished(run: Run, folder: Path) -> bool:
     """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
-    changed = changes(folder, run.settings) if run.step else []
     if run.step < run.settings.training.train_iters:
-        if changed:
-            report(f"settings changed since the checkpoint: {'; '.join(changed)}")
+        if run.changed:
+            report(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
         return False
-    check_finished(folder, run.step, changed, run.settings)
+    check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
     return True
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwen35.chat import find_model
 from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, save_hf
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.errors import LONGEST, Misfit
 from qwen35.checkpoint.hf import check_export
 from qwen35.checkpoint.hf_folder import INDEX, check_tied
@@ -323,7 +324,7 @@ def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_weights_that_are_no_numbers_are_not_converted(tmp_path, value, dtype):
+def test_weights_that_are_no_numbers_are_neither_converted_nor_loaded(tmp_path, value, dtype):
     folder = write_folder(tmp_path / "hf", dtype_of=lambda name: dtype, **DENSE)
     hf_to_dcp(folder, tmp_path / "good")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -336,11 +337,15 @@ def test_weights_that_are_no_numbers_are_not_converted(tmp_path, value, dtype):
     with pytest.raises(CheckpointError, match=f"{name} has NaN or infinite values, 2 in a piece of") as caught:
         hf_to_dcp(folder, tmp_path / "dcp")
     assert str(folder) in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"^{folder}: {name} has NaN or infinite values, 2 in a piece of"):
+        load_hf(empty_model(config_dict(moe=False)), folder)
     assert not (tmp_path / "dcp").exists()
     release = write_release(HFSource(HFFolder(folder)), tmp_path / "dcp")
     with pytest.raises(CheckpointError, match=f"^{release}: {name} has NaN or infinite values, 2 in a piece of"):
         dcp_to_hf(tmp_path / "dcp", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=f"^{release}: {name} has NaN or infinite values, 2 in a piece of"):
+        load_checkpoint(release, empty_model(config_dict(moe=False)))
 
 
 # -- how much a message holds --------------------------------------------------------------------------------------------------

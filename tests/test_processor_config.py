@@ -15,10 +15,12 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 
 from bench.images import peer_processor
 from qwen35.data.collate import check_agreement
+from qwen35.data.files import own_sizes
+from qwen35.data.images import CONFIG as IMAGE_CONFIG
 from qwen35.data.images import ImageProcessor
 from qwen35.data.samples import Preparation
 from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
+from qwen35.data.videos import VIDEO_CONFIG, VideoProcessor
 from qwen35.errors import SettingError
 from qwen35.model import load_config
 from qwen35.settings import Attr, BasicParameters, PreprocessParameters
@@ -119,6 +121,25 @@ def test_which_one_counts_is_as_in_transformers(separate, saved, sections, files
     videos, _ = Qwen3VLVideoProcessor.get_video_processor_dict(saved)
     assert our_format(images_of(saved)) == format_of(images)
     assert our_format(videos_of(saved)) == format_of(videos)
+
+
+def test_sizes_that_the_recipe_says_instead_are_named(separate, saved, tmp_path):
+    """They decide how whoever serves an export scales, and a user who edits them would believe that they count."""
+    said = f"{saved}/{BOTH}: image_processor: not read: "
+    for size, more, ours in (
+        ({"shortest_edge": 65536, "longest_edge": 1 << 24}, {}, (65536, 1 << 24)),
+        ({"shortest_edge": 1, "longest_edge": 1 << 24}, {"min_pixels": 65536}, (65536, 1 << 24)),
+    ):
+        config = json.loads((saved / BOTH).read_text())
+        config["image_processor"] |= {"size": size, **more}
+        (saved / BOTH).write_text(json.dumps(config))
+        theirs = type(peer_processor(separate)).from_pretrained(saved).size
+        assert (theirs["shortest_edge"], theirs["longest_edge"]) == ours
+        assert own_sizes(saved, *ours, *IMAGE_CONFIG) is None
+        assert own_sizes(saved, 1024, 262144, *IMAGE_CONFIG).startswith(f"{said}size {size}"[:100])
+    fps = {**json.loads((separate / VIDEO).read_text()), "fps": 4}
+    (tmp_path / VIDEO).write_text(json.dumps(fps))
+    assert own_sizes(tmp_path, 4096, 25165824, *VIDEO_CONFIG).endswith(", fps 4")
 
 
 def test_messages_name_the_section(saved):

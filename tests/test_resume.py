@@ -227,11 +227,24 @@ WRONG_EXTRAS = {
 }
 
 
+def test_settings_that_changed_are_named_by_a_run_in_another_folder_too(workplace, uninterrupted, tmp_path):
+    """Its own folder has no config.yaml yet: that of the checkpoint counts."""
+    steps, lr = f"training.train_iters={STEPS + 1}", "training.lr=0.002"
+    from_there = (f"training.load={uninterrupted}", "training.init_from_hf_path=null")
+    done = train(workplace, tmp_path / "run", 2, *RECIPE, *from_there, steps, lr)
+    assert done.returncode == 0, done.stderr
+    assert "settings changed since the checkpoint: " in done.stdout and "training.lr: 0.01 -> 0.002; " in done.stdout
+    assert (
+        "preprocessor_config.json: not read: size {'longest_edge': 16777216, 'shortest_edge': 65536}; pre"
+        in done.stdout
+    )
+
+
 @pytest.mark.parametrize("kind", WRONG_EXTRAS)
 def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     break_it, words = WRONG_EXTRAS[kind]
     settings = load_settings(workplace / "recipe.yaml")
-    position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "mtp_num_layers": 0}
+    position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "levels": {}, "mtp_num_layers": 0}
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
     checked_facts(checkpoint, settings, HOST)
     break_it(checkpoint)
@@ -303,7 +316,8 @@ def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
 def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     """Of the same shapes: what its config.json says otherwise is named. What cannot be seen in an old checkpoint is let be."""
     config, settings = load_config(workplace / "weights"), load_settings(workplace / "recipe.yaml")
-    position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "mtp_num_layers": 0}
+    levels = {"image": {"mean": (0.5, 0.5, 0.5), "scale": 1 / 255}}
+    position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "levels": levels, "mtp_num_layers": 0}
     text = replace(config.text, rms_norm_eps=1e-5, initializer_range=0.5, layer_types=config.text.layer_types[::-1])
     kept = {**position, "model": asdict(replace(config, text=text, video_token_id=7))}
 
@@ -320,6 +334,13 @@ def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     )
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
     assert "initializer_range" not in words and "\n" not in words
+    brighter = {**position, "levels": {"image": {"mean": (0.4, 0.5, 0.5), "scale": 1 / 255}}}
+    with pytest.raises(
+        SettingError, match=r"on pixels of other levels \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "
+    ):
+        check_position(loaded(brighter), position, settings)
+    check_position(loaded({k: v for k, v in brighter.items() if k != "levels"}), position, settings)
+    check_position(loaded(brighter), {**position, "levels": {}}, settings)  # no images
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -23,7 +23,7 @@ from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_che
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_folder import check_tied
-from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.load import Finite, fill, named_parameters
 from qwen35.checkpoint.names import HEAD, lacks_mtp, may_be_left
 from qwen35.device import HOST, host_buffer, synchronize
 
@@ -159,7 +159,7 @@ def load_checkpoint(
         check_tied(source, checkpoint)
     if optimizer is not None and loaded.has_optimizer:
         _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
-    fill(parameters, source, progress)
+    fill(parameters, Finite(source, checkpoint), progress)
     return loaded
 
 

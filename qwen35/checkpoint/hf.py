@@ -9,7 +9,7 @@ from torch import nn
 
 from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
-from qwen35.checkpoint.load import fill, named_parameters
+from qwen35.checkpoint.load import Finite, fill, named_parameters
 from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.names import HEAD, disk_spec, lacks_mtp, places, shapes_of
 from qwen35.device import HOST
@@ -50,7 +50,7 @@ def load_hf(
     parameters = named_parameters(model)
     if HEAD not in parameters:
         check_tied(source, folder)
-    fill({name: p for name, p in parameters.items() if name in source.specs}, source, progress)
+    fill({name: p for name, p in parameters.items() if name in source.specs}, Finite(source, folder), progress)
 
 
 def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:

@@ -151,6 +151,8 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
     grids, extents = preparation.measure(record)
     basic = preparation.basic
     pieces = prompt_pieces(record, basic.template, thinking, basic.enable_thinking)
+    if preparation.chat_template:
+        preparation.chat_template.check_prompt(record, thinking)
     ids, _ = preparation.tokenizer.encode(pieces, extents)
     pixels = []
     for visual in record.visuals:

@@ -12,6 +12,7 @@ from typing import Any
 from qwen35.errors import SettingError, read_object
 
 PROCESSOR = "processor_config.json"
+SIZES = ("size", "min_pixels", "max_pixels", "fps", "max_frames", "num_frames", "max_video_tokens")
 
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:
@@ -32,6 +33,50 @@ def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[
         return found, f"{path}: {section}"
     name = next((name for name in names if (Path(folder) / name).is_file()), names[-1])
     return read_config(folder, name), f"{folder}/{name}"
+
+
+def own_sizes(folder: str | Path, least: int, most: int, section: str, *names: str) -> str | None:
+    """What a processor's config says of sizes and frames, which the recipe says instead: pixels from `least` to `most`.
+
+    None if it says the same. min_pixels and max_pixels stand for what `size` says. Raises SettingError.
+    """
+    config, where = read_processor(folder, section, *names)
+    said = {key: config[key] for key in SIZES if config.get(key) is not None}
+    size = said.get("size")
+    size = dict(size) if isinstance(size, dict) else {}
+    size |= {
+        edge: said[key]
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        if key in said
+    }
+    if not said or ({"shortest_edge": least, "longest_edge": most} == size and not said.keys() - {"size", *SIZES[1:3]}):
+        return None
+    return f"{where}: not read: {', '.join(f'{key} {value}'[:80] for key, value in said.items())}"
+
+
+def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
+    """A model folder's chat template, and the file that holds it; None if it has none. Raises SettingError.
+
+    Tokenizers take chat_template.jinja before what tokenizer_config.json holds, processors take chat_template.json before
+    both, and servers ask either: so the two must not differ. Of several named templates the one that is used would depend on
+    the conversation.
+    """
+    folder, found = Path(folder), {}
+    for name in ("chat_template.json", PROCESSOR, "chat_template.jinja", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file() or (name == "tokenizer_config.json" and "chat_template.jinja" in found):
+            continue
+        if path.suffix == ".jinja":
+            found[name] = path.read_text(encoding="utf-8", errors="replace")
+        elif (text := read_object(path, SettingError).get("chat_template")) is not None:
+            found[name] = text
+    if any(not isinstance(text, str) for text in found.values()) or any(folder.glob("additional_chat_templates/*")):
+        raise SettingError(f"{folder}: has several chat templates; keep one, as chat_template.jinja")
+    if len(set(found.values())) > 1:
+        raise SettingError(
+            f"{folder}: {' and '.join(found)} hold different chat templates; keep one, chat_template.jinja"
+        )
+    return next(((text, str(folder / name)) for name, text in found.items()), None)
 
 
 @contextmanager

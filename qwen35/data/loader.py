@@ -14,11 +14,14 @@ from torch.utils.data import DataLoader
 from qwen35.batch import PackedBatch
 from qwen35.data.collate import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Sample
+from qwen35.data.files import own_sizes
+from qwen35.data.images import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
 from qwen35.data.parcel import Parcel, shared_memory
 from qwen35.data.record import RecordError
 from qwen35.data.samples import Preparation, Progress, untold
+from qwen35.data.videos import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError
 from qwen35.processes import die_with, obey
 from qwen35.settings import Attr, Settings, dataset_entries
@@ -59,6 +62,8 @@ class MicroBatches:
         weighted = f" {weights}" if set(weights) != {1} else ""
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
         self.fingerprint = self.dataset.fingerprint(order)  # the same where every bin of every epoch is the same
+        self.levels = self._levels()
+        self.not_read = self._not_read(settings)
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
@@ -72,6 +77,26 @@ class MicroBatches:
         self.start_at(start_step)
         self._batches = DecodedBins(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
+
+    def _levels(self) -> dict[str, dict[str, Any]]:
+        """What becomes of the pixels of the images and videos that there are, of which their tokens say nothing."""
+        dataset, made_by = self.dataset, self.dataset.preparation
+        formats = (("image", dataset.images, made_by.images), ("video", dataset.videos, made_by.videos))
+        return {kind: {"mean": f.mean, "std": f.std, "scale": f.scale} for kind, count, f in formats if count}
+
+    def _not_read(self, settings: Settings) -> list[str]:
+        """What the model folder says of the sizes of the images and videos that there are, if it is not what is done."""
+        limits, folder = settings.data.dataset_param.preprocess_parameters, settings.tokenizer_dir
+        image, video = (
+            (limits.image_min_pixels, limits.image_max_pixels),
+            (limits.video_min_pixels, limits.video_max_pixels),
+        )
+        found = (
+            own_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
+            own_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
+        )
+        told = "; preprocess_parameters count here, that file for whoever serves an export: set the two alike"
+        return [f"{line}{told}" for line in found if line]
 
     def start_at(self, step: int) -> None:
         """Have the next iteration begin with the first micro-step of `step`."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.files import alone_in, replacing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
@@ -76,6 +77,7 @@ class Preparation:
     basic: BasicParameters
     attr: Attr
     videos: VideoProcessor
+    chat_template: ChatTemplate | None = None  # of the model folder, where its text may be another than that of `basic`
 
     @classmethod
     def of(cls, settings: Settings) -> "Preparation":
@@ -85,12 +87,15 @@ class Preparation:
         images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
         videos = VideoProcessor.from_folder(folder, limits)
         basic = param.basic_parameters
-        return cls(ChatTokenizer(folder, basic.special_tokens_in_prompts), images, basic, param.attr, videos)
+        tokenizer = ChatTokenizer(folder, basic.special_tokens_in_prompts)
+        return cls(tokenizer, images, basic, param.attr, videos, own_template(folder, basic))
 
     def tokenise(self, record: Record) -> TokenisedSample:
         """Raises RecordError. Images are not decoded, only measured."""
         b = self.basic
         pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
+        if self.chat_template:
+            self.chat_template.check_training(record, b.enable_thinking)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
         grids, extents = self.measure(record)
@@ -142,11 +147,17 @@ class Preparation:
             asdict(self.attr),
             processors,
             self.tokenizer.control_names,
+            self.chat_template and asdict(self.chat_template),
         ]
         digest = hashlib.sha256(json.dumps(made_by).encode())
         for path in (file, self.tokenizer.file):
             digest.update(_file_digest(path))
         return digest.hexdigest()[:32]
+
+
+def own_template(folder: str | Path, basic: BasicParameters) -> ChatTemplate | None:
+    """What records are to be compared with: nothing where the recipe asks for another text. Raises SettingError."""
+    return ChatTemplate.from_folder(folder) if basic.template == "qwen3_5" else None
 
 
 def _named(record: Record, visual: Visual, error: ImageError) -> RecordError:

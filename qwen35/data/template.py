@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.data.files import read_config
+from qwen35.data.files import read_chat_template
 from qwen35.data.record import Record, Role, ToolCall, Turn, Video
-from qwen35.errors import SettingError, read_text
+from qwen35.errors import SettingError
 
 Template = Literal["qwen3_vl_nothink", "qwen3_5"]
 
@@ -135,15 +135,9 @@ def thinks_by_default(folder: str | Path) -> bool:
     """Whether a checkpoint's own template opens a thought where `enable_thinking` is not given.
 
     The published templates differ in their generation prompt alone: the one that opens a thought unless told not to tests
-    `enable_thinking is false`, the other `enable_thinking is true`. Read from chat_template.jinja, else from
-    tokenizer_config.json. Raises SettingError if neither says so.
+    `enable_thinking is false`, the other `enable_thinking is true`. Raises SettingError if it says neither, or both.
     """
-    folder = Path(folder)
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        text = read_text(own, SettingError)
-    else:
-        text = str(read_config(folder, "tokenizer_config.json").get("chat_template"))
+    text, _ = read_chat_template(folder) or ("", "")
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):
         raise SettingError(
             f"{folder}: its chat template does not say if it thinks by default; set enable_thinking (or --thinking)"

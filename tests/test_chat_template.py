@@ -1,0 +1,202 @@
+"""Records whose text a model folder's own chat template writes differently, by the published templates of all generations."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tokenizer_fixture import PUBLISHED, make_model_folder
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from qwen35.config import SettingError
+from qwen35.data.chat_template import ChatTemplate
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.images import ImageProcessor
+from qwen35.data.record import Record, RecordError, ToolCall, Turn
+from qwen35.data.samples import Preparation, own_template
+from qwen35.data.template import prompt_pieces, render, training_pieces
+from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.videos import VideoProcessor
+from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+
+QWEN3_5 = ("chat_template.jinja", "chat_template_nothink.jinja")
+QWEN3_6, QWEN3_8 = "chat_template_qwen3_6.jinja", "chat_template_qwen3_8.jinja"
+ASK, SAY, NEXT = Turn("user", "Hi"), Turn("assistant", "Yo"), Turn("user", "And?")
+THINK = Turn("assistant", "Yo", "because")
+TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+
+
+def call(**arguments):
+    return Turn("assistant", "", None, (ToolCall("f", arguments),))
+
+
+RECORDS = {
+    "one turn": ((ASK, SAY), ()),
+    "a thought": ((ASK, THINK), ()),
+    "a thought in the content": ((ASK, replace(SAY, content="<think>\nso\n</think>\n\nYo")), ()),
+    "a system": ((Turn("system", "Be kind."), ASK, SAY), ()),
+    "an empty system": ((Turn("system", ""), ASK, SAY), ()),
+    "a history": ((ASK, SAY, NEXT, SAY), ()),
+    "a history with thoughts": ((ASK, THINK, NEXT, THINK), ()),
+    "an image": ((Turn("user", (Path("a.jpg"), "What?")), SAY), ()),
+    "tools": ((ASK, call(a="s", b=[1], c={"d": "é"}), Turn("tool", "4"), SAY), TOOLS),
+    "a call with true": ((ASK, call(a=True), Turn("tool", "4"), SAY), TOOLS),
+    "a call with null": ((ASK, call(a=None), Turn("tool", "4"), SAY), TOOLS),
+    "a call with a number": ((ASK, call(a=1.5), Turn("tool", "4"), SAY), TOOLS),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("hf") / "model")
+
+
+@pytest.fixture
+def folder_with(model, tmp_path):
+    return partial(_folder_with, shutil.copytree(model, tmp_path / "model"))
+
+
+def _folder_with(folder, name):
+    shutil.copy(PUBLISHED / name, folder / "chat_template.jinja")
+    return folder
+
+
+def messages(turns):
+    out = []
+    for turn in turns:
+        parts = turn.content
+        if not isinstance(parts, str):
+            parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
+        calls = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in turn.tool_calls]
+        more = {"tool_calls": calls} if calls else {}
+        more |= {} if turn.reasoning is None else {"reasoning_content": turn.reasoning}
+        out.append({"role": turn.role, "content": parts} | more)
+    return out
+
+
+def transformers_text(folder, turns, tools, **given):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    template = tokenizer.get_chat_template()
+    rendered = render_jinja_template([messages(turns)], tools=list(tools) or None, chat_template=template, **given)
+    return rendered[0][0]
+
+
+@pytest.mark.parametrize("enable_thinking", [None, True, False])
+@pytest.mark.parametrize("name", [*QWEN3_5, QWEN3_6, QWEN3_8])
+def test_a_record_is_refused_just_where_transformers_writes_another_text(folder_with, name, enable_thinking):
+    folder = folder_with(name)
+    template = ChatTemplate.from_folder(folder)
+    given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    refused = set()
+    for what, (turns, tools) in RECORDS.items():
+        record = Record("x.json, record 1", turns, tools)
+        ours = render(training_pieces(record, "qwen3_5"))
+        if transformers_text(folder, turns, tools, **given) != ours:
+            refused.add(what)
+        if template is None:
+            continue
+        if what in refused:
+            with pytest.raises(RecordError, match=r"^x\.json, record 1: .*chat_template\.jinja, .* would be trained"):
+                template.check_training(record, enable_thinking)
+        else:
+            template.check_training(record, enable_thinking)
+    if name in QWEN3_5:
+        assert template is None and not refused
+    elif name == QWEN3_6:
+        assert refused == {"a call with true", "a call with null"}
+    elif enable_thinking is False:
+        assert "a history" in refused and "one turn" not in refused
+    else:
+        assert refused == RECORDS.keys()  # it begins with a sentence on how much to think
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", [QWEN3_6, QWEN3_8])
+def test_a_prompt_is_refused_just_where_transformers_writes_another(folder_with, name, thinking):
+    folder = folder_with(name)
+    template = ChatTemplate.from_folder(folder)
+    found = set()
+    for turns, tools in RECORDS.values():
+        record = Record("x.json, record 1", turns, tools)
+        ours = render(prompt_pieces(record, "qwen3_5", thinking))
+        given = {"add_generation_prompt": True, "enable_thinking": thinking}
+        is_same = transformers_text(folder, turns[:-1], tools, **given) == ours
+        found.add(is_same)
+        if is_same:
+            template.check_prompt(record, thinking)
+        else:
+            with pytest.raises(RecordError, match="would be trained"):
+                template.check_prompt(record, thinking)
+    assert found == ({False} if name == QWEN3_8 and thinking else {True, False})
+
+
+def preparation(folder, template="qwen3_5"):
+    limits, basic = PreprocessParameters(), BasicParameters("x", template=template)
+    images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
+    videos = VideoProcessor.from_folder(folder, limits)
+    return Preparation(ChatTokenizer(folder), images, basic, Attr(), videos, own_template(folder, basic))
+
+
+def test_training_and_asking_both_compare(folder_with):
+    folder = folder_with(QWEN3_8)
+    record = Record("x.json, record 1", (ASK, SAY))
+    spec = vision_spec(folder)
+    with pytest.raises(RecordError, match="Reasoning effort is set to xhigh"):
+        preparation(folder).tokenise(record)
+    with pytest.raises(RecordError, match="Reasoning effort is set to xhigh"):
+        prompt_batch(record, preparation(folder), spec, thinking=True)
+    prompt_batch(record, preparation(folder), spec, thinking=False)
+    assert preparation(folder, "qwen3_vl_nothink").tokenise(record)  # the recipe asks for a text of its own
+    keys = {preparation(folder_with(name)).cache_key(PUBLISHED / "README.md", None) for name in (QWEN3_6, QWEN3_8)}
+    assert len(keys) == 2
+
+
+def test_a_template_of_the_users_own(folder_with):
+    folder = folder_with(QWEN3_5[0])
+    own, text = folder / "chat_template.jinja", (PUBLISHED / QWEN3_5[0]).read_text()
+    record = Record("x.json, record 1", (ASK, SAY))
+    own.write_text(text + "\n")  # Jinja drops it
+    assert ChatTemplate.from_folder(folder) is None
+    own.write_text("{%- set a = 1 %}" + text + "{% generation %}{% endgeneration %}")
+    ChatTemplate.from_folder(folder).check_training(record, None)
+    own.write_text("You are a pirate." + text)
+    with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0 of it, where '<\|im_start"):
+        ChatTemplate.from_folder(folder).check_training(record, None)
+    own.write_text("{{ raise_exception('no ' + messages[0].role) }}")
+    with pytest.raises(RecordError, match="has no text for it: no user"):
+        ChatTemplate.from_folder(folder).check_training(record, None)
+    own.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(RecordError, match=r"has no text for it: .*unsafe"):
+        ChatTemplate.from_folder(folder).check_training(record, None)
+    own.write_text("{% if %}")
+    with pytest.raises(SettingError, match=r"chat_template\.jinja: is not a chat template: "):
+        ChatTemplate.from_folder(folder)
+
+
+def test_where_a_folder_keeps_its_template(folder_with):
+    folder = folder_with(QWEN3_6)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "older"}))
+    assert ChatTemplate.from_folder(folder).text == (PUBLISHED / QWEN3_6).read_text()
+    assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template == (PUBLISHED / QWEN3_6).read_text()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
+    with pytest.raises(
+        SettingError, match=r"chat_template\.json and chat_template\.jinja hold different chat templates"
+    ):
+        ChatTemplate.from_folder(folder)
+    (folder / "chat_template.json").unlink()
+    (folder / "chat_template.jinja").unlink()
+    assert ChatTemplate.from_folder(folder).text == "older"
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    with pytest.raises(SettingError, match="has several chat templates; keep one"):
+        ChatTemplate.from_folder(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ChatTemplate.from_folder(folder) is None
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("b")
+    with pytest.raises(SettingError, match="has several chat templates; keep one"):
+        ChatTemplate.from_folder(folder)

@@ -113,6 +113,21 @@ def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
         assert len(read(tmp_path, with_field(where, name, 0))[1]) == 1
 
 
+def test_what_only_items_of_another_kind_have(tmp_path):
+    """A text's `url` may be what it should show; `prompt` may be a system's text."""
+    items = [
+        {"type": "text", "text": "Q", "url": "a.jpg"},
+        {"text": "R", "path": "b.jpg"},
+        {"type": "image", "image": "c.jpg", "sample_fps": 2},
+    ]
+    ((record,), told) = read(tmp_path, {"messages": [Q | {"content": items}, A], "prompt": "You are a pirate."})
+    assert [part for part in record.turns[0].parts if isinstance(part, str)] == ["QR"]
+    at = f"first: {tmp_path}/x.json, record 1"
+    names = {"url": 0, "path": 1, "sample_fps": 2}
+    found = [f"messages[].content[].{name} (1 time, {at}, messages[0].content[{i}])" for name, i in names.items()]
+    assert told == [f"{NOT_READ}prompt (1 time, {at}), {', '.join(found)}"]
+
+
 def test_names_in_attr_are_read_whatever_they_are_called(tmp_path):
     turns = [{"label": "user", "mask": "Q"}, {"label": "assistant", "mask": "A", "weight": 0}]
     raw = {"objects": {"chosen": turns, "seen": 1}, "system_prompt": "S"}

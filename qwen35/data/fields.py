@@ -83,7 +83,6 @@ DESCRIPTION = _harmless(
 IN_RECORDS = DESCRIPTION | _harmless(
     of_reinforcement_learning="solution ground_truth reward reward_model margin",
     names_a_curve_of_the_loss="channel",
-    first_turn_again="prompt",
     how_an_api_answered="parallel_tool_calls",
 )
 IN_TURNS = DESCRIPTION | _harmless(no_text_in_the_chat_template="name", of_an_api="type annotations cache_control")

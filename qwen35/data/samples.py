@@ -24,13 +24,13 @@ from qwen35.data.noticed import Noticed
 from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens, Spelled
-from qwen35.data.template import training_pieces
+from qwen35.data.template import check_thoughts, dropped_thoughts, training_pieces
 from qwen35.data.tokens import ChatTokenizer, Extent
 from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 6  # of what is kept and how it is made
+CACHE_VERSION = 7  # of what is kept and how it is made
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised, and no model sees as many
 LONGEST_NAME = 200  # characters of an image's path in a message
 WAIT = 0.1  # seconds between looks at what another process makes
@@ -90,6 +90,7 @@ class Preparation:
     def tokenise(self, record: Record) -> TokenisedSample:
         """Raises RecordError. Images are not decoded, only measured."""
         b = self.basic
+        check_thoughts(record, b.template)
         pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
@@ -212,6 +213,9 @@ def tokenised(
         except RecordError as error:
             tell(error)
         else:
+            b = preparation.basic
+            if noticed is not None and (dropped := dropped_thoughts(record, b.template, b.enable_thinking)):
+                noticed.count("thoughts", dropped, record.source)
             yield record, sample
 
 

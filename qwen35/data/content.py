@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.data import strict_json
-from qwen35.data.fields import IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
+from qwen35.data.fields import AROUND_CALLS, IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
 from qwen35.data.strict_json import LossyJSONError
@@ -22,7 +22,8 @@ OF_KIND = {
 ITEM = {name: Fields(IN_ITEMS | {"type", "text", *MEDIA, *more}, OF_ITEMS) for name, more in OF_KIND.items()}
 IMAGE = Fields(IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, OF_ITEMS)
 VIDEO = Fields(IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, OF_ITEMS)
-CALL = Fields(IN_CALLS | {"name", "arguments", "function"}, OF_CALLS)
+CALL = Fields(IN_CALLS | {"name", "arguments"}, OF_CALLS)
+AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # as the OpenAI API has it
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,11 @@ class Parser:
         call = entry.get("function", entry) if isinstance(entry, dict) else entry
         if not isinstance(call, dict):
             raise RecordError(f"{where}: is {kind(call)}, not an object with name and arguments")
-        self.check(entry, CALL, where)
         if call is not entry:
-            self.check(call, CALL, f"{where}.function")
-        name = text(call.get("name"), f"{where}.name")
+            self.check(entry, AROUND_CALL, where)
+        self.check(call, CALL, where if call is entry else f"{where}.function")
+        if not (name := text(call.get("name"), f"{where}.name")):
+            raise RecordError(f"{where}.name: is empty")
         arguments = _json(call.get("arguments") or {}, f"{where}.arguments") or {}
         if not isinstance(arguments, dict):
             raise RecordError(f"{where}.arguments: is {kind(arguments)}, not an object")

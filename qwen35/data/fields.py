@@ -71,6 +71,7 @@ OF_ITEMS = _refused(
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
     ("start end start_time end_time", "a video is taken from its start to its end", None),
 )
+AROUND_CALLS = _refused(("arguments", "where a call has function, they belong in there", None))
 OF_CALLS = _refused(("parameters params input args kwargs", "arguments are read from arguments", None))
 
 DESCRIPTION = _harmless(

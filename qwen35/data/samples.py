@@ -30,7 +30,7 @@ from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 7  # of what is kept and how it is made
+MADE_BY = sorted(Path(__file__).parent.glob("*.py"))  # the code that says what becomes of a record, and how it is kept
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised, and no model sees as many
 LONGEST_NAME = 200  # characters of an image's path in a message
 WAIT = 0.1  # seconds between looks at what another process makes
@@ -128,7 +128,7 @@ class Preparation:
         return self.videos.patches(visual) if isinstance(visual, Video) else self.images.patches(visual)
 
     def cache_key(self, file: Path, limit: int | None) -> str:
-        """Changes with the file's content and with every setting that the tokens depend on."""
+        """Changes with the file's content, and with the settings and the code that the tokens depend on."""
         settings = asdict(self.basic)
         # these do not change what is kept: samples are whole there, and cut as they are read
         for name in ("dataset", "cache_dir", "cutoff_len", "truncation", "max_samples"):
@@ -136,7 +136,6 @@ class Preparation:
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [asdict(self.images), asdict(self.videos)]
         made_by = [
-            CACHE_VERSION,
             str(file),
             limit,
             settings,
@@ -145,7 +144,7 @@ class Preparation:
             self.tokenizer.control_names,
         ]
         digest = hashlib.sha256(json.dumps(made_by).encode())
-        for path in (file, self.tokenizer.file):
+        for path in (file, self.tokenizer.file, *MADE_BY):
             digest.update(_file_digest(path))
         return digest.hexdigest()[:32]
 

@@ -72,9 +72,16 @@ def _pyarrow() -> types.ModuleType:
 
 
 def write_video(
-    path: Path, frames: np.ndarray, rate: Fraction, monkeypatch, counted: bool = True, title: bytes = b"a film"
+    path: Path,
+    frames: np.ndarray,
+    rate: Fraction,
+    monkeypatch,
+    counted: bool = True,
+    title: bytes = b"a film",
+    rotation: int = 0,
 ) -> None:
-    """frames [T, H, W, 3] uint8, sides even, kept without loss; counted: the header says how many there are."""
+    """frames [T, H, W, 3] uint8, sides even, kept without loss; counted: the header says how many there are; rotation:
+    degrees, counter-clockwise, by which they are to be shown turned."""
     if HAS_AV:
         import av
 
@@ -84,12 +91,14 @@ def write_video(
             stream = out.add_stream("libx264rgb", rate=rate, options={"qp": "0"})
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "rgb24"
+            if rotation:
+                stream.set_display_rotation(rotation)
             for frame in frames:
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             out.mux(stream.encode())
         path.write_bytes(path.read_bytes().replace(stand_in.encode(), title))
         return
-    header = {"shape": frames.shape, "rate": str(rate), "counted": counted, "title": title.hex()}
+    header = {"shape": frames.shape, "rate": str(rate), "counted": counted, "title": title.hex(), "rotation": rotation}
     path.write_bytes(b"FILM" + json.dumps(header).encode() + b"\n" + frames.tobytes())
     monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
 
@@ -112,6 +121,7 @@ def stand_in_for_av() -> types.ModuleType:
             self.title = bytes.fromhex(header["title"]).decode(errors=errors)
             self.shape = count, self.height, self.width, _ = header["shape"]
             self.frames = count if header["counted"] else 0
+            self.rotation = header["rotation"]
             self.average_rate = Fraction(header["rate"])
 
         def whole(self):
@@ -136,7 +146,7 @@ def stand_in_for_av() -> types.ModuleType:
         def decode(self, stream):
             for data in stream.whole():
                 pixels = np.frombuffer(data, np.uint8).reshape(stream.height, stream.width, 3)
-                yield types.SimpleNamespace(to_ndarray=partial(_rgb24, pixels))
+                yield types.SimpleNamespace(to_ndarray=partial(_rgb24, pixels), rotation=stream.rotation)
 
     module = types.ModuleType("av")
     module.open = Container

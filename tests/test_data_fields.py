@@ -113,6 +113,40 @@ def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
         assert len(read(tmp_path, with_field(where, name, 0))[1]) == 1
 
 
+def test_what_only_items_of_another_kind_have(tmp_path):
+    """A text's `url` may be what it should show; `prompt` may be a system's text."""
+    items = [
+        {"type": "text", "text": "Q", "url": "a.jpg"},
+        {"text": "R", "path": "b.jpg"},
+        {"type": "image", "image": "c.jpg", "sample_fps": 2},
+    ]
+    ((record,), told) = read(tmp_path, {"messages": [Q | {"content": items}, A], "prompt": "You are a pirate."})
+    assert [part for part in record.turns[0].parts if isinstance(part, str)] == ["QR"]
+    at = f"first: {tmp_path}/x.json, record 1"
+    names = {"url": 0, "path": 1, "sample_fps": 2}
+    found = [f"messages[].content[].{name} (1 time, {at}, messages[0].content[{i}])" for name, i in names.items()]
+    assert told == [f"{NOT_READ}prompt (1 time, {at}), {', '.join(found)}"]
+
+
+def test_arguments_beside_the_function_that_they_are_of(tmp_path):
+    """The chat template reads a call's function alone, and so would train a call without them."""
+
+    def calls(call):
+        return {"messages": [Q, A | {"tool_calls": [{"type": "function", "function": {"name": "f"}} | call]}]}
+
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        with pytest.raises(
+            RecordError, match=r"tool_calls\[0\]: has arguments, which is not read; where a call has function, they be"
+        ):
+            read(tmp_path, calls({"arguments": arguments}))
+    assert read(tmp_path, calls({"arguments": {}}))[1] == []
+    first = f"first: {tmp_path}/x.json, record 1, messages[1].tool_calls[0])"
+    assert read(tmp_path, calls({"name": "g"}))[1] == [f"{NOT_READ}messages[].tool_calls[].name (1 time, {first}"]
+    for function, wrong in (({"name": ""}, "is empty"), ({"arguments": {}}, "is null, not text")):
+        with pytest.raises(RecordError, match=rf"tool_calls\[0\]\.name: {wrong}"):
+            read(tmp_path, calls({"function": function}))
+
+
 def test_names_in_attr_are_read_whatever_they_are_called(tmp_path):
     turns = [{"label": "user", "mask": "Q"}, {"label": "assistant", "mask": "A", "weight": 0}]
     raw = {"objects": {"chosen": turns, "seen": 1}, "system_prompt": "S"}

@@ -346,6 +346,14 @@ BROKEN = {
         [asked(item("image", image="a.jpg", url="b.jpg"))],
         r"content\[0\]: has image and url, which differ; keep one",
     ),
+    "two images in an object": (
+        [asked({"type": "image", "image": {"path": "a.jpg", "url": "b.jpg"}})],
+        r"content\[0\]\.image: has path and url, which differ; keep one",
+    ),
+    "two videos in an object": (
+        [LLAVA | {"image": None, "video": {"frames": ["a.jpg"], "path": "v.mp4"}}],
+        r"video: has frames and path, which differ; keep one",
+    ),
     "an image in an item of text": (
         [asked(item("text", text="x", image_url={"url": "b.jpg"}))],
         r"content\[0\]: has type text, and image_url too; each belongs in an item of its own",

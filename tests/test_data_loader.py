@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,7 +330,7 @@ def test_the_cache_gives_the_same_and_is_used(home, model, monkeypatch):
     assert MicroBatches(s, 0, 1).dataset.source(3).endswith("record 4 (id 3)")
 
 
-def test_a_changed_file_or_setting_makes_a_new_entry(home, model):
+def test_a_changed_file_or_setting_or_code_makes_a_new_entry(home, model, monkeypatch):
     def entries(**flat):
         MicroBatches(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache"), **flat}), 0, 1)
         return len(list((home / "cache").iterdir()))
@@ -341,6 +342,13 @@ def test_a_changed_file_or_setting_makes_a_new_entry(home, model):
     assert entries(**{f"{BASIC}.max_samples": 35}) == 8
     (home / "b.json").write_text((home / "b.json").read_text() + " ")
     assert entries() == 9
+    module = sys.modules["qwen35.data.samples"]
+    assert {"content.py", "template.py", "tokens.py", "samples.py"} < {path.name for path in module.MADE_BY}
+    shutil.copy(module.MADE_BY[-1], home / "code.py")
+    monkeypatch.setattr(module, "MADE_BY", [*module.MADE_BY[:-1], home / "code.py"])
+    assert entries() == 9
+    (home / "code.py").write_text((home / "code.py").read_text() + "\n")
+    assert entries() == 11
 
 
 def test_a_cut_cache_file_is_made_again(home, model):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from mistakes import BASIC, DATA, change, place, run, whole
+from tokenizer_fixture import PUBLISHED, make_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from qwen35.config import load_settings
 from qwen35.data import MicroBatches, RecordError
@@ -198,6 +200,87 @@ def test_an_empty_answer_is_text_of_the_template():
     ids, labels = dataset[0].input_ids, dataset[0].labels
     assert preparation.tokenizer.decode(ids.tolist()).endswith("assistant\n<think>\n\n</think>\n\n<|im_end|>\n")
     assert preparation.tokenizer.decode(labels[labels >= 0].tolist()) == "<|im_end|>\n"
+
+
+# -- thoughts and calls that the text holds -----------------------------------------------------------------------------
+
+
+def said(answer: str, **more) -> dict:
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer, **more}]}
+
+
+def published(raw: dict) -> str:
+    """What the chat template of the checkpoints makes of a record."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer())
+    template = (PUBLISHED / "chat_template.jinja").read_text()
+    return tokenizer.apply_chat_template(raw["messages"], chat_template=template, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "lost"),
+    [
+        ("<think>a</think>KEEP<think>c</think>d", "KEEP"),
+        ("KEEP <think>a</think>b", "KEEP"),
+        ("<think>KEEP<think>a</think>b", "KEEP"),
+        ("<think>a</think>KEEP</think>b", "KEEP"),
+    ],
+)
+@pytest.mark.parametrize("later", [[], said("z")["messages"]])
+def test_words_that_the_chat_template_drops_are_an_error(answer, lost, later):
+    raw = {"messages": said(answer)["messages"] + later}
+    assert lost not in published(raw)
+    write(FILE, TEXT, raw)
+    with pytest.raises(
+        RecordError, match=r"a\.json, record 2: turn 1 has several think blocks, or text before its only one"
+    ):
+        loader()
+    write(FILE, raw)
+    assert loader(f"{BASIC}.template=qwen3_vl_nothink").samples == 1  # which writes answers as they are
+
+
+def test_a_thought_without_an_end_is_an_error():
+    write(FILE, said("\n<think>\nI was cut o"))
+    with pytest.raises(
+        RecordError, match="record 1: turn 1 begins with a think block that never ends; leave out answers"
+    ):
+        loader()
+    for answer in (
+        "The tag <think> begins a thought.",
+        "<think>\na\n</think>\n\nb",
+        " \n<think>a</think>b",
+        "a\n</think>\n\nb",
+    ):
+        write(FILE, raw := said(answer))
+        dataset = loader().dataset
+        assert dataset.preparation.tokenizer.decode(dataset[0].input_ids.tolist()) == published(raw)
+
+
+def test_thoughts_that_the_chat_template_leaves_out_are_counted():
+    raw = {"messages": said("<think>LOST</think>a")["messages"] + said("b", reasoning_content="LOST")["messages"]}
+    raw["messages"] += said("c", reasoning_content="kept")["messages"]
+    assert "LOST" not in published(raw) and "kept" in published(raw)
+    write("data/b.json", TEXT, said("a", reasoning_content="kept"), raw)
+    lines = "are left out, as the chat template has it (qwen3_5 keeps those after the user's last question); first: data/b.json"
+    for more in ([], [CACHE], [CACHE]):
+        assert told(BOTH, *more) == [f"data: 2 thoughts {lines}, record 3"]
+    assert told(BOTH, f"{BASIC}.enable_thinking=false") == []
+    assert told(BOTH, f"{BASIC}.template=qwen3_vl_nothink") == [f"data: 3 thoughts {lines}, record 2"]
+
+
+def test_calls_and_responses_that_are_spelt_out_are_counted():
+    """As sets for other models have them: the template adds its own tags around a response, and leaves a call as it is."""
+    call, response = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<tool_response>\n1\n</tool_response>"
+    turns = [*said(call)["messages"], {"role": "tool", "content": response}, {"role": "assistant", "content": "1"}]
+    assert f"<tool_response>\n{response}\n</tool_response>" in published({"messages": turns})
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    good = [
+        *said("", tool_calls=calls)["messages"],
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "1"},
+    ]
+    write("data/b.json", {"messages": good}, {"messages": turns})
+    line = "2 turns spell <tool_call> or <tool_response> out, which stays as it is; the template writes tool_calls and turns of"
+    assert told(BOTH) == [f"data: {line} tools; first: data/b.json, record 2"]
 
 
 # -- make data ----------------------------------------------------------------------------------------------------------

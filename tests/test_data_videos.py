@@ -25,6 +25,7 @@ from transformers.video_utils import VideoMetadata
 
 from bench.images import peer_processor
 from qwen35.batch import VisionSpec
+from qwen35.data.frames import decode
 from qwen35.data.images import ImageError, ImageProcessor
 from qwen35.data.positions import position_ids
 from qwen35.data.record import Record, RecordError, Turn, Video, with_visuals
@@ -348,6 +349,36 @@ def test_refused(tmp_path, folder, monkeypatch):
     with pytest.raises(RecordError, match=r"^a\.json, record 4: video 1 of 1, .*/none\.mp4: no such file$") as caught:
         p.tokenise(record)
     assert caught.value.kind == "video missing" and caught.value.image == str(tmp_path / "none.mp4")
+
+
+@pytest.mark.parametrize(
+    ("rotation", "shown"),
+    [
+        (0, ["red", "green", "blue", "black"]),
+        (90, ["green", "black", "red", "blue"]),
+        (-90, ["blue", "red", "black", "green"]),
+        (180, ["black", "blue", "green", "red"]),
+    ],
+)
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_film_that_is_to_be_turned(rotation, shown, counted, tmp_path, folder, monkeypatch):
+    """As OpenCV shows such a file, and torchcodec from 0.11 on. shown: its corners, line by line."""
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+    frames = np.zeros((4, 64, 96, 3), np.uint8)
+    frames[:, :32, :48], frames[:, :32, 48:], frames[:, 32:, :48] = (colours[c] for c in ("red", "green", "blue"))
+    write_video(tmp_path / "a.mp4", frames, Fraction(2), monkeypatch, counted, rotation=rotation)
+    processor, video = VideoProcessor.from_folder(folder, PreprocessParameters()), Video(tmp_path / "a.mp4")
+    height, width = (96, 64) if rotation in (90, -90) else (64, 96)
+    assert processor.clip(video).grid == (2, height // 16, width // 16) == processor.patches(video)[1]
+    for frame in decode(video, [0, 3]):
+        corners = [frame[y, x] for y in (2, height - 3) for x in (2, width - 3)]
+        assert [tuple(corner.tolist()) for corner in corners] == [colours[name] for name in shown]
+
+
+def test_a_film_that_is_askew(tmp_path, folder, monkeypatch):
+    write_video(tmp_path / "a.mp4", film(4, 64, 64), Fraction(2), monkeypatch, rotation=45)
+    with pytest.raises(ImageError, match=r"^is to be shown turned by 45 degrees; only quarter turns are read$"):
+        VideoProcessor.from_folder(folder, PreprocessParameters()).clip(Video(tmp_path / "a.mp4"))
 
 
 def test_without_pyav(tmp_path, folder, monkeypatch):

@@ -1,23 +1,29 @@
 """What turns hold: text, or a list of texts, images and videos; and what the tools of a conversation are."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen35.data import strict_json
-from qwen35.data.fields import IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
+from qwen35.data.fields import AROUND_CALLS, IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
 from qwen35.data.strict_json import LossyJSONError
 
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
 MEDIA = ("image", "image_url", "video", "video_url")  # what a content list may name beside text
-ITEM = Fields(IN_ITEMS | {"type", "text", *MEDIA, "url", "path", "sample_fps"}, OF_ITEMS)
+OF_KIND = {
+    "text": (),
+    "image": ("url", "path"),
+    "video": ("url", "path", "sample_fps"),
+}  # what else an item of each has
+ITEM = {name: Fields(IN_ITEMS | {"type", "text", *MEDIA, *more}, OF_ITEMS) for name, more in OF_KIND.items()}
 IMAGE = Fields(IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, OF_ITEMS)
 VIDEO = Fields(IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, OF_ITEMS)
-CALL = Fields(IN_CALLS | {"name", "arguments", "function"}, OF_CALLS)
+CALL = Fields(IN_CALLS | {"name", "arguments"}, OF_CALLS)
+AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # as the OpenAI API has it
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,9 @@ class Parser:
 
     def _image(self, value: Any, where: str) -> Path:
         if isinstance(value, dict):  # {"url": …}, or what parquet files hold: {"bytes": …, "path": …}
-            held = [name for name in ("bytes", "path", "url", "image") if value.get(name) is not None]
-            if not held:
-                raise RecordError(f"{where}: is {kind(value)}, not a path")
             self.check(value, IMAGE, where)
-            where, value = f"{where}.{held[0]}", value[held[0]]
+            name = _held(value, ("path", "url", "image"), where, "a path") if value.get("bytes") is None else "bytes"
+            where, value = f"{where}.{name}", value[name]
         if isinstance(value, bytes) and value:
             try:
                 return self.folder.keep(value)
@@ -76,11 +80,9 @@ class Parser:
 
     def _video(self, value: Any, where: str, fps: Any) -> Video:
         if isinstance(value, dict):  # {"frames": […], "sample_fps": 2}, {"url": …}
-            held = [name for name in ("frames", "video", "path", "url") if value.get(name) is not None]
-            if not held:
-                raise RecordError(f"{where}: is {kind(value)}, not a path or a list of frames")
             self.check(value, VIDEO, where)
-            where, value, fps = f"{where}.{held[0]}", value[held[0]], value.get("sample_fps", fps)
+            name = _held(value, ("frames", "video", "path", "url"), where, "a path or a list of frames")
+            where, value, fps = f"{where}.{name}", value[name], value.get("sample_fps", fps)
         is_rate = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= 1000
         if fps is not None and not is_rate:
             raise RecordError(f"{where}: sample_fps: {str(fps)[:80]} is not a number of frames a second")
@@ -101,13 +103,13 @@ class Parser:
     def _item(self, item: Any, where: str, role: Role) -> Part | Place:
         if not isinstance(item, dict):
             raise RecordError(f"{where}: is {kind(item)}, not an object with a type")
-        self.check(item, ITEM, where)
         given = item.get("type")
         present = [name for name in ("text", *MEDIA) if not is_nothing(item.get(name))]
         name = given if given is not None else present[0] if len(present) == 1 else None
         if name not in ("text", *MEDIA):
             what = f"type {repr(given)[:80]}" if given is not None else "no type"
             raise RecordError(f"{where}: has {what}; text, image, image_url, video and video_url are read")
+        self.check(item, ITEM[name.removesuffix("_url")], where)
         if others := [key for key in present if key.removesuffix("_url") != name.removesuffix("_url")]:
             raise RecordError(f"{where}: has type {name}, and {others[0]} too; each belongs in an item of its own")
         if name == "text":
@@ -118,11 +120,9 @@ class Parser:
                 f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user and tools show any"
             )
         keys = dict.fromkeys((name, name.removesuffix("_url"), "url", "path"))
-        held = [key for key in keys if not is_nothing(item.get(key))]
-        if any(item[key] != item[held[0]] for key in held):
-            raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
-        if held:
-            return self._visual(item[held[0]], f"{where}.{held[0]}", is_video, item.get("sample_fps"))
+        if any(not is_nothing(item.get(key)) for key in keys):
+            held = _held(item, keys, where, "a path")
+            return self._visual(item[held], f"{where}.{held}", is_video, item.get("sample_fps"))
         return Place(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
 
     def calls(self, value: Any, where: str) -> tuple[ToolCall, ...]:
@@ -137,16 +137,27 @@ class Parser:
         call = entry.get("function", entry) if isinstance(entry, dict) else entry
         if not isinstance(call, dict):
             raise RecordError(f"{where}: is {kind(call)}, not an object with name and arguments")
-        self.check(entry, CALL, where)
         if call is not entry:
-            self.check(call, CALL, f"{where}.function")
-        name = text(call.get("name"), f"{where}.name")
+            self.check(entry, AROUND_CALL, where)
+        self.check(call, CALL, where if call is entry else f"{where}.function")
+        if not (name := text(call.get("name"), f"{where}.name")):
+            raise RecordError(f"{where}.name: is empty")
         arguments = _json(call.get("arguments") or {}, f"{where}.arguments") or {}
         if not isinstance(arguments, dict):
             raise RecordError(f"{where}.arguments: is {kind(arguments)}, not an object")
         checked = {text(key, f"{where}.arguments"): value for key, value in arguments.items()}
         _check_json(checked, f"{where}.arguments")
         return ToolCall(name, checked, entry.get("id") or call.get("id"))
+
+
+def _held(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str) -> str:
+    """The first of the names under which an object holds `what`. Raises RecordError if there is none, or several differ."""
+    held = [name for name in names if not is_nothing(raw.get(name))]
+    if not held:
+        raise RecordError(f"{where}: is {kind(raw)}, not {what}")
+    if any(raw[name] != raw[held[0]] for name in held):
+        raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
+    return held[0]
 
 
 def parse_tools(value: Any, where: str) -> tuple[Any, ...]:

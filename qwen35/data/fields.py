@@ -71,6 +71,7 @@ OF_ITEMS = _refused(
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
     ("start end start_time end_time", "a video is taken from its start to its end", None),
 )
+AROUND_CALLS = _refused(("arguments", "where a call has function, they belong in there", None))
 OF_CALLS = _refused(("parameters params input args kwargs", "arguments are read from arguments", None))
 
 DESCRIPTION = _harmless(
@@ -83,7 +84,6 @@ DESCRIPTION = _harmless(
 IN_RECORDS = DESCRIPTION | _harmless(
     of_reinforcement_learning="solution ground_truth reward reward_model margin",
     names_a_curve_of_the_loss="channel",
-    first_turn_again="prompt",
     how_an_api_answered="parallel_tool_calls",
 )
 IN_TURNS = DESCRIPTION | _harmless(no_text_in_the_chat_template="name", of_an_api="type annotations cache_control")

@@ -155,7 +155,17 @@ def _file_reel(path: Path, video: Video) -> Reel:
         raise VideoError(f"has frames of more than {limit:,} pixels")
     if not rate or count < 1 or width < 1 or height < 1 or count > MOST_FRAMES:
         raise VideoError("its header does not say how many frames of which size it has")
-    return Reel(count, float(rate), width, height)
+    with _opened(path) as (container, stream):  # again: counting may have read it to its end
+        first = next(container.decode(stream), None)
+        is_upright = first is None or _turns(first) % 2 == 0
+    return Reel(count, float(rate), *((width, height) if is_upright else (height, width)))
+
+
+def _turns(frame: Any) -> int:
+    """How many quarter turns, counter-clockwise, show a frame upright: phones film as they are held, and say how that was."""
+    if frame.rotation % 90:
+        raise VideoError(f"is to be shown turned by {frame.rotation} degrees; only quarter turns are read")
+    return int(frame.rotation) // 90
 
 
 def _decode_file(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
@@ -164,6 +174,6 @@ def _decode_file(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         for number, frame in enumerate(islice(container.decode(stream), max(numbers, default=-1) + 1)):
             if number in wanted:
                 found += 1
-                yield frame.to_ndarray(format="rgb24")
+                yield np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
     if found < len(wanted):
         raise VideoError("ends before the last of its frames")

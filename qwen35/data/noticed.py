@@ -30,6 +30,16 @@ COUNTED = {  # of what is trained as it is, how it is told: of one, of several
         "has nulls that a table filled in; they are left out, as of a parquet file",
         "have nulls that a table filled in; they are left out, as of a parquet file",
     ),
+    "tags": (
+        "turn",
+        "spells <tool_call> or <tool_response> out, which stays as it is; the template writes tool_calls and turns of tools",
+        "spell <tool_call> or <tool_response> out, which stays as it is; the template writes tool_calls and turns of tools",
+    ),
+    "thoughts": (
+        "thought",
+        "is left out, as the chat template has it (qwen3_5 keeps those after the user's last question)",
+        "are left out, as the chat template has it (qwen3_5 keeps those after the user's last question)",
+    ),
     "reordered": ("tool response", "was put into the order of the calls", "were put into the order of the calls"),
 }
 
@@ -52,7 +62,7 @@ def look(
     counts: Mapping[str, int],
 ) -> Oddity | None:
     """raw: what became `record`; unread, counts: found on the way. None of a usual one, which costs next to nothing."""
-    empty, shows = 0, False
+    empty, tags, shows = 0, 0, False
     strays: tuple[str, ...] = ()
     for turn in record.turns:
         if isinstance(turn.content, tuple):
@@ -60,14 +70,17 @@ def look(
         elif turn.role == "user":
             if "</" in turn.content and (found := NAMED_IN_TEXT.search(turn.content)):
                 strays = (f"<{found[1]}>…</{found[1]}> in a text",)
-        elif turn.role == "assistant" and not turn.tool_calls and (not turn.content or turn.content.isspace()):
-            empty += 1
+        elif turn.role == "tool":
+            tags += "<tool_response>" in turn.content
+        elif turn.role == "assistant":
+            tags += "<tool_call>" in turn.content
+            empty += not turn.tool_calls and (not turn.content or turn.content.isspace())
     if not shows:
         strays = (*(name for name in raw if _is_stray(raw[name], name, names)), *strays)
-    if not (empty or strays or unread or any(counts.values())):
+    if not (empty or tags or strays or unread or any(counts.values())):
         return None
     unread = [(where, name) for where, name in unread if where != record.source or name not in strays]
-    return Oddity(record.source, {"empty": empty, **counts}, strays, unread)
+    return Oddity(record.source, {"empty": empty, "tags": tags, **counts}, strays, unread)
 
 
 def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
@@ -133,7 +146,7 @@ class Noticed:
     def add(self, oddity: Oddity) -> None:
         for name, count in oddity.counts.items():
             if count:
-                _count(self.counts, name, count, oddity.source)
+                self.count(name, count, oddity.source)
         for where, name in oddity.unread:
             _count(self.unread, _path(where.removeprefix(oddity.source), name), 1, where)
         for name in oddity.strays:
@@ -141,9 +154,9 @@ class Noticed:
                 self.strays[name] = self.strays.get(name, 0) + 1
             self.first_stray = self.first_stray or oddity.source
 
-    def add_nulls(self, source: str) -> None:
-        """Of one more record."""
-        _count(self.counts, "nulls", 1, source)
+    def count(self, name: str, count: int, source: str) -> None:
+        """Of one more record what is COUNTED under that name."""
+        _count(self.counts, name, count, source)
 
     def lines(self, mend: str = "attr.images (or .videos) says which field holds them") -> list[str]:
         """For the start of a run, and for the report of make data. mend: what is to be done about images that are not read."""

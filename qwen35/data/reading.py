@@ -42,7 +42,7 @@ def read_values(
         for number, value in enumerate(_json(file, lenient), 1):
             whole = value if isinstance(value, RecordError) else without_nulls(value)
             if noticed is not None and whole != value:
-                noticed.add_nulls(f"{file}, record {number}")
+                noticed.count("nulls", 1, f"{file}, record {number}")
             yield whole
     else:
         yield from _json(file, lenient)

@@ -25,13 +25,13 @@ from qwen35.data.noticed import Noticed
 from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens, Spelled
-from qwen35.data.template import training_pieces
+from qwen35.data.template import check_thoughts, dropped_thoughts, training_pieces
 from qwen35.data.tokens import ChatTokenizer, Extent
 from qwen35.data.videos import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
 from qwen35.settings import Attr, BasicParameters, Settings
 
-CACHE_VERSION = 6  # of what is kept and how it is made
+MADE_BY = sorted(Path(__file__).parent.glob("*.py"))  # the code that says what becomes of a record, and how it is kept
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised, and no model sees as many
 LONGEST_NAME = 200  # characters of an image's path in a message
 WAIT = 0.1  # seconds between looks at what another process makes
@@ -93,6 +93,7 @@ class Preparation:
     def tokenise(self, record: Record) -> TokenisedSample:
         """Raises RecordError. Images are not decoded, only measured."""
         b = self.basic
+        check_thoughts(record, b.template)
         pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
         if self.chat_template:
             self.chat_template.check_training(record, b.enable_thinking)
@@ -132,7 +133,7 @@ class Preparation:
         return self.videos.patches(visual) if isinstance(visual, Video) else self.images.patches(visual)
 
     def cache_key(self, file: Path, limit: int | None) -> str:
-        """Changes with the file's content and with every setting that the tokens depend on."""
+        """Changes with the file's content, and with the settings and the code that the tokens depend on."""
         settings = asdict(self.basic)
         # these do not change what is kept: samples are whole there, and cut as they are read
         for name in ("dataset", "cache_dir", "cutoff_len", "truncation", "max_samples"):
@@ -140,7 +141,6 @@ class Preparation:
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [asdict(self.images), asdict(self.videos)]
         made_by = [
-            CACHE_VERSION,
             str(file),
             limit,
             settings,
@@ -150,7 +150,7 @@ class Preparation:
             self.chat_template and asdict(self.chat_template),
         ]
         digest = hashlib.sha256(json.dumps(made_by).encode())
-        for path in (file, self.tokenizer.file):
+        for path in (file, self.tokenizer.file, *MADE_BY):
             digest.update(_file_digest(path))
         return digest.hexdigest()[:32]
 
@@ -223,6 +223,9 @@ def tokenised(
         except RecordError as error:
             tell(error)
         else:
+            b = preparation.basic
+            if noticed is not None and (dropped := dropped_thoughts(record, b.template, b.enable_thinking)):
+                noticed.count("thoughts", dropped, record.source)
             yield record, sample
 
 

@@ -125,6 +125,34 @@ def has_thought(record: Record, template: Template, enable_thinking: bool | None
     return bool(_split_thought(record, len(record.turns) - 1)[0])
 
 
+def check_thoughts(record: Record, template: Template) -> None:
+    """Raises RecordError for an answer of which the chat template would drop words, or whose thought has no end."""
+    if template == "qwen3_vl_nothink":  # writes answers as they are
+        return
+    for index, turn in enumerate(record.turns):
+        before, *after = turn.text.split("</think>") if turn.role == "assistant" else [""]
+        if len(after) > 1 or (after and before.rpartition("<think>")[0].strip()):
+            raise record.error(
+                f"turn {index} has several think blocks, or text before its only one, of which the chat template keeps a part; "
+                "put the thought into reasoning_content"
+            )
+        if not after and before.lstrip().startswith("<think>"):
+            raise record.error(
+                f"turn {index} begins with a think block that never ends; leave out answers that were cut off"
+            )
+
+
+def dropped_thoughts(record: Record, template: Template, enable_thinking: bool | None) -> int:
+    """How many thoughts the chat template leaves out, though the settings do not ask for it."""
+    if enable_thinking is False:
+        return 0
+    answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    if template == "qwen3_vl_nothink":
+        return sum(bool(record.turns[i].reasoning) for i in answers)
+    last_query = _last_query(record.turns)
+    return sum(i <= last_query and bool(_split_thought(record, i)[0]) for i in answers)
+
+
 def answer_text(turn: Turn) -> str:
     """What an assistant turn says, and below it the tools that it calls, as the template writes both."""
     content = turn.text.strip()

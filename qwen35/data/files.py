@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qwen35.errors import SettingError, read_object
+from qwen35.errors import SettingError, read_object, read_text
 
 PROCESSOR = "processor_config.json"
 SIZES = ("size", "min_pixels", "max_pixels", "fps", "max_frames", "num_frames", "max_video_tokens")
@@ -67,7 +67,7 @@ def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
         if not path.is_file() or (name == "tokenizer_config.json" and "chat_template.jinja" in found):
             continue
         if path.suffix == ".jinja":
-            found[name] = path.read_text(encoding="utf-8", errors="replace")
+            found[name] = read_text(path, SettingError)
         elif (text := read_object(path, SettingError).get("chat_template")) is not None:
             found[name] = text
     if any(not isinstance(text, str) for text in found.values()) or any(folder.glob("additional_chat_templates/*")):

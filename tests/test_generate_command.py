@@ -76,9 +76,9 @@ def ask(place, capsys, monkeypatch) -> Callable[..., str]:
         if status:
             assert out == "" and err.startswith("error: ") and err.count("\n") == 1
             return err
-        if not (place / model / "config.json").is_file():
+        if chosen := {"run": "iter_0000005", "plain": "iter_0000005", "converted": "release"}.get(model):
             said, _, err = err.partition("\n")
-            assert said == f"weights from {place / model / ('release' if model == 'converted' else 'iter_0000005')}"
+            assert said == f"weights from {place / model / chosen}"
         assert re.fullmatch(LINE + HOW, err), err
         return out
 

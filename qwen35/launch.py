@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--nproc_per_node", type=whole_number(1), default=1, help="processes here, one a device")
     add("--master_addr", default="localhost", help="address of machine 0")
     add("--master_port", type=whole_number(1, 65535), default=6000, help="free port of machine 0")
-    add("--rendezvous_timeout", type=whole_number(1), default=300, help="seconds to wait for the other machines")
+    add("--rendezvous_timeout", type=whole_number(1, 86400), default=300, help="seconds to wait for the other machines")
     add("--preflight", action="store_true", help="compare the machines, measure an all-reduce, and train nothing")
     add("config", help="a recipe, e.g. configs/tiny.yaml")
     add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")

@@ -45,6 +45,21 @@ def test_what_others_put_into_an_export_is_never_lost(tmp_path):
         save_hf(source, folder, out)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_export_through_a_link(tmp_path, is_there):
+    """The link stays, and the folder that it leads to is written and replaced."""
+    folder, link = write_folder(tmp_path / "hf"), tmp_path / "link"
+    link.symlink_to("disk/out")
+    (tmp_path / "disk").mkdir()
+    if is_there:
+        (tmp_path / "disk/out").mkdir()
+    for _ in range(2):
+        save_hf(HFSource(HFFolder(folder)), folder, link)
+        assert {path.name for path in tmp_path.iterdir()} == {"hf", "link", "disk"}
+        assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+        assert (link / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
 def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
     folder, dcp = write_folder(tmp_path / "hf"), tmp_path / "dcp"
     command = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]

@@ -164,6 +164,8 @@ def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[P
 
     Another process that writes the same folder waits, and is refused with CheckpointError if that takes long.
     """
+    if folder.is_symlink():  # it stays, and what it leads to is replaced
+        folder = Path(os.path.realpath(folder))
     check_replaceable(folder, marker)  # before a lock is put into what may be another's
     with holding(_temporary(folder)) as warning:
         if warning:

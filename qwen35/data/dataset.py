@@ -16,7 +16,7 @@ from qwen35.data.images import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.noticed import Noticed
 from qwen35.data.positions import position_ids
-from qwen35.data.record import RecordError
+from qwen35.data.record import RecordError, Video
 from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
@@ -219,9 +219,10 @@ class Dataset:
                 )
             try:
                 patches, found = self.preparation.patches(visual)
+                times = self.preparation.videos.clip(visual).seconds if isinstance(visual, Video) else None
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
-            if list(found) != grid:
+            if list(found) != grid or (not isinstance(plain, str) and times != plain["seconds"]):
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)

@@ -2,14 +2,18 @@
 
 import json
 from collections import Counter
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from mistakes import BASIC, SHOW, place, run, whole
+from optional import write_video
 from PIL import Image
 
 from qwen35.config import load_settings
 from qwen35.data import MicroBatches
+from qwen35.data.record import RecordError
 from qwen35.data.tokens import ChatTokenizer
 from qwen35.errors import SettingError
 
@@ -49,6 +53,20 @@ def test_videos_reach_the_batch(place):
     assert not torch.equal(first[:8, :, 0], first[:8, :, 1]) and torch.equal(first[8:, :, 0], first[8:, :, 1])
     again = next(iter(loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.cache_dir=cache")))  # from the cache
     assert torch.equal(again.pixel_values, batch.pixel_values) and torch.equal(again.input_ids, batch.input_ids)
+
+
+def test_a_video_of_other_times_is_not_the_one_that_was_measured(place, monkeypatch):
+    """As many frames of the same size, but the tokens in the cache say when each was."""
+    frames = np.stack([np.full((64, 64, 3), i, np.uint8) for i in range(4)])
+    turns = [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "A"}]
+    (place / "data/b.json").write_text(json.dumps([{"messages": turns, "video": "film.mp4"}]))
+    for rate, fits in ((2, True), (2, True), (1, False)):
+        write_video(place / "data/film.mp4", frames, Fraction(rate), monkeypatch)
+        dataset = loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.cache_dir=cache").dataset
+        if fits:
+            assert "<1.2 seconds>" in dataset.preparation.tokenizer.decode(dataset[0].input_ids.tolist())
+    with pytest.raises(RecordError, match=r"film\.mp4: has changed since it was measured; empty cache_dir"):
+        dataset[0]
 
 
 def test_show_tells_of_videos(place):

@@ -102,10 +102,28 @@ def test_usual_names_and_roles_need_not_be_there():
 def test_what_max_samples_leaves_unread_may_have_it():
     write("data/b.json", TEXT | {"photo": "1.png"})
     words = [f"{ATTR}.images=photo", BOTH, f"{BASIC}.max_samples=3"]
-    (line,) = told(*words)
+    unread, line = told(*words)
+    assert unread == "data: nothing of data/b.json is read: max_samples ends before it"
     assert line.startswith(f"data: {ATTR}.images: no record of the first 3 records has a field 'photo'; they have 'id'")
     with pytest.raises(SettingError, match="has a field 'photo'"):
         loader(f"{ATTR}.images=photo", f"{BASIC}.max_samples=13")
+
+
+def test_files_that_max_samples_does_not_reach():
+    write(FILE, TEXT, TEXT)
+    for name in ("b", "c"):
+        write(f"data/{name}.json", TEXT)
+    files = f"{BASIC}.dataset=data/a.json,data/b.json,data/c.json"
+    left_out = [f"data: nothing of data/{name}.json is read: max_samples ends before it" for name in ("b", "c")]
+    for samples, lines in ((1, left_out), (2, left_out), (3, left_out[1:]), (4, [])):
+        assert told(files, f"{BASIC}.max_samples={samples}") == lines
+
+
+@pytest.mark.parametrize("skips", [[], [f"{BASIC}.on_bad_record=skip"]])
+def test_a_file_without_a_record(skips):
+    write("data/b.json")
+    with pytest.raises(RecordError, match=r"^data/b\.json: no records$"):
+        loader(BOTH, *skips)
 
 
 def test_the_validation_needs_only_names_of_its_own():

@@ -392,5 +392,5 @@ def test_without_pyav(tmp_path, folder, monkeypatch):
 
 def test_a_video_survives_the_cache(tmp_path):
     for video in (Video(tmp_path / "a.mp4"), Video((tmp_path / "1.png", tmp_path / "2.png"), 1.5)):
-        assert visual_of(plain(video)) == video
-    assert visual_of(plain(tmp_path / "a.png")) == tmp_path / "a.png"
+        assert visual_of(plain(video, [(0.25, 4)])) == video
+    assert visual_of(plain(tmp_path / "a.png", 4)) == tmp_path / "a.png"

@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from qwen35.data.images import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.noticed import Noticed
 from qwen35.data.positions import position_ids
-from qwen35.data.record import RecordError
+from qwen35.data.record import RecordError, Video
 from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
@@ -75,6 +76,8 @@ class Dataset:
             if left == 0:
                 break
             samples = load_samples(file, preparation, left, progress)
+            if not samples.records:
+                raise RecordError(f"{file}: no records")
             self.files.append(samples)
             left = None if left is None else left - samples.records
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
@@ -98,7 +101,8 @@ class Dataset:
     def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
         """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
         noticed = Noticed.together(samples.noticed for samples in self.files)
-        told = noticed.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
+        told = [f"nothing of {file} is read: max_samples ends before it" for file in self._unread()]
+        told += noticed.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
         for setting, name in noticed.unseen.items():
             if vetted is not None and name == getattr(vetted, setting):
                 continue
@@ -112,6 +116,10 @@ class Dataset:
                 raise SettingError(words)
             told.append(words)
         return told
+
+    def _unread(self) -> list[Path]:
+        """The files that max_samples leaves out."""
+        return dataset_files(self.preparation.basic.dataset)[len(self.files) :]
 
     def _shorten(self, number: int, count: int) -> None:
         """What becomes of a sample that is too long, one of `count`. Raises RecordError."""
@@ -211,9 +219,10 @@ class Dataset:
                 )
             try:
                 patches, found = self.preparation.patches(visual)
+                times = self.preparation.videos.clip(visual).seconds if isinstance(visual, Video) else None
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
-            if list(found) != grid:
+            if list(found) != grid or (not isinstance(plain, str) and times != plain["seconds"]):
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)

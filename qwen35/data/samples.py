@@ -48,6 +48,7 @@ class TokenisedSample:
     trained: np.ndarray  # [T] bool
     grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
     spelled: Spelled = field(default_factory=dict)  # special tokens in its text
+    extents: list[Extent] = field(default_factory=list)  # of each image or video
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Preparation:
         ids, trained = self.tokenizer.encode(pieces, extents, spelled)
         if not trained[1:].any():
             raise record.error("nothing in it is trained", "nothing trained")
-        return TokenisedSample(ids, trained, grids, spelled)
+        return TokenisedSample(ids, trained, grids, spelled, extents)
 
     def folder(self) -> ImageFolder:
         """Raises SettingError."""
@@ -255,7 +256,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         counts.append(len(sample.grids))
         sources.append(record.source)
         special_tokens.add(record.source, sample.spelled)
-        visuals += [_plain(visual) for visual in record.visuals]
+        visuals += [_plain(*pair) for pair in zip(record.visuals, sample.extents, strict=True)]
     return FileSamples(
         str(file),
         torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
@@ -276,11 +277,11 @@ TENSORS = ("ids", "trained", "offsets", "grids", "image_offsets")
 NAMES = ("file", "sources", "visuals", "records")
 
 
-def _plain(visual: Visual) -> str | dict[str, Any]:
-    if not isinstance(visual, Video):
+def _plain(visual: Visual, extent: Extent) -> str | dict[str, Any]:
+    if not isinstance(visual, Video) or isinstance(extent, int):
         return str(visual)
     source = str(visual.source) if isinstance(visual.source, Path) else [str(frame) for frame in visual.source]
-    return {"source": source, "fps": visual.fps}
+    return {"source": source, "fps": visual.fps, "seconds": [seconds for seconds, _ in extent]}
 
 
 def visual_of(plain: str | dict[str, Any]) -> Visual:

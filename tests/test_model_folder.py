@@ -222,6 +222,20 @@ def test_what_transformers_saves_is_read_without_a_word(tmp_path):
     assert not_read(tmp_path / "hf") == []
 
 
+def test_what_a_config_says_and_the_weights_or_the_recipe_do_not_is_reported(tmp_path):
+    folder = write_folder(tmp_path / "hf", moe=True, mtp=False)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config={**text, "output_router_logits": False, "mtp_num_hidden_layers": 0})
+    assert not_read(folder) == []
+    change_config(folder, text_config={**text, "output_router_logits": True, "mtp_num_hidden_layers": 1})
+    router, mtp = not_read(folder)
+    assert "text_config.output_router_logits, by which transformers would train load balancing" in router
+    assert "mtp_num_hidden_layers is 1, but the weights hold no mtp.*" in mtp
+    whole = write_folder(tmp_path / "whole", moe=True, mtp=True)
+    change_config(whole, text_config={**text, "mtp_num_hidden_layers": 1})
+    assert not_read(whole) == []
+
+
 # -- tied weights ----------------------------------------------------------------------------------------------------------
 
 

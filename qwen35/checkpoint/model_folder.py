@@ -56,7 +56,7 @@ def not_read(folder: str | Path) -> list[str]:
 
     Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
     """
-    from qwen35.checkpoint.hf_folder import WEIGHTS, has_weights, weight_files
+    from qwen35.checkpoint.hf_folder import WEIGHTS, HFFolder, has_weights, weight_files
     from qwen35.model.config import load_config
     from qwen35.model.config_keys import unknown_keys
 
@@ -68,13 +68,23 @@ def not_read(folder: str | Path) -> list[str]:
     config, lines = config_of(folder), []
     if keys := unknown_keys(config):
         lines.append(f"{folder / CONFIG}: not known, and not read: {few(keys)}")
-    text = config.get("text_config")
-    if isinstance(text, dict) and text.get("tie_word_embeddings") is True and not config.get("tie_word_embeddings"):
+    text = config["text_config"]
+    if text.get("output_router_logits"):
+        lines.append(
+            f"{folder / CONFIG}: not read: text_config.output_router_logits, by which transformers would train load balancing; "
+            "here the recipe's model.loss_cfg.router_aux_loss_coef alone does"
+        )
+    if text.get("tie_word_embeddings") is True and not config.get("tie_word_embeddings"):
         lines.append(
             f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, and counts at the top level: the head is "
             "trained apart from the embedding"
         )
     weights = weight_files(folder)[0] if has_weights(folder) else []
+    if weights and text.get("mtp_num_hidden_layers") and not any(n.startswith("mtp.") for n in HFFolder(folder).specs):
+        lines.append(
+            f"{folder / CONFIG}: mtp_num_hidden_layers is {text['mtp_num_hidden_layers']}, but the weights hold no mtp.*; an "
+            "export is alike, and a server that is asked to look several tokens ahead will not find them"
+        )
     others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
     others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
     if others:

@@ -417,7 +417,7 @@ def test_a_call_that_is_not_trained(make):
 
 WRONG_MASKS = {
     "a factor": ({"messages": masked([None, 0.5, None, None], "loss_scale")}, r"\[1\]: loss_scale is 0\.5, neither 0 nor 1"),
-    "a text": ({"messages": masked([None, "0", None, None])}, r"\[1\]: loss_mask is 0, neither 0 nor 1; a turn is trained"),
+    "a text": ({"messages": masked([None, "0", None, None])}, r"\[1\]: loss_mask is '0', neither 0 nor 1; a turn is trained"),
     "of tokens": ({"messages": masked([None, [0, 1], None, None])}, r"\[1\]: loss_mask is \[0, 1\], neither 0 nor 1"),
     "both": (
         {"messages": [Q, A | {"weight": 0, "loss": True}]}, r"\[1\]: loss and weight differ on whether it is trained; keep one",

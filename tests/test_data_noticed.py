@@ -259,7 +259,7 @@ def test_words_that_the_chat_template_drops_are_an_error(answer, lost, later):
     settings = load_settings("r.yaml")
     record = Record("r", (Turn("user", "?"), Turn("assistant", answer), Turn("user", "?")))
     with pytest.raises(
-        RecordError, match="^r: turn 1 has several think blocks"
+        RecordError, match=r"^r: turn 1 has several think blocks"
     ):  # nor is the model asked with half of it
         prompt_batch(record, Preparation.of(settings), vision_spec(settings.model.model_name_or_path), thinking=False)
 

@@ -442,6 +442,17 @@ def test_masks_that_say_nothing_clear(case, place, preparation):
     refused(place, preparation, raw, message)
 
 
+@pytest.mark.parametrize("masks", [(None, 1), (1, None), (1, 1)])
+def test_a_call_that_is_trained_as_its_answer_is(masks, make):
+    """What says nothing is trained, as what says 1."""
+    answer, call = {"role": "assistant", "content": "a"}, {"name": "f", "arguments": {}}
+    turns = [answer | {"loss": masks[0]}, {"role": "tool_call", "content": json.dumps(call), "loss": masks[1]}]
+    user = {"role": "user", "content": "Q"}
+    meant = {"messages": [user, answer | {"tool_calls": [call]}]}
+    _, trained = make({"messages": [user, *turns]}, meant)
+    assert trained == ["a\n\n<tool_call>\n<function=f>\n</function>\n</tool_call><|im_end|>\n"]
+
+
 # -- what is empty ------------------------------------------------------------------------------------------------------
 
 NOTHING = [

@@ -40,7 +40,7 @@ def parse_turns(
         turn = _parse_turn(entry, f"{where}[{i}]", names, parser, mask)
         before = turns[-1] if turns else None
         if before is not None and before.role == turn.role == "assistant" and _is_only_calls(turn):
-            if before.loss != turn.loss:
+            if (before.loss is False) != (turn.loss is False):
                 raise RecordError(
                     f"{where}[{i}]: a call and the answer that it belongs to are one turn; train both or neither"
                 )

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen35.config import load_settings
 from qwen35.data import MicroBatches, RecordError
+from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.record import Record, Turn
 from qwen35.data.samples import Preparation
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
@@ -254,6 +256,12 @@ def test_words_that_the_chat_template_drops_are_an_error(answer, lost, later):
         loader()
     write(FILE, raw)
     assert loader(f"{BASIC}.template=qwen3_vl_nothink").samples == 1  # which writes answers as they are
+    settings = load_settings("r.yaml")
+    record = Record("r", (Turn("user", "?"), Turn("assistant", answer), Turn("user", "?")))
+    with pytest.raises(
+        RecordError, match=r"^r: turn 1 has several think blocks"
+    ):  # nor is the model asked with half of it
+        prompt_batch(record, Preparation.of(settings), vision_spec(settings.model.model_name_or_path), thinking=False)
 
 
 def test_a_thought_without_an_end_is_an_error():

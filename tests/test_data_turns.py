@@ -417,7 +417,7 @@ def test_a_call_that_is_not_trained(make):
 
 WRONG_MASKS = {
     "a factor": ({"messages": masked([None, 0.5, None, None], "loss_scale")}, r"\[1\]: loss_scale is 0\.5, neither 0 nor 1"),
-    "a text": ({"messages": masked([None, "0", None, None])}, r"\[1\]: loss_mask is 0, neither 0 nor 1; a turn is trained"),
+    "a text": ({"messages": masked([None, "0", None, None])}, r"\[1\]: loss_mask is '0', neither 0 nor 1; a turn is trained"),
     "of tokens": ({"messages": masked([None, [0, 1], None, None])}, r"\[1\]: loss_mask is \[0, 1\], neither 0 nor 1"),
     "both": (
         {"messages": [Q, A | {"weight": 0, "loss": True}]}, r"\[1\]: loss and weight differ on whether it is trained; keep one",
@@ -440,6 +440,17 @@ WRONG_MASKS = {
 def test_masks_that_say_nothing_clear(case, place, preparation):
     raw, message = WRONG_MASKS[case]
     refused(place, preparation, raw, message)
+
+
+@pytest.mark.parametrize("masks", [(None, 1), (1, None), (1, 1)])
+def test_a_call_that_is_trained_as_its_answer_is(masks, make):
+    """What says nothing is trained, as what says 1."""
+    answer, call = {"role": "assistant", "content": "a"}, {"name": "f", "arguments": {}}
+    turns = [answer | {"loss": masks[0]}, {"role": "tool_call", "content": json.dumps(call), "loss": masks[1]}]
+    user = {"role": "user", "content": "Q"}
+    meant = {"messages": [user, answer | {"tool_calls": [call]}]}
+    _, trained = make({"messages": [user, *turns]}, meant)
+    assert trained == ["a\n\n<tool_call>\n<function=f>\n</function>\n</tool_call><|im_end|>\n"]
 
 
 # -- what is empty ------------------------------------------------------------------------------------------------------

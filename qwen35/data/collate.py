@@ -16,7 +16,7 @@ from qwen35.data.patches import CHANNELS
 from qwen35.data.positions import position_ids
 from qwen35.data.record import Record
 from qwen35.data.samples import Preparation
-from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, prompt_pieces
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, check_thoughts, prompt_pieces
 from qwen35.data.videos import VIDEO_CONFIG
 from qwen35.errors import SettingError
 
@@ -148,6 +148,7 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
 
     A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
     """
+    check_thoughts(record, preparation.basic.template)
     grids, extents = preparation.measure(record)
     basic = preparation.basic
     pieces = prompt_pieces(record, basic.template, thinking, basic.enable_thinking)

@@ -40,7 +40,7 @@ def parse_turns(
         turn = _parse_turn(entry, f"{where}[{i}]", names, parser, mask)
         before = turns[-1] if turns else None
         if before is not None and before.role == turn.role == "assistant" and _is_only_calls(turn):
-            if before.loss != turn.loss:
+            if (before.loss is False) != (turn.loss is False):
                 raise RecordError(
                     f"{where}[{i}]: a call and the answer that it belongs to are one turn; train both or neither"
                 )
@@ -99,8 +99,9 @@ def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bo
         given["the record's loss_mask"] = mask
     for name, value in given.items():
         if value not in (0, 1):
-            value = str(value)[:80]
-            raise RecordError(f"{where}: {name} is {value}, neither 0 nor 1; a turn is trained or not, by no factor")
+            raise RecordError(
+                f"{where}: {name} is {repr(value)[:80]}, neither 0 nor 1; a turn is trained or not, by no factor"
+            )
     if len(set(map(bool, given.values()))) > 1:
         raise RecordError(f"{where}: {' and '.join(given)} differ on whether it is trained; keep one")
     return next(map(bool, given.values()), None)

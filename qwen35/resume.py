@@ -153,8 +153,14 @@ def changes(folder: Path, settings: Settings) -> list[str]:
 def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
     """Raises SettingError if a folder that is not to be trained further holds another run than the settings say.
 
+    Also if it holds none, for then it is the run of training.load that is done, and the whole of this one would be nothing.
     Else the first rank removes the checkpoints that the run would have removed, had it not been stopped at its end.
     """
+    if newest_checkpoint(folder) is None:
+        raise SettingError(
+            f"training.load: {settings.training.load} has done {step} steps, and training.train_iters is "
+            f"{settings.training.train_iters}: a larger one goes on from there; or {ANEW}"
+        )
     if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
         raise SettingError(
             f"{folder} holds {step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "

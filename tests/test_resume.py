@@ -240,6 +240,17 @@ def test_settings_that_changed_are_named_by_a_run_in_another_folder_too(workplac
     )
 
 
+def test_another_runs_checkpoint_that_has_no_steps_left_is_refused(workplace, uninterrupted, tmp_path):
+    """Nothing would be trained, and nothing saved."""
+    from_there = (f"training.load={uninterrupted}", "training.init_from_hf_path=null")
+    done = train(workplace, tmp_path / "run", 2, *RECIPE, *from_there)
+    assert done.returncode == 1 and not list((tmp_path / "run").glob("iter_*"))
+    assert done.stderr.startswith(
+        f"error: training.load: {uninterrupted} has done {STEPS} steps, and training.train_iters is"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind", WRONG_EXTRAS)
 def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     break_it, words = WRONG_EXTRAS[kind]

@@ -76,9 +76,9 @@ def test_what_a_table_fills_in_is_not_trained(tmp_path, form):
     if form == "list":
         file.write_text(json.dumps([ALIGNED]))
     assert list(read_values(file, noticed=noticed)) == [WRITTEN]
-    assert noticed.aligned_nulls == 1
+    assert noticed.counts == {"nulls": (1, f"{file}, record 1")}
     (told,) = noticed.lines()
-    assert told.startswith("nulls in 1 record are left out, as of a parquet file") and f"{file}, record 1" in told
+    assert told.startswith("1 record has nulls that a table filled in; they are left out, as of a parquet file")
     written = text(tmp_path, file)
     assert "None" not in written and "null" not in written
     assert written == text(tmp_path, lines(tmp_path, WRITTEN))
@@ -130,7 +130,7 @@ def test_a_null_that_somebody_wrote_stays(tmp_path, name):
 
 
 def test_a_null_argument_is_trained(tmp_path):
-    record = parse_record(
+    record, _ = parse_record(
         {"messages": [*GENUINE["messages"], {"role": "tool", "content": "x"}, ANSWER]},
         "x",
         FieldNames.of(Attr()),

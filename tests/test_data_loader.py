@@ -484,8 +484,9 @@ def test_samples_that_were_just_made_lie_in_the_shared_file_too(home, model):
 
 
 def test_samples_are_held_once_while_they_are_made(home, model, monkeypatch):
-    def tokenise(*_):
-        return TokenisedSample(np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool), [])
+    def tokenise(_, record):
+        extents = [1] * len(record.visuals)
+        return TokenisedSample(np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool), [], extents=extents)
 
     preparation = Preparation.of(settings(home, model))
     monkeypatch.setattr(Preparation, "tokenise", tokenise)

@@ -173,7 +173,7 @@ def test_a_machine_cannot_write_anothers_lines(there: Path) -> None:
     """Nor what a terminal would obey."""
     (there / "act").write_text(r"printf 'a\rtwo: forged\033[2J\tü\n'")
     out, _ = start(there).communicate(timeout=300)
-    assert sorted(out.splitlines()) == [rf"{name}: a\rtwo: forged\x1b[2J ü" for name in ("one", "two")]
+    assert sorted(out.splitlines()) == [rf"{name}: a\x0dtwo: forged\x1b[2J ü" for name in ("one", "two")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])

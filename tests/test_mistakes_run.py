@@ -33,7 +33,7 @@ __all__ = ["place", "whole"]  # fixtures
 
 
 FULL = [  # name, command, bytes, words, what may be left: files that are whole
-    ("lock", TRAIN, 0, "run cannot be used: File too large", ()),
+    ("lock", TRAIN, 0, "run/.lock: cannot be written: File too large", ()),
     ("settings", TRAIN, 200, "run/config.yaml: File too large", ()),
     (
         "metrics",

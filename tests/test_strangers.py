@@ -351,8 +351,11 @@ SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 def test_an_error_is_a_line_that_no_terminal_obeys():
     """Whatever file or machine its words come from."""
-    assert one_line(UserError("é\x1b[2J\u202e a.json\x9b,\n record\t3\r")) == "é\\x1b[2J\\u202e a.json\\x9b, record 3"
-    assert one_line(FileNotFoundError(2, "No such file", "a\nerror: b\udcff")) == "a\\nerror: b\\udcff: No such file"
+    assert (
+        one_line(UserError("é\x1b[2J\u202e a.json\x9b,\n record\t3\r"))
+        == "é\\x1b[2J\\u202e a.json\\x9b, record\\x093\\x0d"
+    )
+    assert one_line(FileNotFoundError(2, "No such file", "a\nerror: b\udcff")) == "a\\x0aerror: b\\udcff: No such file"
     assert len(foreign("x" * 5_000_000)) == 1000
 
 

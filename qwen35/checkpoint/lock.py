@@ -39,9 +39,7 @@ def holding(folder: Path) -> Iterator[str | None]:
                 continue  # the job that had them has removed them: these locks are on what nobody else will find
             try:
                 if warning is None:
-                    file.truncate(0)
-                    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-                    file.flush()
+                    _sign(file.fileno(), path)
                 yield warning
             finally:
                 is_ours = is_new and _is_still(folder, above)  # and not one that another job has made since
@@ -50,6 +48,15 @@ def holding(folder: Path) -> Iterator[str | None]:
                     with suppress(OSError):  # another job may have come in
                         folder.rmdir()
             return
+
+
+def _sign(fd: int, path: Path) -> None:
+    """Unbuffered: what cannot be written must not be tried once more as the file is closed."""
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _is_still(path: Path, fd: int) -> bool:

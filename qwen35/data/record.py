@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,8 @@ class Turn:
     @property
     def text(self) -> str:
         """Without its images and videos."""
+        if isinstance(self.content, str):
+            return self.content
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
@@ -100,16 +103,16 @@ class Record:
     def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
         return RecordError(f"{self.source}: {message}", kind, image)
 
-    @property
+    @cached_property
     def visuals(self) -> list[Visual]:
         """Images and videos in order of appearance."""
         parts = (part for turn in self.turns if not isinstance(turn.content, str) for part in turn.content)
         return [part for part in parts if not isinstance(part, str)]
 
-    @property
+    @cached_property
     def images(self) -> tuple[Path, ...]:
         return tuple(visual for visual in self.visuals if not isinstance(visual, Video))
 
-    @property
+    @cached_property
     def videos(self) -> tuple[Video, ...]:
         return tuple(visual for visual in self.visuals if isinstance(visual, Video))

@@ -26,6 +26,8 @@ from qwen35.train import setup
 from qwen35.watchdog import Watch, Watchdog, plogs
 
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
+# A rank that hangs in C or dies two steps later may do so before a save in the background is whole: these wait for theirs.
+SAVED = ("training.save_interval=5", "training.async_save=false")
 
 
 def start(workplace, save: Path, faults: str, *overrides: str, nodes=(1, 0, 2), port=0, restarts=0, **env: str):
@@ -60,7 +62,7 @@ def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
     logs = tmp_path / "log" / "debug" / "plog"
     logs.mkdir(parents=True)
     env = {"ASCEND_PROCESS_LOG_PATH": str(tmp_path / "log")}
-    done = run(workplace, tmp_path / "run", "0:1:7:hang 1:0:9:kill", "training.save_interval=5", restarts=2, **env)
+    done = run(workplace, tmp_path / "run", "0:1:7:hang 1:0:9:kill", *SAVED, restarts=2, **env)
     assert done.returncode == 0, done.stderr
     hung, killed, last = done.stderr.split("from the newest checkpoint\n")
     assert not last
@@ -85,8 +87,8 @@ def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
 def test_two_machines(workplace, two, tmp_path):
     """Two launchers. A rank is killed: both start theirs again, and go on. A launcher is killed: the other one ends."""
     port, save = free_port(), tmp_path / "run"
-    faults, settings = "0:1:7:kill 1:1:9:kill-launcher", ("training.save_interval=5",)
-    both = [start(workplace, save, faults, *settings, nodes=(2, i, 1), port=port, restarts=2) for i in (0, 1)]
+    faults = "0:1:7:kill 1:1:9:kill-launcher"
+    both = [start(workplace, save, faults, *SAVED, nodes=(2, i, 1), port=port, restarts=2) for i in (0, 1)]
     told = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [1, -signal.SIGKILL], told
     assert "error: rank 1 was ended by SIGKILL; out of memory?\nrestart 1 of 2, from the newest checkpoint\n" in told[1]

@@ -1,0 +1,31 @@
+"""What the project computes and offers has not moved: the figures of tests/data/golden.json, which golden.py wrote."""
+
+import json
+
+import pytest
+from golden import FILE, RUNS, exported, inventory, run
+
+GOLDEN = json.loads(FILE.read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_steps(name, tmp_path):
+    """In fp32, as near as other machines and releases of torch add up the same; one machine has the same bits."""
+    found, wanted = run(tmp_path, *RUNS[name]), GOLDEN["runs"][name]
+    assert found["metrics"].keys() == wanted["metrics"].keys()
+    for key, values in wanted["metrics"].items():
+        assert found["metrics"][key] == pytest.approx(values, rel=2e-5, abs=1e-9), key
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for key, (magnitude, spread) in wanted["weights"].items():
+        assert found["weights"][key] == pytest.approx([magnitude, spread], abs=2e-5 * magnitude), key
+
+
+def test_an_export(tmp_path):
+    assert exported(tmp_path) == GOLDEN["exported"]
+
+
+def test_what_a_user_can_write():
+    """Settings with their defaults, options of the commands, variables of env.sh, targets, scripts."""
+    found = inventory()
+    for kind, wanted in GOLDEN["inventory"].items():
+        assert found[kind] == wanted, kind

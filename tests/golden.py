@@ -146,7 +146,8 @@ def commands() -> dict[str, list[str]]:
         program = re.search(r"\(prog=\"([^\"]*)", path.read_text())
         if program:
             options = {word for word in words if re.fullmatch("--[a-z][a-z_-]*", word)}
-            found[program[1].removeprefix("python -m ")] = sorted(options)
+            name = program[1].removeprefix("python -m ")
+            found[name.rpartition(".")[2] if name.startswith("qwen35.") else name] = sorted(options)
     return found
 
 

@@ -279,7 +279,9 @@ sys.exit(1)
     if is_killed:
         assert ended[1] == "error: rank 3 was ended by SIGKILL; out of memory?\n"
     else:
-        assert ended[1].startswith("error: ZeroDivisionError: of ours\nrank 3: of ours\nerror: machine 0 ended: rank ")
+        own, *others = ended[1].split("\nerror: ")  # on a busy machine the other one's news may come after the end
+        assert own.rstrip() == "error: ZeroDivisionError: of ours\nrank 3: of ours"
+        assert all(line.startswith("machine 0 ended: rank ") for line in others)
     assert "connection closed by peer" in ended[0]
 
 

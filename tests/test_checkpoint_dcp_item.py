@@ -12,12 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from qwen35.checkpoint import CheckpointError, DCPSource, resolve_load, write_release
+from qwen35.checkpoint import CheckpointError, DCPSource, dcp_item, resolve_load, write_release
 from qwen35.checkpoint import release as release_module
 from qwen35.checkpoint.boxes import Box, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.checksums import read_box_checked
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_item
-from qwen35.checkpoint.safetensors_file import Entry
+from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 from qwen35.checkpoint.threads import THREADS, share_out
 
 TENSORS = {
@@ -68,7 +68,7 @@ def test_torch_reads_a_release(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
-    """However large the piece that was stored; and the description is read once."""
+    """However large the piece that was stored, which is read whole once, with its description, to compare its checksum."""
     tensor = torch.arange(3_000_000, dtype=torch.float32).view(3000, 1000)
     state = {"model.x": tensor}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
@@ -80,10 +80,41 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", counting)
     assert torch.equal(source.read("x", Box((7, 0), (2, 1000))), tensor[7:9])
-    assert sum(counts) < 8000 + 8192
+    assert 12_000_000 + 8000 < sum(counts) < 12_000_000 + 8000 + 8192
     counts.clear()
     assert torch.equal(source.read("x", Box((7, 10), (2, 5))), tensor[7:9, 10:15])
     assert counts == [20, 20]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums):
+    """Those of torch.save, wherever the damage lies in a tensor of several pieces; where they were left out nothing is said."""
+    monkeypatch.setattr(dcp_item, "PIECE", 1000)
+    values = {"model.x": torch.randn(30, 20), "model.empty": torch.zeros(0, 3), "model.y": torch.ones(2)}
+    torch.serialization.set_crc32_options(has_checksums)
+    try:
+        dcp.save(values, checkpoint_id=tmp_path, no_dist=True)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    source = DCPSource(tmp_path)
+    for name, value in values.items():
+        assert torch.equal(source.read(name[6:], Box.whole(value.shape)), value)
+    (file,) = (path for path in tmp_path.glob("*.distcp") if path.stat().st_size)
+    content, of_x = file.read_bytes(), raw_bytes(values["model.x"]).tobytes()
+    for place in (0, 1500, 2399):
+        damaged = bytearray(content)
+        damaged[content.index(of_x) + place] ^= 16
+        file.write_bytes(damaged)
+        source = DCPSource(tmp_path)
+        assert torch.equal(source.read("y", Box((0,), (2,))), values["model.y"])
+        if has_checksums:
+            with pytest.raises(
+                CheckpointError, match=r"is damaged where model\.x lies: a checksum is not that of what"
+            ):
+                source.read("x", Box((7, 3), (1, 2)))
+        else:
+            assert not torch.equal(source.read("x", Box((0, 0), (30, 20))), values["model.x"])
 
 
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)

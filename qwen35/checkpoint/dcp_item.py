@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from qwen35.checkpoint.boxes import Box, TensorSpec
-from qwen35.checkpoint.checksums import checksums
+from qwen35.checkpoint.boxes import PIECE, Box, TensorSpec
+from qwen35.checkpoint.checksums import ChecksumError, checksums
 from qwen35.checkpoint.pickle_read import PERSISTENT, Name, called, read_pickle
-from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_box
+from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_box, read_into
 
 BROKEN_ARCHIVE = (  # what zipfile raises for broken data, and what its description raises
     zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError,
@@ -55,6 +55,19 @@ class DCPItem:
     storage: Entry  # the bytes that the tensor is a view of, as a tensor of one axis
     first: int  # element of the storage
     strides: tuple[int, ...]
+    crc32: int  # of the storage; 0: torch.save was told to leave it out
+
+    def check(self) -> None:
+        """Compare all its bytes with their checksum. Raises OSError, ChecksumError."""
+        found, left = 0, self.storage.spec.nbytes if self.crc32 else 0
+        buffer = memoryview(bytearray(min(PIECE, left)))
+        with self.path.open("rb") as file:
+            while left:
+                piece = buffer[:left]
+                read_into(file.fileno(), piece, self.storage.begin + self.storage.spec.nbytes - left, self.path)
+                found, left = zlib.crc32(piece, found), left - piece.nbytes
+        if found != self.crc32:
+            raise ChecksumError("a checksum is not that of what was written")
 
     def read(self, box: Box) -> Tensor:
         if torch.empty_strided(self.spec.shape, self.strides, device="meta").is_contiguous():
@@ -117,12 +130,15 @@ def _item_in(fd: int, path: Path, offset: int, length: int) -> DCPItem:
         begin = header + LOCAL_HEADER.size + name + extra
         if begin + stored.nbytes > offset + length:
             raise pickle.UnpicklingError("its bytes lie beyond it")
-    return DCPItem(path, TensorSpec(view.shape, view.dtype), Entry(stored, begin), view.first, view.strides)
+    spec = TensorSpec(view.shape, view.dtype)
+    return DCPItem(path, spec, Entry(stored, begin), view.first, view.strides, member.CRC)
 
 
 def _text(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     if member.file_size > MOST or member.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError("its description is not torch's")
+    if not member.CRC:
+        del member.CRC  # zipfile then compares nothing
     return archive.read(member)
 
 

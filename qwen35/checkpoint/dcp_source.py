@@ -44,7 +44,10 @@ class DCPSource:
         return iter(self.specs)
 
     def read(self, name: str, box: Box) -> Tensor:
-        """Reads the bytes of `box` and what shares a block with them, however large the pieces are that were stored."""
+        """Reads the bytes of `box` and what shares a block with them, however large the pieces are that were stored.
+
+        What has no checksums of blocks is read whole once.
+        """
         out = torch.empty(box.size, dtype=self.specs[name].dtype)
         for chunk in self._stored[name].chunks:  # which together hold each element once
             part = chunk.box & box
@@ -63,9 +66,11 @@ class DCPSource:
                 return read_box_checked(path, Entry(spec, chunk.begin), chunk.crc32, part)
             item = self._items.get(chunk)
             if item is None:
-                item = self._items[chunk] = find_item(path, chunk.begin, chunk.nbytes)
-            if item.spec != spec:
-                raise ChecksumError("another tensor is there")
+                item = find_item(path, chunk.begin, chunk.nbytes)
+                if item.spec != spec:
+                    raise ChecksumError("another tensor is there")
+                item.check()  # whole: an archive has one checksum for all of a tensor
+                self._items[chunk] = item
             return item.read(part)
         except CheckpointError:
             raise

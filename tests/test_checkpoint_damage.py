@@ -136,6 +136,21 @@ def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
             load(checkpoint)
 
 
+def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
+    checkpoint, found = tmp_path / "iter_0000007", load(BEFORE, 4)
+    shutil.copytree(BEFORE / checkpoint.name, checkpoint)
+    (file,) = checkpoint.glob("*.distcp")
+    content = file.read_bytes()
+    for name in ("trained", "frozen", "exp_avg.trained"):
+        value = raw_bytes(found[name]).tobytes()
+        assert content.count(value) == 1
+        for place in range(len(value)):
+            data = bytearray(content)
+            data[content.index(value) + place] ^= 1
+            file.write_bytes(data)
+            assert "is damaged where " in refusal(lambda: load(checkpoint, 4)), (name, place)
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "extra.json", "rank_00000.json", "tensors.json", "complete.json"])
 def test_a_file_of_another_step_is_refused(run, tmp_path, name):
     """Of the same size, so that nothing but what is in it tells."""
@@ -176,7 +191,7 @@ def test_a_format_of_the_future_is_refused(run, tmp_path):
 
 
 def test_what_was_written_before_is_read():
-    """The values are those that wrote it; nothing of it has checksums."""
+    """The values are those that wrote it; of its bytes only torch's archives have checksums."""
     found = load(BEFORE, 4)
     model, optimizer = small(4)
     with torch.no_grad():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint: ruff with its formatting, mypy, shellcheck. `.venv/bin/ruff format && .venv/bin/ruff check --fix` mends most of it.
+# Lint: ruff with its formatting, mypy, shellcheck, hadolint. `.venv/bin/ruff format && .venv/bin/ruff check --fix` mends most of it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
 PATH=.venv/bin:$PATH
@@ -8,3 +8,4 @@ ruff check
 ruff format --check
 mypy
 shellcheck -x -P SCRIPTDIR:. env.sh .ci/run scripts/*.sh
+hadolint docker/Dockerfile

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
-from training_runs import ROOT, free_port, tensors
+from training_runs import ROOT, SAME, assert_same_run, free_port
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.config import load_settings
@@ -25,7 +24,6 @@ from qwen35.pulse import PULSE, Pulse
 from qwen35.train import setup
 from qwen35.watchdog import Watch, Watchdog, plogs
 
-SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
 # A rank that hangs in C or dies two steps later may do so before a save in the background is whole: these wait for theirs.
 SAVED = ("training.save_interval=5", "training.async_save=false")
 
@@ -48,13 +46,6 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
     process = start(*args, **kwargs)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def assert_same_run(save: Path, reference: Path) -> None:
-    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, reference))
-    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
-    a, b = tensors(save), tensors(reference)
-    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):

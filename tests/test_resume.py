@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import as_before
-from training_runs import ROOT, start_training, tensors, train
+from training_runs import ROOT, assert_same_run, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
@@ -35,7 +35,6 @@ from qwen35.rng import restore_rng, rng_states
 
 STEPS, INTERVAL = 24, 4
 RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
-SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +87,6 @@ def start_and_wait(workplace: Path, save: Path, event: str, path: str, *override
     assert wait_for((folder / "here").exists, process), process.communicate()
     assert len(psutil.Process(process.pid).children(recursive=True)) >= 2
     return process
-
-
-def assert_same_run(save: Path, reference: Path) -> None:
-    """The curve, the weights and the optimizer's state, bit for bit."""
-    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, reference))
-    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
-    for prefix in ("model.", "optimizer."):
-        a, b = tensors(save, prefix), tensors(reference, prefix)
-        assert a.keys() == b.keys() and len(a) > 20
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def finish(workplace: Path, save: Path) -> str:

@@ -15,11 +15,13 @@ from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp import resolve_load
-from qwen35.checkpoint.dcp_source import MODEL, DCPSource
+from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.hf import write_hf
+from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
 
 ROOT = Path(__file__).parents[1]
+SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")  # of a line of metrics
 
 
 def make_workplace(folder: Path) -> Path:
@@ -104,3 +106,13 @@ def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:
     """Of a save folder's newest checkpoint: the model's, or with prefix "optimizer." the optimizer's."""
     source = DCPSource(resolve_load(save), prefix)
     return {name: source.read(name, Box.whole(spec.shape)) for name, spec in source.specs.items()}
+
+
+def assert_same_run(save: Path, reference: Path) -> None:
+    """The curve, the weights and the optimizer's state, bit for bit."""
+    lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, reference))
+    assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
+    for prefix in (MODEL, OPTIMIZER):
+        a, b = tensors(save, prefix), tensors(reference, prefix)
+        assert a.keys() == b.keys() and len(a) > 20
+        assert all(torch.equal(a[name], b[name]) for name in a)

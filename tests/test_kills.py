@@ -1,0 +1,200 @@
+"""kill -9 at random moments of real trainings, again and again, until the same command has come to the end.
+
+What comes out is the run that nobody killed, bit for bit; what is told is told in order, and nothing lives on.
+`python tests/test_kills.py 300` tries 300 kills, other moments each time, and says for how many trainings. Of three of them
+two are forked (forked.py), the third is started as ever.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from training_runs import assert_same_run, make_workplace, start_training, tensors, train
+
+from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.metrics import read_metrics
+
+STEPS = 16
+RECIPE = (f"training.train_iters={STEPS}", "training.save_interval=2", "training.log_interval=2")
+KEPT = 2  # checkpoints, so that older ones are removed all the time
+PATIENCE = 300  # seconds for what must come to an end by itself
+WITH_IT_ALL = ("the launcher", "all of it")  # what is killed with all that it started
+VICTIMS = ("a rank", "a rank", "a worker", *WITH_IT_ALL)
+
+
+def folders(save: Path) -> set[str]:
+    return {path.name for path in save.glob("iter_*")}
+
+
+# what is waited for after a start, and how many seconds later, at the most, the kill comes
+AIMS = {
+    "the start": (lambda save, before: True, None),  # as long as a start takes
+    "a step": (lambda save, before: len(lines(save)) > before, 1.5),
+    "a save": (lambda save, before: any(name.endswith(".tmp") for name in folders(save)), 0.4),
+    "a removal": (lambda save, before: any(name.endswith(".gone") for name in folders(save)), 0.02),
+    "the end": (lambda save, before: f"iter_{STEPS:07}.tmp" in folders(save), 1.0),
+}
+
+
+def lines(save: Path) -> list[dict]:
+    return read_metrics(save / "metrics.jsonl")
+
+
+@dataclass
+class Series:
+    """Of trainings of a workplace, each of which is killed up to `most` times."""
+
+    workplace: Path
+    seed: int
+    start: float = 5.0  # seconds that a start takes here and now
+    done: Counter = field(default_factory=Counter)
+    kills: int = 0
+    fork: Callable | None = None  # how else a training is started than as ever
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+
+    def reference(self, ranks: int) -> Path:
+        """The run that is not killed, which keeps each of its checkpoints."""
+        save = self.workplace / f"reference{ranks}"
+        if not save.exists():
+            done = train(self.workplace, save, ranks, *RECIPE)
+            assert (done.returncode, done.stderr) == (0, "")
+        return save
+
+    def training(self, ranks: int, most: int, save: Path) -> None:
+        """One training, killed until it has come to the end or `most` times; then it is left alone."""
+        wanted = self.reference(ranks)
+        end = self.kills + most
+        while self.kills < end:
+            if self.job(ranks, save, wanted):
+                break
+        else:
+            done = train(self.workplace, save, ranks, *RECIPE, f"training.save_total_limit={KEPT}")
+            assert (done.returncode, done.stderr) == (0, "")
+        assert_same_run(save, wanted)
+        left = {path.name for path in save.iterdir()} - {".lock"}
+        assert left == {
+            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl",
+            *(f"iter_{step:07}" for step in (STEPS - 2, STEPS)),
+        }  # fmt: skip
+        self.done["trainings"] += 1
+
+    def job(self, ranks: int, save: Path, wanted: Path) -> bool:
+        """Start it, and kill something of it at a moment. Returns whether it has come to the end of its steps."""
+        restarts = self.random.randrange(2)
+        recipe = (*RECIPE, f"training.save_total_limit={KEPT}", f"training.max_restarts={restarts}")
+        how = self.fork if self.fork and self.random.randrange(3) else start_training
+        process = how(self.workplace, save, ranks, *recipe)
+        hits = [hit for _ in range(restarts + 1) if (hit := self.kill(process, save, ranks))]
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            still_there = self.alive(save)
+            for one in still_there:
+                one.kill()
+        if hits and hits[-1][1] in WITH_IT_ALL and process.returncode != -9:
+            hits.pop()  # it had ended in between
+        self.kills += len(hits)
+        self.done.update(word for hit in hits for word in hit)
+        self.done["of those started as ever"] += len(hits) * isinstance(process, subprocess.Popen)
+        about = f"{hits}\n{process.returncode}\n{out}\n{err}"
+        assert not still_there, about
+        assert "Traceback" not in err or any(victim == "a worker" for _, victim in hits), about
+        if process.returncode == -9:
+            assert hits and hits[-1][1] in WITH_IT_ALL, about
+            assert "error" not in err.rpartition("newest checkpoint\n")[2], about
+        elif process.returncode:  # of two hits both may be in one start
+            assert process.returncode == 1 and len(hits) > restarts, about
+            assert "\nerror: " in f"\n{err}" and err.count("restart 1 of 1") == restarts, about
+        else:  # what was killed was no longer needed, or the restart did without it
+            assert err.count("restart 1 of 1") == err.count("error: ") <= min(len(hits), restarts), about
+        newest = newest_checkpoint(save)
+        if newest:
+            for prefix in ("model.", "optimizer."):
+                a, b = tensors(newest, prefix), tensors(wanted / newest.name, prefix)
+                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), about
+        return process.returncode == 0
+
+    def kill(self, process: subprocess.Popen, save: Path, ranks: int) -> tuple[str, str] | None:
+        """Returns when and what was killed, None where the job ended first."""
+        aim, victim = self.random.choice(list(AIMS)), self.random.choice(VICTIMS)
+        is_due, most = AIMS[aim]
+        before, begun = len(lines(save)), time.monotonic()
+        while not is_due(save, before):
+            assert time.monotonic() - begun < PATIENCE, f"waited for {aim} in vain"
+            if process.poll() is not None:
+                return None
+            time.sleep(0.002)
+        if aim == "a step":
+            self.start = time.monotonic() - begun
+        time.sleep(self.random.uniform(0, self.start if most is None else most))
+        if process.poll() is not None:
+            return None
+        try:
+            ranks_of_it = psutil.Process(process.pid).children()
+            workers = [child for rank in ranks_of_it for child in rank.children()]
+            if victim == "a worker" and workers:
+                self.random.choice(workers).kill()
+            elif victim in ("a rank", "a worker") and len(ranks_of_it) == ranks:
+                victim = "a rank"
+                self.random.choice(ranks_of_it).kill()
+            elif victim == "all of it":
+                for one in [psutil.Process(process.pid), *ranks_of_it, *workers]:
+                    one.kill()
+            else:
+                victim = "the launcher"
+                process.kill()
+        except psutil.NoSuchProcess:  # it ended in between
+            if victim != "all of it":
+                return None
+        return aim, victim
+
+    def alive(self, save: Path, seconds: float = 60.0) -> list[psutil.Process]:
+        """The processes of a run that are still there after so long."""
+        mine, end = psutil.Process().cmdline() if self.fork else None, time.monotonic() + seconds
+        while True:
+            all_there = [p for p in psutil.process_iter(["cmdline"]) if p.pid != os.getpid() and p.info["cmdline"]]
+            left = [p for p in all_there if f"training.save={save}" in p.info["cmdline"] or p.info["cmdline"] == mine]
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_again_and_again(workplace, tmp_path, ranks):
+    Series(workplace, 5 + ranks).training(ranks, 3, tmp_path / "run")
+
+
+def main(count: int, seed: int) -> int:
+    from forked import start_forked
+
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as root:
+        os.environ["TMPDIR"] = tempfile.tempdir = root  # of what a killed launcher leaves
+        series = Series(make_workplace(Path(root, "w")), seed, fork=start_forked)
+        print(f"seed {seed}", flush=True)
+        while series.kills < count:
+            save = Path(root, f"run{series.done['trainings']}-{failures}")
+            try:
+                series.training(series.random.choice([1, 2]), min(12, count - series.kills), save)
+            except AssertionError:
+                failures += 1
+                print(f"FAILED: {save}\n{traceback.format_exc()}", flush=True)
+            print(f"{series.kills} kills, {failures} failures: {dict(series.done)}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**6)))

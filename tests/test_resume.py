@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import as_before
-from training_runs import ROOT, assert_same_run, start_training, tensors, train
+from kills import Series
+from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
@@ -32,9 +32,6 @@ from qwen35.metrics import read_metrics
 from qwen35.model import load_config
 from qwen35.resume import bins_a_step, check_position, checked_facts
 from qwen35.rng import restore_rng, rng_states
-
-STEPS, INTERVAL = 24, 4
-RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +94,10 @@ def finish(workplace: Path, save: Path) -> str:
 
 
 def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
-    """Start-up, steps, saves: wherever it hits, the same command goes on from the last whole checkpoint.
-
-    After the ninth step a second save has begun, which has waited for the first.
-    """
-    moments, save, reached = random.Random(5), tmp_path / "run", [0]
-
-    def has_trained(steps: int) -> bool:
-        lines = read_metrics(save / "metrics.jsonl")
-        return bool(lines) and lines[-1]["step"] >= steps
-
-    for steps in (0, 1, 9, 10, 3):  # beyond the last checkpoint; with 0 it is hit while it starts
-        process = start_training(workplace, save, 2, *RECIPE)
-        if steps:
-            wait_for(partial(has_trained, reached[-1] + steps), process)
-        time.sleep(moments.uniform(0, 0.4) if steps else 2.0)
-        if process.poll() is None:
-            kill_all(process)
-        newest = newest_checkpoint(save)
-        reached.append(int(newest.name[5:]) if newest else 0)
-    assert reached == sorted(reached)
-    assert reached[-1] >= 2 * INTERVAL
-    finish(workplace, save)
-    assert_same_run(save, uninterrupted)
+    """Wherever it hits, the same command goes on from the last whole checkpoint. kills.py tries as many as it is told."""
+    series = Series(workplace, {2: uninterrupted}, seed=5)
+    series.training(2, ["the start", "a step", "a save", "a removal", "the end"], tmp_path / "run")
+    assert series.kills >= 4  # a folder that is removed is gone soon
 
 
 # what a file's event says, and the iteration that may be gone on from
@@ -354,8 +332,7 @@ def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, nu
         assert len(children) >= 4  # two ranks, and a worker of the loader each
         for child in children:
             child.send_signal(number)
-    assert process.stderr.readline().startswith("stopping: ")
-    time.sleep(0.5)  # the launcher tells the ranks right behind that line
+    assert process.stderr.readline().startswith("stopping: ")  # by then the launcher has told the ranks
     (tmp_path / "moment" / "go_on").touch()
     out, err = process.communicate(timeout=300)
     assert process.returncode == (0 if number == signal.SIGTERM else 130)

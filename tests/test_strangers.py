@@ -239,7 +239,7 @@ def false_master(those: Machines, act) -> list[bytes]:
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
                 with connection:
-                    connection.settimeout(0.3)
+                    connection.settimeout(30)
                     heard.append(act(connection))
     those.wait()
     return heard
@@ -248,6 +248,7 @@ def false_master(those: Machines, act) -> list[bytes]:
 def greet(connection: socket.socket, *answers: bytes) -> bytes:
     connection.sendall(b'{"greeting": "qwen35 launcher", "challenge": "%s"}\n' % (b"0" * 32))
     said = connection.recv(1 << 16)
+    connection.settimeout(0.3)  # for what should not come
     for answer in answers:
         connection.sendall(answer)
     with contextlib.suppress(OSError):

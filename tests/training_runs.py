@@ -21,6 +21,8 @@ from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
 
 ROOT = Path(__file__).parents[1]
+STEPS, INTERVAL = 24, 4
+RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")  # of a line of metrics
 
 

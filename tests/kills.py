@@ -1,7 +1,7 @@
 """kill -9 at random moments of real trainings, again and again, until the same command has come to the end.
 
 What comes out is the run that nobody killed, bit for bit; what is told is told in order, and nothing lives on.
-`python tests/test_kills.py 300` tries 300 kills, other moments each time, and says for how many trainings. Of three of them
+`python tests/kills.py 300` tries 300 kills, other moments each time, and says for how many trainings. Of three of them
 two are forked (forked.py), the third is started as ever.
 """
 
@@ -18,15 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
-from training_runs import assert_same_run, make_workplace, start_training, tensors, train
+from training_runs import INTERVAL, RECIPE, STEPS, assert_same_run, make_workplace, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.metrics import read_metrics
 
-STEPS = 16
-RECIPE = (f"training.train_iters={STEPS}", "training.save_interval=2", "training.log_interval=2")
 KEPT = 2  # checkpoints, so that older ones are removed all the time
 PATIENCE = 300  # seconds for what must come to an end by itself
 WITH_IT_ALL = ("the launcher", "all of it")  # what is killed with all that it started
@@ -53,51 +50,41 @@ def lines(save: Path) -> list[dict]:
 
 @dataclass
 class Series:
-    """Of trainings of a workplace, each of which is killed up to `most` times."""
+    """Of kills of trainings of a workplace. references: by the number of ranks, the run of RECIPE that nobody killed."""
 
     workplace: Path
+    references: dict[int, Path]
     seed: int
-    start: float = 5.0  # seconds that a start takes here and now
-    done: Counter = field(default_factory=Counter)
-    kills: int = 0
     fork: Callable | None = None  # how else a training is started than as ever
+    start: float = 5.0  # seconds that a start takes here and now
+    kills: int = 0
+    done: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
 
-    def reference(self, ranks: int) -> Path:
-        """The run that is not killed, which keeps each of its checkpoints."""
-        save = self.workplace / f"reference{ranks}"
-        if not save.exists():
-            done = train(self.workplace, save, ranks, *RECIPE)
-            assert (done.returncode, done.stderr) == (0, "")
-        return save
-
-    def training(self, ranks: int, most: int, save: Path) -> None:
-        """One training, killed until it has come to the end or `most` times; then it is left alone."""
-        wanted = self.reference(ranks)
-        end = self.kills + most
-        while self.kills < end:
-            if self.job(ranks, save, wanted):
-                break
-        else:
+    def training(self, ranks: int, aims: list[str], save: Path) -> None:
+        """One training, killed at each of these moments that it comes to; then it is left alone."""
+        is_done = False
+        while aims and not is_done:
+            is_done = self.job(ranks, aims, save)
+        if not is_done:
             done = train(self.workplace, save, ranks, *RECIPE, f"training.save_total_limit={KEPT}")
             assert (done.returncode, done.stderr) == (0, "")
-        assert_same_run(save, wanted)
-        left = {path.name for path in save.iterdir()} - {".lock"}
-        assert left == {
+        assert_same_run(save, self.references[ranks])
+        assert {path.name for path in save.iterdir()} - {".lock"} == {
             "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl",
-            *(f"iter_{step:07}" for step in (STEPS - 2, STEPS)),
+            *(f"iter_{step:07}" for step in (STEPS - INTERVAL, STEPS)),
         }  # fmt: skip
         self.done["trainings"] += 1
 
-    def job(self, ranks: int, save: Path, wanted: Path) -> bool:
-        """Start it, and kill something of it at a moment. Returns whether it has come to the end of its steps."""
-        restarts = self.random.randrange(2)
+    def job(self, ranks: int, aims: list[str], save: Path) -> bool:
+        """Start it, and kill something of it at the next moments. Returns whether it has come to the end of its steps."""
+        restarts = self.random.randrange(min(2, len(aims)))
         recipe = (*RECIPE, f"training.save_total_limit={KEPT}", f"training.max_restarts={restarts}")
         how = self.fork if self.fork and self.random.randrange(3) else start_training
         process = how(self.workplace, save, ranks, *recipe)
-        hits = [hit for _ in range(restarts + 1) if (hit := self.kill(process, save, ranks))]
+        hits = [hit for _ in range(restarts + 1) if (hit := self.kill(process, aims.pop(0), save, ranks))]
         try:
             out, err = process.communicate(timeout=PATIENCE)
         finally:
@@ -123,14 +110,13 @@ class Series:
         newest = newest_checkpoint(save)
         if newest:
             for prefix in ("model.", "optimizer."):
-                a, b = tensors(newest, prefix), tensors(wanted / newest.name, prefix)
+                a, b = tensors(newest, prefix), tensors(self.references[ranks] / newest.name, prefix)
                 assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), about
         return process.returncode == 0
 
-    def kill(self, process: subprocess.Popen, save: Path, ranks: int) -> tuple[str, str] | None:
+    def kill(self, process: subprocess.Popen, aim: str, save: Path, ranks: int) -> tuple[str, str] | None:
         """Returns when and what was killed, None where the job ended first."""
-        aim, victim = self.random.choice(list(AIMS)), self.random.choice(VICTIMS)
-        is_due, most = AIMS[aim]
+        victim, (is_due, most) = self.random.choice(VICTIMS), AIMS[aim]
         before, begun = len(lines(save)), time.monotonic()
         while not is_due(save, before):
             assert time.monotonic() - begun < PATIENCE, f"waited for {aim} in vain"
@@ -172,23 +158,23 @@ class Series:
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_again_and_again(workplace, tmp_path, ranks):
-    Series(workplace, 5 + ranks).training(ranks, 3, tmp_path / "run")
-
-
 def main(count: int, seed: int) -> int:
     from forked import start_forked
 
     failures = 0
     with tempfile.TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as root:
         os.environ["TMPDIR"] = tempfile.tempdir = root  # of what a killed launcher leaves
-        series = Series(make_workplace(Path(root, "w")), seed, fork=start_forked)
+        workplace = make_workplace(Path(root, "w"))
+        references = {ranks: Path(root, f"reference{ranks}") for ranks in (1, 2)}
+        for ranks, save in references.items():
+            assert train(workplace, save, ranks, *RECIPE).returncode == 0
+        series = Series(workplace, references, seed, start_forked)
         print(f"seed {seed}", flush=True)
         while series.kills < count:
             save = Path(root, f"run{series.done['trainings']}-{failures}")
+            aims = series.random.choices(list(AIMS), k=min(12, count - series.kills))
             try:
-                series.training(series.random.choice([1, 2]), min(12, count - series.kills), save)
+                series.training(series.random.choice([1, 2]), aims, save)
             except AssertionError:
                 failures += 1
                 print(f"FAILED: {save}\n{traceback.format_exc()}", flush=True)

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from peer import config_dict
 from PIL import Image
+from ports import free_port
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.convert import hf_to_dcp
@@ -219,12 +219,6 @@ PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
 CONTEXT.set_forkserver_preload(["mistakes", *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(processes: int) -> tuple[str, ...]:

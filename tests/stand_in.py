@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 from packaging.markers import Marker
+from ports import free_port
 
 from qwen35.doctor.__main__ import lines
 from qwen35.doctor.machine import Finding, Machine, architecture
@@ -122,11 +122,6 @@ def npu_machine(tmp_path: Path) -> Machine:
     )
     answer(found)
     return found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def given(m: Machine, **variables: str) -> Machine:

@@ -16,7 +16,6 @@ from mistakes import (
     TRAIN,
     change,
     cut,
-    free_port,
     in_half,
     launch,
     place,
@@ -26,6 +25,7 @@ from mistakes import (
     whole,
 )
 from PIL import Image
+from ports import free_port
 
 from qwen35.batch import IGNORE
 from qwen35.config import load_settings

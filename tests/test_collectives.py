@@ -24,7 +24,7 @@ LAYOUT = ("parallel.fully_shard_parallel_size=2", "parallel.expert_parallel_size
 
 def test_ranks_without_images_or_trained_tokens_call_what_the_others_call(workplace, tmp_path):
     """Images, text alone, nothing to train, a broken image: four ranks take turns with these."""
-    from mistakes import free_port
+    from ports import free_port
 
     for file in workplace.iterdir():
         if file.is_file():

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_in import RECIPE, ROOT, free_port, given, npu_machine, only, program, write, wrong
+from ports import free_port
+from stand_in import RECIPE, ROOT, given, npu_machine, only, program, write, wrong
 
 import kernels
 from qwen35 import tiny

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(p.name for p in (ROOT / "scripts").glob("*.sh") if os.access(p, os.X_OK))
@@ -137,9 +137,7 @@ def project(tmp_path: Path) -> Path:
 def run(project: Path) -> Run:
     def run(*command: str, cwd: Path = project, **variables: str) -> "subprocess.CompletedProcess[str]":
         clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            free_port = str(server.getsockname()[1])
-        env = {**clean, "CANN_PATH": str(project / "no_cann"), "MASTER_PORT": free_port, **variables}
+        env = {**clean, "CANN_PATH": str(project / "no_cann"), "MASTER_PORT": str(free_port()), **variables}
         return subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
     return run

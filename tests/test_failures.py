@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from training_runs import ROOT, SAME, assert_same_run, free_port
+from ports import free_port
+from training_runs import ROOT, SAME, assert_same_run
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.config import load_settings
@@ -253,8 +254,8 @@ if rank == 0:
     print("port", os.environ["MASTER_PORT"], "restart", restart, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("", port)) as server:
         if not is_taken:
             server.close()
         done = launch(program, restarts=2, port=port)

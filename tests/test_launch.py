@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import free_port
+from ports import free_port
 
 from qwen35.job import Failure
 

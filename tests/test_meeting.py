@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training_runs import free_port
+from ports import free_port
 
 from qwen35.agreement import disagreements, facts, machines, present, seen
 from qwen35.config import SettingError, load_settings

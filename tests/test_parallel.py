@@ -1,7 +1,6 @@
 """Real processes over gloo: what several ranks compute together is what one computes alone."""
 
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peer import config_dict, pack, sample
+from ports import free_port
 from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,12 +35,6 @@ BATCHES = [
     pack([sample([17], seed=5)]),
 ]
 BATCHES[3].labels.fill_(-100)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peer import PATCH_VALUES, config_dict, sample
-from test_parallel import free_port, full
+from ports import free_port
+from test_parallel import full
 from torch.distributed.tensor import distribute_tensor
 from training_runs import tensors, train
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from training_runs import ROOT, free_port, make_workplace, train
+from ports import free_port
+from training_runs import ROOT, make_workplace, train
 
 from qwen35.preflight import PreflightError, measure
 

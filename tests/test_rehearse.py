@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from peer import config_dict
-from test_parallel import free_port
+from ports import free_port
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kernels import native

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peer import PATCH_VALUES, config_dict, pair, peer_inputs, sample
+from ports import free_port
 from torch.distributed.tensor import distribute_tensor
-from training_runs import free_port
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint

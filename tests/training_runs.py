@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import yaml
 from peer import config_dict
 from PIL import Image
+from ports import free_port
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.boxes import Box
@@ -74,12 +74,6 @@ def make_workplace(folder: Path) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train_command(workplace: Path, save: Path, processes: int, *overrides: str) -> list[str]:

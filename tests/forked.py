@@ -1,44 +1,143 @@
-"""Runs whose launcher and ranks are forked from this process, which has imported all that they need: two thirds of a short
-run's time is imports. What they do is what qwen35.launch and qwen35.train do; only exec is left out.
+"""Commands and trainings forked from a server that has imported all they need: most of the time of a short one is imports.
+
+What they do is what the real ones do, but for exec, and that their ranks hash strings alike.
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-from matplotlib import pyplot as plt  # noqa: F401  # what a run imports late
-from training_runs import train_command
+import pytest
 
-from qwen35 import job, launch, train
-from qwen35.console import outlive_readers
-from qwen35.processes import die_with
+ROOT = Path(__file__).parents[1]
+PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
+MAINS = {
+    "train": "qwen35.train",
+    "launch": "qwen35.launch",
+    "config": "qwen35.config",
+    "data": "qwen35.data.__main__",
+    "convert": "qwen35.checkpoint.convert",
+    "evaluate": "qwen35.evaluate",
+    "generate": "qwen35.generate",
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_executable(PYTHON)
+CONTEXT.set_forkserver_preload(["forked", "mistakes", *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
 
-torch.optim.SGD([torch.zeros(1)])  # torch._dynamo too
+
+def start(work: Callable, *arguments: object) -> tuple[multiprocessing.Process, list[int]]:
+    """Do `work(outputs, *arguments)`, which begins with `take(outputs)`. Returns the process, and what reads its outputs."""
+    pipes = [os.pipe(), os.pipe()]
+    ours, theirs = zip(*pipes, strict=True)
+    handles = [Connection(descriptor, readable=False) for descriptor in theirs]
+    process = CONTEXT.Process(target=work, args=(handles, *arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # of the fork server, and of what the commands start
+        process.start()
+    for handle in handles:
+        handle.close()
+    return process, list(ours)
 
 
-class Forked:
-    """A process that does `work`, as subprocess.Popen has one that does a command."""
+def take(outputs: list[Connection]) -> None:
+    """Stdout and stderr of this process."""
+    for number, handle in enumerate(outputs, 1):
+        os.dup2(handle.fileno(), number)
+        handle.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
 
-    def __init__(self, work: Callable[[], int], out: Path | None = None):
-        self.out, self.returncode = out, None
-        sys.stdout.flush()
+
+class ForkedTraining:
+    """The launcher of a training and its ranks, as subprocess.Popen would have them."""
+
+    def __init__(self, command: list[str]):
+        self.args = command
+        self._process, outputs = start(_launch, command[3:], os.environ | {"OMP_NUM_THREADS": "1"})
+        atexit.register(self._process.kill)  # before multiprocessing waits for it
+        self.pid, self._texts = self._process.pid, ["", ""]
+        self._readers = [threading.Thread(target=self._read, args=one, daemon=True) for one in enumerate(outputs)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, number: int, descriptor: int) -> None:
+        with open(descriptor) as pipe:
+            self._texts[number] = pipe.read()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Until nobody is left who could print."""
+        for one in (*self._readers, self._process):
+            one.join(timeout)
+        if self.poll() is None or any(reader.is_alive() for reader in self._readers):
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self._texts[0], self._texts[1]
+
+
+def _launch(outputs: list[Connection], arguments: list[str], environment: dict[str, str]) -> None:
+    from qwen35 import job, launch
+    from qwen35.console import outlive_readers
+
+    _be_new(environment)
+    take(outputs)
+    outlive_readers()
+    job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
+    try:
+        launch.leave(launch.main(arguments))
+    except BaseException:
+        traceback.print_exc()
+        launch.leave(1)
+
+
+def _be_new(environment: dict[str, str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    tempfile.tempdir = None
+
+
+class _Rank:
+    """What qwen35.job starts, forked from the launcher."""
+
+    def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
+        from qwen35 import train
+        from qwen35.console import outlive_readers
+        from qwen35.launch import leave
+
+        self.returncode = None
         self.pid = os.fork()
         if self.pid:
             return
         try:
-            launch.leave(work())
-        except BaseException as error:
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-            launch.leave(error.code if isinstance(error, SystemExit) else 1)
+            preexec_fn()
+            os.setsid()
+            _be_new(env)
+            outlive_readers()
+            leave(train.main(command[3:]))
+        except BaseException:
+            traceback.print_exc()
+            leave(1)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -48,45 +147,3 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def communicate(self, timeout: float) -> tuple[str, str]:
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                raise subprocess.TimeoutExpired("a forked run", timeout)
-            time.sleep(0.01)
-        return self.out.read_text(), self.out.with_suffix(".err").read_text()
-
-
-def _rank(command, env, pass_fds, stdin, start_new_session, preexec_fn) -> Forked:
-    def work() -> int:
-        preexec_fn()
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(env)
-        tempfile.tempdir = None
-        outlive_readers()
-        return train.main(command[3:])
-
-    return Forked(work)
-
-
-def start_forked(workplace: Path, save: Path, ranks: int, *overrides: str) -> Forked:
-    """As start_training."""
-    parent, out = os.getpid(), save.with_suffix(".out")
-
-    def work() -> int:
-        die_with(parent)
-        for path, descriptor in ((out, 1), (out.with_suffix(".err"), 2)):
-            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
-        job.subprocess = SimpleNamespace(Popen=_rank, DEVNULL=None)
-        outlive_readers()
-        return launch.main(train_command(workplace, save, ranks, *overrides)[3:])
-
-    return Forked(work, out)

@@ -13,13 +13,22 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
-from training_runs import INTERVAL, RECIPE, STEPS, assert_same_run, make_workplace, start_training, tensors, train
+from training_runs import (
+    INTERVAL,
+    RECIPE,
+    STEPS,
+    assert_same_run,
+    make_workplace,
+    start_as_ever,
+    start_training,
+    tensors,
+    train,
+)
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.metrics import read_metrics
@@ -55,7 +64,6 @@ class Series:
     workplace: Path
     references: dict[int, Path]
     seed: int
-    fork: Callable | None = None  # how else a training is started than as ever
     start: float = 5.0  # seconds that a start takes here and now
     kills: int = 0
     done: Counter = field(default_factory=Counter)
@@ -82,22 +90,19 @@ class Series:
         """Start it, and kill something of it at the next moments. Returns whether it has come to the end of its steps."""
         restarts = self.random.randrange(min(2, len(aims)))
         recipe = (*RECIPE, f"training.save_total_limit={KEPT}", f"training.max_restarts={restarts}")
-        how = self.fork if self.fork and self.random.randrange(3) else start_training
+        how = start_training if self.random.randrange(3) else start_as_ever
         process = how(self.workplace, save, ranks, *recipe)
-        hits = [hit for _ in range(restarts + 1) if (hit := self.kill(process, aims.pop(0), save, ranks))]
-        try:
-            out, err = process.communicate(timeout=PATIENCE)
-        finally:
-            still_there = self.alive(save)
-            for one in still_there:
-                one.kill()
+        hits: list[tuple[str, str]] = []
+        for _ in range(restarts + 1):
+            if not hits or hits[-1][1] not in WITH_IT_ALL:
+                hits += filter(None, [self.kill(process, aims.pop(0), save, ranks)])
+        out, err = process.communicate(timeout=PATIENCE)  # until nobody is left who could print
         if hits and hits[-1][1] in WITH_IT_ALL and process.returncode != -9:
             hits.pop()  # it had ended in between
         self.kills += len(hits)
         self.done.update(word for hit in hits for word in hit)
         self.done["of those started as ever"] += len(hits) * isinstance(process, subprocess.Popen)
         about = f"{hits}\n{process.returncode}\n{out}\n{err}"
-        assert not still_there, about
         assert "Traceback" not in err or any(victim == "a worker" for _, victim in hits), about
         if process.returncode == -9:
             assert hits and hits[-1][1] in WITH_IT_ALL, about
@@ -147,20 +152,8 @@ class Series:
                 return None
         return aim, victim
 
-    def alive(self, save: Path, seconds: float = 60.0) -> list[psutil.Process]:
-        """The processes of a run that are still there after so long."""
-        mine, end = psutil.Process().cmdline() if self.fork else None, time.monotonic() + seconds
-        while True:
-            all_there = [p for p in psutil.process_iter(["cmdline"]) if p.pid != os.getpid() and p.info["cmdline"]]
-            left = [p for p in all_there if f"training.save={save}" in p.info["cmdline"] or p.info["cmdline"] == mine]
-            if not left or time.monotonic() > end:
-                return left
-            time.sleep(0.02)
-
 
 def main(count: int, seed: int) -> int:
-    from forked import start_forked
-
     failures = 0
     with tempfile.TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as root:
         os.environ["TMPDIR"] = tempfile.tempdir = root  # of what a killed launcher leaves
@@ -168,14 +161,14 @@ def main(count: int, seed: int) -> int:
         references = {ranks: Path(root, f"reference{ranks}") for ranks in (1, 2)}
         for ranks, save in references.items():
             assert train(workplace, save, ranks, *RECIPE).returncode == 0
-        series = Series(workplace, references, seed, start_forked)
+        series = Series(workplace, references, seed)
         print(f"seed {seed}", flush=True)
         while series.kills < count:
             save = Path(root, f"run{series.done['trainings']}-{failures}")
             aims = series.random.choices(list(AIMS), k=min(12, count - series.kills))
             try:
                 series.training(series.random.choice([1, 2]), aims, save)
-            except AssertionError:
+            except (AssertionError, subprocess.TimeoutExpired):
                 failures += 1
                 print(f"FAILED: {save}\n{traceback.format_exc()}", flush=True)
             print(f"{series.kills} kills, {failures} failures: {dict(series.done)}", flush=True)

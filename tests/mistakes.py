@@ -6,7 +6,6 @@ it writes to standard error, and what it leaves on the disk.
 
 import importlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import MAINS, start, take
 from peer import config_dict
 from PIL import Image
 from ports import free_port
@@ -26,16 +26,6 @@ from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.hf import write_hf
 from qwen35.model import Qwen35
 
-ROOT = Path(__file__).parents[1]
-MAINS = {
-    "train": "qwen35.train",
-    "launch": "qwen35.launch",
-    "config": "qwen35.config",
-    "data": "qwen35.data.__main__",
-    "convert": "qwen35.checkpoint.convert",
-    "evaluate": "qwen35.evaluate",
-    "generate": "qwen35.generate",
-}
 TRAIN = ("train", "r.yaml")
 RESUME = ("train", "r.yaml", "training.init_from_hf_path=null", "training.load=dcp")
 SHOW = ("data", "show", "r.yaml")
@@ -215,11 +205,6 @@ def in_half(name: str) -> Break:
 
 # -- processes ----------------------------------------------------------------------------------------------------------
 
-PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_executable(PYTHON)
-CONTEXT.set_forkserver_preload(["mistakes", *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
-
 
 def launch(processes: int) -> tuple[str, ...]:
     return ("launch", "--nproc_per_node", str(processes), "--master_port", str(free_port()), "r.yaml")
@@ -227,15 +212,7 @@ def launch(processes: int) -> tuple[str, ...]:
 
 def run(place: Path, *command: str, file_size: int | None = None, environment: dict[str, str] | None = None) -> Done:
     """A command in the folder `place`. file_size: bytes that a file may have, for a full disk that is easy to have."""
-    pipes = [os.pipe(), os.pipe()]
-    ours, theirs = zip(*pipes, strict=True)
-    handles = [multiprocessing.connection.Connection(fd, readable=False) for fd in theirs]
-    process = CONTEXT.Process(target=_command, args=(place, command, handles, file_size, environment or {}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # of the fork server, and of what the commands start
-        process.start()
-    for handle in handles:
-        handle.close()
+    process, ours = start(_command, place, command, file_size, environment or {})
     out, err = (_read(fd) for fd in ours)
     process.join(120)
     assert process.exitcode is not None
@@ -247,11 +224,10 @@ def _read(fd: int) -> str:
         return pipe.read().decode()
 
 
-def _command(place: Path, command: tuple[str, ...], handles: list, file_size: int | None, environment: dict) -> None:
-    for number, handle in enumerate(handles, 1):
-        os.dup2(handle.fileno(), number)
-        handle.close()
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+def _command(
+    outputs: list, place: Path, command: tuple[str, ...], file_size: int | None, environment: dict[str, str]
+) -> None:
+    take(outputs)
     os.environ |= environment
     os.chdir(place)
     if file_size is not None:

@@ -8,10 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from forked import PYTHON, ROOT
 from mistakes import (
     BASIC,
-    PYTHON,
-    ROOT,
     SHOW,
     TRAIN,
     change,

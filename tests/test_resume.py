@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import as_before
 from kills import Series
-from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_training, tensors, train
+from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_as_ever, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
@@ -80,7 +80,7 @@ def start_and_wait(workplace: Path, save: Path, event: str, path: str, *override
     folder = save.with_name("moment")
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(STAND_STILL.format(event=event, path=path, folder=str(folder)))
-    process = start_training(workplace, save, 2, *overrides, PYTHONPATH=str(folder))
+    process = start_as_ever(workplace, save, 2, *overrides, PYTHONPATH=str(folder))
     assert wait_for((folder / "here").exists, process), process.communicate()
     assert len(psutil.Process(process.pid).children(recursive=True)) >= 2
     return process
@@ -258,7 +258,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     save = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
     # no restart either: the disk would be as full
-    process = start_training(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
+    process = start_as_ever(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err

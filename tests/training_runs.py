@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
+from forked import ROOT, ForkedTraining
 from peer import config_dict
 from PIL import Image
 from ports import free_port
@@ -20,7 +22,6 @@ from qwen35.checkpoint.hf import write_hf
 from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
 
-ROOT = Path(__file__).parents[1]
 STEPS, INTERVAL = 24, 4
 RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")  # of a line of metrics
@@ -81,7 +82,7 @@ def train_command(workplace: Path, save: Path, processes: int, *overrides: str) 
     return [sys.executable, *launcher, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
 
 
-def start_training(workplace: Path, save: Path, processes: int, *overrides: str, **env: str) -> subprocess.Popen:
+def start_as_ever(workplace: Path, save: Path, processes: int, *overrides: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         train_command(workplace, save, processes, *overrides),
         cwd=ROOT,
@@ -92,8 +93,14 @@ def start_training(workplace: Path, save: Path, processes: int, *overrides: str,
     )
 
 
-def train(workplace: Path, save: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
-    process = start_training(workplace, save, processes, *overrides)
+def start_training(workplace: Path, save: Path, processes: int, *overrides: str) -> ForkedTraining:
+    return ForkedTraining(train_command(workplace, save, processes, *overrides))
+
+
+def train(
+    workplace: Path, save: Path, processes: int, *overrides: str, how: Callable = start_training
+) -> subprocess.CompletedProcess:
+    process = how(workplace, save, processes, *overrides)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,7 +69,7 @@ class Run:
     model: Qwen35
     optimizer: AdamW
     gradients: GradientNorm
-    micro_batches: Iterator[PackedBatch]
+    micro_batches: Generator[PackedBatch, None, None]
     step: int  # steps done
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
     pulse: Pulse = field(default_factory=Pulse)
@@ -81,6 +81,12 @@ class Run:
 
     def at(self, what: str) -> None:
         self.pulse.at(f"step {self.step + 1}: {what}")
+
+    def stop_loading(self) -> None:
+        """No more batches: an end of the loader's workers, whose loss is an error at any moment, is no loss now."""
+        self.micro_batches.close()
+        if self.validation:
+            self.validation.set.close()
 
 
 def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
@@ -294,6 +300,8 @@ def loop(run: Run, folder: Path) -> None:
                 metrics.validated(result.metrics(), result.bad_records)
             if is_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
+                if is_last:
+                    run.stop_loading()
                 run.pulse.at(f"step {run.step}: saving the checkpoint")
                 waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
                 if waited and not is_last:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoint_cases import as_before, build
 from peer import config_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen35.checkpoint import (
     CheckpointError,
@@ -217,6 +218,18 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"iter_0000001 cannot be written: No space left on device"):
+        save_checkpoint(tmp_path, 1, small_model())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_user_can_mend_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    """As the loss of a loader's worker, which torch raises in the middle of whatever is done: another start may help."""
+
+    def lost(*args, **kwargs):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch, "save", lost)
+    with pytest.raises(CheckpointException, match=r"worker .* is killed"):
         save_checkpoint(tmp_path, 1, small_model())
     assert not list(tmp_path.iterdir())
 

@@ -128,6 +128,20 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     assert_same_run(save, uninterrupted)
 
 
+def test_a_worker_that_is_killed_in_the_last_save(workplace, uninterrupted, tmp_path):
+    """There is none any more: what was never to be loaded again is no reason to lose the last steps."""
+    save = tmp_path / "run"
+    process = start_and_wait(workplace, save, "os.rename", f"iter_{STEPS:07}.tmp/.metadata.tmp", *RECIPE)
+    ranks = psutil.Process(process.pid).children()
+    workers = [worker for rank in ranks for worker in rank.children()]
+    for worker in workers:
+        worker.kill()
+    (tmp_path / "moment" / "go_on").touch()
+    assert process.communicate(timeout=300)[1] == ""
+    assert (process.returncode, workers) == (0, [])
+    assert_same_run(save, uninterrupted)
+
+
 def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     """After a stop between the last rename and what follows it: what is named, and how many stay."""
     save = tmp_path / "run"

@@ -141,7 +141,10 @@ def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | Non
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             save()
     except CheckpointException as failed:  # a BaseException
-        told = sorted({_words(error) for error, _ in failed.failures.values()})
+        errors = [error for error, _ in failed.failures.values()]
+        if not all(isinstance(error, (OSError, CheckpointError)) for error in errors):
+            raise  # nothing that a user could mend, as the loss of a worker of the loader: another start may do
+        told = sorted({_words(error) for error in errors})
         raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed
 
 

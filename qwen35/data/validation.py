@@ -53,6 +53,11 @@ class ValidationSet:
         """Have the first batches decoded: before other threads run, for the workers are forked."""
         self._next = iter(self._loader)
 
+    def close(self) -> None:
+        """End its workers; it has no more batches then."""
+        self._next = None
+        del self._loader
+
     def __iter__(self) -> Iterator[PackedBatch]:
         for batch in self._next or iter(self._loader):
             if isinstance(batch, UserError):

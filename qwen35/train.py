@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,7 +69,7 @@ class Run:
     model: Qwen35
     optimizer: AdamW
     gradients: GradientNorm
-    micro_batches: Generator[PackedBatch, None, None]
+    micro_batches: Iterator[PackedBatch]
     step: int  # steps done
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
     pulse: Pulse = field(default_factory=Pulse)
@@ -83,8 +83,8 @@ class Run:
         self.pulse.at(f"step {self.step + 1}: {what}")
 
     def stop_loading(self) -> None:
-        """No more batches: an end of the loader's workers, whose loss is an error at any moment, is no loss now."""
-        self.micro_batches.close()
+        """No more batches: the loader's workers end with it, since the loss of one is an error whatever is being done."""
+        self.micro_batches = iter(())
         if self.validation:
             self.validation.set.close()
 

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -123,7 +123,7 @@ class MicroBatches:
             f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {bins}{self.shares}{left_out}"
         )
 
-    def __iter__(self) -> Generator[PackedBatch, None, None]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         for batch in in_background(self._batches, self._order, self._workers, self._pin):
             if isinstance(batch, UserError):
                 raise batch

@@ -214,7 +214,7 @@ def run(place: Path, *command: str, file_size: int | None = None, environment: d
     """A command in the folder `place`. file_size: bytes that a file may have, for a full disk that is easy to have."""
     process, ours = start(_command, place, command, file_size, environment or {})
     out, err = (_read(fd) for fd in ours)
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None
     return Done(process.exitcode, out, err)
 

@@ -25,7 +25,7 @@ def project(tmp_path: Path) -> Path:
 def run(project: Path, *command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     env = {**clean, "PYTHON": sys.executable, **variables}
-    return subprocess.run(command, check=False, cwd=project, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=False, cwd=project, env=env, capture_output=True, text=True, timeout=300)
 
 
 def tree(project: Path) -> dict[Path, int]:

@@ -42,7 +42,7 @@ def uninterrupted(workplace) -> Path:
     return save
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0):
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300.0):
     """What the condition gives once it is true; None if the process ends first."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -58,7 +58,7 @@ def kill_all(process: subprocess.Popen) -> None:
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=300)
     assert not alive
 
 
@@ -273,7 +273,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
     # no restart either: the disk would be as full
     process = start_as_ever(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err
     assert 8 <= read_metrics(save / "metrics.jsonl")[-1]["step"] <= 12
@@ -354,7 +354,7 @@ def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, nu
     step = int(newest_checkpoint(save).name[5:])
     assert 8 <= step < STEPS and step % 2 == 0  # where the ranks meet
     assert f"stopped and saved after step {step} of {STEPS}; the same command goes on from there" in out
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not psutil.wait_procs(children, timeout=300)[1]
     assert len(read_metrics(save / "metrics.jsonl")) == step
     assert f"steps {step + 1} to {STEPS}" in finish(workplace, save)
     assert_same_run(save, uninterrupted)
@@ -383,7 +383,7 @@ def test_the_lock(tmp_path):
         assert warning is None
         assert (folder / ".lock").is_file()
         code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(folder)!r})): pass"
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
         assert "in use by another job (process" in other.stderr
     assert not folder.exists()
     with holding(folder):
@@ -415,7 +415,7 @@ with lock.holding(Path(sys.argv[1])):
         second = subprocess.Popen([*command, "300"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert second.stdout.readline() == "waits\n"
     assert second.stdout.readline() == "True\n"
-    third = subprocess.run([*command, "0"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    third = subprocess.run([*command, "0"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     second.kill()
     second.communicate()
     assert f"in use by another job (process {second.pid} on " in third.stderr
@@ -430,9 +430,9 @@ def test_a_lock_file_that_somebody_removes_lets_nobody_in(tmp_path):
         worker.start()
         for act in ((tmp_path / ".lock").unlink, (tmp_path / ".lock").touch):
             act()
-            second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+            second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
             assert f"{tmp_path} is in use by another job" in second.stderr
-    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     worker.kill()
     worker.join()
     assert (third.returncode, third.stderr) == (0, "")

@@ -239,7 +239,7 @@ def uninterrupted(processes, tmp_path_factory) -> dict[str, torch.Tensor]:
 def start(context, folder: Path, *args) -> int:
     process = context.Process(target=run, args=(folder, *args))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode is not None
     return process.exitcode
 

@@ -124,7 +124,7 @@ def test_a_signal_to_all_processes_at_once(workplace, tmp_path, temporary):
         one.send_signal(signal.SIGHUP)
     assert process.wait(timeout=300) == 0
     assert_saved(save, after=3)
-    assert not psutil.wait_procs(everybody, timeout=60)[1]
+    assert not psutil.wait_procs(everybody, timeout=300)[1]
 
 
 def test_nohup_is_left_alone(workplace, tmp_path):
@@ -176,7 +176,7 @@ def test_whatever_prints_outlives_its_reader():
     process.stdout.close()
     process.stderr.close()
     process.stdin.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert os.read(reader, 10) == b"done"
     os.close(reader)
 

@@ -70,7 +70,9 @@ class Machine(TorchDispatchMode):
             return NotImplemented  # it calls the operator on its local tensors, which come by here
         own = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is self.fake
         if not own or len(self.fake.enter_stack) > 1:
-            return func(*args, **kwargs)  # DTensor, which finds out a shape: by another mode, or on torch 2.10 by ours once more
+            return func(
+                *args, **kwargs
+            )  # DTensor, which finds out a shape: by another mode, on torch 2.10 by ours again
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
         if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):

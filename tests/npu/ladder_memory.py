@@ -87,7 +87,7 @@ def test_batches_come_page_locked(workers):
     batches = list(in_background(Made(), [[[i]] for i in range(3)], workers, pin=True))
     for i, batch in enumerate(batches):
         wanted, locked = Made()[[[i]]], []
-        each(batch, lambda x: locked.append(x.is_pinned()) or x, but=HOST_FIELDS)
+        each(batch, lambda x, found=locked: found.append(x.is_pinned()) or x, but=HOST_FIELDS)
         assert len(locked) > 10 and all(locked)
         assert torch.equal(batch.input_ids, wanted.input_ids) and torch.equal(batch.pixel_values, wanted.pixel_values)
         assert not any(getattr(batch, name).is_pinned() for name in ("cu_seqlens", "grid_thw"))

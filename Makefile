@@ -22,7 +22,7 @@ generate: ## a model's answer about images, videos and text  [MODEL IMAGE VIDEO 
 evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
 bench:    ## speed and memory beside transformers' model and bare matmuls, as ratios  [ARGS]
 test:     ## all tests, on a CPU, those of test-npu among them  [ARGS]
-test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN  [TORCH=2.7.1 ARGS]
+test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN  [TORCH=2.10.0 ARGS]
 test-versions: ## the tests on other versions of what they stand on  [TRANSFORMERS=5.2.0 TORCH=2.7.1 PYTHON ARGS]
 lint:     ## ruff, mypy, shellcheck, hadolint
 clean:    ## remove what the tools and the tiny recipe made; .venv stays

@@ -142,7 +142,7 @@
 : "${NPU_ASD_ENABLE:=0}"
 # Wait for each operator: slow, but an error names its operator. Default 0. Allowed: 0 asynchronous, 1 wait.
 : "${ASCEND_LAUNCH_BLOCKING:=0}"
-# 1: sum in the same order in every matmul, for repeatable runs. Default: unset. Allowed: 0, 1.
+# 1: sum in the same order in every matmul, for repeatable runs. Default: unset, 1 with training.deterministic. Allowed: 0, 1.
 : "${CLOSE_MATMUL_K_SHIFT:=}"
 
 # ── HCCL: communication between NPUs ─────────────────────────────────────────────────────────────────────────────────
@@ -151,7 +151,7 @@
 : "${HCCL_CONNECT_TIMEOUT:=1200}"
 # Seconds that a collective waits for the slowest rank. Default 1800. Allowed: 68 to 17340.
 : "${HCCL_EXEC_TIMEOUT:=1800}"
-# Repeatable reductions. Default: unset, which is false. Allowed: true, false, strict.
+# Repeatable reductions. Default: unset, which is false, or true with training.deterministic. Allowed: true, false, strict.
 : "${HCCL_DETERMINISTIC:=}"
 # Network interfaces of HCCL, by name or its start: "eth0", "eth,end", "=eth0" exactly, "^lo" all but. Default: HCCL's choice.
 : "${HCCL_SOCKET_IFNAME:=}"

@@ -18,6 +18,7 @@ from qwen35.network import LOOPBACK
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # what hides devices from a process
+REPEATABLE = {"HCCL_DETERMINISTIC": ("true", "strict"), "CLOSE_MATMUL_K_SHIFT": ("1",)}  # by default the first of these
 
 
 def device_type() -> str:
@@ -41,6 +42,26 @@ def device_count() -> int:
     """How many devices of its kind this process sees; the CPU is one."""
     kind = device_type()
     return 1 if kind == "cpu" else getattr(torch, kind).device_count()
+
+
+def be_deterministic() -> None:
+    """Have the same step give the same bits each time; to be called before the device is taken.
+
+    torch's switch is all on a CPU, where an operator that has no such form is an error then. With it torch_npu sets
+    ACL_OPT_DETERMINISTIC before each operator (SetDeterministicOption in its OpParamMaker.cpp), which these of a step ask for
+    (GetDeterministic in the tiling of CANN's ops-nn and ops-transformer): the gradients of attention, norm, embedding and
+    convolution, and the matmul. HCCL's sums and the matmul's order along K have a variable each.
+    Raises SettingError for one that says otherwise.
+    """
+    for name, values in REPEATABLE.items():
+        value = os.environ.setdefault(name, values[0])
+        if value.lower() not in values:
+            raise SettingError(
+                f"{name}={value} contradicts training.deterministic: true, which needs {' or '.join(values)}; leave it unset"
+            )
+    filling = torch.utils.deterministic  # a launch for each new tensor, of which nothing is read
+    filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
 
 
 def take_device() -> torch.device:

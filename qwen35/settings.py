@@ -174,6 +174,7 @@ class TrainingSettings:
     clip_grad: float = 1.0  # largest global gradient norm; 0: not clipped
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, gradients' sums and optimizer are always fp32
     seed: int = 42
+    deterministic: bool = False  # the same bits from the same step each time, on an NPU too: slower there
     log_interval: int = 1
     peak_tflops: float | None = None  # bf16 peak of one device, for the metric mfu; default: no mfu
     save_interval: int | None = None  # steps between checkpoints; default: only one at the end

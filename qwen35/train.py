@@ -28,7 +28,7 @@ from qwen35.checkpoint.saver import Saver
 from qwen35.config import to_yaml
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
-from qwen35.device import init_process, is_apart
+from qwen35.device import be_deterministic, init_process, is_apart
 from qwen35.flops import Flops, token_counts
 from qwen35.launch import leave, run_rank
 from qwen35.layout import check_layout
@@ -231,6 +231,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
 
 def train(settings: Settings) -> None:
     t, folder = settings.training, Path(settings.training.save)
+    if t.deterministic:
+        be_deterministic()
     pulse = Pulse(t.timeout)
     pulse.at("meeting the other processes", t.timeout + 2 * LONGER)
     device = init_process(t.timeout + LONGER)

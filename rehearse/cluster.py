@@ -68,8 +68,11 @@ class Machine(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it calls the operator on its local tensors, which come by here
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not self.fake:
-            return func(*args, **kwargs)  # DTensor, which finds out a shape by a mode of its own
+        own = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is self.fake
+        if not own or len(self.fake.enter_stack) > 1:
+            return func(
+                *args, **kwargs
+            )  # DTensor, which finds out a shape: by another mode, on torch 2.10 by ours again
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
         if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):

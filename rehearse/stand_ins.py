@@ -33,6 +33,18 @@ ANSWERS = {  # the arguments, and what is written
     "aclrtGetMemInfo": ("int kind, size_t *free, size_t *total", "*free = *total = (size_t)64 << 30;"),
     "aclGetCompileoptSize": ("int option", "return 256;"),
 }
+# A torch built for CUDA has claimed some names of settings of the allocator that torch_npu claims as well, which may be done
+# once: from torch 2.10 on they are in this std::unordered_set, which is emptied before torch_npu's own start
+CLAIMED = """
+extern struct { void **buckets; size_t count; void *first; size_t elements; } claimed
+    __asm__("_ZZN3c1016CachingAllocator26AcceleratorAllocatorConfig14getMutableKeysB5cxx11EvE4keys") __attribute__((weak));
+static void __attribute__((constructor)) forget(void) {
+    if (!&claimed) return;
+    memset(claimed.buckets, 0, claimed.count * sizeof(void *));
+    claimed.first = 0;
+    claimed.elements = 0;
+}
+"""
 TEXTS = {"aclrtGetSocName": "Ascend910B2", "aclGetRecentErrMsg": ""}
 
 
@@ -45,7 +57,7 @@ def names(site: Path) -> set[str]:
 
 
 def source(site: Path) -> str:
-    lines = ["#include <stdlib.h>", "#include <string.h>", "static int something;"]
+    lines = ["#include <stdlib.h>", "#include <string.h>", "static int something;", CLAIMED]
     for name in sorted(names(site)):
         if name in TEXTS:
             lines.append(f'const char *{name}(void) {{ return "{TEXTS[name]}"; }}')

@@ -3,8 +3,7 @@
 # triton-ascend, all below build/npu, none in .venv. Needs gcc, and pip's index on first use.
 # shellcheck disable=SC2034,SC2154 # root and python come from common.sh, what is set here serves who sources it
 
-oldest=2.7.1.post2         # what `make install` takes for CANN 8.5: its schemas are read out of its wheel
-with_shapes=2.7.1.post11   # of torch 2.7.1 too: fake tensors need a shape function of each operator, and post2 lacks one
+oldest=2.7.1.post2 # what `make install` takes for CANN 8.5: its schemas are read out of its wheel
 packages=(triton-ascend==3.2.0 ascendnpu-ir==1.2.0 pybind11) # triton-ascend asks for pybind11 as it is imported
 
 cannot() { # exit status 3: what is needed cannot be had
@@ -50,6 +49,11 @@ make_stand_ins() { # VERSION of torch-npu: what $python needs to run it; exports
     export TORCH_DEVICE_BACKEND_AUTOLOAD=0 LD_LIBRARY_PATH=$root/$folder/cann PYTHONPATH=$root/$folder/site:$root/$triton/site:$root
     export BISHENGIR=$root/$triton/site/ascendnpuir/bin/bishengir-compile
     unset ASCEND_HOME_PATH ASCEND_OPP_PATH
+}
+
+newest_for() { # TORCH: the newest torch_npu that goes with it, which has the most shape functions for fake tensors, and its triton-ascend
+    awk -v torch="$1" '!/^#/ && ($2 == torch || index($2, torch ".post") == 1) { found = $2 " " $3 } END { print found }' \
+        scripts/requirements/versions.txt
 }
 
 torch_version() { # of $python; torch-npu has the same

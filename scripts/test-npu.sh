@@ -5,8 +5,9 @@
 #   scripts/test-npu.sh [pytest's options]
 #       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels; then a table of
 #       operators and bytes a layer, of the kernels' buffers, and of the bytes that they move
-#   TORCH=2.7.1 scripts/test-npu.sh [pytest's options]
-#       the same on torch and torch-npu 2.7.1, in the environment that TORCH=2.7.1 make test-versions has made
+#   TORCH=2.10.0 scripts/test-npu.sh [pytest's options]
+#       the same on that torch, as 2.7.1, and the newest torch-npu that goes with it (scripts/requirements/versions.txt), in the
+#       environment that TORCH=2.10.0 make test-versions has made
 #
 # Needs gcc, and from pip's index torch-npu's wheels (40 MB each), triton-ascend and ascendnpu-ir (220 MB; for Python 3.10 and
 # 3.11), all kept below build/npu, none in .venv. Exit status 3: one of these cannot be had, and nothing was tested. Not proved:
@@ -21,13 +22,17 @@ need_gcc
 wheels=$(wheel "$oldest" cp310 --python-version 3.10 --only-binary=:all: --platform "manylinux_2_28_$(uname -m)")
 export NPU_OLD_WHEEL=$root/$wheels
 if [[ -n ${TORCH:-} ]]; then
-    [[ $TORCH == 2.7.1 ]] || die "TORCH=$TORCH: only 2.7.1 is known here, beside .venv's own"
-    python=build/versions/torch-$TORCH/bin/python version=$with_shapes
+    read -r version triton <<<"$(newest_for "$TORCH")"
+    [[ -n $version ]] || die "TORCH=$TORCH: scripts/requirements/versions.txt has no torch_npu for it"
+    python=build/versions/torch-$TORCH/bin/python
     [[ -e build/versions/torch-$TORCH/.made ]] || die "build/versions/torch-$TORCH is not there: TORCH=$TORCH make test-versions makes it"
 else
     version=$(torch_version)
 fi
 make_stand_ins "$version"
+if [[ triton-ascend==${triton:-} != "${packages[0]}" && -n ${triton:-} ]]; then
+    echo "torch_npu $version goes with triton-ascend $triton, which pip's index lacks: the kernels are tried on ${packages[0]#*==}"
+fi
 
 unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
 TRITON_INTERPRET=1 "$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"

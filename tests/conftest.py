@@ -21,7 +21,7 @@ def poisoned_memory():
     """torch.empty holds NaN, so that a result that was never written shows; every test starts from one seed."""
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 

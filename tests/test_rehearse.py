@@ -189,6 +189,19 @@ def test_storages_are_counted_once_and_until_they_are_gone():
     assert peaks["backward"].bytes == 6 * quarter
 
 
+def test_what_dtensor_asks_for_shapes_is_not_counted():
+    """By a fake mode of its own, or as on torch 2.10 by the rehearsal's, entered once more."""
+    seen = []
+    observer = SimpleNamespace(saw=lambda func, *_: seen.append(func.name()))
+    with Machine(torch.device("cpu"), [observer]) as machine:
+        for mode in (machine.fake, FakeTensorMode()):
+            with mode:
+                torch.zeros(4)
+        assert not seen
+        torch.zeros(4)
+    assert seen
+
+
 def test_what_fsdp_frees_is_seen(tmp_path):
     """Layers, and the experts in them, are gathered and freed in turn: twice as many take no more room for gathered weights."""
     gathered = []

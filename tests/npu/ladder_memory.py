@@ -9,6 +9,8 @@ from steps import DEVICE, _fake, _to_bf16, make_batch, slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
+from qwen35.batch import HOST_FIELDS, PackedBatch, each
+from qwen35.data.loader import in_background
 from qwen35.loss import token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.optim_swap import SwappedAdamW
@@ -70,6 +72,26 @@ def test_activations_on_the_host(recompute):
     sent = copies.out
     assert sent >= 3 * TOKENS * 1024 * 2  # the inputs of all layers but the last
     assert held[False] - held[True] >= 0.95 * sent
+
+
+class Made:
+    """In the place of what decodes the bins."""
+
+    def __getitem__(self, bins: list[list[int]]) -> PackedBatch:
+        return make_batch(slice_config(False, LAYERS), TOKENS, bins != [[0]])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_page_locked(workers):
+    """By the loader's thread and torch_npu's own memory for it: all that goes to the device, and nothing else."""
+    batches = list(in_background(Made(), [[[i]] for i in range(3)], workers, pin=True))
+    for i, batch in enumerate(batches):
+        wanted, locked = Made()[[[i]]], []
+        each(batch, lambda x, found=locked: found.append(x.is_pinned()) or x, but=HOST_FIELDS)
+        assert len(locked) > 10 and all(locked)
+        assert torch.equal(batch.input_ids, wanted.input_ids) and torch.equal(batch.pixel_values, wanted.pixel_values)
+        assert not any(getattr(batch, name).is_pinned() for name in ("cu_seqlens", "grid_thw"))
+    assert len(batches) == 3
 
 
 def test_moments_on_the_host():

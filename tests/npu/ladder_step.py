@@ -12,6 +12,7 @@ import kernels
 from kernels.features import HAS_GROUPED_MM
 from kernels.triton import chunks
 from kernels.triton.tiles import CONV_ROWS, chunk_size
+from qwen35.device import REPEATABLE, be_deterministic
 from qwen35.parallel import make_meshes
 from qwen35.settings import ParallelSettings
 from rehearse.watch import SavedBytes, Watch, has_kernel
@@ -121,6 +122,24 @@ def test_text_and_images_dispatch_the_same():
     config = slice_config(True, LAYERS)
     one, two = (our_step(config, make_batch(config, 1024, images)) for images in (False, True))
     assert one.forward.ops == two.forward.ops and one.backward.ops == two.backward.ops
+
+
+@pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
+def test_a_step_with_the_same_bits_each_time(moe, monkeypatch):
+    """training.deterministic adds no operator: what it costs is inside CANN's own."""
+    for name, values in REPEATABLE.items():
+        monkeypatch.setenv(name, values[0])
+    config = slice_config(moe, LAYERS)
+    batch = make_batch(config, 1024, True)
+    plain = our_step(config, batch, "selective", True)
+    be_deterministic()
+    try:
+        step = our_step(config, batch, "selective", True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not step.wrong
+    for part in ("forward", "backward", "optimizer"):
+        assert getattr(step, part).ops == getattr(plain, part).ops, part
 
 
 def test_a_layer_against_transformers():

@@ -18,9 +18,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from accept.report import Report
-from accept.rows import Row, Task
-from qwen35.checkpoint.folders import write_atomic
+from accept.report import Report, Row
 from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.processes import die_with
@@ -33,12 +31,7 @@ CHECKS = {"machine": 120, "operators": 900, "layers": 600, "ranks": 600, "runs":
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="accept", description=__doc__)
     add = parser.add_argument
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/accept"),
-        help="folder of the reports, and of rates.yaml; default runs/accept",
-    )
+    add("--out", type=Path, default=Path("runs/accept"), help="folder of reports and rates.yaml; default runs/accept")
     add("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"some of {', '.join(CHECKS)}; no rates.yaml")
     add("--small", action="store_true", help="small sizes, to try the command itself; no rates.yaml")
     add("--check", nargs=2, metavar=("CHECK", "FOLDER"), help="what its own processes are asked for")
@@ -46,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if args.check:
+            from accept.task import Task  # it brings torch, for which this process has no need
+
             import_module(f"accept.{args.check[0]}").check(Task(Path(args.check[1]), args.small))
             return 0
         report = Report(socket.gethostname(), datetime.now().astimezone().strftime("%Y-%m-%d-%H%M"))
@@ -106,13 +101,18 @@ def run(name: str, folder: Path, small: bool) -> str:
 def finish(report: Report, out: Path, is_whole: bool) -> int:
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{re.sub(r'[^A-Za-z0-9_-]', '-', report.host)}-{report.date}"
-    write_atomic(stem.with_suffix(".json"), json.dumps(report.json(), indent=1) + "\n")
-    write_atomic(stem.with_suffix(".md"), report.markdown())
+    write(stem.with_suffix(".json"), json.dumps(report.json(), indent=1) + "\n")
+    write(stem.with_suffix(".md"), report.markdown())
     print(f"\n{report.verdict}\n{stem}.md")
     if is_whole and report.is_apart and report.rates:
-        write_atomic(out / "rates.yaml", rates_text(report.kind, report.device, report.rates))
+        write(out / "rates.yaml", rates_text(report.kind, report.device, report.rates))
         print(f"{out}/rates.yaml: make rehearse takes it from now on")
     return 1 if report.count()["off"] else 0
+
+
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text, encoding="utf-8")
+    path.with_suffix(".new").replace(path)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from accept.rows import Task, distance
+from accept.task import Task, distance
 from qwen35.batch import VisionSpec, build_vision_index
 from qwen35.device import HOST, take_device
 from qwen35.model import ModelConfig, Qwen35, load_config
@@ -27,13 +27,9 @@ def check(task: Task) -> None:
     few = {"vocab_size": 512, "num_experts": 32}
     dense = some_layers("4B", ["linear_attention", "full_attention"], text | {"vocab_size": 512}, tower)
     experts = some_layers("35B-A3B", ["full_attention"], with_experts | few, tower)
-    layers = "model.language_model.layers"
-    parts = {
-        "delta-net layer": f"{layers}.0",
-        "attention layer": f"{layers}.1",
-        "vision block": "model.visual.blocks.0",
-    }
-    for config, some in ((dense, parts), (experts, {"MoE of a layer": f"{layers}.0.mlp"})):
+    first, second, block = "model.language_model.layers.0", "model.language_model.layers.1", "model.visual.blocks.0"
+    parts = {"delta-net layer": first, "attention layer": second, "vision block": block}
+    for config, some in ((dense, parts), (experts, {"MoE of a layer": f"{first}.mlp"})):
         host = Qwen35.from_config(config)
         with torch.device("meta"):
             here = Qwen35(load_config(config), kernels=kernels.select(device.type))
@@ -50,10 +46,8 @@ def compare(host: Qwen35, path: str, here: nn.Module, device: torch.device, dtyp
         of = torch.float32 if name.endswith(HELD_OUT) else dtype
         p.data = p.data.to(of).float()
         mine.data = p.data.to(device, of)
-    (out, *gradients), (exact, *wanted) = (
-        run(here, host.config, path, device, dtype),
-        run(part, host.config, path, HOST),
-    )
+    out, *gradients = run(here, host.config, path, device, dtype)
+    exact, *wanted = run(part, host.config, path, HOST)
     return {"forward": distance([out], [exact]), "gradients": distance(gradients, wanted)}
 
 

@@ -5,7 +5,8 @@ import os
 
 import torch
 
-from accept.rows import Status, Task
+from accept.report import Status
+from accept.task import Task
 from qwen35.device import device_type, is_apart, model_name
 from qwen35.doctor.__main__ import examine
 from qwen35.doctor.machine import Machine

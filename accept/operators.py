@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from accept.rows import Task, distance
+from accept.task import Task, distance
 from kernels import reference
 from kernels.cases import FEW, Case, make_cases
 from qwen35.device import take_device

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from accept.rows import AcceptError, Task
+from accept.task import Task
 from qwen35.device import init_process, is_apart
+from qwen35.errors import USER_ERRORS
 from qwen35.launch import leave, record_failure
 from qwen35.launch import run as launch
 from qwen35.meeting import listen
@@ -19,16 +20,14 @@ OF_FSDP = ("all-gather", "reduce-scatter")
 
 
 def check(task: Task) -> None:
-    """Starts the ranks. Raises AcceptError if one of them dies; its reason is on standard error."""
+    """Starts the ranks. Where one of them dies, its launcher has said why, and this process ends."""
     if task.ranks == 1:
         return task.add("collectives", "told", "there is one device")
     with listen(0, is_alone=True) as free:
         port = free.getsockname()[1]
     place = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
     command = [sys.executable, "-m", "accept.ranks", str(task.folder), *["--small"] * task.small]
-    if launch(command, place):
-        raise AcceptError("a rank failed")
-    return None
+    return sys.exit(1) if launch(command, place) else None
 
 
 def rank(task: Task) -> None:
@@ -48,6 +47,7 @@ if __name__ == "__main__":
     try:
         rank(Task(Path(sys.argv[1]), "--small" in sys.argv))
     except BaseException as error:
-        record_failure(error, expected=False)
+        if record_failure(error, expected=isinstance(error, USER_ERRORS)):
+            leave(1)
         raise
     leave(0)

@@ -4,14 +4,25 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-
-from accept.rows import Row
+from typing import Literal
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS)_?KEY")
 PATH = re.compile(r"(?<![\w/.:~])~?(?:/[\w.@+-]+)+/([\w.@+-]+)")
 ADDRESS = re.compile(
     r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{0,4}(?![\w:])"
 )
+# slower: than rehearse assumes; told: there is nothing to compare with
+Status = Literal["held", "off", "slower", "told"]
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    status: Status
+    found: str
+    wanted: str = ""
+    rate: str = ""  # of rates.yaml, that `value` is
+    value: float = 0.0
 
 
 def clean(text: str, environment: Mapping[str, str]) -> str:
@@ -58,10 +69,9 @@ class Report:
 
     def markdown(self) -> str:
         lines = [
-            f"# accept: {self.host}, {self.date}, {self.device}",
-            "",
+            f"# accept: {self.host}, {self.date}, {self.device}\n",
             "| | what | found | wanted |",
-            "| --- | --- | --- | --- |",
+            "|---|---|---|---|",
         ]
         for name, rows in self.rows.items():
             lines.append(f"| | **{name}**, {self.seconds[name]:.0f} s | | |")

@@ -10,7 +10,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from accept.rows import AcceptError, Task, distance
+from accept.task import AcceptError, Task, distance
 from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource

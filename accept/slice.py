@@ -8,8 +8,8 @@ import torch
 
 import kernels
 from accept.layers import NARROW, NARROW_TOWER
-from accept.rows import Task
 from accept.speed import matmul_rate, seconds
+from accept.task import Task
 from qwen35.config import load_settings
 from qwen35.device import init_process, is_apart, peak_memory
 from qwen35.model import Qwen35, load_config

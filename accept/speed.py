@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from accept.rows import Task
+from accept.task import Task
 from bench.rows import in_turn
 from kernels.cases import make_cases, of_4b
 from qwen35.device import is_apart, synchronize, take_device

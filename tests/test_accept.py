@@ -13,9 +13,11 @@ import pytest
 import torch
 from training_runs import free_port
 
+import kernels
 from accept import __main__ as command
-from accept.report import Report, clean
-from accept.rows import Row, Task, distance
+from accept import operators
+from accept.report import Report, Row, clean
+from accept.task import Task, distance
 from qwen35.errors import SettingError
 from rehearse.rates import QUICK, SLOW, Ends, Rates, rates_text, read_rates
 
@@ -77,23 +79,37 @@ def test_the_whole_of_it(accept, tmp_path):
         assert never not in text and never not in json.dumps(report)
 
 
-def test_a_wrong_kernel_is_off_and_hides_nothing(accept):
-    wrong = "import kernels\nright = kernels.swiglu\nkernels.Kernels.swiglu = lambda x: right(x) * 1.001\n"
-    code, out, report, text = accept("--only", "operators", first=wrong)
-    assert code == 1
-    off = [row["what"] for row in report["rows"]["operators"] if row["status"] == "off"]
-    assert off == ["swiglu, torch.float32"]  # of bf16, 0.1% is a rounding
-    assert len(report["rows"]["operators"]) == 18
-    assert "  off     swiglu, torch.float32: forward 1.0e-03" in out and "| off | swiglu, torch.float32 |" in text
+def test_a_wrong_kernel_is_off_and_hides_nothing(monkeypatch, tmp_path, capsys):
+    right = kernels.swiglu
+    monkeypatch.setattr(kernels.Kernels, "swiglu", lambda x: right(x) * 1.001)
+    operators.check(Task(tmp_path, small=True))
+    rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 18 and {row.status for row in rows} == {"held", "off"}
+    [off] = [row for row in rows if row.status == "off"]
+    assert off.what == "swiglu, torch.float32"  # of bf16, 0.1% is a rounding
+    assert off.found.startswith("forward 1.0e-03, gradients 1.0e-03") and off.wanted.startswith("<= 1e-04, fp32: ")
+    report = Report("host", "today")
+    report.add("operators", rows, 1.0, {})
+    assert command.finish(report, tmp_path / "out", is_whole=True) == 1
+    assert "17 held, 1 off" in capsys.readouterr().out
+    assert "| off | swiglu, torch.float32 | forward 1.0e-03" in (tmp_path / "out/host-today.md").read_text()
 
 
 def test_a_rank_that_dies_is_told(accept):
-    dies = "import os\nif os.environ.get('RANK') == '1': raise SystemExit('this rank has no luck')\n"
-    code, _, report, _ = accept("--only", "ranks", "speed", first=dies)
-    assert code == 1 and tuple(report["rows"]) == ("machine", "ranks", "speed")
-    last = report["rows"]["ranks"][-1]
-    assert last["status"] == "off" and last["what"] == "comes to its end" and last["found"]
-    assert {row["status"] for row in report["rows"]["speed"]} == {"told"}
+    dies = """
+import os, torch.distributed
+def refuse(*args): raise RuntimeError("HCCL is out of luck")
+if os.environ.get("RANK") == "1": torch.distributed.reduce_scatter_tensor = refuse
+"""
+    code, out, report, _ = accept("--only", "ranks", first=dies)
+    assert code == 1 and tuple(report["rows"]) == ("machine", "ranks")
+    assert [row["status"] for row in report["rows"]["ranks"]] == [
+        "told",
+        "told",
+        "off",
+    ]  # what was found before it stays
+    assert report["rows"]["ranks"][-1]["found"] == "rank 1: HCCL is out of luck"
+    assert "  off     comes to its end: rank 1: HCCL is out of luck\n" in out
 
 
 def test_a_check_has_its_time(monkeypatch, tmp_path):

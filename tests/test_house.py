@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for folder in ("qwen35", "kernels", "rehearse", "accept") for path in ROOT.glob(f"{folder}/**/*.py"))
+FILES = sorted(
+    path for folder in ("qwen35", "kernels", "rehearse", "accept") for path in ROOT.glob(f"{folder}/**/*.py")
+)
 DEVICE_WORDS = {"npu", "cuda", "cpu", "hccl", "nccl", "gloo"}
 LAYERS = {  # folder or file -> what it must not import
     "kernels": ("qwen35", "rehearse", "accept", "transformers"),

@@ -1,35 +1,21 @@
-"""What a check has found, row by row, and how two results are compared."""
+"""What a check is given, and how it compares two results."""
 
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from accept.report import Row
 from qwen35.device import device_count, device_type, is_apart
 from qwen35.errors import UserError
-
-Status = Literal[
-    "held", "off", "slower", "told"
-]  # slower: than rehearse assumes; told: there is nothing to compare with
 
 
 class AcceptError(UserError):
     """A check that could not be made."""
-
-
-@dataclass(frozen=True)
-class Row:
-    what: str
-    status: Status
-    found: str
-    wanted: str = ""
-    rate: str = ""  # of rates.yaml, that `value` is
-    value: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def check(task: Task) -> None:
     each = seconds(lambda: [x[:1].add_(1) for _ in range(OPERATORS)], device) / OPERATORS / 2  # a view and an addition
     host, found = f"{SLOW.host * 1e6:.0f} us", f"{each * 1e6:.2g} us"
     task.measure(device, "starting an operator", found, SLOW.host / each, host, "host", each)
-    chosen, cases = kernels.select(device.type), make_cases(of_4b(tokens))
+    chosen, cases = (
+        kernels.select(device.type),
+        make_cases(of_4b(tokens) if is_apart(device) else of_4b(tokens, 16_384)),
+    )
     for op in ELEMENTWISE if task.small else cases:
         alone, both, moved = time_op(cases[op](), getattr(chosen, op), device)
         what, found = f"{op}, {tokens:,} tokens of 4B", f"{alone * 1e3:.2f} ms, with backward {both * 1e3:.2f} ms"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS)_?KEY")
-PATH = re.compile(r"(?<![\w/.:~])~?(?:/[\w.@+-]+)+/([\w.@+-]+)")
+PATH = re.compile(r"(?:file://|(?<![\w/.:~]))~?(?:/[\w.@+-]+)+/([\w.@+-]+)")
 ADDRESS = re.compile(
     r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{0,4}(?![\w:])"
 )

@@ -77,7 +77,7 @@ class Runs:
         """Of what is on the curve, and of the largest tensor error in each part of the last checkpoint."""
         pairs = zip(*(read_metrics(self.folder / name / "metrics.jsonl") for name in (ours, theirs)), strict=True)
         curve = max(abs(a[k] - b[k]) / abs(b[k]) for a, b in pairs for k in SAME)
-        return {"curve": curve, **{of: distance(self.tensors(ours, of), self.tensors(theirs, of)) for of in parts}}
+        return {"curve": curve, **{of[:-1]: distance(self.tensors(ours, of), self.tensors(theirs, of)) for of in parts}}
 
     def tensors(self, name: str, prefix: str) -> list[Tensor]:
         source = DCPSource(newest_checkpoint(self.folder / name) or name, prefix)

@@ -15,9 +15,11 @@ from training_runs import free_port
 
 import kernels
 from accept import __main__ as command
-from accept import operators
+from accept import operators, task
+from accept import slice as slice_of_4b
 from accept.report import Report, Row, clean
 from accept.task import Task, distance
+from qwen35.device import HOST
 from qwen35.errors import SettingError
 from rehearse.rates import QUICK, SLOW, Ends, Rates, rates_text, read_rates
 
@@ -125,6 +127,10 @@ def test_a_check_has_its_time(monkeypatch, tmp_path):
     [
         ("/home/me/project/ckpt/tiny: no room", "…/tiny: no room"),
         ("~/Ascend/set_env.sh, and configs/tiny.yaml", "…/set_env.sh, and configs/tiny.yaml"),
+        (
+            "that of file:///home/me/project, from https://example.org/a/b",
+            "that of …/project, from https://example.org/a/b",
+        ),
         ("12.5 GB/s | 3 ms/step", "12.5 GB/s / 3 ms/step"),
         ("rank 1 at 10.0.0.12:6000, fe80::1:2:3a", "rank 1 at <address>:6000, <address>"),
         ("torch 2.7.1.post2, CANN 8.5.0.1.2", "torch 2.7.1.post2, CANN 8.5.0.1.2"),
@@ -141,6 +147,24 @@ def test_an_error_that_is_no_number_is_off(tmp_path):
     assert distance([exact, ours], [exact, exact]) != distance([exact], [exact]) == 0
     Task(tmp_path, True).compare("a", {"forward": distance([exact, ours, exact], [exact] * 3)}, 1e-4, "")
     assert json.loads((tmp_path / "rows.jsonl").read_text())["status"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gigabytes", "statuses"), [(0.3, 10.5, ["held", "held"]), (0.5, 8, ["slower", "off"])]
+)
+def test_on_npus_figures_stand_beside_what_was_foreseen(monkeypatch, tmp_path, seconds, gigabytes, statuses):
+    """No NPU is here: what one would measure is given."""
+    for module in (task, slice_of_4b):
+        monkeypatch.setattr(module, "is_apart", lambda device: True)
+    given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
+    given["rehearse"] = {"quick": 0.1, "slow": 0.4, "peak": 1e10}
+    for name, value in given.items():
+        monkeypatch.setattr(slice_of_4b, name, lambda *_, value=value: value)
+    slice_of_4b.check(Task(tmp_path, small=False))
+    rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row.status for row in rows] == statuses
+    assert rows[0].what == "4 layers of 4B, 248,320 words, 4,096 tokens" and "0.100 to 0.400 s a step" in rows[0].wanted
+    assert f"MFU {0.1 / seconds:.1%}" in rows[0].found and "10.00 GB rehearsed" in rows[1].wanted
 
 
 # ── rates.yaml ─────────────────────────────────────────────────────────────────────────────────────────────────────────

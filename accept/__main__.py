@@ -25,7 +25,7 @@ from qwen35.processes import die_with
 from rehearse.rates import rates_text
 
 # module -> seconds that it may take, first compilations among them
-CHECKS = {"machine": 120, "operators": 900, "layers": 600, "ranks": 600, "runs": 1200, "speed": 600, "slice": 900}
+CHECKS = {"machine": 300, "operators": 900, "layers": 600, "ranks": 600, "runs": 1200, "speed": 600, "slice": 900}
 
 
 def main(argv: list[str] | None = None) -> int:

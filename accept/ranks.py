@@ -22,12 +22,14 @@ OF_FSDP = ("all-gather", "reduce-scatter")
 def check(task: Task) -> None:
     """Starts the ranks. Where one of them dies, its launcher has said why, and this process ends."""
     if task.ranks == 1:
-        return task.add("collectives", "told", "there is one device")
+        task.add("collectives", "told", "there is one device")
+        return
     with listen(0, is_alone=True) as free:
         port = free.getsockname()[1]
     place = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
     command = [sys.executable, "-m", "accept.ranks", str(task.folder), *["--small"] * task.small]
-    return sys.exit(1) if launch(command, place) else None
+    if launch(command, place):
+        sys.exit(1)
 
 
 def rank(task: Task) -> None:

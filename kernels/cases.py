@@ -25,7 +25,7 @@ class Sizes:
 FEW = Sizes((1, 63, 64, 65, 7), (4, 2, 256), (2, 4, 128), 256, 192, (8, 2, 64), 999)
 
 
-def of_4b(tokens: int, vocabulary: int = 248_320) -> Sizes:
+def of_4b(tokens: int, vocabulary: int) -> Sizes:
     """Experts as in 35B-A3B, 64 of the 256."""
     return Sizes((tokens // 4,) * 4, (16, 4, 256), (16, 32, 128), 2560, 9216, (64, 8, 512), vocabulary)
 

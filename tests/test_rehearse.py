@@ -34,8 +34,8 @@ from rehearse.cluster import Machine
 from rehearse.configs import with_config
 from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators
-from rehearse.scaling import messages
 from rehearse.rates import QUICK, SLOW, Ends
+from rehearse.scaling import messages
 from rehearse.speed import step_range
 from rehearse.step import Rehearsal, rehearse
 from rehearse.wire import Group, Traffic, between_nodes

@@ -53,7 +53,7 @@
 : "${CONFIG:=configs/tiny.yaml}"
 # `make finetune`, `make show`: settings over those of the recipe, "training.train_iters=20 training.lr=1e-4". Elsewhere: more
 # options of the command, "--on_missing skip" for `make data`, "-k digits" for `make test`, "--only moe" for `make bench`,
-# "--scaling" for `make rehearse`.
+# "--scaling" for `make rehearse`, "--small" for `make accept`.
 : "${ARGS:=}"
 # 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0. Allowed: 0, 1.
 : "${DRY_RUN:=0}"
@@ -85,6 +85,9 @@
 : "${NPUS_PER_NODE:=}"
 # Gigabytes of memory of one NPU, for `make rehearse`. Default 64. Allowed: from 1.
 : "${NPU_MEMORY_GB:=64}"
+# The rates of an NPU and its links for `make rehearse`, a file that `make accept` wrote. Default: runs/accept/rates.yaml where it
+# is there. Allowed: a file *.yaml, or none, for the stated rates.
+: "${RATES:=}"
 # The NPUs that the run may use, "0,1,2,3". Default: all.
 : "${ASCEND_RT_VISIBLE_DEVICES:=}"
 

@@ -31,7 +31,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise SettingError(
             f"{path}: {len(text):,} characters, a recipe has at most {LONGEST_RECIPE:,}; is it another file?"
         )
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
     flat = _flatten(tree, str(path))
@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """YAML -> what it says. Raises SettingError."""
     try:
         return yaml.load(text, _Loader)  # a safe one
@@ -91,7 +91,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _override(key: str, value: str) -> Any:
     try:
-        return _parse(value, f"{key}: {value!r}")
+        return parse_yaml(value, f"{key}: {value!r}")
     except SettingError:
         if value.startswith("[") and value.endswith("]"):  # names with * or {*}, whose quotes the shell took
             return [word.strip() for word in value[1:-1].split(",")]

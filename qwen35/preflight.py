@@ -6,7 +6,8 @@ group in which they will train.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,38 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def slowest(collective: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the rank that takes longest over a collective which all of them begin together."""
+    dist.barrier()
+    begin = time.perf_counter()
+    collective()
+    synchronize([device])
+    seconds = torch.tensor([time.perf_counter() - begin], device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def collectives(device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[str, int, float, float]]:
+    """-> name, bytes of the whole, seconds of the slowest rank (the best of three), bytes a second that each rank sends.
+
+    What a rank sends at the least is counted, as make rehearse does it.
+    """
+    world = dist.get_world_size()
+    for size in sizes:
+        whole, result = (torch.zeros(size // 4 // world * world, device=device) for _ in range(2))
+        own, total = whole[: len(whole) // world], partial(dist.all_reduce, whole)
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            "all-gather": (partial(dist.all_gather_into_tensor, result, own), 1),
+            "reduce-scatter": (partial(dist.reduce_scatter_tensor, own, result), 1),
+            "all-reduce": (total, 2),
+            "all-to-all": (partial(dist.all_to_all_single, result, whole), 1),
+        }
+        for name, (call, times) in calls.items():
+            call()  # the first one makes connections
+            seconds = min(slowest(call, device) for _ in range(3))
+            yield name, size, seconds, times * (world - 1) / world * size / seconds
+
+
 def measure(device: torch.device, say: Callable[[str], None]) -> None:
     """An all-reduce over all ranks, larger and larger: its result is checked, its speed told in a line of rank 0.
 
@@ -40,7 +73,6 @@ def measure(device: torch.device, say: Callable[[str], None]) -> None:
     dist.all_gather_object(kinds, model_name(device))
     if other := next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None):
         raise PreflightError(f"rank {other} computes on {kinds[other]}, rank 0 on {kinds[0]}")
-    seconds = torch.zeros(1, device=device)
     for size in SIZES:
         numbers = torch.ones(size // 4, device=device)
         dist.all_reduce(numbers)  # the first one makes connections
@@ -49,15 +81,9 @@ def measure(device: torch.device, say: Callable[[str], None]) -> None:
             raise PreflightError(
                 f"rank {dist.get_rank()}: an all-reduce of {world} ones gives {float(wrong[0])} somewhere"
             )
-        dist.barrier()
-        begin = time.perf_counter()
-        dist.all_reduce(numbers)
-        synchronize([device])
-        seconds[0] = time.perf_counter() - begin
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        if float(seconds) > ENOUGH:
+        took = slowest(partial(dist.all_reduce, numbers), device)
+        if took > ENOUGH:
             break
-    took = float(seconds)
     through = 2 * (world - 1) / world * size / took / 1e6  # what each rank sends, and receives, at the least
     machines = f"{world // own} machine{'s' * (world > own)}"
     if dist.get_rank() == 0:

@@ -4,12 +4,14 @@ Fails on an operator without a kernel for NPUs, on a host sync, on a peak over -
 needed: of the model its config.json, or where that is not there the published one of its size. Run by scripts/rehearse.sh.
 """
 
+import json
 import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,7 @@ from rehearse import report
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import with_config
 from rehearse.operators import RehearsalError
+from rehearse.rates import Ends, read_rates
 from rehearse.scaling import scaling
 from rehearse.step import Rehearsal, rehearse
 
@@ -62,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=share, default=0.25, help="share of the tokens that stand for images")
     parser.add_argument("--trained", type=share, default=0.4, help="share of the tokens that are trained")
     parser.add_argument("--imbalance", type=factor, default=1.0, help="rows for this rank's experts, over a fair share")
+    parser.add_argument(
+        "--rates", type=Path, metavar="FILE", help="rates that make accept has measured; default: stated ones"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="a last line with the step's ends in seconds and its peak in bytes"
+    )
     parser.add_argument("--scaling", action="store_true", help="only what is sent, on 16 to 1,024 NPUs")
     args = parser.parse_intermixed_args(argv)
     if find_spec("torch_npu") is None:
@@ -73,12 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         mix = Mix(args.sequence, args.images, args.trained)
         if args.scaling:
             return scaling(settings, mix, args.npus_per_node, torch.device(DEVICE))
-        return one(args.config, settings, mix, args)
+        ends = read_rates(args.rates, torch.device(DEVICE).type) if args.rates else Ends()
+        return one(args.config, settings, mix, args, ends)
     except (*USER_ERRORS, KernelError) as error:
         return complain(error)
 
 
-def one(name: str, settings: Settings, mix: Mix, args: Namespace) -> int:
+def one(name: str, settings: Settings, mix: Mix, args: Namespace, ends: Ends) -> int:
     nodes, per_node = args.nodes, args.npus_per_node
     start = time.perf_counter()
     settings, config, source = with_config(settings)
@@ -94,10 +104,13 @@ def one(name: str, settings: Settings, mix: Mix, args: Namespace) -> int:
     batches = [batch] * t.gradient_accumulation_steps
     r = rehearse(settings, config, batches, nodes * per_node, per_node, torch.device(DEVICE), args.imbalance)
     buffers = report.hccl_bytes(r, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_MEGABYTES))
-    for line in report.lines(r, 1 / 3 if settings.parallel.recompute else 0.0, buffers):
+    again = 1 / 3 if settings.parallel.recompute else 0.0
+    for line in report.lines(r, again, buffers, ends):
         print(line)
     check(r, buffers, args.memory_gb)
     print(f"rehearsed in {time.perf_counter() - start:.0f} s: it fits, waits for nothing and lacks no kernel")
+    if args.json:
+        print(json.dumps(report.summary(r, again, ends)))
     return 0
 
 

@@ -1,8 +1,11 @@
 """The model's config.json: of the recipe's own folder, or where that is not there, the published one of that size."""
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, load_config
@@ -27,3 +30,16 @@ def with_config(settings: Settings) -> tuple[Settings, ModelConfig, str]:
     model = replace(settings.model, model_name_or_path=str(path))
     source = f"the published config of {path.stem}, since {folder} is not there"
     return replace(settings, model=model), load_config(path), source
+
+
+def some_layers(
+    size: str, layer_types: Sequence[str], text: Mapping[str, Any], tower: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The published config.json of a size with these layers alone, and one block of its vision tower.
+
+    `text` and `tower` replace what they name; the tokens of images and videos are 2 and 3, in any vocabulary.
+    """
+    config = json.loads((PUBLISHED / f"{size}.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"layer_types": list(layer_types), "num_hidden_layers": len(layer_types), **text}
+    config["vision_config"] |= {"depth": 1, **tower, "out_hidden_size": config["text_config"]["hidden_size"]}
+    return config | {"image_token_id": 2, "video_token_id": 3}

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from rehearse.memory import KINDS, PHASES, Peak
-from rehearse.speed import QUICK, SLOW, step_range
+from rehearse.rates import Ends
+from rehearse.speed import step_range
 from rehearse.step import Rehearsal
 
 GB = 1 << 30  # the memory of an NPU is counted so
@@ -18,12 +19,12 @@ def peak(r: Rehearsal) -> tuple[str, Peak]:
     return phase, peaks[phase]
 
 
-def lines(r: Rehearsal, again: float, hccl: int) -> Iterator[str]:
+def lines(r: Rehearsal, again: float, hccl: int, ends: Ends) -> Iterator[str]:
     """hccl: bytes of its buffers, two for each group of ranks that speaks (as CANN documents HCCL_BUFFSIZE)."""
     yield from _memory(r, hccl)
     yield from _operators(r)
     yield from _wire(r)
-    yield from _time(r, again)
+    yield from _time(r, again, ends)
 
 
 def hccl_bytes(r: Rehearsal, megabytes: int) -> int:
@@ -64,11 +65,17 @@ def _wire(r: Rehearsal) -> Iterator[str]:
         )
 
 
-def _time(r: Rehearsal, again: float) -> Iterator[str]:
-    quick, slow = step_range(r, again)
+def summary(r: Rehearsal, again: float, ends: Ends) -> dict[str, float]:
+    """What make accept sets beside what it measures: seconds a step, bytes of tensors at the peak."""
+    quick, slow = step_range(r, again, ends)
+    return {"quick": quick.together, "slow": slow.in_turn, "peak": peak(r)[1].bytes}
+
+
+def _time(r: Rehearsal, again: float, ends: Ends) -> Iterator[str]:
+    quick, slow = step_range(r, again, ends)
     tokens = r.tokens * r.data_ranks
     yield f"{'seconds a step':12} {'arithmetic':>12}{'memory':>12}{'wire':>12}{'host':>12}{'':4}all"
-    for name, t, rates, together in (("quick", quick, QUICK, True), ("slow", slow, SLOW, False)):
+    for name, t, rates, together in (("quick", quick, ends.quick, True), ("slow", slow, ends.slow, False)):
         whole = t.together if together else t.in_turn
         yield (
             f"{name:12}   {t.arithmetic:>12.2f}{t.memory:>12.2f}{t.wire:>12.2f}{t.host:>12.2f}    "
@@ -79,5 +86,5 @@ def _time(r: Rehearsal, again: float) -> Iterator[str]:
     yield (
         f"{tokens:,} tokens a step on {r.ranks} NPUs, {r.flops / 1e12:,.1f} TFLOP of the model an NPU: between "
         f"{quick.together:.2f} and {slow.in_turn:.2f} s, {tokens / r.ranks / slow.in_turn:,.0f} to "
-        f"{tokens / r.ranks / quick.together:,.0f} tokens a second and NPU (rates stated, nothing measured)"
+        f"{tokens / r.ranks / quick.together:,.0f} tokens a second and NPU ({ends.source})"
     )

@@ -40,6 +40,7 @@ GLOO_SOCKET_IFNAME           like ^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names
 HCCL_SOCKET_IFNAME           like ^[=^]{0,2}[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$ names of network interfaces, eth0,eth1, perhaps after = or ^
 CANN_VERSION                 like ^[0-9]+\.[0-9]+([.-][A-Za-z0-9.-]+)?$ a release of CANN, 8.5 or 9.1.0
 TORCH_NPU                    like ^[0-9]+(\.[0-9]+)*(\.post[0-9]+)?$ a release of torch_npu, 2.7.1.post2
+RATES                        like ^(none|.+\.yaml)$ a file *.yaml that make accept wrote, or none
 TORCH                        like ^[0-9]+(\.[0-9]+)*$ a version, 2.7.1
 TRANSFORMERS                 like ^[0-9]+(\.[0-9]+)*$ a version, 5.2.0
 HOSTS_DIR                    like ^/ the absolute path of a folder

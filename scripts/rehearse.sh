@@ -3,7 +3,8 @@
 # operators, collectives with their bytes, a range for the step's time. Fails on an operator without a kernel for NPUs, on a host
 # sync that is not allowed, on a peak over NPU_MEMORY_GB.
 #
-#   CONFIG=<recipe> [NODES=1] [NPUS_PER_NODE=8] [NPU_MEMORY_GB=64] [ARGS="a.b=c … --images 0.25 …"] scripts/rehearse.sh [the same]
+#   CONFIG=<recipe> [NODES=1] [NPUS_PER_NODE=8] [NPU_MEMORY_GB=64] [RATES=<file>|none] [ARGS="a.b=c … --images 0.25 …"]
+#       scripts/rehearse.sh [the same]
 #   … scripts/rehearse.sh --scaling          what is sent, on 16 to 1,024 NPUs
 #   python -m rehearse --help                has all options, in the environment that this script makes
 #
@@ -22,9 +23,12 @@ need_venv
 if [[ $CONFIG -ef configs/tiny.yaml && ! -e ckpt/hf_path/tiny/config.json ]]; then "$python" -m qwen35.tiny; fi
 split "${ARGS:-}"
 per_node=${NPUS_PER_NODE:-8} memory=$NPU_MEMORY_GB config=$CONFIG buffer=${HCCL_BUFFSIZE:-}
+rates=${RATES:-}
+if [[ -z $rates && -e runs/accept/rates.yaml ]]; then rates=runs/accept/rates.yaml; fi
+if [[ $rates == none ]]; then rates=; fi
 make_stand_ins "$(torch_version)"
 unset "${env_names[@]}"
 if [[ -n $buffer ]]; then export HCCL_BUFFSIZE=$buffer; fi
 export TRITON_INTERPRET=1 # nothing is compiled
-"$python" -W ignore -m rehearse "$config" --nodes "$nodes" --npus-per-node "$per_node" --memory-gb "$memory" "${words[@]}" "$@" \
+"$python" -W ignore -m rehearse "$config" --nodes "$nodes" --npus-per-node "$per_node" --memory-gb "$memory" ${rates:+--rates "$rates"} "${words[@]}" "$@" \
     2> >(without_noise >&2) | without_noise

@@ -140,7 +140,9 @@ def settings_of(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def commands() -> dict[str, list[str]]:
     """Of each command line: its program's name and its options, as the sources name them."""
     found: dict[str, list[str]] = {}
-    for path in sorted(p for folder in ("qwen35", "rehearse", "bench") for p in (ROOT / folder).rglob("*.py")):
+    for path in sorted(
+        p for folder in ("qwen35", "rehearse", "bench", "accept") for p in (ROOT / folder).rglob("*.py")
+    ):
         tree = ast.walk(ast.parse(path.read_text()))
         words = [node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         program = re.search(r"\(prog=\"([^\"]*)", path.read_text())

@@ -26,7 +26,7 @@ OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH CANN_VERSION TORCH_NPU TORCH_INDEX PYTHON TORCH TRANSFORMERS
     OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE
     VIDEO ARGS SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT RENDEZVOUS_SECRET HOSTS
-    HOSTS_DIR SSH""".split()
+    HOSTS_DIR SSH RATES""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -56,7 +56,7 @@ GOOD = [
     {"CPU_AFFINITY_CONF": "2,npu_affine:1,lazy_bind:0,bind_irq:1", "CANN_VERSION": "8.5", "TORCH_NPU": "2.7.1.post2"},
     {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512,garbage_collection_threshold:0.8"},
     {"NPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "400", "ASCEND_RT_VISIBLE_DEVICES": "0,7"},
-    {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"},
+    {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "RATES": "none"},
     {
         "SOURCE": "modelscope",
         "HF_ENDPOINT": "https://mirror.example:8080/hf",
@@ -89,6 +89,7 @@ BAD = [
     ("NODES", "0"),
     ("NODE_RANK", "1"),  # NODES is 1
     ("TORCH", "newest"),
+    ("RATES", "measured"),
     ("DEVICE", "gpu"),
     ("SOURCE", "github"),
     ("HF_ENDPOINT", "mirror"),
@@ -98,9 +99,11 @@ BAD = [
     ("OUT", "~/out"),
 ]
 
-IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))
-TARGETS = """help install doctor download convert export data show finetune preflight rehearse generate evaluate bench test
-    test-versions lint clean""".split()
+IGNORED = " ".join(
+    f"--ignore=tests/test_{name}.py" for name in ("accept", "launch", "parallel", "resume", "train", "train_mtp")
+)
+TARGETS = """help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench
+    test test-versions lint clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -394,6 +397,7 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         ),
         (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),
+        (["accept", "ARGS=--only layers"], "-m accept --only layers"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -34,8 +34,9 @@ from rehearse.cluster import Machine
 from rehearse.configs import with_config
 from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators
+from rehearse.rates import QUICK, SLOW, Ends
 from rehearse.scaling import messages
-from rehearse.speed import QUICK, SLOW, step_range
+from rehearse.speed import step_range
 from rehearse.step import Rehearsal, rehearse
 from rehearse.wire import Group, Traffic, between_nodes
 
@@ -250,14 +251,14 @@ def test_the_range_of_a_step():
     operators.moved["forward"] = int(0.5 * QUICK.memory)
     operators.records["backward"].ops["aten::mm"] = 1000
     r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, wire, {}, QUICK.flops, 0)  # type: ignore[arg-type]
-    quick, slow = step_range(r, again=0.0)
+    quick, slow = step_range(r, 0.0, Ends())
     assert quick.together == pytest.approx(1.5) and quick.host == pytest.approx(1000 * QUICK.host)
     assert slow.in_turn == pytest.approx(1 / 0.4 + 0.5 * QUICK.memory / SLOW.memory + 1000 * SLOW.host)
-    assert step_range(r, again=1 / 3)[0].arithmetic == pytest.approx(4 / 3)
+    assert step_range(r, 1 / 3, Ends())[0].arithmetic == pytest.approx(4 / 3)
     traffic = Traffic(1, sent=2 * QUICK.within, between=3 * QUICK.between)
     wire.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
-    assert step_range(r, 0.0)[0].together == 3  # the network's part and the node's at once
-    assert step_range(r, 0.0)[1].wire == pytest.approx(traffic.sent / SLOW.between)  # one ring through all
+    assert step_range(r, 0.0, Ends())[0].together == 3  # the network's part and the node's at once
+    assert step_range(r, 0.0, Ends())[1].wire == pytest.approx(traffic.sent / SLOW.between)  # one ring through all
 
 
 def test_messages_of_a_call():

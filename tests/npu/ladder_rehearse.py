@@ -10,6 +10,7 @@ from steps import slice_config
 import rehearse.step
 from kernels import npu  # noqa: F401  # and with it, torch has the device
 from rehearse.__main__ import main
+from rehearse.rates import rates_text
 
 NOBODYS = torch.library.Library("npu", "FRAGMENT")
 NOBODYS.define("nobodys(Tensor x) -> Tensor")
@@ -52,6 +53,25 @@ def test_a_recipe_is_rehearsed(recipe, capsys):
         [numbers] = words(out, phase)
         assert sum(map(float, numbers[1:-1])) == pytest.approx(float(numbers[-1]), abs=0.04)
     assert out.count("0 host syncs") == 3 and "32,768 tokens a step on 16 NPUs" in out
+
+
+def test_measured_rates_are_taken(recipe, capsys, tmp_path):
+    """The same at both ends, where only what overlaps differs; a CPU's are refused."""
+    rates = tmp_path / "rates.yaml"
+    rates.write_text(rates_text("npu", "Ascend910B2", dict.fromkeys(("flops", "memory", "within", "between"), 1e12)))
+    assert main([recipe, "--json", "--rates", str(rates)]) == 0
+    out = capsys.readouterr().out
+    assert "(flops, memory, within, between as measured on Ascend910B2; host stated)" in out
+    quick, slow = words(out, "quick"), words(out, "slow")
+    assert (
+        quick[0][1:3] == slow[0][1:3] and quick[0][4] != slow[0][4]
+    )  # arithmetic and memory; the host's part is stated
+    ends = json.loads(out.splitlines()[-1])
+    assert 0 < ends["quick"] < ends["slow"] and ends["peak"] > 1e8
+    assert f"between {ends['quick']:.2f} and {ends['slow']:.2f} s" in out
+    rates.write_text(rates_text("cpu", "cpu", {"flops": 1e12}))
+    assert main([recipe, "--rates", str(rates)]) == 1
+    assert "the rates of a cpu (cpu) say nothing of an npu" in capsys.readouterr().err
 
 
 def test_experts_and_bins_that_are_shared(recipe, capsys):

@@ -1,0 +1,233 @@
+"""make accept on a CPU, in small: all its parts, what it does about what is off, and what make rehearse makes of its rates."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from training_runs import free_port
+
+import kernels
+from accept import __main__ as command
+from accept import operators, task
+from accept import slice as slice_of_4b
+from accept.report import Report, Row, clean
+from accept.task import Task, distance
+from qwen35.device import HOST
+from qwen35.errors import SettingError
+from rehearse.rates import QUICK, SLOW, Ends, Rates, rates_text, read_rates
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("machine", "operators", "layers", "ranks", "runs", "speed", "slice")
+SECRET = "hf_abcdefghijkl"
+
+
+@pytest.fixture
+def accept(tmp_path):
+    """Run it, with what Python does first in each of its processes. -> exit status, output, report as JSON, as Markdown"""
+
+    def run(*options: str, first: str = "") -> tuple[int, str, dict, str]:
+        (tmp_path / "sitecustomize.py").write_text(first)
+        with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+            variables = {
+                "PYTHONPATH": f"{tmp_path}:{ROOT}",
+                "TMPDIR": temporary,
+                "HF_TOKEN": SECRET,
+                "OMP_NUM_THREADS": "1",
+            }
+            done = subprocess.run(
+                [sys.executable, "-m", "accept", "--small", "--out", str(tmp_path / "out"), *options],
+                cwd=ROOT,
+                env=os.environ | variables | {"MASTER_PORT": str(free_port()), "NPUS_PER_NODE": "2"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert not list(Path(temporary).iterdir())
+            assert not [p for p in psutil.process_iter(["cmdline"]) if temporary in " ".join(p.info["cmdline"] or ())]
+        assert done.returncode in (0, 1), done.stderr
+        [report], [text] = (tmp_path / "out").glob("*.json"), (tmp_path / "out").glob("*.md")
+        return done.returncode, done.stdout, json.loads(report.read_text()), text.read_text()
+
+    return run
+
+
+def test_the_whole_of_it(accept, tmp_path):
+    code, out, report, text = accept()
+    assert code == 0, out
+    assert tuple(report["rows"]) == PARTS and all(f"**{part}**" in text for part in PARTS)
+    rows = {row["what"]: row for part in PARTS for row in report["rows"][part]}
+    assert {
+        "chunk_gated_delta_rule, torch.bfloat16",
+        "MoE of a layer, torch.float32",
+        "all-to-all, 1 MiB",
+    } <= rows.keys()
+    assert rows["12 steps on 2 ranks beside one"]["status"] == "held"
+    killed = rows["killed behind a checkpoint and resumed, ranks: 1"]
+    assert killed["status"] == "held" and killed["wanted"] == "bit for bit"
+    assert {row["rate"] for row in rows.values() if row["rate"]} == {"flops", "memory", "within", "host"}
+    assert not any(
+        row["status"] in ("off", "slower") for row in rows.values()
+    )  # a CPU is slower than an NPU, and no news
+    assert "a CPU: no speed is compared" in report["verdict"] and report["verdict"] in text
+    assert not (tmp_path / "out/rates.yaml").exists()
+    for never in (SECRET, str(ROOT), str(Path.home()) + "/", str(tmp_path), "127.0.0.1"):
+        assert never not in text and never not in json.dumps(report)
+
+
+def test_a_wrong_kernel_is_off_and_hides_nothing(monkeypatch, tmp_path, capsys):
+    right = kernels.swiglu
+    monkeypatch.setattr(kernels.Kernels, "swiglu", lambda x: right(x) * 1.001)
+    operators.check(Task(tmp_path, small=True))
+    rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 18 and {row.status for row in rows} == {"held", "off"}
+    [off] = [row for row in rows if row.status == "off"]
+    assert off.what == "swiglu, torch.float32"  # of bf16, 0.1% is a rounding
+    assert off.found.startswith("forward 1.0e-03, gradients 1.0e-03") and off.wanted.startswith("<= 1e-04, fp32: ")
+    report = Report("host", "today")
+    report.add("operators", rows, 1.0, {})
+    assert command.finish(report, tmp_path / "out", is_whole=True) == 1
+    assert "17 held, 1 off" in capsys.readouterr().out
+    assert "| off | swiglu, torch.float32 | forward 1.0e-03" in (tmp_path / "out/host-today.md").read_text()
+
+
+def test_a_rank_that_dies_is_told(accept):
+    dies = """
+import os, torch.distributed
+def refuse(*args): raise RuntimeError("HCCL is out of luck")
+if os.environ.get("RANK") == "1": torch.distributed.reduce_scatter_tensor = refuse
+"""
+    code, out, report, _ = accept("--only", "ranks", first=dies)
+    assert code == 1 and tuple(report["rows"]) == ("machine", "ranks")
+    assert [row["status"] for row in report["rows"]["ranks"]] == [
+        "told",
+        "told",
+        "off",
+    ]  # what was found before it stays
+    assert report["rows"]["ranks"][-1]["found"] == "rank 1: HCCL is out of luck"
+    assert "  off     comes to its end: rank 1: HCCL is out of luck\n" in out
+
+
+def test_a_check_has_its_time(monkeypatch, tmp_path):
+    monkeypatch.setitem(command.CHECKS, "speed", 0.2)
+    report = Report("host", "today")
+    command.examine(report, "speed", small=True)
+    assert report.rows["speed"] == [Row("comes to its end", "off", "not over after 0.2 s")]
+    assert command.finish(report, tmp_path, is_whole=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("/home/me/project/ckpt/tiny: no room", "…/tiny: no room"),
+        ("~/Ascend/set_env.sh, and configs/tiny.yaml", "…/set_env.sh, and configs/tiny.yaml"),
+        (
+            "that of file:///home/me/project, from https://example.org/a/b",
+            "that of …/project, from https://example.org/a/b",
+        ),
+        ("12.5 GB/s | 3 ms/step", "12.5 GB/s / 3 ms/step"),
+        ("rank 1 at 10.0.0.12:6000, fe80::1:2:3a", "rank 1 at <address>:6000, <address>"),
+        ("torch 2.7.1.post2, CANN 8.5.0.1.2", "torch 2.7.1.post2, CANN 8.5.0.1.2"),
+        ("token s3cr3t-s3cr3t is refused", "token <secret> is refused"),
+        ("two\nlines at 12:30:05", "two lines at 12:30:05"),
+    ],
+)
+def test_what_a_report_does_not_tell(text, left):
+    assert clean(text, {"MY_API_KEY": "s3cr3t-s3cr3t", "HOME": "/home/me", "SECRET": ""}) == left
+
+
+def test_an_error_that_is_no_number_is_off(tmp_path):
+    ours, exact = torch.tensor([1.0, float("nan")]), torch.ones(2)
+    assert distance([exact, ours], [exact, exact]) != distance([exact], [exact]) == 0
+    Task(tmp_path, True).compare("a", {"forward": distance([exact, ours, exact], [exact] * 3)}, 1e-4, "")
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["status"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gigabytes", "statuses"), [(0.3, 10.5, ["held", "held"]), (0.5, 8, ["slower", "off"])]
+)
+def test_on_npus_figures_stand_beside_what_was_foreseen(monkeypatch, tmp_path, seconds, gigabytes, statuses):
+    """No NPU is here: what one would measure is given."""
+    for module in (task, slice_of_4b):
+        monkeypatch.setattr(module, "is_apart", lambda device: True)
+    given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
+    given["rehearse"] = {"quick": 0.1, "slow": 0.4, "peak": 1e10}
+    for name, value in given.items():
+        monkeypatch.setattr(slice_of_4b, name, lambda *_, value=value: value)
+    slice_of_4b.check(Task(tmp_path, small=False))
+    rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row.status for row in rows] == statuses
+    assert rows[0].what == "4 layers of 4B, 248,320 words, 4,096 tokens" and "0.100 to 0.400 s a step" in rows[0].wanted
+    assert f"MFU {0.1 / seconds:.1%}" in rows[0].found and "10.00 GB rehearsed" in rows[1].wanted
+
+
+# ── rates.yaml ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_npus(*rows: Row) -> Report:
+    return Report("host", "today", "npu", "Ascend910B2", True, {"speed": list(rows)}, {"speed": 1.0})
+
+
+def test_rates_go_on_into_a_rehearsal(tmp_path, capsys):
+    rows = [
+        Row("", "held", "", "", "flops", 2.5e14),
+        Row("", "slower", "", "", "within", 9e10),
+        Row("", "held", "", "", "within", 6e10),
+    ]
+    assert command.finish(on_npus(*rows), tmp_path, is_whole=True) == 0  # slower is not off
+    assert "rates.yaml: make rehearse takes it" in capsys.readouterr().out
+    ends = read_rates(tmp_path / "rates.yaml", "npu")
+    for end, stated in ((ends.quick, QUICK), (ends.slow, SLOW)):
+        assert asdict(end) == asdict(stated) | {"flops": 2.5e14, "within": 6e10}  # of two the lower
+    assert ends.source == "flops, within as measured on Ascend910B2; memory, between, host stated"
+    whole = rates_text("npu", "Ascend910B2", asdict(Rates(1, 2, 3, 4, 5)))
+    (tmp_path / "rates.yaml").write_text(whole)
+    assert read_rates(tmp_path / "rates.yaml", "npu") == Ends(
+        Rates(1, 2, 3, 4, 5), Rates(1, 2, 3, 4, 5), "flops, memory, within, between, host as measured on Ascend910B2"
+    )
+
+
+def test_only_the_whole_of_it_writes_rates(tmp_path):
+    report = on_npus(Row("", "held", "", "", "flops", 2.5e14))
+    command.finish(report, tmp_path, is_whole=False)
+    report.is_apart = False
+    command.finish(report, tmp_path, is_whole=True)
+    assert not (tmp_path / "rates.yaml").exists()
+
+
+GOOD = {"kind": "npu", "device": "Ascend910B2", "flops": "2.5e+14 FLOP/s"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flop": "1 FLOP/s"}, "flop is not known; there are kind, device, flops, memory, within, between, host"),
+        ({"flops": "250 TFLOPS"}, r"flops: 250 TFLOPS: its unit is FLOP/s, as in 3.54e\+14 FLOP/s"),
+        ({"flops": "1e14"}, "its unit is FLOP/s"),
+        ({"host": "-1 s"}, "host: -1 s is not a number above 0"),
+        ({"memory": "nan B/s"}, "not a number above 0"),
+        ({"memory": "fast B/s"}, "not a number above 0"),
+        ({"kind": "cpu", "device": "cpu"}, r"the rates of a cpu \(cpu\) say nothing of an npu"),
+        ({"kind": None}, "not a file of rates"),
+        ({"flops": None}, "not a file of rates"),
+    ],
+)
+def test_a_wrong_file_of_rates_is_refused(tmp_path, changes, message):
+    lines = {name: value for name, value in (GOOD | changes).items() if value is not None}
+    (tmp_path / "r.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    with pytest.raises(SettingError, match=message):
+        read_rates(tmp_path / "r.yaml", "npu")
+
+
+def test_a_file_of_rates_that_is_none(tmp_path):
+    with pytest.raises(SettingError, match=r"none.yaml: no such file of rates; make accept writes one"):
+        read_rates(tmp_path / "none.yaml", "npu")
+    (tmp_path / "r.yaml").write_text("flops: 1 FLOP/s\nflops: 2 FLOP/s\n")
+    with pytest.raises(SettingError, match="flops is there twice"):
+        read_rates(tmp_path / "r.yaml", "npu")

@@ -1,7 +1,7 @@
 """Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward
 and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
 
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import interpreter
@@ -32,17 +32,16 @@ def run(op, inputs: list, rest: tuple, dtype: torch.dtype, probe: torch.Tensor) 
     return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
 
 
-def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
+def compare(op: str, inputs: list, *rest, dtype=torch.float32, **tile) -> None:
     """One draw of a handful of numbers may be rounded luckily: where there are few tokens, errors are over several draws."""
+    own = partial(getattr(ours, op), **tile)
     draws = []
     for _ in range(8 if len(inputs[0]) < 5 else 1):
         probe = torch.randn(inputs[2 if op == "chunk_gated_delta_rule" else 0].shape).to(dtype)
         rounded = [x.to(dtype) for x in inputs]
         args = rounded, rest
         exact = run(getattr(reference, op), *args, torch.float64, probe)
-        draws.append(
-            (run(getattr(ours, op), *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact)
-        )
+        draws.append((run(own, *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact))
         inputs = [x if len(x) != len(inputs[0]) else x[..., torch.randperm(x.shape[-1])] for x in inputs]
     for i in range(len(draws[0][0])):
         found, native, exact = (torch.cat([draw[which][i] for draw in draws]) for which in range(3))
@@ -151,9 +150,30 @@ def test_who_is_chosen():
     assert kernels.select("cuda") == kernels.Kernels()
 
 
-def test_more_channels_than_a_program_takes(monkeypatch):
-    monkeypatch.setattr(sys.modules["kernels.triton.causal_conv1d"], "CHANNELS", 4)
-    compare("causal_conv1d", [torch.randn(70, 10), torch.randn(10, 4)], cu([3, 67]), dtype=torch.float32)
+def test_more_channels_than_a_program_takes():
+    compare("causal_conv1d", [torch.randn(70, 10), torch.randn(10, 4)], cu([3, 67]), channels=4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("chunk", "columns"), [(64, 16), (32, 32), (16, 16)])
+def test_smaller_tiles(chunk, columns, dtype):
+    """What a kernel falls to that does not fit: as near to the reference."""
+    fallen = {"tiles": tiles.Tiles(chunk, columns)}
+    compare("chunk_gated_delta_rule", delta_rule(70), cu([3, 67]), dtype=dtype, **fallen)
+    wide = [torch.randn(70, 2, 24), torch.randn(70, 2, 24), torch.randn(24)]
+    compare("rms_norm_gated", wide, 1e-6, dtype=dtype, elements=64)
+
+
+def test_fewer_columns_change_no_number():
+    inputs, probe = delta_rule(70, 1, 2), torch.randn(70, 2, 32)
+    runs = [
+        run(
+            partial(ours.chunk_gated_delta_rule, tiles=tiles.Tiles(64, n)), inputs, (cu([3, 67]),), torch.float32, probe
+        )
+        for n in (32, 16)
+    ]
+    out, grad_q, grad_k, grad_v, _, grad_beta = (torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    assert out and grad_q and grad_k and grad_v and grad_beta  # g's gradient is a sum over all of them
 
 
 def test_slices_of_one_projection_are_read_where_they_are():

@@ -25,7 +25,9 @@ class CacheError(UserError):
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    return Path(environment.get(VARIABLE, "").strip() or Path.home() / ".triton/cache")
+    """As Triton finds it."""
+    home = Path(environment.get("TRITON_HOME") or Path.home())
+    return Path(environment.get(VARIABLE, "").strip() or home / ".triton/cache")
 
 
 def check_owner(folder: Path) -> None:
@@ -33,8 +35,8 @@ def check_owner(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     link, found = folder.lstat(), folder.stat()
-    if other := next((s.st_uid for s in (link, found) if s.st_uid != os.getuid()), None):
-        why = f"it belongs to user {other}, this process to {os.getuid()}"
+    if others := {link.st_uid, found.st_uid} - {os.getuid()}:
+        why = f"it belongs to user {others.pop()}, this process to {os.getuid()}"
     elif not stat.S_ISDIR(found.st_mode):
         why = "it is no folder"
     elif found.st_mode & 0o022:
@@ -63,7 +65,7 @@ def compiling(folder: Path, waits: Callable[[str], object]) -> Iterator[None]:
             waits(file.read())
             time.sleep(0.2)
         file.seek(0)
-        if file.read():  # it was not this far
+        if file.read():  # whoever wrote it did not come to an end
             for header in folder.glob(f"*/{HEADER}"):
                 shutil.rmtree(header.parent)
         file.truncate(0)

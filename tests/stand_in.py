@@ -109,6 +109,7 @@ def npu_machine(tmp_path: Path) -> Machine:
         "ASCEND_HOME_PATH": str(home),
         "MASTER_PORT": str(free_port()),
         "HCCL_SOCKET_IFNAME": "eth",
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
     }
     found = Machine(
         "npu",

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from qwen35.doctor.machine import Finding, Machine, ok, wrong
+from qwen35.triton_cache import CacheError, cache_folder, check_owner
 
 
 def triton(m: Machine) -> list[Finding]:
-    return [_compiler(m), _headers(m), _pybind11(m), _bishengir(m)] if m.package("triton-ascend") else []
+    return [_compiler(m), _headers(m), _pybind11(m), _bishengir(m), _cache(m)] if m.package("triton-ascend") else []
 
 
 def _compiler(m: Machine) -> Finding:
@@ -41,3 +42,12 @@ def _bishengir(m: Machine) -> Finding:
     if found:
         return ok(name, found)
     return wrong(name, "is not on PATH", "CANN's set_env.sh puts it there: install CANN's toolkit whole")
+
+
+def _cache(m: Machine) -> Finding:
+    folder = cache_folder(m.environment)
+    try:
+        check_owner(folder)
+    except (CacheError, OSError) as error:
+        return wrong("Triton's cache", str(error), "set TRITON_CACHE_DIR to a folder of your own")
+    return ok("Triton's cache", str(folder))

@@ -58,13 +58,15 @@ def compiled(
         return chosen
     from kernels.triton.first_run import with_tiles
 
+    # a group that does not give up before; made first, since the ranks meet by a store that would
+    group = host_group(OTHERS) if dist.get_world_size() > 1 else None
     tiles = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         tiles, _ = compile_here(settings, text, chosen, device, pulse, say)
-    found = [tiles] * dist.get_world_size()
-    if dist.get_world_size() > 1:
-        pulse.at("waiting for this machine's local rank 0, or another machine's, to compile the Triton kernels", OTHERS)
-        group = host_group(OTHERS)  # the device's own gives up sooner
+    found = [tiles]
+    if group is not None:
+        pulse.at("waiting for the local ranks 0 to compile the Triton kernels", OTHERS)
+        found *= dist.get_world_size()
         dist.all_gather_object(found, tiles, group)
         dist.destroy_process_group(group)
     return with_tiles(chosen, agreed(found))

@@ -87,7 +87,7 @@ def compile_kernels(
     while True:
         try:
             with _Launches(found, begins):
-                _run(with_tiles(chosen, tiles), layer, device)
+                run_once(with_tiles(chosen, tiles), layer, device)
             return tiles, list(found.values())
         except TooLargeError as error:
             smaller = tiles.smaller(error.kernel)
@@ -109,7 +109,7 @@ def with_tiles(chosen: Kernels, tiles: Tiles) -> Kernels:
     return replace(chosen, **{op: how for op, how in given.items() if getattr(chosen, op) is how.func})
 
 
-def _run(chosen: Kernels, layer: Layer, device: torch.device) -> None:
+def run_once(chosen: Kernels, layer: Layer, device: torch.device) -> None:
     """The delta net's core and norm as the model calls them, in the same dtypes. No random numbers: they are the run's."""
 
     def zeros(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:

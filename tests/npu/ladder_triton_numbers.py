@@ -1,14 +1,16 @@
 """Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward
 and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
 
+import sys
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import interpreter
 import pytest
 import torch
 import triton_cost
 from test_kernels import LENGTHS, cu
+from triton.backends.ascend.driver import NPUDriver
 
 import kernels
 from kernels import reference
@@ -129,9 +131,43 @@ def test_more_tasks_than_programs(monkeypatch):
     compare("rms_norm_gated", [torch.randn(900, 32), torch.randn(900, 32), torch.randn(32)], 1e-6, dtype=torch.float32)
 
 
-def test_programs_are_as_many_as_the_cores_there(monkeypatch):
-    found = SimpleNamespace(get_device_properties=lambda index: {"num_aicore": 20 + index, "num_vectorcore": 40})
-    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=SimpleNamespace(utils=found)))
+class StandInDriver(NPUDriver):
+    """triton-ascend's own, but for what it would ask the device."""
+
+    def __init__(self) -> None:
+        properties = {"num_aicore": 21, "num_vectorcore": 40}
+        self.utils = SimpleNamespace(get_device_properties=lambda index: properties)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """How torch_npu is asked for the stream; `drains` first empties its queue."""
+    asked: list[str] = []
+    c = ModuleType("torch_npu._C")
+    c._npu_getCurrentRawStream = lambda device: asked.append("drains") or 7
+    c._npu_getCurrentRawStreamNoWait = lambda device: asked.append("does not") or 7
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(_C=c))
+    monkeypatch.setitem(sys.modules, "torch_npu._C", c)
+    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=StandInDriver()))
+    tiles._driver.cache_clear()
+    yield asked
+    tiles._driver.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["drains", "does not", "TRITON_ENABLE_TASKQUEUE"])
+def test_the_queue_is_not_drained_where_torch_npu_can(asked, how, monkeypatch):
+    """2.7.1.post2 cannot; and must not where a launch passes the queue by."""
+    if how == "drains":
+        del sys.modules["torch_npu._C"]._npu_getCurrentRawStreamNoWait
+    if how == "TRITON_ENABLE_TASKQUEUE":
+        monkeypatch.setenv(how, "false")
+    for _ in range(3):  # launches, each of which counts its programs and then asks
+        tiles.programs(7, SimpleNamespace(type="npu", index=1))
+        assert tiles.driver.active.get_current_stream(1) == 7
+    assert asked == ["does not" if how == "does not" else "drains"] * 3
+
+
+def test_programs_are_as_many_as_the_cores_there(asked):
     device = SimpleNamespace(type="npu", index=1)
     assert tiles.programs(1000, device, products=True) == 21 and tiles.programs(1000, device) == 40
     assert tiles.programs(7, device) == 7 and tiles.programs(0, device) == 1

@@ -1,7 +1,7 @@
 """A stand-in for CANN's toolkit, as far as triton-ascend needs one to compile and launch: nothing computes.
 
-Its BiShengIR is the real one, up to CANN's own last step, hivmc, which writes a file; the C++ that triton-ascend generates is
-compiled by g++ against torch_npu's own headers, with CANN's runtime declared here, and linked to a runtime that counts launches.
+Its BiShengIR is the real one, up to CANN's own last step, hivmc, which only writes a file; the C++ that triton-ascend generates
+is compiled by g++ against torch_npu's own headers, with CANN's runtime declared here, and linked to one that counts launches.
 """
 
 import os
@@ -97,7 +97,9 @@ def make(folder: Path, torch_npu: Path, cann: Path) -> dict[str, str]:
     (folder / "runtime.cpp").write_text(RUNTIME)
     library = folder / "lib64/libruntime.so"
     include = [f"-I{folder / 'include'}", f"-I{torch_npu / 'include'}"]
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-w", *include, "-o", library, folder / "runtime.cpp"], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-shared", "-fPIC", "-w", *include, "-o", library, folder / "runtime.cpp"], check=True
+    )
     (folder / "lib64/libascendcl.so").symlink_to(cann / "libascendcl.so")
     (folder / "bin").mkdir()
     for name, script in PROGRAMS.items():

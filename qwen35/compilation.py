@@ -1,10 +1,6 @@
-"""A run's Triton kernels, compiled by one process of each machine before the others use them.
-
-`python -m qwen35.compilation CONFIG [a.b=c …]` does it for a recipe on one device, without its weights, and prints the kernels.
-"""
+"""A run's Triton kernels, compiled by one process of each machine before the others use them."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,18 +11,16 @@ import torch.distributed as dist
 
 import kernels
 from qwen35.config import load_settings
-from qwen35.console import outlive_readers
 from qwen35.device import host_group, take_device
 from qwen35.doctor.machine import Machine
 from qwen35.doctor.triton import triton
-from qwen35.errors import USER_ERRORS, Parser, UserError, complain
+from qwen35.errors import USER_ERRORS, UserError, complain
 from qwen35.model import TextConfig, load_config
 from qwen35.pulse import Pulse
 from qwen35.settings import Settings
 from qwen35.triton_cache import cache_folder, compiling
 
 if TYPE_CHECKING:
-    from kernels.triton.first_run import Compiled
     from kernels.triton.tiles import Tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -113,7 +107,7 @@ def compile_here(
     device: torch.device,
     pulse: Pulse,
     say: Callable[[str], object],
-) -> "tuple[Tiles, list[Compiled]]":
+) -> "tuple[Tiles, dict[str, float]]":
     """Alone in this machine's cache, with lines of progress. Raises as `compiled`."""
     from kernels.triton.first_run import COUNTS, Layer, TooLargeError, compile_kernels
 
@@ -125,35 +119,28 @@ def compile_here(
     folder, start = cache_folder(), time.monotonic()
     try:
         with compiling(folder, progress.waits):
-            tiles, found = compile_kernels(chosen, layer, device, progress.begins, say)
+            tiles, seconds = compile_kernels(chosen, layer, device, progress.begins, say)
     except TooLargeError as error:
+        kernel, why = error.args
         raise CompilationError(
-            f"{error}, and there is no smaller tile; model.kernels has others, native among them"
+            f"{kernel}: {why}, and no tile is smaller; model.kernels has others, as native"
         ) from error
-    say(f"Triton kernels: {len(found)} ready in {time.monotonic() - start:.0f} s, in {folder}")
-    return tiles, found
+    say(f"Triton kernels: {len(seconds)} ready in {time.monotonic() - start:.0f} s, in {folder}")
+    return tiles, seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m qwen35.compilation", description=__doc__)
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
+def show(config: str, overrides: Sequence[str]) -> int:
+    """Compile a recipe's kernels on the first device, without its weights, and print a table of them. Returns the exit code."""
     try:
-        settings, device = load_settings(args.config, args.overrides), take_device()
+        settings, device = load_settings(config, overrides), take_device()
         chosen = kernels.select(device.type, settings.model.kernels)
         if not kernels.of_triton(chosen):
-            print("Triton kernels: none is chosen here")
             return 0
         text = load_config(settings.model.model_name_or_path).text
-        tiles, found = compile_here(settings, text, chosen, device, Pulse(), partial(print, flush=True))
+        tiles, seconds = compile_here(settings, text, chosen, device, Pulse(), partial(print, flush=True))
     except (*USER_ERRORS, kernels.KernelError) as error:
         return complain(error)
-    print(f"{'kernel':28}{'seconds':>8}  tile")
-    print("\n".join(f"{x.kernel:28}{x.seconds:>8.1f}  {tiles.words(x.kernel)}" for x in found))
+    print(
+        "\n".join([f"{'kernel':28}seconds  tile", *(f"{k:28}{s:7.1f}  {tiles.words(k)}" for k, s in seconds.items())])
+    )
     return 0
-
-
-if __name__ == "__main__":
-    outlive_readers()
-    sys.exit(main())

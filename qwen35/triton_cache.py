@@ -30,22 +30,17 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get(VARIABLE, "").strip() or home / ".triton/cache")
 
 
-def check_owner(folder: Path) -> None:
-    """What lies there is loaded and run: nobody else may write it. Raises CacheError; a folder that is not there is fine."""
+def unfit(folder: Path) -> str | None:
+    """Why a folder cannot be it. What lies there is loaded and run: nobody else may write it. None: it can, or is not there."""
     if not os.path.lexists(folder):
-        return
+        return None
     link, found = folder.lstat(), folder.stat()
     if others := {link.st_uid, found.st_uid} - {os.getuid()}:
-        why = f"it belongs to user {others.pop()}, this process to {os.getuid()}"
-    elif not stat.S_ISDIR(found.st_mode):
-        why = "it is no folder"
-    elif found.st_mode & 0o022:
-        why = f"others may write there (mode {found.st_mode & 0o777:o}); chmod go-w, if nobody has"
-    else:
-        return
-    raise CacheError(
-        f"{VARIABLE}={folder}: Triton would load and run what lies there, and {why}; or name another folder"
-    )
+        return f"it belongs to user {others.pop()}, this process to {os.getuid()}"
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is no folder"
+    writes = found.st_mode & 0o022
+    return f"others may write there: its mode is {found.st_mode & 0o777:o}" if writes else None
 
 
 @contextmanager
@@ -55,10 +50,14 @@ def compiling(folder: Path, waits: Callable[[str], object]) -> Iterator[None]:
     waits: is told, again and again, which process has it. What one that was killed may have left half written is removed.
     Raises CacheError, OSError.
     """
-    check_owner(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    check_owner(folder)
+    if not (why := unfit(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        why = unfit(folder)
+    if why:
+        raise CacheError(
+            f"{VARIABLE}={folder}: Triton would load and run what lies there, and {why}; name another folder"
+        )
     with (folder / LOCK).open("a+") as file:
         while not _taken(file.fileno(), folder):
             file.seek(0)

@@ -31,7 +31,7 @@ def compile_kernels(chosen, layer, device, begins, falls):
         begins(f"kernel {{i}}")
         time.sleep({TIMEOUT / 2 + 1})
     falls(f"a kernel of {{layer.key_heads}} K and {{layer.value_heads}} V heads of {{layer.Dk}} gets a smaller tile")
-    return "the tiles that fit", [SimpleNamespace()] * 2
+    return "the tiles that fit", {{"kernel 0": 4.0, "kernel 1": 4.0}}
 
 stand_in = ModuleType("kernels.triton.first_run")
 stand_in.compile_kernels, stand_in.with_tiles = compile_kernels, lambda chosen, tiles: print("computes with", tiles)

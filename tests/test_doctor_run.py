@@ -63,7 +63,7 @@ def test_then_the_kernels_are_compiled(
 ) -> None:
     """Only where nothing is wrong, and for a run on NPUs; what fails there is wrong too."""
     asked: list[list[str]] = []
-    monkeypatch.setattr(compilation, "main", lambda argv: asked.append(argv) or 1)
+    monkeypatch.setattr(compilation, "show", lambda config, overrides: asked.append([config, *overrides]) or 1)
     monkeypatch.setattr(command, "Machine", lambda accelerator: replace(m, accelerator=accelerator))
     arguments = ["--accelerator=npu", "--", RECIPE, *settings]
     assert command.main(["--wrong=a value", *arguments]) == 1 and not asked

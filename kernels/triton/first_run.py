@@ -31,34 +31,21 @@ class Layer:
     dtype: torch.dtype
 
 
-@dataclass
-class Compiled:
-    """What a kernel's first launches took, of all tiles that were tried."""
-
-    kernel: str
-    seconds: float = 0.0
-
-
 class TooLargeError(RuntimeError):
-    """A kernel whose tile does not fit into a buffer of the device, in CANN's compiler's own words."""
-
-    def __init__(self, kernel: str, why: str):
-        super().__init__(f"{kernel}: {why}")
-        self.kernel, self.why = kernel, why
+    """(kernel, why): its tile does not fit into a buffer of the device, in CANN's compiler's own words."""
 
 
 class _Launches(TorchDispatchMode):
-    """Times the launches of our kernels inside. `begins` is told of each one before."""
+    """Adds up the seconds of each of our kernels' launches inside. `begins` is told of each before."""
 
-    def __init__(self, found: dict[str, Compiled], begins: Callable[[str], object]):
+    def __init__(self, seconds: dict[str, float], begins: Callable[[str], object]):
         super().__init__()
-        self._found, self._begins = found, begins
+        self._seconds, self._begins = seconds, begins
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = func.name()
         if func.namespace not in FIELDS:
             return func(*args, **(kwargs or {}))
-        record = self._found.setdefault(kernel, Compiled(kernel))
         self._begins(kernel)
         start = time.perf_counter()
         try:
@@ -68,7 +55,7 @@ class _Launches(TorchDispatchMode):
                 raise TooLargeError(kernel, why[0]) from error
             raise
         finally:
-            record.seconds += time.perf_counter() - start
+            self._seconds[kernel] = self._seconds.get(kernel, 0.0) + time.perf_counter() - start
 
 
 def compile_kernels(
@@ -77,25 +64,25 @@ def compile_kernels(
     device: torch.device,
     begins: Callable[[str], object],
     falls: Callable[[str], object],
-) -> tuple[Tiles, list[Compiled]]:
-    """Run the operators of `chosen` once, forward and backward -> the tiles with which every kernel of ours compiles.
+) -> tuple[Tiles, dict[str, float]]:
+    """Run the operators of `chosen` once, forward and backward -> the tiles with which every kernel of ours compiles, and the
+    seconds that each took, with all that were tried.
 
     begins: is told of each kernel before it is launched. falls: of each that does not fit, in a line, and what it gets instead.
     Raises TooLargeError where there is no smaller tile, and what the compilers raise otherwise.
     """
-    tiles, found = Tiles.of(layer.Dk, layer.Dv), dict[str, Compiled]()
+    tiles, seconds = Tiles.of(layer.Dk, layer.Dv), dict[str, float]()
     while True:
         try:
-            with _Launches(found, begins):
+            with _Launches(seconds, begins):
                 run_once(with_tiles(chosen, tiles), layer, device)
-            return tiles, list(found.values())
+            return tiles, seconds
         except TooLargeError as error:
-            smaller = tiles.smaller(error.kernel)
+            kernel, why = error.args
+            smaller = tiles.smaller(kernel)
             if smaller is None:
                 raise
-            falls(
-                f"{error.kernel}: {tiles.words(error.kernel)} does not fit ({error.why}); {smaller.words(error.kernel)}"
-            )
+            falls(f"{kernel}: {tiles.words(kernel)} does not fit ({why}); {smaller.words(kernel)}")
             tiles = smaller
 
 

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qwen35 import compilation
 
         print(flush=True)
-        count += compilation.main([args.config, *args.overrides])
+        count += compilation.show(args.config, args.overrides)
     device = "NPUs" if m.accelerator else "the CPU"
     print(f"\n{count or 'nothing'} {'are' if count > 1 else 'is'} wrong for a run on {device}")
     return 1 if count else 0

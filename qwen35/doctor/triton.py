@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from qwen35.doctor.machine import Finding, Machine, ok, wrong
-from qwen35.triton_cache import CacheError, cache_folder, check_owner
+from qwen35.triton_cache import cache_folder, unfit
 
 
 def triton(m: Machine) -> list[Finding]:
@@ -46,8 +46,7 @@ def _bishengir(m: Machine) -> Finding:
 
 def _cache(m: Machine) -> Finding:
     folder = cache_folder(m.environment)
-    try:
-        check_owner(folder)
-    except (CacheError, OSError) as error:
-        return wrong("Triton's cache", str(error), "set TRITON_CACHE_DIR to a folder of your own")
+    if why := unfit(folder):
+        todo = "set TRITON_CACHE_DIR to a folder of your own: what lies there is loaded and run"
+        return wrong("Triton's cache", f"{folder}: {why}", todo)
     return ok("Triton's cache", str(folder))

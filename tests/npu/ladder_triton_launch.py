@@ -69,10 +69,12 @@ def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
     backward = [norm[1], *(f"delta_rule::{x}" for x in walk), conv[1]]
     assert told["kernels"] == [*forward, *backward]
     assert told["begun"] == [*forward, norm[1], *forward, *backward]  # nobody has drained the queue
-    [line] = told["falls"]
+    [line] = [line for line in told["told"] if "does not fit" in line]
     assert line.startswith("rms_norm_gated::backward: elements 8192 does not fit (ub overflow, requires ")
     assert line.endswith(" bits while 1572864 bits available); elements 4096")
     assert told["tiles"] == {"chunk": 64, "columns": 128, "channels": 2048, "elements": 4096}
+    assert told["told"][0] == "compiling Triton kernels: 1 of 11, 0 s"
+    assert told["told"][-1].startswith("Triton kernels: 11 ready in ")
     assert told["launches"] == len(forward) + len(forward) + len(backward)
     assert told["stream"]
 

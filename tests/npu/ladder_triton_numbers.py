@@ -200,6 +200,24 @@ def test_smaller_tiles(chunk, columns, dtype):
     compare("rms_norm_gated", wide, 1e-6, dtype=dtype, elements=64)
 
 
+def test_tiles_get_smaller_until_there_are_none():
+    """Each kernel's own: the walks first take fewer columns, then as the others a smaller chunk."""
+    start = tiles.Tiles.of(128, 128)
+    falls = {
+        "delta_rule::gradients": 2,
+        "delta_rule::scan": 3 + 2,
+        "causal_conv1d::backward": 4,
+        "rms_norm_gated::forward": 4,
+    }
+    for kernel, count in falls.items():
+        found, now = [], start
+        while now := now.smaller(kernel):
+            found.append(now)
+        assert len(found) == len(set(found)) == count, kernel
+        assert all(tiles.Tiles.of(128, 128) != x and x.words(kernel) != start.words(kernel) for x in found)
+    assert start.smaller("delta_rule::scan") == tiles.Tiles(64, 64) and found[-1].elements == 256
+
+
 def test_fewer_columns_change_no_number():
     inputs, probe = delta_rule(70, 1, 2), torch.randn(70, 2, 32)
     runs = [

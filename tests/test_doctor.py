@@ -213,6 +213,9 @@ def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
     ):  # fmt: skip
         assert words in text
     assert "CC=cc1plus is no program" in lines(triton(given(alone, CC="cc1plus")))[0]
+    program(m.root / "bin/bishengir-compile", "exit 1")
+    (m.root / "bin/bisheng").unlink()
+    assert "bisheng             is not on PATH" in "\n".join(lines(triton(alone)))
     program(m.root / "bin/clang++", "exit 1")
     assert lines(triton(alone))[0].endswith("bin/clang++")
     shutil.rmtree(next(Path(m.site[0]).glob("triton_ascend-*")))

@@ -22,7 +22,7 @@ PROGRAMS = 65_535  # of a launch, at the most, where the device shares them out 
 CUBE_CORES, VECTOR_CORES = 24, 48  # of a 910B2
 
 FIELDS = {"delta_rule": "chunk", "causal_conv1d": "channels", "rms_norm_gated": "elements"}  # operator -> of Tiles
-WALKS = ("scan", "states", "grad_states")  # a state's columns are independent: fewer of them change no number
+WALKS = ("scan", "states", "grad_states")  # over a state's columns, each by itself
 LEAST = {"chunk": 16, "columns": 16, "channels": 128, "elements": 256}  # products have from 16 rows and columns
 
 

@@ -13,7 +13,7 @@ from qwen35.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check
 from qwen35.doctor.machine import ok, wrong
 from qwen35.pulse import Pulse
 
-TIMEOUT = 6.0  # seconds, of all groups but the one that waits
+TIMEOUT = 10.0  # seconds, of all groups but the one that waits
 
 RANK = f"""
 import os, sys, time
@@ -65,13 +65,13 @@ def test_local_rank_0_compiles_and_the_others_wait(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [process.communicate(timeout=120) for process in processes]
+    told = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], told
     first, second = (out.splitlines() for out, _ in told)
     waiting = f"at: waiting for the local ranks 0 to compile the Triton kernels {OTHERS}"
     assert second == [waiting, "computes with the tiles that fit"]
     assert first[0] == f"at: compiling Triton kernels: 1 of 2 (kernel 0) {A_KERNEL}"
-    assert first[1] == "told: compiling Triton kernels: 1 of 2, 0 s"
+    assert first[1].startswith("told: compiling Triton kernels: 1 of 2, ")
     assert first[2] == f"at: compiling Triton kernels: 2 of 2 (kernel 1) {A_KERNEL}"
     assert first[3].startswith("told: compiling Triton kernels: 2 of 2, ")
     assert first[4] == "told: a kernel of 2 K and 4 V heads of 16 gets a smaller tile"  # of each of two ranks

@@ -49,7 +49,7 @@ def test_several_at_once(tmp_path):
     assert [line(process) for process in others] == [f"waits for {first.pid}"] * 4
     (tmp_path / "go on").touch()
     for process in (first, *others):
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
     assert (tmp_path / LOCK).read_text() == ""
 
@@ -59,9 +59,9 @@ def test_without_the_lock_they_would_meet(tmp_path):
     first = start(tmp_path, "unlocked")
     assert line(first) == "is writing"
     second = start(tmp_path, "unlocked")
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=600)
     (tmp_path / "go on").touch()
-    first.communicate(timeout=60)
+    first.communicate(timeout=600)
     assert (first.returncode, second.returncode, err) == (0, 1, "found half\n")
 
 
@@ -75,16 +75,16 @@ def test_what_one_that_was_killed_left_is_made_again(tmp_path):
     assert (tmp_path / "a hash/precompiled.h.gch").read_text() == "half"
     (tmp_path / "go on").touch()
     later = start(tmp_path)
-    _, err = later.communicate(timeout=60)
+    _, err = later.communicate(timeout=600)
     assert later.returncode == 0, err
     assert (tmp_path / "another/kernel.so").exists()
 
 
 def test_what_is_whole_stays(tmp_path):
     (tmp_path / "go on").touch()
-    assert start(tmp_path).wait(60) == 0
+    assert start(tmp_path).wait(600) == 0
     made = (tmp_path / "a hash/precompiled.h.gch").stat().st_mtime_ns
-    assert start(tmp_path).wait(60) == 0
+    assert start(tmp_path).wait(600) == 0
     assert (tmp_path / "a hash/precompiled.h.gch").stat().st_mtime_ns == made
 
 

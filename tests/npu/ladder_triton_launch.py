@@ -73,7 +73,7 @@ def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
     assert line.startswith("rms_norm_gated::backward: elements 8192 does not fit (ub overflow, requires ")
     assert line.endswith(" bits while 1572864 bits available); elements 4096")
     assert told["tiles"] == {"chunk": 64, "columns": 128, "channels": 2048, "elements": 4096}
-    assert told["told"][0] == "compiling Triton kernels: 1 of 11, 0 s"
+    assert told["told"][0].startswith("compiling Triton kernels: 1 of 11, ")
     assert told["told"][-1].startswith("Triton kernels: 11 ready in ")
     assert told["launches"] == len(forward) + len(forward) + len(backward)
     assert told["stream"]
@@ -98,9 +98,9 @@ def test_several_processes_at_once(environment, tmp_path, how):
     if how == "locked":
         assert all("waits\n" in iter(process.stdout.readline, "") for process in others)
         (tmp_path / "go on").touch()
-    errors = [process.communicate(timeout=120)[1] for process in others]
+    errors = [process.communicate(timeout=600)[1] for process in others]
     (tmp_path / "go on").touch()
-    assert first.communicate(timeout=120) is not None and first.returncode == 0
+    assert first.communicate(timeout=600) is not None and first.returncode == 0
     if how == "locked":
         assert [process.returncode for process in others] == [0, 0], errors
     else:

@@ -145,6 +145,9 @@
 : "${NPU_ASD_ENABLE:=0}"
 # Wait for each operator: slow, but an error names its operator. Default 0. Allowed: 0 asynchronous, 1 wait.
 : "${ASCEND_LAUNCH_BLOCKING:=0}"
+# Where Triton keeps the kernels that it compiles, for all processes of this machine and the runs to come: best a disk of its own,
+# not a home over the network. A folder of this user alone; it is made. Default: below /tmp.
+: "${TRITON_CACHE_DIR:=/tmp/qwen35-triton-$UID}"
 # 1: sum in the same order in every matmul, for repeatable runs. Default: unset, 1 with training.deterministic. Allowed: 0, 1.
 : "${CLOSE_MATMUL_K_SHIFT:=}"
 

@@ -86,6 +86,11 @@ def implementations(device: str) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(OPS, ("native",))
 
 
+def of_triton(chosen: Kernels) -> list[str]:
+    """The ops that run as Triton kernels of ours."""
+    return [op for op in BY_TRITON if getattr(chosen, op).__module__.startswith("kernels.triton.")]
+
+
 def is_installed(name: str) -> bool:
     return name == "native" or find_spec(SOURCES[name].stands_on) is not None
 

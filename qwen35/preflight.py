@@ -12,6 +12,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+import kernels
+from qwen35.compilation import check_compilers
 from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
 from qwen35.errors import UserError
@@ -93,10 +95,13 @@ def measure(device: torch.device, say: Callable[[str], None]) -> None:
 
 
 def preflight(settings: Settings) -> None:
-    measure(init_process(), lambda line: print(f"{line}\npreflight: all is well", flush=True))
+    device = init_process()
+    if kernels.of_triton(kernels.select(device.type, settings.model.kernels)):
+        check_compilers()
+    measure(device, lambda line: print(f"{line}\npreflight: all is well", flush=True))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     outlive_readers()
-    leave(run_rank(preflight, "qwen35.preflight", __doc__, None))
+    leave(run_rank(preflight, "qwen35.preflight", __doc__, None, kernels.KernelError))

@@ -25,6 +25,7 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
 from qwen35.checkpoint.saver import Saver
+from qwen35.compilation import DTYPES, compiled
 from qwen35.config import to_yaml
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
@@ -58,7 +59,6 @@ from qwen35.trainable import freeze, table
 from qwen35.validation import Validation
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -99,7 +99,8 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
-    chosen = kernels.select(device.type, m.kernels)
+    chosen = compiled(settings, config.text, device, pulse, report)
+    pulse.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)

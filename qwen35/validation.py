@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import kernels
 from kernels.host import to_device
 from qwen35.batch import IGNORE
 from qwen35.data import RecordError
@@ -153,9 +152,8 @@ class Validation:
         The ranks' answers take different numbers of steps, so each rank asks a whole, plain copy of the model.
         """
         at("a whole copy of the model to ask")
-        chosen = kernels.select(self.device.type, self.settings.model.kernels)
         with torch.device("meta"):
-            plain = Qwen35(model.config, kernels=chosen, mtp=hasattr(model, "mtp")).to(self.dtype)
+            plain = Qwen35(model.config, kernels=model.kernels, mtp=hasattr(model, "mtp")).to(self.dtype)
         for parameter in held_out(plain):
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))

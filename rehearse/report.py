@@ -1,5 +1,6 @@
 """What a rehearsal prints."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rehearse.memory import KINDS, PHASES, Peak
@@ -10,6 +11,7 @@ from rehearse.step import Rehearsal
 GB = 1 << 30  # the memory of an NPU is counted so
 LINES = 6  # that made most of the activations
 STEP = PHASES[1:]  # set-up is not a part of the step
+TRITON = ("delta_rule::", "causal_conv1d::", "rms_norm_gated::")  # what launches a Triton kernel of ours
 
 
 def peak(r: Rehearsal) -> tuple[str, Peak]:
@@ -54,6 +56,9 @@ def _operators(r: Rehearsal) -> Iterator[str]:
             f"operators, {phase}: {record.ops.total():,}, of which {record.launched:,} start something on the NPU; "
             f"{syncs} host syncs{' (counts of rows by expert)' * bool(syncs)}"
         )
+    of_step = sum((r.operators.records[phase].ops for phase in STEP), Counter())
+    if launches := sum(n for name, n in of_step.items() if name.startswith(TRITON)):
+        yield f"Triton kernels: {launches:,} launches a step, and with torch_npu 2.7.1.post2 as often the host drains its queue"
 
 
 def _wire(r: Rehearsal) -> Iterator[str]:

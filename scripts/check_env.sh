@@ -74,6 +74,9 @@ check_env() {
     done
     check_alloc_conf
     check_nodes
+    if [[ -e ${TRITON_CACHE_DIR:-} && ! (-d $TRITON_CACHE_DIR && -O $TRITON_CACHE_DIR) ]]; then
+        wrong TRITON_CACHE_DIR "$TRITON_CACHE_DIR" "a folder of this user, or one that is not there yet: programs are loaded from it"
+    fi
 }
 
 wrong_values() ( # each wrong value as a line, for who wants to know them all

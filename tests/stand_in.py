@@ -100,7 +100,7 @@ def npu_machine(tmp_path: Path) -> Machine:
     info = f"package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100R001C25\npath={home}\n"
     for kind in ("toolkit", "ops"):
         write(home / f"{architecture()}-linux/ascend_{kind}_install.info", info)
-    for name in ("g++", "bishengir-compile"):
+    for name in ("g++", "bishengir-compile", "bisheng"):
         program(tmp_path / "bin" / name, "exit 1")
     write(tmp_path / "include/Python.h")
     program(tmp_path / "bin/npu-smi", f"cat <<'END'\n{table()}END")
@@ -109,6 +109,7 @@ def npu_machine(tmp_path: Path) -> Machine:
         "ASCEND_HOME_PATH": str(home),
         "MASTER_PORT": str(free_port()),
         "HCCL_SOCKET_IFNAME": "eth",
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
     }
     found = Machine(
         "npu",

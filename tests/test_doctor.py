@@ -202,15 +202,20 @@ def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
     for name in ("g++", "bishengir-compile"):
         (m.root / "bin" / name).unlink()
     (m.root / "include/Python.h").unlink()
+    write(m.root / "triton")  # a file
     shutil.rmtree(next(Path(m.site[0]).glob("pybind11-*")))
     alone = given(m, PATH=str(m.root / "bin"))
     text = "\n".join(lines([f for f in triton(alone) if f.status == "wrong"]))
     for words in (
         "neither clang++ nor g++ is on PATH", f"Python.h           is not in {m.root / 'include'} -> install python3.10-dev",
         "pybind11           is not installed", "bishengir-compile  is not on PATH",
+        f"Triton's cache     {m.root / 'triton'}: it is no folder -> set TRITON_CACHE_DIR",
     ):  # fmt: skip
         assert words in text
     assert "CC=cc1plus is no program" in lines(triton(given(alone, CC="cc1plus")))[0]
+    program(m.root / "bin/bishengir-compile", "exit 1")
+    (m.root / "bin/bisheng").unlink()
+    assert [f.subject for f in triton(alone) if f.fact == "is not on PATH"] == ["bisheng"]
     program(m.root / "bin/clang++", "exit 1")
     assert lines(triton(alone))[0].endswith("bin/clang++")
     shutil.rmtree(next(Path(m.site[0]).glob("triton_ascend-*")))

@@ -15,7 +15,8 @@ from ports import free_port
 from stand_in import RECIPE, ROOT, given, npu_machine, only, program, write, wrong
 
 import kernels
-from qwen35 import tiny
+from qwen35 import compilation, tiny
+from qwen35.doctor import __main__ as command
 from qwen35.doctor import host, recipe
 from qwen35.doctor.__main__ import examine, lines
 from qwen35.doctor.machine import Machine
@@ -56,6 +57,20 @@ def test_a_machine_with_npus_where_all_is_well(m: Machine, settings: list[str]) 
         "eth0, eth1", "the first 20 records", "a checkpoint takes", "every value is an allowed one",
     ):  # fmt: skip
         assert words in text
+
+
+def test_then_the_kernels_are_compiled(
+    m: Machine, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only where nothing is wrong, and for a run on NPUs; what fails there is wrong too."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(compilation, "show", lambda config, overrides: asked.append([config, *overrides]) or 1)
+    monkeypatch.setattr(command, "Machine", lambda accelerator: replace(m, accelerator=accelerator))
+    arguments = ["--accelerator=npu", "--", RECIPE, *settings]
+    assert command.main(["--wrong=a value", *arguments]) == 1 and not asked
+    assert command.main(arguments[1:]) == 0 and not asked
+    assert command.main(arguments) == 1 and asked == [[RECIPE, *settings]]
+    assert capsys.readouterr().out.endswith("1 is wrong for a run on NPUs\n")
 
 
 def test_this_machine_is_fit_for_a_cpu_run() -> None:

@@ -26,7 +26,7 @@ OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH CANN_VERSION TORCH_NPU TORCH_INDEX PYTHON TORCH TRANSFORMERS
     OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE
     VIDEO ARGS SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT RENDEZVOUS_SECRET HOSTS
-    HOSTS_DIR SSH RATES""".split()
+    HOSTS_DIR SSH RATES TRITON_CACHE_DIR""".split()
 
 BOUNDS = {
     "ASCEND_GLOBAL_LOG_LEVEL": (0, 4),
@@ -97,6 +97,8 @@ BAD = [
     ("HOSTS_DIR", "here"),
     ("CONFIG", "configs/none.yaml"),
     ("OUT", "~/out"),
+    ("TRITON_CACHE_DIR", "~/cache"),
+    ("TRITON_CACHE_DIR", "env.sh"),  # a file
 ]
 
 IGNORED = " ".join(
@@ -241,6 +243,7 @@ def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: P
     assert got["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
     assert got["TOKENIZERS_PARALLELISM"] == "false"
     assert got["HCCL_EXEC_TIMEOUT"] == "1800"
+    assert got["TRITON_CACHE_DIR"] == f"/tmp/qwen35-triton-{os.getuid()}"
     assert got["MALLOC_MMAP_THRESHOLD_"] == "34359738368"
     assert got["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert not {"HCCL_BUFFSIZE", "HCCL_IF_IP", "ASCEND_RT_VISIBLE_DEVICES", "NPUS_PER_NODE"} & got.keys()

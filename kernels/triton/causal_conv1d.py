@@ -110,38 +110,38 @@ def backward(
 # ── Launches, as operators of torch ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _channels(C: int) -> tuple[int, int]:
+def _channels(C: int, most: int) -> tuple[int, int]:
     """-> channels of a program, and how many programs they make of a row"""
-    size = min(CHANNELS, power_of_two(C))
+    size = min(most, power_of_two(C))
     return size, -(-C // size)
 
 
 @custom_op("causal_conv1d::forward", mutates_args=())
-def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
-    """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]"""
+def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
+    """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]; channels: of a program, at the most"""
     y, C, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[1], len(chunks)
-    size, blocks = _channels(C)
+    size, blocks = _channels(C, channels)
     forward[(programs(N * blocks, x.device),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
     return y
 
 
 @launch_forward.register_fake
-def _(x: Tensor, taps: Tensor, chunks: Tensor) -> Tensor:
+def _(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _gradients(x: Tensor, chunks: Tensor, cores: int) -> tuple[Tensor, Tensor]:
-    _, blocks = _channels(x.shape[1])
+def _gradients(x: Tensor, chunks: Tensor, channels: int, cores: int) -> tuple[Tensor, Tensor]:
+    _, blocks = _channels(x.shape[1], channels)
     walkers = max(1, min(len(chunks), cores // blocks))  # each adds up over its chunks
     parts = torch.empty(walkers, TAPS, x.shape[1], dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), parts
 
 
 @custom_op("causal_conv1d::backward", mutates_args=())
-def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """-> the gradient of x [T, C]; parts [P, 4, C] fp32 of that of the taps, to be added up"""
-    grad_x, parts = _gradients(x, chunks, cores(x.device, products=False))
-    size, blocks = _channels(x.shape[1])
+    grad_x, parts = _gradients(x, chunks, channels, cores(x.device, products=False))
+    size, blocks = _channels(x.shape[1], channels)
     backward[(len(parts) * blocks,)](
         x, taps, grad, chunks, grad_x, parts, len(chunks), x.stride(0), C=x.shape[1], BC=size
     )
@@ -149,14 +149,14 @@ def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tu
 
 
 @launch_backward.register_fake
-def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
-    return _gradients(x, chunks, VECTOR_CORES)
+def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    return _gradients(x, chunks, channels, VECTOR_CORES)
 
 
 # ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor, channels: int = CHANNELS) -> Tensor:
     """x [T, C], weight [C, 4], cu_seqlens [S+1] on the CPU -> y [T, C]; ValueError on another number of taps."""
     if weight.shape[1] != TAPS:
         raise ValueError(
@@ -166,21 +166,22 @@ def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     if not len(x):
         return torch.zeros_like(x)
     chunks, _ = chunk_tables(cu_seqlens, CONV_ROWS, x.device)
-    return _CausalConv1d.apply(x, weight, chunks)
+    return _CausalConv1d.apply(x, weight, chunks, channels)
 
 
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chunks: Tensor, channels: int) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         ctx.save_for_backward(x, weight, chunks)
-        return launch_forward(x, _taps(weight), chunks)
+        ctx.channels = channels
+        return launch_forward(x, _taps(weight), chunks, channels)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, chunks = ctx.saved_tensors
-        grad_x, parts = launch_backward(x, _taps(weight), grad.contiguous(), chunks)
-        return grad_x, parts.sum(0).flip(0).T.to(weight.dtype), None
+        grad_x, parts = launch_backward(x, _taps(weight), grad.contiguous(), chunks, ctx.channels)
+        return grad_x, parts.sum(0).flip(0).T.to(weight.dtype), None, None
 
 
 def _taps(weight: Tensor) -> Tensor:

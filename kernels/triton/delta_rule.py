@@ -12,13 +12,22 @@ from torch import Tensor
 from kernels.kept import Kept, outputs_once
 from kernels.triton import delta_rule_launch as launch
 from kernels.triton.chunks import chunk_tables
-from kernels.triton.tiles import HEAD_SIZES, chunk_size
+from kernels.triton.tiles import HEAD_SIZES, Tiles
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    kept: Kept | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others."""
+    """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others. tiles: default the
+    largest.
+    """
     for size in (q.shape[2], v.shape[2]):
         if size not in HEAD_SIZES:
             raise ValueError(
@@ -27,8 +36,8 @@ def chunk_gated_delta_rule(
             )
     if not len(v):
         return torch.zeros_like(v)
-    size = chunk_size(q.shape[2], v.shape[2])
-    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, size, v.device), size, kept)
+    tiles = tiles or Tiles.of(q.shape[2], v.shape[2])
+    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, kept)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -42,23 +51,25 @@ class _DeltaRule(torch.autograd.Function):
         beta: Tensor,
         chunks: Tensor,
         sequences: Tensor,
-        size: int,
+        tiles: Tiles,
         kept: Kept | None,
     ) -> Tensor:
         q, k, v = (_in_rows(x) for x in (q, k, v))
         g, beta = g.contiguous(), beta.contiguous()
-        gates, norms = launch.prepare(q, k, g, beta, chunks, size)
+        gates, norms = launch.prepare(q, k, g, beta, chunks, tiles.chunk)
         inverse = launch.invert(k, gates, norms, chunks)
         ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
-        ctx.gate_dtypes = g.dtype, beta.dtype
-        return outputs_once(kept, lambda: (launch.scan(q, k, v, inverse, gates, norms, sequences),))[0]
+        ctx.gate_dtypes, ctx.columns = (g.dtype, beta.dtype), tiles.columns
+        inputs = q, k, v, inverse, gates, norms, sequences
+        return outputs_once(kept, lambda: (launch.scan(*inputs, tiles.columns),))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, inverse, gates, norms, chunks, sequences = ctx.saved_tensors
         grad = grad.contiguous()
-        entering = launch.states(k, v, inverse, gates, norms, sequences)
-        leaving, through = launch.grad_states(q, k, inverse, gates, norms, grad, entering, sequences)
+        entering = launch.states(k, v, inverse, gates, norms, sequences, ctx.columns)
+        walk = q, k, inverse, gates, norms, grad, entering, sequences, ctx.columns
+        leaving, through = launch.grad_states(*walk)
         inputs = q, k, v, inverse, gates, norms, grad, entering, leaving, chunks
         grad_q, grad_k, grad_v, grad_gates = launch.gradients(*inputs)
         grad_g, grad_beta, *sums = launch.finish(grad_gates, through, grad_q, grad_k, chunks, k.shape[1])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from kernels.triton import delta_rule_backward, delta_rule_forward, delta_rule_gradients
-from kernels.triton.tiles import power_of_two, programs, state_columns
+from kernels.triton.tiles import power_of_two, programs
 
 
 def sizes(k: Tensor, v: Tensor) -> dict[str, int]:
@@ -58,9 +58,12 @@ def _(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
 
 
 @custom_op("delta_rule::scan", mutates_args=())
-def scan(q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
-    """-> out [T, Hv, Dv]"""
-    out, count, walk = torch.empty(v.shape, dtype=v.dtype, device=v.device), len(sequences) - 1, _walk(k, v, gates)
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
+) -> Tensor:
+    """-> out [T, Hv, Dv]; columns: of a state that a program takes along"""
+    out, count = torch.empty(v.shape, dtype=v.dtype, device=v.device), len(sequences) - 1
+    walk = _walk(k, v, gates, columns)
     delta_rule_forward.scan[(_walkers(count, v, walk),)](
         q, k, v, inverse, gates, norms, sequences, out, k.shape[2] ** -0.5,
         count, q.stride(0), k.stride(0), v.stride(0), **walk,
@@ -68,8 +71,8 @@ def scan(q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms:
     return out
 
 
-def _walk(k: Tensor, v: Tensor, gates: Tensor) -> dict[str, int]:
-    return sizes(k, v) | {"BV": state_columns(k.shape[2], v.shape[2]), "C": gates.shape[3]}
+def _walk(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> dict[str, int]:
+    return sizes(k, v) | {"BV": columns, "C": gates.shape[3]}
 
 
 def _walkers(sequences: int, v: Tensor, walk: dict[str, int]) -> int:
@@ -77,7 +80,7 @@ def _walkers(sequences: int, v: Tensor, walk: dict[str, int]) -> int:
 
 
 @scan.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | int) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
@@ -86,9 +89,11 @@ def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
 
 
 @custom_op("delta_rule::states", mutates_args=())
-def states(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+def states(
+    k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
+) -> Tensor:
     """-> what enters each chunk, [N, Hv, Dk, Dv]"""
-    entering, count, walk = _states(k, v, gates), len(sequences) - 1, _walk(k, v, gates)
+    entering, count, walk = _states(k, v, gates), len(sequences) - 1, _walk(k, v, gates, columns)
     delta_rule_backward.states[(_walkers(count, v, walk),)](
         k, v, inverse, gates, norms, sequences, entering, count, k.stride(0), v.stride(0), **walk
     )
@@ -96,12 +101,12 @@ def states(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, 
 
 
 @states.register_fake
-def _(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor) -> Tensor:
+def _(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor | int) -> Tensor:
     return _states(k, v, gates)
 
 
-def _grad_states(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = v.shape[2] // state_columns(k.shape[2], v.shape[2])
+def _grad_states(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    blocks = v.shape[2] // columns
     through = torch.empty(len(gates), v.shape[1], blocks * k.shape[2], dtype=torch.float32, device=v.device)
     return _states(k, v, gates), through
 
@@ -116,9 +121,10 @@ def grad_states(
     grad: Tensor,
     entering: Tensor,
     sequences: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
     """-> the gradient of what leaves each chunk, [N, Hv, Dk, Dv]; through [N, Hv, parts] fp32, of the decay"""
-    (leaving, through), walk = _grad_states(k, grad, gates), _walk(k, grad, gates)
+    (leaving, through), walk = _grad_states(k, grad, gates, columns), _walk(k, grad, gates, columns)
     count = len(sequences) - 1
     delta_rule_backward.grad_states[(_walkers(count, grad, walk),)](
         q, k, inverse, gates, norms, grad, entering, sequences, leaving, through, k.shape[2] ** -0.5,
@@ -129,9 +135,17 @@ def grad_states(
 
 @grad_states.register_fake
 def _(
-    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor, *others: Tensor
+    q: Tensor,
+    k: Tensor,
+    inverse: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    grad: Tensor,
+    entering: Tensor,
+    sequences: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
-    return _grad_states(k, grad, gates)
+    return _grad_states(k, grad, gates, columns)
 
 
 def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

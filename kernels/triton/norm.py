@@ -61,66 +61,72 @@ def backward(
 # ── Launches, as operators of torch ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tile(D: int) -> dict[str, int]:
+def _tile(D: int, elements: int) -> dict[str, int]:
     lanes = power_of_two(D)
-    return {"D": D, "LANES": lanes, "ROWS": max(1, NORM_ELEMENTS // lanes)}
+    return {"D": D, "LANES": lanes, "ROWS": max(1, elements // lanes)}
 
 
-def _walkers(x: Tensor, cores: int) -> int:
+def _walkers(x: Tensor, elements: int, cores: int) -> int:
     """Programs, each of which adds up over its tiles."""
-    return max(1, min(-(-len(x) // _tile(x.shape[1])["ROWS"]), cores))
+    return max(1, min(-(-len(x) // _tile(x.shape[1], elements)["ROWS"]), cores))
 
 
 @custom_op("rms_norm_gated::forward", mutates_args=())
-def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x, gate [N, D], weight [D] -> y [N, D]"""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    forward[(_walkers(x, cores(x.device, products=False)),)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1]))
+def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
+    """x, gate [N, D], weight [D] -> y [N, D]; elements: of a tile"""
+    y, walkers = torch.empty(x.shape, dtype=x.dtype, device=x.device), _walkers(x, elements, cores(x.device, False))
+    forward[(walkers,)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1], elements))
     return y
 
 
 @launch_forward.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _gradients(x: Tensor, gate: Tensor, cores: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
-    return grad_x, grad_gate, torch.empty(_walkers(x, cores), x.shape[1], dtype=torch.float32, device=x.device)
+    walkers = _walkers(x, elements, cores)
+    return grad_x, grad_gate, torch.empty(walkers, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 @custom_op("rms_norm_gated::backward", mutates_args=())
-def launch_backward(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(
+    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> the gradients of x, of gate [N, D]; parts [P, D] fp32 of that of the weight, to be added up"""
-    grad_x, grad_gate, parts = _gradients(x, gate, cores(x.device, products=False))
-    backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **_tile(x.shape[1]))
+    grad_x, grad_gate, parts = _gradients(x, gate, elements, cores(x.device, products=False))
+    tile = _tile(x.shape[1], elements)
+    backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **tile)
     return grad_x, grad_gate, parts
 
 
 @launch_backward.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, gate, VECTOR_CORES)
+def _(
+    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(x, gate, elements, VECTOR_CORES)
 
 
 # ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x, gate [..., D], weight [D] -> [..., D] in x's dtype."""
-    return _RMSNormGated.apply(x, gate, weight, eps) if x.numel() else torch.zeros_like(x)
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int = NORM_ELEMENTS) -> Tensor:
+    """x, gate [..., D], weight [D] -> [..., D] in x's dtype. elements: of a tile, at the most."""
+    return _RMSNormGated.apply(x, gate, weight, eps, elements) if x.numel() else torch.zeros_like(x)
 
 
 class _RMSNormGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
         x_rows, gate_rows = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, gate))
         ctx.save_for_backward(x_rows, gate_rows, weight)
-        ctx.eps = eps
-        return launch_forward(x_rows, gate_rows, weight, eps).view(x.shape)
+        ctx.eps, ctx.elements = eps, elements
+        return launch_forward(x_rows, gate_rows, weight, eps, elements).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
         rows = grad.reshape(x.shape).contiguous()
-        grad_x, grad_gate, parts = launch_backward(x, gate, weight, rows, ctx.eps)
-        return grad_x.view(grad.shape), grad_gate.view(grad.shape), parts.sum(0).to(weight.dtype), None
+        grad_x, grad_gate, parts = launch_backward(x, gate, weight, rows, ctx.eps, ctx.elements)
+        return grad_x.view(grad.shape), grad_gate.view(grad.shape), parts.sum(0).to(weight.dtype), None, None

@@ -57,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{STILL}{'' if needed else ' nothing but make install DEVICE=npu'}")
         print("\n".join(lines(needed)) if needed else "")
     count = sum(f.status == "wrong" for f in findings)
+    is_made = all(f.status == "ok" for f in findings if f.subject == "recipe")  # its model is there
+    if (
+        m.accelerator and is_made and not count
+    ):  # the kernels too, as the run compiles them: on the first of its devices
+        from qwen35 import compilation
+
+        print(flush=True)
+        count += compilation.show(args.config, args.overrides)
     device = "NPUs" if m.accelerator else "the CPU"
     print(f"\n{count or 'nothing'} {'are' if count > 1 else 'is'} wrong for a run on {device}")
     return 1 if count else 0

@@ -1,16 +1,18 @@
 """What triton-ascend needs on this machine at the first launch of a kernel: it compiles a launcher in C++, and CANN's step.
 
-As triton/backends/ascend/utils.py of 3.2.0 looks for them: _get_cxx, _precompile_npu_ext, _get_npucompiler_path.
+As triton/backends/ascend/utils.py of 3.2.0 looks for them: _get_cxx, _precompile_npu_ext, _get_npucompiler_path,
+_get_bisheng_path, without whose answer its driver takes itself for one of another machine.
 """
 
 import shutil
 from pathlib import Path
 
 from qwen35.doctor.machine import Finding, Machine, ok, wrong
+from qwen35.triton_cache import cache_folder, unfit
 
 
 def triton(m: Machine) -> list[Finding]:
-    return [_compiler(m), _headers(m), _pybind11(m), _bishengir(m)] if m.package("triton-ascend") else []
+    return [_compiler(m), _headers(m), _pybind11(m), _bishengir(m), _cache(m)] if m.package("triton-ascend") else []
 
 
 def _compiler(m: Machine) -> Finding:
@@ -36,8 +38,16 @@ def _pybind11(m: Machine) -> Finding:
 
 
 def _bishengir(m: Machine) -> Finding:
-    name = "bishengir-compile"
-    found = shutil.which(name, path=m.get("PATH"))
-    if found:
-        return ok(name, found)
-    return wrong(name, "is not on PATH", "CANN's set_env.sh puts it there: install CANN's toolkit whole")
+    found = {name: shutil.which(name, path=m.get("PATH")) for name in ("bishengir-compile", "bisheng")}
+    for name, path in found.items():
+        if not path:
+            return wrong(name, "is not on PATH", "CANN's set_env.sh puts it there: install CANN's toolkit whole")
+    return ok("bishengir-compile", f"{found['bishengir-compile']}, and bisheng")
+
+
+def _cache(m: Machine) -> Finding:
+    folder = cache_folder(m.environment)
+    if why := unfit(folder):
+        todo = "set TRITON_CACHE_DIR to a folder of your own: what lies there is loaded and run"
+        return wrong("Triton's cache", f"{folder}: {why}", todo)
+    return ok("Triton's cache", str(folder))

@@ -156,7 +156,7 @@ class Qwen35(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels | None = None, mtp: bool = False):
         super().__init__()
         kernels = kernels or Kernels()
-        self.config = config
+        self.config, self.kernels = config, kernels
         self.model = Backbone(config, kernels)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)

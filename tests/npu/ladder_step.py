@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import kernels
 from kernels.features import HAS_GROUPED_MM
 from kernels.triton import chunks
-from kernels.triton.tiles import CONV_ROWS, chunk_size
+from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.device import REPEATABLE, be_deterministic
 from qwen35.parallel import make_meshes
 from qwen35.settings import ParallelSettings
@@ -114,7 +114,7 @@ def test_the_chunks_are_written_down_once_a_batch(recompute, monkeypatch):
     )
     config = slice_config(True, LAYERS)
     our_step(config, make_batch(config, 1024, True), recompute)
-    assert sorted(tables) == [chunk_size(128, 128), CONV_ROWS]
+    assert sorted(tables) == [Tiles.of(128, 128).chunk, CONV_ROWS]
 
 
 def test_text_and_images_dispatch_the_same():

@@ -56,6 +56,20 @@ def test_other_heads(found):
         assert remarked == ({"delta_rule_gradients.gradients"} if size == 256 else set())
 
 
+def test_what_a_kernel_falls_to(found):
+    for shape in ("chunk 32", "chunk 16"):
+        some = {x["kernel"]: x for x in found if x["shape"] == shape}
+        assert set(some) == KERNELS and all(x["done"] and not x["notes"] for x in some.values())
+
+
+def test_in_fp32(found):
+    """Two kernels fit without double buffering alone."""
+    some = {x["kernel"]: x for x in found if x["shape"] == "fp32"}
+    assert set(some) == KERNELS and all(x["done"] for x in some.values())
+    remarked = {name for name, x in some.items() if x["notes"]}
+    assert remarked == {"delta_rule_gradients.gradients", "delta_rule_gradients.finish"}
+
+
 def test_tiles_lie_in_the_buffers_and_both_vector_cores_share_them(found):
     for x in found:
         if x["shape"] == "too large":

@@ -2,13 +2,15 @@
 and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
 
 import sys
-from types import SimpleNamespace
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import interpreter
 import pytest
 import torch
 import triton_cost
 from test_kernels import LENGTHS, cu
+from triton.backends.ascend.driver import NPUDriver
 
 import kernels
 from kernels import reference
@@ -32,17 +34,16 @@ def run(op, inputs: list, rest: tuple, dtype: torch.dtype, probe: torch.Tensor) 
     return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
 
 
-def compare(op: str, inputs: list, *rest, dtype=torch.float32) -> None:
+def compare(op: str, inputs: list, *rest, dtype=torch.float32, **tile) -> None:
     """One draw of a handful of numbers may be rounded luckily: where there are few tokens, errors are over several draws."""
+    own = partial(getattr(ours, op), **tile)
     draws = []
     for _ in range(8 if len(inputs[0]) < 5 else 1):
         probe = torch.randn(inputs[2 if op == "chunk_gated_delta_rule" else 0].shape).to(dtype)
         rounded = [x.to(dtype) for x in inputs]
         args = rounded, rest
         exact = run(getattr(reference, op), *args, torch.float64, probe)
-        draws.append(
-            (run(getattr(ours, op), *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact)
-        )
+        draws.append((run(own, *args, dtype, probe), run(getattr(kernels, op), *args, dtype, probe), exact))
         inputs = [x if len(x) != len(inputs[0]) else x[..., torch.randperm(x.shape[-1])] for x in inputs]
     for i in range(len(draws[0][0])):
         found, native, exact = (torch.cat([draw[which][i] for draw in draws]) for which in range(3))
@@ -130,9 +131,43 @@ def test_more_tasks_than_programs(monkeypatch):
     compare("rms_norm_gated", [torch.randn(900, 32), torch.randn(900, 32), torch.randn(32)], 1e-6, dtype=torch.float32)
 
 
-def test_programs_are_as_many_as_the_cores_there(monkeypatch):
-    found = SimpleNamespace(get_device_properties=lambda index: {"num_aicore": 20 + index, "num_vectorcore": 40})
-    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=SimpleNamespace(utils=found)))
+class StandInDriver(NPUDriver):
+    """triton-ascend's own, but for what it would ask the device."""
+
+    def __init__(self) -> None:
+        properties = {"num_aicore": 21, "num_vectorcore": 40}
+        self.utils = SimpleNamespace(get_device_properties=lambda index: properties)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """How torch_npu is asked for the stream; `drains` first empties its queue."""
+    asked: list[str] = []
+    c = ModuleType("torch_npu._C")
+    c._npu_getCurrentRawStream = lambda device: asked.append("drains") or 7
+    c._npu_getCurrentRawStreamNoWait = lambda device: asked.append("does not") or 7
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(_C=c))
+    monkeypatch.setitem(sys.modules, "torch_npu._C", c)
+    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=StandInDriver()))
+    tiles._driver.cache_clear()
+    yield asked
+    tiles._driver.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["drains", "does not", "TRITON_ENABLE_TASKQUEUE"])
+def test_the_queue_is_not_drained_where_torch_npu_can(asked, how, monkeypatch):
+    """2.7.1.post2 cannot; and must not where a launch passes the queue by."""
+    if how == "drains":
+        del sys.modules["torch_npu._C"]._npu_getCurrentRawStreamNoWait
+    if how == "TRITON_ENABLE_TASKQUEUE":
+        monkeypatch.setenv(how, "false")
+    for _ in range(3):  # launches, each of which counts its programs and then asks
+        tiles.programs(7, SimpleNamespace(type="npu", index=1))
+        assert tiles.driver.active.get_current_stream(1) == 7
+    assert asked == ["does not" if how == "does not" else "drains"] * 3
+
+
+def test_programs_are_as_many_as_the_cores_there(asked):
     device = SimpleNamespace(type="npu", index=1)
     assert tiles.programs(1000, device, products=True) == 21 and tiles.programs(1000, device) == 40
     assert tiles.programs(7, device) == 7 and tiles.programs(0, device) == 1
@@ -151,9 +186,36 @@ def test_who_is_chosen():
     assert kernels.select("cuda") == kernels.Kernels()
 
 
-def test_more_channels_than_a_program_takes(monkeypatch):
-    monkeypatch.setattr(sys.modules["kernels.triton.causal_conv1d"], "CHANNELS", 4)
-    compare("causal_conv1d", [torch.randn(70, 10), torch.randn(10, 4)], cu([3, 67]), dtype=torch.float32)
+def test_more_channels_than_a_program_takes():
+    compare("causal_conv1d", [torch.randn(70, 10), torch.randn(10, 4)], cu([3, 67]), channels=4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("chunk", "columns"), [(64, 16), (32, 32), (16, 16)])
+def test_smaller_tiles(chunk, columns, dtype):
+    """What a kernel falls to that does not fit: as near to the reference."""
+    fallen = {"tiles": tiles.Tiles(chunk, columns)}
+    compare("chunk_gated_delta_rule", delta_rule(70), cu([3, 67]), dtype=dtype, **fallen)
+    wide = [torch.randn(70, 2, 24), torch.randn(70, 2, 24), torch.randn(24)]
+    compare("rms_norm_gated", wide, 1e-6, dtype=dtype, elements=64)
+
+
+def test_tiles_get_smaller_until_there_are_none():
+    """Each kernel's own: the walks first take fewer columns, then as the others a smaller chunk."""
+    start = tiles.Tiles.of(128, 128)
+    falls = {
+        "delta_rule::gradients": 2,
+        "delta_rule::scan": 3 + 2,
+        "causal_conv1d::backward": 4,
+        "rms_norm_gated::forward": 4,
+    }
+    for kernel, count in falls.items():
+        found, now = [], start
+        while now := now.smaller(kernel):
+            found.append(now)
+        assert len(found) == len(set(found)) == count, kernel
+        assert all(tiles.Tiles.of(128, 128) != x and x.words(kernel) != start.words(kernel) for x in found)
+    assert start.smaller("delta_rule::scan") == tiles.Tiles(64, 64) and found[-1].elements == 256
 
 
 def test_slices_of_one_projection_are_read_where_they_are():

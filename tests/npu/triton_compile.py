@@ -20,7 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels.triton import causal_conv1d, chunk_gated_delta_rule, rms_norm_gated
+import kernels
+from kernels.triton import rms_norm_gated
+from kernels.triton.first_run import Layer, run_once, with_tiles
+from kernels.triton.tiles import Tiles
 
 TARGETS = ("Ascend910B2", "Ascend910B4", "Ascend910_9392")  # two of A2, and A3
 PUBLISHED = {"0.8B, 2B": 16, "4B, 9B, 35B": 32, "27B": 48, "122B, 397B": 64}  # V heads; 16 K heads, all of 128
@@ -49,16 +52,10 @@ def launches(run) -> list[tuple[JITFunction, dict, dict]]:
     return found
 
 
-def delta_net(Hk: int, Hv: int, D: int) -> None:
+def delta_net(Hk: int, Hv: int, D: int, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """One layer's operators, forward and backward, on a few tokens."""
-    T, cu_seqlens = 40, torch.tensor([0, 40])
-    half = {"dtype": torch.bfloat16, "requires_grad": True}
-    x, taps = torch.randn(T, (2 * Hk + Hv) * D, **half), torch.randn((2 * Hk + Hv) * D, 4, **half)
-    y = causal_conv1d(x, taps, cu_seqlens)
-    q, k, v = (z.unflatten(1, (-1, D)) for z in y.split([Hk * D, Hk * D, Hv * D], dim=1))
-    g, beta = (torch.randn(T, Hv, requires_grad=True) for _ in range(2))
-    out = chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens)
-    rms_norm_gated(out, torch.randn(T, Hv, D, **half), torch.randn(D, requires_grad=True), 1e-6).sum().backward()
+    chosen = kernels.Kernels(**{op: getattr(kernels.triton, op) for op in kernels.BY_TRITON})
+    run_once(with_tiles(chosen, tiles or Tiles.of(D, D)), Layer(Hk, Hv, D, D, dtype), torch.device("cpu"))
 
 
 def too_large() -> list[tuple[JITFunction, dict, dict]]:
@@ -140,6 +137,9 @@ def main() -> None:
         found = compile_all(published(), TARGETS)
         others = {f"heads of {size}": launches(lambda size=size: delta_net(2, 4, size)) for size in (64, 256)}
         others["too large"] = too_large()
+        for tiles in (Tiles(32, 64, 1024, 2048), Tiles(16, 16, 128, 256)):
+            others[f"chunk {tiles.chunk}"] = launches(lambda tiles=tiles: delta_net(16, 32, 128, tiles))
+        others["fp32"] = launches(lambda: delta_net(16, 32, 128, dtype=torch.float32))
         cases = [(shape, launch) for shape, some in others.items() for launch in some]
         Path(sys.argv[1]).write_text(json.dumps(found + compile_all(cases, TARGETS[:1])))
         return

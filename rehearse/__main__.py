@@ -106,6 +106,7 @@ def check(r: Rehearsal, buffers: int, memory_gb: int) -> None:
     if wrong := r.operators.wrong:
         raise RehearsalError(f"{wrong[0]}{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}")
     phase, peak = report.peak(r)
+    buffers += r.operators.workspace
     if peak.bytes + buffers > memory_gb * report.GB:
         most = max(peak.of, key=lambda kind: peak.of[kind])
         raise RehearsalError(

@@ -10,18 +10,10 @@ import torch
 from torch import Tensor
 
 from qwen35.errors import UserError
+from rehearse.cost import moved, workspace
 from rehearse.memory import PHASES
 from rehearse.places import place, place_of
 from rehearse.watch import Record, note
-from rehearse.wire import size_of
-
-# bound by arithmetic, which the model's FLOPs stand for
-MATMULS = (
-    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_fusion_attention"),
-    *("npu_fusion_attention_grad", "invert", "scan", "states", "grad_states", "gradients"),
-)
-# read what they return, not all of what they are given
-GATHERS = ("embedding", "index", "index_select", "gather", "npu_moe_token_permute")
 
 
 class RehearsalError(UserError):
@@ -65,6 +57,7 @@ class Operators:
         default_factory=Counter
     )  # phase -> the allowed ones: each asks for counts of rows by expert
 
+    workspace: int = 0  # bytes: the most that an operator asked for, which torch_npu keeps for the next one
     locked: PageLocked = field(default_factory=PageLocked)
 
     def saw(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -72,7 +65,7 @@ class Operators:
             self.locked.add(outputs)
             return
         if func.name() == "aten::copy_" and len(args) > 2 and args[2] and args[0] in self.locked:
-            self.copied[self.phase] += size_of(args[0])  # the host goes on
+            self.copied[self.phase] += args[0].nbytes  # the host goes on
             return
         if not any(x.device.type == "npu" for x in (*inputs, *outputs)):
             return
@@ -80,20 +73,12 @@ class Operators:
         before = len(record.wrong)
         note(record, func, args, kwargs, inputs, outputs)
         record.wrong[before:] = [f"{what} in {self.phase} ({place()})" for what in record.wrong[before:]]
-        self.moved[self.phase] += _moved(func, inputs, outputs)
+        self.moved[self.phase] += moved(func, args, kwargs, outputs)
+        self.workspace = max(self.workspace, workspace(func, args, kwargs, outputs))
 
     @property
     def wrong(self) -> list[str]:
         return [what for phase in PHASES[1:] for what in self.records[phase].wrong]
-
-
-def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    name = func._schema.name.partition("::")[2]
-    if func.is_view or name in MATMULS or func.namespace in ("c10d", "_c10d_functional"):
-        return 0
-    if name in GATHERS:
-        return 2 * sum(size_of(x) for x in outputs)
-    return sum(size_of(x) for x in {id(x): x for x in (*inputs, *outputs)}.values())
 
 
 def refused(error: BaseException) -> RehearsalError | None:

@@ -12,7 +12,7 @@ STEP = PHASES[1:]  # set-up is not a part of the step
 
 
 def peak(r: Rehearsal) -> tuple[str, Peak]:
-    """The step's highest, and its phase; HCCL's buffers are not in it."""
+    """The step's highest, and its phase; workspace and HCCL's buffers are not in it."""
     peaks = r.ledger.peaks()
     phase = max(STEP, key=lambda p: peaks[p].bytes)
     return phase, peaks[phase]
@@ -31,11 +31,13 @@ def hccl_bytes(r: Rehearsal, megabytes: int) -> int:
 
 
 def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
-    peaks = r.ledger.peaks()
-    yield f"{'GB an NPU':12}" + "".join(f"{kind:>13}" for kind in (*KINDS, "HCCL", "all"))
+    peaks, beside = r.ledger.peaks(), hccl + r.operators.workspace
+    yield f"{'GB an NPU':12}" + "".join(f"{kind:>13}" for kind in (*KINDS, "workspace", "HCCL", "all"))
     for phase in STEP:
         of = [peaks[phase].of[kind] for kind in KINDS]
-        yield f"{phase:12}" + "".join(f"{x / GB:13.2f}" for x in (*of, hccl, peaks[phase].bytes + hccl))
+        yield f"{phase:12}" + "".join(
+            f"{x / GB:13.2f}" for x in (*of, r.operators.workspace, hccl, peaks[phase].bytes + beside)
+        )
 
     if r.operators.locked.most:
         copied = ", ".join(f"{phase} {r.operators.copied[phase] / GB:.2f}" for phase in STEP)
@@ -50,7 +52,7 @@ def _operators(r: Rehearsal) -> Iterator[str]:
         record = r.operators.records[phase]
         syncs = r.operators.syncs[phase]
         yield (
-            f"operators, {phase}: {record.ops.total():,}, of which {record.launched:,} start something on the NPU; "
+            f"operators, {phase}: {record.ops.total():,}, which start {record.launched:,} kernels; "
             f"{syncs} host syncs{' (counts of rows by expert)' * bool(syncs)}"
         )
 

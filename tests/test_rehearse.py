@@ -235,7 +235,7 @@ def test_the_range_of_a_step():
     """One second of arithmetic at the peak, half a second of memory; a wire that within a node is quick."""
     operators, wire = Operators(), SimpleNamespace(traffic={})
     operators.moved["forward"] = int(0.5 * QUICK.memory)
-    operators.records["backward"].ops["aten::mm"] = 1000
+    operators.records["backward"].host = 1000
     r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, wire, {}, QUICK.flops, 0)  # type: ignore[arg-type]
     quick, slow = step_range(r, again=0.0)
     assert quick.together == pytest.approx(1.5) and quick.host == pytest.approx(1000 * QUICK.host)

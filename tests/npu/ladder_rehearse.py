@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from steps import slice_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rehearse.step
 from kernels import npu  # noqa: F401  # and with it, torch has the device
 from rehearse.__main__ import main
+from rehearse.cost import moved, workspace
 
 NOBODYS = torch.library.Library("npu", "FRAGMENT")
 NOBODYS.define("nobodys(Tensor x) -> Tensor")
@@ -107,6 +109,24 @@ def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
     assert main([recipe, "--memory-gb", "1"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "ward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "more NODES" in line
+
+
+def test_what_torch_npus_operators_cost():
+    """Rows of 8 tokens of 16 bf16, 2 experts each; by hand. tests/test_rehearse_cost.py has torch's own."""
+    with FakeTensorMode(), torch.device("npu:0"):
+        tokens, ids = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, 2, dtype=torch.int64)  # 256, 128 bytes
+        rows, place = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int32)  # 512, 64 bytes
+        op = torch.ops.npu.npu_moe_token_permute.default
+        assert moved(op, (tokens, ids), {}, [rows, place]) == 512 + 128 + 512 + 64  # as many read as come out
+        assert workspace(op, (tokens, ids), {}, [rows, place]) == (16 << 20) + 6 * 4 * 16
+        op = torch.ops.npu.npu_moe_token_permute_grad.default
+        assert moved(op, (tokens, rows, ids, place), {}, [tokens.clone()]) == 512 + 64 + 256  # two are shapes alone
+        op = torch.ops.npu.npu_moe_token_unpermute.default
+        assert moved(op, (rows, place, ids.float()), {}, [tokens.clone()]) == 512 + 64 + 64 + 256
+        q, kv = torch.empty(8, 4, 32, dtype=torch.bfloat16), torch.empty(8, 2, 32, dtype=torch.bfloat16)
+        op, args = torch.ops.npu.npu_fusion_attention_grad.default, (q, kv, kv, q, 4, "TND")
+        assert moved(op, args, {}, [q.clone(), kv.clone(), kv.clone()]) == 0
+        assert workspace(op, args, {}, []) == (16 << 20) + 4 * (8 * 4 * 32 + 2 * 8 * 2 * 32)  # all three in fp32
 
 
 def test_words_that_are_wrong(recipe, capsys):

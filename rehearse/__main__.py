@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=share, default=0.25, help="share of the tokens that stand for images")
     parser.add_argument("--trained", type=share, default=0.4, help="share of the tokens that are trained")
     parser.add_argument("--imbalance", type=factor, default=1.0, help="rows for this rank's experts, over a fair share")
+    parser.add_argument(
+        "--whole", action="store_true", help="every layer, not one for all that are alike: slower, as exact"
+    )
     parser.add_argument("--scaling", action="store_true", help="only what is sent, on 16 to 1,024 NPUs")
     args = parser.parse_intermixed_args(argv)
     if find_spec("torch_npu") is None:
@@ -92,7 +95,9 @@ def one(name: str, settings: Settings, mix: Mix, args: Namespace) -> int:
         )
     batch = make_batch(settings, config, mix)
     batches = [batch] * t.gradient_accumulation_steps
-    r = rehearse(settings, config, batches, nodes * per_node, per_node, torch.device(DEVICE), args.imbalance)
+    r = rehearse(
+        settings, config, batches, nodes * per_node, per_node, torch.device(DEVICE), args.imbalance, args.whole
+    )
     buffers = report.hccl_bytes(r, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_MEGABYTES))
     for line in report.lines(r, 1 / 3 if settings.parallel.recompute else 0.0, buffers):
         print(line)

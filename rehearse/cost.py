@@ -45,7 +45,7 @@ def moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Ten
     if rule := BYTES.get(_name(func)):
         return rule(given, new)
     read = [value for name, value in given.items() if name != "out"]
-    return size_of(read) + size_of(changed) + size_of(new)
+    return size_of(*read) + size_of(*changed) + size_of(*new)
 
 
 def launches(func: torch._ops.OpOverload, args: tuple) -> int:
@@ -69,11 +69,16 @@ def named(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Given:
 
 
 def size_of(*values: Any) -> int:
-    """Bytes in memory of the tensors on the device among them; one that is there twice counts once."""
-    places = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x for x in _tensors(*values)}
+    """Bytes in memory of the tensors on the device among them, those in lists too; one that is given twice is read once."""
+    alone = {
+        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x
+        for x in values
+        if isinstance(x, Tensor)
+    }
+    found = _tensors(*alone.values(), *(value for value in values if not isinstance(value, Tensor)))
     return sum(
         prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n) * x.element_size()
-        for x in places.values()
+        for x in found
     )
 
 
@@ -106,7 +111,7 @@ def _copied(given: Given, new: list[Tensor]) -> int:
 def _gathered(given: Given, new: list[Tensor]) -> int:
     """Of the first argument as much is read as there is in the first result."""
     _, *others = given.values()
-    return size_of(new[0]) + size_of(new) + size_of(others)
+    return size_of(new[0]) + size_of(*new) + size_of(*others)
 
 
 def _scattered(given: Given, new: list[Tensor], adds: bool = False) -> int:

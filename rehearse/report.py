@@ -39,9 +39,9 @@ def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
             f"{x / GB:13.2f}" for x in (*of, r.operators.workspace, hccl, peaks[phase].bytes + beside)
         )
 
-    if r.operators.locked.most:
-        copied = ", ".join(f"{phase} {r.operators.copied[phase] / GB:.2f}" for phase in STEP)
-        yield f"page-locked memory of the host: {r.operators.locked.most / GB:.2f} GB a rank; GB copied there: {copied}"
+    if locked := r.operators.most_locked:
+        copied = ", ".join(f"{phase} {r.operators.records[phase].copied / GB:.2f}" for phase in STEP)
+        yield f"page-locked memory of the host: {locked / GB:.2f} GB a rank; GB copied there: {copied}"
     phase, highest = peak(r)
     most = ", ".join(f"{place} {count / GB:.2f}" for place, count in highest.at.most_common(LINES) if count >= GB / 100)
     yield f"activations at the peak, in {phase}, by the line that made them: {most}"
@@ -50,10 +50,9 @@ def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
 def _operators(r: Rehearsal) -> Iterator[str]:
     for phase in STEP:
         record = r.operators.records[phase]
-        syncs = r.operators.syncs[phase]
         yield (
             f"operators, {phase}: {record.ops.total():,}, which start {record.launched:,} kernels; "
-            f"{syncs} host syncs{' (counts of rows by expert)' * bool(syncs)}"
+            f"{record.syncs} host syncs{' (counts of rows by expert)' * bool(record.syncs)}"
         )
 
 

@@ -40,7 +40,17 @@ class Record:
     ops: Counter = field(default_factory=Counter)
     launched: int = 0  # kernels: none for a view, several for a list
     host: int = 0  # what the host does one after the other: views too
+    moved: int = 0  # bytes through the device's memory, matmuls' left out
+    copied: int = 0  # bytes to page-locked memory of the host
+    syncs: int = 0  # the allowed ones: each asks for counts of rows by expert
     wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: "Record", times: int) -> None:
+        for name, count in other.ops.items():
+            self.ops[name] += count * times
+        for counter in ("launched", "host", "moved", "copied", "syncs"):
+            setattr(self, counter, getattr(self, counter) + getattr(other, counter) * times)
+        self.wrong += other.wrong * times
 
 
 class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Bytes, launches and workspaces that a rehearsal counts, rule by rule, against numbers made by hand; tensors have no memory."""
+"""Bytes, launches and workspaces that a rehearsal counts, rule by rule, against numbers made by hand; no tensor has memory."""
 
 from math import ceil
 

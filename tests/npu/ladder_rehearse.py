@@ -26,8 +26,12 @@ def poisoned_memory():
 @pytest.fixture
 def recipe(tmp_path) -> str:
     """A MoE of slice S's widths, one layer of each kind."""
+    return write(tmp_path, True, 1)
+
+
+def write(tmp_path: Path, moe: bool, layers: int) -> str:
     (tmp_path / "model").mkdir()
-    config = slice_config(True, ["linear_attention", "full_attention"])
+    config = slice_config(moe, ["linear_attention", "full_attention"] * layers)
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     file = tmp_path / "recipe.yaml"
     file.write_text(f"""
@@ -54,6 +58,20 @@ def test_a_recipe_is_rehearsed(recipe, capsys):
         [numbers] = words(out, phase)
         assert sum(map(float, numbers[1:-1])) == pytest.approx(float(numbers[-1]), abs=0.04)
     assert out.count("0 host syncs") == 3 and "32,768 tokens a step on 16 NPUs" in out
+
+
+SPLIT = ["parallel.expert_parallel_size=4", "parallel.ulysses_parallel_size=2"]
+HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "training.optimizer=adamw_swap"]
+
+
+@pytest.mark.parametrize(("moe", "more"), [(True, SPLIT), (False, HOST)], ids=["experts", "offload"])
+def test_few_layers_say_what_all_of_them_do(tmp_path, capsys, moe, more):
+    """Five of each kind: four are run, and every line is the same as if all had been."""
+    recipe, said = write(tmp_path, moe, 5), []
+    for whole in ([], [], ["--whole"]):  # the first of a process has what DTensor asks of shapes that it has not met
+        assert main([recipe, *more, *whole]) == 0
+        said.append(capsys.readouterr().out.splitlines()[:-1])
+    assert said[1] == said[2] and len(said[1]) > 15
 
 
 def test_experts_and_bins_that_are_shared(recipe, capsys):

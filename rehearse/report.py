@@ -15,7 +15,7 @@ TRITON = ("delta_rule::", "causal_conv1d::", "rms_norm_gated::")  # what launche
 
 
 def peak(r: Rehearsal) -> tuple[str, Peak]:
-    """The step's highest, and its phase; HCCL's buffers are not in it."""
+    """The step's highest, and its phase; workspace and HCCL's buffers are not in it."""
     peaks = r.ledger.peaks()
     phase = max(STEP, key=lambda p: peaks[p].bytes)
     return phase, peaks[phase]
@@ -34,15 +34,17 @@ def hccl_bytes(r: Rehearsal, megabytes: int) -> int:
 
 
 def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
-    peaks = r.ledger.peaks()
-    yield f"{'GB an NPU':12}" + "".join(f"{kind:>13}" for kind in (*KINDS, "HCCL", "all"))
+    peaks, beside = r.ledger.peaks(), hccl + r.operators.workspace
+    yield f"{'GB an NPU':12}" + "".join(f"{kind:>13}" for kind in (*KINDS, "workspace", "HCCL", "all"))
     for phase in STEP:
         of = [peaks[phase].of[kind] for kind in KINDS]
-        yield f"{phase:12}" + "".join(f"{x / GB:13.2f}" for x in (*of, hccl, peaks[phase].bytes + hccl))
+        yield f"{phase:12}" + "".join(
+            f"{x / GB:13.2f}" for x in (*of, r.operators.workspace, hccl, peaks[phase].bytes + beside)
+        )
 
-    if r.operators.locked.most:
-        copied = ", ".join(f"{phase} {r.operators.copied[phase] / GB:.2f}" for phase in STEP)
-        yield f"page-locked memory of the host: {r.operators.locked.most / GB:.2f} GB a rank; GB copied there: {copied}"
+    if locked := r.operators.most_locked:
+        copied = ", ".join(f"{phase} {r.operators.records[phase].copied / GB:.2f}" for phase in STEP)
+        yield f"page-locked memory of the host: {locked / GB:.2f} GB a rank; GB copied there: {copied}"
     phase, highest = peak(r)
     most = ", ".join(f"{place} {count / GB:.2f}" for place, count in highest.at.most_common(LINES) if count >= GB / 100)
     yield f"activations at the peak, in {phase}, by the line that made them: {most}"
@@ -51,10 +53,9 @@ def _memory(r: Rehearsal, hccl: int) -> Iterator[str]:
 def _operators(r: Rehearsal) -> Iterator[str]:
     for phase in STEP:
         record = r.operators.records[phase]
-        syncs = r.operators.syncs[phase]
         yield (
-            f"operators, {phase}: {record.ops.total():,}, of which {record.launched:,} start something on the NPU; "
-            f"{syncs} host syncs{' (counts of rows by expert)' * bool(syncs)}"
+            f"operators, {phase}: {record.ops.total():,}, which start {record.launched:,} kernels; "
+            f"{record.syncs} host syncs{' (counts of rows by expert)' * bool(record.syncs)}"
         )
     of_step = sum((r.operators.records[phase].ops for phase in STEP), Counter())
     if launches := sum(n for name, n in of_step.items() if name.startswith(TRITON)):

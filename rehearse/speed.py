@@ -39,8 +39,8 @@ def times(r: Rehearsal, rates: Rates, again: float, hierarchical: bool) -> Times
             wire += max(traffic.between / rates.between, (traffic.sent - traffic.between) / rates.within)
         else:
             wire += traffic.sent / rates.between
-    operators = sum(r.operators.records[phase].ops.total() for phase in PHASES[1:])
-    moved = sum(r.operators.moved[phase] for phase in PHASES[1:])
+    operators = sum(r.operators.records[phase].host for phase in PHASES[1:])
+    moved = sum(r.operators.records[phase].moved for phase in PHASES[1:])
     return Times(r.flops * (1 + again) / rates.flops, moved / rates.memory, wire, operators * rates.host)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rehearse.cost import launches
 from rehearse.limits import problems
 
 # the host waits for the device in these, whatever the values
@@ -37,12 +38,19 @@ KEYS = (
 @dataclass
 class Record:
     ops: Counter = field(default_factory=Counter)
-    views: int = 0  # of the ops: those that start nothing on the device
+    launched: int = 0  # kernels: none for a view, several for a list
+    host: int = 0  # what the host does one after the other: views too
+    moved: int = 0  # bytes through the device's memory, matmuls' left out
+    copied: int = 0  # bytes to page-locked memory of the host
+    syncs: int = 0  # the allowed ones: each asks for counts of rows by expert
     wrong: list[str] = field(default_factory=list)
 
-    @property
-    def launched(self) -> int:
-        return self.ops.total() - self.views
+    def add(self, other: "Record", times: int) -> None:
+        for name, count in other.ops.items():
+            self.ops[name] += count * times
+        for counter in ("launched", "host", "moved", "copied", "syncs"):
+            setattr(self, counter, getattr(self, counter) + getattr(other, counter) * times)
+        self.wrong += other.wrong * times
 
 
 class Watch(TorchDispatchMode):
@@ -73,7 +81,9 @@ def note(
     """Count an operator on NPU tensors: `leaves` are all tensors of its arguments, `made` those that it returned."""
     name = func.name()
     record.ops[name] += 1
-    record.views += func.is_view
+    started = launches(func, args)
+    record.launched += started
+    record.host += max(1, started)
     foreign = {x.device.type for x in leaves if x.device.type != "npu" and x.ndim}
     if name in SYNCS:
         record.wrong.append(f"{name} waits for the device")

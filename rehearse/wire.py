@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen35.parallel import Meshes
+from rehearse.cut import Cut, Moment
 
 # operator -> kind; the second column says how many bytes rank 0 must send at least, see `_sent`
 COLLECTIVES = {
@@ -52,12 +53,18 @@ class Traffic:
         0.0  # of these, the least that has to leave its node, shared evenly by the node's ranks of the group
     )
 
+    def add(self, other: "Traffic", times: int) -> None:
+        self.calls += other.calls * times
+        self.sent += other.sent * times
+        self.between += other.between * times
+
 
 class Wire:
-    """An Observer. `traffic` is by (kind of collective, group)."""
+    """An Observer. `moment` is set by who knows it."""
 
-    def __init__(self, meshes: Meshes, per_node: int) -> None:
-        self.traffic: dict[tuple[str, Group], Traffic] = defaultdict(Traffic)
+    def __init__(self, meshes: Meshes, per_node: int, cut: Cut) -> None:
+        self.cut, self.moment = cut, Moment()
+        self.seen: dict[Moment, dict[tuple[str, Group], Traffic]] = defaultdict(lambda: defaultdict(Traffic))
         self.groups: dict[str, Group] = {}
         world = dist.group.WORLD
         assert world is not None
@@ -86,10 +93,20 @@ class Wire:
         if group is None or group.size == 1:
             return
         sent = _sent(kind, group.size, args, inputs, outputs)
-        traffic = self.traffic[kind, group]
-        traffic.calls += 1
-        traffic.sent += sent
-        traffic.between += between_nodes(kind, group, sent)
+        self.seen[self.moment][kind, group].add(Traffic(1, sent, between_nodes(kind, group, sent)), 1)
+
+    def check(self) -> None:
+        """Raises UnevenError."""
+        self.cut.check(self.seen)
+
+    @property
+    def traffic(self) -> dict[tuple[str, Group], Traffic]:
+        """Of the whole step, by kind of collective and group."""
+        found: dict[tuple[str, Group], Traffic] = defaultdict(Traffic)
+        for moment, of_moment in self.seen.items():
+            for key, traffic in of_moment.items():
+                found[key].add(traffic, self.cut.times(moment))
+        return found
 
 
 def _group_name(values: tuple) -> str:

@@ -16,6 +16,7 @@ from peer import config_dict
 from ports import free_port
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import rehearse.step as rehearse_step
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
 from qwen35.config import load_settings
@@ -32,6 +33,7 @@ from qwen35.train import Run, distribute, train_step
 from rehearse.batches import Mix, make_batch
 from rehearse.cluster import Machine
 from rehearse.configs import with_config
+from rehearse.cut import Cut, Moment, shortened
 from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators
 from rehearse.rates import QUICK, SLOW, Ends
@@ -43,6 +45,7 @@ from rehearse.wire import Group, Traffic, between_nodes
 ROOT = Path(__file__).parents[1]
 MIX = Mix(sequence=256)
 MiB = 1 << 20
+BOTH, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",)
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +76,14 @@ def known_rows(monkeypatch):
         monkeypatch.setattr(native, name, known(getattr(native, name)))
 
 
-def recipe(folder: Path, layers: int = 2, **parallel: int) -> Settings:
+def recipe(
+    folder: Path, layers: int = 2, depth: int = 2, kinds: tuple[str, ...] = BOTH, **parallel: int | str
+) -> Settings:
     """A recipe with a model whose step needs some hundred megabytes."""
-    kinds = ["linear_attention", "full_attention"] * (layers // 2)
+    kinds = kinds * (layers // len(kinds))
     sizes = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
     config = config_dict(**sizes, layer_types=kinds)
-    config["vision_config"]["out_hidden_size"] = 512
+    config["vision_config"] |= {"out_hidden_size": 512, "depth": depth}
     (folder / "config.json").write_text(json.dumps(config))
     lines = f"""
 data: {{dataset_param: {{basic_parameters: {{dataset: none.json, cutoff_len: 2048}}}}}}
@@ -89,9 +94,10 @@ training: {{train_iters: 5, save: {folder}-run, lr: 1.0e-3}}
     return load_settings(folder / "recipe.yaml", [f"parallel.{name}={value}" for name, value in parallel.items()])
 
 
-def rehearsed(settings: Settings, world: int) -> Rehearsal:
+def rehearsed(settings: Settings, world: int, batches: int = 1, is_whole: bool = False) -> Rehearsal:
     config = load_config(settings.model.model_name_or_path)
-    return rehearse(settings, config, [make_batch(settings, config, MIX)], world, 2, torch.device("cpu"))
+    step = [make_batch(settings, config, MIX)] * batches
+    return rehearse(settings, config, step, world, 2, torch.device("cpu"), is_whole=is_whole)
 
 
 # ── Against a real run ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -159,6 +165,66 @@ def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
         assert 0.9 <= counted[recompute] / real <= 1.1, (recompute, counted[recompute] / MiB, real / MiB)
 
 
+# ── Of the layers that are alike a few, against all of them ────────────────────────────────────────────────────────────
+
+
+def test_what_stands_for_what():
+    assert shortened(4, 4) == [0, 1, 2, 3] and shortened(7, 4) == [0, 1, 1, 1, 1, 2, 3]
+    assert shortened(5, 3) == [0, 1, 1, 1, 2] and shortened(1, 4) == [0]
+    config = load_config(config_dict(layer_types=["linear_attention", "full_attention"] * 6, num_hidden_layers=12))
+    cut = Cut.of(config, 1, is_whole=False)
+    assert len(cut.config.text.layer_types) == 8 and [cut.layer("text", i) for i in (0, 3, 9, 10)] == [0, 3, 5, 6]
+    assert cut.name("model.language_model.layers.7.mlp.gate.weight") == "model.language_model.layers.3.mlp.gate.weight"
+    assert cut.name("mtp.layers.0.mlp.gate.weight") == "mtp.layers.0.mlp.gate.weight"
+    assert [cut.times(Moment("forward", 0, "text", part)) for part in range(4)] == [1, 3, 1, 1]
+    for kinds in (["linear_attention"] * 5 + ["full_attention"], ["linear_attention", "full_attention"] * 3):
+        config = load_config(config_dict(layer_types=kinds, num_hidden_layers=6))  # no period, and three of them: all
+        assert Cut.of(config, 1, is_whole=False).config.text == config.text
+    seen = [(Moment("forward"), "a"), *[(Moment("forward", 0, "text", part), f"{part}") for part in range(4)]]
+    assert "".join(cut.played(seen)) == "a011123"
+
+
+def figures(r: Rehearsal) -> dict:
+    """Of the step; operators are counted on NPUs alone."""
+    peaks = {phase: peak for phase, peak in r.ledger.peaks().items() if phase != "set-up"}
+    return vars(r) | {"ledger": peaks, "wire": r.wire.traffic, "operators": None}
+
+
+@pytest.mark.parametrize(
+    ("depth", "batches", "parallel"),
+    [
+        (5, 1, {"recompute": "true"}),
+        (2, 4, {"expert_parallel_size": 2}),
+        (5, 1, {"ulysses_parallel_size": 2, "fully_shard_parallel_size": 2}),
+    ],
+    ids=["recompute", "micro-batches and experts", "shared bins and copies"],
+)
+def test_few_layers_give_the_figures_of_all(tmp_path, capsys, depth, batches, parallel):
+    """Every figure, to the byte: peaks of each phase by kind and line, traffic by kind and group, FLOPs, parameters."""
+    settings = recipe(tmp_path, 6, depth, ATTENTION, **parallel)
+    few, whole = (rehearsed(settings, 4, batches, is_whole) for is_whole in (False, True))
+    assert len(few.ledger.changes) < 0.9 * len(whole.ledger.changes)
+    assert figures(few) == figures(whole) and not capsys.readouterr().out
+
+
+def test_what_is_not_alike_is_rehearsed_whole(tmp_path, capsys, monkeypatch):
+    """A layer of the middle keeps a copy of what it returns: found, said, and counted."""
+    settings, kept = recipe(tmp_path, 5, kinds=ATTENTION), []
+    whole = rehearsed(settings, 4, is_whole=True)
+
+    def step(run, *args):
+        layer = run.model.model.language_model.layers[2]
+        layer.register_forward_hook(lambda layer, args, out: kept.append(out[0].detach() + 1))
+        return train_step(run, *args)
+
+    monkeypatch.setattr(rehearse_step, "train_step", step)
+    found = rehearsed(settings, 4)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("all layers are rehearsed, for Moment(phase='forward', batch=0, kind='text', part=1) and")
+    more = found.ledger.peaks()["forward"].bytes - whole.ledger.peaks()["forward"].bytes
+    assert more == 2048 * 512 * 2
+
+
 # ── Against figures made by hand ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -170,7 +236,7 @@ def test_storages_are_counted_once_and_until_they_are_gone():
     machine.fake = fake
     with machine:
         ledger.claim("parameters", [weight])
-        ledger.phase = "forward"
+        ledger.moment = Moment("forward")
         x = weight * 2
         y = x.view(-1)[:10]
         y.add_(1)  # a view: nothing more
@@ -178,7 +244,7 @@ def test_storages_are_counted_once_and_until_they_are_gone():
         z = weight + 1  # y keeps all of x alive
         del y
         z = z + 1
-        ledger.phase = "backward"
+        ledger.moment = Moment("backward")
         z.add_(1)
         buffer = torch.zeros(1024, 256)
         del buffer
@@ -248,8 +314,8 @@ def test_what_leaves_a_node():
 def test_the_range_of_a_step():
     """One second of arithmetic at the peak, half a second of memory; a wire that within a node is quick."""
     operators, wire = Operators(), SimpleNamespace(traffic={})
-    operators.moved["forward"] = int(0.5 * QUICK.memory)
-    operators.records["backward"].ops["aten::mm"] = 1000
+    operators.seen[Moment("forward")].moved = int(0.5 * QUICK.memory)
+    operators.seen[Moment("backward")].host = 1000
     r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, wire, {}, QUICK.flops, 0)  # type: ignore[arg-type]
     quick, slow = step_range(r, 0.0, Ends())
     assert quick.together == pytest.approx(1.5) and quick.host == pytest.approx(1000 * QUICK.host)

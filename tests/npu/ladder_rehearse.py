@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from steps import slice_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rehearse.step
 from kernels import npu  # noqa: F401  # and with it, torch has the device
 from rehearse.__main__ import main
+from rehearse.cost import moved, workspace
 from rehearse.rates import rates_text
 
 NOBODYS = torch.library.Library("npu", "FRAGMENT")
@@ -25,8 +27,12 @@ def poisoned_memory():
 @pytest.fixture
 def recipe(tmp_path) -> str:
     """A MoE of slice S's widths, one layer of each kind."""
+    return write(tmp_path, True, 1)
+
+
+def write(tmp_path: Path, moe: bool, layers: int) -> str:
     (tmp_path / "model").mkdir()
-    config = slice_config(True, ["linear_attention", "full_attention"])
+    config = slice_config(moe, ["linear_attention", "full_attention"] * layers)
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     file = tmp_path / "recipe.yaml"
     file.write_text(f"""
@@ -72,6 +78,20 @@ def test_measured_rates_are_taken(recipe, capsys, tmp_path):
     rates.write_text(rates_text("cpu", "cpu", {"flops": 1e12}))
     assert main([recipe, "--rates", str(rates)]) == 1
     assert "the rates of a cpu (cpu) say nothing of an npu" in capsys.readouterr().err
+
+
+SPLIT = ["parallel.expert_parallel_size=4", "parallel.ulysses_parallel_size=2"]
+HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "training.optimizer=adamw_swap"]
+
+
+@pytest.mark.parametrize(("moe", "more"), [(True, SPLIT), (False, HOST)], ids=["experts", "offload"])
+def test_few_layers_say_what_all_of_them_do(tmp_path, capsys, moe, more):
+    """Five of each kind: four are run, and every line is the same as if all had been."""
+    recipe, said = write(tmp_path, moe, 5), []
+    for whole in ([], [], ["--whole"]):  # the first of a process has what DTensor asks of shapes that it has not met
+        assert main([recipe, *more, *whole]) == 0
+        said.append(capsys.readouterr().out.splitlines()[:-1])
+    assert said[1] == said[2] and len(said[1]) > 15
 
 
 def test_experts_and_bins_that_are_shared(recipe, capsys):
@@ -127,6 +147,24 @@ def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
     assert main([recipe, "--memory-gb", "1"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "ward, and an NPU has NPU_MEMORY_GB=1; most of it is" in line and "more NODES" in line
+
+
+def test_what_torch_npus_operators_cost():
+    """Rows of 8 tokens of 16 bf16, 2 experts each; by hand. tests/test_rehearse_cost.py has torch's own."""
+    with FakeTensorMode(), torch.device("npu:0"):
+        tokens, ids = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, 2, dtype=torch.int64)  # 256, 128 bytes
+        rows, place = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int32)  # 512, 64 bytes
+        op = torch.ops.npu.npu_moe_token_permute.default
+        assert moved(op, (tokens, ids), {}, [rows, place]) == 512 + 128 + 512 + 64  # as many read as come out
+        assert workspace(op, (tokens, ids), {}, [rows, place]) == (16 << 20) + 6 * 4 * 16
+        op = torch.ops.npu.npu_moe_token_permute_grad.default
+        assert moved(op, (tokens, rows, ids, place), {}, [tokens.clone()]) == 512 + 64 + 256  # two are shapes alone
+        op = torch.ops.npu.npu_moe_token_unpermute.default
+        assert moved(op, (rows, place, ids.float()), {}, [tokens.clone()]) == 512 + 64 + 64 + 256
+        q, kv = torch.empty(8, 4, 32, dtype=torch.bfloat16), torch.empty(8, 2, 32, dtype=torch.bfloat16)
+        op, args = torch.ops.npu.npu_fusion_attention_grad.default, (q, kv, kv, q, 4, "TND")
+        assert moved(op, args, {}, [q.clone(), kv.clone(), kv.clone()]) == 0
+        assert workspace(op, args, {}, []) == (16 << 20) + 4 * (8 * 4 * 32 + 2 * 8 * 2 * 32)  # all three in fp32
 
 
 def test_words_that_are_wrong(recipe, capsys):

@@ -100,7 +100,7 @@ BAD = [
 
 IGNORED = " ".join(f"--ignore=tests/test_{name}.py" for name in ("launch", "parallel", "resume", "train", "train_mtp"))
 TARGETS = """help install doctor download convert export data show finetune preflight rehearse generate evaluate bench test
-    test-versions lint clean""".split()
+    test-versions lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls

@@ -35,16 +35,14 @@ def comments(path: Path) -> dict[tuple[str, str], str]:
     said = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     alone = {row for row in said if path.read_text().splitlines()[row - 1].lstrip().startswith("#")}
     found = {}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ClassDef):
-            continue
+    for node in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)):
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 above = item.lineno
                 while above - 1 in alone:
                     above -= 1
-                rows = [*range(above, item.lineno), item.end_lineno or item.lineno]
-                found[node.name, item.target.id] = " ".join(said[row] for row in rows if row in said)
+                lines = range(above, (item.end_lineno or item.lineno) + 1)
+                found[node.name, item.target.id] = " ".join(said[row] for row in lines if row in said)
     return found
 
 
@@ -56,14 +54,13 @@ def values(kind: Any) -> str:
         return WORDS[DatasetFile] if DatasetFile in get_args(kind) else "list"
     if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping):
         return "mapping"
-    parts = [k for k in get_args(kind) if k is not type(None)]
-    return ", ".join(map(values, parts)) if parts else WORDS[kind]
+    return ", ".join(values(k) for k in get_args(kind) if k is not type(None)) or WORDS[kind]
 
 
 def default(f: "dataclasses.Field[Any]") -> str:
     if f.default is dataclasses.MISSING:
         return "required" if f.default_factory is dataclasses.MISSING else "none"
-    if f.default is None or f.default == ():
+    if f.default in (None, ()):
         return "none"
     value = list(f.default) if isinstance(f.default, tuple) else f.default
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -105,7 +102,7 @@ def environment_page() -> str:
             page += ["", f"## {title[1]}"] if title[1] != "end" else []
             text, lines = [], []
         elif variable := re.match(r': "\$\{(\w+):=(.*)\}"$', line):
-            name, value = f"`{variable[1]}`", f"`{variable[2]}`" if variable[2] else "-"
+            name, value = (f"`{word}`" if word else "-" for word in variable.groups())
             if text:
                 lines.append([name, value, " ".join(text).replace("|", "\\|")])
             else:  # shares the text of the one before it

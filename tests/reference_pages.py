@@ -19,7 +19,7 @@ SETTINGS = """# Settings
 
 Every setting of a recipe, made by `make docs` of the comments in the settings' own file: edit that, not this.
 
-A recipe is a YAML file without aliases. `a.b=c` in `ARGS` overrides it, and `python -m qwen35.config RECIPE` prints
+A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. `python -m qwen35.config RECIPE` prints
 all of it, resolved. A name that is no setting is an error that names the nearest one."""
 ENVIRONMENT = """# Environment variables
 
@@ -74,8 +74,8 @@ def rows(cls: type, path: str, said: Mapping[tuple[str, str], str]) -> Iterator[
         if inner and kind is inner:
             yield from rows(inner, f"{path}{f.name}.", said)
         else:
-            allowed = "a section" if inner else values(kind)
-            yield path, [f"`{f.name}`", default(f), allowed, said[cls.__name__, f.name].replace("|", "\\|")]
+            text = said[cls.__name__, f.name].replace("|", "\\|")
+            yield path, [f"`{f.name}`", default(f), "a section" if inner else values(kind), text]
 
 
 def table(head: str, lines: list[list[str]]) -> list[str]:
@@ -94,8 +94,7 @@ def settings_page() -> str:
 
 def environment_page() -> str:
     page = [ENVIRONMENT]
-    text: list[str] = []
-    lines: list[list[str]] = []
+    text, lines = list[str](), list[list[str]]()
     for line in [*(ROOT / "env.sh").read_text().splitlines(), "# ── end ─"]:
         if title := re.match(r"# ── (.+?) ─", line):
             page += table("| variable | default | meaning |", lines) if lines else []

@@ -142,7 +142,7 @@ def source() -> Path:
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>calls
 [[ $* != *--get* ]] || printf 'runs/tiny\\n300\\n'
-if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
+if [[ $* == *--nnodes* && $CONFIG == configs/tiny.yaml ]]; then
     mkdir -p runs/tiny
     echo 300 >runs/tiny/latest_checkpointed_iteration.txt
 fi
@@ -259,10 +259,7 @@ def test_the_tree_is_the_tree(name):
 
 
 def entries(folder: Path) -> set[str]:
-    """What is in a folder, but for what git ignores."""
+    """What git has of a folder, but for hidden files."""
     listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True, check=True).stdout
-    return {name if not rest else f"{name}/" for name, _, rest in (x.partition("/") for x in listed.split("\n"))} - {
-        "",
-        ".gitignore",
-        ".ci/",
-    }
+    parts = [name.partition("/") for name in listed.split() if not name.startswith(".")]
+    return {f"{name}{slash}" for name, slash, _ in parts}

@@ -19,8 +19,8 @@ SETTINGS = """# Settings
 
 Every setting of a recipe, made by `make docs` of the comments in the settings' own file: edit that, not this.
 
-A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. `python -m qwen35.config RECIPE` prints
-all of it, resolved. A name that is no setting is an error that names the nearest one."""
+A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. A name that is no setting is an error that
+names the nearest one. `python -m qwen35.config RECIPE` prints all of a recipe, resolved."""
 ENVIRONMENT = """# Environment variables
 
 Every variable of `env.sh`, made by `make docs` of that file: it is the one to edit, and what is set outside of it wins.

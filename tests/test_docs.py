@@ -165,7 +165,7 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line[:70])
 def test_commands(line, project):
     """Each is run by the real scripts in a copy of the project; what they hand to Python is looked at instead of run."""
     if not line.startswith("make"):

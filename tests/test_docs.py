@@ -107,7 +107,7 @@ def test_links(page):
 def test_files_are_there(page):
     if ELSEWHERE.search(page.name):
         return
-    folders = "assets|bench|configs|docs|kernels|qwen35|rehearse|scripts|tests"
+    folders = "accept|assets|bench|configs|docs|kernels|qwen35|rehearse|scripts|tests"
     named = re.findall(rf"(?<![\w/<])(?:{folders})/[\w/.-]+\.(?:sh|py|yaml|txt|md)\b", code(page))
     missing = {name for name in named if not (ROOT / name).exists()} - {"scripts/X.sh"}
     anywhere = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
@@ -202,7 +202,8 @@ def targets() -> set[str]:
 
 def options() -> set[str]:
     """All that the command lines of the project take, as their sources name them."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "qwen35").rglob("*.py")]
+    files = [path for folder in ("qwen35", "accept") for path in (ROOT / folder).rglob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in files]
     words = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     return {word for word in words if isinstance(word, str) and word.startswith("--")} | {"--help"}
 

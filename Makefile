@@ -5,7 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 # What is given on the command line reaches the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
 $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override export $v := $$(value $v))))
-.PHONY: help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint clean
+.PHONY: help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs clean
 
 help:     ## this list
 install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu CANN_VERSION TORCH_NPU PYTHON TORCH_INDEX DRY_RUN=1]
@@ -26,6 +26,7 @@ test:     ## all tests, on a CPU, those of test-npu among them  [ARGS]
 test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN  [TORCH=2.10.0 ARGS]
 test-versions: ## the tests on other versions of what they stand on  [TRANSFORMERS=5.2.0 TORCH=2.7.1 PYTHON ARGS]
 lint:     ## ruff, mypy, shellcheck, hadolint
+docs:     ## docs/settings.md and docs/environment.md, of the settings' own file and env.sh
 clean:    ## remove what the tools and the tiny recipe made; .venv stays
 
 help:
@@ -37,7 +38,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint: .venv/.installed
+accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

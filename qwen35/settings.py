@@ -24,13 +24,14 @@ REQUIRED: Any = dataclasses.MISSING
 
 @dataclass(frozen=True)
 class PreprocessParameters:
-    model_name_or_path: str | None = None  # folder of the tokenizer; default: model.model_name_or_path
+    # folder of the tokenizer and the processor; default: model.model_name_or_path
+    model_name_or_path: str | None = None
     image_max_pixels: int = 262144  # larger images are scaled down to this many pixels
-    image_min_pixels: int = 1024  # smaller ones are scaled up
-    video_max_pixels: int = 65536  # of one frame: a video's frames are scaled down, all alike, to this many pixels each
-    video_min_pixels: int = 1024  # or up
-    video_fps: float = 2.0  # frames a second that are taken of a video; a list of frames without a rate has this one
-    video_maxlen: int = 64  # most frames that are taken; of a longer video, evenly spaced ones
+    image_min_pixels: int = 1024  # smaller images are scaled up to this many
+    video_max_pixels: int = 65536  # all frames of a video are scaled alike, down to this many pixels a frame
+    video_min_pixels: int = 1024  # or up to this many pixels a frame
+    video_fps: float = 2.0  # frames taken per second of video; a list of frames without a rate of its own has this one
+    video_maxlen: int = 64  # most frames taken of one video; of a longer one they are evenly spaced
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,28 @@ def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
 
 @dataclass(frozen=True)
 class BasicParameters:
-    # one file, or several separated by commas; or a list of names and of {file: …, weight: …}
+    # one file of records, or several separated by commas; or a list with weights: [{file: a.json, weight: 2}, b.json] shows
+    # every sample of the first file twice in an epoch
     dataset: str | tuple[DatasetFile, ...] = REQUIRED
     dataset_dir: str = "."  # where the images of the records lie; none may lie outside
-    cache_dir: str | None = None  # tokenised samples are kept here; default: not kept
-    max_samples: int | None = None  # read only the first so many records
-    cutoff_len: int = 2048  # tokens of one packed bin
+    # keeps tokenised samples, and as files the images that records hold themselves; default: nothing is kept
+    cache_dir: str | None = None
+    max_samples: int | None = None  # read only the first so many records of all files together; default: all
+    cutoff_len: int = 2048  # tokens of one packed sequence; a longer sample is an error, see truncation
+    # the chat template: the checkpoint's own, or that of MindSpeed-MM's recipes
     template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
-    enable_thinking: bool | None = (
-        None  # qwen3_5: True trains the thoughts, False drops them, None as the record has it
-    )
-    # what a special token that user, system or tools spell becomes: that token, as transformers and vLLM have it when the model
-    # is asked; or the text of its characters. In answers it is a token; the template's control tokens are text everywhere
+    # with template qwen3_5: true trains thoughts, false drops them; default: as each record has it
+    enable_thinking: bool | None = None
+    # what a special token becomes that user, system or tools spell out: that token, as transformers and vLLM have it when
+    # the model is asked, or the text of its characters. In answers it is a token; control tokens are text everywhere
     special_tokens_in_prompts: Literal["tokens", "text"] = "tokens"
-    train_on_prompt: bool = False  # the loss also counts what the user says
-    mask_history: bool = False  # the loss counts only the last answer of a conversation
-    # of a sample longer than cutoff_len: error as any record that cannot be used, drop leaves it out, truncate keeps its first
-    # tokens, up to the last that is trained and never through an image or video; all counted
+    train_on_prompt: bool = False  # true: the loss also counts what the user says
+    mask_history: bool = False  # true: the loss counts only the last answer of a conversation
+    # what becomes of a sample longer than cutoff_len: error as any record that cannot be used, drop leaves it out, truncate
+    # keeps its beginning up to the last trained token that fits, never half an image or video; both are counted
     truncation: Literal["error", "drop", "truncate"] = "error"
-    on_bad_record: Literal["error", "skip"] = "error"  # that cannot be used: stop, or leave it out, counted and named
+    # what becomes of a record that cannot be used: stop, or leave it out, counted and named
+    on_bad_record: Literal["error", "skip"] = "error"
 
 
 @dataclass(frozen=True)
@@ -76,19 +80,19 @@ class Attr:
     With dots for a field inside another: `dialog.turns`.
     """
 
-    messages: str | None = None  # "messages", "conversations"
-    images: str | None = None  # "images", "image"
-    videos: str | None = None  # "videos", "video"
-    tools: str | None = None  # "tools"
-    system: str | None = None  # "system": the text of a system turn, beside the turns
-    role_tag: str | None = None  # "role", "from"
-    content_tag: str | None = None  # "content", "value"
-    user_tag: str | None = None  # "user", "human"
-    assistant_tag: str | None = None  # "assistant", "gpt"
-    system_tag: str | None = None  # "system", "developer"
-    observation_tag: str | None = None  # "tool", "observation": what a tool answered
-    function_tag: str | None = None  # "function_call", "tool_call": the assistant's call of a tool
-    ignore: tuple[str, ...] = ()  # fields that do not matter, although they look as if they did
+    messages: str | None = None  # the turns; usually messages or conversations
+    images: str | None = None  # usually images or image
+    videos: str | None = None  # usually videos or video
+    tools: str | None = None  # what can be called; usually tools
+    system: str | None = None  # the text of a system turn, where it stands beside the turns; usually system
+    role_tag: str | None = None  # who speaks; usually role or from
+    content_tag: str | None = None  # what is said; usually content or value
+    user_tag: str | None = None  # usually user or human
+    assistant_tag: str | None = None  # usually assistant or gpt
+    system_tag: str | None = None  # usually system or developer
+    observation_tag: str | None = None  # a tool's answer; usually tool or observation
+    function_tag: str | None = None  # the assistant's call of a tool; usually function_call or tool_call
+    ignore: tuple[str, ...] = ()  # fields that do not matter although they look as if they did: [label]
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,15 @@ class DatasetParam:
 @dataclass(frozen=True)
 class DataloaderParam:
     num_workers: int = 1  # processes a rank that decode and pack ahead of the training step; 0: none
-    shuffle: bool = True  # a new order each epoch, from training.seed
-    patch_bucket: int = 256  # a micro-batch's image patches are filled up to a multiple of this (shapes stay few)
+    shuffle: bool = True  # a new order in each epoch, from training.seed
+    patch_bucket: int = 256  # a micro-batch's image patches are padded to a multiple of this, so that shapes stay few
 
 
 @dataclass(frozen=True)
 class DataSettings:
     dataset_param: DatasetParam
-    # held-out records for training.val_interval; what is not given here is as in dataset_param, all but the dataset itself
+    # the validation set of training.val_interval, with the same settings; what is not given is as in dataset_param, except
+    # basic_parameters.dataset, which must be given; default: no validation
     val_dataset_param: DatasetParam | None = None
     dataloader_param: DataloaderParam = DataloaderParam()
 
@@ -118,6 +123,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class LossCfg:
+    # how the losses of trained tokens are averaged: docs/guide.md says what each minimises; model.loss_type is a short form
     loss_type: Literal["default", "per_sample_loss", "per_token_loss"] = "default"
     router_aux_loss_coef: float = 0.0  # weight of the experts' load-balancing loss
 
@@ -126,70 +132,86 @@ class LossCfg:
 class ModelSettings:
     model_name_or_path: str = REQUIRED  # folder with config.json (and the tokenizer)
     freeze: tuple[str, ...] = ()  # module names; `*` and `{*}` match one level: model.language_model.layers.{*}.mlp
-    mtp_num_layers: int = (
-        0  # 1: train multi-token prediction too, which looks one token further; 0: keep its weights as they are
-    )
-    mtp_loss_scaling_factor: float = 0.1  # weight of its loss
+    # 1: train the checkpoint's multi-token prediction too, which looks one token further; 0: keep its weights as they are
+    mtp_num_layers: int = 0
+    mtp_loss_scaling_factor: float = 0.1  # weight of the loss of multi-token prediction
     loss_cfg: LossCfg = LossCfg()
-    kernels: Mapping[str, str] = field(default_factory=dict)  # op -> implementation, see `python -m kernels`
+    # operator -> implementation: auto, native, torch_npu, triton or fla; `python -m kernels` prints the table
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    fully_shard_parallel_size: int | None = None  # ranks that share one copy of the weights; default: all
-    expert_parallel_size: int = 1  # of these, ranks that each hold some of the experts whole, and exchange tokens
-    ulysses_parallel_size: int = 1  # ranks that share each bin: a part of the tokens each, in attention of the heads
-    # keep only each layer's input for backward, and run the layer again; selective: keep what attention and delta rule return
-    # too, so that these do not run again
+    # ranks that share one copy of the weights; fewer than all give replicas (HSDP); default: all
+    fully_shard_parallel_size: int | None = None
+    # of these, ranks that each own a part of the experts, to whom the tokens travel
+    expert_parallel_size: int = 1
+    # ranks that share each packed sequence: each holds a part of its tokens, and inside attention and the gated delta net
+    # computes a part of the heads for all of them
+    ulysses_parallel_size: int = 1
+    # true: keep only each layer's input for backward, and run the layer again; selective: also keep what attention and the
+    # delta rule return, which then do not run again
     recompute: bool | Literal["selective"] = False
-    activation_offload: bool = False  # what a layer keeps for backward lies in the host's memory meanwhile
+    # what a layer keeps for backward waits in the host's memory until backward comes near: with recompute its input, with
+    # selective those outputs too; on a CPU it is only copied, and nothing is saved
+    activation_offload: bool = False
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
     """Some steps under the profiler of the device."""
 
-    steps: int = 0  # how many; 0: none
+    steps: int = 0  # how many steps run under the profiler: a trace and a table of operators a rank; 0: none
     start: int = 3  # the first of them
-    ranks: tuple[int, ...] = (0,)
+    ranks: tuple[int, ...] = (0,)  # the ranks that are profiled
     memory_snapshot: bool = False  # also what the device's memory holds, or on a CPU each allocation in the trace
-    folder: str = "profile"  # below save
+    folder: str = "profile"  # where it is written, below training.save
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    train_iters: int = REQUIRED
-    save: str = REQUIRED  # folder that the run leaves behind
-    micro_batch_size: int = 1  # bins of cutoff_len a rank and micro-step
-    gradient_accumulation_steps: int = 1
-    optimizer: Literal["adamw", "adamw_swap"] = "adamw"  # adamw_swap: its moments live in the host's memory
-    lr: float = 1e-5
-    min_lr: float = 0.0
+    train_iters: int = REQUIRED  # optimizer steps of the whole run
+    save: str = REQUIRED  # the folder that the run leaves behind
+    micro_batch_size: int = 1  # packed sequences of cutoff_len tokens a rank and micro-step
+    gradient_accumulation_steps: int = 1  # micro-steps of one optimizer step
+    # adamw_swap: AdamW's two moments (8 bytes a parameter) live in the host's memory and come to the device chunk by chunk
+    # in each step; checkpoints and numbers are the same
+    optimizer: Literal["adamw", "adamw_swap"] = "adamw"
+    lr: float = 1e-5  # the highest learning rate
+    min_lr: float = 0.0  # the learning rate that the decay ends at
+    # how the learning rate goes from lr to min_lr after the warm-up
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_ratio: float = 0.1  # of train_iters
+    lr_warmup_ratio: float = 0.1  # share of train_iters in which the learning rate rises to lr
     weight_decay: float = 0.0  # of matrices; vectors (norms, biases, gates) never decay
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
+    adam_beta1: float = 0.9  # AdamW's decay of the first moment
+    adam_beta2: float = 0.95  # AdamW's decay of the second moment
+    adam_eps: float = 1e-8  # AdamW's smallest divisor
     clip_grad: float = 1.0  # largest global gradient norm; 0: not clipped
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, gradients' sums and optimizer are always fp32
-    seed: int = 42
+    seed: int = 42  # of the order of the data and of every random draw
     deterministic: bool = False  # the same bits from the same step each time, on an NPU too: slower there
-    log_interval: int = 1
+    log_interval: int = 1  # steps between log lines; a run that is asked to stop does so at the next of them
     peak_tflops: float | None = None  # bf16 peak of one device, for the metric mfu; default: no mfu
     save_interval: int | None = None  # steps between checkpoints; default: only one at the end
-    save_total_limit: int | None = None  # newest checkpoints that stay, once a newer one is whole; default: all
-    async_save: bool = True  # write them while training goes on, from a copy in the host's memory
-    val_interval: int | None = (
-        None  # steps between validations on data.val_dataset_param, one more at the end; default: none
-    )
-    val_generate: bool = False  # have the model answer its records too, on a whole copy of it on each device
-    load: str | None = None  # DCP folder: converted weights, or another run's save folder
-    init_from_hf_path: str | None = None  # Hugging Face folder, read directly
-    init_model_with_meta_device: bool = True  # no rank ever holds the whole model; False: build it whole, then shard
-    timeout: float = 1800.0  # seconds that a rank may stand still, in a step or between steps, before the job is ended
-    max_restarts: int = 0  # so often the ranks are started again, from the newest checkpoint, after a failure
-    zero_grad_patience: int = 5  # steps that a trainable group may have a gradient of exactly zero
+    # newest checkpoints that stay once a newer one is whole; release/ and one that is being read stay too; default: all
+    save_total_limit: int | None = None
+    # write checkpoints between steps while training goes on, from a copy of each rank's share in the host's memory; false:
+    # the steps wait
+    async_save: bool = True
+    # steps between validations on data.val_dataset_param, one more at the end; default: none
+    val_interval: int | None = None
+    # have the model answer the validation records too, on a whole copy of it on each device, and report the share of exactly
+    # right answers
+    val_generate: bool = False
+    load: str | None = None  # DCP folder: converted weights, or another run's save folder; this or init_from_hf_path
+    init_from_hf_path: str | None = None  # Hugging Face folder that is read directly; this or load
+    init_model_with_meta_device: bool = True  # no rank ever holds the whole model; false: build it whole, then shard
+    # seconds that a rank may stand still, in a step, a save or the start, before the job is ended; reading data has this time
+    # for each record, loading weights for each part
+    timeout: float = 1800.0
+    # how often the ranks are started again, from the newest checkpoint, after a failure that a new start can get past
+    max_restarts: int = 0
+    zero_grad_patience: int = 5  # steps that a trained group may have a gradient of exactly zero before the run stops
     profile: ProfileSettings = ProfileSettings()
 
 

@@ -105,7 +105,7 @@ IGNORED = " ".join(
     f"--ignore=tests/test_{name}.py" for name in ("accept", "launch", "parallel", "resume", "train", "train_mtp")
 )
 TARGETS = """help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench
-    test test-versions lint clean""".split()
+    test test-versions lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls

@@ -16,7 +16,10 @@ from qwen35.errors import SettingError, one_line
 from qwen35.network import LOOPBACK
 
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
-HOST_ALONE = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": ""}  # a process with these computes on the CPU
+HOST_ALONE = {
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # a process with these computes on the CPU
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # what hides devices from a process
 REPEATABLE = {"HCCL_DETERMINISTIC": ("true", "strict"), "CLOSE_MATMUL_K_SHIFT": ("1",)}  # by default the first of these

@@ -8,8 +8,8 @@ import torch
 from accept.report import Status
 from accept.task import Task
 from qwen35.device import device_type, is_apart, model_name
-from qwen35.doctor.__main__ import examine
-from qwen35.doctor.machine import Machine
+from qwen35.tools.doctor.__main__ import examine
+from qwen35.tools.doctor.machine import Machine
 
 RECIPE = "configs/tiny.yaml"
 STATUS: dict[str, Status] = {"ok": "held", "wrong": "off", "note": "told"}

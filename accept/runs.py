@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from accept.task import AcceptError, Task, distance
-from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
+from qwen35.checkpoint.slices import Box
 from qwen35.device import HOST_ALONE, device_type, is_apart
-from qwen35.meeting import listen
-from qwen35.metrics import read_metrics
+from qwen35.launch.rendezvous import listen
 from qwen35.processes import die_with
-from qwen35.tiny import ASSETS, make_digits, make_model
+from qwen35.tools.tiny import ASSETS, make_digits, make_model
+from qwen35.training.metrics import read_metrics
 
 STEPS, INTERVAL = 12, 4
 SAME = ("loss", "aux_loss", "grad_norm")

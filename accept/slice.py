@@ -10,13 +10,13 @@ import kernels
 from accept.layers import NARROW, NARROW_TOWER
 from accept.speed import matmul_rate, seconds
 from accept.task import Task
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
 from qwen35.device import init_process, is_apart, peak_memory
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm
 from qwen35.parallel import make_meshes
-from qwen35.settings import Settings
 from qwen35.train import Run, distribute, train_step
+from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import some_layers
 

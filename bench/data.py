@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwen35.data.convert import Options, convert
+from qwen35.data.llava import Options, convert
 from qwen35.data.packing import pack_epoch
 
 CUTOFFS = (512, 1024, 2048, 4096, 8192)

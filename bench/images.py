@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen35.data.images import ImageProcessor
-from qwen35.tiny import make_model
+from qwen35.data.image_processor import ImageProcessor
+from qwen35.tools.tiny import make_model
 
 PIXELS = (1024, 262144)  # least and most of an image, the recipes' defaults
 ROUNDS = 5

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
-from qwen35.launch import listen
-from qwen35.tiny import ASSETS, make_digits, make_model
+from qwen35.launch.launcher import listen
+from qwen35.tools.tiny import ASSETS, make_digits, make_model
 
 FLAT = 8  # epochs, the last ones, over which the slope is taken: those before them fill caches
 

@@ -19,9 +19,9 @@ import kernels
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
 from qwen35.batch import IGNORE, PackedBatch
-from qwen35.flops import Flops
-from qwen35.loss import token_weights
 from qwen35.model import Qwen35
+from qwen35.training.flops import Flops
+from qwen35.training.loss import token_weights
 
 BF16 = torch.bfloat16
 VOCABULARY = 248_320

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
 from qwen35.device import host_group, take_device
-from qwen35.doctor.machine import Machine
-from qwen35.doctor.triton import triton
 from qwen35.errors import USER_ERRORS, UserError, complain
+from qwen35.heartbeat import Pulse
 from qwen35.model import TextConfig, load_config
-from qwen35.pulse import Pulse
-from qwen35.settings import Settings
+from qwen35.tools.doctor.machine import Machine
+from qwen35.tools.doctor.triton import triton
 from qwen35.triton_cache import cache_folder, compiling
 
 if TYPE_CHECKING:

@@ -16,34 +16,36 @@ from tqdm import tqdm
 
 import kernels
 from kernels.host import to_device
-from qwen35.adamw import AdamW
 from qwen35.batch import PackedBatch
+from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
 from qwen35.checkpoint.dcp_folder import about, settle
 from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
-from qwen35.checkpoint.saver import Saver
 from qwen35.compilation import DTYPES, compiled
-from qwen35.config import to_yaml
+from qwen35.config.layout import check_layout
+from qwen35.config.load import to_yaml
+from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import be_deterministic, init_process, is_apart
-from qwen35.flops import Flops, token_counts
-from qwen35.launch import leave, run_rank
-from qwen35.layout import check_layout
-from qwen35.loss import divisors, look_ahead, token_weights
-from qwen35.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.heartbeat import Pulse
+from qwen35.launch.launcher import leave, run_rank
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, learning_rate, make_optimizer
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
-from qwen35.parallel.offload import Offload
-from qwen35.preflight import measure, ranks_here
+from qwen35.parallel.activation_offload import Offload
 from qwen35.processes import stop_request
-from qwen35.profiling import Profile
-from qwen35.pulse import Pulse
-from qwen35.resume import (
+from qwen35.training.adamw import AdamW
+from qwen35.training.flops import Flops, token_counts
+from qwen35.training.loss import divisors, look_ahead, token_weights
+from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
+from qwen35.training.parameter_groups import freeze, table
+from qwen35.training.preflight import measure, ranks_here
+from qwen35.training.profiler import Profile
+from qwen35.training.resume import (
     changes,
     check_finished,
     check_position,
@@ -52,11 +54,9 @@ from qwen35.resume import (
     find_weights,
     position_of,
 )
-from qwen35.rng import restore_rng, rng_states, seed_all
-from qwen35.settings import Settings
-from qwen35.summary import coming_steps, opening, report
-from qwen35.trainable import freeze, table
-from qwen35.validation import Validation
+from qwen35.training.rng import restore_rng, rng_states, seed_all
+from qwen35.training.summary import coming_steps, opening, report
+from qwen35.training.validation import Validation
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from kernels import KernelError
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
-from qwen35.settings import Settings
 from rehearse import report
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import with_config

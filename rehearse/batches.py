@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec
-from qwen35.data.collate import collate
+from qwen35.config.schema import Settings
+from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
-from qwen35.data.positions import position_ids
+from qwen35.data.mrope import position_ids
 from qwen35.errors import SettingError
 from qwen35.model import ModelConfig
-from qwen35.settings import Settings
 
 TEXT = 1  # any token that is not an image's
 

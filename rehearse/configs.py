@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen35.config.schema import Settings
 from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, load_config
-from qwen35.settings import Settings
 
 PUBLISHED = Path(__file__).parents[1] / "assets/configs"
 

@@ -8,10 +8,10 @@ What recomputation sends again is not among it.
 
 from torch.distributed.tensor import DTensor
 
+from qwen35.config.schema import Settings
 from qwen35.model import Qwen35
 from qwen35.model.config import TextConfig
 from qwen35.parallel import Meshes
-from qwen35.settings import Settings
 from qwen35.train import DTYPES
 from rehearse.wire import NAMES
 

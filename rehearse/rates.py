@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from qwen35.config import parse_yaml
+from qwen35.config.load import parse_yaml
 from qwen35.errors import SettingError, read_text
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qwen35.settings import Settings
+from qwen35.config.schema import Settings
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import with_config
 from rehearse.step import Rehearsal, rehearse

@@ -14,15 +14,15 @@ from torch.distributed.tensor import DTensor
 import kernels
 from kernels.moe_parallel import balanced
 from qwen35.batch import PackedBatch
+from qwen35.config.layout import check_layout
+from qwen35.config.schema import Settings
 from qwen35.errors import SettingError
-from qwen35.flops import Flops
-from qwen35.layout import check_layout
 from qwen35.model import ModelConfig, Qwen35
-from qwen35.optim import GradientNorm
 from qwen35.parallel import make_meshes
-from qwen35.settings import Settings
 from qwen35.train import Run, distribute, train_step
-from qwen35.trainable import freeze
+from qwen35.training.flops import Flops
+from qwen35.training.optimizer import GradientNorm
+from qwen35.training.parameter_groups import freeze
 from rehearse.cluster import Machine, Observer, ranks
 from rehearse.cut import TEXT, VISION, Cut, CutModel, Moment, UnevenError
 from rehearse.least import Bytes, least

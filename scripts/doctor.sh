@@ -10,13 +10,13 @@ source scripts/check_env.sh
 mapfile -t values < <(wrong_values)
 words=()
 if error=$(split "${ARGS:-}" 2>&1); then split "${ARGS:-}"; else values+=("${error#*: }"); fi
-if (load_cann) >/dev/null 2>&1; then load_cann; fi # where there is none, qwen35.doctor says so
+if (load_cann) >/dev/null 2>&1; then load_cann; fi # where there is none, qwen35.tools.doctor says so
 device_env
 options=("${values[@]/#/--wrong=}")
 if [[ $(device) == npu ]]; then options+=(--accelerator=npu); fi
 for candidate in "$python" python3 python3.11 python3.10 python3.12; do
     if "$candidate" -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null; then
-        exec "$candidate" -m qwen35.doctor "${options[@]}" -- "$CONFIG" "${words[@]}" "$@"
+        exec "$candidate" -m qwen35.tools.doctor "${options[@]}" -- "$CONFIG" "${words[@]}" "$@"
     fi
 done
 printf 'wrong  %s\n' "${values[@]}" "Python  there is none from 3.10 on -> install 3.10 to 3.12, then make install"

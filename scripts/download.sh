@@ -13,4 +13,4 @@ need_venv
 split "${ARGS:-}"
 model=${given:-${DOWNLOAD_MODEL:-}}
 [[ -n $model ]] || die "no model is named: make download MODEL=Qwen/Qwen3.5-4B"
-exec "$python" -m qwen35.download "$model" --source "$SOURCE" ${OUT:+--out "$OUT"} "${words[@]}" "$@"
+exec "$python" -m qwen35.tools.download "$model" --source "$SOURCE" ${OUT:+--out "$OUT"} "${words[@]}" "$@"

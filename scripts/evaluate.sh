@@ -5,4 +5,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 split "${ARGS:-}"
-exec "$python" -m qwen35.evaluate --model "$MODEL" --data "$DATA" "${words[@]}" "$@"
+exec "$python" -m qwen35.inference.evaluate --model "$MODEL" --data "$DATA" "${words[@]}" "$@"

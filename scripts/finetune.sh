@@ -19,7 +19,7 @@ split "${ARGS:-}"
 overrides=("${words[@]}" "$@")
 if [[ -n ${HOSTS:-} && -z ${QWEN35_NODE:-} ]]; then
     need_venv # for a dry run as well: Python reads the file
-    exec "$python" -m qwen35.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
+    exec "$python" -m qwen35.launch.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"
 fi
 
 visible_npus() {

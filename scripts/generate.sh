@@ -24,4 +24,4 @@ if [[ -n ${VIDEO:-} ]]; then
     done
 fi
 if [[ -n ${PROMPT:-} ]]; then options+=("--prompt=$PROMPT"); fi
-exec "$python" -m qwen35.generate "${options[@]}" "${words[@]}" "$@"
+exec "$python" -m qwen35.inference.generate "${options[@]}" "${words[@]}" "$@"

@@ -20,7 +20,7 @@ unset NODES NODE_RANK # nobody is to be met
 check_int NODES "$nodes" "1 -"
 check_env
 need_venv
-if [[ $CONFIG -ef configs/tiny.yaml && ! -e ckpt/hf_path/tiny/config.json ]]; then "$python" -m qwen35.tiny; fi
+if [[ $CONFIG -ef configs/tiny.yaml && ! -e ckpt/hf_path/tiny/config.json ]]; then "$python" -m qwen35.tools.tiny; fi
 split "${ARGS:-}"
 per_node=${NPUS_PER_NODE:-8} memory=$NPU_MEMORY_GB config=$CONFIG buffer=${HCCL_BUFFSIZE:-}
 rates=${RATES:-}

@@ -16,7 +16,7 @@ shift
 # of several machines only the first makes and measures; the others wait for it where the training begins
 if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
-{ read -r save; read -r steps; } < <("$python" -m qwen35.config "${settings[@]}" --get training.save training.train_iters)
+{ read -r save; read -r steps; } < <("$python" -m qwen35.config.load "${settings[@]}" --get training.save training.train_iters)
 [[ -n ${steps:-} ]] || exit 1 # the reason is printed already
 
 # SIGTERM, SIGHUP and Ctrl-C go to the step that runs, and none follows it
@@ -41,7 +41,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model is quickest on
 export OUT="${OUT:-$save/hf}"
 export ARGS="" HF=ckpt/hf_path/tiny MODEL=$OUT DATA=data/digits/heldout.json
 export QWEN35_PARENT=$$ # the training ends with this script
-step "$python" -m qwen35.tiny
+step "$python" -m qwen35.tools.tiny
 DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
 step "$@"
 [[ $(cat "$save/latest_checkpointed_iteration.txt") == "$steps" ]] || exit 0 # it was asked to stop, and said so

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qwen35 import launch, train
+from qwen35 import train
 from qwen35.data import MicroBatches
-from qwen35.metrics import Metrics
+from qwen35.launch import launcher
+from qwen35.training.metrics import Metrics
 
 KINDS = {"images": [1, 2], "text": [0, 3], "untrained": [0, 3], "bad": [5]}
 
@@ -84,4 +85,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    launch.leave(main(sys.argv[1:]))
+    launcher.leave(main(sys.argv[1:]))

@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 
-from qwen35 import launch, train
-from qwen35.config import load_settings
+from qwen35 import train
+from qwen35.config.load import load_settings
+from qwen35.launch import launcher
 from qwen35.model import Qwen35
 
 
@@ -24,7 +25,7 @@ def rank_main(arguments: list[str]) -> int:
     faults = {}
     for word in os.environ["FAULTS"].split():
         restart, rank, step, what = word.split(":")
-        if restart == os.environ.get(launch.RESTART, "0") and rank in (os.environ["RANK"], "*"):
+        if restart == os.environ.get(launcher.RESTART, "0") and rank in (os.environ["RANK"], "*"):
             faults[int(step)] = what
     real_step, real_loss, now = train.train_step, Qwen35.loss, []
 
@@ -60,12 +61,12 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
         master_port=int(port),
         rendezvous_timeout=200,
     )
-    meeting = launch.meet_others(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
+    meeting = launcher.meet_others(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
     command = [sys.executable, __file__, "rank", *arguments]
-    return launch.run(command, args, meeting, patience=600.0, restarts=int(restarts))
+    return launcher.run(command, args, meeting, patience=600.0, restarts=int(restarts))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         sys.exit(launch_main(*sys.argv[2:]))
-    launch.leave(rank_main(sys.argv[2:]))
+    launcher.leave(rank_main(sys.argv[2:]))

@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[1]
 PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
 MAINS = {
     "train": "qwen35.train",
-    "launch": "qwen35.launch",
-    "config": "qwen35.config",
+    "launch": "qwen35.launch.launcher",
+    "config": "qwen35.config.load",
     "data": "qwen35.data.__main__",
     "convert": "qwen35.checkpoint.convert",
-    "evaluate": "qwen35.evaluate",
-    "generate": "qwen35.generate",
+    "evaluate": "qwen35.inference.evaluate",
+    "generate": "qwen35.inference.generate",
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
@@ -93,18 +93,18 @@ class ForkedTraining:
 
 
 def _launch(outputs: list[Connection], arguments: list[str], environment: dict[str, str]) -> None:
-    from qwen35 import job, launch
     from qwen35.console import outlive_readers
+    from qwen35.launch import job, launcher
 
     _be_new(environment)
     take(outputs)
     outlive_readers()
     job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
     try:
-        launch.leave(launch.main(arguments))
+        launcher.leave(launcher.main(arguments))
     except BaseException:
         traceback.print_exc()
-        launch.leave(1)
+        launcher.leave(1)
 
 
 def _be_new(environment: dict[str, str]) -> None:
@@ -118,12 +118,12 @@ def _be_new(environment: dict[str, str]) -> None:
 
 
 class _Rank:
-    """What qwen35.job starts, forked from the launcher."""
+    """What qwen35.launch.job starts, forked from the launcher."""
 
     def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
         from qwen35 import train
         from qwen35.console import outlive_readers
-        from qwen35.launch import leave
+        from qwen35.launch.launcher import leave
 
         self.returncode = None
         self.pid = os.fork()

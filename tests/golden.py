@@ -28,9 +28,9 @@ from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.hf import write_hf
-from qwen35.metrics import read_metrics
+from qwen35.config.schema import Settings
 from qwen35.model import Qwen35
-from qwen35.settings import Settings
+from qwen35.training.metrics import read_metrics
 
 FILE = ROOT / "tests/data/golden.json"
 RUNS = {  # name -> mixture of experts, what the records show, processes, settings

@@ -31,7 +31,7 @@ from training_runs import (
 )
 
 from qwen35.checkpoint.dcp import newest_checkpoint
-from qwen35.metrics import read_metrics
+from qwen35.training.metrics import read_metrics
 
 KEPT = 2  # checkpoints, so that older ones are removed all the time
 PATIENCE = 300  # seconds for what must come to an end by itself

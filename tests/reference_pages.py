@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from qwen35.settings import DatasetFile, Settings
+from qwen35.config.schema import DatasetFile, Settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """# Settings
@@ -20,7 +20,7 @@ SETTINGS = """# Settings
 Every setting of a recipe, made by `make docs` of the comments in the settings' own file: edit that, not this.
 
 A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. A name that is no setting is an error that
-names the nearest one. `python -m qwen35.config RECIPE` prints all of a recipe, resolved."""
+names the nearest one. `python -m qwen35.config.load RECIPE` prints all of a recipe, resolved."""
 ENVIRONMENT = """# Environment variables
 
 Every variable of `env.sh`, made by `make docs` of that file: it is the one to edit, and what is set outside of it wins.

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
 from qwen35.checkpoint.folders import sweep
 from qwen35.checkpoint.lock import holding
-from qwen35.checkpoint.saver import Saver
 
 STEPS, INTERVAL, LIMIT = 120, 3, 2
 BEGINS = 12  # the step with the first gradient of a parameter that has none before

@@ -9,8 +9,8 @@ from pathlib import Path
 from packaging.markers import Marker
 from ports import free_port
 
-from qwen35.doctor.__main__ import lines
-from qwen35.doctor.machine import Finding, Machine, architecture
+from qwen35.tools.doctor.__main__ import lines
+from qwen35.tools.doctor.machine import Finding, Machine, architecture
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "configs/tiny.yaml")

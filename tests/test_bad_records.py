@@ -27,13 +27,13 @@ from PIL import Image
 from ports import free_port
 
 from qwen35.batch import IGNORE
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data.samples import Preparation
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.doctor.recipe import _records
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
-from qwen35.metrics import read_metrics
+from qwen35.tools.doctor.recipe import _records
+from qwen35.training.metrics import read_metrics
 
 __all__ = ["place", "whole"]  # fixtures
 

@@ -8,12 +8,12 @@ import torch
 from peer import config_dict, sample
 
 from qwen35.batch import PackedBatch
-from qwen35.generate import _run_prompts, _run_tokens, greedy, steps
+from qwen35.inference.generate import _run_prompts, _run_tokens, greedy, steps
+from qwen35.inference.kv_cache import BLOCK, CachedAttention, CachedDeltaNet, caching
+from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
 from qwen35.model.attention import AttentionCore
-from qwen35.model.cache import BLOCK, CachedAttention, CachedDeltaNet, caching
 from qwen35.model.gated_delta_net import DeltaNetCore
-from qwen35.sampling import Sampling
 
 STEPS = 6
 # each is cut before its last STEPS tokens: prompts of 1, 2, 3, 4, 63, 64 and 65 tokens, and two with images

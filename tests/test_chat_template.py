@@ -11,16 +11,16 @@ from tokenizer_fixture import PUBLISHED, make_model_folder
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qwen35.config import SettingError
+from qwen35.config.load import SettingError
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.chat_template import ChatTemplate
-from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.images import ImageProcessor
+from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import Record, RecordError, ToolCall, Turn
-from qwen35.data.samples import Preparation, own_template
 from qwen35.data.template import prompt_pieces, render, training_pieces
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.tokenized import Preparation, own_template
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VideoProcessor
 
 QWEN3_5 = ("chat_template.jinja", "chat_template_nothink.jinja")
 QWEN3_6, QWEN3_8 = "chat_template_qwen3_6.jinja", "chat_template_qwen3_8.jinja"

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from qwen35.checkpoint import CheckpointError, DCPSource, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint import checksums as checksums_module
-from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.checksums import checksums, read_box_checked
 from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, settle
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
+from qwen35.checkpoint.slices import Box, TensorSpec
 
 BEFORE = (
     DATA / "checkpoint_of_before"

@@ -22,11 +22,11 @@ from qwen35.checkpoint import (
     resolve_load,
     save_checkpoint,
 )
-from qwen35.checkpoint.boxes import Box, TensorSource, pieces
 from qwen35.checkpoint.dcp import training_state
 from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
+from qwen35.checkpoint.slices import Box, TensorSource, pieces
 
 
 def small_model(width: int = 4) -> torch.nn.Module:

@@ -24,8 +24,8 @@ from peer import config_dict, pair, peer_inputs, sample
 from safetensors.torch import save_file
 
 from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, load_pretrained, save_hf
-from qwen35.checkpoint.boxes import Box, pieces
-from qwen35.checkpoint.names import published_dtype
+from qwen35.checkpoint.hf_names import published_dtype
+from qwen35.checkpoint.slices import Box, pieces
 from qwen35.model import Qwen35
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]

@@ -9,7 +9,7 @@ from checkpoint_cases import CONFIGS, DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold
 from qwen35.checkpoint.hf import disk_spec, places
-from qwen35.checkpoint.names import home
+from qwen35.checkpoint.hf_names import home
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qwen35.checkpoint import CheckpointError, HFFolder, load_checkpoint, load_hf, save_checkpoint, write_hf
-from qwen35.checkpoint.boxes import PIECE
 from qwen35.checkpoint.hf import shapes_of
-from qwen35.launch import leave
+from qwen35.checkpoint.slices import PIECE
+from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 
 RANKS = 2

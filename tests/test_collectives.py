@@ -10,11 +10,11 @@ import sys
 from PIL import Image
 from training_runs import ROOT
 
-from qwen35.metrics import read_metrics
+from qwen35.training.metrics import read_metrics
 
 DRIVER = """
 import argparse, json, sys
-from qwen35.launch import run
+from qwen35.launch.launcher import run
 sys.exit(run(json.loads(sys.argv[1]), argparse.Namespace(**json.loads(sys.argv[2]))))
 """
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 from stand_in import ROOT, free_port
 
-from qwen35 import compilation, preflight
+from qwen35 import compilation
 from qwen35.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
-from qwen35.doctor.machine import ok, wrong
-from qwen35.pulse import Pulse
+from qwen35.heartbeat import Pulse
+from qwen35.tools.doctor.machine import ok, wrong
+from qwen35.training import preflight
 
 TIMEOUT = 10.0  # seconds, of all groups but the one that waits
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 import kernels
 from qwen35 import compilation
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.device import init_process
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]

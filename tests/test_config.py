@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from qwen35.config import SettingError, from_flat, load_settings, to_yaml
+from qwen35.config.load import SettingError, from_flat, load_settings, to_yaml
 
 MINIMAL = {
     "data": {"dataset_param": {"basic_parameters": {"dataset": "a.json"}}},

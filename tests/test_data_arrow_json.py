@@ -5,13 +5,13 @@ import json
 import pytest
 from optional import HAS_PYARROW, write_parquet
 
+from qwen35.config.schema import Attr
+from qwen35.data.data_warnings import Noticed
 from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record, read_records
-from qwen35.data.noticed import Noticed
-from qwen35.data.reading import read_values
+from qwen35.data.readers import read_values
 from qwen35.data.template import render, training_pieces
-from qwen35.settings import Attr
 
 
 def tool(name, **properties):

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from tokenizer_fixture import make_model_folder
 
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Attr
 from qwen35.data.__main__ import main
 from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record, read_records
-from qwen35.data.show import show
-from qwen35.settings import Attr
+from qwen35.data.preview import show
 
 ROOT = Path(__file__).parents[1]
 LLAVA = [

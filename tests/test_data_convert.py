@@ -11,13 +11,13 @@ from PIL import Image
 from tokenizer_fixture import make_model_folder
 
 from bench.data import write
-from qwen35.config import from_flat
+from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data import convert as module
-from qwen35.data.convert import Options
-from qwen35.data.convert import convert as run
+from qwen35.data import llava as module
 from qwen35.data.files import replacing
 from qwen35.data.in_order import in_order
+from qwen35.data.llava import Options
+from qwen35.data.llava import convert as run
 from qwen35.data.tally import Tally
 from qwen35.errors import SettingError, UserError
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from qwen35.data.folder import ImageFolder
-from qwen35.data.frames import VideoError, reel
-from qwen35.data.images import ImageError, upright_size
+from qwen35.data.image_processor import ImageError, upright_size
 from qwen35.data.mixture import dataset_files
-from qwen35.data.reading import read_values
+from qwen35.data.readers import read_values
 from qwen35.data.record import RecordError, Video
+from qwen35.data.video_frames import VideoError, reel
 from qwen35.errors import SettingError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"

@@ -5,8 +5,10 @@ import json
 import pytest
 from mistakes import BASIC, DATA, EVALUATE, SHOW, place, run, whole
 
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches
+from qwen35.data.data_warnings import Noticed
 from qwen35.data.fields import (
     IN_CALLS,
     IN_ITEMS,
@@ -20,10 +22,8 @@ from qwen35.data.fields import (
 )
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
-from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
 from qwen35.errors import SettingError
-from qwen35.settings import Attr
 
 __all__ = ["place", "whole"]  # fixtures
 
@@ -278,8 +278,8 @@ def test_every_command_that_reads_records_tells_it(here, command, line):
 
 
 def test_doctor_tells_it(here):
-    from qwen35.data.samples import Preparation
-    from qwen35.doctor.recipe import _records
+    from qwen35.data.tokenized import Preparation
+    from qwen35.tools.doctor.recipe import _records
 
     found = _records(Preparation.of(load_settings("r.yaml")))
     assert [(f.status, f.fact) for f in found][1:] == [("note", f"{NOT_READ}{', '.join(FOUND)}")]

@@ -6,12 +6,12 @@ import json
 import pytest
 from optional import write_parquet
 
-from qwen35.config import SettingError
+from qwen35.config.load import SettingError
+from qwen35.config.schema import Attr
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files
 from qwen35.data.record import RecordError, ToolCall, Turn, Video
-from qwen35.settings import Attr
 
 LLAVA = {
     "id": "a7",

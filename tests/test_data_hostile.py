@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from tokenizer_fixture import make_model_folder
 
-from qwen35.config import from_flat, to_yaml
+from qwen35.config.load import from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError, template
-from qwen35.data import samples as module
+from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
-from qwen35.data.loader import PROBE
-from qwen35.data.parcel import shared_memory
+from qwen35.data.dataloader import PROBE
 from qwen35.data.record import Record, Turn
-from qwen35.data.samples import LONGEST_TEXT, Preparation, load_samples, make_samples
+from qwen35.data.shared_batch import shared_memory
 from qwen35.data.template import training_pieces
+from qwen35.data.tokenized import LONGEST_TEXT, Preparation, load_samples, make_samples
 from qwen35.errors import SettingError
 
 BASIC = "data.dataset_param.basic_parameters"

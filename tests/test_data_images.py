@@ -14,8 +14,8 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from tokenizer_fixture import PUBLISHED
 
 from bench.images import peer_processor
-from qwen35.config import SettingError
-from qwen35.data.images import ImageError, ImageProcessor
+from qwen35.config.load import SettingError
+from qwen35.data.image_processor import ImageError, ImageProcessor
 
 MIN, MAX = 1024, 262144
 

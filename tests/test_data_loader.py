@@ -26,16 +26,16 @@ from PIL import Image
 from tokenizer_fixture import make_model_folder
 
 from qwen35.batch import PackedBatch
-from qwen35.config import SettingError, from_flat, to_yaml
+from qwen35.config.load import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data import samples as module
-from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data import tokenized as module
+from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.files import alone_in
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
-from qwen35.data.parcel import Parcel
-from qwen35.data.samples import Preparation, TokenisedSample, load_samples, make_samples
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.shared_batch import Parcel
+from qwen35.data.tokenized import Preparation, TokenisedSample, load_samples, make_samples
+from qwen35.data.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
 CUTOFF = 128
@@ -342,8 +342,8 @@ def test_a_changed_file_or_setting_or_code_makes_a_new_entry(home, model, monkey
     assert entries(**{f"{BASIC}.max_samples": 35}) == 8
     (home / "b.json").write_text((home / "b.json").read_text() + " ")
     assert entries() == 9
-    module = sys.modules["qwen35.data.samples"]
-    assert {"content.py", "template.py", "tokens.py", "samples.py"} < {path.name for path in module.MADE_BY}
+    module = sys.modules["qwen35.data.tokenized"]
+    assert {"content.py", "template.py", "tokenizer.py", "tokenized.py"} < {path.name for path in module.MADE_BY}
     shutil.copy(module.MADE_BY[-1], home / "code.py")
     monkeypatch.setattr(module, "MADE_BY", [*module.MADE_BY[:-1], home / "code.py"])
     assert entries() == 9
@@ -553,7 +553,7 @@ def test_memory_stays_what_it_is(home, model):
 
 WATCHED = """
 import sys, time
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 stream = iter(MicroBatches(load_settings(sys.argv[1]), 0, 1))
 next(stream)
@@ -583,7 +583,7 @@ def test_workers_die_with_their_parent(home, model):
 ENDS = """
 import os, signal, sys
 from multiprocessing import active_children
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 stream = iter(MicroBatches(load_settings(sys.argv[1]), 0, 1))
 next(stream)

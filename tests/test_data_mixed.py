@@ -11,10 +11,10 @@ from mistakes import BASIC, SHOW, place, run, whole
 from optional import write_video
 from PIL import Image
 
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 from qwen35.data.record import RecordError
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 
 __all__ = ["place", "whole"]  # fixtures

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qwen35.config import SettingError, load_settings, to_yaml
+from qwen35.config.load import SettingError, load_settings, to_yaml
+from qwen35.config.schema import DatasetFile, dataset_entries
 from qwen35.data.mixture import Mixture, dataset_files, dataset_name
 from qwen35.data.packing import BinStream
-from qwen35.settings import DatasetFile, dataset_entries
 
 
 def test_weights_of_one_are_every_sample_once():

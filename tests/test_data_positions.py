@@ -9,7 +9,7 @@ from peer import IMAGE, VIDEO, VISION_END, VISION_START, config_dict
 from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from qwen35.batch import VisionSpec
-from qwen35.data.positions import position_ids
+from qwen35.data.mrope import position_ids
 
 SPEC = VisionSpec(IMAGE, VIDEO)
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import HAS_PYARROW, UNREADABLE, write_parquet
 
-from qwen35.data import json_list, reading
+from qwen35.data import json_list, readers
 from qwen35.data.json_list import values
-from qwen35.data.reading import read_values
+from qwen35.data.readers import read_values
 from qwen35.data.record import LONGEST_MESSAGE, RecordError
 from qwen35.errors import SettingError, UserError
 
@@ -169,7 +169,7 @@ def test_what_would_be_lost_is_named(tmp_path, text, form):
 
 @pytest.mark.parametrize("form", ["lines", "list"])
 def test_a_record_larger_than_any_is_named_before_it_is_read(tmp_path, form, monkeypatch):
-    for module in (json_list, reading):
+    for module in (json_list, readers):
         monkeypatch.setattr(module, "LONGEST_VALUE", 3_000_000)
     file, good, large = tmp_path / "a.json", '{"a": 1}', f'{{"a": "{"x" * 30_000_000}"}}'
     file.write_text(f"[{good}, {large}, {good}]" if form == "list" else f"{good}\n{large}\n{good}\n")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
-from qwen35.config import SettingError
+from qwen35.config.load import SettingError
 from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video, content_of, with_visuals
 from qwen35.data.template import has_thought, prompt_pieces, render, thinks_by_default, training_pieces
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokenizer import ChatTokenizer
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tokenizer_fixture import make_model_folder
 
-from qwen35.config import from_flat
+from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data.samples import Preparation
-from qwen35.data.show import show
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.preview import show
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.truncation import cut
 
 BASIC = "data.dataset_param.basic_parameters"

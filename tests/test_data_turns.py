@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.data_warnings import Noticed
 from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
-from qwen35.data.images import ImageProcessor
-from qwen35.data.noticed import Noticed
+from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import RecordError
-from qwen35.data.samples import Preparation, tokenised
 from qwen35.data.template import render, training_pieces
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.tokenized import Preparation, tokenised
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VideoProcessor
 
 
 @pytest.fixture(scope="module")

@@ -25,16 +25,16 @@ from transformers.video_utils import VideoMetadata
 
 from bench.images import peer_processor
 from qwen35.batch import VisionSpec
-from qwen35.data.frames import decode
-from qwen35.data.images import ImageError, ImageProcessor
-from qwen35.data.positions import position_ids
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.image_processor import ImageError, ImageProcessor
+from qwen35.data.mrope import position_ids
 from qwen35.data.record import Record, RecordError, Turn, Video, with_visuals
-from qwen35.data.samples import Preparation, visual_of
-from qwen35.data.samples import _plain as plain
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
+from qwen35.data.tokenized import Preparation, visual_of
+from qwen35.data.tokenized import _plain as plain
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_frames import decode
+from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from mistakes import TRAIN, contents, place, run, whole
 from training_runs import tensors, train
 
 from qwen35 import train as training
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.device import REPEATABLE
-from qwen35.metrics import read_metrics
+from qwen35.training.metrics import read_metrics
 
 __all__ = ["place", "whole"]  # fixtures
 ON = "training.deterministic=true"

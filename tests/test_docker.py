@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35.doctor.ascend import DRIVER_DEVICES
+from qwen35.tools.doctor.ascend import DRIVER_DEVICES
 
 ROOT = Path(__file__).parents[1]
 STEPS = [

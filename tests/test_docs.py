@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from reference_pages import PAGES, comments, rows
 
-from qwen35.config import load_settings
-from qwen35.settings import Settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -9,10 +9,10 @@ import pytest
 from stand_in import answer, given, install, npu_machine, only, program, table, write, wrong
 
 import kernels
-from qwen35.doctor import ascend, software, stack
-from qwen35.doctor.__main__ import lines, still_needed
-from qwen35.doctor.machine import Machine, architecture, release
-from qwen35.doctor.triton import triton
+from qwen35.tools.doctor import ascend, software, stack
+from qwen35.tools.doctor.__main__ import lines, still_needed
+from qwen35.tools.doctor.machine import Machine, architecture, release
+from qwen35.tools.doctor.triton import triton
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from ports import free_port
 from stand_in import RECIPE, ROOT, given, npu_machine, only, program, write, wrong
 
 import kernels
-from qwen35 import compilation, tiny
-from qwen35.doctor import __main__ as command
-from qwen35.doctor import host, recipe
-from qwen35.doctor.__main__ import examine, lines
-from qwen35.doctor.machine import Machine
+from qwen35 import compilation
+from qwen35.tools import tiny
+from qwen35.tools.doctor import __main__ as command
+from qwen35.tools.doctor import host, recipe
+from qwen35.tools.doctor.__main__ import examine, lines
+from qwen35.tools.doctor.machine import Machine
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from checkpoint_cases import write_folder
 from stand_in_hub import LARGE, MODEL, StandIn, serving
 
-import qwen35.download as command
-from qwen35.hubs import HUBS, DownloadError, is_needed
+import qwen35.tools.download as command
+from qwen35.tools.hub import HUBS, DownloadError, is_needed
 
 ROOT = Path(__file__).parents[1]
 SOURCES = pytest.mark.parametrize("source", ["hf", "modelscope"])
@@ -65,7 +65,7 @@ def run(source: str, *options: str) -> int:
 
 def start(source: str) -> subprocess.Popen:
     options = ["--source", source, "--out", str(TARGET.absolute())]
-    command = [sys.executable, "-m", "qwen35.download", MODEL, *options]
+    command = [sys.executable, "-m", "qwen35.tools.download", MODEL, *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -343,7 +343,7 @@ def test_two_at_once(hub, capsys, monkeypatch):
 
 
 def test_the_hubs_own_addresses(monkeypatch):
-    code = "from qwen35.hubs import HUBS; print(*(hub().address for hub in HUBS.values()))"
+    code = "from qwen35.tools.hub import HUBS; print(*(hub().address for hub in HUBS.values()))"
     names = ("HF_ENDPOINT", "MODELSCOPE_DOMAIN")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)

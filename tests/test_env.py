@@ -111,7 +111,7 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 env >env_of_child
 [[ $* != *--get* ]] || printf 'runs/tiny\\n300\\n'
-if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
+if [[ $2 == qwen35.launch.launcher && $CONFIG == configs/tiny.yaml ]]; then
     [[ -z ${HANGS:-} ]] || trap 'echo asked >>calls; exit 0' TERM
     mkdir -p runs/tiny
     echo "${STEPS_DONE:-300}" >runs/tiny/latest_checkpointed_iteration.txt
@@ -223,7 +223,7 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
 
 
 def test_what_make_started_ends_with_it(run: Run, project: Path) -> None:
-    """By the process that qwen35.launch is told of; a shell's end is no reason to stop."""
+    """By the process that qwen35.launch.launcher is told of; a shell's end is no reason to stop."""
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     assert child(project)["QWEN35_PARENT"].isdecimal()
     assert run("bash", "scripts/finetune.sh", CONFIG="configs/other.yaml").returncode == 0
@@ -329,12 +329,14 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     result = run("make", "finetune", "ARGS=training.lr=1")
     assert result.returncode == 0, result.stderr
     save, tiny, convert, train, export, evaluate = calls(project)
-    assert save == "-m qwen35.config configs/tiny.yaml training.lr=1 --get training.save training.train_iters"
-    assert tiny == "-m qwen35.tiny"
+    assert save == "-m qwen35.config.load configs/tiny.yaml training.lr=1 --get training.save training.train_iters"
+    assert tiny == "-m qwen35.tools.tiny"
     assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
     assert train.startswith("-m qwen35.launch --nnodes 1") and train.endswith(" configs/tiny.yaml training.lr=1")
     assert export.endswith("--dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf")
-    assert evaluate.startswith("-m qwen35.evaluate --model runs/tiny/hf --data data/digits/heldout.json --recipe ")
+    assert evaluate.startswith(
+        "-m qwen35.inference.evaluate --model runs/tiny/hf --data data/digits/heldout.json --recipe "
+    )
 
 
 def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -> None:
@@ -384,21 +386,24 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
             ),
         ),
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
-        (["download", "MODEL=a/b"], "-m qwen35.download a/b --source hf"),
-        (["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"], "-m qwen35.download a/b --source modelscope --out o"),
-        (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.evaluate --model m --data d"),
+        (["download", "MODEL=a/b"], "-m qwen35.tools.download a/b --source hf"),
+        (
+            ["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"],
+            "-m qwen35.tools.download a/b --source modelscope --out o",
+        ),
+        (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.inference.evaluate --model m --data d"),
         (
             ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $this?", "ARGS=--seed 1"],
             (
-                "-m qwen35.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
+                "-m qwen35.inference.generate --model runs/tiny/hf --hf ckpt/hf_path/tiny --image a b.png c.png"
                 " --prompt=-What 'is' $this? --seed 1"
             ),
         ),
         (
             ["generate", "MODEL=m", "HF=h", "VIDEO=a b.mp4; 1.png, 2.png;v", "PROMPT=x"],
-            "-m qwen35.generate --model m --hf h --video a b.mp4 --video 1.png 2.png --video v --prompt=x",
+            "-m qwen35.inference.generate --model m --hf h --video a b.mp4 --video 1.png 2.png --video v --prompt=x",
         ),
-        (["generate", "MODEL=m", "HF=h"], "-m qwen35.generate --model m --hf h"),
+        (["generate", "MODEL=m", "HF=h"], "-m qwen35.inference.generate --model m --hf h"),
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["accept", "ARGS=--only layers"], "-m accept --only layers"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
@@ -449,7 +454,10 @@ def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str)
     (project / "runs/mine/config.yaml").write_text("")
     assert run("make", "generate", f"MODEL={model}").returncode == 0
     assert run("make", "generate", f"MODEL={model}", "HF=h").returncode == 0
-    assert calls(project) == [f"-m qwen35.generate --model {model}", f"-m qwen35.generate --model {model} --hf h"]
+    assert calls(project) == [
+        f"-m qwen35.inference.generate --model {model}",
+        f"-m qwen35.inference.generate --model {model} --hf h",
+    ]
 
 
 def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:

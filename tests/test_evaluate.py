@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from qwen35 import evaluate, tiny, validation
 from qwen35.checkpoint.dcp import save_checkpoint
-from qwen35.config import from_flat, to_yaml
-from qwen35.data.samples import untold
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.config.load import from_flat, to_yaml
+from qwen35.config.schema import Settings
+from qwen35.data.tokenized import untold
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
-from qwen35.sampling import Sampling
-from qwen35.settings import Settings
-from qwen35.validation import Validation
+from qwen35.inference import evaluate
+from qwen35.inference.sampling import Sampling
+from qwen35.tools import tiny
+from qwen35.training import validation
+from qwen35.training.validation import Validation
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 

@@ -18,12 +18,12 @@ from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
 
 from qwen35.checkpoint.dcp import newest_checkpoint
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.device import HOST
-from qwen35.metrics import read_metrics
-from qwen35.pulse import PULSE, Pulse
+from qwen35.heartbeat import PULSE, Pulse
+from qwen35.launch.watchdog import Watch, Watchdog, plogs
 from qwen35.train import setup
-from qwen35.watchdog import Watch, Watchdog, plogs
+from qwen35.training.metrics import read_metrics
 
 # A rank that hangs in C or dies two steps later may do so before a save in the background is whole: these wait for theirs.
 SAVED = ("training.save_interval=5", "training.async_save=false")
@@ -133,7 +133,7 @@ def test_a_pulse(monkeypatch):
 def test_a_pulse_is_never_read_half_written():
     """Of a process that says more than one after the other: at no moment it seems late, or not to have begun."""
     watch = Watch(patience=-1.0)
-    program = "from qwen35.pulse import Pulse\npulse = Pulse(600.0)\nwhile True:\n    pulse.at('step 1')"
+    program = "from qwen35.heartbeat import Pulse\npulse = Pulse(600.0)\nwhile True:\n    pulse.at('step 1')"
     environment = os.environ | {PULSE: str(watch.descriptor)}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, pass_fds=[watch.descriptor])
     try:
@@ -150,10 +150,10 @@ def test_a_pulse_is_never_read_half_written():
 
 def test_a_worker_that_ends_before_it_is_asked(monkeypatch):
     """What a rank has started may be gone at any moment; the other stacks are told all the same."""
-    monkeypatch.setattr("qwen35.watchdog.ANSWER", 0.1)
+    monkeypatch.setattr("qwen35.launch.watchdog.ANSWER", 0.1)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    monkeypatch.setattr("qwen35.watchdog.children", lambda pid: [ended.pid])
+    monkeypatch.setattr("qwen35.launch.watchdog.children", lambda pid: [ended.pid])
     watchdog = Watchdog([0], None)
     monkeypatch.setenv(PULSE, str(watchdog.watches[0].descriptor))
     Pulse(7.0).at("step 3: waiting for its data")
@@ -227,17 +227,17 @@ def test_where_cann_writes(tmp_path, monkeypatch):
 
 DRIVER = """
 import argparse, sys
-from qwen35 import job
-from qwen35.launch import run
+from qwen35.launch import job
+from qwen35.launch.launcher import run
 job.GRACE = 0.5
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=2, master_addr="localhost", master_port=int(sys.argv[1]))
 sys.exit(run([sys.executable, "-c", sys.argv[4]], args, None, float(sys.argv[2]), int(sys.argv[3])))
 """
 HEAD = """
 import os, signal, sys, time
-from qwen35.launch import record_failure
+from qwen35.launch.launcher import record_failure
 from qwen35.processes import die_with
-from qwen35.pulse import Pulse
+from qwen35.heartbeat import Pulse
 rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0"))
 """
 

@@ -10,18 +10,19 @@ import torch
 from peer import config_dict, continued, pair, peer_inputs, sample
 from PIL import Image
 
-from qwen35 import evaluate, tiny
 from qwen35.batch import IGNORE, PackedBatch, derive
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data import Record
-from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.images import ImageProcessor
+from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import Turn
-from qwen35.data.samples import Preparation
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
-from qwen35.generate import greedy, stop_ids
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VideoProcessor
+from qwen35.inference import evaluate
+from qwen35.inference.generate import greedy, stop_ids
 from qwen35.model import Qwen35
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+from qwen35.tools import tiny
 
 
 @pytest.fixture(scope="module")

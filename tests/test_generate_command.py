@@ -1,4 +1,4 @@
-"""`python -m qwen35.generate` on small folders of every kind, against transformers; and what it says when it cannot."""
+"""`make generate` on small folders of every kind, against transformers; and what it says when it cannot."""
 
 import io
 import json
@@ -19,15 +19,16 @@ from optional import write_video
 from peer import continued
 from PIL import Image
 
-from qwen35 import evaluate, generate, tiny
-from qwen35.chat import find_model, load_model, prepare
 from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.dcp import save_checkpoint
 from qwen35.checkpoint.hf import write_hf
-from qwen35.config import from_flat, to_yaml
-from qwen35.data.collate import prompt_batch, vision_spec
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.config.load import from_flat, to_yaml
+from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.inference import evaluate, generate
+from qwen35.inference.load_model import find_model, load_model, prepare
 from qwen35.model import Qwen35
+from qwen35.tools import tiny
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
@@ -402,7 +403,7 @@ def test_a_terminal_gets_the_text_as_it_comes(monkeypatch):
 
 def command(place: Path, model: str, *arguments: str) -> list[str]:
     ask = ["--max_new_tokens", str(TOKENS), "--image", str(place / "0.png"), str(place / "1.png")]
-    return [sys.executable, "-m", "qwen35.generate", "--model", str(place / model), *ask, *arguments]
+    return [sys.executable, "-m", "qwen35.inference.generate", "--model", str(place / model), *ask, *arguments]
 
 
 @pytest.mark.parametrize("model", ["hub", "run"])

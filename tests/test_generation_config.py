@@ -10,10 +10,17 @@ import pytest
 from peer import config_dict, continued, pair, peer_inputs, sample
 from transformers import GenerationConfig
 
-from qwen35 import generate
 from qwen35.errors import SettingError
-from qwen35.generation_config import HARMLESS, NEUTRAL, greedy_by, read_generation_config, sampling_of, stop_ids
-from qwen35.sampling import Sampling
+from qwen35.inference import generate
+from qwen35.inference.generation_config import (
+    HARMLESS,
+    NEUTRAL,
+    greedy_by,
+    read_generation_config,
+    sampling_of,
+    stop_ids,
+)
+from qwen35.inference.sampling import Sampling
 
 ENDS = {"bos_token_id": 248044, "eos_token_id": [248046, 248044], "pad_token_id": 248044}
 PUBLISHED = {  # with Qwen3.5-27B and 397B-A17B

@@ -25,25 +25,25 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizer_fixture import make_model_folder
 
-from qwen35.agreement import _latest
 from qwen35.checkpoint import CheckpointError, HFFolder, HFSource
-from qwen35.checkpoint.boxes import Box, TensorSource
 from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import LATEST, about, marker_content, read_file, resolve_load, settle
 from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_item
 from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.release import write_release
-from qwen35.config import LONGEST_RECIPE, SettingError, load_settings
-from qwen35.data.images import ImageError, ImageProcessor, read_rgb
-from qwen35.data.reading import read_values
+from qwen35.checkpoint.slices import Box, TensorSource
+from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
+from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
+from qwen35.data.readers import read_values
 from qwen35.data.template import thinks_by_default
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, one_line
-from qwen35.generation_config import read_generation_config
-from qwen35.hosts_file import read_hosts
-from qwen35.metrics import RunError, draw_loss, read_metrics
+from qwen35.inference.generation_config import read_generation_config
+from qwen35.launch.consistency import _latest
+from qwen35.launch.hosts_file import read_hosts
 from qwen35.model import load_config
+from qwen35.training.metrics import RunError, draw_loss, read_metrics
 
 EXAMPLES = 8  # of each kind, the same ones every time
 PATIENCE = 30  # seconds that one may take

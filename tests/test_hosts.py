@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qwen35.config import SettingError
-from qwen35.hosts_file import Host, check_environment, read_hosts
+from qwen35.config.load import SettingError
+from qwen35.launch.hosts_file import Host, check_environment, read_hosts
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """#!/usr/bin/env bash
@@ -27,7 +27,7 @@ PYTHON = """#!/usr/bin/env bash
 source ./act
 """
 DRIVER = """
-import sys, qwen35.hosts as h
+import sys, qwen35.launch.hosts as h
 h.GRACE, h.SAVING, h.AGAIN = 0.3, 0.6, 0.0
 h.outlive_readers()
 sys.exit(h.main(sys.argv[1:]))
@@ -120,7 +120,7 @@ def test_each_machine_gets_its_place_and_the_same_settings(there: Path) -> None:
         }
         assert values.get("NODE_ADDR") == values.get("HCCL_IF_IP") == (None if rank else "127.0.0.1")
         call = (there / f"call_{rank}").read_text()
-        assert f"qwen35.launch\n--nnodes\n2\n--node_rank\n{rank}\n" in call
+        assert f"qwen35.launch.launcher\n--nnodes\n2\n--node_rank\n{rank}\n" in call
         assert call.endswith("configs/other.yaml\nmodel.freeze=[a, 'b c', \"$HOME\"]\ntraining.train_iters=2\n")
     log = (there.parent / "ssh.log").read_text()
     assert log.count("BatchMode=yes") == log.count("StrictHostKeyChecking=yes") == 2
@@ -261,7 +261,7 @@ def test_a_machine_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> N
     (there / "env.sh").write_text(env_sh.replace('"${HOSTS:=}"', '"${HOSTS:=hosts}"'))
     (there / "act").write_text('echo "$2"')
     out, err = start(there).communicate(timeout=300)
-    assert (sorted(out.splitlines()), err) == (["one: qwen35.launch", "two: qwen35.launch"], "")
+    assert (sorted(out.splitlines()), err) == (["one: qwen35.launch.launcher", "two: qwen35.launch.launcher"], "")
 
 
 def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
@@ -296,7 +296,7 @@ def test_the_scripts_hand_over(there: Path, preflight: bool) -> None:
         command, env=env | {"ARGS": "x.y=1"}, capture_output=True, text=True, timeout=300, check=False
     )
     words = done.stdout.splitlines()
-    assert (done.returncode, words[:2]) == (0, ["-m", "qwen35.hosts"]), done.stderr
+    assert (done.returncode, words[:2]) == (0, ["-m", "qwen35.launch.hosts"]), done.stderr
     assert ("--preflight" in words) == preflight
     assert words[-5:] == ["--", "hosts", "configs/other.yaml", "x.y=1", "a.b=c d"]
     assert {"HCCL_CONNECT_TIMEOUT", "RENDEZVOUS_TIMEOUT"} <= set(words[words.index("--variables") + 1].split())

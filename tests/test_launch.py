@@ -12,20 +12,20 @@ import psutil
 import pytest
 from ports import free_port
 
-from qwen35.job import Failure
+from qwen35.launch.job import Failure
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import argparse, sys
-from qwen35 import job
-from qwen35.launch import run
+from qwen35.launch import job
+from qwen35.launch.launcher import run
 job.GRACE = float(sys.argv[3])
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=1)
 sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
 """
 HEAD = """
 import os, signal, sys, time
-from qwen35.launch import record_failure
+from qwen35.launch.launcher import record_failure
 rank = int(os.environ["RANK"])
 def say(*words):  # a line in one write, whatever the other ranks do
     sys.stdout.write(" ".join(map(str, words)) + "\\n")
@@ -214,9 +214,9 @@ def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
 MACHINE = """
 import argparse, sys
 from pathlib import Path
-from qwen35 import job
-from qwen35.launch import run
-from qwen35.meeting import Place, Talk, meet
+from qwen35.launch import job
+from qwen35.launch.launcher import run
+from qwen35.launch.rendezvous import Place, Talk, meet
 job.GRACE = float(sys.argv[6])
 machine, machines, port = map(int, sys.argv[1:4])
 args = argparse.Namespace(
@@ -359,7 +359,7 @@ def test_a_machine_that_lets_nobody_open_files_is_named():
 def test_threads_are_shared_out(monkeypatch):
     import argparse
 
-    from qwen35.launch import rank_environments
+    from qwen35.launch.launcher import rank_environments
 
     args = argparse.Namespace(nnodes=2, node_rank=1, nproc_per_node=2, master_addr="a", master_port=1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 import torch
 
-from qwen35.config import from_flat
+from qwen35.config.layout import Layout, check_layout, layout_of
+from qwen35.config.load import from_flat
+from qwen35.config.schema import ParallelSettings, Settings
 from qwen35.errors import SettingError
-from qwen35.layout import Layout, check_layout, layout_of
-from qwen35.settings import ParallelSettings, Settings
 
 TEXT = {
     "num_experts": 6,

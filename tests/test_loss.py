@@ -9,12 +9,12 @@ import pytest
 import torch
 from peer import config_dict, pack, pair, sample
 
-from qwen35.flops import Flops
-from qwen35.loss import token_weights
+from qwen35.config.schema import TrainingSettings
 from qwen35.model import ModelConfig, Qwen35, load_config
-from qwen35.optim import learning_rate
-from qwen35.settings import TrainingSettings
-from qwen35.trainable import freeze
+from qwen35.training.flops import Flops
+from qwen35.training.loss import token_weights
+from qwen35.training.optimizer import learning_rate
+from qwen35.training.parameter_groups import freeze
 
 
 def masked(lengths_and_trained: list[tuple[int, int]]):

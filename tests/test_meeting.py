@@ -13,12 +13,12 @@ import psutil
 import pytest
 from ports import free_port
 
-from qwen35.agreement import disagreements, facts, machines, present, seen
-from qwen35.config import SettingError, load_settings
-from qwen35.handshake import introduce
-from qwen35.meeting import Meeting, MeetingError, Place, Talk, listen, meet
+from qwen35.config.load import SettingError, load_settings
+from qwen35.launch.connection import Left, Peer
+from qwen35.launch.consistency import disagreements, facts, machines, present, seen
+from qwen35.launch.handshake import introduce
+from qwen35.launch.rendezvous import Meeting, MeetingError, Place, Talk, listen, meet
 from qwen35.network import interface_of
-from qwen35.peer import Left, Peer
 
 ROOT = Path(__file__).parents[1]
 SECRET = "a secret of the tests"
@@ -226,7 +226,7 @@ def test_a_token_that_comes_late_is_seen(tmp_path, monkeypatch):
         return iter(()) if len(looks) < 7 else real(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    monkeypatch.setattr("qwen35.agreement.time.sleep", lambda _: None)
+    monkeypatch.setattr("qwen35.launch.consistency.time.sleep", lambda _: None)
     with present(tmp_path / "runs") as token:
         assert seen(tmp_path / "runs", token, 20)
         assert [path.name for path in real(tmp_path / "runs")] == [token]
@@ -454,7 +454,7 @@ def test_other_settings_are_seen(recipe, tmp_path, monkeypatch, settings, proces
 
 
 def test_other_code_is_seen(tmp_path):
-    from qwen35.agreement import sources
+    from qwen35.launch.consistency import sources
 
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/a.py").write_text("1")

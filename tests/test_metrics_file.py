@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35 import metrics as module
-from qwen35.metrics import Metrics, StepRecord, draw_loss, read_metrics
+from qwen35.training import metrics as module
+from qwen35.training.metrics import Metrics, StepRecord, draw_loss, read_metrics
 
 
 @pytest.fixture(autouse=True)

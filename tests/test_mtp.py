@@ -14,14 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qwen35.batch import IGNORE, ahead_labels, derive
-from qwen35.device import HOST
-from qwen35.flops import Flops
-from qwen35.loss import look_ahead, token_weights
-from qwen35.metrics import SUMS
-from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import make_meshes, shard
-from qwen35.settings import (
+from qwen35.config.schema import (
     BasicParameters,
     DatasetParam,
     DataSettings,
@@ -31,7 +24,14 @@ from qwen35.settings import (
     Settings,
     TrainingSettings,
 )
+from qwen35.device import HOST
+from qwen35.model import Qwen35, load_config
+from qwen35.parallel import make_meshes, shard
 from qwen35.train import Run, train_step
+from qwen35.training.flops import Flops
+from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.metrics import SUMS
+from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 FACTOR, AUX = 0.3, 0.01
 

@@ -12,13 +12,13 @@ from test_recompute import BATCH, step
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwen35.batch import derive
+from qwen35.config.schema import ParallelSettings
 from qwen35.device import CopyQueue
-from qwen35.loss import token_weights
 from qwen35.model import Qwen35
 from qwen35.parallel import make_meshes, shard
-from qwen35.parallel.offload import Offload, Stash, View
-from qwen35.settings import ParallelSettings
-from qwen35.trainable import freeze
+from qwen35.parallel.activation_offload import Offload, Stash, View
+from qwen35.training.loss import token_weights
+from qwen35.training.parameter_groups import freeze
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,12 @@ import torch
 from live_bytes import LiveBytes
 from peer import config_dict
 
-from qwen35.adamw import AdamW
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35
-from qwen35.optim import make_optimizer
-from qwen35.optim_swap import SwappedAdamW
-from qwen35.settings import TrainingSettings
+from qwen35.training.adamw import AdamW
+from qwen35.training.offloaded_adamw import SwappedAdamW
+from qwen35.training.optimizer import make_optimizer
 
 KINDS = ("adamw", "adamw_swap")
 
@@ -90,7 +90,7 @@ def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skipped_group_stays_as_it_is(kind, monkeypatch):
     """To the bit, moments and step counters too, also at its first step; where the mask is not set it is as without one."""
-    monkeypatch.setattr("qwen35.adamw.TOGETHER", 3000)  # several parts
+    monkeypatch.setattr("qwen35.training.adamw.TOGETHER", 3000)  # several parts
     masked, plain = make(kind, 5000), make(kind, 5000)
     for group in masked[1].param_groups:
         group["skip"] = torch.tensor(group["visual"])

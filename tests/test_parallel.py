@@ -13,18 +13,18 @@ from ports import free_port
 from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from qwen35 import trainable
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.device import HOST, init_process
-from qwen35.launch import leave
-from qwen35.loss import token_weights
+from qwen35.heartbeat import Pulse
+from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
-from qwen35.parallel.offload import Offload
-from qwen35.pulse import Pulse
-from qwen35.settings import ParallelSettings, TrainingSettings
+from qwen35.parallel.activation_offload import Offload
 from qwen35.train import LONGER, setup
+from qwen35.training import parameter_groups
+from qwen35.training.loss import token_weights
+from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 STEPS = 3
 # four micro-batches: with images of several sizes, without any, and one with nothing to train
@@ -70,7 +70,7 @@ def train(
     meshes = make_meshes(device.type, ParallelSettings(**parallel or {}))
     with torch.device("meta"):
         model = Qwen35(load_config(config))
-    trainable.freeze(model, freeze)
+    parameter_groups.freeze(model, freeze)
     shard(model, meshes, torch.float32)
     model.to_empty(device=device)
     with torch.no_grad():

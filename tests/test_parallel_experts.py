@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, save_checkpoint
 from qwen35.checkpoint.hf import write_hf
-from qwen35.launch import leave
-from qwen35.loss import look_ahead, token_weights
+from qwen35.config.schema import ParallelSettings, TrainingSettings
+from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
 from qwen35.parallel import make_meshes, reduce_held_out, shard
 from qwen35.parallel.fsdp import HELD_OUT
-from qwen35.settings import ParallelSettings, TrainingSettings
-from qwen35.trainable import freeze, table
+from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.optimizer import GradientNorm, make_optimizer
+from qwen35.training.parameter_groups import freeze, table
 
 RANKS, STEPS, AUX, LIMIT = 4, 3, 0.1, 0.05
 CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3)  # two ranks gather tokens, four exchange rows

@@ -17,17 +17,7 @@ from test_parallel import full
 from torch.distributed.tensor import distribute_tensor
 from training_runs import tensors, train
 
-from qwen35.data.collate import collate
-from qwen35.data.dataset import Sample
-from qwen35.device import HOST, init_process
-from qwen35.launch import leave
-from qwen35.loss import look_ahead, token_weights
-from qwen35.metrics import SUMS, read_metrics
-from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import exchange, make_meshes, shard, share_bins, split
-from qwen35.parallel.offload import Offload
-from qwen35.settings import (
+from qwen35.config.schema import (
     BasicParameters,
     DatasetParam,
     DataSettings,
@@ -37,8 +27,18 @@ from qwen35.settings import (
     Settings,
     TrainingSettings,
 )
+from qwen35.data.collator import collate
+from qwen35.data.dataset import Sample
+from qwen35.device import HOST, init_process
+from qwen35.launch.launcher import leave
+from qwen35.model import Qwen35, load_config
+from qwen35.parallel import collectives, make_meshes, shard, share_bins, split
+from qwen35.parallel.activation_offload import Offload
 from qwen35.train import Run, train_step
-from qwen35.trainable import freeze
+from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.metrics import SUMS, read_metrics
+from qwen35.training.optimizer import GradientNorm, make_optimizer
+from qwen35.training.parameter_groups import freeze
 
 STEPS, BIN, BUCKET = 3, 64, 32
 # heads for four ranks, but only two KV heads of the attention
@@ -201,7 +201,7 @@ def counting():
 
             return call
 
-    with mock.patch.object(exchange, "dist", Counting()):
+    with mock.patch.object(collectives, "dist", Counting()):
         yield counted
 
 
@@ -213,13 +213,13 @@ def exchanged(dtype: torch.dtype) -> dict[str, bool]:
     g = torch.randn(T, 8, generator=generator)
     here = slice(rank * T // U, (rank + 1) * T // U)
     mine = [t[here].clone().requires_grad_() for t in (q, k, g)]
-    both, of_g = exchange.to_heads(dist.group.WORLD, mine[:2], mine[2:])
+    both, of_g = collectives.to_heads(dist.group.WORLD, mine[:2], mine[2:])
     q_heads, k_heads, g_heads = (t.chunk(U, dim=1)[rank] for t in (q, k, g))
     one = torch.equal(both, torch.cat([q_heads.flatten(1), k_heads.flatten(1)], dim=1)) and torch.equal(of_g, g_heads)
     ((both * both).sum() + (of_g * of_g).sum()).backward()
     two = all(torch.equal(t.grad, 2 * whole[here]) for t, whole in zip(mine, (q, k, g), strict=True))
     heads = x.chunk(U, dim=1)[rank].clone().requires_grad_()
-    back = exchange.to_tokens(dist.group.WORLD, heads)
+    back = collectives.to_tokens(dist.group.WORLD, heads)
     (back * back).sum().backward()
     three = torch.equal(back, x[here]) and torch.equal(heads.grad, 2 * heads)
     return {"to heads": one and both.dtype == dtype and of_g.dtype == g.dtype, "backward": two, "to tokens": three}

@@ -6,10 +6,10 @@ from peer import config_dict, pack, sample
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen35.loss import look_ahead, token_weights
+from qwen35.config.schema import ParallelSettings
 from qwen35.model import Qwen35
 from qwen35.parallel import make_meshes, shard
-from qwen35.settings import ParallelSettings
+from qwen35.training.loss import look_ahead, token_weights
 
 NAMES = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
 

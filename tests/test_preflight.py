@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
 
-from qwen35.preflight import PreflightError, measure
+from qwen35.training.preflight import PreflightError, measure
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,8 @@ def test_a_save_folder_of_each_machines_own(workplace, tmp_path):
     machines = []
     for machine, name in enumerate(("a", "b")):
         place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-        program = "import sys, qwen35.meeting as m; m.SLOW_DISK = 0.2; from qwen35.launch import main; sys.exit(main())"
+        slow = "import sys; from qwen35.launch import launcher, rendezvous; rendezvous.SLOW_DISK = 0.2"
+        program = f"{slow}; sys.exit(launcher.main())"
         env = os.environ | {"PYTHONPATH": str(ROOT), "RENDEZVOUS_SECRET": "a secret of the tests"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         machines.append(

@@ -14,16 +14,16 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from bench.images import peer_processor
-from qwen35.data.collate import check_agreement
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.collator import check_agreement
 from qwen35.data.files import own_sizes
-from qwen35.data.images import CONFIG as IMAGE_CONFIG
-from qwen35.data.images import ImageProcessor
-from qwen35.data.samples import Preparation
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VIDEO_CONFIG, VideoProcessor
+from qwen35.data.image_processor import CONFIG as IMAGE_CONFIG
+from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VIDEO_CONFIG, VideoProcessor
 from qwen35.errors import SettingError
 from qwen35.model import load_config
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
 
 IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 SETTINGS = PreprocessParameters()

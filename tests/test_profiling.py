@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from training_runs import tensors, train
 
-from qwen35.config import SettingError, load_settings
+from qwen35.config.layout import check_layout
+from qwen35.config.load import SettingError, load_settings
+from qwen35.config.schema import ProfileSettings
 from qwen35.device import HOST
-from qwen35.layout import check_layout
-from qwen35.metrics import read_metrics
-from qwen35.profiling import Profile, table
-from qwen35.settings import ProfileSettings
+from qwen35.training.metrics import read_metrics
+from qwen35.training.profiler import Profile, table
 
 
 def test_profiled_steps(workplace, two, tmp_path):

@@ -9,9 +9,9 @@ from peer import config_dict, pack, sample
 
 from kernels import gated_delta_rule, native
 from kernels.kept import Kept
-from qwen35.config import SettingError, load_settings
-from qwen35.loss import token_weights
+from qwen35.config.load import SettingError, load_settings
 from qwen35.model import Qwen35
+from qwen35.training.loss import token_weights
 
 BATCH = pack([sample([9, (4, 4), 60], seed=0), sample([130], seed=1), sample([1], seed=2)])
 

@@ -19,17 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import rehearse.step as rehearse_step
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
 from qwen35.device import init_process
 from qwen35.errors import SettingError
-from qwen35.flops import token_counts
-from qwen35.launch import leave
+from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm
 from qwen35.parallel import make_meshes
 from qwen35.parallel.fsdp import HELD_OUT
-from qwen35.settings import Settings
 from qwen35.train import Run, distribute, train_step
+from qwen35.training.flops import token_counts
+from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
 from rehearse.cluster import Machine
 from rehearse.configs import with_config

@@ -25,13 +25,13 @@ from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, sweep
 from qwen35.checkpoint.lock import holding
-from qwen35.config import SettingError, load_settings
+from qwen35.config.load import SettingError, load_settings
 from qwen35.device import HOST
 from qwen35.errors import UserError
-from qwen35.metrics import read_metrics
 from qwen35.model import load_config
-from qwen35.resume import bins_a_step, check_position, checked_facts
-from qwen35.rng import restore_rng, rng_states
+from qwen35.training.metrics import read_metrics
+from qwen35.training.resume import bins_a_step, check_position, checked_facts
+from qwen35.training.rng import restore_rng, rng_states
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from peer import VOCAB, config_dict, continued, pair, peer_inputs, sample
 from transformers.generation import logits_process as theirs
 
 from qwen35.batch import PackedBatch, derive
-from qwen35.config import SettingError
-from qwen35.generate import generate, greedy
+from qwen35.config.load import SettingError
+from qwen35.inference.generate import generate, greedy
+from qwen35.inference.sampling import Penalties, Sampling, distribution, draw, pick
 from qwen35.model import Qwen35
-from qwen35.sampling import Penalties, Sampling, distribution, draw, pick
 
 LOGITS = [0.3, -1.0, 2.0, 1.9, -4.0, 0.0, 1.1]
 

@@ -14,11 +14,11 @@ import torch
 from saver_run import BEGINS, INTERVAL, LIMIT, STEPS, Toy, adam, run, train_step
 from training_runs import ROOT, tensors
 
-from qwen35.checkpoint import CheckpointError, DCPSource, load_checkpoint, newest_checkpoint, saver
-from qwen35.checkpoint.boxes import Box
+from qwen35.checkpoint import CheckpointError, DCPSource, async_save, load_checkpoint, newest_checkpoint
+from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, whole
 from qwen35.checkpoint.folders import sweep
-from qwen35.checkpoint.saver import Saver
+from qwen35.checkpoint.slices import Box
 
 PREFIXES = ("model.", "optimizer.")
 
@@ -43,13 +43,13 @@ def steps_in(folder: Path) -> list[int]:
 def gate(monkeypatch) -> threading.Event:
     """What is written in the background stands still until this is set."""
     event = threading.Event()
-    write_parts = saver.write_parts
+    write_parts = async_save.write_parts
 
     def wait_and_write(*args):
         assert event.wait(60)
         return write_parts(*args)
 
-    monkeypatch.setattr(saver, "write_parts", wait_and_write)
+    monkeypatch.setattr(async_save, "write_parts", wait_and_write)
     return event
 
 
@@ -97,12 +97,12 @@ def test_a_save_waits_for_the_one_before(tmp_path, gate, monkeypatch):
         gate.set()
         return wait_for(jobs)
 
-    wait_for = saver.wait
+    wait_for = async_save.wait
     with Saver(tmp_path, model, optimizer, background=True) as background:
         background.save(1, {}, {})
         background.then(lambda: done.append(steps_in(tmp_path)))
         assert not list(tmp_path.iterdir())
-        monkeypatch.setattr(saver, "wait", wait)
+        monkeypatch.setattr(async_save, "wait", wait)
         assert background.save(2, {}, {}) > 0.0
         assert done == ["waits", [1]]
         background.then(lambda: done.append(steps_in(tmp_path)))
@@ -130,7 +130,7 @@ def test_what_fails_in_the_background_stops_the_run(tmp_path, monkeypatch, way):
             monkeypatch.setattr(torch, "save", full)
             background.save(2, {}, {})
             if way == "check":
-                saver.wait(background._jobs)
+                async_save.wait(background._jobs)
                 background.check()
             elif way == "save":
                 background.save(3, {}, {})
@@ -191,7 +191,7 @@ def test_nothing_is_removed_before_the_new_one_is_whole(tmp_path, monkeypatch):
         seen.append(steps_in(folder))
         keep_newest(folder, limit)
 
-    monkeypatch.setattr(saver, "keep_newest", looking)
+    monkeypatch.setattr(async_save, "keep_newest", looking)
     with Saver(tmp_path, model, optimizer, background=True, limit=1) as background:
         for step in (1, 2, 3):
             background.save(step, {}, {})

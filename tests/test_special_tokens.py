@@ -14,18 +14,18 @@ from tokenizer_fixture import make_model_folder, make_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qwen35 import generate
-from qwen35.chat import find_model, prepare
-from qwen35.config import load_settings
+from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
-from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.preview import BRACKETS, marked
 from qwen35.data.record import RecordError, ToolCall
-from qwen35.data.samples import Preparation
-from qwen35.data.show import BRACKETS, marked
 from qwen35.data.special_tokens import CONTROL_TOKENS, SpecialTokens
 from qwen35.data.template import Piece, prompt_pieces, render, training_pieces
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
+from qwen35.inference import generate
+from qwen35.inference.load_model import find_model, prepare
 
 __all__ = ["place", "whole"]  # fixtures
 

@@ -17,15 +17,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
-from qwen35.data.collate import collate
-from qwen35.data.dataset import Sample
-from qwen35.device import HOST, init_process
-from qwen35.launch import leave
-from qwen35.metrics import SUMS
-from qwen35.model import Qwen35, load_config
-from qwen35.optim import GradientNorm, make_optimizer
-from qwen35.parallel import Meshes, make_meshes, shard, share_bins
-from qwen35.settings import (
+from qwen35.config.schema import (
     BasicParameters,
     DatasetParam,
     DataSettings,
@@ -35,7 +27,15 @@ from qwen35.settings import (
     Settings,
     TrainingSettings,
 )
+from qwen35.data.collator import collate
+from qwen35.data.dataset import Sample
+from qwen35.device import HOST, init_process
+from qwen35.launch.launcher import leave
+from qwen35.model import Qwen35, load_config
+from qwen35.parallel import Meshes, make_meshes, shard, share_bins
 from qwen35.train import Run, train_step
+from qwen35.training.metrics import SUMS
+from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 BIN, BUCKET, LR, DECAY, EPS, CLIP = 64, 32, 1e-2, 0.1, 1e-4, 0.5
 TEXT, IMAGE, BROKEN = [23], [9, (4, 6), 8], None

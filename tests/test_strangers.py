@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_meeting import SECRET, Machines, at_the_port, introduced
 
-from qwen35 import handshake
-from qwen35.agreement import OTHER, hashed
-from qwen35.config import SettingError
+from qwen35.config.load import SettingError
 from qwen35.errors import UserError, one_line
-from qwen35.handshake import Hello, check_secret, proof, read_hello
-from qwen35.machines import foreign
-from qwen35.meeting import UNSAID, Meeting
-from qwen35.peer import Left, Peer
+from qwen35.launch import handshake
+from qwen35.launch.connection import Left, Peer
+from qwen35.launch.consistency import OTHER, hashed
+from qwen35.launch.handshake import Hello, check_secret, proof, read_hello
+from qwen35.launch.nodes import foreign
+from qwen35.launch.rendezvous import UNSAID, Meeting
 
 GREETING = rb'\{"greeting": "qwen35 launcher", "challenge": "[0-9a-f]{32}"\}\n'
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\nerror: forged"

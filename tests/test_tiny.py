@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from qwen35 import tiny
-from qwen35.config import load_settings
-from qwen35.data.collate import prompt_batch, vision_spec
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
-from qwen35.data.images import ImageProcessor
-from qwen35.data.samples import Preparation
-from qwen35.data.tokens import ChatTokenizer
-from qwen35.data.videos import VideoProcessor
-from qwen35.settings import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.tokenized import Preparation
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VideoProcessor
+from qwen35.tools import tiny
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (

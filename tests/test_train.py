@@ -12,9 +12,9 @@ from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
-from qwen35.config import load_settings
-from qwen35.metrics import Metrics, RunError, StepRecord, read_metrics
+from qwen35.config.load import load_settings
 from qwen35.model import Qwen35
+from qwen35.training.metrics import Metrics, RunError, StepRecord, read_metrics
 
 
 def test_two_processes_give_the_losses_of_one(workplace, two):
@@ -112,12 +112,12 @@ def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two,
     import transformers
 
     from qwen35.checkpoint.convert import dcp_to_hf
-    from qwen35.config import load_settings
-    from qwen35.data.collate import prompt_batch, vision_spec
+    from qwen35.config.load import load_settings
+    from qwen35.data.collator import prompt_batch, vision_spec
     from qwen35.data.folder import ImageFolder
     from qwen35.data.formats import read_records
-    from qwen35.data.samples import Preparation
-    from qwen35.generate import greedy
+    from qwen35.data.tokenized import Preparation
+    from qwen35.inference.generate import greedy
 
     dcp_to_hf(two, workplace / "weights", tmp_path / "hf")
     theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -212,7 +212,7 @@ def test_a_resume_with_another_batch_is_refused(workplace, two):
 
 
 def test_a_group_that_trains_nothing_stops_the_run(tmp_path, monkeypatch):
-    import qwen35.metrics as module
+    import qwen35.training.metrics as module
 
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(module.dist, "all_reduce", lambda tensor: None)

@@ -7,12 +7,12 @@ import torch
 from peer import config_dict, pack, sample
 from training_runs import tensors, train
 
-from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.hf import HFFolder, HFSource
-from qwen35.metrics import read_metrics
+from qwen35.checkpoint.slices import Box
 from qwen35.model import Qwen35
+from qwen35.training.metrics import read_metrics
 
 SPLIT = ("parallel.expert_parallel_size=2", "training.save_interval=2", "parallel.recompute=true")
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")

@@ -13,8 +13,8 @@ from training_runs import tensors, train
 
 from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.hf import HFFolder, load_pretrained, write_hf
-from qwen35.metrics import read_metrics
 from qwen35.model import Qwen35
+from qwen35.training.metrics import read_metrics
 
 ON = (
     "model.mtp_num_layers=1",

@@ -4,11 +4,11 @@ import pytest
 import torch
 from peer import config_dict, pair, sample
 
-from qwen35.config import SettingError
+from qwen35.config.load import SettingError
+from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35, load_config
-from qwen35.optim import make_optimizer
-from qwen35.settings import TrainingSettings
-from qwen35.trainable import by_group, count, freeze, group_of, table
+from qwen35.training.optimizer import make_optimizer
+from qwen35.training.parameter_groups import by_group, count, freeze, group_of, table
 
 
 def build() -> Qwen35:

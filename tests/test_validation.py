@@ -14,15 +14,15 @@ from PIL import Image
 from training_runs import tensors, train
 
 from qwen35.batch import PackedBatch
-from qwen35.config import load_settings, to_yaml
+from qwen35.config.load import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.data.samples import untold
+from qwen35.data.tokenized import untold
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
-from qwen35.evaluate import answers
-from qwen35.metrics import read_metrics
+from qwen35.inference.evaluate import answers
 from qwen35.model import Qwen35
-from qwen35.validation import Validation
+from qwen35.training.metrics import read_metrics
+from qwen35.training.validation import Validation
 
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
 FOUND = ("val_loss", "val_tokens", "val_exact_match")

@@ -15,12 +15,12 @@ from PIL import Image
 from ports import free_port
 from tokenizer_fixture import make_model_folder
 
-from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp import resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.hf import write_hf
-from qwen35.metrics import read_metrics
+from qwen35.checkpoint.slices import Box
 from qwen35.model import Qwen35
+from qwen35.training.metrics import read_metrics
 
 STEPS, INTERVAL = 24, 4
 RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_into, runs_of
+from qwen35.checkpoint.slices import Box
 
 BLOCK = 2**18  # bytes; a part of the format
 DIGITS = 8  # of each checksum, in base 16

@@ -15,11 +15,11 @@ from qwen35.checkpoint.dcp import DCPSource, resolve_load
 from qwen35.checkpoint.dcp_folder import ITERATION, MARKER, about
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import check_apart, check_replaceable
-from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, equal, misfit
+from qwen35.checkpoint.hf_names import HEAD, shapes_of
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, equal, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf
 from qwen35.checkpoint.load import Finite
 from qwen35.checkpoint.model_folder import not_read
-from qwen35.checkpoint.names import HEAD, shapes_of
 from qwen35.checkpoint.release import write_release
 from qwen35.errors import USER_ERRORS, Parser, complain
 

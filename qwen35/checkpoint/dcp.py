@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.boxes import Box
 from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_marker, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_folder import check_tied
+from qwen35.checkpoint.hf_names import HEAD, lacks_mtp, may_be_left
+from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.load import Finite, fill, named_parameters
-from qwen35.checkpoint.names import HEAD, lacks_mtp, may_be_left
+from qwen35.checkpoint.slices import Box
 from qwen35.device import HOST, host_buffer, synchronize
 
 __all__ = [

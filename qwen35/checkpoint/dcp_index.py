@@ -15,13 +15,13 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from qwen35.checkpoint.boxes import Box, TensorSpec, is_shape
 from qwen35.checkpoint.checksums import DIGITS, blocks_in
 from qwen35.checkpoint.dcp_folder import FORMAT, INDEX, METADATA, read_file
 from qwen35.checkpoint.dcp_item import Written
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import Pickled, called, fields_of, pairs, read_pickle
 from qwen35.checkpoint.safetensors_file import CODES, DTYPES
+from qwen35.checkpoint.slices import Box, TensorSpec, is_shape
 from qwen35.errors import one_line
 
 MODULE = "torch.distributed.checkpoint."

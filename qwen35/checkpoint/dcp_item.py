@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from qwen35.checkpoint.boxes import PIECE, Box, TensorSpec
 from qwen35.checkpoint.checksums import ChecksumError, checksums
 from qwen35.checkpoint.pickle_read import PERSISTENT, Name, called, read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_box, read_into
+from qwen35.checkpoint.slices import PIECE, Box, TensorSpec
 
 BROKEN_ARCHIVE = (  # what zipfile raises for broken data, and what its description raises
     zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError,

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.boxes import Box, TensorSpec
 from qwen35.checkpoint.checksums import ChecksumError, read_box_checked
 from qwen35.checkpoint.dcp_folder import MARKER, METADATA, damaged, read_marker
 from qwen35.checkpoint.dcp_index import Chunk, read_index
@@ -16,6 +15,7 @@ from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.lock import hold_for_reading
 from qwen35.checkpoint.safetensors_file import Entry
+from qwen35.checkpoint.slices import Box, TensorSpec
 from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.boxes import Box, TensorSpec, local_part
 from qwen35.checkpoint.dcp_folder import INDEX, MARKER, checkpoint_name, marker_content, write_latest
 from qwen35.checkpoint.dcp_index import describe
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.slices import Box, TensorSpec, local_part
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, both directions. The table of names is in names.py."""
+"""Hugging Face checkpoints, both directions. The table of names is in hf_names.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_folder import HFFolder, HFSource, check_tied, has_weights, misfit
+from qwen35.checkpoint.hf_names import HEAD, disk_spec, lacks_mtp, places, shapes_of
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import Finite, fill, named_parameters
 from qwen35.checkpoint.model_folder import not_read
-from qwen35.checkpoint.names import HEAD, disk_spec, lacks_mtp, places, shapes_of
 from qwen35.device import HOST
 
 __all__ = [

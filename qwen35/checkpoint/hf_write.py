@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.boxes import Box, Source, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.errors import CheckpointError, Misfit
-from qwen35.checkpoint.hf_folder import INDEX, OTHER_WEIGHTS, HFFolder
-from qwen35.checkpoint.names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
+from qwen35.checkpoint.hf_read import INDEX, OTHER_WEIGHTS, HFFolder
 from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_box, read_header, write_at
+from qwen35.checkpoint.slices import Box, Source, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 

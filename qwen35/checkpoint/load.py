@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen35.checkpoint.boxes import Box, Source, local_part, pieces
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.slices import Box, Source, local_part, pieces
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 

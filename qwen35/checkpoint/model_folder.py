@@ -56,7 +56,7 @@ def not_read(folder: str | Path) -> list[str]:
 
     Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
     """
-    from qwen35.checkpoint.hf_folder import WEIGHTS, HFFolder, has_weights, weight_files
+    from qwen35.checkpoint.hf_read import WEIGHTS, HFFolder, has_weights, weight_files
     from qwen35.model.config import load_config
     from qwen35.model.config_keys import unknown_keys
 

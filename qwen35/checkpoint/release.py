@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.boxes import Box, Source, pieces
 from qwen35.checkpoint.dcp_folder import MARKER, RELEASE, marker_content, write_latest
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.dcp_source import MODEL
 from qwen35.checkpoint.dcp_write import StreamWriter
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.slices import Box, Source, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.boxes import Box, TensorSpec, is_shape
 from qwen35.checkpoint.errors import CheckpointError, few
 from qwen35.checkpoint.folders import flush_soon
+from qwen35.checkpoint.slices import Box, TensorSpec, is_shape
 
 DTYPES = {
     "F64": torch.float64,

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from qwen35.config import load_settings
-from qwen35.data.convert import Options, convert
-from qwen35.data.show import show
+from qwen35.config.load import load_settings
+from qwen35.data.llava import Options, convert
+from qwen35.data.preview import show
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
 

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, VisionSpec
-from qwen35.data.images import ImageError
+from qwen35.config.schema import Attr
+from qwen35.data.data_warnings import Noticed
+from qwen35.data.image_processor import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
-from qwen35.data.noticed import Noticed
-from qwen35.data.positions import position_ids
+from qwen35.data.mrope import position_ids
 from qwen35.data.record import RecordError, Video
-from qwen35.data.samples import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
+from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
 from qwen35.data.truncation import cut
 from qwen35.errors import SettingError
-from qwen35.settings import Attr
-from qwen35.words import number_of
+from qwen35.wording import number_of
 
 
 @dataclass(frozen=True)

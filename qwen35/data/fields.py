@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from qwen35.config.schema import Attr
 from qwen35.data.record import RecordError, Role
 from qwen35.errors import SettingError
-from qwen35.settings import Attr
 
 USUAL_ROLES: dict[str, Role] = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system",

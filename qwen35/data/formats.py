@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qwen35.config.schema import Attr
 from qwen35.data.content import Parser, Place, kind, parse_tools, text
+from qwen35.data.data_warnings import Noticed, Oddity, look
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.folder import ImageFolder
-from qwen35.data.noticed import Noticed, Oddity, look
-from qwen35.data.reading import read_values
+from qwen35.data.readers import read_values
 from qwen35.data.record import (
     IMAGE_PLACEHOLDER,
     PLACEHOLDER,
@@ -31,8 +32,7 @@ from qwen35.data.record import (
 )
 from qwen35.data.turns import parse_turns
 from qwen35.errors import visible
-from qwen35.settings import Attr
-from qwen35.words import number_of
+from qwen35.wording import number_of
 
 SHOWING = ("user", "tool")  # whose turns may have images and videos: the chat template writes them there
 

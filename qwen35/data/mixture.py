@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen35.config.schema import DatasetFile, dataset_entries
 from qwen35.errors import SettingError
-from qwen35.settings import DatasetFile, dataset_entries
 
 SETTING = "data.dataset_param.basic_parameters.dataset"
 

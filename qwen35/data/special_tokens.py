@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
 from qwen35.errors import visible
-from qwen35.words import number_of
+from qwen35.wording import number_of
 
 # Special tokens that separate turns, end an answer, or stand for what is not text. Text that spells one of them stays text,
 # whoever wrote it: as the token it would forge a turn, an image or the end of the answer. Speech is among them, for models of

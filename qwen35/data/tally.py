@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen35.data.data_warnings import Noticed
 from qwen35.data.files import replacing
-from qwen35.data.noticed import Noticed
 from qwen35.data.record import RecordError
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from qwen35.data.tokens import ChatTokenizer
+from qwen35.data.tokenizer import ChatTokenizer
 
 
 def cut(

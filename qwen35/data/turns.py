@@ -7,7 +7,7 @@ from typing import Any
 from qwen35.data.content import Parser, kind, text
 from qwen35.data.fields import LOSS, FieldNames, Names
 from qwen35.data.record import RecordError, Role, Turn
-from qwen35.words import number_of
+from qwen35.wording import number_of
 
 FOLLOWS = {  # what may come after which turn
     None: ("user",),

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen35.batch import PackedBatch
-from qwen35.data.loader import DecodedBins, in_background, open_dataset
+from qwen35.config.schema import DatasetFile, DatasetParam, Settings
+from qwen35.data.dataloader import DecodedBins, in_background, open_dataset
 from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch
 from qwen35.data.record import Record
-from qwen35.data.samples import Progress, tokenised, untold
+from qwen35.data.tokenized import Progress, tokenised, untold
 from qwen35.errors import UserError
-from qwen35.settings import DatasetFile, DatasetParam, Settings
 
 
 class ValidationSet:

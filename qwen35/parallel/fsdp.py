@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from kernels.features import fsdp_has_sums
 from qwen35.model import Qwen35
-from qwen35.parallel.experts import split_experts
+from qwen35.parallel.expert_parallel import split_experts
 from qwen35.parallel.mesh import Meshes
 
 HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")

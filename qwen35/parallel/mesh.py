@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwen35.layout import layout_of
-from qwen35.settings import ParallelSettings
+from qwen35.config.layout import layout_of
+from qwen35.config.schema import ParallelSettings
 
 
 @dataclass(frozen=True)

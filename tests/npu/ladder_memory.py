@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from qwen35.batch import HOST_FIELDS, PackedBatch, each
-from qwen35.data.loader import in_background
-from qwen35.loss import token_weights
+from qwen35.data.dataloader import in_background
 from qwen35.model import Qwen35, load_config
-from qwen35.optim_swap import SwappedAdamW
+from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import HELD_OUT
-from qwen35.parallel.offload import Offload
+from qwen35.training.loss import token_weights
+from qwen35.training.offloaded_adamw import SwappedAdamW
 from rehearse.watch import Watch
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import kernels.npu
-from qwen35.profiling import Profile
-from qwen35.settings import ProfileSettings
+from qwen35.training.profiler import Profile
+from qwen35.config.schema import ProfileSettings
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 settings = ProfileSettings(steps=2, start=3, memory_snapshot=sys.argv[2] == "memory")

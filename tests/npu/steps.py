@@ -15,12 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import kernels.npu  # and with it, torch has the device
-from qwen35.adamw import AdamW
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
-from qwen35.loss import look_ahead, token_weights
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import Meshes, share_bins, split
 from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.training.adamw import AdamW
+from qwen35.training.loss import look_ahead, token_weights
 from rehearse.watch import Record, SavedBytes, Watch
 
 DEVICE = "npu:0"

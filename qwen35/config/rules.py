@@ -1,0 +1,134 @@
+"""Settings that are each right, and wrong together. Only what is surely wrong is refused."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen35.config.schema import TRAINED, ModelSettings, ProfileSettings, Settings, dataset_entries, of_held_out
+from qwen35.errors import SettingError
+
+FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
+CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
+
+
+def check_contradictions(s: Settings) -> None:
+    """Raises SettingError for the first pair."""
+    for words in (
+        *_of_data(s),
+        *_of_validation(s),
+        *_of_training(s),
+        *_of_profile(s),
+        *_of_folders(s),
+        *_of_names(s),
+    ):
+        raise SettingError(words)
+
+
+def _of_data(s: Settings) -> Iterator[str]:
+    b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
+    basic, limits = f"{TRAINED}.basic_parameters", f"{TRAINED}.preprocess_parameters"
+    if p.image_min_pixels > p.image_max_pixels:
+        yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
+    if p.video_min_pixels > p.video_max_pixels:
+        yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
+    if p.video_maxlen < 2:
+        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
+    if b.enable_thinking is not None and b.template != "qwen3_5":
+        yield f"{basic}.enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+    if b.train_on_prompt and b.mask_history:
+        yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
+
+
+def _of_validation(s: Settings) -> Iterator[str]:
+    t, held_out = s.training, s.data.val_dataset_param
+    if t.val_interval and not held_out:
+        yield "training.val_interval says when to validate, and nothing on what; set data.val_dataset_param"
+    if held_out and not t.val_interval:
+        yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
+    if t.val_generate and not t.val_interval:
+        yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
+    if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
+        yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
+    if s.validation:
+        found = (*_of_data(s.validation), *_of_names(s.validation))
+        yield from (of_held_out(words) for words in found)
+
+
+def _of_training(s: Settings) -> Iterator[str]:
+    t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
+    cutoff_len = max(param.basic_parameters.cutoff_len for param in params)
+    if t.min_lr > t.lr:
+        yield f"training.min_lr {t.min_lr} is above training.lr {t.lr}"
+    if t.min_lr and t.lr_decay_style == "constant":
+        yield f"training.min_lr {t.min_lr} means nothing to lr_decay_style: constant; use linear or cosine, or leave it out"
+    if not s.model.mtp_num_layers and s.model.mtp_loss_scaling_factor != ModelSettings.mtp_loss_scaling_factor:
+        yield (
+            f"model.mtp_loss_scaling_factor {s.model.mtp_loss_scaling_factor} means nothing without model.mtp_num_layers: 1;"
+            " set that, or leave it out"
+        )
+    if s.parallel.recompute == "selective" and "fla" in (s.model.kernels.get(op) for op in FLA_DELTA_RULE):
+        yield (
+            "parallel.recompute: selective means nothing to fla's delta rule, whose backward needs its own forward; set"
+            " recompute: true, or model.kernels.gated_delta_rule to triton"
+        )
+    if t.load and t.init_from_hf_path:
+        yield "training.load and training.init_from_hf_path both say where the weights come from; set one"
+    if t.micro_batch_size * cutoff_len >= 2**31:  # cu_seqlens is int32
+        yield (
+            f"training.micro_batch_size {t.micro_batch_size} x cutoff_len {cutoff_len}: a micro-batch must have fewer than"
+            f" {2**31:,} tokens"
+        )
+
+
+def _of_profile(s: Settings) -> Iterator[str]:
+    p, steps = s.training.profile, s.training.train_iters
+    if not p.steps and p != ProfileSettings():
+        yield "training.profile means nothing without training.profile.steps; set that, or leave it out"
+    if not p.steps:
+        return
+    if p.start < 2:
+        yield f"training.profile.start: {p.start} must be 2 or more: the step before it warms the profiler up"
+    if p.start + p.steps - 1 > steps:
+        last = p.start + p.steps - 1
+        yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of training.train_iters"
+    if not p.ranks or min(p.ranks) < 0:
+        yield f"training.profile.ranks: {list(p.ranks)} must name at least one rank, 0 or more each"
+    parts = Path(p.folder).parts
+    if not parts or Path(p.folder).is_absolute() or ".." in parts or CHECKPOINT_NAME.match(parts[0]):
+        yield f"training.profile.folder: {p.folder} must be a folder below training.save, and not a checkpoint's"
+
+
+def _of_folders(s: Settings) -> Iterator[str]:
+    """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
+    t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
+    held_out = s.data.val_dataset_param
+    other = held_out.basic_parameters.cache_dir if held_out else None
+    if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
+        yield f"training.save: {t.save} is named like a checkpoint in a save folder; name the folder above it"
+    sources = {
+        "model.model_name_or_path": s.model.model_name_or_path,
+        "preprocess_parameters.model_name_or_path": s.tokenizer_dir,
+        "training.init_from_hf_path": t.init_from_hf_path,
+    }
+    for name, written in (
+        ("training.save", t.save),
+        ("basic_parameters.cache_dir", cache_dir),
+        ("data.val_dataset_param.basic_parameters.cache_dir", other),
+    ):
+        for source, folder in sources.items():
+            if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):
+                yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
+
+
+def _of_names(s: Settings) -> Iterator[str]:
+    attr = s.data.dataset_param.attr
+    groups = (
+        ("messages", "images", "videos", "tools", "system"),
+        ("role_tag", "content_tag"),
+        ("user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag"),
+    )
+    for names in groups:
+        given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
+        same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
+        if same:
+            yield f"{TRAINED}.attr: {' and '.join(same)} are both {given[same[0]]!r}"

@@ -1,0 +1,171 @@
+"""Samples laid end to end: bins of exactly cutoff_len tokens, image patches in buckets."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
+from qwen35.data.dataset import Sample
+from qwen35.data.files import read_config, read_processor
+from qwen35.data.image_processor import CONFIG, ImageError
+from qwen35.data.mrope import position_ids
+from qwen35.data.patches import CHANNELS
+from qwen35.data.record import Record
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, check_thoughts, prompt_pieces
+from qwen35.data.tokenized import Preparation
+from qwen35.data.video_processor import VIDEO_CONFIG
+from qwen35.errors import SettingError
+
+
+def vision_spec(folder: str | Path) -> VisionSpec:
+    """What the derived fields need of a model folder's config.json. Raises SettingError."""
+    config = read_config(folder, "config.json")
+    where, vision = f"{folder}/config.json", config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise SettingError(f"{where}: has no vision_config; is it a Qwen3.5 model?")
+    side = math.isqrt(_number(vision, "num_position_embeddings", where))
+    image, video = (_number(config, name, where) for name in ("image_token_id", "video_token_id"))
+    return VisionSpec(image, video, _number(vision, "spatial_merge_size", where), side)
+
+
+def _number(values: dict[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = values.get(name, default)
+    if type(value) is not int or value < 0:
+        raise SettingError(
+            f"{where}: has no {name}; is it a Qwen3.5 model?"
+            if value is None
+            else f"{where}: {name}: {str(value)[:80]} is not a whole number"
+        )
+    return value
+
+
+def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
+    """The model in `folder` and the tokenizer and processor in `other` speak of the same, or SettingError."""
+    tokenizer = preparation.tokenizer
+    config, where = read_config(folder, "config.json"), f"{folder}/config.json"
+    for token, ours, name, theirs in (
+        (IMAGE_PAD, tokenizer.image_id, "image_token_id", spec.image_token_id),
+        (VIDEO_PAD, tokenizer.video_id, "video_token_id", spec.video_token_id),
+    ):
+        if ours not in (None, theirs):
+            raise SettingError(f"{token} is token {ours} in {other}/tokenizer.json, but {name} is {theirs} in {where}")
+    token, last = tokenizer.last()
+    text = config.get("text_config", {})
+    if not isinstance(text, dict):
+        raise SettingError(f"{where}: text_config: {str(text)[:80]} is not an object")
+    vocab_size = _number(text, "vocab_size", where, last + 1)
+    if last >= vocab_size:
+        raise SettingError(
+            f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
+        )
+    vision = config["vision_config"]
+    for processor, names in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
+        _, said = read_processor(other, *names)
+        for name, there, ours in (
+            ("merge_size", "spatial_merge_size", processor.merge),
+            ("patch_size", "patch_size", processor.patch),
+            ("temporal_patch_size", "temporal_patch_size", processor.temporal_patch),
+        ):
+            theirs = _number(vision, there, where, ours)
+            if ours != theirs:
+                raise SettingError(f"{name} is {ours} in {said}, but {there} is {theirs} in {where}")
+    channels = _number(vision, "in_channels", where, CHANNELS)
+    if channels != CHANNELS:
+        raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")
+
+
+def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
+    """Raises SettingError."""
+    block = spec.merge_size**2
+    if patch_bucket < block or patch_bucket % block:
+        name = "data.dataloader_param.patch_bucket"
+        raise SettingError(f"{name}: {patch_bucket} must be a multiple of {block}, at least {block}")
+
+
+def collate(
+    bins: Sequence[Sequence[Sample]],
+    cutoff_len: int,
+    pad_id: int,
+    patch_bucket: int,
+    spec: VisionSpec,
+    values: int | None = None,
+) -> PackedBatch:
+    """Bins -> one batch of T = len(bins) * cutoff_len tokens, with all derived fields.
+
+    A bin that is not full ends with one sequence of pad tokens: not trained, positions from 0, `is_pad`. The patches are
+    filled up to a multiple of patch_bucket by one dummy image of zeros, which no token refers to. values: numbers a patch,
+    needed where the first bin is empty.
+    """
+    samples: list[Sample] = []
+    pads: list[bool] = []
+    for content in bins:
+        samples += content
+        pads += [False] * len(content)
+        left = cutoff_len - sum(len(s.input_ids) for s in content)
+        if left < 0:
+            raise ValueError(f"a bin of {cutoff_len - left} tokens, cutoff_len is {cutoff_len}")
+        if left:
+            samples.append(_pad_sequence(left, pad_id, values or samples[0].pixel_values.shape[1]))
+            pads.append(True)
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+    pixels = [s.pixel_values for s in samples]
+    grids = [s.grid_thw for s in samples]
+    patches = sum(len(p) for p in pixels)
+    fill = -patches % patch_bucket if patches else patch_bucket
+    if fill:
+        pixels.append(torch.zeros(fill, pixels[0].shape[1]))
+        grids.append(torch.tensor([[1, spec.merge_size, fill // spec.merge_size]]))
+    labels = torch.cat([s.labels for s in samples])
+    batch = PackedBatch(
+        input_ids=torch.cat([s.input_ids for s in samples]),
+        labels=labels,
+        position_ids=torch.cat([s.position_ids for s in samples], dim=1),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
+        pixel_values=torch.cat(pixels),
+        grid_thw=torch.cat(grids),
+        trained=(labels != IGNORE).nonzero().squeeze(1),
+        is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
+    )
+    return derive(batch, spec)
+
+
+def _pad_sequence(length: int, pad_id: int, values: int) -> Sample:
+    return Sample(
+        torch.full((length,), pad_id),
+        torch.full((length,), IGNORE),
+        torch.arange(length).expand(3, -1),
+        torch.zeros(0, values),
+        torch.zeros(0, 3, dtype=torch.int64),
+    )
+
+
+def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thinking: bool) -> PackedBatch:
+    """One sequence that ends where the model answers, for generation: nothing trained, nothing padded.
+
+    A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
+    """
+    check_thoughts(record, preparation.basic.template)
+    grids, extents = preparation.measure(record)
+    basic = preparation.basic
+    pieces = prompt_pieces(record, basic.template, thinking, basic.enable_thinking)
+    if preparation.chat_template:
+        preparation.chat_template.check_prompt(record, thinking)
+    ids, _ = preparation.tokenizer.encode(pieces, extents)
+    pixels = []
+    for visual in record.visuals:
+        try:
+            pixels.append(preparation.patches(visual)[0])
+        except ImageError as error:
+            raise record.error(f"{visual}: {error}") from None
+    sample = Sample(
+        torch.from_numpy(ids).long(),
+        torch.full((len(ids),), IGNORE),
+        torch.from_numpy(position_ids(ids, grids, spec)),
+        torch.cat([torch.zeros(0, preparation.images.values), *pixels]),
+        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+    )
+    return replace(collate([[sample]], len(ids), preparation.tokenizer.pad_id, spec.merge_size**2, spec), is_pad=None)

@@ -1,0 +1,1 @@
+"""A trained model answers: loaded, asked, scored. Nothing here trains."""

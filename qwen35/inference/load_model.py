@@ -1,0 +1,131 @@
+"""A model and all that it takes to ask it: what `make generate` and `make evaluate` share."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import about
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import empty_model, stored_dtypes
+from qwen35.checkpoint.hf_names import published_dtype
+from qwen35.checkpoint.hf_read import has_weights
+from qwen35.checkpoint.model_folder import refuse
+from qwen35.config.load import SettingError, load_settings
+from qwen35.config.schema import BasicParameters, DatasetParam
+from qwen35.data.collator import check_agreement, vision_spec
+from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.tokenized import Preparation, own_template
+from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.video_processor import VideoProcessor
+from qwen35.device import take_device
+from qwen35.errors import Parser, whole_number
+from qwen35.model import Qwen35
+
+positive = whole_number(1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a model lie: three times the same folder, unless the weights are a DCP checkpoint."""
+
+    weights: Path  # Hugging Face folder, or a whole DCP checkpoint
+    config: Path  # Hugging Face folder with the config.json of these weights
+    tokenizer: Path  # Hugging Face folder with tokenizer, image processor and chat template
+    trained: DatasetParam | None = None  # how the run whose checkpoint it is prepared its data
+    chosen: tuple[str, ...] = ()  # lines on which of a folder's checkpoints it is
+
+
+def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
+    """`model`: a Hugging Face folder; or a DCP checkpoint (iter_…, release) or the folder above it.
+
+    For DCP, config, tokenizer and processor are those of `hf`, else of the folders that the run's config.yaml names.
+    Raises CheckpointError, SettingError.
+    """
+    folder = Path(model)
+    refuse(folder)
+    if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
+        return Source(folder, folder, folder)
+    try:
+        weights = resolve_load(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
+    chosen = () if weights == folder else (*about(folder, weights), f"weights from {weights}")
+    recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
+    run = load_settings(recipe) if recipe.is_file() else None
+    trained = run.data.dataset_param if run else None
+    if hf is not None:
+        return Source(weights, Path(hf), Path(hf), trained, chosen)
+    if run is None:
+        raise SettingError(
+            f"{weights}: a DCP checkpoint without a run's config.yaml beside it; name the Hugging Face folder that has "
+            "its config.json and tokenizer: --hf DIR (HF=DIR with make)"
+        )
+    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained, chosen)
+    for named in (source.config, source.tokenizer):
+        if not named.is_dir():
+            raise SettingError(f"{recipe} names the model folder {named}, which is not there; give --hf DIR")
+    return source
+
+
+def load_model(source: Source) -> Qwen35:
+    """On this process's device, in the dtypes that a Hugging Face folder has or would be exported with.
+
+    So a run's checkpoint answers as the model that whoever loads its export will run. Raises CheckpointError, ConfigError.
+    """
+    if source.weights == source.config:
+        model = Qwen35.from_pretrained(source.weights)
+    else:
+        dtype_of = stored_dtypes(source.config) if has_weights(source.config) else published_dtype
+        model = empty_model(Qwen35, source.config, dtype_of)
+        try:
+            load_checkpoint(source.weights, model)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
+    for line in source.chosen:
+        print(line, file=sys.stderr, flush=True)
+    return model.to(take_device()).eval()
+
+
+def add_options(parser: Parser) -> None:
+    """Which model, and how it is asked."""
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder, or DCP checkpoint (iter_…, release, or the folder above)")
+    add("--hf", help="of a DCP checkpoint: the folder with its config.json and tokenizer; default: what its run says")
+    add("--recipe", help="a run's config.yaml: asks as it trained, by its template, field names and image sizes")
+    add("--template", choices=["qwen3_5", "qwen3_vl_nothink"], help="default: the run's or recipe's, else qwen3_5")
+    add("--image_max_pixels", type=positive, help="default: the run's or recipe's, else 262144")
+    add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
+
+
+def add_thinking(parser: Parser, default: str) -> None:
+    thinking = parser.add_mutually_exclusive_group()
+    for name, value, kind in (("--thinking", True, "open"), ("--no_thinking", False, "empty")):
+        told = f"answer after an {kind} thought; default: {default}"
+        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=told)
+
+
+def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+    """By the options above, else as the model's run trained. Raises SettingError."""
+    recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
+    trained = recipe or source.trained or DatasetParam(BasicParameters(dataset))
+    smallest = args.image_min_pixels or trained.preprocess_parameters.image_min_pixels
+    largest = args.image_max_pixels or trained.preprocess_parameters.image_max_pixels
+    if smallest > largest:
+        raise SettingError(f"image_min_pixels {smallest} is above image_max_pixels {largest}")
+    template = args.template or trained.basic_parameters.template
+    if args.thinking and template == "qwen3_vl_nothink":
+        raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
+    enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
+    basic = BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking)
+    preparation = Preparation(
+        ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
+        ImageProcessor.from_folder(source.tokenizer, smallest, largest),
+        basic,
+        trained.attr,
+        VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
+        own_template(source.tokenizer, basic),
+    )
+    check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
+    return preparation

@@ -1,0 +1,74 @@
+"""`python -m qwen35.tools.doctor CONFIG [a.b=c …]`: looks at the machine line by line; exits with 1 if something is wrong."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qwen35.errors import Parser
+from qwen35.tools.doctor import host, software
+from qwen35.tools.doctor.ascend import ascend
+from qwen35.tools.doctor.machine import Finding, Machine, note, ok, wrong
+from qwen35.tools.doctor.recipe import recipe
+
+STILL = "an NPU run would still need:"
+
+
+def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[str] = ()) -> list[Finding]:
+    """All findings for a run on the device of this installation. `values`: what is wrong with env.sh, a line each."""
+    findings = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
+    findings = findings or [ok("env.sh", "every value is an allowed one")]
+    findings += [*software.python(m), *software.installation(m)]
+    is_installed = findings[-1].status != "wrong"
+    if is_installed:
+        findings += [*software.ourselves(m), *software.versions(m), *software.imports(m)]
+    can_import = is_installed and all(f.status != "wrong" for f in findings if f.subject == software.IMPORT)
+    checks: list[Callable[[Machine], list[Finding]]] = [host.memory, host.open_files, host.port, host.addresses]
+    for check in [*checks, host.interfaces, host.conversions, *([ascend] if m.accelerator else [])]:
+        findings += check(m)
+    if can_import:
+        findings += recipe(m, config, list(overrides))
+    else:
+        findings.append(note("recipe", f"{config} is not looked at: that takes an installation"))
+    return findings
+
+
+def still_needed(m: Machine) -> list[Finding]:
+    """What keeps a machine for CPU runs from NPU runs: notes, for nothing is wrong with it."""
+    return [replace(f, status="note") for f in ascend(m) if f.status == "wrong"]
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    width = max(len(f.subject) for f in findings)
+    return [f"{f.status:5}  {f.subject:{width}}  {f.fact}" + (f" -> {f.todo}" if f.todo else "") for f in findings]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m qwen35.tools.doctor", description=__doc__)
+    parser.add_argument("config", help="the recipe of the run, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
+    parser.add_argument("--accelerator", help="what torch calls the devices of this installation; default: none")
+    parser.add_argument("--wrong", action="append", default=[], metavar="LINE", help="a wrong value of env.sh")
+    args = parser.parse_args(argv)
+    m = Machine(args.accelerator)
+    findings = examine(m, args.wrong, args.config, args.overrides)
+    print("\n".join(lines(findings)))
+    if not m.accelerator:
+        needed = still_needed(m)
+        print(f"\n{STILL}{'' if needed else ' nothing but make install DEVICE=npu'}")
+        print("\n".join(lines(needed)) if needed else "")
+    count = sum(f.status == "wrong" for f in findings)
+    is_made = all(f.status == "ok" for f in findings if f.subject == "recipe")  # its model is there
+    if (
+        m.accelerator and is_made and not count
+    ):  # the kernels too, as the run compiles them: on the first of its devices
+        from qwen35 import compilation
+
+        print(flush=True)
+        count += compilation.show(args.config, args.overrides)
+    device = "NPUs" if m.accelerator else "the CPU"
+    print(f"\n{count or 'nothing'} {'are' if count > 1 else 'is'} wrong for a run on {device}")
+    return 1 if count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What triton-ascend needs on this machine at the first launch of a kernel: it compiles a launcher in C++, and CANN's step.
+
+As triton/backends/ascend/utils.py of 3.2.0 looks for them: _get_cxx, _precompile_npu_ext, _get_npucompiler_path,
+_get_bisheng_path, without whose answer its driver takes itself for one of another machine.
+"""
+
+import shutil
+from pathlib import Path
+
+from qwen35.tools.doctor.machine import Finding, Machine, ok, wrong
+from qwen35.triton_cache import cache_folder, unfit
+
+
+def triton(m: Machine) -> list[Finding]:
+    return [_compiler(m), _headers(m), _pybind11(m), _bishengir(m), _cache(m)] if m.package("triton-ascend") else []
+
+
+def _compiler(m: Machine) -> Finding:
+    names = [m.get("CC")] if m.get("CC") else ["clang++", "g++"]
+    found = next((path for name in names if (path := shutil.which(name, path=m.get("PATH")))), None)
+    if found:
+        return ok("C++ compiler", found)
+    fact = f"CC={names[0]} is no program" if m.get("CC") else "neither clang++ nor g++ is on PATH"
+    return wrong("C++ compiler", f"{fact}, and triton-ascend compiles its launchers", "install g++, or set CC to one")
+
+
+def _headers(m: Machine) -> Finding:
+    file = Path(m.include) / "Python.h"
+    if file.is_file():
+        return ok("Python.h", str(file))
+    version = ".".join(map(str, m.python_version[:2]))
+    return wrong("Python.h", f"is not in {m.include}", f"install python{version}-dev (python3-devel), or set PYTHON")
+
+
+def _pybind11(m: Machine) -> Finding:
+    found = m.package("pybind11")
+    return ok("pybind11", found.version) if found else wrong("pybind11", "is not installed", "make install DEVICE=npu")
+
+
+def _bishengir(m: Machine) -> Finding:
+    found = {name: shutil.which(name, path=m.get("PATH")) for name in ("bishengir-compile", "bisheng")}
+    for name, path in found.items():
+        if not path:
+            return wrong(name, "is not on PATH", "CANN's set_env.sh puts it there: install CANN's toolkit whole")
+    return ok("bishengir-compile", f"{found['bishengir-compile']}, and bisheng")
+
+
+def _cache(m: Machine) -> Finding:
+    folder = cache_folder(m.environment)
+    if why := unfit(folder):
+        todo = "set TRITON_CACHE_DIR to a folder of your own: what lies there is loaded and run"
+        return wrong("Triton's cache", f"{folder}: {why}", todo)
+    return ok("Triton's cache", str(folder))

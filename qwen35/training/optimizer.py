@@ -1,0 +1,71 @@
+"""AdamW over sharded and replicated parameters, the learning rate's course, and the one global gradient norm."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qwen35.config.schema import TrainingSettings
+from qwen35.training.adamw import AdamW, local
+from qwen35.training.offloaded_adamw import SwappedAdamW
+from qwen35.training.parameter_groups import by_group, group_of
+
+
+def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
+    """AdamW on exactly the trained parameters. Matrices decay; norms, biases and gates do not.
+
+    The vision tower's are in groups of their own, "visual", which take no step where there are no images.
+    """
+    alike: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            alike.setdefault((group_of(name).startswith("visual"), p.ndim > 1), []).append(p)
+    groups = [
+        {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0, "visual": visual}
+        for (visual, matrix), parameters in alike.items()
+    ]
+    options: dict[str, Any] = {"lr": t.lr, "betas": (t.adam_beta1, t.adam_beta2), "eps": t.adam_eps}
+    return (SwappedAdamW if t.optimizer == "adamw_swap" else AdamW)(groups, **options)
+
+
+def learning_rate(step: int, t: TrainingSettings) -> float:
+    """Of step 0, 1, … train_iters - 1: a linear rise over lr_warmup_ratio, then constant, linear or cosine down to min_lr."""
+    warmup = round(t.lr_warmup_ratio * t.train_iters)
+    if step < warmup:
+        return t.lr * (step + 1) / warmup
+    if t.lr_decay_style == "constant":
+        return t.lr
+    done = (step - warmup) / max(1, t.train_iters - warmup)
+    share = 1 - done if t.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return t.min_lr + (t.lr - t.min_lr) * share
+
+
+class GradientNorm:
+    """The gradient's norm, whole and by group, over all ranks; no host sync."""
+
+    def __init__(self, model: nn.Module, shard_group: dist.ProcessGroup):
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.groups = by_group(trained)
+        self.parameters = [p for _, p in trained]
+        self.shard_group = shard_group
+
+    def squares(self) -> Tensor:
+        """[G] fp32: the sum of squares of each group's gradient."""
+        device = self.parameters[0].device
+        parts = torch.zeros(2, len(self.groups), device=device)  # of sharded tensors here, of replicated ones
+        for i, parameters in enumerate(self.groups.values()):
+            for row, sharded in enumerate((True, False)):
+                grads = [local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded]
+                grads = [g for g in grads if g.numel()]
+                if grads:
+                    parts[row, i] = torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(parts[0], group=self.shard_group)
+        return parts.sum(0)
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Scale all gradients so that their norm is at most `limit`."""
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], scale)

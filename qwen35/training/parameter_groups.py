@@ -1,0 +1,72 @@
+"""What is trained and what is frozen: `model.freeze`, the groups of parameters, and the table that a run prints."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from qwen35.config.load import SettingError
+
+# the first name that stands in a parameter's own name decides its group
+GROUPS = (
+    "visual.merger",
+    "visual",
+    "mtp",
+    "embed_tokens",
+    "lm_head",
+    "linear_attn",
+    "self_attn",
+    "mlp.gate.",
+    "shared_expert",
+    "experts",
+    "mlp",
+    "norm",
+)
+
+
+def group_of(name: str) -> str:
+    return next(g for g in GROUPS if g in name).rstrip(".")
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop the gradients of every parameter below the modules (or of the parameters) that the patterns name.
+
+    `*` and `{*}` stand for one level: `model.language_model.layers.{*}.mlp`. Raises SettingError on one that matches nothing.
+    """
+    for pattern in patterns:
+        levels = pattern.replace("{*}", "*").split(".")
+        hit = [p for name, p in model.named_parameters() if _matches(name.split("."), levels)]
+        if not hit:
+            names = ", ".join(n for n, _ in model.named_modules() if n and n.count(".") <= 1)
+            raise SettingError(f"model.freeze: {pattern} matches no module; there are {names}, …")
+        for parameter in hit:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingError(f"model.freeze: {', '.join(patterns)} leave nothing to train")
+
+
+def _matches(name: list[str], levels: list[str]) -> bool:
+    return len(name) >= len(levels) and all(fnmatchcase(n, level) for n, level in zip(name, levels, strict=False))
+
+
+def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    """Group name -> its parameters, in the order of GROUPS."""
+    found = defaultdict(list)
+    for name, parameter in named:
+        found[group_of(name)].append(parameter)
+    return {g.rstrip("."): found[g.rstrip(".")] for g in GROUPS if g.rstrip(".") in found}
+
+
+def table(model: nn.Module) -> str:
+    """Parameters by group: all, trained, frozen (of a sharded model too: the global sizes)."""
+    lines = [f"{'parameters':16}{'all':>16}{'trained':>16}{'frozen':>16}"]
+    groups = by_group(model.named_parameters())
+    for name, parameters in [*groups.items(), ("all", [p for ps in groups.values() for p in ps])]:
+        trained, frozen = count(parameters, True), count(parameters, False)
+        lines.append(f"{name:16}{trained + frozen:>16,}{trained:>16,}{frozen:>16,}")
+    return "\n".join(lines)
+
+
+def count(parameters: Iterable[Tensor], trained: bool) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad == trained)

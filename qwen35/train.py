@@ -32,11 +32,11 @@ from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import be_deterministic, init_process, is_apart
 from qwen35.heartbeat import Pulse
-from qwen35.launch.launcher import leave, run_rank
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.parallel.activation_offload import Offload
 from qwen35.processes import stop_request
+from qwen35.rank import leave, run_rank
 from qwen35.training.adamw import AdamW
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, look_ahead, token_weights

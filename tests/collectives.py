@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from qwen35 import train
 from qwen35.data import MicroBatches
-from qwen35.launch import launcher
+from qwen35.rank import leave
 from qwen35.training.metrics import Metrics
 
 KINDS = {"images": [1, 2], "text": [0, 3], "untrained": [0, 3], "bad": [5]}
@@ -85,4 +85,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    launcher.leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -14,6 +14,7 @@ from qwen35 import train
 from qwen35.config.load import load_settings
 from qwen35.launch import launcher
 from qwen35.model import Qwen35
+from qwen35.rank import RESTART, leave
 
 
 def stand_still() -> None:
@@ -25,7 +26,7 @@ def rank_main(arguments: list[str]) -> int:
     faults = {}
     for word in os.environ["FAULTS"].split():
         restart, rank, step, what = word.split(":")
-        if restart == os.environ.get(launcher.RESTART, "0") and rank in (os.environ["RANK"], "*"):
+        if restart == os.environ.get(RESTART, "0") and rank in (os.environ["RANK"], "*"):
             faults[int(step)] = what
     real_step, real_loss, now = train.train_step, Qwen35.loss, []
 
@@ -69,4 +70,4 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         sys.exit(launch_main(*sys.argv[2:]))
-    launcher.leave(rank_main(sys.argv[2:]))
+    leave(rank_main(sys.argv[2:]))

@@ -95,16 +95,17 @@ class ForkedTraining:
 def _launch(outputs: list[Connection], arguments: list[str], environment: dict[str, str]) -> None:
     from qwen35.console import outlive_readers
     from qwen35.launch import job, launcher
+    from qwen35.rank import leave
 
     _be_new(environment)
     take(outputs)
     outlive_readers()
     job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
     try:
-        launcher.leave(launcher.main(arguments))
+        leave(launcher.main(arguments))
     except BaseException:
         traceback.print_exc()
-        launcher.leave(1)
+        leave(1)
 
 
 def _be_new(environment: dict[str, str]) -> None:
@@ -123,7 +124,7 @@ class _Rank:
     def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
         from qwen35 import train
         from qwen35.console import outlive_readers
-        from qwen35.launch.launcher import leave
+        from qwen35.rank import leave
 
         self.returncode = None
         self.pid = os.fork()

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 from qwen35.checkpoint import CheckpointError, HFFolder, load_checkpoint, load_hf, save_checkpoint, write_hf
 from qwen35.checkpoint.hf import shapes_of
 from qwen35.checkpoint.slices import PIECE
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
+from qwen35.rank import leave
 
 RANKS = 2
 ODD = {"shared_expert_intermediate_size": 41, "moe_intermediate_size": 25}  # does not divide by two

@@ -235,7 +235,7 @@ sys.exit(run([sys.executable, "-c", sys.argv[4]], args, None, float(sys.argv[2])
 """
 HEAD = """
 import os, signal, sys, time
-from qwen35.launch.launcher import record_failure
+from qwen35.rank import record_failure
 from qwen35.processes import die_with
 from qwen35.heartbeat import Pulse
 rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0"))

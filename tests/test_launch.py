@@ -25,7 +25,7 @@ sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
 """
 HEAD = """
 import os, signal, sys, time
-from qwen35.launch.launcher import record_failure
+from qwen35.rank import record_failure
 rank = int(os.environ["RANK"])
 def say(*words):  # a line in one write, whatever the other ranks do
     sys.stdout.write(" ".join(map(str, words)) + "\\n")

@@ -17,10 +17,10 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.device import HOST, init_process
 from qwen35.heartbeat import Pulse
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import make_meshes, reduce_held_out, shard
 from qwen35.parallel.activation_offload import Offload
+from qwen35.rank import leave
 from qwen35.train import LONGER, setup
 from qwen35.training import parameter_groups
 from qwen35.training.loss import token_weights

@@ -19,10 +19,10 @@ from qwen35.batch import PackedBatch
 from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, save_checkpoint
 from qwen35.checkpoint.hf import write_hf
 from qwen35.config.schema import ParallelSettings, TrainingSettings
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import make_meshes, reduce_held_out, shard
 from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.rank import leave
 from qwen35.training.loss import look_ahead, token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze, table

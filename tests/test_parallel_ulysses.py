@@ -30,10 +30,10 @@ from qwen35.config.schema import (
 from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST, init_process
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import collectives, make_meshes, shard, share_bins, split
 from qwen35.parallel.activation_offload import Offload
+from qwen35.rank import leave
 from qwen35.train import Run, train_step
 from qwen35.training.loss import look_ahead, token_weights
 from qwen35.training.metrics import SUMS, read_metrics

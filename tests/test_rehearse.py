@@ -23,10 +23,10 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.device import init_process
 from qwen35.errors import SettingError
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import make_meshes
 from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.flops import token_counts
 from qwen35.training.optimizer import GradientNorm

@@ -30,9 +30,9 @@ from qwen35.config.schema import (
 from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST, init_process
-from qwen35.launch.launcher import leave
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import Meshes, make_meshes, shard, share_bins
+from qwen35.rank import leave
 from qwen35.train import Run, train_step
 from qwen35.training.metrics import SUMS
 from qwen35.training.optimizer import GradientNorm, make_optimizer

@@ -9,16 +9,13 @@ Of several machines the launchers meet first and compare what must agree (rendez
 """
 
 import argparse
-import json
 import os
 import resource
 import signal
 import socket
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,7 +25,7 @@ from qwen35.config.layout import check_layout
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import Settings
 from qwen35.console import say_at_once
-from qwen35.errors import USER_ERRORS, Parser, UserError, complain, one_line, whole_number
+from qwen35.errors import USER_ERRORS, Parser, UserError, complain, whole_number
 from qwen35.launch.consistency import facts
 from qwen35.launch.handshake import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
@@ -36,12 +33,11 @@ from qwen35.launch.nodes import Meeting, Place
 from qwen35.launch.rendezvous import Talk, listen, meet
 from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import die_with, stop_signals
+from qwen35.rank import FAILURE_FILE, RESTART
 
-FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
 PARENT = "QWEN35_PARENT"  # process with which the job ends, kill -9 included; unset: a job outlives the shell that started it
 TEMPORARY = "tmp"
 OPEN_FILES = 256
-RESTART = "QWEN35_RESTART"  # how often the processes have been started before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,60 +195,3 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
             FAILURE_FILE: str(folder / f"{rank}.json"),
         }
     return environments
-
-
-def leave(code: int) -> NoReturn:
-    """End this process here and now, with nothing left to write.
-
-    Python's own way out would wait for workers and peers that may be gone, and abort ("terminate called without an
-    active exception") where a thread of a process group still lets go of a tensor.
-    """
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads them any more, or their disk is full
-        code = code or 1
-    os._exit(code)
-
-
-def record_failure(error: BaseException, expected: bool) -> bool:
-    """In a process that fails: leave the reason for the launcher. False if there is none, or no room on the disk."""
-    if FAILURE_FILE not in os.environ:
-        return False
-    reason = {
-        "message": one_line(error) if expected else str(error),
-        "traceback": "" if expected else "".join(traceback.format_exception(error)),
-        "time": time.time(),
-        "rank": os.environ.get("RANK"),
-        "expected": expected,
-    }
-    path = Path(os.environ[FAILURE_FILE])
-    try:
-        path.with_suffix(".new").write_text(json.dumps(reason))
-        path.with_suffix(".new").replace(path)
-    except OSError:
-        return False
-    return True
-
-
-def run_rank(
-    work: Callable[[Settings], None], name: str, about: str | None, argv: Sequence[str] | None, *own: type[Exception]
-) -> int:
-    """What a rank's program does: `work`, with the settings of its command line. own: errors of its own that a user can mend.
-
-    Of several ranks that fail the launcher prints the first one's reason, and not every rank its own.
-    """
-    parser = Parser(prog=name, description=about)
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
-    try:
-        work(load_settings(args.config, args.overrides))
-    except BaseException as error:
-        is_expected = isinstance(error, (*USER_ERRORS, *own))
-        if record_failure(error, is_expected):
-            leave(1)
-        if is_expected:
-            return complain(error)
-        raise
-    return 0

@@ -72,7 +72,7 @@ class Meeting:
         return foreign(message["ended"] or "")
 
     def record_news(self, folder: Path) -> None:
-        """As a failure that explains those of the processes here, beside theirs in `folder` (launch.record_failure)."""
+        """As a failure that explains those of the processes here, beside theirs in `folder` (rank.record_failure)."""
         had_mistake, file = self.is_mistake, folder / "elsewhere.json"
         if words := self.news():
             reason = {"message": words, "traceback": "", "time": time.time(), "rank": None, "expected": True}

@@ -18,7 +18,7 @@ from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
 from qwen35.errors import UserError
-from qwen35.launch.launcher import leave, run_rank
+from qwen35.rank import leave, run_rank
 
 SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from what is over at once to what fills a fast network
 ENOUGH = 0.1  # seconds that an all-reduce may take until the larger ones are left out

@@ -11,6 +11,7 @@ from peer import config_dict, continued, pair, peer_inputs, sample
 from PIL import Image
 
 from qwen35.batch import IGNORE, PackedBatch, derive
+from qwen35.checkpoint import load_pretrained
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data import Record
 from qwen35.data.collator import prompt_batch, vision_spec
@@ -34,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> Qwen35:
-    return Qwen35.from_pretrained(folder, dtype=torch.float32)
+    return load_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import LATEST, about, marker_content, read_file, resolve_load, settle
 from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_item
-from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.slices import Box, TensorSource
+from qwen35.checkpoint.unread import not_read
 from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
 from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
 from qwen35.data.readers import read_values

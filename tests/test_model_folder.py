@@ -14,16 +14,16 @@ from mistakes import CONVERT, EXPORT, RESUME, TRAIN, Case, check, parametrized, 
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, save_hf
+from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, load_pretrained, save_hf
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.errors import LONGEST, Misfit
 from qwen35.checkpoint.hf import check_export
 from qwen35.checkpoint.hf_read import INDEX, check_tied
-from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.release import write_release
+from qwen35.checkpoint.unread import not_read
 from qwen35.inference.load_model import find_model
-from qwen35.model import ConfigError, Qwen35
+from qwen35.model import ConfigError
 
 __all__ = ["place", "whole"]  # fixtures
 
@@ -245,11 +245,11 @@ def test_a_head_that_is_tied_in_text_config_alone(tmp_path):
     text = config_dict(moe=False, tied=True)["text_config"]
     change_config(folder, text_config=text)
     assert "tie_word_embeddings is true in text_config alone" in not_read(folder)[0]
-    model = Qwen35.from_pretrained(folder)
+    model = load_pretrained(folder)
     assert not HFFolder(folder).is_tied and not model.config.tie_word_embeddings
     save_hf(dict(model.named_parameters()), folder, tmp_path / "out")
     resave(folder, lambda t: t.pop("lm_head.weight"))
-    for attempt in (lambda: Qwen35.from_pretrained(folder), lambda: hf_to_dcp(folder, tmp_path / "dcp")):
+    for attempt in (lambda: load_pretrained(folder), lambda: hf_to_dcp(folder, tmp_path / "dcp")):
         with pytest.raises(CheckpointError, match=r"set tie_word_embeddings: true at the top level.*lm_head.weight"):
             attempt()
     change_config(folder, tie_word_embeddings=True)
@@ -265,7 +265,7 @@ def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
     with pytest.raises(CheckpointError, match="set tie_word_embeddings: false at its top level"):
         check_tied(HFSource(HFFolder(folder)), folder)
     change_config(folder, tie_word_embeddings=False)
-    load_hf(Qwen35.from_pretrained(folder), folder)
+    load_hf(load_pretrained(folder), folder)
 
 
 # -- whether an export will be possible --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, save_checkpoint
+from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, load_pretrained, save_checkpoint
 from qwen35.checkpoint.hf import write_hf
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.model import Qwen35, load_config
@@ -90,7 +90,7 @@ def result(model: Qwen35, losses: list[float], norms: list[float], gradients: di
 
 def reference(source: Path, mtp: bool, frozen: Sequence[str]) -> dict:
     """One process, plain tensors, torch's own clipping."""
-    model = Qwen35.from_pretrained(source, torch.float32, mtp=mtp)
+    model = load_pretrained(source, torch.float32, mtp=mtp)
     freeze(model, frozen)
     optimizer = make_optimizer(model, ADAM)
     losses, norms, gradients = [], [], {}

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from training_runs import ROOT, tensors, train
 
+from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.config.load import load_settings
-from qwen35.model import Qwen35
 from qwen35.training.metrics import Metrics, RunError, StepRecord, read_metrics
 
 
@@ -124,7 +124,7 @@ def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two,
         tmp_path / "hf", dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours = Qwen35.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    ours = load_pretrained(tmp_path / "hf", dtype=torch.float32)
     settings = load_settings(workplace / "recipe.yaml")
     preparation, spec = Preparation.of(settings), vision_spec(tmp_path / "hf")
     records = list(read_records(workplace / "records.json", preparation.attr, ImageFolder(workplace), limit=6))

@@ -14,13 +14,13 @@ from PIL import Image
 from training_runs import tensors, train
 
 from qwen35.batch import PackedBatch
+from qwen35.checkpoint import load_pretrained
 from qwen35.config.load import load_settings, to_yaml
 from qwen35.data import MicroBatches
 from qwen35.data.tokenized import untold
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
 from qwen35.inference.evaluate import answers
-from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 from qwen35.training.validation import Validation
 
@@ -71,7 +71,7 @@ def test_the_training_is_as_without(two, run):
 def test_what_is_found_is_so(workplace, held_out, run):
     """The loss of each record by itself, over all its logits; the answers of the model that was saved."""
     settings = load_settings(workplace / "recipe.yaml", validating(held_out)).validation
-    model = Qwen35.from_pretrained(workplace / "weights", dtype=torch.float32)
+    model = load_pretrained(workplace / "weights", dtype=torch.float32)
     model.load_state_dict(tensors(run))
     dataset = ValidationSet(settings, 0, 1).dataset
     losses = []

@@ -19,8 +19,8 @@ from qwen35.checkpoint.hf_names import HEAD, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, equal, misfit
 from qwen35.checkpoint.hf_write import Written, save_hf
 from qwen35.checkpoint.load import Finite
-from qwen35.checkpoint.model_folder import not_read
 from qwen35.checkpoint.release import write_release
+from qwen35.checkpoint.unread import not_read
 from qwen35.errors import USER_ERRORS, Parser, complain
 
 SEED_WORD = "GenericDCPConverter"

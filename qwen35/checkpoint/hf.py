@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from qwen35.checkpoint.hf_names import HEAD, disk_spec, lacks_mtp, places, shape
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import Finite, fill, named_parameters
-from qwen35.checkpoint.model_folder import not_read
+from qwen35.checkpoint.unread import not_read
 from qwen35.device import HOST
+from qwen35.model import Qwen35, load_config
 
 __all__ = [
     "HFFolder",
@@ -31,8 +32,6 @@ __all__ = [
     "stored_dtypes",
     "write_hf",
 ]
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_hf(
@@ -74,22 +73,20 @@ def check_export(model: nn.Module, folder: str | Path) -> None:
         exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 
 
-def load_pretrained(cls: type[Model], hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Model:
-    """A new model (`cls(config, **kwargs)`) with a folder's weights; of `dtype`, or None: as they are stored.
+def load_pretrained(hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Qwen35:
+    """A new model (`Qwen35(config, **kwargs)`) with a folder's weights; of `dtype`, or None: as they are stored.
 
     Plain tensors on the CPU; nothing is initialised that is then overwritten.
     """
-    model = empty_model(cls, hf_dir, stored_dtypes(hf_dir) if dtype is None else lambda _: dtype, **kwargs)
+    model = empty_model(hf_dir, stored_dtypes(hf_dir) if dtype is None else lambda _: dtype, **kwargs)
     load_hf(model, hf_dir)
     return model
 
 
-def empty_model(cls: type[Model], hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kwargs: Any) -> Model:
+def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kwargs: Any) -> Qwen35:
     """A new model on the CPU by a folder's config.json, of the dtypes that dtype_of gives names; no value is written."""
-    from qwen35.model.config import load_config  # the model imports this file in turn
-
     with torch.device("meta"):
-        model = cls(load_config(hf_dir), **kwargs)
+        model = Qwen35(load_config(hf_dir), **kwargs)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name

@@ -16,6 +16,7 @@ from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
 from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
 from qwen35.checkpoint.slices import Box, Source, TensorSpec, pieces
 from qwen35.errors import read_object
+from qwen35.model.config import is_tied
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -66,8 +67,6 @@ class HFFolder:
     @property
     def is_tied(self) -> bool:
         """Whether the output head is the embedding, by config.json."""
-        from qwen35.model.config import is_tied  # the model's package imports this one's in turn
-
         return is_tied(self.config)
 
     def read(self, name: str, box: Box | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_folder import about
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf import empty_model, stored_dtypes
+from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import has_weights
 from qwen35.checkpoint.model_folder import refuse
@@ -75,10 +75,10 @@ def load_model(source: Source) -> Qwen35:
     So a run's checkpoint answers as the model that whoever loads its export will run. Raises CheckpointError, ConfigError.
     """
     if source.weights == source.config:
-        model = Qwen35.from_pretrained(source.weights)
+        model = load_pretrained(source.weights)
     else:
         dtype_of = stored_dtypes(source.config) if has_weights(source.config) else published_dtype
-        model = empty_model(Qwen35, source.config, dtype_of)
+        model = empty_model(source.config, dtype_of)
         try:
             load_checkpoint(source.weights, model)
         except CheckpointError as error:

@@ -173,13 +173,6 @@ class Qwen35(nn.Module):
         init_weights(model, torch.Generator().manual_seed(seed))
         return model
 
-    @classmethod
-    def from_pretrained(cls, hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> "Qwen35":
-        """The weights of a Hugging Face folder, in `dtype` or (None) the checkpoint's own dtypes."""
-        from qwen35.checkpoint.hf import load_pretrained  # the model itself knows no files
-
-        return load_pretrained(cls, hf_dir, dtype, **kwargs)
-
     def recompute(self, how: bool | str) -> None:
         """As LanguageModel.recompute; of the vision blocks nothing but the input is kept, whatever else `how` keeps."""
         self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)

@@ -11,8 +11,8 @@ from qwen35.device import init_process, is_apart
 from qwen35.errors import USER_ERRORS
 from qwen35.launch.launcher import run as launch
 from qwen35.launch.rendezvous import listen
+from qwen35.preflight import collectives, measure
 from qwen35.rank import leave, record_failure
-from qwen35.training.preflight import collectives, measure
 from rehearse.rates import SLOW
 
 MIB = 1 << 20

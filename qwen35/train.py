@@ -24,7 +24,6 @@ from qwen35.checkpoint.dcp_write import together
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
 from qwen35.checkpoint.lock import holding
-from qwen35.compilation import DTYPES, compiled
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
@@ -35,15 +34,16 @@ from qwen35.heartbeat import Pulse
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.parallel.activation_offload import Offload
+from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.rank import leave, run_rank
+from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, look_ahead, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
 from qwen35.training.parameter_groups import freeze, table
-from qwen35.training.preflight import measure, ranks_here
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,

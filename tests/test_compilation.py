@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from stand_in import ROOT, free_port
 
-from qwen35 import compilation
-from qwen35.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
+from qwen35.tools import compilation
 from qwen35.heartbeat import Pulse
+from qwen35.tools.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
 from qwen35.tools.doctor.machine import ok, wrong
 from qwen35.training import preflight
 
@@ -21,7 +21,7 @@ import os, sys, time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 import kernels
-from qwen35 import compilation
+from qwen35.tools import compilation
 from qwen35.config.load import load_settings
 from qwen35.device import init_process
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
 
-from qwen35.training.preflight import PreflightError, measure
+from qwen35.preflight import PreflightError, measure
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_settings(args.config, args.overrides)
         check_layout(settings, args.nnodes * args.nproc_per_node)
         check_address(args)
-        program = "qwen35.training.preflight" if args.preflight else "qwen35.train"
+        program = "qwen35.preflight" if args.preflight else "qwen35.train"
         meeting = meet_others(args, settings) if args.nnodes > 1 else None
         command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
         return run(command, args, meeting, t.timeout, 0 if args.preflight else t.max_restarts)

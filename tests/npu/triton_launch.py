@@ -21,8 +21,8 @@ from triton.runtime import driver  # noqa: E402
 import kernels  # noqa: E402
 from kernels.triton import tiles as of_device  # noqa: E402
 from kernels.triton.tiles import Tiles  # noqa: E402
-from qwen35.compilation import compile_here  # noqa: E402
 from qwen35.config.load import load_settings  # noqa: E402
+from qwen35.tools.compilation import compile_here  # noqa: E402
 
 
 def main() -> None:

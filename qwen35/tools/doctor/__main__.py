@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (
         m.accelerator and is_made and not count
     ):  # the kernels too, as the run compiles them: on the first of its devices
-        from qwen35 import compilation
+        from qwen35.tools import compilation
 
         print(flush=True)
         count += compilation.show(args.config, args.overrides)

@@ -1,4 +1,4 @@
-"""Before a run of several machines, how fast they talk to each other: `python -m qwen35.training.preflight CONFIG`.
+"""Before a run of several machines, how fast they talk to each other: `python -m qwen35.preflight CONFIG`.
 
 That the machines agree is settled before, by their launchers (launch/rendezvous.py); here the processes of
 the run are there, and the group in which they will train.
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from qwen35.compilation import check_compilers
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
 from qwen35.errors import UserError
 from qwen35.rank import leave, run_rank
+from qwen35.tools.compilation import check_compilers
 
 SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from what is over at once to what fills a fast network
 ENOUGH = 0.1  # seconds that an all-reduce may take until the larger ones are left out
@@ -104,4 +104,4 @@ def preflight(settings: Settings) -> None:
 
 if __name__ == "__main__":
     outlive_readers()
-    leave(run_rank(preflight, "qwen35.training.preflight", __doc__, None, kernels.KernelError))
+    leave(run_rank(preflight, "qwen35.preflight", __doc__, None, kernels.KernelError))

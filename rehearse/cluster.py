@@ -74,6 +74,9 @@ class Machine(TorchDispatchMode):
                 *args, **kwargs
             )  # DTensor, which finds out a shape: by another mode, on torch 2.10 by ours again
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if inputs and kwargs.get("device") is None and all(_is_on_meta(x) for x in inputs):
+            with unset_fake_temporarily():  # the model as it is sharded, before it has a device: five times as quick
+                return func(*args, **kwargs)
         is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
         if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):
             with unset_fake_temporarily():
@@ -118,6 +121,10 @@ class Machine(TorchDispatchMode):
             alive = weakref.ref(storage, partial(_drop, self.doubles, address))
             self.doubles[address] = alive, x.untyped_storage()
         return double
+
+
+def _is_on_meta(x: Tensor) -> bool:
+    return x.is_meta and not isinstance(x, FakeTensor)
 
 
 def _is_among(table: dict[int, weakref.ref], x: Tensor) -> bool:

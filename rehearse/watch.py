@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ def note(
         record.wrong.append(f"{name} has no kernel for the device")
 
 
+@cache
 def has_kernel(func: torch._ops.OpOverload) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return any(has(func.name(), key) for key in KEYS)

@@ -52,7 +52,7 @@ def compiled(
         return chosen
     from kernels.triton.first_run import with_tiles
 
-    # a group that does not give up before; made first, since the ranks meet by a store that would
+    # the ranks' own group would give up before; this one is made first, while all are here
     group = host_group(OTHERS) if dist.get_world_size() > 1 else None
     tiles = None
     if os.environ.get("LOCAL_RANK", "0") == "0":

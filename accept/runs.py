@@ -7,14 +7,13 @@ import time
 from functools import partial
 from math import lcm
 
-import torch
 from torch import Tensor
 
 from accept.task import AcceptError, Task, distance
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import Box
-from qwen35.device import HOST_ALONE, device_type, is_apart
+from qwen35.device import HOST_ALONE
 from qwen35.launch.rendezvous import listen
 from qwen35.processes import die_with
 from qwen35.tools.tiny import ASSETS, make_digits, make_model
@@ -26,7 +25,7 @@ TOLERANCES = {
     "fp32": (1e-3, "fp32: sums in another order, which AdamW makes larger from step to step"),
     "bf16": (5e-2, "bf16: tokens between two experts may take the other one"),
 }
-BIT_FOR_BIT = (0.0, "bit for bit")
+REPEATABLE = "training.deterministic=true"
 
 
 class Runs:
@@ -90,16 +89,15 @@ def check(task: Task) -> None:
         once = ("training.train_iters=1", f"training.dtype={dtype}")
         here, host = runs.train(f"step-{dtype}", 1, *once), runs.train(f"host-{dtype}", 1, *once, on_cpu=True)
         task.compare(f"one training step, {dtype}, beside the CPU", runs.errors(here, host, MODEL), *tolerance)
-    last = alone = runs.train("alone", 1)
+    alone = runs.train("alone", 1, *[REPEATABLE] * task.small)
     for count in sorted({2, ranks} if ranks > 1 else ()):
-        last = runs.train(f"ranks-{count}", count)
-        task.compare(f"{STEPS} steps on {count} ranks beside one", runs.errors(last, alone, MODEL), *TOLERANCES["fp32"])
+        several = runs.train(f"ranks-{count}", count)
+        what = f"{STEPS} steps on {count} ranks beside one"
+        task.compare(what, runs.errors(several, alone, MODEL), *TOLERANCES["fp32"])
     if ranks > 1 and not task.small:
         split = runs.train("experts", 2, "parallel.expert_parallel_size=2")
         task.compare("the same, experts on 2 ranks", runs.errors(split, alone, MODEL), *TOLERANCES["fp32"])
-    if task.small:
-        ranks, last = 1, alone
-    runs.train("killed", ranks, kill=True)
-    errors = runs.errors(runs.train("killed", ranks), last, MODEL, OPTIMIZER)
-    tolerance = TOLERANCES["fp32"] if is_apart(torch.device(device_type())) else BIT_FOR_BIT
-    task.compare(f"killed behind a checkpoint and resumed, ranks: {ranks}", errors, *tolerance)
+    whole, ranks = (alone, 1) if task.small else (runs.train("whole", ranks, REPEATABLE), ranks)
+    runs.train("killed", ranks, REPEATABLE, kill=True)
+    errors = runs.errors(runs.train("killed", ranks, REPEATABLE), whole, MODEL, OPTIMIZER)
+    task.compare(f"killed behind a checkpoint and resumed, ranks: {ranks}", errors, 0.0, f"bit for bit, {REPEATABLE}")

@@ -22,7 +22,7 @@ from rehearse.configs import some_layers
 
 RECIPE, SEQUENCE = "configs/qwen3_5_4B.yaml", 128
 LACKING = 3  # exit status of scripts/rehearse.sh: what it stands on cannot be had
-NEAR = 0.15  # of the rehearsed peak, in which what operators need inside is not counted
+NEAR = 0.15  # of the rehearsed peak, in which fragmentation is not counted
 
 
 def check(task: Task) -> None:

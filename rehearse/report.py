@@ -72,9 +72,9 @@ def _wire(r: Rehearsal) -> Iterator[str]:
 
 
 def summary(r: Rehearsal, again: float, ends: Ends) -> dict[str, float]:
-    """What make accept sets beside what it measures: seconds a step, bytes of tensors at the peak."""
+    """What make accept sets beside what it measures: seconds a step, bytes of tensors and workspace at the peak."""
     quick, slow = step_range(r, again, ends)
-    return {"quick": quick.together, "slow": slow.in_turn, "peak": peak(r)[1].bytes}
+    return {"quick": quick.together, "slow": slow.in_turn, "peak": peak(r)[1].bytes + r.operators.workspace}
 
 
 def _time(r: Rehearsal, again: float, ends: Ends) -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_the_whole_of_it(accept, tmp_path):
     } <= rows.keys()
     assert rows["12 steps on 2 ranks beside one"]["status"] == "held"
     killed = rows["killed behind a checkpoint and resumed, ranks: 1"]
-    assert killed["status"] == "held" and killed["wanted"] == "bit for bit"
+    assert killed["status"] == "held" and killed["wanted"] == "bit for bit, training.deterministic=true"
     assert {row["rate"] for row in rows.values() if row["rate"]} == {"flops", "memory", "within", "host"}
     assert not any(
         row["status"] in ("off", "slower") for row in rows.values()

@@ -15,8 +15,7 @@ from ports import free_port
 from stand_in import RECIPE, ROOT, given, npu_machine, only, program, write, wrong
 
 import kernels
-from qwen35.tools import compilation
-from qwen35.tools import tiny
+from qwen35.tools import compilation, tiny
 from qwen35.tools.doctor import __main__ as command
 from qwen35.tools.doctor import host, recipe
 from qwen35.tools.doctor.__main__ import examine, lines

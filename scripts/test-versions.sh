@@ -68,4 +68,6 @@ found = importlib.import_module(package).__version__.partition("+")[0]
 print(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
 sys.exit(0 if found == wanted else f"{package} {found} is what is imported, {wanted} was asked for")
 PY
-exec "$python" -m pytest -q "${choice[@]}" "${words[@]}" "$@"
+lanes=()
+((${#words[@]} + $#)) || lanes=(--numprocesses 2 --dist loadfile)
+exec "$python" -m pytest -q "${choice[@]}" "${lanes[@]}" "${words[@]}" "$@"

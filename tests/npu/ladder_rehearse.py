@@ -60,11 +60,7 @@ def test_a_recipe_is_rehearsed(recipe, capsys):
     assert out.count("0 host syncs") == 3 and "32,768 tokens a step on 16 NPUs" in out
 
 
-SPLIT = [
-    "parallel.expert_parallel_size=4",
-    "parallel.ulysses_parallel_size=2",
-    "training.gradient_accumulation_steps=4",
-]
+SPLIT = ["parallel.expert_parallel_size=4", "parallel.ulysses_parallel_size=2"]
 HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "training.optimizer=adamw_swap"]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One whole training step of a recipe on a virtual cluster of NPUs, on any machine, in about a minute: memory by what holds it,
+# One whole training step of a recipe on a virtual cluster of NPUs, on any machine, in less than a minute: memory by what holds it,
 # operators, collectives with their bytes, a range for the step's time. Fails on an operator without a kernel for NPUs, on a host
 # sync that is not allowed, on a peak over NPU_MEMORY_GB.
 #

@@ -1,6 +1,7 @@
 """The only file that says npu, cuda or cpu, and hccl, nccl or gloo."""
 
 import os
+import re
 import resource
 import socket
 from collections.abc import Iterable
@@ -100,6 +101,8 @@ def init_process(timeout: float = 1800) -> torch.device:
             BACKENDS[kind], timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=world
         )
     except (dist.DistError, OSError) as error:  # of the store, where the processes meet
+        if is_lost(error):
+            raise
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise SettingError(f"{address}: the processes cannot meet there: {one_line(error)}") from None
     return device
@@ -129,9 +132,16 @@ def host_group(timeout: float) -> dist.ProcessGroup:
     try:
         return dist.new_group(backend=BACKENDS["cpu"], timeout=timedelta(seconds=timeout))
     except RuntimeError as error:  # gloo's
+        if is_lost(error):
+            raise
         raise SettingError(
             f"the processes cannot meet over the network of their hosts: {one_line(error)}; GLOO_SOCKET_IFNAME names it"
         ) from None
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether another process has ended while this one met it: its end is what went wrong, and no setting."""
+    return re.search("[Bb]roken pipe|(reset|closed) by peer|likely closed|got 0 bytes", str(error)) is not None
 
 
 def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

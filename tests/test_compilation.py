@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from stand_in import ROOT, free_port
 
+from qwen35 import preflight
 from qwen35.heartbeat import Pulse
 from qwen35.tools import compilation
 from qwen35.tools.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
 from qwen35.tools.doctor.machine import ok, wrong
-from qwen35.training import preflight
 
 TIMEOUT = 10.0  # seconds, of all groups but the one that waits
 

@@ -48,10 +48,10 @@ def test_nothing_of_the_users_goes_into_the_image():
     assert not left_out & {path.name for path in ROOT.iterdir() if path.name in ("qwen35", "scripts", "env.sh")}
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
-def test_the_commands_of_the_readmes(readme, tmp_path):
+@pytest.mark.parametrize("page", ["guide.md", "guide.zh-CN.md"])
+def test_the_commands_of_the_guide(page, tmp_path):
     """As a shell hands them to Docker, on a machine with two NPUs."""
-    (block,) = re.findall(r"```bash\n(docker build.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    (block,) = re.findall(r"```bash\n(docker build.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     for name in ("davinci0", "davinci1", *DRIVER_DEVICES):
         (tmp_path / name).touch()
     script = re.sub(r"<\S+>", "base", block).replace("/dev/", f"{tmp_path}/")

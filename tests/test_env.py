@@ -111,7 +111,7 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 env >env_of_child
 [[ $* != *--get* ]] || printf 'runs/tiny\\n300\\n'
-if [[ $2 == qwen35.launch.launcher && $CONFIG == configs/tiny.yaml ]]; then
+if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
     [[ -z ${HANGS:-} ]] || trap 'echo asked >>calls; exit 0' TERM
     mkdir -p runs/tiny
     echo "${STEPS_DONE:-300}" >runs/tiny/latest_checkpointed_iteration.txt
@@ -223,7 +223,7 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
 
 
 def test_what_make_started_ends_with_it(run: Run, project: Path) -> None:
-    """By the process that qwen35.launch.launcher is told of; a shell's end is no reason to stop."""
+    """By the process that qwen35.launch is told of; a shell's end is no reason to stop."""
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     assert child(project)["QWEN35_PARENT"].isdecimal()
     assert run("bash", "scripts/finetune.sh", CONFIG="configs/other.yaml").returncode == 0

@@ -282,9 +282,7 @@ time.sleep(600)
 @pytest.mark.parametrize("where", ["in the first group", "in another one"])
 def test_a_rank_that_is_killed_while_they_meet(where):
     """The other one's connection breaks: no setting is to blame, and a restart may help."""
-    program = (
-        f"is_first = {where == 'in the first group'}"
-        + """
+    program = """
 from qwen35.device import host_group, init_process, loopback_store
 if is_first and rank == 0:
     loopback_store(60)  # which ends with this rank
@@ -295,7 +293,7 @@ if rank == 0 and restart == 0:
 if rank == 1 or not is_first:
     host_group(60)
 """
-    )
+    program = f"is_first = {where == 'in the first group'}\n{program}"
     done = launch(program, restarts=1)
     told = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 1 of 1, from the newest checkpoint\n"
     assert told in done.stderr and "GLOO_SOCKET_IFNAME" not in done.stderr and "MASTER_PORT" not in done.stderr

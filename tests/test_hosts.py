@@ -18,7 +18,7 @@ from qwen35.launch.hosts_file import Host, check_environment, read_hosts
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" ---- >>"$0.log"
+printf '%s\\n' "$@" ---- >"$0.$$.log"
 while [[ $1 == -* ]]; do case $1 in -o | -p) shift 2 ;; *) shift ;; esac; done
 [[ $1 != unreachable ]] || { echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255; }
 env -i PATH="$PATH" bash -c "$2" # a child, which outlives this one as it would on another machine
@@ -66,6 +66,11 @@ def start(there: Path, *overrides: str, hosts: str = "hosts", **variables: str) 
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def ssh_log(there: Path) -> str:
+    """The words of each call, from a file of its own."""
+    return "".join(path.read_text() for path in there.parent.glob("ssh.*.log"))
 
 
 def pids(process: subprocess.Popen, count: int = 2) -> dict[str, int]:
@@ -120,9 +125,9 @@ def test_each_machine_gets_its_place_and_the_same_settings(there: Path) -> None:
         }
         assert values.get("NODE_ADDR") == values.get("HCCL_IF_IP") == (None if rank else "127.0.0.1")
         call = (there / f"call_{rank}").read_text()
-        assert f"qwen35.launch.launcher\n--nnodes\n2\n--node_rank\n{rank}\n" in call
+        assert f"qwen35.launch\n--nnodes\n2\n--node_rank\n{rank}\n" in call
         assert call.endswith("configs/other.yaml\nmodel.freeze=[a, 'b c', \"$HOME\"]\ntraining.train_iters=2\n")
-    log = (there.parent / "ssh.log").read_text()
+    log = ssh_log(there)
     assert log.count("BatchMode=yes") == log.count("StrictHostKeyChecking=yes") == 2
     assert "-p\n2222\nme@one\n" in log and "\ntwo\ncd " in log
     assert not re.search(
@@ -219,7 +224,7 @@ def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
         ]
         assert both[0] == both[1]
         found.append(both[0])
-        seen = (there.parent / "ssh.log").read_text() + "".join((there / f"call_{n}").read_text() for n in (0, 1))
+        seen = ssh_log(there) + "".join((there / f"call_{n}").read_text() for n in (0, 1))
         assert both[0] not in seen
     assert len(set(found)) == 3 and found[2] == "that of the user" and all(len(one) == 64 for one in found[:2])
     out, err = start(there, RENDEZVOUS_SECRET="that of the user", DRY_RUN="1").communicate(timeout=300)
@@ -261,7 +266,7 @@ def test_a_machine_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> N
     (there / "env.sh").write_text(env_sh.replace('"${HOSTS:=}"', '"${HOSTS:=hosts}"'))
     (there / "act").write_text('echo "$2"')
     out, err = start(there).communicate(timeout=300)
-    assert (sorted(out.splitlines()), err) == (["one: qwen35.launch.launcher", "two: qwen35.launch.launcher"], "")
+    assert (sorted(out.splitlines()), err) == (["one: qwen35.launch", "two: qwen35.launch"], "")
 
 
 def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
@@ -269,7 +274,7 @@ def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err.count("\n")) == (1, "", 1)
     assert "unknown setting training.learning_rate" in err
-    assert not (there.parent / "ssh.log").exists()
+    assert not ssh_log(there)
 
 
 def test_a_dry_run_says_what_each_machine_would_get(there: Path) -> None:
@@ -277,7 +282,7 @@ def test_a_dry_run_says_what_each_machine_would_get(there: Path) -> None:
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err, out.count("\n")) == (0, "", 2)
     assert "NODE_RANK=1" in out.splitlines()[1] and out.splitlines()[1].endswith(" training.train_iters=2")
-    assert not (there.parent / "ssh.log").exists()
+    assert not ssh_log(there)
 
 
 @pytest.mark.parametrize("preflight", [False, True])

@@ -9,9 +9,9 @@ from rehearse.report import STEP, _operators
 def test_launches_of_triton_kernels() -> None:
     """Set-up's are no part of the step; a layer's forward and backward are."""
     ops = Counter({"delta_rule::scan": 3, "causal_conv1d::forward": 3, "rms_norm_gated::backward": 1, "aten::mm": 9})
-    record = SimpleNamespace(ops=ops, launched=16)
+    record = SimpleNamespace(ops=ops, launched=16, syncs=0)
     phases = ["set-up", *STEP]
-    operators = SimpleNamespace(records=dict.fromkeys(phases, record), syncs=dict.fromkeys(phases, 0))
+    operators = SimpleNamespace(records=dict.fromkeys(phases, record))
     *_, line = _operators(SimpleNamespace(operators=operators))
     assert line.startswith(f"Triton kernels: {7 * len(STEP)} launches a step") and "post2" in line
     record.ops = Counter({"aten::mm": 9})

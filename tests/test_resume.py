@@ -97,8 +97,10 @@ def finish(workplace: Path, save: Path) -> str:
 def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
     """Wherever it hits, the same command goes on from the last whole checkpoint. kills.py tries as many as it is told."""
     series = Series(workplace, {2: uninterrupted}, seed=5)
-    series.training(2, ["the start", "a step", "a save", "a removal", "the end"], tmp_path / "run")
-    assert series.kills >= 4  # a folder that is removed is gone soon
+    trainings = 0
+    while series.kills < 4:  # one may do without what was killed, and come to its end before the next moment
+        series.training(2, ["the start", "a step", "a save", "a removal", "the end"], tmp_path / f"run{trainings}")
+        trainings += 1
 
 
 # what a file's event says, and the iteration that may be gone on from

@@ -181,7 +181,7 @@ def test_whatever_prints_outlives_its_reader():
     os.close(reader)
 
 
-@pytest.mark.parametrize("program", ["launch", "hosts", "train", "preflight", "convert", "tiny", "evaluate"])
+@pytest.mark.parametrize("program", "launch launch.hosts train preflight convert tools.tiny inference.evaluate".split())
 def test_every_step_of_a_run_outlives_its_reader(program):
     command = [sys.executable, "-m", f"qwen35.{program}", "--help"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -263,6 +263,8 @@ def is_finished(run: Run, folder: Path) -> bool:
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     report(f"{folder} has done its {run.step} steps: nothing left to train")
+    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
+        draw_loss(folder)  # one that was killed as it drew has left an older picture, and half of a new one
     return True
 
 

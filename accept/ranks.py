@@ -10,7 +10,7 @@ from accept.task import Task
 from qwen35.device import init_process, is_apart
 from qwen35.errors import USER_ERRORS
 from qwen35.launch.launcher import run as launch
-from qwen35.launch.rendezvous import listen
+from qwen35.launch.rendezvous import free_port
 from qwen35.preflight import collectives, measure
 from qwen35.rank import leave, record_failure
 from rehearse.rates import SLOW
@@ -24,8 +24,7 @@ def check(task: Task) -> None:
     if task.ranks == 1:
         task.add("collectives", "told", "there is one device")
         return
-    with listen(0, is_alone=True) as free:
-        port = free.getsockname()[1]
+    port = free_port(is_alone=True)
     place = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
     command = [sys.executable, "-m", "accept.ranks", str(task.folder), *["--small"] * task.small]
     if launch(command, place):

@@ -14,7 +14,7 @@ from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import Box
 from qwen35.device import HOST_ALONE
-from qwen35.launch.rendezvous import listen
+from qwen35.launch.rendezvous import free_port
 from qwen35.processes import die_with
 from qwen35.tools.tiny import ASSETS, make_digits, make_model
 from qwen35.training.metrics import read_metrics
@@ -51,9 +51,8 @@ class Runs:
             "training.adam_eps": 1e-4,  # else gradients that are nothing but rounding take whole steps
             "training.gradient_accumulation_steps": self.bins // ranks,
         }
-        with listen(0, is_alone=True) as free:
-            port = free.getsockname()[1]
-        launcher = [sys.executable, "-m", "qwen35.launch", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+        launcher = [sys.executable, "-m", "qwen35.launch", "--nproc_per_node", str(ranks)]
+        launcher += ["--master_port", str(free_port(is_alone=True))]
         settings = [f"{key}={value}" for key, value in own.items()]
         process = subprocess.Popen(
             [*launcher, str(ASSETS.parent / "configs/tiny.yaml"), *settings, *overrides],

@@ -30,7 +30,7 @@ from qwen35.launch.consistency import facts
 from qwen35.launch.handshake import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
 from qwen35.launch.nodes import Meeting, Place
-from qwen35.launch.rendezvous import Talk, listen, meet
+from qwen35.launch.rendezvous import Talk, free_port, listen, meet
 from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import die_with, stop_signals
 from qwen35.rank import FAILURE_FILE, RESTART
@@ -148,8 +148,7 @@ def next_port(args: argparse.Namespace) -> int:
     try:
         check_address(args)
     except SettingError:  # it is not free yet
-        with listen(0, is_alone=args.nnodes == 1) as free:
-            return free.getsockname()[1]
+        return free_port(is_alone=args.nnodes == 1)
     return args.master_port
 
 

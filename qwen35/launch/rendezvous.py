@@ -84,6 +84,12 @@ def listen(port: int, is_alone: bool = False) -> socket.socket:
     return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
+def free_port(is_alone: bool) -> int:
+    """One that nobody listens at, as `listen` would. Raises OSError."""
+    with listen(0, is_alone) as server:
+        return server.getsockname()[1]
+
+
 def _host(place: Place, talk: Talk) -> Meeting:
     peers: dict[int, Peer] = {}
     try:

@@ -99,6 +99,7 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
+    dist.barrier()  # the first rank serves the store by which groups are made, and a mistake may end it from here on
     chosen = compiled(settings, config.text, device, pulse, report)
     pulse.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):

@@ -1,6 +1,7 @@
 """Whole runs with real processes: what a user starts, on a small model and a few images made here."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint import load_pretrained
@@ -187,6 +189,35 @@ def test_under_the_launcher_too(workplace, tmp_path):
         assert done.returncode == 1
         assert len(lines) == 1, done.stderr
         assert words in lines[0]
+
+
+LATE = """
+import os
+if os.environ.get("RANK") == "1":
+    import socket, time
+    import torch.distributed as dist
+    make, until = dist.new_subgroups_by_enumeration, time.monotonic() + 4
+    def late(*args, **kwargs):
+        while time.monotonic() < until:
+            time.sleep(0.001)
+            try:
+                socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
+            except OSError:
+                break
+        return make(*args, **kwargs)
+    dist.new_subgroups_by_enumeration = late
+"""
+
+
+def test_a_mistake_is_one_line_where_another_rank_has_not_met_all_yet(workplace, tmp_path):
+    """The first rank, with the store, ends no sooner than all have made their groups, which would find it gone."""
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    command = [sys.executable, "-m", "qwen35.launch", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command += [str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'run'}", "model.freeze=[model.vision]"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: model.freeze") and done.stderr.count("\n") == 1
 
 
 def _with_a_broken_image(workplace: Path) -> Path:

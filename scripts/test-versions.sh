@@ -12,7 +12,7 @@ check_env
 need_venv
 split "${ARGS:-}"
 
-whole_runs=(tests/test_{accept,launch,parallel,resume,train,train_mtp}.py) # minutes, and hardly anything of transformers in them
+whole_runs=(tests/{house/test_accept,launch/test_launch,parallel/test_parallel,training/test_{resume,train,train_mtp}}.py) # minutes, and hardly anything of transformers in them
 
 is_made() { # NAME OLDER: the stamp is a finished environment's, and younger than what that was made from
     [[ -e build/versions/$1/.made && ! $2 -nt build/versions/$1/.made ]]

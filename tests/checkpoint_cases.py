@@ -11,7 +11,7 @@ from qwen35.checkpoint.hf import shapes_of, write_hf
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.model import Qwen35, load_config
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 CONFIGS = Path(__file__).parents[1] / "assets/configs"  # of all published sizes
 LAYOUTS = ("hub", "per_expert", "stacked")
 

@@ -1,7 +1,7 @@
 """What the project computes and offers, as figures that a change of its structure must not move.
 
-`python tests/golden.py` writes tests/data/golden.json anew, which is right where a change of behaviour is meant: the difference
-then shows in the commit. tests/test_golden.py compares.
+`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of behaviour is meant: the difference
+then shows in the commit. tests/house/test_golden.py compares.
 
 Weights and pictures are made of integers here, so that no random generator and no machine has a part in them.
 """
@@ -32,7 +32,7 @@ from qwen35.config.schema import Settings
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 
-FILE = ROOT / "tests/data/golden.json"
+FILE = ROOT / "tests/fixtures/golden.json"
 RUNS = {  # name -> mixture of experts, what the records show, processes, settings
     "dense": (False, "text", 1, ()),
     "experts, images, expert parallel": (True, "images", 2, ("parallel.expert_parallel_size=2",)),

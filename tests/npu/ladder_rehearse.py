@@ -150,7 +150,7 @@ def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
 
 
 def test_what_torch_npus_operators_cost():
-    """Rows of 8 tokens of 16 bf16, 2 experts each; by hand. tests/test_rehearse_cost.py has torch's own."""
+    """Rows of 8 tokens of 16 bf16, 2 experts each; by hand. tests/rehearse/test_cost.py has torch's own."""
     with FakeTensorMode(), torch.device("npu:0"):
         tokens, ids = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, 2, dtype=torch.int64)  # 256, 128 bytes
         rows, place = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int32)  # 512, 64 bytes

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # for peer.py
+sys.path += [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "kernels"),
+]  # for peer.py and test_kernels.py
 
 import torch
 from steps import DEVICE, Step, make_batch, our_step, peer_step, slice_config

@@ -12,7 +12,7 @@ import torch
 from bench import __main__ as command
 from bench import images, rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "hidden_size": 48,
     "num_attention_heads": 4,

@@ -14,7 +14,7 @@ from ports import free_port
 
 from qwen35.launch.job import Failure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DRIVER = """
 import argparse, sys
 from qwen35.launch import job

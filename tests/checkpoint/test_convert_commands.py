@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import write_folder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
 
 

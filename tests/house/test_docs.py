@@ -16,7 +16,7 @@ from reference_pages import PAGES, comments, rows
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -30,8 +30,8 @@ from qwen35.inference.load_model import find_model, load_model, prepare
 from qwen35.model import Qwen35
 from qwen35.tools import tiny
 
-ROOT = Path(__file__).parents[1]
-PUBLISHED = ROOT / "tests/data/templates/chat_template.jinja"  # opens a thought unless told not to
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests/fixtures/templates/chat_template.jinja"  # opens a thought unless told not to
 TOKENS = 12
 LINE = r"\d+ tokens in \d+\.\d\d s: prefill of \d+ tokens \d+\.\d tokens/s(, decoding \d+\.\d tokens/s)?"
 HOW = r", (greedy|temperature [\d.]+)(, \w+ [\d.]+)*( \(by generation_config\.json\))?(, cut at max_new_tokens \d+)?\n"

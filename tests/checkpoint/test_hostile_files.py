@@ -1,6 +1,6 @@
 """Any bytes in the place of a file that is read: what it says, or one line; never a traceback, a hang, or a file elsewhere.
 
-`python tests/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and images are in
+`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and images are in
 test_data_fuzz.py, .metadata is also in test_checkpoint_damage.py.
 """
 
@@ -48,7 +48,7 @@ from qwen35.training.metrics import RunError, draw_loss, read_metrics
 EXAMPLES = 8  # of each kind, the same ones every time
 PATIENCE = 30  # seconds that one may take
 TENSORS = {"a.weight": torch.arange(24.0).view(4, 6), "b": torch.arange(7).to(torch.bfloat16), "c": torch.zeros(0, 3)}
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 RECORD = [
     {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
 ]

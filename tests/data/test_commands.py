@@ -18,7 +18,7 @@ from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record, read_records
 from qwen35.data.preview import show
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LLAVA = [
     {
         "id": "000000033471",

@@ -416,7 +416,7 @@ def test_select_has_no_quiet_fallback():
 
 def test_import_kernels_is_quick_and_free_of_torch_npu():
     code = "import sys, kernels; assert not {'torch_npu', 'fla', 'triton', 'kernels.npu', 'kernels.triton'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_another_triton_than_ascends_is_not_taken_on_an_npu(tmp_path, monkeypatch):
@@ -449,7 +449,7 @@ def test_select_refuses_what_is_not_there(choices, words):
 
 def test_the_table_prints_and_the_name_does_not_break_transformers():
     """transformers probes for a package named kernels, and from the root of the project it finds ours."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     table = subprocess.run(
         [sys.executable, "-m", "kernels"], cwd=root, capture_output=True, text=True, check=True
     ).stdout

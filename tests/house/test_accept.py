@@ -23,7 +23,7 @@ from qwen35.device import HOST
 from qwen35.errors import SettingError
 from rehearse.rates import QUICK, SLOW, Ends, Rates, rates_text, read_rates
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARTS = ("machine", "operators", "layers", "ranks", "runs", "speed", "slice")
 SECRET = "hf_abcdefghijkl"
 

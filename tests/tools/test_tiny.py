@@ -21,7 +21,7 @@ from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.tools import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXTS = (
     "<|im_start|>user\nWhich digit is this?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n7<|im_end|>\n",
     "naïve Żółw 1234 हिन्दी 描述  \r\n\n it's <tool_call> <|vision_start|><|image_pad|> <tts_pad>",
@@ -101,7 +101,7 @@ def test_digits(made):
 
 
 def test_tokens_have_the_published_names_and_order(made):
-    published = json.loads((ROOT / "tests/data/templates/special_tokens.json").read_text())["added_tokens"]
+    published = json.loads((ROOT / "tests/fixtures/templates/special_tokens.json").read_text())["added_tokens"]
     ours = json.loads((made / "model/tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert list(ours.values()) == [{**entry, **t} for entry, t in zip(ours.values(), published.values(), strict=True)]
     assert len(ours) == 33

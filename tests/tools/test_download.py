@@ -14,7 +14,7 @@ from stand_in_hub import LARGE, MODEL, StandIn, serving
 import qwen35.tools.download as command
 from qwen35.tools.hub import HUBS, DownloadError, is_needed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = pytest.mark.parametrize("source", ["hf", "modelscope"])
 OTHERS = (
     ".gitattributes",

@@ -1,4 +1,4 @@
-"""What the project computes and offers has not moved: the figures of tests/data/golden.json, which golden.py wrote."""
+"""What the project computes and offers has not moved: the figures of tests/fixtures/golden.json, which golden.py wrote."""
 
 import json
 

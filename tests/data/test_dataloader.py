@@ -37,7 +37,7 @@ from qwen35.data.shared_batch import Parcel
 from qwen35.data.tokenized import Preparation, TokenisedSample, load_samples, make_samples
 from qwen35.data.tokenizer import ChatTokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CUTOFF = 128
 BASIC = "data.dataset_param.basic_parameters"
 

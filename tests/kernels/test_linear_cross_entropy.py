@@ -112,9 +112,11 @@ def test_flops_of_a_dense_model_are_six_a_weight_and_the_rest():
 def test_flops_of_the_published_sizes():
     """2 FLOPs a weight and token, forward: close to the active parameters that each size is named by."""
     nothing, bounds = torch.zeros(0, 3, dtype=torch.long), torch.tensor([1024])
-    counts = {c["size"]: c for c in json.loads((Path(__file__).parent / "data/parameter_counts.json").read_text())}
+    counts = {
+        c["size"]: c for c in json.loads((Path(__file__).parents[1] / "fixtures/parameter_counts.json").read_text())
+    }
     for size, c in counts.items():
-        config = load_config(Path(__file__).parents[1] / f"assets/configs/{size}.json")
+        config = load_config(Path(__file__).parents[2] / f"assets/configs/{size}.json")
         flops = Flops(on_meta(config)).of(1024, bounds, 1024, nothing) / 3 / 1024
         tied = config.tie_word_embeddings  # the embedding itself costs nothing, the head as much as its weights
         weights = c["active"] - (0 if tied else c["embed"])

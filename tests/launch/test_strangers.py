@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_meeting import SECRET, Machines, at_the_port, introduced
+from test_rendezvous import SECRET, Machines, at_the_port, introduced
 
 from qwen35.config.load import SettingError
 from qwen35.errors import UserError, one_line

@@ -16,7 +16,7 @@ import pytest
 from qwen35.config.load import SettingError
 from qwen35.launch.hosts_file import Host, check_environment, read_hosts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" ---- >"$0.$$.log"
 while [[ $1 == -* ]]; do case $1 in -o | -p) shift 2 ;; *) shift ;; esac; done

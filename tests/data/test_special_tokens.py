@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mistakes import BASIC, DATA, SHOW, place, run, whole
-from test_data_template import record
+from test_template import record
 from tokenizer_fixture import make_model_folder, make_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -43,7 +43,7 @@ from rehearse.speed import step_range
 from rehearse.step import Rehearsal, rehearse
 from rehearse.wire import Group, Traffic, between_nodes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIX = Mix(sequence=256)
 MiB = 1 << 20
 BOTH, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",)

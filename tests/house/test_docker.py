@@ -10,7 +10,7 @@ import pytest
 
 from qwen35.tools.doctor.ascend import DRIVER_DEVICES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = [
     line.split(maxsplit=1)
     for line in re.sub(r"\\\n", " ", (ROOT / "docker/Dockerfile").read_text()).splitlines()

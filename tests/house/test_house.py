@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted(
     path for folder in ("qwen35", "kernels", "rehearse", "accept") for path in ROOT.glob(f"{folder}/**/*.py")
 )

@@ -20,7 +20,7 @@ from qwen35.launch.handshake import introduce
 from qwen35.launch.rendezvous import Meeting, MeetingError, Place, Talk, listen, meet
 from qwen35.network import interface_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECRET = "a secret of the tests"
 
 

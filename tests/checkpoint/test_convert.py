@@ -24,7 +24,7 @@ from qwen35.checkpoint import (
 )
 from qwen35.convert import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
 
 

@@ -9,7 +9,7 @@ from qwen35.batch import VisionSpec, build_vision_index
 from qwen35.device import HOST, take_device
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.model.rope import text_rope, vision_rope
-from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.fsdp import REPLICATED
 from rehearse.configs import some_layers
 
 WHY = "the roundings of some ten ops; small gradients are differences of large ones"
@@ -43,7 +43,7 @@ def compare(host: Qwen35, path: str, here: nn.Module, device: torch.device, dtyp
     """Both hold the same numbers, those that `dtype` has. The router and its like stay fp32, as in a run."""
     part = host.get_submodule(path)
     for (name, p), mine in zip(part.named_parameters(prefix=path), here.parameters(), strict=True):
-        of = torch.float32 if name.endswith(HELD_OUT) else dtype
+        of = torch.float32 if name.endswith(REPLICATED) else dtype
         p.data = p.data.to(of).float()
         mine.data = p.data.to(device, of)
     out, *gradients = run(here, host.config, path, device, dtype)

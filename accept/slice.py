@@ -14,7 +14,7 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.device import init_process, is_apart, peak_memory
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import make_meshes
+from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch

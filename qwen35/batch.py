@@ -61,7 +61,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class MTPTargets:
     """What multi-token prediction learns, position by position: host work, as that of the collator.
 
     At position t it sees the hidden state of t and the token t+1, and its target is t+2, all of one sequence.
@@ -72,19 +72,19 @@ class Ahead:
     trained: Tensor  # [N] int64: the positions with a label
     is_end: Tensor  # [T] bool: the last token of a sequence, which has no next one
 
-    def to(self, device: torch.device | str) -> "Ahead":
+    def to(self, device: torch.device | str) -> "MTPTargets":
         return _to(self, device)
 
 
-def ahead_labels(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Of a batch on the host: `labels` and `is_end` of Ahead."""
+def mtp_labels(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Of a batch on the host: `labels` and `is_end` of MTPTargets."""
     is_end = torch.zeros(len(batch.labels), dtype=torch.bool)
     ends, lengths = batch.cu_seqlens[1:].long(), batch.cu_seqlens.diff()
     is_end[ends[lengths > 0] - 1] = True
     return batch.labels.roll(-1).masked_fill(is_end, IGNORE), is_end
 
 
-Record = TypeVar("Record", PackedBatch, VisionIndex, Ahead)
+Record = TypeVar("Record", PackedBatch, VisionIndex, MTPTargets)
 HOST_FIELDS = ("cu_seqlens", "grid_thw")
 
 

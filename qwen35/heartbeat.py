@@ -11,18 +11,18 @@ import signal
 import struct
 import time
 
-PULSE = "QWEN35_PULSE"  # descriptor of the memory, inherited
+HEARTBEAT = "QWEN35_HEARTBEAT"  # descriptor of the memory, inherited
 DUMP = signal.SIGUSR1  # has a rank write its stacks
 LAYOUT = struct.Struct("dd240s")  # seconds of the machine's clock: when it began, when it is late; what
 
 
-class Pulse:
+class Heartbeat:
     """Of this process. Without a launcher nobody reads it."""
 
     def __init__(self, patience: float = 0.0):
         """patience: seconds that anything may take, unless `at` says more."""
         self.patience = patience
-        descriptor = int(os.environ.get(PULSE, "-1"))
+        descriptor = int(os.environ.get(HEARTBEAT, "-1"))
         self._memory = mmap.mmap(descriptor, LAYOUT.size)
         if descriptor >= 0:
             faulthandler.register(DUMP, descriptor, all_threads=True)

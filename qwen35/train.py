@@ -30,17 +30,19 @@ from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import be_deterministic, init_process, is_apart
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import Meshes, make_meshes, reduce_held_out, shard, share_bins, split
 from qwen35.parallel.activation_offload import Offload
+from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
+from qwen35.parallel.fsdp import reduce_replicated, shard
+from qwen35.parallel.mesh import Meshes, make_meshes
 from qwen35.preflight import measure, ranks_here
 from qwen35.processes import stop_request
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.flops import Flops, token_counts
-from qwen35.training.loss import divisors, look_ahead, token_weights
+from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
 from qwen35.training.parameter_groups import freeze, table
@@ -72,7 +74,7 @@ class Run:
     micro_batches: Iterator[PackedBatch]
     step: int  # steps done
     position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that are not those of the run that it goes on from
 
@@ -80,7 +82,7 @@ class Run:
         self.flops = Flops(self.model)
 
     def at(self, what: str) -> None:
-        self.pulse.at(f"step {self.step + 1}: {what}")
+        self.heartbeat.at(f"step {self.step + 1}: {what}")
 
     def stop_loading(self) -> None:
         """No more batches: the loader's workers end with it, since the loss of one is an error whatever is being done."""
@@ -89,19 +91,19 @@ class Run:
             self.validation.set.close()
 
 
-def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
+def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run:
     """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
     t, m = settings.training, settings.model
     world = dist.get_world_size()
-    pulse.at("building the model")
+    heartbeat.at("building the model")
     seed_all(t.seed)
     unread = not_read(m.model_name_or_path)
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
     dist.barrier()  # the first rank serves the store by which groups are made, and a mistake may end it from here on
-    chosen = compiled(settings, config.text, device, pulse, report)
-    pulse.at("building the model")
+    chosen = compiled(settings, config.text, device, heartbeat, report)
+    heartbeat.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
@@ -111,33 +113,33 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     check_export(model, m.model_name_or_path)
     unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
     loaded = None if is_hf else checked_facts(origin, settings, device)
-    pulse.at("reading the data")
+    heartbeat.at("reading the data")
     has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
     with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
 
         def is_read(what: str, records: int) -> None:  # any number of records, each of which has its time
-            pulse.at(f"reading the data: {what}")
+            heartbeat.at(f"reading the data: {what}")
             bar.update(records)
 
         micro_batches = MicroBatches(
             settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=is_apart(device)
         )
-        held_out, trained = settings.validation, settings.data.dataset_param
-        validation = Validation(held_out, meshes, device, DTYPES[t.dtype], is_read, trained) if held_out else None
-    pulse.at("comparing the data with the others'")
+        val, trained = settings.validation, settings.data.dataset_param
+        validation = Validation(val, meshes, device, DTYPES[t.dtype], is_read, trained) if val else None
+    heartbeat.at("comparing the data with the others'")
     check_same_data(
         f"{micro_batches.fingerprint} {micro_batches.levels}" + (validation.set.fingerprint if validation else "")
     )
-    pulse.at("sharding the model")
+    heartbeat.at("sharding the model")
     before = table(model)
     optimizer = distribute(settings, model, meshes, device)
     after = table(model)
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
-    pulse.at(f"loading {origin}")
+    heartbeat.at(f"loading {origin}")
 
     def part_is_read(nbytes: int) -> None:  # weights of any size, in parts that each have their time
-        pulse.at(f"loading {origin}")
+        heartbeat.at(f"loading {origin}")
 
     if is_hf:
         load_hf(model, origin, progress=part_is_read)
@@ -162,13 +164,13 @@ def setup(settings: Settings, device: torch.device, pulse: Pulse) -> Run:
     batches = iter(micro_batches)
     changed = changes(origin.parent, settings) if step else []
     return Run(
-        settings, device, meshes, model, optimizer, gradients, batches, step, position, pulse, validation, changed
+        settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation, changed
     )
 
 
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
     """This rank's share of a plain model, in place and not loaded yet, and the optimizer over it. A rehearsal does it too."""
-    share_bins(model, meshes)
+    apply_context_parallel(model, meshes)
     shard(model, meshes, DTYPES[settings.training.dtype])
     if settings.training.init_model_with_meta_device:
         model.to_empty(device=device)
@@ -183,11 +185,11 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
     mtp = run.settings.model.mtp_num_layers
-    aheads = [look_ahead(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
+    all_mtp_targets = [make_mtp_targets(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
     counted = int(meshes.ulysses_rank == 0)  # of ranks that share their bins one counts them
-    mine = [*divisors(batches, aheads, loss_cfg.loss_type), tokens, labels, images]
+    mine = [*divisors(batches, all_mtp_targets, loss_cfg.loss_type), tokens, labels, images]
     here = to_device(counted * torch.tensor(mine, dtype=torch.float32), device)
     of_step = here.clone()
     dist.all_reduce(of_step)
@@ -197,25 +199,29 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     text = run.model.config.text
     load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
     flops = 0.0
-    for i, (batch, weight, ahead, count) in enumerate(zip(batches, weights, aheads, counts, strict=True), 1):
+    for i, (batch, weight, mtp_targets, count) in enumerate(
+        zip(batches, weights, all_mtp_targets, counts, strict=True), 1
+    ):
         run.at(f"micro-batch {i} of {len(batches)}, forward")
-        flops += counted * run.flops.of_batch(batch, count, ahead)
-        batch, weight, ahead = split(batch, weight, ahead, meshes.ulysses_rank, meshes.ulysses_size)
+        flops += counted * run.flops.of_batch(batch, count, mtp_targets)
+        batch, weight, mtp_targets = shard_batch(batch, weight, mtp_targets, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
-        if ahead is not None:
-            ahead = ahead.to(device)
-            ahead = replace(ahead, weights=ahead.weights * scale[1])
-        loss, aux, token_loss = run.model.loss(batch, weight, ahead, run.settings.model.mtp_loss_scaling_factor, load)
+        if mtp_targets is not None:
+            mtp_targets = mtp_targets.to(device)
+            mtp_targets = replace(mtp_targets, weights=mtp_targets.weights * scale[1])
+        loss, aux, token_loss = run.model.loss(
+            batch, weight, mtp_targets, run.settings.model.mtp_loss_scaling_factor, load
+        )
         run.at(f"micro-batch {i} of {len(batches)}, backward")
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
         losses[1] += counted * aux.detach()
-        if ahead is not None:
-            losses[2] += (ahead.weights * token_loss[len(weight) :]).sum()
+        if mtp_targets is not None:
+            losses[2] += (mtp_targets.weights * token_loss[len(weight) :]).sum()
 
     run.at("gradient norm and optimizer")
-    reduce_held_out(run.model)
+    reduce_replicated(run.model)
     squares = run.gradients.squares()
     if t.clip_grad:
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
@@ -235,8 +241,8 @@ def train(settings: Settings) -> None:
     t, folder = settings.training, Path(settings.training.save)
     if t.deterministic:
         be_deterministic()
-    pulse = Pulse(t.timeout)
-    pulse.at("meeting the other processes", t.timeout + 2 * LONGER)
+    heartbeat = Heartbeat(t.timeout)
+    heartbeat.at("meeting the other processes", t.timeout + 2 * LONGER)
     device = init_process(t.timeout + LONGER)
     with ExitStack() as until_done:
 
@@ -246,12 +252,12 @@ def train(settings: Settings) -> None:
                 for line in [*([warning] if warning else []), *settle(folder)]:
                     report(line)
 
-        pulse.at(f"taking hold of {folder}")
+        heartbeat.at(f"taking hold of {folder}")
         together(hold, None, f"{folder} cannot be used")
         if dist.get_world_size() > ranks_here():  # over a network
-            pulse.at("measuring an all-reduce")
+            heartbeat.at("measuring an all-reduce")
             measure(device, report)
-        run = setup(settings, device, pulse)
+        run = setup(settings, device, heartbeat)
         if not is_finished(run, folder):
             loop(run, folder)
 
@@ -299,16 +305,16 @@ def loop(run: Run, folder: Path) -> None:
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             validation = run.validation if run.validation and run.validation.is_due(run.step) else None
             if is_due or validation or run.step % t.log_interval == 0:
-                run.pulse.at(f"step {run.step}: waiting for the device, and for the others' metrics")
+                run.heartbeat.at(f"step {run.step}: waiting for the device, and for the others' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if validation and (not is_stopping or run.step == t.train_iters):
-                result = validation.run(run.model, run.pulse, run.step)
+                result = validation.run(run.model, run.heartbeat, run.step)
                 metrics.validated(result.metrics(), result.bad_records)
             if is_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 if is_last:
                     run.stop_loading()
-                run.pulse.at(f"step {run.step}: saving the checkpoint")
+                run.heartbeat.at(f"step {run.step}: saving the checkpoint")
                 waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
                 if waited and not is_last:
                     metrics.tell(

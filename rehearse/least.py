@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from qwen35.config.schema import Settings
 from qwen35.model import Qwen35
 from qwen35.model.config import TextConfig
-from qwen35.parallel import Meshes
+from qwen35.parallel.mesh import Meshes
 from qwen35.train import DTYPES
 from rehearse.wire import NAMES
 

@@ -18,7 +18,7 @@ from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
 from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, Qwen35
-from qwen35.parallel import make_meshes
+from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm

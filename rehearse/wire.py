@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from qwen35.parallel import Meshes
+from qwen35.parallel.mesh import Meshes
 from rehearse.cut import Cut, Moment
 
 # operator -> kind; the second column says how many bytes rank 0 must send at least, see `_sent`

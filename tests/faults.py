@@ -33,7 +33,7 @@ def rank_main(arguments: list[str]) -> int:
     def train_step(run, *others):
         now[:] = [faults.get(run.step + 1)]
         if now == ["hang"]:
-            run.pulse.patience = 2.0  # instead of half an hour; all else of this run may take that
+            run.heartbeat.patience = 2.0  # instead of half an hour; all else of this run may take that
         return real_step(run, *others)
 
     def loss(self, *others):

@@ -1,7 +1,7 @@
 """What the project computes and offers, as figures that a change of its structure must not move.
 
-`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of behaviour is meant: the difference
-then shows in the commit. tests/house/test_golden.py compares.
+`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of behaviour is meant:
+the difference then shows in the commit. tests/house/test_golden.py compares.
 
 Weights and pictures are made of integers here, so that no random generator and no machine has a part in them.
 """

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from qwen35.console import say_at_once
-from qwen35.heartbeat import PULSE
+from qwen35.heartbeat import HEARTBEAT
 from qwen35.launch.nodes import Meeting
 from qwen35.launch.watchdog import Watchdog
 from qwen35.processes import die_with, stop_signals
@@ -57,7 +57,7 @@ class Job:
             descriptor = watchdog.watches[rank].descriptor
             self.processes[rank] = subprocess.Popen(
                 self.command,
-                env=environment | {PULSE: str(descriptor)},
+                env=environment | {HEARTBEAT: str(descriptor)},
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C reaches them through this process alone

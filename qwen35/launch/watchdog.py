@@ -20,7 +20,7 @@ Processes = Mapping[int, subprocess.Popen[bytes]]
 
 
 class Watch:
-    """The memory that a launcher shares with one rank: its pulse, and behind it the stacks that it was asked for."""
+    """The memory that a launcher shares with one rank: its heartbeat, and behind it the stacks that it was asked for."""
 
     def __init__(self, patience: float | None):
         """patience: seconds until the rank must have said something; None: for ever."""

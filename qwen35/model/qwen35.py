@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
 from kernels.kept import Kept
-from qwen35.batch import Ahead, PackedBatch, derive
+from qwen35.batch import MTPTargets, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config
 from qwen35.model.gated_delta_net import GatedDeltaNet
@@ -199,14 +199,15 @@ class Qwen35(nn.Module):
         self,
         batch: PackedBatch,
         token_weights: Tensor,
-        ahead: Ahead | None = None,
-        ahead_factor: float = 1.0,
+        mtp_targets: MTPTargets | None = None,
+        mtp_factor: float = 1.0,
         load: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached.
 
-        With `ahead`, for a model with the layer, multi-token prediction is trained too: ahead_factor times its loss is in the
-        first, the second counts its router as one layer more, and its tokens' cross entropy comes behind the others', [2T].
+        With `mtp_targets`, for a model with the layer, multi-token prediction is trained too: mtp_factor times its loss
+        is in the first, the second counts its router as one layer more, and its tokens' cross entropy comes behind the
+        others', [2T].
         Both go through the head at once: the gradient of so large a weight is made once, and summed in fp32.
 
         load [L, E]: to it is added how often these tokens chose each expert of each layer.
@@ -216,18 +217,20 @@ class Qwen35(nn.Module):
         labels, trained = batch.labels, batch.trained
         own = x if len(x) == len(labels) else x[: len(labels)]  # the next part's first token may be there too
         hidden, stats = self.model.language_model(own, batch)
-        if ahead is not None:
-            further, more = self._look_ahead(hidden, x, batch, ahead)
+        if mtp_targets is not None:
+            further, more = self._mtp_hidden(hidden, x, batch, mtp_targets)
             hidden, stats = torch.cat([hidden, further]), stats + more
-            trained = None if trained is None else torch.cat([trained, ahead.trained + len(labels)])
-            token_weights = torch.cat([token_weights, ahead_factor * ahead.weights])
-            labels = torch.cat([labels, ahead.labels])
+            trained = None if trained is None else torch.cat([trained, mtp_targets.trained + len(labels)])
+            token_weights = torch.cat([token_weights, mtp_factor * mtp_targets.weights])
+            labels = torch.cat([labels, mtp_targets.labels])
         loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, trained)
         if load is not None:
             load += torch.stack(stats)[:, 1].detach()
         return loss, self._aux(stats, hidden), token_loss
 
-    def _look_ahead(self, hidden: Tensor, x: Tensor, batch: PackedBatch, ahead: Ahead) -> tuple[Tensor, Stats]:
+    def _mtp_hidden(
+        self, hidden: Tensor, x: Tensor, batch: PackedBatch, mtp_targets: MTPTargets
+    ) -> tuple[Tensor, Stats]:
         """hidden [T, H] and the embedded tokens x -> hidden [T, H] that predicts the token after the next, stats.
 
         x [T, H], or [T + 1, H] where the last token's sequence goes on elsewhere.
@@ -235,11 +238,11 @@ class Qwen35(nn.Module):
         text = self.model.language_model
         rope = text.rope(batch.position_ids)
         # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
-        counted = (~(ahead.is_end if batch.is_pad is None else ahead.is_end | batch.is_pad)).float()
+        counted = (~(mtp_targets.is_end if batch.is_pad is None else mtp_targets.is_end | batch.is_pad)).float()
 
         def layer(hidden: Tensor, x: Tensor, kept: Kept | None) -> tuple[Tensor, Stats]:
             beyond = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
-            following = torch.cat([x[1:], beyond]).masked_fill(ahead.is_end[:, None], 0)
+            following = torch.cat([x[1:], beyond]).masked_fill(mtp_targets.is_end[:, None], 0)
             return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, kept)
 
         return text.run(layer, hidden, x)

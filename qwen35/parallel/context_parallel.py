@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.attention import Prepare
 from kernels.kept import Kept
-from qwen35.batch import Ahead, PackedBatch
+from qwen35.batch import MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
@@ -28,8 +28,8 @@ from qwen35.parallel.mesh import Meshes
 # ── From outside: the model's cores, and a batch ───────────────────────────────────────────────────────────────────────
 
 
-def share_bins(model: Qwen35, meshes: Meshes) -> None:
-    """Have a plain model (not sharded yet) work on parts of batches, as `split` makes them. No parameter changes."""
+def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
+    """Have a plain model (not sharded yet) work on parts of batches, as `shard_batch` makes them. No parameter changes."""
     if meshes.ulysses_size == 1:
         return
     group = meshes.tokens["ulysses"].get_group()
@@ -42,10 +42,10 @@ def share_bins(model: Qwen35, meshes: Meshes) -> None:
     model.register_module("all_stats", Summed(group))
 
 
-def split(
-    batch: PackedBatch, weights: Tensor, ahead: Ahead | None, rank: int, size: int
-) -> tuple[PackedBatch, Tensor, Ahead | None]:
-    """A whole micro-batch on the host, with all derived fields, its token weights [T], and what is two ahead -> a rank's part.
+def shard_batch(
+    batch: PackedBatch, weights: Tensor, mtp_targets: MTPTargets | None, rank: int, size: int
+) -> tuple[PackedBatch, Tensor, MTPTargets | None]:
+    """A whole micro-batch on the host, with all derived fields, its token weights [T], and its MTP targets -> a rank's part.
 
     The part has T/size tokens and P/size patches; `trained` counts from its first token. Whole stay cu_seqlens, position_ids,
     the vision's cu_seqlens and positions, which the mixers alone read, and grid_thw. Where multi-token prediction is trained,
@@ -53,7 +53,7 @@ def split(
     Raises ValueError if tokens or patches do not divide.
     """
     if size == 1:
-        return batch, weights, ahead
+        return batch, weights, mtp_targets
     assert (
         batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
     )  # by the collator
@@ -61,7 +61,7 @@ def split(
     if tokens % size or patches % size:
         raise ValueError(f"{tokens} tokens and {patches} patches cannot be shared by {size} ranks evenly")
     here = slice(rank * tokens // size, (rank + 1) * tokens // size)
-    seen = slice(here.start, here.stop + (ahead is not None))
+    seen = slice(here.start, here.stop + (mtp_targets is not None))
     is_here = (batch.vision_token >= seen.start) & (batch.vision_token < seen.stop)
     of_tower = slice(rank * patches // size, (rank + 1) * patches // size)
     part = dataclasses.replace(
@@ -77,9 +77,14 @@ def split(
             batch.vision, corner=batch.vision.corner[:, of_tower], corner_weight=batch.vision.corner_weight[:, of_tower]
         ),
     )
-    if ahead is not None:
-        ahead = Ahead(ahead.labels[here], ahead.weights[here], _inside(ahead.trained, here), ahead.is_end[here])
-    return part, weights[here], ahead
+    if mtp_targets is not None:
+        mtp_targets = MTPTargets(
+            mtp_targets.labels[here],
+            mtp_targets.weights[here],
+            _inside(mtp_targets.trained, here),
+            mtp_targets.is_end[here],
+        )
+    return part, weights[here], mtp_targets
 
 
 def _rows(x: Tensor, rows: slice, beyond: int) -> Tensor:

@@ -19,11 +19,11 @@ from qwen35.model import Qwen35
 from qwen35.parallel.expert_parallel import split_experts
 from qwen35.parallel.mesh import Meshes
 
-HELD_OUT = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
+REPLICATED = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
 
 
-def held_out(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if name.endswith(HELD_OUT)]
+def replicated(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if name.endswith(REPLICATED)]
 
 
 def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
         fully_shard,
         mesh=meshes.weights if with_replicas else meshes.weights["shard"],
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        ignored_params=set(held_out(model)),
+        ignored_params=set(replicated(model)),
     )
     if meshes.experts["ep"].size() > 1:
         # cut along the second axis: a rank may have fewer experts than there are ranks to share them
@@ -85,7 +85,7 @@ def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
         module.set_all_reduce_hook(partial(dist.all_reduce, group=replicas.get_group()))
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Of weights that a forward without a backward has left whole: the root's."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -100,9 +100,9 @@ def gather_weights(model: nn.Module, plain: nn.Module) -> None:
         whole.copy_(own.full_tensor() if isinstance(own, DTensor) else own)
 
 
-def reduce_held_out(model: nn.Module) -> None:
+def reduce_replicated(model: nn.Module) -> None:
     """Sum the gradients of the replicated parameters over all ranks, in one call."""
-    grads = [p.grad for p in held_out(model) if p.grad is not None]
+    grads = [p.grad for p in replicated(model) if p.grad is not None]
     if not grads or dist.get_world_size() == 1:
         return
     flat = torch.cat([g.flatten() for g in grads])

@@ -14,7 +14,7 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.device import host_group, take_device
 from qwen35.errors import USER_ERRORS, UserError, complain
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 from qwen35.model import TextConfig, load_config
 from qwen35.tools.doctor.machine import Machine
 from qwen35.tools.doctor.triton import triton
@@ -40,7 +40,7 @@ def check_compilers() -> None:
 
 
 def compiled(
-    settings: Settings, text: TextConfig, device: torch.device, pulse: Pulse, say: Callable[[str], object]
+    settings: Settings, text: TextConfig, device: torch.device, heartbeat: Heartbeat, say: Callable[[str], object]
 ) -> kernels.Kernels:
     """The kernels of a run, those of Triton compiled, with tiles that fit and are the same on all ranks, which all call it.
 
@@ -56,10 +56,10 @@ def compiled(
     group = host_group(OTHERS) if dist.get_world_size() > 1 else None
     tiles = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tiles, _ = compile_here(settings, text, chosen, device, pulse, say)
+        tiles, _ = compile_here(settings, text, chosen, device, heartbeat, say)
     found = [tiles]
     if group is not None:
-        pulse.at("waiting for the local ranks 0 to compile the Triton kernels", OTHERS)
+        heartbeat.at("waiting for the local ranks 0 to compile the Triton kernels", OTHERS)
         found *= dist.get_world_size()
         dist.all_gather_object(found, tiles, group)
         dist.destroy_process_group(group)
@@ -80,8 +80,8 @@ def agreed(found: "list[Tiles | None]") -> "Tiles":
 class _Progress:
     """A line every few seconds, and what a watchdog is to know at any time."""
 
-    def __init__(self, count: int, pulse: Pulse, say: Callable[[str], object]):
-        self._count, self._pulse, self._say = count, pulse, say
+    def __init__(self, count: int, heartbeat: Heartbeat, say: Callable[[str], object]):
+        self._count, self._heartbeat, self._say = count, heartbeat, say
         self._begun: set[str] = set()
         self._start, self._told = time.monotonic(), -SLOW
 
@@ -94,7 +94,7 @@ class _Progress:
 
     def _at(self, what: str, patience: float, more: str = "") -> None:
         now = time.monotonic()
-        self._pulse.at(f"{what} ({more})" if more else what, patience)
+        self._heartbeat.at(f"{what} ({more})" if more else what, patience)
         if now - self._told >= SLOW:
             self._say(f"{what}, {now - self._start:.0f} s")
             self._told = now
@@ -105,7 +105,7 @@ def compile_here(
     text: TextConfig,
     chosen: kernels.Kernels,
     device: torch.device,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     say: Callable[[str], object],
 ) -> "tuple[Tiles, dict[str, float]]":
     """Alone in this machine's cache, with lines of progress. Raises as `compiled`."""
@@ -115,7 +115,7 @@ def compile_here(
     share = settings.parallel.ulysses_parallel_size
     heads = text.linear_num_key_heads // share, text.linear_num_value_heads // share
     layer = Layer(*heads, text.linear_key_head_dim, text.linear_value_head_dim, DTYPES[settings.training.dtype])
-    progress = _Progress(sum(COUNTS[op] for op in kernels.of_triton(chosen)), pulse, say)
+    progress = _Progress(sum(COUNTS[op] for op in kernels.of_triton(chosen)), heartbeat, say)
     folder, start = cache_folder(), time.monotonic()
     try:
         with compiling(folder, progress.waits):
@@ -137,7 +137,7 @@ def show(config: str, overrides: Sequence[str]) -> int:
         if not kernels.of_triton(chosen):
             return 0
         text = load_config(settings.model.model_name_or_path).text
-        tiles, seconds = compile_here(settings, text, chosen, device, Pulse(), partial(print, flush=True))
+        tiles, seconds = compile_here(settings, text, chosen, device, Heartbeat(), partial(print, flush=True))
     except (*USER_ERRORS, kernels.KernelError) as error:
         return complain(error)
     print(

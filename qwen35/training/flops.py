@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwen35.batch import IGNORE, Ahead, PackedBatch
+from qwen35.batch import IGNORE, MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 
 CHUNK = 64  # of the gated delta rule
@@ -28,7 +28,9 @@ class Flops:
 
     def __init__(self, model: Qwen35):
         self.config = model.config
-        self.per: dict[str, float] = defaultdict(float)  # token, pair, label, ahead, patch, patch_pair -> FLOPs of each
+        self.per: dict[str, float] = defaultdict(
+            float
+        )  # token, pair, label, mtp_label, patch, patch_pair -> FLOPs of each
         self.is_trained_below = False  # whether the gradient of what the next part reads is needed
         text = model.model.language_model
         self._tower(model.model.visual)
@@ -45,25 +47,25 @@ class Flops:
             self._maps("token", model.mtp.fc)
             self._layer(model.mtp.layers[0])
             self._maps("token", model.mtp.norm)
-            self._maps("ahead", head)
+            self._maps("mtp_label", head)
 
-    def of_batch(self, batch: PackedBatch, counts: tuple[int, int, int], ahead: Ahead | None) -> float:
+    def of_batch(self, batch: PackedBatch, counts: tuple[int, int, int], mtp_targets: MTPTargets | None) -> float:
         """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
         tokens, labels, image_tokens = counts
         lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
         if batch.is_pad is not None:
             lengths = lengths[~batch.is_pad[starts]]
         is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * self.config.vision.spatial_merge_size**2
-        return self.of(tokens, lengths, labels, batch.grid_thw[is_real], len(ahead.trained) if ahead else 0)
+        return self.of(tokens, lengths, labels, batch.grid_thw[is_real], len(mtp_targets.trained) if mtp_targets else 0)
 
-    def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, ahead: int = 0) -> float:
-        """Of sequences of `lengths` [S] tokens; the head counts where it has a label, the next token's or the one `ahead`."""
+    def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0) -> float:
+        """Of sequences of `lengths` [S] tokens; the head counts where it has a label, of either prediction."""
         frames, patches = grid_thw[:, 0], grid_thw[:, 1] * grid_thw[:, 2]
         counts = {
             "token": tokens,
             "pair": float((lengths.double().square() / 2).sum()),  # of a query and a key that it sees
             "label": labels,
-            "ahead": ahead,
+            "mtp_label": mtp_labels,
             "patch": float((frames * patches).sum()),
             "patch_pair": float((frames * patches**2).sum()),
         }

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwen35.batch import IGNORE, Ahead, PackedBatch, ahead_labels
+from qwen35.batch import IGNORE, MTPTargets, PackedBatch, mtp_labels
 
 
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
@@ -35,18 +35,20 @@ def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
     return valid / in_sample[sample].clamp(min=1) / samples
 
 
-def look_ahead(batch: PackedBatch, loss_type: str) -> Ahead:
+def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
     """What multi-token prediction learns of a micro-batch on the host; weights as those of `token_weights`."""
-    labels, is_end = ahead_labels(batch)
+    labels, is_end = mtp_labels(batch)
     weights = token_weights(dataclasses.replace(batch, labels=labels), loss_type)
-    return Ahead(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
+    return MTPTargets(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
 
 
-def divisors(batches: Sequence[PackedBatch], aheads: Sequence[Ahead | None], loss_type: str) -> list[float]:
+def divisors(
+    batches: Sequence[PackedBatch], all_mtp_targets: Sequence[MTPTargets | None], loss_type: str
+) -> list[float]:
     """One rank's part of what divides the step's losses: of the next token, of the token after it, of load balancing."""
     trained = [int((batch.labels != IGNORE).sum()) for batch in batches]
-    ahead = [0 if one is None else len(one.trained) for one in aheads]
+    further = [0 if one is None else len(one.trained) for one in all_mtp_targets]
     filled = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
     if loss_type != "per_token_loss":
-        trained, ahead = [int(n > 0) for n in trained], [int(n > 0) for n in ahead]
-    return [float(sum(trained)), float(sum(ahead)), float(sum(filled))]
+        trained, further = [int(n > 0) for n in trained], [int(n > 0) for n in further]
+    return [float(sum(trained)), float(sum(further)), float(sum(filled))]

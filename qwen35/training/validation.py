@@ -16,12 +16,14 @@ from qwen35.data.tokenized import Progress
 from qwen35.data.validation import ValidationSet
 from qwen35.device import is_apart
 from qwen35.errors import SettingError
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 from qwen35.inference.evaluate import GREEDY, answers
 from qwen35.inference.generation_config import greedy_by, read_generation_config
 from qwen35.model import Qwen35
-from qwen35.parallel import Meshes, gather_weights, held_out, let_go, split
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.parallel.context_parallel import shard_batch
+from qwen35.parallel.fsdp import gather_weights, replicated, reshard
+from qwen35.parallel.mesh import Meshes
+from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.wording import number_of
 
 
@@ -97,11 +99,11 @@ class Validation:
             f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{of_held_out(odd)}"
         )
 
-    def run(self, model: Qwen35, pulse: Pulse, step: int) -> Result:
+    def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> Result:
         """Of the sharded model. Raises RecordError for an image that turns out broken."""
 
         def at(what: str) -> None:
-            pulse.at(f"step {step}: validation, {what}")
+            heartbeat.at(f"step {step}: validation, {what}")
 
         start = time.perf_counter()
         recompute = model.model.language_model.recompute
@@ -115,11 +117,11 @@ class Validation:
         mine = (*sums, *tokens, right, answered, bad)
         found: list[Any] = [mine] * dist.get_world_size()
         dist.all_gather_object(found, mine)
-        loss, mtp, trained, ahead, right, answered = (sum(values) for values in list(zip(*found, strict=True))[:-1])
+        loss, mtp, trained, further, right, answered = (sum(values) for values in list(zip(*found, strict=True))[:-1])
         return Result(
             loss / max(trained, 1),
             trained,
-            mtp / max(ahead, 1) if self.settings.model.mtp_num_layers else None,
+            mtp / max(further, 1) if self.settings.model.mtp_num_layers else None,
             right / answered if answered else None,
             tuple(dict.fromkeys(message for part in found for message in part[-1])),
             time.perf_counter() - start,
@@ -133,17 +135,19 @@ class Validation:
         bad: list[str] = []
         for i, batch in enumerate(self.set, 1):
             at(f"micro-batch {i} of {len(self.set)}")
-            ahead = look_ahead(batch, "per_token_loss") if self.settings.model.mtp_num_layers else None
+            mtp_targets = make_mtp_targets(batch, "per_token_loss") if self.settings.model.mtp_num_layers else None
             if rank == 0:  # of ranks that share their bins one counts them
                 tokens[0] += int((batch.labels != IGNORE).sum())
-                tokens[1] += len(ahead.trained) if ahead else 0
+                tokens[1] += len(mtp_targets.trained) if mtp_targets else 0
                 bad += batch.bad_records
-            part, weights, ahead = split(batch, token_weights(batch, "per_token_loss"), ahead, rank, size)
+            part, weights, mtp_targets = shard_batch(
+                batch, token_weights(batch, "per_token_loss"), mtp_targets, rank, size
+            )
             part, weights = part.to(self.device), to_device(weights, self.device)
-            ahead = ahead.to(self.device) if ahead else None
-            _, _, losses = model.loss(part, weights, ahead)
+            mtp_targets = mtp_targets.to(self.device) if mtp_targets else None
+            _, _, losses = model.loss(part, weights, mtp_targets)
             sums.append(torch.stack([losses[: len(weights)].sum(), losses[len(weights) :].sum()]))
-        let_go(model)
+        reshard(model)
         return torch.stack(sums).cpu().double().sum(0).tolist(), tokens, bad
 
     def _answers(self, model: Qwen35, at: Callable[[str], None], bad: list[str]) -> tuple[int, int]:
@@ -154,7 +158,7 @@ class Validation:
         at("a whole copy of the model to ask")
         with torch.device("meta"):
             plain = Qwen35(model.config, kernels=model.kernels, mtp=hasattr(model, "mtp")).to(self.dtype)
-        for parameter in held_out(plain):
+        for parameter in replicated(plain):
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset

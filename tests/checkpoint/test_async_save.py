@@ -14,9 +14,12 @@ import torch
 from saver_run import BEGINS, INTERVAL, LIMIT, STEPS, Toy, adam, run, train_step
 from training_runs import ROOT, tensors
 
-from qwen35.checkpoint import CheckpointError, DCPSource, async_save, load_checkpoint, newest_checkpoint
+from qwen35.checkpoint import async_save
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, whole
+from qwen35.checkpoint.dcp import load_checkpoint
+from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, newest_checkpoint, whole
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import sweep
 from qwen35.checkpoint.slices import Box
 

@@ -13,15 +13,11 @@ import torch
 from checkpoint_cases import LAYOUTS, assert_same_bytes, build, resave, state_of, tensors_in, write_folder
 from peer import config_dict
 
-from qwen35.checkpoint import (
-    CheckpointError,
-    HFFolder,
-    load_checkpoint,
-    load_pretrained,
-    newest_checkpoint,
-    resolve_load,
-    save_checkpoint,
-)
+from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.convert import main
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
-from qwen35.checkpoint import CheckpointError, DCPSource, load_checkpoint, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint import checksums as checksums_module
 from qwen35.checkpoint.checksums import checksums, read_box_checked
-from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, settle
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, settle
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 from qwen35.checkpoint.slices import Box, TensorSpec

@@ -12,18 +12,11 @@ from checkpoint_cases import as_before, build
 from peer import config_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qwen35.checkpoint import (
-    CheckpointError,
-    DCPSource,
-    dcp_write,
-    load_checkpoint,
-    newest_checkpoint,
-    release,
-    resolve_load,
-    save_checkpoint,
-)
-from qwen35.checkpoint.dcp import training_state
-from qwen35.checkpoint.dcp_folder import about
+from qwen35.checkpoint import dcp_write, release
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint, training_state
+from qwen35.checkpoint.dcp_folder import about, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.slices import Box, TensorSource, pieces

@@ -12,10 +12,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from qwen35.checkpoint import CheckpointError, DCPSource, dcp_item, resolve_load, write_release
+from qwen35.checkpoint import dcp_item
 from qwen35.checkpoint import release as release_module
 from qwen35.checkpoint.checksums import read_box_checked
+from qwen35.checkpoint.dcp_folder import resolve_load
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_item
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 from qwen35.checkpoint.slices import Box, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.threads import THREADS, share_out

@@ -7,10 +7,13 @@ import pytest
 import torch
 from checkpoint_cases import tensors_in, write_folder
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, hf_write, save_hf
+from qwen35.checkpoint import hf_write
 from qwen35.checkpoint.convert import main
 from qwen35.checkpoint.dcp_folder import LATEST
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import INCOMPLETE
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
+from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.lock import LOCK
 
 

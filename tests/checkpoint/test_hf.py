@@ -23,8 +23,12 @@ from checkpoint_cases import (
 from peer import config_dict, pair, peer_inputs, sample
 from safetensors.torch import save_file
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, load_pretrained, save_hf
+from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
+from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.slices import Box, pieces
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]

@@ -17,7 +17,11 @@ from checkpoint_cases import (
 )
 from peer import config_dict
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, hf_write, load_hf, save_hf, write_hf
+from qwen35.checkpoint import hf_write
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import load_hf
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
+from qwen35.checkpoint.hf_write import save_hf, write_hf
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 

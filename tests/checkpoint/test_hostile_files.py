@@ -1,7 +1,7 @@
 """Any bytes in the place of a file that is read: what it says, or one line; never a traceback, a hang, or a file elsewhere.
 
-`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and images are in
-test_data_fuzz.py, .metadata is also in test_checkpoint_damage.py.
+`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and
+images are in tests/data/test_fuzz.py, .metadata is also in test_damage.py.
 """
 
 import json
@@ -25,11 +25,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizer_fixture import make_model_folder
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource
 from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import LATEST, about, marker_content, read_file, resolve_load, settle
 from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_item
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.slices import Box, TensorSource
 from qwen35.checkpoint.unread import not_read

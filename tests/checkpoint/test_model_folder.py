@@ -14,12 +14,13 @@ from mistakes import CONVERT, EXPORT, RESUME, TRAIN, Case, check, parametrized, 
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
-from qwen35.checkpoint import CheckpointError, HFFolder, HFSource, load_hf, load_pretrained, save_hf
+from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.errors import LONGEST, Misfit
-from qwen35.checkpoint.hf import check_export
-from qwen35.checkpoint.hf_read import INDEX, check_tied
+from qwen35.checkpoint.errors import LONGEST, CheckpointError, Misfit
+from qwen35.checkpoint.hf import check_export, load_hf
+from qwen35.checkpoint.hf_read import INDEX, HFFolder, HFSource, check_tied
+from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.unread import not_read
 from qwen35.inference.load_model import find_model

@@ -13,8 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from qwen35.checkpoint import CheckpointError, HFFolder, load_checkpoint, load_hf, save_checkpoint, write_hf
-from qwen35.checkpoint.hf import shapes_of
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.hf import load_hf, shapes_of
+from qwen35.checkpoint.hf_read import HFFolder
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import PIECE
 from qwen35.model import Qwen35, load_config
 from qwen35.rank import leave
@@ -26,7 +29,7 @@ LARGE = config_dict(mtp_num_hidden_layers=1, vocab_size=600_000)
 LARGE_BYTES = 50 * 2**20  # at least, of the largest tensors
 
 
-def held_out(name: str) -> bool:
+def replicated(name: str) -> bool:
     """fp32 parameters that every rank holds whole, as in training."""
     return name.endswith((".A_log", ".dt_bias", ".linear_attn.norm.weight", ".mlp.gate.weight"))
 
@@ -40,7 +43,7 @@ def sharded_model(config: dict = CONFIG) -> Qwen35:
     mesh = init_device_mesh("cpu", (RANKS,))
     with torch.device("meta"):
         model = Qwen35(load_config(config), mtp=True)
-    ignored = {p for name, p in model.named_parameters() if held_out(name)}
+    ignored = {p for name, p in model.named_parameters() if replicated(name)}
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=ignored, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
@@ -109,7 +112,7 @@ def worker(rank: int, folder: Path) -> None:
         # every byte once, but for what is held by both ranks
         total = torch.tensor([read_bytes])
         dist.all_reduce(total)
-        twice = sum(t.nbytes for name, t in wanted.items() if held_out(name))
+        twice = sum(t.nbytes for name, t in wanted.items() if replicated(name))
         assert total.item() == sum(t.nbytes for t in wanted.values()) + twice
     os.preadv = preadv
     check_memory(folder / "large")

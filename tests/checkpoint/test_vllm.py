@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 from checkpoint_cases import CONFIGS, DATA, LAYOUTS, build, published_shapes, write_folder
 
-from qwen35.checkpoint import HFFolder, save_hf
 from qwen35.checkpoint.hf import disk_spec
+from qwen35.checkpoint.hf_read import HFFolder
+from qwen35.checkpoint.hf_write import save_hf
 
 VLLM = json.loads((DATA / "vllm_names.json").read_text())
 EXPERTS = VLLM["experts"]

@@ -185,10 +185,10 @@ def test_flops_of_frozen_experts():
     config, nothing = load_config(config_dict()), torch.zeros(0, 3, dtype=torch.long)
     trained, frozen = on_meta(config, mtp=True), on_meta(config, mtp=True)
     freeze(frozen, ["model.language_model.layers.*.mlp.experts"])
-    whole, less = (Flops(model).of(10, torch.ones(10), 6, nothing, ahead=4) for model in (trained, frozen))
+    whole, less = (Flops(model).of(10, torch.ones(10), 6, nothing, mtp_labels=4) for model in (trained, frozen))
     assert whole - less == 10 * 4 * 2 * 2 * (3 * 48 * 24)
     freeze(frozen, ["model", "lm_head"])  # the layer of multi-token prediction alone learns
     plain, learning = on_meta(config), Flops(frozen)
     freeze(plain, ["lm_head", "model.language_model", "model.visual.merger.linear_fc1"])
-    assert learning.per["label"] == 2 * HEAD and learning.per["ahead"] == 2 * 2 * HEAD
+    assert learning.per["label"] == 2 * HEAD and learning.per["mtp_label"] == 2 * 2 * HEAD
     assert Flops(plain).per["label"] == 2 * 2 * HEAD

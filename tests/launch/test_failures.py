@@ -20,7 +20,7 @@ from training_runs import ROOT, SAME, assert_same_run
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.config.load import load_settings
 from qwen35.device import HOST
-from qwen35.heartbeat import PULSE, Pulse
+from qwen35.heartbeat import HEARTBEAT, Heartbeat
 from qwen35.launch.watchdog import Watch, Watchdog, plogs
 from qwen35.train import setup
 from qwen35.training.metrics import read_metrics
@@ -113,28 +113,30 @@ def test_a_pulse(monkeypatch):
     watch = Watch(patience=50.0)
     begun, late, what = watch.read()
     assert (late - begun, what) == (50.0, "")
-    monkeypatch.setenv(PULSE, str(watch.descriptor))
-    pulse = Pulse(7.0)
-    pulse.at("reading é" + "x" * 500)
+    monkeypatch.setenv(HEARTBEAT, str(watch.descriptor))
+    heartbeat = Heartbeat(7.0)
+    heartbeat.at("reading é" + "x" * 500)
     begun, late, what = watch.read()
     assert 0 <= time.monotonic() - begun < 5 and late - begun == pytest.approx(7.0)
     assert what.startswith("reading éx") and 200 < len(what) <= 240
-    pulse.at("meeting", 100.0)
+    heartbeat.at("meeting", 100.0)
     begun, late, what = watch.read()
     assert (what, round(late - begun)) == ("meeting", 100)
     assert watch.stacks() == ""
     os.kill(os.getpid(), signal.SIGUSR1)
     assert "in test_a_pulse" in watch.stacks()
-    monkeypatch.delenv(PULSE)
-    Pulse().at("alone")
+    monkeypatch.delenv(HEARTBEAT)
+    Heartbeat().at("alone")
     assert watch.read()[2] == "meeting"
 
 
 def test_a_pulse_is_never_read_half_written():
     """Of a process that says more than one after the other: at no moment it seems late, or not to have begun."""
     watch = Watch(patience=-1.0)
-    program = "from qwen35.heartbeat import Pulse\npulse = Pulse(600.0)\nwhile True:\n    pulse.at('step 1')"
-    environment = os.environ | {PULSE: str(watch.descriptor)}
+    program = (
+        "from qwen35.heartbeat import Heartbeat\npulse = Heartbeat(600.0)\nwhile True:\n    heartbeat.at('step 1')"
+    )
+    environment = os.environ | {HEARTBEAT: str(watch.descriptor)}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, pass_fds=[watch.descriptor])
     try:
         while not watch.read()[2]:
@@ -155,8 +157,8 @@ def test_a_worker_that_ends_before_it_is_asked(monkeypatch):
     ended.wait()
     monkeypatch.setattr("qwen35.launch.watchdog.children", lambda pid: [ended.pid])
     watchdog = Watchdog([0], None)
-    monkeypatch.setenv(PULSE, str(watchdog.watches[0].descriptor))
-    Pulse(7.0).at("step 3: waiting for its data")
+    monkeypatch.setenv(HEARTBEAT, str(watchdog.watches[0].descriptor))
+    Heartbeat(7.0).at("step 3: waiting for its data")
     with subprocess.Popen(["sleep", "600"]) as process:  # which ends when it is asked for a stack
         watchdog.gather({0: process})
     assert f"worker {ended.pid} of the loader" in watchdog.watches[0].stacks()
@@ -192,9 +194,9 @@ def test_any_number_of_records_may_be_read_for_as_long_as_one_comes(workplace, t
 
     def at(what):
         said.append(what)
-        pulse.at(what)
+        heartbeat.at(what)
 
-    pulse = Pulse()
+    heartbeat = Heartbeat()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     setup(load_settings(workplace / "recipe.yaml", flat), HOST, SimpleNamespace(at=at))
     dist.destroy_process_group()
@@ -237,7 +239,7 @@ HEAD = """
 import os, signal, sys, time
 from qwen35.rank import record_failure
 from qwen35.processes import die_with
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0"))
 """
 
@@ -270,7 +272,7 @@ if rank == 0:
 def test_what_is_the_users_to_mend_is_not_tried_again():
     program = """
 if rank == 1:
-    Pulse(600).at("step 3: saving the checkpoint")
+    Heartbeat(600).at("step 3: saving the checkpoint")
     record_failure(OSError(28, "No space left on device"), expected=True)
     sys.exit(1)
 time.sleep(600)
@@ -309,7 +311,7 @@ def test_a_rank_that_never_begins():
 def test_an_error_of_ours_and_one_that_does_not_answer():
     """Rank 0 fails and tells why, rank 1 is stopped and cannot write its stack, and ends all the same."""
     program = """
-Pulse(600).at(f"step 4: here is rank {rank}")
+Heartbeat(600).at(f"step 4: here is rank {rank}")
 if rank == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 while "T (stopped)" not in states():
@@ -338,18 +340,18 @@ def test_a_loader_that_hangs(tmp_path, monkeypatch):
     program = """
 def read_an_image():
     time.sleep(600)
-pulse, (reader, writer) = Pulse(600), os.pipe()
+heartbeat, (reader, writer) = Heartbeat(600), os.pipe()
 if not os.fork():
     die_with(os.getppid())
     os.write(writer, b"x")
     read_an_image()
 os.read(reader, 1)
-pulse.at("step 9: waiting for its data")
+heartbeat.at("step 9: waiting for its data")
 open(os.environ["MEETING"] + str(rank), "w").close()
 while not all(os.path.exists(os.environ["MEETING"] + str(other)) for other in range(2)):
     time.sleep(0.01)
 if rank == 1:
-    pulse.at("step 9: waiting for its data", 0.0)
+    heartbeat.at("step 9: waiting for its data", 0.0)
 time.sleep(600)
 """
     monkeypatch.setenv("MEETING", str(tmp_path / "here"))

@@ -13,7 +13,7 @@ from peer import config_dict, pack, pair, peer_inputs, sample
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qwen35.batch import IGNORE, ahead_labels, derive
+from qwen35.batch import IGNORE, derive, mtp_labels
 from qwen35.config.schema import (
     BasicParameters,
     DatasetParam,
@@ -26,10 +26,11 @@ from qwen35.config.schema import (
 )
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import make_meshes, shard
+from qwen35.parallel.fsdp import shard
+from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, train_step
 from qwen35.training.flops import Flops
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.metrics import SUMS
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 
@@ -176,15 +177,15 @@ def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute)
     ours, theirs = with_mtp(moe, tied)
     theirs.train()
     batch = pack(SAMPLES)
-    ahead = look_ahead(batch, kind)
+    mtp_targets = make_mtp_targets(batch, kind)
     ours.model.language_model.recompute = recompute
     nothing = torch.zeros(len(batch.labels))
-    loss, _, token_loss = ours.loss(batch, nothing, ahead, FACTOR)
+    loss, _, token_loss = ours.loss(batch, nothing, mtp_targets, FACTOR)
     wanted, stats = reference(ours, theirs, SAMPLES, kind)
     T = len(batch.labels)
     assert torch.isclose(loss, FACTOR * wanted, rtol=1e-5)
-    assert torch.isclose((ahead.weights * token_loss[T:]).sum(), wanted, rtol=1e-5)
-    assert (token_loss[T:] > 0).nonzero().squeeze(1).tolist() == ahead.trained.tolist()
+    assert torch.isclose((mtp_targets.weights * token_loss[T:]).sum(), wanted, rtol=1e-5)
+    assert (token_loss[T:] > 0).nonzero().squeeze(1).tolist() == mtp_targets.trained.tolist()
     (loss / FACTOR).backward()
     mine = {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}
     ours.zero_grad()
@@ -207,7 +208,7 @@ def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute)
         seen = []
         gate = ours.mtp.layers[0].mlp.gate
         hook = gate.register_forward_hook(lambda _, __, out: seen.append(out[2]))
-        assert not torch.equal(ours.loss(batch, nothing, ahead)[1], alone)
+        assert not torch.equal(ours.loss(batch, nothing, mtp_targets)[1], alone)
         hook.remove()
         assert torch.allclose(seen[0], stats, rtol=1e-4, atol=1e-5)
 
@@ -216,13 +217,13 @@ def test_the_loss_of_the_next_token_is_what_it_was():
     """One head for both: the sum, and each of the two by itself, is that of two runs."""
     ours, _ = with_mtp(True)
     batch = pack(SAMPLES)
-    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default")
-    loss, _, token_loss = ours.loss(batch, weights, ahead, FACTOR)
+    weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default")
+    loss, _, token_loss = ours.loss(batch, weights, mtp_targets, FACTOR)
     loss.backward()
     both = {n: p.grad.clone() for n, p in ours.named_parameters()}
     ours.zero_grad()
     plain, _, alone = ours.loss(batch, weights)
-    further, _, _ = ours.loss(batch, torch.zeros_like(weights), ahead, FACTOR)
+    further, _, _ = ours.loss(batch, torch.zeros_like(weights), mtp_targets, FACTOR)
     (plain + further).backward()
     assert torch.isclose(loss, plain + further)
     assert torch.equal(token_loss[: len(weights)], alone)
@@ -238,13 +239,13 @@ def test_targets_by_hand():
     batch = pack([masked(sample([4], seed=1), 1, 2), sample([3], seed=2), masked(sample([2], seed=3))])
     batch.labels[3] = 99  # a label at the end of a sequence, as a careless reader might leave it: it is nobody's target
     batch.labels[4] = 77  # a label at a sequence's start: two ahead of the sequence before
-    labels, is_end = ahead_labels(batch)
+    labels, is_end = mtp_labels(batch)
     ids = batch.input_ids
     assert is_end.tolist() == [False, False, False, True, False, False, True, False, True]
     assert labels.tolist() == [ids[2], ids[3], 99, -100, ids[6], -100, -100, -100, -100]
-    ahead = look_ahead(batch, "per_sample_loss")
-    assert ahead.trained.tolist() == [0, 1, 2, 4]
-    assert torch.allclose(ahead.weights, torch.tensor([1 / 6, 1 / 6, 1 / 6, 0, 1 / 2, 0, 0, 0, 0]))
+    mtp_targets = make_mtp_targets(batch, "per_sample_loss")
+    assert mtp_targets.trained.tolist() == [0, 1, 2, 4]
+    assert torch.allclose(mtp_targets.weights, torch.tensor([1 / 6, 1 / 6, 1 / 6, 0, 1 / 2, 0, 0, 0, 0]))
 
 
 def test_nothing_crosses_a_sequence():
@@ -254,13 +255,13 @@ def test_nothing_crosses_a_sequence():
     results = []
     for first, last in ((3, 5), (30, 1)):
         batch = pack([sample([first], seed=first), middle, sample([last], seed=last)])
-        ahead = look_ahead(batch, "default")
+        mtp_targets = make_mtp_targets(batch, "default")
         here = slice(first, first + 12)
         only = torch.zeros(len(batch.labels))
         only[here] = 1 / 12
-        ahead = dataclasses.replace(ahead, weights=only)
+        mtp_targets = dataclasses.replace(mtp_targets, weights=only)
         ours.zero_grad()
-        loss, _, token_loss = ours.loss(batch, only, ahead)
+        loss, _, token_loss = ours.loss(batch, only, mtp_targets)
         loss.backward()
         assert token_loss[len(only) :][here][:-2].all() and not token_loss[len(only) :][here][-2:].any()
         results.append((token_loss[len(only) :][here], {n: p.grad.clone() for n, p in ours.named_parameters()}))
@@ -276,13 +277,13 @@ def test_what_the_layer_is_given():
     batch = derive(pack(SAMPLES), ours.config.vision_spec)
     seen = []
     ours.mtp.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
-    ahead = look_ahead(batch, "default")
-    ours.loss(batch, token_weights(batch, "default"), ahead)
+    mtp_targets = make_mtp_targets(batch, "default")
+    ours.loss(batch, token_weights(batch, "default"), mtp_targets)
     hidden, following = seen[0]
     embedded = ours.model.embed(batch)
     assert torch.equal(hidden, ours(batch))
-    assert torch.equal(following[~ahead.is_end], embedded[1:][~ahead.is_end[:-1]])
-    assert not following[ahead.is_end].any()
+    assert torch.equal(following[~mtp_targets.is_end], embedded[1:][~mtp_targets.is_end[:-1]])
+    assert not following[mtp_targets.is_end].any()
 
 
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
@@ -290,9 +291,9 @@ def test_nothing_two_ahead_weighs_nothing(kind):
     """One-token answers at the very start have nothing two ahead: a loss of zero, a gradient of zero, and no NaN."""
     ours, _ = with_mtp(True)
     batch = pack([masked(sample([2], seed=1), 0), masked(sample([5], seed=2), 0)])
-    ahead = look_ahead(batch, kind)
-    assert not len(ahead.trained) and not ahead.weights.any()
-    ours.loss(batch, token_weights(batch, kind), ahead)[0].backward()
+    mtp_targets = make_mtp_targets(batch, kind)
+    assert not len(mtp_targets.trained) and not mtp_targets.weights.any()
+    ours.loss(batch, token_weights(batch, kind), mtp_targets)[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
     assert not ours.mtp.fc.weight.grad.any() and ours.lm_head.weight.grad.any()
 
@@ -303,7 +304,7 @@ def test_a_frozen_trunk():
     ours.model.requires_grad_(False)
     ours.lm_head.requires_grad_(False)
     batch = pack(SAMPLES)
-    ours.loss(batch, token_weights(batch, "default"), look_ahead(batch, "default"))[0].backward()
+    ours.loss(batch, token_weights(batch, "default"), make_mtp_targets(batch, "default"))[0].backward()
     assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
         n for n, p in ours.named_parameters() if "mtp" in n
     }
@@ -318,7 +319,7 @@ def test_flops_of_the_layer():
         more = dataclasses.replace(config, text=dataclasses.replace(config.text, layer_types=types))
         with torch.device("meta"):
             one_more, found = Flops(Qwen35(more)), Flops(Qwen35(config, mtp=True))
-        one_more, found = one_more.of(500, lengths, 180, images), found.of(500, lengths, 100, images, ahead=80)
+        one_more, found = one_more.of(500, lengths, 180, images), found.of(500, lengths, 100, images, mtp_labels=80)
         assert found - one_more == 3 * 2 * 500 * 2 * 48 * 48
 
 
@@ -351,15 +352,15 @@ def test_a_step_by_the_formula(alone, kind):
     batches = [pack(SAMPLES), pack([masked(sample([9], seed=6), 0, 1, 2), masked(sample([5], seed=7), 0)])]
     parts, balance = {"loss": [], "mtp_loss": []}, []
     for batch in batches:
-        T, ahead = len(batch.labels), look_ahead(batch, kind)
+        T, mtp_targets = len(batch.labels), make_mtp_targets(batch, kind)
         seen = []  # what goes into the head
         norms = ours.model.language_model.norm, ours.mtp.norm
         hooks = [module.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out)) for module in norms]
-        _, aux, _ = ours.loss(batch, torch.zeros(T), ahead)
+        _, aux, _ = ours.loss(batch, torch.zeros(T), mtp_targets)
         for hook in hooks:
             hook.remove()
         balance.append(aux)
-        for name, h, labels in zip(parts, seen, (batch.labels, ahead.labels), strict=True):
+        for name, h, labels in zip(parts, seen, (batch.labels, mtp_targets.labels), strict=True):
             each = F.cross_entropy(h @ ours.head_weight.T, labels, ignore_index=IGNORE, reduction="none")
             lengths = batch.cu_seqlens.diff().tolist()
             samples = zip(each.split(lengths), labels.split(lengths), strict=True)

@@ -31,7 +31,9 @@ from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST, init_process
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import Meshes, make_meshes, shard, share_bins
+from qwen35.parallel.context_parallel import apply_context_parallel
+from qwen35.parallel.fsdp import shard
+from qwen35.parallel.mesh import Meshes, make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, train_step
 from qwen35.training.metrics import SUMS
@@ -97,7 +99,7 @@ def six_steps(moe: bool, optimizer: str, folder: Path | None, **parallel: int) -
     def start() -> Run:
         with torch.device("meta"):
             model = Qwen35(load_config(config(moe)))
-        share_bins(model, meshes)
+        apply_context_parallel(model, meshes)
         shard(model, meshes, torch.float32)
         model.to_empty(device=HOST)
         with torch.no_grad():

@@ -14,7 +14,7 @@ from qwen35.batch import HOST_FIELDS, PackedBatch, each
 from qwen35.data.dataloader import in_background
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
-from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.fsdp import REPLICATED
 from qwen35.training.loss import token_weights
 from qwen35.training.offloaded_adamw import SwappedAdamW
 from rehearse.watch import Watch
@@ -57,7 +57,7 @@ def test_activations_on_the_host(recompute):
         with FakeTensorMode() as mode, torch.device(DEVICE):
             fake, fake_weights = _fake(batch, mode), mode.from_tensor(weights)
             model = Qwen35(load_config(config), kernels=kernels.select("npu"))
-            _to_bf16(model, HELD_OUT)
+            _to_bf16(model, REPLICATED)
             model.recompute(recompute)
             model.model.language_model.offload = Offload(torch.device(DEVICE)).stash if offload else None
             with LiveBytes("npu") as live, Copies() as copies:

@@ -14,7 +14,7 @@ from kernels.triton import chunks
 from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.config.schema import ParallelSettings
 from qwen35.device import REPEATABLE, be_deterministic
-from qwen35.parallel import make_meshes
+from qwen35.parallel.mesh import make_meshes
 from rehearse.watch import SavedBytes, Watch, has_kernel
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 import kernels.npu  # and with it, torch has the device
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import Meshes, share_bins, split
-from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
+from qwen35.parallel.fsdp import REPLICATED
+from qwen35.parallel.mesh import Meshes
 from qwen35.training.adamw import AdamW
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.loss import make_mtp_targets, token_weights
 from rehearse.watch import Record, SavedBytes, Watch
 
 DEVICE = "npu:0"
@@ -104,21 +105,27 @@ def our_step(
     config: dict, batch: PackedBatch, recompute: bool | str = False, mtp: bool = False, meshes: Meshes | None = None
 ) -> Step:
     """meshes: of the ranks that share the batch; the step is that of the first."""
-    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default") if mtp else None
+    weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default") if mtp else None
     if meshes:
-        batch, weights, ahead = split(batch, weights, ahead, 0, meshes.ulysses_size)
+        batch, weights, mtp_targets = shard_batch(batch, weights, mtp_targets, 0, meshes.ulysses_size)
     with FakeTensorMode() as mode, torch.device(DEVICE):
-        batch, weights, ahead = _fake(batch, mode), mode.from_tensor(weights), ahead and _fake(ahead, mode)
+        batch, weights, mtp_targets = (
+            _fake(batch, mode),
+            mode.from_tensor(weights),
+            mtp_targets and _fake(mtp_targets, mode),
+        )
         model = Qwen35(load_config(config), kernels=kernels.select("npu"), mtp=mtp)
         if meshes:
-            share_bins(model, meshes)
-        _to_bf16(model, HELD_OUT)
+            apply_context_parallel(model, meshes)
+        _to_bf16(model, REPLICATED)
         model.recompute(recompute)
 
         def loss() -> Tensor:
             there = batch.to(DEVICE)
             there = dataclasses.replace(there, pixel_values=there.pixel_values.bfloat16())
-            loss, aux, _ = model.loss(there, weights.to(DEVICE, non_blocking=True), ahead and ahead.to(DEVICE))
+            loss, aux, _ = model.loss(
+                there, weights.to(DEVICE, non_blocking=True), mtp_targets and mtp_targets.to(DEVICE)
+            )
             return loss + 0.001 * aux
 
         return _run(model, loss, _optimizer(model))

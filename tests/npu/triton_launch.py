@@ -31,7 +31,7 @@ def main() -> None:
     heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     text = SimpleNamespace(**heads, linear_key_head_dim=128, linear_value_head_dim=128)
     settings = load_settings("configs/tiny.yaml")
-    pulse = SimpleNamespace(at=lambda what, patience: begun.append(what.partition("(")[2].rstrip(")")))
+    heartbeat = SimpleNamespace(at=lambda what, patience: begun.append(what.partition("(")[2].rstrip(")")))
     drained = torch_npu._C._npu_getCurrentRawStream
     with (
         mock.patch.object(Tiles, "of", return_value=too_large),
@@ -40,7 +40,9 @@ def main() -> None:
         ),
     ):
         of_device._driver()
-        tiles, seconds = compile_here(settings, text, kernels.select("npu"), torch.device("cpu"), pulse, told.append)
+        tiles, seconds = compile_here(
+            settings, text, kernels.select("npu"), torch.device("cpu"), heartbeat, told.append
+        )
     torch.npu.synchronize()
     launches = ctypes.c_int.in_dll(ctypes.CDLL("libruntime.so"), "launches").value
     stream = driver.active.get_current_stream is torch_npu._C._npu_getCurrentRawStreamNoWait

@@ -15,8 +15,9 @@ from qwen35.batch import derive
 from qwen35.config.schema import ParallelSettings
 from qwen35.device import CopyQueue
 from qwen35.model import Qwen35
-from qwen35.parallel import make_meshes, shard
 from qwen35.parallel.activation_offload import Offload, Stash, View
+from qwen35.parallel.fsdp import shard
+from qwen35.parallel.mesh import make_meshes
 from qwen35.training.loss import token_weights
 from qwen35.training.parameter_groups import freeze
 

@@ -31,11 +31,14 @@ from qwen35.data.collator import collate
 from qwen35.data.dataset import Sample
 from qwen35.device import HOST, init_process
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import collectives, make_meshes, shard, share_bins, split
+from qwen35.parallel import collectives
 from qwen35.parallel.activation_offload import Offload
+from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
+from qwen35.parallel.fsdp import shard
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, train_step
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.metrics import SUMS, read_metrics
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze
@@ -122,7 +125,7 @@ def three_steps(case: dict, is_shared: bool) -> dict:
             model = Qwen35(load_config(config), mtp=bool(mtp))
     freeze(model, list(case.get("freeze", ())))
     if is_shared:
-        share_bins(model, meshes)
+        apply_context_parallel(model, meshes)
         shard(model, meshes, torch.float32)
         model.to_empty(device=HOST)
         with torch.no_grad():
@@ -296,8 +299,8 @@ def test_messages(four, name):
 
 def test_the_parts_make_the_whole():
     batch = BATCHES[0]
-    weights, ahead = token_weights(batch, "default"), look_ahead(batch, "default")
-    parts = [split(batch, weights, ahead, rank, 4) for rank in range(4)]
+    weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default")
+    parts = [shard_batch(batch, weights, mtp_targets, rank, 4) for rank in range(4)]
     for name in ("labels", "is_pad", "pixel_values"):
         assert torch.equal(torch.cat([getattr(part, name) for part, _, _ in parts]), getattr(batch, name)), name
     for name in ("corner", "corner_weight"):
@@ -305,12 +308,12 @@ def test_the_parts_make_the_whole():
             torch.cat([getattr(p.vision, name) for p, _, _ in parts], dim=1), getattr(batch.vision, name)
         )
     for name in ("labels", "weights", "is_end"):
-        assert torch.equal(torch.cat([getattr(a, name) for _, _, a in parts]), getattr(ahead, name)), name
+        assert torch.equal(torch.cat([getattr(a, name) for _, _, a in parts]), getattr(mtp_targets, name)), name
     assert torch.equal(torch.cat([w for _, w, _ in parts]), weights)
     for rank, (part, _, its) in enumerate(parts):
         start, end = 16 * rank, 16 * (rank + 1)
         assert part.trained.tolist() == [t - start for t in batch.trained.tolist() if start <= t < end]
-        assert its.trained.tolist() == [t - start for t in ahead.trained.tolist() if start <= t < end]
+        assert its.trained.tolist() == [t - start for t in mtp_targets.trained.tolist() if start <= t < end]
         beyond = [0] if rank == 3 else batch.input_ids[end : end + 1].tolist()
         assert part.input_ids.tolist() == batch.input_ids[start:end].tolist() + beyond
         beyond = [-1] if rank == 3 else batch.vision_index[end : end + 1].tolist()
@@ -318,11 +321,11 @@ def test_the_parts_make_the_whole():
         for name in ("cu_seqlens", "position_ids", "grid_thw"):
             assert getattr(part, name) is getattr(batch, name), name
         assert part.vision.cu_seqlens is batch.vision.cu_seqlens and part.vision.position is batch.vision.position
-    plain, _, nothing = split(batch, weights, None, 1, 4)
+    plain, _, nothing = shard_batch(batch, weights, None, 1, 4)
     assert plain.input_ids.tolist() == batch.input_ids[16:32].tolist() and nothing is None
     assert len(plain.pixel_values) == len(batch.pixel_values) // 4 and plain.pixel_values.shape[1] == PATCH_VALUES
     with pytest.raises(ValueError, match="64 tokens and 64 patches cannot be shared by 3 ranks"):
-        split(batch, weights, None, 0, 3)
+        shard_batch(batch, weights, None, 0, 3)
 
 
 # ── A whole run ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,10 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from qwen35.config.load import load_settings
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.device import HOST, init_process
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import make_meshes, reduce_held_out, shard
 from qwen35.parallel.activation_offload import Offload
+from qwen35.parallel.fsdp import reduce_replicated, shard
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import LONGER, setup
 from qwen35.training import parameter_groups
@@ -95,7 +96,7 @@ def train(
             total += both.detach()
         dist.all_reduce(total)
         losses.append(float(total))
-        reduce_held_out(model)
+        reduce_replicated(model)
         squares = norm.squares()
         norms.append(float(squares.sum().sqrt()))
         norm.clip(squares.sum().sqrt(), 0.05)
@@ -162,7 +163,7 @@ def test_the_groups_of_a_run_wait_as_long_as_its_settings_say(workplace, monkeyp
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError, match="that is all"):
-            setup(settings, HOST, Pulse())
+            setup(settings, HOST, Heartbeat())
     finally:
         dist.destroy_process_group()
     assert asked == [("cpu", settings.parallel, 5000 + LONGER)]

@@ -16,14 +16,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint import HFFolder, load_checkpoint, load_hf, load_pretrained, save_checkpoint
-from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.hf import load_hf, write_hf
+from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import make_meshes, reduce_held_out, shard
-from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.fsdp import REPLICATED, reduce_replicated, shard
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze, table
 
@@ -67,8 +69,8 @@ def whole_model() -> Qwen35:
 
 def loss_of(model: Qwen35, batch: PackedBatch) -> torch.Tensor:
     """Its part of the mean over all micro-batches, with load balancing, backward done."""
-    ahead = look_ahead(batch, "default") if hasattr(model, "mtp") else None
-    loss, aux, _ = model.loss(batch, token_weights(batch, "default"), ahead, 0.3)
+    mtp_targets = make_mtp_targets(batch, "default") if hasattr(model, "mtp") else None
+    loss, aux, _ = model.loss(batch, token_weights(batch, "default"), mtp_targets, 0.3)
     both = (loss + AUX * aux) / len(BATCHES)
     both.backward()
     return both.detach()
@@ -138,7 +140,7 @@ class Sharded:
         """Of all micro-batches, clipped. -> their loss, the gradients' norm"""
         loss = sum(loss_of(self.model, batch) for batch in BATCHES[dist.get_rank() :: RANKS])
         dist.all_reduce(loss)
-        reduce_held_out(self.model)
+        reduce_replicated(self.model)
         norm = self.norm.squares().sum().sqrt()
         self.norm.clip(norm, LIMIT)
         return float(loss), float(norm)
@@ -287,7 +289,7 @@ def test_replicas_are_written_once(found):
 def test_each_rank_reads_its_own_slices(found):
     for layout, read in found["read"].items():
         specs = HFFolder(found["folder"] / layout).specs
-        every_rank = sum(specs[n].nbytes for n in specs if n.endswith(HELD_OUT))
+        every_rank = sum(specs[n].nbytes for n in specs if n.endswith(REPLICATED))
         assert read == 2 * (sum(s.nbytes for s in specs.values()) + every_rank), layout
 
 

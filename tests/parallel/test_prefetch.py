@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.config.schema import ParallelSettings
 from qwen35.model import Qwen35
-from qwen35.parallel import make_meshes, shard
-from qwen35.training.loss import look_ahead, token_weights
+from qwen35.parallel.fsdp import shard
+from qwen35.parallel.mesh import make_meshes
+from qwen35.training.loss import make_mtp_targets, token_weights
 
 NAMES = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
 
@@ -48,7 +49,7 @@ def test_the_next_unit_is_asked_for_before_one_computes(four_ranks, recompute):
     model.recompute(recompute)
     batch = pack([sample([9, (4, 4), 6], seed=0), sample([20], seed=1)])
     with Collectives(seen):
-        loss, aux, _ = model.loss(batch, token_weights(batch, "default"), look_ahead(batch, "default"))
+        loss, aux, _ = model.loss(batch, token_weights(batch, "default"), make_mtp_targets(batch, "default"))
         forward = list(seen)
         (loss + aux).backward()
     units = 2 + len(blocks) + len(layers) + 1  # the root and the tower besides; the last of all has none to ask for

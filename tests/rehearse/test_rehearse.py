@@ -25,8 +25,8 @@ from qwen35.config.schema import Settings
 from qwen35.device import init_process
 from qwen35.errors import SettingError
 from qwen35.model import Qwen35, load_config
-from qwen35.parallel import make_meshes
-from qwen35.parallel.fsdp import HELD_OUT
+from qwen35.parallel.fsdp import REPLICATED
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.flops import token_counts
@@ -298,7 +298,7 @@ def test_bytes_on_the_wire(tmp_path):
     settings = recipe(tmp_path)
     with torch.device("meta"):
         model = Qwen35(load_config(tmp_path))
-    named = [(n, p.numel()) for n, p in model.named_parameters() if not n.endswith(HELD_OUT)]
+    named = [(n, p.numel()) for n, p in model.named_parameters() if not n.endswith(REPLICATED)]
     last = ("model.language_model.embed_tokens", "model.language_model.norm", "lm_head")
     gathered = sum(count * 2 * (1 if n.startswith(last) else 2) for n, count in named)
     scattered = sum(count * 4 for _, count in named)

@@ -9,7 +9,7 @@ import pytest
 from stand_in import ROOT, free_port
 
 from qwen35 import preflight
-from qwen35.heartbeat import Pulse
+from qwen35.heartbeat import Heartbeat
 from qwen35.tools import compilation
 from qwen35.tools.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
 from qwen35.tools.doctor.machine import ok, wrong
@@ -48,8 +48,8 @@ while len(list(folder.glob("[01]"))) < 2:
 device = init_process({TIMEOUT})
 settings = load_settings("configs/tiny.yaml", ["parallel.ulysses_parallel_size=2"])
 text = SimpleNamespace(linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=32)
-pulse = SimpleNamespace(at=lambda what, patience: print("at:", what, patience, flush=True))
-compilation.compiled(settings, text, device, pulse, lambda line: print("told:", line, flush=True))
+heartbeat = SimpleNamespace(at=lambda what, patience: print("at:", what, patience, flush=True))
+compilation.compiled(settings, text, device, heartbeat, lambda line: print("told:", line, flush=True))
 """
 
 
@@ -88,7 +88,7 @@ def test_machines_whose_tiles_differ():
 
 def test_who_waits_for_another_run_says_so():
     told: list[str] = []
-    progress = compilation._Progress(11, Pulse(), told.append)
+    progress = compilation._Progress(11, Heartbeat(), told.append)
     progress.waits("4711\n")
     progress.waits("4711\n")  # just told
     assert told == ["waiting for process 4711, which compiles Triton kernels too, 0 s"]

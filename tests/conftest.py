@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# a shell has what it starts in the background ignore Ctrl-C, and all that this starts; here some are sent it
+# A shell lets what it starts in the background ignore Ctrl-C, and nohup the closing of a terminal. Children inherit that, and
+# some of these tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -45,45 +45,45 @@ COUNTED = {  # of what is trained as it is, how it is told: of one, of several
 
 
 @dataclass(frozen=True)
-class Oddity:
+class RecordWarnings:
     """Of one record."""
 
     source: str
     counts: Mapping[str, int]  # of what is COUNTED
-    strays: tuple[str, ...]  # fields that look like its image, and are not read
+    unread_visuals: tuple[str, ...]  # fields that look like its image, and are not read
     unread: Sequence[tuple[str, str]]  # other fields that are not read: (where, name)
 
 
-def look(
+def check_record(
     raw: Mapping[str, Any],
     record: Record,
     names: FieldNames,
     unread: Sequence[tuple[str, str]],
     counts: Mapping[str, int],
-) -> Oddity | None:
+) -> RecordWarnings | None:
     """raw: what became `record`; unread, counts: found on the way. None of a usual one, which costs next to nothing."""
     empty, tags, shows = 0, 0, False
-    strays: tuple[str, ...] = ()
+    unread_visuals: tuple[str, ...] = ()
     for turn in record.turns:
         if isinstance(turn.content, tuple):
             shows = True
         elif turn.role == "user":
             if "</" in turn.content and (found := NAMED_IN_TEXT.search(turn.content)):
-                strays = (f"<{found[1]}>…</{found[1]}> in a text",)
+                unread_visuals = (f"<{found[1]}>…</{found[1]}> in a text",)
         elif turn.role == "tool":
             tags += "<tool_response>" in turn.content
         elif turn.role == "assistant":
             tags += "<tool_call>" in turn.content
             empty += not turn.tool_calls and (not turn.content or turn.content.isspace())
     if not shows:
-        strays = (*(name for name in raw if _is_stray(raw[name], name, names)), *strays)
-    if not (empty or tags or strays or unread or any(counts.values())):
+        unread_visuals = (*(name for name in raw if _looks_like_visual(raw[name], name, names)), *unread_visuals)
+    if not (empty or tags or unread_visuals or unread or any(counts.values())):
         return None
-    unread = [(where, name) for where, name in unread if where != record.source or name not in strays]
-    return Oddity(record.source, {"empty": empty, "tags": tags, **counts}, strays, unread)
+    unread = [(where, name) for where, name in unread if where != record.source or name not in unread_visuals]
+    return RecordWarnings(record.source, {"empty": empty, "tags": tags, **counts}, unread_visuals, unread)
 
 
-def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
+def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
     """Whether a field names a file that could be an image. An `id` may: many sets call a record by its image."""
     if type(value) is list and value:
         value = value[0]
@@ -93,26 +93,26 @@ def _is_stray(value: Any, name: str, names: FieldNames) -> bool:
 
 
 @dataclass
-class Noticed:
+class DataWarnings:
     """Of the records of a file, or of several. Plain values only: the cache keeps it as JSON."""
 
     unseen: dict[str, str] = field(default_factory=dict)  # settings of attr -> their names, which no record has had yet
     fields: list[str] = field(default_factory=list)  # that records have; kept only as long as one is unseen
     turn_fields: list[str] = field(default_factory=list)  # those of their turns
     counts: dict[str, tuple[int, str]] = field(default_factory=dict)  # of what is COUNTED, and the first one's record
-    strays: dict[str, int] = field(
+    unread_visuals: dict[str, int] = field(
         default_factory=dict
     )  # field -> records without an image that have what looks like one
-    first_stray: str = ""
+    first_unread_visual: str = ""
     unread: dict[str, tuple[int, str]] = field(default_factory=dict)  # other fields -> how often, and where first
 
     @classmethod
-    def before(cls, attr: Attr) -> "Noticed":
+    def expecting(cls, attr: Attr) -> "DataWarnings":
         """Before any record: every name in attr that is not one of the usual ones, of a field, is yet to be seen."""
         return cls({setting: own for setting, name in _named(FieldNames.of(attr)).items() if (own := name.unusual())})
 
     @classmethod
-    def together(cls, parts: Iterable["Noticed"]) -> "Noticed":
+    def together(cls, parts: Iterable["DataWarnings"]) -> "DataWarnings":
         parts = list(parts)
         whole = cls()
         if parts:
@@ -124,12 +124,12 @@ class Noticed:
                 _count(whole.counts, name, count, first)
             for name, (count, first) in part.unread.items():
                 _count(whole.unread, name, count, first)
-            whole.first_stray = whole.first_stray or part.first_stray
-            for name, count in part.strays.items():
-                whole.strays[name] = whole.strays.get(name, 0) + count
+            whole.first_unread_visual = whole.first_unread_visual or part.first_unread_visual
+            for name, count in part.unread_visuals.items():
+                whole.unread_visuals[name] = whole.unread_visuals.get(name, 0) + count
         return whole
 
-    def look_for_names(self, raw: Any, names: FieldNames) -> None:
+    def check_names(self, raw: Any, names: FieldNames) -> None:
         """In one more record, whether it can be used or not; to be called as long as any is unseen."""
         if not isinstance(raw, Mapping):
             return
@@ -143,16 +143,16 @@ class Noticed:
         _gather(self.fields, [raw])
         _gather(self.turn_fields, turns)
 
-    def add(self, oddity: Oddity) -> None:
-        for name, count in oddity.counts.items():
+    def add(self, record: RecordWarnings) -> None:
+        for name, count in record.counts.items():
             if count:
-                self.count(name, count, oddity.source)
-        for where, name in oddity.unread:
-            _count(self.unread, _path(where.removeprefix(oddity.source), name), 1, where)
-        for name in oddity.strays:
-            if name in self.strays or len(self.strays) < MOST_FIELDS:
-                self.strays[name] = self.strays.get(name, 0) + 1
-            self.first_stray = self.first_stray or oddity.source
+                self.count(name, count, record.source)
+        for where, name in record.unread:
+            _count(self.unread, _path(where.removeprefix(record.source), name), 1, where)
+        for name in record.unread_visuals:
+            if name in self.unread_visuals or len(self.unread_visuals) < MOST_FIELDS:
+                self.unread_visuals[name] = self.unread_visuals.get(name, 0) + 1
+            self.first_unread_visual = self.first_unread_visual or record.source
 
     def count(self, name: str, count: int, source: str) -> None:
         """Of one more record what is COUNTED under that name."""
@@ -164,11 +164,13 @@ class Noticed:
         for name, (count, first) in self.counts.items():
             what, one, several = COUNTED[name]
             told.append(f"{number_of(count, what)} {one if count == 1 else several}; first: {first}")
-        if self.strays:
-            found = ", ".join(f"{number_of(count, 'record')} in {name!r}" for name, count in self.strays.items())
+        if self.unread_visuals:
+            found = ", ".join(
+                f"{number_of(count, 'record')} in {name!r}" for name, count in self.unread_visuals.items()
+            )
             told.append(
                 f"what looks like an image or video, and is not read, in records that have none: {found}; {mend}; "
-                f"first: {self.first_stray}"
+                f"first: {self.first_unread_visual}"
             )
         if self.unread:
             names = [
@@ -177,7 +179,7 @@ class Noticed:
             told.append(f"fields that are not read: {', '.join(names)}")
         return [visible(line) for line in told]
 
-    def unread_name(self, setting: str, data: str) -> str:
+    def missing_name(self, setting: str, data: str) -> str:
         """What is wrong with a name that stayed unseen in all of `data`."""
         of_turns = _is_of_turns(setting)
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MOST_FIELDS]))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen35.batch import IGNORE, VisionSpec
 from qwen35.config.schema import Attr
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.image_processor import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.mrope import position_ids
@@ -100,10 +100,10 @@ class Dataset:
 
     def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
         """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
-        noticed = Noticed.together(samples.noticed for samples in self.files)
+        warnings = DataWarnings.together(samples.warnings for samples in self.files)
         told = [f"nothing of {file} is read: max_samples ends before it" for file in self._unread()]
-        told += noticed.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
-        for setting, name in noticed.unseen.items():
+        told += warnings.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
+        for setting, name in warnings.unseen.items():
             if vetted is not None and name == getattr(vetted, setting):
                 continue
             read = (
@@ -111,7 +111,7 @@ class Dataset:
                 if is_cut
                 else dataset_name(self.preparation.basic.dataset)
             )
-            words = noticed.unread_name(setting, read)
+            words = warnings.missing_name(setting, read)
             if not is_cut:
                 raise SettingError(words)
             told.append(words)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen35.config.schema import Attr
 from qwen35.data.content import Parser, Place, kind, parse_tools, text
-from qwen35.data.data_warnings import Noticed, Oddity, look
+from qwen35.data.data_warnings import DataWarnings, RecordWarnings, check_record
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.readers import read_values
@@ -44,35 +44,35 @@ def read_records(
     limit: int | None = None,
     answered: bool = True,
     skip: Callable[[RecordError], object] | None = None,
-    noticed: Noticed | None = None,
+    warnings: DataWarnings | None = None,
 ) -> Iterator[Record]:
     """Of the first `limit` records of a file, in order; `answered`: each must end with an assistant turn.
 
     skip: is told of each record that cannot be used, which is then left out; None: the first such raises RecordError.
-    noticed: gets what is odd about the others.
+    warnings: gets what is odd about the others.
     """
     names = FieldNames.of(attr)
-    values = read_values(file, lenient=skip is not None, is_asked_for=names.decides, noticed=noticed)
+    values = read_values(file, lenient=skip is not None, is_asked_for=names.decides, warnings=warnings)
     for number, raw in enumerate(islice(values, limit), 1):
-        if noticed is not None and noticed.unseen:
-            noticed.look_for_names(raw, names)
+        if warnings is not None and warnings.unseen:
+            warnings.check_names(raw, names)
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            record, oddity = parse_record(raw, f"{file}, record {number}", names, images, answered)
+            record, record_warnings = parse_record(raw, f"{file}, record {number}", names, images, answered)
         except RecordError as error:
             if skip is None:
                 raise
             skip(error)
         else:
-            if noticed is not None and oddity is not None:
-                noticed.add(oddity)
+            if warnings is not None and record_warnings is not None:
+                warnings.add(record_warnings)
             yield record
 
 
 def parse_record(
     raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True
-) -> tuple[Record, Oddity | None]:
+) -> tuple[Record, RecordWarnings | None]:
     """One JSON value -> Record, and what is odd about it. Raises RecordError."""
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
@@ -99,14 +99,16 @@ def parse_record(
     turns = _with_system(raw, source, names, turns)
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
-    oddity = look(raw, record, names, parser.unread, {"literal": literal, "reordered": reordered})
-    strays = () if oddity is None else [name for name in oddity.strays if name not in names.of_record.known]
-    if literal and strays:
+    warnings = check_record(raw, record, names, parser.unread, {"literal": literal, "reordered": reordered})
+    unread_visuals = (
+        () if warnings is None else [name for name in warnings.unread_visuals if name not in names.of_record.known]
+    )
+    if literal and unread_visuals:
         raise RecordError(
-            f"{here}: <image> or <video>, and nothing to show there, but {strays[0]} looks like it; attr.images (or .videos) "
-            "says which field holds it; what is text belongs in a content list"
+            f"{here}: <image> or <video>, and nothing to show there, but {unread_visuals[0]} looks like it; "
+            "attr.images (or .videos) says which field holds it; what is text belongs in a content list"
         )
-    return record, oddity
+    return record, warnings
 
 
 def _with_visuals(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
-from qwen35.data.data_warnings import Oddity
+from qwen35.data.data_warnings import RecordWarnings
 from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
 from qwen35.data.folder import ImageFolder
@@ -63,7 +63,7 @@ class Converted:
     turns: int
     images: int
     length: int
-    oddity: Oddity | None
+    warnings: RecordWarnings | None
     source: str
     spelled: Spelled
 
@@ -109,8 +109,8 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
                 bar.update()
                 if isinstance(made, Converted):
                     tally.add(made.turns, made.images, made.length)
-                    if made.oddity is not None:
-                        tally.noticed.add(made.oddity)
+                    if made.warnings is not None:
+                        tally.warnings.add(made.warnings)
                     tally.special_tokens.add(made.source, made.spelled)
                     yield separator + made.line
                     separator = ",\n"
@@ -148,7 +148,7 @@ def _report(options: Options, tally: Tally) -> str:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":
         lines.append("the images were not looked at (--check none)")
-    lines += tally.noticed.lines("LLaVA's field is image") + tally.special_tokens.lines()
+    lines += tally.warnings.lines("LLaVA's field is image") + tally.special_tokens.lines()
     lines.append(tally.histogram())
     if options.tokenizer is None:
         lines.append("for tokens instead of characters name a model folder: make data HF=…")
@@ -183,7 +183,7 @@ class Converter:
         if isinstance(raw, RecordError):
             return raw
         try:
-            record, oddity = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
+            record, warnings = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
             if record.videos or any(turn.reasoning or turn.tool_calls for turn in record.turns):
                 raise record.error(
                     "has videos, thoughts or calls of tools, which LLaVA's records have not; use it as it is"
@@ -201,7 +201,7 @@ class Converter:
         messages = [_message(turn, shows=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length, oddity, record.source, spelled)
+        return Converted(line, len(messages), len(images), length, warnings, record.source, spelled)
 
     def _check(self, record: Record) -> None:
         """Raises RecordError."""

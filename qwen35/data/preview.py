@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen35.config.schema import Settings
 from qwen35.data.collator import check_agreement, vision_spec
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.record import RecordError
 from qwen35.data.special_tokens import SpecialTokens
@@ -33,8 +33,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
-    noticed = Noticed()
-    made = chain.from_iterable(tokenised(f, preparation, None, skip, noticed) for f in dataset_files(basic.dataset))
+    warnings = DataWarnings()
+    made = chain.from_iterable(tokenised(f, preparation, None, skip, warnings) for f in dataset_files(basic.dataset))
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
     special_tokens = SpecialTokens()
     shown = refused = 0
@@ -59,7 +59,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {visible(head)}\n{text}"
     yield from _told(left_out)
-    lines = noticed.lines() + special_tokens.lines()
+    lines = warnings.lines() + special_tokens.lines()
     if {"control", "text"} & special_tokens.records.keys():
         lines.append(f"such characters have {BOUNDARY} between their tokens")
     if lines:

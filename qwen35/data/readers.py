@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from qwen35.data import json_list
 from qwen35.data.arrow_json import is_from_table, without_nulls
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.diagnosis import recognised
 from qwen35.data.json_list import LONGEST_VALUE, too_long
 from qwen35.data.parquet import PARQUET, read_parquet
@@ -24,12 +24,12 @@ def read_values(
     file: Path,
     lenient: bool = False,
     is_asked_for: Callable[[str], bool] | None = None,
-    noticed: Noticed | None = None,
+    warnings: DataWarnings | None = None,
 ) -> Iterator[Any]:
     """No more than a part of the file is in memory. Raises RecordError, SettingError where a package is missing.
 
     Nulls that stand for nothing are left out: all of a parquet file, and of JSON those that it has because it was written
-    from a table (arrow_json.py), which `noticed` is told. lenient: a record that is not JSON, or that would lose something,
+    from a table (arrow_json.py), which `warnings` is told. lenient: a record that is not JSON, or that would lose something,
     becomes a RecordError among the values, unless all are. is_asked_for: as for `read_parquet`.
     """
     with file.open("rb") as stream:
@@ -41,8 +41,8 @@ def read_values(
     elif _is_from_table(file):
         for number, value in enumerate(_json(file, lenient), 1):
             whole = value if isinstance(value, RecordError) else without_nulls(value)
-            if noticed is not None and whole != value:
-                noticed.count("nulls", 1, f"{file}, record {number}")
+            if warnings is not None and whole != value:
+                warnings.count("nulls", 1, f"{file}, record {number}")
             yield whole
     else:
         yield from _json(file, lenient)

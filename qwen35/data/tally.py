@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.files import replacing
 from qwen35.data.record import RecordError
 from qwen35.data.skipped import Skipped
@@ -24,7 +24,7 @@ class Tally:
     images: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of each record
     skipped: Skipped = field(default_factory=Skipped)
-    noticed: Noticed = field(default_factory=Noticed)
+    warnings: DataWarnings = field(default_factory=DataWarnings)
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)  # where there is a tokenizer
     named: list[str] = field(default_factory=list)  # the first of them, in full
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.files import alone_in, replacing
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
@@ -65,7 +65,7 @@ class FileSamples:
     visuals: list[str | dict[str, Any]]  # [M] the path of an image, or what a Video is
     records: int  # that were read: N and those left out
     skipped: Skipped
-    noticed: Noticed
+    warnings: DataWarnings
     special_tokens: SpecialTokens
 
 
@@ -214,19 +214,19 @@ def tokenised(
     preparation: Preparation,
     limit: int | None = None,
     skip: Callable[[RecordError], object] | None = None,
-    noticed: Noticed | None = None,
+    warnings: DataWarnings | None = None,
 ) -> Iterator[tuple[Record, TokenisedSample]]:
-    """Of the first `limit` records of a file; `skip`, `noticed`: as for `read_records`."""
+    """Of the first `limit` records of a file; `skip`, `warnings`: as for `read_records`."""
     tell = skip or partial(_refuse, preparation.basic.dataset_dir)
-    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=tell, noticed=noticed):
+    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=tell, warnings=warnings):
         try:
             sample = preparation.tokenise(record)
         except RecordError as error:
             tell(error)
         else:
             b = preparation.basic
-            if noticed is not None and (dropped := dropped_thoughts(record, b.template, b.enable_thinking)):
-                noticed.count("thoughts", dropped, record.source)
+            if warnings is not None and (dropped := dropped_thoughts(record, b.template, b.enable_thinking)):
+                warnings.count("thoughts", dropped, record.source)
             yield record, sample
 
 
@@ -240,14 +240,14 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
     ids, trained = bytearray(), bytearray()  # which grow in place: a list to be joined would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, counts = [0], [0]
-    skipped, noticed, special_tokens = Skipped(), Noticed.before(preparation.attr), SpecialTokens()
+    skipped, warnings, special_tokens = Skipped(), DataWarnings.expecting(preparation.attr), SpecialTokens()
 
     def skip(error: RecordError) -> None:
         skipped.add(error)
         progress(str(error), 1)
 
     tell = skip if preparation.basic.on_bad_record == "skip" else None
-    for record, sample in tokenised(file, preparation, limit, tell, noticed):
+    for record, sample in tokenised(file, preparation, limit, tell, warnings):
         progress(record.source, 1)
         ids += sample.ids.data
         trained += sample.trained.data
@@ -268,7 +268,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         visuals,
         len(sources) + len(skipped),
         skipped,
-        noticed,
+        warnings,
         special_tokens,
     )
 
@@ -305,7 +305,7 @@ def _read(path: Path) -> FileSamples:
         if (kept.metadata() or {}).get("digest") != _digest(tensors):
             raise ValueError(f"{path}: is not what was written")
     names = json.loads(tensors.pop("names").numpy().tobytes())
-    names["skipped"], names["noticed"] = Skipped(**names["skipped"]), Noticed(**names["noticed"])
+    names["skipped"], names["warnings"] = Skipped(**names["skipped"]), DataWarnings(**names["warnings"])
     names["special_tokens"] = SpecialTokens(**names["special_tokens"])
     return FileSamples(**tensors, **names)
 
@@ -313,7 +313,7 @@ def _read(path: Path) -> FileSamples:
 def _write(samples: FileSamples, path: Path) -> None:
     """Raises SettingError."""
     names = {name: getattr(samples, name) for name in NAMES}
-    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "noticed", "special_tokens")}
+    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "warnings", "special_tokens")}
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     try:

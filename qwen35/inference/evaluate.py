@@ -18,7 +18,7 @@ from qwen35.config.schema import BasicParameters
 from qwen35.console import outlive_readers
 from qwen35.data import Record, RecordError
 from qwen35.data.collator import prompt_batch, vision_spec
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.template import answer_text, has_thought
@@ -49,12 +49,12 @@ def read_all(preparation: Preparation) -> list[Record]:
     """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
     basic = preparation.basic
     files, images = dataset_files(basic.dataset), preparation.folder()
-    noticed = Noticed()
-    read = (read_records(file, preparation.attr, images, noticed=noticed) for file in files)
+    warnings = DataWarnings()
+    read = (read_records(file, preparation.attr, images, warnings=warnings) for file in files)
     records = list(chain.from_iterable(read))
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
-    for line in noticed.lines():
+    for line in warnings.lines():
         print(f"data: {line}", file=sys.stderr)
     for record in records:
         try:

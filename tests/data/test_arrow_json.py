@@ -6,7 +6,7 @@ import pytest
 from optional import HAS_PYARROW, write_parquet
 
 from qwen35.config.schema import Attr
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record, read_records
@@ -72,12 +72,12 @@ def text(folder, file):
 
 @pytest.mark.parametrize("form", ["lines", "list"])
 def test_what_a_table_fills_in_is_not_trained(tmp_path, form):
-    file, noticed = lines(tmp_path, ALIGNED), Noticed()
+    file, warnings = lines(tmp_path, ALIGNED), DataWarnings()
     if form == "list":
         file.write_text(json.dumps([ALIGNED]))
-    assert list(read_values(file, noticed=noticed)) == [WRITTEN]
-    assert noticed.counts == {"nulls": (1, f"{file}, record 1")}
-    (told,) = noticed.lines()
+    assert list(read_values(file, warnings=warnings)) == [WRITTEN]
+    assert warnings.counts == {"nulls": (1, f"{file}, record 1")}
+    (told,) = warnings.lines()
     assert told.startswith("1 record has nulls that a table filled in; they are left out, as of a parquet file")
     written = text(tmp_path, file)
     assert "None" not in written and "null" not in written
@@ -124,9 +124,9 @@ WRITTEN_NULLS = {
 @pytest.mark.parametrize("name", WRITTEN_NULLS)
 def test_a_null_that_somebody_wrote_stays(tmp_path, name):
     records = WRITTEN_NULLS[name]
-    noticed = Noticed()
-    assert list(read_values(lines(tmp_path, *records), noticed=noticed)) == records
-    assert noticed.lines() == []
+    warnings = DataWarnings()
+    assert list(read_values(lines(tmp_path, *records), warnings=warnings)) == records
+    assert warnings.lines() == []
 
 
 def test_a_null_argument_is_trained(tmp_path):

@@ -20,7 +20,7 @@ __all__ = ["place", "whole"]  # fixtures
 FILE, ATTR, CACHE = "data/a.json", "data.dataset_param.attr", f"{BASIC}.cache_dir=cache"
 BOTH = f"{BASIC}.dataset=data/a.json,data/b.json"
 TEXT = {"id": "t", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
-STRAY = "data: what looks like an image or video, and is not read, in records that have none: "
+UNREAD_VISUALS = "data: what looks like an image or video, and is not read, in records that have none: "
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_images_in_a_field_of_another_name():
     for more in ([], [CACHE], [CACHE]):
         (line,) = told(BOTH, *more)
         assert line == (
-            f"{STRAY}2 records in 'photo', 1 record in 'clips'; attr.images (or .videos) says which field holds them; "
+            f"{UNREAD_VISUALS}2 records in 'photo', 1 record in 'clips'; attr.images (or .videos) says which field holds them; "
             "first: data/b.json, record 2 (id 7)"
         )
     with pytest.raises(RecordError, match=r"record 2 \(id 7\), messages: 1 image but no <image>"):  # as the line has it
@@ -191,7 +191,7 @@ def test_beside_images_that_are_there_it_is_metadata(place):
         change(FILE, f"{i}.source", "a.jpg")(place)
     without = sum("image" not in record for record in json.loads((place / FILE).read_text()))
     (line,) = told()
-    assert 0 < without < 12 and line.startswith(f"{STRAY}{without} records in 'source'; ")
+    assert 0 < without < 12 and line.startswith(f"{UNREAD_VISUALS}{without} records in 'source'; ")
 
 
 # -- empty answers ------------------------------------------------------------------------------------------------------
@@ -320,5 +320,5 @@ def test_make_data_tells_the_same(workers):
     done = run(".", *DATA, "--workers", workers)
     assert done.code == 0, done.err
     assert "\n1,200 answers are empty; first: data/a.json, record 1\n" in done.out
-    told = STRAY.removeprefix("data: ")
+    told = UNREAD_VISUALS.removeprefix("data: ")
     assert f"\n{told}600 records in 'photo'; LLaVA's field is image; first: data/a.json, record 601\n" in done.out

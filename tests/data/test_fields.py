@@ -8,7 +8,7 @@ from mistakes import BASIC, DATA, EVALUATE, SHOW, place, run, whole
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import (
     IN_CALLS,
     IN_ITEMS,
@@ -47,9 +47,9 @@ def with_field(where, name, value):
 
 def read(folder, *records, attr=None):
     (folder / "x.json").write_text(json.dumps(records))
-    noticed = Noticed()
-    records = list(read_records(folder / "x.json", attr or Attr(), ImageFolder(folder), noticed=noticed))
-    return records, noticed.lines()
+    warnings = DataWarnings()
+    records = list(read_records(folder / "x.json", attr or Attr(), ImageFolder(folder), warnings=warnings))
+    return records, warnings.lines()
 
 
 REFUSED = [

@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
-from qwen35.data.data_warnings import Noticed
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import FieldNames
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
@@ -59,9 +59,9 @@ def make(place, preparation, hf_tokenizer):
         p = replace(preparation, basic=replace(preparation.basic, **settings))
         file = place / "r.json"
         file.write_text(json.dumps([raw]))
-        noticed = Noticed()
-        ((record, sample),) = tokenised(file, p, noticed=noticed)
-        assert noticed.lines() == [*told]
+        warnings = DataWarnings()
+        ((record, sample),) = tokenised(file, p, warnings=warnings)
+        assert warnings.lines() == [*told]
         meant = meant or raw
         chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
         text = hf_tokenizer.apply_chat_template(meant["messages"], tools=meant.get("tools"), **chat)

@@ -110,24 +110,24 @@ def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -
 def _records(preparation: "Preparation") -> list[Finding]:
     from qwen35.config.load import SettingError
     from qwen35.data import RecordError
-    from qwen35.data.data_warnings import Noticed
+    from qwen35.data.data_warnings import DataWarnings
     from qwen35.data.mixture import dataset_files
     from qwen35.data.skipped import Skipped
     from qwen35.data.tokenized import tokenised
 
-    basic, skipped, noticed = preparation.basic, Skipped(), Noticed()
+    basic, skipped, warnings = preparation.basic, Skipped(), DataWarnings()
     skip = skipped.add if basic.on_bad_record == "skip" else None
     try:
         files = dataset_files(basic.dataset)
         for file in files:
-            for _ in tokenised(file, preparation, RECORDS, skip, noticed):
+            for _ in tokenised(file, preparation, RECORDS, skip, warnings):
                 pass
     except SettingError as error:
         return [wrong("data", str(error), "data.dataset_param.basic_parameters.dataset names the files")]
     except (RecordError, OSError) as error:
         return [wrong("data", str(error), "mend the record; make show prints samples as they are trained")]
     named = ", ".join(map(str, files))
-    notes = [note("data", line) for line in noticed.lines()]
+    notes = [note("data", line) for line in warnings.lines()]
     if len(skipped):
         fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
         return [note("data", fact, "on_bad_record: error stops there"), *notes]

@@ -112,7 +112,7 @@ class DataWarnings:
         return cls({setting: own for setting, name in _named(FieldNames.of(attr)).items() if (own := name.unusual())})
 
     @classmethod
-    def together(cls, parts: Iterable["DataWarnings"]) -> "DataWarnings":
+    def merge(cls, parts: Iterable["DataWarnings"]) -> "DataWarnings":
         parts = list(parts)
         whole = cls()
         if parts:

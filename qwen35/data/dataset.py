@@ -82,7 +82,7 @@ class Dataset:
             left = None if left is None else left - samples.records
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
-        self.skipped = Skipped.together(samples.skipped for samples in self.files)
+        self.skipped = Skipped.merge(samples.skipped for samples in self.files)
         self.told = self._told(vetted, is_cut=left == 0)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [all], 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])  # [all]
@@ -100,9 +100,9 @@ class Dataset:
 
     def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
         """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
-        warnings = DataWarnings.together(samples.warnings for samples in self.files)
+        warnings = DataWarnings.merge(samples.warnings for samples in self.files)
         told = [f"nothing of {file} is read: max_samples ends before it" for file in self._unread()]
-        told += warnings.lines() + SpecialTokens.together(samples.special_tokens for samples in self.files).lines()
+        told += warnings.lines() + SpecialTokens.merge(samples.special_tokens for samples in self.files).lines()
         for setting, name in warnings.unseen.items():
             if vetted is not None and name == getattr(vetted, setting):
                 continue

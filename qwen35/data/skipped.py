@@ -16,7 +16,7 @@ class Skipped:
     images: dict[str, str] = field(default_factory=dict)  # files for which records were left out -> their state then
 
     @classmethod
-    def together(cls, parts: Iterable["Skipped"]) -> "Skipped":
+    def merge(cls, parts: Iterable["Skipped"]) -> "Skipped":
         whole = cls()
         for part in parts:
             for kind, count in part.kinds.items():

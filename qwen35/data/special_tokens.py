@@ -76,7 +76,7 @@ class SpecialTokens:
             self.names[outcome] = sorted({*self.names.get(outcome, []), *names})
 
     @classmethod
-    def together(cls, parts: Iterable["SpecialTokens"]) -> "SpecialTokens":
+    def merge(cls, parts: Iterable["SpecialTokens"]) -> "SpecialTokens":
         whole = cls()
         for part in parts:
             for outcome, count in part.records.items():

@@ -474,7 +474,7 @@ def test_counts_of_files_add_up():
     one.add("a, record 1", {"control": {f"<{i}>" for i in range(7)}})
     other.add("b, record 1", {"control": {"<0>"}, "token": {"<x>"}})
     other.add("b, record 2", {"token": {"<y\x1b>"}})
-    whole = SpecialTokens.together([SpecialTokens(), one, other])
+    whole = SpecialTokens.merge([SpecialTokens(), one, other])
     assert whole.records == {"control": 2, "token": 2} and whole.first == {
         "control": "a, record 1",
         "token": "b, record 1",

@@ -11,18 +11,18 @@ UNDECIDED = 1000  # records without any null, after which a file is taken for on
 DEEPEST = 100  # lists and objects within each other: no table is deeper
 
 
-class _Place:
+class _Column:
     """What stands at one place of every record: of `messages[].role` there is one, not one for each turn."""
 
     def __init__(self) -> None:
         self.keys: set[str] | None = None
         self.null: set[str] = set()
         self.given: dict[str, type] = {}  # of each key, what its values are
-        self.inner: dict[str, _Place] = {}
+        self.inner: dict[str, _Column] = {}
 
-    def at(self, key: str) -> "_Place":
+    def child(self, key: str) -> "_Column":
         if key not in self.inner:
-            self.inner[key] = _Place()
+            self.inner[key] = _Column()
         return self.inner[key]
 
 
@@ -33,32 +33,32 @@ def is_from_table(records: Iterable[Any]) -> bool:
     that somebody wrote as they are have not. And the nulls must show it: a key that is null in one object and not in
     another, or a property of a tool's parameters that is null, which is no schema. Else a null is one, and stays.
     """
-    root, shown = _Place(), False
+    root, shown = _Column(), False
     for number, record in enumerate(records):
         if number == UNDECIDED and not _has_nulls(root):
             return False
-        rest: list[tuple[_Place, Any, bool, int]] = [(root, record, False, 0)]
+        rest: list[tuple[_Column, Any, bool, int]] = [(root, record, False, 0)]
         while rest:
-            place, value, is_properties, depth = rest.pop()
+            column, value, is_properties, depth = rest.pop()
             if depth > DEEPEST:
                 return False
             if isinstance(value, list):
-                inner = place.at("[]")
+                inner = column.child("[]")
                 rest += [(inner, part, False, depth + 1) for part in value if isinstance(part, dict | list)]
                 continue
             keys = set(value) if isinstance(value, dict) else set()
-            if place.keys not in (None, keys):
+            if column.keys not in (None, keys):
                 return False
-            place.keys = keys
+            column.keys = keys
             for key in keys:
                 part = value[key]
                 if part is None:
-                    place.null.add(key)
+                    column.null.add(key)
                     shown = shown or is_properties
-                elif place.given.setdefault(key, kind := _kind(part)) is not kind:
+                elif column.given.setdefault(key, kind := _kind(part)) is not kind:
                     return False
                 if isinstance(part, dict | list):
-                    rest.append((place.at(f".{key}"), part, key == "properties", depth + 1))
+                    rest.append((column.child(f".{key}"), part, key == "properties", depth + 1))
     return shown or _differs(root)
 
 
@@ -67,13 +67,13 @@ def _kind(value: Any) -> type:
     return float if type(value) is int else type(value)
 
 
-def _has_nulls(place: _Place) -> bool:
-    return bool(place.null) or any(map(_has_nulls, place.inner.values()))
+def _has_nulls(column: _Column) -> bool:
+    return bool(column.null) or any(map(_has_nulls, column.inner.values()))
 
 
-def _differs(place: _Place) -> bool:
+def _differs(column: _Column) -> bool:
     """Whether any key is null in one object and not in another."""
-    return not place.null.isdisjoint(place.given.keys()) or any(map(_differs, place.inner.values()))
+    return not column.null.isdisjoint(column.given.keys()) or any(map(_differs, column.inner.values()))
 
 
 def without_nulls(value: Any) -> Any:

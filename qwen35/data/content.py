@@ -27,10 +27,10 @@ AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # as the
 
 
 @dataclass(frozen=True)
-class Place:
+class Placeholder:
     """Where the next image or video of the record's own field belongs."""
 
-    placeholder: str
+    tag: str  # <image> or <video>
 
 
 @dataclass
@@ -94,13 +94,13 @@ class Parser:
             raise RecordError(f"{where}: is empty, not a list of frames")
         return Video(frames, rate)
 
-    def content(self, value: Any, where: str, role: Role) -> str | tuple[Part | Place, ...]:
+    def content(self, value: Any, where: str, role: Role) -> str | tuple[Part | Placeholder, ...]:
         """Text as it is; of a list (as the OpenAI API has it) the parts: what is text there is text, whatever it spells."""
         if not isinstance(value, list):
             return text(value, where)
         return tuple(self._item(item, f"{where}[{i}]", role) for i, item in enumerate(value))
 
-    def _item(self, item: Any, where: str, role: Role) -> Part | Place:
+    def _item(self, item: Any, where: str, role: Role) -> Part | Placeholder:
         if not isinstance(item, dict):
             raise RecordError(f"{where}: is {kind(item)}, not an object with a type")
         given = item.get("type")
@@ -123,7 +123,7 @@ class Parser:
         if any(not is_nothing(item.get(key)) for key in keys):
             held = _held(item, keys, where, "a path")
             return self._visual(item[held], f"{where}.{held}", is_video, item.get("sample_fps"))
-        return Place(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
+        return Placeholder(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
 
     def calls(self, value: Any, where: str) -> tuple[ToolCall, ...]:
         """`tool_calls` as the OpenAI API has them, or the JSON text of one call or several."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.config.schema import Attr
-from qwen35.data.content import Parser, Place, kind, parse_tools, text
+from qwen35.data.content import Parser, Placeholder, kind, parse_tools, text
 from qwen35.data.data_warnings import DataWarnings, RecordWarnings, check_record
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.folder import ImageFolder
@@ -125,7 +125,7 @@ def _with_visuals(
         plain = "\n".join([turn.content for turn in turns if isinstance(turn.content, str) and turn.role in SHOWING])
         for placeholder, visuals in beside.items():
             between = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
-            bare = parts.count(Place(placeholder))
+            bare = parts.count(Placeholder(placeholder))
             if visuals or between or bare:
                 places = between + bare + plain.count(placeholder)
                 _check_places(placeholder, places, len(visuals), between, where)
@@ -134,7 +134,7 @@ def _with_visuals(
     for turn in turns:
         content: Any = turn.content
         if type(content) is tuple:
-            content = content_of(next(left[part.placeholder]) if isinstance(part, Place) else part for part in content)
+            content = content_of(next(left[part.tag]) if isinstance(part, Placeholder) else part for part in content)
         elif IMAGE_PLACEHOLDER in content or VIDEO_PLACEHOLDER in content:
             visible = left if turn.role in SHOWING else {}
             literal += sum(placeholder not in visible for placeholder in PLACEHOLDER.findall(content))

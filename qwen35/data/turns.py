@@ -23,8 +23,8 @@ def parse_turns(
 ) -> tuple[list[Turn], int]:
     """The turns, and how many responses of tools did not stand in the order of their calls. Raises RecordError.
 
-    raw: the list of turns; masks: the record's loss_mask. The content of a list is left as a tuple, in which a Place stands for
-    one of the record's own images or videos.
+    raw: the list of turns; masks: the record's loss_mask. The content of a list is left as a tuple, in which a Placeholder
+    stands for one of the record's own images or videos.
     """
     if not isinstance(raw, list) or not raw:
         raise RecordError(f"{where}: is {kind(raw)}, not a list of turns")

@@ -21,7 +21,7 @@ from qwen35.data.record import RecordError, Video
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
-from qwen35.data.truncation import cut
+from qwen35.data.truncation import truncate
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
 
@@ -133,7 +133,7 @@ class Dataset:
         self._visuals[number] = 0
         if basic.truncation == "truncate":
             ids, trained, grids = (self._part(number, name, whole=True).numpy() for name in ("ids", "trained", "grids"))
-            left, self._visuals[number] = cut(ids, trained, grids, basic.cutoff_len, self.preparation.tokenizer)
+            left, self._visuals[number] = truncate(ids, trained, grids, basic.cutoff_len, self.preparation.tokenizer)
             message, kind = f"{message}, and nothing trained is left of it", "nothing trained within cutoff_len"
         self._tokens[number] = left
         gone = visuals - int(self._visuals[number])

@@ -14,7 +14,7 @@ from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokenized import Preparation, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
-from qwen35.data.truncation import cut
+from qwen35.data.truncation import truncate
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals
 
@@ -47,7 +47,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
             if basic.truncation == "truncate":
                 grids = np.array(sample.grids, dtype=np.int64).reshape(-1, 3)
-                left, _ = cut(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
+                left, _ = truncate(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
                 too_long += f", cut to {left}" if left else ", left out: nothing trained is left"
             elif skip or basic.truncation == "drop":
                 too_long += ", left out"

@@ -7,7 +7,7 @@ import numpy as np
 from qwen35.data.tokenizer import ChatTokenizer
 
 
-def cut(
+def truncate(
     ids: np.ndarray, trained: np.ndarray, grids: np.ndarray, limit: int, tokenizer: ChatTokenizer
 ) -> tuple[int, int]:
     """How many of the first tokens stay, at most `limit`, and how many of the first images and videos lie in them.

@@ -15,7 +15,7 @@ from qwen35.data import MicroBatches, RecordError
 from qwen35.data.preview import show
 from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
-from qwen35.data.truncation import cut
+from qwen35.data.truncation import truncate
 
 BASIC = "data.dataset_param.basic_parameters"
 
@@ -167,7 +167,7 @@ def test_every_limit(home):
             expected = (limit, 3)
         else:
             expected = (no, 3)
-        assert cut(ids, trained, grids, limit, tokenizer) == expected, limit
+        assert truncate(ids, trained, grids, limit, tokenizer) == expected, limit
 
 
 def test_the_policies(home):

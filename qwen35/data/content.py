@@ -1,4 +1,4 @@
-"""What turns hold: text, or a list of texts, images and videos; and what the tools of a conversation are."""
+"""Parses what turns hold: text, content lists with images and videos, tool calls; and the tools."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,41 +13,40 @@ from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, Recor
 from qwen35.data.strict_json import LossyJSONError
 
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
-MEDIA = ("image", "image_url", "video", "video_url")  # what a content list may name beside text
-OF_KIND = {
-    "text": (),
-    "image": ("url", "path"),
-    "video": ("url", "path", "sample_fps"),
-}  # what else an item of each has
-ITEM = {name: Fields(IN_ITEMS | {"type", "text", *MEDIA, *more}, OF_ITEMS) for name, more in OF_KIND.items()}
+MEDIA = ("image", "image_url", "video", "video_url")  # types of content items other than text
+EXTRA = {"text": (), "image": ("url", "path"), "video": ("url", "path", "sample_fps")}  # further fields of each type
+ITEM = {name: Fields(IN_ITEMS | {"type", "text", *MEDIA, *extra}, OF_ITEMS) for name, extra in EXTRA.items()}
 IMAGE = Fields(IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, OF_ITEMS)
 VIDEO = Fields(IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, OF_ITEMS)
 CALL = Fields(IN_CALLS | {"name", "arguments"}, OF_CALLS)
-AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # as the OpenAI API has it
+AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # the OpenAI API's object around a call
 
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Where the next image or video of the record's own field belongs."""
+    """Stands for the next image or video from the record's own field."""
 
     tag: str  # <image> or <video>
 
 
 @dataclass
 class Parser:
-    """What the parts of one record have in common: where its images lie, and which of its fields are not read."""
+    """Parses the parts of one record, and collects the fields that are not read.
+
+    All methods raise RecordError. `where` is the file, record and field, for messages.
+    """
 
     folder: ImageFolder
-    ignored: frozenset[str] = frozenset()  # fields of attr.ignore
-    unread: list[tuple[str, str]] = field(default_factory=list)  # (where, the field's name)
+    ignored: frozenset[str] = frozenset()  # fields in attr.ignore
+    unread: list[tuple[str, str]] = field(default_factory=list)  # (where, field)
 
     def check(self, raw: Mapping[str, Any], fields: Fields, where: str) -> None:
-        """Raises RecordError for a field that is refused."""
+        """Collect the fields that are not read; one that is refused is an error."""
         if not raw.keys() <= fields.known:
             self.unread += ((where, name) for name in fields.unread(raw, where, self.ignored))
 
     def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:
-        """Of a record's own field: a path, an object that holds one, or a list of such."""
+        """From a field of the record: a path, an object that holds one, or a list of these."""
         if isinstance(value, list):
             return [self._visual(entry, f"{where}[{i}]", is_video) for i, entry in enumerate(value)]
         return [] if value in ("", {}, b"") else [self._visual(value, where, is_video)]
@@ -56,23 +55,24 @@ class Parser:
         return self._video(value, where, fps) if is_video else self._image(value, where)
 
     def _image(self, value: Any, where: str) -> Path:
-        if isinstance(value, dict):  # {"url": …}, or what parquet files hold: {"bytes": …, "path": …}
+        if isinstance(value, dict):  # {"url": …}, or {"bytes": …, "path": …} as in parquet files
             self.check(value, IMAGE, where)
-            name = _held(value, ("path", "url", "image"), where, "a path") if value.get("bytes") is None else "bytes"
+            name = _key_of(value, ("path", "url", "image"), where, "a path") if value.get("bytes") is None else "bytes"
             where, value = f"{where}.{name}", value[name]
         if isinstance(value, bytes) and value:
             try:
                 return self.folder.keep(value)
             except ValueError as error:
                 raise RecordError(f"{where}: {error}") from None
-        return self._path(value, where, may_hold_it=True)
+        return self._path(value, where, may_embed=True)
 
-    def _path(self, value: Any, where: str, may_hold_it: bool = False) -> Path:
+    def _path(self, value: Any, where: str, may_embed: bool = False) -> Path:
+        """may_embed: the value may also be a `data:` URL."""
         if not isinstance(value, str) or not value:
             raise RecordError(f"{where}: is {kind(value)}, not a path")
         name = text(value, where)
         try:
-            return self.folder.image(name) if may_hold_it else self.folder.path(name)
+            return self.folder.image(name) if may_embed else self.folder.path(name)
         except ValueError as error:
             raise RecordError(f"{where}: {error}", OUTSIDE) from None
         except OSError as error:
@@ -81,11 +81,11 @@ class Parser:
     def _video(self, value: Any, where: str, fps: Any) -> Video:
         if isinstance(value, dict):  # {"frames": […], "sample_fps": 2}, {"url": …}
             self.check(value, VIDEO, where)
-            name = _held(value, ("frames", "video", "path", "url"), where, "a path or a list of frames")
+            name = _key_of(value, ("frames", "video", "path", "url"), where, "a path or a list of frames")
             where, value, fps = f"{where}.{name}", value[name], value.get("sample_fps", fps)
         is_rate = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= 1000
         if fps is not None and not is_rate:
-            raise RecordError(f"{where}: sample_fps: {str(fps)[:80]} is not a number of frames a second")
+            raise RecordError(f"{where}: sample_fps: {str(fps)[:80]} is not a number of frames per second")
         rate = None if fps is None else float(fps)
         if not isinstance(value, list):
             return Video(self._path(value, where), rate)
@@ -95,7 +95,10 @@ class Parser:
         return Video(frames, rate)
 
     def content(self, value: Any, where: str, role: Role) -> str | tuple[Part | Placeholder, ...]:
-        """Text as it is; of a list (as the OpenAI API has it) the parts: what is text there is text, whatever it spells."""
+        """A string, or the parts of a content list as in the OpenAI API.
+
+        In a list the texts are literal: `<image>` in them is not a placeholder.
+        """
         if not isinstance(value, list):
             return text(value, where)
         return tuple(self._item(item, f"{where}[{i}]", role) for i, item in enumerate(value))
@@ -108,25 +111,25 @@ class Parser:
         name = given if given is not None else present[0] if len(present) == 1 else None
         if name not in ("text", *MEDIA):
             what = f"type {repr(given)[:80]}" if given is not None else "no type"
-            raise RecordError(f"{where}: has {what}; text, image, image_url, video and video_url are read")
+            raise RecordError(f"{where}: has {what}; supported are text, image, image_url, video and video_url")
         self.check(item, ITEM[name.removesuffix("_url")], where)
         if others := [key for key in present if key.removesuffix("_url") != name.removesuffix("_url")]:
-            raise RecordError(f"{where}: has type {name}, and {others[0]} too; each belongs in an item of its own")
+            raise RecordError(f"{where}: has type {name} and also {others[0]}; put each in an item of its own")
         if name == "text":
             return text(item.get("text"), f"{where}.text")
         is_video = name.startswith("video")
         if role not in ("user", "tool"):
             raise RecordError(
-                f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only the user and tools show any"
+                f"{where}: {'a video' if is_video else 'an image'} in a turn of the {role}; only user and tool turns have any"
             )
         keys = dict.fromkeys((name, name.removesuffix("_url"), "url", "path"))
         if any(not is_nothing(item.get(key)) for key in keys):
-            held = _held(item, keys, where, "a path")
-            return self._visual(item[held], f"{where}.{held}", is_video, item.get("sample_fps"))
+            key = _key_of(item, keys, where, "a path")
+            return self._visual(item[key], f"{where}.{key}", is_video, item.get("sample_fps"))
         return Placeholder(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
 
     def calls(self, value: Any, where: str) -> tuple[ToolCall, ...]:
-        """`tool_calls` as the OpenAI API has them, or the JSON text of one call or several."""
+        """From `tool_calls` as in the OpenAI API, or the JSON text of one or several calls."""
         entries = _json(value, where)
         entries = [entries] if isinstance(entries, dict) else entries or []
         if not isinstance(entries, list):
@@ -150,18 +153,21 @@ class Parser:
         return ToolCall(name, checked, entry.get("id") or call.get("id"))
 
 
-def _held(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str) -> str:
-    """The first of the names under which an object holds `what`. Raises RecordError if there is none, or several differ."""
-    held = [name for name in names if not is_nothing(raw.get(name))]
-    if not held:
+def _key_of(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str) -> str:
+    """The first of `names` that the object has a value for; where several do, they must agree.
+
+    Raises RecordError.
+    """
+    present = [name for name in names if not is_nothing(raw.get(name))]
+    if not present:
         raise RecordError(f"{where}: is {kind(raw)}, not {what}")
-    if any(raw[name] != raw[held[0]] for name in held):
-        raise RecordError(f"{where}: has {' and '.join(held)}, which differ; keep one")
-    return held[0]
+    if any(raw[name] != raw[present[0]] for name in present):
+        raise RecordError(f"{where}: has {' and '.join(present)}, which differ; keep one")
+    return present[0]
 
 
 def parse_tools(value: Any, where: str) -> tuple[Any, ...]:
-    """A list of what can be called, or its JSON text."""
+    """The tools, from a list of objects or its JSON text. Raises RecordError."""
     tools = _json(value, where) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(f"{where}: is {kind(tools)}, not a list of objects")
@@ -170,7 +176,7 @@ def parse_tools(value: Any, where: str) -> tuple[Any, ...]:
 
 
 def _json(value: Any, where: str) -> Any:
-    """Text is JSON, anything else stands for itself."""
+    """The value of JSON text; anything else is a value already. Raises RecordError."""
     if not isinstance(value, str):
         return value
     try:
@@ -185,20 +191,22 @@ def _check_json(value: Any, where: str) -> None:
     try:
         text(json.dumps(value, ensure_ascii=False, allow_nan=False), where)
     except (TypeError, ValueError, RecursionError):
-        raise RecordError(f"{where}: holds what JSON cannot say") from None
+        raise RecordError(f"{where}: holds a value that JSON cannot represent") from None
 
 
 def text(value: Any, where: str) -> str:
+    """The value, if it is text that can be encoded. Raises RecordError."""
     if not isinstance(value, str):
         raise RecordError(f"{where}: is {kind(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RecordError(f"{where}: half a surrogate pair, which is no text") from None
+        raise RecordError(f"{where}: half a surrogate pair, which is not valid text") from None
     return value
 
 
 def kind(value: Any) -> str:
+    """The kind of a JSON value, for messages."""
     if value is None:
         return "null"
     if value in ("", b"", [], {}):

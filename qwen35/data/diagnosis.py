@@ -1,4 +1,4 @@
-"""Why a file cannot be used, and what to do: what its first bytes say it is, or what it is called instead."""
+"""Why a file cannot be used, and what to do: its first bytes or similar file names tell."""
 
 import os
 import re
@@ -10,37 +10,33 @@ from urllib.parse import unquote
 
 COMPRESSED = "is compressed; unpack it first"
 LFS = "is a pointer of Git LFS, not the file itself; fetch the files with git lfs pull"
-PAGE = "is a web page, as a download that failed leaves it; download the file again"
+PAGE = "is a web page, as a failed download leaves behind; download the file again"
 SIGNATURES = (
-    (
-        rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c",
-        COMPRESSED,
-    ),  # zip gzip bzip2 xz zstd 7z
+    # zip, gzip, bzip2, xz, zstd, 7z
+    (rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c", COMPRESSED),
     (rb"version https://git-lfs\.", LFS),
     (rb"(?i:\s*(<!--.*?-->\s*)?<(!doctype )?html)", PAGE),
-    (rb"(?i:\s*(<\?xml.*?\?>\s*)?(<!.*?>\s*)*<svg)", "is SVG, a drawing and not an image of pixels; make it PNG"),
+    (rb"(?i:\s*(<\?xml.*?\?>\s*)?(<!.*?>\s*)*<svg)", "is SVG, a vector drawing, which is not read; make it PNG"),
     (rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "is HEIC, which is not read; make it JPEG or PNG"),
     (rb"....ftypavi[fs]", "is AVIF, which this Pillow does not read; make it JPEG or PNG"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "is JPEG XL, which is not read; make it JPEG or PNG"),
     (rb"%PDF-", "is a PDF; make an image of each page"),
 )
-HEAD = 512  # bytes that are looked at
+HEAD = 512  # bytes that are compared with SIGNATURES
 
 
-def recognised(path: str | Path) -> str | None:
-    """Of a file that is not what it should be: what it is instead, and what to do. Raises OSError."""
+def wrong_format(path: str | Path) -> str | None:
+    """What a file of a recognised, unsupported format is, and what to do. Raises OSError."""
     with Path(path).open("rb") as file:
         head = file.read(HEAD)
-    return next((words for pattern, words in SIGNATURES if re.match(pattern, head, re.DOTALL)), None)
+    return next((message for pattern, message in SIGNATURES if re.match(pattern, head, re.DOTALL)), None)
 
 
-def missing(path: str | Path) -> str:
-    """Of a file that is not there: that, and how one that is there writes its name."""
+def why_missing(path: str | Path) -> str:
+    """The message about a file that does not exist, naming the form of a similar one that does."""
     for other, how in _other_names(str(path)):
         if other != str(path) and os.path.isfile(other):  # noqa: PTH113  # False for names that are too long, too
-            return (
-                f"no such file; it is there under a name that looks alike, {how}: rename it, or write its name as it is"
-            )
+            return f"no such file; there is one with its name written {how}: rename it, or write its name that way"
     return "no such file"
 
 
@@ -50,14 +46,14 @@ def _other_names(path: str) -> Iterator[tuple[str, str]]:
     if ".." not in path.replace("\\", "/").split("/"):
         yield path.replace("\\", "/"), "with / for \\"
     if ".." not in unquote(path).split("/"):
-        yield unquote(path), "without the %-codes of an address"
+        yield unquote(path), "without the %-codes of a URL"
 
 
 def _in_form(path: str, form: Literal["NFC", "NFD"]) -> str:
-    """The path with those of its names in this form that are not there as they are."""
-    found = "/" if path.startswith("/") else ""
+    """The path with each name that does not exist as given normalised to this form."""
+    folder = "/" if path.startswith("/") else ""
     for name in path.strip("/").split("/"):
-        same = os.path.join(found, name)  # noqa: PTH118
-        is_there = os.path.exists(same)  # noqa: PTH110
-        found = same if is_there else os.path.join(found, unicodedata.normalize(form, name))  # noqa: PTH118
-    return found
+        same = os.path.join(folder, name)  # noqa: PTH118
+        exists = os.path.exists(same)  # noqa: PTH110
+        folder = same if exists else os.path.join(folder, unicodedata.normalize(form, name))  # noqa: PTH118
+    return folder

@@ -1,10 +1,12 @@
-"""Records as people bring them: LLaVA, ShareGPT, messages, content lists; with images, videos and tools or without, also mixed.
+"""Parses records in the usual formats, with or without images, videos and tools.
 
-LLaVA      {"id": 7, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, {"from": "gpt", …}]}
-ShareGPT   {"system": "…", "conversations": [{"from": "human", …}, {"from": "function_call", …}, {"from": "observation", …}, …]}
-messages   {"images": ["./a.jpg", "./b.jpg"], "messages": [{"role": "user", "content": "<image><image> Same?"}, {"role": …}]}
-lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]}, …]}
-masks      {"messages": [{"role": "user", …}, {"role": "assistant", …, "loss_mask": 0}, …]}, or "loss_mask": [0, 0, …] beside
+A file may mix the formats:
+LLaVA      {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, …]}
+ShareGPT   {"system": "…", "conversations": [{"from": "human", …}, {"from": "function_call", …}, …]}
+messages   {"images": ["./a.jpg"], "messages": [{"role": "user", "content": "<image> What?"}, …]}
+lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, …]}, …]}
+masks      {"messages": [{"role": "user", …}, {"role": "assistant", …, "loss_mask": 0}, …]},
+           or "loss_mask": [0, 0, …] beside the messages
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ from qwen35.data.turns import parse_turns
 from qwen35.errors import visible
 from qwen35.wording import number_of
 
-SHOWING = ("user", "tool")  # whose turns may have images and videos: the chat template writes them there
+VISUAL_ROLES = ("user", "tool")  # the chat template writes images and videos only in their turns
 
 
 def read_records(
@@ -46,13 +48,13 @@ def read_records(
     skip: Callable[[RecordError], object] | None = None,
     warnings: DataWarnings | None = None,
 ) -> Iterator[Record]:
-    """Of the first `limit` records of a file, in order; `answered`: each must end with an assistant turn.
+    """The first `limit` records of a file, in order.
 
-    skip: is told of each record that cannot be used, which is then left out; None: the first such raises RecordError.
-    warnings: gets what is odd about the others.
+    answered: each must end with an assistant turn. skip: called with the error of each unusable
+    record, which is left out; None: the first is raised. warnings: collects those of the others.
     """
     names = FieldNames.of(attr)
-    values = read_values(file, lenient=skip is not None, is_asked_for=names.decides, warnings=warnings)
+    values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
     for number, raw in enumerate(islice(values, limit), 1):
         if warnings is not None and warnings.unseen:
             warnings.check_names(raw, names)
@@ -73,7 +75,7 @@ def read_records(
 def parse_record(
     raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True
 ) -> tuple[Record, RecordWarnings | None]:
-    """One JSON value -> Record, and what is odd about it. Raises RecordError."""
+    """One JSON value -> the record and its warnings, if any. Raises RecordError."""
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
@@ -84,18 +86,18 @@ def parse_record(
     found = names.messages.find(raw, source)
     if found is None:
         raise RecordError(
-            f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}; attr.messages says which one "
-            "holds the turns"
+            f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}; name the one that holds the "
+            "turns in attr.messages"
         )
     field, entries = found
     here = f"{source}, {field}"
-    masks = None if "loss_mask" in names.ignored else raw.get("loss_mask")
-    parsed, reordered = parse_turns(entries, here, names, parser, masks, answered)
-    beside: dict[str, list[Visual]] = {IMAGE_PLACEHOLDER: [], VIDEO_PLACEHOLDER: []}
-    for placeholder, named in ((IMAGE_PLACEHOLDER, names.images), (VIDEO_PLACEHOLDER, names.videos)):
-        if found := named.find(raw, source):
-            beside[placeholder] = parser.visuals(found[1], f"{source}, {found[0]}", placeholder == VIDEO_PLACEHOLDER)
-    turns, literal = _with_visuals(parsed, beside, here)
+    loss_mask = None if "loss_mask" in names.ignored else raw.get("loss_mask")
+    parsed, reordered = parse_turns(entries, here, names, parser, loss_mask, answered)
+    visuals: dict[str, list[Visual]] = {IMAGE_PLACEHOLDER: [], VIDEO_PLACEHOLDER: []}
+    for placeholder, field_names in ((IMAGE_PLACEHOLDER, names.images), (VIDEO_PLACEHOLDER, names.videos)):
+        if found := field_names.find(raw, source):
+            visuals[placeholder] = parser.visuals(found[1], f"{source}, {found[0]}", placeholder == VIDEO_PLACEHOLDER)
+    turns, literal = _with_visuals(parsed, visuals, here)
     turns = _with_system(raw, source, names, turns)
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
@@ -105,74 +107,83 @@ def parse_record(
     )
     if literal and unread_visuals:
         raise RecordError(
-            f"{here}: <image> or <video>, and nothing to show there, but {unread_visuals[0]} looks like it; "
-            "attr.images (or .videos) says which field holds it; what is text belongs in a content list"
+            f"{here}: has <image> or <video> but no image or video; {unread_visuals[0]} looks like one: name its field in "
+            "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
     return record, warnings
 
 
 def _with_visuals(
-    turns: Sequence[Turn], beside: Mapping[str, list[Visual]], where: str
+    turns: Sequence[Turn], of_record: Mapping[str, list[Visual]], where: str
 ) -> tuple[tuple[Turn, ...], int]:
-    """The turns with their images and videos, and how many placeholders are text. Raises RecordError.
+    """The turns with their images and videos, and how many placeholders are plain text.
 
-    beside: those of the record's own fields, by their placeholder. In a plain text a placeholder is a place only if the record
-    has something to show; in a list of texts, images and videos all text is text.
+    of_record: the images and videos in the record's own fields, by their placeholder. `<image>` in
+    a string is a placeholder only if the record has images; in a content list it is always text.
+    Raises RecordError.
     """
     parts: list[Any] = [part for turn in turns if type(turn.content) is tuple for part in turn.content]
-    left: dict[str, Iterator[Visual]] = {}
-    if parts or any(beside.values()):
-        plain = "\n".join([turn.content for turn in turns if isinstance(turn.content, str) and turn.role in SHOWING])
-        for placeholder, visuals in beside.items():
-            between = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
-            bare = parts.count(Placeholder(placeholder))
-            if visuals or between or bare:
-                places = between + bare + plain.count(placeholder)
-                _check_places(placeholder, places, len(visuals), between, where)
-                left[placeholder] = iter(visuals)
-    whole, literal = [], 0
+    remaining: dict[str, Iterator[Visual]] = {}
+    if parts or any(of_record.values()):
+        plain_texts = [turn.content for turn in turns if isinstance(turn.content, str) and turn.role in VISUAL_ROLES]
+        plain = "\n".join(plain_texts)
+        for placeholder, visuals in of_record.items():
+            in_content = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
+            empty_items = parts.count(Placeholder(placeholder))
+            if visuals or in_content or empty_items:
+                placeholders = in_content + empty_items + plain.count(placeholder)
+                _check_placeholders(placeholder, placeholders, len(visuals), in_content, where)
+                remaining[placeholder] = iter(visuals)
+    filled, literal = [], 0
     for turn in turns:
         content: Any = turn.content
         if type(content) is tuple:
-            content = content_of(next(left[part.tag]) if isinstance(part, Placeholder) else part for part in content)
+            content = content_of(
+                next(remaining[part.tag]) if isinstance(part, Placeholder) else part for part in content
+            )
         elif IMAGE_PLACEHOLDER in content or VIDEO_PLACEHOLDER in content:
-            visible = left if turn.role in SHOWING else {}
-            literal += sum(placeholder not in visible for placeholder in PLACEHOLDER.findall(content))
-            content = with_visuals(content, visible)
+            usable = remaining if turn.role in VISUAL_ROLES else {}
+            literal += sum(placeholder not in usable for placeholder in PLACEHOLDER.findall(content))
+            content = with_visuals(content, usable)
         if content is not turn.content:  # dataclasses.replace takes ten times as long
             turn = Turn(turn.role, content, turn.reasoning, turn.tool_calls, turn.loss, turn.tool_call_id)
-        whole.append(turn)
-    return tuple(whole), literal
+        filled.append(turn)
+    return tuple(filled), literal
 
 
-def _check_places(placeholder: str, places: int, beside: int, between: int, where: str) -> None:
-    """As many placeholders as images (or videos), named either in a field or between the texts."""
-    if places == beside + between and not (beside and between):
+def _check_placeholders(placeholder: str, placeholders: int, of_record: int, in_content: int, where: str) -> None:
+    """Raises RecordError unless there is one placeholder for each image (or video).
+
+    Those are either all in a field of the record or all in the content lists.
+    """
+    if placeholders == of_record + in_content and not (of_record and in_content):
         return
-    what, wrong = placeholder[1:-1], f"with {placeholder} that do not match the {placeholder[1:-1]}s"
-    if beside and between:
-        raise RecordError(f"{where}: {what}s between the texts and in a field of their own too; keep one", wrong)
-    count = beside + between
-    if count and not places:
+    what, kind_of_error = placeholder[1:-1], f"with {placeholder} that do not match the {placeholder[1:-1]}s"
+    if of_record and in_content:
         raise RecordError(
-            f"{where}: {number_of(count, what)} but no {placeholder} in what the user and tools say; "
-            f"put one where each {what} belongs",
-            wrong,
+            f"{where}: has {what}s in content lists and in a field of the record; keep one", kind_of_error
         )
-    said = f"{places} {placeholder} in what the user and tools say, but {number_of(count, what)}"
-    if what == "video" and places == 1 and beside > 1:
-        said += "; the frames of one video are a list in the list: [[frame, frame, …]]"
-    if count and places > count:
-        said += "; one that is text belongs in a content list, where all text is text"
-    raise RecordError(f"{where}: {said}", wrong)
+    count = of_record + in_content
+    if count and not placeholders:
+        raise RecordError(
+            f"{where}: {number_of(count, what)} but no {placeholder} in the user and tool turns; "
+            f"put one where each {what} belongs",
+            kind_of_error,
+        )
+    message = f"{placeholders} {placeholder} in the user and tool turns, but {number_of(count, what)}"
+    if what == "video" and placeholders == 1 and of_record > 1:
+        message += "; the frames of one video are a list in the list: [[frame, frame, …]]"
+    if count and placeholders > count:
+        message += "; one that is plain text belongs in a content list"
+    raise RecordError(f"{where}: {message}", kind_of_error)
 
 
 def _with_system(raw: dict[str, Any], source: str, names: FieldNames, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """ShareGPT has the system's text in a field beside the turns."""
+    """ShareGPT has the system prompt in a field beside the turns."""
     found = names.system.find(raw, source)
     if found is None or is_nothing(found[1]):
         return turns
     system = text(found[1], f"{source}, {found[0]}")
     if turns[0].role == "system":
-        raise RecordError(f"{source}: has a system turn and the field {found[0]} too; keep one")
+        raise RecordError(f"{source}: has both a system turn and the field {found[0]}; keep one")
     return (Turn("system", system), *turns)

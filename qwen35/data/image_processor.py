@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from qwen35.data.diagnosis import missing, recognised
+from qwen35.data.diagnosis import why_missing, wrong_format
 from qwen35.data.files import read_processor
 from qwen35.data.patches import Levels, PatchFormat, cut
 from qwen35.errors import UserError, one_line
@@ -139,9 +139,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(missing(path), "image missing") from None
+        raise ImageError(why_missing(path), "image missing") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(recognised(path) or "is not an image") from None
+        raise ImageError(wrong_format(path) or "is not an image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except DAMAGED as error:

@@ -1,4 +1,7 @@
-"""The values of a file of records, one after the other: a JSON list, JSON lines or parquet. Its first bytes say which."""
+"""Reads the values of a record file one by one: a JSON list, JSON lines or parquet.
+
+The format follows from the first bytes of the file. What the values mean is not known here.
+"""
 
 import codecs
 import json
@@ -10,55 +13,56 @@ from typing import Any, TextIO
 from qwen35.data import json_list
 from qwen35.data.arrow_json import is_from_table, without_nulls
 from qwen35.data.data_warnings import DataWarnings
-from qwen35.data.diagnosis import recognised
+from qwen35.data.diagnosis import wrong_format
 from qwen35.data.json_list import LONGEST_VALUE, too_long
 from qwen35.data.parquet import PARQUET, read_parquet
 from qwen35.data.record import RecordError
 from qwen35.data.strict_json import LossyJSONError, StrictDecoder
 from qwen35.errors import one_line
 
-READ = "; what is read: a JSON list, one object a line, or parquet"
+FORMATS = "; expected a JSON list, one JSON object per line, or parquet"
 
 
 def read_values(
     file: Path,
     lenient: bool = False,
-    is_asked_for: Callable[[str], bool] | None = None,
+    needs_column: Callable[[str], bool] | None = None,
     warnings: DataWarnings | None = None,
 ) -> Iterator[Any]:
-    """No more than a part of the file is in memory. Raises RecordError, SettingError where a package is missing.
+    """The values, while only a part of the file is in memory.
 
-    Nulls that stand for nothing are left out: all of a parquet file, and of JSON those that it has because it was written
-    from a table (arrow_json.py), which `warnings` is told. lenient: a record that is not JSON, or that would lose something,
-    becomes a RecordError among the values, unless all are. is_asked_for: as for `read_parquet`.
+    Null fields are dropped from parquet, and from JSON that was written from a table
+    (arrow_json.py); the latter is counted in `warnings`. needs_column: as for `read_parquet`.
+    lenient: a record that is not JSON, or would lose data, is yielded as a RecordError, unless all
+    are. Raises RecordError, and SettingError if pyarrow is needed and missing.
     """
     with file.open("rb") as stream:
         start = stream.read(len(PARQUET))
     if start == PARQUET:
-        yield from read_parquet(file, is_asked_for)
-    elif what := recognised(file):
-        raise RecordError(f"{file}: {what}")
+        yield from read_parquet(file, needs_column)
+    elif reason := wrong_format(file):
+        raise RecordError(f"{file}: {reason}")
     elif _is_from_table(file):
-        for number, value in enumerate(_json(file, lenient), 1):
-            whole = value if isinstance(value, RecordError) else without_nulls(value)
-            if warnings is not None and whole != value:
+        for number, value in enumerate(_read_json(file, lenient), 1):
+            stripped = value if isinstance(value, RecordError) else without_nulls(value)
+            if warnings is not None and stripped != value:
                 warnings.count("nulls", 1, f"{file}, record {number}")
-            yield whole
+            yield stripped
     else:
-        yield from _json(file, lenient)
+        yield from _read_json(file, lenient)
 
 
 def _is_from_table(file: Path) -> bool:
-    """Read as far as it takes to know; what cannot be read is told when its turn comes."""
-    with closing(_json(file, lenient=True)) as values:
+    """Reads only as far as needed; what cannot be read is reported when the values are read."""
+    with closing(_read_json(file, lenient=True)) as values:
         try:
             return is_from_table(value for value in values if not isinstance(value, RecordError))
         except RecordError:
             return False
 
 
-def _json(file: Path, lenient: bool) -> Generator[Any, None, None]:
-    broken: list[RecordError] = []
+def _read_json(file: Path, lenient: bool) -> Generator[Any, None, None]:
+    errors: list[RecordError] = []
     number = 0
     try:
         with file.open(encoding="utf-8-sig") as stream:
@@ -69,8 +73,8 @@ def _json(file: Path, lenient: bool) -> Generator[Any, None, None]:
             for value in json_list.values(stream) if start == "[" else _lines(stream):
                 number += 1
                 if isinstance(value, ValueError):
-                    value = _wrong(value, f"{file}, record {number}", is_first=number == 1)
-                    broken.append(value)
+                    value = _record_error(value, f"{file}, record {number}", is_first=number == 1)
+                    errors.append(value)
                     if not lenient:
                         raise value
                 yield value
@@ -81,16 +85,16 @@ def _json(file: Path, lenient: bool) -> Generator[Any, None, None]:
         raise RecordError(f"{file}: not UTF-8 text: {error.reason} at byte {_first_wrong_byte(file)}") from None
     except RecordError:
         raise
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists within lists without end
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, endlessly nested lists
         raise RecordError(f"{file}: JSON that cannot be read: record {number + 1}: {one_line(error)}") from None
     if start == "":
         raise RecordError(f"{file}: is empty")
-    if broken and len(broken) == number:
-        raise broken[0]
+    if errors and len(errors) == number:
+        raise errors[0]
 
 
 def _first_wrong_byte(file: Path) -> int:
-    """Of a file that is not UTF-8; what was being read when it showed is only a block of it."""
+    """The offset in a file that is not UTF-8; UnicodeDecodeError counts from its block's start."""
     decoder, read = codecs.getincrementaldecoder("utf-8")(), 0
     with file.open("rb") as stream:
         while True:
@@ -105,7 +109,7 @@ def _first_wrong_byte(file: Path) -> int:
 
 
 def _lines(stream: TextIO) -> Iterator[Any]:
-    """The value of each line, or the ValueError that says why it has none."""
+    """The value of each line, or the ValueError that it raised."""
     decode = StrictDecoder().decode
     while line := stream.readline(LONGEST_VALUE + 1):
         if len(line) > LONGEST_VALUE:
@@ -121,11 +125,11 @@ def _lines(stream: TextIO) -> Iterator[Any]:
                 yield ValueError(one_line(error))
 
 
-def _wrong(error: ValueError, source: str, is_first: bool) -> RecordError:
-    """What is wrong with a record; with the first, and with several values in one line, perhaps the whole form."""
+def _record_error(error: ValueError, source: str, is_first: bool) -> RecordError:
+    """An error in the first record, or several values in a line, suggest another format."""
     if isinstance(error, json.JSONDecodeError):
-        form = READ if is_first or error.msg == "Extra data" else ""
-        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line{form}", "not JSON")
+        hint = FORMATS if is_first or error.msg == "Extra data" else ""
+        return RecordError(f"{source}: not JSON: {error.msg} at column {error.colno} of its line{hint}", "not JSON")
     if isinstance(error, LossyJSONError):
         return RecordError(f"{source}: {error}")
     return RecordError(f"{source}: JSON that cannot be read: {one_line(error)}", "not JSON")

@@ -1,4 +1,7 @@
-"""A record as the rest of the package sees it, whatever form it was brought in."""
+"""A record in one form, whatever format its file has: turns of text, images and videos.
+
+Knows nothing of files, templates or tokens.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,20 +19,18 @@ LONGEST_MESSAGE = 600  # characters, whatever a record or the path of its image 
 
 
 class RecordError(UserError):
-    """One line that names the file, the record (from 1, with its id if it has one) and the field."""
+    """One line that names the file, the record (from 1, with its id if any) and the field."""
 
     def __init__(self, message: str, kind: str = "malformed", image: str | None = None):
-        """kind: in two or three words what is wrong; image: the file that made the record a bad one."""
+        """kind: what is wrong, in two or three words; image: the image file at fault, if any."""
         super().__init__(shortened(visible(message), LONGEST_MESSAGE))
         self.kind, self.image = kind, image
 
 
 @dataclass(frozen=True)
 class Video:
-    source: Path | tuple[Path, ...]  # a file or a folder of frames; or the frames, in order
-    fps: float | None = (
-        None  # frames a second of a folder or a list; None: it holds those to be taken, video_fps a second
-    )
+    source: Path | tuple[Path, ...]  # a video file or a folder of frames; or the frame files, in order
+    fps: float | None = None  # of a folder or a list of frames; None: the frames are already sampled at video_fps
 
     def __str__(self) -> str:
         if isinstance(self.source, Path):
@@ -47,19 +48,17 @@ class ToolCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     id: str | None = field(
         default=None, compare=False
-    )  # which a response may name; the chat template has no text for it
+    )  # a response may refer to it; the chat template does not write it
 
 
 @dataclass(frozen=True)
 class Turn:
     role: Role
-    content: (
-        str | tuple[Part, ...]
-    )  # text; in turns of the user and of tools also texts with images and videos between them
+    content: str | tuple[Part, ...]  # a tuple only in user and tool turns with images or videos
     reasoning: str | None = None  # `reasoning_content` of an assistant turn
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant turn
-    loss: bool | None = None  # what the record says of it: whether its tokens are trained; None: nothing
-    tool_call_id: str | None = field(default=None, compare=False)  # of a tool's turn: the call that it answers
+    loss: bool | None = None  # whether the record asks to train this turn; None: the record does not say
+    tool_call_id: str | None = field(default=None, compare=False)  # of a tool turn: the call that it answers
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -67,29 +66,29 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """Without its images and videos."""
+        """The content without its images and videos."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
 def content_of(parts: Iterable[Part]) -> str | tuple[Part, ...]:
-    """Texts that follow each other become one, and what holds no image or video a text."""
-    whole: list[Part] = []
+    """Join adjacent texts; without any image or video the content is a plain string."""
+    joined: list[Part] = []
     for part in parts:
-        if isinstance(part, str) and whole and isinstance(whole[-1], str):
-            whole[-1] += part
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
         elif part != "":
-            whole.append(part)
-    if len(whole) == 1 and isinstance(whole[0], str):
-        return whole[0]
-    return tuple(whole) or ""
+            joined.append(part)
+    if len(joined) == 1 and isinstance(joined[0], str):
+        return joined[0]
+    return tuple(joined) or ""
 
 
 def with_visuals(text: str, visuals: Mapping[str, Iterator[Visual]]) -> str | tuple[Part, ...]:
-    """The content that a text stands for: the next image or video where a placeholder is that `visuals` has some for.
+    """The content of a text, each placeholder in `visuals` replaced by the next of its visuals.
 
-    There must be one for each such place; any other placeholder is text.
+    The caller checks that there are enough; placeholders that are not in `visuals` stay text.
     """
     return content_of(next(visuals[part]) if part in visuals else part for part in PLACEHOLDER.split(text) if part)
 
@@ -97,15 +96,15 @@ def with_visuals(text: str, visuals: Mapping[str, Iterator[Visual]]) -> str | tu
 @dataclass(frozen=True)
 class Record:
     source: str  # "data/a.json, record 12 (id 7)", for messages
-    turns: tuple[Turn, ...]  # [system,] user, assistant, user, …; between assistant turns also those of tools
-    tools: tuple[Any, ...] = ()  # what the model may call, each as JSON describes it
+    turns: tuple[Turn, ...]  # [system,] user, assistant, user, …; tool turns only between assistant turns
+    tools: tuple[Any, ...] = ()  # JSON descriptions of the functions that the model may call
 
     def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
         return RecordError(f"{self.source}: {message}", kind, image)
 
     @cached_property
     def visuals(self) -> list[Visual]:
-        """Images and videos in order of appearance."""
+        """The images and videos, in order of appearance."""
         parts = (part for turn in self.turns if not isinstance(turn.content, str) for part in turn.content)
         return [part for part in parts if not isinstance(part, str)]
 

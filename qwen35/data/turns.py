@@ -1,17 +1,20 @@
-"""The turns of a record: each by itself, then calls joined to the answer that they belong to, and their order."""
+"""Parses the turns of a record: one by one, then as a conversation.
+
+Calls in turns of their own are joined to the answer before them, tool responses are put in the
+order of the calls, and the order of the roles is checked.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from qwen35.data.content import Parser, kind, text
-from qwen35.data.fields import LOSS, FieldNames, Names
+from qwen35.data.fields import LOSS_FIELDS, FieldNames, Names
 from qwen35.data.record import RecordError, Role, Turn
 from qwen35.wording import number_of
 
-FOLLOWS = {  # what may come after which turn
+MAY_FOLLOW = {  # role -> the roles of the turns that may follow it; None: the start, or a system turn
     None: ("user",),
-    "system": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool", "user"),
@@ -19,31 +22,29 @@ FOLLOWS = {  # what may come after which turn
 
 
 def parse_turns(
-    raw: Any, where: str, names: FieldNames, parser: Parser, masks: Any, answered: bool
+    raw: Any, where: str, names: FieldNames, parser: Parser, loss_mask: Any, answered: bool
 ) -> tuple[list[Turn], int]:
-    """The turns, and how many responses of tools did not stand in the order of their calls. Raises RecordError.
+    """The turns, and how many tool responses were moved into the order of their calls.
 
-    raw: the list of turns; masks: the record's loss_mask. The content of a list is left as a tuple, in which a Placeholder
-    stands for one of the record's own images or videos.
+    raw: the list of turns; loss_mask: the record's own. The content of a list becomes a tuple, with
+    a Placeholder for each of the record's own images and videos. Raises RecordError.
     """
     if not isinstance(raw, list) or not raw:
         raise RecordError(f"{where}: is {kind(raw)}, not a list of turns")
-    if masks is not None and (not isinstance(masks, list) or len(masks) != len(raw)):
-        what = f"has {len(masks)} entries" if isinstance(masks, list) else f"is {kind(masks)}"
+    if loss_mask is not None and (not isinstance(loss_mask, list) or len(loss_mask) != len(raw)):
+        what = f"has {len(loss_mask)} entries" if isinstance(loss_mask, list) else f"is {kind(loss_mask)}"
         raise RecordError(
-            f"{where}: has {number_of(len(raw), 'turn')}, but the record's loss_mask {what}; one entry a turn"
+            f"{where}: has {number_of(len(raw), 'turn')}, but the record's loss_mask {what}; it needs one entry per turn"
         )
     turns: list[Turn] = []
-    numbers: list[int] = []  # of each turn, its place in the list
+    numbers: list[int] = []  # index of each turn in `raw`
     for i, entry in enumerate(raw):
-        mask = None if masks is None else masks[i]
+        mask = None if loss_mask is None else loss_mask[i]
         turn = _parse_turn(entry, f"{where}[{i}]", names, parser, mask)
         before = turns[-1] if turns else None
         if before is not None and before.role == turn.role == "assistant" and _is_only_calls(turn):
             if (before.loss is False) != (turn.loss is False):
-                raise RecordError(
-                    f"{where}[{i}]: a call and the answer that it belongs to are one turn; train both or neither"
-                )
+                raise RecordError(f"{where}[{i}]: a call and the answer before it are one turn; train both or neither")
             turns[-1] = replace(before, tool_calls=before.tool_calls + turn.tool_calls)
         else:
             turns.append(turn)
@@ -63,7 +64,7 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
     role = names.roles.get(tag) if isinstance(tag, str) else None
     if role is None:
         raise RecordError(
-            f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name others in attr"
+            f"{where}.{role_field}: {repr(tag)[:80]} is not one of {', '.join(names.roles)}; name other roles in attr"
         )
     content: Any = ""
     if mask is None and tag not in names.calls and entry.keys() <= names.plain:
@@ -93,14 +94,14 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
 
 
 def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:
-    """What a turn, or the record's loss_mask, says of whether it is trained."""
-    given = {name: entry[name] for name in LOSS if name in names.loss and entry.get(name) is not None}
+    """Whether a turn is trained, as the turn or the record's loss_mask says; None: neither does."""
+    given = {name: entry[name] for name in LOSS_FIELDS if name in names.loss and entry.get(name) is not None}
     if mask is not None:
         given["the record's loss_mask"] = mask
     for name, value in given.items():
         if value not in (0, 1):
             raise RecordError(
-                f"{where}: {name} is {repr(value)[:80]}, neither 0 nor 1; a turn is trained or not, by no factor"
+                f"{where}: {name} is {repr(value)[:80]}, neither 0 nor 1; a turn is trained or not, without a weight"
             )
     if len(set(map(bool, given.values()))) > 1:
         raise RecordError(f"{where}: {' and '.join(given)} differ on whether it is trained; keep one")
@@ -118,21 +119,25 @@ def _check_order(turns: Sequence[Turn], numbers: Sequence[int], where: str, answ
     offset = 1 if turns[0].role == "system" else 0
     before: Role | None = None
     for turn, number in zip(turns[offset:], numbers[offset:], strict=True):
-        expected = FOLLOWS[before]
+        expected = MAY_FOLLOW[before]
         if turn.role not in expected:
             raise RecordError(
-                f"{where}[{number}]: a turn of the {turn.role} where one of the {expected[0]} belongs; "
+                f"{where}[{number}]: {turn.role} turn where {expected[0]} is expected; "
                 "turns are [system,] user, assistant, user, assistant, …"
             )
         before = turn.role
     if len(turns) == offset:
-        raise RecordError(f"{where}: has no turn of the user")
+        raise RecordError(f"{where}: has no user turn")
     if answered and before != "assistant":
-        raise RecordError(f"{where}[{numbers[-1]}]: ends with the {before}; there is no answer to train on")
+        raise RecordError(f"{where}[{numbers[-1]}]: ends with a {before} turn; there is no answer to train on")
 
 
 def _with_responses(turns: list[Turn], numbers: Sequence[int], where: str) -> tuple[list[Turn], int]:
-    """As many responses behind calls as there are calls, in their order, for the text says nothing else of which is whose."""
+    """The turns with the responses in the order of their calls, and how many were moved.
+
+    The template writes no ids, so only the order tells the model which response belongs to which
+    call. Raises RecordError unless each call has one response.
+    """
     reordered = 0
     for i, turn in enumerate(turns):
         if not turn.tool_calls or i + 1 == len(turns):
@@ -141,12 +146,12 @@ def _with_responses(turns: list[Turn], numbers: Sequence[int], where: str) -> tu
         while end < len(turns) and turns[end].role == "tool":
             end += 1
         responses, here = turns[i + 1 : end], f"{where}[{numbers[i]}]"
-        if not responses and turns[i + 1].text.lstrip().startswith("<tool_response>"):  # in the user's name
+        if not responses and turns[i + 1].text.lstrip().startswith("<tool_response>"):  # written out in a user turn
             continue
         if len(responses) != len(turn.tool_calls):
             raise RecordError(
-                f"{here}: {number_of(len(turn.tool_calls), 'call')} but {number_of(len(responses), 'response')} of tools "
-                "behind; each call needs one turn of a tool"
+                f"{here}: {number_of(len(turn.tool_calls), 'call')} but {number_of(len(responses), 'tool response')} after "
+                "it; each call needs one tool turn"
             )
         calls, answers = [call.id for call in turn.tool_calls], [response.tool_call_id for response in responses]
         if None in calls or None in answers:

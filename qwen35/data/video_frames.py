@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen35.data.diagnosis import missing, recognised
+from qwen35.data.diagnosis import why_missing, wrong_format
 from qwen35.data.image_processor import DAMAGED, ImageError, read_rgb, upright_size
 from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
@@ -48,7 +48,7 @@ def reel(video: Video) -> Reel:
     for number, file in enumerate(files):  # missing ones show now, broken ones when they are decoded
         if not file.is_file():
             with _frame(file, number, len(files)):
-                raise ImageError("is no file" if file.exists() else missing(file), "image missing")
+                raise ImageError("is no file" if file.exists() else why_missing(file), "image missing")
     with _frame(files[0], 0, len(files)):
         width, height = upright_size(files[0])
     return Reel(len(files), video.fps, width, height)
@@ -119,7 +119,7 @@ def _decode_images(files: Sequence[Path], numbers: Sequence[int]) -> Iterator[np
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; whatever goes wrong inside is a VideoError."""
     if not path.is_file():
-        raise VideoError("is no file" if path.exists() else missing(path), "video missing")
+        raise VideoError("is no file" if path.exists() else why_missing(path), "video missing")
     try:
         import av
     except ModuleNotFoundError:
@@ -138,7 +138,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise
     except (av.error.FFmpegError, *DAMAGED) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise VideoError(recognised(path) or f"cannot be read: {reason}") from None
+        raise VideoError(wrong_format(path) or f"cannot be read: {reason}") from None
 
 
 def _file_reel(path: Path, video: Video) -> Reel:

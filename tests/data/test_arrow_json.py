@@ -78,7 +78,7 @@ def test_what_a_table_fills_in_is_not_trained(tmp_path, form):
     assert list(read_values(file, warnings=warnings)) == [WRITTEN]
     assert warnings.counts == {"nulls": (1, f"{file}, record 1")}
     (told,) = warnings.lines()
-    assert told.startswith("1 record has nulls that a table filled in; they are left out, as of a parquet file")
+    assert told.startswith("1 record has nulls that a table filled in; they are dropped, as from a parquet file")
     written = text(tmp_path, file)
     assert "None" not in written and "null" not in written
     assert written == text(tmp_path, lines(tmp_path, WRITTEN))

@@ -114,7 +114,7 @@ def change(home, **entry):
             r"conversations[0].from: 'system' is not one of human, gpt",
         ),
         ({"image": "../../secret.jpg"}, "image: '../../secret.jpg' lies outside"),
-        ({"image": ["a.jpg", "b.jpg"]}, "1 <image> in what the user and tools say, but 2 images"),
+        ({"image": ["a.jpg", "b.jpg"]}, "1 <image> in the user and tool turns, but 2 images"),
         ({"conversations": None}, "has no field conversations"),
         ({"video": "v.mp4"}, "has video, which is not read"),
         ({"label": False}, "has label, which is not read"),
@@ -149,7 +149,7 @@ def test_what_is_converted_reads_as_before(coco, capsys):
     ]
     (coco / "llava.json").write_text(json.dumps(hard))
     assert convert(coco) == 0
-    assert "\n3 placeholders (<image>, <video>) are text, no places; first: " in capsys.readouterr().out
+    assert "\n3 placeholders (<image>, <video>) are kept as text; first: " in capsys.readouterr().out
     images = coco / "coco" / "train2017"
     before = [parse_record(raw, "", FieldNames.llava(), ImageFolder(images))[0] for raw in hard]
     after = list(read_records(coco / "out" / "records.json", Attr(), ImageFolder(coco / "coco")))

@@ -26,7 +26,7 @@ PAGES = (
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100
 NOT_IMAGES = {
     "lfs": (LFS, r"is a pointer of Git LFS, not the file itself; fetch the files with git lfs pull"),
-    "page": (PAGES[0], "is a web page, as a download that failed leaves it; download the file again"),
+    "page": (PAGES[0], "is a web page, as a failed download leaves behind; download the file again"),
     "page 2": (PAGES[1], "is a web page, "),
     "page 3": (PAGES[2], "is a web page, "),
     "heic": (HEIC, "is HEIC, which is not read; make it JPEG or PNG"),
@@ -95,19 +95,19 @@ def test_a_name_in_another_unicode_form(tmp_path, on_disk, asked):
         upright_size(path)
     assert caught.value.kind == "image missing"
     assert str(caught.value) == (
-        f"no such file; it is there under a name that looks alike, in the Unicode form {on_disk}: rename it, or write its name "
-        "as it is"
+        f"no such file; there is one with its name written in the Unicode form {on_disk}: rename it, or write its name "
+        "that way"
     )
 
 
 @pytest.mark.parametrize(
     ("asked", "how"),
-    [("a\\b\\1 2.png", r"with / for \\"), ("file://a/b/1%202.png", "without the %-codes of an address")],
+    [("a\\b\\1 2.png", r"with / for \\"), ("file://a/b/1%202.png", "without the %-codes of a URL")],
 )
 def test_a_name_as_others_write_it(tmp_path, asked, how):
     (tmp_path / "a/b").mkdir(parents=True)
     picture(tmp_path / "a/b/1 2.png")
-    with pytest.raises(ImageError, match=f"^no such file; it is there under a name that looks alike, {how}: "):
+    with pytest.raises(ImageError, match=f"^no such file; there is one with its name written {how}: "):
         upright_size(ImageFolder(tmp_path).path(asked))
     for name in (
         "c\\d.png",

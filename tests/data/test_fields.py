@@ -104,9 +104,7 @@ def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
         "supervised",
         "ignored",
     ):
-        with pytest.raises(
-            RecordError, match=f"has {name}, which is not read and looks like an instruction on what is tr"
-        ):
+        with pytest.raises(RecordError, match=f"has {name}, which is not read but looks like an instruction about tr"):
             read(tmp_path, with_field(where, name, 0))
         assert read(tmp_path, with_field(where, name, None))[1] == []
     for name in ("trainer", "glossary", "constraint", "weightlessness", "boxer", "objective"):
@@ -136,7 +134,7 @@ def test_arguments_beside_the_function_that_they_are_of(tmp_path):
 
     for arguments in ({"a": 1}, '{"a": 1}'):
         with pytest.raises(
-            RecordError, match=r"tool_calls\[0\]: has arguments, which is not read; where a call has function, they be"
+            RecordError, match=r"tool_calls\[0\]: has arguments, which is not read; in a call with a function object"
         ):
             read(tmp_path, calls({"arguments": arguments}))
     assert read(tmp_path, calls({"arguments": {}}))[1] == []
@@ -156,7 +154,7 @@ def test_names_in_attr_are_read_whatever_they_are_called(tmp_path):
     assert record.turns[-1].loss is False
     assert told == [f"{NOT_READ}objects.seen (1 time, first: {tmp_path}/x.json, record 1)"]
     with pytest.raises(
-        RecordError, match=r"record 1\.objects: has rejected_mask, which is not read and looks like an instr"
+        RecordError, match=r"record 1\.objects: has rejected_mask, which is not read but looks like an instr"
     ):
         read(tmp_path, raw | {"objects": {"chosen": turns, "rejected_mask": 1}}, attr=attr)
 
@@ -201,7 +199,7 @@ def test_fields_that_attr_ignores(tmp_path):
     assert read(tmp_path, masked, attr=Attr(ignore=("loss_mask",)))[0][0].turns[1].loss is None
     for attr in (Attr(ignore=("images",)), Attr(messages="a.b", ignore=("a",)), Attr(ignore=("tool_calls",))):
         with pytest.raises(
-            SettingError, match=f"attr.ignore: {attr.ignore[0]} is read; only what is not read can be ign"
+            SettingError, match=f"attr.ignore: {attr.ignore[0]} is read; only fields that are not read can be ign"
         ):
             read(tmp_path, TEXT, attr=attr)
 
@@ -212,12 +210,13 @@ def test_images_named_in_the_text(tmp_path):
         raw = {"messages": [Q | {"content": text}, A]}
         if "<video>" in text:
             with pytest.raises(
-                RecordError, match=r"nothing to show there, but <video>…</video> in a text looks like it"
+                RecordError,
+                match=r"has <image> or <video> but no image or video; <video>…</video> in a text looks like one",
             ):
                 read(tmp_path, raw)
         else:
             assert read(tmp_path, raw)[1][0].startswith(
-                "what looks like an image or video, and is not read, in records that have none: 1 record in '<img>…</img> in a"
+                "possible images or videos that are not read, in records that have none: 1 record in '<img>…</img> in a"
             )
     for text in ("<b>a.jpg</b>", "<video src=a.mp4></video>", "<img> or </img>", "<img>the cat.</img>"):
         ((record,), told) = read(tmp_path, {"messages": [Q | {"content": text}, A]})
@@ -290,7 +289,7 @@ def test_an_instruction_stops_a_run_and_can_be_skipped(here):
     records[7]["label"], records[8]["label"] = False, True
     (here / "data/a.json").write_text(json.dumps(records))
     with pytest.raises(
-        RecordError, match=r"record 8 \(id r7\): has label, which is not read; only records whose answers"
+        RecordError, match=r"record 8 \(id r7\): has label, which is not read; only records with good answers"
     ):
         MicroBatches(load_settings("r.yaml"), 0, 1)
     assert MicroBatches(load_settings("r.yaml", [f"{BASIC}.on_bad_record=skip"]), 0, 1).samples == 11

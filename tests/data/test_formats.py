@@ -278,20 +278,20 @@ BROKEN = {
     "surrogate": ([{"messages": [turn("user", "\ud800")]}], r"messages\[0\]\.content: half a surrogate pair"),
     "answer first": (
         [{"messages": [turn("assistant", "x")]}],
-        r"messages\[0\]: a turn of the assistant where one of the u",
+        r"messages\[0\]: assistant turn where user",
     ),
     "twice the user": (
         [{"messages": [turn("user", "x")] * 2}],
-        r"messages\[1\]: a turn of the user where one of the ass",
+        r"messages\[1\]: user turn where assistant",
     ),
     "system later": (
         [{"messages": [turn("user", "x"), turn("system", "y")]}],
-        r"messages\[1\]: a turn of the system where one of the assistant belongs",
+        r"messages\[1\]: system turn where assistant is expected",
     ),
-    "only system": ([{"messages": [turn("system", "x")]}], r"messages: has no turn of the user"),
+    "only system": ([{"messages": [turn("system", "x")]}], r"messages: has no user turn"),
     "no answer": (
         [{"messages": [turn("user", "x")]}],
-        r"messages\[0\]: ends with the user; there is no answer to train on",
+        r"messages\[0\]: ends with a user turn; there is no answer to train on",
     ),
     "reasoning": (
         [{"messages": [turn("user", "x"), turn("assistant", "y") | {"reasoning_content": 3}]}],
@@ -307,7 +307,7 @@ BROKEN = {
     ),
     "functions": (
         [TEXT | {"functions": [{"name": "f"}]}],
-        r"record 1: has functions, which is not read; what can be called is read from tools",
+        r"record 1: has functions, which is not read; functions are read from the field tools",
     ),
     "a preference pair": (
         [TEXT | {"chosen": TEXT["conversations"][1], "rejected": {"from": "gpt", "value": "No"}}],
@@ -315,15 +315,15 @@ BROKEN = {
     ),
     "no placeholder": (
         [TEXT | {"image": "a.jpg"}],
-        r"conversations: 1 image but no <image> in what the user and tools say; put one where each image belongs",
+        r"conversations: 1 image but no <image> in the user and tool turns; put one where each image belongs",
     ),
     "too many placeholders": (
         [MESSAGES | {"images": "a.jpg"}],
-        r"messages: 2 <image> in what the user and tools say, but 1 image; one that is text belongs in a content list",
+        r"messages: 2 <image> in the user and tool turns, but 1 image; one that is plain text belongs in a content list",
     ),
     "too few placeholders": (
         [LLAVA | {"image": ["a.jpg", "b.jpg"]}],
-        r"1 <image> in what the user and tools say, but 2 images$",
+        r"1 <image> in the user and tool turns, but 2 images$",
     ),
     "image is a number": (
         [LLAVA | {"image": 3}],
@@ -337,10 +337,16 @@ BROKEN = {
     "image with a long name": ([LLAVA | {"image": "a" * 5000}], r"image: 'a+': File name too long"),
     "image in the text and beside it": (
         [asked(item("image", image="a.jpg"), image="b.jpg")],
-        r"images between the texts and in a field of their own too; keep one",
+        r"has images in content lists and in a field of the record; keep one",
     ),
-    "item without a type": ([asked({"x": 1})], r"content\[0\]: has no type; text, image, image_url, video"),
-    "item of another type": ([asked(item("audio", audio="x"))], r"content\[0\]: has type 'audio'; text, image"),
+    "item without a type": (
+        [asked({"x": 1})],
+        r"content\[0\]: has no type; supported are text, image, image_url, video",
+    ),
+    "item of another type": (
+        [asked(item("audio", audio="x"))],
+        r"content\[0\]: has type 'audio'; supported are text, image",
+    ),
     "text without text": ([asked(item("text"))], r"content\[0\]\.text: is null, not text"),
     "two images in an item": (
         [asked(item("image", image="a.jpg", url="b.jpg"))],
@@ -356,15 +362,15 @@ BROKEN = {
     ),
     "an image in an item of text": (
         [asked(item("text", text="x", image_url={"url": "b.jpg"}))],
-        r"content\[0\]: has type text, and image_url too; each belongs in an item of its own",
+        r"content\[0\]: has type text and also image_url; put each in an item of its own",
     ),
     "image of the assistant": (
         [{"messages": [turn("user", "x"), turn("assistant", [item("image", image="a.jpg")])]}],
-        r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only the user and tools show any",
+        r"messages\[1\]\.content\[0\]: an image in a turn of the assistant; only user and tool turns have any",
     ),
     "size of one image": (
         [asked(item("image", image="a.jpg", max_pixels=100))],
-        r"content\[0\]: has max_pixels, which is not read; preprocess_parameters hold for all records",
+        r"content\[0\]: has max_pixels, which is not read; preprocess_parameters apply to all records",
     ),
     "rate of one video": ([asked(item("video", video="v", fps=1))], r"content\[0\]: has fps, which is not read"),
     "rate that is none": ([asked(item("video", video="v", sample_fps=0))], r"video: sample_fps: 0 is not a number of"),
@@ -378,16 +384,16 @@ BROKEN = {
         [LLAVA | {"image": "data:text/html,x"}],
         r"image: 'data:text/html,x'… is no image in base64",
     ),
-    "no video": ([asked(item("video"))], r"messages: 1 <video> in what the user and tools say, but 0 videos$"),
-    "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in what the user and tools say"),
+    "no video": ([asked(item("video"))], r"messages: 1 <video> in the user and tool turns, but 0 videos$"),
+    "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in the user and tool turns"),
     "no frames": (
         [asked(item("video", video=[]))],
-        r"messages: 1 <video> in what the user and tools say, but 0 videos$",
+        r"messages: 1 <video> in the user and tool turns, but 0 videos$",
     ),
     "frame is a number": ([asked(item("video", video=["a", 1]))], r"content\[0\]\.video\[1\]: is a number, not a path"),
     "two systems": (
         [{"system": "a", "messages": [turn("system", "b"), turn("user", "x"), turn("assistant", "y")]}],
-        r"record 1: has a system turn and the field system too; keep one",
+        r"record 1: has both a system turn and the field system; keep one",
     ),
     "tools are text": ([TEXT | {"tools": "f"}], r"record 1, tools: 'f' is not JSON"),
     "tool is a name": ([TEXT | {"tools": ["f"]}], r"record 1, tools: is a list, not a list of objects"),
@@ -405,11 +411,11 @@ BROKEN = {
     ),
     "tool first": (
         [{"messages": [turn("user", "x"), turn("tool", "y")]}],
-        r"messages\[1\]: a turn of the tool where one of the assistant belongs",
+        r"messages\[1\]: tool turn where assistant is expected",
     ),
     "ends with a tool": (
         [{"messages": [turn("user", "x"), turn("assistant", "y"), turn("tool", "z")]}],
-        r"messages\[2\]: ends with the tool; there is no answer to train on",
+        r"messages\[2\]: ends with a tool turn; there is no answer to train on",
     ),
     "two image fields": ([LLAVA | {"images": ["a.jpg"]}], r"has both images and image; say in attr which one counts"),
 }

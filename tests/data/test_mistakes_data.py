@@ -74,9 +74,7 @@ FILES = [
     Case("very deep", SHOW, ("data/a.json: JSON that cannot be read",), write(FILE, "[" * 100_000)),
     Case("not records", TRAIN, ("data/a.json, record 1: is a number, not an object",), write(FILE, "[1, 2]")),
     Case("archive", TRAIN, ("data/a.json: is compressed; unpack it first",), write(FILE, "PK\3\4 and so on")),
-    Case(
-        "table", DATA, ("data/a.json, record 1: not JSON", "what is read: a JSON list, one"), write(FILE, "a,b\n1,2\n")
-    ),
+    Case("table", DATA, ("data/a.json, record 1: not JSON", "expected a JSON list, one"), write(FILE, "a,b\n1,2\n")),
     Case(
         "name that no record has",
         (*TRAIN, "data.dataset_param.attr.images=photo"),
@@ -97,23 +95,23 @@ TURNS = [
     Case(
         "no conversation",
         TRAIN,
-        (f"{SECOND}: has no field messages or conversations", "attr.messages says which"),
+        (f"{SECOND}: has no field messages or conversations", "in attr.messages"),
         record(conversations=None),
     ),
     Case(
         "frames that are not one video",
         TRAIN,
-        (f"{SECOND}, conversations: 1 <video> in what the user and tools say, but 2 videos; the frames of one video",),
+        (f"{SECOND}, conversations: 1 <video> in the user and tool turns, but 2 videos; the frames of one video",),
         both(turns(("human", "<image><video>"), ("gpt", "x")), record(video=["1.png", "1.png"])),
     ),
     Case("text for turns", SHOW, (f"{SECOND}, conversations: is text, not a list",), record(conversations="Hi")),
-    Case("answer first", TRAIN, (f"{SECOND}, conversations[0]: a turn of the assistant",), turns(("gpt", "x"), ASKED)),
-    Case("twice the user", TRAIN, (f"{SECOND}, conversations[1]: a turn of the user",), turns(ASKED, ASKED)),
-    Case("no answer", TRAIN, (f"{SECOND}, conversations[0]: ends with the user",), turns(ASKED)),
+    Case("answer first", TRAIN, (f"{SECOND}, conversations[0]: assistant turn where",), turns(("gpt", "x"), ASKED)),
+    Case("twice the user", TRAIN, (f"{SECOND}, conversations[1]: user turn where",), turns(ASKED, ASKED)),
+    Case("no answer", TRAIN, (f"{SECOND}, conversations[0]: ends with a user turn",), turns(ASKED)),
     Case(
         "unknown role",
         TRAIN,
-        (f"{SECOND}, conversations[1].from: 'bot' is not one of user", "; name others in attr"),
+        (f"{SECOND}, conversations[1].from: 'bot' is not one of user", "; name other roles in attr"),
         turns(ASKED, ("bot", "x")),
     ),
     Case(
@@ -196,7 +194,7 @@ IMAGES = [
     Case(
         "too many places",
         TRAIN,
-        (f"{SECOND}, conversations: 2 <image> in what", "1 image; one that is text belongs in a content list"),
+        (f"{SECOND}, conversations: 2 <image> in the", "1 image; one that is plain text belongs in a content list"),
         turns(("human", "<image><image>"), ("gpt", "x")),
     ),
     Case(

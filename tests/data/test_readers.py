@@ -115,7 +115,7 @@ def test_another_form_is_told_what_is_read(tmp_path, text, where, lenient):
     with pytest.raises(RecordError) as caught:
         list(read_values(file, lenient))
     assert str(caught.value).startswith(f"{file}, {where}")
-    assert str(caught.value).endswith("; what is read: a JSON list, one object a line, or parquet")
+    assert str(caught.value).endswith("; expected a JSON list, one JSON object per line, or parquet")
 
 
 def test_a_line_that_is_cut_off_is_told_no_more(tmp_path):
@@ -208,9 +208,9 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path, monkeypatch):
     """The others may hold what pyarrow cannot turn into values, as a time in nanoseconds, or gigabytes."""
     records = [{"messages": [i], "extra": "é"} for i in range(3)]
     write_parquet(tmp_path / "a.parquet", records, monkeypatch)
-    read = list(read_values(tmp_path / "a.parquet", is_asked_for={"messages", "images"}.__contains__))
+    read = list(read_values(tmp_path / "a.parquet", needs_column={"messages", "images"}.__contains__))
     assert read == [{"messages": [i], "extra": "(a column that is not read)"} for i in range(3)]
-    read = list(read_values(tmp_path / "a.parquet", is_asked_for=lambda _: False))
+    read = list(read_values(tmp_path / "a.parquet", needs_column=lambda _: False))
     assert read == [dict.fromkeys(records[0], "(a column that is not read)")] * 3
 
 
@@ -226,7 +226,7 @@ def test_a_column_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         write_parquet(tmp_path / "a.parquet", [{"id": UNREADABLE, "messages": "x", "system": UNREADABLE}], monkeypatch)
     for column in ("id", "system"):
         with pytest.raises(RecordError, match=rf"a\.parquet, column '{column}': cannot be read: ") as caught:
-            list(read_values(tmp_path / "a.parquet", is_asked_for={"messages", column}.__contains__))
+            list(read_values(tmp_path / "a.parquet", needs_column={"messages", column}.__contains__))
         assert "\n" not in str(caught.value)
-    (read,) = read_values(tmp_path / "a.parquet", is_asked_for={"messages"}.__contains__)
+    (read,) = read_values(tmp_path / "a.parquet", needs_column={"messages"}.__contains__)
     assert read["messages"] == "x"

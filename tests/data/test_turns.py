@@ -162,7 +162,7 @@ def test_a_tag_in_a_text_without_images(make, place):
         said("user", "How do I use the <video> tag in HTML5?"),
         said("assistant", "Put <video src=x></video> there."),
     ]
-    told = f"1 placeholder (<image>, <video>) is text, no place; first: {place}/r.json, record 1"
+    told = f"1 placeholder (<image>, <video>) is kept as text; first: {place}/r.json, record 1"
     _, trained = make({"messages": turns}, told=[told])
     assert trained == [f"Put <video src=x></video> there.{END}"]
 
@@ -183,13 +183,18 @@ def test_of_each_kind_by_itself(make, place):
     """Where the record has images, `<image>` is a place and `<video>` is text."""
     turns = [said("user", "<image> in <video>"), said("assistant", "<image>")]
     meant = [said("user", [IMAGE, {"type": "text", "text": " in <video>"}]), said("assistant", "<image>")]
-    told = f"2 placeholders (<image>, <video>) are text, no places; first: {place}/r.json, record 1"
+    told = f"2 placeholders (<image>, <video>) are kept as text; first: {place}/r.json, record 1"
     make({"messages": turns, "image": "images/0000.png"}, {"messages": meant}, told=[told])
 
 
 def test_a_placeholder_and_an_image_in_a_field_that_is_not_read(place, preparation):
     raw = {"messages": [said("user", "<image>"), A], "photo": "images/0000.png"}
-    refused(place, preparation, raw, "nothing to show there, but photo looks like it; attr.images")
+    refused(
+        place,
+        preparation,
+        raw,
+        "has <image> or <video> but no image or video; photo looks like one: name its field in attr.images",
+    )
     raw["source"] = raw.pop("photo")
     (place / "r.json").write_text(json.dumps([raw]))
     assert len(list(tokenised(place / "r.json", preparation))) == 1  # where it came from
@@ -261,7 +266,7 @@ def numbered(*ids):
 
 def test_responses_come_in_the_order_of_their_calls(make, place):
     turns = [Q, numbered("a", "b"), said("tool", "of b", tool_call_id="b"), said("tool", "of a", tool_call_id="a"), A]
-    told = f"2 tool responses were put into the order of the calls; first: {place}/r.json, record 1"
+    told = f"2 tool responses were moved into the order of the calls; first: {place}/r.json, record 1"
     make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, told=[told])
     make({"messages": [*turns[:2], turns[3], turns[2], A]})
     make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id=""), A]})  # by their order
@@ -311,10 +316,10 @@ def test_random_turns_have_the_text_of_those_that_are_meant(place, hf_tokenizer,
 
 
 WRONG = {
-    "too few responses": ([Q, called(1, 2), said("tool", "r"), A], r"\[1\]: 2 calls but 1 response of tools behind"),
-    "too many": ([Q, called(1), *[said("tool", "r")] * 2, A], r"\[1\]: 1 call but 2 responses of tools behind"),
-    "none": ([Q, called(1), Q, A], r"\[1\]: 1 call but 0 responses of tools behind; each call needs one turn of a tool"),
-    "an answer instead": ([Q, called(1), A], r"messages\[2\]: a turn of the assistant where one of the user belongs"),
+    "too few responses": ([Q, called(1, 2), said("tool", "r"), A], r"\[1\]: 2 calls but 1 tool response after it"),
+    "too many": ([Q, called(1), *[said("tool", "r")] * 2, A], r"\[1\]: 1 call but 2 tool responses after it"),
+    "none": ([Q, called(1), Q, A], r"\[1\]: 1 call but 0 tool responses after it; each call needs one tool turn"),
+    "an answer instead": ([Q, called(1), A], r"messages\[2\]: assistant turn where user is expected"),
     "other ids": (
         [Q, numbered("a", "b"), *[said("tool", "r", tool_call_id=i) for i in "ac"], A],
         r"\[1\]: the calls' ids are a, b, but the responses have a, c",
@@ -323,14 +328,14 @@ WRONG = {
         [Q, numbered("a", "a"), *[said("tool", "r", tool_call_id="a")] * 2, A],
         r"\[1\]: the calls' ids are a, a, but the responses have a, a",
     ),
-    "two texts": ([Q, said("assistant", "a"), A], r"messages\[2\]: a turn of the assistant where one of the user belongs"),
+    "two texts": ([Q, said("assistant", "a"), A], r"messages\[2\]: assistant turn where user is expected"),
     "a text in the second": (
         [Q, said("assistant", "a"), called(1, content="b")],
-        r"messages\[2\]: a turn of the assistant where one of the user belongs",
+        r"messages\[2\]: assistant turn where user is expected",
     ),
     "a thought in the second": (
         [Q, said("assistant", "a"), called(1, reasoning_content="why")],
-        r"messages\[2\]: a turn of the assistant where one of the user belongs",
+        r"messages\[2\]: assistant turn where user is expected",
     ),
     "a call in two ways": (
         [Q, said("tool_call", CALL_1) | {"tool_calls": called(2)["tool_calls"]}],
@@ -338,12 +343,12 @@ WRONG = {
     ),
     "half of it trained": (
         [Q, said("assistant", "a", loss=0), called(1, loss=1)],
-        r"messages\[2\]: a call and the answer that it belongs to are one turn; train both or neither",
+        r"messages\[2\]: a call and the answer before it are one turn; train both or neither",
     ),
     "a thought of the user": ([Q | {"reasoning_content": "why"}, A], r"\[0\]: reasoning_content in a turn of the user"),
     "arguments of another name": (
         [Q, said("tool_call", '{"name": "f", "parameters": {"x": 1}}')],
-        r"content\[0\]: has parameters, which is not read; arguments are read from arguments",
+        r"content\[0\]: has parameters, which is not read; the arguments of a call are read from arguments",
     ),
 }  # fmt: skip
 
@@ -426,8 +431,8 @@ WRONG_MASKS = {
         {"messages": [Q, A | {"weight": 0}], "loss_mask": [0, 1]},
         r"\[1\]: weight and the record's loss_mask differ on whether",
     ),
-    "too short": ({"messages": TWO, "loss_mask": [0, 1]}, r"has 4 turns, but the record's loss_mask has 2 entries; one"),
-    "no list": ({"messages": TWO, "loss_mask": 1}, r"has 4 turns, but the record's loss_mask is a number; one entry a turn"),
+    "too short": ({"messages": TWO, "loss_mask": [0, 1]}, r"has 4 turns, but the record's loss_mask has 2 entries"),
+    "no list": ({"messages": TWO, "loss_mask": 1}, r"has 4 turns, but the record's loss_mask is a number"),
     "a factor in the list": ({"messages": TWO, "loss_mask": [0, 2, 0, 1]}, r"\[1\]: the record's loss_mask is 2, neither 0"),
     "the user's": (
         {"messages": masked([1, 1, 0, 1])}, r"turn 0, of the user, is to be trained as the record says, but only answers are",

@@ -1,23 +1,24 @@
-"""JSON that was written from an Arrow table: each of its objects has the fields of all its like, and null where it had none.
+"""Detects JSON that was written from an Arrow table, and drops the nulls that the table filled in.
 
-A column of a table gives all of its objects the same fields: of two tools, each gets the parameters of the other, and the call
-of one the arguments of the other, all null. Trained as they stand, they would teach a model to write them.
+All objects in a column of a table have the same fields: of two tools, each gets the parameters of
+the other, and each call the arguments of the other, all null. Left in, these nulls would teach the
+model to write them.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-UNDECIDED = 1000  # records without any null, after which a file is taken for one that has none to leave out
-DEEPEST = 100  # lists and objects within each other: no table is deeper
+UNDECIDED = 1000  # after so many records without any null, the file is assumed to have none
+DEEPEST = 100  # nested lists and objects; no table is deeper
 
 
 class _Column:
-    """What stands at one place of every record: of `messages[].role` there is one, not one for each turn."""
+    """The values at one path in all records: `messages[].role` is one path for all turns."""
 
     def __init__(self) -> None:
-        self.keys: set[str] | None = None
-        self.null: set[str] = set()
-        self.given: dict[str, type] = {}  # of each key, what its values are
+        self.keys: set[str] | None = None  # of its objects
+        self.null: set[str] = set()  # keys that are null in some object
+        self.given: dict[str, type] = {}  # keys that have a value in some object, and its type
         self.inner: dict[str, _Column] = {}
 
     def child(self, key: str) -> "_Column":
@@ -27,13 +28,14 @@ class _Column:
 
 
 def is_from_table(records: Iterable[Any]) -> bool:
-    """Whether nulls in these records, all those of a file, stand for what is not there.
+    """Whether the nulls in the records of a file were filled in by a table.
 
-    So it is where all objects at the same place have the same keys, and values of the same types: tools, calls and turns
-    that somebody wrote as they are have not. And the nulls must show it: a key that is null in one object and not in
-    another, or a property of a tool's parameters that is null, which is no schema. Else a null is one, and stays.
+    They were if all objects at the same path have the same keys and value types, which objects
+    written by hand do not, and if the nulls give it away: a key is null in one object and not in
+    another, or a property in a tool's parameters is null, which is no schema. Otherwise the nulls
+    are intended, and stay.
     """
-    root, shown = _Column(), False
+    root, has_null_property = _Column(), False
     for number, record in enumerate(records):
         if number == UNDECIDED and not _has_nulls(root):
             return False
@@ -54,16 +56,16 @@ def is_from_table(records: Iterable[Any]) -> bool:
                 part = value[key]
                 if part is None:
                     column.null.add(key)
-                    shown = shown or is_properties
+                    has_null_property = has_null_property or is_properties
                 elif column.given.setdefault(key, kind := _kind(part)) is not kind:
                     return False
                 if isinstance(part, dict | list):
                     rest.append((column.child(f".{key}"), part, key == "properties", depth + 1))
-    return shown or _differs(root)
+    return has_null_property or _differs(root)
 
 
 def _kind(value: Any) -> type:
-    """A column has one: a number may be whole in one row and not in the next."""
+    """The type of a value; integers count as floats, since a column may hold both."""
     return float if type(value) is int else type(value)
 
 
@@ -77,7 +79,7 @@ def _differs(column: _Column) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """What a row of a table, or the JSON of one, says; in lists a null is one."""
+    """A table row, or JSON written from one, without null fields; nulls in lists stay."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""A JSON list read value by value, whatever its size: only one value and a block of text are in memory."""
+"""Reads a JSON list of any size value by value, with one value and a block of text in memory."""
 
 import re
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from typing import Any, TextIO
 
 from qwen35.data.strict_json import StrictDecoder
 
-LONGEST_VALUE = 64 << 20  # characters: more than any record needs, even one that holds its images
+LONGEST_VALUE = 64 << 20  # characters; more than any record needs, even with embedded images
 BLOCK = 1 << 20  # characters read at once
 SPACE = re.compile(r"[ \t\n\r]*")
-LONGEST_WORD = 16  # nearer than this to the end of what is read, a word, a number or an escape may be cut in two
+LONGEST_WORD = 16  # characters; this close to the end of the window a word, number or escape may be incomplete
 
 
 def values(stream: TextIO, block: int = BLOCK) -> Iterator[Any]:
-    """Of the list that `stream` holds from its start on, one after the other.
+    """The values of the list in `stream`; a value that lost data is a LossyJSONError.
 
-    Raises JSONDecodeError with the line and column in the whole file, and what the decoder raises (ValueError, RecursionError);
-    ValueError for a value of more than LONGEST_VALUE. A value that lost something is a LossyJSONError instead.
+    Raises JSONDecodeError with the line and column in the whole file, ValueError for a value longer
+    than LONGEST_VALUE, and whatever else the decoder raises (ValueError, RecursionError).
     """
     window = _Window(stream, block)
     window.expect("[")
@@ -34,16 +34,16 @@ def values(stream: TextIO, block: int = BLOCK) -> Iterator[Any]:
 
 
 def too_long() -> str:
-    return f"has more than {LONGEST_VALUE:,} characters; keep images in files, and cut texts before they get here"
+    return f"has more than {LONGEST_VALUE:,} characters; keep images in files, and split long texts"
 
 
 class _Window:
-    """The part of a text that is being looked at."""
+    """The part of the text that is in memory, and the position in it."""
 
     def __init__(self, stream: TextIO, block: int):
         self._stream, self._block = stream, block
         self._text, self._position, self._is_whole = "", 0, False
-        self._line, self._column = 1, 1  # of the first character of the text
+        self._line, self._column = 1, 1  # of the first character of the window, in the file
         self._decode = StrictDecoder().decode_at
 
     def value(self) -> Any:
@@ -53,11 +53,11 @@ class _Window:
             try:
                 value, end = self._decode(self._text, self._position)
             except JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_WORD
-                if self._is_whole or not cut:
+                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - LONGEST_WORD
+                if self._is_whole or not is_cut:
                     raise self._error(error.msg, error.pos) from None
             else:
-                if end < len(self._text) - LONGEST_WORD or self._is_whole:  # else a number might go on
+                if end < len(self._text) - LONGEST_WORD or self._is_whole:  # otherwise a number might continue
                     self._position = end
                     return value
             if len(self._text) - self._position > LONGEST_VALUE:
@@ -82,16 +82,19 @@ class _Window:
             raise self._error("Extra data", self._position)
 
     def _space(self) -> None:
-        """To the next character that counts, or to the end of the file."""
+        """Skip white space, reading on where the window ends."""
         while True:
-            found = SPACE.match(self._text, self._position)
-            self._position = found.end() if found else self._position
+            match = SPACE.match(self._text, self._position)
+            self._position = match.end() if match else self._position
             if self._position < len(self._text) or self._is_whole:
                 return
             self._more(self._block)
 
     def _more(self, characters: int) -> int:
-        """Drop what is done with, read on; -> twice as much for the next time, so that a long value is not read bit by bit."""
+        """Drop what is parsed and read on; returns twice `characters`, for the next call.
+
+        Doubling keeps the time linear: a long value is decoded from its start after each block.
+        """
         done, rest = self._text[: self._position], self._text[self._position :]
         lines = done.count("\n")
         self._column = len(done) - done.rfind("\n") if lines else self._column + len(done)

@@ -1,4 +1,4 @@
-"""The rows of a parquet file as objects, without the fields that are null: a column's objects all have the fields of any."""
+"""Reads the rows of a parquet file as objects without null fields (see arrow_json.py)."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,15 +8,17 @@ from qwen35.data.arrow_json import without_nulls
 from qwen35.data.record import RecordError
 from qwen35.errors import SettingError, one_line
 
-PARQUET = b"PAR1"  # how a file begins
-ROWS = 1024  # that are in memory at once
+PARQUET = b"PAR1"  # the first bytes of a file
+ROWS = 1024  # in memory at once
 UNREAD = "(a column that is not read)"
 
 
-def read_parquet(file: Path, is_asked_for: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
-    """is_asked_for: whether a column's values are, None: all are. Others have UNREAD for a value, and may hold anything.
+def read_parquet(file: Path, needs_column: Callable[[str], bool] | None) -> Iterator[dict[str, Any]]:
+    """The rows of a file, one by one.
 
-    Raises RecordError, SettingError where pyarrow is missing.
+    needs_column: whether a column's values are needed; None: all are. Other columns are not read,
+    whatever they hold, and have the value UNREAD. Raises RecordError, and SettingError if pyarrow
+    is missing.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -28,8 +30,8 @@ def read_parquet(file: Path, is_asked_for: Callable[[str], bool] | None) -> Iter
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
-                raise RecordError(f"{file}: has several columns of the name {twice[0]!r}; keep one of them")
-            read = [name for name in names if is_asked_for is None or is_asked_for(name)]
+                raise RecordError(f"{file}: has several columns named {twice[0]!r}; keep one of them")
+            read = [name for name in names if needs_column is None or needs_column(name)]
             unread = {name: UNREAD for name in names if name not in read}
             for batch in table.iter_batches(batch_size=ROWS, columns=read):
                 values = [_values(batch.column(name), f"{file}, column {name!r}") for name in read]
@@ -40,7 +42,8 @@ def read_parquet(file: Path, is_asked_for: Callable[[str], bool] | None) -> Iter
 
 
 def _values(column: Any, where: str) -> list[Any]:
-    """Raises RecordError for what Python cannot say: times of nanoseconds, text that is not UTF-8, dates far away."""
+    """Raises RecordError for values that Python cannot hold: nanosecond times, text that is not
+    UTF-8, dates far in the past or future."""
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:

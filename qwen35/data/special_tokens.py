@@ -1,4 +1,4 @@
-"""Special tokens that the text of records spells: which of them become tokens, and how many records have any."""
+"""Special tokens that the text of records spells: which become tokens, and how many records."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,38 +10,40 @@ from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_
 from qwen35.errors import visible
 from qwen35.wording import number_of
 
-# Special tokens that separate turns, end an answer, or stand for what is not text. Text that spells one of them stays text,
-# whoever wrote it: as the token it would forge a turn, an image or the end of the answer. Speech is among them, for models of
-# this family that have it act on its tokens. All other special tokens mark up text (`<|box_start|>`, those that users add).
+# Special tokens that separate turns, end an answer, or stand for something other than text. Text
+# that spells one of them stays text, whoever wrote it: as a token it would forge a turn, an image
+# or the end of the answer. The audio tokens are here because speech models of this family act on
+# them. All other special tokens are markup (`<|box_start|>`, and those that users add).
 CONTROL_TOKENS = (
     IM_START, IM_END, "<|endoftext|>", VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD, "<|audio_start|>",
     "<|audio_end|>", "<|audio_pad|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_bos_single>", "<tts_text_eod>",
 )  # fmt: skip
-# What the chat template writes around thoughts, calls and responses. The published tokenizer does not count these as special;
-# where another one does, they are tokens all the same.
+# The chat template writes these around thoughts, calls and responses. They are tokens in any text,
+# even with a tokenizer that, unlike the published one, marks them as special.
 TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
-Outcome = Literal["control", "text", "token"]
-Spelled = dict[Outcome, set[str]]  # of one record: the special tokens that its text spells
+Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
+Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
 MESSAGES: dict[Outcome, str] = {
     "control": (
-        "control tokens are spelled in the text of {records}, where they stay characters "
-        "(remove those that a chat template has left there)"
+        "control tokens are spelled in the text of {records}, and kept as characters "
+        "(remove any that a chat template has left there)"
     ),
     "text": (
-        "special tokens are spelled by user, system or tools in {records}, where they stay characters "
+        "special tokens are spelled by user, system or tools in {records}, and kept as characters "
         "(special_tokens_in_prompts: text)"
     ),
-    "token": "special tokens are spelled in the text of {records}, where each is one token",
+    "token": "special tokens are spelled in the text of {records}, and each becomes one token",
 }
-MOST_NAMES = 5  # that a message shows
+MAX_NAMES = 5  # that a message shows
 
 
 def disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> list[str]:
-    """Added tokens that transformers would read otherwise than the tokenizer.json which has them, or has them not.
+    """Names of added tokens that transformers would treat differently from tokenizer.json.
 
-    config: tokenizer_config.json. Where it has an added_tokens_decoder, transformers has those alone, with the flags there;
-    what it names elsewhere, and tokenizer.json has not, transformers adds.
+    config: tokenizer_config.json; added: the added tokens of tokenizer.json. If config has an
+    added_tokens_decoder, transformers uses only its tokens, with its flags. It adds tokens that
+    config names elsewhere and tokenizer.json lacks.
     """
     tokens = {token.content: token for token in added}
     named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
@@ -63,10 +65,10 @@ def disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> lis
 
 @dataclass
 class SpecialTokens:
-    """Of the records of a file, or of several. Plain values only: the cache keeps it as JSON."""
+    """Counts for the records of one or several files; plain values, cached as JSON."""
 
-    records: dict[Outcome, int] = field(default_factory=dict)
-    first: dict[Outcome, str] = field(default_factory=dict)  # the source of the first such record
+    records: dict[Outcome, int] = field(default_factory=dict)  # how many spell any
+    first: dict[Outcome, str] = field(default_factory=dict)  # source of the first such record
     names: dict[Outcome, list[str]] = field(default_factory=dict)  # of the tokens
 
     def add(self, source: str, spelled: Mapping[Outcome, Iterable[str]], records: int = 1) -> None:
@@ -77,21 +79,20 @@ class SpecialTokens:
 
     @classmethod
     def merge(cls, parts: Iterable["SpecialTokens"]) -> "SpecialTokens":
-        whole = cls()
+        merged = cls()
         for part in parts:
             for outcome, count in part.records.items():
-                whole.add(part.first[outcome], {outcome: part.names[outcome]}, count)
-        return whole
+                merged.add(part.first[outcome], {outcome: part.names[outcome]}, count)
+        return merged
 
     def lines(self) -> list[str]:
-        """For the start of a run, and for what make show and make data print."""
+        """The messages for a run's start, make show and make data."""
         lines = []
         for outcome, message in MESSAGES.items():
             if outcome in self.records:
                 names = self.names[outcome]
-                shown = ", ".join(names[:MOST_NAMES]) + (
-                    f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
-                )
-                told = message.format(records=number_of(self.records[outcome], "record"))
-                lines.append(visible(f"{told}: {shown}; first: {self.first[outcome]}"))
+                more = f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
+                records = number_of(self.records[outcome], "record")
+                shown = ", ".join(names[:MAX_NAMES]) + more
+                lines.append(visible(f"{message.format(records=records)}: {shown}; first: {self.first[outcome]}"))
         return lines

@@ -1,4 +1,4 @@
-"""JSON of which nothing is lost: a key that stands twice, NaN, and numbers too large for a float are mistakes."""
+"""Decodes JSON strictly: duplicate keys, NaN and numbers too large for a float are errors."""
 
 import json
 import math
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class LossyJSONError(ValueError):
-    """What Python's decoder would have dropped or changed without a word."""
+    """Python's decoder would have dropped or changed a value without an error."""
 
 
 class StrictDecoder:
-    """Decodes as Python does; in the place of a value that lost something on the way comes a LossyJSONError.
+    """Decodes like Python's decoder, but gives a LossyJSONError in place of a value that lost data.
 
-    It is returned and not raised, so that whoever reads one value after the other can go on behind it.
+    It is returned, not raised, so that a reader of many values can continue after it.
     """
 
     def __init__(self) -> None:
@@ -22,24 +22,24 @@ class StrictDecoder:
         )
 
     def decode(self, text: str) -> Any:
-        """The one value of a text. Raises ValueError, RecursionError where it is not JSON."""
+        """The value of a JSON text. Raises ValueError or RecursionError if it is not JSON."""
         self._loss = None
         value = self._decoder.decode(text)
         return value if self._loss is None else LossyJSONError(self._loss)
 
     def decode_at(self, text: str, position: int) -> tuple[Any, int]:
-        """A value that begins there, and where it ends. Raises as `decode`."""
+        """The value that begins at `position`, and its end. Raises like `decode`."""
         self._loss = None
         value, end = self._decoder.raw_decode(text, position)
         return (value if self._loss is None else LossyJSONError(self._loss)), end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        values = dict(pairs)
+        if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            self._loss = self._loss or f"the key {twice[:80]!r} stands twice in one object; keep one of them"
-        return found
+            self._loss = self._loss or f"the key {twice[:80]!r} appears twice in one object; keep one of them"
+        return values
 
     def _float(self, text: str) -> float:
         number = float(text)
@@ -48,11 +48,11 @@ class StrictDecoder:
         return number
 
     def _constant(self, text: str) -> None:
-        self._loss = self._loss or f"{text} is no number in JSON; write null or leave the key out"
+        self._loss = self._loss or f"{text} is not a number in JSON; write null or leave the key out"
 
 
 def loads(text: str) -> Any:
-    """As json.loads, strictly. Raises ValueError, RecursionError."""
+    """Like json.loads, but lost data is an error. Raises ValueError, RecursionError."""
     value = StrictDecoder().decode(text)
     if isinstance(value, LossyJSONError):
         raise value

@@ -146,12 +146,12 @@ def test_archives_are_to_be_unpacked(tmp_path, lenient):
 
 
 LOSSY = {
-    '{"role": "user", "content": "a", "content": "b"}': "the key 'content' stands twice in one object; keep one of them",
-    '{"a": {"b": [{"c": 1, "c": 1}]}}': "the key 'c' stands twice",
+    '{"role": "user", "content": "a", "content": "b"}': "the key 'content' appears twice in one object; keep one of them",
+    '{"a": {"b": [{"c": 1, "c": 1}]}}': "the key 'c' appears twice",
     '{"weight": 1e400}': "the number 1e400 is too large to be represented; write it as text",
     '{"weight": -1e400}': "the number -1e400 is too large",
-    '{"weight": NaN}': "NaN is no number in JSON; write null or leave the key out",
-    '{"weight": [-Infinity]}': "-Infinity is no number in JSON",
+    '{"weight": NaN}': "NaN is not a number in JSON; write null or leave the key out",
+    '{"weight": [-Infinity]}': "-Infinity is not a number in JSON",
 }
 
 

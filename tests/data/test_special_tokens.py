@@ -353,20 +353,20 @@ RECORDS = [
     )
 ]
 CONTROL = (
-    "control tokens are spelled in the text of 2 records, where they stay characters "
-    "(remove those that a chat template has left there): <|im_end|>, <|vision_pad|>; "
+    "control tokens are spelled in the text of 2 records, and kept as characters "
+    "(remove any that a chat template has left there): <|im_end|>, <|vision_pad|>; "
     "first: data/a.json, record 3"
 )
 AS_TOKENS = (
-    "special tokens are spelled in the text of 2 records, where each is one token: <|box_end|>, <|box_start|>, "
+    "special tokens are spelled in the text of 2 records, and each becomes one token: <|box_end|>, <|box_start|>, "
     "<|quad_start|>; first: data/a.json, record 2"
 )
 AS_TEXT = (
-    "special tokens are spelled by user, system or tools in 2 records, where they stay characters "
+    "special tokens are spelled by user, system or tools in 2 records, and kept as characters "
     "(special_tokens_in_prompts: text): <|box_end|>, <|box_start|>; first: data/a.json, record 2"
 )
 ANSWERS = (
-    "special tokens are spelled in the text of 1 record, where each is one token: <|quad_start|>; "
+    "special tokens are spelled in the text of 1 record, and each becomes one token: <|quad_start|>; "
     "first: data/a.json, record 2"
 )
 TEXT_SETTING = f"{BASIC}.special_tokens_in_prompts=text"
@@ -461,10 +461,10 @@ def test_make_data_tells_it(workers, place):
     first = "; first: data/a.json, record 1"
     assert told == [
         (
-            "control tokens are spelled in the text of 600 records, where they stay characters (remove those that a chat "
+            "control tokens are spelled in the text of 600 records, and kept as characters (remove any that a chat "
             f"template has left there): <|im_end|>{first}"
         ),
-        f"special tokens are spelled in the text of 600 records, where each is one token: <|box_start|>{first}",
+        f"special tokens are spelled in the text of 600 records, and each becomes one token: <|box_start|>{first}",
     ]
     assert "spelled" not in run(place, *DATA, "--workers", workers).out  # without a tokenizer nobody knows
 
@@ -481,9 +481,9 @@ def test_counts_of_files_add_up():
     }
     assert whole.lines() == [
         (
-            "control tokens are spelled in the text of 2 records, where they stay characters (remove those that a chat "
+            "control tokens are spelled in the text of 2 records, and kept as characters (remove any that a chat "
             "template has left there): <0>, <1>, <2>, <3>, <4> and 2 more; first: a, record 1"
         ),
-        r"special tokens are spelled in the text of 2 records, where each is one token: <x>, <y\x1b>; first: b, record 1",
+        r"special tokens are spelled in the text of 2 records, and each becomes one token: <x>, <y\x1b>; first: b, record 1",
     ]
     assert SpecialTokens().lines() == []

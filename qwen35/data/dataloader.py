@@ -15,7 +15,7 @@ from qwen35.batch import PackedBatch
 from qwen35.config.schema import Attr, Settings, dataset_entries
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Sample
-from qwen35.data.files import own_sizes
+from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import BinStream
@@ -92,8 +92,8 @@ class MicroBatches:
             (limits.video_min_pixels, limits.video_max_pixels),
         )
         found = (
-            own_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
-            own_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
+            ignored_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
+            ignored_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
         )
         told = "; preprocess_parameters count here, that file for whoever serves an export: set the two alike"
         return [f"{line}{told}" for line in found if line]

@@ -35,7 +35,7 @@ def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[
     return read_config(folder, name), f"{folder}/{name}"
 
 
-def own_sizes(folder: str | Path, least: int, most: int, section: str, *names: str) -> str | None:
+def ignored_sizes(folder: str | Path, least: int, most: int, section: str, *names: str) -> str | None:
     """What a processor's config says of sizes and frames, which the recipe says instead: pixels from `least` to `most`.
 
     None if it says the same. min_pixels and max_pixels stand for what `size` says. Raises SettingError.
@@ -80,7 +80,7 @@ def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
 
 
 @contextmanager
-def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
+def replacing(path: Path, keep_first: bool = False) -> Iterator[Path]:
     """A new file beside `path`, which takes its place when the block ends well and is removed when it does not.
 
     Several processes may write the same at once, on several machines too: the last one stands, or the first. With the first
@@ -95,7 +95,7 @@ def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
     temporary.touch(exist_ok=False)  # with the permissions that the umask leaves
     try:
         yield temporary
-        if not first_stands or not _has_name(temporary, path):
+        if not keep_first or not _has_name(temporary, path):
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,23 +104,23 @@ def replacing(path: Path, first_stands: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
+def try_lock(folder: Path) -> Iterator[bool]:
     """Whether no other process of this machine is in such a block with this folder (made if need be), for as long as it lasts.
 
     The lock ends with the process, kill -9 included. On a folder it is one of this machine, on a network's file system too.
     Where there are no locks, or the folder cannot be made, everybody is alone. One that was made here and is empty goes again.
     """
-    is_new, handle, is_alone = not folder.exists(), None, True
+    is_new, handle, has_lock = not folder.exists(), None, True
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        is_alone = False
+        has_lock = False
     except OSError:
         pass  # the lock only spares work; who writes into the folder finds out what is wrong with it
     try:
-        yield is_alone
+        yield has_lock
     finally:
         if handle is not None:
             os.close(handle)

@@ -82,7 +82,7 @@ class ImageFolder:
             return path
         try:
             path.unlink(missing_ok=True)  # one that was cut short
-            with replacing(path, first_stands=True) as temporary:
+            with replacing(path, keep_first=True) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
             raise SettingError(f"cache_dir: {path}: cannot be written: {error.strerror}") from None

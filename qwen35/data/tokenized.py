@@ -19,7 +19,7 @@ from torch import Tensor
 from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.data_warnings import DataWarnings
-from qwen35.data.files import alone_in, replacing
+from qwen35.data.files import replacing, try_lock
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.image_processor import ImageError, ImageProcessor
@@ -182,10 +182,10 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
     kept = folder / f"{file.stem}-{preparation.cache_key(file, limit)}.safetensors"
     samples = _usable(kept)
     while samples is None:
-        with alone_in(folder) as is_alone:
+        with try_lock(folder) as has_lock:
             if kept.is_file():
                 samples = _usable(kept)
-            elif is_alone:
+            elif has_lock:
                 samples = make_samples(file, preparation, limit, progress)
                 _write(samples, kept)
                 samples = _usable(kept) or samples  # in the file, which all share, not in this process's memory
@@ -317,7 +317,7 @@ def _write(samples: FileSamples, path: Path) -> None:
     tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     try:
-        with replacing(path, first_stands=True) as temporary:
+        with replacing(path, keep_first=True) as temporary:
             save_file(tensors, temporary, {"digest": _digest(tensors)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # before it has its name: a machine that goes down must not leave half of it

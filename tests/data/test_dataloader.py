@@ -30,7 +30,7 @@ from qwen35.config.load import SettingError, from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data import tokenized as module
 from qwen35.data.collator import prompt_batch, vision_spec
-from qwen35.data.files import alone_in
+from qwen35.data.files import try_lock
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.shared_batch import Parcel
@@ -375,7 +375,7 @@ def _names_lost(data: bytes) -> bytes:
 
 def test_of_several_writers_the_first_stands(home, model, monkeypatch):
     """Another machine has finished while this one was tokenising: whoever reads its entry by now keeps it."""
-    monkeypatch.setattr(module, "alone_in", lambda _: nullcontext(True))  # its lock is not seen there
+    monkeypatch.setattr(module, "try_lock", lambda _: nullcontext(True))  # its lock is not seen there
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     preparation, entries = Preparation.of(s), []
 
@@ -428,8 +428,8 @@ def test_one_process_makes_the_samples_and_the_others_wait_for_them(home, model,
     made, waits = make_samples(home / "a.json", Preparation.of(s), None), multiprocessing.Event()
     monkeypatch.setattr(module, "make_samples", None)  # any use would fail
     monkeypatch.setattr(module.time, "sleep", lambda _: waits.set())
-    with alone_in(home / "cache") as is_alone:
-        assert is_alone
+    with try_lock(home / "cache") as has_lock:
+        assert has_lock
         other = fork(write_cache, s, home)
         assert waits.wait(60)
         module._write(made, home / "cache" / f"a-{Preparation.of(s).cache_key(home / 'a.json', None)}.safetensors")

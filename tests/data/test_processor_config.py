@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from bench.images import peer_processor
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.collator import check_agreement
-from qwen35.data.files import own_sizes
+from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG as IMAGE_CONFIG
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.tokenized import Preparation
@@ -136,11 +136,11 @@ def test_sizes_that_the_recipe_says_instead_are_named(separate, saved, tmp_path)
         (saved / BOTH).write_text(json.dumps(config))
         theirs = type(peer_processor(separate)).from_pretrained(saved).size
         assert (theirs["shortest_edge"], theirs["longest_edge"]) == ours
-        assert own_sizes(saved, *ours, *IMAGE_CONFIG) is None
-        assert own_sizes(saved, 1024, 262144, *IMAGE_CONFIG).startswith(f"{said}size {size}"[:100])
+        assert ignored_sizes(saved, *ours, *IMAGE_CONFIG) is None
+        assert ignored_sizes(saved, 1024, 262144, *IMAGE_CONFIG).startswith(f"{said}size {size}"[:100])
     fps = {**json.loads((separate / VIDEO).read_text()), "fps": 4}
     (tmp_path / VIDEO).write_text(json.dumps(fps))
-    assert own_sizes(tmp_path, 4096, 25165824, *VIDEO_CONFIG).endswith(", fps 4")
+    assert ignored_sizes(tmp_path, 4096, 25165824, *VIDEO_CONFIG).endswith(", fps 4")
 
 
 def test_messages_name_the_section(saved):

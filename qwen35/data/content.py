@@ -61,7 +61,7 @@ class Parser:
             where, value = f"{where}.{name}", value[name]
         if isinstance(value, bytes) and value:
             try:
-                return self.folder.keep(value)
+                return self.folder.store(value)
             except ValueError as error:
                 raise RecordError(f"{where}: {error}") from None
         return self._path(value, where, may_embed=True)

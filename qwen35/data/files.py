@@ -1,4 +1,4 @@
-"""The JSON files of a model folder, and files written whole or not at all."""
+"""The JSON files of a model folder, and files that are written whole or not at all."""
 
 import errno
 import fcntl
@@ -16,50 +16,50 @@ SIZES = ("size", "min_pixels", "max_pixels", "fps", "max_frames", "num_frames", 
 
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:
-    """`name` of a model folder. Raises SettingError if it is not there or no JSON object."""
-    absent = "no such file; model_name_or_path names a whole Hugging Face folder"
+    """A JSON file of a model folder. Raises SettingError if it is missing or not a JSON object."""
+    absent = "no such file; model_name_or_path must name a whole Hugging Face folder"
     return read_object(Path(folder) / name, SettingError, absent)
 
 
 def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[str, Any], str]:
-    """A processor's config, and where it stands: the first that is there, in transformers' order. Raises SettingError.
+    """A processor's config, and where it was found, for messages. Raises SettingError.
 
-    It is a section of processor_config.json, which transformers 5 saves, or a file of its own.
+    As in transformers, a section of processor_config.json, which transformers 5 saves, comes before
+    the files `names`, of which the first that exists is read.
     """
     path = Path(folder) / PROCESSOR
-    if path.is_file() and (found := read_object(path, SettingError).get(section)) is not None:
-        if not isinstance(found, dict):
-            raise SettingError(f"{path}: {section}: {str(found)[:80]} is not an object")
-        return found, f"{path}: {section}"
+    if path.is_file() and (config := read_object(path, SettingError).get(section)) is not None:
+        if not isinstance(config, dict):
+            raise SettingError(f"{path}: {section}: {str(config)[:80]} is not an object")
+        return config, f"{path}: {section}"
     name = next((name for name in names if (Path(folder) / name).is_file()), names[-1])
     return read_config(folder, name), f"{folder}/{name}"
 
 
 def ignored_sizes(folder: str | Path, least: int, most: int, section: str, *names: str) -> str | None:
-    """What a processor's config says of sizes and frames, which the recipe says instead: pixels from `least` to `most`.
+    """A message about the sizes in a processor's config, which are not read; None if they agree.
 
-    None if it says the same. min_pixels and max_pixels stand for what `size` says. Raises SettingError.
+    The recipe sets them instead: least and most are its pixels. In a config, min_pixels and
+    max_pixels mean the edges of `size`. Raises SettingError.
     """
     config, where = read_processor(folder, section, *names)
-    said = {key: config[key] for key in SIZES if config.get(key) is not None}
-    size = said.get("size")
+    sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
+    size = sizes.get("size")
     size = dict(size) if isinstance(size, dict) else {}
-    size |= {
-        edge: said[key]
-        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-        if key in said
-    }
-    if not said or ({"shortest_edge": least, "longest_edge": most} == size and not said.keys() - {"size", *SIZES[1:3]}):
+    edges = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    size |= {edge: sizes[key] for key, edge in edges if key in sizes}
+    agrees = size == {"shortest_edge": least, "longest_edge": most} and not sizes.keys() - {"size", *SIZES[1:3]}
+    if not sizes or agrees:
         return None
-    return f"{where}: not read: {', '.join(f'{key} {value}'[:80] for key, value in said.items())}"
+    return f"{where}: not read: {', '.join(f'{key} {value}'[:80] for key, value in sizes.items())}"
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
-    """A model folder's chat template, and the file that holds it; None if it has none. Raises SettingError.
+    """A model folder's chat template and the file that holds it, or None. Raises SettingError.
 
-    Tokenizers take chat_template.jinja before what tokenizer_config.json holds, processors take chat_template.json before
-    both, and servers ask either: so the two must not differ. Of several named templates the one that is used would depend on
-    the conversation.
+    Tokenizers prefer chat_template.jinja to tokenizer_config.json, processors prefer
+    chat_template.json to both, and servers use either class, so the templates must not differ.
+    Several named templates are refused: which one is used would depend on the conversation.
     """
     folder, found = Path(folder), {}
     for name in ("chat_template.json", PROCESSOR, "chat_template.jinja", "tokenizer_config.json"):
@@ -81,21 +81,21 @@ def read_chat_template(folder: str | Path) -> tuple[str, str] | None:
 
 @contextmanager
 def replacing(path: Path, keep_first: bool = False) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place when the block ends well and is removed when it does not.
+    """A temporary file beside `path`, which is renamed to it if the block succeeds, else removed.
 
-    Several processes may write the same at once, on several machines too: the last one stands, or the first. With the first
-    nobody loses the file that he has open: a network's file system keeps none whose name was given to another one there.
-    Raises OSError, also where `path` is there and is no plain file (a folder, /dev/null).
+    Several processes, also on several nodes, may write the same path: the last file stays, or with
+    keep_first the first, so that no reader on a network file system loses the file that it has
+    open. Raises OSError, also if `path` exists and is not a regular file.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "is there already, and is no plain file", str(path))
+        raise OSError(errno.EEXIST, "exists and is not a regular file", str(path))
     is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
-    temporary.touch(exist_ok=False)  # with the permissions that the umask leaves
+    temporary.touch(exist_ok=False)  # the umask decides its permissions
     try:
         yield temporary
-        if not keep_first or not _has_name(temporary, path):
+        if not keep_first or not _exists_or_linked(temporary, path):
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,10 +105,11 @@ def replacing(path: Path, keep_first: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
-    """Whether no other process of this machine is in such a block with this folder (made if need be), for as long as it lasts.
+    """Lock a folder among the processes of this node; yields whether this process has the lock.
 
-    The lock ends with the process, kill -9 included. On a folder it is one of this machine, on a network's file system too.
-    Where there are no locks, or the folder cannot be made, everybody is alone. One that was made here and is empty goes again.
+    The folder is created, and removed again if it stays empty. The lock ends with the process, kill
+    -9 included. A lock on a folder is local to the node, also on a network file system. Without
+    support for locks, or if the folder cannot be made, every process has the lock.
     """
     is_new, handle, has_lock = not folder.exists(), None, True
     try:
@@ -118,19 +119,19 @@ def try_lock(folder: Path) -> Iterator[bool]:
     except BlockingIOError:
         has_lock = False
     except OSError:
-        pass  # the lock only spares work; who writes into the folder finds out what is wrong with it
+        pass  # the lock only saves work; writing into the folder will report what is wrong with it
     try:
         yield has_lock
     finally:
         if handle is not None:
             os.close(handle)
         if is_new:
-            with suppress(OSError):  # it holds something, or another has removed it
+            with suppress(OSError):  # not empty, or removed by another process
                 folder.rmdir()
 
 
-def _has_name(file: Path, path: Path) -> bool:
-    """Give a file one more name, unless another file has it; False where the file system knows one name a file."""
+def _exists_or_linked(file: Path, path: Path) -> bool:
+    """Hard-link `file` to `path` unless that exists; False if the file system has no hard links."""
     try:
         os.link(file, path)
     except FileExistsError:

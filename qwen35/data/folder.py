@@ -1,4 +1,4 @@
-"""Where the images and videos of records lie: below one folder, and nowhere else."""
+"""Finds the images and videos of records, which must lie below one folder."""
 
 import base64
 import binascii
@@ -11,37 +11,40 @@ from pathlib import Path
 from qwen35.data.files import replacing
 from qwen35.errors import SettingError, shortened
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-LOCAL = "file://"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+FILE_URL = "file://"
 DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?(?:;[\w.+=-]+)*;base64,", re.IGNORECASE)
-BASE64 = re.compile(  # of a JPEG, PNG, GIF or WebP; of anything that is too long for a name
+BASE64 = re.compile(  # the first bytes of a JPEG, PNG, GIF or WebP; or any text too long for a file name
     r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR)[\w+/=\s-]{60,}|(?=.*[A-Z])(?=.*[a-z])(?=.*[0-9])[\w+/=\s-]{256,}", re.ASCII
 )
 SHOWN = 80  # characters of a name that a message repeats
 
 
 class ImageFolder:
-    """Turns the path in a record into a real one, which must lie below `root` (dataset_dir), links followed."""
+    """Resolves the paths in records, which must lie below `root` (dataset_dir), links followed."""
 
     def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
-        """cache_dir: where images that a record holds itself become files. Raises SettingError if there is no folder `root`."""
+        """cache_dir: for embedded images. Raises SettingError if `root` is not a folder."""
         if not Path(root).is_dir():
-            raise SettingError(f"dataset_dir: {root}: no such folder; it is where the records' images lie")
+            raise SettingError(f"dataset_dir: {root}: no such folder; it must hold the records' images")
         self.root = str(root)
-        self._real = os.path.realpath(root)  # unlike Path.resolve, lets a loop of links be
+        self._real = os.path.realpath(root)  # unlike Path.resolve, accepts a loop of links
         self.real_root = Path(self._real)
-        self._kept = None if cache_dir is None else Path(cache_dir) / "images"
-        self._real_folders: dict[str, str] = {}  # following links is slow on a network disk: once a folder
+        self._embedded = None if cache_dir is None else Path(cache_dir) / "images"
+        self._real_folders: dict[str, str] = {}  # following links is slow on network disks: once per folder
 
     def path(self, name: str) -> Path:
-        """Raises ValueError if `name` leaves the folder, OSError if it is no name. Does not ask for the file to be there."""
+        """The real path of a file, which need not exist.
+
+        Raises ValueError if it is not below the folder, OSError if `name` cannot be a path.
+        """
         if "\0" in name:
             raise ValueError("has a NUL character")
-        name = name.removeprefix(LOCAL)
-        if ADDRESS.match(name):
-            raise ValueError(f"{name[:SHOWN]!r} is an address; only files below dataset_dir are read, so download it")
-        whole = os.path.join(self._real, name.rstrip("/"))  # noqa: PTH118  # pathlib is slow where every record passes
-        folder, last = os.path.split(whole)
+        name = name.removeprefix(FILE_URL)
+        if URL.match(name):
+            raise ValueError(f"{name[:SHOWN]!r} is a URL; only files below dataset_dir are read, so download it")
+        joined = os.path.join(self._real, name.rstrip("/"))  # noqa: PTH118  # pathlib is too slow for every record
+        folder, last = os.path.split(joined)
         if last in {"", ".", ".."}:
             raise ValueError(f"{shortened(name, SHOWN)!r} is not a file name")
         if folder not in self._real_folders:
@@ -54,34 +57,32 @@ class ImageFolder:
         return Path(path)
 
     def image(self, name: str) -> Path:
-        """As `path`; also of a `data:` URL, whose image becomes a file in the cache."""
+        """Like `path`, but also accepts a `data:` URL, whose image is stored as a file."""
         if len(name) > SHOWN and BASE64.fullmatch(name):
-            raise ValueError(
-                f"{name[:40]!r}… is an image in base64 without its beginning, data:image/png;base64, or the like"
-            )
+            raise ValueError(f"{name[:40]!r}… is an image in base64 without its prefix, such as data:image/png;base64,")
         if name[:5].lower() != "data:":
             return self.path(name)
         head = DATA_URL.match(name)
         if head is None:
-            raise ValueError(f"{name[:40]!r}… is no image in base64")
+            raise ValueError(f"{name[:40]!r}… is not an image in base64")
         try:
-            return self.keep(base64.b64decode(name[head.end() :], validate=True))
+            return self.store(base64.b64decode(name[head.end() :], validate=True))
         except binascii.Error as error:
             raise ValueError(f"{name[:40]!r}… is not base64: {error}") from None
 
-    def keep(self, data: bytes) -> Path:
-        """The file of an image that a record holds itself, named by its content: several processes may keep the same.
+    def store(self, data: bytes) -> Path:
+        """Store an embedded image as a file named by its digest; several processes may do the same.
 
         Raises ValueError if there is no cache_dir, SettingError if it cannot be written.
         """
-        if self._kept is None:
-            raise ValueError("holds an image itself; set cache_dir, where such images become files")
+        if self._embedded is None:
+            raise ValueError("holds an embedded image; set cache_dir, where such images are stored as files")
         digest = hashlib.sha256(data).hexdigest()
-        path = Path(os.path.realpath(self._kept)) / digest[:2] / digest
+        path = Path(os.path.realpath(self._embedded)) / digest[:2] / digest
         if path.is_file() and path.stat().st_size == len(data):
             return path
         try:
-            path.unlink(missing_ok=True)  # one that was cut short
+            path.unlink(missing_ok=True)  # an incomplete one
             with replacing(path, keep_first=True) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
@@ -90,7 +91,7 @@ class ImageFolder:
 
 
 def _mode(path: str) -> int:
-    """0 of a file that is not there. Raises OSError where the path is no name at all."""
+    """The mode of a file, 0 if it does not exist. Raises OSError if the path cannot be one."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -28,7 +28,7 @@ class ChatTokenizer:
     def __init__(self, folder: str | Path, special_tokens_in_prompts: str = "tokens"):
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise SettingError(f"{path}: no such file; model_name_or_path names a whole Hugging Face folder")
+            raise SettingError(f"{path}: no such file; model_name_or_path must name a whole Hugging Face folder")
         self.file = path
         self._tokenizer = _from_file(path)
         self._tokenizer.no_truncation()

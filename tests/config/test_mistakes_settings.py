@@ -287,7 +287,7 @@ COMMANDS = [
     Case("what to do about missing", (*DATA, "--on_missing", "ignore"), ("--on_missing", "'ignore'", "skip")),
     Case("no command", ("data",), ("required: command",)),
     Case("reads what it writes", (*DATA[:-1], "data/a.json"), ("data/a.json: is the file that is read; set OUT",)),
-    Case("writes over a folder", (*DATA[:-1], "hf"), ("hf: cannot be written", "no plain file")),
+    Case("writes over a folder", (*DATA[:-1], "hf"), ("hf: cannot be written", "not a regular file")),
     Case("no LLaVA file", (*DATA, "--llava", "no.json"), ("no.json: no such file; set LLAVA",)),
     Case("file for a folder", (*DATA, "--images", "r.yaml"), ("r.yaml: no such folder; set IMAGES",)),
     Case("tie", (*CONVERT, "--tie_weight_mapping", "[1]"), ("--tie_weight_mapping", "is not a JSON object of names")),

@@ -206,14 +206,14 @@ PNG = b"\x89PNG what comes then is for the decoder to judge"
 def test_images_that_a_record_holds_become_files(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(PNG).decode()
     records = [asked(item("image_url", image_url={"url": url})), LLAVA | {"image": url}]
-    with pytest.raises(RecordError, match="holds an image itself; set cache_dir, where such images become files"):
+    with pytest.raises(RecordError, match="holds an embedded image; set cache_dir"):
         read(tmp_path, records)
     folder = ImageFolder(tmp_path, tmp_path / "cache")
     one, two = read_records(tmp_path / "x.json", Attr(), folder)
     assert one.images == two.images and one.images[0].is_relative_to(tmp_path / "cache" / "images")
     assert one.images[0].read_bytes() == PNG
     one.images[0].write_bytes(b"cut")  # a crash of long ago
-    assert folder.keep(PNG).read_bytes() == PNG
+    assert folder.store(PNG).read_bytes() == PNG
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 1
 
 
@@ -374,7 +374,7 @@ BROKEN = {
     ),
     "rate of one video": ([asked(item("video", video="v", fps=1))], r"content\[0\]: has fps, which is not read"),
     "rate that is none": ([asked(item("video", video="v", sample_fps=0))], r"video: sample_fps: 0 is not a number of"),
-    "address": ([asked(item("image", image="http://x/a.jpg"))], r"image: 'http://x/a\.jpg' is an address; only files"),
+    "address": ([asked(item("image", image="http://x/a.jpg"))], r"image: 'http://x/a\.jpg' is a URL; only files"),
     "file elsewhere": ([asked(item("image", image="file:///etc/x"))], r"image: '/etc/x' lies outside dataset_dir"),
     "not base64": (
         [LLAVA | {"image": "data:image/png;base64,???"}],
@@ -382,7 +382,7 @@ BROKEN = {
     ),
     "no image in base64": (
         [LLAVA | {"image": "data:text/html,x"}],
-        r"image: 'data:text/html,x'… is no image in base64",
+        r"image: 'data:text/html,x'… is not an image in base64",
     ),
     "no video": ([asked(item("video"))], r"messages: 1 <video> in the user and tool turns, but 0 videos$"),
     "video without a place": ([TEXT | {"videos": ["v"]}], r"1 video but no <video> in the user and tool turns"),

@@ -1,6 +1,7 @@
-"""The chat template of a model folder, compared with the text that is trained.
+"""Compares the chat template of a model folder with the text that is trained.
 
-Whoever serves a model asks it by its own template, so a record whose text that template would write differently is refused.
+Servers prompt a model through its own template, so a record that this template would write
+differently is refused.
 """
 
 import hashlib
@@ -20,14 +21,15 @@ from qwen35.data.record import Record, Turn, Video
 from qwen35.data.template import prompt_pieces, render, training_pieces
 from qwen35.errors import SettingError, one_line
 
-# sha256 of the templates whose text template.py gives for every record, as its tests prove: Qwen3.5's, 4B and up, and smaller
-SAME = (
+# sha256 of Qwen3.5's templates (4B and larger; smaller), which template.py reproduces for every
+# record, as its tests prove.
+REPRODUCED = (
     "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715",
     "273d8e0e683b885071fb17e08d71e5f2a5ddfb5309756181681de4f5a1822d80",
 )
-# what a program of somebody else's raises on values that it does not expect
-BROKEN = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
-SHOWN = 60  # characters of each text from where the two part
+# What a foreign template may raise on values that it does not expect.
+RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+SHOWN = 60  # characters of each text from the first difference on
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
-        """None where there is nothing to compare: no template, or one of SAME. Raises SettingError."""
+        """None if there is no template, or one of REPRODUCED. Raises SettingError."""
         found = read_chat_template(folder)
-        if found is None or hashlib.sha256(found[0].removesuffix("\n").encode()).hexdigest() in SAME:
+        if found is None or hashlib.sha256(found[0].removesuffix("\n").encode()).hexdigest() in REPRODUCED:
             return None
         template = cls(*found)
         try:
@@ -49,12 +51,12 @@ class ChatTemplate:
         return template
 
     def check_training(self, record: Record, enable_thinking: bool | None) -> None:
-        """Raises RecordError if the template writes another conversation than training_pieces."""
+        """Raises RecordError if the template writes a conversation unlike training_pieces."""
         given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._compare(record, record.turns, render(training_pieces(record, "qwen3_5")), given)
 
     def check_prompt(self, record: Record, thinking: bool) -> None:
-        """Raises RecordError if the template writes another prompt than prompt_pieces."""
+        """Raises RecordError if the template writes a prompt unlike prompt_pieces."""
         turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
         given = {"add_generation_prompt": True, "enable_thinking": thinking}
         self._compare(record, turns, render(prompt_pieces(record, "qwen3_5", thinking)), given)
@@ -63,20 +65,20 @@ class ChatTemplate:
         messages, tools = [_message(turn) for turn in turns], list(record.tools) or None
         try:
             own = self._compiled.render(messages=messages, tools=tools, **{"add_generation_prompt": False, **given})
-        except BROKEN as error:
-            raise record.error(f"{self.file} has no text for it: {one_line(error)}", "chat template differs") from None
+        except RENDER_ERRORS as error:
+            raise record.error(f"{self.file} cannot render it: {one_line(error)}", "chat template differs") from None
         if own != ours:
             at = next((i for i, (a, b) in enumerate(zip(own, ours, strict=False)) if a != b), min(len(own), len(ours)))
             raise record.error(
-                f"{self.file}, by which the model will be asked, writes {own[at : at + SHOWN]!r} at character {at} of it, "
-                f"where {ours[at : at + SHOWN]!r} would be trained; a template that writes the latter, as Qwen3.5's does, "
-                "can take its place",
+                f"{self.file}, which prompts the model when it is served, writes {own[at : at + SHOWN]!r} at character {at}, "
+                f"where {ours[at : at + SHOWN]!r} would be trained; replace it with a template that writes the latter, as "
+                "Qwen3.5's does",
                 "chat template differs",
             )
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        """As transformers has it, but for its clock: what changes from day to day cannot be compared."""
+        """As in transformers, but without its clock: text that changes daily cannot be compared."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = _raise
@@ -85,7 +87,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant says, and writes nothing of its own."""
+    """`{% generation %}…{% endgeneration %}`: marks the assistant's text and writes nothing."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 

@@ -1,11 +1,12 @@
-"""A record as the text that the model sees, and which of it is trained. Pure functions, no tokenizer.
+"""Renders a record as the text that the model sees, and marks what is trained.
 
-`qwen3_5` gives the text of the checkpoint's own chat_template.jinja; `qwen3_vl_nothink` the plain form
+Pure functions that know no tokenizer. `qwen3_5` writes the text of the checkpoint's own
+chat_template.jinja, `qwen3_vl_nothink` the plain form
 
     <|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n…<|im_end|>\\n
 
-Trained is what the model has to write itself: never what its generation prompt would already hold (the header, `<think>\\n`,
-the whole empty think block), always the closing `<|im_end|>\\n`.
+Only what the model has to write itself is trained: never what its generation prompt already holds
+(the header, `<think>\\n`, the whole empty think block), always the closing `<|im_end|>\\n`.
 """
 
 import json
@@ -39,23 +40,20 @@ TOOLS_AFTER = (
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a sample.
-
-    kind "text" is plain: what it spells is never a control token. "control" is one control token. "image" is the place of an
-    image: its start, its tokens, its end; "video" that of a video: for each pair of frames its time, then the same. `fresh`:
-    generation would begin here, so tokens do not join what comes before. `answer`: the assistant's own words, in which special
-    tokens of the tokenizer are tokens.
-    """
+    """A stretch of a sample's text."""
 
     text: str
     trained: bool = False
+    # "text": plain text, which never becomes a control token, whatever it spells. "control": one
+    # control token. "image": becomes a start token, image tokens and an end token. "video": becomes
+    # for each pair of frames its time as text, then the same.
     kind: Literal["text", "control", "image", "video"] = "text"
-    fresh: bool = False
-    answer: bool = False
+    fresh: bool = False  # generation would begin here, so no token may span the boundary before it
+    answer: bool = False  # the assistant's own words, in which special tokens are tokens
 
 
 def render(pieces: Sequence[Piece]) -> str:
-    """The text of the pieces, an image or video as the chat template writes it."""
+    """The text of the pieces, with images and videos as the chat template writes them."""
     return "".join(p.text for p in pieces)
 
 
@@ -68,10 +66,11 @@ def training_pieces(
 ) -> list[Piece]:
     """The whole conversation.
 
-    enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, those after the last question of the
-    user; False drops them. train_on_prompt: what user, system and tools say is trained too, their headers and images are not.
-    mask_history: only the last answer is trained. A turn that the record wants out of the loss is not trained in any case.
-    Raises RecordError where the template has no text for the record.
+    enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, which are
+    those after the user's last question; False drops them. train_on_prompt: also train the text of
+    user, system and tool turns, but not their headers and images. mask_history: train only the last
+    answer. A turn that the record excludes from the loss is never trained.
+    Raises RecordError if the template cannot render the record.
     """
     _check(record, template)
     trained = [_is_trained(record, i, train_on_prompt, mask_history) for i in range(len(record.turns))]
@@ -91,14 +90,14 @@ def training_pieces(
 
 
 def _is_trained(record: Record, index: int, train_on_prompt: bool, mask_history: bool) -> bool:
-    """Of a turn, where the settings and the record both say so. Raises RecordError."""
+    """Whether both the settings and the record ask for a turn to be trained. Raises RecordError."""
     turn = record.turns[index]
     if turn.role == "assistant":
         return turn.loss is not False and (not mask_history or index + 1 == len(record.turns))
     if turn.loss and not train_on_prompt:
         raise record.error(
-            f"turn {index}, of the {turn.role}, is to be trained as the record says, but only answers are; train_on_prompt: "
-            "true trains what users, systems and tools say too"
+            f"turn {index} ({turn.role}) is marked to be trained, but only answers are; train_on_prompt: true also trains "
+            "user, system and tool turns"
         )
     return train_on_prompt and turn.loss is not False
 
@@ -106,35 +105,36 @@ def _is_trained(record: Record, index: int, train_on_prompt: bool, mask_history:
 def prompt_pieces(
     record: Record, template: Template, thinking: bool, enable_thinking: bool | None = None
 ) -> list[Piece]:
-    """The conversation up to where the model answers: a last assistant turn is left out, nothing is trained.
+    """The conversation up to the point where the model answers, without a last assistant turn.
 
-    thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else with the empty block. See `thinks_by_default` and
-    `has_thought`. enable_thinking: as in training_pieces, of the answers that the prompt holds.
+    Nothing in it is trained. thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else
+    with the empty block; see `thinks_by_default` and `has_thought`. enable_thinking: as in
+    training_pieces, for the answers in the prompt.
     """
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-    asked = replace(record, turns=tuple(replace(turn, loss=False) for turn in turns))
+    masked = replace(record, turns=tuple(replace(turn, loss=False) for turn in turns))
     opening = "" if template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
-    before = training_pieces(asked, template, enable_thinking)
-    return [*before, *_header("assistant"), *_text(opening)]
+    history = training_pieces(masked, template, enable_thinking)
+    return [*history, *_header("assistant"), *_text(opening)]
 
 
 def has_thought(record: Record, template: Template, enable_thinking: bool | None) -> bool:
-    """Whether the record's last answer is trained with a thought, after a prompt that opens it. Raises RecordError."""
+    """Whether the record's last answer is trained with a thought. Raises RecordError."""
     if template == "qwen3_vl_nothink" or enable_thinking is False:
         return False
     return bool(_split_thought(record, len(record.turns) - 1)[0])
 
 
 def check_thoughts(record: Record, template: Template) -> None:
-    """Raises RecordError for an answer of which the chat template would drop words, or whose thought has no end."""
-    if template == "qwen3_vl_nothink":  # writes answers as they are
+    """Raises RecordError if the template would drop part of an answer, or a thought has no end."""
+    if template == "qwen3_vl_nothink":  # writes answers unchanged
         return
     for index, turn in enumerate(record.turns):
         before, *after = turn.text.split("</think>") if turn.role == "assistant" else [""]
         if len(after) > 1 or (after and before.rpartition("<think>")[0].strip()):
             raise record.error(
-                f"turn {index} has several think blocks, or text before its only one, of which the chat template keeps a part; "
-                "put the thought into reasoning_content"
+                f"turn {index} has several think blocks, or text before its only one, and the chat template would drop part of "
+                "it; put the thought into reasoning_content"
             )
         if not after and before.lstrip().startswith("<think>"):
             raise record.error(
@@ -143,7 +143,7 @@ def check_thoughts(record: Record, template: Template) -> None:
 
 
 def dropped_thoughts(record: Record, template: Template, enable_thinking: bool | None) -> int:
-    """How many thoughts the chat template leaves out, though the settings do not ask for it."""
+    """How many thoughts the template drops although the settings do not ask for it."""
     if enable_thinking is False:
         return 0
     answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
@@ -154,21 +154,22 @@ def dropped_thoughts(record: Record, template: Template, enable_thinking: bool |
 
 
 def answer_text(turn: Turn) -> str:
-    """What an assistant turn says, and below it the tools that it calls, as the template writes both."""
+    """The text of an assistant turn followed by its tool calls, as the template writes them."""
     content = turn.text.strip()
     return content + _calls(turn.tool_calls, content)
 
 
 def thinks_by_default(folder: str | Path) -> bool:
-    """Whether a checkpoint's own template opens a thought where `enable_thinking` is not given.
+    """Whether a checkpoint's own template opens a thought if `enable_thinking` is not given.
 
-    The published templates differ in their generation prompt alone: the one that opens a thought unless told not to tests
-    `enable_thinking is false`, the other `enable_thinking is true`. Raises SettingError if it says neither, or both.
+    The published templates differ only in the generation prompt: those that think by default test
+    `enable_thinking is false`, the others `enable_thinking is true`. Raises SettingError if the
+    template has neither test, or both.
     """
     text, _ = read_chat_template(folder) or ("", "")
     if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):
         raise SettingError(
-            f"{folder}: its chat template does not say if it thinks by default; set enable_thinking (or --thinking)"
+            f"{folder}: its chat template does not say whether it thinks by default; set enable_thinking (or --thinking)"
         )
     return "enable_thinking is false" in text
 
@@ -186,7 +187,7 @@ def _end(trained: bool) -> list[Piece]:
 
 
 def _body(turn: Turn, trained: bool, trim: bool = True) -> list[Piece]:
-    """The content of a turn, an image or video where it stands between the texts."""
+    """The content of a turn, texts and visuals in order; trim: strip its outer white space."""
     parts = list(turn.parts)
     if trim and parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
@@ -204,16 +205,16 @@ def _body(turn: Turn, trained: bool, trim: bool = True) -> list[Piece]:
 
 
 def _tools_turn(record: Record, trained: bool) -> list[Piece]:
-    """What can be called stands in a system turn, before what the record's own says."""
+    """The system turn that describes the tools, followed by the record's own system prompt."""
     first = record.turns[0]
     system = first.text.strip() if first.role == "system" else ""
-    listed = "".join(f"\n{_json(tool)}" for tool in record.tools)
-    text = f"{TOOLS_BEFORE}{listed}{TOOLS_AFTER}" + (f"\n\n{system}" if system else "")
+    tools = "".join(f"\n{_json(tool)}" for tool in record.tools)
+    text = f"{TOOLS_BEFORE}{tools}{TOOLS_AFTER}" + (f"\n\n{system}" if system else "")
     return [*_header("system"), *_text(text, trained), *_end(trained)]
 
 
 def _tool_response(turns: Sequence[Turn], index: int, trained: bool) -> list[Piece]:
-    """Those in a row share one turn, in the user's name."""
+    """A tool response; consecutive ones share one user turn."""
     pieces: list[Piece] = []
     if turns[index - 1].role != "tool":
         pieces += [Piece(IM_START, kind="control"), Piece("user")]
@@ -227,7 +228,7 @@ def _tool_response(turns: Sequence[Turn], index: int, trained: bool) -> list[Pie
 
 
 def _calls(calls: Sequence[ToolCall], content: str) -> str:
-    """What follows the content of an answer that calls tools."""
+    """The tool calls of an answer, and the gap between its content and them."""
     gap = "\n\n" if calls and content.strip() else ""
     return gap + "\n".join(
         f"<tool_call>\n<function={call.name}>\n"
@@ -238,7 +239,7 @@ def _calls(calls: Sequence[ToolCall], content: str) -> str:
 
 
 def _argument(value: Any) -> str:
-    return _json(value) if isinstance(value, dict | list) else str(value)  # True, None: as the template writes them
+    return _json(value) if isinstance(value, dict | list) else str(value)  # the template, too, writes True and None
 
 
 def _json(value: Any) -> str:
@@ -248,9 +249,9 @@ def _json(value: Any) -> str:
 def _answer(
     record: Record, index: int, template: Template, trained: bool, drop_thought: bool, is_history: bool
 ) -> list[Piece]:
-    """is_history: of before the user's last question, whose thoughts the template drops."""
+    """is_history: the turn is before the user's last question; the template drops its thought."""
     turn = record.turns[index]
-    if template == "qwen3_vl_nothink":  # has no place for reasoning_content
+    if template == "qwen3_vl_nothink":  # does not write reasoning_content
         return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
     thought, content = _split_thought(record, index)
     opening = ""
@@ -259,18 +260,21 @@ def _answer(
         opening = "<think>\n" if thought else EMPTY_THOUGHT
     answer = content + _calls(turn.tool_calls, content)
     content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
-    # without an opening no generation prompt ends here: the tokens are those of the whole text, as later prompts have it
+    # Without an opening the answer occurs only as history, where its context is tokenised with it.
     fresh = trained and bool(opening)
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]
 
 
 def _split_thought(record: Record, index: int) -> tuple[str, str]:
-    """(thought, answer) of an assistant turn, from `reasoning_content` or from a think block in the content."""
+    """(thought, answer) of an assistant turn; the thought is its reasoning or a think block.
+
+    Raises RecordError if it has both.
+    """
     turn = record.turns[index]
     content = turn.text.strip()
     if turn.reasoning is not None:
         if "</think>" in content:  # the template would write both, and the thought would be trained twice
-            raise record.error(f"turn {index} has a think block in its content and reasoning_content too; keep one")
+            raise record.error(f"turn {index} has both a think block in its content and reasoning_content; keep one")
         return turn.reasoning.strip(), content
     if "</think>" not in content:
         return "", content
@@ -279,7 +283,7 @@ def _split_thought(record: Record, index: int) -> tuple[str, str]:
 
 
 def _is_query(turn: Turn) -> bool:
-    """A user turn that is not just a tool's response, handed on in the user's name."""
+    """Whether a turn is a question: a user turn that is not a tool response in disguise."""
     first, last = turn.parts[0], turn.parts[-1]
     is_response = isinstance(first, str) and first.lstrip().startswith("<tool_response>")
     is_response = is_response and isinstance(last, str) and last.rstrip().endswith("</tool_response>")
@@ -292,7 +296,7 @@ def _last_query(turns: Sequence[Turn]) -> int:
 
 def _check(record: Record, template: Template) -> None:
     if template == "qwen3_5" and not any(map(_is_query, record.turns)):
-        raise record.error("no question of the user, only tool responses; the chat template has no text for that")
+        raise record.error("has no user question, only tool responses; the chat template cannot render that")
     has_tools = record.tools or any(turn.role == "tool" or turn.tool_calls for turn in record.turns)
     if template == "qwen3_vl_nothink" and has_tools:
-        raise record.error("has tools, for which template qwen3_vl_nothink has no text; use qwen3_5")
+        raise record.error("has tools, which the template qwen3_vl_nothink cannot render; use qwen3_5")

@@ -1,4 +1,4 @@
-"""Pieces of text as token ids, each with whether it is trained."""
+"""Turns pieces of text into token ids and a loss mask, and ids back into text."""
 
 import re
 from collections.abc import Sequence
@@ -13,19 +13,21 @@ from qwen35.data.special_tokens import CONTROL_TOKENS, TEMPLATE_TAGS, Outcome, S
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
-Extent = int | Sequence[tuple[float, int]]  # tokens of an image; (seconds, tokens) of each pair of frames of a video
+Extent = int | Sequence[tuple[float, int]]  # number of tokens of an image; (seconds, tokens) per pair of video frames
 
 
 class ChatTokenizer:
     """The tokenizer.json of a model folder.
 
-    The ids are those that transformers makes of the whole rendered text, with two exceptions. Only the template's own control
-    pieces become control tokens (see CONTROL_TOKENS): a text that spells `<|im_end|>` or `<|image_pad|>` gets the tokens of
-    these characters. So does, where special_tokens_in_prompts is "text", any special token that user, system or tools spell.
-    What the tokenizer does not count as special (`<think>`, `<tool_call>`) is recognised in any text.
+    The ids are those that transformers gives for the whole rendered text, with two exceptions. Only
+    the template's own control pieces become control tokens (see CONTROL_TOKENS): text that spells
+    `<|im_end|>` or `<|image_pad|>` gets the tokens of its characters. If special_tokens_in_prompts
+    is "text", so does any special token that user, system or tools spell. Added tokens that are not
+    special (`<think>`, `<tool_call>`) are recognised in any text.
     """
 
     def __init__(self, folder: str | Path, special_tokens_in_prompts: str = "tokens"):
+        """Raises SettingError."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise SettingError(f"{path}: no such file; model_name_or_path must name a whole Hugging Face folder")
@@ -49,7 +51,6 @@ class ChatTokenizer:
         self.im_end_id = self._control[IM_END]
         self.control_ids = list(self._control.values())
         self._tokens_in_prompts = special_tokens_in_prompts == "tokens"
-        # special tokens that a text may spell, and those that it may become
         self._special = {i: t.content for i, t in added.items() if t.special and t.content not in TEMPLATE_TAGS}
         self.control_names = sorted({name for name in self._special.values() if name in (*CONTROL_TOKENS, *ends)})
         self._markup = {i for i, name in self._special.items() if name not in self.control_names}
@@ -58,14 +59,14 @@ class ChatTokenizer:
         self._tags = {i for i, t in added.items() if t.special and t.content in TEMPLATE_TAGS}
         if config.get("split_special_tokens"):
             raise SettingError(
-                f"{folder}/tokenizer_config.json: split_special_tokens: transformers would read the template's own control "
-                "tokens as characters; set it to false"
+                f"{folder}/tokenizer_config.json: split_special_tokens: makes transformers split the template's own control "
+                "tokens into characters; set it to false"
             )
-        if odd := disagreements(config, added.values()):
-            shown = ", ".join(odd[:3]) + f" and {len(odd) - 3} more" * (len(odd) > 3)
+        if names := disagreements(config, added.values()):
+            shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             raise SettingError(
-                f"{path}: does not agree with tokenizer_config.json, by which transformers reads text, about the added "
-                f"tokens {shown}; save the tokenizer with transformers' save_pretrained, which writes both"
+                f"{path}: does not agree with tokenizer_config.json, which transformers uses too, about the added tokens "
+                f"{shown}; save the tokenizer with transformers' save_pretrained, which writes both"
             )
 
     def _id(self, token: str, added: dict[int, AddedToken]) -> int:
@@ -73,79 +74,84 @@ class ChatTokenizer:
         if number is None:
             raise SettingError(f"{self.file}: has no token {token}; is it a Qwen3.5 tokenizer?")
         if number not in added or not added[number].special:
-            raise SettingError(f"{self.file}: {token} is not marked as special, so that any text could contain it")
+            raise SettingError(f"{self.file}: {token} is not marked as special, so any text could contain it")
         return number
 
     def last(self) -> tuple[str, int]:
-        """The token of the highest id, and that."""
+        """The token with the highest id, and that id."""
         return max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
 
     def encode(
         self, pieces: Sequence[Piece], visuals: Sequence[Extent] = (), spelled: Spelled | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """ids [T] int32 and trained [T] bool; visuals: of each image and video, in order of appearance.
+        """ids [T] int32, loss mask [T] bool; visuals: images and videos in order of appearance.
+        An image becomes its number of tokens between a start and an end token; a video becomes, for
+        each pair of frames, the time as text, then their tokens between a start and an end token.
+        The special tokens that the text spells are added to `spelled`.
 
-        An image becomes so many tokens between its start and end; a video, for each of its pairs of frames, the time as text
-        and so many tokens between a start and an end of their own. `spelled` gets the special tokens that the text spells.
-
-        There is no start and end around a whole video, though the chat template writes them. So the models were trained: the
-        Qwen team's own processor replaces them together with the pad (huggingface/transformers pull request 40795, in releases
-        up to 5.9; the published configs name 4.57), and their code for training and positions describes the same layout
-        (QwenLM/Qwen3-VL, qwen-vl-finetune/qwenvl/data/rope2d.py, get_rope_index_3), as does their model in vLLM. Since 5.10 the
-        processor replaces the pad alone, which came with a refactoring of all processors (pull request 45493), and leaves an
-        outer pair in the prompt; so does vLLM on such a release (vllm-project/vllm pull request 41359).
+        No start and end tokens surround a whole video, although the chat template writes them. The
+        models were trained without: the Qwen team's own processor replaces them together with the
+        pad (huggingface/transformers pull request 40795, in releases up to 5.9; the published
+        configs name 4.57). Their code for training and positions describes the same layout
+        (QwenLM/Qwen3-VL, qwen-vl-finetune/qwenvl/data/rope2d.py, get_rope_index_3), as does their
+        model in vLLM. Since 5.10, after a refactoring of all processors (pull request 45493), the
+        processor replaces only the pad and leaves an outer pair in the prompt; so does vLLM with
+        such a release (vllm-project/vllm pull request 41359).
         """
         spelled = {} if spelled is None else spelled
         ids: list[int] = []
-        trained: list[bool] = []
+        loss_mask: list[bool] = []
         run: list[Piece] = []
         extents = iter(visuals)
         for piece in pieces:
-            if piece.fresh or piece.kind not in ("text", "video"):  # a video begins with a text
-                self._encode_run(run, ids, trained, spelled)
+            if piece.fresh or piece.kind not in ("text", "video"):  # a video begins with text, its time
+                self._encode_run(run, ids, loss_mask, spelled)
                 run = []
             if piece.kind == "text":
                 run.append(piece)
             elif piece.kind == "control":
                 ids.append(self._control[piece.text])
-                trained.append(piece.trained)
+                loss_mask.append(piece.trained)
             else:
                 extent = next(extents)
                 if isinstance(extent, int):
-                    self._encode_visual(extent, self.image_id, ids, trained)
+                    self._encode_visual(extent, self.image_id, ids, loss_mask)
                     continue
                 if self.video_id is None:
                     raise SettingError(f"{self.file}: has no token {VIDEO_PAD}; is it a Qwen3.5 tokenizer?")
                 for seconds, n in extent:
-                    self._encode_run([*run, Piece(f"<{seconds:.1f} seconds>")], ids, trained, spelled)
+                    self._encode_run([*run, Piece(f"<{seconds:.1f} seconds>")], ids, loss_mask, spelled)
                     run = []
-                    self._encode_visual(n, self.video_id, ids, trained)
-        self._encode_run(run, ids, trained, spelled)
-        return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+                    self._encode_visual(n, self.video_id, ids, loss_mask)
+        self._encode_run(run, ids, loss_mask, spelled)
+        return np.array(ids, dtype=np.int32), np.array(loss_mask, dtype=bool)
 
-    def _encode_visual(self, n: int, token: int, ids: list[int], trained: list[bool]) -> None:
+    def _encode_visual(self, n: int, token: int, ids: list[int], loss_mask: list[bool]) -> None:
         ids += [self._control[VISION_START], *[token] * n, self._control[VISION_END]]
-        trained += [False] * (n + 2)
+        loss_mask += [False] * (n + 2)
 
     def encode_text(self, text: str, answer: bool = False) -> list[int]:
-        """The ids of plain text; what it spells is never a control token. answer: as in a Piece."""
+        """The ids of plain text, which never becomes a control token. answer: as in a Piece."""
         return self.encode([Piece(text, answer=answer)])[0].tolist()
 
-    def _encode_run(self, run: list[Piece], ids: list[int], trained: list[bool], spelled: Spelled) -> None:
-        """Text between two control tokens, tokenised in one go as at inference, even where only a part is trained."""
+    def _encode_run(self, run: list[Piece], ids: list[int], loss_mask: list[bool], spelled: Spelled) -> None:
+        """Text between control tokens, tokenised in one go as at inference."""
         if not run:
             return
         is_markup = self._tokens_in_prompts or any(p.answer for p in run)
-        found, starts = self._encode_text("".join(p.text for p in run), is_markup, spelled)
-        ids += found
+        new_ids, starts = self._encode_text("".join(p.text for p in run), is_markup, spelled)
+        ids += new_ids
         if len({p.trained for p in run}) == 1:
-            trained += [run[0].trained] * len(found)
+            loss_mask += [run[0].trained] * len(new_ids)
             return
         mask = np.repeat([p.trained for p in run], [len(p.text) for p in run])
-        trained += [bool(mask[start]) for start in starts]
+        loss_mask += [bool(mask[start]) for start in starts]
 
     def _encode_text(self, text: str, is_markup: bool, spelled: Spelled) -> tuple[list[int], list[int]]:
-        """The ids of a text, and at which character each begins; is_markup: special tokens that mark up text are tokens."""
+        """The ids of a text, and the character at which each begins.
+
+        is_markup: special tokens that are markup become tokens.
+        """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         special = self._special.keys() & set(ids)
@@ -157,7 +163,8 @@ class ChatTokenizer:
         tokens = self._tags | self._markup if is_markup else self._tags
         if special <= tokens:
             return ids, [start for start, _ in offsets]
-        # The tokenizer reads what lies between two added tokens by itself, so the rest can be had part by part, as characters.
+        # The tokenizer treats the text between two added tokens independently, so each such part
+        # can be encoded again, as characters.
         kept = [(token, *offset) for token, offset in zip(ids, offsets, strict=True) if token in tokens]
         out: list[int] = []
         starts: list[int] = []
@@ -176,20 +183,20 @@ class ChatTokenizer:
         return encoding
 
     def decode(self, ids: Sequence[int], control: bool = True) -> str:
-        """The text of ids; `control`: control tokens too. What is no whole character is `\ufffd`."""
+        """The text of ids, with control tokens if asked; an incomplete character is `\ufffd`."""
         shown = ids if control else [i for i in ids if i not in self._special or i in self._markup]
         return self._tokenizer.decode(list(shown), skip_special_tokens=False)
 
     def special_in(self, text: str) -> list[tuple[int, int]]:
-        """Where a text spells special tokens."""
-        return [found.span() for found in self._spelling.finditer(text)]
+        """The spans of a text that spell special tokens."""
+        return [match.span() for match in self._spelling.finditer(text)]
 
     def is_special(self, token: int) -> bool:
         return token in self._special
 
 
 def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> str:
-    """Of a token in tokenizer_config.json. Raises SettingError."""
+    """The name of a token in tokenizer_config.json, or the usual one. Raises SettingError."""
     token = config.get(key) or usual
     name = token.get("content") if isinstance(token, dict) else token
     if not isinstance(name, str) or not name.isprintable():

@@ -163,13 +163,13 @@ def test_a_template_of_the_users_own(folder_with):
     own.write_text("{%- set a = 1 %}" + text + "{% generation %}{% endgeneration %}")
     ChatTemplate.from_folder(folder).check_training(record, None)
     own.write_text("You are a pirate." + text)
-    with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0 of it, where '<\|im_start"):
+    with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0, where '<\|im_start"):
         ChatTemplate.from_folder(folder).check_training(record, None)
     own.write_text("{{ raise_exception('no ' + messages[0].role) }}")
-    with pytest.raises(RecordError, match="has no text for it: no user"):
+    with pytest.raises(RecordError, match="cannot render it: no user"):
         ChatTemplate.from_folder(folder).check_training(record, None)
     own.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(RecordError, match=r"has no text for it: .*unsafe"):
+    with pytest.raises(RecordError, match=r"cannot render it: .*unsafe"):
         ChatTemplate.from_folder(folder).check_training(record, None)
     own.write_text("{% if %}")
     with pytest.raises(SettingError, match=r"chat_template\.jinja: is not a chat template: "):

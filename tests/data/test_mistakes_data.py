@@ -132,7 +132,7 @@ TURNS = [
     Case(
         "only tools",
         (*TRAIN,),
-        (f"{SECOND}: no question of the user",),
+        (f"{SECOND}: has no user question",),
         only_tools,
     ),
 ]

@@ -435,7 +435,7 @@ WRONG_MASKS = {
     "no list": ({"messages": TWO, "loss_mask": 1}, r"has 4 turns, but the record's loss_mask is a number"),
     "a factor in the list": ({"messages": TWO, "loss_mask": [0, 2, 0, 1]}, r"\[1\]: the record's loss_mask is 2, neither 0"),
     "the user's": (
-        {"messages": masked([1, 1, 0, 1])}, r"turn 0, of the user, is to be trained as the record says, but only answers are",
+        {"messages": masked([1, 1, 0, 1])}, r"turn 0 \(user\) is marked to be trained, but only answers are",
     ),
     "nothing": ({"messages": masked([0, 0, 0, 0])}, r"nothing in it is trained"),
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""From records to packed batches: `for batch in MicroBatches(settings, rank, world_size, start_step)`."""
+"""Turns records into packed batches; knows no model.
+
+`for batch in MicroBatches(settings, rank, world_size, start_step)` is all that training needs.
+"""
 
 from qwen35.data.dataloader import MicroBatches
 from qwen35.data.record import Record, RecordError

@@ -1,4 +1,7 @@
-"""Jobs done by several processes, their results in the order of the jobs, no more than a job a process in memory."""
+"""Runs jobs in several processes and yields the results in order, one job per process in memory.
+
+Knows nothing of what the jobs do.
+"""
 
 import multiprocessing
 import os
@@ -19,15 +22,16 @@ Result = TypeVar("Result")
 def in_order(
     make: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:
-    """`make()(job)` of each job; `make` runs once in every process. Fewer than two jobs or workers: in this one.
+    """`make()(job)` for each job; `make` runs once in every process.
 
-    Raises the UserError that `make` or a job raised, and one where a process ends before its time.
+    With fewer than two jobs or workers all runs in this process. Raises the UserError that `make`
+    or a job raised, or one that says that a process died.
     """
-    waiting = iter(jobs)
-    first = list(islice(waiting, 2))
+    remaining = iter(jobs)
+    first = list(islice(remaining, 2))
     if len(first) < 2 or workers < 2:
         work = make()
-        for job in chain(first, waiting):
+        for job in chain(first, remaining):
             yield work(job)
         return
     context = multiprocessing.get_context("fork")
@@ -37,17 +41,17 @@ def in_order(
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(make, theirs, os.getpid()), daemon=True)
             process.start()
-            theirs.close()  # so that its end is seen here
+            theirs.close()  # or the death of the process would not close the pipe
             processes.append(process)
             ends.append(ours)
-        queue: list[Connection] = []  # of those at work, the oldest job's first
-        for number, job in enumerate(chain(first, waiting)):
+        queue: list[Connection] = []  # to the busy processes, oldest job first
+        for number, job in enumerate(chain(first, remaining)):
             end = ends[number % workers]
             if number >= workers:
-                done: Result = _receive(queue.pop(0))
-                _send(end, job)  # before the result is looked at: no process waits for that
+                result: Result = _receive(queue.pop(0))
+                _send(end, job)  # before yielding, so that the process does not idle meanwhile
                 queue.append(end)
-                yield done
+                yield result
             else:
                 _send(end, job)
                 queue.append(end)
@@ -60,7 +64,7 @@ def in_order(
 
 
 def _send(end: Connection, job: Any) -> None:
-    with suppress(BrokenPipeError):  # it has ended, which receiving from it tells
+    with suppress(BrokenPipeError):  # the process has died; _receive reports it
         end.send(job)
 
 
@@ -69,7 +73,7 @@ def _receive(end: Connection) -> Any:
         result = end.recv()
     except (EOFError, ConnectionResetError):
         raise UserError(
-            "a process ended before its work was done; was the memory full? --workers 1 needs the least"
+            "a worker process died before its work was done; if memory ran out, use fewer: --workers 1 needs the least"
         ) from None
     if isinstance(result, UserError):
         raise result
@@ -78,7 +82,7 @@ def _receive(end: Connection) -> Any:
 
 def _serve(make: Callable[[], Callable[[Job], Result]], end: Connection, parent: int) -> None:
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         work = make()

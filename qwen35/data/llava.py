@@ -1,7 +1,8 @@
-"""LLaVA-Instruct and the images of COCO -> training records.
+"""Converts LLaVA-Instruct and the images of COCO into training records.
 
-A JSON list of {"images": ["./train2017/X.jpg"], "messages": [{"role": "user", "content": …}, …]}, and beside it a report.
-Several processes read the records and the headers of their images; only a few thousand records are in memory at a time.
+Writes a JSON list of {"images": ["./train2017/X.jpg"], "messages": [{"role": "user", "content": …},
+…]}, and a report beside it. Several processes check the records and the headers of their images;
+only a few thousand records are in memory at a time.
 """
 
 import json
@@ -11,13 +12,14 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.content import MISSING
 from qwen35.data.data_warnings import RecordWarnings
 from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
@@ -35,11 +37,10 @@ from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, visible
 from qwen35.wording import number_of
 
-NAMED = 5  # missing images that a message names
-CHUNK = 512  # records that a process gets at once
-MISSING = "image missing"
+MAX_NAMES = 5  # missing images that a message names
+RECORDS_PER_JOB = 512  # for one process at a time
 
-Jobs = tuple[int, list[Any]]  # the number of the first, from 1, and the values of the file
+Job = tuple[int, list[Any]]  # number of its first record, from 1, and the JSON values
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class Converted:
 
 
 def convert(options: Options) -> str:
-    """Write `out`, whole or not at all, then its report; return that. `dataset_dir` for it is the folder above `images`.
+    """Write `out`, whole or not at all, and its report, which is returned.
 
-    Raises SettingError for folders and files, RecordError for a record that cannot be used and is not to be skipped.
+    The paths in the records are relative to the folder above `images`. Raises SettingError for
+    files and folders, RecordError for an unusable record that is not to be skipped.
     """
     llava, images, out = options.llava, options.images, options.out
     if not llava.is_file():
@@ -79,10 +81,12 @@ def convert(options: Options) -> str:
     if not images.is_dir():
         raise SettingError(f"{images}: no such folder; set IMAGES to the folder of the images, e.g. …/train2017")
     if out.exists() and out.samefile(llava):
-        raise SettingError(f"{out}: is the file that is read; set OUT to another")
+        raise SettingError(f"{out}: is the input file; set OUT to another")
     if options.tokenizer is not None and options.check == "none":
-        raise SettingError("--tokenizer counts the tokens of images, so their headers are read: leave out --check none")
-    llava.open("rb").close()  # a file that may not be read is named as itself, below
+        raise SettingError(
+            "--tokenizer counts the tokens of images, so it must read their headers: leave out --check none"
+        )
+    llava.open("rb").close()  # if unreadable, an OSError that names it; those below are reported as of `out`
     tally = Tally("characters" if options.tokenizer is None else "tokens")
     try:
         with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
@@ -94,7 +98,7 @@ def convert(options: Options) -> str:
         files = tally.write(report, out)
     except OSError as error:
         raise SettingError(f"{out}: cannot be written: {error.strerror}") from None
-    return f"{report}\nthis report: {files[0]}, {files[1]}"
+    return f"{report}\nreport written to {files[0]}, {files[1]}"
 
 
 def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
@@ -103,69 +107,66 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
     separator = ""
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     bar = tqdm(desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
-    with bar, closing(in_order(partial(Converter, options), _jobs(options), workers)) as parts:
-        for part in parts:
-            for made in part:
-                bar.update()
-                if isinstance(made, Converted):
-                    tally.add(made.turns, made.images, made.length)
-                    if made.warnings is not None:
-                        tally.warnings.add(made.warnings)
-                    tally.special_tokens.add(made.source, made.spelled)
-                    yield separator + made.line
-                    separator = ",\n"
-                elif options.tolerates(made):
-                    tally.skip(made)
-                elif made.kind == MISSING:  # all of them are told at once
-                    missing.append(_below(options, made.image or ""))
-                else:
-                    raise RecordError(f"{made}; --on_bad_record skip leaves such records out", made.kind, made.image)
+    with bar, closing(in_order(partial(Converter, options), _jobs(options), workers)) as results:
+        for result in chain.from_iterable(results):
+            bar.update()
+            if isinstance(result, Converted):
+                tally.add(result.turns, result.images, result.length)
+                if result.warnings is not None:
+                    tally.warnings.add(result.warnings)
+                tally.special_tokens.add(result.source, result.spelled)
+                yield separator + result.line
+                separator = ",\n"
+            elif options.tolerates(result):
+                tally.skip(result)
+            elif result.kind == MISSING:  # collected, to report all at once
+                missing.append(_relative(options, result.image or ""))
+            else:
+                raise RecordError(f"{result}; --on_bad_record skip leaves such records out", result.kind, result.image)
     if missing:
-        n = len(missing)
         raise RecordError(
-            f"{options.llava}: {number_of(n, 'image')} not in {options.images}: {_names(missing)}; "
+            f"{options.llava}: {number_of(len(missing), 'image')} not in {options.images}: {_names(missing)}; "
             "--on_missing skip leaves such records out"
         )
     if not tally.records:
-        raise RecordError(f"{options.llava}: no records" + (f" left: {tally.skipped}" if tally.named else ""))
+        raise RecordError(f"{options.llava}: no records" + (f" left: {tally.skipped}" if tally.errors else ""))
 
 
-def _jobs(options: Options) -> Iterator[Jobs]:
+def _jobs(options: Options) -> Iterator[Job]:
     values, first = read_values(options.llava, lenient=options.on_bad_record == "skip"), 1
-    while chunk := list(islice(values, CHUNK)):
-        yield first, chunk
-        first += len(chunk)
+    while records := list(islice(values, RECORDS_PER_JOB)):
+        yield first, records
+        first += len(records)
 
 
 def _report(options: Options, tally: Tally) -> str:
     out, skipped = options.out, tally.skipped
     lines = [f"{out}: {tally.records:,} records, {tally.turns:,} turns, {tally.images:,} images"]
     if n := skipped.kinds.get(MISSING, 0):
-        gone = [image for image, state in skipped.images.items() if state == "missing"]
-        named = [_below(options, image) for image in gone]
-        lines.append(f"left out: {number_of(n, 'record')} whose image is not in {options.images}: {_names(named)}")
+        names = [_relative(options, image) for image, state in skipped.images.items() if state == "missing"]
+        lines.append(f"left out: {number_of(n, 'record')} whose image is not in {options.images}: {_names(names)}")
     if len(skipped) > n:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":
-        lines.append("the images were not looked at (--check none)")
+        lines.append("the images were not checked (--check none)")
     lines += tally.warnings.lines("LLaVA's field is image") + tally.special_tokens.lines()
     lines.append(tally.histogram())
     if options.tokenizer is None:
-        lines.append("for tokens instead of characters name a model folder: make data HF=…")
+        lines.append("to count tokens instead of characters, name a model folder: make data HF=…")
     lines.append(f"for training: dataset={out}, dataset_dir={Path(os.path.realpath(options.images)).parent}")
     return visible("\n".join(lines), keep="\n")
 
 
-def _below(options: Options, image: str) -> str:
+def _relative(options: Options, image: str) -> str:
     return os.path.relpath(image, os.path.realpath(options.images))
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
 
 
 class Converter:
-    """What a process does with a stretch of the file."""
+    """Converts the records of one job; each process has its own."""
 
     def __init__(self, options: Options):
         """Raises SettingError."""
@@ -173,20 +174,20 @@ class Converter:
         self._folder = ImageFolder(options.images)
         self._root = f"{self._folder.real_root}/"
         self._prefix = f"./{self._folder.real_root.name}/"
-        self._verdicts: dict[Path, ImageError | None] = {}  # the same image serves several records
+        self._image_errors: dict[Path, ImageError | None] = {}  # many records share an image
         self._preparation = None if options.tokenizer is None else _preparation(options.tokenizer)
 
-    def __call__(self, job: Jobs) -> list[Converted | RecordError]:
-        return [self._one(raw, number) for number, raw in enumerate(job[1], job[0])]
+    def __call__(self, job: Job) -> list[Converted | RecordError]:
+        return [self._convert(raw, number) for number, raw in enumerate(job[1], job[0])]
 
-    def _one(self, raw: Any, number: int) -> Converted | RecordError:
+    def _convert(self, raw: Any, number: int) -> Converted | RecordError:
         if isinstance(raw, RecordError):
             return raw
         try:
             record, warnings = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
             if record.videos or any(turn.reasoning or turn.tool_calls for turn in record.turns):
                 raise record.error(
-                    "has videos, thoughts or calls of tools, which LLaVA's records have not; use it as it is"
+                    "has videos, thoughts or tool calls, so it is not a LLaVA record; train on it as it is"
                 )
             spelled: Spelled = {}
             if self._preparation is not None:
@@ -198,7 +199,7 @@ class Converter:
                 length = sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)
         except RecordError as error:
             return error
-        messages = [_message(turn, shows=bool(record.images)) for turn in record.turns]
+        messages = [_message(turn, has_images=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
         return Converted(line, len(messages), len(images), length, warnings, record.source, spelled)
@@ -206,17 +207,17 @@ class Converter:
     def _check(self, record: Record) -> None:
         """Raises RecordError."""
         for number, path in enumerate(record.images, 1):
-            if path not in self._verdicts:
-                self._verdicts[path] = _verdict(path)
-            if (error := self._verdicts[path]) is not None:
-                which = f"image {number} of {len(record.images)}, {path}"
-                raise record.error(f"{which}: {error}", error.kind, str(path))
+            if path not in self._image_errors:
+                self._image_errors[path] = _image_error(path)
+            if (error := self._image_errors[path]) is not None:
+                image = f"image {number} of {len(record.images)}, {path}"
+                raise record.error(f"{image}: {error}", error.kind, str(path))
 
 
-def _message(turn: Turn, shows: bool) -> dict[str, Any]:
-    """shows: the record has images; what is text there, and spells a placeholder, can only be said in a list."""
+def _message(turn: Turn, has_images: bool) -> dict[str, Any]:
+    """has_images: the record has any, so text that spells a placeholder needs a content list."""
     content: str | list[dict[str, str]]
-    if shows and turn.role == "user" and PLACEHOLDER.search(turn.text):
+    if has_images and turn.role == "user" and PLACEHOLDER.search(turn.text):
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn.parts
         ]
@@ -225,7 +226,7 @@ def _message(turn: Turn, shows: bool) -> dict[str, Any]:
     return {"role": turn.role, "content": content} | ({} if turn.loss is None else {"loss_mask": int(turn.loss)})
 
 
-def _verdict(path: Path) -> ImageError | None:
+def _image_error(path: Path) -> ImageError | None:
     try:
         upright_size(path)
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Samples of a recipe as they are trained, with the trained tokens marked."""
+"""Prints samples of a recipe as they are trained, with the trained tokens marked (`make show`)."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
@@ -20,11 +20,14 @@ from qwen35.wording import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
-BOUNDARY = "¦"  # between the tokens of what spells a special token, and is none
+BOUNDARY = "¦"  # between the tokens of text that spells a special token but is not one
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
-    """The first samples, one text each. Raises SettingError, RecordError; for samples that training refuses at the end."""
+    """The first samples, one text each, and warnings. Raises SettingError, RecordError.
+
+    Samples that training would refuse are shown first, and reported as an error at the end.
+    """
     preparation = Preparation.of(settings)
     basic = preparation.basic
     folder = settings.model.model_name_or_path
@@ -34,57 +37,58 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
     warnings = DataWarnings()
-    made = chain.from_iterable(tokenised(f, preparation, None, skip, warnings) for f in dataset_files(basic.dataset))
+    files = dataset_files(basic.dataset)
+    tokenised_records = chain.from_iterable(tokenised(file, preparation, None, skip, warnings) for file in files)
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
     special_tokens = SpecialTokens()
     shown = refused = 0
-    for record, sample in islice(made, limit):
-        yield from _told(left_out)
+    for record, sample in islice(tokenised_records, limit):
+        yield from _left_out_lines(left_out)
         shown += 1
         special_tokens.add(record.source, sample.spelled)
-        tokens, left, too_long = len(sample.ids), len(sample.ids), ""
+        tokens, kept, too_long = len(sample.ids), len(sample.ids), ""
         if tokens > basic.cutoff_len:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
             if basic.truncation == "truncate":
                 grids = np.array(sample.grids, dtype=np.int64).reshape(-1, 3)
-                left, _ = truncate(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
-                too_long += f", cut to {left}" if left else ", left out: nothing trained is left"
+                kept, _ = truncate(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
+                too_long += f", cut to {kept}" if kept else ", left out: nothing trained is left"
             elif skip or basic.truncation == "drop":
                 too_long += ", left out"
             else:
                 refused += 1
-        ids, mask = sample.ids[: left or None].tolist(), sample.trained[: left or None].tolist()
+        ids, mask = sample.ids[: kept or None].tolist(), sample.trained[: kept or None].tolist()
         head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
         head += number_of_visuals(len(record.images), len(record.videos))
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {visible(head)}\n{text}"
-    yield from _told(left_out)
+    yield from _left_out_lines(left_out)
     lines = warnings.lines() + special_tokens.lines()
     if {"control", "text"} & special_tokens.records.keys():
-        lines.append(f"such characters have {BOUNDARY} between their tokens")
+        lines.append(f"these characters are shown with {BOUNDARY} between their tokens")
     if lines:
         yield "\n".join(["--- of the records shown:", *lines])
     if not shown:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records" + " left" * bool(skip))
     if refused:
-        most = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
+        limit_name = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
             f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'record')} shown, {refused:,} "
-            f"{'is' if refused == 1 else 'are'} longer than {most}, which training refuses; truncation: drop leaves such "
-            "records out, truncate cuts them"
+            f"{'is' if refused == 1 else 'are'} longer than {limit_name}, which training refuses; truncation: drop leaves "
+            "such records out, truncate cuts them"
         )
 
 
-def _told(left_out: list[RecordError]) -> Iterator[str]:
+def _left_out_lines(left_out: list[RecordError]) -> Iterator[str]:
     while left_out:
         yield f"--- left out: {left_out.pop(0)}"
 
 
-def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool], marks: tuple[str, str]) -> str:
-    """ids [T] as text, trained stretches between the marks, runs of image tokens as one with their number."""
+def marked(tokenizer: ChatTokenizer, ids: Sequence[int], loss_mask: Sequence[bool], marks: tuple[str, str]) -> str:
+    """ids [T] as text, with trained stretches between the marks and image tokens counted."""
     out = []
     pads = {tokenizer.image_id: IMAGE_PAD, tokenizer.video_id: VIDEO_PAD}
-    kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, trained, strict=True)]
+    kinds = [(mask, pads.get(token), token) for token, mask in zip(ids, loss_mask, strict=True)]
     for (is_trained, pad), run in groupby(kinds, key=lambda kind: kind[:2]):
         stretch = [token for *_, token in run]
         text = f"{pad}*{len(stretch)}" if pad else visible(_text(tokenizer, stretch), keep="\n\t\u200c\u200d")
@@ -93,7 +97,7 @@ def marked(tokenizer: ChatTokenizer, ids: Sequence[int], trained: Sequence[bool]
 
 
 def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
-    """ids [T] as text. Characters that spell a special token, and are not that token, have BOUNDARY between their tokens."""
+    """ids [T] as text, with BOUNDARY inside text that spells a special token but is not one."""
     out = []
     for is_special, run in groupby(ids, key=tokenizer.is_special):
         stretch = list(run)
@@ -104,15 +108,15 @@ def _text(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
 
 
 def _bounded(tokenizer: ChatTokenizer, ids: Sequence[int], spelled: Sequence[tuple[int, int]]) -> str:
-    """ids [T] as text, with BOUNDARY between the tokens that lie inside the spans `spelled`."""
+    """ids [T] as text, with BOUNDARY between the tokens inside the spans `spelled`."""
     out: list[str] = []
     pending: list[int] = []
-    at = 0
+    position = 0
     for token in ids:
         pending.append(token)
         text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd"):  # a whole character
-            out.append(BOUNDARY * any(start < at < end for start, end in spelled) + text)
-            at += len(text)
+        if not text.endswith("\ufffd"):  # not in the middle of a character
+            out.append(BOUNDARY * any(start < position < end for start, end in spelled) + text)
+            position += len(text)
             pending = []
     return "".join(out) + tokenizer.decode(pending)

@@ -1,4 +1,4 @@
-"""The records that `on_bad_record: skip` left out: how many, why, and the first of them by name."""
+"""The records that `on_bad_record: skip` left out: how many, why, and the first one's message."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,21 +9,21 @@ from qwen35.data.record import RecordError
 
 @dataclass
 class Skipped:
-    """Plain values only: the cache keeps it as JSON."""
+    """Plain values only: the cache stores it as JSON."""
 
-    kinds: dict[str, int] = field(default_factory=dict)  # what is wrong -> number of records
-    first: str = ""  # the first one's whole message
-    images: dict[str, str] = field(default_factory=dict)  # files for which records were left out -> their state then
+    kinds: dict[str, int] = field(default_factory=dict)  # kind of error -> number of records
+    first: str = ""  # message of the first
+    images: dict[str, str] = field(default_factory=dict)  # image file at fault -> its state at that time
 
     @classmethod
     def merge(cls, parts: Iterable["Skipped"]) -> "Skipped":
-        whole = cls()
+        merged = cls()
         for part in parts:
             for kind, count in part.kinds.items():
-                whole.kinds[kind] = whole.kinds.get(kind, 0) + count
-            whole.first = whole.first or part.first
-            whole.images |= part.images
-        return whole
+                merged.kinds[kind] = merged.kinds.get(kind, 0) + count
+            merged.first = merged.first or part.first
+            merged.images |= part.images
+        return merged
 
     def add(self, error: RecordError) -> None:
         self.kinds[error.kind] = self.kinds.get(error.kind, 0) + 1
@@ -39,14 +39,14 @@ class Skipped:
         return f"{kinds}; first: {self.first}"
 
     def is_outdated(self) -> bool:
-        """Whether an image is not what it was when its record was left out."""
+        """Whether an image at fault has changed since its record was left out."""
         return any(_state(image) != state for image, state in self.images.items())
 
 
 def _state(image: str) -> str:
-    """Changes when the file is put there or replaced."""
+    """Changes when the file is created or replaced."""
     try:
-        found = Path(image).stat()
+        stat = Path(image).stat()
     except OSError:
         return "missing"
-    return f"{found.st_size} bytes, {found.st_mtime_ns}"
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns}"

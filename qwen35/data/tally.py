@@ -1,4 +1,4 @@
-"""What `make data` tells of the records it wrote: how many, how long, and which were left out."""
+"""The report of `make data`: how many records it wrote, how long they are, which were left out."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from qwen35.data.record import RecordError
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
 
-BUCKETS, WIDTH = 12, 40
-NAMED = 1000  # records left out that the file of the report names
+BUCKETS, WIDTH = 12, 40  # of the text histogram
+MAX_ERRORS = 1000  # of records left out, in the report file
 
 
 @dataclass
@@ -22,11 +22,11 @@ class Tally:
     records: int = 0
     turns: int = 0
     images: int = 0
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of each record
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of the records, in `unit`
     skipped: Skipped = field(default_factory=Skipped)
     warnings: DataWarnings = field(default_factory=DataWarnings)
-    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)  # where there is a tokenizer
-    named: list[str] = field(default_factory=list)  # the first of them, in full
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)  # counted only with a tokenizer
+    errors: list[str] = field(default_factory=list)  # messages of the first records left out
 
     def add(self, turns: int, images: int, length: int) -> None:
         self.records += 1
@@ -36,14 +36,14 @@ class Tally:
 
     def skip(self, error: RecordError) -> None:
         self.skipped.add(error)
-        if len(self.named) < NAMED:
-            self.named.append(str(error))
+        if len(self.errors) < MAX_ERRORS:
+            self.errors.append(str(error))
 
     def histogram(self) -> str:
-        """The lengths: some numbers, and a bar for each stretch."""
+        """Quantiles of the lengths, and a histogram of bars."""
         lengths = np.asarray(self.lengths)
-        half, most, nearly = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.9, 0.99))
-        spread = f"half have up to {half:,}, 90% up to {most:,}, 99% up to {nearly:,}, the longest {lengths.max():,}"
+        p50, p90, p99 = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.9, 0.99))
+        spread = f"half have up to {p50:,}, 90% up to {p90:,}, 99% up to {p99:,}, the longest {lengths.max():,}"
         lines = [f"{self.unit} a record: {spread}; {lengths.sum():,} in all"]
         counts, edges = np.histogram(lengths, _edges(int(lengths.max())))
         columns = len(f"{edges[-1]:,}")
@@ -53,11 +53,14 @@ class Tally:
         return "\n".join(lines)
 
     def write(self, report: str, out: Path) -> tuple[Path, Path]:
-        """<out>.report.txt with every record that was left out, and <out>.lengths.png. Raises OSError."""
+        """<out>.report.txt, with the records that were left out, and <out>.lengths.png.
+
+        Raises OSError.
+        """
         text, picture = out.with_suffix(".report.txt"), out.with_suffix(".lengths.png")
         with replacing(text) as temporary:
-            more = len(self.skipped) - len(self.named)
-            lines = [report, *self.named, *([f"… and {more:,} more"] if more else [])]
+            more = len(self.skipped) - len(self.errors)
+            lines = [report, *self.errors, *([f"… and {more:,} more"] if more else [])]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         with replacing(picture) as temporary:
             self._draw(temporary, out.name)
@@ -79,7 +82,7 @@ class Tally:
 
 
 def _edges(longest: int, buckets: int = BUCKETS) -> np.ndarray:
-    """From 0 in round steps to more than `longest`."""
+    """Bucket edges from 0 to beyond `longest`, in round steps."""
     rough = (longest + 1) / buckets
     scale = 10 ** max(0, int(np.floor(np.log10(rough)))) if rough > 1 else 1
     step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)

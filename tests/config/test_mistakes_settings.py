@@ -286,7 +286,7 @@ COMMANDS = [
     Case("zero samples", (*SHOW, "--samples", "0"), ("--samples: '0' is not a whole number from 1",)),
     Case("what to do about missing", (*DATA, "--on_missing", "ignore"), ("--on_missing", "'ignore'", "skip")),
     Case("no command", ("data",), ("required: command",)),
-    Case("reads what it writes", (*DATA[:-1], "data/a.json"), ("data/a.json: is the file that is read; set OUT",)),
+    Case("reads what it writes", (*DATA[:-1], "data/a.json"), ("data/a.json: is the input file; set OUT",)),
     Case("writes over a folder", (*DATA[:-1], "hf"), ("hf: cannot be written", "not a regular file")),
     Case("no LLaVA file", (*DATA, "--llava", "no.json"), ("no.json: no such file; set LLAVA",)),
     Case("file for a folder", (*DATA, "--images", "r.yaml"), ("r.yaml: no such folder; set IMAGES",)),

@@ -120,7 +120,7 @@ def change(home, **entry):
         ({"label": False}, "has label, which is not read"),
         (
             {"conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": "a", "reasoning_content": "b"}]},
-            "has videos, thoughts or calls of tools, which LLaVA's records have not",
+            "has videos, thoughts or tool calls",
         ),
     ],
 )

@@ -24,7 +24,7 @@ from qwen35.errors import SettingError, UserError
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(module, "RECORDS_PER_JOB", 7)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_images_that_are_not_looked_at(home):
     with pytest.raises(RecordError, match=r"record 12 .*conversations"):
         run(options(home, check="none"))
     report = run(options(home, check="none", on_bad_record="skip"))
-    assert ": 58 records, " in report and "the images were not looked at (--check none)" in report
+    assert ": 58 records, " in report and "the images were not checked (--check none)" in report
     with pytest.raises(SettingError, match="leave out --check none"):
         run(options(home, check="none", tokenizer=home))
 
@@ -167,7 +167,7 @@ def dying():
     return lambda job: os._exit(9) if job == 5 else job
 
 
-@pytest.mark.parametrize(("make", "message"), [(failing, "record 5 is bad"), (dying, "ended before its work was done")])
+@pytest.mark.parametrize(("make", "message"), [(failing, "record 5 is bad"), (dying, "died before its work was done")])
 def test_what_goes_wrong_in_a_process_is_told(make, message):
     seen = []
     with pytest.raises(UserError, match=message):

@@ -441,7 +441,7 @@ def test_show_tells_it(place):
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     at = lines.index("--- of the records shown:")
-    assert lines[at + 1 :] == [CONTROL, AS_TEXT, ANSWERS, "such characters have ¦ between their tokens"]
+    assert lines[at + 1 :] == [CONTROL, AS_TEXT, ANSWERS, "these characters are shown with ¦ between their tokens"]
     (place / "data/a.json").write_text(json.dumps(RECORDS[:2]))
     done = run(place, *SHOW)
     assert done.code == 0 and done.out.endswith(

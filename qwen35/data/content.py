@@ -31,10 +31,7 @@ class Placeholder:
 
 @dataclass
 class Parser:
-    """Parses the parts of one record, and collects the fields that are not read.
-
-    All methods raise RecordError. `where` is the file, record and field, for messages.
-    """
+    """Parses the parts of one record and collects its unread fields. Raises RecordError."""
 
     folder: ImageFolder
     ignored: frozenset[str] = frozenset()  # fields in attr.ignore
@@ -95,10 +92,7 @@ class Parser:
         return Video(frames, rate)
 
     def content(self, value: Any, where: str, role: Role) -> str | tuple[Part | Placeholder, ...]:
-        """A string, or the parts of a content list as in the OpenAI API.
-
-        In a list the texts are literal: `<image>` in them is not a placeholder.
-        """
+        """A string, or the parts of a content list, in which `<image>` in a text stays text."""
         if not isinstance(value, list):
             return text(value, where)
         return tuple(self._item(item, f"{where}[{i}]", role) for i, item in enumerate(value))
@@ -154,10 +148,7 @@ class Parser:
 
 
 def _key_of(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str) -> str:
-    """The first of `names` that the object has a value for; where several do, they must agree.
-
-    Raises RecordError.
-    """
+    """The first of `names` that has a value; several must agree. Raises RecordError."""
     present = [name for name in names if not is_nothing(raw.get(name))]
     if not present:
         raise RecordError(f"{where}: is {kind(raw)}, not {what}")

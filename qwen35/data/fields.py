@@ -108,7 +108,7 @@ def is_instruction(name: str) -> bool:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value is null or empty through and through, as Arrow tables fill in."""
+    """Whether a value is null or empty, also inside; Arrow tables fill in such values."""
     if isinstance(value, dict):
         return all(map(is_nothing, value.values()))
     return all(map(is_nothing, value)) if isinstance(value, list) else value is None or value in ("", b"")

@@ -1,12 +1,12 @@
 """Parses records in the usual formats, with or without images, videos and tools.
 
 A file may mix the formats:
+
 LLaVA      {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image> What?"}, …]}
 ShareGPT   {"system": "…", "conversations": [{"from": "human", …}, {"from": "function_call", …}, …]}
 messages   {"images": ["./a.jpg"], "messages": [{"role": "user", "content": "<image> What?"}, …]}
 lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, …]}, …]}
-masks      {"messages": [{"role": "user", …}, {"role": "assistant", …, "loss_mask": 0}, …]},
-           or "loss_mask": [0, 0, …] beside the messages
+masks      {"messages": [{"role": "assistant", …, "loss_mask": 0}, …]}, or a list beside messages
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,12 +102,10 @@ def parse_record(
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
     warnings = check_record(raw, record, names, parser.unread, {"literal": literal, "reordered": reordered})
-    unread_visuals = (
-        () if warnings is None else [name for name in warnings.unread_visuals if name not in names.of_record.known]
-    )
-    if literal and unread_visuals:
+    candidates = [n for n in (warnings.unread_visuals if warnings else ()) if n not in names.of_record.known]
+    if literal and candidates:
         raise RecordError(
-            f"{here}: has <image> or <video> but no image or video; {unread_visuals[0]} looks like one: name its field in "
+            f"{here}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
             "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
     return record, warnings
@@ -125,8 +123,8 @@ def _with_visuals(
     parts: list[Any] = [part for turn in turns if type(turn.content) is tuple for part in turn.content]
     remaining: dict[str, Iterator[Visual]] = {}
     if parts or any(of_record.values()):
-        plain_texts = [turn.content for turn in turns if isinstance(turn.content, str) and turn.role in VISUAL_ROLES]
-        plain = "\n".join(plain_texts)
+        contents = [turn.content for turn in turns if turn.role in VISUAL_ROLES]
+        plain = "\n".join([content for content in contents if isinstance(content, str)])
         for placeholder, visuals in of_record.items():
             in_content = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
             empty_items = parts.count(Placeholder(placeholder))
@@ -152,10 +150,7 @@ def _with_visuals(
 
 
 def _check_placeholders(placeholder: str, placeholders: int, of_record: int, in_content: int, where: str) -> None:
-    """Raises RecordError unless there is one placeholder for each image (or video).
-
-    Those are either all in a field of the record or all in the content lists.
-    """
+    """Raises RecordError unless each image (or video) has a placeholder, all given in one way."""
     if placeholders == of_record + in_content and not (of_record and in_content):
         return
     what, kind_of_error = placeholder[1:-1], f"with {placeholder} that do not match the {placeholder[1:-1]}s"

@@ -1,7 +1,4 @@
-"""Runs jobs in several processes and yields the results in order, one job per process in memory.
-
-Knows nothing of what the jobs do.
-"""
+"""Runs jobs in several processes, yields the results in order, with one job each in memory."""
 
 import multiprocessing
 import os

@@ -91,10 +91,7 @@ class _Window:
             self._more(self._block)
 
     def _more(self, characters: int) -> int:
-        """Drop what is parsed and read on; returns twice `characters`, for the next call.
-
-        Doubling keeps the time linear: a long value is decoded from its start after each block.
-        """
+        """Drop what is parsed and read on. Returns twice `characters`, to read in linear time."""
         done, rest = self._text[: self._position], self._text[self._position :]
         lines = done.count("\n")
         self._column = len(done) - done.rfind("\n") if lines else self._column + len(done)

@@ -83,9 +83,7 @@ def convert(options: Options) -> str:
     if out.exists() and out.samefile(llava):
         raise SettingError(f"{out}: is the input file; set OUT to another")
     if options.tokenizer is not None and options.check == "none":
-        raise SettingError(
-            "--tokenizer counts the tokens of images, so it must read their headers: leave out --check none"
-        )
+        raise SettingError("--tokenizer counts the tokens of images, so it reads their headers: leave out --check none")
     llava.open("rb").close()  # if unreadable, an OSError that names it; those below are reported as of `out`
     tally = Tally("characters" if options.tokenizer is None else "tokens")
     try:
@@ -186,9 +184,7 @@ class Converter:
         try:
             record, warnings = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
             if record.videos or any(turn.reasoning or turn.tool_calls for turn in record.turns):
-                raise record.error(
-                    "has videos, thoughts or tool calls, so it is not a LLaVA record; train on it as it is"
-                )
+                raise record.error("has videos, thoughts or tool calls, unlike LLaVA records; train on it as it is")
             spelled: Spelled = {}
             if self._preparation is not None:
                 sample = self._preparation.tokenise(record)

@@ -1,7 +1,4 @@
-"""Reads the values of a record file one by one: a JSON list, JSON lines or parquet.
-
-The format follows from the first bytes of the file. What the values mean is not known here.
-"""
+"""Reads the values of a record file one by one: JSON list, JSON lines or parquet, as it begins."""
 
 import codecs
 import json

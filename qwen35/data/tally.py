@@ -53,10 +53,7 @@ class Tally:
         return "\n".join(lines)
 
     def write(self, report: str, out: Path) -> tuple[Path, Path]:
-        """<out>.report.txt, with the records that were left out, and <out>.lengths.png.
-
-        Raises OSError.
-        """
+        """<out>.report.txt, with the records left out, and <out>.lengths.png. Raises OSError."""
         text, picture = out.with_suffix(".report.txt"), out.with_suffix(".lengths.png")
         with replacing(text) as temporary:
             more = len(self.skipped) - len(self.errors)

@@ -85,6 +85,7 @@ class ChatTokenizer:
         self, pieces: Sequence[Piece], visuals: Sequence[Extent] = (), spelled: Spelled | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """ids [T] int32, loss mask [T] bool; visuals: images and videos in order of appearance.
+
         An image becomes its number of tokens between a start and an end token; a video becomes, for
         each pair of frames, the time as text, then their tokens between a start and an end token.
         The special tokens that the text spells are added to `spelled`.
@@ -148,10 +149,7 @@ class ChatTokenizer:
         loss_mask += [bool(mask[start]) for start in starts]
 
     def _encode_text(self, text: str, is_markup: bool, spelled: Spelled) -> tuple[list[int], list[int]]:
-        """The ids of a text, and the character at which each begins.
-
-        is_markup: special tokens that are markup become tokens.
-        """
+        """The ids of a text, and the character where each begins; is_markup: markup is tokens."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         special = self._special.keys() & set(ids)

@@ -1,8 +1,4 @@
-"""Parses the turns of a record: one by one, then as a conversation.
-
-Calls in turns of their own are joined to the answer before them, tool responses are put in the
-order of the calls, and the order of the roles is checked.
-"""
+"""Parses the turns of a record, checks their order, and assigns calls and tool responses."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Reads the values of a record file one by one: JSON list, JSON lines or parquet, as it begins."""
+"""Reads the values of a record file: a JSON list, JSON lines or parquet, by its first bytes."""
 
 import codecs
 import json

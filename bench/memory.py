@@ -37,7 +37,7 @@ def main() -> None:
         folder = Path(name)
         own = [*write(folder), f"data.dataloader_param.num_workers={args.workers}", *args.overrides]
         recipe = f"{ASSETS.parent}/configs/tiny.yaml"
-        steps = MicroBatches(load_settings(recipe, own), 0, args.processes).bins_per_epoch // args.processes
+        steps = MicroBatches(load_settings(recipe, own), 0, args.processes).sequences_per_epoch // args.processes
         own += [f"training.{name}={steps}" for name in ("val_interval", "save_interval")]
         own.append(
             f"training.train_iters={steps * (args.epochs + 1)}"

@@ -18,7 +18,7 @@ from qwen35.data.dataset import Dataset, Sample
 from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
-from qwen35.data.packing import BinStream
+from qwen35.data.packing import PackedSequences
 from qwen35.data.record import RecordError
 from qwen35.data.shared_batch import Parcel, shared_memory
 from qwen35.data.tokenized import Preparation, Progress, untold
@@ -57,7 +57,9 @@ class MicroBatches:
             : len(sizes)
         ]  # max_samples ends early
         mixture = Mixture(sizes, weights, training.seed, loader.shuffle)
-        self.bins = BinStream(self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle, mixture.epoch)
+        self.packed_sequences = PackedSequences(
+            self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle, mixture.epoch
+        )
         self.samples = len(self.dataset)
         weighted = f" {weights}" if set(weights) != {1} else ""
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
@@ -70,12 +72,14 @@ class MicroBatches:
         self.shares = _shares(self.dataset, first) if weighted else ""
         self.tokens_per_epoch = int(self.dataset.lengths[first].sum())
         self.trained_share = int(self.dataset.trained[first].sum()) / self.tokens_per_epoch
-        self.bins_per_epoch = len(self.bins.epoch(0))  # of the first; shuffled otherwise, another may differ a little
-        self.real_share = self.tokens_per_epoch / (self.bins_per_epoch * basic.cutoff_len)
-        self._order = _Order(self.bins, rank, world_size, training.micro_batch_size, 0)
+        self.sequences_per_epoch = len(
+            self.packed_sequences.epoch(0)
+        )  # of the first; shuffled otherwise, another may differ a little
+        self.real_share = self.tokens_per_epoch / (self.sequences_per_epoch * basic.cutoff_len)
+        self._order = _Order(self.packed_sequences, rank, world_size, training.micro_batch_size, 0)
         self._micro_steps = training.gradient_accumulation_steps
         self.start_at(start_step)
-        self._batches = DecodedBins(self.dataset, loader.patch_bucket)
+        self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
 
     def _levels(self) -> dict[str, dict[str, Any]]:
@@ -116,7 +120,7 @@ class MicroBatches:
                 f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
             )
         left_out += "".join(f"\ndata: {line}" for line in self.dataset.told)
-        bins = f"{number_of(self.bins_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens)"
+        bins = f"{number_of(self.sequences_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens)"
         visuals = number_of_visuals(self.dataset.images, self.dataset.videos)
         return (
             f"data: {number_of(self.samples, 'sample')} of {files}, {visuals}; an epoch is "
@@ -149,7 +153,7 @@ def open_dataset(settings: Settings, progress: Progress, vetted: Attr | None = N
 
 
 def in_background(
-    batches: "DecodedBins", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
+    batches: "DecodedBatches", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
 ) -> "DataLoader[PackedBatch | UserError]":
     """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers.
 
@@ -175,18 +179,18 @@ def in_background(
 class _Order:
     """The samples of each micro-batch, bin by bin."""
 
-    bins: BinStream
+    packed_sequences: PackedSequences
     rank: int
     world_size: int
     micro_batch_size: int
     start: int
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        return self.bins.micro_batches(self.rank, self.world_size, self.micro_batch_size, self.start)
+        return self.packed_sequences.micro_batches(self.rank, self.world_size, self.micro_batch_size, self.start)
 
 
 @dataclass(frozen=True)
-class DecodedBins:
+class DecodedBatches:
     """Samples of a micro-batch, bin by bin -> PackedBatch; what a worker runs.
 
     With `on_bad_record: skip` a sample whose image cannot be decoded leaves its place to padding, so nothing counts it.

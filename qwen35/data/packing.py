@@ -73,7 +73,7 @@ def _first_fit(lengths: list[int], cutoff_len: int) -> list[list[int]]:
     return bins
 
 
-class BinStream:
+class PackedSequences:
     """The bins of all epochs end to end, numbered from 0."""
 
     def __init__(

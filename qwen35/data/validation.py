@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen35.batch import PackedBatch
 from qwen35.config.schema import DatasetFile, DatasetParam, Settings
-from qwen35.data.dataloader import DecodedBins, in_background, open_dataset
+from qwen35.data.dataloader import DecodedBatches, in_background, open_dataset
 from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch
 from qwen35.data.record import Record
@@ -41,7 +41,7 @@ class ValidationSet:
         micro_batches += [[[]] * size] * (-len(micro_batches) % world_size)
         self._order = micro_batches[rank::world_size]
         self._loader = in_background(
-            DecodedBins(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, again=True
+            DecodedBatches(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, again=True
         )
         self._next: Iterator[PackedBatch | UserError] | None = None
         self.fingerprint = self.dataset.fingerprint(f"{basic.cutoff_len}")

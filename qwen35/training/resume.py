@@ -67,7 +67,7 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str, level
     Step s of any run with so many bins a step, however they are split over ranks and micro-steps, takes the same bins.
     """
     return {
-        "bins_a_step": bins_a_step(settings),
+        "bins_a_step": sequences_per_step(settings),
         "data": fingerprint,
         "model": asdict(config),
         "levels": dict(levels),
@@ -102,7 +102,7 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
             f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
             f" back, or {ANEW}"
         )
-    before, now = loaded.extra["bins_a_step"], bins_a_step(settings)
+    before, now = loaded.extra["bins_a_step"], sequences_per_step(settings)
     if before != now:
         raise SettingError(
             f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
@@ -139,7 +139,7 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def bins_a_step(settings: Settings) -> int:
+def sequences_per_step(settings: Settings) -> int:
     t, data_size = settings.training, dist.get_world_size() // settings.parallel.ulysses_parallel_size
     return t.micro_batch_size * t.gradient_accumulation_steps * data_size
 

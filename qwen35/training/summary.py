@@ -8,7 +8,7 @@ from qwen35.config.schema import Settings
 from qwen35.device import HOST, describe
 from qwen35.errors import visible
 from qwen35.training.adamw import local
-from qwen35.training.resume import bins_a_step
+from qwen35.training.resume import sequences_per_step
 from qwen35.wording import number_of
 
 
@@ -34,5 +34,5 @@ def opening(settings: Settings, device: torch.device, layout: object, model: nn.
 
 def coming_steps(settings: Settings, done: int) -> str:
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
-    bins = number_of(bins_a_step(settings), "bin")
+    bins = number_of(sequences_per_step(settings), "bin")
     return f"{bins} of {cutoff} tokens a step, steps {done + 1} to {settings.training.train_iters}"

@@ -176,7 +176,7 @@ def test_a_sample_whose_image_breaks_leaves_its_place_to_padding(place, workers)
     name = "data/1.png"
     Image.effect_noise((64, 64), 90).save(place / name)
     overrides = [SKIP, f"data.dataloader_param.num_workers={workers}", "training.micro_batch_size=2"]
-    count = -(-loader().bins_per_epoch // 2)
+    count = -(-loader().sequences_per_epoch // 2)
     before = batches(count, *overrides)
     cut(name, (place / name).stat().st_size // 2)(place)
     after, tokenizer, found = batches(count, *overrides), ChatTokenizer("hf"), 0
@@ -235,7 +235,7 @@ def test_several_ranks_count_and_name_it(place):
     named = [line for line in done.out.splitlines() if line.startswith("not trained: ")]
     assert len(named) == 2 and all("cannot be read" in line for line in named)
     lines = read_metrics(place / "run/metrics.jsonl")
-    epochs = 8 * 2 / loader(SKIP).bins_per_epoch  # steps x ranks
+    epochs = 8 * 2 / loader(SKIP).sequences_per_epoch  # steps x ranks
     assert epochs >= 2 and 2 * int(epochs) <= sum(line["bad_records"] for line in lines) <= 2 * (int(epochs) + 1)
     stream = [iter(MicroBatches(load_settings("r.yaml", [SKIP]), rank, 2)) for rank in range(2)]
     expected = [sum(len(next(batches).bad_records) for batches in stream) for _ in range(8)]

@@ -191,11 +191,13 @@ def test_each_sample_once_an_epoch(home, model):
     s = settings(home, model)
     loader = MicroBatches(s, 0, 1)
     assert (loader.samples, loader.dataset.images) == (40, 30)
-    seen = [ids for batch in islice(loader, loader.bins_per_epoch) for ids, _, pad in sequences(batch) if not pad[0]]
+    seen = [
+        ids for batch in islice(loader, loader.sequences_per_epoch) for ids, _, pad in sequences(batch) if not pad[0]
+    ]
     assert len(seen) == 40 and sum(map(len, seen)) == loader.tokens_per_epoch
     assert loader.report() == (
         f"data: 40 samples of 2 files, 30 images; an epoch is {loader.tokens_per_epoch:,} tokens "
-        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in {loader.bins_per_epoch} bins of {CUTOFF} "
+        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in {loader.sequences_per_epoch} bins of {CUTOFF} "
         f"({loader.real_share:.1%} real tokens)"
     )
 
@@ -537,7 +539,7 @@ def test_memory_stays_what_it_is(home, model):
     before = {child.pid for child in own.children()}
 
     def epoch() -> int:
-        return sum(batch.pixel_values.nbytes for batch in islice(stream, loader.bins_per_epoch))
+        return sum(batch.pixel_values.nbytes for batch in islice(stream, loader.sequences_per_epoch))
 
     def in_use() -> list[int]:
         (worker,) = (child for child in own.children() if child.pid not in before)

@@ -83,11 +83,11 @@ def test_weights_shape_the_epochs(place):
     dataset, seen = batches.dataset, Counter()
     assert dataset.sizes == [12, 2]
     for epoch in (0, 1):
-        numbers = [number for content in batches.bins.epoch(epoch) for number in content]
+        numbers = [number for content in batches.packed_sequences.epoch(epoch) for number in content]
         seen.update(numbers)
         assert Counter(numbers)[12] == Counter(numbers)[13] == 3 and len(numbers) == 6 + 6
     assert all(seen[number] == 1 for number in range(12))
-    numbers = batches.bins.epoch(0)
+    numbers = batches.packed_sequences.epoch(0)
     tokens = sum(int(dataset.lengths[content].sum()) for content in numbers)
     trained = sum(int(dataset.trained[content].sum()) for content in numbers)
     assert f"an epoch is {tokens:,} tokens ({trained / tokens:.1%} trained) in {len(numbers)} bins" in batches.report()

@@ -8,7 +8,7 @@ import pytest
 from qwen35.config.load import SettingError, load_settings, to_yaml
 from qwen35.config.schema import DatasetFile, dataset_entries
 from qwen35.data.mixture import Mixture, dataset_files, dataset_name
-from qwen35.data.packing import BinStream
+from qwen35.data.packing import PackedSequences
 
 
 def test_weights_of_one_are_every_sample_once():
@@ -42,7 +42,7 @@ def test_seeds_and_epochs_differ():
 def test_bins_hold_just_these_samples_whatever_the_ranks():
     lengths = np.random.default_rng(0).integers(10, 900, 60)
     mixture = Mixture((20, 40), (2.5, 0.5), 11)
-    bins = BinStream(lengths, 1000, 11, members=mixture.epoch)
+    bins = PackedSequences(lengths, 1000, 11, members=mixture.epoch)
     for epoch in (0, 1, 2):
         packed = bins.epoch(epoch)
         assert sorted(sample for content in packed for sample in content) == sorted(mixture.epoch(epoch).tolist())

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from qwen35.data.packing import BinStream, pack_epoch
+from qwen35.data.packing import PackedSequences, pack_epoch
 
 LLAVA = np.clip(np.random.default_rng(0).lognormal(5.9, 0.5, 20_000).astype(int), 40, 2048)  # about 400 tokens
 
@@ -85,7 +85,7 @@ def test_odd_lengths():
 def stream(lengths, ranks, bins, steps, start=0, seed=3):
     """The bins that `ranks` ranks see in `steps` micro-steps, in order."""
     seen = [
-        list(islice(BinStream(lengths, 2048, seed).micro_batches(rank, ranks, bins, start), steps))
+        list(islice(PackedSequences(lengths, 2048, seed).micro_batches(rank, ranks, bins, start), steps))
         for rank in range(ranks)
     ]
     return [b for micro_step in zip(*seen, strict=True) for micro_batch in micro_step for b in micro_batch]
@@ -99,7 +99,7 @@ def test_any_number_of_ranks_sees_the_same_bins_in_the_same_order():
 
 def test_every_epoch_has_each_sample_once():
     lengths = LLAVA[:300]
-    bins = BinStream(lengths, 2048, 3)
+    bins = PackedSequences(lengths, 2048, 3)
     seen = stream(lengths, 2, 3, 40)
     at = 0
     for epoch in range(3):

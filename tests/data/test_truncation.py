@@ -187,7 +187,7 @@ def test_the_policies(home):
     assert skipped.fingerprint == dropped.fingerprint != cut_.fingerprint  # the same samples, in the same bins
     anew = MicroBatches(settings(home, cutoff_len=4096, truncation="truncate"), 0, 1)
     assert anew.fingerprint == whole.fingerprint and "cut" not in anew.report()  # nothing is too long
-    for batch, _ in zip(cut_, range(cut_.bins_per_epoch), strict=False):
+    for batch, _ in zip(cut_, range(cut_.sequences_per_epoch), strict=False):
         assert len(batch.input_ids) == 75
 
 
@@ -199,7 +199,7 @@ def test_an_epoch_has_each_sample_as_often_as_its_weight(home, ranks, workers):
     s = settings(home, dataset=files, cutoff_len=150, truncation="truncate")
     s = replace(s, data=replace(s.data, dataloader_param=replace(s.data.dataloader_param, num_workers=workers)))
     loaders = [MicroBatches(s, rank, ranks) for rank in range(ranks)]
-    dataset, count = loaders[0].dataset, loaders[0].bins_per_epoch
+    dataset, count = loaders[0].dataset, loaders[0].sequences_per_epoch
     streams = [iter(loader) for loader in loaders]
     seen = []
     for number in range(count):

@@ -31,7 +31,7 @@ from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.model import load_config
 from qwen35.training.metrics import read_metrics
-from qwen35.training.resume import bins_a_step, check_position, checked_facts
+from qwen35.training.resume import check_position, checked_facts, sequences_per_step
 from qwen35.training.rng import restore_rng, rng_states
 
 
@@ -239,7 +239,13 @@ def test_another_runs_checkpoint_that_has_no_steps_left_is_refused(workplace, un
 def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     break_it, words = WRONG_EXTRAS[kind]
     settings = load_settings(workplace / "recipe.yaml")
-    position = {"bins_a_step": bins_a_step(settings), "data": "x", "model": {}, "levels": {}, "mtp_num_layers": 0}
+    position = {
+        "bins_a_step": sequences_per_step(settings),
+        "data": "x",
+        "model": {},
+        "levels": {},
+        "mtp_num_layers": 0,
+    }
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
     checked_facts(checkpoint, settings, HOST)
     break_it(checkpoint)

@@ -138,7 +138,7 @@ def packed(lengths: tuple[int, ...], trained: float) -> PackedBatch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         pixel_values=torch.zeros(0, 3 * 2 * 16 * 16),
         grid_thw=torch.zeros(0, 3, dtype=torch.int64),
-        trained=(labels != IGNORE).nonzero().squeeze(1),
+        label_positions=(labels != IGNORE).nonzero().squeeze(1),
     )
 
 

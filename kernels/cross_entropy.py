@@ -22,7 +22,7 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, trained: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """hidden [T, D], weight [V, D], labels [T] int64 (-100: not trained), token_weights [T] fp32; trained [N] int64: the rows
-    with a label, made by the host (PackedBatch.trained), else looked up here, for which a device waits.
+    with a label, made by the host (PackedBatch.label_positions), else looked up here, for which a device waits.
 
     Returns (loss, token_loss): loss fp32 scalar, differentiable in hidden and weight; token_loss [T] fp32, detached, 0 where
     not trained. Tokens that are not trained cost nothing.

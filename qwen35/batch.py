@@ -44,7 +44,7 @@ class PackedBatch:
         None  # [P/4] int64, the inverse: token that each row of the features replaces, -1 for none
     )
     vision: VisionIndex | None = None
-    trained: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
+    label_positions: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
     bad_records: tuple[str, ...] = ()  # what is wrong with the samples that are missing: their images are broken
 
@@ -69,7 +69,7 @@ class MTPTargets:
 
     labels: Tensor  # [T] int64: the label of position t+1, which is the token t+2; -100 = not trained, or another sequence's
     weights: Tensor  # [T] fp32: token weights of these labels
-    trained: Tensor  # [N] int64: the positions with a label
+    label_positions: Tensor  # [N] int64: the positions with a label
     is_end: Tensor  # [T] bool: the last token of a sequence, which has no next one
 
     def to(self, device: torch.device | str) -> "MTPTargets":

@@ -57,8 +57,10 @@ def batches(settings, rank: int):
         batch = loader._batches[[KINDS[kind]]]
         if kind == "untrained":
             nothing = torch.zeros(0, dtype=torch.int64)
-            batch = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100), trained=nothing)
-        assert bool(batch.bad_records) == (kind == "bad") and bool(len(batch.trained)) == (kind in ("images", "text"))
+            batch = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100), label_positions=nothing)
+        assert bool(batch.bad_records) == (kind == "bad") and bool(len(batch.label_positions)) == (
+            kind in ("images", "text")
+        )
         yield batch
 
 

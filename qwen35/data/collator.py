@@ -127,7 +127,7 @@ def collate(
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
         pixel_values=torch.cat(pixels),
         grid_thw=torch.cat(grids),
-        trained=(labels != IGNORE).nonzero().squeeze(1),
+        label_positions=(labels != IGNORE).nonzero().squeeze(1),
         is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
     )
     return derive(batch, spec)

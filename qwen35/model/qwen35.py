@@ -214,13 +214,13 @@ class Qwen35(nn.Module):
         """
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
-        labels, trained = batch.labels, batch.trained
+        labels, trained = batch.labels, batch.label_positions
         own = x if len(x) == len(labels) else x[: len(labels)]  # the next part's first token may be there too
         hidden, stats = self.model.language_model(own, batch)
         if mtp_targets is not None:
             further, more = self._mtp_hidden(hidden, x, batch, mtp_targets)
             hidden, stats = torch.cat([hidden, further]), stats + more
-            trained = None if trained is None else torch.cat([trained, mtp_targets.trained + len(labels)])
+            trained = None if trained is None else torch.cat([trained, mtp_targets.label_positions + len(labels)])
             token_weights = torch.cat([token_weights, mtp_factor * mtp_targets.weights])
             labels = torch.cat([labels, mtp_targets.labels])
         loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, trained)

@@ -47,7 +47,7 @@ def shard_batch(
 ) -> tuple[PackedBatch, Tensor, MTPTargets | None]:
     """A whole micro-batch on the host, with all derived fields, its token weights [T], and its MTP targets -> a rank's part.
 
-    The part has T/size tokens and P/size patches; `trained` counts from its first token. Whole stay cu_seqlens, position_ids,
+    The part has T/size tokens and P/size patches; `label_positions` counts from its first token. Whole stay cu_seqlens, position_ids,
     the vision's cu_seqlens and positions, which the mixers alone read, and grid_thw. Where multi-token prediction is trained,
     input_ids and vision_index have one token more, the next part's first, for which nobody need be asked.
     Raises ValueError if tokens or patches do not divide.
@@ -70,7 +70,7 @@ def shard_batch(
         labels=batch.labels[here],
         vision_index=_rows(batch.vision_index, seen, -1),
         vision_token=torch.where(is_here, batch.vision_token - seen.start, -1),
-        trained=None if batch.trained is None else _inside(batch.trained, here),
+        label_positions=None if batch.label_positions is None else _inside(batch.label_positions, here),
         is_pad=None if batch.is_pad is None else batch.is_pad[here],
         pixel_values=batch.pixel_values[of_tower],
         vision=dataclasses.replace(
@@ -81,7 +81,7 @@ def shard_batch(
         mtp_targets = MTPTargets(
             mtp_targets.labels[here],
             mtp_targets.weights[here],
-            _inside(mtp_targets.trained, here),
+            _inside(mtp_targets.label_positions, here),
             mtp_targets.is_end[here],
         )
     return part, weights[here], mtp_targets

@@ -56,7 +56,9 @@ class Flops:
         if batch.is_pad is not None:
             lengths = lengths[~batch.is_pad[starts]]
         is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * self.config.vision.spatial_merge_size**2
-        return self.of(tokens, lengths, labels, batch.grid_thw[is_real], len(mtp_targets.trained) if mtp_targets else 0)
+        return self.of(
+            tokens, lengths, labels, batch.grid_thw[is_real], len(mtp_targets.label_positions) if mtp_targets else 0
+        )
 
     def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0) -> float:
         """Of sequences of `lengths` [S] tokens; the head counts where it has a label, of either prediction."""

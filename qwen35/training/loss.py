@@ -47,7 +47,7 @@ def divisors(
 ) -> list[float]:
     """One rank's part of what divides the step's losses: of the next token, of the token after it, of load balancing."""
     trained = [int((batch.labels != IGNORE).sum()) for batch in batches]
-    further = [0 if one is None else len(one.trained) for one in all_mtp_targets]
+    further = [0 if one is None else len(one.label_positions) for one in all_mtp_targets]
     filled = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
     if loss_type != "per_token_loss":
         trained, further = [int(n > 0) for n in trained], [int(n > 0) for n in further]

@@ -138,7 +138,7 @@ class Validation:
             mtp_targets = make_mtp_targets(batch, "per_token_loss") if self.settings.model.mtp_num_layers else None
             if rank == 0:  # of ranks that share their bins one counts them
                 tokens[0] += int((batch.labels != IGNORE).sum())
-                tokens[1] += len(mtp_targets.trained) if mtp_targets else 0
+                tokens[1] += len(mtp_targets.label_positions) if mtp_targets else 0
                 bad += batch.bad_records
             part, weights, mtp_targets = shard_batch(
                 batch, token_weights(batch, "per_token_loss"), mtp_targets, rank, size

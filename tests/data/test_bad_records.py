@@ -198,7 +198,7 @@ def test_a_sample_whose_image_breaks_leaves_its_place_to_padding(place, workers)
             assert pad["is_pad"].all() and (pad["labels"] == IGNORE).all() and not len(pad["pixel_values"])
             assert pad["input_ids"].unique().tolist() == [tokenizer.pad_id]
             assert torch.equal(pad["position_ids"], torch.arange(len(pad["labels"])).expand(3, -1))
-        assert len(b.trained) == sum(int((s["labels"] != IGNORE).sum()) for s in whole)
+        assert len(b.label_positions) == sum(int((s["labels"] != IGNORE).sum()) for s in whole)
     assert found == 1
     with pytest.raises(RecordError, match=r"record 2 \(id r1\): .*1\.png: cannot be read"):
         batches(count, *overrides[1:])

@@ -110,7 +110,7 @@ def test_a_batch_is_whole(home, model):
     for batch in islice(loader, 6):
         T = 2 * CUTOFF
         assert batch.input_ids.shape == batch.labels.shape == batch.is_pad.shape == (T,)
-        assert batch.trained.tolist() == [t for t, label in enumerate(batch.labels.tolist()) if label != -100]
+        assert batch.label_positions.tolist() == [t for t, label in enumerate(batch.labels.tolist()) if label != -100]
         assert batch.position_ids.shape == (3, T)
         assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[[0, -1]].tolist() == [0, T]
         assert CUTOFF in batch.cu_seqlens  # no sequence reaches into the next bin
@@ -250,7 +250,7 @@ def test_page_locked_batches(home, model, monkeypatch, workers):
     assert not locked
     for batch, wanted in zip(islice(MicroBatches(s, 0, 1, pin=True), 3), plain, strict=True):
         assert same(batch, wanted)
-        names = ("input_ids", "labels", "position_ids", "pixel_values", "vision_index", "is_pad", "trained")
+        names = ("input_ids", "labels", "position_ids", "pixel_values", "vision_index", "is_pad", "label_positions")
         moved = [getattr(batch, name) for name in names]
         moved += [batch.vision.position, batch.vision.corner, batch.vision.corner_weight]
         read = [batch.cu_seqlens, batch.grid_thw, batch.vision.cu_seqlens]

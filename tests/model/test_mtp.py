@@ -185,7 +185,7 @@ def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute)
     T = len(batch.labels)
     assert torch.isclose(loss, FACTOR * wanted, rtol=1e-5)
     assert torch.isclose((mtp_targets.weights * token_loss[T:]).sum(), wanted, rtol=1e-5)
-    assert (token_loss[T:] > 0).nonzero().squeeze(1).tolist() == mtp_targets.trained.tolist()
+    assert (token_loss[T:] > 0).nonzero().squeeze(1).tolist() == mtp_targets.label_positions.tolist()
     (loss / FACTOR).backward()
     mine = {n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None}
     ours.zero_grad()
@@ -244,7 +244,7 @@ def test_targets_by_hand():
     assert is_end.tolist() == [False, False, False, True, False, False, True, False, True]
     assert labels.tolist() == [ids[2], ids[3], 99, -100, ids[6], -100, -100, -100, -100]
     mtp_targets = make_mtp_targets(batch, "per_sample_loss")
-    assert mtp_targets.trained.tolist() == [0, 1, 2, 4]
+    assert mtp_targets.label_positions.tolist() == [0, 1, 2, 4]
     assert torch.allclose(mtp_targets.weights, torch.tensor([1 / 6, 1 / 6, 1 / 6, 0, 1 / 2, 0, 0, 0, 0]))
 
 
@@ -292,7 +292,7 @@ def test_nothing_two_ahead_weighs_nothing(kind):
     ours, _ = with_mtp(True)
     batch = pack([masked(sample([2], seed=1), 0), masked(sample([5], seed=2), 0)])
     mtp_targets = make_mtp_targets(batch, kind)
-    assert not len(mtp_targets.trained) and not mtp_targets.weights.any()
+    assert not len(mtp_targets.label_positions) and not mtp_targets.weights.any()
     ours.loss(batch, token_weights(batch, kind), mtp_targets)[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
     assert not ours.mtp.fc.weight.grad.any() and ours.lm_head.weight.grad.any()

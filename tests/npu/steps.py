@@ -67,8 +67,8 @@ def make_batch(config: dict, tokens: int, images: bool) -> PackedBatch:
     tail = sample([tokens - len(first.input_ids) - len(second.input_ids)], seed=2)
     tail = dataclasses.replace(tail, labels=torch.full_like(tail.labels, -100))
     batch = pack([first, second, tail])
-    trained = (batch.labels != -100).nonzero()[:, 0]
-    batch = dataclasses.replace(batch, is_pad=torch.arange(tokens) >= tokens - len(tail.input_ids), trained=trained)
+    positions, is_pad = (batch.labels != -100).nonzero()[:, 0], torch.arange(tokens) >= tokens - len(tail.input_ids)
+    batch = dataclasses.replace(batch, is_pad=is_pad, label_positions=positions)
     return derive(batch, load_config(config).vision_spec)
 
 

@@ -66,7 +66,7 @@ def make_bin(*parts: list, trained: bool = True, seed: int):
         batch = dataclasses.replace(
             batch,
             labels=torch.full_like(batch.labels, -100),
-            trained=batch.trained[:0],
+            label_positions=batch.label_positions[:0],
             bad_records=("its image is broken",),
         )
     return batch
@@ -312,8 +312,10 @@ def test_the_parts_make_the_whole():
     assert torch.equal(torch.cat([w for _, w, _ in parts]), weights)
     for rank, (part, _, its) in enumerate(parts):
         start, end = 16 * rank, 16 * (rank + 1)
-        assert part.trained.tolist() == [t - start for t in batch.trained.tolist() if start <= t < end]
-        assert its.trained.tolist() == [t - start for t in mtp_targets.trained.tolist() if start <= t < end]
+        assert part.label_positions.tolist() == [t - start for t in batch.label_positions.tolist() if start <= t < end]
+        assert its.label_positions.tolist() == [
+            t - start for t in mtp_targets.label_positions.tolist() if start <= t < end
+        ]
         beyond = [0] if rank == 3 else batch.input_ids[end : end + 1].tolist()
         assert part.input_ids.tolist() == batch.input_ids[start:end].tolist() + beyond
         beyond = [-1] if rank == 3 else batch.vision_index[end : end + 1].tolist()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import kernels
 from accept.task import Task, distance
-from qwen35.batch import VisionSpec, build_vision_index
+from qwen35.batch import VisionSpec, build_patch_layout
 from qwen35.device import HOST, take_device
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.model.rope import text_rope, vision_rope
@@ -55,7 +55,7 @@ def run(
     part: nn.Module, c: ModelConfig, path: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """-> the output, the gradients of the input and of every parameter"""
-    index = build_vision_index(torch.tensor([[1, 8, 12], [1, 4, 4]]), VisionSpec(0, 0))
+    index = build_patch_layout(torch.tensor([[1, 8, 12], [1, 4, 4]]), VisionSpec(0, 0))
     is_vision = "visual" in path
     cu_seqlens = index.cu_seqlens if is_vision else torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     T, H = int(cu_seqlens[-1]), (c.vision if is_vision else c.text).hidden_size

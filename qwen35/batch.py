@@ -1,7 +1,8 @@
-"""PackedBatch: the one object that says where sequences start and end.
+"""PackedBatch: what a model takes, and all that says where its sequences start and end.
 
-One token axis T, no padding inside, no attention mask. `cu_seqlens` alone drives attention, the causal convolution and the
-gated delta rule; nobody infers boundaries from position_ids.
+There is one token axis T, no padding inside and no attention mask. `cu_seqlens` alone drives
+attention, the causal convolution and the gated delta rule; nothing infers boundaries from
+position_ids. This file knows no model: VisionSpec holds what it needs of a config.json.
 """
 
 import dataclasses
@@ -14,62 +15,60 @@ from torch import Tensor
 
 from kernels.host import to_device
 
-IGNORE = -100  # label of a position that is not trained
+IGNORE = -100  # label of a position that has no loss
 
 
 @dataclass(frozen=True)
-class VisionIndex:
-    """What the vision tower derives from grid_thw: host work, made once in the collator.
+class PatchLayout:
+    """Where each patch lies in its image: derived from grid_thw on the host, once, in the collator.
 
-    P patches in order of appearance, inside an image in the order of its 2x2 merge blocks.
+    The P patches come in order of appearance, inside an image in the order of its 2x2 merge blocks.
     """
 
     cu_seqlens: Tensor  # [F+1] int32 on the CPU: attention runs inside one image or video frame
-    position: Tensor  # [P, 2] int64 row and column of each patch, for the 2-D rope
-    corner: Tensor  # [4, P] int64 the four learned positions around each patch
-    corner_weight: Tensor  # [4, P] fp32 their bilinear weights
+    position: Tensor  # [P, 2] int64: row and column of each patch, for the 2-D rope
+    corner: Tensor  # [4, P] int64: the four learned positions around each patch
+    corner_weight: Tensor  # [4, P] fp32: their bilinear weights
 
 
 @dataclass(frozen=True)
 class PackedBatch:
+    """One micro-batch: packed sequences end to end, and the patches of their images and videos."""
+
     input_ids: Tensor  # [T] int64
-    labels: Tensor  # [T] int64, already shifted: labels[t] is the target of position t; -100 = not trained
+    labels: Tensor  # [T] int64, already shifted: labels[t] is the target of position t; -100 = no loss
     position_ids: Tensor  # [3, T] int64: temporal, height, width
     cu_seqlens: Tensor  # [S+1] int32 on the CPU: sequence s is tokens cu_seqlens[s]:cu_seqlens[s+1]
     pixel_values: Tensor  # [P, C*2*16*16] patches of all images and video frames, in order of appearance
     grid_thw: Tensor  # [N, 3] int64 on the CPU: patches per image or video, (1 or t, h, w)
-    # What follows from these. Made in the collator, else by the model on the way (which costs a host sync).
+    # Derived from the above in the collator, else by the model, which costs a host sync.
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
-    vision_token: Tensor | None = (
-        None  # [P/4] int64, the inverse: token that each row of the features replaces, -1 for none
-    )
-    vision: VisionIndex | None = None
-    label_positions: Tensor | None = None  # [N] int64: the tokens with a label, where the loss looks
+    vision_token: Tensor | None = None  # [P/4] int64, the inverse: token that each row replaces, -1 for none
+    vision: PatchLayout | None = None
+    label_positions: Tensor | None = None  # [N] int64: positions t with a label
     is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
-    bad_records: tuple[str, ...] = ()  # what is wrong with the samples that are missing: their images are broken
+    bad_records: tuple[str, ...] = ()  # errors of the samples that were left out because their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """A copy whose tensors are on `device`; those that the host reads (cu_seqlens, grid_thw) stay on the CPU."""
+        """A copy whose tensors are on `device`, but for those that the host reads (HOST_FIELDS)."""
         return _to(self, device)
 
     def pin_memory(self) -> "PackedBatch":
-        """A copy on the host whose tensors an accelerator takes without the host's help: page-locked, all that `to` moves.
-
-        The DataLoader knows this name.
-        """
-        return each(self, Tensor.pin_memory, but=HOST_FIELDS)
+        """A copy in which all that `to` moves is page-locked. The DataLoader calls this."""
+        return map_fields(self, Tensor.pin_memory, skip=HOST_FIELDS)
 
 
 @dataclass(frozen=True)
 class MTPTargets:
-    """What multi-token prediction learns, position by position: host work, as that of the collator.
+    """The targets of multi-token prediction, made on the host like the collator's fields.
 
-    At position t it sees the hidden state of t and the token t+1, and its target is t+2, all of one sequence.
+    At position t the layer sees the hidden state of t and the token t+1; its target is the token
+    t+2 of the same sequence.
     """
 
-    labels: Tensor  # [T] int64: the label of position t+1, which is the token t+2; -100 = not trained, or another sequence's
+    labels: Tensor  # [T] int64: the label of position t+1, which is the token t+2; -100 = no loss, or another sequence
     weights: Tensor  # [T] fp32: token weights of these labels
-    label_positions: Tensor  # [N] int64: the positions with a label
+    label_positions: Tensor  # [N] int64: positions t with a label
     is_end: Tensor  # [T] bool: the last token of a sequence, which has no next one
 
     def to(self, device: torch.device | str) -> "MTPTargets":
@@ -77,36 +76,38 @@ class MTPTargets:
 
 
 def mtp_labels(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Of a batch on the host: `labels` and `is_end` of MTPTargets."""
+    """`labels` and `is_end` of the MTPTargets of a batch, which is on the host."""
     is_end = torch.zeros(len(batch.labels), dtype=torch.bool)
     ends, lengths = batch.cu_seqlens[1:].long(), batch.cu_seqlens.diff()
     is_end[ends[lengths > 0] - 1] = True
     return batch.labels.roll(-1).masked_fill(is_end, IGNORE), is_end
 
 
-Record = TypeVar("Record", PackedBatch, VisionIndex, MTPTargets)
+Tensors = TypeVar("Tensors", PackedBatch, PatchLayout, MTPTargets)
 HOST_FIELDS = ("cu_seqlens", "grid_thw")
 
 
-def _to(record: Record, device: torch.device | str) -> Record:
-    return each(record, lambda tensor: to_device(tensor, torch.device(device)), but=HOST_FIELDS)
+def _to(tensors: Tensors, device: torch.device | str) -> Tensors:
+    return map_fields(tensors, lambda tensor: to_device(tensor, torch.device(device)), skip=HOST_FIELDS)
 
 
-def each(record: Record, change: Callable[[Any], Any], of: type = Tensor, but: Collection[str] = ()) -> Record:
-    """A copy with what `change` makes of each field that is `of` a type (`but` of these names), VisionIndex's too."""
+def map_fields(
+    tensors: Tensors, change: Callable[[Any], Any], kind: type = Tensor, skip: Collection[str] = ()
+) -> Tensors:
+    """A copy with `change` applied to each field of type `kind`, a PatchLayout's included."""
     changed: dict[str, Any] = {}
-    for f in dataclasses.fields(record):
-        value = getattr(record, f.name)
-        if isinstance(value, VisionIndex):
-            changed[f.name] = each(value, change, of, but)
-        elif isinstance(value, of) and f.name not in but:
+    for f in dataclasses.fields(tensors):
+        value = getattr(tensors, f.name)
+        if isinstance(value, PatchLayout):
+            changed[f.name] = map_fields(value, change, kind, skip)
+        elif isinstance(value, kind) and f.name not in skip:
             changed[f.name] = change(value)
-    return dataclasses.replace(record, **changed)
+    return dataclasses.replace(tensors, **changed)
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """The numbers of a model's config.json that the derived fields need."""
+    """The values of a model's config.json that the derived fields need."""
 
     image_token_id: int
     video_token_id: int
@@ -115,11 +116,11 @@ class VisionSpec:
 
 
 def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
-    """Fill in `vision_index`, `vision_token` and `vision` where they are absent, and a dummy image where there is none at all.
+    """Fill in vision_index, vision_token and vision, and a dummy image where there is none.
 
-    Image tokens take the features in order. Features beyond those that the tokens ask for belong to a dummy, replace
-    nothing and get a gradient of exactly zero: the vision tower runs in every step, whatever the data.
-    Raises ValueError if there are fewer features than image tokens.
+    Image tokens take the features in order. Features that no token takes belong to a dummy image,
+    which gets a gradient of exactly zero: it is there so that the vision tower runs in every step,
+    whatever the data. Raises ValueError for fewer features than image tokens.
     """
     if batch.vision is not None and batch.vision_index is not None:
         return batch
@@ -137,14 +138,14 @@ def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
     token = torch.full((features,), -1)
     token[:tokens] = is_vision.nonzero().squeeze(1)
     device = batch.input_ids.device
-    vision = _to(build_vision_index(batch.grid_thw, spec), device)
+    vision = _to(build_patch_layout(batch.grid_thw, spec), device)
     return dataclasses.replace(batch, vision_index=index.to(device), vision_token=token.to(device), vision=vision)
 
 
-def build_vision_index(grid_thw: Tensor, spec: VisionSpec) -> VisionIndex:
-    """grid_thw [N, 3] -> where each patch lies, and between which learned positions.
+def build_patch_layout(grid_thw: Tensor, spec: VisionSpec) -> PatchLayout:
+    """The PatchLayout of the images and videos in grid_thw [N, 3].
 
-    The learned grid is stretched over each image corner to corner (as interpolate's bilinear mode with align_corners).
+    Learned positions are interpolated as by torch's bilinear interpolate with align_corners.
     """
     frames, positions, corners, weights = [], [], [], []
     side, merge = spec.grid_side, spec.merge_size
@@ -156,13 +157,13 @@ def build_vision_index(grid_thw: Tensor, spec: VisionSpec) -> VisionIndex:
         source = position.float() * (side - 1) / (extent - 1).clamp(min=1)
         low = source.floor().long()
         high = (low + 1).clamp(max=side - 1)
-        share = source - low  # of the higher neighbour
-        for rows, row_weight in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
-            for cols, col_weight in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
+        fraction = source - low  # the weight of `high`
+        for rows, row_weight in ((low[:, 0], 1 - fraction[:, 0]), (high[:, 0], fraction[:, 0])):
+            for cols, col_weight in ((low[:, 1], 1 - fraction[:, 1]), (high[:, 1], fraction[:, 1])):
                 corners.append((rows * side + cols).repeat(t))
                 weights.append((row_weight * col_weight).repeat(t))
         positions.append(position.repeat(t, 1))
         frames += [h * w] * t
     cu_seqlens = torch.tensor([0, *frames]).cumsum(0).to(torch.int32)
-    four = [torch.cat(corners[i::4]) for i in range(4)], [torch.cat(weights[i::4]) for i in range(4)]
-    return VisionIndex(cu_seqlens, torch.cat(positions), torch.stack(four[0]), torch.stack(four[1]))
+    corner, weight = (torch.stack([torch.cat(parts[i::4]) for i in range(4)]) for parts in (corners, weights))
+    return PatchLayout(cu_seqlens, torch.cat(positions), corner, weight)

@@ -1,8 +1,8 @@
-"""Numbers in messages."""
+"""Counts in messages, with the noun in the singular or the plural."""
 
 
 def number_of(number: int, what: str) -> str:
-    """`1 bin`, `1,200 bins`, `2 micro-batches`."""
+    """`1 record`, `1,200 records`, `2 micro-batches`."""
     ending = "" if number == 1 else "es" if what.endswith("ch") else "s"
     return f"{number:,} {what}{ending}"
 

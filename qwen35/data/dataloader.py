@@ -20,7 +20,7 @@ from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences
 from qwen35.data.record import RecordError
-from qwen35.data.shared_batch import Parcel, shared_memory
+from qwen35.data.shared_batch import SharedBatch, shared_memory
 from qwen35.data.tokenized import Preparation, Progress, untold
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError
@@ -223,7 +223,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _wrapped(batch: Any) -> Any:
     try:
-        return Parcel(batch) if isinstance(batch, PackedBatch) else batch
+        return SharedBatch(batch) if isinstance(batch, PackedBatch) else batch
     except SettingError as error:
         return error
 

@@ -1,7 +1,7 @@
-"""A batch on its way from a worker to the process that trains: all of its tensors in one piece of shared memory.
+"""Hands a batch from a worker to the training process in one block of shared memory.
 
-Each tensor that a process hands to another costs both of them a file descriptor and a conversation, a third of a millisecond;
-a batch has a dozen.
+Each tensor that goes through a queue by itself costs both processes a file descriptor and a round
+trip, a third of a millisecond, and a batch has a dozen tensors.
 """
 
 import math
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.batch import PackedBatch, each
+from qwen35.batch import PackedBatch, map_fields
 from qwen35.errors import SettingError
 
-ALIGN = 64  # bytes: any type may begin there, and a line of the cache does
+ALIGN = 64  # bytes: a cache line, and aligned for every dtype
 
 
 @dataclass(frozen=True)
-class Place:
-    """Of a tensor in the shared memory."""
+class MemorySlice:
+    """Where a tensor lies in the shared memory; stands in for it while the batch is pickled."""
 
     start: int  # bytes
     shape: torch.Size
@@ -27,7 +27,7 @@ class Place:
 
 
 def shared_memory(size: int) -> Tensor:
-    """[size] uint8. Raises SettingError where there is no room: containers have 64 MB of it unless they are told otherwise."""
+    """[size] uint8. Raises SettingError if /dev/shm is full: containers get 64 MB by default."""
     try:
         storage = torch.UntypedStorage._new_shared(size)
     except RuntimeError as error:
@@ -40,32 +40,32 @@ def shared_memory(size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-class Parcel:
-    """Pickle it, and what comes out is the PackedBatch again, whose tensors are views of the one memory."""
+class SharedBatch:
+    """A PackedBatch in shared memory; it unpickles as a PackedBatch of views of that memory."""
 
     def __init__(self, batch: PackedBatch):
-        tensors: list[tuple[Place, Tensor]] = []
+        tensors: list[tuple[MemorySlice, Tensor]] = []
         size = 0
 
-        def place(tensor: Tensor) -> Place:
+        def reserve(tensor: Tensor) -> MemorySlice:
             nonlocal size
-            tensors.append((Place(size, tensor.shape, tensor.dtype), tensor))
+            tensors.append((MemorySlice(size, tensor.shape, tensor.dtype), tensor))
             size += math.ceil(tensor.nbytes / ALIGN) * ALIGN
             return tensors[-1][0]
 
-        self.outline = each(batch, place)
+        self.outline = map_fields(batch, reserve)
         self.memory = shared_memory(size)
-        for where, tensor in tensors:
-            view(self.memory, where).copy_(tensor)
+        for part, tensor in tensors:
+            view(self.memory, part).copy_(tensor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpack, (self.outline, self.memory)
 
 
 def unpack(outline: PackedBatch, memory: Tensor) -> PackedBatch:
-    return each(outline, lambda where: view(memory, where), of=Place)
+    return map_fields(outline, lambda part: view(memory, part), kind=MemorySlice)
 
 
-def view(memory: Tensor, where: Place) -> Tensor:
-    size = where.shape.numel() * where.dtype.itemsize
-    return memory[where.start : where.start + size].view(where.dtype).view(where.shape)
+def view(memory: Tensor, part: MemorySlice) -> Tensor:
+    size = part.shape.numel() * part.dtype.itemsize
+    return memory[part.start : part.start + size].view(part.dtype).view(part.shape)

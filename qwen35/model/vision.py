@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
-from qwen35.batch import VisionIndex
+from qwen35.batch import PatchLayout
 from qwen35.model.attention import AttentionCore
 from qwen35.model.config import VisionConfig
 from qwen35.model.rope import Rope, vision_rope
@@ -84,7 +84,7 @@ class VisionTower(nn.Module):
         self.all_features = nn.Identity()  # of those of some patches: what context parallelism swaps
         self.recompute = False  # keep only each block's input for backward
 
-    def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
+    def forward(self, pixels: Tensor, index: PatchLayout) -> Tensor:
         """pixels [P, C*2*16*16] -> features [P/4, H]"""
         # not an einsum, which is a batched matmul of one row for each patch
         learned = (self.pos_embed(index.corner).float() * index.corner_weight[..., None]).sum(0)

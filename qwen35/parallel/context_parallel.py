@@ -47,9 +47,10 @@ def shard_batch(
 ) -> tuple[PackedBatch, Tensor, MTPTargets | None]:
     """A whole micro-batch on the host, with all derived fields, its token weights [T], and its MTP targets -> a rank's part.
 
-    The part has T/size tokens and P/size patches; `label_positions` counts from its first token. Whole stay cu_seqlens, position_ids,
-    the vision's cu_seqlens and positions, which the mixers alone read, and grid_thw. Where multi-token prediction is trained,
-    input_ids and vision_index have one token more, the next part's first, for which nobody need be asked.
+    The part has T/size tokens and P/size patches; `label_positions` counts from its first token. Whole stay cu_seqlens,
+    position_ids, the vision's cu_seqlens and positions, which the mixers alone read, and grid_thw. Where multi-token
+    prediction is trained, input_ids and vision_index have one token more, the next part's first, for which nobody need be
+    asked.
     Raises ValueError if tokens or patches do not divide.
     """
     if size == 1:

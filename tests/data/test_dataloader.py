@@ -33,7 +33,7 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.files import try_lock
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
-from qwen35.data.shared_batch import Parcel
+from qwen35.data.shared_batch import SharedBatch
 from qwen35.data.tokenized import Preparation, TokenisedSample, load_samples, make_samples
 from qwen35.data.tokenizer import ChatTokenizer
 
@@ -197,8 +197,8 @@ def test_each_sample_once_an_epoch(home, model):
     assert len(seen) == 40 and sum(map(len, seen)) == loader.tokens_per_epoch
     assert loader.report() == (
         f"data: 40 samples of 2 files, 30 images; an epoch is {loader.tokens_per_epoch:,} tokens "
-        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in {loader.sequences_per_epoch} bins of {CUTOFF} "
-        f"({loader.real_share:.1%} real tokens)"
+        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in "
+        f"{loader.sequences_per_epoch} bins of {CUTOFF} ({loader.real_share:.1%} real tokens)"
     )
 
 
@@ -223,7 +223,7 @@ def test_a_worker_hands_over_a_batch_in_one_piece(home, model):
         assert tensors[0].untyped_storage().nbytes() < sum(tensor.nbytes + 64 for tensor in tensors)
     few = dict.fromkeys((f.name for f in dataclasses.fields(PackedBatch)[:5]), torch.arange(3))
     few |= {"grid_thw": torch.zeros(0, 3), "is_pad": torch.tensor([True, False]), "bad_records": ("a",)}
-    handed = pickle.loads(ForkingPickler.dumps(Parcel(PackedBatch(**few))))
+    handed = pickle.loads(ForkingPickler.dumps(SharedBatch(PackedBatch(**few))))
     assert handed.bad_records == ("a",) and handed.vision is None and handed.vision_index is None
     assert all(torch.equal(getattr(handed, name), few[name]) for name in few if name != "bad_records")
 

@@ -10,7 +10,7 @@ from steps import DEVICE, _fake, _to_bf16, make_batch, slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from qwen35.batch import HOST_FIELDS, PackedBatch, each
+from qwen35.batch import HOST_FIELDS, PackedBatch, map_fields
 from qwen35.data.dataloader import in_background
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
@@ -76,7 +76,7 @@ def test_activations_on_the_host(recompute):
 
 
 class Made:
-    """In the place of what decodes the bins."""
+    """Takes the place of DecodedBatches."""
 
     def __getitem__(self, bins: list[list[int]]) -> PackedBatch:
         return make_batch(slice_config(False, LAYERS), TOKENS, bins != [[0]])
@@ -88,7 +88,7 @@ def test_batches_come_page_locked(workers):
     batches = list(in_background(Made(), [[[i]] for i in range(3)], workers, pin=True))
     for i, batch in enumerate(batches):
         wanted, locked = Made()[[[i]]], []
-        each(batch, lambda x, found=locked: found.append(x.is_pinned()) or x, but=HOST_FIELDS)
+        map_fields(batch, lambda x, found=locked: found.append(x.is_pinned()) or x, skip=HOST_FIELDS)
         assert len(locked) > 10 and all(locked)
         assert torch.equal(batch.input_ids, wanted.input_ids) and torch.equal(batch.pixel_values, wanted.pixel_values)
         assert not any(getattr(batch, name).is_pinned() for name in ("cu_seqlens", "grid_thw"))

@@ -154,7 +154,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
     report(opening(settings, device, layout, model, before, after))
-    unread += micro_batches.not_read
+    unread += micro_batches.size_warnings
     report("\n".join([*unread, *about(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())

@@ -1,4 +1,7 @@
-"""Samples laid end to end: bins of exactly cutoff_len tokens, image patches in buckets."""
+"""Samples to a PackedBatch: packed sequences of exactly cutoff_len tokens, patches in buckets.
+
+Also checks that model, tokenizer and processors fit each other before any batch is made.
+"""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ from qwen35.errors import SettingError
 
 
 def vision_spec(folder: str | Path) -> VisionSpec:
-    """What the derived fields need of a model folder's config.json. Raises SettingError."""
+    """The VisionSpec of a model folder's config.json. Raises SettingError."""
     config = read_config(folder, "config.json")
     where, vision = f"{folder}/config.json", config.get("vision_config")
     if not isinstance(vision, dict):
@@ -44,7 +47,7 @@ def _number(values: dict[str, Any], name: str, where: str, default: int | None =
 
 
 def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
-    """The model in `folder` and the tokenizer and processor in `other` speak of the same, or SettingError."""
+    """Raises SettingError if `folder`'s model does not fit `other`'s tokenizer and processors."""
     tokenizer = preparation.tokenizer
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
     for token, ours, name, theirs in (
@@ -64,22 +67,22 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
         )
     vision = config["vision_config"]
     for processor, names in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
-        _, said = read_processor(other, *names)
-        for name, there, ours in (
+        _, source = read_processor(other, *names)
+        for name, model_name, ours in (
             ("merge_size", "spatial_merge_size", processor.merge),
             ("patch_size", "patch_size", processor.patch),
             ("temporal_patch_size", "temporal_patch_size", processor.temporal_patch),
         ):
-            theirs = _number(vision, there, where, ours)
+            theirs = _number(vision, model_name, where, ours)
             if ours != theirs:
-                raise SettingError(f"{name} is {ours} in {said}, but {there} is {theirs} in {where}")
+                raise SettingError(f"{name} is {ours} in {source}, but {model_name} is {theirs} in {where}")
     channels = _number(vision, "in_channels", where, CHANNELS)
     if channels != CHANNELS:
         raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")
 
 
 def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
-    """Raises SettingError."""
+    """Raises SettingError if a bucket does not hold whole blocks of merged patches."""
     block = spec.merge_size**2
     if patch_bucket < block or patch_bucket % block:
         name = "data.dataloader_param.patch_bucket"
@@ -87,29 +90,29 @@ def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
 
 
 def collate(
-    bins: Sequence[Sequence[Sample]],
+    packed: Sequence[Sequence[Sample]],
     cutoff_len: int,
     pad_id: int,
     patch_bucket: int,
     spec: VisionSpec,
-    values: int | None = None,
+    patch_dim: int | None = None,
 ) -> PackedBatch:
-    """Bins -> one batch of T = len(bins) * cutoff_len tokens, with all derived fields.
+    """Packed sequences -> a batch of T = len(packed) * cutoff_len tokens, with all derived fields.
 
-    A bin that is not full ends with one sequence of pad tokens: not trained, positions from 0, `is_pad`. The patches are
-    filled up to a multiple of patch_bucket by one dummy image of zeros, which no token refers to. values: numbers a patch,
-    needed where the first bin is empty.
+    A sequence of pad tokens fills up each packed one: no labels, positions from 0, `is_pad` set. A
+    dummy image of zeros, to which no token refers, fills up the patches to a multiple of
+    patch_bucket. patch_dim: needed if the first packed sequence is empty.
     """
     samples: list[Sample] = []
     pads: list[bool] = []
-    for content in bins:
-        samples += content
-        pads += [False] * len(content)
-        left = cutoff_len - sum(len(s.input_ids) for s in content)
+    for sequence in packed:
+        samples += sequence
+        pads += [False] * len(sequence)
+        left = cutoff_len - sum(len(s.input_ids) for s in sequence)
         if left < 0:
-            raise ValueError(f"a bin of {cutoff_len - left} tokens, cutoff_len is {cutoff_len}")
+            raise ValueError(f"a packed sequence has {cutoff_len - left} tokens, but cutoff_len is {cutoff_len}")
         if left:
-            samples.append(_pad_sequence(left, pad_id, values or samples[0].pixel_values.shape[1]))
+            samples.append(_pad_sequence(left, pad_id, patch_dim or samples[0].pixel_values.shape[1]))
             pads.append(True)
     lengths = torch.tensor([len(s.input_ids) for s in samples])
     pixels = [s.pixel_values for s in samples]
@@ -133,20 +136,20 @@ def collate(
     return derive(batch, spec)
 
 
-def _pad_sequence(length: int, pad_id: int, values: int) -> Sample:
+def _pad_sequence(length: int, pad_id: int, patch_dim: int) -> Sample:
     return Sample(
         torch.full((length,), pad_id),
         torch.full((length,), IGNORE),
         torch.arange(length).expand(3, -1),
-        torch.zeros(0, values),
+        torch.zeros(0, patch_dim),
         torch.zeros(0, 3, dtype=torch.int64),
     )
 
 
 def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thinking: bool) -> PackedBatch:
-    """One sequence that ends where the model answers, for generation: nothing trained, nothing padded.
+    """A sequence that ends where the model answers, for generation: without labels and padding.
 
-    A last assistant turn is left out. `thinking`: see `template.prompt_pieces`. Raises RecordError.
+    A last assistant turn is left out. thinking: as for `prompt_pieces`. Raises RecordError.
     """
     check_thoughts(record, preparation.basic.template)
     grids, extents = preparation.measure(record)
@@ -165,7 +168,7 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
         torch.from_numpy(ids).long(),
         torch.full((len(ids),), IGNORE),
         torch.from_numpy(position_ids(ids, grids, spec)),
-        torch.cat([torch.zeros(0, preparation.images.values), *pixels]),
+        torch.cat([torch.zeros(0, preparation.images.patch_dim), *pixels]),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
     )
     return replace(collate([[sample]], len(ids), preparation.tokenizer.pad_id, spec.merge_size**2, spec), is_pad=None)

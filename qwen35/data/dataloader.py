@@ -1,4 +1,4 @@
-"""The endless stream of micro-batches of one rank, decoded ahead in worker processes."""
+"""The endless stream of micro-batches of one rank, decoded ahead of use in worker processes."""
 
 import os
 import signal
@@ -21,21 +21,22 @@ from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences
 from qwen35.data.record import RecordError
 from qwen35.data.shared_batch import SharedBatch, shared_memory
-from qwen35.data.tokenized import Preparation, Progress, untold
+from qwen35.data.tokenized import Preparation, Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError
 from qwen35.processes import die_with, obey
 from qwen35.wording import number_of, number_of_visuals
 
-PROBE = 1 << 20  # bytes of shared memory that there must be before workers are started
+MIN_SHARED_MEMORY = 1 << 20  # bytes that must be free before workers are started
 
 
 class MicroBatches:
-    """Iterates over PackedBatch without end: those of `rank`, from the first micro-step of `start_step` on.
+    """Iterates without end over the PackedBatches of `rank`, from the start of `start_step` on.
 
-    Micro-step a of rank r in step s takes the bins ((s*A + a)*R + r)*B …, A = gradient_accumulation_steps, R = world_size,
-    B = micro_batch_size: the step number is all that resuming needs.
-    Raises SettingError, and RecordError for a record that cannot be used (while iterating: for a damaged image).
+    Micro-step a of step s takes on rank r the B packed sequences from ((s*A + a)*R + r)*B on, where
+    A = gradient_accumulation_steps, R = world_size and B = micro_batch_size. So resuming needs only
+    the step's number.
+    Raises SettingError, and RecordError for an unusable record (while iterating: a damaged image).
     """
 
     def __init__(
@@ -44,18 +45,17 @@ class MicroBatches:
         rank: int,
         world_size: int,
         start_step: int = 0,
-        progress: Progress = untold,
+        progress: Progress = silent,
         pin: bool = False,
     ):
-        """progress: is told of each record as it is tokenised. pin: page-locked batches."""
+        """progress: called for each record that is tokenised. pin: batches are page-locked."""
         loader, training = settings.data.dataloader_param, settings.training
         basic = settings.data.dataset_param.basic_parameters
         self.dataset = open_dataset(settings, progress)
         self.cutoff_len = basic.cutoff_len
         sizes = tuple(self.dataset.sizes)
-        weights = tuple(entry.weight for entry in dataset_entries(basic.dataset))[
-            : len(sizes)
-        ]  # max_samples ends early
+        weights = tuple(entry.weight for entry in dataset_entries(basic.dataset))
+        weights = weights[: len(sizes)]  # max_samples may leave out the last files
         mixture = Mixture(sizes, weights, training.seed, loader.shuffle)
         self.packed_sequences = PackedSequences(
             self.dataset.lengths, basic.cutoff_len, training.seed, loader.shuffle, mixture.epoch
@@ -63,121 +63,116 @@ class MicroBatches:
         self.samples = len(self.dataset)
         weighted = f" {weights}" if set(weights) != {1} else ""
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
-        self.fingerprint = self.dataset.fingerprint(order)  # the same where every bin of every epoch is the same
+        self.fingerprint = self.dataset.fingerprint(order)  # equal if every micro-batch of a run is equal
         self.levels = self._levels()
-        self.not_read = self._not_read(settings)
+        self.size_warnings = self._size_warnings(settings)
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
         self.shares = _shares(self.dataset, first) if weighted else ""
         self.tokens_per_epoch = int(self.dataset.lengths[first].sum())
-        self.trained_share = int(self.dataset.trained[first].sum()) / self.tokens_per_epoch
-        self.sequences_per_epoch = len(
-            self.packed_sequences.epoch(0)
-        )  # of the first; shuffled otherwise, another may differ a little
+        self.label_share = int(self.dataset.label_tokens[first].sum()) / self.tokens_per_epoch
+        self.sequences_per_epoch = len(self.packed_sequences.epoch(0))  # other epochs may have a few more or fewer
         self.real_share = self.tokens_per_epoch / (self.sequences_per_epoch * basic.cutoff_len)
-        self._order = _Order(self.packed_sequences, rank, world_size, training.micro_batch_size, 0)
+        self._sampler = _MicroBatchSampler(self.packed_sequences, rank, world_size, training.micro_batch_size, 0)
         self._micro_steps = training.gradient_accumulation_steps
         self.start_at(start_step)
         self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
 
     def _levels(self) -> dict[str, dict[str, Any]]:
-        """What becomes of the pixels of the images and videos that there are, of which their tokens say nothing."""
-        dataset, made_by = self.dataset, self.dataset.preparation
-        formats = (("image", dataset.images, made_by.images), ("video", dataset.videos, made_by.videos))
+        """How pixels are normalised, which the fingerprint of the tokens does not cover."""
+        dataset, preparation = self.dataset, self.dataset.preparation
+        formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))
         return {kind: {"mean": f.mean, "std": f.std, "scale": f.scale} for kind, count, f in formats if count}
 
-    def _not_read(self, settings: Settings) -> list[str]:
-        """What the model folder says of the sizes of the images and videos that there are, if it is not what is done."""
+    def _size_warnings(self, settings: Settings) -> list[str]:
+        """A line for each processor of the model folder whose sizes differ from the recipe's."""
         limits, folder = settings.data.dataset_param.preprocess_parameters, settings.tokenizer_dir
-        image, video = (
-            (limits.image_min_pixels, limits.image_max_pixels),
-            (limits.video_min_pixels, limits.video_max_pixels),
-        )
-        found = (
+        image = (limits.image_min_pixels, limits.image_max_pixels)
+        video = (limits.video_min_pixels, limits.video_max_pixels)
+        lines = (
             ignored_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
             ignored_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
         )
-        told = "; preprocess_parameters count here, that file for whoever serves an export: set the two alike"
-        return [f"{line}{told}" for line in found if line]
+        advice = "; this run uses preprocess_parameters, but a server of its export uses that file: set both alike"
+        return [f"{line}{advice}" for line in lines if line]
 
     def start_at(self, step: int) -> None:
-        """Have the next iteration begin with the first micro-step of `step`."""
-        self._order = replace(self._order, start=step * self._micro_steps)
+        """The next iteration begins with the first micro-step of `step`."""
+        self._sampler = replace(self._sampler, start=step * self._micro_steps)
 
     def report(self) -> str:
-        """For the start of a run: one line, and one more of records that were left out."""
+        """For the start of a run: the data in a line, then lines on what is left out or odd."""
         files = number_of(len(self.dataset.files), "file")
         skipped = self.dataset.skipped
-        left_out = (
-            f"\ndata: skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}" if len(skipped) else ""
-        )
+        lines = [f"skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}"] if len(skipped) else []
         cut = self.dataset.truncated
         if cut.numbers:
-            left_out += (
-                f"\ndata: cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
+            lines.append(
+                f"cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
                 f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
             )
-        left_out += "".join(f"\ndata: {line}" for line in self.dataset.told)
-        bins = f"{number_of(self.sequences_per_epoch, 'bin')} of {self.cutoff_len} ({self.real_share:.1%} real tokens)"
+        more = "".join(f"\ndata: {line}" for line in lines + self.dataset.warnings)
+        packed = number_of(self.sequences_per_epoch, "packed sequence")
         visuals = number_of_visuals(self.dataset.images, self.dataset.videos)
         return (
             f"data: {number_of(self.samples, 'sample')} of {files}, {visuals}; an epoch is "
-            f"{self.tokens_per_epoch:,} tokens ({self.trained_share:.1%} trained) in {bins}{self.shares}{left_out}"
+            f"{self.tokens_per_epoch:,} tokens ({self.label_share:.1%} trained) in {packed} of {self.cutoff_len} "
+            f"({self.real_share:.1%} real tokens){self.shares}{more}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in in_background(self._batches, self._order, self._workers, self._pin):
+        for batch in background_loader(self._batches, self._sampler, self._workers, self._pin):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
-    """For messages: how many of an epoch's samples are of each file, which weights make another number than it has."""
+    """A line that says how many samples of each file a weighted epoch has."""
     ends = np.cumsum(dataset.sizes)
-    each = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
-    named = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(each, dataset.files, strict=True))
-    return f"\ndata: by weight an epoch is {number_of(len(epoch), 'sample')}: {named}"
+    counts = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
+    shares = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(counts, dataset.files, strict=True))
+    return f"\ndata: by weight an epoch is {number_of(len(epoch), 'sample')}: {shares}"
 
 
-def open_dataset(settings: Settings, progress: Progress, vetted: Attr | None = None) -> Dataset:
-    """vetted: as for `Dataset`. Raises SettingError, RecordError."""
+def open_dataset(settings: Settings, progress: Progress, training_attr: Attr | None = None) -> Dataset:
+    """training_attr: as for `Dataset`. Raises SettingError, RecordError."""
     folder = settings.model.model_name_or_path
     spec = vision_spec(folder)
     check_patch_bucket(settings.data.dataloader_param.patch_bucket, spec)
     preparation = Preparation.of(settings)
     check_agreement(folder, settings.tokenizer_dir, preparation, spec)
-    return Dataset(preparation, spec, progress, vetted)
+    return Dataset(preparation, spec, progress, training_attr)
 
 
-def in_background(
-    batches: "DecodedBatches", order: Iterable[list[list[int]]], workers: int, pin: bool, again: bool = False
+def background_loader(
+    batches: "DecodedBatches", sampler: Iterable[list[list[int]]], workers: int, pin: bool, persistent: bool = False
 ) -> "DataLoader[PackedBatch | UserError]":
-    """pin: batches come page-locked, by a thread. again: it is iterated over several times, by the same workers.
+    """pin: a thread page-locks the batches. persistent: workers stay for further iterations.
 
-    Raises SettingError where /dev/shm is full.
+    Raises SettingError if /dev/shm is full.
     """
     if workers:
-        shared_memory(PROBE)  # which is given back at once: the DataLoader's own start fails with a traceback
+        shared_memory(MIN_SHARED_MEMORY)  # freed at once; without it the DataLoader fails with a traceback
     return DataLoader(
-        batches,  # type: ignore[arg-type]  # anything with __getitem__ will do
+        batches,  # type: ignore[arg-type]  # __getitem__ is all that it uses
         batch_size=None,
-        sampler=order,
+        sampler=sampler,
         num_workers=workers,
-        collate_fn=_wrapped if workers else _as_it_is,
+        collate_fn=_to_shared_memory if workers else _identity,
         worker_init_fn=partial(_start_worker, os.getpid()),
-        generator=torch.Generator(),  # its own, so that opening a loader leaves the global one alone
-        multiprocessing_context="fork" if workers else None,  # the tokens are shared, not copied
+        generator=torch.Generator(),  # so that opening a loader does not advance the global one
+        multiprocessing_context="fork" if workers else None,  # workers share the tokens
         pin_memory=pin,
-        persistent_workers=again and workers > 0,
+        persistent_workers=persistent and workers > 0,
     )
 
 
 @dataclass(frozen=True)
-class _Order:
-    """The samples of each micro-batch, bin by bin."""
+class _MicroBatchSampler:
+    """Yields each micro-batch as a list of packed sequences, which are lists of sample indices."""
 
     packed_sequences: PackedSequences
     rank: int
@@ -191,37 +186,37 @@ class _Order:
 
 @dataclass(frozen=True)
 class DecodedBatches:
-    """Samples of a micro-batch, bin by bin -> PackedBatch; what a worker runs.
+    """Sample indices, by packed sequence -> PackedBatch; what a worker runs.
 
-    With `on_bad_record: skip` a sample whose image cannot be decoded leaves its place to padding, so nothing counts it.
+    With `on_bad_record: skip` padding takes the place of a sample whose image cannot be decoded.
     """
 
     dataset: Dataset
     patch_bucket: int
 
-    def __getitem__(self, bins: list[list[int]]) -> PackedBatch | RecordError:
+    def __getitem__(self, packed: list[list[int]]) -> PackedBatch | RecordError:
         samples: list[list[Sample]] = []
         bad_records = []
-        for content in bins:
+        for indices in packed:
             samples.append([])
-            for i in content:
+            for index in indices:
                 try:
-                    samples[-1].append(self.dataset[i])
+                    samples[-1].append(self.dataset[index])
                 except RecordError as error:
-                    if not self.dataset.skips:
-                        return error  # the DataLoader would wrap it into a traceback
+                    if not self.dataset.skips_bad_records:
+                        return error  # raised by the parent: the DataLoader would add a traceback
                     bad_records.append(str(error))
         preparation, spec = self.dataset.preparation, self.dataset.spec
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
-        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.images.values)
+        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.images.patch_dim)
         return replace(batch, bad_records=tuple(bad_records))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _wrapped(batch: Any) -> Any:
+def _to_shared_memory(batch: Any) -> Any:
     try:
         return SharedBatch(batch) if isinstance(batch, PackedBatch) else batch
     except SettingError as error:
@@ -230,8 +225,8 @@ def _wrapped(batch: Any) -> Any:
 
 def _start_worker(parent: int, _: int) -> None:
     die_with(parent)
-    # a signal to the whole job is for the parent, which needs its batches to go on until it saves; what ends a worker is
-    # its parent's end, or its parent's own SIGTERM: Python's way out waits for the workers once it has sent that
+    # Signals to the whole job are for the parent, which needs batches until it has saved. A worker
+    # ends with its parent, or on the SIGTERM that the parent sends when Python exits.
     obey(parent)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,12 @@
-"""All samples of a run: tokens and lengths known from the start, pixels decoded when asked for."""
+"""All samples of a run: tokens and lengths are known from the start, pixels are decoded on access.
+
+Which samples share a packed sequence, and in which order they come, is packing.py's business.
+"""
 
 import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from qwen35.data.mrope import position_ids
 from qwen35.data.record import RecordError, Video
 from qwen35.data.skipped import Skipped
 from qwen35.data.special_tokens import SpecialTokens
-from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, untold, visual_of
+from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, silent, visual_from_json
 from qwen35.data.truncation import truncate
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
@@ -39,9 +41,9 @@ class Sample:
 
 @dataclass
 class Truncated:
-    """What `truncation: truncate` has cut off."""
+    """Which samples `truncation: truncate` has shortened, and how much they lost in all."""
 
-    numbers: list[int] = field(default_factory=list)  # of the samples, among all
+    numbers: list[int] = field(default_factory=list)  # of the samples, as in Dataset
     tokens: int = 0
     images: int = 0
     videos: int = 0
@@ -54,22 +56,25 @@ class Truncated:
 
 
 class Dataset:
-    """The samples of all files in order, of the first `max_samples` records of the whole.
+    """The samples of all files in order, of their first `max_samples` records.
 
-    Raises SettingError for files that are not there, RecordError for a record that cannot be used, has nothing trained or
-    is longer than cutoff_len. With `on_bad_record: skip` such records are left out, and told in `skipped`; then RecordError
-    only if nothing is left. `truncation` has those that are too long left out, or cut, whatever on_bad_record says.
+    Raises SettingError for a missing file, and RecordError for a record that cannot be used, has no
+    trained token or is longer than cutoff_len. With `on_bad_record: skip` such records are left out
+    and counted in `skipped`; it is an error only if none remains. For those that are too long,
+    `truncation` comes first.
 
-    Raises SettingError for a field's name in attr that no record has, but for one of `vetted`, which other records have; where
-    max_samples ends the reading, `told` has it instead.
+    Raises SettingError for a field named in attr that no record has, unless `training_attr` names
+    the same one. If max_samples ends the reading, that is one of `warnings` instead.
+
+    A sample has a number among all, and an index among those that are not left out.
     """
 
     def __init__(
-        self, preparation: Preparation, spec: VisionSpec, progress: Progress = untold, vetted: Attr | None = None
+        self, preparation: Preparation, spec: VisionSpec, progress: Progress = silent, training_attr: Attr | None = None
     ):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
-        self.skips = basic.on_bad_record == "skip"
+        self.skips_bad_records = basic.on_bad_record == "skip"
         self.files: list[FileSamples] = []
         left = basic.max_samples
         for file in dataset_files(basic.dataset):
@@ -83,66 +88,60 @@ class Dataset:
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
         self.skipped = Skipped.merge(samples.skipped for samples in self.files)
-        self.told = self._told(vetted, is_cut=left == 0)
-        self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # [all], 0: left out
-        self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])  # [all]
+        self.warnings = self._warnings(training_attr, is_partial=left == 0)
+        self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # 0: left out
+        self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])
         self.videos = sum(_videos(samples.visuals) for samples in self.files)
         self.truncated = Truncated()
         too_long = np.flatnonzero(self._tokens > basic.cutoff_len).tolist()
         for number in too_long:
             self._shorten(number, len(too_long))
-        self._kept = np.flatnonzero(self._tokens)  # [N] numbers of the samples among all
+        self._kept = np.flatnonzero(self._tokens)  # [N]: index -> number
         self.lengths = self._tokens[self._kept]  # [N] tokens
         self.sizes = np.diff(np.searchsorted(self._kept, self._starts)).tolist()  # samples of each file
         if len(self.lengths) == 0:
             why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
             raise RecordError(f"{dataset_name(basic.dataset)}: no records{why}")
 
-    def _told(self, vetted: Attr | None, is_cut: bool) -> list[str]:
-        """What is odd about the records, for the start of a run; is_cut: there may be more of them. Raises SettingError."""
+    def _warnings(self, training_attr: Attr | None, is_partial: bool) -> list[str]:
+        """For the start of a run. is_partial: not all records were read. Raises SettingError."""
+        dataset = self.preparation.basic.dataset
         warnings = DataWarnings.merge(samples.warnings for samples in self.files)
-        told = [f"nothing of {file} is read: max_samples ends before it" for file in self._unread()]
-        told += warnings.lines() + SpecialTokens.merge(samples.special_tokens for samples in self.files).lines()
+        unread = dataset_files(dataset)[len(self.files) :]
+        lines = [f"nothing of {file} is read: max_samples ends before it" for file in unread]
+        lines += warnings.lines() + SpecialTokens.merge(samples.special_tokens for samples in self.files).lines()
         for setting, name in warnings.unseen.items():
-            if vetted is not None and name == getattr(vetted, setting):
+            if training_attr is not None and name == getattr(training_attr, setting):
                 continue
-            read = (
-                f"the first {number_of(self.records, 'record')}"
-                if is_cut
-                else dataset_name(self.preparation.basic.dataset)
-            )
-            words = warnings.missing_name(setting, read)
-            if not is_cut:
-                raise SettingError(words)
-            told.append(words)
-        return told
-
-    def _unread(self) -> list[Path]:
-        """The files that max_samples leaves out."""
-        return dataset_files(self.preparation.basic.dataset)[len(self.files) :]
+            read = f"the first {number_of(self.records, 'record')}" if is_partial else dataset_name(dataset)
+            message = warnings.missing_name(setting, read)
+            if not is_partial:
+                raise SettingError(message)
+            lines.append(message)
+        return lines
 
     def _shorten(self, number: int, count: int) -> None:
-        """What becomes of a sample that is too long, one of `count`. Raises RecordError."""
+        """Truncate or drop one of `count` samples that are too long. Raises RecordError."""
         basic, tokens = self.preparation.basic, int(self._tokens[number])
         limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         message = f"{self._source(number)}: {tokens} tokens, more than {limit}"
-        if basic.truncation == "error" and not self.skips:
+        if basic.truncation == "error" and not self.skips_bad_records:
             others = f" ({count} such records in all)" if count > 1 else ""
             raise RecordError(f"{message}{others}; truncation: drop leaves such records out, truncate cuts them")
         left, kind, visuals = 0, "longer than cutoff_len", int(self._visuals[number])
         self._visuals[number] = 0
         if basic.truncation == "truncate":
-            ids, trained, grids = (self._part(number, name, whole=True).numpy() for name in ("ids", "trained", "grids"))
-            left, self._visuals[number] = truncate(ids, trained, grids, basic.cutoff_len, self.preparation.tokenizer)
+            ids, mask, grids = (self._part(number, name, full=True).numpy() for name in ("ids", "loss_mask", "grids"))
+            left, self._visuals[number] = truncate(ids, mask, grids, basic.cutoff_len, self.preparation.tokenizer)
             message, kind = f"{message}, and nothing trained is left of it", "nothing trained within cutoff_len"
         self._tokens[number] = left
-        gone = visuals - int(self._visuals[number])
+        lost = visuals - int(self._visuals[number])
         samples, i = self._locate(number)
         end = int(samples.image_offsets[i + 1])
-        videos = _videos(samples.visuals[end - gone : end])
+        videos = _videos(samples.visuals[end - lost : end])
         self.videos -= videos
         if left:
-            self.truncated.add(number, tokens - left, gone - videos, videos)
+            self.truncated.add(number, tokens - left, lost - videos, videos)
         else:
             self.skipped.add(RecordError(message, kind))
 
@@ -150,28 +149,28 @@ class Dataset:
         return len(self.lengths)
 
     @cached_property
-    def trained(self) -> np.ndarray:
-        """[N] trained tokens of each sample."""
+    def label_tokens(self) -> np.ndarray:
+        """[N] number of tokens of each sample that are in its loss mask."""
         counts = [
-            np.add.reduceat(samples.trained.numpy(), samples.offsets[:-1].numpy(), dtype=np.int64)
+            np.add.reduceat(samples.loss_mask.numpy(), samples.offsets[:-1].numpy(), dtype=np.int64)
             for samples in self.files
             if samples.sources
         ]
-        whole = np.concatenate(counts)
+        by_number = np.concatenate(counts)
         for number in self.truncated.numbers:
-            whole[number] = int(self._part(number, "trained").sum())
-        kept: np.ndarray = whole[self._kept]
-        return kept
+            by_number[number] = int(self._part(number, "loss_mask").sum())
+        by_index: np.ndarray = by_number[self._kept]
+        return by_index
 
     @property
     def images(self) -> int:
         return int(self._visuals.sum()) - self.videos
 
     def fingerprint(self, more: str = "") -> str:
-        """Changes with any sample's tokens, with which of them are trained, with where samples are cut, and with `more`."""
+        """A hash of all tokens and loss masks, of where samples are truncated, and of `more`."""
         digest = hashlib.blake2b(more.encode(), digest_size=16)
         for samples in self.files:
-            for tensor in (samples.ids, samples.trained, samples.offsets):
+            for tensor in (samples.ids, samples.loss_mask, samples.offsets):
                 digest.update(tensor.numpy().data)
         if self.truncated.numbers:
             digest.update(self._tokens.tobytes())
@@ -181,12 +180,12 @@ class Dataset:
         file = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.files[file], number - int(self._starts[file])
 
-    def _part(self, number: int, name: Literal["ids", "trained", "grids"], whole: bool = False) -> Tensor:
-        """Of sample `number` among all, as it is trained, or as it was before it was cut."""
+    def _part(self, number: int, name: Literal["ids", "loss_mask", "grids"], full: bool = False) -> Tensor:
+        """A sample's slice of `FileSamples.<name>`: truncated, or `full`, as it was before."""
         samples, i = self._locate(number)
         offsets, counts = (samples.image_offsets, self._visuals) if name == "grids" else (samples.offsets, self._tokens)
         start = int(offsets[i])
-        end = int(offsets[i + 1]) if whole else start + int(counts[number])
+        end = int(offsets[i + 1]) if full else start + int(counts[number])
         part: Tensor = getattr(samples, name)[start:end]
         return part
 
@@ -198,43 +197,43 @@ class Dataset:
         return self._source(int(self._kept[index]))
 
     def __getitem__(self, index: int) -> Sample:
-        """Decodes the images. One that cannot be decoded, or is not the one that was measured, raises RecordError."""
+        """Decodes the images. Raises RecordError for one that is broken or has changed."""
         number = int(self._kept[index])
         ids, grids = self._part(number, "ids"), self._part(number, "grids")
-        labels = shifted_labels(ids, self._part(number, "trained"))
+        labels = shifted_labels(ids, self._part(number, "loss_mask"))
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
         return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids)
 
     def _pixels(self, number: int, grids: Tensor) -> Tensor:
-        """[P, 3*2*16*16] of all images and videos of a sample. Raises RecordError."""
+        """[P, 3*2*16*16] patches of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)
         first = int(samples.image_offsets[i])
-        pixels = [torch.zeros(0, self.preparation.images.values)]
-        for plain, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
-            visual = visual_of(plain)
+        pixels = [torch.zeros(0, self.preparation.images.patch_dim)]
+        for value, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
+            visual = visual_from_json(value)
             if moved := next((path for path in paths_of(visual) if os.path.realpath(path) != str(path)), None):
                 raise RecordError(
                     f"{samples.sources[i]}: {moved}: has become a link, or a folder above it has, since it was measured; "
                     "empty cache_dir"
                 )
             try:
-                patches, found = self.preparation.patches(visual)
-                times = self.preparation.videos.clip(visual).seconds if isinstance(visual, Video) else None
+                patches, new_grid = self.preparation.patches(visual)
+                times = self.preparation.videos.select_frames(visual).timestamps if isinstance(visual, Video) else None
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
-            if list(found) != grid or (not isinstance(plain, str) and times != plain["seconds"]):
+            if list(new_grid) != grid or (not isinstance(value, str) and times != value["seconds"]):
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)
 
 
 def _videos(visuals: list[str | dict[str, Any]]) -> int:
-    """How many of `FileSamples.visuals` are no images."""
-    return sum(not isinstance(plain, str) for plain in visuals)
+    """How many items of `FileSamples.visuals` are videos."""
+    return sum(not isinstance(value, str) for value in visuals)
 
 
-def shifted_labels(ids: Tensor, trained: Tensor) -> Tensor:
-    """ids [T], trained [T] bool -> labels [T] int64: the next token where that is trained, else -100."""
+def shifted_labels(ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """ids [T], loss_mask [T] -> labels [T] int64: the next token if the mask has it, else -100."""
     labels = torch.full((len(ids),), IGNORE, dtype=torch.int64)
-    labels[:-1] = torch.where(trained[1:], ids[1:].long(), IGNORE)
+    labels[:-1] = torch.where(loss_mask[1:], ids[1:].long(), IGNORE)
     return labels

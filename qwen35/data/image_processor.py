@@ -1,8 +1,9 @@
-"""Image files as patches: what transformers' Qwen2VL image processor makes of them (its PIL form), bit for bit.
+"""Image files to patches, bit for bit as the PIL version of transformers' Qwen2VL image processor.
 
-An image is turned upright (EXIF), laid on white where it is transparent, made RGB, scaled to multiples of 32 pixels a side
-within image_min_pixels..image_max_pixels, and cut into patches of 16 x 16, four neighbours (2 x 2) after each other. As in
-that processor, 16-bit grey is clipped at 255 by Pillow's conversion, not scaled.
+An image is turned upright (EXIF), composited on white where it is transparent, converted to RGB,
+resized to sides that are multiples of 32 pixels within image_min_pixels..image_max_pixels, and
+split into patches of 16 x 16, those of a 2 x 2 block next to each other. As in that processor,
+Pillow's conversion clips 16-bit grey at 255 instead of scaling it.
 """
 
 import math
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from qwen35.data.diagnosis import why_missing, wrong_format
 from qwen35.data.files import read_processor
-from qwen35.data.patches import Levels, PatchFormat, cut
+from qwen35.data.patches import Normalizer, PatchFormat, to_patches
 from qwen35.errors import UserError, one_line
 
 CONFIG = ("image_processor", "preprocessor_config.json")  # a section of processor_config.json, or a file
-MAX_SIDES_RATIO = 200
+MAX_SIDES_RATIO = 200  # transformers' own limit
 ORIENTATION = 0x0112  # EXIF tag
-UPRIGHT = {
+UPRIGHT = {  # orientation -> what turns such an image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,8 +37,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIZE_IN_HEADER = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"}  # others may change it as they load
-# what Pillow and its plugins raise on damaged files
+SIZE_IN_HEADER = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"}  # others may change it when they load
+# what Pillow and its plugins raise for damaged files
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -70,32 +71,35 @@ class ImageProcessor(PatchFormat):
 
     @classmethod
     def from_folder(cls, folder: str | Path, min_pixels: int, max_pixels: int) -> "ImageProcessor":
-        """By a model folder's processor, its `size` replaced by the two settings. Raises SettingError."""
+        """By a model folder's processor; the limits replace its `size`. Raises SettingError."""
         format_ = PatchFormat.of(*read_processor(folder, *CONFIG))
         return cls(**vars(format_), min_pixels=min_pixels, max_pixels=max_pixels)
 
     def grid(self, path: str | Path) -> tuple[int, int, int]:
-        """(1, h, w) in patches, from the file's header alone: nothing is decoded. Raises ImageError."""
+        """(1, h, w) in patches, by the file's header: nothing is decoded. Raises ImageError."""
         with _opened(path) as image:
             width, height = _upright_size(image, path)
             height, width = self._resized(height, width)
         return 1, height // self.patch, width // self.patch
 
     def patches(self, path: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
-        """pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (1, h, w), P = h * w. Raises ImageError."""
+        """Pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (1, h, w), P = h * w.
+
+        Raises ImageError.
+        """
         with _opened(path) as image:
             rgb = _rgb(_upright(image))
             height, width = self._resized(rgb.height, rgb.width)
             pixels = np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))  # [H, W, 3] uint8
         grid = (1, height // self.patch, width // self.patch)
-        return cut(pixels[None], self.patch, self.merge, self.temporal_patch, self.levels), grid
+        return to_patches(pixels[None], self.patch, self.merge, self.temporal_patch, self.normalizer), grid
 
     @cached_property
-    def levels(self) -> Levels:
-        return Levels.of_images(self.scale, self.mean, self.std)
+    def normalizer(self) -> Normalizer:
+        return Normalizer.of_images(self.scale, self.mean, self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Both sides multiples of a token's side, min_pixels <= their product <= max_pixels, the ratio kept nearly."""
+        """(height, width): multiples of a token's side, of min_pixels to max_pixels together."""
         side = self.patch * self.merge
         if max(height, width) > MAX_SIDES_RATIO * min(height, width):
             raise ImageError(f"is {width} x {height} pixels, one side more than {MAX_SIDES_RATIO} times the other")
@@ -112,28 +116,28 @@ class ImageProcessor(PatchFormat):
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Upright, RGB, what is transparent laid on white. Raises ImageError."""
+    """The upright image in RGB, composited on white. Raises ImageError."""
     with _opened(path) as image:
         return _rgb(_upright(image))
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright image, from its header where that says it. Raises ImageError."""
+    """(width, height) of the upright image, by its header where possible. Raises ImageError."""
     with _opened(path) as image:
         return _upright_size(image, path)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image file, opened; whatever goes wrong on the way is an ImageError."""
+    """The opened image; any error of opening or reading it is an ImageError."""
     try:
-        if not Path(path).is_file() and Path(path).exists():  # nothing would ever come out of a pipe
+        if not Path(path).is_file() and Path(path).exists():  # reading a pipe would never return
             raise ImageError("is no file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if image.format == "EPS":  # Pillow would have Ghostscript run it
+                if image.format == "EPS":  # Pillow would run it with Ghostscript
                     raise ImageError("is EPS, a program that draws, which is not run; make it PNG or JPEG")
                 yield image
     except ImageError:
@@ -150,9 +154,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation from what is already read: 1 is upright. Damaged EXIF data says nothing."""
+    """The EXIF orientation; 1 (upright) where there is none or the EXIF data is damaged."""
     if image.format == "TIFF":
-        return 1  # Pillow turns TIFF files itself
+        return 1  # Pillow itself turns TIFF files
     try:
         return Image.Image.getexif(image).get(ORIENTATION, 1)
     except DAMAGED:
@@ -166,7 +170,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(image: Image.Image, path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright image, decoded only where the header is not the whole truth."""
+    """(width, height) of the upright image, decoded only if the header may not be right."""
     if image.format not in SIZE_IN_HEADER or (image.format == "PNG" and _png_has_late_metadata(path)):
         image.load()
     width, height = image.size
@@ -174,7 +178,7 @@ def _upright_size(image: Image.Image, path: str | Path) -> tuple[int, int]:
 
 
 def _png_has_late_metadata(path: str | Path) -> bool:
-    """Whether chunks that may hold the orientation come after the pixels, where only decoding finds them."""
+    """Whether chunks that can hold the orientation follow the pixels: only decoding finds them."""
     pixels_seen = False
     with Path(path).open("rb") as file:
         file.seek(8)  # signature
@@ -188,7 +192,6 @@ def _png_has_late_metadata(path: str | Path) -> bool:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """RGB, what is transparent laid on white."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     overlay = image.convert("RGBA")

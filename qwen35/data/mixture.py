@@ -1,4 +1,4 @@
-"""Which samples an epoch holds, where files have weights: a function of seed and epoch alone."""
+"""Which files are read, and how often each sample comes in an epoch if the files have weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SETTING = "data.dataset_param.basic_parameters.dataset"
 
 
 def dataset_files(dataset: str | Sequence[DatasetFile]) -> list[Path]:
-    """The files of `dataset`, as given or below the working folder. Raises SettingError if one is missing."""
+    """The files of `dataset`; relative names are below the working folder. Raises SettingError."""
     files = [Path(entry.file) for entry in dataset_entries(dataset)]
     if not files:
         raise SettingError(f"{SETTING} names no file")
@@ -28,38 +28,38 @@ def dataset_files(dataset: str | Sequence[DatasetFile]) -> list[Path]:
 
 
 def dataset_name(dataset: str | Sequence[DatasetFile]) -> str:
-    """For messages."""
+    """The files' names, for messages."""
     return ",".join(entry.file for entry in dataset_entries(dataset))
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Files of so many samples each, numbered through, with their weights.
+    """Weighted files: which samples an epoch holds, as a function of seed and epoch alone.
 
-    The samples of a file form an endless row of passes over all of it, each in an order of its own; an epoch takes the next
-    weight * size of the row. So a weight of 2 shows each sample twice an epoch, 0.5 the one half in one epoch and the other
-    half in the next, and no sample is ever more than one pass ahead of another.
+    The samples of a file form an endless series of passes over it, each in another order; an epoch
+    takes the next weight * size of them. So a weight of 2 shows each sample twice an epoch, 0.5 one
+    half in an epoch and the other half in the next; no sample is ever more than one pass ahead.
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # samples of each file; those of all files are numbered through
     weights: tuple[float, ...]
     seed: int
     shuffle: bool = True
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """[n] int64 numbers of the samples, those of a file together."""
+        """[n] int64: the samples of an epoch, file by file, those of a file in ascending order."""
         starts = np.cumsum([0, *self.sizes])
-        parts = [start + self._of_file(file, epoch) for file, start in enumerate(starts[:-1].tolist())]
+        parts = [start + self._file_epoch(file, epoch) for file, start in enumerate(starts[:-1].tolist())]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
-    def _of_file(self, file: int, epoch: int) -> np.ndarray:
+    def _file_epoch(self, file: int, epoch: int) -> np.ndarray:
         size, weight = self.sizes[file], self.weights[file]
         if weight == 1 or size == 0:
             return np.arange(size)
         first, last = (round(size * weight * number) for number in (epoch, epoch + 1))
         passes = [self._pass(file, number) for number in range(first // size, -(-last // size))]
-        row = np.concatenate(passes) if passes else np.zeros(0, dtype=np.int64)
-        return np.sort(row[first - first // size * size :][: last - first])
+        series = np.concatenate(passes) if passes else np.zeros(0, dtype=np.int64)
+        return np.sort(series[first - first // size * size :][: last - first])
 
     def _pass(self, file: int, number: int) -> np.ndarray:
         size = self.sizes[file]

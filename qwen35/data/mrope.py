@@ -1,4 +1,4 @@
-"""3-D M-RoPE positions: text advances temporal, height and width together, an image spans a grid."""
+"""3-D M-RoPE positions: text advances all three axes together, an image spans a grid of them."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,11 @@ from qwen35.batch import VisionSpec
 
 
 def position_ids(ids: np.ndarray, grids: Iterable[tuple[int, int, int]], spec: VisionSpec) -> np.ndarray:
-    """Positions [3, T] int64 (temporal, height, width) of one sequence that starts at 0.
+    """Positions [3, T] int64 (temporal, height, width) of one sequence of ids [T], from 0 on.
 
-    ids [T]; grids: patches (t, h, w) of each image or video in order. A video is its t frames, each a run of tokens of its
-    own. After an image the text goes on from its start + max(h, w) / merge. Raises ValueError where runs and grids disagree.
+    grids: patches (t, h, w) of each image or video in order; each of a video's t frames is a run of
+    tokens of its own. After a run, text goes on at the run's start + max(h, w) / merge_size, as in
+    transformers' get_rope_index. Raises ValueError if runs and grids disagree.
     """
     is_vision = (ids == spec.image_token_id) | (ids == spec.video_token_id)
     edges = np.flatnonzero(np.diff(is_vision, prepend=False, append=False))
@@ -20,13 +21,13 @@ def position_ids(ids: np.ndarray, grids: Iterable[tuple[int, int, int]], spec: V
     if [end - start for start, end in runs] != [h * w for h, w in frames]:
         raise ValueError(f"runs of {[e - s for s, e in runs]} image tokens for grids of {[h * w for h, w in frames]}")
     out = np.empty((3, len(ids)), dtype=np.int64)
-    at = done = 0
+    position = done = 0  # next position, and how many tokens have theirs
     for (start, end), (h, w) in zip(runs, frames, strict=True):
-        out[:, done:start] = np.arange(start - done) + at
-        at += start - done
+        out[:, done:start] = np.arange(start - done) + position
+        position += start - done
         rows, cols = np.divmod(np.arange(h * w), w)
-        out[:, start:end] = at + np.stack([np.zeros_like(rows), rows, cols])
-        at += max(h, w)
+        out[:, start:end] = position + np.stack([np.zeros_like(rows), rows, cols])
+        position += max(h, w)
         done = end
-    out[:, done:] = np.arange(len(ids) - done) + at
+    out[:, done:] = np.arange(len(ids) - done) + position
     return out

@@ -1,21 +1,25 @@
-"""Which samples share a bin, and in which order the bins come: a function of lengths, seed and epoch alone."""
+"""Packs samples into sequences of cutoff_len tokens, and gives each rank its own, step by step.
+
+The packing and its order are a function of lengths, seed and epoch alone. In the algorithm, as in
+the literature, what is packed is a bin; outside of it, a packed sequence.
+"""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
-POOL = 128  # shuffled: samples that a bin may choose from
-OPEN_BINS = 64  # in order: how far a sample may move forward to fill a gap
+POOL = 128  # samples among which a bin chooses, if they are shuffled
+OPEN_BINS = 64  # bins that a sample may still go into, if they are not
 
 
 def pack_epoch(lengths: np.ndarray, cutoff_len: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
-    """lengths [N] -> bins of sample indices, each sample in one bin, each bin at most cutoff_len tokens.
+    """lengths [N] -> bins of sample indices: each sample in one bin, no bin over cutoff_len tokens.
 
-    Shuffled: in a random order, each bin takes the next sample (or a later one of more than half a bin, which is hard to
-    place) and those of the following POOL that fill it best; then the bins in random order. Else in the order given, each
-    sample into the first of the open bins that still holds it.
-    Raises ValueError for a sample longer than a bin.
+    Shuffled, a pool of samples is drawn in random order. A bin takes the next one, or the pool's
+    longest if that fills more than half a bin and so is hard to place, then those of the pool that
+    fill it best; at last the bins are shuffled. Else the order is kept, and each sample goes into
+    the first open bin that has room. Raises ValueError for a sample longer than a bin.
     """
     if len(lengths) and lengths.max() > cutoff_len:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a bin of {cutoff_len}")
@@ -34,20 +38,23 @@ def _best_subsets(order: list[int], lengths: list[int], cutoff_len: int) -> list
         sizes = [lengths[sample] for sample in pool]
         longest = max(sizes)
         first = pool.pop(sizes.index(longest) if 2 * longest > cutoff_len else 0)
-        chosen = set(_fullest([lengths[sample] for sample in pool], cutoff_len - lengths[first]))
+        chosen = set(_fullest_subset([lengths[sample] for sample in pool], cutoff_len - lengths[first]))
         bins.append([first, *(sample for i, sample in enumerate(pool) if i in chosen)])
         pool = [sample for i, sample in enumerate(pool) if i not in chosen]
         pool += islice(waiting, POOL - len(pool))
     return bins
 
 
-def _fullest(lengths: list[int], space: int) -> list[int]:
-    """Which of the lengths come closest to `space` together, without exceeding it; the earlier ones where several do."""
+def _fullest_subset(lengths: list[int], space: int) -> list[int]:
+    """Indices of the lengths with the largest sum <= `space`; of several such subsets the earliest.
+
+    Subset sum by dynamic programming, with a bit for each sum.
+    """
     space = min(space, sum(lengths))
-    within = (1 << (space + 1)) - 1
-    sums = [1]  # bit s of sums[i]: some of the first i lengths add up to s
+    mask = (1 << (space + 1)) - 1
+    sums = [1]  # bit s of sums[i]: a subset of the first i lengths adds up to s
     for length in lengths:
-        sums.append(sums[-1] | (sums[-1] << length) & within)
+        sums.append(sums[-1] | (sums[-1] << length) & mask)
         if sums[-1] >> space:
             break
     left = sums[-1].bit_length() - 1
@@ -74,7 +81,7 @@ def _first_fit(lengths: list[int], cutoff_len: int) -> list[list[int]]:
 
 
 class PackedSequences:
-    """The bins of all epochs end to end, numbered from 0."""
+    """The packed sequences of all epochs, one epoch after the other, numbered from 0."""
 
     def __init__(
         self,
@@ -84,12 +91,13 @@ class PackedSequences:
         shuffle: bool = True,
         members: Callable[[int], np.ndarray] | None = None,
     ):
-        """members: the samples of an epoch, some of them more than once or not at all; None: each once."""
+        """members(epoch): samples of an epoch, where some may repeat or lack; None: each once."""
         self.lengths, self.cutoff_len, self.seed, self.shuffle = lengths, cutoff_len, seed, shuffle
         self._members = members
-        self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last: the first is asked for twice
+        self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last; epoch 0 is used twice
 
     def epoch(self, epoch: int) -> list[list[int]]:
+        """The packed sequences of an epoch, each a list of samples."""
         if self._last is None or self._last[0] != epoch:
             self._last = epoch, self._pack(epoch)
         return self._last[1]
@@ -97,24 +105,22 @@ class PackedSequences:
     def _pack(self, epoch: int) -> list[list[int]]:
         members = np.arange(len(self.lengths)) if self._members is None else self._members(epoch)
         bins = pack_epoch(self.lengths[members], self.cutoff_len, self.seed, epoch, self.shuffle)
-        return [members[content].tolist() for content in bins]
+        return [members[samples].tolist() for samples in bins]
 
-    def micro_batches(self, rank: int, world_size: int, bins: int, start: int = 0) -> Iterator[list[list[int]]]:
-        """The micro-batches of a rank, `bins` bins each, without end.
+    def micro_batches(self, rank: int, world_size: int, size: int, start: int = 0) -> Iterator[list[list[int]]]:
+        """A rank's endless micro-batches of `size` packed sequences each, from number `start` on.
 
-        Micro-batch m (counted from the first step of the run, accumulation included) of rank r takes the bins
-        (m * world_size + r) * bins …; `start` is the first m.
+        Micro-batch m of a run (each micro-step counts) takes on rank r the packed sequences from
+        (m * world_size + r) * size on.
         """
-        epoch, first, packed = 0, 0, self.epoch(0)
-        micro_batch = start
-        while True:
-            numbers = range((micro_batch * world_size + rank) * bins, (micro_batch * world_size + rank + 1) * bins)
+        epoch, first, packed = 0, 0, self.epoch(0)  # first: the number of the epoch's first packed sequence
+        for micro_batch in count(start):
+            begin = (micro_batch * world_size + rank) * size
             chosen = []
-            for number in numbers:
+            for number in range(begin, begin + size):
                 while number >= first + len(packed):
                     first += len(packed)
                     epoch += 1
                     packed = self.epoch(epoch)
                 chosen.append(packed[number - first])
             yield chosen
-            micro_batch += 1

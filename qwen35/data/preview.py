@@ -51,13 +51,13 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
             if basic.truncation == "truncate":
                 grids = np.array(sample.grids, dtype=np.int64).reshape(-1, 3)
-                kept, _ = truncate(sample.ids, sample.trained, grids, basic.cutoff_len, preparation.tokenizer)
+                kept, _ = truncate(sample.ids, sample.loss_mask, grids, basic.cutoff_len, preparation.tokenizer)
                 too_long += f", cut to {kept}" if kept else ", left out: nothing trained is left"
             elif skip or basic.truncation == "drop":
                 too_long += ", left out"
             else:
                 refused += 1
-        ids, mask = sample.ids[: kept or None].tolist(), sample.trained[: kept or None].tolist()
+        ids, mask = sample.ids[: kept or None].tolist(), sample.loss_mask[: kept or None].tolist()
         head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
         head += number_of_visuals(len(record.images), len(record.videos))
         text = marked(preparation.tokenizer, ids, mask, marks)

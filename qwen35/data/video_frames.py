@@ -1,4 +1,4 @@
-"""The frames of a video: a file (read with PyAV), a folder of image files, or a list of them."""
+"""The frames of a video: of a file (read with PyAV), a folder of image files, or a list of them."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,9 @@ from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
-CONTAINERS = (
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc"  # none that names further files
-)
-MOST_FRAMES = 10_000_000  # that a header may claim
+# ffmpeg's names of the formats that are opened; none of them can refer to other files
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc"
+FRAME_COUNT_LIMIT = 10_000_000  # more than that in a header is taken for damage
 
 
 class VideoError(ImageError):
@@ -31,39 +30,42 @@ class VideoError(ImageError):
 
 
 @dataclass(frozen=True)
-class Reel:
-    """What is known of a video before it is decoded."""
+class VideoMetadata:
+    """What is known of a video before it is decoded. Sizes are those of the upright frame."""
 
     count: int  # frames
-    fps: float | None  # of them a second; None: not said
+    fps: float | None  # frames a second; None: not known
     width: int
     height: int
 
 
-def reel(video: Video) -> Reel:
-    """Raises VideoError, ImageError; SettingError where PyAV is needed and missing."""
+def read_metadata(video: Video) -> VideoMetadata:
+    """Decodes at most one frame. Raises VideoError, and SettingError if PyAV is missing."""
     files = _frame_files(video)
     if files is None:
-        return _file_reel(_path_of(video), video)
-    for number, file in enumerate(files):  # missing ones show now, broken ones when they are decoded
+        return _file_metadata(_path_of(video), video)
+    for number, file in enumerate(files):  # missing files are errors now, broken ones when they are decoded
         if not file.is_file():
-            with _frame(file, number, len(files)):
+            with _naming_frame(file, number, len(files)):
                 raise ImageError("is no file" if file.exists() else why_missing(file), "image missing")
-    with _frame(files[0], 0, len(files)):
+    with _naming_frame(files[0], 0, len(files)):
         width, height = upright_size(files[0])
-    return Reel(len(files), video.fps, width, height)
+    return VideoMetadata(len(files), video.fps, width, height)
 
 
 def decode(video: Video, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """Those of the frames, ascending numbers from 0, each [H, W, 3] uint8 RGB, all of one size. Raises as `reel`."""
+    """The frames of these ascending numbers (from 0), each [H, W, 3] uint8 RGB, all of one size.
+
+    Raises as `read_metadata` does.
+    """
     files = _frame_files(video)
     frames = _decode_file(_path_of(video), numbers) if files is None else _decode_images(files, numbers)
-    first = None
+    shape = None
     for number, frame in zip(numbers, frames, strict=True):
-        first = frame.shape if first is None else first
-        if frame.shape != first:
+        shape = frame.shape if shape is None else shape
+        if frame.shape != shape:
             raise VideoError(
-                f"frame {number + 1} is {frame.shape[1]} x {frame.shape[0]} pixels, others {first[1]} x {first[0]}"
+                f"frame {number + 1} is {frame.shape[1]} x {frame.shape[0]} pixels, others {shape[1]} x {shape[0]}"
             )
         yield frame
 
@@ -80,25 +82,26 @@ def _frame_files(video: Video) -> Sequence[Path] | None:
     if not video.source.is_dir():
         return None
     try:
-        found = [path for path in video.source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = [path for path in video.source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:
         raise VideoError(f"cannot be read: {error.strerror}") from None
-    found = [path for path in found if not path.name.startswith(".")]
-    if links := [path for path in found if path.is_symlink()]:
+    files = [path for path in files if not path.name.startswith(".")]
+    if links := [path for path in files if path.is_symlink()]:
         raise VideoError(f"{links[0].name} is a link; name the frames in a list, or copy them")
-    if not found:
+    if not files:
         raise VideoError("is a folder without frames: image files named in their order")
-    return sorted(found, key=_natural)
+    return sorted(files, key=_natural_order)
 
 
-def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """2 before 10."""
+def _natural_order(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """A sort key by which frame_2 comes before frame_10."""
     parts = re.split(r"(\d+)", path.name)
     return [(int(part[:18]), "") if part.isdecimal() else (-1, part) for part in parts], path.name
 
 
 @contextmanager
-def _frame(path: Path, number: int, count: int) -> Iterator[None]:
+def _naming_frame(path: Path, number: int, count: int) -> Iterator[None]:
+    """Any ImageError inside becomes a VideoError that names the frame."""
     try:
         yield
     except ImageError as error:
@@ -107,17 +110,17 @@ def _frame(path: Path, number: int, count: int) -> Iterator[None]:
 
 def _decode_images(files: Sequence[Path], numbers: Sequence[int]) -> Iterator[np.ndarray]:
     for number in numbers:
-        with _frame(files[number], number, len(files)):
+        with _naming_frame(files[number], number, len(files)):
             pixels = np.asarray(read_rgb(files[number]))
         yield pixels
 
 
-# -- files, with PyAV ---------------------------------------------------------------------------------------------------
+# -- files, with PyAV ------------------------------------------------------------------------------
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; whatever goes wrong inside is a VideoError."""
+    """The container and its first video stream; any error of reading it is a VideoError."""
     if not path.is_file():
         raise VideoError("is no file" if path.exists() else why_missing(path), "video missing")
     try:
@@ -128,7 +131,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             "images in a folder"
         ) from None
     try:
-        # a file object and a list of formats, so that nothing but this file is ever opened; its title may be in any encoding
+        # given a file object and a list of formats, ffmpeg opens no other file
         options = {"format_whitelist": CONTAINERS}
         with path.open("rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
@@ -141,39 +144,39 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise VideoError(wrong_format(path) or f"cannot be read: {reason}") from None
 
 
-def _file_reel(path: Path, video: Video) -> Reel:
+def _file_metadata(path: Path, video: Video) -> VideoMetadata:
     if video.fps is not None:
         raise VideoError(
             "is a file, which says itself how many frames a second it has; leave out sample_fps", "malformed"
         )
     with _opened(path) as (container, stream):
         count, rate, width, height = stream.frames, stream.average_rate, stream.width, stream.height
-        if not count:  # some containers do not say
-            count = sum(1 for packet in islice(container.demux(stream), MOST_FRAMES) if packet.size)
+        if not count:  # some containers do not store it
+            count = sum(1 for packet in islice(container.demux(stream), FRAME_COUNT_LIMIT) if packet.size)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise VideoError(f"has frames of more than {limit:,} pixels")
-    if not rate or count < 1 or width < 1 or height < 1 or count > MOST_FRAMES:
+    if not rate or count < 1 or width < 1 or height < 1 or count > FRAME_COUNT_LIMIT:
         raise VideoError("its header does not say how many frames of which size it has")
-    with _opened(path) as (container, stream):  # again: counting may have read it to its end
+    with _opened(path) as (container, stream):  # once more: counting may have read to the end
         first = next(container.decode(stream), None)
-        is_upright = first is None or _turns(first) % 2 == 0
-    return Reel(count, float(rate), *((width, height) if is_upright else (height, width)))
+        is_upright = first is None or _quarter_turns(first) % 2 == 0
+    return VideoMetadata(count, float(rate), *((width, height) if is_upright else (height, width)))
 
 
-def _turns(frame: Any) -> int:
-    """How many quarter turns, counter-clockwise, show a frame upright: phones film as they are held, and say how that was."""
+def _quarter_turns(frame: Any) -> int:
+    """Counter-clockwise quarter turns to the upright frame; phones store how they were held."""
     if frame.rotation % 90:
         raise VideoError(f"is to be shown turned by {frame.rotation} degrees; only quarter turns are read")
     return int(frame.rotation) // 90
 
 
 def _decode_file(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    wanted, found = set(numbers), 0
+    wanted, decoded = set(numbers), 0
     with _opened(path) as (container, stream):
         for number, frame in enumerate(islice(container.decode(stream), max(numbers, default=-1) + 1)):
             if number in wanted:
-                found += 1
-                yield np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame))
-    if found < len(wanted):
+                decoded += 1
+                yield np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+    if decoded < len(wanted):
         raise VideoError("ends before the last of its frames")

@@ -1,7 +1,7 @@
-"""Videos as patches: what transformers' Qwen3-VL video processor makes of them, bit for bit on the same machine.
+"""Videos to patches, bit for bit as transformers' Qwen3-VL video processor on the same machine.
 
-Frames are sampled evenly, all scaled alike to sides of multiples of 32 pixels, and seen two at a time (temporal_patch): such
-a pair is a run of tokens of its own, with its time before it.
+Frames are sampled evenly, resized to one size whose sides are multiples of 32 pixels, and taken in
+pairs (temporal_patch); each pair is a run of tokens of its own, after its timestamp.
 """
 
 import math
@@ -17,83 +17,85 @@ from torch import Tensor
 from qwen35.config.schema import PreprocessParameters
 from qwen35.data.files import read_processor
 from qwen35.data.image_processor import CONFIG, MAX_SIDES_RATIO
-from qwen35.data.patches import Levels, PatchFormat, cut
+from qwen35.data.patches import Normalizer, PatchFormat, to_patches
 from qwen35.data.record import Video
-from qwen35.data.video_frames import Reel, VideoError, decode, reel
+from qwen35.data.video_frames import VideoError, VideoMetadata, decode, read_metadata
+from qwen35.wording import number_of
 
 VIDEO_CONFIG = ("video_processor", "video_preprocessor_config.json", CONFIG[1])
-FEWEST = 4  # frames that are taken, where there are as many
+MIN_FRAMES = 4  # that are taken, where there are as many
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A video as it is seen: which frames, how large, and when."""
+class FrameSelection:
+    """Which frames of a video are taken, at which size, and their times."""
 
-    numbers: list[int]  # of the frames, from 0
+    indices: list[int]  # of the frames, from 0
     grid: tuple[int, int, int]  # patches: (pairs of frames, height, width)
-    seconds: list[float]  # of each pair: half-way between its first and last frame
+    timestamps: list[float]  # seconds, of each pair: half-way between its first and last frame
 
 
 @dataclass(frozen=True)
 class VideoProcessor(PatchFormat):
     fps: float
-    most_frames: int
-    min_pixels: int  # of one frame, on average
+    max_frames: int
+    min_pixels: int  # a frame, on average
     max_pixels: int
 
     @classmethod
     def from_folder(cls, folder: str | Path, settings: PreprocessParameters) -> "VideoProcessor":
-        """By a model folder's video processor, else by the images' own file. Raises SettingError."""
+        """By a model folder's video processor, else its image processor. Raises SettingError."""
         format_ = PatchFormat.of(*read_processor(folder, *VIDEO_CONFIG))
         return cls(
             **vars(format_),
             fps=settings.video_fps,
-            most_frames=settings.video_maxlen,
+            max_frames=settings.video_maxlen,
             min_pixels=settings.video_min_pixels,
             max_pixels=settings.video_max_pixels,
         )
 
-    def clip(self, video: Video) -> Clip:
-        """From the headers alone: nothing is decoded. Raises ImageError, SettingError where PyAV is missing."""
-        found = reel(video)
-        if found.count < self.temporal_patch:
-            raise VideoError(
-                f"has {found.count} frame{'s' * (found.count != 1)}, fewer than {self.temporal_patch}",
-                "video too short",
-            )
-        numbers, fps = self._sampled(found)
-        height, width = self._resized(len(numbers), found.height, found.width)
-        full = numbers + numbers[-1:] * (-len(numbers) % self.temporal_patch)
-        step = self.temporal_patch
+    def select_frames(self, video: Video) -> FrameSelection:
+        """By the video's metadata. Raises ImageError, and SettingError if PyAV is missing."""
+        metadata, step = read_metadata(video), self.temporal_patch
+        if metadata.count < step:
+            raise VideoError(f"has {number_of(metadata.count, 'frame')}, fewer than {step}", "video too short")
+        indices, fps = self._sampled(metadata)
+        height, width = self._resized(len(indices), metadata.height, metadata.width)
+        full = indices + indices[-1:] * (-len(indices) % step)
         seconds = [(full[i] / fps + full[i + step - 1] / fps) / 2 for i in range(0, len(full), step)]
-        return Clip(numbers, (len(full) // step, height // self.patch, width // self.patch), seconds)
+        return FrameSelection(indices, (len(full) // step, height // self.patch, width // self.patch), seconds)
 
     def patches(self, video: Video) -> tuple[Tensor, tuple[int, int, int]]:
-        """pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (t, h, w), P = t * h * w. Raises as `clip`."""
-        clip = self.clip(video)
-        t, h, w = clip.grid
+        """Pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (t, h, w), P = t*h*w.
+
+        Raises as `select_frames` does.
+        """
+        selection = self.select_frames(video)
+        t, h, w = selection.grid
         size = (h * self.patch, w * self.patch)
-        frames = [_scaled(frame, size) for frame in decode(video, clip.numbers)]
+        frames = [_resize(frame, size) for frame in decode(video, selection.indices)]
         frames += frames[-1:] * (t * self.temporal_patch - len(frames))
-        return cut(np.stack(frames), self.patch, self.merge, self.temporal_patch, self.levels), clip.grid
+        return to_patches(
+            np.stack(frames), self.patch, self.merge, self.temporal_patch, self.normalizer
+        ), selection.grid
 
     @cached_property
-    def levels(self) -> Levels:
-        return Levels.of_videos(self.scale, self.mean, self.std)
+    def normalizer(self) -> Normalizer:
+        return Normalizer.of_videos(self.scale, self.mean, self.std)
 
-    def _sampled(self, found: Reel) -> tuple[list[int], float]:
-        """Numbers of the frames that are taken, and how many a second the video has."""
-        if found.fps is None:
-            count = min(found.count, self.most_frames)
+    def _sampled(self, video: VideoMetadata) -> tuple[list[int], float]:
+        """Indices of the frames that are taken, and the frames a second that the video has."""
+        if video.fps is None:
+            count = min(video.count, self.max_frames)
         else:
-            count = min(max(int(found.count / found.fps * self.fps), FEWEST), self.most_frames, found.count)
-        numbers = np.linspace(0, found.count - 1, count).round().astype(int)
-        return numbers.tolist(), self.fps if found.fps is None else found.fps
+            count = min(max(int(video.count / video.fps * self.fps), MIN_FRAMES), self.max_frames, video.count)
+        indices = np.linspace(0, video.count - 1, count).round().astype(int)
+        return indices.tolist(), self.fps if video.fps is None else video.fps
 
     def _resized(self, count: int, height: int, width: int) -> tuple[int, int]:
-        """Both sides multiples of a token's side; the limits are of all `count` frames together."""
+        """(height, width), multiples of a token's side; the limits are of all frames together."""
         side = self.patch * self.merge
-        least, most = self.min_pixels * count, self.max_pixels * count
+        min_pixels, max_pixels = self.min_pixels * count, self.max_pixels * count
         if height < side or width < side:
             grow = max(side / height, side / width)
             height, width = int(height * grow), int(width * grow)
@@ -101,19 +103,19 @@ class VideoProcessor(PatchFormat):
             raise VideoError(f"is {width} x {height} pixels, one side more than {MAX_SIDES_RATIO} times the other")
         new_height, new_width = round(height / side) * side, round(width / side) * side
         frames = round(count / self.temporal_patch) * self.temporal_patch
-        if frames * new_height * new_width > most:
-            shrink = math.sqrt(count * height * width / most)
+        if frames * new_height * new_width > max_pixels:
+            shrink = math.sqrt(count * height * width / max_pixels)
             new_height = max(side, math.floor(height / shrink / side) * side)
             new_width = max(side, math.floor(width / shrink / side) * side)
-        elif frames * new_height * new_width < least:
-            grow = math.sqrt(least / (count * height * width))
+        elif frames * new_height * new_width < min_pixels:
+            grow = math.sqrt(min_pixels / (count * height * width))
             new_height = math.ceil(height * grow / side) * side
             new_width = math.ceil(width * grow / side) * side
         return new_height, new_width
 
 
-def _scaled(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] uint8 -> size: as torchvision resizes a frame on the host."""
+def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame [H, W, 3] uint8 at another (height, width), as torchvision resizes it on the host."""
     pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None]
     if pixels.shape[2:] != size:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)

@@ -16,7 +16,7 @@ from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import BasicParameters, DatasetParam
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.image_processor import ImageProcessor
-from qwen35.data.tokenized import Preparation, own_template
+from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.device import take_device
@@ -125,7 +125,7 @@ def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset
         basic,
         trained.attr,
         VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
-        own_template(source.tokenizer, basic),
+        reference_template(source.tokenizer, basic),
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation

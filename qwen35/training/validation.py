@@ -73,7 +73,7 @@ class Validation:
         try:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
-            self.groups = self.set.answerable(progress) if settings.training.val_generate else []
+            self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(of_held_out(str(error))) from None
 
@@ -92,8 +92,8 @@ class Validation:
             without = " (none that is longer than cutoff_len)"
         how = "" if self.sampling == GREEDY else f" ({self.sampling})"
         told = f", {asked:,} of them answered{without}{how}" if t.val_generate else ""
-        both = ", ".join(map(str, self.set.also_trained))
-        odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.told)
+        both = ", ".join(map(str, self.set.training_overlap))
+        odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.warnings)
         return (
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{told}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{of_held_out(odd)}"
@@ -162,7 +162,7 @@ class Validation:
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
-        skip = (lambda error: bad.append(str(error))) if dataset.skips else None
+        skip = (lambda error: bad.append(str(error))) if dataset.skips_bad_records else None
         right = answered = 0
         mine = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(mine, 1):

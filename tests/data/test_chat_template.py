@@ -18,7 +18,7 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import Record, RecordError, ToolCall, Turn
 from qwen35.data.template import prompt_pieces, render, training_pieces
-from qwen35.data.tokenized import Preparation, own_template
+from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 
@@ -137,7 +137,7 @@ def preparation(folder, template="qwen3_5"):
     limits, basic = PreprocessParameters(), BasicParameters("x", template=template)
     images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
     videos = VideoProcessor.from_folder(folder, limits)
-    return Preparation(ChatTokenizer(folder), images, basic, Attr(), videos, own_template(folder, basic))
+    return Preparation(ChatTokenizer(folder), images, basic, Attr(), videos, reference_template(folder, basic))
 
 
 def test_training_and_asking_both_compare(folder_with):

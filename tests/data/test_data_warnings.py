@@ -137,13 +137,13 @@ def test_the_validation_needs_only_names_of_its_own():
     held_out = ["data.val_dataset_param.basic_parameters.dataset=data/a.json", "training.val_interval=1"]
     settings = load_settings("r.yaml", [*held_out, f"{BASIC}.dataset=data/b.json", f"{ATTR}.images=photo"])
     MicroBatches(settings, 0, 1)
-    assert len(ValidationSet(settings.validation, 0, 1, trained=settings.data.dataset_param).dataset) == 12
+    assert len(ValidationSet(settings.validation, 0, 1, training_data=settings.data.dataset_param).dataset) == 12
     with pytest.raises(SettingError, match="has a field 'photo'"):
         ValidationSet(settings.validation, 0, 1)
     own = [*held_out, "data.val_dataset_param.attr.images=pic"]
     settings = load_settings("r.yaml", own)
     with pytest.raises(SettingError, match="has a field 'pic'"):
-        ValidationSet(settings.validation, 0, 1, trained=settings.data.dataset_param)
+        ValidationSet(settings.validation, 0, 1, training_data=settings.data.dataset_param)
 
 
 # -- images that are not read -------------------------------------------------------------------------------------------

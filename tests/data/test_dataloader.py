@@ -197,8 +197,8 @@ def test_each_sample_once_an_epoch(home, model):
     assert len(seen) == 40 and sum(map(len, seen)) == loader.tokens_per_epoch
     assert loader.report() == (
         f"data: 40 samples of 2 files, 30 images; an epoch is {loader.tokens_per_epoch:,} tokens "
-        f"({loader.dataset.trained.sum() / loader.tokens_per_epoch:.1%} trained) in "
-        f"{loader.sequences_per_epoch} bins of {CUTOFF} ({loader.real_share:.1%} real tokens)"
+        f"({loader.dataset.label_tokens.sum() / loader.tokens_per_epoch:.1%} trained) in "
+        f"{loader.sequences_per_epoch} packed sequences of {CUTOFF} ({loader.real_share:.1%} real tokens)"
     )
 
 
@@ -345,9 +345,9 @@ def test_a_changed_file_or_setting_or_code_makes_a_new_entry(home, model, monkey
     (home / "b.json").write_text((home / "b.json").read_text() + " ")
     assert entries() == 9
     module = sys.modules["qwen35.data.tokenized"]
-    assert {"content.py", "template.py", "tokenizer.py", "tokenized.py"} < {path.name for path in module.MADE_BY}
-    shutil.copy(module.MADE_BY[-1], home / "code.py")
-    monkeypatch.setattr(module, "MADE_BY", [*module.MADE_BY[:-1], home / "code.py"])
+    assert {"content.py", "template.py", "tokenizer.py", "tokenized.py"} < {path.name for path in module.CODE_FILES}
+    shutil.copy(module.CODE_FILES[-1], home / "code.py")
+    monkeypatch.setattr(module, "CODE_FILES", [*module.CODE_FILES[:-1], home / "code.py"])
     assert entries() == 9
     (home / "code.py").write_text((home / "code.py").read_text() + "\n")
     assert entries() == 11
@@ -496,7 +496,7 @@ def test_samples_are_held_once_while_they_are_made(home, model, monkeypatch):
     samples = make_samples(home / "a.json", preparation, None)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    size = samples.ids.nbytes + samples.trained.nbytes
+    size = samples.ids.nbytes + samples.loss_mask.nbytes
     assert size == 30 * 200_000 * 5 and peak < 1.3 * size
 
 
@@ -525,7 +525,7 @@ def test_prompt_batch(home, model):
     sample = preparation.tokenise(records[2])
     n = len(batch.input_ids)
     assert batch.input_ids.tolist() == sample.ids[:n].tolist()
-    assert sample.trained[n:].all() and not sample.trained[:n].any()
+    assert sample.loss_mask[n:].all() and not sample.loss_mask[:n].any()
     assert batch.cu_seqlens.tolist() == [0, n] and batch.is_pad is None
     assert int((batch.vision_index >= 0).sum()) * 4 == len(batch.pixel_values)
     text_only = prompt_batch(records[0], preparation, spec, thinking=False)

@@ -14,7 +14,7 @@ from qwen35.data.image_processor import ImageError, upright_size
 from qwen35.data.mixture import dataset_files
 from qwen35.data.readers import read_values
 from qwen35.data.record import RecordError, Video
-from qwen35.data.video_frames import VideoError, reel
+from qwen35.data.video_frames import VideoError, read_metadata
 from qwen35.errors import SettingError
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -82,7 +82,7 @@ def test_what_is_no_video(tmp_path, data, monkeypatch):
         monkeypatch.setitem(sys.modules, "av", stand_in_for_av())
     (tmp_path / "a.mp4").write_bytes(data)
     with pytest.raises(VideoError, match=r"^is a (pointer of Git LFS|web page)"):
-        reel(Video(tmp_path / "a.mp4"))
+        read_metadata(Video(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize(("on_disk", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])

@@ -144,7 +144,7 @@ def broken_records(draw):
 
 def check_sample(record, sample, preparation):
     """The mask against the text, in words of its own: nothing but answers is trained, each to its end."""
-    tokenizer, ids, trained = preparation.tokenizer, sample.ids.tolist(), sample.trained.tolist()
+    tokenizer, ids, trained = preparation.tokenizer, sample.ids.tolist(), sample.loss_mask.tolist()
     pads = {tokenizer.image_id, tokenizer.video_id}
     assert sum(token in pads for token in ids) == sum(preparation.images.tokens(grid) for grid in sample.grids)
     assert not any(mask for token, mask in zip(ids, trained, strict=True) if token in pads)

@@ -54,7 +54,7 @@ def agree(path, processor, peer):
     image = on_white(image) if peer.keeps_what_is_below else image
     theirs = peer(images=image, input_data_format="channels_last", return_tensors="pt")
     assert theirs["image_grid_thw"].tolist() == [list(grid)]
-    assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], processor.values)
+    assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], processor.patch_dim)
     assert torch.equal(patches, theirs["pixel_values"])
 
 

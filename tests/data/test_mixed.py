@@ -89,14 +89,17 @@ def test_weights_shape_the_epochs(place):
     assert all(seen[number] == 1 for number in range(12))
     numbers = batches.packed_sequences.epoch(0)
     tokens = sum(int(dataset.lengths[content].sum()) for content in numbers)
-    trained = sum(int(dataset.trained[content].sum()) for content in numbers)
-    assert f"an epoch is {tokens:,} tokens ({trained / tokens:.1%} trained) in {len(numbers)} bins" in batches.report()
+    trained = sum(int(dataset.label_tokens[content].sum()) for content in numbers)
+    assert (
+        f"an epoch is {tokens:,} tokens ({trained / tokens:.1%} trained) in {len(numbers)} packed sequences"
+        in batches.report()
+    )
     told = f" real tokens)\ndata: by weight an epoch is {6 + 6} samples: 6 of data/a.json, 6 of data/b.json"
     assert batches.report().endswith(told)
     plain = loader(f"{BASIC}.dataset=data/a.json,data/b.json")
     assert batches.fingerprint != plain.fingerprint and "weight" not in plain.report()
     one = loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.max_samples=1")
-    assert one.report().startswith("data: 1 sample of 1 file, ") and " in 1 bin of 160 (" in one.report()
+    assert one.report().startswith("data: 1 sample of 1 file, ") and " in 1 packed sequence of 160 (" in one.report()
 
 
 def test_weights_that_leave_nothing(place):

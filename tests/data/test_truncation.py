@@ -105,7 +105,7 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
             assert torch.equal(sample.grid_thw, full.grid_thw[:images])
             assert torch.equal(sample.pixel_values, full.pixel_values[: len(sample.pixel_values)])
             assert len(sample.pixel_values) == int(sample.grid_thw.prod(-1).sum())
-            assert int((sample.labels != -100).sum()) == (ours.trained[i] - int(full.labels[-1] != -100))
+            assert int((sample.labels != -100).sum()) == (ours.label_tokens[i] - int(full.labels[-1] != -100))
             ids = full.input_ids.tolist()
             pads = sum(token in (tokenizer.image_id, tokenizer.video_id) for token in ids[:n])
             assert pads == int(sample.grid_thw.prod(-1).sum()) // 4  # each image and video whole, or not at all
@@ -182,7 +182,7 @@ def test_the_policies(home):
     none = len(cut_.dataset.skipped)
     assert 0 < none < long and len(cut_.dataset) == 40 - none
     assert f"\ndata: cut {long - none} samples to cutoff_len, " in cut_.report()
-    assert cut_.trained_share > 0
+    assert cut_.label_share > 0
     skipped = MicroBatches(settings(home, cutoff_len=75, on_bad_record="skip"), 0, 1)
     assert skipped.fingerprint == dropped.fingerprint != cut_.fingerprint  # the same samples, in the same bins
     anew = MicroBatches(settings(home, cutoff_len=4096, truncation="truncate"), 0, 1)

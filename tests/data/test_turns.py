@@ -69,7 +69,7 @@ def make(place, preparation, hf_tokenizer):
         text = re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(pads), text)
         assert sample.ids.tolist() == hf_tokenizer(text, add_special_tokens=False).input_ids
         stretches, before = [], False
-        for token, now in zip(sample.ids.tolist(), sample.trained.tolist(), strict=True):
+        for token, now in zip(sample.ids.tolist(), sample.loss_mask.tolist(), strict=True):
             if now:
                 stretches = stretches if before else [*stretches, []]
                 stretches[-1].append(token)

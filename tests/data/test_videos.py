@@ -29,8 +29,7 @@ from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.image_processor import ImageError, ImageProcessor
 from qwen35.data.mrope import position_ids
 from qwen35.data.record import Record, RecordError, Turn, Video, with_visuals
-from qwen35.data.tokenized import Preparation, visual_of
-from qwen35.data.tokenized import _plain as plain
+from qwen35.data.tokenized import Preparation, visual_from_json, visual_to_json
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_frames import decode
 from qwen35.data.video_processor import VideoProcessor
@@ -107,14 +106,14 @@ def test_files_equal_transformers(tmp_path, folder, monkeypatch, counted):
         frames, path = film(count, height, width, case), tmp_path / f"{case}.mp4"
         write_video(path, frames, rate, monkeypatch, counted)
         ours = VideoProcessor.from_folder(folder, settings)
-        clip = ours.clip(Video(path))
+        selection = ours.select_frames(Video(path))
         numbers = sampled(count, float(rate), settings)
-        assert clip.numbers == numbers and clip.seconds == times(numbers, float(rate))
+        assert selection.indices == numbers and selection.timestamps == times(numbers, float(rate))
         n = len(numbers)
         high, wide = smart_resize(n, height, width, 2, 32, 1024 * n, settings.video_max_pixels * n)
-        assert clip.grid == ((n + 1) // 2, high // 16, wide // 16)
+        assert selection.grid == ((n + 1) // 2, high // 16, wide // 16)
         patches, grid = ours.patches(Video(path))
-        assert grid == clip.grid and patches.dtype == torch.float32
+        assert grid == selection.grid and patches.dtype == torch.float32
         # torch's scaling, which that processor has from torchvision, differs from Pillow's by a level here and there
         difference = (patches - expected(frames, numbers, high, wide)).abs()
         assert patches.shape == (grid[0] * grid[1] * grid[2], 1536)
@@ -165,13 +164,13 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path, folder):
 def test_frames_without_a_rate_are_video_fps_apart(tmp_path, folder):
     paths = save(film(9, 32, 32), tmp_path / "v")
     processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_fps=0.7))
-    assert processor.clip(Video(paths)).numbers == list(range(9))
-    assert processor.clip(Video(paths)).seconds == times(range(9), 0.7)
+    assert processor.select_frames(Video(paths)).indices == list(range(9))
+    assert processor.select_frames(Video(paths)).timestamps == times(range(9), 0.7)
     processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_fps=1.0, video_maxlen=6))
-    assert processor.clip(Video(paths)).numbers == np.linspace(0, 8, 6).round().astype(int).tolist()
-    with_rate = processor.clip(Video(paths, 2.0))  # 4.5 seconds at one a second
-    assert with_rate.numbers == sampled(9, 2.0, PreprocessParameters(video_fps=1.0, video_maxlen=6))
-    assert with_rate.seconds == times(with_rate.numbers, 2.0)
+    assert processor.select_frames(Video(paths)).indices == np.linspace(0, 8, 6).round().astype(int).tolist()
+    with_rate = processor.select_frames(Video(paths, 2.0))  # 4.5 seconds at one a second
+    assert with_rate.indices == sampled(9, 2.0, PreprocessParameters(video_fps=1.0, video_maxlen=6))
+    assert with_rate.timestamps == times(with_rate.indices, 2.0)
 
 
 # -- tokens and positions -----------------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def test_tokens_and_positions_equal_transformers(tmp_path, processor):
             )
             spec = VisionSpec(tokenizer.image_id, tokenizer.video_id)
             assert torch.equal(torch.from_numpy(position_ids(ids, sample.grids, spec)), expected[:, 0])
-        assert sample.trained.sum() == len(hf("A<|im_end|>\n", add_special_tokens=False).input_ids)
+        assert sample.loss_mask.sum() == len(hf("A<|im_end|>\n", add_special_tokens=False).input_ids)
 
 
 def test_the_layout_of_one_video(tmp_path, processor):
@@ -369,7 +368,7 @@ def test_a_film_that_is_to_be_turned(rotation, shown, counted, tmp_path, folder,
     write_video(tmp_path / "a.mp4", frames, Fraction(2), monkeypatch, counted, rotation=rotation)
     processor, video = VideoProcessor.from_folder(folder, PreprocessParameters()), Video(tmp_path / "a.mp4")
     height, width = (96, 64) if rotation in (90, -90) else (64, 96)
-    assert processor.clip(video).grid == (2, height // 16, width // 16) == processor.patches(video)[1]
+    assert processor.select_frames(video).grid == (2, height // 16, width // 16) == processor.patches(video)[1]
     for frame in decode(video, [0, 3]):
         corners = [frame[y, x] for y in (2, height - 3) for x in (2, width - 3)]
         assert [tuple(corner.tolist()) for corner in corners] == [colours[name] for name in shown]
@@ -378,7 +377,7 @@ def test_a_film_that_is_to_be_turned(rotation, shown, counted, tmp_path, folder,
 def test_a_film_that_is_askew(tmp_path, folder, monkeypatch):
     write_video(tmp_path / "a.mp4", film(4, 64, 64), Fraction(2), monkeypatch, rotation=45)
     with pytest.raises(ImageError, match=r"^is to be shown turned by 45 degrees; only quarter turns are read$"):
-        VideoProcessor.from_folder(folder, PreprocessParameters()).clip(Video(tmp_path / "a.mp4"))
+        VideoProcessor.from_folder(folder, PreprocessParameters()).select_frames(Video(tmp_path / "a.mp4"))
 
 
 def test_without_pyav(tmp_path, folder, monkeypatch):
@@ -387,10 +386,10 @@ def test_without_pyav(tmp_path, folder, monkeypatch):
     with pytest.raises(
         SettingError, match=r"a\.mp4: a video file needs PyAV, which is missing; install it \(.*pip install av"
     ):
-        VideoProcessor.from_folder(folder, PreprocessParameters()).clip(Video(tmp_path / "a.mp4"))
+        VideoProcessor.from_folder(folder, PreprocessParameters()).select_frames(Video(tmp_path / "a.mp4"))
 
 
 def test_a_video_survives_the_cache(tmp_path):
     for video in (Video(tmp_path / "a.mp4"), Video((tmp_path / "1.png", tmp_path / "2.png"), 1.5)):
-        assert visual_of(plain(video, [(0.25, 4)])) == video
-    assert visual_of(plain(tmp_path / "a.png", 4)) == tmp_path / "a.png"
+        assert visual_from_json(visual_to_json(video, [(0.25, 4)])) == video
+    assert visual_from_json(visual_to_json(tmp_path / "a.png", 4)) == tmp_path / "a.png"

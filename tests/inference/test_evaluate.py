@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from qwen35.checkpoint.dcp import save_checkpoint
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.config.schema import Settings
-from qwen35.data.tokenized import untold
+from qwen35.data.tokenized import silent
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.inference import evaluate
@@ -273,7 +273,7 @@ def validation_settings(place: Path) -> Settings:
 
 def validating(settings: Settings) -> Validation:
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold)
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent)
 
 
 def test_validation_is_greedy_and_refuses_what_is_not_built_at_once(place, says):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from qwen35.batch import HOST_FIELDS, PackedBatch, map_fields
-from qwen35.data.dataloader import in_background
+from qwen35.data.dataloader import background_loader
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import REPLICATED
@@ -85,7 +85,7 @@ class Made:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_page_locked(workers):
     """By the loader's thread and torch_npu's own memory for it: all that goes to the device, and nothing else."""
-    batches = list(in_background(Made(), [[[i]] for i in range(3)], workers, pin=True))
+    batches = list(background_loader(Made(), [[[i]] for i in range(3)], workers, pin=True))
     for i, batch in enumerate(batches):
         wanted, locked = Made()[[[i]]], []
         map_fields(batch, lambda x, found=locked: found.append(x.is_pinned()) or x, skip=HOST_FIELDS)

@@ -17,7 +17,7 @@ from qwen35.batch import PackedBatch
 from qwen35.checkpoint import load_pretrained
 from qwen35.config.load import load_settings, to_yaml
 from qwen35.data import MicroBatches
-from qwen35.data.tokenized import untold
+from qwen35.data.tokenized import silent
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
 from qwen35.inference.evaluate import answers
@@ -85,7 +85,7 @@ def test_what_is_found_is_so(workplace, held_out, run):
     assert last["val_tokens"] == sum(map(len, losses))
     assert last["val_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
     assert lines_of(run)[2]["val_loss"] > last["val_loss"]
-    records = [record for group in ValidationSet(settings, 0, 1).answerable() for record in group]
+    records = [record for group in ValidationSet(settings, 0, 1).records_for_generation() for record in group]
     given = list(answers(model, workplace / "weights", dataset.preparation, records, batch=1))
     assert len(given) == HELD_OUT
     assert 0 < last["val_exact_match"] < 1
@@ -192,7 +192,7 @@ def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
 def report(settings, trained=None) -> str:
     """Of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    return Validation(settings, meshes, torch.device("cpu"), torch.float32, untold, trained).report()
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent, trained).report()
 
 
 def test_what_is_trained_on_too_is_said(workplace, held_out, tmp_path):

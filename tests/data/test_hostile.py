@@ -15,7 +15,7 @@ from qwen35.config.load import from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError, template
 from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
-from qwen35.data.dataloader import PROBE
+from qwen35.data.dataloader import MIN_SHARED_MEMORY
 from qwen35.data.record import Record, Turn
 from qwen35.data.shared_batch import shared_memory
 from qwen35.data.template import training_pieces
@@ -156,7 +156,7 @@ def test_a_full_dev_shm_is_named():
         shared_memory(1 << 50)
 
 
-@pytest.mark.parametrize("room", [0, PROBE])
+@pytest.mark.parametrize("room", [0, MIN_SHARED_MEMORY])
 def test_a_full_dev_shm_ends_a_run_in_one_line(home, model, monkeypatch, room):
     """Before a worker is started, or in a worker."""
     new = torch.UntypedStorage._new_shared

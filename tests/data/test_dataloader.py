@@ -1,4 +1,4 @@
-"""From a recipe to packed batches: what is in them, the cache, the workers, and the errors on the way."""
+"""From a recipe to packed batches: their fields, the cache of tokens, the workers, and errors."""
 
 import dataclasses
 import errno
@@ -103,7 +103,7 @@ def sequences(batch):
     ]
 
 
-def test_a_batch_is_whole(home, model):
+def test_fields_of_a_batch_agree(home, model):
     s = settings(home, model, **{"training.micro_batch_size": 2})
     tokenizer = ChatTokenizer(model)
     loader = MicroBatches(s, 0, 1)
@@ -113,7 +113,7 @@ def test_a_batch_is_whole(home, model):
         assert batch.label_positions.tolist() == [t for t, label in enumerate(batch.labels.tolist()) if label != -100]
         assert batch.position_ids.shape == (3, T)
         assert batch.cu_seqlens.dtype == torch.int32 and batch.cu_seqlens[[0, -1]].tolist() == [0, T]
-        assert CUTOFF in batch.cu_seqlens  # no sequence reaches into the next bin
+        assert CUTOFF in batch.cu_seqlens  # no sequence crosses the border of packed sequences
         assert len(batch.pixel_values) % 64 == 0 and len(batch.pixel_values) == int(batch.grid_thw.prod(-1).sum())
         assert int(batch.vision.cu_seqlens[-1]) == len(batch.pixel_values)
         image_tokens = batch.input_ids == tokenizer.image_id
@@ -131,15 +131,15 @@ def test_a_batch_is_whole(home, model):
             assert any(label == tokenizer.im_end_id for label in labels)
 
 
-def test_the_tail_of_pads_counts_from_zero(home, model):
+def test_positions_of_pads_start_at_zero(home, model):
     batch = batches(1, settings(home, model, **{f"{BASIC}.dataset": f"{home}/b.json", f"{BASIC}.max_samples": 1}))[0]
     start = int(batch.cu_seqlens[1])
     assert len(batch.cu_seqlens) == 3
     assert torch.equal(batch.position_ids[:, start:], torch.arange(CUTOFF - start).expand(3, -1))
 
 
-def test_pixels_stand_where_their_tokens_are(home, model):
-    """Every sequence's features are those of its own record, whatever shares the bin."""
+def test_patches_are_those_of_their_tokens(home, model):
+    """Each sequence has the features of its own record, whatever it is packed with."""
     s = settings(home, model)
     preparation = Preparation.of(s)
     expected = {}
@@ -160,7 +160,7 @@ def test_pixels_stand_where_their_tokens_are(home, model):
     assert seen >= 10
 
 
-def test_a_batch_without_images_has_the_dummy_alone(home, model):
+def test_batch_without_images_has_only_the_dummy(home, model):
     batch = batches(1, settings(home, model, **{f"{BASIC}.dataset": f"{home}/b.json"}))[0]
     assert batch.grid_thw.tolist() == [[1, 2, 32]]
     assert batch.pixel_values.shape == (64, 1536) and not batch.pixel_values.any()
@@ -168,12 +168,12 @@ def test_a_batch_without_images_has_the_dummy_alone(home, model):
 
 
 @pytest.mark.parametrize("bucket", [2, 6, 63])
-def test_a_bucket_that_holds_no_image(home, model, bucket):
+def test_patch_bucket_must_hold_whole_merge_blocks(home, model, bucket):
     with pytest.raises(SettingError, match=rf"patch_bucket: {bucket} must be a multiple of 4, at least 4"):
         MicroBatches(settings(home, model, **{"data.dataloader_param.patch_bucket": bucket}), 0, 1)
 
 
-def test_workers_ranks_and_resuming_change_nothing(home, model):
+def test_batches_do_not_depend_on_workers_ranks_or_resuming(home, model):
     s = settings(home, model, **{"training.gradient_accumulation_steps": 2})
     one = batches(24, s)
     assert not same(one[0], one[1])
@@ -187,7 +187,7 @@ def test_workers_ranks_and_resuming_change_nothing(home, model):
     assert all(map(same, batches(4, s, 1, 2, start_step=4), second[8:]))
 
 
-def test_each_sample_once_an_epoch(home, model):
+def test_each_sample_comes_once_an_epoch(home, model):
     s = settings(home, model)
     loader = MicroBatches(s, 0, 1)
     assert (loader.samples, loader.dataset.images) == (40, 30)
@@ -202,7 +202,7 @@ def test_each_sample_once_an_epoch(home, model):
     )
 
 
-def test_max_samples_is_of_the_whole_in_order(home, model):
+def test_max_samples_counts_over_all_files_in_order(home, model):
     for n, files in ((7, 1), (30, 1), (35, 2), (99, 2)):
         dataset = MicroBatches(settings(home, model, **{f"{BASIC}.max_samples": n}), 0, 1).dataset
         assert len(dataset) == min(n, 40) and len(dataset.files) == files
@@ -210,8 +210,8 @@ def test_max_samples_is_of_the_whole_in_order(home, model):
     assert dataset.source(30).endswith("b.json, record 1")
 
 
-def test_a_worker_hands_over_a_batch_in_one_piece(home, model):
-    """Every tensor of a batch, of whatever type and empty ones too, lies in one shared memory, at a place any type can take."""
+def test_worker_hands_over_a_batch_in_one_shared_block(home, model):
+    """All tensors of a batch, empty ones too, lie in one shared memory, aligned for any dtype."""
     s = settings(home, model, **{"data.dataloader_param.num_workers": 1})
     for batch in batches(3, s):
         tensors = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
@@ -229,8 +229,8 @@ def test_a_worker_hands_over_a_batch_in_one_piece(home, model):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_page_locked_batches(home, model, monkeypatch, workers):
-    """With a CPU in the part of an accelerator: all that `to` moves is locked, and nothing else."""
+def test_pinned_batches_lock_exactly_what_moves(home, model, monkeypatch, workers):
+    """All that `to` moves is locked, and nothing else; a CPU plays the accelerator."""
     locked = []
 
     def pin(tensor):
@@ -258,23 +258,23 @@ def test_page_locked_batches(home, model, monkeypatch, workers):
         assert [tensor.data_ptr() in here for tensor in moved + read] == [True] * len(moved) + [False] * len(read)
 
 
-def test_opening_a_loader_leaves_the_random_state_alone(home, model):
+def test_loader_does_not_advance_the_global_random_state(home, model):
     before = torch.get_rng_state()
     batches(2, settings(home, model))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
-def test_too_long(home, model):
+def test_sample_over_cutoff_len_is_an_error(home, model):
     with pytest.raises(
         RecordError, match=r"a\.json, record \d+ \(id \d+\): \d+ tokens, more than .*cutoff_len = 40 \(\d+"
     ):
         MicroBatches(settings(home, model, **{f"{BASIC}.cutoff_len": 40}), 0, 1)
 
 
-def test_a_missing_image_is_named_at_the_start(home, model):
+def test_missing_image_is_an_error_at_the_start(home, model):
     (home / "pics" / "1_0.png").unlink()
     wanted = r"a\.json, record 2 \(id 1\): image 1 of 1, .*/pics/1_0\.png: no such file, dataset_dir is "
     with pytest.raises(RecordError, match=wanted):
@@ -282,7 +282,7 @@ def test_a_missing_image_is_named_at_the_start(home, model):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named_when_it_is_read(home, model, workers):
+def test_damaged_image_is_an_error_when_it_is_decoded(home, model, workers):
     path = home / "pics" / "1_0.png"
     path.write_bytes(path.read_bytes()[:200])
     s = settings(home, model, **{"data.dataloader_param.num_workers": workers})
@@ -291,7 +291,7 @@ def test_a_damaged_image_is_named_when_it_is_read(home, model, workers):
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_to_read(home, model):
+def test_file_without_records_is_an_error(home, model):
     (home / "empty.json").write_text("[]")
     with pytest.raises(RecordError, match=r"empty\.json: no records$"):
         MicroBatches(settings(home, model, **{f"{BASIC}.dataset": f"{home}/empty.json"}), 0, 1)
@@ -319,10 +319,10 @@ def test_model_and_processor_must_agree(home, model, tmp_path):
             MicroBatches(s, 0, 1)
 
 
-# -- cache ----------------------------------------------------------------------------------------------------------------
+# -- cache -----------------------------------------------------------------------------------------
 
 
-def test_the_cache_gives_the_same_and_is_used(home, model, monkeypatch):
+def test_cache_is_used_and_gives_the_same_batches(home, model, monkeypatch):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     plain = batches(12, settings(home, model))
     assert all(map(same, batches(12, s), plain))
@@ -332,7 +332,7 @@ def test_the_cache_gives_the_same_and_is_used(home, model, monkeypatch):
     assert MicroBatches(s, 0, 1).dataset.source(3).endswith("record 4 (id 3)")
 
 
-def test_a_changed_file_or_setting_or_code_makes_a_new_entry(home, model, monkeypatch):
+def test_changed_file_setting_or_code_makes_a_new_cache_entry(home, model, monkeypatch):
     def entries(**flat):
         MicroBatches(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache"), **flat}), 0, 1)
         return len(list((home / "cache").iterdir()))
@@ -353,10 +353,10 @@ def test_a_changed_file_or_setting_or_code_makes_a_new_entry(home, model, monkey
     assert entries() == 11
 
 
-def test_a_cut_cache_file_is_made_again(home, model):
+def test_damaged_cache_entry_is_made_again(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     plain = batches(3, s)
-    for damage in (_cut, _names_lost):
+    for damage in (_truncated, _names_lost):
         for file in (home / "cache").iterdir():
             whole = file.read_bytes()
             file.write_bytes(damage(whole))
@@ -364,25 +364,25 @@ def test_a_cut_cache_file_is_made_again(home, model):
         assert file.read_bytes() == whole
 
 
-def _cut(data: bytes) -> bytes:
+def _truncated(data: bytes) -> bytes:
     return data[:100]
 
 
 def _names_lost(data: bytes) -> bytes:
-    """A block of a disk that was never written: zeros."""
+    """Zeros, as in a block of a disk that was never written."""
     end = 8 + int.from_bytes(data[:8], "little")
     start, stop = json.loads(data[8:end])["names"]["data_offsets"]
     return data[: end + start] + bytes(stop - start) + data[end + stop :]
 
 
-def test_of_several_writers_the_first_stands(home, model, monkeypatch):
-    """Another machine has finished while this one was tokenising: whoever reads its entry by now keeps it."""
-    monkeypatch.setattr(module, "try_lock", lambda _: nullcontext(True))  # its lock is not seen there
+def test_first_of_several_cache_entries_stays(home, model, monkeypatch):
+    """Another machine's entry, made while this one tokenises, stays: it may be mapped already."""
+    monkeypatch.setattr(module, "try_lock", lambda _: nullcontext(True))  # the other machine does not see the lock
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     preparation, entries = Preparation.of(s), []
 
     def slowly(*args):
-        if not entries:  # the other one, meanwhile
+        if not entries:  # the other machine, meanwhile
             entries.append(None)
             load_samples(home / "a.json", preparation, None)
             entries[0] = next((home / "cache").iterdir()).stat().st_ino
@@ -394,7 +394,7 @@ def test_of_several_writers_the_first_stands(home, model, monkeypatch):
     assert entry.stat().st_ino == entries[0]
 
 
-def test_a_cache_where_files_have_one_name(home, model, monkeypatch):
+def test_cache_works_without_hard_links(home, model, monkeypatch):
     def link(*_):
         raise OSError(errno.EPERM, "no hard links")
 
@@ -416,7 +416,7 @@ def write_cache(s, home):
     load_samples(home / "a.json", Preparation.of(s), None)
 
 
-def test_several_processes_write_one_entry(home, model):
+def test_several_processes_write_one_cache_entry(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     for process in [fork(write_cache, s, home) for _ in range(3)]:
         process.join(300)
@@ -425,7 +425,7 @@ def test_several_processes_write_one_entry(home, model):
     assert entry.suffix == ".safetensors"
 
 
-def test_one_process_makes_the_samples_and_the_others_wait_for_them(home, model, monkeypatch):
+def test_one_process_tokenises_and_the_others_wait(home, model, monkeypatch):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     made, waits = make_samples(home / "a.json", Preparation.of(s), None), multiprocessing.Event()
     monkeypatch.setattr(module, "make_samples", None)  # any use would fail
@@ -435,11 +435,11 @@ def test_one_process_makes_the_samples_and_the_others_wait_for_them(home, model,
         other = fork(write_cache, s, home)
         assert waits.wait(60)
         module._write(made, home / "cache" / f"a-{Preparation.of(s).cache_key(home / 'a.json', None)}.safetensors")
-        other.join(60)  # the entry is enough: it may be for another one that the lock is still held
+        other.join(60)  # the entry is enough: the lock may be held for another entry
     assert other.exitcode == 0
 
 
-def test_who_waited_takes_the_place_of_one_that_was_killed(home, model, monkeypatch):
+def test_waiting_process_takes_over_from_a_killed_one(home, model, monkeypatch):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     begun, waits = multiprocessing.Event(), multiprocessing.Event()
 
@@ -459,7 +459,7 @@ def test_who_waited_takes_the_place_of_one_that_was_killed(home, model, monkeypa
     assert other.exitcode == 0 and len(list((home / "cache").iterdir())) == 1
 
 
-def test_a_cache_whose_folder_knows_no_locks(home, model, monkeypatch):
+def test_cache_works_without_file_locks(home, model, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "no locks")
 
@@ -468,24 +468,23 @@ def test_a_cache_whose_folder_knows_no_locks(home, model, monkeypatch):
     assert len(list((home / "cache").iterdir())) == 1
 
 
-def test_nothing_is_left_of_a_cache_where_the_records_are_bad(home, model):
+def test_bad_records_leave_no_cache_folder(home, model):
     (home / "pics/1_0.png").unlink()
     with pytest.raises(RecordError, match=r"1_0\.png"):
         write_cache(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")}), home)
     assert not (home / "cache").exists()
 
 
-def test_samples_that_were_just_made_lie_in_the_shared_file_too(home, model):
+def test_new_samples_are_mapped_from_their_cache_entry(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     samples = load_samples(home / "a.json", Preparation.of(s), None)
     (entry,) = (home / "cache").iterdir()
-    places = [
-        line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if str(entry) in line
-    ]
-    assert any(int(start, 16) <= samples.ids.data_ptr() < int(end, 16) for start, end in places)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if str(entry) in line]
+    assert any(int(start, 16) <= samples.ids.data_ptr() < int(end, 16) for start, end in mapped)
 
 
-def test_samples_are_held_once_while_they_are_made(home, model, monkeypatch):
+def test_samples_are_in_memory_once_while_they_are_made(home, model, monkeypatch):
     def tokenise(_, record):
         extents = [1] * len(record.visuals)
         return TokenisedSample(np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool), [], extents=extents)
@@ -500,7 +499,7 @@ def test_samples_are_held_once_while_they_are_made(home, model, monkeypatch):
     assert size == 30 * 200_000 * 5 and peak < 1.3 * size
 
 
-def test_an_image_that_changed_since_it_was_measured(home, model):
+def test_changed_image_is_an_error(home, model):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     batches(1, s)
     Image.new("RGB", (300, 30)).save(home / "pics" / "1_0.png")
@@ -508,16 +507,16 @@ def test_an_image_that_changed_since_it_was_measured(home, model):
         batches(40, s)
 
 
-def test_a_cache_that_cannot_be_written(home, model):
+def test_unwritable_cache_dir_is_an_error(home, model):
     (home / "file").write_text("")
     with pytest.raises(SettingError, match=r"basic_parameters\.cache_dir: .*file: "):
         MicroBatches(settings(home, model, **{f"{BASIC}.cache_dir": str(home / "file")}), 0, 1)
 
 
-# -- generation and workers ---------------------------------------------------------------------------------------------
+# -- generation and workers ------------------------------------------------------------------------
 
 
-def test_prompt_batch(home, model):
+def test_prompt_batch_ends_where_the_answer_begins(home, model):
     s = settings(home, model)
     preparation, spec = Preparation.of(s), vision_spec(model)
     records = list(read_records(home / "a.json", preparation.attr, ImageFolder(home)))
@@ -532,8 +531,8 @@ def test_prompt_batch(home, model):
     assert len(text_only.pixel_values) == 4 and not text_only.pixel_values.any()
 
 
-def test_memory_stays_what_it_is(home, model):
-    """Ten epochs, of which each brings megabytes: neither the process nor its worker keeps what has gone by."""
+def test_memory_does_not_grow_from_epoch_to_epoch(home, model):
+    """Over ten epochs of megabytes each, neither the process nor its worker keeps old batches."""
     loader = MicroBatches(settings(home, model, **{"data.dataloader_param.num_workers": 1}), 0, 1)
     stream, own = iter(loader), psutil.Process()
     before = {child.pid for child in own.children()}
@@ -597,8 +596,8 @@ print(*[worker.pid for worker in workers], all(worker.is_alive() for worker in w
 """
 
 
-def test_a_script_that_just_ends_does_not_wait_for_its_workers(home, model):
-    """Which yet go on where anyone but their parent asks them to stop: a signal to the whole job is for that."""
+def test_script_ends_at_once_and_its_workers_with_it(home, model):
+    """The workers ignore a SIGTERM of anybody but their parent: it may be for the whole job."""
     s = settings(home, model, **{"data.dataloader_param.num_workers": 2})
     (home / "run.yaml").write_text(to_yaml(s))
     command = [sys.executable, "-c", ENDS, str(home / "run.yaml")]

@@ -1,4 +1,4 @@
-"""Patches against transformers' own image processor, sizes without decoding, and files that must be refused."""
+"""Patches against transformers' image processor, sizes without decoding, and unusable files."""
 
 import io
 import json
@@ -65,7 +65,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_sizes(width, height, tmp_path, processor, peer):
+def test_sizes_equal_transformers(width, height, tmp_path, processor, peer):
     Image.fromarray(picture(width, height).reshape(height, width, 3)).save(tmp_path / "a.png")
     agree(tmp_path / "a.png", processor, peer)
 
@@ -105,21 +105,21 @@ def save_modes(folder):
     return sorted(folder.iterdir())
 
 
-def test_modes_and_formats(tmp_path, processor, peer):
+def test_modes_and_formats_equal_transformers(tmp_path, processor, peer):
     files = save_modes(tmp_path)
     assert len(files) == 24
     for path in files:
         agree(path, processor, peer)
 
 
-def test_transparent_is_white(tmp_path, processor):
+def test_transparent_pixels_become_white(tmp_path, processor):
     Image.new("RGBA", (32, 32), (10, 20, 30, 0)).save(tmp_path / "a.png")
     assert (processor.patches(tmp_path / "a.png")[0] == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(kind, orientation, tmp_path, processor, peer):
+def test_exif_orientation_equals_transformers(kind, orientation, tmp_path, processor, peer):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture(96, 40)).save(tmp_path / f"a.{kind}", exif=exif)
@@ -128,7 +128,7 @@ def test_orientation(kind, orientation, tmp_path, processor, peer):
     assert (h > w) == (orientation >= 5)
 
 
-def test_orientation_after_the_pixels_of_a_png(tmp_path, processor, peer):
+def test_orientation_after_the_pixels_of_a_png_is_found(tmp_path, processor, peer):
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -142,13 +142,13 @@ def test_orientation_after_the_pixels_of_a_png(tmp_path, processor, peer):
     assert processor.grid(tmp_path / "a.png")[1] > processor.grid(tmp_path / "a.png")[2]
 
 
-def test_damaged_exif_says_nothing(tmp_path, processor):
+def test_damaged_exif_is_ignored(tmp_path, processor):
     Image.fromarray(picture(96, 40)).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage")
     grid = processor.grid(tmp_path / "a.jpg")
     assert grid[2] > grid[1] and processor.patches(tmp_path / "a.jpg")[1] == grid
 
 
-def test_the_header_is_enough(tmp_path, processor):
+def test_grid_needs_only_the_header(tmp_path, processor):
     """The grid of a file whose pixels are missing."""
     Image.fromarray(picture(640, 480)).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
@@ -180,7 +180,7 @@ def png_of(width, height):
     ],
     ids=["missing", "text", "empty", "big", "bomb", "no pixels"],
 )
-def test_refused(data, message, tmp_path, processor):
+def test_unusable_files_are_image_errors(data, message, tmp_path, processor):
     path = tmp_path / "a.png"
     if data is not None:
         path.write_bytes(data)
@@ -189,15 +189,15 @@ def test_refused(data, message, tmp_path, processor):
     assert "\n" not in str(caught.value)
 
 
-def test_no_program_is_run(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # what would run it: calling that fails
+def test_eps_is_refused_and_not_run(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # calling None fails
     Image.fromarray(picture(90, 70)).save(tmp_path / "a.png", "EPS")
     for use in (processor.grid, processor.patches):
         with pytest.raises(ImageError, match=r"^is EPS, a program that draws, which is not run"):
             use(tmp_path / "a.png")
 
 
-def test_too_narrow(tmp_path, processor):
+def test_sides_over_200_to_1_are_an_error(tmp_path, processor):
     for size in ((1, 201), (402, 2)):
         Image.new("RGB", size).save(tmp_path / "a.png")
         for use in (processor.grid, processor.patches):
@@ -221,8 +221,7 @@ def test_any_damage_is_an_image_error(tmp_path, processor):
                     use(path)
 
 
-def test_a_processor_that_is_not_ours(tmp_path):
-
+def test_unsupported_processor_settings_are_errors(tmp_path):
     config = json.loads((PUBLISHED / "preprocessor_config.json").read_text())
     for change, message in [
         ({"do_normalize": False}, "do_normalize: false is not supported"),

@@ -55,7 +55,7 @@ def test_videos_reach_the_batch(place):
     assert torch.equal(again.pixel_values, batch.pixel_values) and torch.equal(again.input_ids, batch.input_ids)
 
 
-def test_a_video_of_other_times_is_not_the_one_that_was_measured(place, monkeypatch):
+def test_video_with_other_timestamps_is_an_error(place, monkeypatch):
     """As many frames of the same size, but the tokens in the cache say when each was."""
     frames = np.stack([np.full((64, 64, 3), i, np.uint8) for i in range(4)])
     turns = [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "A"}]
@@ -69,7 +69,7 @@ def test_a_video_of_other_times_is_not_the_one_that_was_measured(place, monkeypa
         dataset[0]
 
 
-def test_show_tells_of_videos(place):
+def test_show_prints_videos(place):
     out = run(place, *SHOW, f"{BASIC}.dataset=data/b.json", "--samples", "1").out
     assert "1 image, 1 video\n" in out
     frames = "".join(f"<{t} seconds><|vision_start|><|video_pad|>*2<|vision_end|>" for t in ("0.2", "1.0"))
@@ -77,7 +77,7 @@ def test_show_tells_of_videos(place):
     assert "[[A film.<|im_end|>" in out
 
 
-def test_weights_shape_the_epochs(place):
+def test_weights_set_what_an_epoch_holds(place):
     files = "[{file: data/a.json, weight: 0.5}, {file: data/b.json, weight: 3}]"
     batches = loader(f"{BASIC}.dataset={files}")
     dataset, seen = batches.dataset, Counter()
@@ -102,6 +102,6 @@ def test_weights_shape_the_epochs(place):
     assert one.report().startswith("data: 1 sample of 1 file, ") and " in 1 packed sequence of 160 (" in one.report()
 
 
-def test_weights_that_leave_nothing(place):
+def test_weights_that_leave_no_sample_are_an_error(place):
     with pytest.raises(SettingError, match=r"data/b\.json: the weights leave no sample for an epoch; raise one"):
         loader(f"{BASIC}.dataset=[{{file: data/b.json, weight: 0.1}}]")

@@ -1,4 +1,4 @@
-"""Files with weights: what an epoch holds follows from seed and epoch alone, and the setting says so in a list."""
+"""Weighted files: what an epoch holds depends on seed and epoch alone; the setting is a list."""
 
 from collections import Counter
 
@@ -11,14 +11,14 @@ from qwen35.data.mixture import Mixture, dataset_files, dataset_name
 from qwen35.data.packing import PackedSequences
 
 
-def test_weights_of_one_are_every_sample_once():
+def test_weight_1_gives_every_sample_once():
     for shuffle in (True, False):
         assert Mixture((3, 0, 2), (1, 1, 1), 7, shuffle).epoch(5).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.7, 1.3, 2.0, 3.25])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_weight_is_how_often(weight, shuffle):
+def test_weight_is_how_often_a_sample_comes(weight, shuffle):
     mixture, seen = Mixture((10, 7), (1, weight), 3, shuffle), Counter()
     for epoch in range(40):
         members = mixture.epoch(epoch)
@@ -39,16 +39,16 @@ def test_seeds_and_epochs_differ():
     assert sorted(halves[0] + halves[1]) == list(range(50))
 
 
-def test_bins_hold_just_these_samples_whatever_the_ranks():
+def test_packed_sequences_hold_an_epoch_for_any_number_of_ranks():
     lengths = np.random.default_rng(0).integers(10, 900, 60)
     mixture = Mixture((20, 40), (2.5, 0.5), 11)
-    bins = PackedSequences(lengths, 1000, 11, members=mixture.epoch)
+    sequences = PackedSequences(lengths, 1000, 11, members=mixture.epoch)
     for epoch in (0, 1, 2):
-        packed = bins.epoch(epoch)
+        packed = sequences.epoch(epoch)
         assert sorted(sample for content in packed for sample in content) == sorted(mixture.epoch(epoch).tolist())
         assert all(lengths[content].sum() <= 1000 for content in packed)
-    first = [content for epoch in (0, 1, 2) for content in bins.epoch(epoch)]
-    ranks = [bins.micro_batches(rank, 2, 1, start=3) for rank in (0, 1)]
+    first = [content for epoch in (0, 1, 2) for content in sequences.epoch(epoch)]
+    ranks = [sequences.micro_batches(rank, 2, 1, start=3) for rank in (0, 1)]
     assert [next(ranks[i % 2])[0] for i in range(8)] == first[6:14]
 
 
@@ -65,7 +65,7 @@ def dataset(tmp_path, value, *overrides):
     return load_settings(tmp_path / "r.yaml", overrides).data.dataset_param.basic_parameters.dataset
 
 
-def test_the_setting(tmp_path):
+def test_dataset_is_a_string_or_a_list(tmp_path):
     assert dataset(tmp_path, "'a.json, b.json'") == "a.json, b.json"
     listed = dataset(tmp_path, "[{file: a.json, weight: 2}, b.json]")
     assert listed == (DatasetFile("a.json", 2.0), DatasetFile("b.json", 1.0)) == tuple(dataset_entries(listed))
@@ -91,11 +91,11 @@ def test_the_setting(tmp_path):
         ("3", r"\.dataset: 3 is not of type str"),
     ],
 )
-def test_the_setting_misspelt(tmp_path, value, message):
+def test_wrong_dataset_is_an_error(tmp_path, value, message):
     with pytest.raises(SettingError, match=message):
         dataset(tmp_path, value)
 
 
-def test_no_file_at_all():
+def test_empty_dataset_is_an_error():
     with pytest.raises(SettingError, match="names no file"):
         dataset_files(())

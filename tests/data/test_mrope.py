@@ -21,7 +21,10 @@ def peer():
 
 
 def sequence(parts):
-    """An int is so many text tokens, (h, w) an image, (t, h, w) a video: its frames, each with a timestamp before it."""
+    """parts: an int for that many text tokens, (h, w) for an image, (t, h, w) for a video.
+
+    Each frame of a video has a timestamp before it.
+    """
     ids, grids = [], []
     for part in parts:
         if isinstance(part, int):
@@ -57,18 +60,18 @@ def check(parts, peer):
     [[5], [1], [3, (4, 6), 2], [(2, 2)], [(4, 4), (2, 8), 3, (8, 2)], [2, (3, 4, 6), 5], [2, (2, 4, 4), (6, 4), 5]],
     ids=str,
 )
-def test_equals_transformers(parts, peer):
+def test_positions_equal_transformers(parts, peer):
     check(parts, peer)
 
 
-def test_random_equals_transformers(peer):
+def test_positions_of_random_sequences_equal_transformers(peer):
     rng = random.Random(0)
     for _ in range(40):
         kinds = [rng.randint(1, 9), (2 * rng.randint(1, 4), 2 * rng.randint(1, 4)), (rng.randint(1, 3), 2, 4)]
         check(rng.choices(kinds, k=rng.randint(1, 6)), peer)
 
 
-def test_images_that_do_not_match_their_tokens():
+def test_grids_that_do_not_match_the_tokens_are_an_error():
     ids, _ = sequence([3, (4, 4), 2])
     for grids in ([], [(1, 4, 6)], [(1, 4, 4), (1, 2, 2)]):
         with pytest.raises(ValueError, match=r"runs of \[4\] image tokens for grids of"):

@@ -1,4 +1,4 @@
-"""Which samples share a bin: all once, none cut, hardly a token lost, the same on any number of ranks."""
+"""Packing: each sample comes once, bins are nearly full, and any number of ranks sees the same."""
 
 from itertools import islice
 
@@ -17,7 +17,7 @@ def check_epoch(bins, lengths, cutoff_len):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_sample_once_and_bins_full(shuffle):
+def test_each_sample_comes_once_and_bins_are_full(shuffle):
     bins = pack_epoch(LLAVA, 2048, seed=1, epoch=0, shuffle=shuffle)
     check_epoch(bins, LLAVA, 2048)
     share = LLAVA.sum() / (len(bins) * 2048)
@@ -43,7 +43,7 @@ def test_bins_are_full_whatever_the_lengths(low, high, cutoff_len, least):
 
 @pytest.mark.parametrize("cutoff_len", [256, 512, 1024, 2048, 4096])
 def test_no_packing_has_many_fewer_bins(cutoff_len):
-    """Short bins cannot always be full: most samples fill more than half of one. All that could be done is done."""
+    """Short bins stay partly empty where most samples fill over half; no packing is much better."""
     lengths = np.minimum(LLAVA[:8000], cutoff_len)
     bins = pack_epoch(lengths, cutoff_len, seed=1, epoch=0)
     check_epoch(bins, lengths, cutoff_len)
@@ -67,7 +67,7 @@ def test_long_samples_do_not_come_first():
     assert abs(halves[0].mean() / halves[1].mean() - 1) < 0.05
 
 
-def test_without_shuffling_the_order_is_the_file_s():
+def test_without_shuffling_samples_keep_their_order():
     assert pack_epoch(np.array([5, 5, 5, 5, 5]), 10, 0, 0, shuffle=False) == [[0, 1], [2, 3], [4]]
     assert pack_epoch(np.array([6, 6, 4, 3, 2]), 10, 0, 3, shuffle=False) == [[0, 2], [1, 3], [4]]
     bins = pack_epoch(LLAVA[:3000], 2048, 0, 0, shuffle=False)
@@ -75,23 +75,23 @@ def test_without_shuffling_the_order_is_the_file_s():
     assert firsts == sorted(firsts)
 
 
-def test_odd_lengths():
+def test_samples_as_long_as_a_bin_fit_and_longer_ones_do_not():
     assert pack_epoch(np.array([10, 10]), 10, 0, 0, shuffle=False) == [[0], [1]]
     assert len(pack_epoch(np.array([10, 1, 9, 10]), 10, 0, 0)) == 3
     with pytest.raises(ValueError, match="a sample of 11 tokens does not fit into a bin of 10"):
         pack_epoch(np.array([3, 11]), 10, 0, 0)
 
 
-def stream(lengths, ranks, bins, steps, start=0, seed=3):
-    """The bins that `ranks` ranks see in `steps` micro-steps, in order."""
+def stream(lengths, ranks, size, steps, start=0, seed=3):
+    """The packed sequences that `ranks` ranks see in `steps` micro-steps, in order."""
     seen = [
-        list(islice(PackedSequences(lengths, 2048, seed).micro_batches(rank, ranks, bins, start), steps))
+        list(islice(PackedSequences(lengths, 2048, seed).micro_batches(rank, ranks, size, start), steps))
         for rank in range(ranks)
     ]
-    return [b for micro_step in zip(*seen, strict=True) for micro_batch in micro_step for b in micro_batch]
+    return [sequence for micro_step in zip(*seen, strict=True) for batch in micro_step for sequence in batch]
 
 
-def test_any_number_of_ranks_sees_the_same_bins_in_the_same_order():
+def test_any_number_of_ranks_sees_the_same_sequences_in_the_same_order():
     lengths = LLAVA[:300]
     one = stream(lengths, 1, 1, 240)
     assert stream(lengths, 2, 1, 120) == stream(lengths, 4, 2, 30) == stream(lengths, 3, 4, 20) == one
@@ -99,14 +99,14 @@ def test_any_number_of_ranks_sees_the_same_bins_in_the_same_order():
 
 def test_every_epoch_has_each_sample_once():
     lengths = LLAVA[:300]
-    bins = PackedSequences(lengths, 2048, 3)
+    sequences = PackedSequences(lengths, 2048, 3)
     seen = stream(lengths, 2, 3, 40)
-    at = 0
+    first = 0
     for epoch in range(3):
-        n = len(bins.epoch(epoch))
-        check_epoch(seen[at : at + n], lengths, 2048)
-        at += n
-    assert at <= len(seen)
+        n = len(sequences.epoch(epoch))
+        check_epoch(seen[first : first + n], lengths, 2048)
+        first += n
+    assert first <= len(seen)
 
 
 def test_resuming_needs_only_the_step():

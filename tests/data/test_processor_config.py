@@ -1,4 +1,4 @@
-"""processor_config.json, which transformers 5 saves, and the files whose place it took; transformers says which counts."""
+"""processor_config.json of transformers 5 against the separate files: which one counts, and how."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ FORMAT = ("patch", "temporal_patch", "merge", "mean", "std", "scale")
 
 
 class Processor(Qwen3VLProcessor):
-    """The real one; that its video processor may be one only where torchvision is installed does not matter for saving."""
+    """The real one without its check for torchvision, which saving does not need."""
 
     def check_argument_for_proper_class(self, *_):
         pass
@@ -46,7 +46,7 @@ def videos_of(folder):
 
 
 def format_of(config):
-    """Of a config as transformers reads it."""
+    """The values of FORMAT in a config as transformers reads it."""
     names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     patch, temporal, merge, mean, std = (config[name] for name in names)
     return patch, temporal, merge, tuple(mean), tuple(std), config.get("rescale_factor", 1 / 255)
@@ -58,7 +58,7 @@ def our_format(processor):
 
 @pytest.fixture(scope="module")
 def separate(tmp_path_factory):
-    """A model folder with the two files, of which the videos' is not quite the images'."""
+    """A model folder with two separate files, which differ in their std."""
     folder = make_model_folder(tmp_path_factory.mktemp("separate"))
     shutil.copy(PUBLISHED / IMAGE, folder)
     config = json.loads((PUBLISHED / IMAGE).read_text())
@@ -74,7 +74,7 @@ def separate(tmp_path_factory):
 
 @pytest.fixture
 def saved(separate, tmp_path):
-    """What transformers saves of it: processor_config.json alone."""
+    """The same saved by transformers: processor_config.json alone."""
     processor = Processor(
         image_processor=peer_processor(separate),
         tokenizer=AutoTokenizer.from_pretrained(separate),
@@ -86,7 +86,7 @@ def saved(separate, tmp_path):
     return tmp_path / "saved"
 
 
-def test_what_transformers_saves_is_what_the_files_say(separate, saved):
+def test_saved_processor_config_equals_the_separate_files(separate, saved):
     assert images_of(saved) == images_of(separate)
     assert videos_of(saved) == videos_of(separate)
     assert our_format(videos_of(saved)) != our_format(images_of(saved))
@@ -105,7 +105,7 @@ def preparation(folder):
 
 @pytest.mark.parametrize("sections", ["both", "image_processor", "video_processor", "neither", "null"])
 @pytest.mark.parametrize("files", [(IMAGE, VIDEO), (IMAGE,)])
-def test_which_one_counts_is_as_in_transformers(separate, saved, sections, files):
+def test_precedence_of_files_is_that_of_transformers(separate, saved, sections, files):
     config = json.loads((saved / BOTH).read_text())
     for name in ("image_processor", "video_processor"):
         if sections == "null":
@@ -123,8 +123,8 @@ def test_which_one_counts_is_as_in_transformers(separate, saved, sections, files
     assert our_format(videos_of(saved)) == format_of(videos)
 
 
-def test_sizes_that_the_recipe_says_instead_are_named(separate, saved, tmp_path):
-    """They decide how whoever serves an export scales, and a user who edits them would believe that they count."""
+def test_sizes_that_the_recipe_overrides_are_reported(separate, saved, tmp_path):
+    """A server of an export resizes by them, and a user who edits them would expect an effect."""
     said = f"{saved}/{BOTH}: image_processor: not read: "
     for size, more, ours in (
         ({"shortest_edge": 65536, "longest_edge": 1 << 24}, {}, (65536, 1 << 24)),
@@ -167,7 +167,7 @@ def test_messages_name_the_section(saved):
         ("resample", 2),
     ],
 )
-def test_what_would_change_the_pixels_is_refused_by_name(separate, tmp_path, key, value):
+def test_keys_that_would_change_pixels_are_refused_by_name(separate, tmp_path, key, value):
     shutil.copy(separate / IMAGE, tmp_path)
     config = json.loads((tmp_path / IMAGE).read_text())
     (tmp_path / IMAGE).write_text(json.dumps(config | {"do_pad": False, "crop_size": None}))

@@ -1,4 +1,4 @@
-"""Videos against transformers' Qwen3-VL video processor, whose parts that need no torchvision are called one by one."""
+"""Videos against transformers' Qwen3-VL video processor, by its parts that need no torchvision."""
 
 import random
 import re
@@ -68,7 +68,7 @@ def save(frames, folder, name="frame_{}.png"):
 
 
 def expected(frames, numbers, height, width):
-    """Patches of the frames in plain words: scaled by Pillow, cut square by square. [P, 1536]"""
+    """[P, 1536] patches made the slow and obvious way: resized by Pillow, cut square by square."""
     scaled = [np.asarray(Image.fromarray(frames[i]).resize((width, height), Image.Resampling.BICUBIC)) for i in numbers]
     scaled += [scaled[-1]] * (len(scaled) % 2)
     rows = []
@@ -114,13 +114,13 @@ def test_files_equal_transformers(tmp_path, folder, monkeypatch, counted):
         assert selection.grid == ((n + 1) // 2, high // 16, wide // 16)
         patches, grid = ours.patches(Video(path))
         assert grid == selection.grid and patches.dtype == torch.float32
-        # torch's scaling, which that processor has from torchvision, differs from Pillow's by a level here and there
+        # torch's resizing, which that processor uses, is now and then off Pillow's by a level
         difference = (patches - expected(frames, numbers, high, wide)).abs()
         assert patches.shape == (grid[0] * grid[1] * grid[2], 1536)
         assert difference.max() < 2.01 / 127.5
 
 
-def test_a_title_in_another_encoding(tmp_path, folder, monkeypatch):
+def test_titles_in_any_encoding_are_read(tmp_path, folder, monkeypatch):
     frames = film(4, 64, 96)
     for name, title in (("utf-8", "电影"), ("gbk", "电影")):
         write_video(tmp_path / name, frames, Fraction(2), monkeypatch, title=title.encode(name))
@@ -129,7 +129,7 @@ def test_a_title_in_another_encoding(tmp_path, folder, monkeypatch):
     assert grid == other == (2, 4, 6) and torch.equal(a, b)
 
 
-def test_frames_of_the_right_size_are_taken_as_they_are(tmp_path, folder):
+def test_frames_of_the_right_size_are_not_resized(tmp_path, folder):
     frames = film(5, 64, 96)
     paths = save(frames, tmp_path / "v")
     processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_min_pixels=6144, video_max_pixels=6144))
@@ -139,7 +139,7 @@ def test_frames_of_the_right_size_are_taken_as_they_are(tmp_path, folder):
         assert (patches - expected(frames, range(5), 64, 96)).abs().max() < 1e-6
 
 
-def test_smart_resize(folder):
+def test_sizes_equal_transformers(folder):
     takes_odd_counts_up = smart_resize(5, 64, 64, 2, 32, 1, 5 * 64 * 64 - 1) != (64, 64)  # transformers 5.2
     rng = random.Random(0)
     processor = VideoProcessor.from_folder(folder, PreprocessParameters(video_min_pixels=2000, video_max_pixels=50_000))
@@ -151,7 +151,7 @@ def test_smart_resize(folder):
             assert processor._resized(count, height, width) == theirs
 
 
-def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path, folder):
+def test_frames_of_a_folder_come_in_natural_order(tmp_path, folder):
     frames = film(12, 32, 32)
     save(frames, tmp_path / "v")
     (tmp_path / "v" / ".hidden.png").write_bytes(b"")
@@ -173,7 +173,7 @@ def test_frames_without_a_rate_are_video_fps_apart(tmp_path, folder):
     assert with_rate.timestamps == times(with_rate.indices, 2.0)
 
 
-# -- tokens and positions -----------------------------------------------------------------------------------------------
+# -- tokens and positions --------------------------------------------------------------------------
 
 
 KINDS = ("qwen3_5", "qwen3_5_moe")
@@ -182,8 +182,10 @@ OUTER_PAIR = Version(transformers.__version__) >= Version("5.10")
 
 
 class Processor(Qwen3VLProcessor):
-    """The class that transformers has for qwen3_5 and qwen3_5_moe, without its look for torchvision: frames of the right size
-    need nothing of that."""
+    """transformers' class for qwen3_5 and qwen3_5_moe, without its check for torchvision.
+
+    Frames of the right size need nothing of that.
+    """
 
     def check_argument_for_proper_class(self, *_):
         pass
@@ -191,13 +193,13 @@ class Processor(Qwen3VLProcessor):
     @classmethod
     def of(cls, folder):
         videos = Qwen3VLVideoProcessor.from_pretrained(folder)
-        videos.resample = None  # a name of torchvision's
+        videos.resample = None  # a constant of torchvision's
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         template = (folder / "chat_template.jinja").read_text()
         return cls(peer_processor(folder), tokenizer, videos, chat_template=template)
 
     def inputs(self, text, images, films, fps):
-        """films: of each video all its frames, of which this samples; image_max_pixels is 8192."""
+        """films: all frames of each video, from which this samples; image_max_pixels is 8192."""
         sizes = {"size": {"shortest_edge": 1024, "longest_edge": 8192}, "input_data_format": "channels_last"}
         as_it_is = dict.fromkeys(["do_resize", "do_convert_rgb", "do_rescale", "do_normalize"], False)
         metadata = [VideoMetadata(total_num_frames=len(frames), fps=fps) for frames in films]
@@ -206,7 +208,7 @@ class Processor(Qwen3VLProcessor):
 
 
 def with_outer_pairs(text, grids):
-    """Start and end around each whole video, which is so many pairs of frames with their times."""
+    """The text with a vision start and end around each whole video of t timed pairs of frames."""
     out = ""
     for t, *_ in grids:
         found = re.search(rf"(<[0-9.]+ seconds><\|vision_start\|>(<\|video_pad\|>)+<\|vision_end\|>){{{t}}}", text)
@@ -229,8 +231,9 @@ def processor(tmp_path_factory):
 def test_tokens_and_positions_equal_transformers(tmp_path, processor):
     """Real frames through the whole processor, which samples them, times them and lays them out.
 
-    Given the video's pad alone, every release gives our ids. Of what the template writes around it, releases up to 5.9 keep
-    nothing, as the models were trained (see ChatTokenizer.encode); later ones keep a start and an end, and that is all.
+    Given the video's pad token alone, every release gives our ids. Of the start and end tokens that
+    the template writes around it, releases up to 5.9 keep none, as the models were trained (see
+    ChatTokenizer.encode); later ones keep one of each, and differ in nothing else.
     """
     theirs, p = processor
     hf, tokenizer, rng = theirs.tokenizer, p.tokenizer, random.Random(0)
@@ -272,10 +275,7 @@ def test_tokens_and_positions_equal_transformers(tmp_path, processor):
         if OUTER_PAIR:
             whole = with_outer_pairs(whole, of["video"])
         assert hf.decode(wrapped) == whole and wrapped == hf(whole).input_ids
-        for ids in (
-            sample.ids,
-            np.array(wrapped, dtype=np.int32),
-        ):  # the positions follow from the ids, whatever their layout
+        for ids in (sample.ids, np.array(wrapped, dtype=np.int32)):  # positions follow from any layout
             row = torch.from_numpy(ids).long()[None]
             expected, _ = peer.get_rope_index(
                 input_ids=row,
@@ -289,8 +289,8 @@ def test_tokens_and_positions_equal_transformers(tmp_path, processor):
         assert sample.loss_mask.sum() == len(hf("A<|im_end|>\n", add_special_tokens=False).input_ids)
 
 
-def test_the_layout_of_one_video(tmp_path, processor):
-    """Two pairs of frames of one token each: what the models were trained with, and what transformers has now."""
+def test_token_layout_of_one_video(tmp_path, processor):
+    """Two pairs of frames, a token each: as the models were trained, and as transformers does."""
     theirs, p = processor
     frames = film(4, 32, 32)
     record = Record("r", (Turn("user", (Video(save(frames, tmp_path / "v"), 2.0),)), Turn("assistant", "A")))
@@ -306,10 +306,10 @@ def test_the_layout_of_one_video(tmp_path, processor):
     assert given.count(start) == given.count(end) == ours.count(start) + outer == ours.count(end) + outer
 
 
-# -- what cannot be used ------------------------------------------------------------------------------------------------
+# -- what cannot be used ---------------------------------------------------------------------------
 
 
-def test_refused(tmp_path, folder, monkeypatch):
+def test_unusable_videos_are_image_errors(tmp_path, folder, monkeypatch):
     processor = VideoProcessor.from_folder(folder, PreprocessParameters())
     write_video(tmp_path / "one.mp4", film(1, 32, 32), Fraction(1), monkeypatch)
     write_video(tmp_path / "cut.mp4", film(6, 64, 64), Fraction(1), monkeypatch)
@@ -360,8 +360,8 @@ def test_refused(tmp_path, folder, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_film_that_is_to_be_turned(rotation, shown, counted, tmp_path, folder, monkeypatch):
-    """As OpenCV shows such a file, and torchcodec from 0.11 on. shown: its corners, line by line."""
+def test_rotated_video_is_turned_upright(rotation, shown, counted, tmp_path, folder, monkeypatch):
+    """As OpenCV and torchcodec from 0.11 on show such a file. shown: its corners, row by row."""
     colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
     frames = np.zeros((4, 64, 96, 3), np.uint8)
     frames[:, :32, :48], frames[:, :32, 48:], frames[:, 32:, :48] = (colours[c] for c in ("red", "green", "blue"))
@@ -374,13 +374,13 @@ def test_a_film_that_is_to_be_turned(rotation, shown, counted, tmp_path, folder,
         assert [tuple(corner.tolist()) for corner in corners] == [colours[name] for name in shown]
 
 
-def test_a_film_that_is_askew(tmp_path, folder, monkeypatch):
+def test_video_rotated_by_45_degrees_is_an_error(tmp_path, folder, monkeypatch):
     write_video(tmp_path / "a.mp4", film(4, 64, 64), Fraction(2), monkeypatch, rotation=45)
     with pytest.raises(ImageError, match=r"^is to be shown turned by 45 degrees; only quarter turns are read$"):
         VideoProcessor.from_folder(folder, PreprocessParameters()).select_frames(Video(tmp_path / "a.mp4"))
 
 
-def test_without_pyav(tmp_path, folder, monkeypatch):
+def test_missing_pyav_is_a_setting_error(tmp_path, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"x")
     with pytest.raises(
@@ -389,7 +389,7 @@ def test_without_pyav(tmp_path, folder, monkeypatch):
         VideoProcessor.from_folder(folder, PreprocessParameters()).select_frames(Video(tmp_path / "a.mp4"))
 
 
-def test_a_video_survives_the_cache(tmp_path):
+def test_visuals_survive_json(tmp_path):
     for video in (Video(tmp_path / "a.mp4"), Video((tmp_path / "1.png", tmp_path / "2.png"), 1.5)):
         assert visual_from_json(visual_to_json(video, [(0.25, 4)])) == video
     assert visual_from_json(visual_to_json(tmp_path / "a.png", 4)) == tmp_path / "a.png"

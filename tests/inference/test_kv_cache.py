@@ -1,4 +1,4 @@
-"""The cached cores: every step's hidden state is that of the whole text at once, and the model is left as it was."""
+"""The KV cache: each step gives the hidden states of the whole text, and the model is restored."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from qwen35.model.attention import AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore
 
 STEPS = 6
-# each is cut before its last STEPS tokens: prompts of 1, 2, 3, 4, 63, 64 and 65 tokens, and two with images
+# without their last STEPS tokens they are prompts: of 1 to 65 tokens, and two with images
 WHOLE = [sample([n + STEPS], seed=n) for n in (1, 2, 3, 4, 63, 64, 65)]
 WHOLE += [sample([5, (4, 4), 3, (2, 6), 7], seed=8), sample([(6, 4), 1 + STEPS], seed=9)]
 
 
 @pytest.fixture(scope="module")
 def build() -> Callable[..., Qwen35]:
-    """A model of random weights of which none is at its initial value."""
+    """Builds a model with no weight at its initial value."""
 
     def build(**kwargs) -> Qwen35:
         model = Qwen35.from_config(config_dict(**kwargs))
@@ -47,7 +47,7 @@ def first(text: PackedBatch, count: int) -> PackedBatch:
 
 
 def in_steps(model: Qwen35, texts: list[PackedBatch], count: int) -> torch.Tensor:
-    """hidden [count + 1, S, H]: of each prompt's last token, then of each token that follows."""
+    """hidden [count + 1, S, H] of each prompt's last token and of the tokens that follow."""
     with torch.inference_mode(), caching(model, count):
         hidden, position = _run_prompts(model, [first(t, len(t.input_ids) - count) for t in texts])
         tokens = torch.stack([t.input_ids[-count:] for t in texts], dim=1)  # [count, S]
@@ -65,14 +65,14 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("heads", [(2, 2), (2, 4), (1, 3)], ids=str)
-def test_each_step_is_the_whole_text_at_once(build, moe, heads):
+def test_cached_steps_equal_the_whole_text_at_once(build, moe, heads):
     model = build(moe=moe, key_heads=heads[0], value_heads=heads[1])
     ours, theirs = in_steps(model, WHOLE, STEPS), at_once(model, WHOLE, STEPS)
     assert error(ours, theirs) <= 2e-5
     assert error(ours[1:], theirs[:-1]) > 0.1  # a step apart they differ
 
 
-def test_in_bf16_it_stays_as_near_as_bf16_is(build):
+def test_error_in_bf16_is_that_of_bf16(build):
     model = build(moe=False).bfloat16()
     ours, theirs = in_steps(model, WHOLE, STEPS), at_once(model, WHOLE, STEPS)
     exact = at_once(build(moe=False).bfloat16().float(), WHOLE, STEPS)
@@ -80,13 +80,13 @@ def test_in_bf16_it_stays_as_near_as_bf16_is(build):
     assert error(ours, exact) <= 1.5 * error(theirs, exact)
 
 
-def test_a_store_longer_than_a_block(build):
+def test_cache_longer_than_a_block(build):
     model = build(moe=False)
     texts = [sample([BLOCK + 20], seed=1), sample([40], seed=2)]
     assert error(in_steps(model, texts, 30), at_once(model, texts, 30)) <= 2e-5
 
 
-def test_the_cache_is_made_once(build, monkeypatch):
+def test_cache_is_allocated_once(build, monkeypatch):
     model, seen = build(), []
     forward = CachedAttention.forward
 
@@ -98,10 +98,10 @@ def test_the_cache_is_made_once(build, monkeypatch):
     monkeypatch.setattr(CachedAttention, "forward", watched)
     greedy(model, [sample([9]), sample([4])], 12, ())
     assert len(seen) == 12 and len(set(seen)) == 1
-    assert seen[0][2:] == ((2, 9 + 12 - 1, 2, 32), False)  # the last token is never looked back at
+    assert seen[0][2:] == ((2, 9 + 12 - 1, 2, 32), False)  # the last token needs no cache
 
 
-def test_the_vision_tower_runs_once(build):
+def test_vision_tower_runs_once(build):
     model, runs = build(), []
     model.model.visual.register_forward_hook(lambda *_: runs.append(1))
     greedy(model, [sample([3, (4, 4), 2])], 5, ())
@@ -113,7 +113,7 @@ def cores(model: Qwen35) -> list[torch.nn.Module]:
     return [m for m in model.model.language_model.modules() if isinstance(m, kinds)]  # the vision tower's stay
 
 
-def test_the_model_is_left_as_it_was(build):
+def test_model_is_restored_afterwards(build):
     model, text = build(), sample([7])
     before, names = cores(model), list(model.state_dict())
     assert len(before) == 4
@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was(build):
     assert cores(model) == before and list(model.state_dict()) == names
     abandoned = steps(model, [text], 3, (), Sampling())
     next(abandoned)
-    assert len(cores(model)) == 8  # those that remember, and inside of each the plain one
+    assert len(cores(model)) == 8  # the caching ones, and inside of each the plain one
     with pytest.raises(RuntimeError, match="generating already"):
         greedy(model, [text], 3, ())
     abandoned.close()

@@ -132,7 +132,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The opened image; any error of opening or reading it is an ImageError."""
     try:
         if not Path(path).is_file() and Path(path).exists():  # reading a pipe would never return
-            raise ImageError("is no file")
+            raise ImageError("is not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)

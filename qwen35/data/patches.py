@@ -76,9 +76,7 @@ class PatchFormat:
                 )
         known = {*READ_KEYS, *IGNORED_KEYS}
         for key in [key for key, value in config.items() if key not in known and value not in (None, False)]:
-            raise SettingError(
-                f"{path}: {key[:80]}: not known, and it may change what images become; take it out if it does not"
-            )
+            raise SettingError(f"{path}: {key[:80]}: is unknown and may change the pixels; remove it if it does not")
         patch, temporal_patch, merge = (
             _entry(config, key, path, _is_size, f"a whole number from 1 to {MAX_SIZE}")
             for key in ("patch_size", "temporal_patch_size", "merge_size")

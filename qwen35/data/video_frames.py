@@ -47,7 +47,7 @@ def read_metadata(video: Video) -> VideoMetadata:
     for number, file in enumerate(files):  # missing files are errors now, broken ones when they are decoded
         if not file.is_file():
             with _naming_frame(file, number, len(files)):
-                raise ImageError("is no file" if file.exists() else why_missing(file), "image missing")
+                raise ImageError("is not a file" if file.exists() else why_missing(file), "image missing")
     with _naming_frame(files[0], 0, len(files)):
         width, height = upright_size(files[0])
     return VideoMetadata(len(files), video.fps, width, height)
@@ -122,7 +122,7 @@ def _decode_images(files: Sequence[Path], numbers: Sequence[int]) -> Iterator[np
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream; any error of reading it is a VideoError."""
     if not path.is_file():
-        raise VideoError("is no file" if path.exists() else why_missing(path), "video missing")
+        raise VideoError("is not a file" if path.exists() else why_missing(path), "video missing")
     try:
         import av
     except ModuleNotFoundError:
@@ -146,9 +146,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _file_metadata(path: Path, video: Video) -> VideoMetadata:
     if video.fps is not None:
-        raise VideoError(
-            "is a file, which says itself how many frames a second it has; leave out sample_fps", "malformed"
-        )
+        raise VideoError("is a file, which has its own frame rate; remove sample_fps", "malformed")
     with _opened(path) as (container, stream):
         count, rate, width, height = stream.frames, stream.average_rate, stream.width, stream.height
         if not count:  # some containers do not store it
@@ -157,7 +155,7 @@ def _file_metadata(path: Path, video: Video) -> VideoMetadata:
     if limit is not None and width * height > limit:
         raise VideoError(f"has frames of more than {limit:,} pixels")
     if not rate or count < 1 or width < 1 or height < 1 or count > FRAME_COUNT_LIMIT:
-        raise VideoError("its header does not say how many frames of which size it has")
+        raise VideoError("its header has no usable frame rate, frame count or frame size")
     with _opened(path) as (container, stream):  # once more: counting may have read to the end
         first = next(container.decode(stream), None)
         is_upright = first is None or _quarter_turns(first) % 2 == 0
@@ -167,7 +165,7 @@ def _file_metadata(path: Path, video: Video) -> VideoMetadata:
 def _quarter_turns(frame: Any) -> int:
     """Counter-clockwise quarter turns to the upright frame; phones store how they were held."""
     if frame.rotation % 90:
-        raise VideoError(f"is to be shown turned by {frame.rotation} degrees; only quarter turns are read")
+        raise VideoError(f"is rotated by {frame.rotation} degrees; only quarter turns are supported")
     return int(frame.rotation) // 90
 
 

@@ -186,7 +186,7 @@ def test_half_a_surrogate_and_bidirectional_text_in_an_id(home, model, capsys, t
 def test_a_pipe_in_the_place_of_an_image_or_of_records(home, model):
     (home / "pics/0.png").unlink()
     os.mkfifo(home / "pics/0.png")
-    with pytest.raises(RecordError, match=r"image 1 of 1, .*/0\.png: is no file"):
+    with pytest.raises(RecordError, match=r"image 1 of 1, .*/0\.png: is not a file"):
         MicroBatches(settings(home, model), 0, 1)
     (home / "a.json").unlink()
     os.mkfifo(home / "a.json")

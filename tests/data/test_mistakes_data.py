@@ -167,10 +167,10 @@ IMAGES = [
     Case(
         "folder for an image",
         TRAIN,
-        (f"{SECOND}: image 1 of 1", "data/1.png: is no file"),
+        (f"{SECOND}: image 1 of 1", "data/1.png: is not a file"),
         becomes_folder("data/1.png"),
     ),
-    Case("pipe for an image", SHOW, (f"{SECOND}: image 1 of 1", "data/1.png: is no file"), a_pipe),
+    Case("pipe for an image", SHOW, (f"{SECOND}: image 1 of 1", "data/1.png: is not a file"), a_pipe),
     Case(
         "text for an image", TRAIN, (f"{SECOND}: image 1 of 1", "data/1.png: is not an image"), write("data/1.png", "x")
     ),

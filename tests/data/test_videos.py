@@ -330,7 +330,7 @@ def test_unusable_videos_are_image_errors(tmp_path, folder, monkeypatch):
         ("cut.mp4", None, "^cannot be read: |^ends before the last of its frames$"),
         ("one.mp4", None, "^has 1 frame, fewer than 2$"),
         ("thin.mp4", None, "^is 6432 x 32 pixels, one side more than 200 times the other$"),
-        ("thin.mp4", 2.0, "^is a file, which says itself how many frames"),
+        ("thin.mp4", 2.0, "^is a file, which has its own frame rate"),
         ("empty", None, "^is a folder without frames"),
         ("linked", None, r"^0\.png is a link; name the frames in a list"),
         ("v", None, "^frame 3 is 40 x 32 pixels, others 40 x 40$"),
@@ -376,7 +376,7 @@ def test_rotated_video_is_turned_upright(rotation, shown, counted, tmp_path, fol
 
 def test_video_rotated_by_45_degrees_is_an_error(tmp_path, folder, monkeypatch):
     write_video(tmp_path / "a.mp4", film(4, 64, 64), Fraction(2), monkeypatch, rotation=45)
-    with pytest.raises(ImageError, match=r"^is to be shown turned by 45 degrees; only quarter turns are read$"):
+    with pytest.raises(ImageError, match=r"^is rotated by 45 degrees; only quarter turns are supported$"):
         VideoProcessor.from_folder(folder, PreprocessParameters()).select_frames(Video(tmp_path / "a.mp4"))
 
 

@@ -37,12 +37,10 @@ def vision_spec(folder: str | Path) -> VisionSpec:
 
 def _number(values: dict[str, Any], name: str, where: str, default: int | None = None) -> int:
     value = values.get(name, default)
+    if value is None:
+        raise SettingError(f"{where}: has no {name}; is it a Qwen3.5 model?")
     if type(value) is not int or value < 0:
-        raise SettingError(
-            f"{where}: has no {name}; is it a Qwen3.5 model?"
-            if value is None
-            else f"{where}: {name}: {str(value)[:80]} is not a whole number"
-        )
+        raise SettingError(f"{where}: {name}: {str(value)[:80]} is not a whole number")
     return value
 
 

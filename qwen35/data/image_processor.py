@@ -83,10 +83,7 @@ class ImageProcessor(PatchFormat):
         return 1, height // self.patch, width // self.patch
 
     def patches(self, path: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
-        """Pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (1, h, w), P = h * w.
-
-        Raises ImageError.
-        """
+        """Pixels [P, patch_dim] fp32 and the grid (1, h, w), P = h * w. Raises ImageError."""
         with _opened(path) as image:
             rgb = _rgb(_upright(image))
             height, width = self._resized(rgb.height, rgb.width)

@@ -1,7 +1,6 @@
 """Packs samples into sequences of cutoff_len tokens, and gives each rank its own, step by step.
 
-The packing and its order are a function of lengths, seed and epoch alone. In the algorithm, as in
-the literature, what is packed is a bin; outside of it, a packed sequence.
+Packing and order depend on lengths, seed and epoch alone. The algorithm calls a sequence a bin.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,13 +45,10 @@ def _best_subsets(order: list[int], lengths: list[int], cutoff_len: int) -> list
 
 
 def _fullest_subset(lengths: list[int], space: int) -> list[int]:
-    """Indices of the lengths with the largest sum <= `space`; of several such subsets the earliest.
-
-    Subset sum by dynamic programming, with a bit for each sum.
-    """
+    """Indices of the lengths that fill `space` best; of several such subsets the earliest."""
     space = min(space, sum(lengths))
     mask = (1 << (space + 1)) - 1
-    sums = [1]  # bit s of sums[i]: a subset of the first i lengths adds up to s
+    sums = [1]  # dynamic programming: bit s of sums[i] says that a subset of the first i lengths adds up to s
     for length in lengths:
         sums.append(sums[-1] | (sums[-1] << length) & mask)
         if sums[-1] >> space:
@@ -91,7 +87,7 @@ class PackedSequences:
         shuffle: bool = True,
         members: Callable[[int], np.ndarray] | None = None,
     ):
-        """members(epoch): samples of an epoch, where some may repeat or lack; None: each once."""
+        """members(epoch): samples of an epoch, some repeated or left out; None: each once."""
         self.lengths, self.cutoff_len, self.seed, self.shuffle = lengths, cutoff_len, seed, shuffle
         self._members = members
         self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last; epoch 0 is used twice

@@ -94,7 +94,7 @@ class PatchFormat:
 
     @property
     def patch_dim(self) -> int:
-        """Values in one patch."""
+        """Values in a patch: CHANNELS * temporal_patch * patch * patch."""
         return CHANNELS * self.temporal_patch * self.patch**2
 
     def tokens(self, grid: tuple[int, int, int]) -> int:

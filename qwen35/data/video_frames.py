@@ -54,10 +54,7 @@ def read_metadata(video: Video) -> VideoMetadata:
 
 
 def decode(video: Video, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """The frames of these ascending numbers (from 0), each [H, W, 3] uint8 RGB, all of one size.
-
-    Raises as `read_metadata` does.
-    """
+    """Frames of ascending numbers, [H, W, 3] uint8 RGB, of one size. Raises as `read_metadata`."""
     files = _frame_files(video)
     frames = _decode_file(_path_of(video), numbers) if files is None else _decode_images(files, numbers)
     shape = None

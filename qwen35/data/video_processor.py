@@ -66,10 +66,7 @@ class VideoProcessor(PatchFormat):
         return FrameSelection(indices, (len(full) // step, height // self.patch, width // self.patch), seconds)
 
     def patches(self, video: Video) -> tuple[Tensor, tuple[int, int, int]]:
-        """Pixels [P, 3 * temporal_patch * patch * patch] fp32 and the grid (t, h, w), P = t*h*w.
-
-        Raises as `select_frames` does.
-        """
+        """Pixels [P, patch_dim] fp32, grid (t, h, w), P = t * h * w. Raises as `select_frames`."""
         selection = self.select_frames(video)
         t, h, w = selection.grid
         size = (h * self.patch, w * self.patch)

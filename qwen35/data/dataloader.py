@@ -95,7 +95,7 @@ class MicroBatches:
             ignored_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
             ignored_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
         )
-        advice = "; this run uses preprocess_parameters, but a server of its export uses that file: set both alike"
+        advice = "; preprocess_parameters apply here, but a server of the export uses that file: set both alike"
         return [f"{line}{advice}" for line in lines if line]
 
     def start_at(self, step: int) -> None:

@@ -42,8 +42,7 @@ def read_parquet(file: Path, needs_column: Callable[[str], bool] | None) -> Iter
 
 
 def _values(column: Any, where: str) -> list[Any]:
-    """Raises RecordError for values that Python cannot hold: nanosecond times, text that is not
-    UTF-8, dates far in the past or future."""
+    """Raises RecordError for what Python cannot hold: nanosecond times, bad UTF-8, far dates."""
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:

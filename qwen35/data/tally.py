@@ -44,7 +44,7 @@ class Tally:
         lengths = np.asarray(self.lengths)
         p50, p90, p99 = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.9, 0.99))
         spread = f"half have up to {p50:,}, 90% up to {p90:,}, 99% up to {p99:,}, the longest {lengths.max():,}"
-        lines = [f"{self.unit} a record: {spread}; {lengths.sum():,} in all"]
+        lines = [f"{self.unit} per record: {spread}; {lengths.sum():,} in all"]
         counts, edges = np.histogram(lengths, _edges(int(lengths.max())))
         columns = len(f"{edges[-1]:,}")
         for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -72,7 +72,7 @@ class Tally:
         lengths = np.asarray(self.lengths)
         figure, axis = plt.subplots(figsize=(8, 4.5))
         axis.hist(lengths, bins=_edges(int(lengths.max()), 80).tolist(), color="tab:blue")
-        axis.set(xlabel=f"{self.unit} a record", ylabel="records", title=title)
+        axis.set(xlabel=f"{self.unit} per record", ylabel="records", title=title)
         figure.tight_layout()
         figure.savefig(file, dpi=120, format="png")
         plt.close(figure)

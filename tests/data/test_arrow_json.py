@@ -1,4 +1,4 @@
-"""JSON lines that an Arrow table was written to: the nulls that it fills in are left out, those that somebody wrote stay."""
+"""JSON written from an Arrow table: the nulls it filled in are dropped, others stay."""
 
 import json
 
@@ -71,32 +71,32 @@ def text(folder, file):
 
 
 @pytest.mark.parametrize("form", ["lines", "list"])
-def test_what_a_table_fills_in_is_not_trained(tmp_path, form):
+def test_nulls_filled_in_by_a_table_are_not_trained(tmp_path, form):
     file, warnings = lines(tmp_path, ALIGNED), DataWarnings()
     if form == "list":
         file.write_text(json.dumps([ALIGNED]))
     assert list(read_values(file, warnings=warnings)) == [WRITTEN]
     assert warnings.counts == {"nulls": (1, f"{file}, record 1")}
-    (told,) = warnings.lines()
-    assert told.startswith("1 record has nulls that a table filled in; they are dropped, as from a parquet file")
+    (line,) = warnings.lines()
+    assert line.startswith("1 record has nulls that a table filled in; they are dropped, as from a parquet file")
     written = text(tmp_path, file)
     assert "None" not in written and "null" not in written
     assert written == text(tmp_path, lines(tmp_path, WRITTEN))
 
 
-def test_as_parquet_is_read(tmp_path, monkeypatch):
-    """By pyarrow itself where it is installed: it aligns the objects, and writes them as the cases above have them."""
+def test_json_from_a_table_reads_like_parquet(tmp_path, monkeypatch):
+    """pyarrow, if installed, aligns the objects and writes them as in the cases above."""
     write_parquet(tmp_path / "a.parquet", [WRITTEN] if HAS_PYARROW else [ALIGNED], monkeypatch)
     assert list(read_values(tmp_path / "a.parquet")) == list(read_values(lines(tmp_path, ALIGNED))) == [WRITTEN]
 
 
-def test_the_whole_file_shows_what_a_record_does_not(tmp_path):
-    """One tool alone could have a parameter of any kind; its neighbours show where the null comes from."""
+def test_nulls_are_judged_by_the_whole_file(tmp_path):
+    """A tool alone could have such a parameter; its neighbours show where the null is from."""
     read = list(read_values(lines(tmp_path, *[NO_CALLS] * 3, ALIGNED)))
     assert read[0]["tools"] == [tool("weather", city=STRING)] and read[3] == WRITTEN
 
 
-def test_a_property_that_is_null_is_no_schema(tmp_path):
+def test_a_null_property_was_filled_in_by_a_table(tmp_path):
     (read,) = read_values(lines(tmp_path, NO_CALLS))
     assert read["tools"] == [tool("weather", city=STRING)]
 
@@ -122,7 +122,7 @@ WRITTEN_NULLS = {
 
 
 @pytest.mark.parametrize("name", WRITTEN_NULLS)
-def test_a_null_that_somebody_wrote_stays(tmp_path, name):
+def test_nulls_written_by_hand_stay(tmp_path, name):
     records = WRITTEN_NULLS[name]
     warnings = DataWarnings()
     assert list(read_values(lines(tmp_path, *records), warnings=warnings)) == records
@@ -139,7 +139,7 @@ def test_a_null_argument_is_trained(tmp_path):
     assert "<parameter=unit>\nNone\n</parameter>" in render(training_pieces(record, "qwen3_5"))
 
 
-def test_lists_keep_their_nulls_and_depth_is_no_crash(tmp_path):
+def test_lists_keep_their_nulls_and_deep_nesting_does_not_crash(tmp_path):
     enum = {"messages": [{"a": [1, None], "b": None}, {"a": [2, None], "b": 1}]}
     assert list(read_values(lines(tmp_path, enum))) == [{"messages": [{"a": [1, None]}, {"a": [2, None], "b": 1}]}]
     deep = None

@@ -1,4 +1,4 @@
-"""on_bad_record: what cannot be used is left out, counted and named, the same on every rank; nothing else changes."""
+"""on_bad_record: unusable records are left out, counted and named, the same on every rank."""
 
 import json
 import os
@@ -61,13 +61,13 @@ def three_bad(place) -> None:
     change(FILE, "5.conversations", [])(place)
 
 
-TOLD = (
+SKIPPED = (
     "data: skipped 3 of 12 records: 1 image missing, 1 malformed, 1 longer than cutoff_len; "
     "first: data/a.json, record 3 (id r2): image 1 of 1, {place}/data/2.png: no such file"
 )
 
 
-def test_what_is_left_is_what_a_clean_file_has(place):
+def test_the_remaining_samples_equal_those_of_a_clean_file(place):
     three_bad(place)
     given, clean = batches(6, SKIP), json.loads((place / FILE).read_text())
     (place / "data/clean.json").write_text(json.dumps([clean[i] for i in range(12) if i not in (1, 2, 5)]))
@@ -76,20 +76,20 @@ def test_what_is_left_is_what_a_clean_file_has(place):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert ours.bad_records == ()
     ours, theirs = loader(SKIP), loader(f"{BASIC}.dataset=data/clean.json")
-    assert ours.report() == theirs.report() + "\n" + TOLD.format(place=place)
+    assert ours.report() == theirs.report() + "\n" + SKIPPED.format(place=place)
     assert [ours.dataset.source(i)[-4:] for i in range(9)] == [f"(id r{i})"[-4:] for i in (0, 3, 4, 6, 7, 8, 9, 10, 11)]
 
 
-def test_a_run_says_so_once(place):
+def test_a_run_reports_bad_records_once(place):
     three_bad(place)
     done = run(place, *TRAIN, SKIP)
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("skipped") == 1 and TOLD.format(place=place) + "\n" in done.out
+    assert done.out.count("skipped") == 1 and SKIPPED.format(place=place) + "\n" in done.out
     assert read_metrics(place / "run/metrics.jsonl")[0]["bad_records"] == 0
     assert run(place, *TRAIN, "training.save=other").code == 1
 
 
-def test_show_tells_the_same(place):
+def test_show_reports_skipped_records(place):
     three_bad(place)
     out = run(place, *SHOW, SKIP, "--samples", "12").out
     left_out = re.findall(r"--- left out: data/a\.json, record (\d+)", out)
@@ -99,7 +99,7 @@ def test_show_tells_the_same(place):
     assert len(re.findall(r"^--- data", out, re.MULTILINE)) == 10
 
 
-def test_the_doctor_tells_the_same(place):
+def test_doctor_reports_skipped_records(place):
     three_bad(place)
     (finding,) = _records(Preparation.of(load_settings("r.yaml", [SKIP])))
     assert (
@@ -117,7 +117,7 @@ def test_max_samples_counts_records(place):
     assert (len(dataset), dataset.records, len(dataset.skipped)) == (9 + 1, 15, 3 + 2)
 
 
-def test_what_is_wrong_with_the_whole_stays_an_error(place):
+def test_errors_of_a_whole_file_are_not_skipped(place):
     for file in (place / "data").glob("*.png"):
         file.unlink()
     for i in range(0, 12, 3):
@@ -136,7 +136,7 @@ def test_what_is_wrong_with_the_whole_stays_an_error(place):
         loader(SKIP, f"{BASIC}.dataset_dir=nowhere")
 
 
-def test_one_broken_line_of_many(place):
+def test_broken_lines_are_skipped_one_by_one(place):
     records = json.loads((place / FILE).read_text())
     lines = [json.dumps(record) for record in records]
     (place / FILE).write_text("\n".join([*lines[:2], lines[2][:30], "[" * 5000, *lines[4:]]))
@@ -147,10 +147,10 @@ def test_one_broken_line_of_many(place):
     )
 
 
-# -- the cache ----------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
-def test_the_cache_knows_what_was_skipped(place, monkeypatch):
+def test_the_cache_keeps_the_skipped_records(place, monkeypatch):
     three_bad(place)
     cache = f"{BASIC}.cache_dir=cache"
     plain = loader(SKIP).report()
@@ -167,12 +167,12 @@ def test_the_cache_knows_what_was_skipped(place, monkeypatch):
     assert len(dataset) == 10 and dataset.skipped.kinds == {"malformed": 1, "longer than cutoff_len": 1}
 
 
-# -- images that break when they are decoded ----------------------------------------------------------------------------
+# -- images that break when they are decoded -------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_whose_image_breaks_leaves_its_place_to_padding(place, workers):
-    """All others stay in their bins, in their order, as they were; what is left of the bin is padding like any other."""
+def test_a_sample_with_a_broken_image_becomes_padding(place, workers):
+    """All other samples stay as they were, in order; the rest of the sequence is padding."""
     name = "data/1.png"
     Image.effect_noise((64, 64), 90).save(place / name)
     overrides = [SKIP, f"data.dataloader_param.num_workers={workers}", "training.micro_batch_size=2"]
@@ -205,7 +205,7 @@ def test_a_sample_whose_image_breaks_leaves_its_place_to_padding(place, workers)
 
 
 def sequences(batch) -> list[dict[str, torch.Tensor]]:
-    """Of a batch, each with the patches that its image tokens take."""
+    """The sequences of a batch, each with the patches of its image tokens."""
     found = []
     for start, end in pairwise(batch.cu_seqlens.tolist()):
         rows = batch.vision_index[start:end]
@@ -217,7 +217,7 @@ def sequences(batch) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def test_an_image_that_changed_is_a_bad_one(place):
+def test_an_image_that_changed_makes_a_bad_record(place):
     cache = f"{BASIC}.cache_dir=cache"
     loader(SKIP, cache)
     Image.new("L", (150, 30)).save(place / "data/1.png")
@@ -225,8 +225,8 @@ def test_an_image_that_changed_is_a_bad_one(place):
     assert [message.rpartition(": ")[2] for message in told] == ["has changed since it was measured; empty cache_dir"]
 
 
-def test_several_ranks_count_and_name_it(place):
-    """Two ranks, two epochs and more: the record is met at least twice, counted each time, named once; all ranks go on."""
+def test_ranks_count_a_bad_record_each_time_and_name_it_once(place):
+    """In two epochs on two ranks the record is met twice, counted twice and named once."""
     in_half("data/1.png")(place)
     in_half("data/2.png")(place)
     settings = ["training.train_iters=8", "training.log_interval=2", "data.dataloader_param.num_workers=1"]
@@ -245,8 +245,8 @@ def test_several_ranks_count_and_name_it(place):
     assert re.match(r"error: data/a\.json, record [23] \(id r[12]\): .*/[12]\.png: cannot be read: ", done.err)
 
 
-def test_ranks_that_see_other_images_stop(whole, place):
-    """Two machines whose folders differ: each would leave out other records, and train other bins."""
+def test_ranks_that_see_different_images_stop(whole, place):
+    """On nodes with different folders, each would leave out other records."""
     remove("data/1.png")(place)
     port = str(free_port())
     ranks = []

@@ -1,4 +1,4 @@
-"""Records whose text a model folder's own chat template writes differently, by the published templates of all generations."""
+"""Records that a model folder's chat template writes differently, for all published templates."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def transformers_text(folder, turns, tools, **given):
 
 @pytest.mark.parametrize("enable_thinking", [None, True, False])
 @pytest.mark.parametrize("name", [*QWEN3_5, QWEN3_6, QWEN3_8])
-def test_a_record_is_refused_just_where_transformers_writes_another_text(folder_with, name, enable_thinking):
+def test_a_record_is_refused_exactly_where_transformers_writes_different_text(folder_with, name, enable_thinking):
     folder = folder_with(name)
     template = ChatTemplate.from_folder(folder)
     given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -115,7 +115,7 @@ def test_a_record_is_refused_just_where_transformers_writes_another_text(folder_
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("name", [QWEN3_6, QWEN3_8])
-def test_a_prompt_is_refused_just_where_transformers_writes_another(folder_with, name, thinking):
+def test_a_prompt_is_refused_exactly_where_transformers_writes_a_different_one(folder_with, name, thinking):
     folder = folder_with(name)
     template = ChatTemplate.from_folder(folder)
     found = set()
@@ -140,7 +140,7 @@ def preparation(folder, template="qwen3_5"):
     return Preparation(ChatTokenizer(folder), images, basic, Attr(), videos, reference_template(folder, basic))
 
 
-def test_training_and_asking_both_compare(folder_with):
+def test_training_and_inference_both_compare_the_template(folder_with):
     folder = folder_with(QWEN3_8)
     record = Record("x.json, record 1", (ASK, SAY))
     spec = vision_spec(folder)
@@ -154,7 +154,7 @@ def test_training_and_asking_both_compare(folder_with):
     assert len(keys) == 2
 
 
-def test_a_template_of_the_users_own(folder_with):
+def test_a_custom_template_is_compared(folder_with):
     folder = folder_with(QWEN3_5[0])
     own, text = folder / "chat_template.jinja", (PUBLISHED / QWEN3_5[0]).read_text()
     record = Record("x.json, record 1", (ASK, SAY))
@@ -176,7 +176,7 @@ def test_a_template_of_the_users_own(folder_with):
         ChatTemplate.from_folder(folder)
 
 
-def test_where_a_folder_keeps_its_template(folder_with):
+def test_the_template_is_found_wherever_a_folder_keeps_it(folder_with):
     folder = folder_with(QWEN3_6)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "older"}))

@@ -132,8 +132,8 @@ def test_convert_names_the_broken_record(coco, capsys, entry, message):
     assert error.count("\n") == 1
 
 
-def test_what_is_converted_reads_as_before(coco, capsys):
-    """What is no place of an image, and what is not trained, is neither afterwards."""
+def test_converted_records_read_as_before(coco, capsys):
+    """Literal placeholders stay literal, and untrained turns untrained."""
     shown = {"type": "image", "image": "000000033471.jpg"}
     hard = [
         LLAVA[0] | {"loss_mask": [0, 0, 0, 1]},
@@ -208,18 +208,18 @@ def test_colour_on_a_terminal_and_no_control_characters_of_the_record(recipe, co
     assert "user\n\\x1b[31mred<|im_end|>" in text
 
 
-def test_show_says_what_is_too_long(recipe, capsys):
+def test_show_reports_samples_longer_than_cutoff_len(recipe, capsys):
     basic = "data.dataset_param.basic_parameters"
     capsys.readouterr()
     assert main(["show", str(recipe)]) == 0
     limit = min(map(int, re.findall(r": (\d+) tokens, ", capsys.readouterr().out)))  # of the record of text
     assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}"]) == 1
-    told = capsys.readouterr()
-    assert told.out.count(f"MORE THAN cutoff_len {limit}") == 2 and told.out.count("\n--- ") == 3  # all are shown
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out.count(f"MORE THAN cutoff_len {limit}") == 2 and printed.out.count("\n--- ") == 3  # all are shown
+    assert printed.err.count("\n") == 1
     assert (
         f"of the 3 records shown, 2 are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
-        in told.err
+        in printed.err
     )
     assert main(["show", str(recipe), "--samples", "1", f"{basic}.cutoff_len={limit}"]) == 1
     assert "of the 1 record shown, 1 is longer than" in capsys.readouterr().err
@@ -236,7 +236,7 @@ def test_errors_are_one_line_and_exit_1(recipe, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_show_keeps_quiet_when_its_reader_leaves(recipe):
+def test_show_ends_quietly_when_the_pipe_is_closed(recipe):
     done = subprocess.run(
         f"{sys.executable} -m qwen35.data show {recipe} --samples 3 | head -n 1; exit ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", capture_output=True, text=True, cwd=ROOT, check=False,

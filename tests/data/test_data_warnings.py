@@ -1,4 +1,4 @@
-"""What is odd about records that are used: told at the start of a run, or an error where it is a setting's name."""
+"""Data warnings at the start of a run, and errors about fields named in attr."""
 
 import json
 
@@ -37,12 +37,12 @@ def loader(*overrides: str) -> MicroBatches:
     return MicroBatches(load_settings("r.yaml", overrides), 0, 1)
 
 
-def told(*overrides: str) -> list[str]:
+def report_lines(*overrides: str) -> list[str]:
     """The lines of the report after the first."""
     return loader(*overrides).report().splitlines()[1:]
 
 
-# -- names in attr ------------------------------------------------------------------------------------------------------
+# -- names in attr ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def told(*overrides: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("name", ["photo", "photo.path"])
-def test_a_name_that_no_record_has(setting, of, has, name):
+def test_a_field_in_attr_that_no_record_has_is_an_error(setting, of, has, name):
     for more in ([], [CACHE], [CACHE]):  # the last time from the cache
         with pytest.raises(SettingError) as caught:
             loader(f"{ATTR}.{setting}={name}", *more)
         assert str(caught.value) == f"{ATTR}.{setting}: no {of} of data/a.json has a field {name!r}; they have {has}"
 
 
-def test_a_name_that_one_record_of_one_file_has(place):
+def test_one_record_with_the_field_is_enough(place):
     write(
         "data/b.json",
         TEXT,
@@ -80,12 +80,12 @@ def test_a_name_that_one_record_of_one_file_has(place):
         loader(f"{ATTR}.images=photo", f"{ATTR}.videos=clip", BOTH)
 
 
-def test_a_name_that_only_a_bad_record_has():
+def test_a_skipped_record_with_the_field_is_enough():
     write("data/b.json", TEXT, {"photo": "1.png"})
     assert len(loader(f"{ATTR}.images=photo", BOTH, f"{BASIC}.on_bad_record=skip").dataset) == 13
 
 
-def test_a_wrong_name_is_told_before_nothing_is_left():
+def test_a_wrong_field_is_reported_before_an_empty_dataset():
     write(FILE, {"turns": TEXT["messages"]})
     with pytest.raises(
         SettingError, match=r"attr\.messages: no record of data/a\.json has a field 'turn'; they have 'turns'$"
@@ -93,63 +93,63 @@ def test_a_wrong_name_is_told_before_nothing_is_left():
         loader(f"{ATTR}.messages=turn", f"{BASIC}.on_bad_record=skip")
 
 
-def test_usual_names_and_roles_need_not_be_there():
-    """As recipes give all of them, for records of text too."""
+def test_usual_names_and_roles_may_be_absent():
+    """Recipes name all of them, also for records of only text."""
     write(FILE, TEXT)
     names = {"images": "images", "videos": "video", "tools": "tools", "system": "system", "role_tag": "role"}
     roles = {"observation_tag": "seen", "function_tag": "call", "system_tag": "rules"}
-    assert told(*(f"{ATTR}.{setting}={name}" for setting, name in (names | roles).items())) == []
+    assert report_lines(*(f"{ATTR}.{setting}={name}" for setting, name in (names | roles).items())) == []
 
 
-def test_what_max_samples_leaves_unread_may_have_it():
+def test_with_max_samples_a_missing_field_is_only_a_warning():
     write("data/b.json", TEXT | {"photo": "1.png"})
     words = [f"{ATTR}.images=photo", BOTH, f"{BASIC}.max_samples=3"]
-    unread, line = told(*words)
+    unread, line = report_lines(*words)
     assert unread == "data: nothing of data/b.json is read: max_samples ends before it"
     assert line.startswith(f"data: {ATTR}.images: no record of the first 3 records has a field 'photo'; they have 'id'")
     with pytest.raises(SettingError, match="has a field 'photo'"):
         loader(f"{ATTR}.images=photo", f"{BASIC}.max_samples=13")
 
 
-def test_files_that_max_samples_does_not_reach():
+def test_files_beyond_max_samples_are_reported():
     write(FILE, TEXT, TEXT)
     for name in ("b", "c"):
         write(f"data/{name}.json", TEXT)
     files = f"{BASIC}.dataset=data/a.json,data/b.json,data/c.json"
     left_out = [f"data: nothing of data/{name}.json is read: max_samples ends before it" for name in ("b", "c")]
     for samples, lines in ((1, left_out), (2, left_out), (3, left_out[1:]), (4, [])):
-        assert told(files, f"{BASIC}.max_samples={samples}") == lines
+        assert report_lines(files, f"{BASIC}.max_samples={samples}") == lines
 
 
 @pytest.mark.parametrize("skips", [[], [f"{BASIC}.on_bad_record=skip"]])
-def test_a_file_without_a_record(skips):
+def test_a_file_without_records_is_an_error(skips):
     write("data/b.json")
     with pytest.raises(RecordError, match=r"^data/b\.json: no records$"):
         loader(BOTH, *skips)
 
 
-def test_the_validation_needs_only_names_of_its_own():
+def test_validation_checks_only_its_own_fields():
     write(
         "data/b.json",
         TEXT,
         TEXT | {"photo": "1.png", "messages": [{"role": "user", "content": "<image>"}, TEXT["messages"][1]]},
     )
-    held_out = ["data.val_dataset_param.basic_parameters.dataset=data/a.json", "training.val_interval=1"]
-    settings = load_settings("r.yaml", [*held_out, f"{BASIC}.dataset=data/b.json", f"{ATTR}.images=photo"])
+    validation = ["data.val_dataset_param.basic_parameters.dataset=data/a.json", "training.val_interval=1"]
+    settings = load_settings("r.yaml", [*validation, f"{BASIC}.dataset=data/b.json", f"{ATTR}.images=photo"])
     MicroBatches(settings, 0, 1)
     assert len(ValidationSet(settings.validation, 0, 1, training_data=settings.data.dataset_param).dataset) == 12
     with pytest.raises(SettingError, match="has a field 'photo'"):
         ValidationSet(settings.validation, 0, 1)
-    own = [*held_out, "data.val_dataset_param.attr.images=pic"]
+    own = [*validation, "data.val_dataset_param.attr.images=pic"]
     settings = load_settings("r.yaml", own)
     with pytest.raises(SettingError, match="has a field 'pic'"):
         ValidationSet(settings.validation, 0, 1, training_data=settings.data.dataset_param)
 
 
-# -- images that are not read -------------------------------------------------------------------------------------------
+# -- images that are not read ----------------------------------------------------------------------
 
 
-def test_images_in_a_field_of_another_name():
+def test_images_in_an_unread_field_are_reported():
     write(
         "data/b.json",
         TEXT,
@@ -158,7 +158,7 @@ def test_images_in_a_field_of_another_name():
         TEXT | {"clips": ["c.webm", "d"]},
     )
     for more in ([], [CACHE], [CACHE]):
-        (line,) = told(BOTH, *more)
+        (line,) = report_lines(BOTH, *more)
         assert line == (
             f"{UNREAD_VISUALS}2 records in 'photo', 1 record in 'clips'; name their field in attr.images (or .videos); "
             "first: data/b.json, record 2 (id 7)"
@@ -181,20 +181,20 @@ def test_images_in_a_field_of_another_name():
         {"image": ""},
     ],
 )
-def test_what_is_no_image_is_not_told(field):
+def test_fields_that_hold_no_image_are_not_reported(field):
     write("data/b.json", TEXT | field)
-    assert told(BOTH) == []
+    assert report_lines(BOTH) == []
 
 
-def test_beside_images_that_are_there_it_is_metadata(place):
+def test_beside_an_image_such_a_field_is_metadata(place):
     for i in range(12):
         change(FILE, f"{i}.source", "a.jpg")(place)
     without = sum("image" not in record for record in json.loads((place / FILE).read_text()))
-    (line,) = told()
+    (line,) = report_lines()
     assert 0 < without < 12 and line.startswith(f"{UNREAD_VISUALS}{without} records in 'source'; ")
 
 
-# -- empty answers ------------------------------------------------------------------------------------------------------
+# -- empty answers ---------------------------------------------------------------------------------
 
 
 def answers(*texts: str) -> dict:
@@ -207,13 +207,13 @@ def test_empty_answers_are_counted():
     tool = [TEXT["messages"][0], call, {"role": "tool", "content": ""}, TEXT["messages"][1]]
     write("data/b.json", TEXT, {"messages": tool}, answers("a"), answers("", " \n", "b"), answers("\t"))
     for more in ([], [CACHE], [CACHE]):
-        assert told(BOTH, *more) == ["data: 3 answers are empty; first: data/b.json, record 4"]
+        assert report_lines(BOTH, *more) == ["data: 3 answers are empty; first: data/b.json, record 4"]
     write("data/b.json", TEXT, answers("a", ""))
-    assert told(BOTH) == ["data: 1 answer is empty; first: data/b.json, record 2"]
+    assert report_lines(BOTH) == ["data: 1 answer is empty; first: data/b.json, record 2"]
 
 
-def test_an_empty_answer_is_text_of_the_template():
-    """Nothing but its end is trained: why it is told, and no error."""
+def test_of_an_empty_answer_only_the_end_is_trained():
+    """This is worth a warning, not an error."""
     write(FILE, answers(" "))
     preparation = Preparation.of(load_settings("r.yaml"))
     dataset = loader().dataset
@@ -222,7 +222,7 @@ def test_an_empty_answer_is_text_of_the_template():
     assert preparation.tokenizer.decode(labels[labels >= 0].tolist()) == "<|im_end|>\n"
 
 
-# -- thoughts and calls that the text holds -----------------------------------------------------------------------------
+# -- thoughts and calls that the text holds --------------------------------------------------------
 
 
 def said(answer: str, **more) -> dict:
@@ -230,7 +230,7 @@ def said(answer: str, **more) -> dict:
 
 
 def published(raw: dict) -> str:
-    """What the chat template of the checkpoints makes of a record."""
+    """A record rendered by the published chat template."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer())
     template = (PUBLISHED / "chat_template.jinja").read_text()
     return tokenizer.apply_chat_template(raw["messages"], chat_template=template, tokenize=False)
@@ -246,7 +246,7 @@ def published(raw: dict) -> str:
     ],
 )
 @pytest.mark.parametrize("later", [[], said("z")["messages"]])
-def test_words_that_the_chat_template_drops_are_an_error(answer, lost, later):
+def test_text_that_the_chat_template_would_drop_is_an_error(answer, lost, later):
     raw = {"messages": said(answer)["messages"] + later}
     assert lost not in published(raw)
     write(FILE, TEXT, raw)
@@ -281,20 +281,20 @@ def test_a_thought_without_an_end_is_an_error():
         assert dataset.preparation.tokenizer.decode(dataset[0].input_ids.tolist()) == published(raw)
 
 
-def test_thoughts_that_the_chat_template_leaves_out_are_counted():
+def test_thoughts_that_the_chat_template_drops_are_counted():
     raw = {"messages": said("<think>LOST</think>a")["messages"] + said("b", reasoning_content="LOST")["messages"]}
     raw["messages"] += said("c", reasoning_content="kept")["messages"]
     assert "LOST" not in published(raw) and "kept" in published(raw)
     write("data/b.json", TEXT, said("a", reasoning_content="kept"), raw)
     lines = "are dropped, as the chat template does (qwen3_5 keeps those after the user's last question); first: data/b.json"
     for more in ([], [CACHE], [CACHE]):
-        assert told(BOTH, *more) == [f"data: 2 thoughts {lines}, record 3"]
-    assert told(BOTH, f"{BASIC}.enable_thinking=false") == []
-    assert told(BOTH, f"{BASIC}.template=qwen3_vl_nothink") == [f"data: 3 thoughts {lines}, record 2"]
+        assert report_lines(BOTH, *more) == [f"data: 2 thoughts {lines}, record 3"]
+    assert report_lines(BOTH, f"{BASIC}.enable_thinking=false") == []
+    assert report_lines(BOTH, f"{BASIC}.template=qwen3_vl_nothink") == [f"data: 3 thoughts {lines}, record 2"]
 
 
-def test_calls_and_responses_that_are_spelt_out_are_counted():
-    """As sets for other models have them: the template adds its own tags around a response, and leaves a call as it is."""
+def test_calls_and_responses_spelled_out_in_text_are_counted():
+    """The template adds its own tags around a response, and leaves a call as it is."""
     call, response = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<tool_response>\n1\n</tool_response>"
     turns = [*said(call)["messages"], {"role": "tool", "content": response}, {"role": "assistant", "content": "1"}]
     assert f"<tool_response>\n{response}\n</tool_response>" in published({"messages": turns})
@@ -305,21 +305,21 @@ def test_calls_and_responses_that_are_spelt_out_are_counted():
         {"role": "assistant", "content": "1"},
     ]
     write("data/b.json", {"messages": good}, {"messages": turns})
-    (line,) = told(BOTH)
+    (line,) = report_lines(BOTH)
     assert line.startswith("data: 2 turns spell out <tool_call> or <tool_response>, ")
     assert line.endswith("; first: data/b.json, record 2")
 
 
-# -- make data ----------------------------------------------------------------------------------------------------------
+# -- make data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_make_data_tells_the_same(workers):
+def test_make_data_reports_the_warnings(workers):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]
     records = [{"conversations": turns}] * 600 + [{"conversations": turns, "photo": "x.png"}] * 600
     write(FILE, *records)
     done = run(".", *DATA, "--workers", workers)
     assert done.code == 0, done.err
     assert "\n1,200 answers are empty; first: data/a.json, record 1\n" in done.out
-    told = UNREAD_VISUALS.removeprefix("data: ")
-    assert f"\n{told}600 records in 'photo'; LLaVA's field is image; first: data/a.json, record 601\n" in done.out
+    line = UNREAD_VISUALS.removeprefix("data: ")
+    assert f"\n{line}600 records in 'photo'; LLaVA's field is image; first: data/a.json, record 601\n" in done.out

@@ -1,4 +1,4 @@
-"""Files that are not what they are called, or are called otherwise: one short line says what they are, and what to do."""
+"""Files of a wrong format or name: one short line says what they are and what to do."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def picture(file, form="PNG"):
 
 
 @pytest.mark.parametrize("name", NOT_IMAGES)
-def test_what_is_no_image(tmp_path, name):
+def test_a_file_that_is_not_an_image_is_named(tmp_path, name):
     data, words = NOT_IMAGES[name]
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(ImageError, match=f"^{words}$" if words[-1] != " " else f"^{words}"):
@@ -51,7 +51,7 @@ def test_what_is_no_image(tmp_path, name):
 
 
 def test_avif_is_read_or_named(tmp_path):
-    """By Pillow's own decoder where it has one."""
+    """It is read if this Pillow has a decoder."""
     from PIL import features
 
     file = tmp_path / "a.jpg"
@@ -65,7 +65,7 @@ def test_avif_is_read_or_named(tmp_path):
 
 
 @pytest.mark.parametrize("data", [LFS, PAGES[0]], ids=["lfs", "page"])
-def test_what_is_no_file_of_records(tmp_path, data):
+def test_a_file_that_holds_no_records_is_named(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(RecordError, match=r"a\.json: is a (pointer of Git LFS|web page)") as caught:
         list(read_values(tmp_path / "a.json"))
@@ -73,7 +73,7 @@ def test_what_is_no_file_of_records(tmp_path, data):
 
 
 @pytest.mark.parametrize("data", [LFS, PAGES[0]], ids=["lfs", "page"])
-def test_what_is_no_video(tmp_path, data, monkeypatch):
+def test_a_file_that_is_not_a_video_is_named(tmp_path, data, monkeypatch):
     import sys
 
     from optional import HAS_AV, stand_in_for_av
@@ -104,7 +104,7 @@ def test_a_name_in_another_unicode_form(tmp_path, on_disk, asked):
     ("asked", "how"),
     [("a\\b\\1 2.png", r"with / for \\"), ("file://a/b/1%202.png", "without the %-codes of a URL")],
 )
-def test_a_name_as_others_write_it(tmp_path, asked, how):
+def test_a_name_with_backslashes_or_percent_codes(tmp_path, asked, how):
     (tmp_path / "a/b").mkdir(parents=True)
     picture(tmp_path / "a/b/1 2.png")
     with pytest.raises(ImageError, match=f"^no such file; there is one with its name written {how}: "):
@@ -121,7 +121,7 @@ def test_a_name_as_others_write_it(tmp_path, asked, how):
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
-def test_base64_without_its_beginning(tmp_path, form):
+def test_base64_without_its_prefix(tmp_path, form):
     data = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(data, form)
     text = base64.b64encode(data.getvalue()).decode()
@@ -134,7 +134,7 @@ def test_base64_without_its_beginning(tmp_path, form):
     assert upright_size(folder.image(f"data:image/png;base64,{text}")) == (64, 64)
 
 
-def test_whatever_a_record_says_the_message_is_short(tmp_path):
+def test_messages_are_short_whatever_the_record_holds(tmp_path):
     folder = ImageFolder(tmp_path)
     for name in ("../" * 3000 + "x.png", "/etc/" + "x/" * 3000 + "..", "http://" + "x" * 9000, "data:" + "x" * 9000):
         with pytest.raises(ValueError) as caught:
@@ -142,7 +142,7 @@ def test_whatever_a_record_says_the_message_is_short(tmp_path):
         assert len(str(caught.value)) < 300
 
 
-def test_a_pipe_or_a_device_holds_no_records(tmp_path):
+def test_a_pipe_or_a_device_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")
     for name in ("a.json", "zero.json"):
@@ -150,6 +150,6 @@ def test_a_pipe_or_a_device_holds_no_records(tmp_path):
             dataset_files(str(tmp_path / name))
 
 
-def test_records_that_only_begin_like_something_else(tmp_path):
+def test_records_that_merely_contain_html_are_read(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"a": "<html>"}]))
     assert list(read_values(tmp_path / "a.json")) == [{"a": "<html>"}]

@@ -1,4 +1,4 @@
-"""Every field of a record is read, harmless, refused or counted: none is passed over in silence."""
+"""Every field of a record is read, harmless, refused or counted; none is dropped in silence."""
 
 import json
 
@@ -34,7 +34,7 @@ NOT_READ = "fields that are not read: "
 
 
 def with_field(where, name, value):
-    """A record with the field in itself, in a turn, in an item of a content list, in a call."""
+    """Records with the field at the top, in a turn, in a content item, in a call."""
     field = {name: value}
     item = {"type": "text", "text": "Q"}
     return {
@@ -65,7 +65,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("where", "name", "harmless"), REFUSED)
-def test_refused_by_name(tmp_path, where, name, harmless):
+def test_fields_refused_by_name(tmp_path, where, name, harmless):
     for value in ("x", ["x"], {"x": 0}, 2, *([] if harmless in (False, None) else [False, 0])):
         with pytest.raises(RecordError, match=rf"x\.json, record 1.*: has {name}, which is not read; .{{10}}"):
             read(tmp_path, with_field(where, name, value))
@@ -82,15 +82,15 @@ def test_refused_by_name(tmp_path, where, name, harmless):
         ("call", "messages[].tool_calls[].function.{}"),
     ],
 )
-def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
-    records, told = read(tmp_path, TEXT, *[with_field(where, "mystery", 0)] * 2, with_field(where, "other", False))
+def test_other_fields_are_counted_harmless_or_instructions(tmp_path, where, path):
+    records, warnings = read(tmp_path, TEXT, *[with_field(where, "mystery", 0)] * 2, with_field(where, "other", False))
     assert len(records) == 4
     first = {"record": "", "turn": ", messages[1]", "item": ", messages[0].content[0]"}.get(
         where, ", messages[1].tool_calls[0].function"
     )
     at = f"{tmp_path}/x.json, record "
     counted = [f"{path} (2 times, first: {at}2{first})", f"{path} (1 time, first: {at}4{first})"]
-    assert told == [NOT_READ + ", ".join(counted).replace("{}", "mystery", 1).replace("{}", "other")]
+    assert warnings == [NOT_READ + ", ".join(counted).replace("{}", "mystery", 1).replace("{}", "other")]
     for name in {"record": IN_RECORDS, "turn": IN_TURNS, "item": IN_ITEMS, "call": IN_CALLS}[where] - {"id"}:
         assert read(tmp_path, with_field(where, name, "x"))[1] == []
     for name in (
@@ -111,23 +111,23 @@ def test_others_are_counted_or_harmless_or_instructions(tmp_path, where, path):
         assert len(read(tmp_path, with_field(where, name, 0))[1]) == 1
 
 
-def test_what_only_items_of_another_kind_have(tmp_path):
-    """A text's `url` may be what it should show; `prompt` may be a system's text."""
+def test_fields_of_another_kind_of_item_are_counted(tmp_path):
+    """The `url` of a text item may be an image, and `prompt` a system prompt."""
     items = [
         {"type": "text", "text": "Q", "url": "a.jpg"},
         {"text": "R", "path": "b.jpg"},
         {"type": "image", "image": "c.jpg", "sample_fps": 2},
     ]
-    ((record,), told) = read(tmp_path, {"messages": [Q | {"content": items}, A], "prompt": "You are a pirate."})
+    ((record,), warnings) = read(tmp_path, {"messages": [Q | {"content": items}, A], "prompt": "You are a pirate."})
     assert [part for part in record.turns[0].parts if isinstance(part, str)] == ["QR"]
     at = f"first: {tmp_path}/x.json, record 1"
     names = {"url": 0, "path": 1, "sample_fps": 2}
     found = [f"messages[].content[].{name} (1 time, {at}, messages[0].content[{i}])" for name, i in names.items()]
-    assert told == [f"{NOT_READ}prompt (1 time, {at}), {', '.join(found)}"]
+    assert warnings == [f"{NOT_READ}prompt (1 time, {at}), {', '.join(found)}"]
 
 
-def test_arguments_beside_the_function_that_they_are_of(tmp_path):
-    """The chat template reads a call's function alone, and so would train a call without them."""
+def test_arguments_beside_their_function_are_refused(tmp_path):
+    """The chat template reads only a call's function, and would train a call without them."""
 
     def calls(call):
         return {"messages": [Q, A | {"tool_calls": [{"type": "function", "function": {"name": "f"}} | call]}]}
@@ -145,21 +145,21 @@ def test_arguments_beside_the_function_that_they_are_of(tmp_path):
             read(tmp_path, calls({"function": function}))
 
 
-def test_names_in_attr_are_read_whatever_they_are_called(tmp_path):
+def test_fields_named_in_attr_are_read_whatever_their_name(tmp_path):
     turns = [{"label": "user", "mask": "Q"}, {"label": "assistant", "mask": "A", "weight": 0}]
     raw = {"objects": {"chosen": turns, "seen": 1}, "system_prompt": "S"}
     attr = Attr(messages="objects.chosen", role_tag="label", content_tag="mask", system="system_prompt")
-    ((record,), told) = read(tmp_path, raw, attr=attr)
+    ((record,), warnings) = read(tmp_path, raw, attr=attr)
     assert [turn.content for turn in record.turns] == ["S", "Q", "A"]
     assert record.turns[-1].loss is False
-    assert told == [f"{NOT_READ}objects.seen (1 time, first: {tmp_path}/x.json, record 1)"]
+    assert warnings == [f"{NOT_READ}objects.seen (1 time, first: {tmp_path}/x.json, record 1)"]
     with pytest.raises(
         RecordError, match=r"record 1\.objects: has rejected_mask, which is not read but looks like an instr"
     ):
         read(tmp_path, raw | {"objects": {"chosen": turns, "rejected_mask": 1}}, attr=attr)
 
 
-def test_what_lies_inside_another_field_is_not_read_there(tmp_path):
+def test_fields_inside_another_field_are_not_read(tmp_path):
     attr = Attr(messages="data.turns", content_tag="message.content")
 
     def record(more):
@@ -193,8 +193,10 @@ def test_fields_that_attr_ignores(tmp_path):
         Q | {"content": [{"type": "text", "text": "Q", "fps": 1}]},
         A | {"weight": 0.5, "mystery": 1, "tool_calls": [call]},
     ]
-    records, told = read(tmp_path, {"messages": turns, "label": "x", "token_mask": [1], "photo": "a.jpg"}, attr=attr)
-    assert records[0].turns[1].loss is None and told == []
+    records, warnings = read(
+        tmp_path, {"messages": turns, "label": "x", "token_mask": [1], "photo": "a.jpg"}, attr=attr
+    )
+    assert records[0].turns[1].loss is None and warnings == []
     masked = {"messages": [Q, A], "loss_mask": [0, 0]}
     assert read(tmp_path, masked, attr=Attr(ignore=("loss_mask",)))[0][0].turns[1].loss is None
     for attr in (Attr(ignore=("images",)), Attr(messages="a.b", ignore=("a",)), Attr(ignore=("tool_calls",))):
@@ -205,7 +207,7 @@ def test_fields_that_attr_ignores(tmp_path):
 
 
 def test_images_named_in_the_text(tmp_path):
-    """As the first Qwen-VL had them."""
+    """This is the format of the first Qwen-VL."""
     for text in ("Picture 1: <img>a/b.jpeg</img>\nWhat?", "<video>https://x/y.mp4</video>"):
         raw = {"messages": [Q | {"content": text}, A]}
         if "<video>" in text:
@@ -219,19 +221,19 @@ def test_images_named_in_the_text(tmp_path):
                 "possible images or videos that are not read, in records that have none: 1 record in '<img>…</img> in a"
             )
     for text in ("<b>a.jpg</b>", "<video src=a.mp4></video>", "<img> or </img>", "<img>the cat.</img>"):
-        ((record,), told) = read(tmp_path, {"messages": [Q | {"content": text}, A]})
-        assert record.turns[0].content == text and told == []
+        ((record,), warnings) = read(tmp_path, {"messages": [Q | {"content": text}, A]})
+        assert record.turns[0].content == text and warnings == []
 
 
-def test_preference_pairs_of_which_attr_says_which_is_trained(tmp_path):
+def test_attr_chooses_the_trained_side_of_preference_pairs(tmp_path):
     raw = {"messages": [Q], "chosen": [Q, A], "rejected": "B", "rejected_images": ["b.png"]}
-    ((record,), told) = read(tmp_path, raw, attr=Attr(messages="chosen"))
+    ((record,), warnings) = read(tmp_path, raw, attr=Attr(messages="chosen"))
     assert record.turns[-1].content == "A"
-    assert told[-1].startswith(f"{NOT_READ}rejected (1 time, first: ")
+    assert warnings[-1].startswith(f"{NOT_READ}rejected (1 time, first: ")
 
 
-def test_very_many_names(tmp_path):
-    """As where the keys of a field are themselves data."""
+def test_many_unread_fields_are_summed_up(tmp_path):
+    """This happens where the keys of an object are data."""
     (_, (line,)) = read(tmp_path, TEXT | {f"x{i}": 1 for i in range(1000)})
     assert len(line) < 2500 and ", … (980 times, first: " in line
 
@@ -252,7 +254,7 @@ FOUND = [
 ]
 
 
-def test_the_start_of_a_run_tells_it_also_from_the_cache(here):
+def test_a_run_reports_unread_fields_also_from_the_cache(here):
     more = here / "data/b.json"
     more.write_text(json.dumps([TEXT, TEXT | {"mystery": 2}]))
     for cache in ([], ["cache"], ["cache"]):
@@ -270,13 +272,13 @@ def test_the_start_of_a_run_tells_it_also_from_the_cache(here):
     ],
     ids=["show", "data", "evaluate"],
 )
-def test_every_command_that_reads_records_tells_it(here, command, line):
+def test_every_command_that_reads_records_reports_unread_fields(here, command, line):
     done = run(here, *command)
     assert done.code == 0, done.err
     assert line in (done.err if command is EVALUATE else done.out)
 
 
-def test_doctor_tells_it(here):
+def test_doctor_reports_unread_fields(here):
     from qwen35.data.tokenized import Preparation
     from qwen35.tools.doctor.recipe import _records
 

@@ -1,4 +1,4 @@
-"""Records in every form that people bring, and an error that names the place for every one that is broken."""
+"""Records in every supported format, and errors that name the field in broken ones."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def read_text(tmp_path, text, attr=None, **options):
     return list(read_records(file, attr or Attr(), ImageFolder(tmp_path), **options))
 
 
-def test_of_a_preference_pair_attr_says_what_is_trained(tmp_path):
+def test_attr_chooses_the_trained_answer_of_a_preference_pair(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     raw = {"messages": turns[:1], "chosen": turns, "rejected": turns[:1]}
     (record,) = read(tmp_path, [raw], Attr(messages="chosen"))
@@ -48,7 +48,7 @@ def test_of_a_preference_pair_attr_says_what_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("lines", [False, True], ids=["list", "lines"])
-def test_forms_mixed_in_one_file(tmp_path, lines):
+def test_formats_may_be_mixed_in_one_file(tmp_path, lines):
     a, b, c = read(tmp_path, [LLAVA, MESSAGES, TEXT], lines=lines)
     assert a.turns == (Turn("user", (tmp_path / "a.jpg", "\nWhat?")), Turn("assistant", "A cat."))
     assert a.images == (tmp_path / "a.jpg",)
@@ -60,14 +60,14 @@ def test_forms_mixed_in_one_file(tmp_path, lines):
     assert c.source == f"{tmp_path}/x.json, record 3"
 
 
-def test_content_decides_not_the_name(tmp_path):
+def test_the_format_is_told_by_content_not_name(tmp_path):
     assert len(read_text(tmp_path, "\ufeff  \n [" + json.dumps(TEXT) + "]")) == 1
     assert len(read_text(tmp_path, "\n" + json.dumps(TEXT) + "\n\n" + json.dumps(TEXT) + "\n")) == 2
     separators = {"messages": [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]}
     assert len(read_text(tmp_path, json.dumps(separators, ensure_ascii=False))) == 1
 
 
-def test_no_image_in_many_ways(tmp_path):
+def test_the_many_ways_to_have_no_image(tmp_path):
     for image in (None, "", []):
         assert read(tmp_path, [TEXT | {"image": image}])[0].images == ()
 
@@ -76,7 +76,7 @@ def test_limit(tmp_path):
     assert len(read(tmp_path, [TEXT, TEXT, {"broken": 1}], limit=2)) == 2
 
 
-def test_other_names(tmp_path):
+def test_fields_of_other_names(tmp_path):
     attr = Attr(
         messages="dialog",
         images="pics",
@@ -138,7 +138,7 @@ def test_visuals_come_in_order_of_appearance(tmp_path):
     assert r.visuals == [tmp_path / "a.jpg", Video(tmp_path / "v.mp4"), tmp_path / "b.jpg"]
 
 
-def test_videos_of_a_field(tmp_path):
+def test_videos_from_a_field(tmp_path):
     frames = Video((tmp_path / "1.png", tmp_path / "2.png"))
     for value, expected in [
         ("v.mp4", [Video(tmp_path / "v.mp4")]),
@@ -189,7 +189,7 @@ def test_sharegpt_with_system_and_tools(tmp_path):
     assert ours.tools == theirs.tools == ({"name": "f"},)
 
 
-def test_names_inside_others(tmp_path):
+def test_dotted_names_in_attr(tmp_path):
     attr = Attr(
         messages="data.dialog", images="data.pics", content_tag="message.text", observation_tag="O", function_tag="F"
     )
@@ -203,7 +203,7 @@ def test_names_inside_others(tmp_path):
 PNG = b"\x89PNG what comes then is for the decoder to judge"
 
 
-def test_images_that_a_record_holds_become_files(tmp_path):
+def test_embedded_images_are_stored_as_files(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(PNG).decode()
     records = [asked(item("image_url", image_url={"url": url})), LLAVA | {"image": url}]
     with pytest.raises(RecordError, match="holds an embedded image; set cache_dir"):
@@ -229,7 +229,7 @@ def test_images_in_parquet(tmp_path, monkeypatch):
 
 
 def test_fields_that_are_null_in_parquet_are_absent(tmp_path, monkeypatch):
-    """Its columns give each object the fields of all: the call of one tool the arguments of the other, as null."""
+    """Columns give each object the fields of all others, as null."""
     calls = [
         {"name": "f", "arguments": {"city": "Rome", "n": None}},
         {"name": "g", "arguments": {"city": None, "n": 3}},
@@ -246,7 +246,7 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
-def test_an_answer_that_counts_anyway(tmp_path):
+def test_weights_of_slimorca_are_accepted(tmp_path):
     """`weight` of SlimOrca: 0 for the user, 1 for the assistant, null for the system."""
     turns = [turn("user", "x") | {"weight": 0.0}, turn("assistant", "y") | {"weight": 1.0, "loss": True, "train": None}]
     (record,) = read(tmp_path, [{"messages": [turn("system", "s") | {"weight": None}, *turns]}])
@@ -430,7 +430,7 @@ def test_broken_records_are_named(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_is_one_line_whatever_files_are_called(tmp_path):
+def test_errors_are_one_line_whatever_the_file_names(tmp_path):
     (record,) = read(tmp_path, [LLAVA | {"image": "a\nb\x1b[2J\x85.jpg"}])
     error = record.error(f"{record.images[0]}: no such file")
     assert str(error).endswith(r"/a\x0ab\x1b[2J\x85.jpg: no such file")

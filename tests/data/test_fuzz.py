@@ -1,4 +1,4 @@
-"""Random broken records, files and images: a named error or a counted skip, never a crash, and never a wrong mask."""
+"""Random broken records, files and images: an error or a skip, no crash, no wrong loss mask."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ quick = settings(deadline=None, derandomize=True, suppress_health_check=list(Hea
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model folder, an image, a picture cut short, a video of three frames."""
+    """A model folder, an image, a truncated image, a video of three frames."""
     place = tmp_path_factory.mktemp("fuzz")
     make_model_folder(place / "hf")
     (place / "v").mkdir()
@@ -111,7 +111,7 @@ ANY = st.one_of(
 
 
 def places(value, path=()):
-    """The way to every value inside."""
+    """The paths to all values inside."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, below in inside:
@@ -143,7 +143,7 @@ def broken_records(draw):
 
 
 def check_sample(record, sample, preparation):
-    """The mask against the text, in words of its own: nothing but answers is trained, each to its end."""
+    """Checks the loss mask against the text: only answers are trained, up to their end."""
     tokenizer, ids, trained = preparation.tokenizer, sample.ids.tolist(), sample.loss_mask.tolist()
     pads = {tokenizer.image_id, tokenizer.video_id}
     assert sum(token in pads for token in ids) == sum(preparation.images.tokens(grid) for grid in sample.grids)

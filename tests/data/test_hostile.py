@@ -1,4 +1,4 @@
-"""Records, images and kept tokens of a stranger, or of a broken disk: nothing more is trained or read than may be."""
+"""Hostile or damaged records, images and caches: nothing is read or trained that must not be."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def turns(asked, answer="Yes."):
 
 @pytest.fixture
 def home(tmp_path):
-    """A folder of records with images and a video of three frames, and beside it what nobody may read."""
+    """A folder of records, images and a video, beside one that must not be read."""
     data, secret = tmp_path / "data", tmp_path / "secret"
     (data / "pics").mkdir(parents=True)
     secret.mkdir()
@@ -76,8 +76,8 @@ def replaced_by_link(path, target):
 
 
 @pytest.mark.parametrize("name", ["pics/0.png", "pics/2.png", "pics"])
-def test_an_image_that_became_a_link_is_not_followed(home, model, name):
-    """The tokens lie in the cache, so that no record is read again: the pixels are what is read."""
+def test_an_image_replaced_by_a_link_is_not_followed(home, model, name):
+    """The tokens are cached, so only the pixels are read again."""
     s = settings(home, model)
     next(iter(MicroBatches(s, 0, 1)))
     replaced_by_link(home / name, home.parent / "secret" / name.removeprefix("pics").removeprefix("/"))
@@ -86,7 +86,7 @@ def test_an_image_that_became_a_link_is_not_followed(home, model, name):
 
 
 def test_links_below_the_folder_stay_usable(home, model):
-    """A dataset_dir that is a link, and an image that is a link inside of it, are as they were measured."""
+    """dataset_dir may be a link, and an image may be a link inside it."""
     (home / "pics/0.png").rename(home / "pics/real.png")
     (home / "pics/0.png").symlink_to("real.png")
     (home.parent / "link").symlink_to(home)
@@ -96,7 +96,7 @@ def test_links_below_the_folder_stay_usable(home, model):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_kept_tokens_of_which_a_bit_flipped_are_made_again(home, model, seed):
+def test_cached_tokens_with_a_flipped_bit_are_rebuilt(home, model, seed):
     preparation = Preparation.of(settings(home, model))
     right = make_samples(home / "a.json", preparation, None)
     load_samples(home / "a.json", preparation, None)
@@ -114,14 +114,14 @@ def test_kept_tokens_of_which_a_bit_flipped_are_made_again(home, model, seed):
         assert entry.read_bytes() == whole
 
 
-def test_what_is_whole_is_not_made_again(home, model, monkeypatch):
+def test_intact_cached_tokens_are_not_rebuilt(home, model, monkeypatch):
     preparation = Preparation.of(settings(home, model))
     load_samples(home / "a.json", preparation, None)
     monkeypatch.setattr(module, "make_samples", None)  # any use would fail
     assert len(load_samples(home / "a.json", preparation, None).sources) == 3
 
 
-def test_a_text_too_large_to_be_tokenised(home, model):
+def test_a_text_too_long_to_tokenise_is_refused(home, model):
     large = {"id": 7, "messages": turns("Hi", "x " * (LONGEST_TEXT // 2 + 1))}
     (home / "a.json").write_text(json.dumps([large, {"id": 8, "messages": turns("Hi")}]))
     with pytest.raises(
@@ -133,7 +133,7 @@ def test_a_text_too_large_to_be_tokenised(home, model):
 
 
 @pytest.mark.parametrize("roles", [("user", "assistant"), ("assistant", "tool")], ids=str)
-def test_a_long_conversation_takes_time_in_proportion(monkeypatch, roles):
+def test_a_long_conversation_takes_linear_time(monkeypatch, roles):
     looks = 0
     is_query = template._is_query
 
@@ -158,7 +158,7 @@ def test_a_full_dev_shm_is_named():
 
 @pytest.mark.parametrize("room", [0, MIN_SHARED_MEMORY])
 def test_a_full_dev_shm_ends_a_run_in_one_line(home, model, monkeypatch, room):
-    """Before a worker is started, or in a worker."""
+    """It may be found before a worker is started, or in a worker."""
     new = torch.UntypedStorage._new_shared
 
     def full(size):
@@ -183,7 +183,7 @@ def test_half_a_surrogate_and_bidirectional_text_in_an_id(home, model, capsys, t
     assert (out + err).replace("\n", "").isprintable()
 
 
-def test_a_pipe_in_the_place_of_an_image_or_of_records(home, model):
+def test_pipes_instead_of_images_or_records_are_refused(home, model):
     (home / "pics/0.png").unlink()
     os.mkfifo(home / "pics/0.png")
     with pytest.raises(RecordError, match=r"image 1 of 1, .*/0\.png: is not a file"):

@@ -1,4 +1,4 @@
-"""`make data` on many records: in several processes as in one, every image looked at, everything left out counted and named."""
+"""`make data` on many records: any number of processes, all images checked, all skips counted."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def options(home, **more):
 
 
 def damage(home) -> None:
-    """An image missing, one that is none, one cut short in its header; two records malformed."""
+    """One image is missing, one is not an image, one has a cut header; two bad records."""
     pictures, records = home / "train2017", json.loads((home / "llava.json").read_text())
     (pictures / f"{3:012}.jpg").unlink()
     (pictures / f"{5:012}.jpg").write_bytes(b"no image")
@@ -51,7 +51,7 @@ def damage(home) -> None:
     (home / "llava.json").write_text(json.dumps(records))
 
 
-def test_several_processes_write_what_one_writes(home):
+def test_several_processes_write_the_same_as_one(home):
     damage(home)
     reports, files = [], []
     for workers in (1, 2, 5):
@@ -69,14 +69,14 @@ def test_several_processes_write_what_one_writes(home):
     assert f"left out: 3 records whose image is not in {home}/train2017: {3:012}.jpg\n" in reports[0]
     kinds = r"left out: 11 records in all: 6 image broken, 3 image missing, 2 malformed; first: .*record 4 \(id 0+3\)"
     assert re.search(kinds, reports[0])
-    told = (home / "out/a.report.txt").read_text()
-    named = {int(number) - 1 for number in re.findall(r"^\S*llava\.json, record (\d+)", told, re.MULTILINE)}
-    assert named == bad and reports[0].startswith(told[:300])
+    report = (home / "out/a.report.txt").read_text()
+    named = {int(number) - 1 for number in re.findall(r"^\S*llava\.json, record (\d+)", report, re.MULTILINE)}
+    assert named == bad and reports[0].startswith(report[:300])
     with Image.open(home / "out/a.lengths.png") as picture:
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 2
 
 
-def test_without_leave_nothing_is_written(home):
+def test_an_error_leaves_nothing_written(home):
     damage(home)
     with pytest.raises(RecordError, match=r"record 6 \(id 0+5\): image 1 of 1, .*5\.jpg: is not an image"):
         run(options(home, workers=2))
@@ -85,7 +85,7 @@ def test_without_leave_nothing_is_written(home):
     assert not (home / "out").exists()
 
 
-def test_images_that_are_not_looked_at(home):
+def test_check_none_accepts_any_image(home):
     damage(home)
     with pytest.raises(RecordError, match=r"record 12 .*conversations"):
         run(options(home, check="none"))
@@ -95,7 +95,7 @@ def test_images_that_are_not_looked_at(home):
         run(options(home, check="none", tokenizer=home))
 
 
-def test_the_lengths_are_those_of_training(home):
+def test_lengths_in_tokens_equal_those_of_training(home):
     model = make_model_folder(home / "hf")
     report = run(options(home, tokenizer=model, workers=2))
     flat = {
@@ -107,7 +107,7 @@ def test_the_lengths_are_those_of_training(home):
         "training.save": "unused",
     }
     lengths = MicroBatches(from_flat(flat), 0, 1).dataset.lengths
-    assert f"the longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens a record: half" in report
+    assert f"the longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens per record: half" in report
     for low, high, count in re.findall(r"^ +([\d,]+) to +([\d,]+) #* +([\d,]+)$", report, re.MULTILINE):
         first, last, number = (int(text.replace(",", "")) for text in (low, high, count))
         assert ((first <= lengths) & (lengths <= last)).sum() == number
@@ -121,7 +121,7 @@ def test_the_lengths_are_those_of_training(home):
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 0], [5, 5, 5], [12], [11], [1, 10**6], [999, 1000, 1001]])
-def test_histograms_of_odd_lengths(lengths):
+def test_histograms_of_unusual_lengths(lengths):
     tally = Tally("tokens")
     for length in lengths:
         tally.add(1, 0, length)
@@ -131,7 +131,7 @@ def test_histograms_of_odd_lengths(lengths):
     assert all(((low <= np.array(lengths)) & (np.array(lengths) <= high)).sum() == n for low, high, n in bounds)
 
 
-# -- jobs in order ------------------------------------------------------------------------------------------------------
+# -- jobs in order ---------------------------------------------------------------------------------
 
 
 def square():
@@ -168,7 +168,7 @@ def dying():
 
 
 @pytest.mark.parametrize(("make", "message"), [(failing, "record 5 is bad"), (dying, "died before its work was done")])
-def test_what_goes_wrong_in_a_process_is_told(make, message):
+def test_errors_and_deaths_of_workers_are_reported(make, message):
     seen = []
     with pytest.raises(UserError, match=message):
         seen.extend(in_order(make, range(20), 2))

@@ -44,13 +44,13 @@ def narrow(place: Path) -> None:
 
 
 def as_lines(place: Path) -> None:
-    """JSON lines, the second of them cut off."""
+    """Writes JSON lines, of which the second is cut off."""
     lines = [json.dumps(entry) for entry in json.loads((place / FILE).read_text())]
     (place / FILE).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
 
 
 def a_comma_too_many(place: Path) -> None:
-    """Behind the last record."""
+    """Puts a comma after the last record."""
     text = (place / FILE).read_text()
     (place / FILE).write_text(f"{text[:-1]},]")
 

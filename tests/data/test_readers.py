@@ -1,4 +1,4 @@
-"""Files of records read value by value: as json.loads reads them whole, and with its errors."""
+"""Record files are read value by value, with the values and errors of json.loads."""
 
 import bz2
 import gzip
@@ -41,7 +41,7 @@ def outcome(read):
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.lists(VALUE, max_size=4), st.sampled_from([None, 1]), st.booleans(), DAMAGE)
-def test_equals_json_whatever_the_block(content, indent, ascii_, damage):
+def test_values_equal_json_loads_for_any_block_size(content, indent, ascii_, damage):
     text = json.dumps(content, indent=indent, ensure_ascii=ascii_)
     for place, character in damage:
         at = 1 + int(place * (len(text) - 1))
@@ -58,7 +58,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(content=st.one_of(st.binary(max_size=40), st.lists(PIECES, max_size=25).map(b"".join)), lenient=st.booleans())
-def test_any_bytes_are_values_or_one_printable_line(content, lenient, tmp_path_factory):
+def test_any_bytes_give_values_or_a_printable_error(content, lenient, tmp_path_factory):
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(content)
     try:
@@ -78,7 +78,7 @@ def test_a_long_list_is_never_whole_in_memory(tmp_path):
     assert count == 20_000 and file.stat().st_size > 20_000_000 and peak < 8_000_000
 
 
-def test_what_comes_before_an_error_is_read(tmp_path):
+def test_values_before_an_error_are_read(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('[{"a": 1},\n {"a": 2}, {"a" 3}]')
     read = read_values(file)
@@ -89,7 +89,7 @@ def test_what_comes_before_an_error_is_read(tmp_path):
         next(read)
 
 
-def test_the_byte_that_is_no_text(tmp_path):
+def test_the_first_byte_that_is_not_utf8_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(b'["' + b"x" * 3_000_000 + "é".encode() + b'", "\xff"]')
     with pytest.raises(RecordError, match=r"a\.json: not UTF-8 text: .* at byte 3000008$"):
@@ -106,7 +106,7 @@ def test_the_byte_that_is_no_text(tmp_path):
     ],
 )
 @pytest.mark.parametrize("lenient", [False, True])
-def test_another_form_is_told_what_is_read(tmp_path, text, where, lenient):
+def test_another_format_is_told_the_supported_ones(tmp_path, text, where, lenient):
     file = tmp_path / "a.json"
     file.write_text(text)
     if lenient and where.startswith("record 2"):  # one line of several
@@ -118,7 +118,7 @@ def test_another_form_is_told_what_is_read(tmp_path, text, where, lenient):
     assert str(caught.value).endswith("; expected a JSON list, one JSON object per line, or parquet")
 
 
-def test_a_line_that_is_cut_off_is_told_no_more(tmp_path):
+def test_a_truncated_line_is_not_told_the_supported_formats(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(RecordError, match=r"record 2: not JSON: Expecting value at column 1 of its line$"):
@@ -126,7 +126,7 @@ def test_a_line_that_is_cut_off_is_told_no_more(tmp_path):
 
 
 def archives(file):
-    """Of each kind that Python can write, and the first bytes of the others."""
+    """Archives of each kind that Python can write, and the first bytes of others."""
     text = b'[{"a": 1}]'
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a.json", text)
@@ -137,7 +137,7 @@ def archives(file):
 
 
 @pytest.mark.parametrize("lenient", [False, True])
-def test_archives_are_to_be_unpacked(tmp_path, lenient):
+def test_archives_are_refused(tmp_path, lenient):
     file = tmp_path / "a.json"
     for data in archives(file):
         file.write_bytes(data)
@@ -157,8 +157,8 @@ LOSSY = {
 
 @pytest.mark.parametrize("form", ["lines", "list"])
 @pytest.mark.parametrize("text", LOSSY)
-def test_what_would_be_lost_is_named(tmp_path, text, form):
-    """And a record like that is left out alone where bad ones may be."""
+def test_json_that_would_lose_data_is_an_error(tmp_path, text, form):
+    """With skip, only such a record is left out."""
     file, good = tmp_path / "a.json", '{"weight": 1e300, "a": {"b": 1, "c": {"b": 2}}}'
     file.write_text(f"[{good}, {text}, {good}]" if form == "list" else f"{good}\n{text}\n{good}\n")
     with pytest.raises(RecordError, match=rf"a\.json, record 2: {LOSSY[text]}"):
@@ -168,7 +168,7 @@ def test_what_would_be_lost_is_named(tmp_path, text, form):
 
 
 @pytest.mark.parametrize("form", ["lines", "list"])
-def test_a_record_larger_than_any_is_named_before_it_is_read(tmp_path, form, monkeypatch):
+def test_an_oversized_record_is_refused_before_it_is_read(tmp_path, form, monkeypatch):
     for module in (json_list, readers):
         monkeypatch.setattr(module, "LONGEST_VALUE", 3_000_000)
     file, good, large = tmp_path / "a.json", '{"a": 1}', f'{{"a": "{"x" * 30_000_000}"}}'
@@ -204,8 +204,8 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         list(read_values(tmp_path / "a.json"))
 
 
-def test_only_the_columns_that_are_asked_for_are_read(tmp_path, monkeypatch):
-    """The others may hold what pyarrow cannot turn into values, as a time in nanoseconds, or gigabytes."""
+def test_only_needed_columns_are_read(tmp_path, monkeypatch):
+    """Others may hold gigabytes, or values that Python cannot hold."""
     records = [{"messages": [i], "extra": "é"} for i in range(3)]
     write_parquet(tmp_path / "a.parquet", records, monkeypatch)
     read = list(read_values(tmp_path / "a.parquet", needs_column={"messages", "images"}.__contains__))

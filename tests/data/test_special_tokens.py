@@ -1,4 +1,4 @@
-"""Special tokens that the text of records spells, against transformers' tokenizer on the whole rendered text."""
+"""Special tokens spelled in records, compared with transformers on the whole text."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def peer(folder):
 
 
 def without(folder, names):
-    """Transformers' tokenizer, to which some special tokens have other names: what spells these is characters to it."""
+    """Transformers' tokenizer with some special tokens renamed, so that it splits their text."""
     held = json.loads((folder / "tokenizer.json").read_text())
     for token in held["added_tokens"]:
         if token["content"] in names:
@@ -100,12 +100,12 @@ def peer_without_special(folder):
     return without(folder, [*CONTROL_TOKENS, *MARKUP, *(token.content for token in OWN if token.special)])
 
 
-# -- in answers ---------------------------------------------------------------------------------------------------------
+# -- in answers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", CASES)
 @pytest.mark.parametrize("where", ["content", "reasoning_content", "think block", "argument", "history", "nothink"])
-def test_of_an_answer_equal_transformers(text, where, tokenizer, peer):
+def test_ids_of_an_answer_equal_transformers(text, where, tokenizer, peer):
     turns = {
         "content": [("assistant", f"A {text} b")],
         "reasoning_content": [("assistant", "A", text)],
@@ -128,8 +128,8 @@ def test_of_an_answer_equal_transformers(text, where, tokenizer, peer):
 
 
 @pytest.mark.parametrize("text", ["[left]b", "  [left]b", "[right] b", "<|sep|>\n"])
-def test_at_the_start_of_an_answer_follow_the_prompt(text, tokenizer, peer):
-    """What a token takes from its left is not the prompt's."""
+def test_a_token_that_starts_an_answer_follows_the_prompt(text, tokenizer, peer):
+    """A token takes no characters of the prompt."""
     for template in ("qwen3_5", "qwen3_vl_nothink"):
         r = record(("user", "Hi"), ("assistant", text))
         prompt = render(prompt_pieces(r, template, thinking=False))
@@ -140,8 +140,8 @@ def test_at_the_start_of_an_answer_follow_the_prompt(text, tokenizer, peer):
         assert trained.tolist() == [i >= len(before) for i in range(len(ids))]
 
 
-def test_half_trained(tokenizer, peer):
-    """A token is trained where its first character is, be it of a text, or what a special token takes from its left."""
+def test_a_token_is_trained_where_its_first_character_is(tokenizer, peer):
+    """That includes white space that a special token strips from its left."""
     sep, left = peer.convert_tokens_to_ids(["<|sep|>", "[left]"])
     for texts, token in (("a<|se", "p|>b"), sep), (("a ", "[left]b"), left), (("a[le", "ft]b"), left):
         pieces = [Piece(texts[0], answer=True), Piece(texts[1], trained=True, answer=True)]
@@ -152,7 +152,7 @@ def test_half_trained(tokenizer, peer):
         assert trained.tolist() == [False] * (len(ids) - 1) + [True] and ids[-2] == token
 
 
-# -- anywhere -----------------------------------------------------------------------------------------------------------
+# -- anywhere --------------------------------------------------------------------------------------
 
 WORDS = [
     "Hi",
@@ -190,7 +190,7 @@ def conversations(draw, text):
 
 
 def pieces_of(r):
-    """Of the training sample; none where an answer's first characters could be of one token with the prompt's last."""
+    """Pieces for training, or None if a token could span the end of the prompt."""
     try:
         pieces = training_pieces(r, "qwen3_5")
     except RecordError:
@@ -210,7 +210,7 @@ def test_random_conversations_equal_transformers(r, thinking, tokenizer, peer):
 
 
 def expected(pieces, outside, inside=None):
-    """By the runs between control pieces; `inside`: who tokenises a run that has an answer."""
+    """Ids by the runs between control pieces; inside: the tokenizer for runs with an answer."""
     ids, run = [], []
     for piece in [*pieces, Piece("", kind="control")]:
         if piece.fresh or piece.kind == "control":
@@ -256,7 +256,7 @@ def test_each_control_token(token, tokenizer, peer):
     assert spelled == {"control": {token}, "token": {"<|sep|>"}}
 
 
-def test_ends_that_the_folder_names_are_control_tokens(folder, tmp_path):
+def test_end_tokens_named_by_the_folder_are_control_tokens(folder, tmp_path):
     names = json.loads((folder / "tokenizer_config.json").read_text())
     for file in ("tokenizer.json", "config.json"):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
@@ -270,7 +270,7 @@ def test_ends_that_the_folder_names_are_control_tokens(folder, tmp_path):
         ChatTokenizer(tmp_path)
 
 
-def test_a_tokenizer_that_splits_special_tokens(folder, tmp_path):
+def test_a_tokenizer_that_splits_special_tokens_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model/tokenizer_config.json"
     names = json.loads(file.read_text())
@@ -281,7 +281,7 @@ def test_a_tokenizer_that_splits_special_tokens(folder, tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["tokens", "text"])
-def test_tags_of_the_template_are_tokens_whatever_the_tokenizer_counts_them_as(setting, folder, tmp_path, peer):
+def test_template_tags_are_tokens_even_if_marked_special(setting, folder, tmp_path, peer):
     for file in ("tokenizer.json", "config.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((folder / file).read_bytes())
     held = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -298,7 +298,7 @@ def test_tags_of_the_template_are_tokens_whatever_the_tokenizer_counts_them_as(s
 
 
 def decoder(folder, **changed):
-    """added_tokens_decoder as transformers writes it, with other flags of <|sep|>."""
+    """An added_tokens_decoder as transformers writes it, with other flags for <|sep|>."""
     held = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     entries = {str(token.pop("id")): token for token in held}
     return {i: token | (changed if token["content"] == "<|sep|>" else {}) for i, token in entries.items()}
@@ -319,7 +319,7 @@ def decoder(folder, **changed):
     ],
     ids=["decoder", "additional", "extra", "extra list", "bos", "missing", "lstrip", "single_word", "none listed"],
 )
-def test_tokens_that_transformers_would_read_otherwise(name, change, folder, tmp_path):
+def test_added_tokens_that_transformers_treats_differently_are_refused(name, change, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model/tokenizer_config.json"
     names, text = json.loads(file.read_text()), f"a {name}b <|box_start|> <think> c"
@@ -341,7 +341,7 @@ def test_tokens_that_transformers_would_read_otherwise(name, change, folder, tmp
         ChatTokenizer(tmp_path / "model")
 
 
-# -- what is said of them -----------------------------------------------------------------------------------------------
+# -- what is said of them --------------------------------------------------------------------------
 
 RECORDS = [
     {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
@@ -373,7 +373,7 @@ TEXT_SETTING = f"{BASIC}.special_tokens_in_prompts=text"
 
 
 @pytest.mark.parametrize(("more", "lines"), [([], [CONTROL, AS_TOKENS]), ([TEXT_SETTING], [CONTROL, AS_TEXT, ANSWERS])])
-def test_told_at_the_start_of_a_run(more, lines, place, monkeypatch):
+def test_a_run_reports_special_tokens(more, lines, place, monkeypatch):
     monkeypatch.chdir(place)
     (place / "data/a.json").write_text(json.dumps(RECORDS))
     for cached in ([], [f"{BASIC}.cache_dir=cache"], [f"{BASIC}.cache_dir=cache"]):  # the last time from the cache
@@ -382,7 +382,7 @@ def test_told_at_the_start_of_a_run(more, lines, place, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["tokens", "text"])
-def test_the_model_is_asked_as_it_was_trained(setting, place, monkeypatch):
+def test_generate_uses_the_setting_of_training(setting, place, monkeypatch):
     monkeypatch.chdir(place)
     recipe = yaml.safe_load((place / "r.yaml").read_text())
     recipe["data"]["dataset_param"]["basic_parameters"]["special_tokens_in_prompts"] = setting
@@ -406,7 +406,7 @@ def test_the_model_is_asked_as_it_was_trained(setting, place, monkeypatch):
         assert (box in prompt) == (setting == "tokens")
 
 
-def test_the_cache_knows_the_setting(place, monkeypatch):
+def test_the_cache_depends_on_the_setting(place, monkeypatch):
     monkeypatch.chdir(place)
     keys = set()
     for more in ([], [TEXT_SETTING], [f"{BASIC}.special_tokens_in_prompts=tokens"]):
@@ -417,7 +417,7 @@ def test_the_cache_knows_the_setting(place, monkeypatch):
     assert Preparation.of(load_settings("r.yaml", [])).cache_key(place / "data/a.json", None) not in keys
 
 
-def test_show_marks_characters_that_spell_a_token(folder, peer_without_special):
+def test_show_marks_text_that_spells_a_special_token(folder, peer_without_special):
     r = record(("user", "é<|box_start|> <|im_end|>"), ("assistant", "é<|box_start|>描 <|im_end|><|sep|> <|sep"))
     box, end = (
         "¦".join(
@@ -435,7 +435,7 @@ def test_show_marks_characters_that_spell_a_token(folder, peer_without_special):
         )
 
 
-def test_show_tells_it(place):
+def test_show_reports_special_tokens(place):
     (place / "data/a.json").write_text(json.dumps(RECORDS))
     done = run(place, *SHOW, "--samples", "4", TEXT_SETTING)
     assert done.code == 0, done.err
@@ -452,14 +452,14 @@ def test_show_tells_it(place):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_make_data_tells_it(workers, place):
+def test_make_data_reports_special_tokens(workers, place):
     turns = [{"from": "human", "value": "What is <|im_end|> or <|box_start|>?"}, {"from": "gpt", "value": "Yo"}]
     (place / "data/a.json").write_text(json.dumps([{"conversations": turns}] * 600))
     done = run(place, *DATA, "--tokenizer", "hf", "--workers", workers)
     assert done.code == 0, done.err
-    told = [line for line in done.out.splitlines() if "spelled" in line]
+    lines = [line for line in done.out.splitlines() if "spelled" in line]
     first = "; first: data/a.json, record 1"
-    assert told == [
+    assert lines == [
         (
             "control tokens are spelled in the text of 600 records, and kept as characters (remove any that a chat "
             f"template has left there): <|im_end|>{first}"
@@ -469,7 +469,7 @@ def test_make_data_tells_it(workers, place):
     assert "spelled" not in run(place, *DATA, "--workers", workers).out  # without a tokenizer nobody knows
 
 
-def test_counts_of_files_add_up():
+def test_counts_of_files_are_merged():
     one, other = SpecialTokens(), SpecialTokens()
     one.add("a, record 1", {"control": {f"<{i}>" for i in range(7)}})
     other.add("b, record 1", {"control": {"<0>"}, "token": {"<x>"}})

@@ -1,4 +1,4 @@
-"""truncation: what is longer than cutoff_len is cut or left out; never through an image, the labels right, all counted."""
+"""truncation: long samples are cut (never inside an image) or left out, and all are counted."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def in_vision(ids: list[int], tokenizer: ChatTokenizer) -> list[bool]:
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
-    """Against the whole samples: the same tokens, labels, positions and pixels, up to the last label before the limit."""
+    """It has the tokens, labels, positions and pixels up to the last label before the limit."""
     whole = MicroBatches(settings(home, **mask, cutoff_len=4096), 0, 1).dataset
     tokenizer = ChatTokenizer(home / "hf")
     samples = {whole.source(i): whole[i] for i in range(len(whole))}
@@ -110,8 +110,8 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
             pads = sum(token in (tokenizer.image_id, tokenizer.video_id) for token in ids[:n])
             assert pads == int(sample.grid_thw.prod(-1).sum()) // 4  # each image and video whole, or not at all
             if n < len(ids):
-                assert sample.labels[-2] != -100  # nothing is computed in vain
-                # a label between the cut and the limit was lost only to a video or image that does not fit
+                assert sample.labels[-2] != -100  # no token is computed for nothing
+                # a label between the cut and the limit is only lost to an image or video
                 within = full.labels[n - 1 : limit - 1] != -100
                 assert not within.any() or any(in_vision(ids, tokenizer)[n:])
         left_out = [sample for source, sample in samples.items() if source not in seen]
@@ -130,7 +130,7 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
 
 
 def tokens(tokenizer, *parts):
-    """ids, trained: of (text, trained), "image" or "video" of two pairs of frames, three tokens each."""
+    """ids and loss mask of parts: (text, trained), "image", or "video" (two pairs of frames)."""
     control = dict(zip(("start", "end", "vs", "pad", "ve"), tokenizer.control_ids, strict=True))
     ids, trained = [], []
     for part in parts:
@@ -148,7 +148,7 @@ def tokens(tokenizer, *parts):
 
 
 def test_every_limit(home):
-    """By hand: where each cut must fall, whatever the limit."""
+    """Every cut is where it was worked out by hand."""
     tokenizer = ChatTokenizer(home / "hf")
     parts = ["start", ("user", False), "image", "end", "start", ("yes", True), "end", "start", ("so?", True), "video"]
     parts += ["image", "end", ("no", True), "end"]
@@ -161,7 +161,7 @@ def test_every_limit(home):
             expected = (0, 0)
         elif limit <= yes:
             expected = (limit, 1)
-        elif limit <= answer:  # a video takes the text before it along, even where that is the last that is trained
+        elif limit <= answer:  # a video takes the text before it along, even a trained one
             expected = (yes, 1)
         elif limit <= no:
             expected = (limit, 3)
@@ -193,7 +193,7 @@ def test_the_policies(home):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 0), (2, 2)])
 def test_an_epoch_has_each_sample_as_often_as_its_weight(home, ranks, workers):
-    """Whole ones and cut ones, in the bins that one rank takes alone, whatever the number of ranks and workers."""
+    """Also truncated ones, and for any number of ranks and workers."""
     (home / "b.json").write_text(json.dumps(json.loads((home / "a.json").read_text())[:15]))
     files = [str(home / "a.json"), {"file": str(home / "b.json"), "weight": 2.0}]
     s = settings(home, dataset=files, cutoff_len=150, truncation="truncate")
@@ -215,7 +215,7 @@ def test_an_epoch_has_each_sample_as_often_as_its_weight(home, ranks, workers):
 
 
 def test_the_cache_serves_every_policy(home, tmp_path, monkeypatch):
-    """It holds whole samples; which are cut, and where, is found as they are read."""
+    """It holds whole samples, which are truncated as they are read."""
     flat = {"cache_dir": str(tmp_path), "cutoff_len": 75}
     plain = MicroBatches(settings(home, **flat, truncation="truncate"), 0, 1)
     monkeypatch.setattr(Preparation, "tokenise", None)  # any use would fail

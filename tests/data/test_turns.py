@@ -1,6 +1,6 @@
-"""Turns as people bring them: calls and answers in a row, images that tools return, what a record says of its own loss.
+"""Turns in all their forms: consecutive calls, images from tools, loss masks in the record.
 
-What the text is, transformers says: `apply_chat_template` of the same record, or of the one that is meant, written out.
+The expected text is from transformers' apply_chat_template, for the same or an equivalent record.
 """
 
 import json
@@ -53,15 +53,18 @@ def hf_tokenizer(place):
 
 @pytest.fixture
 def make(place, preparation, hf_tokenizer):
-    """record -> (its tokens as transformers has them, its trained stretches as text); settings: of basic_parameters."""
+    """record -> (its ids, equal to transformers', and its trained stretches as text).
 
-    def make(raw, meant=None, told=(), **settings):
+    meant: an equivalent record that the template can render; settings: of basic_parameters.
+    """
+
+    def make(raw, meant=None, warned=(), **settings):
         p = replace(preparation, basic=replace(preparation.basic, **settings))
         file = place / "r.json"
         file.write_text(json.dumps([raw]))
         warnings = DataWarnings()
         ((record, sample),) = tokenised(file, p, warnings=warnings)
-        assert warnings.lines() == [*told]
+        assert warnings.lines() == [*warned]
         meant = meant or raw
         chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
         text = hf_tokenizer.apply_chat_template(meant["messages"], tools=meant.get("tools"), **chat)
@@ -96,7 +99,7 @@ def called(*arguments, content="", **more):
 
 
 def written(*xs):
-    """The text of the calls."""
+    """The text of tool calls."""
     texts = [f"<tool_call>\n<function=f>\n<parameter=x>\n{x}\n</parameter>\n</function>\n</tool_call>" for x in xs]
     return "\n".join(texts)
 
@@ -104,7 +107,7 @@ def written(*xs):
 END = "<|im_end|>\n"
 Q, A = said("user", "Q"), said("assistant", "A")
 
-# -- images of tools ----------------------------------------------------------------------------------------------------
+# -- images of tools -------------------------------------------------------------------------------
 
 SCREENSHOT = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "screenshot", "arguments": {}}}]}
 IMAGE = {"type": "image", "image": "images/0000.png"}
@@ -116,7 +119,7 @@ TOOLS = [{"name": "screenshot"}]
 @pytest.mark.parametrize(
     "after", [[], [said("tool", "2")], [said("tool", [IMAGE, {"type": "text", "text": "<image>"}])]]
 )
-def test_an_image_that_a_tool_returns(make, after):
+def test_a_tool_may_return_an_image(make, after):
     shows = said("tool", [{"type": "text", "text": " here: "}, IMAGE])
     calls = SCREENSHOT | {"tool_calls": SCREENSHOT["tool_calls"] * (1 + len(after))}
     record, trained = make({"messages": [OPEN[0], calls, shows, *after, said("assistant", "A zero.")], "tools": TOOLS})
@@ -124,7 +127,7 @@ def test_an_image_that_a_tool_returns(make, after):
     assert trained == [SHOT[: -len(END)] + (f"\n{SHOT}" if after else END), f"A zero.{END}"]
 
 
-def test_a_placeholder_in_what_a_tool_returns(make, place):
+def test_a_tool_response_may_have_a_placeholder(make, place):
     turns = [*OPEN, said("tool", "here: <image>"), said("assistant", "A zero.")]
     meant = [*OPEN, said("tool", [{"type": "text", "text": "here: "}, IMAGE]), said("assistant", "A zero.")]
     record, trained = make(
@@ -134,7 +137,7 @@ def test_a_placeholder_in_what_a_tool_returns(make, place):
     assert trained == [SHOT, f"A zero.{END}"]
 
 
-def test_an_image_of_the_user_behind_a_tools_response(make):
+def test_a_user_image_after_a_tool_response(make):
     turns = [
         *OPEN,
         said("tool", "shown"),
@@ -154,20 +157,20 @@ def test_images_come_in_the_order_of_the_turns(make, place):
     assert record.visuals == [place / name for name in names]
 
 
-# -- placeholders that are text -----------------------------------------------------------------------------------------
+# -- placeholders that are text --------------------------------------------------------------------
 
 
-def test_a_tag_in_a_text_without_images(make, place):
+def test_a_placeholder_without_images_is_text(make, place):
     turns = [
         said("user", "How do I use the <video> tag in HTML5?"),
         said("assistant", "Put <video src=x></video> there."),
     ]
-    told = f"1 placeholder (<image>, <video>) is kept as text; first: {place}/r.json, record 1"
-    _, trained = make({"messages": turns}, told=[told])
+    warned = f"1 placeholder (<image>, <video>) is kept as text; first: {place}/r.json, record 1"
+    _, trained = make({"messages": turns}, warned=[warned])
     assert trained == [f"Put <video src=x></video> there.{END}"]
 
 
-def test_a_tag_in_a_list_is_text(make, place):
+def test_a_placeholder_in_a_content_list_is_text(make, place):
     user = said("user", [IMAGE, {"type": "text", "text": "What does the <image> element in this SVG do?"}])
     record, trained = make({"messages": [user, said("assistant", "It draws.")]})
     assert record.turns[0].content == (place / "images/0000.png", "What does the <image> element in this SVG do?")
@@ -179,15 +182,15 @@ def test_a_tag_in_a_list_is_text(make, place):
     )
 
 
-def test_of_each_kind_by_itself(make, place):
-    """Where the record has images, `<image>` is a place and `<video>` is text."""
+def test_image_and_video_placeholders_are_independent(make, place):
+    """In a record with images only, `<video>` is text."""
     turns = [said("user", "<image> in <video>"), said("assistant", "<image>")]
     meant = [said("user", [IMAGE, {"type": "text", "text": " in <video>"}]), said("assistant", "<image>")]
-    told = f"2 placeholders (<image>, <video>) are kept as text; first: {place}/r.json, record 1"
-    make({"messages": turns, "image": "images/0000.png"}, {"messages": meant}, told=[told])
+    warned = f"2 placeholders (<image>, <video>) are kept as text; first: {place}/r.json, record 1"
+    make({"messages": turns, "image": "images/0000.png"}, {"messages": meant}, warned=[warned])
 
 
-def test_a_placeholder_and_an_image_in_a_field_that_is_not_read(place, preparation):
+def test_a_placeholder_beside_an_unread_image_is_an_error(place, preparation):
     raw = {"messages": [said("user", "<image>"), A], "photo": "images/0000.png"}
     refused(
         place,
@@ -200,11 +203,11 @@ def test_a_placeholder_and_an_image_in_a_field_that_is_not_read(place, preparati
     assert len(list(tokenised(place / "r.json", preparation))) == 1  # where it came from
 
 
-# -- calls and answers in a row -----------------------------------------------------------------------------------------
+# -- calls and answers in a row --------------------------------------------------------------------
 
 
 def share(*turns):
-    """ShareGPT's form."""
+    """A record in ShareGPT's format."""
     return {"conversations": [{"from": role, "value": value} for role, value in turns]}
 
 
@@ -266,8 +269,8 @@ def numbered(*ids):
 
 def test_responses_come_in_the_order_of_their_calls(make, place):
     turns = [Q, numbered("a", "b"), said("tool", "of b", tool_call_id="b"), said("tool", "of a", tool_call_id="a"), A]
-    told = f"2 tool responses were moved into the order of the calls; first: {place}/r.json, record 1"
-    make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, told=[told])
+    warned = f"2 tool responses were moved into the order of the calls; first: {place}/r.json, record 1"
+    make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, warned=[warned])
     make({"messages": [*turns[:2], turns[3], turns[2], A]})
     make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id=""), A]})  # by their order
 
@@ -283,7 +286,7 @@ SAID = st.one_of(TEXT, st.just("<think>\nwhy\n</think>\n\nLet me look."))
 
 @st.composite
 def agents(draw):
-    """The turns of ShareGPT, and those that are meant."""
+    """ShareGPT turns, and the messages that they stand for."""
     raw, meant = [], []
     for _ in range(draw(st.integers(1, 2))):
         for _ in range(draw(st.integers(1, 2))):
@@ -307,7 +310,7 @@ def agents(draw):
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(agents())
-def test_random_turns_have_the_text_of_those_that_are_meant(place, hf_tokenizer, both):
+def test_random_sharegpt_turns_render_like_messages(place, hf_tokenizer, both):
     raw, meant = both
     record, _ = parse_record(raw, "r", FieldNames.of(Attr()), ImageFolder(place))
     chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
@@ -354,16 +357,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_calls_and_answers_that_do_not_fit(case, place, preparation):
+def test_calls_and_responses_that_do_not_match_are_refused(case, place, preparation):
     turns, message = WRONG[case]
     refused(place, preparation, {"messages": turns}, message)
 
 
-def test_a_response_in_the_users_name(make):
+def test_a_response_in_a_user_turn(make):
     make({"messages": [Q, called(1), said("user", "<tool_response>\nr\n</tool_response>"), A]})
 
 
-# -- what a record says of its loss -------------------------------------------------------------------------------------
+# -- what a record says of its loss ----------------------------------------------------------------
 
 TWO = [said("user", "Q"), said("assistant", "x"), said("user", "R"), said("assistant", "y")]
 
@@ -383,13 +386,13 @@ def masked(masks, name="loss_mask", turns=TWO):
         ([None, None, None, 0], ["x"]),
     ],
 )
-def test_turns_that_say_if_they_are_trained(make, name, masks, trained):
-    """The text stays as it is."""
+def test_turns_may_say_whether_they_are_trained(make, name, masks, trained):
+    """Only the loss mask changes, not the text."""
     raw = {"messages": masked(masks, name)}
     assert make(raw, {"messages": TWO})[1] == [f"{text}{END}" for text in trained]
 
 
-def test_a_record_that_says_it_for_all_turns(make):
+def test_a_record_may_have_a_loss_mask_for_all_turns(make):
     turns = [{"from": {"user": "human"}.get(t["role"], "gpt"), "value": t["content"]} for t in TWO]
     for masks, trained in (([0, 0, 0, 1], ["y"]), ([0, True, False, 0], ["x"]), ([0, 1, 0, 1], ["x", "y"])):
         assert make({"conversations": turns, "loss_mask": masks}, {"messages": TWO})[1] == [
@@ -399,7 +402,7 @@ def test_a_record_that_says_it_for_all_turns(make):
     assert make(system, {"messages": [said("system", "S"), *TWO]})[1] == [f"y{END}"]
 
 
-def test_settings_and_the_record_both_have_to_want_it(make):
+def test_both_settings_and_record_must_ask_for_training(make):
     first, last = {"messages": masked([None, 1, None, 0])}, {"messages": masked([None, 1, None, 1])}
     assert make(last, {"messages": TWO}, mask_history=True)[1] == [f"y{END}"]
     assert make(first, {"messages": TWO}, train_on_prompt=True)[1] == [f"Q{END}", f"x{END}", f"R{END}"]
@@ -442,14 +445,14 @@ WRONG_MASKS = {
 
 
 @pytest.mark.parametrize("case", WRONG_MASKS)
-def test_masks_that_say_nothing_clear(case, place, preparation):
+def test_unclear_loss_masks_are_refused(case, place, preparation):
     raw, message = WRONG_MASKS[case]
     refused(place, preparation, raw, message)
 
 
 @pytest.mark.parametrize("masks", [(None, 1), (1, None), (1, 1)])
-def test_a_call_that_is_trained_as_its_answer_is(masks, make):
-    """What says nothing is trained, as what says 1."""
+def test_a_call_and_its_answer_share_their_loss(masks, make):
+    """A turn without a mask counts as 1."""
     answer, call = {"role": "assistant", "content": "a"}, {"name": "f", "arguments": {}}
     turns = [answer | {"loss": masks[0]}, {"role": "tool_call", "content": json.dumps(call), "loss": masks[1]}]
     user = {"role": "user", "content": "Q"}
@@ -458,7 +461,7 @@ def test_a_call_that_is_trained_as_its_answer_is(masks, make):
     assert trained == ["a\n\n<tool_call>\n<function=f>\n</function>\n</tool_call><|im_end|>\n"]
 
 
-# -- what is empty ------------------------------------------------------------------------------------------------------
+# -- what is empty ---------------------------------------------------------------------------------
 
 NOTHING = [
     {"images": []}, {"images": ""}, {"image": None}, {"videos": ""}, {"videos": []}, {"tools": ""}, {"tools": "[]"},
@@ -469,7 +472,7 @@ NOTHING = [
 
 
 @pytest.mark.parametrize("fields", NOTHING, ids=json.dumps)
-def test_empty_fields_of_a_record_are_nothing(make, fields):
+def test_empty_fields_of_a_record_are_ignored(make, fields):
     _, trained = make({"messages": [Q, A], **fields}, {"messages": [Q, A]})
     assert trained == [f"A{END}"]
 
@@ -482,7 +485,7 @@ EMPTY_IN_TURNS = [
 
 
 @pytest.mark.parametrize("fields", EMPTY_IN_TURNS, ids=json.dumps)
-def test_empty_fields_of_turns_are_nothing(make, fields):
+def test_empty_fields_of_turns_are_ignored(make, fields):
     _, trained = make({"messages": [Q | fields, A | fields]}, {"messages": [Q, A]})
     assert trained == [f"A{END}"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_into, runs_of
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 
 BLOCK = 2**18  # bytes; a part of the format
 DIGITS = 8  # of each checksum, in base 16
@@ -34,13 +34,13 @@ def blocks_in(nbytes: int) -> int:
     return -(-nbytes // BLOCK)
 
 
-def read_box_checked(path: Path, entry: Entry, wanted: str, box: Box) -> Tensor:
-    """The elements `box` of a tensor of a file, out of blocks that are read whole. Raises OSError, ChecksumError."""
+def read_slice_checked(path: Path, entry: Entry, wanted: str, region: TensorSlice) -> Tensor:
+    """The elements `region` of a tensor of a file, out of blocks that are read whole. Raises OSError, ChecksumError."""
     itemsize, out, filled = entry.spec.dtype.itemsize, torch.empty(0, dtype=entry.spec.dtype), 0
     first, last, held = 0, 0, torch.empty(0, dtype=torch.uint8)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for offset, count in runs_of(entry.spec.shape, box):
+        for offset, count in runs_of(entry.spec.shape, region):
             begin, end = offset * itemsize, (offset + count) * itemsize
             if begin < first or end > last:
                 first, last = begin // BLOCK * BLOCK, min(blocks_in(end) * BLOCK, entry.spec.nbytes)
@@ -51,12 +51,12 @@ def read_box_checked(path: Path, entry: Entry, wanted: str, box: Box) -> Tensor:
                 if checksums(data) != wanted[place : place + blocks_in(last - first) * DIGITS]:
                     raise ChecksumError("a checksum is not that of what was written")
             values = held[begin - first : end - first].view(entry.spec.dtype)
-            if count == box.numel:
-                return values.view(box.size)
+            if count == region.numel:
+                return values.view(region.lengths)
             if not filled:
-                out = torch.empty(box.numel, dtype=entry.spec.dtype)
+                out = torch.empty(region.numel, dtype=entry.spec.dtype)
             out[filled : filled + count] = values
             filled += count
     finally:
         os.close(fd)
-    return out.view(box.size)
+    return out.view(region.lengths)

@@ -24,7 +24,7 @@ from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_names import HEAD, lacks_mtp, may_be_left
 from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.load import Finite, fill, named_parameters
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST, host_buffer, synchronize
 
 __all__ = [
@@ -198,7 +198,7 @@ def _load_optimizer(
             group = group_of[id(parameter)]
             on_device = group.get("fused") or group.get("capturable")
             device = parameter.device if on_device else HOST
-            fresh.setdefault(name, {})[key] = states.read(full_name, Box((), ())).to(device)
+            fresh.setdefault(name, {})[key] = states.read(full_name, TensorSlice((), ())).to(device)
         elif spec.shape != tuple(parameter.shape):
             found.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
         else:

@@ -21,7 +21,7 @@ from qwen35.checkpoint.dcp_item import Written
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import Pickled, called, fields_of, pairs, read_pickle
 from qwen35.checkpoint.safetensors_file import CODES, DTYPES
-from qwen35.checkpoint.slices import Box, TensorSpec, is_shape
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec, is_shape
 from qwen35.errors import one_line
 
 MODULE = "torch.distributed.checkpoint."
@@ -33,7 +33,7 @@ BROKEN = (pickle.UnpicklingError, AttributeError, IndexError, KeyError, Recursio
 
 @dataclass(frozen=True)
 class Chunk:
-    box: Box
+    region: TensorSlice
     file: str
     begin: int  # of its bytes; without checksums: of the archive in which they are
     nbytes: int
@@ -86,8 +86,8 @@ def _from_json(data: bytes) -> dict[str, Stored]:
 
 
 def _chunk(row: Mapping[str, Any], spec: TensorSpec) -> Chunk:
-    box = Box(_numbers(row["start"]), _numbers(row["size"]))
-    return Chunk(box, row["file"], row["begin"], box.numel * spec.dtype.itemsize, row["crc32"].lower())
+    region = TensorSlice(_numbers(row["start"]), _numbers(row["size"]))
+    return Chunk(region, row["file"], row["begin"], region.numel * spec.dtype.itemsize, row["crc32"].lower())
 
 
 def _from_metadata(data: bytes) -> dict[str, Stored]:
@@ -108,13 +108,13 @@ def _from_metadata(data: bytes) -> dict[str, Stored]:
         chunks = []
         for chunk in fields["chunks"]:
             at = fields_of(chunk, MODULE + "metadata.ChunkStorageMetadata")
-            box = Box(_size(at["offsets"]), _size(at["sizes"]))
-            info = places.get((name, box.start))
+            region = TensorSlice(_size(at["offsets"]), _size(at["sizes"]))
+            info = places.get((name, region.offsets))
             if info is None:
                 raise ValueError(f"{name}: a part of it is missing")
             if info.get("transform_descriptors"):
                 raise ValueError(f"{name}: it is stored in a form that is not supported")
-            chunks.append(Chunk(box, info["relative_path"], info["offset"], info["length"], None))
+            chunks.append(Chunk(region, info["relative_path"], info["offset"], info["length"], None))
         stored[name] = Stored(TensorSpec(_size(fields["size"]), TORCH_DTYPES[dtype]), chunks)
     return stored
 
@@ -140,31 +140,31 @@ def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
     if not isinstance(name, str) or not name.isprintable() or len(name) > NAME:
         raise ValueError("a tensor in it has a name that no parameter can have")
     for chunk in stored.chunks:
-        box = chunk.box
-        if not len(box.start) == len(box.size) == len(shape):
+        region = chunk.region
+        if not len(region.offsets) == len(region.lengths) == len(shape):
             raise ValueError(f"{name}: a chunk of it has other axes")
-        if any(a + n > end for a, n, end in zip(box.start, box.size, shape, strict=True)):
+        if any(a + n > end for a, n, end in zip(region.offsets, region.lengths, shape, strict=True)):
             raise ValueError(f"{name}: a chunk of it lies outside of it")
         if not isinstance(chunk.file, str) or Path(chunk.file).name != chunk.file or chunk.file not in sizes:
             raise ValueError(f"{name}: it lies in no file of this checkpoint")
-        if not (_is_count(chunk.begin) and _is_count(chunk.nbytes) and box.numel * itemsize <= chunk.nbytes):
+        if not (_is_count(chunk.begin) and _is_count(chunk.nbytes) and region.numel * itemsize <= chunk.nbytes):
             raise ValueError(f"{name}: a chunk of it has another size than its bytes")
         if chunk.begin + chunk.nbytes > sizes[chunk.file]:
             raise ValueError(f"{name}: it lies beyond the end of {chunk.file}")
         if chunk.crc32 is not None and len(chunk.crc32) != blocks_in(chunk.nbytes) * DIGITS:
             raise ValueError(f"{name}: a chunk of it has too few checksums or too many")
-    boxes = [chunk.box for chunk in stored.chunks if chunk.box.numel]
-    if sum(box.numel for box in boxes) != math.prod(shape) or not _are_apart(boxes):
+    regions = [chunk.region for chunk in stored.chunks if chunk.region.numel]
+    if sum(region.numel for region in regions) != math.prod(shape) or not _are_apart(regions):
         raise ValueError(f"{name}: its chunks do not hold each element once")
 
 
-def _are_apart(boxes: list[Box]) -> bool:
-    """Whether no two boxes have an element in common, for boxes that come about by cutting: again and again, across."""
-    left = [(boxes, 0)]
+def _are_apart(regions: list[TensorSlice]) -> bool:
+    """Whether no two regions have an element in common, for regions that come about by cutting: again and again, across."""
+    left = [(regions, 0)]
     while left:
         group, cuts = left.pop()
         if len(group) > 1:
-            axes = range(len(group[0].start))
+            axes = range(len(group[0].offsets))
             parts = next((parts for axis in axes if len(parts := _cut(group, axis)) > 1), None)
             if parts is None or cuts == CUTS:
                 return False
@@ -172,13 +172,13 @@ def _are_apart(boxes: list[Box]) -> bool:
     return True
 
 
-def _cut(boxes: list[Box], axis: int) -> list[list[Box]]:
+def _cut(regions: list[TensorSlice], axis: int) -> list[list[TensorSlice]]:
     """Boxes in groups that lie one behind the other along an axis."""
-    groups: list[list[Box]] = []
+    groups: list[list[TensorSlice]] = []
     end = -1
-    for box in sorted(boxes, key=lambda box: box.start[axis]):
-        if box.start[axis] >= end:
+    for region in sorted(regions, key=lambda region: region.offsets[axis]):
+        if region.offsets[axis] >= end:
             groups.append([])
-        groups[-1].append(box)
-        end = max(end, box.start[axis] + box.size[axis])
+        groups[-1].append(region)
+        end = max(end, region.offsets[axis] + region.lengths[axis])
     return groups

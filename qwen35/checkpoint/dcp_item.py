@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from qwen35.checkpoint.checksums import ChecksumError, checksums
 from qwen35.checkpoint.pickle_read import PERSISTENT, Name, called, read_pickle
-from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_box, read_into
-from qwen35.checkpoint.slices import PIECE, Box, TensorSpec
+from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_into, read_slice
+from qwen35.checkpoint.slices import PIECE, TensorSlice, TensorSpec
 
 BROKEN_ARCHIVE = (  # what zipfile raises for broken data, and what its description raises
     zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError,
@@ -69,12 +69,12 @@ class DCPItem:
         if found != self.crc32:
             raise ChecksumError("a checksum is not that of what was written")
 
-    def read(self, box: Box) -> Tensor:
+    def read(self, region: TensorSlice) -> Tensor:
         if torch.empty_strided(self.spec.shape, self.strides, device="meta").is_contiguous():
             begin = self.storage.begin + self.first * self.spec.dtype.itemsize
-            return read_box(self.path, Entry(self.spec, begin), box)
-        flat = read_box(self.path, self.storage, Box.whole(self.storage.spec.shape))
-        return flat.as_strided(self.spec.shape, self.strides, self.first)[box.slices()]
+            return read_slice(self.path, Entry(self.spec, begin), region)
+        flat = read_slice(self.path, self.storage, TensorSlice.full(self.storage.spec.shape))
+        return flat.as_strided(self.spec.shape, self.strides, self.first)[region.slices()]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.checksums import ChecksumError, read_box_checked
+from qwen35.checkpoint.checksums import ChecksumError, read_slice_checked
 from qwen35.checkpoint.dcp_folder import MARKER, METADATA, damaged, read_marker
 from qwen35.checkpoint.dcp_index import Chunk, read_index
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.lock import hold_for_reading
 from qwen35.checkpoint.safetensors_file import Entry
-from qwen35.checkpoint.slices import Box, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 from qwen35.errors import one_line
 
 MODEL, OPTIMIZER = "model.", "optimizer."  # what the names in a checkpoint begin with
@@ -43,27 +43,27 @@ class DCPSource:
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """Reads the bytes of `box` and what shares a block with them, however large the pieces are that were stored.
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        """Reads the bytes of `region` and what shares a block with them, however large the pieces are that were stored.
 
         What has no checksums of blocks is read whole once.
         """
-        out = torch.empty(box.size, dtype=self.specs[name].dtype)
+        out = torch.empty(region.lengths, dtype=self.specs[name].dtype)
         for chunk in self._stored[name].chunks:  # which together hold each element once
-            part = chunk.box & box
+            part = chunk.region & region
             if part is not None:
-                values = self._read_part(name, chunk, part.seen_from(chunk.box.start))
-                if part == box:
+                values = self._read_part(name, chunk, part.relative_to(chunk.region.offsets))
+                if part == region:
                     return values
-                out[part.seen_from(box.start).slices()] = values
+                out[part.relative_to(region.offsets).slices()] = values
         return out
 
-    def _read_part(self, name: str, chunk: Chunk, part: Box) -> Tensor:
+    def _read_part(self, name: str, chunk: Chunk, part: TensorSlice) -> Tensor:
         """`part`, counted from the chunk's start."""
-        path, spec = self.checkpoint / chunk.file, TensorSpec(chunk.box.size, self.specs[name].dtype)
+        path, spec = self.checkpoint / chunk.file, TensorSpec(chunk.region.lengths, self.specs[name].dtype)
         try:
             if chunk.crc32 is not None:
-                return read_box_checked(path, Entry(spec, chunk.begin), chunk.crc32, part)
+                return read_slice_checked(path, Entry(spec, chunk.begin), chunk.crc32, part)
             item = self._items.get(chunk)
             if item is None:
                 item = find_item(path, chunk.begin, chunk.nbytes)

@@ -25,15 +25,15 @@ from qwen35.checkpoint.dcp_folder import INDEX, MARKER, checkpoint_name, marker_
 from qwen35.checkpoint.dcp_index import describe
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Box, TensorSpec, local_part
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec, local_part
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of a tensor: the elements `box` of one of `shape`."""
+    """What this rank holds of a tensor: the elements `region` of one of `shape`."""
 
     values: Tensor
-    box: Box
+    region: TensorSlice
     shape: tuple[int, ...]
 
 
@@ -90,9 +90,9 @@ class PartsPlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
-                _item(name, TensorSpec(part.shape, part.values.dtype), part.box)
+                _item(name, TensorSpec(part.shape, part.values.dtype), part.region)
                 for name, part in self.parts.items()
-                if part.box.numel
+                if part.region.numel
             ]
         )
         return self.plan
@@ -101,11 +101,13 @@ class PartsPlanner(DefaultSavePlanner):
         return self.parts[write_item.index.fqn].values
 
 
-def _item(name: str, spec: TensorSpec, box: Box) -> WriteItem:
+def _item(name: str, spec: TensorSpec, region: TensorSlice) -> WriteItem:
     data = TensorWriteData(
-        ChunkStorageMetadata(Size(box.start), Size(box.size)), TensorProperties(dtype=spec.dtype), Size(spec.shape)
+        ChunkStorageMetadata(Size(region.offsets), Size(region.lengths)),
+        TensorProperties(dtype=spec.dtype),
+        Size(spec.shape),
     )
-    return WriteItem(MetadataIndex(name, Size(box.start)), WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(MetadataIndex(name, Size(region.offsets)), WriteItemType.SHARD, tensor_data=data)
 
 
 class StreamWriter(dcp.FileSystemWriter):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.slices import Box, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
@@ -34,22 +34,22 @@ class Place:
     """A tensor on disk, and which part of a model's tensor it is."""
 
     name: str  # on disk
-    box: Box  # in the model's tensor
-    one_expert: bool = False  # the tensor on disk lacks the leading axis, which has length 1 in the box
+    region: TensorSlice  # in the model's tensor
+    one_expert: bool = False  # the tensor on disk lacks the leading axis, which has length 1 in the region
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
-        return self.box.size[1:] if self.one_expert else self.box.size
+        return self.region.lengths[1:] if self.one_expert else self.region.lengths
 
-    def on_disk(self, part: Box) -> Box:
+    def on_disk(self, part: TensorSlice) -> TensorSlice:
         """`part` of the model's tensor, as a part of the tensor on disk."""
-        seen = part.seen_from(self.box.start)
-        return Box(seen.start[1:], seen.size[1:]) if self.one_expert else seen
+        seen = part.relative_to(self.region.offsets)
+        return TensorSlice(seen.offsets[1:], seen.lengths[1:]) if self.one_expert else seen
 
-    def in_model(self, part: Box) -> Box:
+    def in_model(self, part: TensorSlice) -> TensorSlice:
         """`part` of the tensor on disk, as a part of the model's tensor."""
-        start, size = ((0, *part.start), (1, *part.size)) if self.one_expert else (part.start, part.size)
-        return Box(tuple(a + b for a, b in zip(start, self.box.start, strict=True)), size)
+        start, size = ((0, *part.offsets), (1, *part.lengths)) if self.one_expert else (part.offsets, part.lengths)
+        return TensorSlice(tuple(a + b for a, b in zip(start, self.region.offsets, strict=True)), size)
 
 
 def places(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[Place]:
@@ -59,12 +59,16 @@ def places(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> 
     """
     match = STACKED.fullmatch(name)
     if match is None or not _one_by_one(name, match, layout):
-        return [Place(name, Box.whole(shape))]
+        return [Place(name, TensorSlice.full(shape))]
     experts, rows, columns = shape
     parts = EXPERT_PARTS[match["stack"]]
     height = rows // len(parts)
     return [
-        Place(f"{match['experts']}.{j}.{part}.weight", Box((j, i * height, 0), (1, height, columns)), one_expert=True)
+        Place(
+            f"{match['experts']}.{j}.{part}.weight",
+            TensorSlice((j, i * height, 0), (1, height, columns)),
+            one_expert=True,
+        )
         for j in range(experts)
         for i, part in enumerate(parts)
     ]
@@ -81,11 +85,11 @@ def home(name: str, shape: Sequence[int]) -> tuple[str, Place]:
     """The inverse of `places`: the model's tensor that a tensor on disk belongs to, and its place there."""
     match = ONE_EXPERT.fullmatch(name)
     if match is None or len(shape) != 2:
-        return name, Place(name, Box.whole(shape))
+        return name, Place(name, TensorSlice.full(shape))
     stack = next(stack for stack, parts in EXPERT_PARTS.items() if match["part"] in parts)
     row = EXPERT_PARTS[stack].index(match["part"]) * shape[0]
-    box = Box((int(match["expert"]), row, 0), (1, *shape))
-    return f"{match['experts']}.{stack}", Place(name, box, one_expert=True)
+    region = TensorSlice((int(match["expert"]), row, 0), (1, *shape))
+    return f"{match['experts']}.{stack}", Place(name, region, one_expert=True)
 
 
 def published_dtype(name: str) -> torch.dtype:

@@ -13,8 +13,8 @@ from torch import Tensor
 from qwen35.checkpoint.errors import CheckpointError, Misfit, few
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Place, home, may_be_left, places
 from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
-from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
-from qwen35.checkpoint.slices import Box, Source, TensorSpec, pieces
+from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
+from qwen35.checkpoint.slices import Source, TensorSlice, TensorSpec, pieces
 from qwen35.errors import read_object
 from qwen35.model.config import is_tied
 
@@ -69,10 +69,10 @@ class HFFolder:
         """Whether the output head is the embedding, by config.json."""
         return is_tied(self.config)
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def read(self, name: str, region: TensorSlice | None = None) -> Tensor:
         """A tensor on disk, or a part of it, in its own dtype."""
         entry = self.files[self.file_of[name]].entries[name]
-        return read_box(self.folder / self.file_of[name], entry, box or Box.whole(entry.spec.shape))
+        return read_slice(self.folder / self.file_of[name], entry, region or TensorSlice.full(entry.spec.shape))
 
 
 class HFSource:
@@ -91,7 +91,10 @@ class HFSource:
             if name in folder.specs and len(found) > 1:
                 wrong.faulty.setdefault("there stacked and also one by one", []).append(name)
                 continue
-            end = [max(p.box.start[d] + p.box.size[d] for p in found) for d in range(len(found[0].box.size))]
+            end = [
+                max(p.region.offsets[d] + p.region.lengths[d] for p in found)
+                for d in range(len(found[0].region.lengths))
+            ]
             dtypes = {folder.specs[p.name].dtype for p in found}
             if found[0].one_expert:
                 there = {p.name: p.disk_shape for p in found}
@@ -103,16 +106,16 @@ class HFSource:
             self.specs[name] = TensorSpec(tuple(end), dtypes.pop())
         wrong.raise_if_any(f"{folder.folder}")
 
-    def read(self, name: str, box: Box) -> Tensor:
+    def read(self, name: str, region: TensorSlice) -> Tensor:
         found = self.places[name]
         if len(found) == 1 and not found[0].one_expert:
-            return self.folder.read(found[0].name, box)
-        out = torch.empty(box.size, dtype=self.specs[name].dtype)
+            return self.folder.read(found[0].name, region)
+        out = torch.empty(region.lengths, dtype=self.specs[name].dtype)
         for place in found:
-            part = place.box & box
+            part = place.region & region
             if part is not None:
                 values = self.folder.read(place.name, place.on_disk(part))
-                out[part.seen_from(box.start).slices()] = values.view(part.size)
+                out[part.relative_to(region.offsets).slices()] = values.view(part.lengths)
         return out
 
 
@@ -156,8 +159,8 @@ def equal(source: Source, one: str, other: str) -> bool:
     spec = source.specs[one]
     if spec != source.specs[other]:
         return False
-    for box in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
-        a, b = (source.read(name, box).contiguous().view(-1).view(torch.uint8) for name in (one, other))
+    for region in pieces(TensorSlice.full(spec.shape), spec.dtype.itemsize):
+        a, b = (source.read(name, region).contiguous().view(-1).view(torch.uint8) for name in (one, other))
         if not torch.equal(a, b):
             return False
     return True

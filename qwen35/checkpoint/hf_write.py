@@ -16,14 +16,14 @@ from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
 from qwen35.checkpoint.hf_read import INDEX, OTHER_WEIGHTS, HFFolder
-from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_box, read_header, write_at
-from qwen35.checkpoint.slices import Box, Source, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_header, read_slice, write_at
+from qwen35.checkpoint.slices import Source, TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 
 MARKER = ".qwen35.json"  # lies in folders that we wrote, and may replace
 
-Fetch = Callable[[str, Box], Tensor]  # (name on disk, part) -> values of any float dtype
+Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, part) -> values of any float dtype
 Progress = Callable[[int], object]  # is told the bytes of each piece
 
 
@@ -55,7 +55,7 @@ def save_hf(
     tied = exportable(shapes, source, f"the weights do not fit {source.folder}")
     _check_room(out, sum(header.nbytes for header in source.files.values()))
 
-    def fetch(name: str, part: Box) -> Tensor:
+    def fetch(name: str, part: TensorSlice) -> Tensor:
         owner, place = home(name, source.specs[name].shape)
         if tied and name == HEAD:
             owner = EMBEDDING
@@ -93,7 +93,7 @@ def write_hf(
     files = {f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors": names for k, names in enumerate(shards, 1)}
     headers = {file: make_header({name: specs[name] for name in names}) for file, names in files.items()}
 
-    def fetch(name: str, part: Box) -> Tensor:
+    def fetch(name: str, part: TensorSlice) -> Tensor:
         owner, place = layout_places[name]
         return values.read(owner, place.in_model(part))
 
@@ -129,12 +129,14 @@ class _File:
 
     def __init__(self, path: Path, header: Header):
         self.path, self.header = path, header
-        self.parts: list[tuple[str, Box, int]] = []  # name, piece of it, its first byte in the file
+        self.parts: list[tuple[str, TensorSlice, int]] = []  # name, piece of it, its first byte in the file
         for name, entry in header.entries.items():
             position, itemsize = entry.begin, entry.spec.dtype.itemsize
-            for box in pieces(Box.whole(entry.spec.shape), max(itemsize, torch.float32.itemsize)):  # as it is trained
-                self.parts.append((name, box, position))
-                position += box.numel * itemsize
+            for region in pieces(
+                TensorSlice.full(entry.spec.shape), max(itemsize, torch.float32.itemsize)
+            ):  # as it is trained
+                self.parts.append((name, region, position))
+                position += region.numel * itemsize
         self.sums: dict[int, int] = {}  # first byte of a piece -> checksum of the piece
         self.left, self.lock = len(self.parts), threading.Lock()
         path.write_bytes(header.raw)
@@ -155,17 +157,17 @@ class _File:
         """Have the disk hold the file, and read it back: every byte is what was meant to be written."""
         folders.flush(self.path)
         entries = read_header(self.path).entries
-        for name, box, position in self.parts:
-            if zlib.crc32(raw_bytes(read_box(self.path, entries[name], box))) != self.sums[position]:
+        for name, region, position in self.parts:
+            if zlib.crc32(raw_bytes(read_slice(self.path, entries[name], region))) != self.sums[position]:
                 raise CheckpointError(f"{self.path}: {name} read back differs from what was written")
 
 
 def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
     """Write safetensors files. Each is read back by the thread that ends it, while the others write the next."""
 
-    def write(_: int, parts: Iterator[tuple[_File, tuple[str, Box, int]]]) -> None:
-        for file, (name, box, position) in parts:
-            nbytes = file.write(name, position, fetch(name, box))
+    def write(_: int, parts: Iterator[tuple[_File, tuple[str, TensorSlice, int]]]) -> None:
+        for file, (name, region, position) in parts:
+            nbytes = file.write(name, position, fetch(name, region))
             if progress:
                 progress(nbytes)
 

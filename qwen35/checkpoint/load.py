@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Box, Source, local_part, pieces
+from qwen35.checkpoint.slices import Source, TensorSlice, local_part, pieces
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
@@ -28,8 +28,8 @@ class Finite:
     def __init__(self, source: Source, where: str | Path):
         self.source, self.where, self.specs = source, where, source.specs
 
-    def read(self, name: str, box: Box) -> Tensor:
-        values = self.source.read(name, box)
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        values = self.source.read(name, region)
         # both ends are NaN if any value is; this takes 1 ms for 8 MiB, looking at each value 20 to 50 ms
         if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
             count = int((~torch.isfinite(values)).sum())
@@ -44,10 +44,10 @@ class Finite:
 def fill(tensors: Mapping[str, Tensor], source: Source, progress: Callable[[int], object] | None = None) -> None:
     """Copy each tensor's own part from the source, cast to its dtype. Names and shapes must have been checked."""
     for name, tensor in tensors.items():
-        local, box = local_part(tensor)
+        local, region = local_part(tensor)
         itemsize = source.specs[name].dtype.itemsize
-        for part in pieces(box, itemsize):
+        for part in pieces(region, itemsize):
             values = source.read(name, part)
-            local[part.seen_from(box.start).slices()].copy_(values)
+            local[part.relative_to(region.offsets).slices()].copy_(values)
             if progress:
                 progress(values.nbytes)

@@ -21,7 +21,7 @@ from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.dcp_source import MODEL
 from qwen35.checkpoint.dcp_write import StreamWriter
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Box, Source, pieces
+from qwen35.checkpoint.slices import Source, TensorSlice, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
 
@@ -51,17 +51,17 @@ def write_release(source: Source, folder: str | Path, progress: Callable[[int], 
 
 def _write(source: Source, folder: Path, progress: Callable[[int], object] | None) -> None:
     plan = {
-        name: list(pieces(Box.whole(spec.shape), spec.dtype.itemsize)) or [Box.whole(spec.shape)]
+        name: list(pieces(TensorSlice.full(spec.shape), spec.dtype.itemsize)) or [TensorSlice.full(spec.shape)]
         for name, spec in source.specs.items()
     }
 
-    def write(number: int, parts: Iterator[tuple[str, Box]]) -> list[WriteResult]:
+    def write(number: int, parts: Iterator[tuple[str, TensorSlice]]) -> list[WriteResult]:
         path = folder / f"__0_{number}.distcp"
         written: list[WriteResult] = []
         with path.open("w+b") as file:
-            for name, box in parts:
-                values = source.read(name, box)
-                one = append_tensor(values, MetadataIndex(MODEL + name, Size(box.start)), path, file)
+            for name, region in parts:
+                values = source.read(name, region)
+                one = append_tensor(values, MetadataIndex(MODEL + name, Size(region.offsets)), path, file)
                 folders.flush_soon(file.fileno(), one.storage_data.offset, one.size_in_bytes)
                 written.append(one)
                 if progress:
@@ -69,15 +69,15 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
             folders.flush(path)
         return written
 
-    parts = [(name, box) for name, boxes in plan.items() for box in boxes]
+    parts = [(name, region) for name, regions in plan.items() for region in regions]
     is_small = sum(spec.nbytes for spec in source.specs.values()) <= SMALL
     written = share_out(parts, write, 1 if is_small else THREADS)
     described: dict[str, STORAGE_TYPES] = {
         MODEL + name: TensorStorageMetadata(
             TensorProperties(dtype=source.specs[name].dtype),
             Size(source.specs[name].shape),
-            [ChunkStorageMetadata(Size(box.start), Size(box.size)) for box in boxes],
+            [ChunkStorageMetadata(Size(region.offsets), Size(region.lengths)) for region in regions],
         )
-        for name, boxes in plan.items()
+        for name, regions in plan.items()
     }
     StreamWriter(folder).finish(Metadata(described), written)

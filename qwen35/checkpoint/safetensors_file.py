@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError, few
 from qwen35.checkpoint.folders import flush_soon
-from qwen35.checkpoint.slices import Box, TensorSpec, is_shape
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec, is_shape
 
 DTYPES = {
     "F64": torch.float64,
@@ -106,15 +106,15 @@ def make_header(specs: Mapping[str, TensorSpec]) -> Header:
     return Header(raw, entries, len(raw) + end)
 
 
-def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
-    """The elements `box` of one tensor of the file; reads exactly their bytes."""
-    out = torch.empty(box.size, dtype=entry.spec.dtype)
+def read_slice(path: Path, entry: Entry, region: TensorSlice) -> Tensor:
+    """The elements `region` of one tensor of the file; reads exactly their bytes."""
+    out = torch.empty(region.lengths, dtype=entry.spec.dtype)
     view = raw_bytes(out)
     itemsize, filled = entry.spec.dtype.itemsize, 0
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            for offset, count in runs_of(entry.spec.shape, box):
+            for offset, count in runs_of(entry.spec.shape, region):
                 length = count * itemsize
                 read_into(fd, view[filled : filled + length], entry.begin + offset * itemsize, path)
                 filled += length
@@ -151,17 +151,17 @@ def read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
         view, position = view[got:], position + got
 
 
-def runs_of(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
-    """(offset, count) in elements of the contiguous stretches that make up a box, in row-major order."""
-    if box.numel == 0:
+def runs_of(shape: Sequence[int], region: TensorSlice) -> Iterator[tuple[int, int]]:
+    """(offset, count) in elements of the contiguous stretches that make up a region, in row-major order."""
+    if region.numel == 0:
         return
-    # the axes behind `axis` are taken whole, so one run spans box.size[axis] rows of them
+    # the axes behind `axis` are taken whole, so one run spans region.lengths[axis] rows of them
     axis = len(shape)
-    while axis > 0 and box.size[axis - 1] == shape[axis - 1]:
+    while axis > 0 and region.lengths[axis - 1] == shape[axis - 1]:
         axis -= 1
     axis = max(axis - 1, 0)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    count = math.prod(box.size[axis:])
-    base = sum(a * s for a, s in zip(box.start, strides, strict=True))
-    for index in itertools.product(*(range(n) for n in box.size[:axis])):
+    count = math.prod(region.lengths[axis:])
+    base = sum(a * s for a, s in zip(region.offsets, strides, strict=True))
+    for index in itertools.product(*(range(n) for n in region.lengths[:axis])):
         yield base + sum(i * s for i, s in zip(index, strides[:axis], strict=True)), count

@@ -35,32 +35,32 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Box:
-    """The elements start[d] <= i_d < start[d] + size[d] of a tensor."""
+class TensorSlice:
+    """A rectangular region of a tensor: the elements with offsets[d] <= i_d < offsets[d] + lengths[d]."""
 
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @staticmethod
-    def whole(shape: Sequence[int]) -> "Box":
-        return Box((0,) * len(shape), tuple(shape))
+    def full(shape: Sequence[int]) -> "TensorSlice":
+        return TensorSlice((0,) * len(shape), tuple(shape))
 
     @property
     def numel(self) -> int:
-        return math.prod(self.size)
+        return math.prod(self.lengths)
 
     def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))
+        return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.lengths, strict=True))
 
-    def seen_from(self, origin: Sequence[int]) -> "Box":
+    def relative_to(self, origin: Sequence[int]) -> "TensorSlice":
         """The same elements, counted from `origin`."""
-        return Box(tuple(a - o for a, o in zip(self.start, origin, strict=True)), self.size)
+        return TensorSlice(tuple(a - o for a, o in zip(self.offsets, origin, strict=True)), self.lengths)
 
-    def __and__(self, other: "Box") -> "Box | None":
-        start = tuple(map(max, self.start, other.start))
-        end = [min(a + n, b + m) for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True)]
-        size = tuple(e - s for s, e in zip(start, end, strict=True))
-        return Box(start, size) if all(n > 0 for n in size) else None
+    def __and__(self, other: "TensorSlice") -> "TensorSlice | None":
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = (min(a.stop, b.stop) for a, b in zip(self.slices(), other.slices(), strict=True))
+        lengths = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
+        return TensorSlice(offsets, lengths) if all(n > 0 for n in lengths) else None
 
 
 class Source(Protocol):
@@ -69,8 +69,8 @@ class Source(Protocol):
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """The elements `box` of tensor `name`, in a CPU tensor of the stored dtype and of shape box.size."""
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        """The elements `region` of tensor `name`, in a CPU tensor of the stored dtype and of shape region.lengths."""
         ...
 
 
@@ -81,24 +81,24 @@ class TensorSource:
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
-    def read(self, name: str, box: Box) -> Tensor:
-        return self.tensors[name][box.slices()].cpu()
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        return self.tensors[name][region.slices()].cpu()
 
 
-def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
-    """Cut a box along its leading axes into boxes of at most `limit` bytes, in row-major order."""
-    if box.numel == 0:
+def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE) -> Iterator[TensorSlice]:
+    """Cut a region along its leading axes into regions of at most `limit` bytes, in row-major order."""
+    if region.numel == 0:
         return
-    axis = next((d for d, n in enumerate(box.size) if n > 1), None)
-    if axis is None or box.numel * itemsize <= limit:
-        yield box
+    axis = next((d for d, n in enumerate(region.lengths) if n > 1), None)
+    if axis is None or region.numel * itemsize <= limit:
+        yield region
         return
-    row = box.numel // box.size[axis] * itemsize
+    row = region.numel // region.lengths[axis] * itemsize
     step = max(1, limit // row)
-    for first in range(0, box.size[axis], step):
-        count = min(step, box.size[axis] - first)
-        start = (*box.start[:axis], box.start[axis] + first, *box.start[axis + 1 :])
-        part = Box(start, (*box.size[:axis], count, *box.size[axis + 1 :]))
+    for first in range(0, region.lengths[axis], step):
+        count = min(step, region.lengths[axis] - first)
+        offsets = (*region.offsets[:axis], region.offsets[axis] + first, *region.offsets[axis + 1 :])
+        part = TensorSlice(offsets, (*region.lengths[:axis], count, *region.lengths[axis + 1 :]))
         # a single row may still be too large: cut it along the next axis
         if row > limit:
             yield from pieces(part, itemsize, limit)
@@ -106,12 +106,12 @@ def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
             yield part
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
+def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
     """This rank's own part of a tensor and where it lies in the whole; a plain tensor is its own whole.
 
     Works for every sharding that a DTensor can have, uneven ones too; the part may be empty.
     """
     if not isinstance(tensor, DTensor):
-        return tensor, Box.whole(tensor.shape)
-    size, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), Box(tuple(start), tuple(size))
+        return tensor, TensorSlice.full(tensor.shape)
+    lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), TensorSlice(tuple(offsets), tuple(lengths))

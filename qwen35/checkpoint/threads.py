@@ -9,7 +9,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# two at least, so that one waits for the disk while another works; each holds a few pieces (boxes.PIECE) at a time
+# two at least, so that one waits for the disk while another works; each holds a few pieces (slices.PIECE) at a time
 THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 

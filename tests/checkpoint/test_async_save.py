@@ -21,7 +21,7 @@ from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, newest_checkpoi
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import sweep
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 
 PREFIXES = ("model.", "optimizer.")
 
@@ -176,7 +176,7 @@ def test_the_newest_stay(tmp_path):
         background.save(6, {}, {})
         background.finish()
         assert steps_in(tmp_path) == [3, 5, 6]  # the third is being read
-        assert source.read("late", Box.whole(model.late.shape)).equal(model.late)
+        assert source.read("late", TensorSlice.full(model.late.shape)).equal(model.late)
         del source
         background.save(7, {}, {})
     assert steps_in(tmp_path) == [6, 7]

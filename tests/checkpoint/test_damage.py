@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from qwen35.checkpoint import checksums as checksums_module
-from qwen35.checkpoint.checksums import checksums, read_box_checked
+from qwen35.checkpoint.checksums import checksums, read_slice_checked
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, settle
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import Box, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
 BEFORE = (
     DATA / "checkpoint_of_before"
@@ -227,7 +227,9 @@ def test_any_part_is_read_out_of_its_blocks(tmp_path, data):
     """The elements themselves; of the bytes, those of its blocks; and damage is seen if it lies in one of them."""
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     start = [data.draw(st.integers(0, n - 1)) for n in shape]
-    box = Box(tuple(start), tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True)))
+    region = TensorSlice(
+        tuple(start), tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True))
+    )
     block = data.draw(st.sampled_from([4, 8, 16, 64, 2**18]))
     values = torch.randn(shape)
     with pytest.MonkeyPatch.context() as patched:
@@ -239,15 +241,15 @@ def test_any_part_is_read_out_of_its_blocks(tmp_path, data):
         )
         content = b"abc" + raw_bytes(values).tobytes() + b"more"
         file.write_bytes(content)
-        assert torch.equal(read_box_checked(file, entry, wanted, box), values[box.slices()])
+        assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
         place = data.draw(st.integers(0, values.nbytes - 1))
         file.write_bytes(content[: 3 + place] + bytes([content[3 + place] ^ 1]) + content[4 + place :])
-        blocks = {n * 4 // block for n in torch.arange(values.numel()).view(shape)[box.slices()].flatten().tolist()}
+        blocks = {n * 4 // block for n in torch.arange(values.numel()).view(shape)[region.slices()].flatten().tolist()}
         if place // block in blocks:
             with pytest.raises(checksums_module.ChecksumError):
-                read_box_checked(file, entry, wanted, box)
+                read_slice_checked(file, entry, wanted, region)
         else:
-            assert torch.equal(read_box_checked(file, entry, wanted, box), values[box.slices()])
+            assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
 
 
 def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
@@ -260,10 +262,14 @@ def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
         return got
 
     monkeypatch.setattr(os, "preadv", counting)
-    for box in (Box((700, 0), (800, 1000)), Box((700, 0), (2, 1000)), Box((700, 10), (800, 3))):
+    for region in (
+        TensorSlice((700, 0), (800, 1000)),
+        TensorSlice((700, 0), (2, 1000)),
+        TensorSlice((700, 10), (800, 3)),
+    ):
         counts.clear()
-        assert torch.equal(read_box_checked(tmp_path / "file", entry, wanted, box), values[box.slices()])
-        assert sum(counts) <= box.size[0] * 4000 + 2 * checksums_module.BLOCK
+        assert torch.equal(read_slice_checked(tmp_path / "file", entry, wanted, region), values[region.slices()])
+        assert sum(counts) <= region.lengths[0] * 4000 + 2 * checksums_module.BLOCK
 
 
 # -- descriptions that lie ----------------------------------------------------------------------------------------------
@@ -316,7 +322,7 @@ def test_each_element_is_there_once(tmp_path, lie, form):
     if words is None:
         source = DCPSource(checkpoint)
         if form == "json":
-            assert torch.equal(source.read("x", Box((0, 0), (3, 4))), values)
+            assert torch.equal(source.read("x", TensorSlice((0, 0), (3, 4))), values)
         return
     with pytest.raises(CheckpointError, match=rf"is broken or not DCP's: .*{words}") as caught:
         DCPSource(checkpoint)
@@ -526,7 +532,9 @@ def test_changed_pickles(tmp_path, data):
 
     def read() -> bool:
         source = DCPSource(tmp_path)
-        return all(source.read(name, Box.whole(spec.shape)).shape == spec.shape for name, spec in source.specs.items())
+        return all(
+            source.read(name, TensorSlice.full(spec.shape)).shape == spec.shape for name, spec in source.specs.items()
+        )
 
     refusal(read)
     assert World.now() == before

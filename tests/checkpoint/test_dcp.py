@@ -19,7 +19,7 @@ from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import Box, TensorSource, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
 
 
 def small_model(width: int = 4) -> torch.nn.Module:
@@ -295,13 +295,17 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
 
 def test_parts_of_tensors_in_pieces(tmp_path, monkeypatch):
     """A tensor written in many pieces is read in any part."""
-    monkeypatch.setattr(release, "pieces", lambda box, size: pieces(box, size, 64))
+    monkeypatch.setattr(release, "pieces", lambda region, size: pieces(region, size, 64))
 
     whole = torch.randn(9, 5, 7)
     seen = []
     write_release(TensorSource({"x": whole, "scalar": torch.tensor(2)}), tmp_path, seen.append)
     assert sum(seen) == whole.nbytes + 8
     source = DCPSource(resolve_load(tmp_path))
-    for box in (Box((0, 0, 0), (9, 5, 7)), Box((3, 1, 2), (5, 3, 4)), Box((8, 4, 6), (1, 1, 1))):
-        assert torch.equal(source.read("x", box), whole[box.slices()])
-    assert source.read("scalar", Box((), ())).item() == 2
+    for region in (
+        TensorSlice((0, 0, 0), (9, 5, 7)),
+        TensorSlice((3, 1, 2), (5, 3, 4)),
+        TensorSlice((8, 4, 6), (1, 1, 1)),
+    ):
+        assert torch.equal(source.read("x", region), whole[region.slices()])
+    assert source.read("scalar", TensorSlice((), ())).item() == 2

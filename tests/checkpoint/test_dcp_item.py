@@ -14,14 +14,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from qwen35.checkpoint import dcp_item
 from qwen35.checkpoint import release as release_module
-from qwen35.checkpoint.checksums import read_box_checked
+from qwen35.checkpoint.checksums import read_slice_checked
 from qwen35.checkpoint.dcp_folder import resolve_load
 from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_item
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import Box, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 
 TENSORS = {
@@ -32,7 +32,7 @@ TENSORS = {
     "count": torch.tensor(7),
     "empty": torch.zeros(0, 4),
 }
-BOXES = {
+REGIONS = {
     "wide": [((0, 0, 0), (7, 6, 5)), ((2, 0, 0), (3, 6, 5)), ((1, 2, 3), (5, 3, 1))],
     "brain": [((3, 0), (2, 5)), ((0, 1), (12, 2))],
     "turned": [((0, 0), (5, 12)), ((1, 2), (3, 4))],
@@ -49,16 +49,16 @@ def test_what_torch_saves_is_read_in_any_part(tmp_path):
     source = DCPSource(tmp_path)
     assert set(source) == set(TENSORS)
     for name, tensor in TENSORS.items():
-        for box in (Box(*b) for b in BOXES[name]):
-            values = source.read(name, box)
+        for region in (TensorSlice(*b) for b in REGIONS[name]):
+            values = source.read(name, region)
             assert values.dtype == tensor.dtype
-            assert torch.equal(values, tensor[box.slices()]), (name, box)
+            assert torch.equal(values, tensor[region.slices()]), (name, region)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_torch_reads_a_release(tmp_path, monkeypatch):
     """Written in many pieces by several threads; torch's own reader finds each tensor whole."""
-    monkeypatch.setattr(release_module, "pieces", lambda box, size: pieces(box, size, 64))
+    monkeypatch.setattr(release_module, "pieces", lambda region, size: pieces(region, size, 64))
     monkeypatch.setattr(release_module, "SMALL", 0)
     told = []
     write_release(TensorSource(TENSORS), tmp_path, told.append)
@@ -83,10 +83,10 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
         return got
 
     monkeypatch.setattr(os, "preadv", counting)
-    assert torch.equal(source.read("x", Box((7, 0), (2, 1000))), tensor[7:9])
+    assert torch.equal(source.read("x", TensorSlice((7, 0), (2, 1000))), tensor[7:9])
     assert 12_000_000 + 8000 < sum(counts) < 12_000_000 + 8000 + 8192
     counts.clear()
-    assert torch.equal(source.read("x", Box((7, 10), (2, 5))), tensor[7:9, 10:15])
+    assert torch.equal(source.read("x", TensorSlice((7, 10), (2, 5))), tensor[7:9, 10:15])
     assert counts == [20, 20]
 
 
@@ -103,7 +103,7 @@ def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums)
         torch.serialization.set_crc32_options(True)
     source = DCPSource(tmp_path)
     for name, value in values.items():
-        assert torch.equal(source.read(name[6:], Box.whole(value.shape)), value)
+        assert torch.equal(source.read(name[6:], TensorSlice.full(value.shape)), value)
     (file,) = (path for path in tmp_path.glob("*.distcp") if path.stat().st_size)
     content, of_x = file.read_bytes(), raw_bytes(values["model.x"]).tobytes()
     for place in (0, 1500, 2399):
@@ -111,14 +111,14 @@ def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums)
         damaged[content.index(of_x) + place] ^= 16
         file.write_bytes(damaged)
         source = DCPSource(tmp_path)
-        assert torch.equal(source.read("y", Box((0,), (2,))), values["model.y"])
+        assert torch.equal(source.read("y", TensorSlice((0,), (2,))), values["model.y"])
         if has_checksums:
             with pytest.raises(
                 CheckpointError, match=r"is damaged where model\.x lies: a checksum is not that of what"
             ):
-                source.read("x", Box((7, 3), (1, 2)))
+                source.read("x", TensorSlice((7, 3), (1, 2)))
         else:
-            assert not torch.equal(source.read("x", Box((0, 0), (30, 20))), values["model.x"])
+            assert not torch.equal(source.read("x", TensorSlice((0, 0), (30, 20))), values["model.x"])
 
 
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)
@@ -129,9 +129,11 @@ def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
         written = append_tensor(tensor, MetadataIndex("x"), tmp_path / "file", file)
         file.write(b"and more")
     item = find_item(tmp_path / "file", 14, written.size_in_bytes)
-    assert torch.equal(item.read(Box((0, 1), (2, 2))), tensor[:, 1:])
+    assert torch.equal(item.read(TensorSlice((0, 1), (2, 2))), tensor[:, 1:])
     entry = Entry(TensorSpec((2, 3), dtype), written.begin)
-    assert torch.equal(read_box_checked(tmp_path / "file", entry, written.crc32, Box((0, 1), (2, 2))), tensor[:, 1:])
+    assert torch.equal(
+        read_slice_checked(tmp_path / "file", entry, written.crc32, TensorSlice((0, 1), (2, 2))), tensor[:, 1:]
+    )
     assert written.crc32 == f"{zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()):08x}"
 
 
@@ -182,7 +184,7 @@ def test_what_is_no_plain_tensor_is_refused(tmp_path, content, words):
     (tmp_path / "file").write_bytes(content(made))
     size = (tmp_path / "file").stat().st_size
     if words is None:
-        assert torch.equal(find_item(tmp_path / "file", 0, size).read(Box((0,), (2,))), torch.zeros(2))
+        assert torch.equal(find_item(tmp_path / "file", 0, size).read(TensorSlice((0,), (2,))), torch.zeros(2))
         return
     with pytest.raises(BROKEN_ARCHIVE, match=words):
         find_item(tmp_path / "file", 0, size)
@@ -197,11 +199,11 @@ def test_damage_is_one_line(tmp_path):
     with pytest.raises(
         CheckpointError, match=rf"{re.escape(str(data))}: is damaged where model\.x lies: .*; convert the weights again"
     ):
-        DCPSource(checkpoint).read("x", Box((0, 0), (1, 1)))
+        DCPSource(checkpoint).read("x", TensorSlice((0, 0), (1, 1)))
     source = DCPSource(checkpoint)
     data.unlink()
     with pytest.raises(CheckpointError, match=r"model\.x cannot be read: .*No such file"):
-        source.read("x", Box((0, 0), (1, 1)))
+        source.read("x", TensorSlice((0, 0), (1, 1)))
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
 CONVERT_SLOWLY = """
 import sys, time
 from qwen35.checkpoint import convert, lock
-def read(self, name, box, quick=convert.Finite.read):
+def read(self, name, region, quick=convert.Finite.read):
     print("in it", flush=True)
     time.sleep(600)
 if sys.argv.pop(1) == "hang":

@@ -29,20 +29,20 @@ from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.hf_write import save_hf
-from qwen35.checkpoint.slices import Box, pieces
+from qwen35.checkpoint.slices import TensorSlice, pieces
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 
 
-BOXES = [((0, 0, 0), (4, 6, 5)), ((1, 0, 0), (2, 6, 5)), ((1, 2, 0), (2, 3, 5)), ((0, 1, 2), (4, 2, 2))]
+REGIONS = [((0, 0, 0), (4, 6, 5)), ((1, 0, 0), (2, 6, 5)), ((1, 2, 0), (2, 3, 5)), ((0, 1, 2), (4, 2, 2))]
 
 
-@pytest.mark.parametrize("box", BOXES)
-def test_parts_of_tensors_are_read_as_the_library_reads_them(tmp_path, box):
+@pytest.mark.parametrize("region", REGIONS)
+def test_parts_of_tensors_are_read_as_the_library_reads_them(tmp_path, region):
     whole = torch.randn(4, 6, 5).to(torch.bfloat16)
     save_file({"x": whole, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}, tmp_path / "model.safetensors")
-    folder, box = HFFolder(tmp_path), Box(*box)
-    assert torch.equal(folder.read("x", box), whole[box.slices()])
+    folder, region = HFFolder(tmp_path), TensorSlice(*region)
+    assert torch.equal(folder.read("x", region), whole[region.slices()])
     assert folder.read("scalar").item() == 3
     assert folder.read("empty").shape == (0, 4)
 
@@ -50,7 +50,7 @@ def test_parts_of_tensors_are_read_as_the_library_reads_them(tmp_path, box):
 @pytest.mark.parametrize("limit", [1, 7, 40, 10**6])
 def test_pieces_cover_a_box_once_within_their_limit(limit):
     seen = torch.zeros(5, 7, 9)
-    inside = Box((1, 0, 2), (3, 5, 4))
+    inside = TensorSlice((1, 0, 2), (3, 5, 4))
     for piece in pieces(inside, 1, limit):
         assert piece.numel <= max(limit, 1)
         seen[piece.slices()] += 1

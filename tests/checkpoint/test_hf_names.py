@@ -121,7 +121,7 @@ def test_the_table_reads_back_what_it_says(size, layout):
     for name, shape in shapes.items():
         found = places(name, shape, layout)
         assert found == places(name, shape, names)
-        assert sum(place.box.numel for place in found) == math.prod(shape)
+        assert sum(place.region.numel for place in found) == math.prod(shape)
         for place in found:
             assert home(place.name, place.disk_shape) == (name, place)
 

@@ -115,10 +115,10 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     good = HFSource(HFFolder(folder))
 
     class Failing(HFSource):
-        def read(self, name, box):
+        def read(self, name, region):
             if name == "lm_head.weight":
                 raise OSError(28, os.strerror(28))
-            return good.read(name, box)
+            return good.read(name, region)
 
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
         save_hf(Failing(HFFolder(folder)), folder, tmp_path / "out")

@@ -32,7 +32,7 @@ from qwen35.checkpoint.dcp_item import find_item
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import Box, TensorSource
+from qwen35.checkpoint.slices import TensorSlice, TensorSource
 from qwen35.checkpoint.unread import not_read
 from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
 from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
@@ -57,14 +57,14 @@ RECORD = [
 
 def same(source) -> None:
     for name, spec in source.specs.items():
-        values = source.read(name, Box.whole(spec.shape))
+        values = source.read(name, TensorSlice.full(spec.shape))
         if name in TENSORS:  # checksums, or bytes that nobody touched: what was written
             assert values.shape == TENSORS[name].shape and torch.equal(values, TENSORS[name])
 
 
 def shapes(source) -> None:
     for name, spec in source.specs.items():
-        assert source.read(name, Box.whole(spec.shape)).shape == spec.shape
+        assert source.read(name, TensorSlice.full(spec.shape)).shape == spec.shape
 
 
 def settled(folder: Path) -> None:

@@ -21,7 +21,7 @@ from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_names import HEAD, lacks_mtp, may_be_left
+from qwen35.checkpoint.hf_names import HEAD, missing_mtp_hint, may_be_skipped
 from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.load import Finite, fill, named_parameters
 from qwen35.checkpoint.slices import TensorSlice
@@ -167,8 +167,8 @@ def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     """A checkpoint's weights, if names and shapes are the model's; nothing but the index is read. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
     found = Misfit(missing=[name for name in parameters if name not in source.specs])
-    found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
-    found.other = lacks_mtp(parameters, source.specs)
+    found.surplus = [name for name in source.specs if name not in parameters and not may_be_skipped(name, parameters)]
+    found.other = missing_mtp_hint(parameters, source.specs)
     for name, p in parameters.items():
         if name in source.specs and source.specs[name].shape != tuple(p.shape):
             found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
@@ -190,7 +190,7 @@ def _load_optimizer(
         key, _, name = full_name.partition(".")
         parameter = parameters.get(name)
         if parameter is None:
-            if not may_be_left(name, parameters):
+            if not may_be_skipped(name, parameters):
                 found.surplus.append(OPTIMIZER + full_name)
         elif id(parameter) not in group_of:
             continue  # frozen since

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_names import HEAD, disk_spec, lacks_mtp, places, shapes_of
+from qwen35.checkpoint.hf_names import HEAD, disk_spec, missing_mtp_hint, mappings_of, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import Finite, fill, named_parameters
@@ -25,8 +25,8 @@ __all__ = [
     "fitting",
     "load_hf",
     "load_pretrained",
+    "mappings_of",
     "not_read",
-    "places",
     "save_hf",
     "shapes_of",
     "stored_dtypes",
@@ -58,7 +58,7 @@ def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFold
     shapes = shapes_of(named_parameters(model).items())
     found = misfit(disk, shapes)
     if strict:
-        found.other += lacks_mtp(shapes, disk.specs)
+        found.other += missing_mtp_hint(shapes, disk.specs)
     else:
         found.missing, found.surplus, found.other = [], [], []
     found.raise_if_any(f"{folder} does not fit the model")

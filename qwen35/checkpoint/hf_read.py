@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError, Misfit, few
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Place, home, may_be_left, places
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, mapping_of, mappings_of, may_be_skipped
 from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
 from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
 from qwen35.checkpoint.slices import Source, TensorSlice, TensorSpec, pieces
@@ -81,13 +81,13 @@ class HFSource:
     def __init__(self, folder: HFFolder):
         """Raises CheckpointError if experts that are stored one by one have gaps, or differ in shape or dtype."""
         self.folder = folder
-        self.places: dict[str, list[Place]] = {}
+        self.mappings: dict[str, list[TensorMapping]] = {}
         for disk_name, spec in folder.specs.items():
-            name, place = home(disk_name, spec.shape)
-            self.places.setdefault(name, []).append(place)
+            name, mapping = mapping_of(disk_name, spec.shape)
+            self.mappings.setdefault(name, []).append(mapping)
         self.specs: dict[str, TensorSpec] = {}
         wrong = Misfit()
-        for name, found in self.places.items():
+        for name, found in self.mappings.items():
             if name in folder.specs and len(found) > 1:
                 wrong.faulty.setdefault("there stacked and also one by one", []).append(name)
                 continue
@@ -95,10 +95,10 @@ class HFSource:
                 max(p.region.offsets[d] + p.region.lengths[d] for p in found)
                 for d in range(len(found[0].region.lengths))
             ]
-            dtypes = {folder.specs[p.name].dtype for p in found}
+            dtypes = {folder.specs[p.disk_name].dtype for p in found}
             if found[0].one_expert:
-                there = {p.name: p.disk_shape for p in found}
-                wanted = {p.name: p.disk_shape for p in places(name, end, there)}
+                there = {p.disk_name: p.disk_shape for p in found}
+                wanted = {p.disk_name: p.disk_shape for p in mappings_of(name, end, there)}
                 wrong.missing += [n for n in wanted if n not in there]
                 wrong.misshapen |= {n: (s, wanted[n]) for n, s in there.items() if n in wanted and s != wanted[n]}
             if len(dtypes) > 1:
@@ -107,14 +107,14 @@ class HFSource:
         wrong.raise_if_any(f"{folder.folder}")
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
-        found = self.places[name]
+        found = self.mappings[name]
         if len(found) == 1 and not found[0].one_expert:
-            return self.folder.read(found[0].name, region)
+            return self.folder.read(found[0].disk_name, region)
         out = torch.empty(region.lengths, dtype=self.specs[name].dtype)
-        for place in found:
-            part = place.region & region
+        for mapping in found:
+            part = mapping.region & region
             if part is not None:
-                values = self.folder.read(place.name, place.on_disk(part))
+                values = self.folder.read(mapping.disk_name, mapping.to_disk(part))
                 out[part.relative_to(region.offsets).slices()] = values.view(part.lengths)
         return out
 
@@ -128,13 +128,13 @@ def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
     found = Misfit()
     used = set()
     for name, shape in shapes.items():
-        for place in places(name, shape, folder.specs):
-            used.add(place.name)
-            if place.name not in folder.specs:
-                found.missing.append(place.name)
-            elif folder.specs[place.name].shape != place.disk_shape:
-                found.misshapen[place.name] = (folder.specs[place.name].shape, place.disk_shape)
-    found.surplus = [n for n in folder.specs if n not in used and not may_be_left(n, shapes)]
+        for mapping in mappings_of(name, shape, folder.specs):
+            used.add(mapping.disk_name)
+            if mapping.disk_name not in folder.specs:
+                found.missing.append(mapping.disk_name)
+            elif folder.specs[mapping.disk_name].shape != mapping.disk_shape:
+                found.misshapen[mapping.disk_name] = (folder.specs[mapping.disk_name].shape, mapping.disk_shape)
+    found.surplus = [n for n in folder.specs if n not in used and not may_be_skipped(n, shapes)]
     if HEAD in found.missing:
         found.other.append(
             "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Misfit
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, home, places, published_dtype
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, mapping_of, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import INDEX, OTHER_WEIGHTS, HFFolder
 from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_header, read_slice, write_at
 from qwen35.checkpoint.slices import Source, TensorSlice, TensorSource, TensorSpec, pieces
@@ -56,10 +56,10 @@ def save_hf(
     _check_room(out, sum(header.nbytes for header in source.files.values()))
 
     def fetch(name: str, part: TensorSlice) -> Tensor:
-        owner, place = home(name, source.specs[name].shape)
+        owner, mapping = mapping_of(name, source.specs[name].shape)
         if tied and name == HEAD:
             owner = EMBEDDING
-        return values.read(owner, place.in_model(part)) if owner in values.specs else source.read(name, part)
+        return values.read(owner, mapping.to_model(part)) if owner in values.specs else source.read(name, part)
 
     content: dict[str, Any] = {}
     with folders.new_folder(out, MARKER, content) as temporary:
@@ -87,15 +87,15 @@ def write_hf(
     weights hold up to `shard_size` bytes, or one tensor. `folder` is replaced if it is empty or was written by us.
     """
     values, folder = TensorSource(state) if isinstance(state, Mapping) else state, Path(folder)
-    layout_places = {p.name: (n, p) for n, s in values.specs.items() for p in places(n, s.shape, layout)}
+    mappings = {p.disk_name: (n, p) for n, s in values.specs.items() for p in mappings_of(n, s.shape, layout)}
     specs = disk_spec({name: spec.shape for name, spec in values.specs.items()}, layout, dtype_of)
     shards = _fill_shards(specs, shard_size)
     files = {f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors": names for k, names in enumerate(shards, 1)}
     headers = {file: make_header({name: specs[name] for name in names}) for file, names in files.items()}
 
     def fetch(name: str, part: TensorSlice) -> Tensor:
-        owner, place = layout_places[name]
-        return values.read(owner, place.in_model(part))
+        owner, mapping = mappings[name]
+        return values.read(owner, mapping.to_model(part))
 
     content: dict[str, Any] = {}
     with folders.new_folder(folder, MARKER, content) as temporary:
@@ -193,12 +193,12 @@ def exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: 
     wrong, covered = Misfit(), set()
     tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
     for name, shape in shapes.items():
-        for place in places(name, shape, source.specs):
-            covered.add(place.name)
-            if place.name not in source.specs:
-                wrong.surplus.append(place.name)
-            elif source.specs[place.name].shape != place.disk_shape:
-                wrong.misshapen[place.name] = (place.disk_shape, source.specs[place.name].shape)
+        for mapping in mappings_of(name, shape, source.specs):
+            covered.add(mapping.disk_name)
+            if mapping.disk_name not in source.specs:
+                wrong.surplus.append(mapping.disk_name)
+            elif source.specs[mapping.disk_name].shape != mapping.disk_shape:
+                wrong.misshapen[mapping.disk_name] = (mapping.disk_shape, source.specs[mapping.disk_name].shape)
     copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
     wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
     wrong.raise_if_any(headline)

@@ -8,8 +8,8 @@ import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold
-from qwen35.checkpoint.hf import disk_spec, places
-from qwen35.checkpoint.hf_names import home
+from qwen35.checkpoint.hf import disk_spec, mappings_of
+from qwen35.checkpoint.hf_names import mapping_of
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 
@@ -119,11 +119,11 @@ def test_the_table_reads_back_what_it_says(size, layout):
     shapes = published_shapes(size)
     names = set(disk_spec(shapes, layout))
     for name, shape in shapes.items():
-        found = places(name, shape, layout)
-        assert found == places(name, shape, names)
-        assert sum(place.region.numel for place in found) == math.prod(shape)
-        for place in found:
-            assert home(place.name, place.disk_shape) == (name, place)
+        found = mappings_of(name, shape, layout)
+        assert found == mappings_of(name, shape, names)
+        assert sum(mapping.region.numel for mapping in found) == math.prod(shape)
+        for mapping in found:
+            assert mapping_of(mapping.disk_name, mapping.disk_shape) == (name, mapping)
 
 
 def test_long_lists_of_names_are_folded_without_loss():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
-from qwen35.checkpoint.folders import sweep
+from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.checkpoint.lock import holding
 
 STEPS, INTERVAL, LIMIT = 120, 3, 2
@@ -76,7 +76,7 @@ def run(
     log.unlink(missing_ok=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with holding(folder):
-        sweep(folder, ITERATION)
+        remove_leftovers(folder, ITERATION)
         model = Toy()
         optimizer = adam(model)
         newest = newest_checkpoint(folder)

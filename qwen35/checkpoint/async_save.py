@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp import training_state, write_parts
 from qwen35.checkpoint.dcp_folder import keep_newest
-from qwen35.checkpoint.dcp_write import Part, own_parts, together
+from qwen35.checkpoint.dcp_write import Part, own_parts, run_sharing_errors
 from qwen35.device import host_buffer, host_group, synchronize
 from qwen35.errors import complain
 
@@ -42,7 +42,7 @@ class Saver:
         self.folder, self.model, self.optimizer, self.limit = folder, model, optimizer, limit
         self.background = background
         self.saves = 0  # between steps
-        self.stood = 0.0  # seconds that the steps have stood still for them
+        self.stalled = 0.0  # seconds that the steps have stood still for them
         self._group = host_group(timeout) if background and dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._room: dict[str, Tensor] = {}  # of the copy
@@ -78,10 +78,10 @@ class Saver:
         else:
             self._write(step, parts, extra, rank_extra)
         if not is_last:
-            self.saves, self.stood = self.saves + 1, self.stood + time.perf_counter() - start
+            self.saves, self.stalled = self.saves + 1, self.stalled + time.perf_counter() - start
         return waited
 
-    def then(self, action: Callable[[], None]) -> None:
+    def run_after(self, action: Callable[[], None]) -> None:
         """Do something on this rank after what is being saved; at once if nothing is."""
         if self._jobs:
             self._jobs.append(self._thread.submit(action))
@@ -104,7 +104,7 @@ class Saver:
         if self.limit is not None:
             limit = self.limit
             tidy = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
-            together(tidy, self._group, f"{self.folder}: older checkpoints cannot be removed")
+            run_sharing_errors(tidy, self._group, f"{self.folder}: older checkpoints cannot be removed")
 
     def __enter__(self) -> "Saver":
         return self

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp import DCPSource, resolve_load
-from qwen35.checkpoint.dcp_folder import ITERATION, MARKER, about
+from qwen35.checkpoint.dcp_folder import ITERATION, MARKER, load_notes
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import check_apart, check_replaceable
 from qwen35.checkpoint.hf_names import HEAD, shapes_of
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             checkpoint = resolve_load(args.dcp_dir)
-            for line in [*about(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
+            for line in [*load_notes(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
                 print(line, flush=True)
             written = dcp_to_hf(checkpoint, args.origin_hf_dir, args.save_hf_dir)
     except USER_ERRORS as error:

@@ -21,15 +21,15 @@ from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Misfit
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_names import HEAD, missing_mtp_hint, may_be_skipped
+from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint
 from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.load import Finite, fill, named_parameters
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST, host_buffer, synchronize
 
 __all__ = [
+    "CheckpointInfo",
     "DCPSource",
-    "Loaded",
     "load_checkpoint",
     "newest_checkpoint",
     "resolve_load",
@@ -41,7 +41,7 @@ EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
 
 
 @dataclass(frozen=True)
-class Loaded:
+class CheckpointInfo:
     """What a checkpoint held besides weights and optimizer state."""
 
     path: Path
@@ -107,7 +107,7 @@ def write_parts(
     return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, world_size)
 
 
-def read_facts(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Loaded:
+def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:
     """What a whole checkpoint holds besides tensors. Raises CheckpointError where something of it is missing or damaged."""
     marker = read_marker(checkpoint)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
@@ -117,7 +117,7 @@ def read_facts(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Load
     is_own = marker["world_size"] == world_size and any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
     if is_own and own not in files:
         raise damaged(checkpoint, own, f"is missing, while there is one of another of the {world_size} ranks")
-    return Loaded(
+    return CheckpointInfo(
         path=checkpoint,
         step=marker["step"],
         world_size=marker["world_size"],
@@ -143,7 +143,7 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Loaded:
+) -> CheckpointInfo:
     """Load a checkpoint (`resolve_load` says which) into a model, plain or sharded in any way, and its optimizer.
 
     Values are cast to the parameters' dtypes. Each rank reads its own parts, without communication. Optimizer state
@@ -152,9 +152,9 @@ def load_checkpoint(
     lists them all. `mtp.*` is left out for a model without that layer. `progress` is called with the bytes read.
     """
     checkpoint = resolve_load(path)
-    loaded = read_facts(checkpoint, group)
+    loaded = read_info(checkpoint, group)
     parameters = named_parameters(model)
-    source = fitting_checkpoint(model, checkpoint)
+    source = open_matching_checkpoint(model, checkpoint)
     if HEAD not in parameters:
         check_tied(source, checkpoint)
     if optimizer is not None and loaded.has_optimizer:
@@ -163,7 +163,7 @@ def load_checkpoint(
     return loaded
 
 
-def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
+def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     """A checkpoint's weights, if names and shapes are the model's; nothing but the index is read. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
     found = Misfit(missing=[name for name in parameters if name not in source.specs])

@@ -21,7 +21,7 @@ from typing import Any
 
 from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import file_sizes, set_aside, sweep, write_atomic
+from qwen35.checkpoint.folders import file_sizes, remove_leftovers, set_aside, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object, read_text
 
@@ -191,7 +191,7 @@ def resolve_load(path: str | Path) -> Path:
     return found
 
 
-def about(path: str | Path, chosen: Path) -> list[str]:
+def load_notes(path: str | Path, chosen: Path) -> list[str]:
     """What to tell of the checkpoint that was chosen in a folder: which others were not, and why."""
     folder = Path(path)
     if chosen.parent != folder:
@@ -223,13 +223,13 @@ def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
 
 
-def settle(folder: Path) -> list[str]:
+def repair_save_folder(folder: Path) -> list[str]:
     """Put a save folder, which is this job's alone, in order after jobs that were stopped. Returns what to tell.
 
     What is not whole and newer than what the run goes on from gets another name: it is kept, and in nobody's way.
     Raises CheckpointError if there is nothing else: to start anew would be no resume.
     """
-    lines = sweep(folder, ITERATION)
+    lines = remove_leftovers(folder, ITERATION)
     newest = newest_checkpoint(folder)
     broken = [(path, why) for path, why in passed_over(folder, newest) if ITERATION.fullmatch(path.name)]
     if broken and newest is None:

@@ -60,9 +60,10 @@ def write_checkpoint(
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     temporary = checkpoint.with_name(checkpoint.name + ".tmp")
     is_new = not folder.exists()
-    together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
+    failure = f"{checkpoint} cannot be written"
+    run_sharing_errors(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, failure)
     try:
-        together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
+        run_sharing_errors(lambda: write_rest(temporary), group, failure)
         _dcp_save(temporary, planner, group)
 
         def finish() -> None:
@@ -70,7 +71,7 @@ def write_checkpoint(
                 folders.commit(temporary, checkpoint, MARKER, marker_content(temporary, step, world_size))
                 write_latest(folder, step)
 
-        together(finish, group, f"{checkpoint} cannot be written")
+        run_sharing_errors(finish, group, failure)
     except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -156,7 +157,7 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
+def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
     """Run an action on every rank; if any fails, all raise the same CheckpointError: none waits for one that is gone."""
     message: str | None = None
     cause: Exception | None = None

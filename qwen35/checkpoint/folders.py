@@ -133,7 +133,7 @@ def set_aside(folder: Path) -> Path:
     return gone
 
 
-def sweep(folder: Path, names: re.Pattern) -> list[str]:
+def remove_leftovers(folder: Path, names: re.Pattern) -> list[str]:
     """Tidy up what interrupted jobs left of folders of these names, inside one that is this job's alone.
 
     What is half-written or half-removed goes; a folder that was being replaced comes back. Returns a line for what matters.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_names import HEAD, disk_spec, missing_mtp_hint, mappings_of, shapes_of
+from qwen35.checkpoint.hf_names import HEAD, disk_spec, mappings_of, missing_mtp_hint, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
 from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
 from qwen35.checkpoint.load import Finite, fill, named_parameters
@@ -22,11 +22,11 @@ __all__ = [
     "check_export",
     "disk_spec",
     "empty_model",
-    "fitting",
     "load_hf",
     "load_pretrained",
     "mappings_of",
     "not_read",
+    "open_matching_folder",
     "save_hf",
     "shapes_of",
     "stored_dtypes",
@@ -45,14 +45,14 @@ def load_hf(
     they are, and surplus tensors are left out. `mtp.*` is left out for a model without that layer, and
     `lm_head.weight` for one with tied weights, if it equals the embedding.
     """
-    source = HFSource(fitting(model, folder, strict))
+    source = HFSource(open_matching_folder(model, folder, strict))
     parameters = named_parameters(model)
     if HEAD not in parameters:
         check_tied(source, folder)
     fill({name: p for name, p in parameters.items() if name in source.specs}, Finite(source, folder), progress)
 
 
-def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
+def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
     """The folder, if its index and headers are those of the model's tensors; nothing else is read. Raises CheckpointError."""
     disk = HFFolder(folder)
     shapes = shapes_of(named_parameters(model).items())

@@ -119,7 +119,7 @@ def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, 
 
 
 def missing_mtp_hint(wanted: Iterable[str], stored: Iterable[str]) -> list[str]:
-    """What to add to a list of missing tensors when the checkpoint has no multi-token prediction."""
+    """What to add to a list of missing tensors if the checkpoint has no multi-token prediction."""
     if not any(n.startswith("mtp.") for n in wanted) or any(n.startswith("mtp.") for n in stored):
         return []
     why = "it holds no mtp.*, which transformers leaves out when it saves, and a run without model.mtp_num_layers: 1"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError, Misfit, few
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, mapping_of, mappings_of, may_be_skipped
-from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
+from qwen35.checkpoint.model_folder import MERGE, config_of, refuse_unsupported
 from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
 from qwen35.checkpoint.slices import Source, TensorSlice, TensorSpec, pieces
 from qwen35.errors import read_object
@@ -35,7 +35,7 @@ class HFFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        refuse(self.folder)
+        refuse_unsupported(self.folder)
         names, weight_map = weight_files(self.folder)
         self.has_index = weight_map is not None
         self.files: dict[str, Header] = {file: read_header(self.folder / file) for file in names}

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen35.checkpoint.errors import CheckpointError
 
 LOCK = ".lock"
-PATIENCE = 5.0  # seconds that a job that was just killed may take to be gone
+LOCK_TIMEOUT = 5.0  # seconds that a job that was just killed may take to be gone
 BUSY = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)  # the last: of a folder, over NFS
 
@@ -79,7 +79,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_descrip
 MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
 
 
-def refuse(folder: Path) -> None:
+def refuse_unsupported(folder: Path) -> None:
     """Raises CheckpointError, ConfigError if a folder holds an adapter, or says that its weights are quantized."""
     for name in ADAPTERS:
         if (folder / name).is_file():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qwen35.checkpoint.errors import few
 from qwen35.checkpoint.hf_read import WEIGHTS, HFFolder, has_weights, weight_files
-from qwen35.checkpoint.model_folder import CONFIG, config_of, refuse
+from qwen35.checkpoint.model_folder import CONFIG, config_of, refuse_unsupported
 from qwen35.model.config import load_config
 from qwen35.model.config_keys import unknown_keys
 
@@ -26,12 +26,12 @@ _NAMES = tuple(word for word in " ".join(HARMLESS.values()).split() if not word.
 def not_read(folder: str | Path) -> list[str]:
     """What of a model folder is not read though it might mean something, a line for each kind.
 
-    Raises as `refuse`, and ConfigError if its config.json is not one of this model's.
+    Raises as `refuse_unsupported`, and ConfigError if its config.json is not one of this model's.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    refuse(folder)
+    refuse_unsupported(folder)
     load_config(folder)
     config, lines = config_of(folder), []
     if keys := unknown_keys(config):

@@ -20,7 +20,7 @@ from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, newest_checkpoint, whole
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import sweep
+from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.checkpoint.slices import TensorSlice
 
 PREFIXES = ("model.", "optimizer.")
@@ -103,18 +103,18 @@ def test_a_save_waits_for_the_one_before(tmp_path, gate, monkeypatch):
     wait_for = async_save.wait
     with Saver(tmp_path, model, optimizer, background=True) as background:
         background.save(1, {}, {})
-        background.then(lambda: done.append(steps_in(tmp_path)))
+        background.run_after(lambda: done.append(steps_in(tmp_path)))
         assert not list(tmp_path.iterdir())
         monkeypatch.setattr(async_save, "wait", wait)
         assert background.save(2, {}, {}) > 0.0
         assert done == ["waits", [1]]
-        background.then(lambda: done.append(steps_in(tmp_path)))
+        background.run_after(lambda: done.append(steps_in(tmp_path)))
         assert background.finish() >= 0.0
         assert done[-1] == [1, 2]
-        background.then(lambda: done.append("at once"))
+        background.run_after(lambda: done.append("at once"))
         assert done[-1] == "at once"
         assert background.saves == 2
-        assert background.stood > 0.0
+        assert background.stalled > 0.0
     assert steps_in(tmp_path) == [1, 2]
 
 
@@ -331,5 +331,5 @@ def test_a_half_removed_checkpoint_is_swept_away(tmp_path):
     (tmp_path / "iter_0000003.gone").mkdir()
     (tmp_path / "iter_0000003.gone" / "x").touch()
     (tmp_path / "thesis.gone").mkdir()
-    assert sweep(tmp_path, ITERATION) == []
+    assert remove_leftovers(tmp_path, ITERATION) == []
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.gone"]

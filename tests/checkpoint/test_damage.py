@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from qwen35.checkpoint import checksums as checksums_module
 from qwen35.checkpoint.checksums import checksums, read_slice_checked
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
-from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, settle
+from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, repair_save_folder
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
@@ -177,7 +177,7 @@ def test_a_renamed_folder_is_refused(run, tmp_path):
             as_before(folder / "iter_0000004")
         (folder / "iter_0000004").rename(folder / "iter_0000008")
         words = r"iter_0000008/complete\.json: it is that of iter_0000004; move it away; iter_0000002 follows"
-        for use in (newest_checkpoint, load, settle):
+        for use in (newest_checkpoint, load, repair_save_folder):
             with pytest.raises(CheckpointError, match=words):
                 use(folder)
         (folder / "iter_0000008").rename(folder / "the_best")
@@ -578,7 +578,7 @@ def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
     broken = folder / "iter_0000004"
     for number in ("", "1"):
         os.truncate(broken / "__0_0.distcp", 100)
-        (line, named) = settle(folder)
+        (line, named) = repair_save_folder(folder)
         assert line.startswith(f"{broken} is not whole ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
         assert line.endswith(
             f": it is now iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002"
@@ -588,11 +588,11 @@ def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
             == f"{folder}/latest_checkpointed_iteration.txt names iter_0000002 now, which was whole before it was named"
         )
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
-        assert settle(folder) == []
+        assert repair_save_folder(folder) == []
         shutil.copytree(run / "iter_0000004", broken)
         (folder / "latest_checkpointed_iteration.txt").write_text("4")
     (broken / ".metadata").unlink()
-    assert f"({broken}/.metadata: no such file)" in settle(folder)[0]
+    assert f"({broken}/.metadata: no such file)" in repair_save_folder(folder)[0]
     assert sorted(path.name for path in folder.glob("*.damaged*")) == [f"iter_0000004.damaged{n}" for n in ("", 1, 2)]
     keep_newest(folder, 1)
     assert len(list(folder.glob("*.damaged*"))) == 3
@@ -606,7 +606,7 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run, tmp_pat
     with pytest.raises(
         CheckpointError, match=r"no whole checkpoint in it; .*iter_0000004/complete\.json: no such file\. Move"
     ):
-        settle(folder)
+        repair_save_folder(folder)
 
 
 def test_the_latest_is_named_after_a_kill(run, tmp_path):
@@ -617,5 +617,5 @@ def test_the_latest_is_named_after_a_kill(run, tmp_path):
     for text in ("2", "", "9" * 5000, "²", "release"):
         latest.write_text(text)
         assert same(load(folder), load(run / "iter_0000004"))
-        assert "names iter_0000004 now" in settle(folder)[0]
+        assert "names iter_0000004 now" in repair_save_folder(folder)[0]
         assert latest.read_text() == "4"

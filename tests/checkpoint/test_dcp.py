@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen35.checkpoint import dcp_write, release
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint, training_state
-from qwen35.checkpoint.dcp_folder import about, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.extra import decode, encode
@@ -141,15 +141,15 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     assert (
         resolve_load(tmp_path) == iters[20]
     )  # as a run goes on, whatever is named there: its writing may be what failed
-    assert about(tmp_path, iters[20]) == [
+    assert load_notes(tmp_path, iters[20]) == [
         f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003; iter_0000020 is taken, the newest that is whole"
     ]
-    assert about(iters[3], iters[3]) == []  # by its own name, one may go back
+    assert load_notes(iters[3], iters[3]) == []  # by its own name, one may go back
     shutil.copytree(iters[20], tmp_path / "iter_0000030.tmp")
     assert newest_checkpoint(tmp_path) == iters[20]
     (iters[20] / "complete.json").unlink()
     assert newest_checkpoint(tmp_path) == iters[3]
-    assert about(tmp_path, iters[3]) == [
+    assert load_notes(tmp_path, iters[3]) == [
         f"{iters[20]} is passed over, for it is not whole ({iters[20]}/complete.json: no such file)"
     ]
     with pytest.raises(CheckpointError, match="iter_0000020: not a whole checkpoint"):

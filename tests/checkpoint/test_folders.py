@@ -81,7 +81,7 @@ def read(self, name, region, quick=convert.Finite.read):
     time.sleep(600)
 if sys.argv.pop(1) == "hang":
     convert.Finite.read = read
-lock.PATIENCE = 0.2
+lock.LOCK_TIMEOUT = 0.2
 raise SystemExit(convert.main(sys.argv[1:]))
 """
 

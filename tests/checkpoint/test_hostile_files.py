@@ -26,7 +26,14 @@ from safetensors.torch import save_file
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
-from qwen35.checkpoint.dcp_folder import LATEST, about, marker_content, read_file, resolve_load, settle
+from qwen35.checkpoint.dcp_folder import (
+    LATEST,
+    load_notes,
+    marker_content,
+    read_file,
+    repair_save_folder,
+    resolve_load,
+)
 from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_item
 from qwen35.checkpoint.errors import CheckpointError
@@ -69,8 +76,8 @@ def shapes(source) -> None:
 
 def settled(folder: Path) -> None:
     _latest(folder)
-    about(folder, resolve_load(folder))
-    settle(folder)
+    load_notes(folder, resolve_load(folder))
+    repair_save_folder(folder)
 
 
 def forged(folder: Path) -> Path:
@@ -341,7 +348,7 @@ def test_a_latest_that_names_nothing(tmp_path, kind):
     with at_most(60):
         assert _latest(tmp_path) == ([tmp_path / "release"] if kind == "5,000 digits" else [])
         assert resolve_load(tmp_path) == tmp_path / "iter_0000004"
-        assert settle(tmp_path) == [f"{file} names iter_0000004 now, which was whole before it was named"]
+        assert repair_save_folder(tmp_path) == [f"{file} names iter_0000004 now, which was whole before it was named"]
     assert file.read_text() == "4"
 
 

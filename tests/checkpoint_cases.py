@@ -94,7 +94,7 @@ def empty_model(config: dict, mtp: bool = False) -> Qwen35:
 def as_before(checkpoint: Path) -> None:
     """Rewrite a checkpoint's marker for what lies there now, in the form that had no tensors.json and no checksums."""
     (checkpoint / "tensors.json").unlink(missing_ok=True)
-    marker = json.loads((checkpoint / "complete.json").read_text())
+    manifest = json.loads((checkpoint / "complete.json").read_text())
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "complete.json"}
-    kept = {name: marker[name] for name in ("step", "world_size")}
+    kept = {name: manifest[name] for name in ("step", "world_size")}
     (checkpoint / "complete.json").write_text(json.dumps({**kept, "files": files}))

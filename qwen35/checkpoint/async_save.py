@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp import training_state, write_parts
+from qwen35.checkpoint.dcp import training_state, write_shards
 from qwen35.checkpoint.dcp_folder import keep_newest
-from qwen35.checkpoint.dcp_write import Part, own_parts, run_sharing_errors
+from qwen35.checkpoint.dcp_write import LocalShard, local_shards, run_sharing_errors
 from qwen35.device import host_buffer, host_group, synchronize
 from qwen35.errors import complain
 
@@ -45,7 +45,7 @@ class Saver:
         self.stalled = 0.0  # seconds that the steps have stood still for them
         self._group = host_group(timeout) if background and dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self._room: dict[str, Tensor] = {}  # of the copy
+        self._host_copies: dict[str, Tensor] = {}  # of the copy
         self._jobs: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
@@ -53,9 +53,9 @@ class Saver:
         """After each step: raises what a save in the background has failed with. Takes the copy's memory after the first."""
         while self._jobs and self._jobs[0].done():
             self._jobs.pop(0).result()
-        if self.background and not self._room:
-            for name, part in own_parts(training_state(self.model, self.optimizer)).items():
-                self._room[name] = host_buffer(part.values)
+        if self.background and not self._host_copies:
+            for name, part in local_shards(training_state(self.model, self.optimizer)).items():
+                self._host_copies[name] = host_buffer(part.values)
 
     def finish(self) -> float:
         """Wait until nothing is being saved. Returns the seconds; raises what has failed."""
@@ -72,9 +72,9 @@ class Saver:
         """
         start = time.perf_counter()
         waited = self.finish()
-        parts = own_parts(training_state(self.model, self.optimizer))
+        parts = local_shards(training_state(self.model, self.optimizer))
         if self.background and not is_last:
-            self._jobs.append(self._thread.submit(self._write, step, self._copied(parts), extra, rank_extra))
+            self._jobs.append(self._thread.submit(self._write, step, self._copy_to_host(parts), extra, rank_extra))
         else:
             self._write(step, parts, extra, rank_extra)
         if not is_last:
@@ -88,19 +88,19 @@ class Saver:
         else:
             action()
 
-    def _copied(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+    def _copy_to_host(self, parts: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
         copies = {}
         for name, part in parts.items():
-            if name not in self._room:  # the state of a tensor that had its first gradient just now
-                self._room[name] = host_buffer(part.values)
-            copies[name] = replace(part, values=self._room[name].copy_(part.values, non_blocking=True))
+            if name not in self._host_copies:  # the state of a tensor that had its first gradient just now
+                self._host_copies[name] = host_buffer(part.values)
+            copies[name] = replace(part, values=self._host_copies[name].copy_(part.values, non_blocking=True))
         synchronize({part.values.device for part in parts.values()})
         return copies
 
     def _write(
-        self, step: int, parts: Mapping[str, Part], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
+        self, step: int, parts: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
     ) -> None:
-        write_parts(self.folder, step, parts, extra, rank_extra, self._group)
+        write_shards(self.folder, step, parts, extra, rank_extra, self._group)
         if self.limit is not None:
             limit = self.limit
             tidy = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)

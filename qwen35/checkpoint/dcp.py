@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_marker, resolve_load
+from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_manifest, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
-from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.dcp_write import LocalShard, ShardPlanner, local_shards, write_checkpoint
+from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint
 from qwen35.checkpoint.hf_read import check_tied
-from qwen35.checkpoint.load import Finite, fill, named_parameters
+from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST, host_buffer, synchronize
 
@@ -84,13 +84,13 @@ def save_checkpoint(
     are made of what JSON has, tuples and small tensors. `group`: the ranks that take part, default all. Raises
     CheckpointError on all ranks if one fails; the checkpoints before it are untouched.
     """
-    return write_parts(folder, step, own_parts(training_state(model, optimizer)), extra, rank_extra, group)
+    return write_shards(folder, step, local_shards(training_state(model, optimizer)), extra, rank_extra, group)
 
 
-def write_parts(
+def write_shards(
     folder: str | Path,
     step: int,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, LocalShard],
     extra: Mapping[str, Any] | None = None,
     rank_extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -104,32 +104,34 @@ def write_parts(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, world_size)
+    return write_checkpoint(Path(folder), step, ShardPlanner(parts), write_rest, group, world_size)
 
 
 def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:
     """What a whole checkpoint holds besides tensors. Raises CheckpointError where something of it is missing or damaged."""
-    marker = read_marker(checkpoint)
+    manifest = read_manifest(checkpoint)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    own, files = RANK_EXTRA.format(rank), marker["files"]
-    if marker["step"] is not None and EXTRA not in files:
+    own, files = RANK_EXTRA.format(rank), manifest["files"]
+    if manifest["step"] is not None and EXTRA not in files:
         raise damaged(checkpoint, EXTRA, "is missing")
-    is_own = marker["world_size"] == world_size and any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
+    is_own = manifest["world_size"] == world_size and any(
+        name.startswith(RANK_EXTRA.partition("{")[0]) for name in files
+    )
     if is_own and own not in files:
         raise damaged(checkpoint, own, f"is missing, while there is one of another of the {world_size} ranks")
     return CheckpointInfo(
         path=checkpoint,
-        step=marker["step"],
-        world_size=marker["world_size"],
+        step=manifest["step"],
+        world_size=manifest["world_size"],
         has_optimizer=bool(DCPSource(checkpoint, OPTIMIZER).specs),
-        extra=_read_extra(checkpoint, EXTRA, marker) if EXTRA in files else {},
-        rank_extra=_read_extra(checkpoint, own, marker) if is_own else None,
+        extra=_read_extra(checkpoint, EXTRA, manifest) if EXTRA in files else {},
+        rank_extra=_read_extra(checkpoint, own, manifest) if is_own else None,
     )
 
 
-def _read_extra(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> dict[str, Any]:
+def _read_extra(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(checkpoint, name, marker))
+        content = json.loads(read_file(checkpoint, name, manifest))
         return dict(decode(content).items())
     except CheckpointError:
         raise
@@ -159,14 +161,14 @@ def load_checkpoint(
         check_tied(source, checkpoint)
     if optimizer is not None and loaded.has_optimizer:
         _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
-    fill(parameters, Finite(source, checkpoint), progress)
+    fill(parameters, FiniteSource(source, checkpoint), progress)
     return loaded
 
 
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     """A checkpoint's weights, if names and shapes are the model's; nothing but the index is read. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
-    found = Misfit(missing=[name for name in parameters if name not in source.specs])
+    found = Mismatch(missing=[name for name in parameters if name not in source.specs])
     found.surplus = [name for name in source.specs if name not in parameters and not may_be_skipped(name, parameters)]
     found.other = missing_mtp_hint(parameters, source.specs)
     for name, p in parameters.items():
@@ -184,7 +186,7 @@ def _load_optimizer(
 ) -> None:
     """Replace the optimizer's state by the checkpoint's. Parameters without any there have none afterwards."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    found = Misfit()
+    found = Mismatch()
     fresh: dict[str, dict[str, Tensor]] = {}
     for full_name, spec in states.specs.items():
         key, _, name = full_name.partition(".")

@@ -21,17 +21,17 @@ from typing import Any
 
 from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import file_sizes, remove_leftovers, set_aside, write_atomic
+from qwen35.checkpoint.folders import file_sizes, move_aside, remove_leftovers, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object, read_text
 
 FORMAT = 2  # 1, which nobody wrote down, had no tensors.json and no checksums
-MARKER = "complete.json"
-INDEX = "tensors.json"
+MANIFEST = "complete.json"
+TENSOR_INDEX = "tensors.json"
 METADATA = ".metadata"  # DCP's own; who reads a checkpoint holds it open
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-LARGEST = 1 << 30  # bytes of a file without tensors; tensors.json has 40 for a MiB of tensors
+MAX_FILE_BYTES = 1 << 30  # bytes of a file without tensors; tensors.json has 40 for a MiB of tensors
 ITERATION = re.compile(r"iter_([0-9]{7,18})")
 
 
@@ -44,18 +44,18 @@ def checkpoint_name(step: int | None) -> str:
     return RELEASE if step is None else f"iter_{step:07}"
 
 
-def marker_content(folder: Path, step: int | None, world_size: int = 1) -> dict[str, Any]:
+def manifest_content(folder: Path, step: int | None, world_size: int = 1) -> dict[str, Any]:
     """What complete.json says of the files that lie in a folder."""
     sizes = file_sizes(folder)
     sums = {name: checksum((folder / name).read_bytes()) for name in sizes if not name.endswith(".distcp")}
     content = {"format": FORMAT, "step": step, "world_size": world_size, "files": sizes, "crc32": sums}
-    sums[MARKER] = _checksum_of_marker(content)
+    sums[MANIFEST] = _manifest_checksum(content)
     return content
 
 
-def _checksum_of_marker(content: Mapping[str, Any]) -> str:
+def _manifest_checksum(content: Mapping[str, Any]) -> str:
     """Of all that it says but this."""
-    sums = {name: value for name, value in content["crc32"].items() if name != MARKER}
+    sums = {name: value for name, value in content["crc32"].items() if name != MANIFEST}
     said = [
         sorted(content),
         content["format"],
@@ -67,33 +67,35 @@ def _checksum_of_marker(content: Mapping[str, Any]) -> str:
     return checksum(json.dumps(said).encode())
 
 
-def read_marker(checkpoint: Path) -> Mapping[str, Any]:
+def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     """The content of complete.json.
 
     Raises IncompleteError if the checkpoint is not whole, CheckpointError if it cannot be what it says that it is.
     """
-    marker = checkpoint / MARKER
-    content = read_object(marker, IncompleteError)
+    manifest = checkpoint / MANIFEST
+    content = read_object(manifest, IncompleteError)
     sizes, sums = content.get("files"), content.setdefault("crc32", {})
     if not (isinstance(sizes, dict) and METADATA in sizes and _holds(sizes, int) and _holds(sums, str)):
-        raise IncompleteError(f"{marker}: does not say which files there are")
+        raise IncompleteError(f"{manifest}: does not say which files there are")
     for name, default in (("format", 1), ("step", None), ("world_size", 1)):
         if type(content.setdefault(name, default)) not in (int, type(default)):
-            raise CheckpointError(f"{marker}: {name}: {ascii(content[name])[:80]} is not a whole number")
+            raise CheckpointError(f"{manifest}: {name}: {ascii(content[name])[:80]} is not a whole number")
     if content["format"] not in (1, FORMAT):
-        raise CheckpointError(f"{marker}: format {content['format']}, which this version of the program does not know")
-    is_checked = content["format"] == FORMAT or INDEX in sizes
-    if is_checked and sums.get(MARKER) != _checksum_of_marker(content):
-        raise damaged(checkpoint, MARKER, "its checksum is not that of what it says")
+        raise CheckpointError(
+            f"{manifest}: format {content['format']}, which this version of the program does not know"
+        )
+    is_checked = content["format"] == FORMAT or TENSOR_INDEX in sizes
+    if is_checked and sums.get(MANIFEST) != _manifest_checksum(content):
+        raise damaged(checkpoint, MANIFEST, "its checksum is not that of what it says")
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
             raise IncompleteError(f"{path}: no such file")
         if path.stat().st_size != size:
-            raise IncompleteError(f"{path}: {path.stat().st_size} bytes, {MARKER} says {size}")
+            raise IncompleteError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {size}")
     is_named = checkpoint.name == RELEASE or ITERATION.fullmatch(checkpoint.name)
     if is_named and checkpoint.name != checkpoint_name(content["step"]):
-        raise damaged(checkpoint, MARKER, f"it is that of {checkpoint_name(content['step'])}")
+        raise damaged(checkpoint, MANIFEST, f"it is that of {checkpoint_name(content['step'])}")
     return content
 
 
@@ -111,32 +113,33 @@ def damaged(checkpoint: Path, file: str, why: str) -> CheckpointError:
     else:
         candidates = _candidates(checkpoint.parent)
         older = candidates[candidates.index(checkpoint) + 1 :] if checkpoint in candidates else []
-        follows = next((path.name for path in older if whole(path)), None)
+        follows = next((path.name for path in older if is_complete(path)), None)
         instead = "move it away; " + (f"{follows} follows" if follows else "there is no older one that is whole")
     return CheckpointError(f"{checkpoint / file}: {why}; {instead}")
 
 
-def read_file(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> bytes:
+def read_file(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     """A file that holds no tensors, as it was written. Raises CheckpointError."""
     path = checkpoint / name
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST:
-            raise CheckpointError(f"{path}: cannot be read: not a file, or one of more than {LARGEST:,} bytes")
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{path}: cannot be read: not a file, or one of more than {MAX_FILE_BYTES:,} bytes")
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {name} cannot be read: {error.strerror}") from None
-    if marker.get("format") == FORMAT and checksum(data) != marker["crc32"].get(name):
+    if manifest.get("format") == FORMAT and checksum(data) != manifest["crc32"].get(name):
         raise damaged(checkpoint, name, "is damaged, its checksum is not that of what was written")
     return data
 
 
-def whole(checkpoint: Path) -> Mapping[str, Any] | None:
-    """The content of complete.json if the checkpoint is whole, else None."""
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that complete.json lists is there in full, and it contradicts nothing."""
     try:
-        return read_marker(checkpoint)
+        read_manifest(checkpoint)
     except CheckpointError:
-        return None
+        return False
+    return True
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -146,7 +149,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     """
     for path in _candidates(Path(folder)):
         try:
-            read_marker(path)
+            read_manifest(path)
         except IncompleteError:
             continue
         return path
@@ -161,7 +164,7 @@ def _candidates(folder: Path) -> list[Path]:
     return [*(steps[step] for step in sorted(steps, reverse=True)), folder / RELEASE]
 
 
-def passed_over(folder: Path, chosen: Path | None) -> Iterator[tuple[Path, str]]:
+def skipped_checkpoints(folder: Path, chosen: Path | None) -> Iterator[tuple[Path, str]]:
     """The checkpoints that would be chosen before this one if they were whole, and what is wrong with them."""
     for path in _candidates(folder):
         if path == chosen:
@@ -178,16 +181,16 @@ def resolve_load(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    if path.name == RELEASE or ITERATION.fullmatch(path.name) or any((path / n).exists() for n in (MARKER, METADATA)):
+    if path.name == RELEASE or ITERATION.fullmatch(path.name) or any((path / n).exists() for n in (MANIFEST, METADATA)):
         try:
-            read_marker(path)
+            read_manifest(path)
         except IncompleteError as error:
             raise CheckpointError(f"{path}: not a whole checkpoint, was it interrupted? {error}") from None
         return path
     found = newest_checkpoint(path)
     if found is None:
-        broken = "".join(f"; {why}" for _, why in passed_over(path, None))
-        raise CheckpointError(f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MARKER}){broken}")
+        broken = "".join(f"; {why}" for _, why in skipped_checkpoints(path, None))
+        raise CheckpointError(f"{path}: no whole checkpoint in it ({RELEASE} or iter_… with {MANIFEST}){broken}")
     return found
 
 
@@ -196,7 +199,9 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     folder = Path(path)
     if chosen.parent != folder:
         return []
-    lines = [f"{broken} is passed over, for it is not whole ({why})" for broken, why in passed_over(folder, chosen)]
+    lines = [
+        f"{broken} is passed over, for it is not whole ({why})" for broken, why in skipped_checkpoints(folder, chosen)
+    ]
     if (latest := _latest(folder)) not in (None, chosen.name):
         lines.append(f"{folder / LATEST} names {latest}; {chosen.name} is taken, the newest that is whole")
     return lines
@@ -204,7 +209,7 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
 
 def _damage(checkpoint: Path) -> str:
     try:
-        read_marker(checkpoint)
+        read_manifest(checkpoint)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -231,7 +236,7 @@ def repair_save_folder(folder: Path) -> list[str]:
     """
     lines = remove_leftovers(folder, ITERATION)
     newest = newest_checkpoint(folder)
-    broken = [(path, why) for path, why in passed_over(folder, newest) if ITERATION.fullmatch(path.name)]
+    broken = [(path, why) for path, why in skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)]
     if broken and newest is None:
         path, why = broken[0]
         raise CheckpointError(f"{folder}: no whole checkpoint in it; {why}. Move {path.name} away to start anew")
@@ -252,9 +257,9 @@ def keep_newest(folder: Path, limit: int) -> None:
 
     `release` stays, and what is not whole: nobody knows what it is.
     """
-    found = [path for path in _candidates(folder) if path.name != RELEASE and whole(path)]
+    found = [path for path in _candidates(folder) if path.name != RELEASE and is_complete(path)]
     for path in found[limit:]:
         with removable(path / METADATA) as is_free:
-            gone = set_aside(path) if is_free else None
+            gone = move_aside(path) if is_free else None
         if gone:  # with no file of it open: NFS would keep that one
             shutil.rmtree(gone)

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 
 from qwen35.checkpoint.checksums import DIGITS, blocks_in
-from qwen35.checkpoint.dcp_folder import FORMAT, INDEX, METADATA, read_file
-from qwen35.checkpoint.dcp_item import Written
+from qwen35.checkpoint.dcp_folder import FORMAT, METADATA, TENSOR_INDEX, read_file
+from qwen35.checkpoint.dcp_item import ChunkWriteResult
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import Pickled, called, fields_of, pairs, read_pickle
 from qwen35.checkpoint.safetensors_file import CODES, DTYPES
@@ -26,8 +26,8 @@ from qwen35.errors import one_line
 
 MODULE = "torch.distributed.checkpoint."
 TORCH_DTYPES = {str(dtype): dtype for dtype in CODES}
-CUTS = 32  # of a tensor into chunks: more of them are nobody's layout, and would take long to look at
-NAME = 500  # characters
+MAX_CUTS = 32  # of a tensor into chunks: more of them are nobody's layout, and would take long to look at
+MAX_NAME = 500  # characters
 BROKEN = (pickle.UnpicklingError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
@@ -41,14 +41,14 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     spec: TensorSpec
     chunks: list[Chunk]
 
 
 def describe(metadata: Metadata, results: Iterable[WriteResult]) -> str:
     """The text of tensors.json. Raises CheckpointError if a part of a tensor was not written."""
-    found, tensors = {one.index: one for one in results if isinstance(one, Written)}, {}
+    found, tensors = {one.index: one for one in results if isinstance(one, ChunkWriteResult)}, {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)  # there are no others: extras are files of their own
         rows = []
@@ -62,11 +62,11 @@ def describe(metadata: Metadata, results: Iterable[WriteResult]) -> str:
     return json.dumps(tensors)
 
 
-def read_index(checkpoint: Path, marker: Mapping[str, Any]) -> dict[str, Stored]:
+def read_index(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """By the tensors' names. Raises CheckpointError for what no checkpoint could be: see `_check`."""
-    file, parse = (INDEX, _from_json) if marker.get("format") == FORMAT else (METADATA, _from_metadata)
-    data = read_file(checkpoint, file, marker)
-    sizes = marker.get("files") or {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.is_file()}
+    file, parse = (TENSOR_INDEX, _from_json) if manifest.get("format") == FORMAT else (METADATA, _from_metadata)
+    data = read_file(checkpoint, file, manifest)
+    sizes = manifest.get("files") or {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.is_file()}
     try:
         stored = parse(data)
         for name, one in stored.items():
@@ -77,11 +77,11 @@ def read_index(checkpoint: Path, marker: Mapping[str, Any]) -> dict[str, Stored]
     return stored
 
 
-def _from_json(data: bytes) -> dict[str, Stored]:
+def _from_json(data: bytes) -> dict[str, StoredTensor]:
     stored = {}
     for name, fields in json.loads(data).items():
         spec = TensorSpec(_numbers(fields["shape"]), DTYPES[fields["dtype"]])
-        stored[name] = Stored(spec, [_chunk(row, spec) for row in fields["chunks"]])
+        stored[name] = StoredTensor(spec, [_chunk(row, spec) for row in fields["chunks"]])
     return stored
 
 
@@ -90,7 +90,7 @@ def _chunk(row: Mapping[str, Any], spec: TensorSpec) -> Chunk:
     return Chunk(region, row["file"], row["begin"], region.numel * spec.dtype.itemsize, row["crc32"].lower())
 
 
-def _from_metadata(data: bytes) -> dict[str, Stored]:
+def _from_metadata(data: bytes) -> dict[str, StoredTensor]:
     root = fields_of(read_pickle(data), MODULE + "metadata.Metadata")
     places = {}
     for index, info in pairs(root["storage_data"]):
@@ -115,7 +115,7 @@ def _from_metadata(data: bytes) -> dict[str, Stored]:
             if info.get("transform_descriptors"):
                 raise ValueError(f"{name}: it is stored in a form that is not supported")
             chunks.append(Chunk(region, info["relative_path"], info["offset"], info["length"], None))
-        stored[name] = Stored(TensorSpec(_size(fields["size"]), TORCH_DTYPES[dtype]), chunks)
+        stored[name] = StoredTensor(TensorSpec(_size(fields["size"]), TORCH_DTYPES[dtype]), chunks)
     return stored
 
 
@@ -134,10 +134,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
+def _check(name: str, stored: StoredTensor, sizes: Mapping[str, int]) -> None:
     """Raises ValueError unless the chunks lie within the tensor and hold each element once, and their bytes within files."""
     shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
-    if not isinstance(name, str) or not name.isprintable() or len(name) > NAME:
+    if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
         raise ValueError("a tensor in it has a name that no parameter can have")
     for chunk in stored.chunks:
         region = chunk.region
@@ -154,25 +154,25 @@ def _check(name: str, stored: Stored, sizes: Mapping[str, int]) -> None:
         if chunk.crc32 is not None and len(chunk.crc32) != blocks_in(chunk.nbytes) * DIGITS:
             raise ValueError(f"{name}: a chunk of it has too few checksums or too many")
     regions = [chunk.region for chunk in stored.chunks if chunk.region.numel]
-    if sum(region.numel for region in regions) != math.prod(shape) or not _are_apart(regions):
+    if sum(region.numel for region in regions) != math.prod(shape) or not _are_disjoint(regions):
         raise ValueError(f"{name}: its chunks do not hold each element once")
 
 
-def _are_apart(regions: list[TensorSlice]) -> bool:
+def _are_disjoint(regions: list[TensorSlice]) -> bool:
     """Whether no two regions have an element in common, for regions that come about by cutting: again and again, across."""
     left = [(regions, 0)]
     while left:
         group, cuts = left.pop()
         if len(group) > 1:
             axes = range(len(group[0].offsets))
-            parts = next((parts for axis in axes if len(parts := _cut(group, axis)) > 1), None)
-            if parts is None or cuts == CUTS:
+            parts = next((parts for axis in axes if len(parts := _split_along(group, axis)) > 1), None)
+            if parts is None or cuts == MAX_CUTS:
                 return False
             left += [(part, cuts + 1) for part in parts]
     return True
 
 
-def _cut(regions: list[TensorSlice], axis: int) -> list[list[TensorSlice]]:
+def _split_along(regions: list[TensorSlice], axis: int) -> list[list[TensorSlice]]:
     """Boxes in groups that lie one behind the other along an axis."""
     groups: list[list[TensorSlice]] = []
     end = -1

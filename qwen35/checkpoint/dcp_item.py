@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from qwen35.checkpoint.checksums import ChecksumError, checksums
 from qwen35.checkpoint.pickle_read import PERSISTENT, Name, called, read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_into, read_slice
-from qwen35.checkpoint.slices import PIECE, TensorSlice, TensorSpec
+from qwen35.checkpoint.slices import PIECE_BYTES, TensorSlice, TensorSpec
 
 BROKEN_ARCHIVE = (  # what zipfile raises for broken data, and what its description raises
     zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OverflowError,
     pickle.UnpicklingError, IndexError, KeyError, TypeError, ValueError,
 )  # fmt: skip
-MOST = 2**16  # bytes of the description of one tensor
+MAX_DESCRIPTION_BYTES = 2**16  # bytes of the description of one tensor
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of a zip archive: the lengths of its name and of its extra field
 STORAGES = {  # torch's names for the kinds of bytes
     "BFloat16Storage": torch.bfloat16,
@@ -47,7 +47,7 @@ STORAGES = {  # torch's names for the kinds of bytes
 
 
 @dataclass(frozen=True)
-class DCPItem:
+class ArchivedTensor:
     """A tensor of a file."""
 
     path: Path
@@ -60,7 +60,7 @@ class DCPItem:
     def check(self) -> None:
         """Compare all its bytes with their checksum. Raises OSError, ChecksumError."""
         found, left = 0, self.storage.spec.nbytes if self.crc32 else 0
-        buffer = memoryview(bytearray(min(PIECE, left)))
+        buffer = memoryview(bytearray(min(PIECE_BYTES, left)))
         with self.path.open("rb") as file:
             while left:
                 piece = buffer[:left]
@@ -78,14 +78,14 @@ class DCPItem:
 
 
 @dataclass(frozen=True)
-class Written(WriteResult):
+class ChunkWriteResult(WriteResult):
     """What was written of a chunk, as DCP wants to know it, and as tensors.json says it."""
 
     begin: int  # of the tensor's bytes, from the start of the file
     crc32: str
 
 
-def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: BufferedRandom) -> Written:
+def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: BufferedRandom) -> ChunkWriteResult:
     """Append a CPU tensor to the file `path`, open as "w+b", as DCP's reader expects it. Raises OSError."""
     alone = tensor.contiguous()
     if alone.untyped_storage().nbytes() > alone.nbytes:  # of which it may be a part: torch.save writes all of it
@@ -99,20 +99,20 @@ def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: Buffer
         raise
     file.flush()
     length = file.tell() - offset
-    begin = _item_in(file.fileno(), path, offset, length).storage.begin
-    return Written(index, length, _StorageInfo(path.name, offset, length), begin, checksums(raw_bytes(alone)))
+    begin = _archived_tensor(file.fileno(), path, offset, length).storage.begin
+    return ChunkWriteResult(index, length, _StorageInfo(path.name, offset, length), begin, checksums(raw_bytes(alone)))
 
 
-def find_item(path: Path, offset: int, length: int) -> DCPItem:
+def find_archived_tensor(path: Path, offset: int, length: int) -> ArchivedTensor:
     """The tensor whose archive is the file's bytes from `offset` on.
 
     Raises OSError, BROKEN_ARCHIVE; a description that names anything but one plain tensor is refused.
     """
     with path.open("rb") as file:
-        return _item_in(file.fileno(), path, offset, length)
+        return _archived_tensor(file.fileno(), path, offset, length)
 
 
-def _item_in(fd: int, path: Path, offset: int, length: int) -> DCPItem:
+def _archived_tensor(fd: int, path: Path, offset: int, length: int) -> ArchivedTensor:
     with zipfile.ZipFile(_Section(fd, offset, length)) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if "byteorder" in members and _text(archive, members["byteorder"]) != b"little":
@@ -131,11 +131,11 @@ def _item_in(fd: int, path: Path, offset: int, length: int) -> DCPItem:
         if begin + stored.nbytes > offset + length:
             raise pickle.UnpicklingError("its bytes lie beyond it")
     spec = TensorSpec(view.shape, view.dtype)
-    return DCPItem(path, spec, Entry(stored, begin), view.first, view.strides, member.CRC)
+    return ArchivedTensor(path, spec, Entry(stored, begin), view.first, view.strides, member.CRC)
 
 
 def _text(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    if member.file_size > MOST or member.compress_type != zipfile.ZIP_STORED:
+    if member.file_size > MAX_DESCRIPTION_BYTES or member.compress_type != zipfile.ZIP_STORED:
         raise pickle.UnpicklingError("its description is not torch's")
     if not member.CRC:
         del member.CRC  # zipfile then compares nothing

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.checksums import ChecksumError, read_slice_checked
-from qwen35.checkpoint.dcp_folder import MARKER, METADATA, damaged, read_marker
+from qwen35.checkpoint.dcp_folder import MANIFEST, METADATA, damaged, read_manifest
 from qwen35.checkpoint.dcp_index import Chunk, read_index
-from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, DCPItem, find_item
+from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, ArchivedTensor, find_archived_tensor
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.lock import hold_for_reading
 from qwen35.checkpoint.safetensors_file import Entry
@@ -34,11 +34,11 @@ class DCPSource:
             weakref.finalize(self, os.close, hold_for_reading(self.checkpoint / METADATA))
         except OSError as error:
             raise CheckpointError(f"{self.checkpoint}: {METADATA} cannot be read: {error.strerror}") from None
-        marker = read_marker(self.checkpoint) if (self.checkpoint / MARKER).exists() else {}
-        stored = read_index(self.checkpoint, marker)
+        manifest = read_manifest(self.checkpoint) if (self.checkpoint / MANIFEST).exists() else {}
+        stored = read_index(self.checkpoint, manifest)
         self._stored = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
         self.specs: dict[str, TensorSpec] = {name: one.spec for name, one in self._stored.items()}
-        self._items: dict[Chunk, DCPItem] = {}
+        self._items: dict[Chunk, ArchivedTensor] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -66,7 +66,7 @@ class DCPSource:
                 return read_slice_checked(path, Entry(spec, chunk.begin), chunk.crc32, part)
             item = self._items.get(chunk)
             if item is None:
-                item = find_item(path, chunk.begin, chunk.nbytes)
+                item = find_archived_tensor(path, chunk.begin, chunk.nbytes)
                 if item.spec != spec:
                     raise ChecksumError("another tensor is there")
                 item.check()  # whole: an archive has one checksum for all of a tensor

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.dcp_folder import INDEX, MARKER, checkpoint_name, marker_content, write_latest
+from qwen35.checkpoint.dcp_folder import MANIFEST, TENSOR_INDEX, checkpoint_name, manifest_content, write_latest
 from qwen35.checkpoint.dcp_index import describe
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.errors import CheckpointError
@@ -29,7 +29,7 @@ from qwen35.checkpoint.slices import TensorSlice, TensorSpec, local_part
 
 
 @dataclass(frozen=True)
-class Part:
+class LocalShard:
     """What this rank holds of a tensor: the elements `region` of one of `shape`."""
 
     values: Tensor
@@ -37,9 +37,9 @@ class Part:
     shape: tuple[int, ...]
 
 
-def own_parts(state: Mapping[str, Tensor]) -> dict[str, Part]:
+def local_shards(state: Mapping[str, Tensor]) -> dict[str, LocalShard]:
     """The parts of this rank by name, the tensors' own memory; a plain tensor is its own whole."""
-    return {name: Part(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
+    return {name: LocalShard(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def write_checkpoint(
@@ -61,14 +61,14 @@ def write_checkpoint(
     temporary = checkpoint.with_name(checkpoint.name + ".tmp")
     is_new = not folder.exists()
     failure = f"{checkpoint} cannot be written"
-    run_sharing_errors(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, failure)
+    run_sharing_errors(lambda: folders.begin(checkpoint, MANIFEST) if is_first else None, group, failure)
     try:
         run_sharing_errors(lambda: write_rest(temporary), group, failure)
         _dcp_save(temporary, planner, group)
 
         def finish() -> None:
             if is_first:
-                folders.commit(temporary, checkpoint, MARKER, marker_content(temporary, step, world_size))
+                folders.commit(temporary, checkpoint, MANIFEST, manifest_content(temporary, step, world_size))
                 write_latest(folder, step)
 
         run_sharing_errors(finish, group, failure)
@@ -81,10 +81,10 @@ def write_checkpoint(
     return checkpoint
 
 
-class PartsPlanner(DefaultSavePlanner):
+class ShardPlanner(DefaultSavePlanner):
     """Plans the parts that this rank holds. What several ranks hold, one of them writes (DefaultSavePlanner's doing)."""
 
-    def __init__(self, parts: Mapping[str, Part]):
+    def __init__(self, parts: Mapping[str, LocalShard]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.parts = parts
 
@@ -130,7 +130,7 @@ class StreamWriter(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank: tensors.json, and .metadata beside it."""
-        (Path(self.path) / INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
+        (Path(self.path) / TENSOR_INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
         super().finish(metadata, results)
 
 

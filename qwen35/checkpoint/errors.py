@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from qwen35.errors import UserError, one_line, visible
 
-SHOWN = 3  # names of a kind in a message
-LONGEST = 500  # characters of a message
+MAX_NAMES = 3  # names of a kind in a message
+MAX_MESSAGE = 500  # characters of a message
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -17,7 +17,7 @@ class CheckpointError(UserError):
 
 
 @dataclass
-class Misfit:
+class Mismatch:
     """What keeps a checkpoint from fitting, collected so that it can be told at once.
 
     A message names the first few tensors of each kind and counts the rest; all of them stand in a file that it names.
@@ -33,12 +33,12 @@ class Misfit:
 
     def raise_if_any(self, headline: str) -> None:
         """Raise CheckpointError with everything in one line, if there is anything."""
-        kinds = {"missing": fold(self.missing), "not of this model": fold(self.surplus)}
+        kinds = {"missing": fold_names(self.missing), "not of this model": fold_names(self.surplus)}
         shapes: dict[str, list[str]] = {}
         for name, (there, wanted) in self.misshapen.items():
             shapes.setdefault(f"is {list(there)} instead of {list(wanted)}", []).append(name)
-        kinds["misshapen"] = [f"{one} {words}" for words, names in shapes.items() for one in fold(names)]
-        kinds |= {words: fold(names) for words, names in self.faulty.items()}
+        kinds["misshapen"] = [f"{one} {words}" for words, names in shapes.items() for one in fold_names(names)]
+        kinds |= {words: fold_names(names) for words, names in self.faulty.items()}
         counts = {
             "missing": self.missing,
             "not of this model": self.surplus,
@@ -49,22 +49,22 @@ class Misfit:
         for words, told in kinds.items():
             if told:
                 count = len(counts[words])
-                rest = ", …" * (len(told) > SHOWN)
-                parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:SHOWN])}{rest}")
+                rest = ", …" * (len(told) > MAX_NAMES)
+                parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:MAX_NAMES])}{rest}")
                 is_whole &= not rest
         message = visible(f"{headline}: {'; '.join(parts)}")
-        if parts and (not is_whole or len(message) > LONGEST):
+        if parts and (not is_whole or len(message) > MAX_MESSAGE):
             where = f"; all of them: {_write(headline, counts)}"
-            room = LONGEST - len(where)
+            room = MAX_MESSAGE - len(where)
             message = (message if len(message) <= room else f"{message[: room - 1]}…") + where
         if parts:
             raise CheckpointError(message)
 
 
-def few(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    shown = ", ".join(visible(name[:80]) for name in names[:SHOWN])
-    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+    shown = ", ".join(visible(name[:80]) for name in names[:MAX_NAMES])
+    return shown + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
 
 
 def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
@@ -78,7 +78,7 @@ def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
     return file.name
 
 
-def fold(names: Iterable[str]) -> list[str]:
+def fold_names(names: Iterable[str]) -> list[str]:
     """Names that differ only in layer or expert are one: `layers.{0-2,4}.mlp.gate.weight`.
 
     Nothing is left out: names are folded only where every combination of the numbers shown is present.

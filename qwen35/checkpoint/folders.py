@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.errors import CheckpointError, few
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.lock import LOCK, holding
 from qwen35.errors import naming, read_object
 
 INCOMPLETE = ".incomplete"  # lies in a folder that is being written
 
 
-def begin(folder: Path, marker: str) -> Path:
+def begin(folder: Path, manifest: str) -> Path:
     """Make the empty temporary folder that `commit` turns into `folder`; what an interrupted run left of it is removed.
 
     Raises CheckpointError as `check_replaceable`.
@@ -25,7 +25,7 @@ def begin(folder: Path, marker: str) -> Path:
     if not folder.exists() and (old / INCOMPLETE).is_file():  # a job was stopped between the two renames of `commit`
         old.rename(folder)
         (folder / INCOMPLETE).unlink()
-    check_replaceable(folder, marker)
+    check_replaceable(folder, manifest)
     temporary = _temporary(folder)
     if temporary.exists():
         _clear(temporary, keep=LOCK)
@@ -34,32 +34,32 @@ def begin(folder: Path, marker: str) -> Path:
     return temporary
 
 
-def check_replaceable(folder: Path, marker: str) -> None:
+def check_replaceable(folder: Path, manifest: str) -> None:
     """Raise CheckpointError unless `folder` is absent, empty, or holds what we wrote, as its `marker` says, and nothing else.
 
     What others put there would be lost. So would what bears a name that the replacing needs.
     """
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and ((folder / manifest).is_file() or not any(folder.iterdir()))):
         raise CheckpointError(
             f"{folder} is there already, and was not written by this program; choose another or move it"
         )
-    if (folder / marker).is_file():
-        written = read_object(folder / marker, CheckpointError).get("files")
+    if (folder / manifest).is_file():
+        written = read_object(folder / manifest, CheckpointError).get("files")
         if not isinstance(written, dict | list):
             raise CheckpointError(
-                f"{folder} is there already, and {marker} does not say what was written there; move it"
+                f"{folder} is there already, and {manifest} does not say what was written there; move it"
             )
-        strange = [name for name in file_sizes(folder) if name != marker and name not in written]
+        strange = [name for name in file_sizes(folder) if name != manifest and name not in written]
         if strange:
             count, them = (f"{len(strange)} files", "them") if len(strange) > 1 else ("a file", "it")
             raise CheckpointError(
-                f"{folder} is there already, with {count} that this program did not write: {few(strange)}; "
+                f"{folder} is there already, with {count} that this program did not write: {abbreviate(strange)}; "
                 f"choose another folder, or move {them} away"
             )
     old, temporary = _replaced(folder), _temporary(folder)
     if folder.exists() and old.exists() and any(old.iterdir()) and not (old / INCOMPLETE).is_file():
         raise CheckpointError(f"{old} is in the way of replacing {folder}; move it")
-    is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, marker))
+    is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, manifest))
     if temporary.exists() and any(temporary.iterdir()) and not is_ours:
         raise CheckpointError(f"{temporary} is in the way, and was not written by this program; move it")
 
@@ -95,18 +95,18 @@ def _remove_replaced(old: Path) -> None:
     shutil.rmtree(old)
 
 
-def check_apart(original: Path, out: Path) -> None:
+def check_disjoint(original: Path, out: Path) -> None:
     """Raise CheckpointError if one lies in the other: what is written would become a part of the original."""
     if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):
         raise CheckpointError(f"{out} and the original {original} must be two folders, neither inside the other")
 
 
-def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
+def commit(temporary: Path, folder: Path, manifest: str, content: Mapping[str, Any]) -> None:
     """Flush what was written, add the marker (last), and put the folder in its place, instead of one that is there."""
     for path in temporary.rglob("*"):
         if path.is_file():
             flush(path)
-    write_atomic(temporary / marker, json.dumps(content, indent=2) + "\n")
+    write_atomic(temporary / manifest, json.dumps(content, indent=2) + "\n")
     (temporary / INCOMPLETE).unlink()
     (temporary / LOCK).unlink(missing_ok=True)  # who waits for it finds that it is gone, and looks again
     flush(temporary)
@@ -123,7 +123,7 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     flush(folder.parent)
 
 
-def set_aside(folder: Path) -> Path:
+def move_aside(folder: Path) -> Path:
     """The new name of a folder that is to be removed: one that is half removed never bears its own."""
     gone = folder.with_name(folder.name + ".gone")
     if gone.exists():
@@ -159,21 +159,21 @@ def remove_leftovers(folder: Path, names: re.Pattern) -> list[str]:
 
 
 @contextmanager
-def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
+def new_folder(folder: Path, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
     """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's.
 
     Another process that writes the same folder waits, and is refused with CheckpointError if that takes long.
     """
     if folder.is_symlink():  # it stays, and what it leads to is replaced
         folder = Path(os.path.realpath(folder))
-    check_replaceable(folder, marker)  # before a lock is put into what may be another's
+    check_replaceable(folder, manifest)  # before a lock is put into what may be another's
     with holding(_temporary(folder)) as warning:
         if warning:
             print(warning, flush=True)
-        temporary = begin(folder, marker)
+        temporary = begin(folder, manifest)
         try:
             yield temporary
-            commit(temporary, folder, marker, content)
+            commit(temporary, folder, manifest, content)
         except BaseException:  # KeyboardInterrupt too
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from qwen35.checkpoint.hf_names import HEAD, disk_spec, mappings_of, missing_mtp_hint, shapes_of
-from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
-from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
-from qwen35.checkpoint.load import Finite, fill, named_parameters
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, has_weights
+from qwen35.checkpoint.hf_write import WriteSummary, check_exportable, save_hf, write_hf
+from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
 from qwen35.checkpoint.unread import not_read
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
@@ -18,7 +18,7 @@ from qwen35.model import Qwen35, load_config
 __all__ = [
     "HFFolder",
     "HFSource",
-    "Written",
+    "WriteSummary",
     "check_export",
     "disk_spec",
     "empty_model",
@@ -49,14 +49,14 @@ def load_hf(
     parameters = named_parameters(model)
     if HEAD not in parameters:
         check_tied(source, folder)
-    fill({name: p for name, p in parameters.items() if name in source.specs}, Finite(source, folder), progress)
+    fill({name: p for name, p in parameters.items() if name in source.specs}, FiniteSource(source, folder), progress)
 
 
 def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
     """The folder, if its index and headers are those of the model's tensors; nothing else is read. Raises CheckpointError."""
     disk = HFFolder(folder)
     shapes = shapes_of(named_parameters(model).items())
-    found = misfit(disk, shapes)
+    found = find_mismatch(disk, shapes)
     if strict:
         found.other += missing_mtp_hint(shapes, disk.specs)
     else:
@@ -70,7 +70,7 @@ def check_export(model: nn.Module, folder: str | Path) -> None:
     be anything. Nothing but index and headers is read."""
     if has_weights(Path(folder)):
         shapes = shapes_of(named_parameters(model).items())
-        exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
+        check_exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 
 
 def load_pretrained(hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Qwen35:

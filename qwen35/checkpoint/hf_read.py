@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.errors import CheckpointError, Misfit, few
+from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, mapping_of, mappings_of, may_be_skipped
 from qwen35.checkpoint.model_folder import MERGE, config_of, refuse_unsupported
 from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
-from qwen35.checkpoint.slices import Source, TensorSlice, TensorSpec, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.errors import read_object
 from qwen35.model.config import is_tied
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
-PEFT = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
-TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # weights of other dtypes are quantized
+PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # weights of other dtypes are quantized
 
 
 class HFFolder:
@@ -41,22 +41,22 @@ class HFFolder:
         self.files: dict[str, Header] = {file: read_header(self.folder / file) for file in names}
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
-        wrong = Misfit()
+        wrong = Mismatch()
         for file, header in self.files.items():
             for name, entry in header.entries.items():
                 if name in self.file_of:
                     wrong.faulty.setdefault(f"in both {self.file_of[name]} and {file}", []).append(name)
-                if entry.spec.dtype not in TRAINED:
+                if entry.spec.dtype not in FLOAT_DTYPES:
                     wrong.faulty.setdefault(f"of {entry.spec.dtype}, as quantized weights are", []).append(name)
                 self.file_of[name], self.specs[name] = file, entry.spec
-        if adapted := [name for name in self.specs if PEFT.search(name)]:
+        if adapted := [name for name in self.specs if PEFT_NAME.search(name)]:
             raise CheckpointError(
-                f"{folder}: {len(adapted)} tensors have names that PEFT gives ({few(adapted)}): an adapter that is not merged "
-                f"into the weights; {MERGE}"
+                f"{folder}: {len(adapted)} tensors have names that PEFT gives ({abbreviate(adapted)}): an adapter that "
+                f"is not merged into the weights; {MERGE}"
             )
         if weight_map is not None:
             wrong.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
-            wrong.faulty[f"not in {INDEX}"] = [n for n in self.specs if n not in weight_map]
+            wrong.faulty[f"not in {WEIGHTS_INDEX}"] = [n for n in self.specs if n not in weight_map]
         wrong.raise_if_any(f"{self.folder}")
 
     @functools.cached_property
@@ -86,7 +86,7 @@ class HFSource:
             name, mapping = mapping_of(disk_name, spec.shape)
             self.mappings.setdefault(name, []).append(mapping)
         self.specs: dict[str, TensorSpec] = {}
-        wrong = Misfit()
+        wrong = Mismatch()
         for name, found in self.mappings.items():
             if name in folder.specs and len(found) > 1:
                 wrong.faulty.setdefault("there stacked and also one by one", []).append(name)
@@ -119,13 +119,13 @@ class HFSource:
         return out
 
 
-def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
+def find_mismatch(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Mismatch:
     """How a folder differs from a model's parameters (name -> shape), told in the folder's own names.
 
     Of no concern are `mtp.*` where the model has no such layer, and a `lm_head.weight` that a model with tied weights
     does not have (`check_tied` compares it with the embedding).
     """
-    found = Misfit()
+    found = Mismatch()
     used = set()
     for name, shape in shapes.items():
         for mapping in mappings_of(name, shape, folder.specs):
@@ -142,19 +142,19 @@ def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
     return found
 
 
-def check_tied(source: Source, where: str | Path) -> None:
+def check_tied(source: TensorSource, where: str | Path) -> None:
     """If the head of tied weights is stored all the same, it must be the embedding, byte for byte, or CheckpointError.
 
     Taking the embedding for a head that differs would quietly be another model.
     """
-    if HEAD in source.specs and EMBEDDING in source.specs and not equal(source, HEAD, EMBEDDING):
+    if HEAD in source.specs and EMBEDDING in source.specs and not same_bytes(source, HEAD, EMBEDDING):
         raise CheckpointError(
             f"{where}: {HEAD} differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings: false at its "
             "top level to train the head that is stored"
         )
 
 
-def equal(source: Source, one: str, other: str) -> bool:
+def same_bytes(source: TensorSource, one: str, other: str) -> bool:
     """Whether two tensors of a Source have the same dtype, shape and bytes."""
     spec = source.specs[one]
     if spec != source.specs[other]:
@@ -178,7 +178,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has more than config and tokenizer: of the weights the index alone may have stayed behind."""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX)) and any(folder.glob("*.safetensors"))
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)) and any(
+        folder.glob("*.safetensors")
+    )
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -186,21 +188,20 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
     Raises CheckpointError if a file is missing, or there are none of these names.
     """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS], None
-    if (folder / INDEX).is_file():
-        weight_map = _read_weight_map(folder / INDEX)
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE], None
+    if (folder / WEIGHTS_INDEX).is_file():
+        weight_map = _read_weight_map(folder / WEIGHTS_INDEX)
         files = sorted(set(weight_map.values()))
         if absent := [file for file in files if not (folder / file).is_file()]:
-            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {few(absent)}")
+            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {abbreviate(absent)}")
         return files, weight_map
     if files := sorted(path.name for path in folder.glob("*.safetensors")):
         count = f"{len(files)} safetensors file{'s' * (len(files) != 1)}"
         raise CheckpointError(
-            f"{folder}: {count}, but no {INDEX} that names them, nor {WEIGHTS}, which are what transformers reads: {few(files)}"
+            f"{folder}: {count}, but no {WEIGHTS_INDEX} that names them, nor {WEIGHTS_FILE}, which are what transformers "
+            f"reads: {abbreviate(files)}"
         )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
-    what = (
-        f"; {few(others)}: weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
-    )
+    what = f"; {abbreviate(others)}: weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
     raise CheckpointError(f"{folder}: no safetensors files{what if others else ''}")

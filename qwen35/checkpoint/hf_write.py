@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, mapping_of, mappings_of, published_dtype
-from qwen35.checkpoint.hf_read import INDEX, OTHER_WEIGHTS, HFFolder
+from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
 from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_header, read_slice, write_at
-from qwen35.checkpoint.slices import Source, TensorSlice, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 
-MARKER = ".qwen35.json"  # lies in folders that we wrote, and may replace
+EXPORT_MANIFEST = ".qwen35.json"  # lies in folders that we wrote, and may replace
 
 Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, part) -> values of any float dtype
 Progress = Callable[[int], object]  # is told the bytes of each piece
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteSummary:
     tensors: int
     nbytes: int
     folder: Path
@@ -38,8 +38,11 @@ class Written:
 
 
 def save_hf(
-    state: Source | Mapping[str, Tensor], source_folder: str | Path, out: str | Path, progress: Progress | None = None
-) -> Written:
+    state: TensorSource | Mapping[str, Tensor],
+    source_folder: str | Path,
+    out: str | Path,
+    progress: Progress | None = None,
+) -> WriteSummary:
     """Write `state` (the model's names) as a folder with exactly the source's keys, shapes, dtypes, files and index.
 
     Values are cast to the source's dtypes. Of the tensors that the state does not hold, `mtp.*` is copied from the
@@ -49,11 +52,11 @@ def save_hf(
     `out` is replaced if it is empty or was written by us. Raises CheckpointError, and leaves nothing half-written.
     """
     source, out = HFFolder(source_folder), Path(out)
-    folders.check_apart(source.folder, out)
-    values = TensorSource(state) if isinstance(state, Mapping) else state
+    folders.check_disjoint(source.folder, out)
+    values = MemorySource(state) if isinstance(state, Mapping) else state
     shapes = {name: spec.shape for name, spec in values.specs.items()}
-    tied = exportable(shapes, source, f"the weights do not fit {source.folder}")
-    _check_room(out, sum(header.nbytes for header in source.files.values()))
+    tied = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
+    _check_free_space(out, sum(header.nbytes for header in source.files.values()))
 
     def fetch(name: str, part: TensorSlice) -> Tensor:
         owner, mapping = mapping_of(name, source.specs[name].shape)
@@ -62,31 +65,31 @@ def save_hf(
         return values.read(owner, mapping.to_model(part)) if owner in values.specs else source.read(name, part)
 
     content: dict[str, Any] = {}
-    with folders.new_folder(out, MARKER, content) as temporary:
+    with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
         _write_files(temporary, source.files, fetch, progress)
-        for path in _small_files(source):
+        for path in _other_files(source):
             _copy(path, temporary / path.relative_to(source.folder))
         _check_folder(HFFolder(temporary), source.files)
         total = sum(spec.nbytes for spec in source.specs.values())
         content |= {"tensors": len(source.specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
-    return Written(content["tensors"], content["bytes"], out)
+    return WriteSummary(content["tensors"], content["bytes"], out)
 
 
 def write_hf(
-    state: Source | Mapping[str, Tensor],
+    state: TensorSource | Mapping[str, Tensor],
     config: Mapping[str, Any],
     folder: str | Path,
     layout: Layout = "hub",
     shard_size: int = 4 * 2**30,
     dtype_of: Callable[[str], torch.dtype] = published_dtype,
     texts: Mapping[str, str] | None = None,
-) -> Written:
+) -> WriteSummary:
     """Write a fresh checkpoint of a model's state: safetensors files named as the hub's, index, config.json.
 
     `texts` are further files by name. `dtype_of` maps a name on disk to its dtype, by default the published one. Files of
     weights hold up to `shard_size` bytes, or one tensor. `folder` is replaced if it is empty or was written by us.
     """
-    values, folder = TensorSource(state) if isinstance(state, Mapping) else state, Path(folder)
+    values, folder = MemorySource(state) if isinstance(state, Mapping) else state, Path(folder)
     mappings = {p.disk_name: (n, p) for n, s in values.specs.items() for p in mappings_of(n, s.shape, layout)}
     specs = disk_spec({name: spec.shape for name, spec in values.specs.items()}, layout, dtype_of)
     shards = _fill_shards(specs, shard_size)
@@ -98,17 +101,19 @@ def write_hf(
         return values.read(owner, mapping.to_model(part))
 
     content: dict[str, Any] = {}
-    with folders.new_folder(folder, MARKER, content) as temporary:
+    with folders.new_folder(folder, EXPORT_MANIFEST, content) as temporary:
         _write_files(temporary, headers, fetch, None)
         total = sum(spec.nbytes for spec in specs.values())
         file_of = {name: file for file, names in files.items() for name in names}
-        _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))})
+        _write_json(
+            temporary / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        )
         _write_json(temporary / "config.json", config)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         _check_folder(HFFolder(temporary), headers)
         content |= {"tensors": len(specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
-    return Written(len(specs), total, folder)
+    return WriteSummary(len(specs), total, folder)
 
 
 def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
@@ -124,7 +129,7 @@ def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[
     return shards
 
 
-class _File:
+class _ShardFile:
     """A safetensors file while several threads write it, each a piece of a tensor at a time."""
 
     def __init__(self, path: Path, header: Header):
@@ -165,14 +170,14 @@ class _File:
 def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
     """Write safetensors files. Each is read back by the thread that ends it, while the others write the next."""
 
-    def write(_: int, parts: Iterator[tuple[_File, tuple[str, TensorSlice, int]]]) -> None:
+    def write(_: int, parts: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
         for file, (name, region, position) in parts:
             nbytes = file.write(name, position, fetch(name, region))
             if progress:
                 progress(nbytes)
 
     try:
-        files = [_File(folder / name, header) for name, header in headers.items()]
+        files = [_ShardFile(folder / name, header) for name, header in headers.items()]
         share_out([(file, part) for file in files for part in file.parts], write)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from None
@@ -184,13 +189,13 @@ def _check_folder(written: HFFolder, headers: Mapping[str, Header]) -> None:
         raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
 
 
-def exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
+def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
     """Raises CheckpointError if a state of these names and shapes could not be written like the source.
 
     The state has every tensor of the source but those that may be copied, and none besides. Returns whether the head that is
     stored is the embedding.
     """
-    wrong, covered = Misfit(), set()
+    wrong, covered = Mismatch(), set()
     tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
     for name, shape in shapes.items():
         for mapping in mappings_of(name, shape, source.specs):
@@ -202,18 +207,18 @@ def exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: 
     copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
     wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
     wrong.raise_if_any(headline)
-    _small_files(source)
+    _other_files(source)
     return tied
 
 
-def _check_room(out: Path, needed: int) -> None:
+def _check_free_space(out: Path, needed: int) -> None:
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise CheckpointError(f"{out}: the export takes {needed:,} bytes, and {free:,} are free on that disk")
 
 
-def _small_files(source: HFFolder) -> list[Path]:
+def _other_files(source: HFFolder) -> list[Path]:
     """What comes along: all files but weights, hidden files and an index that is not the weights'.
 
     Raises CheckpointError for a link out of the folder, which may name any file of this machine. In a hub's cache every file
@@ -226,7 +231,7 @@ def _small_files(source: HFFolder) -> list[Path]:
         weights = path.suffix in {".safetensors", *OTHER_WEIGHTS} or path.name.endswith(".bin.index.json")
         if any(part.startswith(".") for part in relative.parts) or weights or not path.is_file():
             continue
-        if str(relative) == INDEX and not source.has_index:
+        if str(relative) == WEIGHTS_INDEX and not source.has_index:
             continue
         target = path.resolve()
         if not any(target.is_relative_to(allowed) for allowed in (root, *cache)):

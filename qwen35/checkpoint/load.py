@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Source, TensorSlice, local_part, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, local_part, pieces
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
@@ -22,10 +22,10 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-class Finite:
+class FiniteSource:
     """A Source that raises CheckpointError for a value that is NaN or infinite: weights that have one are damaged."""
 
-    def __init__(self, source: Source, where: str | Path):
+    def __init__(self, source: TensorSource, where: str | Path):
         self.source, self.where, self.specs = source, where, source.specs
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
@@ -41,7 +41,7 @@ class Finite:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], source: Source, progress: Callable[[int], object] | None = None) -> None:
+def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable[[int], object] | None = None) -> None:
     """Copy each tensor's own part from the source, cast to its dtype. Names and shapes must have been checked."""
     for name, tensor in tensors.items():
         local, region = local_part(tensor)

@@ -33,16 +33,16 @@ def holding(folder: Path) -> Iterator[str | None]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file, _opened(folder) as above:
-            warning = _take(fcntl.lockf, file.fileno(), path)
-            _take(fcntl.flock, above, path)
-            if not (_is_still(path, file.fileno()) and _is_still(folder, above)):
+            warning = _acquire(fcntl.lockf, file.fileno(), path)
+            _acquire(fcntl.flock, above, path)
+            if not (_is_same_file(path, file.fileno()) and _is_same_file(folder, above)):
                 continue  # the job that had them has removed them: these locks are on what nobody else will find
             try:
                 if warning is None:
-                    _sign(file.fileno(), path)
+                    _write_owner(file.fileno(), path)
                 yield warning
             finally:
-                is_ours = is_new and _is_still(folder, above)  # and not one that another job has made since
+                is_ours = is_new and _is_same_file(folder, above)  # and not one that another job has made since
                 if is_ours and [entry.name for entry in folder.iterdir()] == [LOCK]:
                     path.unlink()
                     with suppress(OSError):  # another job may have come in
@@ -50,7 +50,7 @@ def holding(folder: Path) -> Iterator[str | None]:
             return
 
 
-def _sign(fd: int, path: Path) -> None:
+def _write_owner(fd: int, path: Path) -> None:
     """Unbuffered: what cannot be written must not be tried once more as the file is closed."""
     try:
         os.ftruncate(fd, 0)
@@ -59,7 +59,7 @@ def _sign(fd: int, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _is_still(path: Path, fd: int) -> bool:
+def _is_same_file(path: Path, fd: int) -> bool:
     """Whether the open file is the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
@@ -78,7 +78,7 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
+def _acquire(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
     end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:

@@ -16,19 +16,19 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.dcp_folder import MARKER, RELEASE, marker_content, write_latest
+from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, manifest_content, write_latest
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.dcp_source import MODEL
 from qwen35.checkpoint.dcp_write import StreamWriter
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Source, TensorSlice, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
 
-SMALL = 256 * 2**20  # bytes that one thread writes to one file: the same files every time
+ONE_FILE_BYTES = 256 * 2**20  # bytes that one thread writes to one file: the same files every time
 
 
-def write_release(source: Source, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
+def write_release(source: TensorSource, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
     """Write `<folder>/release` from a Source, in its dtypes; no tensor is ever held whole. Raises CheckpointError.
 
     The files are DCP's own, one a thread; as in a training checkpoint, complete.json and the rename come last.
@@ -37,9 +37,9 @@ def write_release(source: Source, folder: str | Path, progress: Callable[[int], 
     is_new = not folder.exists()
     content: dict[str, Any] = {}
     try:
-        with folders.new_folder(folder / RELEASE, MARKER, content) as temporary:
+        with folders.new_folder(folder / RELEASE, MANIFEST, content) as temporary:
             _write(source, temporary, progress)
-            content |= marker_content(temporary, None)
+            content |= manifest_content(temporary, None)
         write_latest(folder, None)
     except OSError as error:
         raise CheckpointError(f"{folder / RELEASE} cannot be written: {one_line(error)}") from error
@@ -49,7 +49,7 @@ def write_release(source: Source, folder: str | Path, progress: Callable[[int], 
     return folder / RELEASE
 
 
-def _write(source: Source, folder: Path, progress: Callable[[int], object] | None) -> None:
+def _write(source: TensorSource, folder: Path, progress: Callable[[int], object] | None) -> None:
     plan = {
         name: list(pieces(TensorSlice.full(spec.shape), spec.dtype.itemsize)) or [TensorSlice.full(spec.shape)]
         for name, spec in source.specs.items()
@@ -70,7 +70,7 @@ def _write(source: Source, folder: Path, progress: Callable[[int], object] | Non
         return written
 
     parts = [(name, region) for name, regions in plan.items() for region in regions]
-    is_small = sum(spec.nbytes for spec in source.specs.values()) <= SMALL
+    is_small = sum(spec.nbytes for spec in source.specs.values()) <= ONE_FILE_BYTES
     written = share_out(parts, write, 1 if is_small else THREADS)
     described: dict[str, STORAGE_TYPES] = {
         MODEL + name: TensorStorageMetadata(

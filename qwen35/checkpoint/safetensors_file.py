@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.errors import CheckpointError, few
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import flush_soon
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec, is_shape
 
@@ -71,10 +71,14 @@ def read_header(path: Path) -> Header:
     entries, end = {}, 0
     for name, code, shape, first, last in sorted(rows, key=lambda row: row[3]):
         if code not in DTYPES:
-            raise CheckpointError(f"{path}: {few([name])} has dtype {few([code])}, which is not supported")
+            raise CheckpointError(
+                f"{path}: {abbreviate([name])} has dtype {abbreviate([code])}, which is not supported"
+            )
         spec = TensorSpec(shape, DTYPES[code])
         if first != end or last - first != spec.nbytes:
-            raise CheckpointError(f"{path}: broken safetensors header: {few([name])} does not lie where it should")
+            raise CheckpointError(
+                f"{path}: broken safetensors header: {abbreviate([name])} does not lie where it should"
+            )
         entries[name] = Entry(spec, 8 + length + first)
         end = last
     if size != 8 + length + end:

@@ -12,13 +12,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 # bytes that a thread holds at a time while tensors stream from file to file; memory of this size is used again, much more
 # comes fresh from the kernel for every piece, which takes longer than to read it
-PIECE = 8 * 2**20
-AXES = 16  # of a tensor; more of them are nobody's layout
+PIECE_BYTES = 8 * 2**20
+MAX_AXES = 16  # of a tensor; more of them are nobody's layout
 
 
 def is_shape(values: Sequence[object]) -> bool:
     """Whether a tensor could have this shape. Where one axis is empty, torch multiplies the others all the same."""
-    is_counted = len(values) <= AXES and all(type(n) is int and n >= 0 for n in values)
+    is_counted = len(values) <= MAX_AXES and all(type(n) is int and n >= 0 for n in values)
     return (
         is_counted and math.prod(n or 1 for n in values if type(n) is int) < 2**60
     )  # its bytes are counted in 63 bits
@@ -63,7 +63,7 @@ class TensorSlice:
         return TensorSlice(offsets, lengths) if all(n > 0 for n in lengths) else None
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors under the model's names, read part by part: of a Hugging Face folder, a DCP checkpoint, memory."""
 
     @property
@@ -74,7 +74,7 @@ class Source(Protocol):
         ...
 
 
-class TensorSource:
+class MemorySource:
     """Source over whole tensors in memory (of any device)."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
@@ -85,7 +85,7 @@ class TensorSource:
         return self.tensors[name][region.slices()].cpu()
 
 
-def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE) -> Iterator[TensorSlice]:
+def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iterator[TensorSlice]:
     """Cut a region along its leading axes into regions of at most `limit` bytes, in row-major order."""
     if region.numel == 0:
         return

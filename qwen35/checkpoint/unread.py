@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from qwen35.checkpoint.errors import few
-from qwen35.checkpoint.hf_read import WEIGHTS, HFFolder, has_weights, weight_files
+from qwen35.checkpoint.errors import abbreviate
+from qwen35.checkpoint.hf_read import WEIGHTS_FILE, HFFolder, has_weights, weight_files
 from qwen35.checkpoint.model_folder import CONFIG, config_of, refuse_unsupported
 from qwen35.model.config import load_config
 from qwen35.model.config_keys import unknown_keys
@@ -35,7 +35,7 @@ def not_read(folder: str | Path) -> list[str]:
     load_config(folder)
     config, lines = config_of(folder), []
     if keys := unknown_keys(config):
-        lines.append(f"{folder / CONFIG}: not known, and not read: {few(keys)}")
+        lines.append(f"{folder / CONFIG}: not known, and not read: {abbreviate(keys)}")
     text = config["text_config"]
     if text.get("output_router_logits"):
         lines.append(
@@ -56,6 +56,6 @@ def not_read(folder: str | Path) -> list[str]:
     others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
     others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
     if others:
-        first = f" beside {WEIGHTS}" * (weights == [WEIGHTS])
-        lines.append(f"{folder}: not read{first}: {few(others)}")
+        first = f" beside {WEIGHTS_FILE}" * (weights == [WEIGHTS_FILE])
+        lines.append(f"{folder}: not read{first}: {abbreviate(others)}")
     return lines

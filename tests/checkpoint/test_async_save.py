@@ -17,7 +17,7 @@ from training_runs import ROOT, tensors
 from qwen35.checkpoint import async_save
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, newest_checkpoint, whole
+from qwen35.checkpoint.dcp_folder import ITERATION, is_complete, keep_newest, newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import remove_leftovers
@@ -38,7 +38,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 def steps_in(folder: Path) -> list[int]:
     """Of the whole checkpoints."""
     return sorted(
-        int(path.name[5:]) for path in folder.glob("iter_*") if ITERATION.fullmatch(path.name) and whole(path)
+        int(path.name[5:]) for path in folder.glob("iter_*") if ITERATION.fullmatch(path.name) and is_complete(path)
     )
 
 
@@ -46,13 +46,13 @@ def steps_in(folder: Path) -> list[int]:
 def gate(monkeypatch) -> threading.Event:
     """What is written in the background stands still until this is set."""
     event = threading.Event()
-    write_parts = async_save.write_parts
+    write_shards = async_save.write_shards
 
     def wait_and_write(*args):
         assert event.wait(60)
-        return write_parts(*args)
+        return write_shards(*args)
 
-    monkeypatch.setattr(async_save, "write_parts", wait_and_write)
+    monkeypatch.setattr(async_save, "write_shards", wait_and_write)
     return event
 
 
@@ -69,7 +69,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
     model, optimizer = toy(1)
     with Saver(tmp_path / "a", model, optimizer, background=True) as background:
         background.check()
-        room = {name: values.data_ptr() for name, values in background._room.items()}
+        room = {name: values.data_ptr() for name, values in background._host_copies.items()}
         assert background.save(1, {"at": 1}, {"own": 1}) == 0.0
         for step in (1, 2):
             train_step(model, optimizer, step)
@@ -79,7 +79,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
         background.finish()
         assert steps_in(tmp_path / "a") == [1]
         background.save(3, {"at": 3}, {"own": 3})
-        assert {name: values.data_ptr() for name, values in background._room.items()} == room
+        assert {name: values.data_ptr() for name, values in background._host_copies.items()} == room
     assert steps_in(tmp_path / "a") == [1, 3]
     for step in (1, 3):
         wanted, states = toy(step)

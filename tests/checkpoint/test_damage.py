@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from qwen35.checkpoint import checksums as checksums_module
 from qwen35.checkpoint.checksums import checksums, read_slice_checked
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
-from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, repair_save_folder
+from qwen35.checkpoint.dcp_folder import keep_newest, manifest_content, newest_checkpoint, repair_save_folder
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
@@ -186,8 +186,8 @@ def test_a_renamed_folder_is_refused(run, tmp_path):
 
 def test_a_format_of_the_future_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    marker = tmp_path / "run/iter_0000004/complete.json"
-    marker.write_text(marker.read_text().replace('"format": 2', '"format": 3'))
+    manifest = tmp_path / "run/iter_0000004/complete.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
     with pytest.raises(CheckpointError, match=r"complete\.json: format 3, which this version"):
         load(tmp_path / "run")
 
@@ -330,7 +330,7 @@ def test_each_element_is_there_once(tmp_path, lie, form):
 
 
 def write_marker(checkpoint: Path, step: int = 1) -> None:
-    (checkpoint / "complete.json").write_text(json.dumps(marker_content(checkpoint, step)))
+    (checkpoint / "complete.json").write_text(json.dumps(manifest_content(checkpoint, step)))
 
 
 def write_metadata(checkpoint: Path, starts, sizes, **info) -> None:

@@ -19,7 +19,7 @@ from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
+from qwen35.checkpoint.slices import MemorySource, TensorSlice, pieces
 
 
 def small_model(width: int = 4) -> torch.nn.Module:
@@ -165,7 +165,7 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
         resolve_load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("moment", ["describe", "write_latest", "marker_content"])
+@pytest.mark.parametrize("moment", ["describe", "write_latest", "manifest_content"])
 def test_interrupted_saves(tmp_path, monkeypatch, moment):
     """Stopped at any of these moments, the newest whole checkpoint is the one before, or the new one in full."""
     model = small_model()
@@ -262,7 +262,7 @@ def test_mtp_is_left_out_for_a_model_without_it(tmp_path):
 
 def test_converted_weights_leave_the_optimizer_alone(tmp_path):
     model = small_model()
-    write_release(TensorSource({n: p.bfloat16() for n, p in model.named_parameters()}), tmp_path)
+    write_release(MemorySource({n: p.bfloat16() for n, p in model.named_parameters()}), tmp_path)
     optimizer = adam(model)
     step(model, optimizer)
     loaded = load_checkpoint(tmp_path, model, optimizer)
@@ -299,7 +299,7 @@ def test_parts_of_tensors_in_pieces(tmp_path, monkeypatch):
 
     whole = torch.randn(9, 5, 7)
     seen = []
-    write_release(TensorSource({"x": whole, "scalar": torch.tensor(2)}), tmp_path, seen.append)
+    write_release(MemorySource({"x": whole, "scalar": torch.tensor(2)}), tmp_path, seen.append)
     assert sum(seen) == whole.nbytes + 8
     source = DCPSource(resolve_load(tmp_path))
     for region in (

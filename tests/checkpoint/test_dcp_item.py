@@ -16,12 +16,12 @@ from qwen35.checkpoint import dcp_item
 from qwen35.checkpoint import release as release_module
 from qwen35.checkpoint.checksums import read_slice_checked
 from qwen35.checkpoint.dcp_folder import resolve_load
-from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_item
+from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_archived_tensor
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSpec, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 
 TENSORS = {
@@ -59,9 +59,9 @@ def test_what_torch_saves_is_read_in_any_part(tmp_path):
 def test_torch_reads_a_release(tmp_path, monkeypatch):
     """Written in many pieces by several threads; torch's own reader finds each tensor whole."""
     monkeypatch.setattr(release_module, "pieces", lambda region, size: pieces(region, size, 64))
-    monkeypatch.setattr(release_module, "SMALL", 0)
+    monkeypatch.setattr(release_module, "ONE_FILE_BYTES", 0)
     told = []
-    write_release(TensorSource(TENSORS), tmp_path, told.append)
+    write_release(MemorySource(TENSORS), tmp_path, told.append)
     assert sum(told) == sum(t.nbytes for t in TENSORS.values())
     assert len(list((tmp_path / "release").glob("*.distcp"))) == THREADS
     state = {f"model.{name}": torch.full_like(tensor, 99) for name, tensor in TENSORS.items()}
@@ -94,7 +94,7 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("has_checksums", [True, False])
 def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums):
     """Those of torch.save, wherever the damage lies in a tensor of several pieces; where they were left out nothing is said."""
-    monkeypatch.setattr(dcp_item, "PIECE", 1000)
+    monkeypatch.setattr(dcp_item, "PIECE_BYTES", 1000)
     values = {"model.x": torch.randn(30, 20), "model.empty": torch.zeros(0, 3), "model.y": torch.ones(2)}
     torch.serialization.set_crc32_options(has_checksums)
     try:
@@ -128,7 +128,7 @@ def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
         file.write(b"something else")
         written = append_tensor(tensor, MetadataIndex("x"), tmp_path / "file", file)
         file.write(b"and more")
-    item = find_item(tmp_path / "file", 14, written.size_in_bytes)
+    item = find_archived_tensor(tmp_path / "file", 14, written.size_in_bytes)
     assert torch.equal(item.read(TensorSlice((0, 1), (2, 2))), tensor[:, 1:])
     entry = Entry(TensorSpec((2, 3), dtype), written.begin)
     assert torch.equal(
@@ -184,15 +184,17 @@ def test_what_is_no_plain_tensor_is_refused(tmp_path, content, words):
     (tmp_path / "file").write_bytes(content(made))
     size = (tmp_path / "file").stat().st_size
     if words is None:
-        assert torch.equal(find_item(tmp_path / "file", 0, size).read(TensorSlice((0,), (2,))), torch.zeros(2))
+        assert torch.equal(
+            find_archived_tensor(tmp_path / "file", 0, size).read(TensorSlice((0,), (2,))), torch.zeros(2)
+        )
         return
     with pytest.raises(BROKEN_ARCHIVE, match=words):
-        find_item(tmp_path / "file", 0, size)
+        find_archived_tensor(tmp_path / "file", 0, size)
     assert not made.exists()
 
 
 def test_damage_is_one_line(tmp_path):
-    write_release(TensorSource({"x": torch.randn(30, 10)}), tmp_path)
+    write_release(MemorySource({"x": torch.randn(30, 10)}), tmp_path)
     checkpoint = resolve_load(tmp_path)
     (data,) = (p for p in checkpoint.glob("*.distcp") if p.stat().st_size)
     data.write_bytes(b"\0" * data.stat().st_size)
@@ -238,5 +240,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"dcp/release cannot be written: No space left on device"):
-        write_release(TensorSource(TENSORS), tmp_path / "dcp")
+        write_release(MemorySource(TENSORS), tmp_path / "dcp")
     assert not list(tmp_path.iterdir())

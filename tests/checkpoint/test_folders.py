@@ -42,8 +42,8 @@ def test_what_others_put_into_an_export_is_never_lost(tmp_path):
     ):
         save_hf(source, folder, out)
     (out / "README.md").unlink()
-    marker = out / hf_write.MARKER
-    marker.write_text("{}")
+    manifest = out / hf_write.EXPORT_MANIFEST
+    manifest.write_text("{}")
     with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not say what was written there; move it"):
         save_hf(source, folder, out)
 
@@ -76,11 +76,11 @@ def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
 CONVERT_SLOWLY = """
 import sys, time
 from qwen35.checkpoint import convert, lock
-def read(self, name, region, quick=convert.Finite.read):
+def read(self, name, region, quick=convert.FiniteSource.read):
     print("in it", flush=True)
     time.sleep(600)
 if sys.argv.pop(1) == "hang":
-    convert.Finite.read = read
+    convert.FiniteSource.read = read
 lock.LOCK_TIMEOUT = 0.2
 raise SystemExit(convert.main(sys.argv[1:]))
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
 
-from qwen35.checkpoint.errors import fold
+from qwen35.checkpoint.errors import fold_names
 from qwen35.checkpoint.hf import disk_spec, mappings_of
 from qwen35.checkpoint.hf_names import mapping_of
 
@@ -128,6 +128,6 @@ def test_the_table_reads_back_what_it_says(size, layout):
 
 def test_long_lists_of_names_are_folded_without_loss():
     names = [f"a.{i}.b.{j}.w" for i in (0, 1, 2, 4) for j in range(3)]
-    assert fold(names) == ["a.{0-2,4}.b.{0-2}.w"]
-    assert fold(["a.1.w", "b.norm1.w"]) == ["a.1.w", "b.norm1.w"]
-    assert fold(names[:-1]) == names[:-1]  # one combination is lacking
+    assert fold_names(names) == ["a.{0-2,4}.b.{0-2}.w"]
+    assert fold_names(["a.1.w", "b.norm1.w"]) == ["a.1.w", "b.norm1.w"]
+    assert fold_names(names[:-1]) == names[:-1]  # one combination is lacking

@@ -29,17 +29,17 @@ from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import (
     LATEST,
     load_notes,
-    marker_content,
+    manifest_content,
     read_file,
     repair_save_folder,
     resolve_load,
 )
 from qwen35.checkpoint.dcp_index import _from_json
-from qwen35.checkpoint.dcp_item import find_item
+from qwen35.checkpoint.dcp_item import find_archived_tensor
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import TensorSlice, TensorSource
+from qwen35.checkpoint.slices import MemorySource, TensorSlice
 from qwen35.checkpoint.unread import not_read
 from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
 from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
@@ -82,10 +82,10 @@ def settled(folder: Path) -> None:
 
 def forged(folder: Path) -> Path:
     """The checksums are those of what was changed, too."""
-    marker = next(folder.glob("*/complete.json"))
-    content = json.loads(marker.read_text())
-    marker.unlink()
-    marker.write_text(json.dumps(marker_content(marker.parent, content["step"], content["world_size"])))
+    manifest = next(folder.glob("*/complete.json"))
+    content = json.loads(manifest.read_text())
+    manifest.unlink()
+    manifest.write_text(json.dumps(manifest_content(manifest.parent, content["step"], content["world_size"])))
     return folder
 
 
@@ -122,7 +122,7 @@ def small_file(name: str):
 
 def released(name: str):
     def make(folder: Path) -> Path:
-        return write_release(TensorSource(TENSORS), folder) / name
+        return write_release(MemorySource(TENSORS), folder) / name
 
     return make
 
@@ -367,9 +367,9 @@ def test_an_index_that_is_no_file(tmp_path):
     os.mkfifo(file)
     with at_most(60), pytest.raises(CheckpointError, match=r"tensors\.json"):
         same(DCPSource(file.parent))
-    marker = json.loads((file.parent / "complete.json").read_text())
+    manifest = json.loads((file.parent / "complete.json").read_text())
     with at_most(60), pytest.raises(CheckpointError, match=r"tensors\.json: cannot be read: not a file"):
-        read_file(file.parent, "tensors.json", marker)
+        read_file(file.parent, "tensors.json", manifest)
 
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**40, 2**40], [1] * 65, [0, True], [0, -1], [0, 1.0]])
@@ -394,7 +394,7 @@ def test_members_of_an_archive_are_never_inflated(tmp_path):
                 one.write(bytes(1 << 20))
         tracemalloc.start()
         with at_most(60), pytest.raises(pickle.UnpicklingError, match="its description is not torch's"):
-            find_item(file, 0, file.stat().st_size)
+            find_archived_tensor(file, 0, file.stat().st_size)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4 << 20

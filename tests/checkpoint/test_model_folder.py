@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.errors import LONGEST, CheckpointError, Misfit
+from qwen35.checkpoint.errors import MAX_MESSAGE, CheckpointError, Mismatch
 from qwen35.checkpoint.hf import check_export, load_hf
-from qwen35.checkpoint.hf_read import INDEX, HFFolder, HFSource, check_tied
+from qwen35.checkpoint.hf_read import WEIGHTS_INDEX, HFFolder, HFSource, check_tied
 from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.unread import not_read
@@ -72,7 +72,7 @@ def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, sh
         for name in old:
             (folder / name).unlink()
     if shards == "no index":
-        (folder / INDEX).unlink()
+        (folder / WEIGHTS_INDEX).unlink()
     assert torch.equal(embedding_of(folder), newer[EMBEDDING].float())
     assert torch.equal(embedding_of(folder), peer_embedding(folder))
     report = [f"{folder}: not read beside model.safetensors: {', '.join(old[:3])} and {len(old) - 3} more"]
@@ -80,7 +80,7 @@ def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, sh
     # what is exported like it has one file too, and no index that names others
     save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "model.safetensors" in names and not names & {INDEX, *old}
+    assert "model.safetensors" in names and not names & {WEIGHTS_INDEX, *old}
     assert torch.equal(peer_embedding(tmp_path / "out"), newer[EMBEDDING].float())
 
 
@@ -103,10 +103,10 @@ def test_weights_of_another_name_are_not_guessed_at(tmp_path, name):
     folder = write_folder(tmp_path / "hf", **DENSE)
     (file,) = folder.glob("*.safetensors")
     file.rename(folder / name)
-    (folder / INDEX).unlink()
+    (folder / WEIGHTS_INDEX).unlink()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         peer_embedding(folder)
-    with pytest.raises(CheckpointError, match=rf"1 safetensors file, but no {INDEX} .*: {name}$"):
+    with pytest.raises(CheckpointError, match=rf"1 safetensors file, but no {WEIGHTS_INDEX} .*: {name}$"):
         HFFolder(folder)
 
 
@@ -135,7 +135,7 @@ def test_an_adapter_is_named_beside_a_model_and_alone(tmp_path, name):
             with pytest.raises(CheckpointError) as caught:
                 look(where)
             assert str(caught.value).startswith(f"{where}: {name} is {words}")
-            assert "merge it first" in str(caught.value) and len(str(caught.value)) < LONGEST
+            assert "merge it first" in str(caught.value) and len(str(caught.value)) < MAX_MESSAGE
     assert not (tmp_path / "dcp").exists()
 
 
@@ -147,12 +147,12 @@ def test_the_names_that_peft_gives(tmp_path):
     for rename in (lambda n: f"base_model.model.{n}", lambda n: n.replace("q_proj.", "q_proj.base_layer.")):
         named = {rename(name): tensor for name, tensor in tensors.items()}
         save_file(named, file)
-        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(named, file.name)}))
+        (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(named, file.name)}))
         with pytest.raises(
             CheckpointError, match=r"\d+ tensors have names that PEFT gives \(.*an adapter that is not merg"
         ) as e:
             HFFolder(folder)
-        assert len(str(e.value)) < LONGEST
+        assert len(str(e.value)) < MAX_MESSAGE
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_p
                 (CheckpointError, ConfigError), match=r"says that the weights are quantized.*bf16"
             ) as caught:
                 look(folder)
-            assert len(str(caught.value)) < LONGEST
+            assert len(str(caught.value)) < MAX_MESSAGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
@@ -184,7 +184,7 @@ def test_quantized_tensors_that_no_config_speaks_of(tmp_path, temporary, dtype):
     resave(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items() if n.endswith("_proj.weight")}))
     with pytest.raises(CheckpointError, match=rf"hf: \d+ tensors of {dtype}, as quantized weights are: ") as caught:
         HFFolder(folder)
-    assert len(str(caught.value)) <= LONGEST
+    assert len(str(caught.value)) <= MAX_MESSAGE
 
 
 # -- what is reported ------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_what_could_not_be_exported_is_said_before(tmp_path):
     ):  # config and tokenizer, with the index that stayed behind and without: the original is named on export
         check_export(empty_model(config, mtp=True), folder)
         assert not_read(folder) == []
-        (folder / INDEX).unlink(missing_ok=True)
+        (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
 
 
 def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
@@ -384,11 +384,11 @@ def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporar
 @pytest.mark.parametrize(("count", "length"), [(1, 10), (1, 10_000), (4, 300), (4, 10_000), (30_000, 10)])
 def test_no_message_is_longer_than_its_bound(temporary, count, length):
     names = [f"{'x' * length}{i}" for i in range(count)]
-    wrong = Misfit(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
+    wrong = Mismatch(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
     with pytest.raises(CheckpointError) as caught:
         wrong.raise_if_any("some/folder does not fit the model")
     message = str(caught.value)
-    assert len(message) <= LONGEST and message.startswith(f"some/folder does not fit the model: {count} tensor")
+    assert len(message) <= MAX_MESSAGE and message.startswith(f"some/folder does not fit the model: {count} tensor")
     if "all of them: " in message:
         lines = Path(message.split("all of them: ")[1]).read_text().splitlines()
         assert len(lines) == 1 + 4 * count and f"not of this model: {names[-1]}" in lines
@@ -400,7 +400,7 @@ def test_no_message_is_longer_than_its_bound(temporary, count, length):
 def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
     names = [f"a\x1b[2J{i}\u202e\nb" for i in range(5)]
     with pytest.raises(CheckpointError) as caught:
-        Misfit(missing=names).raise_if_any("it")
+        Mismatch(missing=names).raise_if_any("it")
     assert str(caught.value).startswith(r"it: 5 tensors missing: a\x1b[2J0\u202e\x0ab, ")
     assert len(Path(str(caught.value).split("all of them: ")[1]).read_text().splitlines()) == 6
     folder = write_folder(tmp_path / "hf", **DENSE)
@@ -411,7 +411,7 @@ def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
 def test_where_no_file_can_be_written_the_message_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
-        Misfit(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
+        Mismatch(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
 
 
 # -- the commands --------------------------------------------------------------------------------------------------------------

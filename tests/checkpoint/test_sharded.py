@@ -18,7 +18,7 @@ from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import write_hf
-from qwen35.checkpoint.slices import PIECE
+from qwen35.checkpoint.slices import PIECE_BYTES
 from qwen35.model import Qwen35, load_config
 from qwen35.rank import leave
 
@@ -71,7 +71,7 @@ def check_memory(folder: Path) -> None:
     model = sharded_model(LARGE)
     load_hf(model, folder)
     assert HFFolder(folder).specs["lm_head.weight"].nbytes >= LARGE_BYTES
-    assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE < own_bytes(model) + LARGE_BYTES
+    assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE_BYTES < own_bytes(model) + LARGE_BYTES
     assert full(model.lm_head.weight)[-1].eq(1).all()
 
 

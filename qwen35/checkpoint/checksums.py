@@ -1,6 +1,7 @@
-"""crc32 of what a checkpoint holds: one for every BLOCK of a chunk's bytes, so that a part is checked by reading little more.
+"""crc32 checksums of the tensors in a checkpoint.
 
-zlib leaves Python's lock alone meanwhile.
+There is one for every BLOCK bytes of a chunk, so that a slice is checked by reading little more
+than its own bytes. zlib releases the GIL while it computes them.
 """
 
 import os
@@ -13,12 +14,12 @@ from torch import Tensor
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes, read_into, runs_of
 from qwen35.checkpoint.slices import TensorSlice
 
-BLOCK = 2**18  # bytes; a part of the format
-DIGITS = 8  # of each checksum, in base 16
+BLOCK = 2**18  # bytes; part of the file format
+DIGITS = 8  # hexadecimal digits of one checksum
 
 
 class ChecksumError(ValueError):
-    """Bytes that are not those which were written."""
+    """The bytes read differ from the bytes that were written."""
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -26,7 +27,7 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 def checksums(data: memoryview) -> str:
-    """Of every block, one behind the other."""
+    """The checksums of all blocks, concatenated."""
     return "".join(checksum(data[begin : begin + BLOCK]) for begin in range(0, data.nbytes, BLOCK))
 
 
@@ -35,7 +36,10 @@ def blocks_in(nbytes: int) -> int:
 
 
 def read_slice_checked(path: Path, entry: Entry, wanted: str, region: TensorSlice) -> Tensor:
-    """The elements `region` of a tensor of a file, out of blocks that are read whole. Raises OSError, ChecksumError."""
+    """One region of a tensor in a file; `wanted` holds the checksums of all the tensor's blocks.
+
+    Blocks are read whole to be checked. Raises OSError, ChecksumError.
+    """
     itemsize, out, filled = entry.spec.dtype.itemsize, torch.empty(0, dtype=entry.spec.dtype), 0
     first, last, held = 0, 0, torch.empty(0, dtype=torch.uint8)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -47,9 +51,9 @@ def read_slice_checked(path: Path, entry: Entry, wanted: str, region: TensorSlic
                 held = torch.empty(last - first, dtype=torch.uint8)
                 data = raw_bytes(held)
                 read_into(fd, data, entry.begin + first, path)
-                place = first // BLOCK * DIGITS
-                if checksums(data) != wanted[place : place + blocks_in(last - first) * DIGITS]:
-                    raise ChecksumError("a checksum is not that of what was written")
+                digit = first // BLOCK * DIGITS
+                if checksums(data) != wanted[digit : digit + blocks_in(last - first) * DIGITS]:
+                    raise ChecksumError("a checksum does not match")
             values = held[begin - first : end - first].view(entry.spec.dtype)
             if count == region.numel:
                 return values.view(region.lengths)

@@ -1,4 +1,4 @@
-"""The converter: a Hugging Face folder to `<dcp_dir>/release`, a DCP checkpoint to a folder like the original."""
+"""Converts a Hugging Face folder to a DCP checkpoint, and a DCP checkpoint back."""
 
 import argparse
 import json
@@ -30,9 +30,9 @@ TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | None = None) -> WriteSummary:
     """Convert a Hugging Face folder, with its `mtp.*`, to `<dcp_dir>/release`, in its own dtypes.
 
-    The folder is first compared with the model that its config.json describes. `tie` maps a tensor to the one that it
-    is tied to: the first must be absent with tied weights in config.json, or be equal to the second. Raises
-    CheckpointError.
+    The folder must fit the model that its config.json describes. `tie` maps a tensor to the one it
+    is tied to: it must be absent, with tied weights in config.json, or equal to the other one.
+    Raises CheckpointError.
     """
     for line in not_read(hf_dir):
         print(line, flush=True)
@@ -55,7 +55,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
 
 
 def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> WriteSummary:
-    """Write a checkpoint (release, iter_… or the folder above) as a Hugging Face folder like the original."""
+    """Write a checkpoint (release, iter_… or their parent) as a folder like the original."""
     source = DCPSource(resolve_load(dcp_dir))
     nbytes = sum(spec.nbytes for spec in HFFolder(origin_hf_dir).specs.values())
     with _progress_bar(nbytes, "dcp_to_hf") as progress:
@@ -72,18 +72,18 @@ def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
-    for one, other in tie.items():
-        if other not in disk.specs:
-            raise CheckpointError(f"--tie_weight_mapping: {disk.folder} has no {other}")
-        if one not in disk.specs:
-            if one != HEAD or not disk.is_tied:
+    for name, target in tie.items():
+        if target not in disk.specs:
+            raise CheckpointError(f"--tie_weight_mapping: {disk.folder} has no {target}")
+        if name not in disk.specs:
+            if name != HEAD or not disk.is_tied:
                 raise CheckpointError(
-                    f"--tie_weight_mapping: {disk.folder} has no {one}, and its config.json does not tie it to {other}"
+                    f"--tie_weight_mapping: {disk.folder} has no {name}, and its config.json does not tie it to {target}"
                 )
-        elif not same_bytes(disk, one, other):
+        elif not same_bytes(disk, name, target):
             raise CheckpointError(
-                f"--tie_weight_mapping: {one} and {other} differ in {disk.folder}: its weights are not tied, "
-                "leave it out"
+                f"--tie_weight_mapping: {name} and {target} differ in {disk.folder}: its weights are not tied, "
+                "leave the option out"
             )
 
 
@@ -118,30 +118,26 @@ def _folder_argument(text: str) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="mm-convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
-    there.add_argument("--hf_dir", required=True, type=_folder_argument, help="folder with config.json and safetensors")
-    to = "folder that gets release/ and latest_checkpointed_iteration.txt"
-    there.add_argument("--dcp_dir", required=True, type=_folder_argument, help=to)
-    there.add_argument(
-        "--tie_weight_mapping", type=_tie_argument, metavar="JSON", help=f"tied tensors, e.g. '{TIE_EXAMPLE}'"
-    )
-    back = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
-    back.add_argument("--dcp_dir", required=True, type=_folder_argument, help="release/, iter_…/, or the folder above")
-    back.add_argument(
-        "--origin_hf_dir",
-        required=True,
-        type=_folder_argument,
-        help="the original: gives names, files, tokenizer and the rest",
-    )
-    back.add_argument("--save_hf_dir", required=True, type=_folder_argument, help="new folder")
+    to_dcp = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
+    to_hf = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
+    for command, option, text in (
+        (to_dcp, "--hf_dir", "folder with config.json and safetensors"),
+        (to_dcp, "--dcp_dir", "folder to write release/ and latest_checkpointed_iteration.txt into"),
+        (to_hf, "--dcp_dir", "release/, iter_…/, or the folder that holds them"),
+        (to_hf, "--origin_hf_dir", "original model folder: gives names, dtypes, config, tokenizer and other files"),
+        (to_hf, "--save_hf_dir", "folder to write"),
+    ):
+        command.add_argument(option, required=True, type=_folder_argument, metavar="FOLDER", help=text)
+    tie_help = f"tensors that are tied to others, e.g. '{TIE_EXAMPLE}'"
+    to_dcp.add_argument("--tie_weight_mapping", type=_tie_argument, metavar="JSON", help=tie_help)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == [SEED_WORD]:
-        words = words[1:]
-    args = _parser().parse_args(words)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == [SEED_WORD]:
+        arguments = arguments[1:]
+    args = _parser().parse_args(arguments)
     try:
         if args.command == "hf_to_dcp":
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)

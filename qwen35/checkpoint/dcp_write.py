@@ -1,4 +1,4 @@
-"""Writing DCP checkpoints, all ranks together."""
+"""Writing DCP checkpoints, on all ranks together."""
 
 import os
 import shutil
@@ -30,15 +30,15 @@ from qwen35.checkpoint.slices import TensorSlice, TensorSpec, local_part
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What this rank holds of a tensor: the elements `region` of one of `shape`."""
+    """This rank's part of a tensor."""
 
     values: Tensor
-    region: TensorSlice
-    shape: tuple[int, ...]
+    region: TensorSlice  # of the global tensor
+    shape: tuple[int, ...]  # of the global tensor
 
 
 def local_shards(state: Mapping[str, Tensor]) -> dict[str, LocalShard]:
-    """The parts of this rank by name, the tensors' own memory; a plain tensor is its own whole."""
+    """This rank's shards by name, without a copy; a plain tensor is one shard."""
     return {name: LocalShard(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
@@ -50,11 +50,11 @@ def write_checkpoint(
     group: dist.ProcessGroup | None = None,
     world_size: int = 1,
 ) -> Path:
-    """Write one checkpoint, all ranks in step, and return its folder.
+    """Write one checkpoint, on all ranks together, and return its folder.
 
-    `write_rest(temporary)` writes each rank's other files. The order: every file, complete.json, the rename, then
-    latest_checkpointed_iteration.txt. If any rank fails, all raise the same CheckpointError, and nothing that is
-    whole is lost.
+    `write_rest(temporary)` writes each rank's other files. The order is: all files, complete.json,
+    the rename, then latest_checkpointed_iteration.txt. If any rank fails, all raise the same
+    CheckpointError, and no complete checkpoint is lost.
     """
     checkpoint = folder / checkpoint_name(step)
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
@@ -72,7 +72,7 @@ def write_checkpoint(
                 write_latest(folder, step)
 
         run_sharing_errors(finish, group, failure)
-    except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
+    except BaseException:  # KeyboardInterrupt too: remove what is useless, the disk may be full
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             if is_new and not any(folder.iterdir()):
@@ -82,7 +82,7 @@ def write_checkpoint(
 
 
 class ShardPlanner(DefaultSavePlanner):
-    """Plans the parts that this rank holds. What several ranks hold, one of them writes (DefaultSavePlanner's doing)."""
+    """Plans to write this rank's shards; one of the ranks that share a shard writes it."""
 
     def __init__(self, parts: Mapping[str, LocalShard]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -112,7 +112,7 @@ def _item(name: str, spec: TensorSpec, region: TensorSlice) -> WriteItem:
 
 
 class StreamWriter(dcp.FileSystemWriter):
-    """DCP's own files, written tensor by tensor: DCP's writer keeps every tensor until the end of the file."""
+    """Writes DCP's files tensor by tensor; DCP's own writer keeps all tensors of a file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
@@ -121,7 +121,7 @@ class StreamWriter(dcp.FileSystemWriter):
             with path.open("w+b") as file:
                 for item in plan.items:
                     value = planner.resolve_data(item)
-                    assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
+                    assert isinstance(value, Tensor)  # always: extras are separate files
                     results.append(append_tensor(value.detach().cpu(), item.index, path, file))
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -129,7 +129,7 @@ class StreamWriter(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank: tensors.json, and .metadata beside it."""
+        """Write tensors.json, and .metadata beside it; called on rank 0."""
         (Path(self.path) / TENSOR_INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
         super().finish(metadata, results)
 
@@ -140,25 +140,25 @@ def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | Non
         if dist.is_initialized():
             save()
             return
-        with warnings.catch_warnings():  # not beside other threads: the filters are the whole process's
+        with warnings.catch_warnings():  # only here, where no other thread runs: filters are process-wide
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             save()
     except CheckpointException as failed:  # a BaseException
         errors = [error for error, _ in failed.failures.values()]
         if not all(isinstance(error, (OSError, CheckpointError)) for error in errors):
-            raise  # nothing that a user could mend, as the loss of a worker of the loader: another start may do
-        told = sorted({_words(error) for error in errors})
-        raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed
+            raise  # not the user's mistake, such as a killed DataLoader worker; a restart may help
+        reasons = sorted({_reason(error) for error in errors})
+        raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(reasons)}") from failed
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
-    """Run an action on every rank; if any fails, all raise the same CheckpointError: none waits for one that is gone."""
+    """Run an action on every rank; if it fails on any, all raise the same CheckpointError."""
     message: str | None = None
     cause: Exception | None = None
     try:
@@ -166,11 +166,10 @@ def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | Non
     except CheckpointError as error:
         message, cause = str(error), error
     except (OSError, TypeError) as error:
-        message, cause = f"{what}: {_words(error)}", error
+        message, cause = f"{what}: {_reason(error)}", error
     messages = [message]
     if dist.is_initialized():
         messages = [None] * dist.get_world_size(group)
         dist.all_gather_object(messages, message, group=group)
-    told = [m for m in dict.fromkeys(messages) if m]
-    if told:
-        raise CheckpointError("; ".join(told)) from cause
+    if failures := [m for m in dict.fromkeys(messages) if m]:
+        raise CheckpointError("; ".join(failures)) from cause

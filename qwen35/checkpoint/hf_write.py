@@ -1,4 +1,4 @@
-"""Writing Hugging Face checkpoints: one like its source, or a fresh one. Each ends by reading itself back."""
+"""Writing Hugging Face checkpoints, like a source folder or fresh, and reading them back."""
 
 import json
 import shutil
@@ -21,10 +21,10 @@ from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSource, Te
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 
-EXPORT_MANIFEST = ".qwen35.json"  # lies in folders that we wrote, and may replace
+EXPORT_MANIFEST = ".qwen35.json"  # in every folder written here, which may therefore be replaced
 
-Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, part) -> values of any float dtype
-Progress = Callable[[int], object]  # is told the bytes of each piece
+Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, region) -> values of any float dtype
+Progress = Callable[[int], object]  # called with the bytes of each piece
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ def save_hf(
     out: str | Path,
     progress: Progress | None = None,
 ) -> WriteSummary:
-    """Write `state` (the model's names) as a folder with exactly the source's keys, shapes, dtypes, files and index.
+    """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
 
-    Values are cast to the source's dtypes. Of the tensors that the state does not hold, `mtp.*` is copied from the
-    source and a `lm_head.weight` stored despite tied weights is the state's embedding; that any other is not held is
-    an error. Configuration, tokenizer, processor, chat template and whatever else is no weight come along.
+    Values are cast to the source's dtypes. Two kinds of tensors may be absent from the state:
+    `mtp.*`, which is copied from the source, and a `lm_head.weight` stored despite tied weights,
+    for which the embedding is written. Config, tokenizer, processor, chat template and other small
+    files are copied.
 
-    `out` is replaced if it is empty or was written by us. Raises CheckpointError, and leaves nothing half-written.
+    `out` is replaced if it is empty or was written by this program. Raises CheckpointError, and
+    leaves nothing half-written.
     """
     source, out = HFFolder(source_folder), Path(out)
     folders.check_disjoint(source.folder, out)
@@ -58,11 +60,11 @@ def save_hf(
     tied = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
     _check_free_space(out, sum(header.nbytes for header in source.files.values()))
 
-    def fetch(name: str, part: TensorSlice) -> Tensor:
-        owner, mapping = mapping_of(name, source.specs[name].shape)
-        if tied and name == HEAD:
-            owner = EMBEDDING
-        return values.read(owner, mapping.to_model(part)) if owner in values.specs else source.read(name, part)
+    def fetch(disk_name: str, region: TensorSlice) -> Tensor:
+        name, mapping = mapping_of(disk_name, source.specs[disk_name].shape)
+        if tied and disk_name == HEAD:
+            name = EMBEDDING
+        return values.read(name, mapping.to_model(region)) if name in values.specs else source.read(disk_name, region)
 
     content: dict[str, Any] = {}
     with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
@@ -84,30 +86,30 @@ def write_hf(
     dtype_of: Callable[[str], torch.dtype] = published_dtype,
     texts: Mapping[str, str] | None = None,
 ) -> WriteSummary:
-    """Write a fresh checkpoint of a model's state: safetensors files named as the hub's, index, config.json.
+    """Write a fresh checkpoint of a model's state: weights named like the hub's, index, config.
 
-    `texts` are further files by name. `dtype_of` maps a name on disk to its dtype, by default the published one. Files of
-    weights hold up to `shard_size` bytes, or one tensor. `folder` is replaced if it is empty or was written by us.
+    `dtype_of` maps a name on disk to its dtype, by default the published one. A file of weights
+    holds up to `shard_size` bytes, or a single larger tensor. `texts` are further files by name.
+    `folder` is replaced if it is empty or was written by this program. Raises CheckpointError.
     """
     values, folder = MemorySource(state) if isinstance(state, Mapping) else state, Path(folder)
-    mappings = {p.disk_name: (n, p) for n, s in values.specs.items() for p in mappings_of(n, s.shape, layout)}
+    mappings = {m.disk_name: (n, m) for n, s in values.specs.items() for m in mappings_of(n, s.shape, layout)}
     specs = disk_spec({name: spec.shape for name, spec in values.specs.items()}, layout, dtype_of)
     shards = _fill_shards(specs, shard_size)
     files = {f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors": names for k, names in enumerate(shards, 1)}
     headers = {file: make_header({name: specs[name] for name in names}) for file, names in files.items()}
 
-    def fetch(name: str, part: TensorSlice) -> Tensor:
-        owner, mapping = mappings[name]
-        return values.read(owner, mapping.to_model(part))
+    def fetch(disk_name: str, region: TensorSlice) -> Tensor:
+        name, mapping = mappings[disk_name]
+        return values.read(name, mapping.to_model(region))
 
     content: dict[str, Any] = {}
     with folders.new_folder(folder, EXPORT_MANIFEST, content) as temporary:
         _write_files(temporary, headers, fetch, None)
         total = sum(spec.nbytes for spec in specs.values())
         file_of = {name: file for file, names in files.items() for name in names}
-        _write_json(
-            temporary / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        _write_json(temporary / WEIGHTS_INDEX, index)
         _write_json(temporary / "config.json", config)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -117,7 +119,7 @@ def write_hf(
 
 
 def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
-    """Names by falling size, as the published files have them: a layer is spread over files."""
+    """Distribute names over files by falling size, as in the published checkpoints."""
     shards: list[list[str]] = []
     room = 0
     for name in sorted(specs, key=lambda n: (-specs[n].nbytes, n)):
@@ -130,11 +132,11 @@ def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[
 
 
 class _ShardFile:
-    """A safetensors file while several threads write it, each a piece of a tensor at a time."""
+    """A safetensors file that several threads write, each a piece of a tensor at a time."""
 
     def __init__(self, path: Path, header: Header):
         self.path, self.header = path, header
-        self.parts: list[tuple[str, TensorSlice, int]] = []  # name, piece of it, its first byte in the file
+        self.parts: list[tuple[str, TensorSlice, int]] = []  # name, piece, its first byte in the file
         for name, entry in header.entries.items():
             position, itemsize = entry.begin, entry.spec.dtype.itemsize
             for region in pieces(
@@ -147,10 +149,10 @@ class _ShardFile:
         path.write_bytes(header.raw)
 
     def write(self, name: str, position: int, values: Tensor) -> int:
-        """Write a piece, and check the file if it was the last. Returns how many bytes it had."""
+        """Write a piece, and check the file if it was the last one. Returns the piece's bytes."""
         data = raw_bytes(values.to(self.header.entries[name].spec.dtype).contiguous())
         self.sums[position] = zlib.crc32(data)
-        with self.lock:  # the kernel lets one write to a file at a time
+        with self.lock:  # the kernel writes to a file one call at a time anyway
             write_at(self.path, position, data)
             self.left -= 1
             is_last = self.left == 0
@@ -159,7 +161,7 @@ class _ShardFile:
         return data.nbytes
 
     def check(self) -> None:
-        """Have the disk hold the file, and read it back: every byte is what was meant to be written."""
+        """Flush the file and read it back; every byte must be as intended."""
         folders.flush(self.path)
         entries = read_header(self.path).entries
         for name, region, position in self.parts:
@@ -168,7 +170,7 @@ class _ShardFile:
 
 
 def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
-    """Write safetensors files. Each is read back by the thread that ends it, while the others write the next."""
+    """Write safetensors files; the thread that finishes one reads it back."""
 
     def write(_: int, parts: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
         for file, (name, region, position) in parts:
@@ -184,47 +186,47 @@ def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, prog
 
 
 def _check_folder(written: HFFolder, headers: Mapping[str, Header]) -> None:
-    """The index, the files and their headers, read back, are what was meant to be written."""
+    """Raises CheckpointError unless index, files and headers, read back, are as intended."""
     if {file: header.raw for file, header in written.files.items()} != {f: h.raw for f, h in headers.items()}:
         raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
 
 
 def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
-    """Raises CheckpointError if a state of these names and shapes could not be written like the source.
+    """Raises CheckpointError if a state of these shapes could not be written like the source.
 
-    The state has every tensor of the source but those that may be copied, and none besides. Returns whether the head that is
-    stored is the embedding.
+    It must have every tensor of the source, except those that may be copied, and no others. Returns
+    whether the stored head is the embedding.
     """
-    wrong, covered = Mismatch(), set()
+    mismatch, covered = Mismatch(), set()
     tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
     for name, shape in shapes.items():
         for mapping in mappings_of(name, shape, source.specs):
             covered.add(mapping.disk_name)
             if mapping.disk_name not in source.specs:
-                wrong.surplus.append(mapping.disk_name)
+                mismatch.surplus.append(mapping.disk_name)
             elif source.specs[mapping.disk_name].shape != mapping.disk_shape:
-                wrong.misshapen[mapping.disk_name] = (mapping.disk_shape, source.specs[mapping.disk_name].shape)
+                mismatch.misshapen[mapping.disk_name] = (mapping.disk_shape, source.specs[mapping.disk_name].shape)
     copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
-    wrong.missing = [n for n in source.specs if n not in covered and n not in copied]
-    wrong.raise_if_any(headline)
+    mismatch.missing = [n for n in source.specs if n not in covered and n not in copied]
+    mismatch.raise_if_any(headline)
     _other_files(source)
     return tied
 
 
 def _check_free_space(out: Path, needed: int) -> None:
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(f"{out}: the export takes {needed:,} bytes, and {free:,} are free on that disk")
 
 
 def _other_files(source: HFFolder) -> list[Path]:
-    """What comes along: all files but weights, hidden files and an index that is not the weights'.
+    """The files to copy: all except weights, hidden files and an index that the weights do not use.
 
-    Raises CheckpointError for a link out of the folder, which may name any file of this machine. In a hub's cache every file
-    is a link from snapshots/… to blobs.
+    Raises CheckpointError for a link out of the folder, which could copy any file of this machine.
+    Only the hub's cache may have such links, from snapshots/… to blobs.
     """
-    root, found = source.folder.resolve(), []
+    root, files = source.folder.resolve(), []
     cache = [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
@@ -238,8 +240,8 @@ def _other_files(source: HFFolder) -> list[Path]:
             raise CheckpointError(
                 f"{path}: a link out of the model folder, to {target}, which an export would copy; put the file itself there"
             )
-        found.append(path)
-    return found
+        files.append(path)
+    return files
 
 
 def _copy(path: Path, copy: Path) -> None:

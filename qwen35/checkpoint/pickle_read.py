@@ -1,8 +1,9 @@
-"""Reading a pickle as plain data: nothing that it names is imported, called or changed.
+"""Reads a pickle as plain data: nothing that it names is imported, called or changed.
 
-Python's own unpickler runs the file as a program. Even with few classes to name, a hostile file sets their attributes,
-makes it hash what is nested too deeply, or has it take any amount of memory. Here a reference to a class is its name, and
-what would be made by calling it is a Pickled. Only the instructions that torch's files are made of are known.
+Python's unpickler runs the file as a program. Even if it may name only a few classes, a hostile
+file can set their attributes, make it hash deeply nested values, or make it allocate any amount of
+memory. Here a reference to a class is only its name, and an object is a Pickled. Only the opcodes
+that occur in torch's files are supported.
 """
 
 import pickle
@@ -10,24 +11,24 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-MAX_PICKLE_BYTES = 64 * 2**20  # bytes: the description of some 300,000 chunks
+MAX_PICKLE_BYTES = 64 * 2**20  # enough to describe some 300,000 chunks
 CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False}
 INTEGERS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i")}
-SIZES = {1: struct.Struct("<B"), 4: struct.Struct("<I")}  # by the bytes that a length or a place in the memo takes
+SIZES = {1: struct.Struct("<B"), 4: struct.Struct("<I")}  # width in bytes -> format of a length or memo index
 STRINGS, GETS, PUTS = {0x8C: 1, ord("X"): 4}, {ord("h"): 1, ord("j"): 4}, {ord("q"): 1, ord("r"): 4}
 TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
-SKIPPED = {0x80: 1, 0x95: 8}  # the protocol's number; the length of a frame
+SKIPPED = {0x80: 1, 0x95: 8}  # protocol number; frame length
 
 
 class Name(str):
     """A class or function, as `module.name`."""
 
 
-PERSISTENT = Name("persistent")  # of what the pickle refers to outside of it
+PERSISTENT = Name("persistent")  # stands for a reference to something outside the pickle
 
 
 class Pairs(list[tuple[Any, Any]]):
-    """A dict whose keys nobody has hashed."""
+    """The items of a dict, whose keys are never hashed."""
 
 
 EMPTY = {ord(")"): tuple, ord("]"): list, ord("}"): Pairs}
@@ -35,7 +36,7 @@ EMPTY = {ord(")"): tuple, ord("]"): list, ord("}"): Pairs}
 
 @dataclass(slots=True, eq=False)
 class Pickled:
-    """What calling `name` with `args` would make, and the state that it would be given."""
+    """The object that `name(*args)` would make, and the state that it would be given."""
 
     name: Name
     args: tuple[Any, ...]
@@ -43,9 +44,9 @@ class Pickled:
 
 
 def read_pickle(data: bytes) -> Any:
-    """None, booleans, whole numbers, strings, Names, tuples, lists, Pairs and Pickled, nested in any way.
+    """The value: None, bool, int, str, Name, tuple, list, Pairs or Pickled, nested in any way.
 
-    Raises pickle.UnpicklingError.
+    Raises pickle.UnpicklingError for anything else, and for damaged data.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise pickle.UnpicklingError(f"it is larger than {MAX_PICKLE_BYTES:,} bytes")
@@ -137,7 +138,7 @@ class _Reader:
 
 
 def _checked(kind: type, value: Any) -> Any:
-    """The value, if it is of this kind. What has no place there is named, not shown: it may be nested in any depth."""
+    """The value, if it has this type. The error shows no value, which may be nested deeply."""
     if type(value) is not kind:
         what = "dict" if isinstance(value, Pairs) else type(value).__name__
         raise _misplaced(value.name if isinstance(value, Pickled) else value if isinstance(value, Name) else what)
@@ -149,7 +150,7 @@ def _misplaced(what: str) -> pickle.UnpicklingError:
 
 
 def called(value: Any, name: str) -> Pickled:
-    """What was made by calling `name`."""
+    """The value, if it is an object made by calling `name`."""
     if _checked(Pickled, value).name != name:
         raise _misplaced(value.name)
     return value
@@ -160,5 +161,5 @@ def pairs(value: Any) -> Pairs:
 
 
 def fields_of(value: Any, name: str) -> dict[str, Any]:
-    """The attributes of an object of the class `name`."""
+    """The attributes of a value that must be an object of the class `name`."""
     return {_checked(str, key): item for key, item in pairs(called(value, name).state)}

@@ -1,4 +1,4 @@
-"""Converted weights as a DCP checkpoint: written by one process, several threads, a piece of a tensor at a time."""
+"""Writes converted weights as a DCP checkpoint: one process, several threads, piece by piece."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +25,14 @@ from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 from qwen35.errors import one_line
 
-ONE_FILE_BYTES = 256 * 2**20  # bytes that one thread writes to one file: the same files every time
+ONE_FILE_BYTES = 256 * 2**20  # up to this, one thread writes one file, so that its bytes are reproducible
 
 
 def write_release(source: TensorSource, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
-    """Write `<folder>/release` from a Source, in its dtypes; no tensor is ever held whole. Raises CheckpointError.
+    """Write `<folder>/release` from a source, in its dtypes, never holding a whole tensor.
 
-    The files are DCP's own, one a thread; as in a training checkpoint, complete.json and the rename come last.
+    Each thread writes one file. As for a training checkpoint, complete.json and the rename come
+    last. Raises CheckpointError.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -61,9 +62,9 @@ def _write(source: TensorSource, folder: Path, progress: Callable[[int], object]
         with path.open("w+b") as file:
             for name, region in parts:
                 values = source.read(name, region)
-                one = append_tensor(values, MetadataIndex(MODEL + name, Size(region.offsets)), path, file)
-                folders.flush_soon(file.fileno(), one.storage_data.offset, one.size_in_bytes)
-                written.append(one)
+                result = append_tensor(values, MetadataIndex(MODEL + name, Size(region.offsets)), path, file)
+                folders.flush_soon(file.fileno(), result.storage_data.offset, result.size_in_bytes)
+                written.append(result)
                 if progress:
                     progress(values.nbytes)
             folders.flush(path)

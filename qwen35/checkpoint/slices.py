@@ -1,4 +1,4 @@
-"""Rectangular parts of tensors: what is read, moved and written piece by piece."""
+"""Slices of tensors: tensors are read, moved and written slice by slice, never whole."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-# bytes that a thread holds at a time while tensors stream from file to file; memory of this size is used again, much more
-# comes fresh from the kernel for every piece, which takes longer than to read it
+# How much of a tensor a thread holds at a time while it streams from file to file. The allocator
+# reuses memory of this size; much larger blocks are mapped anew for every piece, which takes longer
+# than reading it.
 PIECE_BYTES = 8 * 2**20
-MAX_AXES = 16  # of a tensor; more of them are nobody's layout
+MAX_AXES = 16  # of a tensor; a file that claims more is damaged
 
 
 def is_shape(values: Sequence[object]) -> bool:
-    """Whether a tensor could have this shape. Where one axis is empty, torch multiplies the others all the same."""
-    is_counted = len(values) <= MAX_AXES and all(type(n) is int and n >= 0 for n in values)
-    return (
-        is_counted and math.prod(n or 1 for n in values if type(n) is int) < 2**60
-    )  # its bytes are counted in 63 bits
+    """Whether a tensor can have this shape."""
+    is_valid = len(values) <= MAX_AXES and all(type(n) is int and n >= 0 for n in values)
+    # torch counts bytes in 63 bits, and multiplies the other axes even where one is empty
+    return is_valid and math.prod(n or 1 for n in values if type(n) is int) < 2**60
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A rectangular region of a tensor: the elements with offsets[d] <= i_d < offsets[d] + lengths[d]."""
+    """A rectangular region of a tensor: all i with offsets[d] <= i[d] < offsets[d] + lengths[d]."""
 
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -53,7 +53,7 @@ class TensorSlice:
         return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.lengths, strict=True))
 
     def relative_to(self, origin: Sequence[int]) -> "TensorSlice":
-        """The same elements, counted from `origin`."""
+        """The same elements, with offsets counted from `origin`."""
         return TensorSlice(tuple(a - o for a, o in zip(self.offsets, origin, strict=True)), self.lengths)
 
     def __and__(self, other: "TensorSlice") -> "TensorSlice | None":
@@ -64,18 +64,18 @@ class TensorSlice:
 
 
 class TensorSource(Protocol):
-    """Tensors under the model's names, read part by part: of a Hugging Face folder, a DCP checkpoint, memory."""
+    """Tensors under the model's parameter names that can be read slice by slice."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
-        """The elements `region` of tensor `name`, in a CPU tensor of the stored dtype and of shape region.lengths."""
+        """A region of a tensor: on the CPU, in the stored dtype, of shape region.lengths."""
         ...
 
 
 class MemorySource:
-    """Source over whole tensors in memory (of any device)."""
+    """A TensorSource over whole tensors in memory, on any device."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -86,7 +86,7 @@ class MemorySource:
 
 
 def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iterator[TensorSlice]:
-    """Cut a region along its leading axes into regions of at most `limit` bytes, in row-major order."""
+    """Cut a region along its leading axes into pieces of `limit` bytes, in row-major order."""
     if region.numel == 0:
         return
     axis = next((d for d, n in enumerate(region.lengths) if n > 1), None)
@@ -99,7 +99,7 @@ def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iter
         count = min(step, region.lengths[axis] - first)
         offsets = (*region.offsets[:axis], region.offsets[axis] + first, *region.offsets[axis + 1 :])
         part = TensorSlice(offsets, (*region.lengths[:axis], count, *region.lengths[axis + 1 :]))
-        # a single row may still be too large: cut it along the next axis
+        # a single row may still be too large
         if row > limit:
             yield from pieces(part, itemsize, limit)
         else:
@@ -107,9 +107,10 @@ def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iter
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
-    """This rank's own part of a tensor and where it lies in the whole; a plain tensor is its own whole.
+    """This rank's part of a tensor, and the region of the global tensor that it covers.
 
-    Works for every sharding that a DTensor can have, uneven ones too; the part may be empty.
+    Any sharding of a DTensor works, uneven ones too; the part may be empty. A plain tensor is all
+    there.
     """
     if not isinstance(tensor, DTensor):
         return tensor, TensorSlice.full(tensor.shape)

@@ -105,8 +105,8 @@ def test_an_export_takes_the_newest_that_is_whole_and_says_so(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     run = tmp_path / "run"
     assert lines[:-1] == [
-        f"{run}/iter_0000003 is passed over, for it is not whole ({run}/iter_0000003/complete.json: no such file)",
-        f"{run}/latest_checkpointed_iteration.txt names iter_0000001; iter_0000002 is taken, the newest that is whole",
+        f"{run}/iter_0000003 is incomplete and was skipped ({run}/iter_0000003/complete.json: no such file)",
+        f"{run}/latest_checkpointed_iteration.txt names iter_0000001, but iter_0000002 is newer and complete, and is used",
         f"weights from {run}/iter_0000002",
     ]
     head = build(config_dict(), mtp=False, seed=2).lm_head.weight.to(torch.bfloat16)
@@ -124,8 +124,8 @@ def test_damage_is_not_exported(tmp_path, capsys):
     (checkpoint / chunk["file"]).write_bytes(data)
     assert back(tmp_path / "run", folder, tmp_path / "out") == 1
     err = capsys.readouterr().err
-    words = "is damaged where model.lm_head.weight lies: a checksum is not that of what was written; move it away; iter_0000001"
-    assert err == f"mm-convert: {checkpoint}/__0_0.distcp: {words} follows\n"
+    words = "is damaged at model.lm_head.weight: a checksum does not match; move it away to use iter_0000001"
+    assert err == f"mm-convert: {checkpoint}/__0_0.distcp: {words}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +194,7 @@ def test_other_mistakes(tmp_path, capsys):
 
     assert "no such folder" in error(there(tmp_path / "none", tmp_path / "dcp"))
     assert "no such folder" in error(back(tmp_path / "none", folder, tmp_path / "out"))
-    assert "no whole checkpoint" in error(back(folder, folder, tmp_path / "out"))
+    assert "no complete checkpoint" in error(back(folder, folder, tmp_path / "out"))
     save_checkpoint(tmp_path / "run", 1, build(config_dict(), mtp=False))
     assert "holds the checkpoints of a training run" in error(there(folder, tmp_path / "run"))
     other = write_folder(tmp_path / "other", moe=False)
@@ -244,7 +244,7 @@ def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
     killed_at(tmp_path / "at", event, path, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(tmp_path / "dcp"))
     assert names_in(tmp_path / "dcp") == ["release.tmp"]
     assert newest_checkpoint(tmp_path / "dcp") is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resolve_load(tmp_path / "dcp")
     assert there(folder, tmp_path / "dcp") == 0
     assert names_in(tmp_path / "dcp") == ["latest_checkpointed_iteration.txt", "release"]

@@ -110,7 +110,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
             if words := refusal(lambda: same(load(checkpoint), wanted)):
                 assert str(path) in words
                 if path.name != "complete.json":  # which may no longer be JSON: then it is one that was interrupted
-                    assert words.endswith("; move it away; iter_0000002 follows"), words
+                    assert words.endswith("; move it away to use iter_0000002"), words
                 refused[path.name] += 1
         path.write_bytes(content)
     assert refused.pop(".metadata") == 0
@@ -134,7 +134,9 @@ def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
         data = bytearray(content)
         data[chunk["begin"] + place] ^= 16
         file.write_bytes(data)
-        with pytest.raises(CheckpointError, match=rf"__0_0\.distcp: is damaged where {name} lies: .* no older one"):
+        with pytest.raises(
+            CheckpointError, match=rf"__0_0\.distcp: is damaged at {name}: .* no older checkpoint is complete"
+        ):
             load(checkpoint)
 
 
@@ -150,7 +152,7 @@ def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
             data = bytearray(content)
             data[content.index(value) + place] ^= 1
             file.write_bytes(data)
-            assert "is damaged where " in refusal(lambda: load(checkpoint, 4)), (name, place)
+            assert "is damaged at " in refusal(lambda: load(checkpoint, 4)), (name, place)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "extra.json", "rank_00000.json", "tensors.json", "complete.json"])
@@ -164,7 +166,7 @@ def test_a_file_of_another_step_is_refused(run, tmp_path, name):
         content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
     assert len(content) == ours.stat().st_size
     ours.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*; move it away; iter_0000002 follows"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*; move it away to use iter_0000002"):
         load(folder)
 
 
@@ -176,7 +178,7 @@ def test_a_renamed_folder_is_refused(run, tmp_path):
         if name == "before":
             as_before(folder / "iter_0000004")
         (folder / "iter_0000004").rename(folder / "iter_0000008")
-        words = r"iter_0000008/complete\.json: it is that of iter_0000004; move it away; iter_0000002 follows"
+        words = r"iter_0000008/complete\.json: it belongs to iter_0000004; move it away to use iter_0000002"
         for use in (newest_checkpoint, load, repair_save_folder):
             with pytest.raises(CheckpointError, match=words):
                 use(folder)
@@ -188,7 +190,7 @@ def test_a_format_of_the_future_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     manifest = tmp_path / "run/iter_0000004/complete.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match=r"complete\.json: format 3, which this version"):
+    with pytest.raises(CheckpointError, match=r"complete\.json: format 3 is newer"):
         load(tmp_path / "run")
 
 
@@ -285,7 +287,7 @@ LIES = {
     "no chunk": ([], [], "do not hold each element once"),
     "outside": ([[0, 0], [2, 0]], [[2, 4], [2, 4]], "lies outside of it"),
     "before the beginning": ([[-1, 0], [1, 0]], [[2, 4], [2, 4]], "not made of whole numbers"),
-    "of other axes": ([[0], [2]], [[2], [1]], "has other axes"),
+    "of other axes": ([[0], [2]], [[2], [1]], "has another number of axes"),
     "rows": ([[0, 0], [2, 0]], [[2, 4], [1, 4]], None),
     "columns": ([[0, 0], [0, 1]], [[3, 1], [3, 3]], None),
     "cut across and again": ([[0, 0], [0, 1], [2, 1]], [[3, 1], [2, 3], [1, 3]], None),
@@ -361,15 +363,15 @@ class Pickles:
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({"relative_path": "../data"}, "lies in no file of this checkpoint"),
-        ({"relative_path": "/etc/passwd"}, "lies in no file of this checkpoint"),
-        ({"relative_path": "gone"}, "lies in no file of this checkpoint"),
-        ({"relative_path": 7}, "lies in no file of this checkpoint"),
-        ({"offset": -8}, "another size than its bytes"),
+        ({"relative_path": "../data"}, "its file is not one of this checkpoint"),
+        ({"relative_path": "/etc/passwd"}, "its file is not one of this checkpoint"),
+        ({"relative_path": "gone"}, "its file is not one of this checkpoint"),
+        ({"relative_path": 7}, "its file is not one of this checkpoint"),
+        ({"offset": -8}, "does not have the size of its bytes"),
         ({"offset": 9_500}, "lies beyond the end of data"),
-        ({"length": 47}, "another size than its bytes"),
-        ({"length": 2**64}, "another size than its bytes"),
-        ({"length": True}, "another size than its bytes"),
+        ({"length": 47}, "does not have the size of its bytes"),
+        ({"length": 2**64}, "does not have the size of its bytes"),
+        ({"length": True}, "does not have the size of its bytes"),
         ({"transform_descriptors": ["zstd"]}, "in a form that is not supported"),
     ],
 )
@@ -564,7 +566,7 @@ def test_an_archive_of_before_that_is_none(tmp_path, content):
     file = tmp_path / "iter_0000007/__0_0.distcp"
     file.write_bytes(content.ljust(file.stat().st_size, b"\0"))
     with pytest.raises(
-        CheckpointError, match=r"__0_0\.distcp: is damaged where .* lies: it is no archive of torch's; move"
+        CheckpointError, match=r"__0_0\.distcp: is damaged at .*: it is not an archive written by torch; move"
     ):
         load(tmp_path, 4)
 
@@ -579,14 +581,9 @@ def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
     for number in ("", "1"):
         os.truncate(broken / "__0_0.distcp", 100)
         (line, named) = repair_save_folder(folder)
-        assert line.startswith(f"{broken} is not whole ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
-        assert line.endswith(
-            f": it is now iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002"
-        )
-        assert (
-            named
-            == f"{folder}/latest_checkpointed_iteration.txt names iter_0000002 now, which was whole before it was named"
-        )
+        assert line.startswith(f"{broken} is incomplete ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
+        assert f"): renamed to iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002" in line
+        assert named.startswith(f"{folder}/latest_checkpointed_iteration.txt now names iter_0000002: ")
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
         assert repair_save_folder(folder) == []
         shutil.copytree(run / "iter_0000004", broken)
@@ -604,7 +601,7 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run, tmp_pat
     for path in folder.glob("iter_*"):
         (path / "complete.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"no whole checkpoint in it; .*iter_0000004/complete\.json: no such file\. Move"
+        CheckpointError, match=r"no complete checkpoint in it; .*iter_0000004/complete\.json: no such file\. Move"
     ):
         repair_save_folder(folder)
 
@@ -617,5 +614,5 @@ def test_the_latest_is_named_after_a_kill(run, tmp_path):
     for text in ("2", "", "9" * 5000, "²", "release"):
         latest.write_text(text)
         assert same(load(folder), load(run / "iter_0000004"))
-        assert "names iter_0000004 now" in repair_save_folder(folder)[0]
+        assert "now names iter_0000004" in repair_save_folder(folder)[0]
         assert latest.read_text() == "4"

@@ -142,7 +142,7 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
         resolve_load(tmp_path) == iters[20]
     )  # as a run goes on, whatever is named there: its writing may be what failed
     assert load_notes(tmp_path, iters[20]) == [
-        f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003; iter_0000020 is taken, the newest that is whole"
+        f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003, but iter_0000020 is newer and complete, and is used"
     ]
     assert load_notes(iters[3], iters[3]) == []  # by its own name, one may go back
     shutil.copytree(iters[20], tmp_path / "iter_0000030.tmp")
@@ -150,16 +150,16 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     (iters[20] / "complete.json").unlink()
     assert newest_checkpoint(tmp_path) == iters[3]
     assert load_notes(tmp_path, iters[3]) == [
-        f"{iters[20]} is passed over, for it is not whole ({iters[20]}/complete.json: no such file)"
+        f"{iters[20]} is incomplete and was skipped ({iters[20]}/complete.json: no such file)"
     ]
-    with pytest.raises(CheckpointError, match="iter_0000020: not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="iter_0000020: not a complete checkpoint"):
         resolve_load(iters[20])
     data = next(iters[3].glob("*.distcp"))
     os.truncate(data, data.stat().st_size - 1)
     assert newest_checkpoint(tmp_path) == resolve_load(tmp_path) == resolve_load(iters[1]) == iters[1]
     (iters[1] / "complete.json").write_text("{")
     assert newest_checkpoint(tmp_path) is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint in it"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint in it"):
         resolve_load(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_load(tmp_path / "none")

@@ -44,7 +44,7 @@ def test_what_others_put_into_an_export_is_never_lost(tmp_path):
     (out / "README.md").unlink()
     manifest = out / hf_write.EXPORT_MANIFEST
     manifest.write_text("{}")
-    with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not say what was written there; move it"):
+    with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not list its files; move it away"):
         save_hf(source, folder, out)
 
 

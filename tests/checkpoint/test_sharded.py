@@ -145,7 +145,7 @@ def worker(rank: int, folder: Path) -> None:
             assert optimizer.state[a]["step"] == 2
 
     # what fails on one rank is the same error on all, and leaves nothing
-    with pytest.raises(CheckpointError, match=r"extra\.bad: object cannot be kept"):
+    with pytest.raises(CheckpointError, match=r"extra\.bad: object cannot be saved"):
         save_checkpoint(folder / "run", 3, model, None, rank_extra={"bad": object()} if rank == 1 else {})
     dist.barrier()
     if rank == 1:

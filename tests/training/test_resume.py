@@ -167,8 +167,8 @@ def test_a_newest_checkpoint_that_is_not_whole(workplace, uninterrupted, tmp_pat
     file = save / "iter_0000024/__1_0.distcp"
     os.truncate(file, 1000)
     out = finish(workplace, save)
-    assert f"{file.parent} is not whole ({file}: 1000 bytes, complete.json says " in out
-    assert f": it is now iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
+    assert f"{file.parent} is incomplete ({file}: 1000 bytes, complete.json says " in out
+    assert f": renamed to iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
     assert f"steps 21 to {STEPS}" in out
     assert (save / "iter_0000024.damaged/__1_0.distcp").stat().st_size == 1000
     assert_same_run(save, uninterrupted)
@@ -256,7 +256,7 @@ def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_pat
     as_before(save / "iter_0000024")
     done = train(workplace, save, 2, *RECIPE, "training.train_iters=25")
     assert done.returncode == 1
-    words = "is missing, while there is one of another of the 2 ranks; move it away; iter_0000020 follows"
+    words = "is missing, while there is one of another of the 2 ranks; move it away to use iter_0000020"
     assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
     assert "bins of" not in done.stdout
 

@@ -23,7 +23,7 @@ from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.unread import not_read
 from qwen35.errors import USER_ERRORS, Parser, complain
 
-SEED_WORD = "GenericDCPConverter"
+CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
 
 
@@ -135,7 +135,7 @@ def _parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == [SEED_WORD]:
+    if arguments and arguments[0] in CONVERTERS:
         arguments = arguments[1:]
     args = _parser().parse_args(arguments)
     try:

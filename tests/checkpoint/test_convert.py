@@ -211,6 +211,20 @@ def test_other_mistakes(tmp_path, capsys):
     assert "is not a JSON object of names" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("converter", ["GenericDCPConverter", "Qwen35Converter"])
+def test_converter_names_of_mindspeed_are_accepted_first_only(tmp_path, capsys, converter):
+    folder, dcp, out = write_folder(tmp_path / "hf", mtp=False), tmp_path / "dcp", tmp_path / "out"
+    assert main([converter, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]) == 0
+    export = ["dcp_to_hf", "--dcp_dir", str(dcp), "--origin_hf_dir", str(folder), "--save_hf_dir", str(out)]
+    assert main([converter, *export]) == 0
+    assert_same_bytes(tensors_in(out), tensors_in(folder))
+    for wrong in ([*export, converter], [converter, converter, *export], ["LlamaConverter", *export]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+        assert "Converter" in capsys.readouterr().err
+
+
 # read by python when it starts: kill -9 at the moment at which python tells of this event on this file
 END = """
 import os, signal, sys

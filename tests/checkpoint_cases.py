@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests: every layout, one file or many, tied or not, with and without MTP."""
+"""Small checkpoints for tests: any layout, one file or many, tied or not, with or without MTP."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ def empty_model(config: dict, mtp: bool = False) -> Qwen35:
 
 
 def as_before(checkpoint: Path) -> None:
-    """Rewrite a checkpoint's marker for what lies there now, in the form that had no tensors.json and no checksums."""
+    """Turn a checkpoint into one of format 1, which had no tensors.json and no checksums."""
     (checkpoint / "tensors.json").unlink(missing_ok=True)
     manifest = json.loads((checkpoint / "complete.json").read_text())
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "complete.json"}

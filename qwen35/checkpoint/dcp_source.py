@@ -22,7 +22,7 @@ MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of the names in a checkpoi
 
 
 class DCPSource:
-    """A TensorSource over a checkpoint's tensors under `prefix`, which is stripped from their names.
+    """A TensorSource over a checkpoint's tensors under `prefix`, which is stripped from the names.
 
     Checksums are verified. As long as this object exists, no run removes the checkpoint
     (training.save_total_limit).

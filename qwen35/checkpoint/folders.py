@@ -138,8 +138,8 @@ def move_aside(folder: Path) -> Path:
 def remove_leftovers(folder: Path, names: re.Pattern) -> list[str]:
     """Clean up what interrupted jobs left of folders whose names match. Returns messages.
 
-    This job must own the lock. Half-written and half-removed folders are removed; one that was being
-    replaced is restored.
+    This job must own the lock. Half-written and half-removed folders are removed; one that was
+    being replaced is restored.
     """
     messages = []
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Damaged and mixed-up checkpoints: read as they were written, or refused in one line that names the file."""
+"""Damaged and mixed-up checkpoints are refused in one line that names the file."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def save(folder: Path, *steps: int) -> list[Path]:
 
 
 def load(path: Path, width: int = 400) -> dict:
-    """All that a resume takes from a checkpoint."""
+    """Everything that a resume reads from a checkpoint."""
     model, optimizer = small(width)
     loaded = load_checkpoint(path, model, optimizer)
     state = {name: p.detach() for name, p in model.named_parameters()}
@@ -73,7 +73,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def refusal(read) -> str:
-    """The one line of the error with which something is refused; "" if it is not, and is right."""
+    """The one-line error of a read that is refused; "" if it succeeds."""
     try:
         assert read()
     except CheckpointError as error:
@@ -84,7 +84,7 @@ def refusal(read) -> str:
     return line
 
 
-# -- a bit, a file, a folder ------------------------------------------------------------------------------------------
+# -- a bit, a file, a folder -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
-    """Every file, bits all over it. What is not read, DCP's own description and its archives' frames, may differ."""
+    """In every file. Only .metadata and the frames of archives, which are not read, may differ."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     checkpoint, wanted = folder / "iter_0000004", load(run / "iter_0000004")
@@ -119,7 +119,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.trained", "optimizer.exp_avg.trained", "optimizer.step.gate", "model.frozen"])
-def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
+def test_flipped_bits_of_a_tensor_are_refused(run, tmp_path, name):
     checkpoint = tmp_path / "iter_0000004"
     shutil.copytree(run / checkpoint.name, checkpoint)
     (chunk,) = json.loads((checkpoint / "tensors.json").read_text())[name]["chunks"]
@@ -140,7 +140,7 @@ def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
             load(checkpoint)
 
 
-def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
+def test_every_flipped_bit_of_a_format_1_tensor_is_refused(tmp_path):
     checkpoint, found = tmp_path / "iter_0000007", load(BEFORE, 4)
     shutil.copytree(BEFORE / checkpoint.name, checkpoint)
     (file,) = checkpoint.glob("*.distcp")
@@ -157,7 +157,7 @@ def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "extra.json", "rank_00000.json", "tensors.json", "complete.json"])
 def test_a_file_of_another_step_is_refused(run, tmp_path, name):
-    """Of the same size, so that nothing but what is in it tells."""
+    """Of the same size, so that only its content tells."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     ours, other = folder / "iter_0000004" / name, folder / "iter_0000002" / name
@@ -171,7 +171,7 @@ def test_a_file_of_another_step_is_refused(run, tmp_path, name):
 
 
 def test_a_renamed_folder_is_refused(run, tmp_path):
-    """A whole checkpoint under another step's name, as it is and as it was written before."""
+    """A complete checkpoint under another step's name, in today's format and the one before."""
     for name in ("run", "before"):
         folder = tmp_path / name
         shutil.copytree(run, folder)
@@ -186,7 +186,7 @@ def test_a_renamed_folder_is_refused(run, tmp_path):
         assert same(load(folder / "the_best"), load(run / "iter_0000004"))  # any name that is no step's
 
 
-def test_a_format_of_the_future_is_refused(run, tmp_path):
+def test_newer_format_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     manifest = tmp_path / "run/iter_0000004/complete.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
@@ -194,8 +194,8 @@ def test_a_format_of_the_future_is_refused(run, tmp_path):
         load(tmp_path / "run")
 
 
-def test_what_was_written_before_is_read():
-    """The values are those that wrote it; of its bytes only torch's archives have checksums."""
+def test_format_1_checkpoint_is_read():
+    """A folder of format 1, of which only torch's archives have checksums."""
     found = load(BEFORE, 4)
     model, optimizer = small(4)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_what_was_written_before_is_read():
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_torch_reads_what_a_run_saves(run):
+def test_torch_reads_a_training_checkpoint(run):
     wanted = load(run / "iter_0000004")
     state = {f"model.{name}": torch.zeros_like(wanted[name]) for name in ("trained", "gate", "frozen")}
     state["optimizer.exp_avg.trained"] = torch.zeros(3, 400)
@@ -220,13 +220,13 @@ def test_torch_reads_what_a_run_saves(run):
         assert torch.equal(value, wanted[name.removeprefix("model.").removeprefix("optimizer.")])
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_part_is_read_out_of_its_blocks(tmp_path, data):
-    """The elements themselves; of the bytes, those of its blocks; and damage is seen if it lies in one of them."""
+def test_any_region_is_read_and_checked_by_blocks(tmp_path, data):
+    """Any region is read correctly, and damage is noticed exactly if it is in one of its blocks."""
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     start = [data.draw(st.integers(0, n - 1)) for n in shape]
     region = TensorSlice(
@@ -274,7 +274,7 @@ def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
         assert sum(counts) <= region.lengths[0] * 4000 + 2 * checksums_module.BLOCK
 
 
-# -- descriptions that lie ----------------------------------------------------------------------------------------------
+# -- descriptions that lie -------------------------------------------------------------------------
 
 LIES = {
     "two chunks over each other": ([[0, 0], [1, 0]], [[2, 4], [2, 4]], "do not hold each element once"),
@@ -296,7 +296,7 @@ LIES = {
 
 @pytest.mark.parametrize("form", ["json", "metadata"])
 @pytest.mark.parametrize("lie", LIES)
-def test_each_element_is_there_once(tmp_path, lie, form):
+def test_chunks_must_hold_each_element_once(tmp_path, lie, form):
     starts, sizes, words = LIES[lie]
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
@@ -375,7 +375,7 @@ class Pickles:
         ({"transform_descriptors": ["zstd"]}, "in a form that is not supported"),
     ],
 )
-def test_bytes_lie_in_the_checkpoints_files(tmp_path, info, words):
+def test_chunks_outside_of_files_are_refused(tmp_path, info, words):
     (tmp_path / "data").write_bytes(bytes(10_000))
     write_metadata(tmp_path, [[0, 0]], [[3, 4]], **info)
     with pytest.raises(CheckpointError, match=rf"\.metadata is broken or not DCP's: .*{words}"):
@@ -406,7 +406,7 @@ ODD = st.sampled_from(
 
 
 def changed(data, value):
-    """JSON with something in it replaced, removed, added or doubled."""
+    """JSON with one value replaced, removed, added or doubled."""
     way = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "odd", "remove", "add"]))
     if way == "odd" or not isinstance(value, dict | list) or not value:
         return data.draw(ODD)
@@ -425,8 +425,8 @@ def changed(data, value):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_changed_descriptions(run, tmp_path, data):
-    """With checksums that are right, as one who wants to harm would write them: short and printable, or read."""
+def test_changed_json_is_read_or_refused(run, tmp_path, data):
+    """Even with forged checksums; the message is short and printable."""
     checkpoint = tmp_path / "iter_0000004"
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(run / checkpoint.name, checkpoint)
@@ -439,7 +439,7 @@ def test_changed_descriptions(run, tmp_path, data):
     assert len(words) < 1000 and words.isprintable()
 
 
-# -- pickles ----------------------------------------------------------------------------------------------------------
+# -- pickles ---------------------------------------------------------------------------------------
 
 GOOD = (BEFORE / "iter_0000007/.metadata").read_bytes()
 CLASSES = (Path, type(Path("/")), torch.Size, *vars(dcp_metadata).values())
@@ -447,7 +447,7 @@ CLASSES = (Path, type(Path("/")), torch.Size, *vars(dcp_metadata).values())
 
 @dataclass
 class World:
-    """What a pickle must not change."""
+    """The attributes of classes that a pickle must not change."""
 
     attributes: dict
 
@@ -457,7 +457,7 @@ class World:
 
 
 def deep(count: int) -> bytes:
-    """A tuple in a tuple in a tuple, as the key of a dict: to hash it takes the machine's stack."""
+    """Nested tuples as the key of a dict: hashing it would overflow the stack."""
     return b"\x80\x04}" + b")" + b"\x85" * count + b"Ns."
 
 
@@ -517,8 +517,8 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_changed_pickles(tmp_path, data):
-    """Bytes of a good one changed, cut, doubled, with others put in; or instructions at random: data, or one line."""
+def test_changed_pickles_are_data_or_refused(tmp_path, data):
+    """A changed pickle, or random opcodes, are read as data or refused in one line."""
     content = bytearray(GOOD if data.draw(st.booleans()) else b"\x80\x04")
     for _ in range(data.draw(st.integers(1, 8))):
         place = data.draw(st.integers(0, len(content)))
@@ -542,7 +542,7 @@ def test_changed_pickles(tmp_path, data):
     assert World.now() == before
 
 
-def test_a_pickle_is_data():
+def test_pickles_are_read_as_data():
     class Thing:
         def __init__(self):
             self.a = {"k": (1, [2**40, -1, None, True])}
@@ -561,7 +561,7 @@ def test_a_pickle_is_data():
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", bytes(2000), b"PK\x05\x06" + bytes(18)])
-def test_an_archive_of_before_that_is_none(tmp_path, content):
+def test_damaged_format_1_archive_is_refused(tmp_path, content):
     shutil.copytree(BEFORE / "iter_0000007", tmp_path / "iter_0000007")
     file = tmp_path / "iter_0000007/__0_0.distcp"
     file.write_bytes(content.ljust(file.stat().st_size, b"\0"))
@@ -571,10 +571,10 @@ def test_an_archive_of_before_that_is_none(tmp_path, content):
         load(tmp_path, 4)
 
 
-# -- after a stop -----------------------------------------------------------------------------------------------------
+# -- after a stop ----------------------------------------------------------------------------------
 
 
-def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
+def test_incomplete_checkpoint_is_renamed_and_reported(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     broken = folder / "iter_0000004"
@@ -595,7 +595,7 @@ def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
     assert len(list(folder.glob("*.damaged*"))) == 3
 
 
-def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run, tmp_path):
+def test_run_without_a_complete_checkpoint_does_not_start_anew(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for path in folder.glob("iter_*"):
@@ -606,8 +606,8 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run, tmp_pat
         repair_save_folder(folder)
 
 
-def test_the_latest_is_named_after_a_kill(run, tmp_path):
-    """Between the last rename and the naming; a number that is none, or of many digits, names nothing."""
+def test_latest_file_is_repaired_after_a_kill(run, tmp_path):
+    """Between the last rename and the update of the file, which may hold anything."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     latest = folder / "latest_checkpointed_iteration.txt"

@@ -1,4 +1,4 @@
-"""DCP checkpoints in one process: save and resume, which one is chosen, and what is refused."""
+"""DCP checkpoints in one process: save, resume, choice of a checkpoint, and refusals."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, use_all: bool
     optimizer.zero_grad()
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
-    """Optimizer state where there is some; none for what never had a gradient, and it may begin later."""
+def test_resume_is_bit_exact(tmp_path):
+    """A parameter without a gradient has no optimizer state, and may get it after the resume."""
     model = small_model()
     optimizer = adam(model)
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
         assert torch.equal(optimizer.state[model.unused][key], other.state[resumed.unused][key])
 
 
-def test_names_of_the_state():
+def test_state_names_model_and_optimizer_tensors():
     model = small_model()
     optimizer = adam(model)
     step(model, optimizer)
@@ -79,7 +79,7 @@ def test_names_of_the_state():
     assert "model.trained" in training_state(wrapped, None)
 
 
-def test_what_is_frozen_after_a_resume_drops_its_state(tmp_path):
+def test_frozen_parameter_loses_its_optimizer_state_on_resume(tmp_path):
     model = small_model()
     optimizer = adam(model)
     step(model, optimizer)
@@ -90,7 +90,7 @@ def test_what_is_frozen_after_a_resume_drops_its_state(tmp_path):
     assert set(other.state) == {model.trained}
 
 
-def test_extras_come_back_exactly(tmp_path):
+def test_extras_round_trip_exactly(tmp_path):
     extra = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -111,7 +111,7 @@ def test_extras_come_back_exactly(tmp_path):
     assert decode(json.loads(json.dumps(encode({"x": 1e-310})))) == {"x": 1e-310}
 
 
-def test_an_extra_that_cannot_be_kept_is_named(tmp_path):
+def test_unsupported_extra_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"iter_0000001 cannot be written: extra\.rng\[1\]: object cannot"):
         save_checkpoint(tmp_path, 1, small_model(), extra={"rng": [1, object()]})
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path):
     assert torch.equal(wide.trained, model.trained.float())
 
 
-# -- which checkpoint is chosen ---------------------------------------------------------------------------------------
+# -- which checkpoint is chosen --------------------------------------------------------------------
 
 
 def test_half_written_checkpoints_are_never_chosen(tmp_path):
@@ -166,8 +166,8 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["describe", "write_latest", "manifest_content"])
-def test_interrupted_saves(tmp_path, monkeypatch, moment):
-    """Stopped at any of these moments, the newest whole checkpoint is the one before, or the new one in full."""
+def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch, moment):
+    """Whichever call is interrupted, the newest complete checkpoint is the old or the new one."""
     model = small_model()
     save_checkpoint(tmp_path, 1, model)
 
@@ -190,7 +190,7 @@ def test_interrupted_saves(tmp_path, monkeypatch, moment):
     ]
 
 
-def test_a_checkpoint_is_replaced_whole(tmp_path):
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
     model = small_model()
     save_checkpoint(tmp_path, 1, model)
     model.trained.data.fill_(7)
@@ -214,8 +214,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_no_user_can_mend_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
-    """As the loss of a loader's worker, which torch raises in the middle of whatever is done: another start may help."""
+def test_killed_loader_worker_is_not_reported_as_a_write_error(tmp_path, monkeypatch):
+    """Such as the loss of a DataLoader worker, which torch raises anywhere: a restart may help."""
 
     def lost(*args, **kwargs):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
@@ -226,7 +226,7 @@ def test_what_no_user_can_mend_is_not_told_as_a_full_disk(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-# -- what does not fit ------------------------------------------------------------------------------------------------
+# -- what does not fit -----------------------------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_one_error(tmp_path):
@@ -293,7 +293,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_parts_of_tensors_in_pieces(tmp_path, monkeypatch):
+def test_tensor_written_in_pieces_is_read_in_any_region(tmp_path, monkeypatch):
     """A tensor written in many pieces is read in any part."""
     monkeypatch.setattr(release, "pieces", lambda region, size: pieces(region, size, 64))
 

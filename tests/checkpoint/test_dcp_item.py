@@ -1,4 +1,4 @@
-"""DCP's files read by byte ranges, against torch's own reader and writer; what is no plain tensor is refused."""
+"""DCP's files read by byte ranges, compared with torch's own reader and writer."""
 
 import io
 import os
@@ -43,7 +43,7 @@ REGIONS = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_what_torch_saves_is_read_in_any_part(tmp_path):
+def test_files_of_torch_are_read_in_any_region(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in TENSORS.items()}
     dcp.save({**state, "model.notes": {"no": "tensor"}}, checkpoint_id=tmp_path, no_dist=True)
     source = DCPSource(tmp_path)
@@ -57,12 +57,12 @@ def test_what_torch_saves_is_read_in_any_part(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_torch_reads_a_release(tmp_path, monkeypatch):
-    """Written in many pieces by several threads; torch's own reader finds each tensor whole."""
+    """Written in many pieces by several threads, each tensor is complete for torch's own reader."""
     monkeypatch.setattr(release_module, "pieces", lambda region, size: pieces(region, size, 64))
     monkeypatch.setattr(release_module, "ONE_FILE_BYTES", 0)
-    told = []
-    write_release(MemorySource(TENSORS), tmp_path, told.append)
-    assert sum(told) == sum(t.nbytes for t in TENSORS.values())
+    progress = []
+    write_release(MemorySource(TENSORS), tmp_path, progress.append)
+    assert sum(progress) == sum(t.nbytes for t in TENSORS.values())
     assert len(list((tmp_path / "release").glob("*.distcp"))) == THREADS
     state = {f"model.{name}": torch.full_like(tensor, 99) for name, tensor in TENSORS.items()}
     dcp.load(state, checkpoint_id=tmp_path / "release", no_dist=True)
@@ -72,7 +72,7 @@ def test_torch_reads_a_release(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
-    """However large the piece that was stored, which is read whole once, with its description, to compare its checksum."""
+    """Whatever the size of the chunk, which is read once as a whole to compare its checksum."""
     tensor = torch.arange(3_000_000, dtype=torch.float32).view(3000, 1000)
     state = {"model.x": tensor}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
@@ -92,8 +92,8 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("has_checksums", [True, False])
-def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums):
-    """Those of torch.save, wherever the damage lies in a tensor of several pieces; where they were left out nothing is said."""
+def test_archive_checksums_are_verified(tmp_path, monkeypatch, has_checksums):
+    """Those of torch.save, wherever the damage is; without them it goes unnoticed."""
     monkeypatch.setattr(dcp_item, "PIECE_BYTES", 1000)
     values = {"model.x": torch.randn(30, 20), "model.empty": torch.zeros(0, 3), "model.y": torch.ones(2)}
     torch.serialization.set_crc32_options(has_checksums)
@@ -120,7 +120,7 @@ def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums)
 
 
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)
-def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
+def test_every_dtype_round_trips_at_any_offset(tmp_path, dtype):
     tensor = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"something else")
@@ -145,7 +145,7 @@ def archive(description: bytes, data: bytes = b"\0" * 8, order: bytes = b"little
 
 
 def described(tensor: torch.Tensor, numel: int) -> bytes:
-    """What torch.save says of a tensor, with another count of elements."""
+    """torch.save's description of a tensor, with another number of elements."""
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     text = zipfile.ZipFile(buffer).read("archive/data.pkl")
@@ -177,7 +177,7 @@ class Evil:
         (lambda path: b"", "not a zip file"),
     ],
 )
-def test_what_is_no_plain_tensor_is_refused(tmp_path, content, words):
+def test_anything_but_a_plain_tensor_is_refused(tmp_path, content, words):
     made = tmp_path / "made"
     (tmp_path / "file").write_bytes(content(made))
     size = (tmp_path / "file").stat().st_size
@@ -206,7 +206,7 @@ def test_damage_is_one_line(tmp_path):
         source.read("x", TensorSlice((0, 0), (1, 1)))
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_every_item_is_worked_on_once():

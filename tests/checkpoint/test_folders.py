@@ -1,4 +1,4 @@
-"""Folders that are replaced: one process at a time, and never with files in them that somebody else put there."""
+"""Folders are replaced by one process at a time, and never if they hold files of others."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.lock import LOCK
 
 
-def test_what_others_put_into_an_export_is_never_lost(tmp_path):
+def test_files_of_others_in_an_export_are_never_lost(tmp_path):
     folder = write_folder(tmp_path / "hf")
     (folder / "figures").mkdir()
     (folder / "figures/a.svg").touch()
@@ -49,8 +49,8 @@ def test_what_others_put_into_an_export_is_never_lost(tmp_path):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_an_export_through_a_link(tmp_path, is_there):
-    """The link stays, and the folder that it leads to is written and replaced."""
+def test_export_through_a_link_replaces_its_target(tmp_path, is_there):
+    """The link stays, and its target is written and replaced."""
     folder, link = write_folder(tmp_path / "hf"), tmp_path / "link"
     link.symlink_to("disk/out")
     (tmp_path / "disk").mkdir()
@@ -63,7 +63,7 @@ def test_an_export_through_a_link(tmp_path, is_there):
         assert (link / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
-def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
+def test_files_of_others_in_a_release_are_never_lost(tmp_path, capsys):
     folder, dcp = write_folder(tmp_path / "hf"), tmp_path / "dcp"
     command = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
     assert [main(command), main(command)] == [0, 0]
@@ -88,7 +88,7 @@ raise SystemExit(convert.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
 def test_two_processes_do_not_write_one_folder(tmp_path, command):
-    """The second is refused in a line; the lock of one that was killed keeps nobody out, nor does what it left."""
+    """The second is refused in one line; a killed process leaves neither a lock nor an obstacle."""
     folder, dcp, out = write_folder(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "out"
     there = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
     if command == "dcp_to_hf":

@@ -1,4 +1,4 @@
-"""The table of names, against the published checkpoints and against itself."""
+"""The table of names, compared with the published checkpoints and inverted."""
 
 import json
 import math
@@ -15,7 +15,7 @@ COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json"
 
 
 def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors of a published checkpoint by its config.json: written down from the rules found in the files."""
+    """The tensors of a published checkpoint from its config.json, written independently."""
     t, v = config["text_config"], config["vision_config"]
     hidden, head, deep = t["hidden_size"], t["head_dim"], v["hidden_size"]
     heads, kv = t["num_attention_heads"], t["num_key_value_heads"]
@@ -91,8 +91,8 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("size", COUNTS)
-def test_every_published_checkpoint(size):
-    """Our model on the meta device, through the table: the published names, shapes, dtypes, counts and bytes."""
+def test_published_checkpoints_have_these_tensors(size):
+    """The model on the meta device has the published names, shapes, dtypes, counts and bytes."""
     config = json.loads((CONFIGS / f"{size}.json").read_text())
     spec = disk_spec(published_shapes(size))
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -114,8 +114,8 @@ def test_every_published_checkpoint(size):
 
 @pytest.mark.parametrize("layout", ["hub", "per_expert", "stacked"])
 @pytest.mark.parametrize("size", ["35B-A3B", "9B"])
-def test_the_table_reads_back_what_it_says(size, layout):
-    """home() inverts places(); the places of a tensor cover it; the layout is found again in the names."""
+def test_mappings_are_inverted(size, layout):
+    """mapping_of inverts mappings_of; mappings cover a tensor; the names tell the layout."""
     shapes = published_shapes(size)
     names = set(disk_spec(shapes, layout))
     for name, shape in shapes.items():

@@ -1,7 +1,7 @@
-"""Any bytes in the place of a file that is read: what it says, or one line; never a traceback, a hang, or a file elsewhere.
+"""Any bytes in any file are read or refused in one line: no traceback, hang or file elsewhere.
 
-`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and
-images are in tests/data/test_fuzz.py, .metadata is also in test_damage.py.
+`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each
+time. Records and images are in tests/data/test_fuzz.py, .metadata is also in test_damage.py.
 """
 
 import json
@@ -176,7 +176,7 @@ KINDS = {  # what makes the file in a folder, and what reads it
     "chat_template": (small_file("chat_template.jinja"), thinks_by_default),
     "generation_config": (small_file("generation_config.json"), read_generation_config),
     "preprocessor_config": (small_file("preprocessor_config.json"), seen),
-    "marker": (released("complete.json"), lambda f: same(DCPSource(resolve_load(f)))),
+    "manifest": (released("complete.json"), lambda f: same(DCPSource(resolve_load(f)))),
     "tensors.json": (released("tensors.json"), lambda f: same(DCPSource(resolve_load(f)))),
     "distcp": (released("__0_0.distcp"), lambda f: same(DCPSource(resolve_load(f)))),
     "forged tensors.json": (released("tensors.json"), lambda f: shapes(DCPSource(resolve_load(forged(f))))),
@@ -298,7 +298,7 @@ def attack(kind: str, place: Path, examples: int) -> int:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch):
+def test_changed_file_is_read_or_refused(kind, tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     (tmp_path / "place").mkdir()
@@ -307,7 +307,7 @@ def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("cwd", "place")] == []
 
 
-# -- one by one -------------------------------------------------------------------------------------------------------
+# -- one by one ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch)
     ],
     ids=["bomb", "itself", "merged", "long", "deep"],
 )
-def test_a_recipe_that_would_take_all_memory(tmp_path, text, words):
+def test_recipe_that_would_exhaust_memory_is_refused(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
     with at_most(60), pytest.raises(SettingError, match=words):
         load_settings(tmp_path / "r.yaml")
@@ -335,7 +335,7 @@ def test_a_recipe_that_would_take_all_memory(tmp_path, text, words):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "5,000 digits", "no text"])
-def test_a_latest_that_names_nothing(tmp_path, kind):
+def test_latest_file_without_a_name_is_repaired(tmp_path, kind):
     """The checkpoints are found without it."""
     file = latest(tmp_path)
     file.unlink()
@@ -354,15 +354,15 @@ def test_a_latest_that_names_nothing(tmp_path, kind):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
-def test_metrics_that_are_no_file(tmp_path, make):
+def test_metrics_that_are_not_a_file_are_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     with at_most(60), pytest.raises(RunError, match=r"metrics\.jsonl: not a file; move it away"):
         draw_loss(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_an_index_that_is_no_file(tmp_path):
-    """And that the marker, which the same hand wrote, does not name."""
+def test_index_that_is_not_a_file_is_refused(tmp_path):
+    """Even if the manifest, written by the same attacker, does not list it."""
     file = released("tensors.json")(tmp_path)
     file.unlink()
     os.mkfifo(file)
@@ -374,7 +374,7 @@ def test_an_index_that_is_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**40, 2**40], [1] * 65, [0, True], [0, -1], [0, 1.0]])
-def test_an_empty_tensor_of_a_shape_that_torch_has_not(tmp_path, shape):
+def test_empty_tensor_of_an_impossible_shape_is_refused(tmp_path, shape):
     text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(CheckpointError, match="broken safetensors header"):
@@ -401,7 +401,7 @@ def test_members_of_an_archive_are_never_inflated(tmp_path):
         assert peak < 4 << 20
 
 
-def test_a_mean_or_deviation_that_is_no_number_of_an_image(tmp_path):
+def test_impossible_image_mean_or_deviation_is_refused(tmp_path):
     """Beyond what float32 has, the pixels would all be infinite, or zero."""
     file = small_file("preprocessor_config.json")(tmp_path)
     good = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The files of a model folder: which weights are read, what is refused, what is reported, what a message may hold."""
+"""Model folders: which weights are read, refusals, reports, and the bounds of messages."""
 
 import json
 import re
@@ -59,11 +59,11 @@ def peer_embedding(folder: Path) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach()
 
 
-# -- which weights ---------------------------------------------------------------------------------------------------------
+# -- which weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", ["all there", "stale index alone", "no index"])
-def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, shards):
+def test_model_safetensors_takes_precedence_as_in_transformers(tmp_path, shards):
     folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
     newer = {name: tensor + 1 if name == EMBEDDING else tensor for name, tensor in tensors_in(folder).items()}
     old = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -84,7 +84,7 @@ def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, sh
     assert torch.equal(peer_embedding(tmp_path / "out"), newer[EMBEDDING].float())
 
 
-def test_an_index_whose_files_are_gone(tmp_path):
+def test_index_without_its_files_is_refused(tmp_path):
     folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
@@ -99,7 +99,7 @@ def test_an_index_whose_files_are_gone(tmp_path):
 @pytest.mark.parametrize(
     "name", ["weights.safetensors", "consolidated.safetensors", "model-00001-of-00001.safetensors"]
 )
-def test_weights_of_another_name_are_not_guessed_at(tmp_path, name):
+def test_weights_of_another_name_are_refused(tmp_path, name):
     folder = write_folder(tmp_path / "hf", **DENSE)
     (file,) = folder.glob("*.safetensors")
     file.rename(folder / name)
@@ -120,7 +120,7 @@ def test_weights_in_another_form_are_named(tmp_path, name):
         HFFolder(folder)
 
 
-# -- adapters and quantized weights ----------------------------------------------------------------------------------------
+# -- adapters and quantized weights ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
@@ -139,8 +139,8 @@ def test_an_adapter_is_named_beside_a_model_and_alone(tmp_path, name):
     assert not (tmp_path / "dcp").exists()
 
 
-def test_the_names_that_peft_gives(tmp_path):
-    """As a model wrapped by PEFT saves its whole state."""
+def test_peft_names_are_refused(tmp_path):
+    """As saved by a model that PEFT wraps."""
     folder = write_folder(tmp_path / "hf", **DENSE)
     tensors = tensors_in(folder)
     (file,) = folder.glob("*.safetensors")
@@ -158,7 +158,7 @@ def test_the_names_that_peft_gives(tmp_path):
 @pytest.mark.parametrize(
     "where", ["config.json", "text_config", "hf_quant_config.json", "quant_model_description.json"]
 )
-def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_path, where):
+def test_quantized_config_is_refused_with_or_without_tensors(tmp_path, where):
     folder = write_folder(tmp_path / "hf", **DENSE)
     entry = {"quantization_config": {"quant_method": "fp8"}}
     if where == "config.json":
@@ -179,7 +179,7 @@ def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
-def test_quantized_tensors_that_no_config_speaks_of(tmp_path, temporary, dtype):
+def test_quantized_tensors_without_a_config_are_refused(tmp_path, temporary, dtype):
     folder = write_folder(tmp_path / "hf", **DENSE)
     resave(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items() if n.endswith("_proj.weight")}))
     with pytest.raises(CheckpointError, match=rf"hf: \d+ tensors of {dtype}, as quantized weights are: ") as caught:
@@ -187,10 +187,10 @@ def test_quantized_tensors_that_no_config_speaks_of(tmp_path, temporary, dtype):
     assert len(str(caught.value)) <= MAX_MESSAGE
 
 
-# -- what is reported ------------------------------------------------------------------------------------------------------
+# -- what is reported ------------------------------------------------------------------------------
 
 
-def test_files_and_keys_that_nobody_reads_are_reported_once(tmp_path):
+def test_unread_files_and_keys_are_reported_once(tmp_path):
     folder = write_folder(tmp_path / "hf", **DENSE)
     for name in (
         "README.md",
@@ -213,7 +213,7 @@ def test_files_and_keys_that_nobody_reads_are_reported_once(tmp_path):
     ]
 
 
-def test_what_transformers_saves_is_read_without_a_word(tmp_path):
+def test_folder_of_transformers_has_nothing_to_report(tmp_path):
     import transformers
 
     config = config_dict(moe=False)
@@ -223,7 +223,7 @@ def test_what_transformers_saves_is_read_without_a_word(tmp_path):
     assert not_read(tmp_path / "hf") == []
 
 
-def test_what_a_config_says_and_the_weights_or_the_recipe_do_not_is_reported(tmp_path):
+def test_config_at_odds_with_weights_or_recipe_is_reported(tmp_path):
     folder = write_folder(tmp_path / "hf", moe=True, mtp=False)
     text = json.loads((folder / "config.json").read_text())["text_config"]
     change_config(folder, text_config={**text, "output_router_logits": False, "mtp_num_hidden_layers": 0})
@@ -237,11 +237,11 @@ def test_what_a_config_says_and_the_weights_or_the_recipe_do_not_is_reported(tmp
     assert not_read(whole) == []
 
 
-# -- tied weights ----------------------------------------------------------------------------------------------------------
+# -- tied weights ----------------------------------------------------------------------------------
 
 
-def test_a_head_that_is_tied_in_text_config_alone(tmp_path):
-    """transformers takes the top level's word: a head of its own. Without one in the weights the error says what to set."""
+def test_tying_in_text_config_alone_does_not_count(tmp_path):
+    """As in transformers, only the top level counts; the error says what to set."""
     folder = write_folder(tmp_path / "hf", **DENSE)
     text = config_dict(moe=False, tied=True)["text_config"]
     change_config(folder, text_config=text)
@@ -269,10 +269,10 @@ def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
     load_hf(load_pretrained(folder), folder)
 
 
-# -- whether an export will be possible --------------------------------------------------------------------------------------
+# -- whether an export will be possible ------------------------------------------------------------
 
 
-def test_what_could_not_be_exported_is_said_before(tmp_path):
+def test_impossible_export_is_refused_beforehand(tmp_path):
     folder = write_folder(tmp_path / "hf", moe=False, mtp=False)
     config = config_dict(moe=False, mtp_num_hidden_layers=1)
     check_export(empty_model(config), folder)
@@ -334,12 +334,12 @@ def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
         assert copy.read_bytes() == path.read_bytes() and not copy.is_symlink()
 
 
-# -- values that are no numbers ----------------------------------------------------------------------------------------------
+# -- values that are no numbers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_weights_that_are_no_numbers_are_neither_converted_nor_loaded(tmp_path, value, dtype):
+def test_nan_and_infinity_are_neither_converted_nor_loaded(tmp_path, value, dtype):
     folder = write_folder(tmp_path / "hf", dtype_of=lambda name: dtype, **DENSE)
     hf_to_dcp(folder, tmp_path / "good")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -363,10 +363,10 @@ def test_weights_that_are_no_numbers_are_neither_converted_nor_loaded(tmp_path, 
         load_checkpoint(release, empty_model(config_dict(moe=False)))
 
 
-# -- how much a message holds --------------------------------------------------------------------------------------------------
+# -- how much a message holds ----------------------------------------------------------------------
 
 
-def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporary):
+def test_message_names_three_tensors_and_a_file_with_all(tmp_path, temporary):
     folder = write_folder(tmp_path / "hf", moe=True, mtp=False, layout="per_expert")
     odd = [f"model.language_model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in (0, 2) for j in (1, 3, 4)][:-1]
     resave(folder, lambda t: [t.pop(name) for name in odd])
@@ -397,7 +397,7 @@ def test_no_message_is_longer_than_its_bound(temporary, count, length):
     assert len(list(temporary.iterdir())) == ("all of them: " in message)
 
 
-def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
+def test_terminal_control_characters_are_escaped(temporary, tmp_path):
     names = [f"a\x1b[2J{i}\u202e\nb" for i in range(5)]
     with pytest.raises(CheckpointError) as caught:
         Mismatch(missing=names).raise_if_any("it")
@@ -408,13 +408,13 @@ def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
     assert not_read(folder) == [rf"{folder}: not read: a\x1b[2J0\u202e\x0ab"]
 
 
-def test_where_no_file_can_be_written_the_message_says_so(monkeypatch, tmp_path):
+def test_message_without_a_file_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
         Mismatch(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
 
 
-# -- the commands --------------------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def unmerged(place: Path) -> None:
@@ -459,11 +459,11 @@ WORDS = ("what is trained could not be exported like hf", "lm_head.weight is [51
         Case("not to be exported", RESUME, WORDS, another),
     ]
 )
-def test_one_line(place, case):
+def test_command_is_refused_in_one_line(place, case):
     check(place, case)
 
 
-def test_the_commands_say_what_is_not_read(place):
+def test_commands_report_unread_files(place):
     change_config(place / "hf", author="me")
     (place / "hf/extra.safetensors").touch()
     lines = ["hf/config.json: not known, and not read: author", "hf: not read: extra.safetensors"]

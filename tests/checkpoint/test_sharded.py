@@ -1,4 +1,4 @@
-"""Two processes, a model sharded by FSDP2: each reads its own slices, both save, any number of ranks resumes."""
+"""Two ranks with a model sharded by FSDP2 load slices and save; any number of ranks resumes."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def placement(parameter: torch.Tensor) -> Shard:
 
 
 def sharded_model(config: dict = CONFIG) -> Qwen35:
-    """On the meta device, sharded, then given memory: layers on their own, experts along their second axis."""
+    """Sharded by layer on the meta device, experts along their second axis, then allocated."""
     mesh = init_device_mesh("cpu", (RANKS,))
     with torch.device("meta"):
         model = Qwen35(load_config(config), mtp=True)
@@ -65,7 +65,7 @@ def memory(line: str) -> int:
 
 
 def check_memory(folder: Path) -> None:
-    """While it loads, a rank holds its own part and some pieces: far less than a tensor of this checkpoint."""
+    """While loading, a rank holds its own part and a few pieces: far less than a large tensor."""
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     model = sharded_model(LARGE)

@@ -24,8 +24,9 @@ class Saver:
 
     background: a thread of each rank writes from a copy in host memory, and training waits only for
     the copy. The threads have a process group of their own, so their collectives never mix with
-    those of training. One save runs at a time, and reuses the memory of the copy before. limit: how
-    many complete checkpoints are kept; older ones are removed once a new one is complete.
+    those of training. One save runs at a time, and reuses the memory of the copy before.
+
+    limit: how many complete checkpoints are kept; older ones are removed once one is complete.
 
     Used as a context manager, it waits for a running save however the block ends.
     """

@@ -1,7 +1,6 @@
-"""crc32 checksums of the tensors in a checkpoint.
+"""crc32 checksums of the tensors in a checkpoint, computed without the GIL.
 
-There is one for every BLOCK bytes of a chunk, so that a slice is checked by reading little more
-than its own bytes. zlib releases the GIL while it computes them.
+There is one for every BLOCK bytes of a chunk, so checking a slice reads little more than the slice.
 """
 
 import os
@@ -36,10 +35,7 @@ def blocks_in(nbytes: int) -> int:
 
 
 def read_slice_checked(path: Path, entry: Entry, wanted: str, region: TensorSlice) -> Tensor:
-    """One region of a tensor in a file; `wanted` holds the checksums of all the tensor's blocks.
-
-    Blocks are read whole to be checked. Raises OSError, ChecksumError.
-    """
+    """A region of a tensor, out of blocks that are checked. Raises OSError, ChecksumError."""
     itemsize, out, filled = entry.spec.dtype.itemsize, torch.empty(0, dtype=entry.spec.dtype), 0
     first, last, held = 0, 0, torch.empty(0, dtype=torch.uint8)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

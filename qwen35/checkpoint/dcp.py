@@ -113,21 +113,20 @@ def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Check
     """Read what a checkpoint holds besides tensors. Raises CheckpointError if it is damaged."""
     manifest = read_manifest(checkpoint)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    own, files = RANK_EXTRA.format(rank), manifest["files"]
+    rank_file, files = RANK_EXTRA.format(rank), manifest["files"]
     if manifest["step"] is not None and EXTRA not in files:
         raise damaged(checkpoint, EXTRA, "is missing")
-    is_own = manifest["world_size"] == world_size and any(
-        name.startswith(RANK_EXTRA.partition("{")[0]) for name in files
-    )
-    if is_own and own not in files:
-        raise damaged(checkpoint, own, f"is missing, while there is one of another of the {world_size} ranks")
+    has_rank_files = any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
+    expects_rank_file = has_rank_files and manifest["world_size"] == world_size
+    if expects_rank_file and rank_file not in files:
+        raise damaged(checkpoint, rank_file, f"is missing, though another of the {world_size} ranks has one")
     return CheckpointInfo(
         path=checkpoint,
         step=manifest["step"],
         world_size=manifest["world_size"],
         has_optimizer=bool(DCPSource(checkpoint, OPTIMIZER).specs),
         extra=_read_extra(checkpoint, EXTRA, manifest) if EXTRA in files else {},
-        rank_extra=_read_extra(checkpoint, own, manifest) if is_own else None,
+        rank_extra=_read_extra(checkpoint, rank_file, manifest) if expects_rank_file else None,
     )
 
 
@@ -169,10 +168,7 @@ def load_checkpoint(
 
 
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
-    """A checkpoint's weights, whose names and shapes must be the model's; reads only the index.
-
-    Raises CheckpointError.
-    """
+    """A checkpoint whose names and shapes must fit the model. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
     mismatch = Mismatch(missing=[name for name in parameters if name not in source.specs])
     mismatch.surplus = [n for n in source.specs if n not in parameters and not may_be_skipped(n, parameters)]

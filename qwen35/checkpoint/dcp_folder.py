@@ -58,14 +58,8 @@ def manifest_content(folder: Path, step: int | None, world_size: int = 1) -> dic
 def _manifest_checksum(content: Mapping[str, Any]) -> str:
     """The checksum of everything else in the manifest."""
     sums = {name: value for name, value in content["crc32"].items() if name != MANIFEST}
-    values = [
-        sorted(content),
-        content["format"],
-        content["step"],
-        content["world_size"],
-        sorted(content["files"].items()),
-        sorted(sums.items()),
-    ]
+    numbers = [content[name] for name in ("format", "step", "world_size")]
+    values = [sorted(content), *numbers, sorted(content["files"].items()), sorted(sums.items())]
     return checksum(json.dumps(values).encode())
 
 
@@ -123,8 +117,8 @@ def read_file(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> bytes
     """The bytes of a file without tensors, checked. Raises CheckpointError."""
     path = checkpoint / name
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
             raise CheckpointError(f"{path}: cannot be read: not a file, or larger than {MAX_FILE_BYTES:,} bytes")
         data = path.read_bytes()
     except OSError as error:
@@ -176,10 +170,7 @@ def skipped_checkpoints(folder: Path, chosen: Path | None) -> Iterator[tuple[Pat
 
 
 def resolve_load(path: str | Path) -> Path:
-    """The checkpoint at a path: a checkpoint itself, or the newest complete one in a save folder.
-
-    Raises CheckpointError if there is none.
-    """
+    """A checkpoint, or the newest complete one in a folder. Raises CheckpointError without one."""
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
@@ -189,11 +180,11 @@ def resolve_load(path: str | Path) -> Path:
         except IncompleteError as error:
             raise CheckpointError(f"{path}: not a complete checkpoint, was it interrupted? {error}") from None
         return path
-    found = newest_checkpoint(path)
-    if found is None:
+    newest = newest_checkpoint(path)
+    if newest is None:
         broken = "".join(f"; {why}" for _, why in skipped_checkpoints(path, None))
         raise CheckpointError(f"{path}: no complete checkpoint in it ({RELEASE} or iter_… with {MANIFEST}){broken}")
-    return found
+    return newest
 
 
 def load_notes(path: str | Path, chosen: Path) -> list[str]:
@@ -256,7 +247,7 @@ def repair_save_folder(folder: Path) -> list[str]:
 def keep_newest(folder: Path, limit: int) -> None:
     """Remove a run's complete checkpoints, except the newest `limit` and those being read.
 
-    `release` stays, and so do incomplete ones: nobody knows what they are.
+    `release` and incomplete ones stay.
     """
     complete = [path for path in _candidates(folder) if path.name != RELEASE and is_complete(path)]
     for path in complete[limit:]:

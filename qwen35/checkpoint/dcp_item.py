@@ -109,7 +109,7 @@ def append_tensor(tensor: Tensor, index: MetadataIndex, path: Path, file: Buffer
 def find_archived_tensor(path: Path, offset: int, length: int) -> ArchivedTensor:
     """The tensor in the archive of `length` bytes at `offset` of a file.
 
-    Raises OSError, or one of BROKEN_ARCHIVE if the archive holds anything but one plain tensor.
+    Raises OSError, or BROKEN_ARCHIVE for anything but one plain tensor.
     """
     with path.open("rb") as file:
         return _archived_tensor(file.fileno(), path, offset, length)

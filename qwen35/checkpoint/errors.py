@@ -75,10 +75,7 @@ def _write_list(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Fold names that differ only in layer or expert into one: `layers.{0-2,4}.mlp.gate.weight`.
-
-    Names are folded only where every combination of the numbers is present, so nothing is lost.
-    """
+    """Fold names into one, `layers.{0-2,4}.mlp.gate.weight`, if all combinations are present."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(NUMBER.sub("#", name), []).append(name)

@@ -41,7 +41,7 @@ def begin(folder: Path, manifest: str) -> Path:
 def check_replaceable(folder: Path, manifest: str) -> None:
     """Raise CheckpointError unless `folder` is absent, empty, or holds only files of its manifest.
 
-    Files of others would be lost, here and under the names that replacing needs for a moment.
+    Files of others would be lost, also under the names that replacing needs.
     """
     if folder.exists() and not (folder.is_dir() and ((folder / manifest).is_file() or not any(folder.iterdir()))):
         raise CheckpointError(

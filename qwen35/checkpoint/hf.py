@@ -53,7 +53,7 @@ def load_hf(
 
 
 def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
-    """A folder, whose index and headers must fit the model. Raises CheckpointError."""
+    """A folder whose index and headers must fit the model. Raises CheckpointError."""
     disk = HFFolder(folder)
     shapes = shapes_of(named_parameters(model).items())
     mismatch = find_mismatch(disk, shapes)
@@ -66,10 +66,7 @@ def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = Tr
 
 
 def check_export(model: nn.Module, folder: str | Path) -> None:
-    """Raises CheckpointError if the model, once trained, could not be exported like the folder.
-
-    Only index and headers are read. A folder without weights passes.
-    """
+    """Raises CheckpointError if the model could not be exported like a folder with weights."""
     if has_weights(Path(folder)):
         shapes = shapes_of(named_parameters(model).items())
         check_exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")

@@ -62,16 +62,12 @@ def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]
     match = STACKED.fullmatch(name)
     if match is None or not _is_per_expert(name, match, layout):
         return [TensorMapping(name, TensorSlice.full(shape))]
-    experts, rows, columns = shape
-    parts = EXPERT_PARTS[match["stack"]]
+    count, rows, columns = shape
+    experts, parts = match["experts"], EXPERT_PARTS[match["stack"]]
     height = rows // len(parts)
     return [
-        TensorMapping(
-            f"{match['experts']}.{j}.{part}.weight",
-            TensorSlice((j, i * height, 0), (1, height, columns)),
-            one_expert=True,
-        )
-        for j in range(experts)
+        TensorMapping(f"{experts}.{j}.{part}.weight", TensorSlice((j, i * height, 0), (1, height, columns)), True)
+        for j in range(count)
         for i, part in enumerate(parts)
     ]
 

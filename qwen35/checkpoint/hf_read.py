@@ -141,10 +141,7 @@ def find_mismatch(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Mism
 
 
 def check_tied(source: TensorSource, where: str | Path) -> None:
-    """Raise CheckpointError if tied weights are stored with a head that differs from the embedding.
-
-    Using the embedding in its place would silently change the model.
-    """
+    """Raise CheckpointError if a stored head of tied weights differs from the embedding."""
     if HEAD in source.specs and EMBEDDING in source.specs and not same_bytes(source, HEAD, EMBEDDING):
         raise CheckpointError(
             f"{where}: {HEAD} differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings: false at its "

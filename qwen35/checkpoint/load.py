@@ -42,10 +42,7 @@ class FiniteSource:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable[[int], object] | None = None) -> None:
-    """Copy this rank's part of each tensor from the source, cast to its dtype.
-
-    Names and shapes must have been checked. `progress` is called with the bytes read.
-    """
+    """Copy this rank's part of each tensor, cast to its dtype. Names and shapes must fit."""
     for name, tensor in tensors.items():
         local, region = local_part(tensor)
         itemsize = source.specs[name].dtype.itemsize

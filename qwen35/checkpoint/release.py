@@ -31,8 +31,7 @@ ONE_FILE_BYTES = 256 * 2**20  # up to this, one thread writes one file, so that 
 def write_release(source: TensorSource, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
     """Write `<folder>/release` from a source, in its dtypes, never holding a whole tensor.
 
-    Each thread writes one file. As for a training checkpoint, complete.json and the rename come
-    last. Raises CheckpointError.
+    Each thread writes one file; complete.json and the rename come last. Raises CheckpointError.
     """
     folder = Path(folder)
     is_new = not folder.exists()

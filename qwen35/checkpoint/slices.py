@@ -107,11 +107,7 @@ def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iter
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
-    """This rank's part of a tensor, and the region of the global tensor that it covers.
-
-    Any sharding of a DTensor works, uneven ones too; the part may be empty. A plain tensor is all
-    there.
-    """
+    """This rank's part of a tensor, which may be empty, and the region that it covers globally."""
     if not isinstance(tensor, DTensor):
         return tensor, TensorSlice.full(tensor.shape)
     lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -256,7 +256,7 @@ def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_pat
     as_before(save / "iter_0000024")
     done = train(workplace, save, 2, *RECIPE, "training.train_iters=25")
     assert done.returncode == 1
-    words = "is missing, while there is one of another of the 2 ranks; move it away to use iter_0000020"
+    words = "is missing, though another of the 2 ranks has one; move it away to use iter_0000020"
     assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
     assert "bins of" not in done.stdout
 

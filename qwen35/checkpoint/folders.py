@@ -1,7 +1,7 @@
 """Folders that exist completely or not at all: written under another name, flushed, then renamed.
 
-Each holds a manifest, a JSON file that lists the files this program wrote. `manifest` is its name
-below.
+Each holds a manifest, a JSON file that lists the files this program wrote. The parameter `manifest`
+is the name of that file.
 """
 
 import json

@@ -55,8 +55,8 @@ class Saver:
         while self._jobs and self._jobs[0].done():
             self._jobs.pop(0).result()
         if self.background and not self._host_copies:
-            for name, part in local_shards(training_state(self.model, self.optimizer)).items():
-                self._host_copies[name] = host_buffer(part.values)
+            for name, shard in local_shards(training_state(self.model, self.optimizer)).items():
+                self._host_copies[name] = host_buffer(shard.values)
 
     def finish(self) -> float:
         """Wait until nothing is being saved. Returns the seconds; raises the error of a save."""
@@ -74,11 +74,11 @@ class Saver:
         """
         start = time.perf_counter()
         waited = self.finish()
-        parts = local_shards(training_state(self.model, self.optimizer))
+        shards = local_shards(training_state(self.model, self.optimizer))
         if self.background and not is_last:
-            self._jobs.append(self._thread.submit(self._write, step, self._copy_to_host(parts), extra, rank_extra))
+            self._jobs.append(self._thread.submit(self._write, step, self._copy_to_host(shards), extra, rank_extra))
         else:
-            self._write(step, parts, extra, rank_extra)
+            self._write(step, shards, extra, rank_extra)
         if not is_last:
             self.saves, self.stalled = self.saves + 1, self.stalled + time.perf_counter() - start
         return waited
@@ -90,19 +90,19 @@ class Saver:
         else:
             action()
 
-    def _copy_to_host(self, parts: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
+    def _copy_to_host(self, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
         copies = {}
-        for name, part in parts.items():
+        for name, shard in shards.items():
             if name not in self._host_copies:  # optimizer state that this step created
-                self._host_copies[name] = host_buffer(part.values)
-            copies[name] = replace(part, values=self._host_copies[name].copy_(part.values, non_blocking=True))
-        synchronize({part.values.device for part in parts.values()})
+                self._host_copies[name] = host_buffer(shard.values)
+            copies[name] = replace(shard, values=self._host_copies[name].copy_(shard.values, non_blocking=True))
+        synchronize({shard.values.device for shard in shards.values()})
         return copies
 
     def _write(
-        self, step: int, parts: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
+        self, step: int, shards: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
     ) -> None:
-        write_shards(self.folder, step, parts, extra, rank_extra, self._group)
+        write_shards(self.folder, step, shards, extra, rank_extra, self._group)
         if self.limit is not None:
             limit = self.limit
             remove = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)

@@ -92,7 +92,7 @@ def save_checkpoint(
 def write_shards(
     folder: str | Path,
     step: int,
-    parts: Mapping[str, LocalShard],
+    shards: Mapping[str, LocalShard],
     extra: Mapping[str, Any] | None = None,
     rank_extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -106,7 +106,7 @@ def write_shards(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    return write_checkpoint(Path(folder), step, ShardPlanner(parts), write_rest, group, world_size)
+    return write_checkpoint(Path(folder), step, ShardPlanner(shards), write_rest, group, world_size)
 
 
 def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:

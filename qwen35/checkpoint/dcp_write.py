@@ -84,22 +84,22 @@ def write_checkpoint(
 class ShardPlanner(DefaultSavePlanner):
     """Plans to write this rank's shards; one of the ranks that share a shard writes it."""
 
-    def __init__(self, parts: Mapping[str, LocalShard]):
+    def __init__(self, shards: Mapping[str, LocalShard]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.parts = parts
+        self.shards = shards
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
-                _item(name, TensorSpec(part.shape, part.values.dtype), part.region)
-                for name, part in self.parts.items()
-                if part.region.numel
+                _item(name, TensorSpec(shard.shape, shard.values.dtype), shard.region)
+                for name, shard in self.shards.items()
+                if shard.region.numel
             ]
         )
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.parts[write_item.index.fqn].values
+        return self.shards[write_item.index.fqn].values
 
 
 def _item(name: str, spec: TensorSpec, region: TensorSlice) -> WriteItem:

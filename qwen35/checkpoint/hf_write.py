@@ -136,16 +136,15 @@ class _ShardFile:
 
     def __init__(self, path: Path, header: Header):
         self.path, self.header = path, header
-        self.parts: list[tuple[str, TensorSlice, int]] = []  # name, piece, its first byte in the file
+        self.pieces: list[tuple[str, TensorSlice, int]] = []  # name, piece, its first byte in the file
         for name, entry in header.entries.items():
             position, itemsize = entry.begin, entry.spec.dtype.itemsize
-            for region in pieces(
-                TensorSlice.full(entry.spec.shape), max(itemsize, torch.float32.itemsize)
-            ):  # as it is trained
-                self.parts.append((name, region, position))
+            # trained values are fp32, so pieces are sized for fp32
+            for region in pieces(TensorSlice.full(entry.spec.shape), max(itemsize, torch.float32.itemsize)):
+                self.pieces.append((name, region, position))
                 position += region.numel * itemsize
         self.sums: dict[int, int] = {}  # first byte of a piece -> checksum of the piece
-        self.left, self.lock = len(self.parts), threading.Lock()
+        self.left, self.lock = len(self.pieces), threading.Lock()
         path.write_bytes(header.raw)
 
     def write(self, name: str, position: int, values: Tensor) -> int:
@@ -164,7 +163,7 @@ class _ShardFile:
         """Flush the file and read it back; every byte must be as intended."""
         folders.flush(self.path)
         entries = read_header(self.path).entries
-        for name, region, position in self.parts:
+        for name, region, position in self.pieces:
             if zlib.crc32(raw_bytes(read_slice(self.path, entries[name], region))) != self.sums[position]:
                 raise CheckpointError(f"{self.path}: {name} read back differs from what was written")
 
@@ -172,15 +171,15 @@ class _ShardFile:
 def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
     """Write safetensors files; the thread that finishes one reads it back."""
 
-    def write(_: int, parts: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
-        for file, (name, region, position) in parts:
+    def write(_: int, items: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
+        for file, (name, region, position) in items:
             nbytes = file.write(name, position, fetch(name, region))
             if progress:
                 progress(nbytes)
 
     try:
         files = [_ShardFile(folder / name, header) for name, header in headers.items()]
-        share_out([(file, part) for file in files for part in file.parts], write)
+        share_out([(file, piece) for file in files for piece in file.pieces], write)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from None
 

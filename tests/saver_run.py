@@ -16,7 +16,7 @@ from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.checkpoint.lock import holding
 
 STEPS, INTERVAL, LIMIT = 120, 3, 2
-BEGINS = 12  # the step with the first gradient of a parameter that has none before
+BEGINS = 12  # the step in which `late` gets its first gradient
 
 
 class Toy(torch.nn.Module):

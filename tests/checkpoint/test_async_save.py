@@ -160,7 +160,7 @@ def test_failing_run_completes_its_background_save(tmp_path, gate):
     assert steps_in(tmp_path) == [1]
 
 
-# -- what stays ------------------------------------------------------------------------------------
+# -- which checkpoints are kept --------------------------------------------------------------------
 
 
 def test_newest_checkpoints_are_kept(tmp_path):
@@ -221,13 +221,13 @@ def test_failure_to_remove_old_checkpoints_is_one_line(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks of a process that has imported what they need: a start is quick."""
+    """Forks of a process that has made all imports, so that they start quickly."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["saver_run"])
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(
             "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-        )  # python < 3.13 forgets sys.path
+        )  # the fork server of Python < 3.13 does not inherit sys.path
         forkserver.ensure_running()
     return context
 
@@ -259,12 +259,12 @@ def test_run_resumes_after_twenty_kills_at_random_moments(processes, uninterrupt
         background = kill % 2 == 0
         code = start(processes, folder, background, moments.randrange(1, 120))
         assert code == -signal.SIGKILL
-        assert log(folder, "start") == [newest]  # where the one before was killed, not a step earlier
+        assert log(folder, "start") == [newest]  # exactly what the killed run had left
         saves = [newest, *log(folder, "begun")]
         there = steps_in(folder)
         newest = there[-1] if there else 0
-        # the last save that was begun, or (in the background) the one before it, which it has
-        # waited for; or one more
+        # at least the last save that was begun (in the background: the one before it, which it
+        # has waited for), at most one save more
         assert newest >= (saves[-2] if background and len(saves) > 1 else saves[-1])
         assert newest <= saves[-1] + INTERVAL
         begun += len(saves) - 1
@@ -273,7 +273,7 @@ def test_run_resumes_after_twenty_kills_at_random_moments(processes, uninterrupt
     assert log(folder, "start") == [newest]
     assert_equal(state(folder), uninterrupted)
     assert steps_in(folder) == [STEPS - INTERVAL, STEPS]
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT  # nothing is left of what was interrupted
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT  # no leftovers
 
 
 # moment -> audit event, end of its path, step to resume from

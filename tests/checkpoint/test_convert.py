@@ -225,8 +225,7 @@ def test_converter_names_of_mindspeed_are_accepted_first_only(tmp_path, capsys, 
         assert "Converter" in capsys.readouterr().err
 
 
-# read by python when it starts: kill -9 at the moment at which python tells of this event on this
-# file
+# sitecustomize.py: kill -9 when this audit event names a file with this ending
 END = """
 import os, signal, sys
 def hook(event, args):

@@ -29,9 +29,7 @@ from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
-BEFORE = (
-    DATA / "checkpoint_of_before"
-)  # written by the version of this program that had neither tensors.json nor checksums
+BEFORE = DATA / "checkpoint_of_before"  # format 1, without tensors.json and checksums
 
 
 def small(width: int = 400) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -84,7 +82,7 @@ def refusal(read) -> str:
     return line
 
 
-# -- a bit, a file, a folder -----------------------------------------------------------------------
+# -- flipped bits, exchanged files, renamed folders ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +107,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
             path.write_bytes(data)
             if words := refusal(lambda: same(load(checkpoint), wanted)):
                 assert str(path) in words
-                if path.name != "complete.json":  # which may no longer be JSON: then it is one that was interrupted
+                if path.name != "complete.json":  # if not JSON, it counts as interrupted
                     assert words.endswith("; move it away to use iter_0000002"), words
                 refused[path.name] += 1
         path.write_bytes(content)
@@ -162,7 +160,7 @@ def test_a_file_of_another_step_is_refused(run, tmp_path, name):
     shutil.copytree(run, folder)
     ours, other = folder / "iter_0000004" / name, folder / "iter_0000002" / name
     content = other.read_bytes()
-    if content == ours.read_bytes():  # the extras of this run: as another would have them
+    if content == ours.read_bytes():  # the extras of both steps are the same
         content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
     assert len(content) == ours.stat().st_size
     ours.write_bytes(content)
@@ -183,7 +181,7 @@ def test_a_renamed_folder_is_refused(run, tmp_path):
             with pytest.raises(CheckpointError, match=words):
                 use(folder)
         (folder / "iter_0000008").rename(folder / "the_best")
-        assert same(load(folder / "the_best"), load(run / "iter_0000004"))  # any name that is no step's
+        assert same(load(folder / "the_best"), load(run / "iter_0000004"))  # a name that means no step
 
 
 def test_newer_format_is_refused(run, tmp_path):
@@ -274,7 +272,7 @@ def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
         assert sum(counts) <= region.lengths[0] * 4000 + 2 * checksums_module.BLOCK
 
 
-# -- descriptions that lie -------------------------------------------------------------------------
+# -- false descriptions ----------------------------------------------------------------------------
 
 LIES = {
     "two chunks over each other": ([[0, 0], [1, 0]], [[2, 4], [2, 4]], "do not hold each element once"),
@@ -571,7 +569,7 @@ def test_damaged_format_1_archive_is_refused(tmp_path, content):
         load(tmp_path, 4)
 
 
-# -- after a stop ----------------------------------------------------------------------------------
+# -- after an interruption -------------------------------------------------------------------------
 
 
 def test_incomplete_checkpoint_is_renamed_and_reported(run, tmp_path):

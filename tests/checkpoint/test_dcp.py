@@ -138,13 +138,11 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     iters = {n: tmp_path / f"iter_{n:07}" for n in (1, 3, 20)}
     assert newest_checkpoint(tmp_path) == iters[20]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
-    assert (
-        resolve_load(tmp_path) == iters[20]
-    )  # as a run goes on, whatever is named there: its writing may be what failed
+    assert resolve_load(tmp_path) == iters[20]  # whatever the file says, whose update may have failed
     assert load_notes(tmp_path, iters[20]) == [
         f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003, but iter_0000020 is newer and complete, and is used"
     ]
-    assert load_notes(iters[3], iters[3]) == []  # by its own name, one may go back
+    assert load_notes(iters[3], iters[3]) == []  # an older checkpoint may be named explicitly
     shutil.copytree(iters[20], tmp_path / "iter_0000030.tmp")
     assert newest_checkpoint(tmp_path) == iters[20]
     (iters[20] / "complete.json").unlink()
@@ -176,12 +174,12 @@ def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(dcp_write, moment, interrupt)
-        patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # as kill -9: nobody tidies up
-        # the first is inside of DCP, which packs it up
+        patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # like kill -9, which cleans nothing up
+        # the first is called inside DCP, which wraps the error
         with pytest.raises(CheckpointException if moment == "describe" else KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, model)
     assert newest_checkpoint(tmp_path).name == ("iter_0000002" if moment == "write_latest" else "iter_0000001")
-    save_checkpoint(tmp_path, 2, model)  # what was left is no obstacle
+    save_checkpoint(tmp_path, 2, model)  # leftovers are no obstacle
     assert newest_checkpoint(tmp_path).name == "iter_0000002"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "iter_0000001",
@@ -226,7 +224,7 @@ def test_killed_loader_worker_is_not_reported_as_a_write_error(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-# -- what does not fit -----------------------------------------------------------------------------
+# -- mismatches ------------------------------------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_one_error(tmp_path):
@@ -271,7 +269,7 @@ def test_converted_weights_leave_the_optimizer_alone(tmp_path):
 
 
 def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
-    """.metadata is a pickle: one that names anything but DCP's own classes runs nothing."""
+    """.metadata is a pickle; nothing that it names is called."""
     save_checkpoint(tmp_path, 1, small_model())
     metadata = tmp_path / "iter_0000001" / ".metadata"
 
@@ -280,7 +278,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path}/evil",)
 
     module = b"torch.distributed.checkpoint.metadata"
-    sly = [  # by way of what the module has imported: protocol 4, module, name, STACK_GLOBAL
+    sly = [  # names that the module has imported: protocol 4, module, name, STACK_GLOBAL
         b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93."
         for name in (b"os", b"os.system", b"__builtins__", b"MetadataIndex.__init__")
     ]
@@ -294,7 +292,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
 
 
 def test_tensor_written_in_pieces_is_read_in_any_region(tmp_path, monkeypatch):
-    """A tensor written in many pieces is read in any part."""
+    """A tensor written in many pieces is read in any region."""
     monkeypatch.setattr(release, "pieces", lambda region, size: pieces(region, size, 64))
 
     whole = torch.randn(9, 5, 7)

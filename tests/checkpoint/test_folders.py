@@ -24,7 +24,7 @@ def test_files_of_others_in_an_export_are_never_lost(tmp_path):
     source, out = HFSource(HFFolder(folder)), tmp_path / "out"
     save_hf(source, folder, out)
     save_hf(source, folder, out)
-    (out / "config.json").write_text("{}")  # damaged, and made again
+    (out / "config.json").write_text("{}")  # damaged, and then replaced
     save_hf(source, folder, out)
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     mine = ["README.md", "figures/b.svg", "notes/a.txt", "z.txt"]

@@ -75,7 +75,7 @@ def test_every_layout_loads(tmp_path, layout, shard_size):
     assert {p.dtype for p in load_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
 
 
-# -- what is wrong is said -------------------------------------------------------------------------
+# -- mismatches and damage -------------------------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_one_error(tmp_path):
@@ -120,7 +120,7 @@ def test_missing_experts_are_named(tmp_path, expert):
     resave(folder, lambda t: t.pop(name))
     with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
         load_hf(empty_model(config_dict()), folder)
-    if expert == 2:  # without a model, a gap is seen all the same
+    if expert == 2:  # a gap is noticed even without a model
         with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
             HFSource(HFFolder(folder))
 
@@ -212,7 +212,7 @@ def test_damaged_folder_is_refused(tmp_path, damage, words):
         load_hf(empty_model(config_dict(moe=False)), folder)
 
 
-# -- transformers as the other side ----------------------------------------------------------------
+# -- exchange with transformers --------------------------------------------------------------------
 
 
 def known_inputs(model, record):
@@ -248,7 +248,7 @@ def test_the_same_logits_from_an_export(tmp_path, kind, layout):
     trained, _ = pair(config)
     save_hf({n: p.detach() for n, p in trained.named_parameters()}, folder, tmp_path / "out")
     with torch.no_grad():
-        for parameter in trained.parameters():  # as the export has them
+        for parameter in trained.parameters():  # rounded as in the export
             parameter.copy_(parameter.to(torch.bfloat16))
         for name, parameter in trained.named_parameters():
             if published_dtype(name) == torch.float32:

@@ -130,4 +130,4 @@ def test_long_lists_of_names_are_folded_without_loss():
     names = [f"a.{i}.b.{j}.w" for i in (0, 1, 2, 4) for j in range(3)]
     assert fold_names(names) == ["a.{0-2,4}.b.{0-2}.w"]
     assert fold_names(["a.1.w", "b.norm1.w"]) == ["a.1.w", "b.norm1.w"]
-    assert fold_names(names[:-1]) == names[:-1]  # one combination is lacking
+    assert fold_names(names[:-1]) == names[:-1]  # one combination is missing

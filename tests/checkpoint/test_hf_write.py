@@ -91,17 +91,17 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     source = HFSource(HFFolder(folder))
     out = tmp_path / "out"
     out.mkdir()
-    save_hf(source, folder, out)  # empty: taken
-    save_hf(source, folder, out)  # made by us: replaced
+    save_hf(source, folder, out)  # an empty folder is used
+    save_hf(source, folder, out)  # one that this program wrote is replaced
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="not written by this program"):
         save_hf(source, folder, other)
-    (tmp_path / "out.old").mkdir()  # empty, as a job that was killed while it removed it leaves it
+    (tmp_path / "out.old").mkdir()  # empty, as left by a job killed while removing it
     save_hf(source, folder, out)
     (tmp_path / "out.old").mkdir()
-    (tmp_path / "out.old/config.json").touch()  # as a user may call a copy
+    (tmp_path / "out.old/config.json").touch()  # a user's copy may have this name
     with pytest.raises(CheckpointError, match=r"out\.old is in the way"):
         save_hf(source, folder, out)
     for inside in (folder, folder / "new", tmp_path):

@@ -53,8 +53,8 @@ from qwen35.launch.hosts_file import read_hosts
 from qwen35.model import load_config
 from qwen35.training.metrics import RunError, draw_loss, read_metrics
 
-EXAMPLES = 8  # of each kind, the same ones every time
-PATIENCE = 30  # seconds that one may take
+EXAMPLES = 8  # of each kind, always the same
+TIMEOUT = 30  # seconds for one file
 TENSORS = {"a.weight": torch.arange(24.0).view(4, 6), "b": torch.arange(7).to(torch.bfloat16), "c": torch.zeros(0, 3)}
 ASSETS = Path(__file__).parents[2] / "assets"
 RECORD = [
@@ -65,7 +65,7 @@ RECORD = [
 def same(source) -> None:
     for name, spec in source.specs.items():
         values = source.read(name, TensorSlice.full(spec.shape))
-        if name in TENSORS:  # checksums, or bytes that nobody touched: what was written
+        if name in TENSORS:  # verified or untouched: as written
             assert values.shape == TENSORS[name].shape and torch.equal(values, TENSORS[name])
 
 
@@ -81,7 +81,7 @@ def settled(folder: Path) -> None:
 
 
 def forged(folder: Path) -> Path:
-    """The checksums are those of what was changed, too."""
+    """Make the checksums those of the changed content."""
     manifest = next(folder.glob("*/complete.json"))
     content = json.loads(manifest.read_text())
     manifest.unlink()
@@ -167,7 +167,7 @@ def seen(folder: Path) -> None:
 
 
 METRICS = b"".join(json.dumps({"step": n, "loss": 1.5, "lr": 0.1, "grad_norm": 1.0}).encode() + b"\n" for n in range(4))
-KINDS = {  # what makes the file in a folder, and what reads it
+KINDS = {  # kind -> function that makes the file in a folder, function that reads it
     "safetensors": (weights, lambda f: shapes(HFSource(HFFolder(f)))),
     "index": (index, lambda f: same(HFSource(HFFolder(f)))),
     "config": (small_file("config.json"), lambda f: (load_config(f), not_read(f))),
@@ -219,8 +219,8 @@ PIECES = [
 
 
 def changed(content: bytes, data: st.DataObject) -> bytes:
-    """A value of JSON exchanged, or bytes: cut off, changed, doubled, removed, put in."""
-    start = 8 if content[8:9] == b"{" else 0  # safetensors, whose header's length then fits
+    """A JSON value exchanged, or bytes truncated, changed, doubled, removed or inserted."""
+    start = 8 if content[8:9] == b"{" else 0  # safetensors: the header keeps a matching length
     end = start + int.from_bytes(content[:8], "little") if start else len(content)
     try:
         tree = json.loads(content[start:end])
@@ -248,7 +248,7 @@ def changed(content: bytes, data: st.DataObject) -> bytes:
 
 @contextmanager
 def at_most(seconds: float):
-    """What takes longer fails."""
+    """Fail if the block takes longer."""
 
     def fail(*_) -> None:
         raise AssertionError(f"took more than {seconds} s")
@@ -263,7 +263,7 @@ def at_most(seconds: float):
 
 
 def attack(kind: str, place: Path, examples: int) -> int:
-    """Returns how many of the files were refused."""
+    """Read changed files of one kind. Returns how many were refused."""
     make, read = KINDS[kind]
     (place / "good").mkdir()
     file = make(place / "good").relative_to(place / "good")
@@ -284,7 +284,7 @@ def attack(kind: str, place: Path, examples: int) -> int:
         shutil.copytree(place / "good", place / "now")
         (place / "now" / file).write_bytes(changed(content, data))
         try:
-            with at_most(PATIENCE):
+            with at_most(TIMEOUT):
                 read(place / "now")
         except (*USER_ERRORS, ImageError) as error:
             line = one_line(error)
@@ -307,7 +307,7 @@ def test_changed_file_is_read_or_refused(kind, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("cwd", "place")] == []
 
 
-# -- one by one ------------------------------------------------------------------------------------
+# -- single cases ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_empty_tensor_of_an_impossible_shape_is_refused(tmp_path, shape):
 
 
 def test_members_of_an_archive_are_never_inflated(tmp_path):
-    """64 MB of zeros, deflated, in the place of a tensor's description."""
+    """64 MB of deflated zeros in place of a tensor's description."""
     for name in ("archive/data.pkl", "archive/byteorder"):
         file = tmp_path / name.replace("/", "-")
         with (
@@ -402,7 +402,7 @@ def test_members_of_an_archive_are_never_inflated(tmp_path):
 
 
 def test_impossible_image_mean_or_deviation_is_refused(tmp_path):
-    """Beyond what float32 has, the pixels would all be infinite, or zero."""
+    """With values outside of float32, all pixels would be infinite or zero."""
     file = small_file("preprocessor_config.json")(tmp_path)
     good = json.loads(file.read_text())
     for name, value in (("image_std", 1e308), ("image_mean", -1e308), ("image_std", 1e-50), ("rescale_factor", 0)):

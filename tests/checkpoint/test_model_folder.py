@@ -34,7 +34,7 @@ DENSE = {"moe": False, "mtp": False}
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
-    """The system's folder of temporary files, empty."""
+    """An empty folder for temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -59,7 +59,7 @@ def peer_embedding(folder: Path) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach()
 
 
-# -- which weights ---------------------------------------------------------------------------------
+# -- which weights are read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", ["all there", "stale index alone", "no index"])
@@ -77,7 +77,7 @@ def test_model_safetensors_takes_precedence_as_in_transformers(tmp_path, shards)
     assert torch.equal(embedding_of(folder), peer_embedding(folder))
     report = [f"{folder}: not read beside model.safetensors: {', '.join(old[:3])} and {len(old) - 3} more"]
     assert not_read(folder) == report * (shards == "all there")
-    # what is exported like it has one file too, and no index that names others
+    # an export like it also has one file, and no index
     save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in names and not names & {WEIGHTS_INDEX, *old}
@@ -187,7 +187,7 @@ def test_quantized_tensors_without_a_config_are_refused(tmp_path, temporary, dty
     assert len(str(caught.value)) <= MAX_MESSAGE
 
 
-# -- what is reported ------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
 def test_unread_files_and_keys_are_reported_once(tmp_path):
@@ -269,7 +269,7 @@ def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
     load_hf(load_pretrained(folder), folder)
 
 
-# -- whether an export will be possible ------------------------------------------------------------
+# -- checks before an export -----------------------------------------------------------------------
 
 
 def test_impossible_export_is_refused_beforehand(tmp_path):
@@ -283,9 +283,7 @@ def test_impossible_export_is_refused_beforehand(tmp_path):
         save_hf(state, folder, tmp_path / "out")
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    for _ in range(
-        2
-    ):  # config and tokenizer, with the index that stayed behind and without: the original is named on export
+    for _ in range(2):  # a folder without weights, with and without an index left behind
         check_export(empty_model(config, mtp=True), folder)
         assert not_read(folder) == []
         (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
@@ -334,7 +332,7 @@ def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
         assert copy.read_bytes() == path.read_bytes() and not copy.is_symlink()
 
 
-# -- values that are no numbers --------------------------------------------------------------------
+# -- NaN and infinity ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -363,7 +361,7 @@ def test_nan_and_infinity_are_neither_converted_nor_loaded(tmp_path, value, dtyp
         load_checkpoint(release, empty_model(config_dict(moe=False)))
 
 
-# -- how much a message holds ----------------------------------------------------------------------
+# -- bounds of messages ----------------------------------------------------------------------------
 
 
 def test_message_names_three_tensors_and_a_file_with_all(tmp_path, temporary):

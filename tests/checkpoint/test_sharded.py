@@ -30,7 +30,7 @@ LARGE_BYTES = 50 * 2**20  # at least, of the largest tensors
 
 
 def replicated(name: str) -> bool:
-    """fp32 parameters that every rank holds whole, as in training."""
+    """fp32 parameters that are replicated, as in training."""
     return name.endswith((".A_log", ".dt_bias", ".linear_attn.norm.weight", ".mlp.gate.weight"))
 
 
@@ -109,7 +109,7 @@ def worker(rank: int, folder: Path) -> None:
         load_hf(model, folder / layout)
         for name, parameter in model.named_parameters():
             assert torch.equal(full(parameter), wanted[name].float()), name
-        # every byte once, but for what is held by both ranks
+        # every byte is read once, except what both ranks hold
         total = torch.tensor([read_bytes])
         dist.all_reduce(total)
         twice = sum(t.nbytes for name, t in wanted.items() if replicated(name))
@@ -144,7 +144,7 @@ def worker(rank: int, folder: Path) -> None:
             assert torch.equal(full(optimizer.state[a]["exp_avg"]), state.state[b]["exp_avg"]), name
             assert optimizer.state[a]["step"] == 2
 
-    # what fails on one rank is the same error on all, and leaves nothing
+    # a failure on one rank is the same error on all, and leaves nothing behind
     with pytest.raises(CheckpointError, match=r"extra\.bad: object cannot be saved"):
         save_checkpoint(folder / "run", 3, model, None, rank_extra={"bad": object()} if rank == 1 else {})
     dist.barrier()

@@ -33,7 +33,7 @@ def expected(config: dict, load: str) -> set[str]:
 
 
 def taken(names, load: str) -> dict[str, Counter]:
-    """Parameter -> which parts of it vLLM's loader finds under the names of a folder."""
+    """Parameter -> the parts of it that vLLM's loader finds among the names of a folder."""
     rules, found = VLLM["loads"][load], {}
     for name in names:
         if name.startswith(tuple(rules["skipped"])):

@@ -154,7 +154,7 @@ def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     (save / "latest_checkpointed_iteration.txt").write_text("20")
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
     assert done.returncode == 0, done.stderr
-    assert "latest_checkpointed_iteration.txt names iter_0000024 now" in done.stdout
+    assert "latest_checkpointed_iteration.txt now names iter_0000024" in done.stdout
     assert "nothing left to train" in done.stdout
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "24"
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000020", "iter_0000024"]

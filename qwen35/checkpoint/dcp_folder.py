@@ -27,7 +27,7 @@ from qwen35.checkpoint.folders import file_sizes, move_aside, remove_leftovers, 
 from qwen35.checkpoint.lock import removable
 from qwen35.errors import read_object, read_text
 
-FORMAT = 2  # 1, which is not written in its files, had no tensors.json and no checksums
+FORMAT = 2  # format 1 had neither this field, nor tensors.json, nor checksums
 MANIFEST = "complete.json"
 TENSOR_INDEX = "tensors.json"
 METADATA = ".metadata"  # written by DCP; kept open by every process that reads the checkpoint

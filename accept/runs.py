@@ -12,7 +12,7 @@ from torch import Tensor
 from accept.task import AcceptError, Task, distance
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST_ALONE
 from qwen35.launch.rendezvous import free_port
 from qwen35.processes import die_with
@@ -79,7 +79,7 @@ class Runs:
 
     def tensors(self, name: str, prefix: str) -> list[Tensor]:
         source = DCPSource(newest_checkpoint(self.folder / name) or name, prefix)
-        return [source.read(one, Box.whole(spec.shape)) for one, spec in sorted(source.specs.items())]
+        return [source.read(one, TensorSlice.full(spec.shape)) for one, spec in sorted(source.specs.items())]
 
 
 def check(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""Weights from Hugging Face to DCP and back: `python -m qwen35.convert hf_to_dcp …`, or `mm-convert`."""
+"""The program behind `mm-convert` and `python -m qwen35.convert`; see checkpoint/convert.py."""
 
 from qwen35.checkpoint.convert import main
 from qwen35.console import outlive_readers

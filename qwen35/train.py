@@ -18,11 +18,11 @@ import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp import fitting_checkpoint, load_checkpoint
-from qwen35.checkpoint.dcp_folder import about, settle
-from qwen35.checkpoint.dcp_write import together
+from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
+from qwen35.checkpoint.dcp_folder import load_notes, repair_save_folder
+from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
-from qwen35.checkpoint.hf import check_export, fitting, load_hf, not_read
+from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
 from qwen35.checkpoint.lock import holding
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
@@ -109,7 +109,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     freeze(model, m.freeze)
     origin, is_hf = find_weights(settings)
     # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = fitting(model, origin) if is_hf else fitting_checkpoint(model, origin)
+    held = open_matching_folder(model, origin) if is_hf else open_matching_checkpoint(model, origin)
     check_export(model, m.model_name_or_path)
     unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
     loaded = None if is_hf else checked_facts(origin, settings, device)
@@ -155,7 +155,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
             restore_rng(loaded.rank_extra, device)
     report(opening(settings, device, layout, model, before, after))
     unread += micro_batches.size_warnings
-    report("\n".join([*unread, *about(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
+    report("\n".join([*unread, *load_notes(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
     if validation:
         report(validation.report())
     if step < t.train_iters:
@@ -249,11 +249,11 @@ def train(settings: Settings) -> None:
         def hold() -> None:
             if dist.get_rank() == 0:
                 warning = until_done.enter_context(holding(folder))
-                for line in [*([warning] if warning else []), *settle(folder)]:
+                for line in [*([warning] if warning else []), *repair_save_folder(folder)]:
                     report(line)
 
         heartbeat.at(f"taking hold of {folder}")
-        together(hold, None, f"{folder} cannot be used")
+        run_sharing_errors(hold, None, f"{folder} cannot be used")
         if dist.get_world_size() > ranks_here():  # over a network
             heartbeat.at("measuring an all-reduce")
             measure(device, report)
@@ -321,11 +321,13 @@ def loop(run: Run, folder: Path) -> None:
                         f"step {run.step} stood {waited:.1f} s: the checkpoint before it was still being written"
                     )
                 if dist.get_rank() == 0:
-                    saver.then(partial(draw_loss, folder))
+                    saver.run_after(partial(draw_loss, folder))
                 metrics.restart_clock()  # the next interval's steps did not save
         metrics.close()
     if saver.saves:
-        report(f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stood:.2f} s in all")
+        report(
+            f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stalled:.2f} s in all"
+        )
     if is_stopping and run.step < t.train_iters:
         report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
     else:

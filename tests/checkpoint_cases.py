@@ -1,4 +1,4 @@
-"""Small checkpoints for the tests: every layout, one file or many, tied or not, with and without MTP."""
+"""Small checkpoints for tests: any layout, one file or many, tied or not, with or without MTP."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LAYOUTS = ("hub", "per_expert", "stacked")
 
 
 def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
-    """A model with random fp32 weights, none of them at its initial value."""
+    """A model with random fp32 weights everywhere."""
     model = Qwen35(load_config(config), mtp=mtp)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
 
 
 def published_shapes(size: str) -> dict[str, tuple[int, ...]]:
-    """The parameters of a published model with its MTP layer, by its config.json."""
+    """Name -> shape of a published model with its MTP layer."""
     with torch.device("meta"):
         return shapes_of(Qwen35(load_config(CONFIGS / f"{size}.json"), mtp=True).named_parameters())
 
@@ -39,7 +39,7 @@ def state_of(model: torch.nn.Module, dtype_of=published_dtype) -> dict[str, torc
 def write_folder(
     folder: Path, moe=True, tied=False, mtp=True, layout="hub", shard_size=2**30, dtype_of=published_dtype, **kwargs
 ) -> Path:
-    """A checkpoint folder with the small files that published ones have."""
+    """A model folder with the small files of published ones."""
     config = config_dict(moe=moe, tied=tied, **kwargs, **({"mtp_num_hidden_layers": 1} if mtp else {}))
     state = state_of(build(config, mtp), dtype_of)
     write_hf(state, config, folder, layout=layout, shard_size=shard_size, dtype_of=dtype_of)
@@ -92,9 +92,9 @@ def empty_model(config: dict, mtp: bool = False) -> Qwen35:
 
 
 def as_before(checkpoint: Path) -> None:
-    """Rewrite a checkpoint's marker for what lies there now, in the form that had no tensors.json and no checksums."""
+    """Turn a checkpoint into one of format 1, which had no tensors.json and no checksums."""
     (checkpoint / "tensors.json").unlink(missing_ok=True)
-    marker = json.loads((checkpoint / "complete.json").read_text())
+    manifest = json.loads((checkpoint / "complete.json").read_text())
     files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != "complete.json"}
-    kept = {name: marker[name] for name in ("step", "world_size")}
+    kept = {name: manifest[name] for name in ("step", "world_size")}
     (checkpoint / "complete.json").write_text(json.dumps({**kept, "files": files}))

@@ -1,4 +1,4 @@
-"""A small run that saves with Saver, in a process of its own, which ends itself by kill -9 at a moment that is given."""
+"""A small training run that saves with Saver, and kills itself by -9 at a given moment."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import torch.distributed as dist
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint
 from qwen35.checkpoint.dcp_folder import ITERATION
-from qwen35.checkpoint.folders import sweep
+from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.checkpoint.lock import holding
 
 STEPS, INTERVAL, LIMIT = 120, 3, 2
-BEGINS = 12  # the step with the first gradient of a parameter that has none before
+BEGINS = 12  # the step in which `late` gets its first gradient
 
 
 class Toy(torch.nn.Module):
@@ -42,13 +42,13 @@ def train_step(model: Toy, optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def write(file: Path, **values: object) -> None:
-    """A line of what has happened; it is there when the process is killed."""
+    """Append an event to the log, which survives the kill."""
     with file.open("a") as lines:
         lines.write(json.dumps(values) + "\n")
 
 
 def die_at(folder: Path, number: int | None, moment: tuple[str, str] | None) -> None:
-    """kill -9 of this process at its n-th step or doing with files below the folder, or at an event on one of them."""
+    """Kill -9 this process at its n-th step or file operation, or at an audit event on a path."""
     count = 0
 
     def hook(event: str, args: tuple) -> None:
@@ -70,13 +70,13 @@ def run(
     last: int = STEPS,
     interval: int = INTERVAL,
 ) -> None:
-    """From the newest whole checkpoint to step `last`, as train.py does it; `<folder>.log` says how far it came."""
+    """Train from the newest complete checkpoint to step `last`, logging to `<folder>.log`."""
     torch.set_num_threads(1)
     log = folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with holding(folder):
-        sweep(folder, ITERATION)
+        remove_leftovers(folder, ITERATION)
         model = Toy()
         optimizer = adam(model)
         newest = newest_checkpoint(folder)

@@ -18,7 +18,7 @@ from tokenizer_fixture import make_model_folder
 from qwen35.checkpoint.dcp import resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.hf import write_hf
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 
@@ -108,7 +108,7 @@ def train(
 def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:
     """Of a save folder's newest checkpoint: the model's, or with prefix "optimizer." the optimizer's."""
     source = DCPSource(resolve_load(save), prefix)
-    return {name: source.read(name, Box.whole(spec.shape)) for name, spec in source.specs.items()}
+    return {name: source.read(name, TensorSlice.full(spec.shape)) for name, spec in source.specs.items()}
 
 
 def assert_same_run(save: Path, reference: Path) -> None:

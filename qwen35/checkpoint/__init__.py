@@ -1,4 +1,4 @@
-"""Weights and training states on disk: Hugging Face folders (hf), DCP folders (dcp), the way between them (convert)."""
+"""Weights and training states on disk: Hugging Face folders, DCP folders, conversion."""
 
 from qwen35.checkpoint.hf import load_pretrained
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints, written while it goes on."""
+"""Saves a run's checkpoints, in the background if asked for. It knows no settings and no data."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,22 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp import training_state, write_parts
+from qwen35.checkpoint.dcp import training_state, write_shards
 from qwen35.checkpoint.dcp_folder import keep_newest
-from qwen35.checkpoint.dcp_write import Part, own_parts, together
+from qwen35.checkpoint.dcp_write import LocalShard, local_shards, run_sharing_errors
 from qwen35.device import host_buffer, host_group, synchronize
 from qwen35.errors import complain
 
 
 class Saver:
-    """Saves model and optimizer into a folder; every rank calls it in step.
+    """Saves model and optimizer into a folder; all ranks make the same calls.
 
-    background: a thread of each rank writes from a copy on the host, and the steps stand still only while that is made.
-    The threads meet in a group of their own: their messages never mix with the training's. One save runs at a time, and
-    its copy's memory serves the next.
-    limit: whole checkpoints that stay; the older ones are removed once a new one is whole.
+    background: a thread of each rank writes from a copy in host memory, and training waits only for
+    the copy. The threads have a process group of their own, so their collectives never mix with
+    those of training. One save runs at a time, and reuses the memory of the copy before.
 
-    As a context it ends with what is being saved whole, or having failed, whatever ends the block.
+    limit: how many complete checkpoints are kept; older ones are removed once one is complete.
+
+    Used as a context manager, it waits for a running save however the block ends.
     """
 
     def __init__(
@@ -37,28 +38,28 @@ class Saver:
         optimizer: Optimizer | None,
         background: bool,
         limit: int | None = None,
-        timeout: float = 1800.0,  # seconds that the ranks wait for the slowest of them, in the background
+        timeout: float = 1800.0,  # seconds that background saves wait for the slowest rank
     ):
         self.folder, self.model, self.optimizer, self.limit = folder, model, optimizer, limit
         self.background = background
-        self.saves = 0  # between steps
-        self.stood = 0.0  # seconds that the steps have stood still for them
+        self.saves = 0  # without the last one, after which no step follows
+        self.stalled = 0.0  # seconds that training waited for them
         self._group = host_group(timeout) if background and dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self._room: dict[str, Tensor] = {}  # of the copy
+        self._host_copies: dict[str, Tensor] = {}
         self._jobs: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def check(self) -> None:
-        """After each step: raises what a save in the background has failed with. Takes the copy's memory after the first."""
+        """Call after each step: raises the error of a background save; allocates the copy."""
         while self._jobs and self._jobs[0].done():
             self._jobs.pop(0).result()
-        if self.background and not self._room:
-            for name, part in own_parts(training_state(self.model, self.optimizer)).items():
-                self._room[name] = host_buffer(part.values)
+        if self.background and not self._host_copies:
+            for name, shard in local_shards(training_state(self.model, self.optimizer)).items():
+                self._host_copies[name] = host_buffer(shard.values)
 
     def finish(self) -> float:
-        """Wait until nothing is being saved. Returns the seconds; raises what has failed."""
+        """Wait until nothing is being saved. Returns the seconds; raises the error of a save."""
         start = time.perf_counter()
         running = [job for job in self._jobs if not job.done()]
         wait(running)
@@ -66,45 +67,46 @@ class Saver:
         return time.perf_counter() - start if running else 0.0
 
     def save(self, step: int, extra: Mapping[str, Any], rank_extra: Mapping[str, Any], is_last: bool = False) -> float:
-        """Save `iter_<step>`, after the save before it. Returns the seconds that it waited for that one.
+        """Save `iter_<step>`. Returns the seconds that it waited for the save before it.
 
-        is_last: at once, from the tensors themselves, for there is nothing to go on with meanwhile. Raises CheckpointError.
+        is_last: save in the foreground and without a copy, since no step follows. Raises
+        CheckpointError.
         """
         start = time.perf_counter()
         waited = self.finish()
-        parts = own_parts(training_state(self.model, self.optimizer))
+        shards = local_shards(training_state(self.model, self.optimizer))
         if self.background and not is_last:
-            self._jobs.append(self._thread.submit(self._write, step, self._copied(parts), extra, rank_extra))
+            self._jobs.append(self._thread.submit(self._write, step, self._copy_to_host(shards), extra, rank_extra))
         else:
-            self._write(step, parts, extra, rank_extra)
+            self._write(step, shards, extra, rank_extra)
         if not is_last:
-            self.saves, self.stood = self.saves + 1, self.stood + time.perf_counter() - start
+            self.saves, self.stalled = self.saves + 1, self.stalled + time.perf_counter() - start
         return waited
 
-    def then(self, action: Callable[[], None]) -> None:
-        """Do something on this rank after what is being saved; at once if nothing is."""
+    def run_after(self, action: Callable[[], None]) -> None:
+        """Run an action on this rank after the running save; at once if there is none."""
         if self._jobs:
             self._jobs.append(self._thread.submit(action))
         else:
             action()
 
-    def _copied(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+    def _copy_to_host(self, shards: Mapping[str, LocalShard]) -> dict[str, LocalShard]:
         copies = {}
-        for name, part in parts.items():
-            if name not in self._room:  # the state of a tensor that had its first gradient just now
-                self._room[name] = host_buffer(part.values)
-            copies[name] = replace(part, values=self._room[name].copy_(part.values, non_blocking=True))
-        synchronize({part.values.device for part in parts.values()})
+        for name, shard in shards.items():
+            if name not in self._host_copies:  # optimizer state that this step created
+                self._host_copies[name] = host_buffer(shard.values)
+            copies[name] = replace(shard, values=self._host_copies[name].copy_(shard.values, non_blocking=True))
+        synchronize({shard.values.device for shard in shards.values()})
         return copies
 
     def _write(
-        self, step: int, parts: Mapping[str, Part], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
+        self, step: int, shards: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
     ) -> None:
-        write_parts(self.folder, step, parts, extra, rank_extra, self._group)
+        write_shards(self.folder, step, shards, extra, rank_extra, self._group)
         if self.limit is not None:
             limit = self.limit
-            tidy = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
-            together(tidy, self._group, f"{self.folder}: older checkpoints cannot be removed")
+            remove = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
+            run_sharing_errors(remove, self._group, f"{self.folder}: older checkpoints cannot be removed")
 
     def __enter__(self) -> "Saver":
         return self
@@ -112,10 +114,10 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        wait(self._jobs)  # what stops the run now should not cost the steps before it too
+        wait(self._jobs)  # an error that stops the run must not cost the checkpoint as well
         self._thread.shutdown(wait=False)
         if error is None:
             self.check()
-        elif self._is_first:  # that save failed as well, and nothing else would tell
-            for failed in filter(None, (job.exception() for job in self._jobs)):
-                complain(failed)
+        elif self._is_first:  # print errors of saves, which nothing else would report
+            for failure in filter(None, (job.exception() for job in self._jobs)):
+                complain(failure)

@@ -1,4 +1,4 @@
-"""The converter: a Hugging Face folder to `<dcp_dir>/release`, a DCP checkpoint to a folder like the original."""
+"""Converts a Hugging Face folder to a DCP checkpoint, and a DCP checkpoint back."""
 
 import argparse
 import json
@@ -12,54 +12,54 @@ import torch
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp import DCPSource, resolve_load
-from qwen35.checkpoint.dcp_folder import ITERATION, MARKER, about
+from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, load_notes
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import check_apart, check_replaceable
+from qwen35.checkpoint.folders import check_disjoint, check_replaceable
 from qwen35.checkpoint.hf_names import HEAD, shapes_of
-from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, equal, misfit
-from qwen35.checkpoint.hf_write import Written, save_hf
-from qwen35.checkpoint.load import Finite
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, same_bytes
+from qwen35.checkpoint.hf_write import WriteSummary, save_hf
+from qwen35.checkpoint.load import FiniteSource
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.unread import not_read
 from qwen35.errors import USER_ERRORS, Parser, complain
 
-SEED_WORD = "GenericDCPConverter"
+CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
 
 
-def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | None = None) -> Written:
+def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | None = None) -> WriteSummary:
     """Convert a Hugging Face folder, with its `mtp.*`, to `<dcp_dir>/release`, in its own dtypes.
 
-    The folder is first compared with the model that its config.json describes. `tie` maps a tensor to the one that it
-    is tied to: the first must be absent with tied weights in config.json, or be equal to the second. Raises
-    CheckpointError.
+    The folder must fit the model that its config.json describes. `tie` maps a tensor to the one it
+    is tied to: it must be absent, with tied weights in config.json, or equal to the other one.
+    Raises CheckpointError.
     """
     for line in not_read(hf_dir):
         print(line, flush=True)
     disk, folder = HFFolder(hf_dir), Path(dcp_dir)
     shapes = _model_shapes(disk)
-    misfit(disk, shapes).raise_if_any(f"{hf_dir} does not fit its config.json")
+    find_mismatch(disk, shapes).raise_if_any(f"{hf_dir} does not fit its config.json")
     source = HFSource(disk)
     if HEAD not in shapes:
         check_tied(source, hf_dir)
         source.specs.pop(HEAD, None)
     _check_tie(disk, tie or {})
-    check_apart(disk.folder, folder)
-    check_replaceable(folder / "release", MARKER)
+    check_disjoint(disk.folder, folder)
+    check_replaceable(folder / "release", MANIFEST)
     if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
     nbytes = sum(spec.nbytes for spec in source.specs.values())
-    with _bar(nbytes, "hf_to_dcp") as progress:
-        release = write_release(Finite(source, hf_dir), folder, progress)
-    return Written(len(source.specs), nbytes, release)
+    with _progress_bar(nbytes, "hf_to_dcp") as progress:
+        release = write_release(FiniteSource(source, hf_dir), folder, progress)
+    return WriteSummary(len(source.specs), nbytes, release)
 
 
-def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> Written:
-    """Write a checkpoint (release, iter_… or the folder above) as a Hugging Face folder like the original."""
+def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> WriteSummary:
+    """Write a checkpoint (release, iter_… or their parent) as a folder like the original."""
     source = DCPSource(resolve_load(dcp_dir))
     nbytes = sum(spec.nbytes for spec in HFFolder(origin_hf_dir).specs.values())
-    with _bar(nbytes, "dcp_to_hf") as progress:
-        return save_hf(Finite(source, source.checkpoint), origin_hf_dir, save_hf_dir, progress)
+    with _progress_bar(nbytes, "dcp_to_hf") as progress:
+        return save_hf(FiniteSource(source, source.checkpoint), origin_hf_dir, save_hf_dir, progress)
 
 
 def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:
@@ -72,23 +72,23 @@ def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
-    for one, other in tie.items():
-        if other not in disk.specs:
-            raise CheckpointError(f"--tie_weight_mapping: {disk.folder} has no {other}")
-        if one not in disk.specs:
-            if one != HEAD or not disk.is_tied:
+    for name, target in tie.items():
+        if target not in disk.specs:
+            raise CheckpointError(f"--tie_weight_mapping: {disk.folder} has no {target}")
+        if name not in disk.specs:
+            if name != HEAD or not disk.is_tied:
                 raise CheckpointError(
-                    f"--tie_weight_mapping: {disk.folder} has no {one}, and its config.json does not tie it to {other}"
+                    f"--tie_weight_mapping: {disk.folder} has no {name}, and its config.json does not tie it to {target}"
                 )
-        elif not equal(disk, one, other):
+        elif not same_bytes(disk, name, target):
             raise CheckpointError(
-                f"--tie_weight_mapping: {one} and {other} differ in {disk.folder}: its weights are not tied, "
-                "leave it out"
+                f"--tie_weight_mapping: {name} and {target} differ in {disk.folder}: its weights are not tied, "
+                "leave the option out"
             )
 
 
 @contextmanager
-def _bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
+def _progress_bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
     with tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
         lock = threading.Lock()  # several threads report
 
@@ -99,7 +99,7 @@ def _bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
         yield update
 
 
-def _mapping(text: str) -> dict[str, str]:
+def _tie_argument(text: str) -> dict[str, str]:
     try:
         value = json.loads(text)
     except ValueError:
@@ -109,7 +109,7 @@ def _mapping(text: str) -> dict[str, str]:
     return value
 
 
-def _named(text: str) -> str:
+def _folder_argument(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("names no folder")
     return text
@@ -118,33 +118,32 @@ def _named(text: str) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="mm-convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    there = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
-    there.add_argument("--hf_dir", required=True, type=_named, help="folder with config.json and safetensors")
-    to = "folder that gets release/ and latest_checkpointed_iteration.txt"
-    there.add_argument("--dcp_dir", required=True, type=_named, help=to)
-    there.add_argument(
-        "--tie_weight_mapping", type=_mapping, metavar="JSON", help=f"tied tensors, e.g. '{TIE_EXAMPLE}'"
-    )
-    back = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
-    back.add_argument("--dcp_dir", required=True, type=_named, help="release/, iter_…/, or the folder above")
-    back.add_argument(
-        "--origin_hf_dir", required=True, type=_named, help="the original: gives names, files, tokenizer and the rest"
-    )
-    back.add_argument("--save_hf_dir", required=True, type=_named, help="new folder")
+    to_dcp = commands.add_parser("hf_to_dcp", help="Hugging Face folder -> DCP")
+    to_hf = commands.add_parser("dcp_to_hf", help="DCP -> Hugging Face folder like the original")
+    for command, option, text in (
+        (to_dcp, "--hf_dir", "folder with config.json and safetensors"),
+        (to_dcp, "--dcp_dir", "folder to write release/ and latest_checkpointed_iteration.txt into"),
+        (to_hf, "--dcp_dir", "release/, iter_…/, or the folder that holds them"),
+        (to_hf, "--origin_hf_dir", "original model folder: gives names, dtypes, config, tokenizer and other files"),
+        (to_hf, "--save_hf_dir", "folder to write"),
+    ):
+        command.add_argument(option, required=True, type=_folder_argument, metavar="FOLDER", help=text)
+    tie_help = f"tensors that are tied to others, e.g. '{TIE_EXAMPLE}'"
+    to_dcp.add_argument("--tie_weight_mapping", type=_tie_argument, metavar="JSON", help=tie_help)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == [SEED_WORD]:
-        words = words[1:]
-    args = _parser().parse_args(words)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in CONVERTERS:
+        arguments = arguments[1:]
+    args = _parser().parse_args(arguments)
     try:
         if args.command == "hf_to_dcp":
             written = hf_to_dcp(args.hf_dir, args.dcp_dir, args.tie_weight_mapping)
         else:
             checkpoint = resolve_load(args.dcp_dir)
-            for line in [*about(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
+            for line in [*load_notes(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
                 print(line, flush=True)
             written = dcp_to_hf(checkpoint, args.origin_hf_dir, args.save_hf_dir)
     except USER_ERRORS as error:

@@ -1,7 +1,8 @@
-"""Training checkpoints on top of torch.distributed.checkpoint (DCP): save, resume, with and without processes.
+"""Training checkpoints in the format of torch.distributed.checkpoint (DCP): save and resume.
 
-A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<state>.<parameter>` (exp_avg,
-exp_avg_sq, step) for the parameters that have such state, and small extras as JSON.
+A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<state>.<parameter>`
+(exp_avg, exp_avg_sq, step) for the parameters that have such state, and small extras as JSON.
+Everything works with and without torch.distributed.
 """
 
 import json
@@ -16,20 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_marker, resolve_load
+from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_manifest, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import Part, PartsPlanner, own_parts, write_checkpoint
-from qwen35.checkpoint.errors import CheckpointError, Misfit
+from qwen35.checkpoint.dcp_write import LocalShard, ShardPlanner, local_shards, write_checkpoint
+from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_names import HEAD, lacks_mtp, may_be_left
+from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint
 from qwen35.checkpoint.hf_read import check_tied
-from qwen35.checkpoint.load import Finite, fill, named_parameters
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
+from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST, host_buffer, synchronize
 
 __all__ = [
+    "CheckpointInfo",
     "DCPSource",
-    "Loaded",
     "load_checkpoint",
     "newest_checkpoint",
     "resolve_load",
@@ -41,24 +42,24 @@ EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint held besides weights and optimizer state."""
+class CheckpointInfo:
+    """What a checkpoint holds besides weights and optimizer state."""
 
     path: Path
     step: int | None  # None: converted weights
-    world_size: int  # ranks that wrote it
+    world_size: int  # of the run that wrote it
     has_optimizer: bool
     extra: dict[str, Any]  # the same for all ranks; {} for converted weights
-    rank_extra: dict[str, Any] | None  # this rank's own; None if another number of ranks wrote it, or none was given
+    rank_extra: dict[str, Any] | None  # this rank's; None if it was not saved, or by another world size
 
 
 def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: those of model and optimizer themselves, sharded as they are, no copies."""
+    """The tensors to save, by name: the model's and the optimizer's own, not copies."""
     parameters = named_parameters(model)
     state = {MODEL + name: p.detach() for name, p in parameters.items()}
     if optimizer is not None:
         if any(group.get("on_host") for group in optimizer.param_groups):
-            synchronize({p.device for p in parameters.values()})  # the last step's moments may be on their way there
+            synchronize({p.device for p in parameters.values()})  # the last step may still be copying moments
         names = {id(p): name for name, p in parameters.items()}
         for parameter, values in optimizer.state.items():
             if id(parameter) not in names:
@@ -78,24 +79,25 @@ def save_checkpoint(
     rank_extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `<folder>/iter_<step>`, all ranks together, and return it once it is whole on disk.
+    """Write `<folder>/iter_<step>`, on all ranks together, and return it once it is complete.
 
-    `extra` is the same on all ranks (the first one's is kept), `rank_extra` is each rank's own (random states); both
-    are made of what JSON has, tuples and small tensors. `group`: the ranks that take part, default all. Raises
-    CheckpointError on all ranks if one fails; the checkpoints before it are untouched.
+    `extra` is the same on all ranks (rank 0's is written), `rank_extra` belongs to each rank
+    (random states); both consist of JSON values, tuples and small tensors. `group`: the ranks that
+    take part, by default all. Raises CheckpointError on all ranks if one fails; older checkpoints
+    are not touched.
     """
-    return write_parts(folder, step, own_parts(training_state(model, optimizer)), extra, rank_extra, group)
+    return write_shards(folder, step, local_shards(training_state(model, optimizer)), extra, rank_extra, group)
 
 
-def write_parts(
+def write_shards(
     folder: str | Path,
     step: int,
-    parts: Mapping[str, Part],
+    shards: Mapping[str, LocalShard],
     extra: Mapping[str, Any] | None = None,
     rank_extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """`save_checkpoint` of tensors that are given as this rank's parts of them."""
+    """Like `save_checkpoint`, for tensors given as this rank's shards."""
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
     def write_rest(temporary: Path) -> None:
@@ -104,32 +106,33 @@ def write_parts(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    return write_checkpoint(Path(folder), step, PartsPlanner(parts), write_rest, group, world_size)
+    return write_checkpoint(Path(folder), step, ShardPlanner(shards), write_rest, group, world_size)
 
 
-def read_facts(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Loaded:
-    """What a whole checkpoint holds besides tensors. Raises CheckpointError where something of it is missing or damaged."""
-    marker = read_marker(checkpoint)
+def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:
+    """Read what a checkpoint holds besides tensors. Raises CheckpointError if it is damaged."""
+    manifest = read_manifest(checkpoint)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    own, files = RANK_EXTRA.format(rank), marker["files"]
-    if marker["step"] is not None and EXTRA not in files:
+    rank_file, files = RANK_EXTRA.format(rank), manifest["files"]
+    if manifest["step"] is not None and EXTRA not in files:
         raise damaged(checkpoint, EXTRA, "is missing")
-    is_own = marker["world_size"] == world_size and any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
-    if is_own and own not in files:
-        raise damaged(checkpoint, own, f"is missing, while there is one of another of the {world_size} ranks")
-    return Loaded(
+    has_rank_files = any(name.startswith(RANK_EXTRA.partition("{")[0]) for name in files)
+    expects_rank_file = has_rank_files and manifest["world_size"] == world_size
+    if expects_rank_file and rank_file not in files:
+        raise damaged(checkpoint, rank_file, f"is missing, though another of the {world_size} ranks has one")
+    return CheckpointInfo(
         path=checkpoint,
-        step=marker["step"],
-        world_size=marker["world_size"],
+        step=manifest["step"],
+        world_size=manifest["world_size"],
         has_optimizer=bool(DCPSource(checkpoint, OPTIMIZER).specs),
-        extra=_read_extra(checkpoint, EXTRA, marker) if EXTRA in files else {},
-        rank_extra=_read_extra(checkpoint, own, marker) if is_own else None,
+        extra=_read_extra(checkpoint, EXTRA, manifest) if EXTRA in files else {},
+        rank_extra=_read_extra(checkpoint, rank_file, manifest) if expects_rank_file else None,
     )
 
 
-def _read_extra(checkpoint: Path, name: str, marker: Mapping[str, Any]) -> dict[str, Any]:
+def _read_extra(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(checkpoint, name, marker))
+        content = json.loads(read_file(checkpoint, name, manifest))
         return dict(decode(content).items())
     except CheckpointError:
         raise
@@ -143,36 +146,37 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Loaded:
-    """Load a checkpoint (`resolve_load` says which) into a model, plain or sharded in any way, and its optimizer.
+) -> CheckpointInfo:
+    """Load the checkpoint that `resolve_load(path)` finds into a model, and into its optimizer.
 
-    Values are cast to the parameters' dtypes. Each rank reads its own parts, without communication. Optimizer state
-    is made for exactly the parameters that have some in the checkpoint and are held by the optimizer; converted
-    weights have none, and leave the optimizer as it is. Names or shapes that do not fit are one CheckpointError that
-    lists them all. `mtp.*` is left out for a model without that layer. `progress` is called with the bytes read.
+    The model may be plain or sharded in any way. Values are cast to the parameters' dtypes. Each
+    rank reads its own part, without communication. Optimizer state is created for the parameters
+    that the optimizer holds and that have some in the checkpoint; converted weights have none, and
+    leave the optimizer as it is. `mtp.*` is skipped for a model without that layer. `progress` is
+    called with the bytes read. Raises one CheckpointError for all names and shapes that do not fit.
     """
     checkpoint = resolve_load(path)
-    loaded = read_facts(checkpoint, group)
+    loaded = read_info(checkpoint, group)
     parameters = named_parameters(model)
-    source = fitting_checkpoint(model, checkpoint)
+    source = open_matching_checkpoint(model, checkpoint)
     if HEAD not in parameters:
         check_tied(source, checkpoint)
     if optimizer is not None and loaded.has_optimizer:
         _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
-    fill(parameters, Finite(source, checkpoint), progress)
+    fill(parameters, FiniteSource(source, checkpoint), progress)
     return loaded
 
 
-def fitting_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
-    """A checkpoint's weights, if names and shapes are the model's; nothing but the index is read. Raises CheckpointError."""
+def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
+    """A checkpoint whose names and shapes must fit the model. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
-    found = Misfit(missing=[name for name in parameters if name not in source.specs])
-    found.surplus = [name for name in source.specs if name not in parameters and not may_be_left(name, parameters)]
-    found.other = lacks_mtp(parameters, source.specs)
+    mismatch = Mismatch(missing=[name for name in parameters if name not in source.specs])
+    mismatch.surplus = [n for n in source.specs if n not in parameters and not may_be_skipped(n, parameters)]
+    mismatch.hints = missing_mtp_hint(parameters, source.specs)
     for name, p in parameters.items():
         if name in source.specs and source.specs[name].shape != tuple(p.shape):
-            found.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
-    found.raise_if_any(f"{checkpoint} does not fit the model")
+            mismatch.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
+    mismatch.raise_if_any(f"{checkpoint} does not fit the model")
     return source
 
 
@@ -182,36 +186,32 @@ def _load_optimizer(
     states: DCPSource,
     progress: Callable[[int], object] | None,
 ) -> None:
-    """Replace the optimizer's state by the checkpoint's. Parameters without any there have none afterwards."""
+    """Replace the optimizer's state; parameters without any in the checkpoint lose theirs."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    found = Misfit()
+    mismatch = Mismatch()
     fresh: dict[str, dict[str, Tensor]] = {}
     for full_name, spec in states.specs.items():
         key, _, name = full_name.partition(".")
         parameter = parameters.get(name)
         if parameter is None:
-            if not may_be_left(name, parameters):
-                found.surplus.append(OPTIMIZER + full_name)
-        elif id(parameter) not in group_of:
-            continue  # frozen since
-        elif not spec.shape:
-            group = group_of[id(parameter)]
+            if not may_be_skipped(name, parameters):
+                mismatch.surplus.append(OPTIMIZER + full_name)
+            continue
+        group = group_of.get(id(parameter))
+        if group is None:
+            continue  # it was frozen after the checkpoint was written
+        if not spec.shape:
             on_device = group.get("fused") or group.get("capturable")
             device = parameter.device if on_device else HOST
-            fresh.setdefault(name, {})[key] = states.read(full_name, Box((), ())).to(device)
+            fresh.setdefault(name, {})[key] = states.read(full_name, TensorSlice((), ())).to(device)
         elif spec.shape != tuple(parameter.shape):
-            found.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
+            mismatch.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
         else:
-            make = (
-                host_buffer
-                if group_of[id(parameter)].get("on_host")
-                else partial(torch.zeros_like, requires_grad=False)
-            )
+            make = host_buffer if group.get("on_host") else partial(torch.zeros_like, requires_grad=False)
             fresh.setdefault(name, {})[key] = make(parameter, dtype=spec.dtype)
-    found.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
+    mismatch.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
     for name, values in fresh.items():
-        whole_ones = {f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}
-        fill(whole_ones, states, progress)
+        fill({f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}, states, progress)
     optimizer.state.clear()
     for name, values in fresh.items():
         optimizer.state[parameters[name]] = values

@@ -1,4 +1,4 @@
-"""Writing DCP checkpoints, all ranks together."""
+"""Writing DCP checkpoints, on all ranks together."""
 
 import os
 import shutil
@@ -21,25 +21,25 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.dcp_folder import INDEX, MARKER, checkpoint_name, marker_content, write_latest
+from qwen35.checkpoint.dcp_folder import MANIFEST, TENSOR_INDEX, checkpoint_name, manifest_content, write_latest
 from qwen35.checkpoint.dcp_index import describe
 from qwen35.checkpoint.dcp_item import append_tensor
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import Box, TensorSpec, local_part
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec, local_part
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank holds of a tensor: the elements `box` of one of `shape`."""
+class LocalShard:
+    """This rank's part of a tensor."""
 
     values: Tensor
-    box: Box
-    shape: tuple[int, ...]
+    region: TensorSlice  # of the global tensor
+    shape: tuple[int, ...]  # of the global tensor
 
 
-def own_parts(state: Mapping[str, Tensor]) -> dict[str, Part]:
-    """The parts of this rank by name, the tensors' own memory; a plain tensor is its own whole."""
-    return {name: Part(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
+def local_shards(state: Mapping[str, Tensor]) -> dict[str, LocalShard]:
+    """This rank's shards by name, without a copy; a plain tensor is one shard."""
+    return {name: LocalShard(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 def write_checkpoint(
@@ -50,28 +50,29 @@ def write_checkpoint(
     group: dist.ProcessGroup | None = None,
     world_size: int = 1,
 ) -> Path:
-    """Write one checkpoint, all ranks in step, and return its folder.
+    """Write one checkpoint, on all ranks together, and return its folder.
 
-    `write_rest(temporary)` writes each rank's other files. The order: every file, complete.json, the rename, then
-    latest_checkpointed_iteration.txt. If any rank fails, all raise the same CheckpointError, and nothing that is
-    whole is lost.
+    `write_rest(temporary)` writes each rank's other files. The order is: all files, complete.json,
+    the rename, then latest_checkpointed_iteration.txt. If any rank fails, all raise the same
+    CheckpointError, and no complete checkpoint is lost.
     """
     checkpoint = folder / checkpoint_name(step)
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     temporary = checkpoint.with_name(checkpoint.name + ".tmp")
     is_new = not folder.exists()
-    together(lambda: folders.begin(checkpoint, MARKER) if is_first else None, group, f"{checkpoint} cannot be written")
+    failure = f"{checkpoint} cannot be written"
+    run_sharing_errors(lambda: folders.begin(checkpoint, MANIFEST) if is_first else None, group, failure)
     try:
-        together(lambda: write_rest(temporary), group, f"{checkpoint} cannot be written")
+        run_sharing_errors(lambda: write_rest(temporary), group, failure)
         _dcp_save(temporary, planner, group)
 
         def finish() -> None:
             if is_first:
-                folders.commit(temporary, checkpoint, MARKER, marker_content(temporary, step, world_size))
+                folders.commit(temporary, checkpoint, MANIFEST, manifest_content(temporary, step, world_size))
                 write_latest(folder, step)
 
-        together(finish, group, f"{checkpoint} cannot be written")
-    except BaseException:  # KeyboardInterrupt too: a full disk should not stay full of what cannot be used
+        run_sharing_errors(finish, group, failure)
+    except BaseException:  # KeyboardInterrupt too: remove what is useless, the disk may be full
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             if is_new and not any(folder.iterdir()):
@@ -80,36 +81,38 @@ def write_checkpoint(
     return checkpoint
 
 
-class PartsPlanner(DefaultSavePlanner):
-    """Plans the parts that this rank holds. What several ranks hold, one of them writes (DefaultSavePlanner's doing)."""
+class ShardPlanner(DefaultSavePlanner):
+    """Plans to write this rank's shards; one of the ranks that share a shard writes it."""
 
-    def __init__(self, parts: Mapping[str, Part]):
+    def __init__(self, shards: Mapping[str, LocalShard]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.parts = parts
+        self.shards = shards
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
-                _item(name, TensorSpec(part.shape, part.values.dtype), part.box)
-                for name, part in self.parts.items()
-                if part.box.numel
+                _item(name, TensorSpec(shard.shape, shard.values.dtype), shard.region)
+                for name, shard in self.shards.items()
+                if shard.region.numel
             ]
         )
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.parts[write_item.index.fqn].values
+        return self.shards[write_item.index.fqn].values
 
 
-def _item(name: str, spec: TensorSpec, box: Box) -> WriteItem:
+def _item(name: str, spec: TensorSpec, region: TensorSlice) -> WriteItem:
     data = TensorWriteData(
-        ChunkStorageMetadata(Size(box.start), Size(box.size)), TensorProperties(dtype=spec.dtype), Size(spec.shape)
+        ChunkStorageMetadata(Size(region.offsets), Size(region.lengths)),
+        TensorProperties(dtype=spec.dtype),
+        Size(spec.shape),
     )
-    return WriteItem(MetadataIndex(name, Size(box.start)), WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(MetadataIndex(name, Size(region.offsets)), WriteItemType.SHARD, tensor_data=data)
 
 
 class StreamWriter(dcp.FileSystemWriter):
-    """DCP's own files, written tensor by tensor: DCP's writer keeps every tensor until the end of the file."""
+    """Writes DCP's files tensor by tensor; DCP's own writer keeps all tensors of a file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
@@ -118,7 +121,7 @@ class StreamWriter(dcp.FileSystemWriter):
             with path.open("w+b") as file:
                 for item in plan.items:
                     value = planner.resolve_data(item)
-                    assert isinstance(value, Tensor)  # there are no other items: extras are files of their own
+                    assert isinstance(value, Tensor)  # always: extras are separate files
                     results.append(append_tensor(value.detach().cpu(), item.index, path, file))
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -126,8 +129,8 @@ class StreamWriter(dcp.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank: tensors.json, and .metadata beside it."""
-        (Path(self.path) / INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
+        """Write tensors.json, and .metadata beside it; called on rank 0."""
+        (Path(self.path) / TENSOR_INDEX).write_text(describe(metadata, chain.from_iterable(results)), encoding="utf-8")
         super().finish(metadata, results)
 
 
@@ -137,25 +140,25 @@ def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | Non
         if dist.is_initialized():
             save()
             return
-        with warnings.catch_warnings():  # not beside other threads: the filters are the whole process's
+        with warnings.catch_warnings():  # only here, where no other thread runs: filters are process-wide
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             save()
     except CheckpointException as failed:  # a BaseException
         errors = [error for error, _ in failed.failures.values()]
         if not all(isinstance(error, (OSError, CheckpointError)) for error in errors):
-            raise  # nothing that a user could mend, as the loss of a worker of the loader: another start may do
-        told = sorted({_words(error) for error in errors})
-        raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(told)}") from failed
+            raise  # not the user's mistake, such as a killed DataLoader worker; a restart may help
+        reasons = sorted({_reason(error) for error in errors})
+        raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(reasons)}") from failed
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
-    """Run an action on every rank; if any fails, all raise the same CheckpointError: none waits for one that is gone."""
+def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
+    """Run an action on every rank; if it fails on any, all raise the same CheckpointError."""
     message: str | None = None
     cause: Exception | None = None
     try:
@@ -163,11 +166,10 @@ def together(action: Callable[[], Any], group: dist.ProcessGroup | None, what: s
     except CheckpointError as error:
         message, cause = str(error), error
     except (OSError, TypeError) as error:
-        message, cause = f"{what}: {_words(error)}", error
+        message, cause = f"{what}: {_reason(error)}", error
     messages = [message]
     if dist.is_initialized():
         messages = [None] * dist.get_world_size(group)
         dist.all_gather_object(messages, message, group=group)
-    told = [m for m in dict.fromkeys(messages) if m]
-    if told:
-        raise CheckpointError("; ".join(told)) from cause
+    if failures := [m for m in dict.fromkeys(messages) if m]:
+        raise CheckpointError("; ".join(failures)) from cause

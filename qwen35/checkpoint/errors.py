@@ -1,4 +1,4 @@
-"""The one error of this package, and how long lists of tensor names are told in it."""
+"""CheckpointError, and how long lists of tensor names are shortened in its message."""
 
 import re
 import tempfile
@@ -7,69 +7,65 @@ from dataclasses import dataclass, field
 
 from qwen35.errors import UserError, one_line, visible
 
-SHOWN = 3  # names of a kind in a message
-LONGEST = 500  # characters of a message
+MAX_NAMES = 3  # tensors of one kind that a message names
+MAX_MESSAGE = 500  # characters
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is broken, half-written, or does not fit; the message is one line that names what is wrong with it."""
+    """A checkpoint is damaged, incomplete or does not fit; the message is one line."""
 
 
 @dataclass
-class Misfit:
-    """What keeps a checkpoint from fitting, collected so that it can be told at once.
+class Mismatch:
+    """How stored tensors differ from what a model expects, collected to be reported in one error.
 
-    A message names the first few tensors of each kind and counts the rest; all of them stand in a file that it names.
+    The message counts each kind and names its first few tensors; a file that it names lists them
+    all.
     """
 
-    missing: list[str] = field(default_factory=list)  # asked for, not there
-    surplus: list[str] = field(default_factory=list)  # there, not asked for
-    misshapen: dict[str, tuple[Sequence[int], Sequence[int]]] = field(
-        default_factory=dict
-    )  # name -> (there, asked for)
-    faulty: dict[str, list[str]] = field(default_factory=dict)  # what else is wrong -> with which tensors
-    other: list[str] = field(default_factory=list)  # what else is to be said, first of all
+    missing: list[str] = field(default_factory=list)  # expected, not stored
+    surplus: list[str] = field(default_factory=list)  # stored, not expected
+    # name -> (stored shape, expected shape)
+    misshapen: dict[str, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
+    faulty: dict[str, list[str]] = field(default_factory=dict)  # any other fault -> names of the tensors
+    hints: list[str] = field(default_factory=list)  # printed before the tensors
 
     def raise_if_any(self, headline: str) -> None:
         """Raise CheckpointError with everything in one line, if there is anything."""
-        kinds = {"missing": fold(self.missing), "not of this model": fold(self.surplus)}
+        kinds = {"missing": fold_names(self.missing), "not of this model": fold_names(self.surplus)}
         shapes: dict[str, list[str]] = {}
-        for name, (there, wanted) in self.misshapen.items():
-            shapes.setdefault(f"is {list(there)} instead of {list(wanted)}", []).append(name)
-        kinds["misshapen"] = [f"{one} {words}" for words, names in shapes.items() for one in fold(names)]
-        kinds |= {words: fold(names) for words, names in self.faulty.items()}
-        counts = {
-            "missing": self.missing,
-            "not of this model": self.surplus,
-            "misshapen": self.misshapen,
-            **self.faulty,
-        }
-        parts, is_whole = list(self.other), True
-        for words, told in kinds.items():
-            if told:
-                count = len(counts[words])
-                rest = ", …" * (len(told) > SHOWN)
-                parts.append(f"{count} tensor{'s' * (count != 1)} {words}: {', '.join(told[:SHOWN])}{rest}")
-                is_whole &= not rest
+        for name, (stored, expected) in self.misshapen.items():
+            shapes.setdefault(f"is {list(stored)} instead of {list(expected)}", []).append(name)
+        kinds["misshapen"] = [f"{name} {fault}" for fault, names in shapes.items() for name in fold_names(names)]
+        kinds |= {fault: fold_names(names) for fault, names in self.faulty.items()}
+        tensors: dict[str, Collection[str]] = {"missing": self.missing, "not of this model": self.surplus}
+        tensors |= {"misshapen": self.misshapen, **self.faulty}
+        parts, names_all = list(self.hints), True
+        for kind, folded in kinds.items():
+            if folded:
+                count = len(tensors[kind])
+                rest = ", …" * (len(folded) > MAX_NAMES)
+                parts.append(f"{count} tensor{'s' * (count != 1)} {kind}: {', '.join(folded[:MAX_NAMES])}{rest}")
+                names_all &= not rest
         message = visible(f"{headline}: {'; '.join(parts)}")
-        if parts and (not is_whole or len(message) > LONGEST):
-            where = f"; all of them: {_write(headline, counts)}"
-            room = LONGEST - len(where)
+        if parts and (not names_all or len(message) > MAX_MESSAGE):
+            where = f"; all of them: {_write_list(headline, tensors)}"
+            room = MAX_MESSAGE - len(where)
             message = (message if len(message) <= room else f"{message[: room - 1]}…") + where
         if parts:
             raise CheckpointError(message)
 
 
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    shown = ", ".join(visible(name[:80]) for name in names[:SHOWN])
-    return shown + f" and {len(names) - SHOWN} more" * (len(names) > SHOWN)
+def abbreviate(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(visible(name[:80]) for name in names[:MAX_NAMES])
+    return shown + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
 
 
-def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
-    """A new file that its owner alone can read, with a line for each tensor. Returns its path."""
-    lines = [headline, *(f"{words}: {visible(name)}" for words, names in kinds.items() for name in names)]
+def _write_list(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
+    """Write a line for each tensor into a temporary file that only its owner can read."""
+    lines = [headline, *(f"{kind}: {visible(name)}" for kind, names in kinds.items() for name in names)]
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -78,15 +74,12 @@ def _write(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
     return file.name
 
 
-def fold(names: Iterable[str]) -> list[str]:
-    """Names that differ only in layer or expert are one: `layers.{0-2,4}.mlp.gate.weight`.
-
-    Nothing is left out: names are folded only where every combination of the numbers shown is present.
-    """
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Fold names into one, `layers.{0-2,4}.mlp.gate.weight`, if all combinations are present."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(NUMBER.sub("#", name), []).append(name)
-    told = []
+    folded = []
     for template, members in groups.items():
         columns = [sorted(set(column)) for column in zip(*(map(int, NUMBER.findall(m)) for m in members), strict=True)]
         combinations = 1
@@ -94,14 +87,14 @@ def fold(names: Iterable[str]) -> list[str]:
             combinations *= len(column)
         if len(members) > 1 and combinations == len(set(members)):
             first, *rest = template.split("#")
-            told.append(first + "".join(_ranges(c) + text for c, text in zip(columns, rest, strict=True)))
+            folded.append(first + "".join(_ranges(c) + text for c, text in zip(columns, rest, strict=True)))
         else:
-            told += members
-    return told
+            folded += members
+    return folded
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 4] -> "{0-2,4}"; a single number stays itself."""
+    """[0, 1, 2, 4] -> "{0-2,4}", but [7] -> "7"."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs: list[list[int]] = []

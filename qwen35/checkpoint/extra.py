@@ -1,4 +1,4 @@
-"""The small rest of a checkpoint (random states, counters) as JSON: nothing in it can run code."""
+"""The small extras of a checkpoint (random states, counters) as JSON, which cannot run code."""
 
 import base64
 from typing import Any
@@ -10,9 +10,9 @@ from qwen35.checkpoint.safetensors_file import CODES, DTYPES, raw_bytes
 
 
 def encode(value: Any, path: str = "extra") -> Any:
-    """None, booleans, numbers, strings, lists, tuples, tensors and dicts of these (with string keys) -> JSON values.
+    """Turn numbers, strings, lists, tuples, tensors, and dicts with string keys into JSON values.
 
-    Raises TypeError that names the place of anything else.
+    Raises TypeError for anything else, naming its path.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -26,11 +26,11 @@ def encode(value: Any, path: str = "extra") -> Any:
         return {"$tuple": [encode(v, f"{path}[{i}]") for i, v in enumerate(value)]}
     if isinstance(value, dict) and all(isinstance(k, str) and not k.startswith("$") for k in value):
         return {k: encode(v, f"{path}.{k}") for k, v in value.items()}
-    raise TypeError(f"{path}: {type(value).__name__} cannot be kept in a checkpoint")
+    raise TypeError(f"{path}: {type(value).__name__} cannot be saved in a checkpoint")
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`, exact: floats, tuples and the dtypes of tensors come back as they were."""
+    """The exact inverse of `encode`: floats, tuples and dtypes of tensors are preserved."""
     if isinstance(value, list):
         return [decode(v) for v in value]
     if not isinstance(value, dict):

@@ -1,4 +1,8 @@
-"""Folders that are there whole or not at all: written under another name, flushed, renamed."""
+"""Folders that exist completely or not at all: written under another name, flushed, then renamed.
+
+Each holds a manifest, a JSON file that lists the files this program wrote. The parameter `manifest`
+is the name of that file.
+"""
 
 import json
 import os
@@ -9,23 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.errors import CheckpointError, few
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.lock import LOCK, holding
 from qwen35.errors import naming, read_object
 
-INCOMPLETE = ".incomplete"  # lies in a folder that is being written
+INCOMPLETE = ".incomplete"  # a file in each folder that is being written or replaced
 
 
-def begin(folder: Path, marker: str) -> Path:
-    """Make the empty temporary folder that `commit` turns into `folder`; what an interrupted run left of it is removed.
+def begin(folder: Path, manifest: str) -> Path:
+    """Make the empty temporary folder that `commit` turns into `folder`.
 
-    Raises CheckpointError as `check_replaceable`.
+    Raises CheckpointError like `check_replaceable`.
     """
     old = _replaced(folder)
     if not folder.exists() and (old / INCOMPLETE).is_file():  # a job was stopped between the two renames of `commit`
         old.rename(folder)
         (folder / INCOMPLETE).unlink()
-    check_replaceable(folder, marker)
+    check_replaceable(folder, manifest)
     temporary = _temporary(folder)
     if temporary.exists():
         _clear(temporary, keep=LOCK)
@@ -34,50 +38,48 @@ def begin(folder: Path, marker: str) -> Path:
     return temporary
 
 
-def check_replaceable(folder: Path, marker: str) -> None:
-    """Raise CheckpointError unless `folder` is absent, empty, or holds what we wrote, as its `marker` says, and nothing else.
+def check_replaceable(folder: Path, manifest: str) -> None:
+    """Raise CheckpointError unless `folder` is absent, empty, or holds only files of its manifest.
 
-    What others put there would be lost. So would what bears a name that the replacing needs.
+    Files of others would be lost, also under the names that replacing needs.
     """
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and ((folder / manifest).is_file() or not any(folder.iterdir()))):
         raise CheckpointError(
-            f"{folder} is there already, and was not written by this program; choose another or move it"
+            f"{folder} exists already and was not written by this program; choose another folder, or move it away"
         )
-    if (folder / marker).is_file():
-        written = read_object(folder / marker, CheckpointError).get("files")
-        if not isinstance(written, dict | list):
+    if (folder / manifest).is_file():
+        listed = read_object(folder / manifest, CheckpointError).get("files")
+        if not isinstance(listed, dict | list):
+            raise CheckpointError(f"{folder} exists already, and its {manifest} does not list its files; move it away")
+        foreign = [name for name in file_sizes(folder) if name != manifest and name not in listed]
+        if foreign:
+            count, them = (f"{len(foreign)} files", "them") if len(foreign) > 1 else ("a file", "it")
             raise CheckpointError(
-                f"{folder} is there already, and {marker} does not say what was written there; move it"
-            )
-        strange = [name for name in file_sizes(folder) if name != marker and name not in written]
-        if strange:
-            count, them = (f"{len(strange)} files", "them") if len(strange) > 1 else ("a file", "it")
-            raise CheckpointError(
-                f"{folder} is there already, with {count} that this program did not write: {few(strange)}; "
+                f"{folder} exists already, with {count} that this program did not write: {abbreviate(foreign)}; "
                 f"choose another folder, or move {them} away"
             )
     old, temporary = _replaced(folder), _temporary(folder)
     if folder.exists() and old.exists() and any(old.iterdir()) and not (old / INCOMPLETE).is_file():
-        raise CheckpointError(f"{old} is in the way of replacing {folder}; move it")
-    is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, marker))
+        raise CheckpointError(f"{old} is in the way of replacing {folder}; move it away")
+    is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, manifest))
     if temporary.exists() and any(temporary.iterdir()) and not is_ours:
-        raise CheckpointError(f"{temporary} is in the way, and was not written by this program; move it")
+        raise CheckpointError(f"{temporary} is in the way and was not written by this program; move it away")
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """The files in and below a folder by name, but for what is there only while it is written."""
+    """Relative path -> size of all files below a folder, without INCOMPLETE and LOCK."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     names = {str(path.relative_to(folder)): path.lstat().st_size for path in paths}
     return {name: size for name, size in names.items() if name not in (INCOMPLETE, LOCK)}
 
 
 def _temporary(folder: Path) -> Path:
-    """What `folder` is called while it is written."""
+    """The name of `folder` while it is written."""
     return folder.with_name(folder.name + ".tmp")
 
 
 def _replaced(folder: Path) -> Path:
-    """What `folder` is called while another takes its place; it then holds INCOMPLETE, unlike a copy that a user keeps."""
+    """The name of the old `folder` while it is replaced; INCOMPLETE tells it from a user's copy."""
     return folder.with_name(folder.name + ".old")
 
 
@@ -90,25 +92,25 @@ def _clear(folder: Path, keep: str) -> None:
 
 
 def _remove_replaced(old: Path) -> None:
-    """INCOMPLETE goes last: what a stopped job leaves of it is still known for what it is."""
+    """Remove INCOMPLETE last, so that what a stopped job leaves can still be recognized."""
     _clear(old, keep=INCOMPLETE)
     shutil.rmtree(old)
 
 
-def check_apart(original: Path, out: Path) -> None:
-    """Raise CheckpointError if one lies in the other: what is written would become a part of the original."""
+def check_disjoint(original: Path, out: Path) -> None:
+    """Raise CheckpointError if one folder is inside the other, or both are the same."""
     if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):
         raise CheckpointError(f"{out} and the original {original} must be two folders, neither inside the other")
 
 
-def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any]) -> None:
-    """Flush what was written, add the marker (last), and put the folder in its place, instead of one that is there."""
+def commit(temporary: Path, folder: Path, manifest: str, content: Mapping[str, Any]) -> None:
+    """Flush all files, write the manifest last, and rename the folder, replacing an old one."""
     for path in temporary.rglob("*"):
         if path.is_file():
             flush(path)
-    write_atomic(temporary / marker, json.dumps(content, indent=2) + "\n")
+    write_atomic(temporary / manifest, json.dumps(content, indent=2) + "\n")
     (temporary / INCOMPLETE).unlink()
-    (temporary / LOCK).unlink(missing_ok=True)  # who waits for it finds that it is gone, and looks again
+    (temporary / LOCK).unlink(missing_ok=True)  # a job waiting for the lock notices this and starts over
     flush(temporary)
     if folder.exists():
         old = _replaced(folder)
@@ -123,8 +125,8 @@ def commit(temporary: Path, folder: Path, marker: str, content: Mapping[str, Any
     flush(folder.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """The new name of a folder that is to be removed: one that is half removed never bears its own."""
+def move_aside(folder: Path) -> Path:
+    """Rename a folder that is about to be removed, so that no half-removed one bears its name."""
     gone = folder.with_name(folder.name + ".gone")
     if gone.exists():
         shutil.rmtree(gone)
@@ -133,54 +135,56 @@ def set_aside(folder: Path) -> Path:
     return gone
 
 
-def sweep(folder: Path, names: re.Pattern) -> list[str]:
-    """Tidy up what interrupted jobs left of folders of these names, inside one that is this job's alone.
+def remove_leftovers(folder: Path, names: re.Pattern) -> list[str]:
+    """Clean up what interrupted jobs left of folders whose names match. Returns messages.
 
-    What is half-written or half-removed goes; a folder that was being replaced comes back. Returns a line for what matters.
+    This job must own the lock. Half-written and half-removed folders are removed; one that was
+    being replaced is restored.
     """
-    told = []
+    messages = []
     for path in sorted(folder.iterdir()):
-        whole = path.with_suffix("")
-        if not names.fullmatch(whole.name):
+        final = path.with_suffix("")
+        if not names.fullmatch(final.name):
             continue
         if path.suffix == ".tmp" and (path / INCOMPLETE).is_file():
             shutil.rmtree(path)
-            told.append(f"removed {path}, which a stopped job had not finished")
+            messages.append(f"removed {path}, which a stopped job had not finished")
         elif path.suffix == ".gone":
             shutil.rmtree(path)
-        elif path.suffix == ".old" and (path / INCOMPLETE).is_file():  # without, it is a copy that a user keeps
-            if whole.exists():
+        elif path.suffix == ".old" and (path / INCOMPLETE).is_file():  # without it: a copy that a user keeps
+            if final.exists():
                 _remove_replaced(path)
                 continue
-            path.rename(whole)
-            (whole / INCOMPLETE).unlink()
-            told.append(f"{whole} is back: a job was stopped while it replaced it")
-    return told
+            path.rename(final)
+            (final / INCOMPLETE).unlink()
+            messages.append(f"{final} is back: a job was stopped while replacing it")
+    return messages
 
 
 @contextmanager
-def new_folder(folder: Path, marker: str, content: dict[str, Any]) -> Iterator[Path]:
-    """The temporary folder for the body to fill; committed at its end, removed if it fails. `content` is the marker's.
+def new_folder(folder: Path, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
+    """A temporary folder for the block to fill: committed at its end, removed if it fails.
 
-    Another process that writes the same folder waits, and is refused with CheckpointError if that takes long.
+    `content` is the manifest's. A second process writing the same folder waits, and after
+    LOCK_TIMEOUT raises CheckpointError.
     """
-    if folder.is_symlink():  # it stays, and what it leads to is replaced
+    if folder.is_symlink():  # the link stays, and its target is replaced
         folder = Path(os.path.realpath(folder))
-    check_replaceable(folder, marker)  # before a lock is put into what may be another's
+    check_replaceable(folder, manifest)  # before a lock file is put where it may not belong
     with holding(_temporary(folder)) as warning:
         if warning:
             print(warning, flush=True)
-        temporary = begin(folder, marker)
+        temporary = begin(folder, manifest)
         try:
             yield temporary
-            commit(temporary, folder, marker, content)
+            commit(temporary, folder, manifest, content)
         except BaseException:  # KeyboardInterrupt too
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a small file so that it has its old content or the new, whatever happens. Raises OSError."""
+    """Write a small file so that it always has its old or its new content. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     try:
         with naming(path):
@@ -195,7 +199,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
+    """Flush a file's bytes, or a folder's names, to disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -204,5 +208,5 @@ def flush(path: Path) -> None:
 
 
 def flush_soon(fd: int, begin: int, length: int) -> None:
-    """Have the disk start on bytes just written to a file, without waiting: the flush at the end then has little left."""
-    os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)  # Linux writes them out before it may drop them
+    """Start writing bytes of a file to disk without waiting, so that its final flush is quick."""
+    os.posix_fadvise(fd, begin, length, os.POSIX_FADV_DONTNEED)  # Linux writes pages before it drops them

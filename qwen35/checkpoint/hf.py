@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, both directions. The table of names is in hf_names.py."""
+"""Loading a Hugging Face folder into a model, and checking beforehand that it fits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_names import HEAD, disk_spec, lacks_mtp, places, shapes_of
-from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, has_weights, misfit
-from qwen35.checkpoint.hf_write import Written, exportable, save_hf, write_hf
-from qwen35.checkpoint.load import Finite, fill, named_parameters
+from qwen35.checkpoint.hf_names import HEAD, disk_spec, mappings_of, missing_mtp_hint, shapes_of
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, has_weights
+from qwen35.checkpoint.hf_write import WriteSummary, check_exportable, save_hf, write_hf
+from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
 from qwen35.checkpoint.unread import not_read
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
@@ -18,15 +18,15 @@ from qwen35.model import Qwen35, load_config
 __all__ = [
     "HFFolder",
     "HFSource",
-    "Written",
+    "WriteSummary",
     "check_export",
     "disk_spec",
     "empty_model",
-    "fitting",
     "load_hf",
     "load_pretrained",
+    "mappings_of",
     "not_read",
-    "places",
+    "open_matching_folder",
     "save_hf",
     "shapes_of",
     "stored_dtypes",
@@ -37,46 +37,45 @@ __all__ = [
 def load_hf(
     model: nn.Module, folder: str | Path, strict: bool = True, progress: Callable[[int], object] | None = None
 ) -> None:
-    """Load a Hugging Face folder into a model, plain or sharded (DTensors of any mesh), no longer on the meta device.
+    """Load a Hugging Face folder into a model, plain or sharded, that has left the meta device.
 
-    Values are cast to each parameter's dtype. No communication: every rank reads the slices that it holds, byte
-    ranges of the files. `progress` is called with the bytes read. Tensors that are missing, surplus or of another
-    shape are one CheckpointError that lists them all; with `strict=False` parameters that the folder lacks stay as
-    they are, and surplus tensors are left out. `mtp.*` is left out for a model without that layer, and
-    `lm_head.weight` for one with tied weights, if it equals the embedding.
+    Values are cast to the parameters' dtypes. Every rank reads the byte ranges of its own slices,
+    without communication. `progress` is called with the bytes read. One CheckpointError lists all
+    tensors that are missing, surplus or of another shape; with `strict=False` missing parameters
+    keep their values and surplus tensors are ignored. `mtp.*` is skipped for a model without that
+    layer, and `lm_head.weight` for tied weights, if it equals the embedding.
     """
-    source = HFSource(fitting(model, folder, strict))
+    source = HFSource(open_matching_folder(model, folder, strict))
     parameters = named_parameters(model)
     if HEAD not in parameters:
         check_tied(source, folder)
-    fill({name: p for name, p in parameters.items() if name in source.specs}, Finite(source, folder), progress)
+    fill({name: p for name, p in parameters.items() if name in source.specs}, FiniteSource(source, folder), progress)
 
 
-def fitting(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
-    """The folder, if its index and headers are those of the model's tensors; nothing else is read. Raises CheckpointError."""
+def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
+    """A folder whose index and headers must fit the model. Raises CheckpointError."""
     disk = HFFolder(folder)
     shapes = shapes_of(named_parameters(model).items())
-    found = misfit(disk, shapes)
+    mismatch = find_mismatch(disk, shapes)
     if strict:
-        found.other += lacks_mtp(shapes, disk.specs)
+        mismatch.hints += missing_mtp_hint(shapes, disk.specs)
     else:
-        found.missing, found.surplus, found.other = [], [], []
-    found.raise_if_any(f"{folder} does not fit the model")
+        mismatch.missing, mismatch.surplus, mismatch.hints = [], [], []
+    mismatch.raise_if_any(f"{folder} does not fit the model")
     return disk
 
 
 def check_export(model: nn.Module, folder: str | Path) -> None:
-    """Raises CheckpointError if what a run makes of the model could not be exported like the folder; one without weights can
-    be anything. Nothing but index and headers is read."""
+    """Raises CheckpointError if the model could not be exported like a folder with weights."""
     if has_weights(Path(folder)):
         shapes = shapes_of(named_parameters(model).items())
-        exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
+        check_exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 
 
 def load_pretrained(hf_dir: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Qwen35:
-    """A new model (`Qwen35(config, **kwargs)`) with a folder's weights; of `dtype`, or None: as they are stored.
+    """A new model, `Qwen35(config, **kwargs)`, with a folder's weights as plain CPU tensors.
 
-    Plain tensors on the CPU; nothing is initialised that is then overwritten.
+    dtype: of all parameters; None keeps the stored dtypes.
     """
     model = empty_model(hf_dir, stored_dtypes(hf_dir) if dtype is None else lambda _: dtype, **kwargs)
     load_hf(model, hf_dir)
@@ -84,7 +83,7 @@ def load_pretrained(hf_dir: str | Path, dtype: torch.dtype | None = None, **kwar
 
 
 def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kwargs: Any) -> Qwen35:
-    """A new model on the CPU by a folder's config.json, of the dtypes that dtype_of gives names; no value is written."""
+    """A new model on the CPU from a folder's config.json; its parameters are left uninitialized."""
     with torch.device("meta"):
         model = Qwen35(load_config(hf_dir), **kwargs)
     for module_name, module in model.named_modules():
@@ -96,6 +95,6 @@ def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kw
 
 
 def stored_dtypes(hf_dir: str | Path) -> Callable[[str], torch.dtype]:
-    """Parameter name -> its dtype in a folder, whatever the folder's layout; fp32 if it is not there."""
+    """A function from parameter name to its dtype in a folder, or to fp32 if it is not there."""
     specs = HFSource(HFFolder(hf_dir)).specs
     return lambda name: specs[name].dtype if name in specs else torch.float32

@@ -1,8 +1,9 @@
-"""The one table of names: which tensors of a Hugging Face checkpoint make up a parameter of the model, and back.
+"""The one table of names: model parameters to the tensors of a Hugging Face checkpoint, and back.
 
-The model's parameter names and layouts are the hub checkpoint's own. Only experts differ: the model stacks them, on
-disk they are stacked or one tensor each, and a folder may mix both (the hub stacks the main experts and not those of
-`mtp.`). Which of the two a folder has is read from its names.
+The model's parameter names and layouts are the hub checkpoint's own. Only experts differ: the model
+stacks them; on disk they are stacked or one tensor each, and a folder may mix both (the hub stacks
+the main experts but not those of `mtp.`). Which of the two a folder has is read from its names.
+Nothing here reads a file.
 """
 
 import re
@@ -13,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.slices import Box, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
-# hub: main experts stacked, MTP experts one tensor each; per_expert: all one tensor each, as transformers'
-# save_pretrained writes them; stacked: all stacked, as the model has them
+# hub: main experts stacked, MTP experts one tensor each; per_expert: one tensor each everywhere, as
+# transformers' save_pretrained writes them; stacked: stacked everywhere, as the model has them
 Layout = Literal["hub", "per_expert", "stacked"]
 
 # stacked tensor -> the tensors of one expert that make up its rows, from the top
@@ -30,66 +31,67 @@ ONE_EXPERT = re.compile(
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor on disk, and which part of a model's tensor it is."""
+class TensorMapping:
+    """A tensor on disk and the region of a model parameter that it holds."""
 
-    name: str  # on disk
-    box: Box  # in the model's tensor
-    one_expert: bool = False  # the tensor on disk lacks the leading axis, which has length 1 in the box
+    disk_name: str
+    region: TensorSlice  # of the parameter
+    one_expert: bool = False  # the disk tensor lacks the leading axis, which has length 1 in `region`
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
-        return self.box.size[1:] if self.one_expert else self.box.size
+        return self.region.lengths[1:] if self.one_expert else self.region.lengths
 
-    def on_disk(self, part: Box) -> Box:
-        """`part` of the model's tensor, as a part of the tensor on disk."""
-        seen = part.seen_from(self.box.start)
-        return Box(seen.start[1:], seen.size[1:]) if self.one_expert else seen
+    def to_disk(self, part: TensorSlice) -> TensorSlice:
+        """Translate a part of the parameter, inside `region`, to the tensor on disk."""
+        inner = part.relative_to(self.region.offsets)
+        return TensorSlice(inner.offsets[1:], inner.lengths[1:]) if self.one_expert else inner
 
-    def in_model(self, part: Box) -> Box:
-        """`part` of the tensor on disk, as a part of the model's tensor."""
-        start, size = ((0, *part.start), (1, *part.size)) if self.one_expert else (part.start, part.size)
-        return Box(tuple(a + b for a, b in zip(start, self.box.start, strict=True)), size)
+    def to_model(self, part: TensorSlice) -> TensorSlice:
+        """Translate a part of the tensor on disk to the parameter."""
+        if self.one_expert:
+            part = TensorSlice((0, *part.offsets), (1, *part.lengths))
+        return TensorSlice(tuple(a + b for a, b in zip(part.offsets, self.region.offsets, strict=True)), part.lengths)
 
 
-def places(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[Place]:
-    """Where the model's tensor `name` lies on disk, in a layout or among the names that a folder has.
+def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[TensorMapping]:
+    """Map the parameter `name` to its tensors on disk, in a layout or among a folder's names.
 
-    One place, the whole tensor under the same name, for everything but experts that are stored one by one.
+    Everything but experts that are stored one by one is a single tensor of the same name.
     """
     match = STACKED.fullmatch(name)
-    if match is None or not _one_by_one(name, match, layout):
-        return [Place(name, Box.whole(shape))]
-    experts, rows, columns = shape
-    parts = EXPERT_PARTS[match["stack"]]
+    if match is None or not _is_per_expert(name, match, layout):
+        return [TensorMapping(name, TensorSlice.full(shape))]
+    count, rows, columns = shape
+    experts, parts = match["experts"], EXPERT_PARTS[match["stack"]]
     height = rows // len(parts)
     return [
-        Place(f"{match['experts']}.{j}.{part}.weight", Box((j, i * height, 0), (1, height, columns)), one_expert=True)
-        for j in range(experts)
+        TensorMapping(f"{experts}.{j}.{part}.weight", TensorSlice((j, i * height, 0), (1, height, columns)), True)
+        for j in range(count)
         for i, part in enumerate(parts)
     ]
 
 
-def _one_by_one(name: str, match: re.Match, layout: Layout | Container[str]) -> bool:
+def _is_per_expert(name: str, match: re.Match, layout: Layout | Container[str]) -> bool:
     if isinstance(layout, str):
         return layout == "per_expert" or (layout == "hub" and name.startswith("mtp."))
     first = f"{match['experts']}.0.{EXPERT_PARTS[match['stack']][0]}.weight"
     return name not in layout and first in layout
 
 
-def home(name: str, shape: Sequence[int]) -> tuple[str, Place]:
-    """The inverse of `places`: the model's tensor that a tensor on disk belongs to, and its place there."""
-    match = ONE_EXPERT.fullmatch(name)
+def mapping_of(disk_name: str, shape: Sequence[int]) -> tuple[str, TensorMapping]:
+    """The inverse of `mappings_of`: the parameter that holds a tensor on disk, and the mapping."""
+    match = ONE_EXPERT.fullmatch(disk_name)
     if match is None or len(shape) != 2:
-        return name, Place(name, Box.whole(shape))
+        return disk_name, TensorMapping(disk_name, TensorSlice.full(shape))
     stack = next(stack for stack, parts in EXPERT_PARTS.items() if match["part"] in parts)
     row = EXPERT_PARTS[stack].index(match["part"]) * shape[0]
-    box = Box((int(match["expert"]), row, 0), (1, *shape))
-    return f"{match['experts']}.{stack}", Place(name, box, one_expert=True)
+    region = TensorSlice((int(match["expert"]), row, 0), (1, *shape))
+    return f"{match['experts']}.{stack}", TensorMapping(disk_name, region, one_expert=True)
 
 
 def published_dtype(name: str) -> torch.dtype:
-    """The dtype that a tensor has in the published checkpoints: two kinds are F32, all else is BF16."""
+    """The dtype of a tensor in the published checkpoints: BF16, except for two kinds in F32."""
     is_f32 = name.endswith((".linear_attn.A_log", ".linear_attn.norm.weight"))
     return torch.float32 if is_f32 else torch.bfloat16
 
@@ -99,29 +101,29 @@ def disk_spec(
     layout: Layout = "hub",
     dtype_of: Callable[[str], torch.dtype] = published_dtype,
 ) -> dict[str, TensorSpec]:
-    """Name on disk -> shape and dtype, for the model's parameters given as name -> shape (see `shapes_of`)."""
+    """Name on disk -> shape and dtype, for parameters given as name -> shape (see `shapes_of`)."""
     return {
-        place.name: TensorSpec(place.disk_shape, dtype_of(place.name))
+        mapping.disk_name: TensorSpec(mapping.disk_shape, dtype_of(mapping.disk_name))
         for name, shape in shapes.items()
-        for place in places(name, shape, layout)
+        for mapping in mappings_of(name, shape, layout)
     }
 
 
 def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:
-    """`model.named_parameters()` -> name -> shape, whole shapes where they are sharded."""
+    """Name -> global shape, from `model.named_parameters()`; parameters may be sharded."""
     return {name: tuple(tensor.shape) for name, tensor in parameters}
 
 
-def lacks_mtp(wanted: Iterable[str], there: Iterable[str]) -> list[str]:
-    """What to say, beside what is missing, of a checkpoint that has nothing of a model's multi-token prediction."""
-    if not any(n.startswith("mtp.") for n in wanted) or any(n.startswith("mtp.") for n in there):
+def missing_mtp_hint(wanted: Iterable[str], stored: Iterable[str]) -> list[str]:
+    """What to add to a list of missing tensors if the checkpoint has no multi-token prediction."""
+    if not any(n.startswith("mtp.") for n in wanted) or any(n.startswith("mtp.") for n in stored):
         return []
-    words = "it holds no mtp.*, which transformers leaves out when it saves, and a run without model.mtp_num_layers: 1"
-    return [f"{words}; start from a published checkpoint, or set model.mtp_num_layers: 0"]
+    why = "it holds no mtp.*, which transformers leaves out when it saves, and a run without model.mtp_num_layers: 1"
+    return [f"{why}; start from a published checkpoint, or set model.mtp_num_layers: 0"]
 
 
-def may_be_left(name: str, shapes: Collection[str]) -> bool:
-    """Whether a model without a tensor may be loaded from a checkpoint that has it."""
+def may_be_skipped(name: str, shapes: Collection[str]) -> bool:
+    """Whether a checkpoint may hold this tensor although the model has no such parameter."""
     if name.startswith("mtp."):
         return not any(n.startswith("mtp.") for n in shapes)
     return name == HEAD and HEAD not in shapes

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder: as it is on disk, and under the model's names."""
+"""Reading a Hugging Face folder, under the names on disk (HFFolder) and the model's (HFSource)."""
 
 import functools
 import re
@@ -10,54 +10,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.errors import CheckpointError, Misfit, few
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Place, home, may_be_left, places
-from qwen35.checkpoint.model_folder import MERGE, config_of, refuse
-from qwen35.checkpoint.safetensors_file import Header, read_box, read_header
-from qwen35.checkpoint.slices import Box, Source, TensorSpec, pieces
+from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, mapping_of, mappings_of, may_be_skipped
+from qwen35.checkpoint.model_folder import MERGE, config_of, refuse_unsupported
+from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.errors import read_object
 from qwen35.model.config import is_tied
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
-PEFT = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
-TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # weights of other dtypes are quantized
+PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others mean quantized weights
 
 
 class HFFolder:
-    """The tensors of a folder as they are on disk: one safetensors file, or many with model.safetensors.index.json."""
+    """The tensors of a folder as stored: in one safetensors file, or several and an index."""
 
     def __init__(self, folder: str | Path):
-        """Reads index and headers. Raises CheckpointError if a file is missing or broken, or index and files differ.
+        """Reads index and headers.
 
-        An adapter, quantized weights and the names of either are refused first, as CheckpointError or ConfigError.
+        Raises CheckpointError if a file is missing or broken, or if index and files differ.
+        Adapters and quantized weights are refused with CheckpointError or ConfigError.
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        refuse(self.folder)
+        refuse_unsupported(self.folder)
         names, weight_map = weight_files(self.folder)
         self.has_index = weight_map is not None
         self.files: dict[str, Header] = {file: read_header(self.folder / file) for file in names}
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
-        wrong = Misfit()
+        mismatch = Mismatch()
         for file, header in self.files.items():
             for name, entry in header.entries.items():
                 if name in self.file_of:
-                    wrong.faulty.setdefault(f"in both {self.file_of[name]} and {file}", []).append(name)
-                if entry.spec.dtype not in TRAINED:
-                    wrong.faulty.setdefault(f"of {entry.spec.dtype}, as quantized weights are", []).append(name)
+                    mismatch.faulty.setdefault(f"in both {self.file_of[name]} and {file}", []).append(name)
+                if entry.spec.dtype not in FLOAT_DTYPES:
+                    mismatch.faulty.setdefault(f"of {entry.spec.dtype}, as quantized weights are", []).append(name)
                 self.file_of[name], self.specs[name] = file, entry.spec
-        if adapted := [name for name in self.specs if PEFT.search(name)]:
+        if adapted := [name for name in self.specs if PEFT_NAME.search(name)]:
             raise CheckpointError(
-                f"{folder}: {len(adapted)} tensors have names that PEFT gives ({few(adapted)}): an adapter that is not merged "
-                f"into the weights; {MERGE}"
+                f"{folder}: {len(adapted)} tensors have names that PEFT gives ({abbreviate(adapted)}): an adapter that "
+                f"is not merged into the weights; {MERGE}"
             )
         if weight_map is not None:
-            wrong.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
-            wrong.faulty[f"not in {INDEX}"] = [n for n in self.specs if n not in weight_map]
-        wrong.raise_if_any(f"{self.folder}")
+            mismatch.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
+            mismatch.faulty[f"not in {WEIGHTS_INDEX}"] = [n for n in self.specs if n not in weight_map]
+        mismatch.raise_if_any(f"{self.folder}")
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -66,98 +67,95 @@ class HFFolder:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output head is the embedding, by config.json."""
+        """Whether config.json ties the output head to the embedding."""
         return is_tied(self.config)
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        """A tensor on disk, or a part of it, in its own dtype."""
+    def read(self, name: str, region: TensorSlice | None = None) -> Tensor:
+        """A tensor on disk, or one region of it, in its stored dtype."""
         entry = self.files[self.file_of[name]].entries[name]
-        return read_box(self.folder / self.file_of[name], entry, box or Box.whole(entry.spec.shape))
+        return read_slice(self.folder / self.file_of[name], entry, region or TensorSlice.full(entry.spec.shape))
 
 
 class HFSource:
-    """A Source over a Hugging Face folder: the model's names and layouts, whatever the folder's layout is."""
+    """A TensorSource over a folder of any layout: the model's names and layouts."""
 
     def __init__(self, folder: HFFolder):
-        """Raises CheckpointError if experts that are stored one by one have gaps, or differ in shape or dtype."""
+        """Raises CheckpointError if separate experts have gaps, or differ in shape or dtype."""
         self.folder = folder
-        self.places: dict[str, list[Place]] = {}
+        self.mappings: dict[str, list[TensorMapping]] = {}
         for disk_name, spec in folder.specs.items():
-            name, place = home(disk_name, spec.shape)
-            self.places.setdefault(name, []).append(place)
+            name, mapping = mapping_of(disk_name, spec.shape)
+            self.mappings.setdefault(name, []).append(mapping)
         self.specs: dict[str, TensorSpec] = {}
-        wrong = Misfit()
-        for name, found in self.places.items():
-            if name in folder.specs and len(found) > 1:
-                wrong.faulty.setdefault("there stacked and also one by one", []).append(name)
+        mismatch = Mismatch()
+        for name, mappings in self.mappings.items():
+            if name in folder.specs and len(mappings) > 1:
+                mismatch.faulty.setdefault("stored both stacked and one by one", []).append(name)
                 continue
-            end = [max(p.box.start[d] + p.box.size[d] for p in found) for d in range(len(found[0].box.size))]
-            dtypes = {folder.specs[p.name].dtype for p in found}
-            if found[0].one_expert:
-                there = {p.name: p.disk_shape for p in found}
-                wanted = {p.name: p.disk_shape for p in places(name, end, there)}
-                wrong.missing += [n for n in wanted if n not in there]
-                wrong.misshapen |= {n: (s, wanted[n]) for n, s in there.items() if n in wanted and s != wanted[n]}
+            shape = [max(s.stop for s in axis) for axis in zip(*(m.region.slices() for m in mappings), strict=True)]
+            dtypes = {folder.specs[m.disk_name].dtype for m in mappings}
+            if mappings[0].one_expert:
+                stored = {m.disk_name: m.disk_shape for m in mappings}
+                wanted = {m.disk_name: m.disk_shape for m in mappings_of(name, shape, stored)}
+                mismatch.missing += [n for n in wanted if n not in stored]
+                mismatch.misshapen |= {n: (s, wanted[n]) for n, s in stored.items() if n in wanted and s != wanted[n]}
             if len(dtypes) > 1:
-                wrong.faulty.setdefault(f"made of tensors of {' and '.join(sorted(map(str, dtypes)))}", []).append(name)
-            self.specs[name] = TensorSpec(tuple(end), dtypes.pop())
-        wrong.raise_if_any(f"{folder.folder}")
+                fault = f"made of tensors of {' and '.join(sorted(map(str, dtypes)))}"
+                mismatch.faulty.setdefault(fault, []).append(name)
+            self.specs[name] = TensorSpec(tuple(shape), dtypes.pop())
+        mismatch.raise_if_any(f"{folder.folder}")
 
-    def read(self, name: str, box: Box) -> Tensor:
-        found = self.places[name]
-        if len(found) == 1 and not found[0].one_expert:
-            return self.folder.read(found[0].name, box)
-        out = torch.empty(box.size, dtype=self.specs[name].dtype)
-        for place in found:
-            part = place.box & box
-            if part is not None:
-                values = self.folder.read(place.name, place.on_disk(part))
-                out[part.seen_from(box.start).slices()] = values.view(part.size)
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        mappings = self.mappings[name]
+        if len(mappings) == 1 and not mappings[0].one_expert:
+            return self.folder.read(mappings[0].disk_name, region)
+        out = torch.empty(region.lengths, dtype=self.specs[name].dtype)
+        for mapping in mappings:
+            overlap = mapping.region & region
+            if overlap is not None:
+                values = self.folder.read(mapping.disk_name, mapping.to_disk(overlap))
+                out[overlap.relative_to(region.offsets).slices()] = values.view(overlap.lengths)
         return out
 
 
-def misfit(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Misfit:
-    """How a folder differs from a model's parameters (name -> shape), told in the folder's own names.
+def find_mismatch(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Mismatch:
+    """How a folder differs from a model's parameters (name -> shape), in the folder's own names.
 
-    Of no concern are `mtp.*` where the model has no such layer, and a `lm_head.weight` that a model with tied weights
-    does not have (`check_tied` compares it with the embedding).
+    `mtp.*` may be surplus if the model has no such layer, and `lm_head.weight` if its weights are
+    tied (`check_tied` compares it with the embedding).
     """
-    found = Misfit()
+    mismatch = Mismatch()
     used = set()
     for name, shape in shapes.items():
-        for place in places(name, shape, folder.specs):
-            used.add(place.name)
-            if place.name not in folder.specs:
-                found.missing.append(place.name)
-            elif folder.specs[place.name].shape != place.disk_shape:
-                found.misshapen[place.name] = (folder.specs[place.name].shape, place.disk_shape)
-    found.surplus = [n for n in folder.specs if n not in used and not may_be_left(n, shapes)]
-    if HEAD in found.missing:
-        found.other.append(
-            "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
-        )
-    return found
+        for mapping in mappings_of(name, shape, folder.specs):
+            used.add(mapping.disk_name)
+            if mapping.disk_name not in folder.specs:
+                mismatch.missing.append(mapping.disk_name)
+            elif folder.specs[mapping.disk_name].shape != mapping.disk_shape:
+                mismatch.misshapen[mapping.disk_name] = (folder.specs[mapping.disk_name].shape, mapping.disk_shape)
+    mismatch.surplus = [n for n in folder.specs if n not in used and not may_be_skipped(n, shapes)]
+    if HEAD in mismatch.missing:
+        hint = "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
+        mismatch.hints.append(hint)
+    return mismatch
 
 
-def check_tied(source: Source, where: str | Path) -> None:
-    """If the head of tied weights is stored all the same, it must be the embedding, byte for byte, or CheckpointError.
-
-    Taking the embedding for a head that differs would quietly be another model.
-    """
-    if HEAD in source.specs and EMBEDDING in source.specs and not equal(source, HEAD, EMBEDDING):
+def check_tied(source: TensorSource, where: str | Path) -> None:
+    """Raise CheckpointError if a stored head of tied weights differs from the embedding."""
+    if HEAD in source.specs and EMBEDDING in source.specs and not same_bytes(source, HEAD, EMBEDDING):
         raise CheckpointError(
             f"{where}: {HEAD} differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings: false at its "
             "top level to train the head that is stored"
         )
 
 
-def equal(source: Source, one: str, other: str) -> bool:
-    """Whether two tensors of a Source have the same dtype, shape and bytes."""
+def same_bytes(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two tensors of a source have the same dtype, shape and bytes."""
     spec = source.specs[one]
     if spec != source.specs[other]:
         return False
-    for box in pieces(Box.whole(spec.shape), spec.dtype.itemsize):
-        a, b = (source.read(name, box).contiguous().view(-1).view(torch.uint8) for name in (one, other))
+    for region in pieces(TensorSlice.full(spec.shape), spec.dtype.itemsize):
+        a, b = (source.read(name, region).contiguous().view(-1).view(torch.uint8) for name in (one, other))
         if not torch.equal(a, b):
             return False
     return True
@@ -174,30 +172,32 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has more than config and tokenizer: of the weights the index alone may have stayed behind."""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX)) and any(folder.glob("*.safetensors"))
+    """Whether a folder holds weights, and not only config, tokenizer or an index left behind."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, WEIGHTS_INDEX)) and any(
+        folder.glob("*.safetensors")
+    )
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files of weights, and the index where it is what names them. As transformers: model.safetensors, else the index.
+    """The files of weights, and the weight map if an index lists them.
 
-    Raises CheckpointError if a file is missing, or there are none of these names.
+    As in transformers, model.safetensors comes first, then the index. Raises CheckpointError if a
+    file is missing, or if there is neither.
     """
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS], None
-    if (folder / INDEX).is_file():
-        weight_map = _read_weight_map(folder / INDEX)
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE], None
+    if (folder / WEIGHTS_INDEX).is_file():
+        weight_map = _read_weight_map(folder / WEIGHTS_INDEX)
         files = sorted(set(weight_map.values()))
         if absent := [file for file in files if not (folder / file).is_file()]:
-            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {few(absent)}")
+            raise CheckpointError(f"{folder}: {len(absent)} of {len(files)} weight files missing: {abbreviate(absent)}")
         return files, weight_map
     if files := sorted(path.name for path in folder.glob("*.safetensors")):
         count = f"{len(files)} safetensors file{'s' * (len(files) != 1)}"
         raise CheckpointError(
-            f"{folder}: {count}, but no {INDEX} that names them, nor {WEIGHTS}, which are what transformers reads: {few(files)}"
+            f"{folder}: {count}, but no {WEIGHTS_INDEX} that names them, nor {WEIGHTS_FILE}, which are what transformers "
+            f"reads: {abbreviate(files)}"
         )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
-    what = (
-        f"; {few(others)}: weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
-    )
-    raise CheckpointError(f"{folder}: no safetensors files{what if others else ''}")
+    advice = "weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
+    raise CheckpointError(f"{folder}: no safetensors files" + (f"; {abbreviate(others)}: {advice}" if others else ""))

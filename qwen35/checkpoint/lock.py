@@ -1,4 +1,4 @@
-"""A save folder belongs to one job at a time, which removes no checkpoint that another one is reading."""
+"""Locks: a save folder has one owner, who removes no checkpoint that another job is reading."""
 
 import errno
 import fcntl
@@ -13,45 +13,47 @@ from pathlib import Path
 from qwen35.checkpoint.errors import CheckpointError
 
 LOCK = ".lock"
-PATIENCE = 5.0  # seconds that a job that was just killed may take to be gone
+LOCK_TIMEOUT = 5.0  # seconds; a job that was just killed may still be exiting
 BUSY = (errno.EACCES, errno.EAGAIN)
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)  # the last: of a folder, over NFS
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF)  # the last: locking a folder over NFS
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[str | None]:
-    """Keep other jobs out of a save folder (made if need be) until the block ends, or this process does, kill -9 included.
+    """Lock a folder, created if needed, until the block or this process ends, even by kill -9.
 
-    Yields None, or one line of warning where the file system has no locks. A folder that was made for this and that the
-    block leaves empty is removed again. Raises CheckpointError if another job has it.
+    Yields None, or a one-line warning if the file system has no locks. A folder that was created
+    here is removed again if the block leaves it empty. Raises CheckpointError if another job holds
+    the lock.
 
-    A POSIX record lock: it goes with the process, is not handed to the loader's forked workers, and works over NFS. Where the
-    file is removed meanwhile, a lock on the folder itself still keeps others out; network file systems have none of those.
+    The lock is a POSIX record lock: it ends with the process, is not inherited by forked DataLoader
+    workers, and works over NFS. A second lock, on the folder itself, keeps others out even if the
+    file is removed; NFS lacks this kind.
     """
     is_new = not folder.exists()
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file, _opened(folder) as above:
-            warning = _take(fcntl.lockf, file.fileno(), path)
-            _take(fcntl.flock, above, path)
-            if not (_is_still(path, file.fileno()) and _is_still(folder, above)):
-                continue  # the job that had them has removed them: these locks are on what nobody else will find
+            warning = _acquire(fcntl.lockf, file.fileno(), path)
+            _acquire(fcntl.flock, above, path)
+            if not (_is_same_file(path, file.fileno()) and _is_same_file(folder, above)):
+                continue  # the job that held them removed file or folder: these locks protect nothing
             try:
                 if warning is None:
-                    _sign(file.fileno(), path)
+                    _write_owner(file.fileno(), path)
                 yield warning
             finally:
-                is_ours = is_new and _is_still(folder, above)  # and not one that another job has made since
+                is_ours = is_new and _is_same_file(folder, above)  # another job may have made it anew
                 if is_ours and [entry.name for entry in folder.iterdir()] == [LOCK]:
                     path.unlink()
-                    with suppress(OSError):  # another job may have come in
+                    with suppress(OSError):  # another job may have put something there
                         folder.rmdir()
             return
 
 
-def _sign(fd: int, path: Path) -> None:
-    """Unbuffered: what cannot be written must not be tried once more as the file is closed."""
+def _write_owner(fd: int, path: Path) -> None:
+    """Write host and process id, unbuffered: a failed write must not be retried on close."""
     try:
         os.ftruncate(fd, 0)
         os.write(fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
@@ -59,7 +61,7 @@ def _sign(fd: int, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _is_still(path: Path, fd: int) -> bool:
+def _is_same_file(path: Path, fd: int) -> bool:
     """Whether the open file is the one at `path`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
@@ -74,12 +76,12 @@ def _opened(folder: Path) -> Iterator[int]:
         yield fd
     finally:
         with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # for forked workers too, which have the same open folder
+            fcntl.flock(fd, fcntl.LOCK_UN)  # forked workers share this lock, so closing is not enough
         os.close(fd)
 
 
-def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
-    end = time.monotonic() + PATIENCE
+def _acquire(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
+    end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,7 +93,7 @@ def _take(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None
                 raise
         if time.monotonic() > end:
             raise CheckpointError(
-                f"{path.parent} is in use by another job ({_owner(path)}); wait for it, or name another folder"
+                f"{path.parent} is in use by another job ({_owner(path)}); wait for it, or choose another folder"
             )
         time.sleep(0.1)
 
@@ -105,12 +107,12 @@ def _owner(path: Path) -> str:
 
 
 def hold_for_reading(path: Path) -> int:
-    """Open a file so that `removable` says no to everybody until it is closed. Returns the file descriptor."""
+    """Open a file so that `removable` yields False until it is closed. Returns its descriptor."""
     fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        # busy: it is just being removed, and what is read next will be missing
+        # busy: the checkpoint is being removed, and the next read will say that it is missing
         if error.errno not in (*NO_LOCKS, *BUSY):
             os.close(fd)
             raise
@@ -119,9 +121,10 @@ def hold_for_reading(path: Path) -> int:
 
 @contextmanager
 def removable(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a file for reading; if so, nobody does until the block ends.
+    """Whether nobody holds a file for reading; if so, nobody can until the block ends.
 
-    This lock belongs to the open file, not to the process: one process may hold the same file several times.
+    This lock belongs to the open file, not to the process: one process may hold the same file
+    several times.
     """
     fd = os.open(path, os.O_RDWR)
     try:

@@ -1,4 +1,4 @@
-"""A model folder's config.json, and what in such a folder is refused: adapters and quantized weights."""
+"""A model folder's config.json, and what is refused: adapters and quantized weights."""
 
 import re
 from pathlib import Path
@@ -14,8 +14,8 @@ QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_descrip
 MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
 
 
-def refuse(folder: Path) -> None:
-    """Raises CheckpointError, ConfigError if a folder holds an adapter, or says that its weights are quantized."""
+def refuse_unsupported(folder: Path) -> None:
+    """Raises CheckpointError or ConfigError for an adapter or quantized weights."""
     for name in ADAPTERS:
         if (folder / name).is_file():
             what = "an adapter beside the model" if (folder / CONFIG).is_file() else "an adapter, not a model"

@@ -1,8 +1,9 @@
-"""Reading a pickle as plain data: nothing that it names is imported, called or changed.
+"""Reads a pickle as plain data: nothing that it names is imported, called or changed.
 
-Python's own unpickler runs the file as a program. Even with few classes to name, a hostile file sets their attributes,
-makes it hash what is nested too deeply, or has it take any amount of memory. Here a reference to a class is its name, and
-what would be made by calling it is a Pickled. Only the instructions that torch's files are made of are known.
+Python's unpickler runs the file as a program. Even if it may name only a few classes, a hostile
+file can set their attributes, make it hash deeply nested values, or make it allocate any amount of
+memory. Here a reference to a class is only its name, and an object is a Pickled. Only the opcodes
+that occur in torch's files are supported.
 """
 
 import pickle
@@ -10,24 +11,24 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-MOST = 64 * 2**20  # bytes: the description of some 300,000 chunks
+MAX_PICKLE_BYTES = 64 * 2**20  # enough to describe some 300,000 chunks
 CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False}
 INTEGERS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i")}
-SIZES = {1: struct.Struct("<B"), 4: struct.Struct("<I")}  # by the bytes that a length or a place in the memo takes
+SIZES = {1: struct.Struct("<B"), 4: struct.Struct("<I")}  # width in bytes -> format of a length or memo index
 STRINGS, GETS, PUTS = {0x8C: 1, ord("X"): 4}, {ord("h"): 1, ord("j"): 4}, {ord("q"): 1, ord("r"): 4}
 TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
-SKIPPED = {0x80: 1, 0x95: 8}  # the protocol's number; the length of a frame
+SKIPPED = {0x80: 1, 0x95: 8}  # protocol number; frame length
 
 
 class Name(str):
     """A class or function, as `module.name`."""
 
 
-PERSISTENT = Name("persistent")  # of what the pickle refers to outside of it
+PERSISTENT = Name("persistent")  # stands for a reference to something outside the pickle
 
 
 class Pairs(list[tuple[Any, Any]]):
-    """A dict whose keys nobody has hashed."""
+    """The items of a dict, whose keys are never hashed."""
 
 
 EMPTY = {ord(")"): tuple, ord("]"): list, ord("}"): Pairs}
@@ -35,7 +36,7 @@ EMPTY = {ord(")"): tuple, ord("]"): list, ord("}"): Pairs}
 
 @dataclass(slots=True, eq=False)
 class Pickled:
-    """What calling `name` with `args` would make, and the state that it would be given."""
+    """The object that `name(*args)` would make, and the state that it would be given."""
 
     name: Name
     args: tuple[Any, ...]
@@ -43,12 +44,12 @@ class Pickled:
 
 
 def read_pickle(data: bytes) -> Any:
-    """None, booleans, whole numbers, strings, Names, tuples, lists, Pairs and Pickled, nested in any way.
+    """The value: None, bool, int, str, Name, tuple, list, Pairs or Pickled, nested in any way.
 
-    Raises pickle.UnpicklingError.
+    Raises pickle.UnpicklingError for anything else, and for damaged data.
     """
-    if len(data) > MOST:
-        raise pickle.UnpicklingError(f"it is larger than {MOST:,} bytes")
+    if len(data) > MAX_PICKLE_BYTES:
+        raise pickle.UnpicklingError(f"it is larger than {MAX_PICKLE_BYTES:,} bytes")
     try:
         return _Reader(data).run()
     except (IndexError, KeyError, ValueError, struct.error):
@@ -57,25 +58,25 @@ def read_pickle(data: bytes) -> Any:
 
 class _Reader:
     def __init__(self, data: bytes):
-        self.data, self.at = data, 0
+        self.data, self.position = data, 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
 
     def take(self, count: int) -> bytes:
-        self.at += count
-        if self.at > len(self.data):
+        self.position += count
+        if self.position > len(self.data):
             raise IndexError
-        return self.data[self.at - count : self.at]
+        return self.data[self.position - count : self.position]
 
     def size(self, width: int) -> int:
         return SIZES[width].unpack(self.take(width))[0]
 
     def line(self) -> str:
-        return self.take(self.data.index(b"\n", self.at) + 1 - self.at)[:-1].decode()
+        return self.take(self.data.index(b"\n", self.position) + 1 - self.position)[:-1].decode()
 
     def pop(self, kind: type) -> Any:
-        return _of(kind, self.stack.pop())
+        return _checked(kind, self.stack.pop())
 
     def since_mark(self) -> list[Any]:
         begin = self.marks.pop()
@@ -111,10 +112,10 @@ class _Reader:
                 stack.append(tuple(self.since_mark()))
             elif code in b"ae":  # APPEND, APPENDS
                 values = [stack.pop()] if code == ord("a") else self.since_mark()
-                _of(list, stack[-1]).extend(values)
+                _checked(list, stack[-1]).extend(values)
             elif code in b"su":  # SETITEM, SETITEMS
                 values = [stack.pop(-2), stack.pop()] if code == ord("s") else self.since_mark()
-                _of(Pairs, stack[-1]).extend(zip(values[::2], values[1::2], strict=True))
+                _checked(Pairs, stack[-1]).extend(zip(values[::2], values[1::2], strict=True))
             elif code == ord("c"):
                 stack.append(Name(f"{self.line()}.{self.line()}"))
             elif code == 0x93:  # STACK_GLOBAL
@@ -127,7 +128,7 @@ class _Reader:
                 stack.append(Pickled(PERSISTENT, (stack.pop(),)))
             elif code == ord("b"):  # BUILD
                 state = stack.pop()
-                _of(Pickled, stack[-1]).state = state
+                _checked(Pickled, stack[-1]).state = state
             elif code in SKIPPED:
                 self.take(SKIPPED[code])
             elif code == ord("."):
@@ -136,8 +137,8 @@ class _Reader:
                 raise pickle.UnpicklingError(f"the instruction {code:#04x} has no place in it")
 
 
-def _of(kind: type, value: Any) -> Any:
-    """The value, if it is of this kind. What has no place there is named, not shown: it may be nested in any depth."""
+def _checked(kind: type, value: Any) -> Any:
+    """The value, if it has this type. The error shows no value, which may be nested deeply."""
     if type(value) is not kind:
         what = "dict" if isinstance(value, Pairs) else type(value).__name__
         raise _misplaced(value.name if isinstance(value, Pickled) else value if isinstance(value, Name) else what)
@@ -149,16 +150,16 @@ def _misplaced(what: str) -> pickle.UnpicklingError:
 
 
 def called(value: Any, name: str) -> Pickled:
-    """What was made by calling `name`."""
-    if _of(Pickled, value).name != name:
+    """The value, if it is an object made by calling `name`."""
+    if _checked(Pickled, value).name != name:
         raise _misplaced(value.name)
     return value
 
 
 def pairs(value: Any) -> Pairs:
-    return _of(Pairs, value)
+    return _checked(Pairs, value)
 
 
 def fields_of(value: Any, name: str) -> dict[str, Any]:
-    """The attributes of an object of the class `name`."""
-    return {_of(str, key): item for key, item in pairs(called(value, name).state)}
+    """The attributes of a value that must be an object of the class `name`."""
+    return {_checked(str, key): item for key, item in pairs(called(value, name).state)}

@@ -1,8 +1,9 @@
-"""The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes back to back.
+"""The safetensors format: 8 bytes of header length, a JSON header, then the bytes of the tensors.
 
-https://huggingface.co/docs/safetensors (the format is specified there). Read and written here with plain file reads and
-writes instead of a memory map: exactly the bytes asked for are read, a truncated file or a full disk is an error and
-not a bus error, and the pages do not count as this process's memory.
+https://huggingface.co/docs/safetensors specifies it. Files are read and written here by plain reads
+and writes, not by a memory map: exactly the bytes asked for are read, a truncated file or a full
+disk is an OSError and not a bus error, and the pages do not count as memory of this process. This
+file knows no model.
 """
 
 import itertools
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.checkpoint.errors import CheckpointError, few
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import flush_soon
-from qwen35.checkpoint.slices import Box, TensorSpec, is_shape
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec, is_shape
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,18 +43,18 @@ MAX_HEADER = 100_000_000  # bytes, the format's own limit
 @dataclass(frozen=True)
 class Entry:
     spec: TensorSpec
-    begin: int  # of the tensor's bytes, from the start of the file
+    begin: int  # first byte of the tensor, counted from the start of the file
 
 
 @dataclass(frozen=True)
 class Header:
-    raw: bytes  # the first bytes of the file, up to the first tensor
-    entries: dict[str, Entry]  # in the order of their bytes
-    nbytes: int  # of the whole file
+    raw: bytes  # everything before the first tensor
+    entries: dict[str, Entry]  # in file order
+    nbytes: int  # size of the file
 
 
 def read_header(path: Path) -> Header:
-    """Raises CheckpointError if the file is not safetensors, or shorter or longer than its header says."""
+    """Raises CheckpointError if the file is not safetensors, or not as long as its header says."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -65,16 +66,20 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         fields = json.loads(text)
-        rows = [_row(name, f) for name, f in fields.items() if name != "__metadata__"]
+        rows = [_parse_row(name, f) for name, f in fields.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: broken safetensors header") from None
     entries, end = {}, 0
     for name, code, shape, first, last in sorted(rows, key=lambda row: row[3]):
         if code not in DTYPES:
-            raise CheckpointError(f"{path}: {few([name])} has dtype {few([code])}, which is not supported")
+            raise CheckpointError(
+                f"{path}: {abbreviate([name])} has dtype {abbreviate([code])}, which is not supported"
+            )
         spec = TensorSpec(shape, DTYPES[code])
         if first != end or last - first != spec.nbytes:
-            raise CheckpointError(f"{path}: broken safetensors header: {few([name])} does not lie where it should")
+            raise CheckpointError(
+                f"{path}: broken safetensors header: {abbreviate([name])} does not lie where it should"
+            )
         entries[name] = Entry(spec, 8 + length + first)
         end = last
     if size != 8 + length + end:
@@ -82,8 +87,8 @@ def read_header(path: Path) -> Header:
     return Header(length.to_bytes(8, "little") + text, entries, size)
 
 
-def _row(name: str, fields: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
-    """Of one tensor: name, code of the dtype, shape, first byte and last. Raises what broken fields raise."""
+def _parse_row(name: str, fields: dict[str, Any]) -> tuple[str, str, tuple[int, ...], int, int]:
+    """(name, dtype code, shape, first byte, end). Raises KeyError, TypeError, ValueError."""
     first, last = fields["data_offsets"]
     code, shape = fields["dtype"], tuple(fields["shape"])
     if not (isinstance(code, str) and is_shape(shape) and type(first) is type(last) is int and 0 <= first <= last):
@@ -92,7 +97,7 @@ def _row(name: str, fields: dict[str, Any]) -> tuple[str, str, tuple[int, ...], 
 
 
 def make_header(specs: Mapping[str, TensorSpec]) -> Header:
-    """The header of a new file, laid out as the safetensors library does: widest dtype first, then by name."""
+    """The header of a new file, ordered as by the safetensors library: widest dtype, then name."""
     order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     fields, begins, end = {}, {}, 0
     for name in order:
@@ -106,15 +111,15 @@ def make_header(specs: Mapping[str, TensorSpec]) -> Header:
     return Header(raw, entries, len(raw) + end)
 
 
-def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
-    """The elements `box` of one tensor of the file; reads exactly their bytes."""
-    out = torch.empty(box.size, dtype=entry.spec.dtype)
+def read_slice(path: Path, entry: Entry, region: TensorSlice) -> Tensor:
+    """One region of a tensor in the file; exactly its bytes are read. Raises CheckpointError."""
+    out = torch.empty(region.lengths, dtype=entry.spec.dtype)
     view = raw_bytes(out)
     itemsize, filled = entry.spec.dtype.itemsize, 0
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            for offset, count in runs_of(entry.spec.shape, box):
+            for offset, count in runs_of(entry.spec.shape, region):
                 length = count * itemsize
                 read_into(fd, view[filled : filled + length], entry.begin + offset * itemsize, path)
                 filled += length
@@ -126,7 +131,7 @@ def read_box(path: Path, entry: Entry, box: Box) -> Tensor:
 
 
 def write_at(path: Path, position: int, data: bytes | memoryview) -> None:
-    """Write bytes into a file that is there. Raises OSError."""
+    """Write bytes into an existing file. Raises OSError."""
     view, end = memoryview(data), position
     fd = os.open(path, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
     try:
@@ -139,7 +144,7 @@ def write_at(path: Path, position: int, data: bytes | memoryview) -> None:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -151,17 +156,17 @@ def read_into(fd: int, view: memoryview, position: int, path: Path) -> None:
         view, position = view[got:], position + got
 
 
-def runs_of(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
-    """(offset, count) in elements of the contiguous stretches that make up a box, in row-major order."""
-    if box.numel == 0:
+def runs_of(shape: Sequence[int], region: TensorSlice) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of a region, in row-major order, as (offset, count) in elements."""
+    if region.numel == 0:
         return
-    # the axes behind `axis` are taken whole, so one run spans box.size[axis] rows of them
+    # the axes after `axis` are covered in full, so one run spans region.lengths[axis] of their rows
     axis = len(shape)
-    while axis > 0 and box.size[axis - 1] == shape[axis - 1]:
+    while axis > 0 and region.lengths[axis - 1] == shape[axis - 1]:
         axis -= 1
     axis = max(axis - 1, 0)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    count = math.prod(box.size[axis:])
-    base = sum(a * s for a, s in zip(box.start, strides, strict=True))
-    for index in itertools.product(*(range(n) for n in box.size[:axis])):
+    count = math.prod(region.lengths[axis:])
+    base = sum(a * s for a, s in zip(region.offsets, strides, strict=True))
+    for index in itertools.product(*(range(n) for n in region.lengths[:axis])):
         yield base + sum(i * s for i, s in zip(index, strides[:axis], strict=True)), count

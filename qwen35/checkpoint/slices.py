@@ -1,4 +1,4 @@
-"""Rectangular parts of tensors: what is read, moved and written piece by piece."""
+"""Slices of tensors: tensors are read, moved and written slice by slice, never whole."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-# bytes that a thread holds at a time while tensors stream from file to file; memory of this size is used again, much more
-# comes fresh from the kernel for every piece, which takes longer than to read it
-PIECE = 8 * 2**20
-AXES = 16  # of a tensor; more of them are nobody's layout
+# How much of a tensor a thread holds at a time while it streams from file to file. The allocator
+# reuses memory of this size; much larger blocks are mapped anew for every piece, which takes longer
+# than reading it.
+PIECE_BYTES = 8 * 2**20
+MAX_AXES = 16  # of a tensor; a file that claims more is damaged
 
 
 def is_shape(values: Sequence[object]) -> bool:
-    """Whether a tensor could have this shape. Where one axis is empty, torch multiplies the others all the same."""
-    is_counted = len(values) <= AXES and all(type(n) is int and n >= 0 for n in values)
-    return (
-        is_counted and math.prod(n or 1 for n in values if type(n) is int) < 2**60
-    )  # its bytes are counted in 63 bits
+    """Whether a tensor can have this shape."""
+    is_valid = len(values) <= MAX_AXES and all(type(n) is int and n >= 0 for n in values)
+    # torch counts bytes in 63 bits, and multiplies the other axes even where one is empty
+    return is_valid and math.prod(n or 1 for n in values if type(n) is int) < 2**60
 
 
 @dataclass(frozen=True)
@@ -35,83 +35,80 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Box:
-    """The elements start[d] <= i_d < start[d] + size[d] of a tensor."""
+class TensorSlice:
+    """A rectangular region of a tensor: all i with offsets[d] <= i[d] < offsets[d] + lengths[d]."""
 
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     @staticmethod
-    def whole(shape: Sequence[int]) -> "Box":
-        return Box((0,) * len(shape), tuple(shape))
+    def full(shape: Sequence[int]) -> "TensorSlice":
+        return TensorSlice((0,) * len(shape), tuple(shape))
 
     @property
     def numel(self) -> int:
-        return math.prod(self.size)
+        return math.prod(self.lengths)
 
     def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))
+        return tuple(slice(a, a + n) for a, n in zip(self.offsets, self.lengths, strict=True))
 
-    def seen_from(self, origin: Sequence[int]) -> "Box":
-        """The same elements, counted from `origin`."""
-        return Box(tuple(a - o for a, o in zip(self.start, origin, strict=True)), self.size)
+    def relative_to(self, origin: Sequence[int]) -> "TensorSlice":
+        """The same elements, with offsets counted from `origin`."""
+        return TensorSlice(tuple(a - o for a, o in zip(self.offsets, origin, strict=True)), self.lengths)
 
-    def __and__(self, other: "Box") -> "Box | None":
-        start = tuple(map(max, self.start, other.start))
-        end = [min(a + n, b + m) for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True)]
-        size = tuple(e - s for s, e in zip(start, end, strict=True))
-        return Box(start, size) if all(n > 0 for n in size) else None
+    def __and__(self, other: "TensorSlice") -> "TensorSlice | None":
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = (min(a.stop, b.stop) for a, b in zip(self.slices(), other.slices(), strict=True))
+        lengths = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
+        return TensorSlice(offsets, lengths) if all(n > 0 for n in lengths) else None
 
 
-class Source(Protocol):
-    """Tensors under the model's names, read part by part: of a Hugging Face folder, a DCP checkpoint, memory."""
+class TensorSource(Protocol):
+    """Tensors under the model's parameter names that can be read slice by slice."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """The elements `box` of tensor `name`, in a CPU tensor of the stored dtype and of shape box.size."""
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        """A region of a tensor: on the CPU, in the stored dtype, of shape region.lengths."""
         ...
 
 
-class TensorSource:
-    """Source over whole tensors in memory (of any device)."""
+class MemorySource:
+    """A TensorSource over whole tensors in memory, on any device."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
 
-    def read(self, name: str, box: Box) -> Tensor:
-        return self.tensors[name][box.slices()].cpu()
+    def read(self, name: str, region: TensorSlice) -> Tensor:
+        return self.tensors[name][region.slices()].cpu()
 
 
-def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
-    """Cut a box along its leading axes into boxes of at most `limit` bytes, in row-major order."""
-    if box.numel == 0:
+def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iterator[TensorSlice]:
+    """Cut a region along its leading axes into pieces of `limit` bytes, in row-major order."""
+    if region.numel == 0:
         return
-    axis = next((d for d, n in enumerate(box.size) if n > 1), None)
-    if axis is None or box.numel * itemsize <= limit:
-        yield box
+    axis = next((d for d, n in enumerate(region.lengths) if n > 1), None)
+    if axis is None or region.numel * itemsize <= limit:
+        yield region
         return
-    row = box.numel // box.size[axis] * itemsize
+    row = region.numel // region.lengths[axis] * itemsize
     step = max(1, limit // row)
-    for first in range(0, box.size[axis], step):
-        count = min(step, box.size[axis] - first)
-        start = (*box.start[:axis], box.start[axis] + first, *box.start[axis + 1 :])
-        part = Box(start, (*box.size[:axis], count, *box.size[axis + 1 :]))
-        # a single row may still be too large: cut it along the next axis
+    for first in range(0, region.lengths[axis], step):
+        count = min(step, region.lengths[axis] - first)
+        offsets = (*region.offsets[:axis], region.offsets[axis] + first, *region.offsets[axis + 1 :])
+        part = TensorSlice(offsets, (*region.lengths[:axis], count, *region.lengths[axis + 1 :]))
+        # a single row may still be too large
         if row > limit:
             yield from pieces(part, itemsize, limit)
         else:
             yield part
 
 
-def local_part(tensor: Tensor) -> tuple[Tensor, Box]:
-    """This rank's own part of a tensor and where it lies in the whole; a plain tensor is its own whole.
-
-    Works for every sharding that a DTensor can have, uneven ones too; the part may be empty.
-    """
+def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
+    """This rank's part of a tensor, which may be empty, and the region that it covers globally."""
     if not isinstance(tensor, DTensor):
-        return tensor, Box.whole(tensor.shape)
-    size, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), Box(tuple(start), tuple(size))
+        return tensor, TensorSlice.full(tensor.shape)
+    lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), TensorSlice(tuple(offsets), tuple(lengths))

@@ -1,4 +1,4 @@
-"""Work shared out to a few threads: reading, writing and checksums all leave Python's lock alone."""
+"""Work shared among a few threads: reading, writing and checksums all release the GIL."""
 
 import os
 from collections import deque
@@ -9,20 +9,22 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# two at least, so that one waits for the disk while another works; each holds a few pieces (boxes.PIECE) at a time
+# At least two, so that one computes while another waits for the disk. Each holds a few pieces
+# (PIECE_BYTES) at a time.
 THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 
 def share_out(
     items: Iterable[Item], work: Callable[[int, Iterator[Item]], Result], threads: int = THREADS
 ) -> list[Result]:
-    """Call work(number, its items) in several threads at once; each takes the next item, in order, when it is free.
+    """Call work(thread number, items) in several threads; a free thread takes the next item.
 
-    Returns what each gave. The first error, or an interrupt, keeps all from taking another item and is raised.
+    Returns each thread's result. After an error or an interrupt no thread takes another item, and
+    it is raised.
     """
     left = deque(items)
 
-    def own() -> Iterator[Item]:
+    def next_items() -> Iterator[Item]:
         while True:
             try:
                 yield left.popleft()
@@ -31,7 +33,7 @@ def share_out(
 
     def guarded(number: int) -> Result:
         try:
-            return work(number, own())
+            return work(number, next_items())
         except BaseException:
             left.clear()
             raise

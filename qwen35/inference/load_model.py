@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
-from qwen35.checkpoint.dcp_folder import about
+from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import has_weights
-from qwen35.checkpoint.model_folder import refuse
+from qwen35.checkpoint.model_folder import refuse_unsupported
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import BasicParameters, DatasetParam
 from qwen35.data.collator import check_agreement, vision_spec
@@ -44,14 +44,14 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
     Raises CheckpointError, SettingError.
     """
     folder = Path(model)
-    refuse(folder)
+    refuse_unsupported(folder)
     if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
         return Source(folder, folder, folder)
     try:
         weights = resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
-    chosen = () if weights == folder else (*about(folder, weights), f"weights from {weights}")
+    chosen = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
     run = load_settings(recipe) if recipe.is_file() else None
     trained = run.data.dataset_param if run else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, Loaded, newest_checkpoint, read_facts, resolve_load
+from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, newest_checkpoint, read_info, resolve_load
 from qwen35.checkpoint.dcp_folder import damaged, keep_newest
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings
@@ -75,12 +75,12 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str, level
     }
 
 
-def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> Loaded:
+def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
     """What a checkpoint holds besides tensors, before the data is read.
 
     Raises CheckpointError for what is missing or of a wrong form, SettingError for settings that do not go with it.
     """
-    loaded = read_facts(checkpoint)
+    loaded = read_info(checkpoint)
     if not loaded.step:  # converted weights
         return loaded
     for name, kind in (("bins_a_step", int), ("data", str)):
@@ -111,7 +111,7 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
     return loaded
 
 
-def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+def check_position(loaded: CheckpointInfo, position: dict[str, Any], settings: Settings) -> None:
     """Raises SettingError where the run could not go on as if it had never stopped."""
     if loaded.extra.get("data") != position["data"]:
         changed = [

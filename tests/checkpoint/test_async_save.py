@@ -1,4 +1,4 @@
-"""Saving while the run goes on: what is saved, in which order, what fails, what stays, and kill -9 at all moments."""
+"""Background saves: their content, order and errors, what is kept, and kill -9 at any moment."""
 
 import json
 import multiprocessing
@@ -17,11 +17,11 @@ from training_runs import ROOT, tensors
 from qwen35.checkpoint import async_save
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.dcp_folder import ITERATION, keep_newest, newest_checkpoint, whole
+from qwen35.checkpoint.dcp_folder import ITERATION, is_complete, keep_newest, newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import sweep
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.folders import remove_leftovers
+from qwen35.checkpoint.slices import TensorSlice
 
 PREFIXES = ("model.", "optimizer.")
 
@@ -36,23 +36,23 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Of the whole checkpoints."""
+    """The steps of the complete checkpoints."""
     return sorted(
-        int(path.name[5:]) for path in folder.glob("iter_*") if ITERATION.fullmatch(path.name) and whole(path)
+        int(path.name[5:]) for path in folder.glob("iter_*") if ITERATION.fullmatch(path.name) and is_complete(path)
     )
 
 
 @pytest.fixture
 def gate(monkeypatch) -> threading.Event:
-    """What is written in the background stands still until this is set."""
+    """Holds writes in the background back until it is set."""
     event = threading.Event()
-    write_parts = async_save.write_parts
+    write_shards = async_save.write_shards
 
     def wait_and_write(*args):
         assert event.wait(60)
-        return write_parts(*args)
+        return write_shards(*args)
 
-    monkeypatch.setattr(async_save, "write_parts", wait_and_write)
+    monkeypatch.setattr(async_save, "write_shards", wait_and_write)
     return event
 
 
@@ -64,12 +64,12 @@ def toy(steps: int) -> tuple[Toy, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
-    """Though the run goes on before a byte is written; from memory that the next save uses again."""
+def test_background_save_has_the_values_of_its_step(tmp_path, gate):
+    """Training goes on before a byte is written, and the next save reuses the memory."""
     model, optimizer = toy(1)
     with Saver(tmp_path / "a", model, optimizer, background=True) as background:
         background.check()
-        room = {name: values.data_ptr() for name, values in background._room.items()}
+        room = {name: values.data_ptr() for name, values in background._host_copies.items()}
         assert background.save(1, {"at": 1}, {"own": 1}) == 0.0
         for step in (1, 2):
             train_step(model, optimizer, step)
@@ -79,7 +79,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
         background.finish()
         assert steps_in(tmp_path / "a") == [1]
         background.save(3, {"at": 3}, {"own": 3})
-        assert {name: values.data_ptr() for name, values in background._room.items()} == room
+        assert {name: values.data_ptr() for name, values in background._host_copies.items()} == room
     assert steps_in(tmp_path / "a") == [1, 3]
     for step in (1, 3):
         wanted, states = toy(step)
@@ -91,7 +91,7 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path, gate):
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, gate, monkeypatch):
-    """It says so, and what the two are told to do comes in order."""
+    """It returns how long it waited, and actions run in order."""
     model, optimizer = toy(1)
     done = []
 
@@ -103,24 +103,24 @@ def test_a_save_waits_for_the_one_before(tmp_path, gate, monkeypatch):
     wait_for = async_save.wait
     with Saver(tmp_path, model, optimizer, background=True) as background:
         background.save(1, {}, {})
-        background.then(lambda: done.append(steps_in(tmp_path)))
+        background.run_after(lambda: done.append(steps_in(tmp_path)))
         assert not list(tmp_path.iterdir())
         monkeypatch.setattr(async_save, "wait", wait)
         assert background.save(2, {}, {}) > 0.0
         assert done == ["waits", [1]]
-        background.then(lambda: done.append(steps_in(tmp_path)))
+        background.run_after(lambda: done.append(steps_in(tmp_path)))
         assert background.finish() >= 0.0
         assert done[-1] == [1, 2]
-        background.then(lambda: done.append("at once"))
+        background.run_after(lambda: done.append("at once"))
         assert done[-1] == "at once"
         assert background.saves == 2
-        assert background.stood > 0.0
+        assert background.stalled > 0.0
     assert steps_in(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize("way", ["check", "save", "finish", "exit"])
-def test_what_fails_in_the_background_stops_the_run(tmp_path, monkeypatch, way):
-    """With the one line of a save that fails at once; the checkpoint before it stays, and nothing half-written."""
+def test_failed_background_save_stops_the_run(tmp_path, monkeypatch, way):
+    """The error is the one of a save in the foreground; only the older checkpoint is left."""
     model, optimizer = toy(1)
 
     def full(*args, **kwargs):
@@ -146,7 +146,7 @@ def test_what_fails_in_the_background_stops_the_run(tmp_path, monkeypatch, way):
     assert steps_in(tmp_path) == [1]
 
 
-def test_a_run_that_fails_loses_nothing_of_what_is_being_saved(tmp_path, gate):
+def test_failing_run_completes_its_background_save(tmp_path, gate):
     model, optimizer = toy(1)
 
     def fail():
@@ -160,23 +160,23 @@ def test_a_run_that_fails_loses_nothing_of_what_is_being_saved(tmp_path, gate):
     assert steps_in(tmp_path) == [1]
 
 
-# -- what stays -------------------------------------------------------------------------------------------------------
+# -- which checkpoints are kept --------------------------------------------------------------------
 
 
-def test_the_newest_stay(tmp_path):
+def test_newest_checkpoints_are_kept(tmp_path):
     model, optimizer = toy(1)
     with Saver(tmp_path, model, optimizer, background=False) as plain:
         for step in (1, 2, 3, 4, 5):
             plain.save(step, {}, {})
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "mine").touch()
-    (tmp_path / "iter_0000002" / "complete.json").unlink()  # no longer whole: it counts for nothing, and is not ours
+    (tmp_path / "iter_0000002" / "complete.json").unlink()  # incomplete: neither counted nor removed
     source = DCPSource(tmp_path / "iter_0000003")
     with Saver(tmp_path, model, optimizer, background=True, limit=2) as background:
         background.save(6, {}, {})
         background.finish()
         assert steps_in(tmp_path) == [3, 5, 6]  # the third is being read
-        assert source.read("late", Box.whole(model.late.shape)).equal(model.late)
+        assert source.read("late", TensorSlice.full(model.late.shape)).equal(model.late)
         del source
         background.save(7, {}, {})
     assert steps_in(tmp_path) == [6, 7]
@@ -186,7 +186,7 @@ def test_the_newest_stay(tmp_path):
     assert steps_in(tmp_path) == [7]
 
 
-def test_nothing_is_removed_before_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_old_checkpoint_is_removed_after_the_new_one_is_complete(tmp_path, monkeypatch):
     model, optimizer = toy(1)
     seen = []
 
@@ -202,7 +202,7 @@ def test_nothing_is_removed_before_the_new_one_is_whole(tmp_path, monkeypatch):
     assert steps_in(tmp_path) == [3]
 
 
-def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
+def test_failure_to_remove_old_checkpoints_is_one_line(tmp_path, monkeypatch):
     model, optimizer = toy(1)
 
     def denied(path):
@@ -216,18 +216,18 @@ def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path).name == "iter_0000002"
 
 
-# -- kill -9 ----------------------------------------------------------------------------------------------------------
+# -- kill -9 ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forks of a process that has imported what they need: a start is quick."""
+    """Forks of a process that has made all imports, so that they start quickly."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["saver_run"])
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(
             "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-        )  # python < 3.13 forgets sys.path
+        )  # the fork server of Python < 3.13 does not inherit sys.path
         forkserver.ensure_running()
     return context
 
@@ -252,18 +252,19 @@ def log(folder: Path, word: str) -> list[int]:
     return [line[word] for line in lines if word in line]
 
 
-def test_twenty_kills_at_random_moments(processes, uninterrupted, tmp_path):
-    """In steps, copies and writes, every second run saves in the background: it always goes on from the last whole one."""
+def test_run_resumes_after_twenty_kills_at_random_moments(processes, uninterrupted, tmp_path):
+    """Killed anywhere, the run resumes from the last complete checkpoint."""
     folder, moments, newest, begun = tmp_path / "run", random.Random(7), 0, 0
     for kill in range(20):
         background = kill % 2 == 0
         code = start(processes, folder, background, moments.randrange(1, 120))
         assert code == -signal.SIGKILL
-        assert log(folder, "start") == [newest]  # where the one before was killed, not a step earlier
+        assert log(folder, "start") == [newest]  # exactly what the killed run had left
         saves = [newest, *log(folder, "begun")]
         there = steps_in(folder)
         newest = there[-1] if there else 0
-        # the last save that was begun, or (in the background) the one before it, which it has waited for; or one more
+        # at least the last save that was begun (in the background: the one before it, which it
+        # has waited for), at most one save more
         assert newest >= (saves[-2] if background and len(saves) > 1 else saves[-1])
         assert newest <= saves[-1] + INTERVAL
         begun += len(saves) - 1
@@ -272,23 +273,23 @@ def test_twenty_kills_at_random_moments(processes, uninterrupted, tmp_path):
     assert log(folder, "start") == [newest]
     assert_equal(state(folder), uninterrupted)
     assert steps_in(folder) == [STEPS - INTERVAL, STEPS]
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT  # nothing is left of what was interrupted
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT  # no leftovers
 
 
-# what a file's event says, and the iteration that may be gone on from
+# moment -> audit event, end of its path, step to resume from
 MOMENTS = {
-    "nothing is written": ("open", "iter_0000012.tmp/__0_0.distcp", 9),
-    "all tensors are": ("os.rename", "iter_0000012.tmp/.metadata.tmp", 9),
-    "the marker is not": ("os.rename", "iter_0000012.tmp/complete.json.new", 9),
-    "all but its name is": ("os.rename", "iter_0000012.tmp", 9),
-    "it is whole and not the latest": ("os.rename", "latest_checkpointed_iteration.txt.new", 3),
-    "an older one is to be removed": ("os.rename", "iter_0000006", 12),
+    "before the first byte": ("open", "iter_0000012.tmp/__0_0.distcp", 9),
+    "after the tensors": ("os.rename", "iter_0000012.tmp/.metadata.tmp", 9),
+    "before the manifest": ("os.rename", "iter_0000012.tmp/complete.json.new", 9),
+    "before the rename": ("os.rename", "iter_0000012.tmp", 9),
+    "before the latest file": ("os.rename", "latest_checkpointed_iteration.txt.new", 3),
+    "before an older one is removed": ("os.rename", "iter_0000006", 12),
     "an older one is half removed": ("shutil.rmtree", "iter_0000006.gone", 12),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_9_in_the_background(processes, uninterrupted, tmp_path, moment):
+def test_run_resumes_after_kill_9_in_a_background_save(processes, uninterrupted, tmp_path, moment):
     event, path, left = MOMENTS[moment]
     folder = tmp_path / "run"
     assert start(processes, folder, True, None, (event, path)) == -signal.SIGKILL
@@ -299,8 +300,8 @@ def test_kill_9_in_the_background(processes, uninterrupted, tmp_path, moment):
     assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT
 
 
-def test_what_has_its_first_gradient_after_a_resume(processes, uninterrupted, tmp_path):
-    """A tensor without a gradient has no optimizer state in the checkpoint, and gets its own later."""
+def test_first_gradient_after_a_resume_creates_optimizer_state(processes, uninterrupted, tmp_path):
+    """A tensor without a gradient has no optimizer state in the checkpoint, but gets it later."""
     folder = tmp_path / "run"
     assert start(processes, folder, True, None, ("open", "iter_0000012.tmp/__0_0.distcp")) == -signal.SIGKILL
     assert BEGINS > 9
@@ -310,7 +311,7 @@ def test_what_has_its_first_gradient_after_a_resume(processes, uninterrupted, tm
     assert_equal(state(folder), uninterrupted)
 
 
-def test_what_was_frozen_is_trained_after_a_resume(tmp_path):
+def test_unfrozen_parameter_is_trained_after_a_resume(tmp_path):
     model, optimizer = toy(2)
     with Saver(tmp_path, model, optimizer, background=True) as background:
         background.save(2, {}, {})
@@ -327,9 +328,9 @@ def test_what_was_frozen_is_trained_after_a_resume(tmp_path):
     assert torch.equal(other.first.weight, model.first.weight)
 
 
-def test_a_half_removed_checkpoint_is_swept_away(tmp_path):
+def test_half_removed_checkpoint_is_cleaned_up(tmp_path):
     (tmp_path / "iter_0000003.gone").mkdir()
     (tmp_path / "iter_0000003.gone" / "x").touch()
     (tmp_path / "thesis.gone").mkdir()
-    assert sweep(tmp_path, ITERATION) == []
+    assert remove_leftovers(tmp_path, ITERATION) == []
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.gone"]

@@ -1,4 +1,4 @@
-"""mm-convert, with the seed's words: there, back, and what it refuses."""
+"""mm-convert in both directions, with MindSpeed-MM's arguments, and what it refuses."""
 
 import json
 import os
@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
 
 
-def there(folder, out, *more):
+def to_dcp(folder, out, *more):
     return main(["GenericDCPConverter", "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(out), *more])
 
 
-def back(dcp, origin, out):
+def to_hf(dcp, origin, out):
     return main(["dcp_to_hf", "--dcp_dir", str(dcp), "--origin_hf_dir", str(origin), "--save_hf_dir", str(out)])
 
 
@@ -44,14 +44,14 @@ def back(dcp, origin, out):
         ({"moe": False, "dtype_of": lambda _: torch.bfloat16}, "hub", None),
     ],
 )
-def test_there_and_back_is_byte_identical(tmp_path, capsys, kind, layout, tie, shard_size):
+def test_round_trip_is_byte_identical(tmp_path, capsys, kind, layout, tie, shard_size):
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=shard_size, **kind)
-    assert there(folder, tmp_path / "dcp", *(["--tie_weight_mapping", tie] if tie else [])) == 0
+    assert to_dcp(folder, tmp_path / "dcp", *(["--tie_weight_mapping", tie] if tie else [])) == 0
     assert sorted(p.name for p in (tmp_path / "dcp").iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
     assert (tmp_path / "dcp" / "latest_checkpointed_iteration.txt").read_text() == "release"
     assert resolve_load(tmp_path / "dcp") == resolve_load(tmp_path / "dcp" / "release")
     for dcp in (tmp_path / "dcp", tmp_path / "dcp" / "release"):
-        assert back(dcp, folder, tmp_path / "out") == 0
+        assert to_hf(dcp, folder, tmp_path / "out") == 0
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     tensors = tensors_in(folder)
@@ -63,20 +63,20 @@ def test_there_and_back_is_byte_identical(tmp_path, capsys, kind, layout, tie, s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_trained_mtp_layer_is_exported(tmp_path, layout):
-    """In the source's layout, whatever it is."""
+    """In the layout of the source."""
     folder = write_folder(tmp_path / "hf", layout=layout)
     trained = build(config_dict(mtp_num_hidden_layers=1), mtp=True, seed=8)
     save_checkpoint(tmp_path / "run", 1, trained)
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     wanted = state_of(trained)
     assert HFFolder(tmp_path / "out").specs == HFFolder(folder).specs
     assert_same_bytes(dict(load_pretrained(tmp_path / "out", mtp=True).named_parameters()), wanted)
 
 
 def test_converted_weights_train_and_export(tmp_path):
-    """release -> fp32 model without MTP -> iter_ -> Hugging Face: trained tensors rounded, MTP the source's bytes."""
+    """release -> fp32 model without MTP -> iter_ -> Hugging Face; MTP keeps the source's bytes."""
     folder = write_folder(tmp_path / "hf")
-    there(folder, tmp_path / "dcp")
+    to_dcp(folder, tmp_path / "dcp")
     model = build(config_dict(), mtp=False, seed=4)
     load_checkpoint(tmp_path / "dcp", model)
     source = tensors_in(folder)
@@ -87,33 +87,33 @@ def test_converted_weights_train_and_export(tmp_path):
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     optimizer.step()
     save_checkpoint(tmp_path / "run", 3, model, optimizer)
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     out = tensors_in(tmp_path / "out")
     assert torch.equal(out.pop("lm_head.weight"), model.lm_head.weight.to(torch.bfloat16))
     assert_same_bytes(out, {n: t for n, t in source.items() if n != "lm_head.weight"})
-    assert back(tmp_path / "run" / "iter_0000003", folder, tmp_path / "out2") == 0
+    assert to_hf(tmp_path / "run" / "iter_0000003", folder, tmp_path / "out2") == 0
 
 
-def test_an_export_takes_the_newest_that_is_whole_and_says_so(tmp_path, capsys):
-    """Not the one that is named, after a stop between the two; and what is passed over is told."""
+def test_export_uses_the_newest_complete_checkpoint_and_says_so(tmp_path, capsys):
+    """Not the one named in the file, after an interruption; skipped checkpoints are reported."""
     folder = write_folder(tmp_path / "hf", mtp=False)
     for step in (1, 2, 3):
         save_checkpoint(tmp_path / "run", step, build(config_dict(), mtp=False, seed=step))
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("1")
     (tmp_path / "run/iter_0000003/complete.json").unlink()
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     lines = capsys.readouterr().out.splitlines()
     run = tmp_path / "run"
     assert lines[:-1] == [
-        f"{run}/iter_0000003 is passed over, for it is not whole ({run}/iter_0000003/complete.json: no such file)",
-        f"{run}/latest_checkpointed_iteration.txt names iter_0000001; iter_0000002 is taken, the newest that is whole",
+        f"{run}/iter_0000003 is incomplete and was skipped ({run}/iter_0000003/complete.json: no such file)",
+        f"{run}/latest_checkpointed_iteration.txt names iter_0000001, but iter_0000002 is newer and complete, and is used",
         f"weights from {run}/iter_0000002",
     ]
     head = build(config_dict(), mtp=False, seed=2).lm_head.weight.to(torch.bfloat16)
     assert torch.equal(tensors_in(tmp_path / "out")["lm_head.weight"], head)
 
 
-def test_damage_is_not_exported(tmp_path, capsys):
+def test_damaged_checkpoint_is_not_exported(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf", mtp=False)
     for step in (1, 2):
         save_checkpoint(tmp_path / "run", step, build(config_dict(), mtp=False, seed=step))
@@ -122,10 +122,10 @@ def test_damage_is_not_exported(tmp_path, capsys):
     data = bytearray((checkpoint / chunk["file"]).read_bytes())
     data[chunk["begin"] + 77] ^= 1
     (checkpoint / chunk["file"]).write_bytes(data)
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 1
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 1
     err = capsys.readouterr().err
-    words = "is damaged where model.lm_head.weight lies: a checksum is not that of what was written; move it away; iter_0000001"
-    assert err == f"mm-convert: {checkpoint}/__0_0.distcp: {words} follows\n"
+    words = "is damaged at model.lm_head.weight: a checksum does not match; move it away to use iter_0000001"
+    assert err == f"mm-convert: {checkpoint}/__0_0.distcp: {words}\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -168,11 +168,11 @@ def other_shape(tensors):
         (other_shape, None, r"pos_embed.weight is \[2, 32\] instead of \[36, 32\]"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, tie, words):
+def test_mismatch_is_one_line(tmp_path, capsys, change, tie, words):
     folder = write_folder(tmp_path / "hf")
     if change:
         resave(folder, change)
-    code = there(folder, tmp_path / "dcp", *(["--tie_weight_mapping", tie] if tie else []))
+    code = to_dcp(folder, tmp_path / "dcp", *(["--tie_weight_mapping", tie] if tie else []))
     errors = capsys.readouterr().err.splitlines()
     if words is None:
         assert code == 0
@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, tie, words):
     assert not (tmp_path / "dcp").exists()
 
 
-def test_other_mistakes(tmp_path, capsys):
+def test_mistakes_are_one_line(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf")
 
     def error(code):
@@ -192,26 +192,40 @@ def test_other_mistakes(tmp_path, capsys):
         assert text.count("\n") == 1
         return text
 
-    assert "no such folder" in error(there(tmp_path / "none", tmp_path / "dcp"))
-    assert "no such folder" in error(back(tmp_path / "none", folder, tmp_path / "out"))
-    assert "no whole checkpoint" in error(back(folder, folder, tmp_path / "out"))
+    assert "no such folder" in error(to_dcp(tmp_path / "none", tmp_path / "dcp"))
+    assert "no such folder" in error(to_hf(tmp_path / "none", folder, tmp_path / "out"))
+    assert "no complete checkpoint" in error(to_hf(folder, folder, tmp_path / "out"))
     save_checkpoint(tmp_path / "run", 1, build(config_dict(), mtp=False))
-    assert "holds the checkpoints of a training run" in error(there(folder, tmp_path / "run"))
+    assert "holds the checkpoints of a training run" in error(to_dcp(folder, tmp_path / "run"))
     other = write_folder(tmp_path / "other", moe=False)
-    assert "do not fit" in error(back(tmp_path / "run", other, tmp_path / "out"))
+    assert "do not fit" in error(to_hf(tmp_path / "run", other, tmp_path / "out"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    assert "not written by this program" in error(back(tmp_path / "run", folder, tmp_path / "full"))
+    assert "not written by this program" in error(to_hf(tmp_path / "run", folder, tmp_path / "full"))
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert "model_type 'llama'" in error(there(folder, tmp_path / "dcp"))
+    assert "model_type 'llama'" in error(to_dcp(folder, tmp_path / "dcp"))
     (folder / "config.json").unlink()
-    assert "config.json" in error(there(folder, tmp_path / "dcp"))
+    assert "config.json" in error(to_dcp(folder, tmp_path / "dcp"))
     with pytest.raises(SystemExit):
         main(["hf_to_dcp", "--hf_dir", "a", "--dcp_dir", "b", "--tie_weight_mapping", "{'a': 1}"])
     assert "is not a JSON object of names" in capsys.readouterr().err
 
 
-# read by python when it starts: kill -9 at the moment at which python tells of this event on this file
+@pytest.mark.parametrize("converter", ["GenericDCPConverter", "Qwen35Converter"])
+def test_converter_names_of_mindspeed_are_accepted_first_only(tmp_path, capsys, converter):
+    folder, dcp, out = write_folder(tmp_path / "hf", mtp=False), tmp_path / "dcp", tmp_path / "out"
+    assert main([converter, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]) == 0
+    export = ["dcp_to_hf", "--dcp_dir", str(dcp), "--origin_hf_dir", str(folder), "--save_hf_dir", str(out)]
+    assert main([converter, *export]) == 0
+    assert_same_bytes(tensors_in(out), tensors_in(folder))
+    for wrong in ([*export, converter], [converter, converter, *export], ["LlamaConverter", *export]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+        assert "Converter" in capsys.readouterr().err
+
+
+# sitecustomize.py: kill -9 when this audit event names a file with this ending
 END = """
 import os, signal, sys
 def hook(event, args):
@@ -236,19 +250,19 @@ def names_in(folder) -> list[str]:
 @pytest.mark.parametrize(
     ("event", "path"),
     [("open", "__0_0.distcp"), ("open", "complete.json.new"), ("os.rename", "release.tmp")],
-    ids=["data", "marker", "rename"],
+    ids=["data", "manifest", "rename"],
 )
-def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
-    """And the same command succeeds, with what it finds."""
+def test_killed_conversion_is_never_taken_for_complete(tmp_path, event, path):
+    """The same command then succeeds."""
     folder = write_folder(tmp_path / "hf")
     killed_at(tmp_path / "at", event, path, "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(tmp_path / "dcp"))
     assert names_in(tmp_path / "dcp") == ["release.tmp"]
     assert newest_checkpoint(tmp_path / "dcp") is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resolve_load(tmp_path / "dcp")
-    assert there(folder, tmp_path / "dcp") == 0
+    assert to_dcp(folder, tmp_path / "dcp") == 0
     assert names_in(tmp_path / "dcp") == ["latest_checkpointed_iteration.txt", "release"]
-    assert back(tmp_path / "dcp", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "dcp", folder, tmp_path / "out") == 0
     assert_same_bytes(tensors_in(tmp_path / "out"), tensors_in(folder))
 
 
@@ -257,11 +271,11 @@ def test_a_killed_conversion_is_never_taken_for_whole(tmp_path, event, path):
     [("open", "out.tmp/model.safetensors-00002-of-00003.safetensors"), ("os.rename", "out.tmp")],
     ids=["data", "rename"],
 )
-def test_a_killed_export_leaves_the_one_before(tmp_path, event, path):
+def test_killed_export_leaves_the_previous_one(tmp_path, event, path):
     folder = write_folder(tmp_path / "hf", shard_size=300_000)
     assert len(list(folder.glob("*.safetensors"))) == 3
     save_checkpoint(tmp_path / "run", 1, build(config_dict(), mtp=False, seed=1))
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     before = tensors_in(tmp_path / "out")
     save_checkpoint(tmp_path / "run", 2, build(config_dict(), mtp=False, seed=2))
     words = ("--dcp_dir", str(tmp_path / "run"), "--origin_hf_dir", str(folder), "--save_hf_dir", str(tmp_path / "out"))
@@ -269,17 +283,17 @@ def test_a_killed_export_leaves_the_one_before(tmp_path, event, path):
     kept = tmp_path / ("out.old" if event == "os.rename" else "out")
     assert_same_bytes(tensors_in(kept), before)
     assert (tmp_path / "out").exists() == (event == "open")
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     after = tensors_in(tmp_path / "out")
     assert torch.equal(after["lm_head.weight"], build(config_dict(), seed=2, mtp=False).lm_head.weight.bfloat16())
     assert names_in(tmp_path) == ["at", "hf", "out", "run"]
     assert not (tmp_path / "out" / ".incomplete").exists()
 
 
-def test_a_bar_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+def test_progress_bar_reaches_the_end(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "hf")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert there(folder, tmp_path / "dcp") == 0
+    assert to_dcp(folder, tmp_path / "dcp") == 0
     assert re.search(r"hf_to_dcp: 100%.*(\d+)k/\1k", capsys.readouterr().err)
-    assert back(tmp_path / "dcp", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "dcp", folder, tmp_path / "out") == 0
     assert re.search(r"dcp_to_hf: 100%.*(\d+)k/\1k", capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""Weights both ways by the commands themselves: make, the seed's mm-convert, scripts from another folder."""
+"""Conversion in both directions by make and by the installed mm-convert."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def run(*command: str, cwd: Path = ROOT) -> str:
     [("hub", {}), ("per_expert", {"mtp": False}), ("stacked", {}), ("hub", {"moe": False, "tied": True})],
     ids=["hub", "one tensor an expert", "stacked", "tied"],
 )
-def test_there_by_the_seeds_words_and_back_by_make(tmp_path, layout, kind):
+def test_mm_convert_to_dcp_and_make_export_round_trip(tmp_path, layout, kind):
     folder = write_folder(tmp_path / "hf", layout=layout, **kind)
     dcp, out = tmp_path / "mm_path" / "model", tmp_path / "out"
     tie = ("--tie_weight_mapping", TIE) if kind.get("tied") else ()
-    seed = ("GenericDCPConverter", "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp), *tie)
-    run(str(ROOT / ".venv/bin/mm-convert"), *seed, cwd=tmp_path)
+    arguments = ("GenericDCPConverter", "hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp), *tie)
+    run(str(ROOT / ".venv/bin/mm-convert"), *arguments, cwd=tmp_path)
     assert sorted(path.name for path in dcp.iterdir()) == ["latest_checkpointed_iteration.txt", "release"]
     run("make", "export", f"DCP={dcp}", f"HF={folder}", f"OUT={out}")
     assert {path.name: path.read_bytes() for path in folder.iterdir()}.items() <= {
@@ -37,11 +37,11 @@ def test_there_by_the_seeds_words_and_back_by_make(tmp_path, layout, kind):
     }.items()
 
 
-def test_there_by_make_and_back_by_the_seeds_words(tmp_path):
+def test_make_convert_and_mm_convert_to_hf_round_trip(tmp_path):
     folder = write_folder(tmp_path / "hf", moe=False, tied=True)
     run("make", "convert", f"HF={folder}", f"DCP={tmp_path / 'dcp'}", f"TIE={TIE}")
-    seed = ("dcp_to_hf", "--dcp_dir", "dcp/release", "--origin_hf_dir", "hf", "--save_hf_dir", "out")
-    told = run(str(ROOT / ".venv/bin/mm-convert"), "GenericDCPConverter", *seed, cwd=tmp_path)
-    assert "tensors" in told
+    arguments = ("dcp_to_hf", "--dcp_dir", "dcp/release", "--origin_hf_dir", "hf", "--save_hf_dir", "out")
+    output = run(str(ROOT / ".venv/bin/mm-convert"), "GenericDCPConverter", *arguments, cwd=tmp_path)
+    assert "tensors" in output
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name

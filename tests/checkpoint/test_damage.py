@@ -1,4 +1,4 @@
-"""Damaged and mixed-up checkpoints: read as they were written, or refused in one line that names the file."""
+"""Damaged and mixed-up checkpoints are refused in one line that names the file."""
 
 import copy
 import json
@@ -20,18 +20,16 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from qwen35.checkpoint import checksums as checksums_module
-from qwen35.checkpoint.checksums import checksums, read_box_checked
+from qwen35.checkpoint.checksums import checksums, read_slice_checked
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
-from qwen35.checkpoint.dcp_folder import keep_newest, marker_content, newest_checkpoint, settle
+from qwen35.checkpoint.dcp_folder import keep_newest, manifest_content, newest_checkpoint, repair_save_folder
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import Box, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
-BEFORE = (
-    DATA / "checkpoint_of_before"
-)  # written by the version of this program that had neither tensors.json nor checksums
+BEFORE = DATA / "checkpoint_of_before"  # format 1, without tensors.json and checksums
 
 
 def small(width: int = 400) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -56,7 +54,7 @@ def save(folder: Path, *steps: int) -> list[Path]:
 
 
 def load(path: Path, width: int = 400) -> dict:
-    """All that a resume takes from a checkpoint."""
+    """Everything that a resume reads from a checkpoint."""
     model, optimizer = small(width)
     loaded = load_checkpoint(path, model, optimizer)
     state = {name: p.detach() for name, p in model.named_parameters()}
@@ -73,7 +71,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def refusal(read) -> str:
-    """The one line of the error with which something is refused; "" if it is not, and is right."""
+    """The one-line error of a read that is refused; "" if it succeeds."""
     try:
         assert read()
     except CheckpointError as error:
@@ -84,7 +82,7 @@ def refusal(read) -> str:
     return line
 
 
-# -- a bit, a file, a folder ------------------------------------------------------------------------------------------
+# -- flipped bits, exchanged files, renamed folders ------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
-    """Every file, bits all over it. What is not read, DCP's own description and its archives' frames, may differ."""
+    """In every file. Only .metadata and the frames of archives, which are not read, may differ."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     checkpoint, wanted = folder / "iter_0000004", load(run / "iter_0000004")
@@ -109,8 +107,8 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
             path.write_bytes(data)
             if words := refusal(lambda: same(load(checkpoint), wanted)):
                 assert str(path) in words
-                if path.name != "complete.json":  # which may no longer be JSON: then it is one that was interrupted
-                    assert words.endswith("; move it away; iter_0000002 follows"), words
+                if path.name != "complete.json":  # if not JSON, it counts as interrupted
+                    assert words.endswith("; move it away to use iter_0000002"), words
                 refused[path.name] += 1
         path.write_bytes(content)
     assert refused.pop(".metadata") == 0
@@ -119,7 +117,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.trained", "optimizer.exp_avg.trained", "optimizer.step.gate", "model.frozen"])
-def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
+def test_flipped_bits_of_a_tensor_are_refused(run, tmp_path, name):
     checkpoint = tmp_path / "iter_0000004"
     shutil.copytree(run / checkpoint.name, checkpoint)
     (chunk,) = json.loads((checkpoint / "tensors.json").read_text())[name]["chunks"]
@@ -134,11 +132,13 @@ def test_every_bit_of_a_tensor_counts(run, tmp_path, name):
         data = bytearray(content)
         data[chunk["begin"] + place] ^= 16
         file.write_bytes(data)
-        with pytest.raises(CheckpointError, match=rf"__0_0\.distcp: is damaged where {name} lies: .* no older one"):
+        with pytest.raises(
+            CheckpointError, match=rf"__0_0\.distcp: is damaged at {name}: .* no older checkpoint is complete"
+        ):
             load(checkpoint)
 
 
-def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
+def test_every_flipped_bit_of_a_format_1_tensor_is_refused(tmp_path):
     checkpoint, found = tmp_path / "iter_0000007", load(BEFORE, 4)
     shutil.copytree(BEFORE / checkpoint.name, checkpoint)
     (file,) = checkpoint.glob("*.distcp")
@@ -150,50 +150,50 @@ def test_every_bit_of_a_tensor_counts_that_was_written_before(tmp_path):
             data = bytearray(content)
             data[content.index(value) + place] ^= 1
             file.write_bytes(data)
-            assert "is damaged where " in refusal(lambda: load(checkpoint, 4)), (name, place)
+            assert "is damaged at " in refusal(lambda: load(checkpoint, 4)), (name, place)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "extra.json", "rank_00000.json", "tensors.json", "complete.json"])
 def test_a_file_of_another_step_is_refused(run, tmp_path, name):
-    """Of the same size, so that nothing but what is in it tells."""
+    """Of the same size, so that only its content tells."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     ours, other = folder / "iter_0000004" / name, folder / "iter_0000002" / name
     content = other.read_bytes()
-    if content == ours.read_bytes():  # the extras of this run: as another would have them
+    if content == ours.read_bytes():  # the extras of both steps are the same
         content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
     assert len(content) == ours.stat().st_size
     ours.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*; move it away; iter_0000002 follows"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*; move it away to use iter_0000002"):
         load(folder)
 
 
 def test_a_renamed_folder_is_refused(run, tmp_path):
-    """A whole checkpoint under another step's name, as it is and as it was written before."""
+    """A complete checkpoint under another step's name, in today's format and the one before."""
     for name in ("run", "before"):
         folder = tmp_path / name
         shutil.copytree(run, folder)
         if name == "before":
             as_before(folder / "iter_0000004")
         (folder / "iter_0000004").rename(folder / "iter_0000008")
-        words = r"iter_0000008/complete\.json: it is that of iter_0000004; move it away; iter_0000002 follows"
-        for use in (newest_checkpoint, load, settle):
+        words = r"iter_0000008/complete\.json: it belongs to iter_0000004; move it away to use iter_0000002"
+        for use in (newest_checkpoint, load, repair_save_folder):
             with pytest.raises(CheckpointError, match=words):
                 use(folder)
         (folder / "iter_0000008").rename(folder / "the_best")
-        assert same(load(folder / "the_best"), load(run / "iter_0000004"))  # any name that is no step's
+        assert same(load(folder / "the_best"), load(run / "iter_0000004"))  # a name that means no step
 
 
-def test_a_format_of_the_future_is_refused(run, tmp_path):
+def test_newer_format_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    marker = tmp_path / "run/iter_0000004/complete.json"
-    marker.write_text(marker.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(CheckpointError, match=r"complete\.json: format 3, which this version"):
+    manifest = tmp_path / "run/iter_0000004/complete.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match=r"complete\.json: format 3 is newer"):
         load(tmp_path / "run")
 
 
-def test_what_was_written_before_is_read():
-    """The values are those that wrote it; of its bytes only torch's archives have checksums."""
+def test_format_1_checkpoint_is_read():
+    """A folder of format 1, of which only torch's archives have checksums."""
     found = load(BEFORE, 4)
     model, optimizer = small(4)
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_what_was_written_before_is_read():
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_torch_reads_what_a_run_saves(run):
+def test_torch_reads_a_training_checkpoint(run):
     wanted = load(run / "iter_0000004")
     state = {f"model.{name}": torch.zeros_like(wanted[name]) for name in ("trained", "gate", "frozen")}
     state["optimizer.exp_avg.trained"] = torch.zeros(3, 400)
@@ -218,16 +218,18 @@ def test_torch_reads_what_a_run_saves(run):
         assert torch.equal(value, wanted[name.removeprefix("model.").removeprefix("optimizer.")])
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_part_is_read_out_of_its_blocks(tmp_path, data):
-    """The elements themselves; of the bytes, those of its blocks; and damage is seen if it lies in one of them."""
+def test_any_region_is_read_and_checked_by_blocks(tmp_path, data):
+    """Any region is read correctly, and damage is noticed exactly if it is in one of its blocks."""
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     start = [data.draw(st.integers(0, n - 1)) for n in shape]
-    box = Box(tuple(start), tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True)))
+    region = TensorSlice(
+        tuple(start), tuple(data.draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True))
+    )
     block = data.draw(st.sampled_from([4, 8, 16, 64, 2**18]))
     values = torch.randn(shape)
     with pytest.MonkeyPatch.context() as patched:
@@ -239,15 +241,15 @@ def test_any_part_is_read_out_of_its_blocks(tmp_path, data):
         )
         content = b"abc" + raw_bytes(values).tobytes() + b"more"
         file.write_bytes(content)
-        assert torch.equal(read_box_checked(file, entry, wanted, box), values[box.slices()])
+        assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
         place = data.draw(st.integers(0, values.nbytes - 1))
         file.write_bytes(content[: 3 + place] + bytes([content[3 + place] ^ 1]) + content[4 + place :])
-        blocks = {n * 4 // block for n in torch.arange(values.numel()).view(shape)[box.slices()].flatten().tolist()}
+        blocks = {n * 4 // block for n in torch.arange(values.numel()).view(shape)[region.slices()].flatten().tolist()}
         if place // block in blocks:
             with pytest.raises(checksums_module.ChecksumError):
-                read_box_checked(file, entry, wanted, box)
+                read_slice_checked(file, entry, wanted, region)
         else:
-            assert torch.equal(read_box_checked(file, entry, wanted, box), values[box.slices()])
+            assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
 
 
 def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
@@ -260,13 +262,17 @@ def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
         return got
 
     monkeypatch.setattr(os, "preadv", counting)
-    for box in (Box((700, 0), (800, 1000)), Box((700, 0), (2, 1000)), Box((700, 10), (800, 3))):
+    for region in (
+        TensorSlice((700, 0), (800, 1000)),
+        TensorSlice((700, 0), (2, 1000)),
+        TensorSlice((700, 10), (800, 3)),
+    ):
         counts.clear()
-        assert torch.equal(read_box_checked(tmp_path / "file", entry, wanted, box), values[box.slices()])
-        assert sum(counts) <= box.size[0] * 4000 + 2 * checksums_module.BLOCK
+        assert torch.equal(read_slice_checked(tmp_path / "file", entry, wanted, region), values[region.slices()])
+        assert sum(counts) <= region.lengths[0] * 4000 + 2 * checksums_module.BLOCK
 
 
-# -- descriptions that lie ----------------------------------------------------------------------------------------------
+# -- false descriptions ----------------------------------------------------------------------------
 
 LIES = {
     "two chunks over each other": ([[0, 0], [1, 0]], [[2, 4], [2, 4]], "do not hold each element once"),
@@ -279,7 +285,7 @@ LIES = {
     "no chunk": ([], [], "do not hold each element once"),
     "outside": ([[0, 0], [2, 0]], [[2, 4], [2, 4]], "lies outside of it"),
     "before the beginning": ([[-1, 0], [1, 0]], [[2, 4], [2, 4]], "not made of whole numbers"),
-    "of other axes": ([[0], [2]], [[2], [1]], "has other axes"),
+    "of other axes": ([[0], [2]], [[2], [1]], "has another number of axes"),
     "rows": ([[0, 0], [2, 0]], [[2, 4], [1, 4]], None),
     "columns": ([[0, 0], [0, 1]], [[3, 1], [3, 3]], None),
     "cut across and again": ([[0, 0], [0, 1], [2, 1]], [[3, 1], [2, 3], [1, 3]], None),
@@ -288,7 +294,7 @@ LIES = {
 
 @pytest.mark.parametrize("form", ["json", "metadata"])
 @pytest.mark.parametrize("lie", LIES)
-def test_each_element_is_there_once(tmp_path, lie, form):
+def test_chunks_must_hold_each_element_once(tmp_path, lie, form):
     starts, sizes, words = LIES[lie]
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
@@ -316,7 +322,7 @@ def test_each_element_is_there_once(tmp_path, lie, form):
     if words is None:
         source = DCPSource(checkpoint)
         if form == "json":
-            assert torch.equal(source.read("x", Box((0, 0), (3, 4))), values)
+            assert torch.equal(source.read("x", TensorSlice((0, 0), (3, 4))), values)
         return
     with pytest.raises(CheckpointError, match=rf"is broken or not DCP's: .*{words}") as caught:
         DCPSource(checkpoint)
@@ -324,7 +330,7 @@ def test_each_element_is_there_once(tmp_path, lie, form):
 
 
 def write_marker(checkpoint: Path, step: int = 1) -> None:
-    (checkpoint / "complete.json").write_text(json.dumps(marker_content(checkpoint, step)))
+    (checkpoint / "complete.json").write_text(json.dumps(manifest_content(checkpoint, step)))
 
 
 def write_metadata(checkpoint: Path, starts, sizes, **info) -> None:
@@ -355,19 +361,19 @@ class Pickles:
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({"relative_path": "../data"}, "lies in no file of this checkpoint"),
-        ({"relative_path": "/etc/passwd"}, "lies in no file of this checkpoint"),
-        ({"relative_path": "gone"}, "lies in no file of this checkpoint"),
-        ({"relative_path": 7}, "lies in no file of this checkpoint"),
-        ({"offset": -8}, "another size than its bytes"),
+        ({"relative_path": "../data"}, "its file is not one of this checkpoint"),
+        ({"relative_path": "/etc/passwd"}, "its file is not one of this checkpoint"),
+        ({"relative_path": "gone"}, "its file is not one of this checkpoint"),
+        ({"relative_path": 7}, "its file is not one of this checkpoint"),
+        ({"offset": -8}, "does not have the size of its bytes"),
         ({"offset": 9_500}, "lies beyond the end of data"),
-        ({"length": 47}, "another size than its bytes"),
-        ({"length": 2**64}, "another size than its bytes"),
-        ({"length": True}, "another size than its bytes"),
+        ({"length": 47}, "does not have the size of its bytes"),
+        ({"length": 2**64}, "does not have the size of its bytes"),
+        ({"length": True}, "does not have the size of its bytes"),
         ({"transform_descriptors": ["zstd"]}, "in a form that is not supported"),
     ],
 )
-def test_bytes_lie_in_the_checkpoints_files(tmp_path, info, words):
+def test_chunks_outside_of_files_are_refused(tmp_path, info, words):
     (tmp_path / "data").write_bytes(bytes(10_000))
     write_metadata(tmp_path, [[0, 0]], [[3, 4]], **info)
     with pytest.raises(CheckpointError, match=rf"\.metadata is broken or not DCP's: .*{words}"):
@@ -398,7 +404,7 @@ ODD = st.sampled_from(
 
 
 def changed(data, value):
-    """JSON with something in it replaced, removed, added or doubled."""
+    """JSON with one value replaced, removed, added or doubled."""
     way = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "odd", "remove", "add"]))
     if way == "odd" or not isinstance(value, dict | list) or not value:
         return data.draw(ODD)
@@ -417,8 +423,8 @@ def changed(data, value):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_changed_descriptions(run, tmp_path, data):
-    """With checksums that are right, as one who wants to harm would write them: short and printable, or read."""
+def test_changed_json_is_read_or_refused(run, tmp_path, data):
+    """Even with forged checksums; the message is short and printable."""
     checkpoint = tmp_path / "iter_0000004"
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(run / checkpoint.name, checkpoint)
@@ -431,7 +437,7 @@ def test_changed_descriptions(run, tmp_path, data):
     assert len(words) < 1000 and words.isprintable()
 
 
-# -- pickles ----------------------------------------------------------------------------------------------------------
+# -- pickles ---------------------------------------------------------------------------------------
 
 GOOD = (BEFORE / "iter_0000007/.metadata").read_bytes()
 CLASSES = (Path, type(Path("/")), torch.Size, *vars(dcp_metadata).values())
@@ -439,7 +445,7 @@ CLASSES = (Path, type(Path("/")), torch.Size, *vars(dcp_metadata).values())
 
 @dataclass
 class World:
-    """What a pickle must not change."""
+    """The attributes of classes that a pickle must not change."""
 
     attributes: dict
 
@@ -449,7 +455,7 @@ class World:
 
 
 def deep(count: int) -> bytes:
-    """A tuple in a tuple in a tuple, as the key of a dict: to hash it takes the machine's stack."""
+    """Nested tuples as the key of a dict: hashing it would overflow the stack."""
     return b"\x80\x04}" + b")" + b"\x85" * count + b"Ns."
 
 
@@ -509,8 +515,8 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_changed_pickles(tmp_path, data):
-    """Bytes of a good one changed, cut, doubled, with others put in; or instructions at random: data, or one line."""
+def test_changed_pickles_are_data_or_refused(tmp_path, data):
+    """A changed pickle, or random opcodes, are read as data or refused in one line."""
     content = bytearray(GOOD if data.draw(st.booleans()) else b"\x80\x04")
     for _ in range(data.draw(st.integers(1, 8))):
         place = data.draw(st.integers(0, len(content)))
@@ -526,13 +532,15 @@ def test_changed_pickles(tmp_path, data):
 
     def read() -> bool:
         source = DCPSource(tmp_path)
-        return all(source.read(name, Box.whole(spec.shape)).shape == spec.shape for name, spec in source.specs.items())
+        return all(
+            source.read(name, TensorSlice.full(spec.shape)).shape == spec.shape for name, spec in source.specs.items()
+        )
 
     refusal(read)
     assert World.now() == before
 
 
-def test_a_pickle_is_data():
+def test_pickles_are_read_as_data():
     class Thing:
         def __init__(self):
             self.a = {"k": (1, [2**40, -1, None, True])}
@@ -551,63 +559,58 @@ def test_a_pickle_is_data():
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", bytes(2000), b"PK\x05\x06" + bytes(18)])
-def test_an_archive_of_before_that_is_none(tmp_path, content):
+def test_damaged_format_1_archive_is_refused(tmp_path, content):
     shutil.copytree(BEFORE / "iter_0000007", tmp_path / "iter_0000007")
     file = tmp_path / "iter_0000007/__0_0.distcp"
     file.write_bytes(content.ljust(file.stat().st_size, b"\0"))
     with pytest.raises(
-        CheckpointError, match=r"__0_0\.distcp: is damaged where .* lies: it is no archive of torch's; move"
+        CheckpointError, match=r"__0_0\.distcp: is damaged at .*: it is not an archive written by torch; move"
     ):
         load(tmp_path, 4)
 
 
-# -- after a stop -----------------------------------------------------------------------------------------------------
+# -- after an interruption -------------------------------------------------------------------------
 
 
-def test_what_is_passed_over_is_said_and_kept(run, tmp_path):
+def test_incomplete_checkpoint_is_renamed_and_reported(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     broken = folder / "iter_0000004"
     for number in ("", "1"):
         os.truncate(broken / "__0_0.distcp", 100)
-        (line, named) = settle(folder)
-        assert line.startswith(f"{broken} is not whole ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
-        assert line.endswith(
-            f": it is now iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002"
-        )
-        assert (
-            named
-            == f"{folder}/latest_checkpointed_iteration.txt names iter_0000002 now, which was whole before it was named"
-        )
+        (line, named) = repair_save_folder(folder)
+        assert line.startswith(f"{broken} is incomplete ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
+        assert f"): renamed to iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002" in line
+        assert named.startswith(f"{folder}/latest_checkpointed_iteration.txt now names iter_0000002: ")
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
-        assert settle(folder) == []
+        assert repair_save_folder(folder) == []
         shutil.copytree(run / "iter_0000004", broken)
         (folder / "latest_checkpointed_iteration.txt").write_text("4")
     (broken / ".metadata").unlink()
-    assert f"({broken}/.metadata: no such file)" in settle(folder)[0]
+    assert f"({broken}/.metadata: no such file)" in repair_save_folder(folder)[0]
     assert sorted(path.name for path in folder.glob("*.damaged*")) == [f"iter_0000004.damaged{n}" for n in ("", 1, 2)]
     keep_newest(folder, 1)
     assert len(list(folder.glob("*.damaged*"))) == 3
 
 
-def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run, tmp_path):
+def test_run_without_a_complete_checkpoint_does_not_start_anew(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for path in folder.glob("iter_*"):
         (path / "complete.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"no whole checkpoint in it; .*iter_0000004/complete\.json: no such file\. Move"
+        CheckpointError, match=r"no complete checkpoint in it; .*iter_0000004/complete\.json: no such file\. Move"
     ):
-        settle(folder)
+        repair_save_folder(folder)
 
 
-def test_the_latest_is_named_after_a_kill(run, tmp_path):
-    """Between the last rename and the naming; a number that is none, or of many digits, names nothing."""
+def test_latest_file_is_repaired_after_a_kill(run, tmp_path):
+    """Between the last rename and the update of the file, which may hold anything."""
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     latest = folder / "latest_checkpointed_iteration.txt"
     for text in ("2", "", "9" * 5000, "²", "release"):
         latest.write_text(text)
         assert same(load(folder), load(run / "iter_0000004"))
-        assert "names iter_0000004 now" in settle(folder)[0]
+        assert "now names iter_0000004" in repair_save_folder(folder)[0]
         assert latest.read_text() == "4"

@@ -1,4 +1,4 @@
-"""DCP checkpoints in one process: save and resume, which one is chosen, and what is refused."""
+"""DCP checkpoints in one process: save, resume, choice of a checkpoint, and refusals."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen35.checkpoint import dcp_write, release
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint, training_state
-from qwen35.checkpoint.dcp_folder import about, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import Box, TensorSource, pieces
+from qwen35.checkpoint.slices import MemorySource, TensorSlice, pieces
 
 
 def small_model(width: int = 4) -> torch.nn.Module:
@@ -43,8 +43,8 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, use_all: bool
     optimizer.zero_grad()
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
-    """Optimizer state where there is some; none for what never had a gradient, and it may begin later."""
+def test_resume_is_bit_exact(tmp_path):
+    """A parameter without a gradient has no optimizer state, and may get it after the resume."""
     model = small_model()
     optimizer = adam(model)
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path):
         assert torch.equal(optimizer.state[model.unused][key], other.state[resumed.unused][key])
 
 
-def test_names_of_the_state():
+def test_state_names_model_and_optimizer_tensors():
     model = small_model()
     optimizer = adam(model)
     step(model, optimizer)
@@ -79,7 +79,7 @@ def test_names_of_the_state():
     assert "model.trained" in training_state(wrapped, None)
 
 
-def test_what_is_frozen_after_a_resume_drops_its_state(tmp_path):
+def test_frozen_parameter_loses_its_optimizer_state_on_resume(tmp_path):
     model = small_model()
     optimizer = adam(model)
     step(model, optimizer)
@@ -90,7 +90,7 @@ def test_what_is_frozen_after_a_resume_drops_its_state(tmp_path):
     assert set(other.state) == {model.trained}
 
 
-def test_extras_come_back_exactly(tmp_path):
+def test_extras_round_trip_exactly(tmp_path):
     extra = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -111,7 +111,7 @@ def test_extras_come_back_exactly(tmp_path):
     assert decode(json.loads(json.dumps(encode({"x": 1e-310})))) == {"x": 1e-310}
 
 
-def test_an_extra_that_cannot_be_kept_is_named(tmp_path):
+def test_unsupported_extra_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"iter_0000001 cannot be written: extra\.rng\[1\]: object cannot"):
         save_checkpoint(tmp_path, 1, small_model(), extra={"rng": [1, object()]})
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path):
     assert torch.equal(wide.trained, model.trained.float())
 
 
-# -- which checkpoint is chosen ---------------------------------------------------------------------------------------
+# -- which checkpoint is chosen --------------------------------------------------------------------
 
 
 def test_half_written_checkpoints_are_never_chosen(tmp_path):
@@ -138,36 +138,34 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
     iters = {n: tmp_path / f"iter_{n:07}" for n in (1, 3, 20)}
     assert newest_checkpoint(tmp_path) == iters[20]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
-    assert (
-        resolve_load(tmp_path) == iters[20]
-    )  # as a run goes on, whatever is named there: its writing may be what failed
-    assert about(tmp_path, iters[20]) == [
-        f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003; iter_0000020 is taken, the newest that is whole"
+    assert resolve_load(tmp_path) == iters[20]  # whatever the file says, whose update may have failed
+    assert load_notes(tmp_path, iters[20]) == [
+        f"{tmp_path}/latest_checkpointed_iteration.txt names iter_0000003, but iter_0000020 is newer and complete, and is used"
     ]
-    assert about(iters[3], iters[3]) == []  # by its own name, one may go back
+    assert load_notes(iters[3], iters[3]) == []  # an older checkpoint may be named explicitly
     shutil.copytree(iters[20], tmp_path / "iter_0000030.tmp")
     assert newest_checkpoint(tmp_path) == iters[20]
     (iters[20] / "complete.json").unlink()
     assert newest_checkpoint(tmp_path) == iters[3]
-    assert about(tmp_path, iters[3]) == [
-        f"{iters[20]} is passed over, for it is not whole ({iters[20]}/complete.json: no such file)"
+    assert load_notes(tmp_path, iters[3]) == [
+        f"{iters[20]} is incomplete and was skipped ({iters[20]}/complete.json: no such file)"
     ]
-    with pytest.raises(CheckpointError, match="iter_0000020: not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="iter_0000020: not a complete checkpoint"):
         resolve_load(iters[20])
     data = next(iters[3].glob("*.distcp"))
     os.truncate(data, data.stat().st_size - 1)
     assert newest_checkpoint(tmp_path) == resolve_load(tmp_path) == resolve_load(iters[1]) == iters[1]
     (iters[1] / "complete.json").write_text("{")
     assert newest_checkpoint(tmp_path) is None
-    with pytest.raises(CheckpointError, match="no whole checkpoint in it"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint in it"):
         resolve_load(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("moment", ["describe", "write_latest", "marker_content"])
-def test_interrupted_saves(tmp_path, monkeypatch, moment):
-    """Stopped at any of these moments, the newest whole checkpoint is the one before, or the new one in full."""
+@pytest.mark.parametrize("moment", ["describe", "write_latest", "manifest_content"])
+def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch, moment):
+    """Whichever call is interrupted, the newest complete checkpoint is the old or the new one."""
     model = small_model()
     save_checkpoint(tmp_path, 1, model)
 
@@ -176,12 +174,12 @@ def test_interrupted_saves(tmp_path, monkeypatch, moment):
 
     with monkeypatch.context() as patched:
         patched.setattr(dcp_write, moment, interrupt)
-        patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # as kill -9: nobody tidies up
-        # the first is inside of DCP, which packs it up
+        patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # like kill -9, which cleans nothing up
+        # the first is called inside DCP, which wraps the error
         with pytest.raises(CheckpointException if moment == "describe" else KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, model)
     assert newest_checkpoint(tmp_path).name == ("iter_0000002" if moment == "write_latest" else "iter_0000001")
-    save_checkpoint(tmp_path, 2, model)  # what was left is no obstacle
+    save_checkpoint(tmp_path, 2, model)  # leftovers are no obstacle
     assert newest_checkpoint(tmp_path).name == "iter_0000002"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "iter_0000001",
@@ -190,7 +188,7 @@ def test_interrupted_saves(tmp_path, monkeypatch, moment):
     ]
 
 
-def test_a_checkpoint_is_replaced_whole(tmp_path):
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
     model = small_model()
     save_checkpoint(tmp_path, 1, model)
     model.trained.data.fill_(7)
@@ -214,8 +212,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_no_user_can_mend_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
-    """As the loss of a loader's worker, which torch raises in the middle of whatever is done: another start may help."""
+def test_killed_loader_worker_is_not_reported_as_a_write_error(tmp_path, monkeypatch):
+    """Such as the loss of a DataLoader worker, which torch raises anywhere: a restart may help."""
 
     def lost(*args, **kwargs):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
@@ -226,7 +224,7 @@ def test_what_no_user_can_mend_is_not_told_as_a_full_disk(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-# -- what does not fit ------------------------------------------------------------------------------------------------
+# -- mismatches ------------------------------------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_one_error(tmp_path):
@@ -262,7 +260,7 @@ def test_mtp_is_left_out_for_a_model_without_it(tmp_path):
 
 def test_converted_weights_leave_the_optimizer_alone(tmp_path):
     model = small_model()
-    write_release(TensorSource({n: p.bfloat16() for n, p in model.named_parameters()}), tmp_path)
+    write_release(MemorySource({n: p.bfloat16() for n, p in model.named_parameters()}), tmp_path)
     optimizer = adam(model)
     step(model, optimizer)
     loaded = load_checkpoint(tmp_path, model, optimizer)
@@ -271,7 +269,7 @@ def test_converted_weights_leave_the_optimizer_alone(tmp_path):
 
 
 def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
-    """.metadata is a pickle: one that names anything but DCP's own classes runs nothing."""
+    """.metadata is a pickle; nothing that it names is called."""
     save_checkpoint(tmp_path, 1, small_model())
     metadata = tmp_path / "iter_0000001" / ".metadata"
 
@@ -280,7 +278,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path}/evil",)
 
     module = b"torch.distributed.checkpoint.metadata"
-    sly = [  # by way of what the module has imported: protocol 4, module, name, STACK_GLOBAL
+    sly = [  # names that the module has imported: protocol 4, module, name, STACK_GLOBAL
         b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93."
         for name in (b"os", b"os.system", b"__builtins__", b"MetadataIndex.__init__")
     ]
@@ -293,15 +291,19 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-def test_parts_of_tensors_in_pieces(tmp_path, monkeypatch):
-    """A tensor written in many pieces is read in any part."""
-    monkeypatch.setattr(release, "pieces", lambda box, size: pieces(box, size, 64))
+def test_tensor_written_in_pieces_is_read_in_any_region(tmp_path, monkeypatch):
+    """A tensor written in many pieces is read in any region."""
+    monkeypatch.setattr(release, "pieces", lambda region, size: pieces(region, size, 64))
 
     whole = torch.randn(9, 5, 7)
     seen = []
-    write_release(TensorSource({"x": whole, "scalar": torch.tensor(2)}), tmp_path, seen.append)
+    write_release(MemorySource({"x": whole, "scalar": torch.tensor(2)}), tmp_path, seen.append)
     assert sum(seen) == whole.nbytes + 8
     source = DCPSource(resolve_load(tmp_path))
-    for box in (Box((0, 0, 0), (9, 5, 7)), Box((3, 1, 2), (5, 3, 4)), Box((8, 4, 6), (1, 1, 1))):
-        assert torch.equal(source.read("x", box), whole[box.slices()])
-    assert source.read("scalar", Box((), ())).item() == 2
+    for region in (
+        TensorSlice((0, 0, 0), (9, 5, 7)),
+        TensorSlice((3, 1, 2), (5, 3, 4)),
+        TensorSlice((8, 4, 6), (1, 1, 1)),
+    ):
+        assert torch.equal(source.read("x", region), whole[region.slices()])
+    assert source.read("scalar", TensorSlice((), ())).item() == 2

@@ -1,4 +1,4 @@
-"""DCP's files read by byte ranges, against torch's own reader and writer; what is no plain tensor is refused."""
+"""DCP's files read by byte ranges, compared with torch's own reader and writer."""
 
 import io
 import os
@@ -14,14 +14,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from qwen35.checkpoint import dcp_item
 from qwen35.checkpoint import release as release_module
-from qwen35.checkpoint.checksums import read_box_checked
+from qwen35.checkpoint.checksums import read_slice_checked
 from qwen35.checkpoint.dcp_folder import resolve_load
-from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_item
+from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_archived_tensor
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import Box, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSpec, pieces
 from qwen35.checkpoint.threads import THREADS, share_out
 
 TENSORS = {
@@ -32,7 +32,7 @@ TENSORS = {
     "count": torch.tensor(7),
     "empty": torch.zeros(0, 4),
 }
-BOXES = {
+REGIONS = {
     "wide": [((0, 0, 0), (7, 6, 5)), ((2, 0, 0), (3, 6, 5)), ((1, 2, 3), (5, 3, 1))],
     "brain": [((3, 0), (2, 5)), ((0, 1), (12, 2))],
     "turned": [((0, 0), (5, 12)), ((1, 2), (3, 4))],
@@ -43,26 +43,26 @@ BOXES = {
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_what_torch_saves_is_read_in_any_part(tmp_path):
+def test_files_of_torch_are_read_in_any_region(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in TENSORS.items()}
     dcp.save({**state, "model.notes": {"no": "tensor"}}, checkpoint_id=tmp_path, no_dist=True)
     source = DCPSource(tmp_path)
     assert set(source) == set(TENSORS)
     for name, tensor in TENSORS.items():
-        for box in (Box(*b) for b in BOXES[name]):
-            values = source.read(name, box)
+        for region in (TensorSlice(*b) for b in REGIONS[name]):
+            values = source.read(name, region)
             assert values.dtype == tensor.dtype
-            assert torch.equal(values, tensor[box.slices()]), (name, box)
+            assert torch.equal(values, tensor[region.slices()]), (name, region)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_torch_reads_a_release(tmp_path, monkeypatch):
-    """Written in many pieces by several threads; torch's own reader finds each tensor whole."""
-    monkeypatch.setattr(release_module, "pieces", lambda box, size: pieces(box, size, 64))
-    monkeypatch.setattr(release_module, "SMALL", 0)
-    told = []
-    write_release(TensorSource(TENSORS), tmp_path, told.append)
-    assert sum(told) == sum(t.nbytes for t in TENSORS.values())
+    """Written in many pieces by several threads, each tensor is complete for torch's own reader."""
+    monkeypatch.setattr(release_module, "pieces", lambda region, size: pieces(region, size, 64))
+    monkeypatch.setattr(release_module, "ONE_FILE_BYTES", 0)
+    progress = []
+    write_release(MemorySource(TENSORS), tmp_path, progress.append)
+    assert sum(progress) == sum(t.nbytes for t in TENSORS.values())
     assert len(list((tmp_path / "release").glob("*.distcp"))) == THREADS
     state = {f"model.{name}": torch.full_like(tensor, 99) for name, tensor in TENSORS.items()}
     dcp.load(state, checkpoint_id=tmp_path / "release", no_dist=True)
@@ -72,7 +72,7 @@ def test_torch_reads_a_release(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
-    """However large the piece that was stored, which is read whole once, with its description, to compare its checksum."""
+    """Whatever the size of the chunk, which is read once as a whole to compare its checksum."""
     tensor = torch.arange(3_000_000, dtype=torch.float32).view(3000, 1000)
     state = {"model.x": tensor}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
@@ -83,18 +83,18 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
         return got
 
     monkeypatch.setattr(os, "preadv", counting)
-    assert torch.equal(source.read("x", Box((7, 0), (2, 1000))), tensor[7:9])
+    assert torch.equal(source.read("x", TensorSlice((7, 0), (2, 1000))), tensor[7:9])
     assert 12_000_000 + 8000 < sum(counts) < 12_000_000 + 8000 + 8192
     counts.clear()
-    assert torch.equal(source.read("x", Box((7, 10), (2, 5))), tensor[7:9, 10:15])
+    assert torch.equal(source.read("x", TensorSlice((7, 10), (2, 5))), tensor[7:9, 10:15])
     assert counts == [20, 20]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("has_checksums", [True, False])
-def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums):
-    """Those of torch.save, wherever the damage lies in a tensor of several pieces; where they were left out nothing is said."""
-    monkeypatch.setattr(dcp_item, "PIECE", 1000)
+def test_archive_checksums_are_verified(tmp_path, monkeypatch, has_checksums):
+    """Those of torch.save, wherever the damage is; without them it goes unnoticed."""
+    monkeypatch.setattr(dcp_item, "PIECE_BYTES", 1000)
     values = {"model.x": torch.randn(30, 20), "model.empty": torch.zeros(0, 3), "model.y": torch.ones(2)}
     torch.serialization.set_crc32_options(has_checksums)
     try:
@@ -103,7 +103,7 @@ def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums)
         torch.serialization.set_crc32_options(True)
     source = DCPSource(tmp_path)
     for name, value in values.items():
-        assert torch.equal(source.read(name[6:], Box.whole(value.shape)), value)
+        assert torch.equal(source.read(name[6:], TensorSlice.full(value.shape)), value)
     (file,) = (path for path in tmp_path.glob("*.distcp") if path.stat().st_size)
     content, of_x = file.read_bytes(), raw_bytes(values["model.x"]).tobytes()
     for place in (0, 1500, 2399):
@@ -111,27 +111,27 @@ def test_the_checksums_of_an_archive_count(tmp_path, monkeypatch, has_checksums)
         damaged[content.index(of_x) + place] ^= 16
         file.write_bytes(damaged)
         source = DCPSource(tmp_path)
-        assert torch.equal(source.read("y", Box((0,), (2,))), values["model.y"])
+        assert torch.equal(source.read("y", TensorSlice((0,), (2,))), values["model.y"])
         if has_checksums:
-            with pytest.raises(
-                CheckpointError, match=r"is damaged where model\.x lies: a checksum is not that of what"
-            ):
-                source.read("x", Box((7, 3), (1, 2)))
+            with pytest.raises(CheckpointError, match=r"is damaged at model\.x: a checksum does not match"):
+                source.read("x", TensorSlice((7, 3), (1, 2)))
         else:
-            assert not torch.equal(source.read("x", Box((0, 0), (30, 20))), values["model.x"])
+            assert not torch.equal(source.read("x", TensorSlice((0, 0), (30, 20))), values["model.x"])
 
 
 @pytest.mark.parametrize("dtype", STORAGES.values(), ids=str)
-def test_every_dtype_anywhere_in_a_file(tmp_path, dtype):
+def test_every_dtype_round_trips_at_any_offset(tmp_path, dtype):
     tensor = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"something else")
         written = append_tensor(tensor, MetadataIndex("x"), tmp_path / "file", file)
         file.write(b"and more")
-    item = find_item(tmp_path / "file", 14, written.size_in_bytes)
-    assert torch.equal(item.read(Box((0, 1), (2, 2))), tensor[:, 1:])
+    item = find_archived_tensor(tmp_path / "file", 14, written.size_in_bytes)
+    assert torch.equal(item.read(TensorSlice((0, 1), (2, 2))), tensor[:, 1:])
     entry = Entry(TensorSpec((2, 3), dtype), written.begin)
-    assert torch.equal(read_box_checked(tmp_path / "file", entry, written.crc32, Box((0, 1), (2, 2))), tensor[:, 1:])
+    assert torch.equal(
+        read_slice_checked(tmp_path / "file", entry, written.crc32, TensorSlice((0, 1), (2, 2))), tensor[:, 1:]
+    )
     assert written.crc32 == f"{zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()):08x}"
 
 
@@ -145,7 +145,7 @@ def archive(description: bytes, data: bytes = b"\0" * 8, order: bytes = b"little
 
 
 def described(tensor: torch.Tensor, numel: int) -> bytes:
-    """What torch.save says of a tensor, with another count of elements."""
+    """torch.save's description of a tensor, with another number of elements."""
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     text = zipfile.ZipFile(buffer).read("archive/data.pkl")
@@ -170,41 +170,43 @@ class Evil:
         (lambda path: archive(pickle.dumps(Evil(getattr, "text", "upper"))), "getattr has no place in it"),
         (lambda path: archive(pickle.dumps([1])), "list has no place in it"),
         (lambda path: archive(described(torch.zeros(2), 2)), None),
-        (lambda path: archive(described(torch.zeros(2), 9)), "not there in full"),
-        (lambda path: archive(described(torch.zeros(2), 1), b"\0" * 4), "beyond its bytes"),
-        (lambda path: archive(described(torch.zeros(2), 2), order=b"big"), "in another order"),
+        (lambda path: archive(described(torch.zeros(2), 9)), "some of its bytes are missing"),
+        (lambda path: archive(described(torch.zeros(2), 1), b"\0" * 4), "beyond its storage"),
+        (lambda path: archive(described(torch.zeros(2), 2), order=b"big"), "not little-endian"),
         (lambda path: archive(described(torch.zeros(2), 2))[:-5], "not a zip file"),
         (lambda path: b"", "not a zip file"),
     ],
 )
-def test_what_is_no_plain_tensor_is_refused(tmp_path, content, words):
+def test_anything_but_a_plain_tensor_is_refused(tmp_path, content, words):
     made = tmp_path / "made"
     (tmp_path / "file").write_bytes(content(made))
     size = (tmp_path / "file").stat().st_size
     if words is None:
-        assert torch.equal(find_item(tmp_path / "file", 0, size).read(Box((0,), (2,))), torch.zeros(2))
+        assert torch.equal(
+            find_archived_tensor(tmp_path / "file", 0, size).read(TensorSlice((0,), (2,))), torch.zeros(2)
+        )
         return
     with pytest.raises(BROKEN_ARCHIVE, match=words):
-        find_item(tmp_path / "file", 0, size)
+        find_archived_tensor(tmp_path / "file", 0, size)
     assert not made.exists()
 
 
 def test_damage_is_one_line(tmp_path):
-    write_release(TensorSource({"x": torch.randn(30, 10)}), tmp_path)
+    write_release(MemorySource({"x": torch.randn(30, 10)}), tmp_path)
     checkpoint = resolve_load(tmp_path)
     (data,) = (p for p in checkpoint.glob("*.distcp") if p.stat().st_size)
     data.write_bytes(b"\0" * data.stat().st_size)
     with pytest.raises(
-        CheckpointError, match=rf"{re.escape(str(data))}: is damaged where model\.x lies: .*; convert the weights again"
+        CheckpointError, match=rf"{re.escape(str(data))}: is damaged at model\.x: .*; convert the weights again"
     ):
-        DCPSource(checkpoint).read("x", Box((0, 0), (1, 1)))
+        DCPSource(checkpoint).read("x", TensorSlice((0, 0), (1, 1)))
     source = DCPSource(checkpoint)
     data.unlink()
     with pytest.raises(CheckpointError, match=r"model\.x cannot be read: .*No such file"):
-        source.read("x", Box((0, 0), (1, 1)))
+        source.read("x", TensorSlice((0, 0), (1, 1)))
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_every_item_is_worked_on_once():
@@ -236,5 +238,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"dcp/release cannot be written: No space left on device"):
-        write_release(TensorSource(TENSORS), tmp_path / "dcp")
+        write_release(MemorySource(TENSORS), tmp_path / "dcp")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Folders that are replaced: one process at a time, and never with files in them that somebody else put there."""
+"""Folders are replaced by one process at a time, and never if they hold files of others."""
 
 import subprocess
 import sys
@@ -17,14 +17,14 @@ from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.lock import LOCK
 
 
-def test_what_others_put_into_an_export_is_never_lost(tmp_path):
+def test_files_of_others_in_an_export_are_never_lost(tmp_path):
     folder = write_folder(tmp_path / "hf")
     (folder / "figures").mkdir()
     (folder / "figures/a.svg").touch()
     source, out = HFSource(HFFolder(folder)), tmp_path / "out"
     save_hf(source, folder, out)
     save_hf(source, folder, out)
-    (out / "config.json").write_text("{}")  # damaged, and made again
+    (out / "config.json").write_text("{}")  # damaged, and then replaced
     save_hf(source, folder, out)
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     mine = ["README.md", "figures/b.svg", "notes/a.txt", "z.txt"]
@@ -42,15 +42,15 @@ def test_what_others_put_into_an_export_is_never_lost(tmp_path):
     ):
         save_hf(source, folder, out)
     (out / "README.md").unlink()
-    marker = out / hf_write.MARKER
-    marker.write_text("{}")
-    with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not say what was written there; move it"):
+    manifest = out / hf_write.EXPORT_MANIFEST
+    manifest.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"\.qwen35\.json does not list its files; move it away"):
         save_hf(source, folder, out)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_an_export_through_a_link(tmp_path, is_there):
-    """The link stays, and the folder that it leads to is written and replaced."""
+def test_export_through_a_link_replaces_its_target(tmp_path, is_there):
+    """The link stays, and its target is written and replaced."""
     folder, link = write_folder(tmp_path / "hf"), tmp_path / "link"
     link.symlink_to("disk/out")
     (tmp_path / "disk").mkdir()
@@ -63,7 +63,7 @@ def test_an_export_through_a_link(tmp_path, is_there):
         assert (link / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
-def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
+def test_files_of_others_in_a_release_are_never_lost(tmp_path, capsys):
     folder, dcp = write_folder(tmp_path / "hf"), tmp_path / "dcp"
     command = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
     assert [main(command), main(command)] == [0, 0]
@@ -76,19 +76,19 @@ def test_what_others_put_into_a_release_is_never_lost(tmp_path, capsys):
 CONVERT_SLOWLY = """
 import sys, time
 from qwen35.checkpoint import convert, lock
-def read(self, name, box, quick=convert.Finite.read):
+def read(self, name, region, quick=convert.FiniteSource.read):
     print("in it", flush=True)
     time.sleep(600)
 if sys.argv.pop(1) == "hang":
-    convert.Finite.read = read
-lock.PATIENCE = 0.2
+    convert.FiniteSource.read = read
+lock.LOCK_TIMEOUT = 0.2
 raise SystemExit(convert.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("command", ["hf_to_dcp", "dcp_to_hf"])
 def test_two_processes_do_not_write_one_folder(tmp_path, command):
-    """The second is refused in a line; the lock of one that was killed keeps nobody out, nor does what it left."""
+    """The second is refused in one line; a killed process leaves neither a lock nor an obstacle."""
     folder, dcp, out = write_folder(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "out"
     there = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
     if command == "dcp_to_hf":

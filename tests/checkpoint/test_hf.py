@@ -1,4 +1,4 @@
-"""Hugging Face folders: every layout read and written, errors that list everything, transformers as the other side."""
+"""Hugging Face folders: every layout, errors that list everything, exchange with transformers."""
 
 import inspect
 import json
@@ -29,28 +29,28 @@ from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.hf_write import save_hf
-from qwen35.checkpoint.slices import Box, pieces
+from qwen35.checkpoint.slices import TensorSlice, pieces
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 
 
-BOXES = [((0, 0, 0), (4, 6, 5)), ((1, 0, 0), (2, 6, 5)), ((1, 2, 0), (2, 3, 5)), ((0, 1, 2), (4, 2, 2))]
+REGIONS = [((0, 0, 0), (4, 6, 5)), ((1, 0, 0), (2, 6, 5)), ((1, 2, 0), (2, 3, 5)), ((0, 1, 2), (4, 2, 2))]
 
 
-@pytest.mark.parametrize("box", BOXES)
-def test_parts_of_tensors_are_read_as_the_library_reads_them(tmp_path, box):
+@pytest.mark.parametrize("region", REGIONS)
+def test_regions_are_read_as_by_the_safetensors_library(tmp_path, region):
     whole = torch.randn(4, 6, 5).to(torch.bfloat16)
     save_file({"x": whole, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}, tmp_path / "model.safetensors")
-    folder, box = HFFolder(tmp_path), Box(*box)
-    assert torch.equal(folder.read("x", box), whole[box.slices()])
+    folder, region = HFFolder(tmp_path), TensorSlice(*region)
+    assert torch.equal(folder.read("x", region), whole[region.slices()])
     assert folder.read("scalar").item() == 3
     assert folder.read("empty").shape == (0, 4)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 40, 10**6])
-def test_pieces_cover_a_box_once_within_their_limit(limit):
+def test_pieces_cover_a_region_once_within_their_limit(limit):
     seen = torch.zeros(5, 7, 9)
-    inside = Box((1, 0, 2), (3, 5, 4))
+    inside = TensorSlice((1, 0, 2), (3, 5, 4))
     for piece in pieces(inside, 1, limit):
         assert piece.numel <= max(limit, 1)
         seen[piece.slices()] += 1
@@ -75,7 +75,7 @@ def test_every_layout_loads(tmp_path, layout, shard_size):
     assert {p.dtype for p in load_pretrained(folder, dtype=torch.float32).parameters()} == {torch.float32}
 
 
-# -- what is wrong is said --------------------------------------------------------------------------------------------
+# -- mismatches and damage -------------------------------------------------------------------------
 
 
 def test_all_that_does_not_fit_is_one_error(tmp_path):
@@ -120,7 +120,7 @@ def test_missing_experts_are_named(tmp_path, expert):
     resave(folder, lambda t: t.pop(name))
     with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
         load_hf(empty_model(config_dict()), folder)
-    if expert == 2:  # without a model, a gap is seen all the same
+    if expert == 2:  # a gap is noticed even without a model
         with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
             HFSource(HFFolder(folder))
 
@@ -205,18 +205,18 @@ def damage_pickle(folder):
         (damage_pickle, "no safetensors files"),
     ],
 )
-def test_damaged_folders(tmp_path, damage, words):
+def test_damaged_folder_is_refused(tmp_path, damage, words):
     folder = write_folder(tmp_path / "hf", moe=False, mtp=False, shard_size=60_000)
     damage(folder)
     with pytest.raises(CheckpointError, match=words):
         load_hf(empty_model(config_dict(moe=False)), folder)
 
 
-# -- transformers as the other side -----------------------------------------------------------------------------------
+# -- exchange with transformers --------------------------------------------------------------------
 
 
 def known_inputs(model, record):
-    """What this release of transformers takes (5.2: not the kinds of the tokens)."""
+    """The inputs that this release of transformers accepts (5.2 takes no token types)."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in peer_inputs(record).items() if name in known}
 
@@ -242,13 +242,13 @@ def test_transformers_loads_what_we_write(tmp_path, kind, layout):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_the_same_logits_from_an_export(tmp_path, kind, layout):
-    """An image and text, through transformers with the exported weights and through the model that was trained."""
+    """Of an image and text: transformers with the exported weights against the trained model."""
     config = config_dict(**kind)
     folder = write_folder(tmp_path / "hf", mtp=True, layout=layout, **kind)
     trained, _ = pair(config)
     save_hf({n: p.detach() for n, p in trained.named_parameters()}, folder, tmp_path / "out")
     with torch.no_grad():
-        for parameter in trained.parameters():  # as the export has them
+        for parameter in trained.parameters():  # rounded as in the export
             parameter.copy_(parameter.to(torch.bfloat16))
         for name, parameter in trained.named_parameters():
             if published_dtype(name) == torch.float32:

@@ -1,4 +1,4 @@
-"""The table of names, against the published checkpoints and against itself."""
+"""The table of names, compared with the published checkpoints and inverted."""
 
 import json
 import math
@@ -7,15 +7,15 @@ import pytest
 import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
 
-from qwen35.checkpoint.errors import fold
-from qwen35.checkpoint.hf import disk_spec, places
-from qwen35.checkpoint.hf_names import home
+from qwen35.checkpoint.errors import fold_names
+from qwen35.checkpoint.hf import disk_spec, mappings_of
+from qwen35.checkpoint.hf_names import mapping_of
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 
 
 def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors of a published checkpoint by its config.json: written down from the rules found in the files."""
+    """The tensors of a published checkpoint from its config.json, written independently."""
     t, v = config["text_config"], config["vision_config"]
     hidden, head, deep = t["hidden_size"], t["head_dim"], v["hidden_size"]
     heads, kv = t["num_attention_heads"], t["num_key_value_heads"]
@@ -91,8 +91,8 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 @pytest.mark.parametrize("size", COUNTS)
-def test_every_published_checkpoint(size):
-    """Our model on the meta device, through the table: the published names, shapes, dtypes, counts and bytes."""
+def test_published_checkpoints_have_these_tensors(size):
+    """The model on the meta device has the published names, shapes, dtypes, counts and bytes."""
     config = json.loads((CONFIGS / f"{size}.json").read_text())
     spec = disk_spec(published_shapes(size))
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -114,20 +114,20 @@ def test_every_published_checkpoint(size):
 
 @pytest.mark.parametrize("layout", ["hub", "per_expert", "stacked"])
 @pytest.mark.parametrize("size", ["35B-A3B", "9B"])
-def test_the_table_reads_back_what_it_says(size, layout):
-    """home() inverts places(); the places of a tensor cover it; the layout is found again in the names."""
+def test_mappings_are_inverted(size, layout):
+    """mapping_of inverts mappings_of; mappings cover a tensor; the names tell the layout."""
     shapes = published_shapes(size)
     names = set(disk_spec(shapes, layout))
     for name, shape in shapes.items():
-        found = places(name, shape, layout)
-        assert found == places(name, shape, names)
-        assert sum(place.box.numel for place in found) == math.prod(shape)
-        for place in found:
-            assert home(place.name, place.disk_shape) == (name, place)
+        found = mappings_of(name, shape, layout)
+        assert found == mappings_of(name, shape, names)
+        assert sum(mapping.region.numel for mapping in found) == math.prod(shape)
+        for mapping in found:
+            assert mapping_of(mapping.disk_name, mapping.disk_shape) == (name, mapping)
 
 
 def test_long_lists_of_names_are_folded_without_loss():
     names = [f"a.{i}.b.{j}.w" for i in (0, 1, 2, 4) for j in range(3)]
-    assert fold(names) == ["a.{0-2,4}.b.{0-2}.w"]
-    assert fold(["a.1.w", "b.norm1.w"]) == ["a.1.w", "b.norm1.w"]
-    assert fold(names[:-1]) == names[:-1]  # one combination is lacking
+    assert fold_names(names) == ["a.{0-2,4}.b.{0-2}.w"]
+    assert fold_names(["a.1.w", "b.norm1.w"]) == ["a.1.w", "b.norm1.w"]
+    assert fold_names(names[:-1]) == names[:-1]  # one combination is missing

@@ -1,4 +1,4 @@
-"""Writing Hugging Face folders: like the source byte for byte, or fresh; never half, never over somebody else's."""
+"""Writing Hugging Face folders: byte for byte like the source, or fresh; never half."""
 
 import os
 
@@ -41,7 +41,7 @@ def test_a_fresh_checkpoint_looks_like_the_hubs(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kind", "shard_size"), [(KINDS[0], 30_000), (KINDS[0], 2**30), (KINDS[1], 30_000)])
-def test_what_is_read_is_written_back_byte_for_byte(tmp_path, kind, layout, shard_size):
+def test_export_of_the_source_is_byte_identical(tmp_path, kind, layout, shard_size):
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=shard_size, **kind)
     written = save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
     assert written.tensors == len(tensors_in(folder))
@@ -50,7 +50,7 @@ def test_what_is_read_is_written_back_byte_for_byte(tmp_path, kind, layout, shar
 
 
 def test_a_trained_state_is_cast_and_the_rest_is_copied(tmp_path):
-    """fp32 state without MTP: cast to the source's dtypes; MTP is the source's own bytes; other weights stay behind."""
+    """fp32 state without MTP: cast to the source's dtypes; MTP keeps the source's bytes."""
     folder = write_folder(tmp_path / "hf")
     (folder / "pytorch_model.bin").write_bytes(b"old")
     (folder / ".cache").mkdir()
@@ -70,8 +70,8 @@ def test_a_trained_state_is_cast_and_the_rest_is_copied(tmp_path):
     assert not names & {"pytorch_model.bin", ".cache/x"}
 
 
-def test_a_stored_head_of_tied_weights(tmp_path):
-    """Equal to the embedding: accepted, and written back as the trained embedding. Different: an error."""
+def test_stored_head_of_tied_weights_must_equal_the_embedding(tmp_path):
+    """If it equals the embedding, the trained embedding is exported for it; else it is an error."""
     folder = write_folder(tmp_path / "hf", moe=False, tied=True, mtp=False)
     embedding = "model.language_model.embed_tokens.weight"
     resave(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
@@ -91,17 +91,17 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     source = HFSource(HFFolder(folder))
     out = tmp_path / "out"
     out.mkdir()
-    save_hf(source, folder, out)  # empty: taken
-    save_hf(source, folder, out)  # made by us: replaced
+    save_hf(source, folder, out)  # an empty folder is used
+    save_hf(source, folder, out)  # one that this program wrote is replaced
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="not written by this program"):
         save_hf(source, folder, other)
-    (tmp_path / "out.old").mkdir()  # empty, as a job that was killed while it removed it leaves it
+    (tmp_path / "out.old").mkdir()  # empty, as left by a job killed while removing it
     save_hf(source, folder, out)
     (tmp_path / "out.old").mkdir()
-    (tmp_path / "out.old/config.json").touch()  # as a user may call a copy
+    (tmp_path / "out.old/config.json").touch()  # a user's copy may have this name
     with pytest.raises(CheckpointError, match=r"out\.old is in the way"):
         save_hf(source, folder, out)
     for inside in (folder, folder / "new", tmp_path):
@@ -115,10 +115,10 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     good = HFSource(HFFolder(folder))
 
     class Failing(HFSource):
-        def read(self, name, box):
+        def read(self, name, region):
             if name == "lm_head.weight":
                 raise OSError(28, os.strerror(28))
-            return good.read(name, box)
+            return good.read(name, region)
 
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
         save_hf(Failing(HFFolder(folder)), folder, tmp_path / "out")
@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", ["00001", "00004"])
 def test_the_export_reads_itself_back(tmp_path, monkeypatch, file):
-    """A file that holds other bytes than were meant is noticed, whichever it is: one bit, once all is written."""
+    """One bit flipped in any file after it was written is noticed."""
     folder = write_folder(tmp_path / "hf", shard_size=60_000)
     read_header = hf_write.read_header
 

@@ -1,7 +1,7 @@
-"""Any bytes in the place of a file that is read: what it says, or one line; never a traceback, a hang, or a file elsewhere.
+"""Any bytes in any file are read or refused in one line: no traceback, hang or file elsewhere.
 
-`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each time. Records and
-images are in tests/data/test_fuzz.py, .metadata is also in test_damage.py.
+`python tests/checkpoint/test_hostile_files.py 100` tries 100 files of each kind, other ones each
+time. Records and images are in tests/data/test_fuzz.py, .metadata is also in test_damage.py.
 """
 
 import json
@@ -26,13 +26,20 @@ from safetensors.torch import save_file
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
-from qwen35.checkpoint.dcp_folder import LATEST, about, marker_content, read_file, resolve_load, settle
+from qwen35.checkpoint.dcp_folder import (
+    LATEST,
+    load_notes,
+    manifest_content,
+    read_file,
+    repair_save_folder,
+    resolve_load,
+)
 from qwen35.checkpoint.dcp_index import _from_json
-from qwen35.checkpoint.dcp_item import find_item
+from qwen35.checkpoint.dcp_item import find_archived_tensor
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import Box, TensorSource
+from qwen35.checkpoint.slices import MemorySource, TensorSlice
 from qwen35.checkpoint.unread import not_read
 from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
 from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
@@ -46,8 +53,8 @@ from qwen35.launch.hosts_file import read_hosts
 from qwen35.model import load_config
 from qwen35.training.metrics import RunError, draw_loss, read_metrics
 
-EXAMPLES = 8  # of each kind, the same ones every time
-PATIENCE = 30  # seconds that one may take
+EXAMPLES = 8  # of each kind, always the same
+TIMEOUT = 30  # seconds for one file
 TENSORS = {"a.weight": torch.arange(24.0).view(4, 6), "b": torch.arange(7).to(torch.bfloat16), "c": torch.zeros(0, 3)}
 ASSETS = Path(__file__).parents[2] / "assets"
 RECORD = [
@@ -57,28 +64,28 @@ RECORD = [
 
 def same(source) -> None:
     for name, spec in source.specs.items():
-        values = source.read(name, Box.whole(spec.shape))
-        if name in TENSORS:  # checksums, or bytes that nobody touched: what was written
+        values = source.read(name, TensorSlice.full(spec.shape))
+        if name in TENSORS:  # verified or untouched: as written
             assert values.shape == TENSORS[name].shape and torch.equal(values, TENSORS[name])
 
 
 def shapes(source) -> None:
     for name, spec in source.specs.items():
-        assert source.read(name, Box.whole(spec.shape)).shape == spec.shape
+        assert source.read(name, TensorSlice.full(spec.shape)).shape == spec.shape
 
 
 def settled(folder: Path) -> None:
     _latest(folder)
-    about(folder, resolve_load(folder))
-    settle(folder)
+    load_notes(folder, resolve_load(folder))
+    repair_save_folder(folder)
 
 
 def forged(folder: Path) -> Path:
-    """The checksums are those of what was changed, too."""
-    marker = next(folder.glob("*/complete.json"))
-    content = json.loads(marker.read_text())
-    marker.unlink()
-    marker.write_text(json.dumps(marker_content(marker.parent, content["step"], content["world_size"])))
+    """Make the checksums those of the changed content."""
+    manifest = next(folder.glob("*/complete.json"))
+    content = json.loads(manifest.read_text())
+    manifest.unlink()
+    manifest.write_text(json.dumps(manifest_content(manifest.parent, content["step"], content["world_size"])))
     return folder
 
 
@@ -115,7 +122,7 @@ def small_file(name: str):
 
 def released(name: str):
     def make(folder: Path) -> Path:
-        return write_release(TensorSource(TENSORS), folder) / name
+        return write_release(MemorySource(TENSORS), folder) / name
 
     return make
 
@@ -160,7 +167,7 @@ def seen(folder: Path) -> None:
 
 
 METRICS = b"".join(json.dumps({"step": n, "loss": 1.5, "lr": 0.1, "grad_norm": 1.0}).encode() + b"\n" for n in range(4))
-KINDS = {  # what makes the file in a folder, and what reads it
+KINDS = {  # kind -> function that makes the file in a folder, function that reads it
     "safetensors": (weights, lambda f: shapes(HFSource(HFFolder(f)))),
     "index": (index, lambda f: same(HFSource(HFFolder(f)))),
     "config": (small_file("config.json"), lambda f: (load_config(f), not_read(f))),
@@ -169,7 +176,7 @@ KINDS = {  # what makes the file in a folder, and what reads it
     "chat_template": (small_file("chat_template.jinja"), thinks_by_default),
     "generation_config": (small_file("generation_config.json"), read_generation_config),
     "preprocessor_config": (small_file("preprocessor_config.json"), seen),
-    "marker": (released("complete.json"), lambda f: same(DCPSource(resolve_load(f)))),
+    "manifest": (released("complete.json"), lambda f: same(DCPSource(resolve_load(f)))),
     "tensors.json": (released("tensors.json"), lambda f: same(DCPSource(resolve_load(f)))),
     "distcp": (released("__0_0.distcp"), lambda f: same(DCPSource(resolve_load(f)))),
     "forged tensors.json": (released("tensors.json"), lambda f: shapes(DCPSource(resolve_load(forged(f))))),
@@ -212,8 +219,8 @@ PIECES = [
 
 
 def changed(content: bytes, data: st.DataObject) -> bytes:
-    """A value of JSON exchanged, or bytes: cut off, changed, doubled, removed, put in."""
-    start = 8 if content[8:9] == b"{" else 0  # safetensors, whose header's length then fits
+    """A JSON value exchanged, or bytes truncated, changed, doubled, removed or inserted."""
+    start = 8 if content[8:9] == b"{" else 0  # safetensors: the header keeps a matching length
     end = start + int.from_bytes(content[:8], "little") if start else len(content)
     try:
         tree = json.loads(content[start:end])
@@ -241,7 +248,7 @@ def changed(content: bytes, data: st.DataObject) -> bytes:
 
 @contextmanager
 def at_most(seconds: float):
-    """What takes longer fails."""
+    """Fail if the block takes longer."""
 
     def fail(*_) -> None:
         raise AssertionError(f"took more than {seconds} s")
@@ -256,7 +263,7 @@ def at_most(seconds: float):
 
 
 def attack(kind: str, place: Path, examples: int) -> int:
-    """Returns how many of the files were refused."""
+    """Read changed files of one kind. Returns how many were refused."""
     make, read = KINDS[kind]
     (place / "good").mkdir()
     file = make(place / "good").relative_to(place / "good")
@@ -277,7 +284,7 @@ def attack(kind: str, place: Path, examples: int) -> int:
         shutil.copytree(place / "good", place / "now")
         (place / "now" / file).write_bytes(changed(content, data))
         try:
-            with at_most(PATIENCE):
+            with at_most(TIMEOUT):
                 read(place / "now")
         except (*USER_ERRORS, ImageError) as error:
             line = one_line(error)
@@ -291,7 +298,7 @@ def attack(kind: str, place: Path, examples: int) -> int:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch):
+def test_changed_file_is_read_or_refused(kind, tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     (tmp_path / "place").mkdir()
@@ -300,7 +307,7 @@ def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("cwd", "place")] == []
 
 
-# -- one by one -------------------------------------------------------------------------------------------------------
+# -- single cases ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,7 +327,7 @@ def test_a_file_that_was_changed_is_read_or_refused(kind, tmp_path, monkeypatch)
     ],
     ids=["bomb", "itself", "merged", "long", "deep"],
 )
-def test_a_recipe_that_would_take_all_memory(tmp_path, text, words):
+def test_recipe_that_would_exhaust_memory_is_refused(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
     with at_most(60), pytest.raises(SettingError, match=words):
         load_settings(tmp_path / "r.yaml")
@@ -328,7 +335,7 @@ def test_a_recipe_that_would_take_all_memory(tmp_path, text, words):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "5,000 digits", "no text"])
-def test_a_latest_that_names_nothing(tmp_path, kind):
+def test_latest_file_without_a_name_is_repaired(tmp_path, kind):
     """The checkpoints are found without it."""
     file = latest(tmp_path)
     file.unlink()
@@ -341,42 +348,43 @@ def test_a_latest_that_names_nothing(tmp_path, kind):
     with at_most(60):
         assert _latest(tmp_path) == ([tmp_path / "release"] if kind == "5,000 digits" else [])
         assert resolve_load(tmp_path) == tmp_path / "iter_0000004"
-        assert settle(tmp_path) == [f"{file} names iter_0000004 now, which was whole before it was named"]
+        (message,) = repair_save_folder(tmp_path)
+        assert message.startswith(f"{file} now names iter_0000004: ")
     assert file.read_text() == "4"
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
-def test_metrics_that_are_no_file(tmp_path, make):
+def test_metrics_that_are_not_a_file_are_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     with at_most(60), pytest.raises(RunError, match=r"metrics\.jsonl: not a file; move it away"):
         draw_loss(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_an_index_that_is_no_file(tmp_path):
-    """And that the marker, which the same hand wrote, does not name."""
+def test_index_that_is_not_a_file_is_refused(tmp_path):
+    """Even if the manifest, written by the same attacker, does not list it."""
     file = released("tensors.json")(tmp_path)
     file.unlink()
     os.mkfifo(file)
     with at_most(60), pytest.raises(CheckpointError, match=r"tensors\.json"):
         same(DCPSource(file.parent))
-    marker = json.loads((file.parent / "complete.json").read_text())
+    manifest = json.loads((file.parent / "complete.json").read_text())
     with at_most(60), pytest.raises(CheckpointError, match=r"tensors\.json: cannot be read: not a file"):
-        read_file(file.parent, "tensors.json", marker)
+        read_file(file.parent, "tensors.json", manifest)
 
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**40, 2**40], [1] * 65, [0, True], [0, -1], [0, 1.0]])
-def test_an_empty_tensor_of_a_shape_that_torch_has_not(tmp_path, shape):
+def test_empty_tensor_of_an_impossible_shape_is_refused(tmp_path, shape):
     text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(CheckpointError, match="broken safetensors header"):
         HFFolder(tmp_path)
-    with pytest.raises(ValueError, match="a shape or place is not made of whole numbers"):
+    with pytest.raises(ValueError, match="a shape or an offset is not made of whole numbers"):
         _from_json(json.dumps({"a": {"dtype": "F32", "shape": shape, "chunks": []}}).encode())
 
 
 def test_members_of_an_archive_are_never_inflated(tmp_path):
-    """64 MB of zeros, deflated, in the place of a tensor's description."""
+    """64 MB of deflated zeros in place of a tensor's description."""
     for name in ("archive/data.pkl", "archive/byteorder"):
         file = tmp_path / name.replace("/", "-")
         with (
@@ -387,14 +395,14 @@ def test_members_of_an_archive_are_never_inflated(tmp_path):
                 one.write(bytes(1 << 20))
         tracemalloc.start()
         with at_most(60), pytest.raises(pickle.UnpicklingError, match="its description is not torch's"):
-            find_item(file, 0, file.stat().st_size)
+            find_archived_tensor(file, 0, file.stat().st_size)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4 << 20
 
 
-def test_a_mean_or_deviation_that_is_no_number_of_an_image(tmp_path):
-    """Beyond what float32 has, the pixels would all be infinite, or zero."""
+def test_impossible_image_mean_or_deviation_is_refused(tmp_path):
+    """With values outside of float32, all pixels would be infinite or zero."""
     file = small_file("preprocessor_config.json")(tmp_path)
     good = json.loads(file.read_text())
     for name, value in (("image_std", 1e308), ("image_mean", -1e308), ("image_std", 1e-50), ("rescale_factor", 0)):

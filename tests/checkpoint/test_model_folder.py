@@ -1,4 +1,4 @@
-"""The files of a model folder: which weights are read, what is refused, what is reported, what a message may hold."""
+"""Model folders: which weights are read, refusals, reports, and the bounds of messages."""
 
 import json
 import re
@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.errors import LONGEST, CheckpointError, Misfit
+from qwen35.checkpoint.errors import MAX_MESSAGE, CheckpointError, Mismatch
 from qwen35.checkpoint.hf import check_export, load_hf
-from qwen35.checkpoint.hf_read import INDEX, HFFolder, HFSource, check_tied
+from qwen35.checkpoint.hf_read import WEIGHTS_INDEX, HFFolder, HFSource, check_tied
 from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.release import write_release
 from qwen35.checkpoint.unread import not_read
@@ -34,7 +34,7 @@ DENSE = {"moe": False, "mtp": False}
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
-    """The system's folder of temporary files, empty."""
+    """An empty folder for temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -59,11 +59,11 @@ def peer_embedding(folder: Path) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach()
 
 
-# -- which weights ---------------------------------------------------------------------------------------------------------
+# -- which weights are read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", ["all there", "stale index alone", "no index"])
-def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, shards):
+def test_model_safetensors_takes_precedence_as_in_transformers(tmp_path, shards):
     folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
     newer = {name: tensor + 1 if name == EMBEDDING else tensor for name, tensor in tensors_in(folder).items()}
     old = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -72,19 +72,19 @@ def test_model_safetensors_is_read_where_it_is_as_transformers_does(tmp_path, sh
         for name in old:
             (folder / name).unlink()
     if shards == "no index":
-        (folder / INDEX).unlink()
+        (folder / WEIGHTS_INDEX).unlink()
     assert torch.equal(embedding_of(folder), newer[EMBEDDING].float())
     assert torch.equal(embedding_of(folder), peer_embedding(folder))
     report = [f"{folder}: not read beside model.safetensors: {', '.join(old[:3])} and {len(old) - 3} more"]
     assert not_read(folder) == report * (shards == "all there")
-    # what is exported like it has one file too, and no index that names others
+    # an export like it also has one file, and no index
     save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "model.safetensors" in names and not names & {INDEX, *old}
+    assert "model.safetensors" in names and not names & {WEIGHTS_INDEX, *old}
     assert torch.equal(peer_embedding(tmp_path / "out"), newer[EMBEDDING].float())
 
 
-def test_an_index_whose_files_are_gone(tmp_path):
+def test_index_without_its_files_is_refused(tmp_path):
     folder = write_folder(tmp_path / "hf", shard_size=60_000, **DENSE)
     files = sorted(folder.glob("*.safetensors"))
     for path in files:
@@ -99,14 +99,14 @@ def test_an_index_whose_files_are_gone(tmp_path):
 @pytest.mark.parametrize(
     "name", ["weights.safetensors", "consolidated.safetensors", "model-00001-of-00001.safetensors"]
 )
-def test_weights_of_another_name_are_not_guessed_at(tmp_path, name):
+def test_weights_of_another_name_are_refused(tmp_path, name):
     folder = write_folder(tmp_path / "hf", **DENSE)
     (file,) = folder.glob("*.safetensors")
     file.rename(folder / name)
-    (folder / INDEX).unlink()
+    (folder / WEIGHTS_INDEX).unlink()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         peer_embedding(folder)
-    with pytest.raises(CheckpointError, match=rf"1 safetensors file, but no {INDEX} .*: {name}$"):
+    with pytest.raises(CheckpointError, match=rf"1 safetensors file, but no {WEIGHTS_INDEX} .*: {name}$"):
         HFFolder(folder)
 
 
@@ -120,7 +120,7 @@ def test_weights_in_another_form_are_named(tmp_path, name):
         HFFolder(folder)
 
 
-# -- adapters and quantized weights ----------------------------------------------------------------------------------------
+# -- adapters and quantized weights ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
@@ -135,30 +135,30 @@ def test_an_adapter_is_named_beside_a_model_and_alone(tmp_path, name):
             with pytest.raises(CheckpointError) as caught:
                 look(where)
             assert str(caught.value).startswith(f"{where}: {name} is {words}")
-            assert "merge it first" in str(caught.value) and len(str(caught.value)) < LONGEST
+            assert "merge it first" in str(caught.value) and len(str(caught.value)) < MAX_MESSAGE
     assert not (tmp_path / "dcp").exists()
 
 
-def test_the_names_that_peft_gives(tmp_path):
-    """As a model wrapped by PEFT saves its whole state."""
+def test_peft_names_are_refused(tmp_path):
+    """As saved by a model that PEFT wraps."""
     folder = write_folder(tmp_path / "hf", **DENSE)
     tensors = tensors_in(folder)
     (file,) = folder.glob("*.safetensors")
     for rename in (lambda n: f"base_model.model.{n}", lambda n: n.replace("q_proj.", "q_proj.base_layer.")):
         named = {rename(name): tensor for name, tensor in tensors.items()}
         save_file(named, file)
-        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(named, file.name)}))
+        (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(named, file.name)}))
         with pytest.raises(
             CheckpointError, match=r"\d+ tensors have names that PEFT gives \(.*an adapter that is not merg"
         ) as e:
             HFFolder(folder)
-        assert len(str(e.value)) < LONGEST
+        assert len(str(e.value)) < MAX_MESSAGE
 
 
 @pytest.mark.parametrize(
     "where", ["config.json", "text_config", "hf_quant_config.json", "quant_model_description.json"]
 )
-def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_path, where):
+def test_quantized_config_is_refused_with_or_without_tensors(tmp_path, where):
     folder = write_folder(tmp_path / "hf", **DENSE)
     entry = {"quantization_config": {"quant_method": "fp8"}}
     if where == "config.json":
@@ -175,22 +175,22 @@ def test_quantized_weights_are_refused_first_with_their_tensors_or_without(tmp_p
                 (CheckpointError, ConfigError), match=r"says that the weights are quantized.*bf16"
             ) as caught:
                 look(folder)
-            assert len(str(caught.value)) < LONGEST
+            assert len(str(caught.value)) < MAX_MESSAGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
-def test_quantized_tensors_that_no_config_speaks_of(tmp_path, temporary, dtype):
+def test_quantized_tensors_without_a_config_are_refused(tmp_path, temporary, dtype):
     folder = write_folder(tmp_path / "hf", **DENSE)
     resave(folder, lambda t: t.update({n: v.to(dtype) for n, v in t.items() if n.endswith("_proj.weight")}))
     with pytest.raises(CheckpointError, match=rf"hf: \d+ tensors of {dtype}, as quantized weights are: ") as caught:
         HFFolder(folder)
-    assert len(str(caught.value)) <= LONGEST
+    assert len(str(caught.value)) <= MAX_MESSAGE
 
 
-# -- what is reported ------------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
-def test_files_and_keys_that_nobody_reads_are_reported_once(tmp_path):
+def test_unread_files_and_keys_are_reported_once(tmp_path):
     folder = write_folder(tmp_path / "hf", **DENSE)
     for name in (
         "README.md",
@@ -213,7 +213,7 @@ def test_files_and_keys_that_nobody_reads_are_reported_once(tmp_path):
     ]
 
 
-def test_what_transformers_saves_is_read_without_a_word(tmp_path):
+def test_folder_of_transformers_has_nothing_to_report(tmp_path):
     import transformers
 
     config = config_dict(moe=False)
@@ -223,7 +223,7 @@ def test_what_transformers_saves_is_read_without_a_word(tmp_path):
     assert not_read(tmp_path / "hf") == []
 
 
-def test_what_a_config_says_and_the_weights_or_the_recipe_do_not_is_reported(tmp_path):
+def test_config_at_odds_with_weights_or_recipe_is_reported(tmp_path):
     folder = write_folder(tmp_path / "hf", moe=True, mtp=False)
     text = json.loads((folder / "config.json").read_text())["text_config"]
     change_config(folder, text_config={**text, "output_router_logits": False, "mtp_num_hidden_layers": 0})
@@ -237,11 +237,11 @@ def test_what_a_config_says_and_the_weights_or_the_recipe_do_not_is_reported(tmp
     assert not_read(whole) == []
 
 
-# -- tied weights ----------------------------------------------------------------------------------------------------------
+# -- tied weights ----------------------------------------------------------------------------------
 
 
-def test_a_head_that_is_tied_in_text_config_alone(tmp_path):
-    """transformers takes the top level's word: a head of its own. Without one in the weights the error says what to set."""
+def test_tying_in_text_config_alone_does_not_count(tmp_path):
+    """As in transformers, only the top level counts; the error says what to set."""
     folder = write_folder(tmp_path / "hf", **DENSE)
     text = config_dict(moe=False, tied=True)["text_config"]
     change_config(folder, text_config=text)
@@ -269,10 +269,10 @@ def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
     load_hf(load_pretrained(folder), folder)
 
 
-# -- whether an export will be possible --------------------------------------------------------------------------------------
+# -- checks before an export -----------------------------------------------------------------------
 
 
-def test_what_could_not_be_exported_is_said_before(tmp_path):
+def test_impossible_export_is_refused_beforehand(tmp_path):
     folder = write_folder(tmp_path / "hf", moe=False, mtp=False)
     config = config_dict(moe=False, mtp_num_hidden_layers=1)
     check_export(empty_model(config), folder)
@@ -283,12 +283,10 @@ def test_what_could_not_be_exported_is_said_before(tmp_path):
         save_hf(state, folder, tmp_path / "out")
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    for _ in range(
-        2
-    ):  # config and tokenizer, with the index that stayed behind and without: the original is named on export
+    for _ in range(2):  # a folder without weights, with and without an index left behind
         check_export(empty_model(config, mtp=True), folder)
         assert not_read(folder) == []
-        (folder / INDEX).unlink(missing_ok=True)
+        (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
 
 
 def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
@@ -334,12 +332,12 @@ def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
         assert copy.read_bytes() == path.read_bytes() and not copy.is_symlink()
 
 
-# -- values that are no numbers ----------------------------------------------------------------------------------------------
+# -- NaN and infinity ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_weights_that_are_no_numbers_are_neither_converted_nor_loaded(tmp_path, value, dtype):
+def test_nan_and_infinity_are_neither_converted_nor_loaded(tmp_path, value, dtype):
     folder = write_folder(tmp_path / "hf", dtype_of=lambda name: dtype, **DENSE)
     hf_to_dcp(folder, tmp_path / "good")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -363,10 +361,10 @@ def test_weights_that_are_no_numbers_are_neither_converted_nor_loaded(tmp_path, 
         load_checkpoint(release, empty_model(config_dict(moe=False)))
 
 
-# -- how much a message holds --------------------------------------------------------------------------------------------------
+# -- bounds of messages ----------------------------------------------------------------------------
 
 
-def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporary):
+def test_message_names_three_tensors_and_a_file_with_all(tmp_path, temporary):
     folder = write_folder(tmp_path / "hf", moe=True, mtp=False, layout="per_expert")
     odd = [f"model.language_model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in (0, 2) for j in (1, 3, 4)][:-1]
     resave(folder, lambda t: [t.pop(name) for name in odd])
@@ -384,11 +382,11 @@ def test_a_message_names_three_and_a_file_that_holds_them_all(tmp_path, temporar
 @pytest.mark.parametrize(("count", "length"), [(1, 10), (1, 10_000), (4, 300), (4, 10_000), (30_000, 10)])
 def test_no_message_is_longer_than_its_bound(temporary, count, length):
     names = [f"{'x' * length}{i}" for i in range(count)]
-    wrong = Misfit(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
+    wrong = Mismatch(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
     with pytest.raises(CheckpointError) as caught:
         wrong.raise_if_any("some/folder does not fit the model")
     message = str(caught.value)
-    assert len(message) <= LONGEST and message.startswith(f"some/folder does not fit the model: {count} tensor")
+    assert len(message) <= MAX_MESSAGE and message.startswith(f"some/folder does not fit the model: {count} tensor")
     if "all of them: " in message:
         lines = Path(message.split("all of them: ")[1]).read_text().splitlines()
         assert len(lines) == 1 + 4 * count and f"not of this model: {names[-1]}" in lines
@@ -397,10 +395,10 @@ def test_no_message_is_longer_than_its_bound(temporary, count, length):
     assert len(list(temporary.iterdir())) == ("all of them: " in message)
 
 
-def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
+def test_terminal_control_characters_are_escaped(temporary, tmp_path):
     names = [f"a\x1b[2J{i}\u202e\nb" for i in range(5)]
     with pytest.raises(CheckpointError) as caught:
-        Misfit(missing=names).raise_if_any("it")
+        Mismatch(missing=names).raise_if_any("it")
     assert str(caught.value).startswith(r"it: 5 tensors missing: a\x1b[2J0\u202e\x0ab, ")
     assert len(Path(str(caught.value).split("all of them: ")[1]).read_text().splitlines()) == 6
     folder = write_folder(tmp_path / "hf", **DENSE)
@@ -408,13 +406,13 @@ def test_what_would_spoil_a_terminal_is_not_printed(temporary, tmp_path):
     assert not_read(folder) == [rf"{folder}: not read: a\x1b[2J0\u202e\x0ab"]
 
 
-def test_where_no_file_can_be_written_the_message_says_so(monkeypatch, tmp_path):
+def test_message_without_a_file_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
-        Misfit(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
+        Mismatch(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
 
 
-# -- the commands --------------------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def unmerged(place: Path) -> None:
@@ -459,11 +457,11 @@ WORDS = ("what is trained could not be exported like hf", "lm_head.weight is [51
         Case("not to be exported", RESUME, WORDS, another),
     ]
 )
-def test_one_line(place, case):
+def test_command_is_refused_in_one_line(place, case):
     check(place, case)
 
 
-def test_the_commands_say_what_is_not_read(place):
+def test_commands_report_unread_files(place):
     change_config(place / "hf", author="me")
     (place / "hf/extra.safetensors").touch()
     lines = ["hf/config.json: not known, and not read: author", "hf: not read: extra.safetensors"]

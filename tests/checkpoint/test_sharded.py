@@ -1,4 +1,4 @@
-"""Two processes, a model sharded by FSDP2: each reads its own slices, both save, any number of ranks resumes."""
+"""Two ranks with a model sharded by FSDP2 load slices and save; any number of ranks resumes."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import write_hf
-from qwen35.checkpoint.slices import PIECE
+from qwen35.checkpoint.slices import PIECE_BYTES
 from qwen35.model import Qwen35, load_config
 from qwen35.rank import leave
 
@@ -30,7 +30,7 @@ LARGE_BYTES = 50 * 2**20  # at least, of the largest tensors
 
 
 def replicated(name: str) -> bool:
-    """fp32 parameters that every rank holds whole, as in training."""
+    """fp32 parameters that are replicated, as in training."""
     return name.endswith((".A_log", ".dt_bias", ".linear_attn.norm.weight", ".mlp.gate.weight"))
 
 
@@ -39,7 +39,7 @@ def placement(parameter: torch.Tensor) -> Shard:
 
 
 def sharded_model(config: dict = CONFIG) -> Qwen35:
-    """On the meta device, sharded, then given memory: layers on their own, experts along their second axis."""
+    """Sharded by layer on the meta device, experts along their second axis, then allocated."""
     mesh = init_device_mesh("cpu", (RANKS,))
     with torch.device("meta"):
         model = Qwen35(load_config(config), mtp=True)
@@ -65,13 +65,13 @@ def memory(line: str) -> int:
 
 
 def check_memory(folder: Path) -> None:
-    """While it loads, a rank holds its own part and some pieces: far less than a tensor of this checkpoint."""
+    """While loading, a rank holds its own part and a few pieces: far less than a large tensor."""
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     model = sharded_model(LARGE)
     load_hf(model, folder)
     assert HFFolder(folder).specs["lm_head.weight"].nbytes >= LARGE_BYTES
-    assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE < own_bytes(model) + LARGE_BYTES
+    assert memory("VmHWM") - before < own_bytes(model) + 6 * PIECE_BYTES < own_bytes(model) + LARGE_BYTES
     assert full(model.lm_head.weight)[-1].eq(1).all()
 
 
@@ -109,7 +109,7 @@ def worker(rank: int, folder: Path) -> None:
         load_hf(model, folder / layout)
         for name, parameter in model.named_parameters():
             assert torch.equal(full(parameter), wanted[name].float()), name
-        # every byte once, but for what is held by both ranks
+        # every byte is read once, except what both ranks hold
         total = torch.tensor([read_bytes])
         dist.all_reduce(total)
         twice = sum(t.nbytes for name, t in wanted.items() if replicated(name))
@@ -144,8 +144,8 @@ def worker(rank: int, folder: Path) -> None:
             assert torch.equal(full(optimizer.state[a]["exp_avg"]), state.state[b]["exp_avg"]), name
             assert optimizer.state[a]["step"] == 2
 
-    # what fails on one rank is the same error on all, and leaves nothing
-    with pytest.raises(CheckpointError, match=r"extra\.bad: object cannot be kept"):
+    # a failure on one rank is the same error on all, and leaves nothing behind
+    with pytest.raises(CheckpointError, match=r"extra\.bad: object cannot be saved"):
         save_checkpoint(folder / "run", 3, model, None, rank_extra={"bad": object()} if rank == 1 else {})
     dist.barrier()
     if rank == 1:

@@ -1,4 +1,4 @@
-"""The names that we write against those that vLLM's loader takes: every parameter of its model gets all of its parts."""
+"""Exported names against vLLM's loader: every parameter of its model gets all of its parts."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def expected(config: dict, load: str) -> set[str]:
 
 
 def taken(names, load: str) -> dict[str, Counter]:
-    """Parameter -> which parts of it vLLM's loader finds under the names of a folder."""
+    """Parameter -> the parts of it that vLLM's loader finds among the names of a folder."""
     rules, found = VLLM["loads"][load], {}
     for name in names:
         if name.startswith(tuple(rules["skipped"])):
@@ -53,7 +53,7 @@ def taken(names, load: str) -> dict[str, Counter]:
 
 
 def assert_loads(names, config: dict, load: str) -> None:
-    """Every parameter is there, its parts once each; its experts are all stacked or all one by one."""
+    """Every parameter gets each part once; experts are all stacked or all separate."""
     found, kinds = taken(names, load), set()
     assert found.keys() == expected(config, load)
     for parameter, parts in found.items():
@@ -82,7 +82,7 @@ def test_vllm_finds_every_parameter_of_the_published_models(size, layout, load):
 @pytest.mark.parametrize("kind", [{"moe": True}, {"moe": False, "tied": True}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vllm_finds_every_parameter_of_an_export(tmp_path, layout, kind):
-    """Of a state trained without its MTP layer, which comes from the source. What is lost is noticed."""
+    """Of a model trained without MTP, which comes from the source. A lost tensor is noticed."""
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=60_000, **kind)
     config = json.loads((folder / "config.json").read_text())
     trained = build(config, mtp=False, seed=1)

@@ -298,7 +298,7 @@ COMMANDS = [
     ),
     Case("converts to nowhere", (*CONVERT, "--dcp_dir", ""), ("--dcp_dir: names no folder",)),
     Case("exports over the model", (*EXPORT, "--save_hf_dir", "hf"), ("hf and the original hf must be two folders",)),
-    Case("exports over others' files", (*EXPORT, "--save_hf_dir", "data"), ("data is there already", "choose another")),
+    Case("exports over others' files", (*EXPORT, "--save_hf_dir", "data"), ("data exists already", "choose another")),
     Case("batch of none", (*EVALUATE, "--batch", "0"), ("--batch: '0' is not a whole number from 1",)),
     Case("pixels of evaluate", (*EVALUATE, "--image_min_pixels", "999999"), ("image_min_pixels 999999 is above",)),
     Case(

@@ -310,9 +310,9 @@ WRONG = [
     ("hub", ["--prompt", "x", "--video", "configs"], "configs: is a folder without frames"),
     ("hub", ["--prompt", "x", "--image_max_pixels", "1000"], "image_min_pixels 1024 is above image_max_pixels 1000"),
     ("nowhere", ["--prompt", "x"], "nowhere: no such folder"),
-    (".", ["--prompt", "x"], "no whole checkpoint"),
+    (".", ["--prompt", "x"], "no complete checkpoint"),
     ("bare_hub", ["--prompt", "x"], "no safetensors files"),
-    ("cut", ["--prompt", "x"], "not a whole checkpoint"),
+    ("cut", ["--prompt", "x"], "not a complete checkpoint"),
     ("converted", ["--prompt", "x", "--hf", "nowhere"], "nowhere/tokenizer.json: no such file"),
     ("converted", ["--prompt", "x"], "--hf DIR (HF=DIR with make)"),
 ]

@@ -261,14 +261,14 @@ def lying(broken: Break) -> Break:
 
 
 CHECKPOINTS = [
-    Case("cut data", RESUME, ("dcp: no whole checkpoint", f"{DATA}: ", "bytes, complete.json says"), cut(DATA, -10)),
-    Case("cut data to export", EXPORT, ("dcp: no whole checkpoint", f"{DATA}: "), cut(DATA, -10)),
-    Case("no data", RESUME, ("dcp: no whole checkpoint", f"{DATA}: no such file"), remove(DATA)),
-    Case("no description", RESUME, ("dcp: no whole checkpoint", f"{PICKLE}: no such file"), remove(PICKLE)),
-    Case("no marker", RESUME, ("dcp: no whole checkpoint", f"{MARKER}: no such file"), remove(MARKER)),
-    Case("other marker", RESUME, (f"{MARKER}: does not say which files there are",), write(MARKER, '{"files": {}}')),
+    Case("cut data", RESUME, ("dcp: no complete checkpoint", f"{DATA}: ", "bytes, complete.json says"), cut(DATA, -10)),
+    Case("cut data to export", EXPORT, ("dcp: no complete checkpoint", f"{DATA}: "), cut(DATA, -10)),
+    Case("no data", RESUME, ("dcp: no complete checkpoint", f"{DATA}: no such file"), remove(DATA)),
+    Case("no description", RESUME, ("dcp: no complete checkpoint", f"{PICKLE}: no such file"), remove(PICKLE)),
+    Case("no marker", RESUME, ("dcp: no complete checkpoint", f"{MARKER}: no such file"), remove(MARKER)),
+    Case("other marker", RESUME, (f"{MARKER}: does not list the files",), write(MARKER, '{"files": {}}')),
     Case("no JSON for a marker", EXPORT, (f"{MARKER}: not JSON",), write(MARKER, "done")),
-    Case("no checkpoint", (*RESUME, "training.load=data"), ("data: no whole checkpoint in it (release or iter_…",)),
+    Case("no checkpoint", (*RESUME, "training.load=data"), ("data: no complete checkpoint in it (release or iter_…",)),
     Case(
         "marker that lies",
         RESUME,

@@ -331,7 +331,7 @@ def test_two_at_once(hub, capsys, monkeypatch):
     """The second says so, and leaves the first alone."""
     import qwen35.checkpoint.lock as lock
 
-    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0.1)
     code = "import sys, time; from pathlib import Path; from qwen35.checkpoint.lock import holding\n"
     code += "with holding(Path(sys.argv[1])):\n    print(1, flush=True); time.sleep(60)"
     first = subprocess.Popen([sys.executable, "-c", code, BESIDE.absolute()], cwd=ROOT, stdout=subprocess.PIPE)

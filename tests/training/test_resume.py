@@ -22,9 +22,9 @@ from checkpoint_cases import as_before
 from kills import Series
 from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_as_ever, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import Loaded, newest_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import CheckpointInfo, newest_checkpoint, save_checkpoint
 from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.folders import INCOMPLETE, sweep
+from qwen35.checkpoint.folders import INCOMPLETE, remove_leftovers
 from qwen35.checkpoint.lock import holding
 from qwen35.config.load import SettingError, load_settings
 from qwen35.device import HOST
@@ -154,7 +154,7 @@ def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     (save / "latest_checkpointed_iteration.txt").write_text("20")
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
     assert done.returncode == 0, done.stderr
-    assert "latest_checkpointed_iteration.txt names iter_0000024 now" in done.stdout
+    assert "latest_checkpointed_iteration.txt now names iter_0000024" in done.stdout
     assert "nothing left to train" in done.stdout
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "24"
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000020", "iter_0000024"]
@@ -167,8 +167,8 @@ def test_a_newest_checkpoint_that_is_not_whole(workplace, uninterrupted, tmp_pat
     file = save / "iter_0000024/__1_0.distcp"
     os.truncate(file, 1000)
     out = finish(workplace, save)
-    assert f"{file.parent} is not whole ({file}: 1000 bytes, complete.json says " in out
-    assert f": it is now iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
+    assert f"{file.parent} is incomplete ({file}: 1000 bytes, complete.json says " in out
+    assert f": renamed to iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
     assert f"steps 21 to {STEPS}" in out
     assert (save / "iter_0000024.damaged/__1_0.distcp").stat().st_size == 1000
     assert_same_run(save, uninterrupted)
@@ -262,7 +262,7 @@ def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_pat
     as_before(save / "iter_0000024")
     done = train(workplace, save, 2, *RECIPE, "training.train_iters=25")
     assert done.returncode == 1
-    words = "is missing, while there is one of another of the 2 ranks; move it away; iter_0000020 follows"
+    words = "is missing, though another of the 2 ranks has one; move it away to use iter_0000020"
     assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
     assert "bins of" not in done.stdout
 
@@ -323,8 +323,10 @@ def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     text = replace(config.text, rms_norm_eps=1e-5, initializer_range=0.5, layer_types=config.text.layer_types[::-1])
     kept = {**position, "model": asdict(replace(config, text=text, video_token_id=7))}
 
-    def loaded(extra: dict) -> Loaded:
-        return Loaded(tmp_path / "iter_0000003", 3, 1, True, decode(json.loads(json.dumps(encode(extra)))), None)
+    def loaded(extra: dict) -> CheckpointInfo:
+        return CheckpointInfo(
+            tmp_path / "iter_0000003", 3, 1, True, decode(json.loads(json.dumps(encode(extra)))), None
+        )
 
     check_position(loaded(position), position, settings)
     check_position(loaded({k: v for k, v in kept.items() if k != "model"}), position, settings)
@@ -392,7 +394,7 @@ def test_the_lock(tmp_path):
     with holding(folder) as warning:
         assert warning is None
         assert (folder / ".lock").is_file()
-        code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(folder)!r})): pass"
+        code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(folder)!r})): pass"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
         assert "in use by another job (process" in other.stderr
     assert not folder.exists()
@@ -415,7 +417,7 @@ def hook(event, args):
         if len(tries) == 2:
             print("waits", flush=True)
 sys.addaudithook(hook)
-lock.PATIENCE = float(sys.argv[2])
+lock.LOCK_TIMEOUT = float(sys.argv[2])
 with lock.holding(Path(sys.argv[1])):
     print(Path(sys.argv[1], lock.LOCK).exists(), flush=True)
     time.sleep(600)
@@ -433,8 +435,8 @@ with lock.holding(Path(sys.argv[1])):
 
 def test_a_lock_file_that_somebody_removes_lets_nobody_in(tmp_path):
     """Nor does one that is put in its place; a forked worker that lives on keeps nobody out."""
-    code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(tmp_path)!r})): pass"
-    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.PATIENCE = 0\n{code}"]
+    code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(tmp_path)!r})): pass"
+    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.LOCK_TIMEOUT = 0\n{code}"]
     with holding(tmp_path):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
         worker.start()
@@ -468,7 +470,7 @@ def test_what_stopped_jobs_left_is_swept_away(tmp_path):
         (tmp_path / name / "x").touch()
     for name in ("iter_2.tmp", "hf.tmp", "iter_3.old", "iter_1.old"):
         (tmp_path / name / INCOMPLETE).touch()
-    told = sweep(tmp_path, names)
+    told = remove_leftovers(tmp_path, names)
     # iter_4.tmp and iter_5.old are not known to be ours, and the others have names of their own
     left = ["hf.tmp", "iter_1", "iter_3", "iter_4.tmp", "iter_5.old", "mine.old"]
     assert sorted(p.name for p in tmp_path.iterdir()) == left

@@ -10,7 +10,7 @@ from training_runs import tensors, train
 from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.checkpoint.hf import HFFolder, HFSource
-from qwen35.checkpoint.slices import Box
+from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 
@@ -75,4 +75,4 @@ def test_exported(workplace, split, tmp_path):
     exported, wanted = HFSource(HFFolder(tmp_path / "hf")), tensors(split)
     assert exported.specs.keys() == wanted.keys()
     for name, spec in exported.specs.items():
-        assert torch.equal(exported.read(name, Box.whole(spec.shape)), wanted[name].to(spec.dtype)), name
+        assert torch.equal(exported.read(name, TensorSlice.full(spec.shape)), wanted[name].to(spec.dtype)), name

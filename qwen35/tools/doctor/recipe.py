@@ -148,14 +148,14 @@ def _held_out(settings: "Settings") -> list[Finding]:
 
 
 def _weights(settings: "Settings") -> list[Finding]:
-    from qwen35.checkpoint.dcp_folder import about, newest_checkpoint, resolve_load
+    from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
     from qwen35.checkpoint.errors import CheckpointError
     from qwen35.checkpoint.hf_read import HFFolder
 
     t = settings.training
     try:
         if newest := newest_checkpoint(Path(t.save)):
-            return [ok("weights", "; ".join([f"goes on from {newest}", *about(t.save, newest)]))]
+            return [ok("weights", "; ".join([f"goes on from {newest}", *load_notes(t.save, newest)]))]
         if t.load:
             return [ok("weights", f"from {resolve_load(Path(t.load))}")]
         if t.init_from_hf_path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.kept import Kept, outputs_once
+from kernels.recompute_cache import Kept, outputs_once
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]
 

@@ -10,8 +10,8 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_d
 from torch import Tensor
 
 from kernels.host import to_device
-from kernels.kept import Kept
 from kernels.lengths import made_once
+from kernels.recompute_cache import Kept
 
 
 def chunk_gated_delta_rule(

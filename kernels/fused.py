@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from kernels import attention, moe, moe_parallel, npu
 from kernels.cross_entropy import chunks
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 
 WORDS = 1 << 15  # of the head's gradient that are scaled at once
 

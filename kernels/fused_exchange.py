@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_world_size
 
 from kernels import KernelError, moe_parallel, npu
-from kernels.kept import Kept
 from kernels.moe_parallel import Exchange
+from kernels.recompute_cache import Kept
 
 RANKS = (8, 16, 32, 64, 128)
 MOST_EXPERTS, MOST_HERE, CHOICES = 256, 32, range(2, 9)

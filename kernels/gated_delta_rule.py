@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from kernels.host import to_device
-from kernels.kept import Kept, outputs_once
 from kernels.lengths import made_once
 from kernels.native import working_dtype
+from kernels.recompute_cache import Kept, outputs_once
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
 

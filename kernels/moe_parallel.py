@@ -8,7 +8,7 @@ Two ways, chosen by what they send. A rank's T tokens have K rows each, of which
   this is an all-to-all of equal parts and an addition, not a reduce-scatter in bf16: that sends as much and rounds each sum.
 
 Before that, one small exchange of counts, and the one host sync of the layer: the ranks must know how much to expect. Both
-are spared where a layer is run again for backward (kernels/kept.py). Backward sends gradients the same two ways, and for each
+are spared where a layer is run again for backward (kernels/recompute_cache.py). Backward sends gradients the same two ways, and for each
 row a number: all-to-all its weight out, both ways the weight's gradient back. The rows that the experts saw are kept, not
 sent again; while the gradient of x is on its way back, those of the projections are computed.
 """
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from kernels import native
 from kernels.features import all_gather_single
-from kernels.kept import Kept
 from kernels.moe import hidden_backward, moe_experts
 from kernels.native import working_dtype
+from kernels.recompute_cache import Kept
 
 Sizes = Callable[[Tensor, int, int], list[list[list[int]]]]
 

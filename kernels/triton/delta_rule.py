@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.kept import Kept, outputs_once
+from kernels.recompute_cache import Kept, outputs_once
 from kernels.triton import delta_rule_launch as launch
 from kernels.triton.chunks import chunk_tables
 from kernels.triton.tiles import HEAD_SIZES, Tiles

@@ -14,7 +14,7 @@ from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
 from kernels.host import to_device
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35

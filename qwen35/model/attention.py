@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from kernels.attention import Prepare
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linear_of
 from qwen35.model.norm import RMSNorm

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linears_of
 from qwen35.model.norm import RMSNorm, RMSNormGated

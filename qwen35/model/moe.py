@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linear_of, linears_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.config import TextConfig
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope

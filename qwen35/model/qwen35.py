@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.batch import MTPTargets, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.attention import Prepare
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.batch import MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.model.moe import Experts, MoE
 
 

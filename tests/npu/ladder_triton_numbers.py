@@ -15,7 +15,7 @@ from triton.backends.ascend.driver import NPUDriver
 import kernels
 from kernels import reference
 from kernels import triton as ours
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from kernels.triton import tiles
 
 interpreter.install()

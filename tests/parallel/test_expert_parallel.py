@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import moe_parallel, reference
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 
 INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
 E, H, INNER = 8, 16, 24

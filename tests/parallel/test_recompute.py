@@ -8,7 +8,7 @@ from live_bytes import LiveBytes
 from peer import config_dict, pack, sample
 
 from kernels import gated_delta_rule, native
-from kernels.kept import Kept
+from kernels.recompute_cache import Kept
 from qwen35.config.load import SettingError, load_settings
 from qwen35.model import Qwen35
 from qwen35.training.loss import token_weights

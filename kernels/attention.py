@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.recompute_cache import Kept, outputs_once
+from kernels.recompute_cache import RecomputeCache, outputs_once
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]
 
@@ -26,14 +26,14 @@ def varlen_attention(
     scale: float,
     prepare: Prepare | None = None,
     inputs: Sequence[Tensor] = (),
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [S+1] on the CPU -> o [T, Hq, D].
 
-    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come. `kept`: the layer is run
+    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come. `recompute_cache`: the layer is run
     again for backward, and its second run takes o and the softmax's statistics from the first.
     """
-    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
+    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, recompute_cache)
 
 
 def attend(
@@ -46,11 +46,11 @@ def attend(
     scale: float,
     prepare: Prepare | None,
     inputs: Sequence[Tensor],
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
     """The same by the attention and attention_backward of `primitives`, which take at most SEQUENCES sequences in a call."""
     how = primitives, list(_parts(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
-    return _Attention.apply(how, kept, q, k, v, *inputs)
+    return _Attention.apply(how, recompute_cache, q, k, v, *inputs)
 
 
 def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
@@ -64,7 +64,9 @@ def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: tuple, kept: Kept | None, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, how: tuple, recompute_cache: RecomputeCache | None, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor
+    ) -> Tensor:
         do, parts, causal, scale, prepare = ctx.how = how
 
         def attended() -> tuple[Tensor, ...]:
@@ -75,7 +77,7 @@ class _Attention(torch.autograd.Function):
                 calls.append(do.attention(of_q, of_k, of_v, ends, causal, scale))
             return _joined([call[0] for call in calls], q), *(x for call in calls for x in call[1:])
 
-        out, *statistics = outputs_once(kept, attended)
+        out, *statistics = outputs_once(recompute_cache, attended)
         ctx.save_for_backward(q, k, *inputs, v, out, *statistics)
         return out
 
@@ -85,8 +87,8 @@ class _Attention(torch.autograd.Function):
         _, _, need_q, need_k, _, *needs = ctx.needs_input_grad
         needs = [need_q, need_k, *needs]
         saved = ctx.saved_tensors
-        inputs, (v, out), kept = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
-        made, each = inputs, len(kept) // max(1, len(parts))
+        inputs, (v, out), statistics = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
+        made, each = inputs, len(statistics) // max(1, len(parts))
         if prepare:
             inputs = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
             with torch.enable_grad():
@@ -94,7 +96,9 @@ class _Attention(torch.autograd.Function):
         grads: list[list[Tensor]] = [[], [], []]
         for i, (part, ends) in enumerate(parts):
             g, q, k, of_v, o = _of(part, grad, *made, v, out)
-            found = do.attention_backward(g, q, k, of_v, (o, *kept[i * each : (i + 1) * each]), ends, causal, scale)
+            found = do.attention_backward(
+                g, q, k, of_v, (o, *statistics[i * each : (i + 1) * each]), ends, causal, scale
+            )
             for its, x in zip(grads, found, strict=True):
                 its.append(x)
         *of_made, grad_v = (_joined(its, x) for its, x in zip(grads, (*made, v), strict=True))

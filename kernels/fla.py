@@ -11,14 +11,20 @@ from torch import Tensor
 
 from kernels.host import to_device
 from kernels.lengths import made_once
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    """ValueError with `kept`: what fla's backward needs comes out of its forward alone, which cannot be left out."""
-    if kept is not None:
+    """ValueError with `recompute_cache`: what fla's backward needs comes out of its forward alone, which cannot be left out."""
+    if recompute_cache is not None:
         raise ValueError(
             "fla's delta rule cannot take its output from a layer's first run: set parallel.recompute to true"
         )

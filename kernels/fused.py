@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from kernels import attention, moe, moe_parallel, npu
 from kernels.cross_entropy import chunks
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 
 WORDS = 1 << 15  # of the head's gradient that are scaled at once
 
@@ -30,11 +30,11 @@ def moe_experts_parallel(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     group: ProcessGroup,
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
     sizes: moe_parallel.Sizes = moe_parallel.read,
 ) -> Tensor:
     return moe_parallel.moe_experts_parallel(
-        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives=npu, sizes=sizes
+        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, recompute_cache, primitives=npu, sizes=sizes
     )
 
 
@@ -136,9 +136,9 @@ def varlen_attention(
     scale: float,
     prepare: attention.Prepare | None = None,
     inputs: Sequence[Tensor] = (),
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
+    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, recompute_cache)
 
 
 def linear_cross_entropy(

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup, get_world_size
 
 from kernels import KernelError, moe_parallel, npu
 from kernels.moe_parallel import Exchange
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 
 RANKS = (8, 16, 32, 64, 128)
 MOST_EXPERTS, MOST_HERE, CHOICES = 256, 32, range(2, 9)
@@ -31,7 +31,7 @@ def moe_experts_parallel(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     group: ProcessGroup,
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
     sizes: moe_parallel.Sizes = moe_parallel.read,
 ) -> Tensor:
     """As moe_parallel.moe_experts_parallel. Raises KernelError on what the operators do not take, on every rank alike."""
@@ -49,7 +49,7 @@ def moe_experts_parallel(
                 f"model.kernels.moe_experts_parallel=alltoallv_gmm does not take this: {what}; auto takes it"
             )
     return moe_parallel.moe_experts_parallel(
-        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, npu, sizes, FusedExchange
+        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, recompute_cache, npu, sizes, FusedExchange
     )
 
 

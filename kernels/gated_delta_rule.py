@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.host import to_device
 from kernels.lengths import made_once
 from kernels.native import working_dtype
-from kernels.recompute_cache import Kept, outputs_once
+from kernels.recompute_cache import RecomputeCache, outputs_once
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
 
@@ -36,14 +36,20 @@ HEADS_AT_ONCE = 64  # sequences times V heads that go through a chunk together
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
     """q, k [T, Hk, Dk] raw; v [T, Hv, Dv]; g, beta [T, Hv] (g <= 0, the log of the decay); cu_seqlens [S+1] on the CPU.
 
-    Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside. `kept`: the
+    Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside. `recompute_cache`: the
     layer is run again for backward; its second run takes o from the first, and goes through the chunks for their states alone.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), kept)
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), recompute_cache)
 
 
 @torch.no_grad()
@@ -115,7 +121,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         beta: Tensor,
         cu_seqlens: Tensor,
         grad_enabled: bool,
-        kept: Kept | None,
+        recompute_cache: RecomputeCache | None,
     ) -> Tensor:
         inputs = (q, k, v, g, beta)
         chunks: list[tuple[Tensor, Tensor]] | None = [] if grad_enabled else None
@@ -125,7 +131,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             _forward(inputs, cu_seqlens, out, chunks)
             return (out,)
 
-        (out,) = outputs_once(kept, made)
+        (out,) = outputs_once(recompute_cache, made)
         if chunks is not None:
             if not chunks:
                 _forward(inputs, cu_seqlens, None, chunks)
@@ -135,8 +141,8 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, *kept = ctx.saved_tensors
-        pairs = list(zip(kept[::2], kept[1::2], strict=True))
+        q, k, v, g, beta, *saved = ctx.saved_tensors
+        pairs = list(zip(saved[::2], saved[1::2], strict=True))
         return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None, None)
 
 
@@ -252,7 +258,7 @@ def _forward(
     inputs: Inputs,
     cu_seqlens: Tensor,
     out: Tensor | None,
-    kept: list[tuple[Tensor, Tensor]] | None,
+    saved: list[tuple[Tensor, Tensor]] | None,
     last_state: Tensor | None = None,
 ) -> None:
     """out [T, Hv, Dv]: takes the rule's output; None: that is known. kept: takes each chunk's entering state and inverse.
@@ -268,21 +274,21 @@ def _forward(
             if out is not None:
                 chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
             moving.mul_(chunk.whole).add_(chunk.k_end.mT @ value)
-            if kept is not None:
-                kept.append((entering, chunk.inverse))
+            if saved is not None:
+                saved.append((entering, chunk.inverse))
         if last_state is not None:
             last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
 
 
 def _backward(
-    inputs: Inputs, cu_seqlens: Tensor, kept: list[tuple[Tensor, Tensor]], grad_out: Tensor
+    inputs: Inputs, cu_seqlens: Tensor, saved: list[tuple[Tensor, Tensor]], grad_out: Tensor
 ) -> tuple[Tensor, ...]:
     _, k, v, _, _ = inputs
     grads, heads = tuple(torch.empty_like(x) for x in inputs), v.shape[1]
     for members, steps in reversed(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device)):
         grad_state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in reversed(steps):
-            entering, inverse = kept.pop()
+            entering, inverse = saved.pop()
             chunk = _Chunk(inputs, step, inverse)
             _backward_step(chunk, entering, grad_state[: step.count * heads], grad_out, grads)
     return grads

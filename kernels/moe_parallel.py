@@ -27,7 +27,7 @@ from kernels import native
 from kernels.features import all_gather_single
 from kernels.moe import hidden_backward, moe_experts
 from kernels.native import working_dtype
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 
 Sizes = Callable[[Tensor, int, int], list[list[list[int]]]]
 
@@ -58,7 +58,7 @@ def moe_experts_parallel(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     group: dist.ProcessGroup,
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
     primitives: ModuleType = native,
     sizes: Sizes = read,
     exchange: "type[Exchange] | None" = None,
@@ -68,7 +68,7 @@ def moe_experts_parallel(
     gate_up_proj [E/ep, 2I, H], down_proj [E/ep, H, I]: of experts rank*E/ep and on. Returns [T, H] in x's dtype; the sum over
     K runs in fp32. The gradients of the projections are those of all ranks' tokens: already summed over the group.
 
-    A collective: every rank of `group` calls it, and its backward, in the same order, with the same inputs frozen. `kept`: of
+    A collective: every rank of `group` calls it, and its backward, in the same order, with the same inputs frozen. `recompute_cache`: of
     a layer that is run again. `primitives`: as for moe_experts. `sizes`: what reads the counts on the host; a rehearsal on
     fake tensors, where there is nothing to read, gives `balanced` (or a partial of it). `exchange`: what to exchange with, all
     to all whatever ep is; if not given, the plain one, where that sends less.
@@ -77,7 +77,7 @@ def moe_experts_parallel(
     if ep == 1:
         return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
     way = _Gathered if exchange is None and ep < topk_ids.shape[1] else _Exchanged
-    how = How(group, kept, primitives, sizes, exchange or Exchange)
+    how = How(group, recompute_cache, primitives, sizes, exchange or Exchange)
     return way.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, how)
 
 
@@ -96,7 +96,7 @@ class How:
     """What both ways take beside tensors, as moe_experts_parallel was given it."""
 
     group: dist.ProcessGroup
-    kept: Kept | None
+    recompute_cache: RecomputeCache | None
     do: ModuleType
     sizes: Sizes
     kind: "type[Exchange]"
@@ -119,7 +119,7 @@ def ask(chosen: Callable[[], Tensor], ids: Tensor, how: How) -> Routes:
             both[1, :, :-1].contiguous(),
         )
 
-    return make() if how.kept is None else how.kept.once(make)
+    return make() if how.recompute_cache is None else how.recompute_cache.once(make)
 
 
 def orders(counts: Tensor, total: int) -> Tensor:

@@ -198,9 +198,9 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """saved: all that attention returned -> grad_q, grad_k, grad_v. Where torch has no such operator, forward runs again."""
     found: list[list[Tensor]] = [[], [], []]
-    for gs, qs, ks, vs, *kept in _runs(ends, grad, q, k, v, *saved):
+    for gs, qs, ks, vs, *statistics in _runs(ends, grad, q, k, v, *saved):
         if q.is_cpu and HAS_GROUPED_FLASH:
-            out, log_sum = kept
+            out, log_sum = statistics
             grads = flash_backward(gs, qs, ks, vs, out, log_sum, 0.0, causal, scale=scale)
         else:
             inputs = [x.detach().requires_grad_() for x in (qs, ks, vs)]

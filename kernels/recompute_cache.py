@@ -1,4 +1,4 @@
-"""What the first run of a layer hands to the second, where it is run again for backward (activation checkpointing)."""
+"""The recompute cache: what a layer's first run hands to its second under activation checkpointing."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,52 +10,55 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Kept:
-    """Results that are not computed twice: which expert-parallel rank gets how many rows (asking again would be a host
-    sync), and, with `outputs`, what attention and the delta rule return.
+class RecomputeCache:
+    """Results that the second run of a layer reuses instead of computing them again.
 
-    One object a layer and micro-batch, given to torch.utils.checkpoint as `context_fn=kept.contexts`. The second run asks
-    in the order of the first. Tensors must be given to `once` detached: they outlive the first run's graph. pack, unpack: how
-    outputs are put away and found again; what pack gives must hold nothing of the graph either.
+    It holds the row counts of expert parallelism, which cost a host sync, and with `keeps_outputs`
+    also the outputs of attention and the delta rule.
+
+    Make one per layer and micro-batch and pass its `contexts` to torch.utils.checkpoint as
+    `context_fn`. The second run must ask in the same order as the first. `once` takes detached
+    tensors only, because they outlive the graph of the first run. `pack` and `unpack` store and
+    restore outputs (activation offloading); what `pack` returns must not refer to the graph either.
     """
 
     def __init__(
         self,
-        outputs: bool = False,
+        keeps_outputs: bool = False,
         pack: Callable[[Tensor], Any] = Tensor.detach,
         unpack: Callable[[Any], Tensor] = Tensor.detach,
     ) -> None:
-        self.outputs, self._pack, self._unpack = outputs, pack, unpack
+        self.keeps_outputs, self._pack, self._unpack = keeps_outputs, pack, unpack
         self._results: deque[Any] = deque()
-        self.is_second = False
+        self.is_recomputing = False
 
-    def once(self, make: Callable[[], T]) -> T:
-        """make(), or in the second run what it gave in the first."""
-        if self.is_second:
+    def once(self, compute: Callable[[], T]) -> T:
+        """compute() in the first run; the same result again in the second."""
+        if self.is_recomputing:
             return self._results.popleft()
-        result = make()
+        result = compute()
         self._results.append(result)
         return result
 
-    def outputs_once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The same of outputs, inside an autograd.Function's forward."""
-        if self.is_second:
+    def outputs_once(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """As `once`, for the outputs computed inside an autograd.Function's forward."""
+        if self.is_recomputing:
             return tuple(self._unpack(x) for x in self._results.popleft())
-        result = make()
+        result = compute()
         self._results.append(tuple(self._pack(x) for x in result))
         return result
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Of the first run, of the second."""
-        return nullcontext(), self._second()
+        """The contexts of the first and of the second run, for checkpoint's `context_fn`."""
+        return nullcontext(), self._recomputing()
 
     @contextmanager
-    def _second(self) -> Iterator[None]:
-        self.is_second = True
+    def _recomputing(self) -> Iterator[None]:
+        self.is_recomputing = True
         yield
-        self.is_second = False
+        self.is_recomputing = False
 
 
-def outputs_once(kept: Kept | None, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """make(), or what the first run made. None: there is only one run."""
-    return make() if kept is None else kept.outputs_once(make)
+def outputs_once(cache: RecomputeCache | None, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """cache.outputs_once(compute), or just compute() if the layer runs only once (None)."""
+    return compute() if cache is None else cache.outputs_once(compute)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.recompute_cache import Kept, outputs_once
+from kernels.recompute_cache import RecomputeCache, outputs_once
 from kernels.triton import delta_rule_launch as launch
 from kernels.triton.chunks import chunk_tables
 from kernels.triton.tiles import HEAD_SIZES, Tiles
@@ -22,7 +22,7 @@ def chunk_gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     cu_seqlens: Tensor,
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others. tiles: default the
@@ -37,7 +37,7 @@ def chunk_gated_delta_rule(
     if not len(v):
         return torch.zeros_like(v)
     tiles = tiles or Tiles.of(q.shape[2], v.shape[2])
-    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, kept)
+    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, recompute_cache)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -52,7 +52,7 @@ class _DeltaRule(torch.autograd.Function):
         chunks: Tensor,
         sequences: Tensor,
         tiles: Tiles,
-        kept: Kept | None,
+        recompute_cache: RecomputeCache | None,
     ) -> Tensor:
         q, k, v = (_in_rows(x) for x in (q, k, v))
         g, beta = g.contiguous(), beta.contiguous()
@@ -61,7 +61,7 @@ class _DeltaRule(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
         ctx.gate_dtypes, ctx.columns = (g.dtype, beta.dtype), tiles.columns
         inputs = q, k, v, inverse, gates, norms, sequences
-        return outputs_once(kept, lambda: (launch.scan(*inputs, tiles.columns),))[0]
+        return outputs_once(recompute_cache, lambda: (launch.scan(*inputs, tiles.columns),))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

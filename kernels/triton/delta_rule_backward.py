@@ -63,9 +63,9 @@ def grad_states(
             d_out = load_rows(grad, first, count, Hv * Dv, v_head * Dv + column, C, BV)
             leaving = grad_state.to(k_tile.dtype)
             store_block(grad_states, leaving, index, Dk, Dv, column, BV)
-            kept = load_block(states, index, Dk, Dv, column, BV).to(tl.float32) * grad_state
+            product = load_block(states, index, Dk, Dv, column, BV).to(tl.float32) * grad_state
             place = through + (index * BLOCKS + column // BV) * Dk + tl.arange(0, Dk)
-            tl.store(place, tl.sum(kept, axis=1) * whole)
+            tl.store(place, tl.sum(product, axis=1) * whole)
             # transposed as it is made: k q^T, row j, column i
             kq = (
                 tl.dot(k_tile, tl.trans(q_tile))

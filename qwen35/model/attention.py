@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from kernels import Kernels
 from kernels.attention import Prepare
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linear_of
 from qwen35.model.norm import RMSNorm
@@ -26,11 +26,17 @@ class AttentionCore(nn.Module):
         cu_seqlens: Tensor,
         prepare: Prepare | None = None,
         *inputs: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
         scale = q.shape[-1] ** -0.5
-        how = {"causal": self.causal, "scale": scale, "prepare": prepare, "inputs": inputs, "kept": kept}
+        how = {
+            "causal": self.causal,
+            "scale": scale,
+            "prepare": prepare,
+            "inputs": inputs,
+            "recompute_cache": recompute_cache,
+        }
         return self.kernel(q, k, v, cu_seqlens, **how)
 
 
@@ -47,12 +53,24 @@ class Attention(nn.Module):
         self.core = AttentionCore(kernels)
         self.rotary = kernels.apply_rotary
 
-    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, cu_seqlens: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rope: Rope, cu_seqlens: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
         """x [T, H], not yet normed -> [T, H]"""
         q, k, v = norm.into(x, self.q_proj, self.k_proj, self.v_proj)
         q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
         k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
-        out = self.core(q, k, v, cu_seqlens, self.prepare, self.q_norm.weight, self.k_norm.weight, *rope, kept=kept)
+        out = self.core(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            self.prepare,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rope,
+            recompute_cache=recompute_cache,
+        )
         return linear_of(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
 
     def prepare(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linears_of
 from qwen35.model.norm import RMSNorm, RMSNormGated
@@ -28,10 +28,12 @@ class DeltaNetCore(nn.Module):
         beta: Tensor,
         conv_weight: Tensor,
         cu_seqlens: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
-        return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens, kept)
+        return self.delta_rule(
+            *self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens, recompute_cache
+        )
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 2 Hk Dk + Hv Dv] -> q, k [T, Hk, Dk], v [T, Hv, Dv]"""
@@ -64,11 +66,13 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value, hidden, bias=False)
         self.core = DeltaNetCore(config, kernels)
 
-    def forward(self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
         """x [T, H], not yet normed -> [T, H]"""
         qkv, z, b, a = norm.into(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         beta = b.float().sigmoid()  # [T, Hv]
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
-        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, kept)  # [T, Hv, Dv]
+        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
         return linears_of(None, [self.out_proj.weight], out.flatten(1))[0]

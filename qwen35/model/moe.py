@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import linear_of, linears_of
 
@@ -59,7 +59,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.kernel, self.parallel_kernel = kernels.moe_experts, kernels.moe_experts_parallel
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
         return self.kernel(x, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
 
 
@@ -72,10 +74,12 @@ class MoE(nn.Module):
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, x: Tensor, counted: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, counted: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [T, H] -> y [T, H], the router's stats [2, E]"""
         ids, weights, stats = self.gate(x, counted)
-        return self.experts(x, ids, weights, kept) + self.shared_expert(x, self.shared_expert_gate), stats
+        return self.experts(x, ids, weights, recompute_cache) + self.shared_expert(x, self.shared_expert_gate), stats
 
 
 def load_balancing_loss(stats: Tensor, top_k: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
@@ -29,9 +29,9 @@ class MultiTokenPrediction(nn.Module):
         rope: Rope,
         cu_seqlens: Tensor,
         counted: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """hidden [T, H] of position t, next_embedding [T, H] of token t+1 -> hidden [T, H] that predicts token t+2, stats"""
         both = [self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)]
-        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted, kept)
+        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted, recompute_cache)
         return self.norm(x), stats

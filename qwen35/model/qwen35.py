@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.batch import MTPTargets, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config
@@ -49,10 +49,13 @@ class DecoderLayer(nn.Module):
         self.is_attention, self.is_moe = kind == "full_attention", bool(config.num_experts)
 
     def forward(
-        self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor, kept: Kept | None = None
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor, recompute_cache: RecomputeCache | None = None
     ) -> tuple[Tensor, Stats]:
         """x [T, H] -> [T, H], router stats over the tokens that are `counted` [T] fp32, one or zero"""
-        norm, of_core = self.input_layernorm, kept if kept and kept.outputs else None
+        norm, of_core = (
+            self.input_layernorm,
+            recompute_cache if recompute_cache and recompute_cache.keeps_outputs else None,
+        )
         if self.is_attention:
             x = x + self.self_attn(x, norm, rope, cu_seqlens, of_core)
         else:
@@ -60,7 +63,7 @@ class DecoderLayer(nn.Module):
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), []
-        y, stats = self.mlp(normed, counted, kept)
+        y, stats = self.mlp(normed, counted, recompute_cache)
         return x + y, [stats]
 
 
@@ -101,10 +104,12 @@ class LanguageModel(nn.Module):
             if not self.recompute:
                 return layer(*inputs, None)
             aside = (stash.pack, stash.unpack) if stash else ()
-            kept = Kept(self.recompute == "selective", *aside)
+            recompute_cache = RecomputeCache(self.recompute == "selective", *aside)
             # nothing in a layer is random: the generators' states need not be kept
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
-            return again(layer, *inputs, kept)
+            again = partial(
+                checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=recompute_cache.contexts
+            )
+            return again(layer, *inputs, recompute_cache)
 
 
 class _Placed(torch.autograd.Function):
@@ -240,10 +245,10 @@ class Qwen35(nn.Module):
         # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
         counted = (~(mtp_targets.is_end if batch.is_pad is None else mtp_targets.is_end | batch.is_pad)).float()
 
-        def layer(hidden: Tensor, x: Tensor, kept: Kept | None) -> tuple[Tensor, Stats]:
+        def layer(hidden: Tensor, x: Tensor, recompute_cache: RecomputeCache | None) -> tuple[Tensor, Stats]:
             beyond = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
             following = torch.cat([x[1:], beyond]).masked_fill(mtp_targets.is_end[:, None], 0)
-            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, kept)
+            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, recompute_cache)
 
         return text.run(layer, hidden, x)
 

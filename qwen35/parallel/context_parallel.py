@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.attention import Prepare
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.batch import MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore
@@ -114,14 +114,14 @@ class UlyssesAttention(nn.Module):
         cu_seqlens: Tensor,
         prepare: Prepare | None = None,
         *inputs: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """q [T/U, Hq, D], k, v [T/U, Hkv, D], inputs for all T tokens -> [T/U, Hq, D]"""
         repeats = max(1, self.group.size() // k.shape[1])
         if repeats > 1:
             k, v = (x[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for x in (k, v))
         q, k, v = (x.unflatten(1, (-1, q.shape[2])) for x in to_heads(self.group, [q], [k], [v]))
-        return to_tokens(self.group, self.core(q, k, v, cu_seqlens, prepare, *inputs, kept=kept))
+        return to_tokens(self.group, self.core(q, k, v, cu_seqlens, prepare, *inputs, recompute_cache=recompute_cache))
 
 
 class UlyssesDeltaNet(nn.Module):
@@ -140,7 +140,7 @@ class UlyssesDeltaNet(nn.Module):
         beta: Tensor,
         conv_weight: Tensor,
         cu_seqlens: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """qkv [T/U, C], g, beta [T/U, Hv] fp32, conv_weight [C, K] -> [T/U, Hv, Dv]"""
         rank = self.group.rank()
@@ -148,7 +148,7 @@ class UlyssesDeltaNet(nn.Module):
             x[rank * n : (rank + 1) * n] for x, n in zip(conv_weight.split(self.whole), self.core.split, strict=True)
         ]
         qkv, g, beta = to_heads(self.group, qkv.split(self.whole, dim=1), [g], [beta])
-        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(taps), cu_seqlens, kept))
+        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(taps), cu_seqlens, recompute_cache))
 
 
 class Gathered(nn.Module):

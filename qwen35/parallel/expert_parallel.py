@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.moe import Experts, MoE
 
 
@@ -21,21 +21,25 @@ class ParallelExperts(nn.Module):
         self.down_proj = own_part(experts.down_proj, mesh)
         self.kernel, self.group = experts.parallel_kernel, mesh.get_group()
 
-    def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, kept: Kept | None = None) -> Tensor:
-        if kept is None or not kept.is_second:
-            return super().__call__(x, topk_ids, topk_weights, kept)
+    def __call__(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
+        if recompute_cache is None or not recompute_cache.is_recomputing:
+            return super().__call__(x, topk_ids, topk_weights, recompute_cache)
         # Their backward comes next. FSDP2's hooks would let go of the weights after this run and gather them once more, and
         # take the run for one more whose backward is to be prefetched (torch < 2.13).
         assert isinstance(self, FSDPModule)
         self.unshard()
-        return self.forward(x, topk_ids, topk_weights, kept)
+        return self.forward(x, topk_ids, topk_weights, recompute_cache)
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
         """x [T, H], topk_ids [T, K] of all experts -> [T, H]"""
         gate_up_proj, down_proj = (
             cast(DTensor, w).to_local() for w in (self.gate_up_proj, self.down_proj)
         )  # [E/ep, …]
-        return self.kernel(x, topk_ids, topk_weights, gate_up_proj, down_proj, self.group, kept)
+        return self.kernel(x, topk_ids, topk_weights, gate_up_proj, down_proj, self.group, recompute_cache)
 
 
 def own_part(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:

@@ -15,7 +15,7 @@ from triton.backends.ascend.driver import NPUDriver
 import kernels
 from kernels import reference
 from kernels import triton as ours
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from kernels.triton import tiles
 
 interpreter.install()
@@ -60,12 +60,12 @@ def test_a_second_run_takes_the_output_of_the_first(dtype, monkeypatch):
     monkeypatch.setattr(ours.delta_rule.launch, "scan", lambda *args: scans.append(1) or scan(*args))
     inputs, probe = [x.to(dtype) for x in delta_rule(70)], torch.randn(70, 6, 32)
     plain = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]),), dtype, probe)
-    kept = Kept(outputs=True)
-    first, second = kept.contexts()
+    recompute_cache = RecomputeCache(keeps_outputs=True)
+    first, second = recompute_cache.contexts()
     with first:
-        ours.chunk_gated_delta_rule(*inputs, cu([3, 67]), kept)
+        ours.chunk_gated_delta_rule(*inputs, cu([3, 67]), recompute_cache)
     with second:
-        again = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]), kept), dtype, probe)
+        again = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]), recompute_cache), dtype, probe)
     assert len(scans) == 2 and all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
 
 

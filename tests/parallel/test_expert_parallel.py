@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import moe_parallel, reference
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 
 INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
 E, H, INNER = 8, 16, 24
@@ -150,8 +150,8 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
         waited.append((tokens, k))
         return moe_parallel.read(counts, tokens, k)
 
-    def layer(kept, x, *others):
-        return kernels.moe_experts_parallel(x, ids[mine], *others, group, kept, sizes=read)
+    def layer(recompute_cache, x, *others):
+        return kernels.moe_experts_parallel(x, ids[mine], *others, group, recompute_cache, sizes=read)
 
     is_mine = ids // (E // ep) == me
     found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
@@ -170,9 +170,9 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
     waited.clear()
     for t in parts:
         t.grad = None
-    kept = Kept()
+    recompute_cache = RecomputeCache()
     with Watch() as watch:
-        again = checkpoint(layer, kept, *parts, use_reentrant=False, context_fn=kept.contexts)
+        again = checkpoint(layer, recompute_cache, *parts, use_reentrant=False, context_fn=recompute_cache.contexts)
         found["first run"], watch.seen = watch.seen, []
         again.backward(probe[mine])
         found["second run"] = watch.seen

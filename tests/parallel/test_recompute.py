@@ -8,7 +8,7 @@ from live_bytes import LiveBytes
 from peer import config_dict, pack, sample
 
 from kernels import gated_delta_rule, native
-from kernels.recompute_cache import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.config.load import SettingError, load_settings
 from qwen35.model import Qwen35
 from qwen35.training.loss import token_weights
@@ -90,19 +90,19 @@ def test_bytes_kept_of_a_layer(kind, core):
 
 
 def test_what_is_kept_is_given_back_in_order_and_once():
-    kept, made = Kept(), []
+    recompute_cache, made = RecomputeCache(), []
 
     def make():
         made.append(len(made))
         return made[-1]
 
-    first, second = kept.contexts()
+    first, second = recompute_cache.contexts()
     with first:
-        assert [kept.once(make), kept.once(make)] == [0, 1]
+        assert [recompute_cache.once(make), recompute_cache.once(make)] == [0, 1]
     with second:
-        assert [kept.once(make), kept.once(make)] == [0, 1]
+        assert [recompute_cache.once(make), recompute_cache.once(make)] == [0, 1]
         with pytest.raises(IndexError):
-            kept.once(make)
+            recompute_cache.once(make)
     assert made == [0, 1]
 
 

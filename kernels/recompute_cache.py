@@ -1,4 +1,4 @@
-"""The recompute cache: what a layer's first run hands to its second under activation checkpointing."""
+"""The recompute cache: what a layer's first run hands to its second (activation checkpointing)."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

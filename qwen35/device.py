@@ -17,13 +17,13 @@ from qwen35.errors import SettingError, one_line
 from qwen35.network import LOOPBACK
 
 HOST = torch.device("cpu")  # for what is read or kept by the host on every machine
-HOST_ALONE = {
+CPU_ONLY_ENV = {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     "CUDA_VISIBLE_DEVICES": "",
 }  # a process with these computes on the CPU
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # what hides devices from a process
-REPEATABLE = {"HCCL_DETERMINISTIC": ("true", "strict"), "CLOSE_MATMUL_K_SHIFT": ("1",)}  # by default the first of these
+DETERMINISTIC_ENV = {"HCCL_DETERMINISTIC": ("true", "strict"), "CLOSE_MATMUL_K_SHIFT": ("1",)}  # by default the first of these
 
 
 def device_type() -> str:
@@ -49,7 +49,7 @@ def device_count() -> int:
     return 1 if kind == "cpu" else getattr(torch, kind).device_count()
 
 
-def be_deterministic() -> None:
+def enable_determinism() -> None:
     """Have the same step give the same bits each time; to be called before the device is taken.
 
     torch's switch is all on a CPU, where an operator that has no such form is an error then. With it torch_npu sets
@@ -58,7 +58,7 @@ def be_deterministic() -> None:
     convolution, and the matmul. HCCL's sums and the matmul's order along K have a variable each.
     Raises SettingError for one that says otherwise.
     """
-    for name, values in REPEATABLE.items():
+    for name, values in DETERMINISTIC_ENV.items():
         value = os.environ.setdefault(name, values[0])
         if value.lower() not in values:
             raise SettingError(
@@ -69,7 +69,7 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def take_device() -> torch.device:
+def set_up_device() -> torch.device:
     """This rank's device, made ready to compute on. Raises SettingError."""
     kind, local_rank = device_type(), int(os.environ.get("LOCAL_RANK", "0"))
     check_device_count(kind, device_count())
@@ -89,7 +89,7 @@ def init_process(timeout: float = 1800) -> torch.device:
 
     timeout: seconds that they wait here for each other, and later in a collective for the slowest.
     """
-    kind, device = device_type(), take_device()
+    kind, device = device_type(), set_up_device()
     store: dist.Store | None = None  # torch's own, by what the launcher has set
     rank = world = -1
     try:
@@ -147,11 +147,11 @@ def is_lost(error: Exception) -> bool:
 def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Zeros on the host like a tensor, sharded as it is; page-locked if that is on a device, which then copies without the
     host's help."""
-    is_locked = is_apart(tensor.device)
+    is_locked = has_own_memory(tensor.device)
     return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
 
 
-def is_apart(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
     """Whether it has a memory of its own, which takes what is page-locked on the host without the host's help.
 
     From memory that is not, a copy holds up the host until the device has got to it. torch_npu too keeps a page-locked block
@@ -170,39 +170,39 @@ class CopyQueue:
         self._api: Any = None if device.type == "cpu" else getattr(torch, device.type)
         self._stream: Any = self._api.Stream(device) if self._api else None
 
-    def follow_device(self) -> None:
+    def wait_for_device(self) -> None:
         """What is queued from now on comes after all that the device has been asked to compute so far."""
         if self._stream:
             self._stream.wait_stream(self._api.current_stream())
 
-    def after(self, mark: Any) -> AbstractContextManager[Any]:
+    def behind(self, event: Any) -> AbstractContextManager[Any]:
         """Copies inside the block are queued here, behind a mark of another queue (None: behind nothing more)."""
         if not self._api:
             return nullcontext()
-        if mark:
-            self._stream.wait_event(mark)
+        if event:
+            self._stream.wait_event(event)
         return self._api.stream(self._stream)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in page-locked memory, whole once what is queued so far is done."""
         room = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=self._api is not None)
-        with self.after(None):
+        with self.behind(None):
             return room.copy_(tensor, non_blocking=True)
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The way back; into memory that the device may use for nothing else meanwhile."""
         room = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        with self.after(None):
+        with self.behind(None):
             return room.copy_(tensor, non_blocking=True)
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         """All that is queued here so far."""
         return self._stream.record_event() if self._stream else None
 
-    def hold_device(self, mark: Any) -> None:
+    def make_device_wait(self, event: Any) -> None:
         """What the device is asked to compute from now on comes after a mark; the host goes on."""
-        if mark:
-            self._api.current_stream().wait_event(mark)
+        if event:
+            self._api.current_stream().wait_event(event)
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:

@@ -6,7 +6,7 @@ from kernels import Kernels
 from kernels.attention import Prepare
 from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linear_of
+from qwen35.model.linear import recomputed_linear
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             *rope,
             recompute_cache=recompute_cache,
         )
-        return linear_of(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
+        return recomputed_linear(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
 
     def prepare(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor

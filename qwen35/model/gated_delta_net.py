@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from kernels import Kernels
 from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linears_of
+from qwen35.model.linear import recomputed_linears
 from qwen35.model.norm import RMSNorm, RMSNormGated
 
 
@@ -75,4 +75,4 @@ class GatedDeltaNet(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
-        return linears_of(None, [self.out_proj.weight], out.flatten(1))[0]
+        return recomputed_linears(None, [self.out_proj.weight], out.flatten(1))[0]

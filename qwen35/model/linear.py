@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 
-def linear_of(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
+def recomputed_linear(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
     """make(*inputs) [T, A], weight [B, A] -> make(*inputs) weight^T [T, B]. For backward the inputs alone are kept."""
-    return linears_of(make, [weight], *inputs)[0]
+    return recomputed_linears(make, [weight], *inputs)[0]
 
 
-def linears_of(make: Callable[..., Tensor] | None, weights: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+def recomputed_linears(
+    make: Callable[..., Tensor] | None, weights: Sequence[Tensor], *inputs: Tensor
+) -> tuple[Tensor, ...]:
     """The same through several weights, which share what is made, in backward too. `make` None: of the one input itself."""
     return _LinearsOf.apply(make, len(weights), *weights, *inputs)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kernels import Kernels
 from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linear_of, linears_of
+from qwen35.model.linear import recomputed_linear, recomputed_linears
 
 
 class MLP(nn.Module):
@@ -20,9 +20,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, scale: nn.Linear | None = None) -> Tensor:
         """x [T, H] -> [T, H], times the sigmoid of scale(x) [T, 1] if that is given"""
         maps = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
-        gate, up, *scales = linears_of(None, [m.weight for m in maps], x)
+        gate, up, *scales = recomputed_linears(None, [m.weight for m in maps], x)
         gate_up = torch.cat([gate, up], dim=-1)
-        return linear_of(self._hidden, self.down_proj.weight, gate_up, *scales)
+        return recomputed_linear(self._hidden, self.down_proj.weight, gate_up, *scales)
 
     def _hidden(self, gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self.swiglu(gate_up)
@@ -42,7 +42,7 @@ class Router(nn.Module):
 
         stats: of the tokens that are counted, the sum of each expert's probability and how often it was chosen.
         """
-        logits = linear_of(Tensor.float, self.weight.float(), x)
+        logits = recomputed_linear(Tensor.float, self.weight.float(), x)
         best, ids = logits.topk(self.top_k, dim=-1)
         chosen = torch.zeros_like(logits).scatter_(1, ids, 1.0)  # [T, E]
         stats = torch.stack([counted @ logits.softmax(-1), counted @ chosen])

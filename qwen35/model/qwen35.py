@@ -169,7 +169,7 @@ class Qwen35(nn.Module):
             layer = DecoderLayer(config.text, "full_attention", kernels)
             self.mtp = MultiTokenPrediction(config.text, layer, kernels)
         self.cross_entropy = kernels.linear_cross_entropy
-        self.all_stats = nn.Identity()  # of those of some tokens: what context parallelism swaps
+        self.sum_stats = nn.Identity()  # of those of some tokens: what context parallelism swaps
 
     @classmethod
     def from_config(cls, source: str | Path | dict[str, Any], seed: int = 0, **kwargs: Any) -> "Qwen35":
@@ -255,7 +255,7 @@ class Qwen35(nn.Module):
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
         if not stats:
             return hidden.new_zeros(()).float()
-        return load_balancing_loss(self.all_stats(torch.stack(stats).sum(0)), self.config.text.num_experts_per_tok)
+        return load_balancing_loss(self.sum_stats(torch.stack(stats).sum(0)), self.config.text.num_experts_per_tok)
 
 
 @torch.no_grad()

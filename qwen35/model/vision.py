@@ -81,7 +81,7 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.depth))
         self.merger = Merger(config)
-        self.all_features = nn.Identity()  # of those of some patches: what context parallelism swaps
+        self.gather_features = nn.Identity()  # of those of some patches: what context parallelism swaps
         self.recompute = False  # keep only each block's input for backward
 
     def forward(self, pixels: Tensor, index: VisionIndex) -> Tensor:
@@ -96,4 +96,4 @@ class VisionTower(nn.Module):
                 x = checkpoint(block, x, rope, index.cu_seqlens, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rope, index.cu_seqlens)
-        return self.all_features(self.merger(x))
+        return self.gather_features(self.merger(x))

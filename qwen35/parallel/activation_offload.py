@@ -57,7 +57,7 @@ class Stash:
         self.staying = shared  # and the parameters, as they are met
         # of those that somebody still needs: a layer below all that is trained keeps nothing, though much was packed
         self.items: MutableMapping[tuple[int, torch.dtype], Item] = WeakValueDictionary()
-        self.mark: Any = None  # of the copies that were asked for last
+        self.event: Any = None  # of the copies that were asked for last
         self.is_back = False
 
     def __enter__(self) -> None:
@@ -69,7 +69,7 @@ class Stash:
         del self._hooks  # which holds the stash
         self._send()
         if self.before:
-            self.before._let_go()
+            self.before._release_device_memory()
 
     def pack(self, x: Tensor) -> Tensor | View:
         if x.device.type != self.offload.device.type:
@@ -84,10 +84,10 @@ class Stash:
         return View(item, x.shape, x.stride(), x.storage_offset())
 
     def unpack(self, kept: Tensor | View) -> Tensor:
-        self._ask_back()
+        self._prefetch()
         self._wait()
         if self.before:
-            self.before._ask_back()  # one layer ahead
+            self.before._prefetch()  # one layer ahead
         if isinstance(kept, Tensor):
             return kept
         assert kept.item.here is not None
@@ -103,32 +103,32 @@ class Stash:
     def _send(self) -> None:
         """To the host, after what the device computes now."""
         going = self.offload.going
-        going.follow_device()
+        going.wait_for_device()
         for item in self.items.values():
             assert item.here is not None
             item.there = going.to_host(item.here)
-        self.mark = going.mark()
+        self.event = going.record_event()
 
-    def _let_go(self) -> None:
+    def _release_device_memory(self) -> None:
         """Of what has been sent: the device uses its memory again after the copies."""
         self._wait()
         for item in self.items.values():
             item.here = None
 
-    def _ask_back(self) -> None:
+    def _prefetch(self) -> None:
         if self.is_back:
             return
         self.is_back, coming = True, self.offload.coming
-        coming.follow_device()
+        coming.wait_for_device()
         for item in self.items.values():
             if item.here is None:
                 assert item.there is not None
                 item.here = coming.to_device(item.there, self.offload.device)
-        self.mark = coming.mark()
+        self.event = coming.record_event()
 
     def _wait(self) -> None:
-        self.offload.coming.hold_device(self.mark)
-        self.mark = None
+        self.offload.coming.make_device_wait(self.event)
+        self.event = None
 
 
 def _key(x: Tensor) -> int:

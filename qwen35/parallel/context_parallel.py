@@ -25,7 +25,7 @@ from qwen35.model.vision import VisionAttention
 from qwen35.parallel.collectives import gather, sum_over, to_heads, to_tokens
 from qwen35.parallel.mesh import Meshes
 
-# ── From outside: the model's cores, and a batch ───────────────────────────────────────────────────────────────────────
+# ── From outside: the model's cores, and a batch ──────────────────────────────────────────────────
 
 
 def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
@@ -96,7 +96,7 @@ def _inside(rows: Tensor, here: slice) -> Tensor:
     return rows[(rows >= here.start) & (rows < here.stop)] - here.start
 
 
-# ── The cores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The cores ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class UlyssesAttention(nn.Module):

@@ -17,8 +17,8 @@ class ParallelExperts(nn.Module):
     def __init__(self, experts: Experts, mesh: DeviceMesh):
         """mesh: [ep], whose size divides the number of experts; the weights may be on the meta device."""
         super().__init__()
-        self.gate_up_proj = own_part(experts.gate_up_proj, mesh)
-        self.down_proj = own_part(experts.down_proj, mesh)
+        self.gate_up_proj = local_experts(experts.gate_up_proj, mesh)
+        self.down_proj = local_experts(experts.down_proj, mesh)
         self.kernel, self.group = experts.parallel_kernel, mesh.get_group()
 
     def __call__(
@@ -42,14 +42,14 @@ class ParallelExperts(nn.Module):
         return self.kernel(x, topk_ids, topk_weights, gate_up_proj, down_proj, self.group, recompute_cache)
 
 
-def own_part(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def local_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     """[E, …] that every rank has -> the same, split over the mesh; no communication."""
     mine = weight.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
     split = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
     return nn.Parameter(split, requires_grad=weight.requires_grad)
 
 
-def split_experts(model: nn.Module, mesh: DeviceMesh) -> list[ParallelExperts]:
+def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[ParallelExperts]:
     """Swap the experts of every layer, multi-token prediction's included; in the order of the layers."""
     swapped = []
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from kernels.features import fsdp_has_sums
 from qwen35.model import Qwen35
-from qwen35.parallel.expert_parallel import split_experts
+from qwen35.parallel.expert_parallel import apply_expert_parallel
 from qwen35.parallel.mesh import Meshes
 
 REPLICATED = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
@@ -44,7 +44,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     if meshes.experts["ep"].size() > 1:
         # cut along the second axis: a rank may have fewer experts than there are ranks to share them
         mesh = meshes.experts["replicate", "fsdp"] if with_replicas else meshes.experts["fsdp"]
-        for experts in split_experts(model, meshes.experts["ep"]):
+        for experts in apply_expert_parallel(model, meshes.experts["ep"]):
             unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     for block in model.model.visual.blocks:
         unit(block)

@@ -387,30 +387,24 @@ def test_gradients_in_fp64():
     assert torch.autograd.gradcheck(lambda *a: kernels.linear_cross_entropy(*a, labels, scale)[0], inputs)
 
 
-# -- selection ----------------------------------------------------------------------------------------------------------
+# -- selection -------------------------------------------------------------------------------------
 
 
-def test_select_has_no_quiet_fallback():
+def test_select_has_no_silent_fallback():
     assert kernels.select("cpu") == kernels.Kernels()
-    with pytest.raises(
-        kernels.KernelError,
-        match=r"chunk_gated_delta_rule: no fused kernel for npu here: triton cannot .* brings triton-ascend 3.2.0 for CANN 8.5"
-        r".* or ask for fla, or for the slow one: model.kernels.chunk_gated_delta_rule=native",
-    ):
-        kernels.select("npu")
-    with pytest.raises(
-        kernels.KernelError, match=r"moe_experts: .* torch_npu cannot be imported .* make install DEVICE=npu"
-    ):
-        kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
-    with pytest.raises(kernels.KernelError, match=r"fla cannot be imported .* or ask for triton, or for the slow one"):
-        kernels.select("npu", {"gated_delta_rule": "fla"})
     others = dict.fromkeys(kernels.OPS, "native")
-    with pytest.raises(
-        kernels.KernelError, match=r"moe_experts_parallel: .*torch_npu cannot .* sourced, or ask for the slow"
+    for choices, op, package, install, alternatives in (
+        ({}, "chunk_gated_delta_rule", "triton", "triton-ascend 3.2.0 for CANN 8.5", "fla or native"),
+        (dict.fromkeys(kernels.FLA_OPS, "native"), "moe_experts", "torch_npu", "make install DEVICE=npu", "native"),
+        ({"gated_delta_rule": "fla"}, "chunk_gated_delta_rule", "fla", "pip install fla-core", "triton or native"),
+        # `auto` requires the same package, so that it is no alternative
+        (others | {"moe_experts_parallel": "alltoallv_gmm"}, "moe_experts_parallel", "torch_npu", "sourced", "native"),
     ):
-        kernels.select(
-            "npu", others | {"moe_experts_parallel": "alltoallv_gmm"}
-        )  # what it stands on serves auto as well
+        with pytest.raises(kernels.KernelError) as error:
+            kernels.select("npu", choices)
+        message = str(error.value)
+        assert message.startswith(f"{op}: {package} cannot be imported") and "\n" not in message
+        assert install in message and f"model.kernels.{op} to {alternatives}" in message
     assert kernels.select("npu", others) == kernels.Kernels()
 
 
@@ -462,9 +456,13 @@ def test_what_follows_from_the_lengths_is_made_once_and_goes_with_them():
     lengths, q = cu([70, 3]), torch.randn(73, 2, 8)
     v, g, beta = torch.randn(73, 4, 8), -torch.rand(73, 4), torch.rand(73, 4)
     first = kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths)
-    made = gated_delta_rule.groups(lengths, 16, q.device)
-    assert made is gated_delta_rule.groups(lengths, 16, q.device) is not gated_delta_rule.groups(lengths, 8, q.device)
-    assert made is not gated_delta_rule.groups(lengths.clone(), 16, q.device)
+    made = gated_delta_rule.sequence_groups(lengths, 16, q.device)
+    assert (
+        made
+        is gated_delta_rule.sequence_groups(lengths, 16, q.device)
+        is not gated_delta_rule.sequence_groups(lengths, 8, q.device)
+    )
+    assert made is not gated_delta_rule.sequence_groups(lengths.clone(), 16, q.device)
     assert torch.equal(first, kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths.clone()))
     group = weakref.ref(made[0][0])
     del made

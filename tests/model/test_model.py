@@ -5,7 +5,7 @@ import torch
 from peer import config_dict, pack, pair, peer_inputs, sample
 
 from qwen35.model import Qwen35, load_config
-from qwen35.model.linear import linear_of
+from qwen35.model.linear import recomputed_linear
 
 LOGITS, GRADIENTS = 1e-5, 5e-5  # relative norm error
 
@@ -231,10 +231,10 @@ def test_a_linear_map_of_what_is_made_again():
     """Gradients of all inputs, of none that is frozen; only the inputs are kept."""
     d = {"dtype": torch.float64, "requires_grad": True}
     x, y, weight = torch.randn(5, 4, **d), torch.randn(5, 1, **d), torch.randn(3, 4, **d)
-    assert torch.autograd.gradcheck(lambda w, *a: linear_of(lambda x, y: x.sin() * y, w, *a), (weight, x, y))
+    assert torch.autograd.gradcheck(lambda w, *a: recomputed_linear(lambda x, y: x.sin() * y, w, *a), (weight, x, y))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = linear_of(lambda x, y: x.sin() * y, weight.detach(), x.detach(), y)
+        out = recomputed_linear(lambda x, y: x.sin() * y, weight.detach(), x.detach(), y)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (weight, x, y)}
     out.sum().backward()
     assert x.grad is None and weight.grad is None

@@ -45,7 +45,7 @@ def class_of(config: dict):
     return transformers_configs()[config["model_type"] == "qwen3_5_moe"]
 
 
-# -- what loads without a word -------------------------------------------------------------------------------------------
+# -- what loads without a word ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -100,7 +100,7 @@ def test_a_key_is_in_one_table():
             assert not table & used and not table & HARMLESS_KEYS
 
 
-# -- rope ----------------------------------------------------------------------------------------------------------------
+# -- rope ------------------------------------------------------------------------------------------
 
 SECTION = {"mrope_section": [2, 1, 1]}
 WIDE = {"mrope_section": [3, 3, 2]}
@@ -176,7 +176,7 @@ def test_any_other_rope_is_refused_by_name_wherever_it_stands(where, name, key, 
         load_config(config)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_quantized_weights_are_the_first_thing_that_is_said(key, where, value, m
     assert "bring the bf16 checkpoint" in message and len(message) < 250
 
 
-# -- tied weights --------------------------------------------------------------------------------------------------------
+# -- tied weights ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inside", [None, False, True])
@@ -289,7 +289,7 @@ def test_the_head_is_tied_where_transformers_ties_it(top, inside):
     assert load_config(config).tie_word_embeddings == is_tied
 
 
-# -- what is too much ----------------------------------------------------------------------------------------------------
+# -- what is too much ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [4, 1_000_000])

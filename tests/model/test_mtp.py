@@ -67,7 +67,7 @@ def with_mtp(moe: bool, tied: bool = False) -> tuple[Qwen35, torch.nn.Module]:
     return ours, theirs
 
 
-# ── The reference ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The reference ─────────────────────────────────────────────────────────────────────────────────
 
 
 def norm(x, weight):
@@ -231,7 +231,7 @@ def test_the_loss_of_the_next_token_is_what_it_was():
         assert (both[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
 
 
-# ── Boundaries, masks ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Boundaries, masks ─────────────────────────────────────────────────────────────────────────────
 
 
 def test_targets_by_hand():

@@ -40,7 +40,7 @@ def run(module, op: str, inputs: list, rest: tuple) -> tuple[list, list]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("module", "op"),
-    [*((fused, op) for op in CASES if op not in kernels.BY_FLA), *((triton, op) for op in kernels.BY_TRITON)],
+    [*((fused, op) for op in CASES if op not in kernels.FLA_OPS), *((triton, op) for op in kernels.TRITON_OPS)],
     ids=lambda x: x if isinstance(x, str) else x.__name__.rpartition(".")[2],
 )
 def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):

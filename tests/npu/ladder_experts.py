@@ -52,15 +52,15 @@ def test_contract(way, imbalance, virtual):
     (module, top_k), tokens, dtype = WAYS[way], 64, torch.bfloat16
     asked = []
 
-    def sizes(counts, *of):
+    def count_reader(counts, *of):
         asked.append(counts.shape)
-        return moe_parallel.balanced(counts, *of, imbalance=imbalance)
+        return moe_parallel.balanced_counts(counts, *of, imbalance=imbalance)
 
     with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
         ids = torch.zeros(tokens, top_k, dtype=torch.long)
         shapes = [(tokens, HIDDEN), (tokens, top_k), (2, 2 * INNER, HIDDEN), (2, HIDDEN, INNER)]
         x, weights, gate_up, down = (torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes)
-        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, sizes=sizes)
+        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, count_reader=count_reader)
         y.sum().backward()
     assert y.shape == x.shape and y.dtype == dtype
     for t in (x, weights, gate_up, down):

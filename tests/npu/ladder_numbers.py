@@ -267,7 +267,7 @@ def test_what_fla_is_handed(monkeypatch):
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    chosen = kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "fla"))
+    chosen = kernels.select("npu", dict.fromkeys(kernels.FLA_OPS, "fla"))
     monkeypatch.delitem(sys.modules, "kernels.fla")  # for the next who asks
     q, k, v, g, beta = (
         torch.randn(9, 2, 8),

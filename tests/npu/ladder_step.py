@@ -13,7 +13,7 @@ from kernels.features import HAS_GROUPED_MM
 from kernels.triton import chunks
 from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.config.schema import ParallelSettings
-from qwen35.device import REPEATABLE, be_deterministic
+from qwen35.device import DETERMINISTIC_ENV, enable_determinism
 from qwen35.parallel.mesh import make_meshes
 from rehearse.watch import SavedBytes, Watch, has_kernel
 
@@ -127,12 +127,12 @@ def test_text_and_images_dispatch_the_same():
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 def test_a_step_with_the_same_bits_each_time(moe, monkeypatch):
     """training.deterministic adds no operator: what it costs is inside CANN's own."""
-    for name, values in REPEATABLE.items():
+    for name, values in DETERMINISTIC_ENV.items():
         monkeypatch.setenv(name, values[0])
     config = slice_config(moe, LAYERS)
     batch = make_batch(config, 1024, True)
     plain = our_step(config, batch, "selective", True)
-    be_deterministic()
+    enable_determinism()
     try:
         step = our_step(config, batch, "selective", True)
     finally:
@@ -159,7 +159,7 @@ def test_a_layer_against_transformers():
             assert 0 < saved <= of_bytes * theirs[kind].saved, (moe, kind, saved)
 
 
-# ── That all of this can fail ──────────────────────────────────────────────────────────────────────────────────────────
+# ── That all of this can fail ─────────────────────────────────────────────────────────────────────
 
 
 def test_the_watch_sees_what_must_not_be():

@@ -177,9 +177,9 @@ def test_programs_are_as_many_as_the_cores_there(asked):
 
 
 def test_who_is_chosen():
-    for device, choices in (("npu", {}), ("cuda", dict.fromkeys(kernels.BY_TRITON, "triton"))):
+    for device, choices in (("npu", {}), ("cuda", dict.fromkeys(kernels.TRITON_OPS, "triton"))):
         chosen = kernels.select(device, choices)
-        assert all(getattr(chosen, op) is getattr(ours, op) for op in kernels.BY_TRITON)
+        assert all(getattr(chosen, op) is getattr(ours, op) for op in kernels.TRITON_OPS)
     assert (
         kernels.select("npu", {"gated_delta_rule": "native"}).chunk_gated_delta_rule is kernels.chunk_gated_delta_rule
     )
@@ -214,7 +214,7 @@ def test_tiles_get_smaller_until_there_are_none():
         while now := now.smaller(kernel):
             found.append(now)
         assert len(found) == len(set(found)) == count, kernel
-        assert all(tiles.Tiles.of(128, 128) != x and x.words(kernel) != start.words(kernel) for x in found)
+        assert all(tiles.Tiles.of(128, 128) != x and x.describe(kernel) != start.describe(kernel) for x in found)
     assert start.smaller("delta_rule::scan") == tiles.Tiles(64, 64) and found[-1].elements == 256
 
 

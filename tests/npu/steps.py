@@ -27,7 +27,7 @@ from rehearse.watch import Record, SavedBytes, Watch
 DEVICE = "npu:0"
 
 
-# ── Our step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Our step ──────────────────────────────────────────────────────────────────────────────────────
 
 SLICE = {  # over the small config of tests/peer.py
     "vocab_size": 248_320,
@@ -168,7 +168,7 @@ def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step
     return Step(forward.record, backward.record, update.record, kept.total, held, forward.calls + backward.calls, model)
 
 
-# ── transformers' step ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── transformers' step ────────────────────────────────────────────────────────────────────────────
 
 
 def peer_step(config: dict, tokens: int) -> Step:

@@ -54,7 +54,7 @@ def launches(run) -> list[tuple[JITFunction, dict, dict]]:
 
 def delta_net(Hk: int, Hv: int, D: int, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """One layer's operators, forward and backward, on a few tokens."""
-    chosen = kernels.Kernels(**{op: getattr(kernels.triton, op) for op in kernels.BY_TRITON})
+    chosen = kernels.Kernels(**{op: getattr(kernels.triton, op) for op in kernels.TRITON_OPS})
     run_once(with_tiles(chosen, tiles or Tiles.of(D, D)), Layer(Hk, Hv, D, D, dtype), torch.device("cpu"))
 
 

@@ -140,7 +140,7 @@ def test_views_come_back_as_they_were():
     with stash:
         packed = [stash.pack(v) for v in views]
     assert [isinstance(p, View) for p in packed] == [True] * 4 + [False, True]
-    stash._let_go()
+    stash._release_device_memory()
     expected = [v.clone() for v in views]
     x.zero_()
     for p, v, e in zip(packed, views, expected, strict=True):

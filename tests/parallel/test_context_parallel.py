@@ -170,7 +170,7 @@ def three_steps(case: dict, is_shared: bool) -> dict:
     }
 
 
-# ── Four processes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Four processes ────────────────────────────────────────────────────────────────────────────────
 
 
 def worker(rank: int, port: int, out: Path) -> None:
@@ -294,7 +294,7 @@ def test_messages(four, name):
     assert found["bytes"]["all_reduce"] == 4 * sum(steps) * 2 * text["num_experts"]
 
 
-# ── A batch's parts ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A batch's parts ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_parts_make_the_whole():
@@ -328,7 +328,7 @@ def test_the_parts_make_the_whole():
         shard_batch(batch, weights, None, 0, 3)
 
 
-# ── A whole run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A whole run ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_run_on_shared_bins_and_its_resume_by_one_process(workplace, two, tmp_path):

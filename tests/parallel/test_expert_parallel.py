@@ -148,10 +148,10 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
 
     def read(counts, tokens, k):
         waited.append((tokens, k))
-        return moe_parallel.read(counts, tokens, k)
+        return moe_parallel.read_counts(counts, tokens, k)
 
     def layer(recompute_cache, x, *others):
-        return kernels.moe_experts_parallel(x, ids[mine], *others, group, recompute_cache, sizes=read)
+        return kernels.moe_experts_parallel(x, ids[mine], *others, group, recompute_cache, count_reader=read)
 
     is_mine = ids // (E // ep) == me
     found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
@@ -258,7 +258,7 @@ def test_orders(counts):
     counts = torch.tensor(counts)
     parts = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
     wanted = torch.cat([part for expert in range(counts.shape[1]) for part in parts[expert :: counts.shape[1]]])
-    by_expert, by_rank = moe_parallel.orders(counts, int(counts.sum()))
+    by_expert, by_rank = moe_parallel.regroup_indices(counts, int(counts.sum()))
     assert by_expert.tolist() == wanted.tolist()
     assert wanted[by_rank].tolist() == list(range(len(wanted)))
 
@@ -267,12 +267,12 @@ def test_orders(counts):
 def test_balanced_counts(ep):
     """In the place of counts that cannot be read: all rows are sent, as many come, or by a factor more."""
     counts = torch.full((2, ep, 16 // ep + 1), -1)
-    sent, received = moe_parallel.balanced(counts, 20, 4)
+    sent, received = moe_parallel.balanced_counts(counts, 20, 4)
     assert torch.tensor([sent, received]).shape == counts.shape
     assert all(part[-1] == 20 for part in (*sent, *received))
     each = [n for part in sent for n in part[:-1]]
     assert sum(each) == 80 and set(each) == {5}
-    _, more = moe_parallel.balanced(counts, 20, 4, imbalance=1.4)
+    _, more = moe_parallel.balanced_counts(counts, 20, 4, imbalance=1.4)
     assert sum(n for part in more for n in part[:-1]) == 112
 
 

@@ -1,4 +1,4 @@
-"""The gated delta net, three layers in four: a short convolution, then a linear recurrence with a decaying state."""
+"""The gated delta net, three layers in four. Source: Yang et al. 2024, arXiv:2412.06464."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from qwen35.model.norm import RMSNorm, RMSNormGated
 
 
 class DeltaNetCore(nn.Module):
-    """Convolution and delta rule, between the projections: what context parallelism swaps. Owns no parameters."""
+    """Convolution and delta rule, without parameters. Context parallelism replaces it."""
 
     def __init__(self, config: TextConfig, kernels: Kernels):
         super().__init__()
@@ -42,7 +42,7 @@ class DeltaNetCore(nn.Module):
 
 
 class Conv1d(nn.Module):
-    """The weight of the depthwise convolution, in the checkpoint's layout."""
+    """The depthwise convolution's weight in the checkpoint's layout, [C, 1, K]."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -69,8 +69,8 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, recompute_cache: RecomputeCache | None = None
     ) -> Tensor:
-        """x [T, H], not yet normed -> [T, H]"""
-        qkv, z, b, a = norm.into(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        """x [T, H] before `norm` -> [T, H]"""
+        qkv, z, b, a = norm.project(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         beta = b.float().sigmoid()  # [T, Hv]
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]

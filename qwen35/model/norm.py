@@ -18,8 +18,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x, self.weight, self.eps)
 
-    def into(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-        """x [T, H] -> the projections of its norm, which is made again in backward."""
+    def project(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+        """x [T, H] -> projections of norm(x). Saves x; backward computes the norm again."""
         weights = [projection.weight for projection in projections]
         return recomputed_linears(lambda x, weight: self.kernel(x, weight, self.eps), weights, x, self.weight)
 

@@ -10,7 +10,7 @@ from checkpoint_cases import CONFIGS
 from peer import config_dict, pair, peer_inputs, sample
 
 from qwen35.model import ConfigError, load_config
-from qwen35.model.config_keys import HARMLESS, HARMLESS_KEYS, ONLY, REFUSED, USED, unknown_keys
+from qwen35.model.config_keys import HARMLESS, HARMLESS_KEYS, ONLY_VALUE, REFUSED, USED, unknown_keys
 from qwen35.model.rope import inverse_frequencies
 
 PUBLISHED = sorted(path.name for path in CONFIGS.glob("*.json"))
@@ -94,7 +94,7 @@ def test_what_transformers_says_of_any_model_is_harmless():
 
 def test_a_key_is_in_one_table():
     assert all(HARMLESS)
-    for where, only in ONLY.items():
+    for where, only in ONLY_VALUE.items():
         used = set(USED[where].split())
         for table in (set(only), set(REFUSED)):
             assert not table & used and not table & HARMLESS_KEYS

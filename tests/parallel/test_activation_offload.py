@@ -30,11 +30,11 @@ def test_gradients_are_the_same_to_the_bit(recompute, dtype):
     model = Qwen35.from_config(config_dict(), seed=3).to(dtype)
     batch = dataclasses.replace(BATCH, pixel_values=BATCH.pixel_values.to(dtype))
     plain = step(model, False, batch)
-    for smallest in (0, 3000):
-        model.model.language_model.offload = Offload(CPU, smallest).stash
+    for min_bytes in (0, 3000):
+        model.model.language_model.offload = Offload(CPU, min_bytes).stash
         again = step(model, recompute, batch)
         assert plain.keys() == again.keys()
-        assert all(torch.equal(plain[name], again[name]) for name in plain), smallest
+        assert all(torch.equal(plain[name], again[name]) for name in plain), min_bytes
 
 
 class Counted(CopyQueue):
@@ -55,7 +55,7 @@ class Counted(CopyQueue):
 
 def offloaded(model: Qwen35, log: list) -> None:
     offload = Offload(CPU, 100)  # cu_seqlens is less
-    offload.going, offload.coming = Counted(log), Counted(log)
+    offload.to_host_queue, offload.to_device_queue = Counted(log), Counted(log)
     model.model.language_model.offload = offload.stash
     layers = model.model.language_model.layers
     for i, layer in enumerate(layers):

@@ -144,7 +144,7 @@ def three_steps(case: dict, is_shared: bool) -> dict:
         parallel,
     )
     if is_shared and case.get("on_host"):
-        model.model.language_model.offload = Offload(HOST, smallest=0).stash
+        model.model.language_model.offload = Offload(HOST, min_bytes=0).stash
         settings = dataclasses.replace(
             settings, training=dataclasses.replace(settings.training, optimizer="adamw_swap")
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from accept.task import Task
-from qwen35.device import init_process, has_own_memory
+from qwen35.device import has_own_memory, init_process
 from qwen35.errors import USER_ERRORS
 from qwen35.launch.launcher import run as launch
 from qwen35.launch.rendezvous import free_port

@@ -12,7 +12,7 @@ from accept.speed import matmul_rate, seconds
 from accept.task import Task
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
-from qwen35.device import init_process, has_own_memory, peak_memory
+from qwen35.device import has_own_memory, init_process, peak_memory
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step

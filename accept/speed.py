@@ -11,7 +11,7 @@ import kernels
 from accept.task import Task
 from bench.rows import in_turn
 from kernels.cases import make_cases, sizes_of_4b
-from qwen35.device import has_own_memory, synchronize, set_up_device
+from qwen35.device import has_own_memory, set_up_device, synchronize
 from rehearse.rates import SLOW
 
 OPERATORS = 1000

@@ -29,7 +29,7 @@ from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
-from qwen35.device import enable_determinism, init_process, has_own_memory
+from qwen35.device import enable_determinism, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload

@@ -141,6 +141,8 @@ def show(config: str, overrides: Sequence[str]) -> int:
     except (*USER_ERRORS, kernels.KernelError) as error:
         return complain(error)
     print(
-        "\n".join([f"{'kernel':28}seconds  tile", *(f"{k:28}{s:7.1f}  {tiles.describe(k)}" for k, s in seconds.items())])
+        "\n".join(
+            [f"{'kernel':28}seconds  tile", *(f"{k:28}{s:7.1f}  {tiles.describe(k)}" for k, s in seconds.items())]
+        )
     )
     return 0

@@ -157,8 +157,8 @@ def test_more_processes_than_devices(monkeypatch):
     with pytest.raises(SettingError) as caught:
         check_device_count("npu", 2)
     assert str(caught.value) == (
-        "4 processes on this node, but 2 npu devices visible (ASCEND_RT_VISIBLE_DEVICES=0,1); set NPUS_PER_NODE=2"
-        " more of them"
+        "4 processes on this node, but 2 npu devices visible (ASCEND_RT_VISIBLE_DEVICES=0,1); set NPUS_PER_NODE=2,"
+        " or make more devices visible"
     )
     check_device_count("npu", 4)
     check_device_count("cpu", 1)  # more processes than cores are slow, and no mistake

@@ -1,5 +1,4 @@
-"""The ops on an NPU: autograd.Functions over the primitives of npu.py. Signatures as in each op's
-file.
+"""The ops on an NPU: autograd.Functions over npu.py's primitives. Signatures as in each op's file.
 
 Each saves little and recomputes what is cheap. All shapes follow from the inputs' shapes, and
 nothing waits for the device: lengths come from cu_seqlens, which is on the host.

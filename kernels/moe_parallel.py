@@ -132,8 +132,7 @@ def exchange_counts(count_choices: Callable[[], Tensor], ids: Tensor, options: O
 
 
 def regroup_indices(counts: Tensor, total: int) -> Tensor:
-    """Indices that regroup rows between a-major and b-major order, for counts [A, B] of rows (a,
-    b).
+    """Indices that regroup rows between a-major and b-major order; counts [A, B] of rows (a, b).
 
     Returns [2, total] int32: the first regroups rows from a-major to b-major, the second back. An
     index increases by one inside a part (a, b) and jumps between parts. (repeat_interleave is

@@ -88,8 +88,7 @@ def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tens
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in
-    fp32.
+    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sums over K, computed in fp32.
 
     Slots whose row is past the last one count as zero.
     """
@@ -172,8 +171,7 @@ SEQUENCES = 1 << 31  # per call of attention: no limit
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """q [T, Hq, D]; k, v [T, Hkv, D]; ends: of the sequences -> o [T, Hq, D] and what backward
-    needs.
+    """q [T, Hq, D]; k, v [T, Hkv, D]; ends: of sequences -> o [T, Hq, D], tensors for backward.
 
     Neighbours of equal length run as one batch (video frames, images of one size), without copies.
     """

@@ -144,9 +144,7 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Zeros on the host, shaped and sharded like `tensor`; page-locked for tensors on an
-    accelerator.
-    """
+    """Zeros on the host, shaped and sharded like `tensor`; page-locked for accelerators."""
     is_locked = has_own_memory(tensor.device)
     return torch.zeros_like(tensor, dtype=dtype, device=HOST, pin_memory=is_locked, requires_grad=False)
 

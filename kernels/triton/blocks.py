@@ -11,9 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(x, start, count, stride, column, C: tl.constexpr, D: tl.constexpr):
-    """`count` rows of x from `start`, `stride` apart, D values from `column` -> [C, D],
-    zero-padded.
-    """
+    """`count` rows of x from `start`, `stride` apart, D values from `column`, padded -> [C, D]"""
     row = tl.arange(0, C)
     first = x + tl.cast(start, tl.int64) * stride + column
     return tl.load(first + row[:, None] * stride + tl.arange(0, D)[None, :], mask=(row < count)[:, None], other=0.0)

@@ -27,9 +27,7 @@ def _row(x, first, at, stride, lane, mask):
 
 @triton.jit(do_not_specialize=["count_chunks", "stride"])
 def forward(x, taps, chunks, y, count_chunks, stride, C: tl.constexpr, BC: tl.constexpr):
-    """x [T, C] with rows `stride` apart, taps [4, C] -> y [T, C]. A task is a chunk and BC
-    channels.
-    """
+    """x [T, C] with rows `stride` apart, taps [4, C] -> y [T, C]. A task: a chunk, BC channels."""
     BLOCKS: tl.constexpr = (C + BC - 1) // BC
     for task in range(tl.program_id(0), count_chunks * BLOCKS, tl.num_programs(0)):
         chunk, lane = task // BLOCKS, task % BLOCKS * BC + tl.arange(0, BC)

@@ -24,8 +24,7 @@ def prepare(
     q, k, g, beta, chunks, gates, norms, count_chunks, q_stride, k_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, HEADS: tl.constexpr, Dk: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes gates [N, Hv, 2, C] (the running sum of g, and beta), norms [N, Hk, 2, C] (1/|q|,
-    1/|k|).
+    """Writes gates [N, Hv, 2, C], running sums of g and beta; norms [N, Hk, 2, C], 1/|q|, 1/|k|.
 
     chunks as in chunks.py; HEADS: Hv rounded up to a power of two. A task is a chunk with all
     heads; without matmuls, so that it runs on vector cores only.

@@ -17,8 +17,7 @@ def gradients(
     scale, count_chunks, q_stride, k_stride, v_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes grad_v [T, Hv, Dv], grad_q and grad_k [T, Hv, Dk] per V head, grad_gates [N, Hv, 3,
-    C].
+    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 3, C].
 
     grad_gates: of b without the last token's share, of beta, and `end`, the addends of that share.
     A task is a chunk and a V head.

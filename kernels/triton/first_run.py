@@ -1,6 +1,4 @@
-"""The first run of the kernels on a few tokens: compiles each, with a smaller tile if one is too
-large.
-"""
+"""The first run of the kernels, on a few tokens: compiles them, with smaller tiles if needed."""
 
 import re
 import time
@@ -99,9 +97,7 @@ def with_tiles(chosen: Kernels, tiles: Tiles) -> Kernels:
 
 
 def run_once(chosen: Kernels, layer: Layer, device: torch.device) -> None:
-    """The delta net's core and norm as the model calls them, on zeros: the RNG state must not
-    change.
-    """
+    """The delta net's core and norm as the model calls them, on zeros: no random numbers."""
 
     def zeros(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)

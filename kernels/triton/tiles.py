@@ -1,5 +1,4 @@
-"""What is specific to Ascend: tile sizes that fit its buffers, and the number of programs per
-launch.
+"""What is specific to Ascend: tile sizes that fit its buffers, and programs per launch.
 
 A cube core's two vector cores hold 192 KB each and split the rows of a tile between them; its
 buffer for the operands of matmuls holds 512 KB. tests/npu/ladder_triton_compile.py compiles each

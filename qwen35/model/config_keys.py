@@ -170,9 +170,7 @@ def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(prefix for messages, table of allowed keys, values); rope first, whose messages are
-    clearest.
-    """
+    """(prefix for messages, table of allowed keys, values); rope first, for clear messages."""
     for where, values in _levels(config):
         for name in ROPE_KEYS:
             rope = values.get(name)

@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kernels.features import HAS_GROUPED_FLASH, HAS_GROUPED_MM
@@ -222,4 +223,4 @@ def _runs(ends: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     runs = [(length, len(list(same))) for length, same in groupby(b - a for a, b in pairwise([0, *ends]))]
     parts = (x.split([length * count for length, count in runs]) for x in tensors)
     for (length, count), *some in zip(runs, *parts, strict=True):
-        yield tuple(x.unflatten(0, (count, length)).transpose(1, 2) for x in some)
+        yield tuple(rearrange(x, "(n t) h ... -> n h t ...", n=count) for x in some)

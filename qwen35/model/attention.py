@@ -1,5 +1,6 @@
 """Full attention with an output gate: one layer in four."""
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import Kernels
@@ -51,11 +52,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [T, H] before `norm` -> [T, H]"""
         q, k, v = norm.project(x, self.q_proj, self.k_proj, self.v_proj)
-        q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
-        k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
+        q, gate = rearrange(q, "t (h d) -> t h d", d=2 * self.head_dim).chunk(2, dim=-1)
+        k, v = (rearrange(y, "t (h d) -> t h d", d=self.head_dim) for y in (k, v))
         inputs = self.q_norm.weight, self.k_norm.weight, *rope
         out = self.core(q, k, v, cu_seqlens, self.prepare, *inputs, recompute_cache=recompute_cache)
-        return recomputed_linear(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
+        return recomputed_linear(
+            lambda o, g: rearrange(o * g.sigmoid(), "t h d -> t (h d)"), self.o_proj.weight, out, gate
+        )
 
     def prepare(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor

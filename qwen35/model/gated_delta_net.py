@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import Kernels
@@ -38,7 +39,8 @@ class DeltaNetCore(nn.Module):
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 2 Hk Dk + Hv Dv] -> q, k [T, Hk, Dk], v [T, Hv, Dv]"""
         q, k, v = qkv.split(self.split, dim=-1)
-        return tuple(x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.k_dim), (k, self.k_dim), (v, self.v_dim)))
+        heads = (q, self.k_dim), (k, self.k_dim), (v, self.v_dim)
+        return tuple(rearrange(x, "t (h d) -> t h d", d=dim) for x, dim in heads)
 
 
 class Conv1d(nn.Module):
@@ -75,4 +77,4 @@ class GatedDeltaNet(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
-        return recomputed_linears(None, [self.out_proj.weight], out.flatten(1))[0]
+        return recomputed_linears(None, [self.out_proj.weight], rearrange(out, "t h d -> t (h d)"))[0]

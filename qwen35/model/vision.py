@@ -1,6 +1,7 @@
 """The vision tower: all images' and video frames' patches at once, attention inside each frame."""
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +22,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
         """x [P, Hv] -> [P, Hv]"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [P, H, D] each
-        return self.proj(self.core(q, k, v, cu_seqlens, self.rotary, *rope).flatten(1))
+        q, k, v = rearrange(self.qkv(x), "p (qkv h d) -> p qkv h d", qkv=3, h=self.heads).unbind(1)
+        return self.proj(rearrange(self.core(q, k, v, cu_seqlens, self.rotary, *rope), "p h d -> p (h d)"))
 
 
 class VisionMLP(nn.Module):
@@ -64,14 +65,16 @@ class PatchEmbed(nn.Module):
 class Merger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.patches = config.spatial_merge_size**2  # per token
+        merged = config.hidden_size * self.patches
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.linear_fc1 = nn.Linear(self.merged, self.merged)
-        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+        self.linear_fc1 = nn.Linear(merged, merged)
+        self.linear_fc2 = nn.Linear(merged, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [P, Hv], the patches of each 2x2 block adjacent -> [P/4, H]"""
-        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(x).view(-1, self.merged))))
+        blocks = rearrange(self.norm(x), "(token patch) c -> token (patch c)", patch=self.patches)
+        return self.linear_fc2(F.gelu(self.linear_fc1(blocks)))
 
 
 class VisionTower(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 
@@ -33,7 +34,7 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, counts: list[int], *parts: Tensor) -> tuple[Tensor, ...]:
         size, dtype = group.size(), min((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-        blocks = [_view_as(dtype, part).unflatten(1, (size, -1)).transpose(0, 1) for part in parts]  # [U, T/U, H/U, …]
+        blocks = [rearrange(_view_as(dtype, part), "t (u h) ... -> u t h ...", u=size) for part in parts]
         widths = [block.shape[2:].numel() for block in blocks]
         send = torch.empty(size, len(parts[0]), sum(widths), dtype=dtype, device=parts[0].device)
         for target, block in zip(send.split(widths, dim=2), blocks, strict=True):
@@ -63,12 +64,13 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
         ctx.group = group
-        return exchange(group, x.contiguous().unflatten(0, (group.size(), -1))).transpose(0, 1).flatten(1, 2)
+        slices = rearrange(x.contiguous(), "(u t) h d -> u t h d", u=group.size())
+        return rearrange(exchange(group, slices), "u t h d -> t (u h) d")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        size = ctx.group.size()
-        return None, exchange(ctx.group, grad.unflatten(1, (size, -1)).transpose(0, 1).contiguous()).flatten(0, 1)
+        slices = rearrange(grad, "t (u h) d -> u t h d", u=ctx.group.size()).contiguous()
+        return None, rearrange(exchange(ctx.group, slices), "u t h d -> (u t) h d")
 
 
 def _view_as(dtype: torch.dtype, x: Tensor) -> Tensor:

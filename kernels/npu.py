@@ -176,26 +176,27 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q [T, Hq, D]; k, v [T, Hkv, D] -> o [T, Hq, D], max and sum [T, Hq, 8] fp32, reserved."""
-    return npu.npu_fusion_attention(q, k, v, q.shape[1], "TND", scale=scale, **_packing(q, ends, causal))[:4]
+    return npu.npu_fusion_attention(
+        q, k, v, q.shape[1], "TND", atten_mask=_causal_mask(q.device) if causal else None, scale=scale,
+        actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+    )[:4]  # fmt: skip
 
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], ends: list[int], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """saved: all that attention returned -> grad_q, grad_k, grad_v"""
-    out, *statistics = saved
-    names = ("softmax_max", "softmax_sum", "softmax_in")
-    packing = dict(zip(names, statistics, strict=True)) | _packing(q, ends, causal)
+    out, softmax_max, softmax_sum, reserved = saved
     return npu.npu_fusion_attention_grad(
-        q, k, v, grad, q.shape[1], "TND", attention_in=out, scale_value=scale, **packing
-    )[:3]
+        q, k, v, grad, q.shape[1], "TND", atten_mask=_causal_mask(q.device) if causal else None,
+        softmax_max=softmax_max, softmax_sum=softmax_sum, softmax_in=reserved, attention_in=out, scale_value=scale,
+        actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+    )[:3]  # fmt: skip
 
 
-def _packing(q: Tensor, ends: list[int], causal: bool) -> dict[str, Any]:
-    """The mask, True where a key is hidden, is made per call: saving it would cost a layer 4 MB."""
-    mask = torch.ones(CAUSAL_BLOCK, CAUSAL_BLOCK, dtype=torch.bool, device=q.device).triu_(1) if causal else None
-    sparse_mode = 3 if causal else 0
-    return {"atten_mask": mask, "actual_seq_qlen": ends, "actual_seq_kvlen": ends, "sparse_mode": sparse_mode}
+def _causal_mask(device: torch.device) -> Tensor:
+    """True where a key is hidden. Made per call: saving it would cost each layer 4 MB."""
+    return torch.ones(CAUSAL_BLOCK, CAUSAL_BLOCK, dtype=torch.bool, device=device).triu_(1)
 
 
 # ── Cross entropy of logits ───────────────────────────────────────────────────────────────────────

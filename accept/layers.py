@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import kernels
 from accept.task import Task, distance
 from qwen35.batch import VisionSpec, build_patch_layout
-from qwen35.device import HOST, take_device
+from qwen35.device import HOST, set_up_device
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.model.rope import text_rope, vision_rope
 from qwen35.parallel.fsdp import REPLICATED
@@ -22,7 +22,7 @@ NARROW_TOWER = {"hidden_size": 128, "intermediate_size": 192, "num_heads": 2, "n
 
 
 def check(task: Task) -> None:
-    device = take_device()
+    device = set_up_device()
     text, with_experts, tower = (NARROW, NARROW_EXPERTS, NARROW_TOWER) if task.small else ({}, {}, {})
     few = {"vocab_size": 512, "num_experts": 32}
     dense = some_layers("4B", ["linear_attention", "full_attention"], text | {"vocab_size": 512}, tower)

@@ -7,7 +7,7 @@ import torch
 
 from accept.report import Status
 from accept.task import Task
-from qwen35.device import device_type, is_apart, model_name
+from qwen35.device import device_type, has_own_memory, model_name
 from qwen35.tools.doctor.__main__ import examine
 from qwen35.tools.doctor.machine import Machine
 
@@ -22,9 +22,9 @@ SWITCHES = (  # of env.sh, whose values say nothing of whose machine it is
 
 def check(task: Task) -> None:
     device = torch.device(device_type())
-    about = {"kind": device.type, "device": model_name(device), "is_apart": is_apart(device)}
+    about = {"kind": device.type, "device": model_name(device), "is_apart": has_own_memory(device)}
     (task.folder / "device.json").write_text(json.dumps(about))
-    for finding in examine(Machine(device.type if is_apart(device) else None), [], RECIPE):
+    for finding in examine(Machine(device.type if has_own_memory(device) else None), [], RECIPE):
         task.add(finding.subject, STATUS[finding.status], finding.fact, finding.todo)
     task.add("device", "told", f"{about['device']}; {task.ranks} ranks, {os.cpu_count()} cores")
     task.add("switches", "told", ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ))

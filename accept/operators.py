@@ -9,8 +9,8 @@ from torch import Tensor
 import kernels
 from accept.task import Task, distance
 from kernels import reference
-from kernels.cases import FEW, Case, make_cases
-from qwen35.device import take_device
+from kernels.cases import SMALL, Case, make_cases
+from qwen35.device import set_up_device
 
 # Without an NPU the ops are within 2e-5 and 2e-2; in fp32 the rest is room for a device's own exp and rsqrt.
 TOLERANCES = {
@@ -20,10 +20,10 @@ TOLERANCES = {
 
 
 def check(task: Task) -> None:
-    device = take_device()
+    device = set_up_device()
     chosen = kernels.select(device.type)
     torch.manual_seed(0)
-    for op, make in make_cases(FEW).items():
+    for op, make in make_cases(SMALL).items():
         case = make()
         for dtype, tolerance in TOLERANCES.items():
             inputs = [x if i in case.wide else x.to(dtype) for i, x in enumerate(case.inputs)]

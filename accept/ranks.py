@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from accept.task import Task
-from qwen35.device import init_process, is_apart
+from qwen35.device import has_own_memory, init_process
 from qwen35.errors import USER_ERRORS
 from qwen35.launch.launcher import run as launch
 from qwen35.launch.rendezvous import free_port
@@ -34,7 +34,7 @@ def check(task: Task) -> None:
 def rank(task: Task) -> None:
     device = init_process(120)
     measure(device, lambda line: task.add("preflight", "told", line))
-    sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if is_apart(device) else (1, 16))]
+    sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if has_own_memory(device) else (1, 16))]
     for name, size, seconds, rate in collectives(device, sizes):
         what, found = f"{name}, {size // MIB} MiB", f"{seconds * 1e3:.2f} ms, {rate / 1e9:.3g} GB/s a rank"
         if dist.get_rank() == 0 and size == sizes[-1]:

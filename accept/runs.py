@@ -13,7 +13,7 @@ from accept.task import AcceptError, Task, distance
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import TensorSlice
-from qwen35.device import HOST_ALONE
+from qwen35.device import CPU_ONLY_ENV
 from qwen35.launch.rendezvous import free_port
 from qwen35.processes import die_with
 from qwen35.tools.tiny import ASSETS, make_digits, make_model
@@ -56,7 +56,7 @@ class Runs:
         settings = [f"{key}={value}" for key, value in own.items()]
         process = subprocess.Popen(
             [*launcher, str(ASSETS.parent / "configs/tiny.yaml"), *settings, *overrides],
-            env=os.environ | (HOST_ALONE if on_cpu else {}),
+            env=os.environ | (CPU_ONLY_ENV if on_cpu else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

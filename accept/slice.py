@@ -12,7 +12,7 @@ from accept.speed import matmul_rate, seconds
 from accept.task import Task
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
-from qwen35.device import init_process, is_apart, peak_memory
+from qwen35.device import has_own_memory, init_process, peak_memory
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
@@ -28,7 +28,7 @@ NEAR = 0.15  # of the rehearsed peak, in which fragmentation is not counted
 def check(task: Task) -> None:
     device = init_process()
     kinds, words, tokens = ["linear_attention"] * 3 + ["full_attention"], 248_320, 4096
-    if not is_apart(device):
+    if not has_own_memory(device):
         kinds, words, tokens = kinds[2:], 8192, 128 if task.small else 512
     text, tower = (NARROW, NARROW_TOWER) if task.small else ({}, {})
     config = some_layers("4B", kinds, text | {"vocab_size": words}, tower)
@@ -47,7 +47,7 @@ def check(task: Task) -> None:
     task.measure(device, what, found, foreseen["slow"] / took, ends)
     near = "held" if abs(memory / foreseen["peak"] - 1) <= NEAR else "off"
     wanted = f"{foreseen['peak'] / 1e9:.2f} GB rehearsed, {NEAR:.0%} about it"
-    return task.add("its peak memory", near if is_apart(device) else "told", f"{memory / 1e9:.2f} GB", wanted)
+    return task.add("its peak memory", near if has_own_memory(device) else "told", f"{memory / 1e9:.2f} GB", wanted)
 
 
 def train(settings: Settings, device: torch.device) -> tuple[float, float]:

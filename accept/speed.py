@@ -10,8 +10,8 @@ from torch import Tensor
 import kernels
 from accept.task import Task
 from bench.rows import in_turn
-from kernels.cases import make_cases, of_4b
-from qwen35.device import is_apart, synchronize, take_device
+from kernels.cases import make_cases, sizes_of_4b
+from qwen35.device import has_own_memory, set_up_device, synchronize
 from rehearse.rates import SLOW
 
 OPERATORS = 1000
@@ -36,9 +36,9 @@ def matmul_rate(device: torch.device, tokens: int) -> float:
 
 
 def check(task: Task) -> None:
-    device = take_device()
+    device = set_up_device()
     torch.manual_seed(0)
-    tokens, words = (4096, 248_320) if is_apart(device) else (64 if task.small else 256, 16_384)
+    tokens, words = (4096, 248_320) if has_own_memory(device) else (64 if task.small else 256, 16_384)
     rate = matmul_rate(device, tokens)
     what, found = "bf16 matmuls of 4B, forward and backward", f"{rate / 1e12:.3g} TFLOPS"
     task.measure(device, what, found, rate / SLOW.flops, f"{SLOW.flops / 1e12:.0f} TFLOPS", "flops", rate)
@@ -49,7 +49,7 @@ def check(task: Task) -> None:
     each = seconds(lambda: [x[:1].add_(1) for _ in range(OPERATORS)], device) / OPERATORS / 2  # a view and an addition
     host, found = f"{SLOW.host * 1e6:.0f} us", f"{each * 1e6:.2g} us"
     task.measure(device, "starting an operator", found, SLOW.host / each, host, "host", each)
-    chosen, cases = kernels.select(device.type), make_cases(of_4b(tokens, words))
+    chosen, cases = kernels.select(device.type), make_cases(sizes_of_4b(tokens, words))
     for op in ELEMENTWISE if task.small else cases:
         alone, both, moved = time_op(cases[op](), getattr(chosen, op), device)
         what, found = f"{op}, {tokens:,} tokens of 4B", f"{alone * 1e3:.2f} ms, with backward {both * 1e3:.2f} ms"

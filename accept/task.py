@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accept.report import Row
-from qwen35.device import device_count, device_type, is_apart
+from qwen35.device import device_count, device_type, has_own_memory
 from qwen35.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Task:
     def ranks(self) -> int:
         """Of a run on this machine, as scripts/finetune.sh counts them."""
         kind = torch.device(device_type())
-        return int(os.environ.get("NPUS_PER_NODE") or (device_count() if is_apart(kind) else 2))
+        return int(os.environ.get("NPUS_PER_NODE") or (device_count() if has_own_memory(kind) else 2))
 
     def add(self, *row: object) -> None:
         """The fields of a Row."""
@@ -44,7 +44,7 @@ class Task:
 
     def measure(self, device: torch.device, what: str, found: str, ratio: float, assumed: str, *rate: object) -> None:
         """ratio: of the speed to what rehearse assumes at its slow end, which holds for NPUs alone."""
-        status = "told" if not is_apart(device) else "held" if ratio >= 1 else "slower"
+        status = "told" if not has_own_memory(device) else "held" if ratio >= 1 else "slower"
         self.add(what, status, found, f"assumed of an NPU: {assumed}", *rate)
 
 

@@ -1,7 +1,9 @@
-"""The operators of Qwen3.5: pure tensors in, tensors out, each on the packed token axis T.
+"""The operators of Qwen3.5: tensors in, tensors out, on the packed token axis T.
 
-The bare functions of this package are the native ones (plain torch, any device). `select` picks an implementation per op for
-a device. A library named `kernels` is probed for by transformers, which parses this version and takes 0.0.0 for too old.
+They know no model. The functions of this package are the native implementations (plain torch, any
+device); `select` picks an implementation of each op for a device.
+
+transformers probes for a package named `kernels` and parses its version: 0.0.0 is too old for it.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +26,7 @@ __version__ = "0.0.0"
 
 @dataclass(frozen=True)
 class Kernels:
-    """One callable an op, handed to the model. Signatures, shapes and maths stand in each op's own file."""
+    """One callable per op, passed to the model; each op's file documents its shapes and maths."""
 
     chunk_gated_delta_rule: Callable = chunk_gated_delta_rule
     causal_conv1d: Callable = causal_conv1d
@@ -42,93 +44,93 @@ OPS = tuple(f.name for f in fields(Kernels))
 
 
 class KernelError(ValueError):
-    """An op or an implementation that is asked for and not there."""
+    """An unknown op, or an implementation that is unknown or not installed."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where an implementation of that name is: a module with a function of the op's name, imported when it is chosen."""
+class Provider:
+    """A named set of implementations: a module, imported when selected, with a function per op."""
 
     module: str
-    stands_on: str  # the module that has to be installed
-    install: str
+    requires: str  # the module that must be installed
+    install: str  # how
 
 
-BY_TRITON = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
-SOURCES = {
-    "triton": Source(
+TRITON_OPS = ("chunk_gated_delta_rule", "causal_conv1d", "rms_norm_gated")
+PROVIDERS = {
+    "triton": Provider(
         "kernels.triton",
         "triton",
-        f"{', '.join(BY_TRITON)} stand on it: make install DEVICE=npu brings triton-ascend 3.2.0 for CANN 8.5"
-        " (Python 3.10 or 3.11); for a newer CANN its release page has it, see scripts/requirements/versions.txt",
+        f"{', '.join(TRITON_OPS)} need it: make install DEVICE=npu installs triton-ascend 3.2.0 for CANN 8.5"
+        " (Python 3.10 or 3.11); for a newer CANN take it from its release page, see scripts/requirements/versions.txt",
     ),
-    "fla": Source("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
-    "torch_npu": Source("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
-    "alltoallv_gmm": Source(
+    "fla": Provider("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
+    "torch_npu": Provider("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
+    "alltoallv_gmm": Provider(
         "kernels.fused_exchange", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"
     ),
 }
-BY_FLA = ("chunk_gated_delta_rule", "causal_conv1d")
-SHORT_NAMES = {"gated_delta_rule": "chunk_gated_delta_rule"}  # that model.kernels takes as well
+FLA_OPS = ("chunk_gated_delta_rule", "causal_conv1d")
+OP_ALIASES = {"gated_delta_rule": "chunk_gated_delta_rule"}  # also accepted in model.kernels
 
 
 def implementations(device: str) -> dict[str, tuple[str, ...]]:
-    """op -> the names that model.kernels takes on a device type; the first is what `auto` means.
+    """op -> the names that model.kernels accepts on a device type; `auto` means the first.
 
-    native, plain torch, runs anywhere. On an NPU it is slow, and only for those who ask for it by name.
+    native (plain torch) runs anywhere, but is slow on an NPU, where it must be selected by name.
     """
     if device == "npu":
-        by_triton = {op: ("triton", "fla" if op in BY_FLA else "torch_npu", "native") for op in BY_TRITON}
-        several = {"moe_experts_parallel": ("torch_npu", "alltoallv_gmm", "native")}
-        return {op: (by_triton | several).get(op, ("torch_npu", "native")) for op in OPS}
+        names = {op: ("triton", "fla" if op in FLA_OPS else "torch_npu", "native") for op in TRITON_OPS}
+        names["moe_experts_parallel"] = ("torch_npu", "alltoallv_gmm", "native")
+        return {op: names.get(op, ("torch_npu", "native")) for op in OPS}
     if device == "cuda":
-        return {op: ("native", "triton") if op in BY_TRITON else ("native",) for op in OPS}
+        return {op: ("native", "triton") if op in TRITON_OPS else ("native",) for op in OPS}
     return dict.fromkeys(OPS, ("native",))
 
 
-def of_triton(chosen: Kernels) -> list[str]:
-    """The ops that run as Triton kernels of ours."""
-    return [op for op in BY_TRITON if getattr(chosen, op).__module__.startswith("kernels.triton.")]
+def triton_ops(chosen: Kernels) -> list[str]:
+    """The ops that run as this package's Triton kernels."""
+    return [op for op in TRITON_OPS if getattr(chosen, op).__module__.startswith("kernels.triton.")]
 
 
 def is_installed(name: str) -> bool:
-    return name == "native" or find_spec(SOURCES[name].stands_on) is not None
+    return name == "native" or find_spec(PROVIDERS[name].requires) is not None
 
 
 def select(device: str, choices: Mapping[str, str] | None = None) -> Kernels:
     """The implementation of every op on `device` ("cpu", "cuda", "npu").
 
-    `choices`: op -> "auto" or an implementation's name. Raises KernelError on an unknown op or name, and where what stands
-    behind it is not installed: there is no quiet fallback.
+    choices: op -> "auto" or an implementation's name. Raises KernelError on an unknown op or name,
+    and if what the implementation requires is not installed: there is no silent fallback.
     """
-    given = choices or {}
-    choices = {SHORT_NAMES.get(op, op): name for op, name in given.items()}
-    if len(choices) < len(given):
-        twice = next(op for op in given if op in SHORT_NAMES)
-        raise KernelError(f"model.kernels: {twice} and {SHORT_NAMES[twice]} are the same op; give one of them")
+    requested = choices or {}
+    choices = {OP_ALIASES.get(op, op): name for op, name in requested.items()}
+    if len(choices) < len(requested):
+        alias = next(op for op in requested if op in OP_ALIASES)
+        raise KernelError(f"model.kernels: {alias} and {OP_ALIASES[alias]} are the same op; give one of them")
     if unknown := sorted(set(choices) - set(OPS)):
-        raise KernelError(f"model.kernels: no op is named {unknown[0]}; there are {', '.join(OPS)}")
-    there = implementations(device)
+        raise KernelError(f"model.kernels: no op is named {unknown[0]}; the ops are {', '.join(OPS)}")
+    available = implementations(device)
     chosen = {}
     for op in OPS:
         name = choices.get(op, "auto")
-        if name != "auto" and name not in there[op]:
-            raise KernelError(f"model.kernels.{op}: {name!r} is not one of auto, {', '.join(there[op])}")
-        name = there[op][0] if name == "auto" else name
+        if name != "auto" and name not in available[op]:
+            raise KernelError(f"model.kernels.{op}: {name!r} is not one of auto, {', '.join(available[op])}")
+        name = available[op][0] if name == "auto" else name
         chosen[op] = getattr(Kernels, op) if name == "native" else _load(op, name, device)
     return Kernels(**chosen)
 
 
 def _load(op: str, name: str, device: str) -> Callable:
-    source = SOURCES[name]
+    provider = PROVIDERS[name]
     try:
         if name == "triton" and device == "npu":
-            import_module("triton.backends.ascend")  # of triton-ascend: another triton has none
-        return getattr(import_module(source.module), op)
+            import_module("triton.backends.ascend")  # only triton-ascend has it
+        return getattr(import_module(provider.module), op)
     except ImportError as error:
         others = [other for other in implementations(device)[op] if other != "native"]
-        others = [other for other in others if SOURCES[other].stands_on != source.stands_on]
+        others = [other for other in others if PROVIDERS[other].requires != provider.requires]
         raise KernelError(
-            f"{op}: no fused kernel for {device} here: {source.stands_on} cannot be imported ({error}); {source.install},"
-            f" or ask for {''.join(f'{other}, or for ' for other in others)}the slow one: model.kernels.{op}=native"
+            f"{op}: {provider.requires} cannot be imported ({error}); {provider.install}, or set model.kernels.{op} to"
+            f" {''.join(f'{other} or ' for other in others)}native, which is slow on {device}"
         ) from error

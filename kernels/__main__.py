@@ -1,4 +1,4 @@
-"""`python -m kernels`: which implementation serves which op on each kind of device."""
+"""`python -m kernels`: the default implementation of every op on each kind of device."""
 
 from kernels import OPS, implementations, is_installed
 
@@ -11,5 +11,5 @@ if __name__ == "__main__":
         first = (table[device][op][0] for device in devices)
         print(f"{op:{width}}  " + "".join(f"{name if is_installed(name) else name + ' -':14}" for name in first))
     print(
-        "-: not installed here. model.kernels.<op> takes auto (this table), or by name what serves it: plain torch is native"
+        "-: not installed here. Set model.kernels.<op> to auto (this table) or to an implementation; native is plain torch"
     )

@@ -1,6 +1,8 @@
-"""Attention over packed sequences: softmax(scale q k^T) v inside each sequence, causal or not, grouped KV heads.
+"""Attention over packed sequences: softmax(scale q k^T) v inside each, with grouped KV heads.
 
-Q and K may be put through something first, a norm and a turn: of what that makes nothing is kept, backward makes it again.
+A `prepare` function (norm and rotary embedding) may be fused in: its results are not saved,
+backward computes them again. Source: Dao 2023, FlashAttention-2, arXiv:2307.08691; grouped heads:
+arXiv:2305.13245.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.kept import Kept, outputs_once
+from kernels.recompute_cache import RecomputeCache, outputs_once
 
 Prepare = Callable[..., tuple[Tensor, Tensor]]
 
@@ -26,14 +28,14 @@ def varlen_attention(
     scale: float,
     prepare: Prepare | None = None,
     inputs: Sequence[Tensor] = (),
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [S+1] on the CPU -> o [T, Hq, D].
 
-    `prepare(q, k, *inputs)` -> the q and k that meet, of the same shapes; None: they are as they come. `kept`: the layer is run
-    again for backward, and its second run takes o and the softmax's statistics from the first.
+    prepare(q, k, *inputs) -> q and k of the same shapes; None uses them as they are. With a
+    recompute cache the layer's second run takes o and the softmax statistics from the first.
     """
-    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
+    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, recompute_cache)
 
 
 def attend(
@@ -46,72 +48,77 @@ def attend(
     scale: float,
     prepare: Prepare | None,
     inputs: Sequence[Tensor],
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    """The same by the attention and attention_backward of `primitives`, which take at most SEQUENCES sequences in a call."""
-    how = primitives, list(_parts(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
-    return _Attention.apply(how, kept, q, k, v, *inputs)
+    """varlen_attention on `primitives`, whose attention takes up to SEQUENCES sequences."""
+    options = primitives, list(_calls(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
+    return _Attention.apply(options, recompute_cache, q, k, v, *inputs)
 
 
-def _parts(cu_seqlens: Tensor, most: int) -> Iterator[tuple[slice, list[int]]]:
-    """The tokens of each call, and where its sequences end in them. Empty sequences are left out."""
+def _calls(cu_seqlens: Tensor, max_sequences: int) -> Iterator[tuple[slice, list[int]]]:
+    """The tokens of each call and where its sequences end in them, without empty sequences."""
     full = [(start, end) for start, end in pairwise(cu_seqlens.tolist()) if end > start]
-    for i in range(0, len(full), most):
-        some = full[i : i + most]
-        first = some[0][0]
-        yield slice(first, some[-1][1]), [end - first for _, end in some]
+    for i in range(0, len(full), max_sequences):
+        batch = full[i : i + max_sequences]
+        first = batch[0][0]
+        yield slice(first, batch[-1][1]), [end - first for _, end in batch]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: tuple, kept: Kept | None, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
-        do, parts, causal, scale, prepare = ctx.how = how
+    def forward(
+        ctx: Any, options: tuple, cache: RecomputeCache | None, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ops, parts, causal, scale, prepare = ctx.options = options
 
-        def attended() -> tuple[Tensor, ...]:
-            made = prepare(q, k, *inputs) if prepare else (q, k)
+        def compute() -> tuple[Tensor, ...]:
+            prepared = prepare(q, k, *inputs) if prepare else (q, k)
             calls = []
             for part, ends in parts:
-                of_q, of_k, of_v = _of(part, *made, v)
-                calls.append(do.attention(of_q, of_k, of_v, ends, causal, scale))
-            return _joined([call[0] for call in calls], q), *(x for call in calls for x in call[1:])
+                part_q, part_k, part_v = _slice_tokens(part, *prepared, v)
+                calls.append(ops.attention(part_q, part_k, part_v, ends, causal, scale))
+            return _concatenate([call[0] for call in calls], q), *(x for call in calls for x in call[1:])
 
-        out, *statistics = outputs_once(kept, attended)
+        out, *statistics = outputs_once(cache, compute)
         ctx.save_for_backward(q, k, *inputs, v, out, *statistics)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        do, parts, causal, scale, prepare = ctx.how
+        ops, parts, causal, scale, prepare = ctx.options
         _, _, need_q, need_k, _, *needs = ctx.needs_input_grad
         needs = [need_q, need_k, *needs]
         saved = ctx.saved_tensors
-        inputs, (v, out), kept = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
-        made, each = inputs, len(kept) // max(1, len(parts))
+        inputs, (v, out), statistics = saved[: len(needs)], saved[len(needs) :][:2], saved[len(needs) + 2 :]
+        prepared, per_call = inputs, len(statistics) // max(1, len(parts))
         if prepare:
             inputs = [x.detach().requires_grad_() if need else x for x, need in zip(inputs, needs, strict=True)]
             with torch.enable_grad():
-                made = prepare(*inputs)
+                prepared = prepare(*inputs)
         grads: list[list[Tensor]] = [[], [], []]
         for i, (part, ends) in enumerate(parts):
-            g, q, k, of_v, o = _of(part, grad, *made, v, out)
-            found = do.attention_backward(g, q, k, of_v, (o, *kept[i * each : (i + 1) * each]), ends, causal, scale)
-            for its, x in zip(grads, found, strict=True):
-                its.append(x)
-        *of_made, grad_v = (_joined(its, x) for its, x in zip(grads, (*made, v), strict=True))
+            g, q, k, part_v, o = _slice_tokens(part, grad, *prepared, v, out)
+            saved = (o, *statistics[i * per_call : (i + 1) * per_call])
+            part_grads = ops.attention_backward(g, q, k, part_v, saved, ends, causal, scale)
+            for collected, x in zip(grads, part_grads, strict=True):
+                collected.append(x)
+        *grads_prepared, grad_v = (
+            _concatenate(collected, x) for collected, x in zip(grads, (*prepared, v), strict=True)
+        )
         if not prepare:
-            return None, None, *of_made, grad_v
+            return None, None, *grads_prepared, grad_v
         leaves = [x for x, need in zip(inputs, needs, strict=True) if need]
-        # one of the two may hang on nothing that is trained
-        pairs = [(x, its) for x, its in zip(made, of_made, strict=True) if x.requires_grad]
-        of_leaves = iter(torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs]) if leaves else ())
-        grad_q, grad_k, *rest = (next(of_leaves) if need else None for need in needs)
+        # q or k alone may depend on nothing that needs a gradient
+        pairs = [(x, collected) for x, collected in zip(prepared, grads_prepared, strict=True) if x.requires_grad]
+        leaf_grads = iter(torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs]) if leaves else ())
+        grad_q, grad_k, *rest = (next(leaf_grads) if need else None for need in needs)
         return None, None, grad_q, grad_k, grad_v, *rest
 
 
-def _of(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tokens of a part. All of them need no view: a device has enough to do."""
+def _slice_tokens(part: slice, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A view of the tokens in `part`, or the tensors themselves if that is all of them."""
     return tensors if part == slice(0, len(tensors[0])) else tuple(x[part] for x in tensors)
 
 
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+def _concatenate(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.zeros_like(like)

@@ -1,4 +1,4 @@
-"""Inputs for every op: small ones that reference.py can be asked about, and those of Qwen3.5-4B, to be timed."""
+"""Inputs for every op: small ones to compare with reference.py, and those of Qwen3.5-4B to time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,43 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-To = Callable[[Tensor], Tensor]  # onto the device on which an op runs
+ToDevice = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sizes:
     lengths: tuple[int, ...]  # of the sequences
-    heads: tuple[int, int, int]  # of queries, of keys and values, and their width
-    delta: tuple[int, int, int]  # of keys, of values, and their width
+    heads: tuple[int, int, int]  # attention: Hq, Hkv, D
+    delta: tuple[int, int, int]  # delta net: Hk, Hv, Dk = Dv
     hidden: int
-    inner: int  # of the MLP
-    experts: tuple[int, int, int]  # how many, of them a token's, and their inner width
+    inner: int  # intermediate size of the MLP
+    experts: tuple[int, int, int]  # E, K, intermediate size of an expert
     vocabulary: int
 
 
-# Lengths about the edges of a chunk of 64; widths of heads as the kernels on NPUs are made for.
-FEW = Sizes((1, 63, 64, 65, 7), (4, 2, 256), (2, 4, 128), 256, 192, (8, 2, 64), 999)
+# Lengths around the edges of a chunk of 64; head sizes as the NPU kernels require.
+SMALL = Sizes((1, 63, 64, 65, 7), (4, 2, 256), (2, 4, 128), 256, 192, (8, 2, 64), 999)
 
 
-def of_4b(tokens: int, vocabulary: int) -> Sizes:
-    """Experts as in 35B-A3B, 64 of the 256."""
+def sizes_of_4b(tokens: int, vocabulary: int) -> Sizes:
+    """Sizes of Qwen3.5-4B; 64 of the 256 experts of 35B-A3B."""
     return Sizes((tokens // 4,) * 4, (16, 4, 256), (16, 32, 128), 2560, 9216, (64, 8, 512), vocabulary)
 
 
 @dataclass(frozen=True)
 class Case:
-    inputs: list[Tensor]  # fp32, whose gradients are wanted
-    call: Callable[[Callable, Sequence[Tensor], To], Any]
-    wide: tuple[int, ...] = ()  # inputs that are fp32 in a bf16 model too
+    inputs: list[Tensor]  # fp32, differentiable
+    call: Callable[[Callable, Sequence[Tensor], ToDevice], Any]
+    wide: tuple[int, ...] = ()  # indices of inputs that stay fp32 in a bf16 model
 
 
 def make_cases(s: Sizes) -> dict[str, Callable[[], Case]]:
-    """op -> its case, made when it is asked for."""
+    """op -> a function that makes its case."""
     T, cu = sum(s.lengths), torch.tensor([0, *s.lengths]).cumsum(0).to(torch.int32)
     (Hq, Hkv, D), (Hk, Hv, Dk), (E, K, inner) = s.heads, s.delta, s.experts
 
     def experts() -> Case:
-        ids = torch.rand(T, E - 1).topk(K).indices  # the last one idles
+        ids = torch.rand(T, E - 1).topk(K).indices  # the last expert gets no tokens
         weights = [torch.randn(E, 2 * inner, s.hidden) * s.hidden**-0.5, torch.randn(E, s.hidden, inner) * inner**-0.5]
         inputs = [torch.randn(T, s.hidden), torch.rand(T, K), *weights]
         return Case(inputs, lambda op, x, to: op(x[0], to(ids), *x[1:]), wide=(1,))
@@ -57,8 +57,8 @@ def make_cases(s: Sizes) -> dict[str, Callable[[], Case]]:
         labels = torch.randint(0, s.vocabulary, (T,))
         labels[::3] = -100
         inputs = [torch.randn(T, s.hidden), torch.randn(s.vocabulary, s.hidden) * s.hidden**-0.5]
-        each = torch.full((T,), 1 / T)
-        return Case(inputs, lambda op, x, to: op(*x, to(labels), to(each))[0])
+        weights = torch.full((T,), 1 / T)
+        return Case(inputs, lambda op, x, to: op(*x, to(labels), to(weights))[0])
 
     def delta_rule() -> Case:
         q, k, v = torch.randn(T, Hk, Dk), torch.randn(T, Hk, Dk), torch.randn(T, Hv, Dk)

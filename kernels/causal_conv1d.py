@@ -1,6 +1,7 @@
-"""Depthwise causal convolution with silu, which starts anew at every sequence.
+"""Depthwise causal convolution with silu over packed sequences.
 
-y[t, c] = silu(sum_j weight[c, K-1-j] * x[t-j, c]), the sum over j with t-j inside t's own sequence. Backward keeps x alone.
+y[t, c] = silu(sum_j weight[c, K-1-j] * x[t-j, c]), over those j for which t-j is in t's sequence.
+Only x is saved for backward. Source: the short convolution of Mamba, arXiv:2312.00752.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class _CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.cu_seqlens = cu_seqlens
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        taps = weight.to(working_dtype(x)).T.flip(0).contiguous()  # [K, C], that of j first
+        taps = weight.to(working_dtype(x)).T.flip(0).contiguous()  # [K, C], in the order of j
         for block in _blocks(x, len(taps), cu_seqlens):
             y[block.rows] = F.silu(block.convolve(taps))
         return y
@@ -36,14 +37,14 @@ class _CausalConv1d(torch.autograd.Function):
         taps = weight.to(working_dtype(x)).T.flip(0).contiguous()
         grad_x, grad_taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(taps)
         before = len(taps) - 1
-        carry = taps.new_zeros(before, x.shape[1])  # what the block behind adds to the last rows of this one
+        carry = taps.new_zeros(before, x.shape[1])  # the next block's contribution to this one's last rows
         for block in reversed(list(_blocks(x, len(taps), ctx.cu_seqlens))):
             y = block.convolve(taps)
             sigmoid = y.sigmoid()
             # silu' = sigmoid (1 + y - y sigmoid)
             g = torch.addcmul(y, y, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(grad[block.rows])
             count = len(g)
-            spread = taps.new_zeros(before + count, x.shape[1])  # the gradient of the block's rows and those before
+            spread = taps.new_zeros(before + count, x.shape[1])  # gradient of the block and the rows before it
             spread[count:] = carry
             for j, tap in enumerate(taps):
                 inside = block.inside(g, j)
@@ -55,22 +56,22 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 class _Block:
-    """A few rows of x, with the K-1 before them; zeros before the first."""
+    """A few rows of x and the K-1 rows before them, zeros before the first."""
 
     def __init__(self, x: Tensor, rows: slice, width: int, offset: Tensor):
         self.rows, self.before, self.count = rows, width - 1, rows.stop - rows.start
-        self.offset = offset[rows]  # [n] of each row inside its sequence
+        self.offset = offset[rows]  # [n] each row's position in its sequence
         self.has_start = bool((self.offset < self.before).any())
         self.x = torch.zeros(self.before + self.count, x.shape[1], dtype=working_dtype(x), device=x.device)
         start = max(0, rows.start - self.before)
         self.x[self.before - (rows.start - start) :] = x[start : rows.stop]
 
     def shifted(self, j: int) -> Tensor:
-        """Row t-j in the place of row t."""
+        """The block's rows, shifted: row t holds row t-j. [n, C]"""
         return self.x[self.before - j : self.before - j + self.count]
 
     def inside(self, x: Tensor, j: int) -> Tensor:
-        """x [n, C], with zeros where t-j is of another sequence."""
+        """x [n, C] with zeros where t-j lies in another sequence."""
         if j == 0 or not self.has_start:
             return x
         outside = to_device(self.offset < j, x.device)

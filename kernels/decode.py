@@ -1,8 +1,7 @@
-"""One token more for each of S sequences: what generation does after its first, packed run over the prompts.
+"""Decoding: one more token for each of S sequences, after the packed run over the prompts.
 
-The maths is that of gated_delta_rule.py, causal_conv1d.py and attention.py for a single token, with all that the token needs of
-those before it in a store, which grows or changes in place. K heads serve their V heads, and KV heads their queries, without
-being repeated in memory.
+The maths of gated_delta_rule.py, causal_conv1d.py and attention.py for a single token. The caller
+owns the caches of earlier tokens. Shared K and KV heads are not repeated in memory.
 """
 
 import torch
@@ -14,19 +13,23 @@ from kernels.native import working_dtype
 
 
 def attention_step(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """q [S, Hq, D]; k, v [S, L, Hkv, D], of which the first lengths[s] count (the rest may hold any finite numbers); lengths
-    [S] int64 -> o [S, Hq, D].
+    """q [S, Hq, D]; k, v [S, L, Hkv, D]; lengths [S] int64 -> o [S, Hq, D].
+
+    Sequence s attends to its first lengths[s] keys; the others may hold any finite numbers.
     """
-    counts = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [S, L]
-    of_heads = q.unflatten(1, (k.shape[2], -1))  # [S, Hkv, G, D]: the queries of one KV head as if they were G tokens
-    # op-plugin takes masks of [B, 1, Sq, Skv], and before release 26.1 none that is broadcast over Sq
-    mask = counts[:, None, None].expand(-1, 1, of_heads.shape[2], -1)
-    out = F.scaled_dot_product_attention(of_heads, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    is_valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [S, L]
+    grouped_q = q.unflatten(1, (k.shape[2], -1))  # [S, Hkv, G, D]: a KV head's queries as G tokens
+    # op-plugin takes masks [B, 1, Sq, Skv], and before release 26.1 does not broadcast them over Sq
+    mask = is_valid[:, None, None].expand(-1, 1, grouped_q.shape[2], -1)
+    out = F.scaled_dot_product_attention(grouped_q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.flatten(1, 2)
 
 
 def last_inputs(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
-    """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count], zeros before a shorter."""
+    """x [T, C], cu_seqlens [S+1] on the CPU -> each sequence's last `count` rows [S, C, count].
+
+    Sequences that are shorter are padded with zeros at the front.
+    """
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     index = ends - count + torch.arange(count)  # [S, count]
     index = to_device(torch.where(index >= starts, index, x.shape[0]), x.device)
@@ -34,7 +37,7 @@ def last_inputs(x: Tensor, cu_seqlens: Tensor, count: int) -> Tensor:
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
-    """x [S, C], weight [C, K] -> y [S, C]. tail [S, C, K-1], the inputs before x, moves on by one in place."""
+    """x [S, C], weight [C, K] -> y [S, C]. Shifts tail [S, C, K-1], earlier inputs, in place."""
     window = torch.cat([tail, x[..., None]], dim=-1)  # [S, C, K]
     tail.copy_(window[..., 1:])
     wide = working_dtype(x)
@@ -42,8 +45,9 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, tail: Tensor) -> Tensor:
 
 
 def gated_delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """q, k [S, Hk, Dk] raw; v [S, Hv, Dv]; g, beta [S, Hv] -> o [S, Hv, Dv] in v's dtype. state [S, Hv, Dk, Dv] fp32 changes
-    in place.
+    """q, k [S, Hk, Dk] raw; v [S, Hv, Dv]; g, beta [S, Hv] -> o [S, Hv, Dv] in v's dtype.
+
+    Updates state [S, Hv, Dk, Dv] fp32 in place.
     """
     heads, wide, dtype = k.shape[1], state.dtype, v.dtype
     q, k = (x.to(wide) for x in (q, k))
@@ -51,10 +55,10 @@ def gated_delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     q = q * q.shape[-1] ** -0.5
     v, beta = (x.to(wide).unflatten(1, (heads, -1)) for x in (v, beta))  # [S, Hk, G, Dv], [S, Hk, G]
     decay = g.to(wide).exp().unflatten(1, (heads, -1))[..., None]  # [S, Hk, G, 1]
-    of_heads = state.unflatten(1, (heads, -1))  # [S, Hk, G, Dk, Dv]
-    # S is read once: q^T (decay S + k u^T) = decay q^T S + (q^T k) u^T
-    seen_by_k, seen_by_q = (torch.stack([k, q], dim=-2)[:, :, None] @ of_heads).unbind(-2)  # [S, Hk, G, Dv] each
-    update = beta[..., None] * (v - decay * seen_by_k)
-    out = decay * seen_by_q + (q * k).sum(-1)[:, :, None, None] * update
-    of_heads.mul_(decay[..., None]).addcmul_(k[:, :, None, :, None], update[..., None, :])
+    grouped_state = state.unflatten(1, (heads, -1))  # [S, Hk, G, Dk, Dv]
+    # read the state only once: q^T (decay S + k u^T) = decay q^T S + (q^T k) u^T
+    k_state, q_state = (torch.stack([k, q], dim=-2)[:, :, None] @ grouped_state).unbind(-2)  # [S, Hk, G, Dv] each
+    update = beta[..., None] * (v - decay * k_state)
+    out = decay * q_state + (q * k).sum(-1)[:, :, None, None] * update
+    grouped_state.mul_(decay[..., None]).addcmul_(k[:, :, None, :, None], update[..., None, :])
     return out.flatten(1, 2).to(dtype)

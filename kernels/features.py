@@ -1,19 +1,19 @@
-"""What the installed torch can do, asked in this one file: the code runs on torch 2.7.1 to 2.13."""
+"""What the installed torch can do. The code runs on torch 2.7.1 to 2.13; only this file asks."""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 HAS_GROUPED_MM = hasattr(F, "grouped_mm")  # torch >= 2.10; before that it has no CPU form
-# the CPU's fused attention, called by name, takes fewer heads of K than of Q: 2.13 does, 2.7 overruns its memory
+# whether the CPU's fused attention takes fewer K heads than Q heads; 2.7's reads out of bounds
 HAS_GROUPED_FLASH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
-# its name since 2.13, which warns of the older one at every process' first call
+# renamed in 2.13, which warns about the old name
 all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 def fsdp_has_sums() -> bool:
-    """FSDP2 can be told to sum gradients (torch >= 2.8); 2.7 knows only the average over the ranks."""
-    from torch.distributed.fsdp import FSDPModule  # not at the top: `import kernels` is to be quick
+    """Whether FSDP2 can sum gradients (torch >= 2.8); 2.7 always averages them over the ranks."""
+    from torch.distributed.fsdp import FSDPModule  # here, to keep `import kernels` fast
 
     return hasattr(FSDPModule, "set_force_sum_reduction_for_comms")

@@ -1,7 +1,7 @@
-"""The gated delta net's two operators through fla-core, whose triton_ascend backend runs on NPUs.
+"""The gated delta net's two operators from fla-core, whose triton_ascend backend runs on NPUs.
 
-The lengths go over twice, for the device and, so that it need not be waited for, for the host. fla's kernels need its own
-triton and a device: the tests check what is handed over, not what comes back.
+The lengths are passed on the device and on the host, so that fla need not sync. fla's kernels need
+their own triton and a device: the tests check the arguments passed to them, not their results.
 """
 
 import torch
@@ -10,21 +10,28 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_d
 from torch import Tensor
 
 from kernels.host import to_device
-from kernels.kept import Kept
-from kernels.lengths import made_once
+from kernels.lengths import computed_once
+from kernels.recompute_cache import RecomputeCache
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    """ValueError with `kept`: what fla's backward needs comes out of its forward alone, which cannot be left out."""
-    if kept is not None:
+    """Raises ValueError with a recompute cache: fla's backward needs its whole forward."""
+    if recompute_cache is not None:
         raise ValueError(
-            "fla's delta rule cannot take its output from a layer's first run: set parallel.recompute to true"
+            "parallel.recompute: selective does not work with model.kernels.chunk_gated_delta_rule=fla, whose output"
+            " cannot be reused in the second run of a layer; set parallel.recompute to true"
         )
     if not len(q):
         return torch.zeros_like(v)
-    packed = (x[None] for x in (q, k, v, g, beta))  # one batch of all tokens
+    packed = (x[None] for x in (q, k, v, g, beta))  # [1, T, …]
     return fla_chunk_gated_delta_rule(*packed, use_qk_l2norm_in_kernel=True, **_lengths(cu_seqlens, q))[0][0]
 
 
@@ -39,4 +46,4 @@ def _lengths(cu_seqlens: Tensor, x: Tensor) -> dict[str, Tensor]:
         host = cu_seqlens.long().unique_consecutive()  # without empty sequences
         return {"cu_seqlens": to_device(host, x.device), "cu_seqlens_cpu": host}
 
-    return made_once(cu_seqlens, ("fla", x.device), make)
+    return computed_once(cu_seqlens, ("fla", x.device), make)

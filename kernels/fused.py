@@ -1,7 +1,7 @@
-"""The operators on an NPU: autograd.Functions over the primitives of npu.py. Signatures as in each operator's own file.
+"""The ops on an NPU: autograd.Functions over npu.py's primitives. Signatures as in each op's file.
 
-Each saves the least, and recomputes what is cheap. Every shape follows from the inputs' shapes, and nothing waits for the
-device: lengths come from cu_seqlens, which is on the host.
+Each saves little and recomputes what is cheap. All shapes follow from the inputs' shapes, and
+nothing waits for the device: lengths come from cu_seqlens, which is on the host.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from kernels import attention, moe, moe_parallel, npu
 from kernels.cross_entropy import chunks
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 
-WORDS = 1 << 15  # of the head's gradient that are scaled at once
+VOCABULARY_SLICE = 1 << 15  # rows of the head's gradient that are scaled at once
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -30,11 +30,19 @@ def moe_experts_parallel(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     group: ProcessGroup,
-    kept: Kept | None = None,
-    sizes: moe_parallel.Sizes = moe_parallel.read,
+    recompute_cache: RecomputeCache | None = None,
+    count_reader: moe_parallel.CountReader = moe_parallel.read_counts,
 ) -> Tensor:
     return moe_parallel.moe_experts_parallel(
-        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, kept, primitives=npu, sizes=sizes
+        x,
+        topk_ids,
+        topk_weights,
+        gate_up_proj,
+        down_proj,
+        group,
+        recompute_cache,
+        primitives=npu,
+        count_reader=count_reader,
     )
 
 
@@ -76,7 +84,7 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 class _RmsNormGated(torch.autograd.Function):
-    """The norm is fused, the gate is not: the normed x is made again in backward."""
+    """The norm is fused, the gate is not; backward computes the normed x again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,26 +103,26 @@ class _RmsNormGated(torch.autograd.Function):
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator takes the angles in q's dtype: bf16 rounds them, as transformers does for the text."""
+    """The operator takes cos and sin in q's dtype: bf16 rounds them, as in transformers."""
     return _Rotary.apply(q, k, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
-    """Keeps nothing but the angles, which all layers share: the gradient turns back by them."""
+    """Saves only the angles, which all layers share; backward rotates by their negatives."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn((q, k), cos, sin)
+        return _rotate((q, k), cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_turn((grad_q, grad_k), cos, -sin), None, None
+        return *_rotate((grad_q, grad_k), cos, -sin), None, None
 
 
-def _turn(tensors: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, H, D] each, the first R of D dimensions by the angles [T, R/2]"""
+def _rotate(tensors: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """tensors [T, H, D]; cos, sin [T, R/2], of the first R dimensions"""
     width = 2 * cos.shape[1]
     angles = torch.cat([cos, cos, sin, sin], dim=1).to(tensors[0].dtype).view(1, -1, 1, 2 * width)
     cos, sin = angles.split(width, dim=3)
@@ -136,22 +144,22 @@ def varlen_attention(
     scale: float,
     prepare: attention.Prepare | None = None,
     inputs: Sequence[Tensor] = (),
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, kept)
+    return attention.attend(npu, q, k, v, cu_seqlens, causal, scale, prepare, inputs, recompute_cache)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, trained: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, label_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Without `trained`, every token takes part: the device alone knows which have a label, and is not waited for."""
-    if trained is None:
-        trained = torch.arange(len(labels), device=labels.device)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, trained, torch.is_grad_enabled())
+    """Without `label_rows` all tokens take part: looking up those with a label would sync."""
+    if label_rows is None:
+        label_rows = torch.arange(len(labels), device=labels.device)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, label_rows, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in forward, chunk by chunk, while the chunk's logits are there: three matmuls in all."""
+    """Gradients are computed in forward, as in cross_entropy.py."""
 
     @staticmethod
     def forward(
@@ -160,7 +168,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         token_weights: Tensor,
-        trained: Tensor,
+        label_rows: Tensor,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
@@ -169,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_loss = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for rows, is_real in chunks(trained, weight.shape[0]):
+        for rows, is_real in chunks(label_rows, weight.shape[0]):
             h, target = hidden[rows], targets[rows]
             loss, log_prob = npu.cross_entropy((h @ weight.T).float(), target)
             token_loss.index_add_(0, rows, loss * is_real)
@@ -191,7 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype) if grad_hidden is not None else None
         if grad_weight is not None:
             scaled = torch.empty(grad_weight.shape, dtype=ctx.weight_dtype, device=grad_weight.device)
-            for some, out in zip(grad_weight.split(WORDS), scaled.split(WORDS), strict=True):
-                out.copy_(some * grad_loss)  # all at once is another [V, D] in fp32, near the peak of a step's memory
+            for part, out in zip(grad_weight.split(VOCABULARY_SLICE), scaled.split(VOCABULARY_SLICE), strict=True):
+                out.copy_(part * grad_loss)  # all at once would be another [V, D] fp32 near the memory peak
             grad_weight = scaled
         return grad_hidden, grad_weight, None, None, None, None

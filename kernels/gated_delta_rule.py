@@ -1,18 +1,22 @@
 """The gated delta rule over packed sequences, in chunks.
 
-For each head, with state S [Dk, Dv] starting at zero in every sequence, l2-normed q, k and q scaled by Dk^-1/2:
+For each head, with state S [Dk, Dv] starting at zero in every sequence, l2-normed q, k and q scaled
+by Dk^-1/2:
 
     S <- exp(g_t) S;   S <- S + k_t beta_t (v_t - k_t^T S)^T;   o_t = S^T q_t
 
-Inside a chunk of C tokens that S enters, with b the running sum of g, E = V - exp(b) K S what the state does not know yet, and
-A[i, j] = beta_i exp(b_i - b_j) k_i k_j for j < i, the updates condense into one unit-triangular system (the UT transform):
+In a chunk of C tokens, let S be the state before it, b the running sum of g, E = V - exp(b) K S the
+state's prediction error and A[i, j] = beta_i exp(b_i - b_j) k_i k_j for j < i. The C updates are
+one unit-triangular system (the UT transform):
 
-    V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';   S <- exp(b_C) S + (exp(b_C - b) K)^T V'
+V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';   S <- exp(b_C) S +
+(exp(b_C - b) K)^T V'
 
-The work goes chunk by chunk over all heads, a few sequences at a time, so that what a step holds stays in the processor's
-cache. Kept for backward: the inputs, and of each chunk the state that enters it and the inverse above. The V heads of a K
-head share it.
-Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464; the gradients are derived from the lines above.
+The work goes chunk by chunk over all heads of a few sequences at a time, so that the data of a step
+stays in the processor's cache. Saved for backward: the inputs, and for each chunk the state that
+enters it and the inverse above. K heads are not repeated for the V heads that share them.
+Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464; the gradients are
+derived from the equations above.
 """
 
 from collections.abc import Iterator
@@ -25,32 +29,39 @@ import torch
 from torch import Tensor
 
 from kernels.host import to_device
-from kernels.kept import Kept, outputs_once
-from kernels.lengths import made_once
+from kernels.lengths import computed_once
 from kernels.native import working_dtype
+from kernels.recompute_cache import RecomputeCache, outputs_once
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
 
-CHUNK = 64
-HEADS_AT_ONCE = 64  # sequences times V heads that go through a chunk together
+CHUNK_SIZE = 64
+HEADS_AT_ONCE = 64  # sequences times V heads that one step processes
 
 
 def chunk_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    """q, k [T, Hk, Dk] raw; v [T, Hv, Dv]; g, beta [T, Hv] (g <= 0, the log of the decay); cu_seqlens [S+1] on the CPU.
+    """q, k [T, Hk, Dk] raw; v [T, Hv, Dv]; g, beta [T, Hv]; cu_seqlens [S+1] on the CPU.
 
-    Returns o [T, Hv, Dv] in v's dtype. K head h serves the Hv/Hk consecutive V heads from h*Hv/Hk. fp32 inside. `kept`: the
-    layer is run again for backward; its second run takes o from the first, and goes through the chunks for their states alone.
+    g <= 0 is the log of the decay. Returns o [T, Hv, Dv] in v's dtype; sums are fp32. K head h
+    serves the Hv/Hk consecutive V heads from h*Hv/Hk. With a recompute cache the layer's second run
+    takes o from the first and computes only the states.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), kept)
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), recompute_cache)
 
 
 @torch.no_grad()
 def chunk_gated_delta_rule_and_state(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the state after each sequence's last token, [S, Hv, Dk, Dv] fp32; for generation, not differentiable."""
+    """As above, for generation, with the state after each sequence [S, Hv, Dk, Dv] fp32."""
     state = torch.zeros(
         len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device
     )
@@ -60,47 +71,47 @@ def chunk_gated_delta_rule_and_state(
 
 
 @dataclass(frozen=True)
-class Step:
-    """The i-th chunk of those sequences of a group that have one. On the inputs' device, made on the host without a sync."""
+class ChunkStep:
+    """Chunk i of those sequences in a group that have one. On the device, without a sync."""
 
-    tokens: Tensor  # [n * C] tokens of the n chunks; where a chunk is not full, the last one again
-    real: Tensor | None = None  # [n, C] bool, which of the places hold a token of their own; None: all
-    places: Tensor | None = None  # those that do, counted from 0 to n * C
+    tokens: Tensor  # [n * C] tokens of the n chunks; a short chunk repeats its last token
+    is_real: Tensor | None = None  # [n, C] bool, False for those repetitions; None: there are none
+    real_rows: Tensor | None = None  # the indices below n * C of real tokens
 
     @property
     def count(self) -> int:
-        return len(self.tokens) // CHUNK
+        return len(self.tokens) // CHUNK_SIZE
 
     @staticmethod
-    def of(tokens: Tensor, real: Tensor, device: torch.device) -> "Step":
-        tokens, places = to_device(tokens.flatten(), device), real.flatten().nonzero().squeeze(1)
-        if len(places) == len(tokens):
-            return Step(tokens)
-        return Step(tokens, to_device(real, device), to_device(places, device))
+    def of(tokens: Tensor, is_real: Tensor, device: torch.device) -> "ChunkStep":
+        tokens, real_rows = to_device(tokens.flatten(), device), is_real.flatten().nonzero().squeeze(1)
+        if len(real_rows) == len(tokens):
+            return ChunkStep(tokens)
+        return ChunkStep(tokens, to_device(is_real, device), to_device(real_rows, device))
 
 
-Group = tuple[Tensor, list[Step]]  # sequences that go together, and their steps
+Group = tuple[Tensor, list[ChunkStep]]  # sequences that are processed together, and their steps
 
 
-def groups(cu_seqlens: Tensor, size: int, device: torch.device) -> list[Group]:
-    """cu_seqlens [S+1] on the CPU -> up to `size` sequences each, longest first; made once a batch."""
-    return made_once(cu_seqlens, ("groups", size, device), lambda: list(_groups(cu_seqlens, size, device)))
+def sequence_groups(cu_seqlens: Tensor, size: int, device: torch.device) -> list[Group]:
+    """cu_seqlens [S+1] on the CPU -> groups of up to `size` sequences, longest first."""
+    return computed_once(cu_seqlens, ("groups", size, device), lambda: list(_sequence_groups(cu_seqlens, size, device)))
 
 
-def _groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[Group]:
+def _sequence_groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Iterator[Group]:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     order = lengths.argsort(descending=True, stable=True)
-    place = torch.arange(CHUNK)
+    position = torch.arange(CHUNK_SIZE)
     for members in order[: int((lengths > 0).sum())].split(size):
         if not len(members):
             return
         start, length = starts[members, None], lengths[members, None]
         steps = []
-        for first in range(0, int(length[0]), CHUNK):
+        for first in range(0, int(length[0]), CHUNK_SIZE):
             active = int((length > first).sum())
-            offset = first + place  # [C]
+            offset = first + position  # [C]
             tokens = start[:active] + torch.minimum(offset, length[:active] - 1)
-            steps.append(Step.of(tokens, offset < length[:active], device))
+            steps.append(ChunkStep.of(tokens, offset < length[:active], device))
         yield members, steps
 
 
@@ -115,17 +126,17 @@ class _GatedDeltaRule(torch.autograd.Function):
         beta: Tensor,
         cu_seqlens: Tensor,
         grad_enabled: bool,
-        kept: Kept | None,
+        recompute_cache: RecomputeCache | None,
     ) -> Tensor:
         inputs = (q, k, v, g, beta)
         chunks: list[tuple[Tensor, Tensor]] | None = [] if grad_enabled else None
 
-        def made() -> tuple[Tensor]:
+        def compute() -> tuple[Tensor]:
             out = torch.empty_like(v)
             _forward(inputs, cu_seqlens, out, chunks)
             return (out,)
 
-        (out,) = outputs_once(kept, made)
+        (out,) = outputs_once(recompute_cache, compute)
         if chunks is not None:
             if not chunks:
                 _forward(inputs, cu_seqlens, None, chunks)
@@ -135,49 +146,49 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, *kept = ctx.saved_tensors
-        pairs = list(zip(kept[::2], kept[1::2], strict=True))
+        q, k, v, g, beta, *saved = ctx.saved_tensors
+        pairs = list(zip(saved[::2], saved[1::2], strict=True))
         return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None, None)
 
 
 class _Chunk:
-    """One step: n chunks over all heads, B = n * Hv. Made when it is asked for.
+    """The tensors of one step, computed lazily: n chunks over all heads, B = n * Hv.
 
-    What is multiplied is of v's dtype (`dot`), what is added up of fp32 (`wide`; all of it fp64 for fp64).
+    Operands of matmuls have v's dtype (`dot`); sums are fp32 (`wide`), or fp64 for fp64 inputs.
     """
 
-    def __init__(self, inputs: Inputs, step: Step, inverse: Tensor | None = None):
+    def __init__(self, inputs: Inputs, step: ChunkStep, inverse: Tensor | None = None):
         q, k, v, g, beta = inputs
-        self.step, self.known_inverse = step, inverse
+        self.step, self.saved_inverse = step, inverse
         self.n, self.heads, self.group = step.count, k.shape[1], v.shape[1] // k.shape[1]
         self.wide, self.dot = working_dtype(v), v.dtype
         self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
         self.v = self.gather(v)  # [B, C, Dv]
-        # the places of no token change nothing: they neither decay the state nor write to it
+        # zero gates make padding rows inert: they neither decay the state nor write to it
         self.g, self.beta = (self.gather(x[..., None], zero=True) for x in (g, beta))  # [B, C, 1]
 
     def gather(self, x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """[T, H, D] -> [n * H, C, D]"""
-        rows = x.index_select(0, self.step.tokens).view(self.n, CHUNK, *x.shape[1:])
-        if zero and self.step.real is not None:
-            rows = rows * self.step.real[..., None, None]
-        out = torch.empty(self.n, x.shape[1], CHUNK, x.shape[2], dtype=dtype or self.wide, device=x.device)
+        rows = x.index_select(0, self.step.tokens).view(self.n, CHUNK_SIZE, *x.shape[1:])
+        if zero and self.step.is_real is not None:
+            rows = rows * self.step.is_real[..., None, None]
+        out = torch.empty(self.n, x.shape[1], CHUNK_SIZE, x.shape[2], dtype=dtype or self.wide, device=x.device)
         return out.copy_(rows.transpose(1, 2)).flatten(0, 1)
 
     def scatter(self, x: Tensor, out: Tensor) -> None:
-        """The inverse: [n * H, C, D] into the rows of out [T, H, D]"""
+        """The inverse of gather: writes x [n * H, C, D] into the rows of out [T, H, D]"""
         rows = x.unflatten(0, (self.n, -1)).transpose(1, 2).flatten(0, 1)  # [n * C, H, D]
-        tokens, places = self.step.tokens, self.step.places
-        if places is not None:
-            rows, tokens = rows.index_select(0, places), tokens.index_select(0, places)
+        tokens, real_rows = self.step.tokens, self.step.real_rows
+        if real_rows is not None:
+            rows, tokens = rows.index_select(0, real_rows), tokens.index_select(0, real_rows)
         out.index_copy_(0, tokens, rows.to(out.dtype))
 
     def by_group(self, x: Tensor) -> Tensor:
         """[B, …] -> [n * Hk, G, …]"""
         return x.unflatten(0, (-1, self.group))
 
-    def shared(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [n * Hk, …] of the K heads times y [B, …] of their V heads -> [B, …]"""
+    def times_k_head(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [n * Hk, …] of the K heads times y [B, …] of the V heads that share them -> [B, …]"""
         return (x[:, None] * self.by_group(y)).flatten(0, 1)
 
     @cached_property
@@ -213,76 +224,78 @@ class _Chunk:
         return (self.cum[:, -1:] - self.cum).exp_()
 
     @cached_property
-    def whole(self) -> Tensor:  # [B, 1, 1]
+    def chunk_decay(self) -> Tensor:  # [B, 1, 1]
         return self.from_start[:, -1:]
 
     @cached_property
     def kk(self) -> Tensor:  # [B, C, C] without beta
-        return self.shared(self.k @ self.k.mT, self.decay)
+        return self.times_k_head(self.k @ self.k.mT, self.decay)
 
     @cached_property
     def qk(self) -> Tensor:  # [B, C, C]
-        return self.shared(self.q @ self.k.mT, self.decay)
+        return self.times_k_head(self.q @ self.k.mT, self.decay)
 
     @cached_property
     def inverse(self) -> Tensor:  # [B, C, C] (I + A)^-1, of dtype dot
-        if self.known_inverse is not None:
-            return self.known_inverse
+        if self.saved_inverse is not None:
+            return self.saved_inverse
         system = self.kk * self.beta
-        eye = torch.eye(CHUNK, dtype=self.wide, device=system.device).expand_as(system)
+        eye = torch.eye(CHUNK_SIZE, dtype=self.wide, device=system.device).expand_as(system)
         return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True).to(self.dot)
 
     @cached_property
     def qk_start(self) -> Tensor:  # [B, 2C, Dk] exp(b) Q, then exp(b) K, of dtype dot
         both = torch.cat([self.q, self.k], dim=1)  # [n * Hk, 2C, Dk]
-        return self.shared(both, torch.cat([self.from_start, self.from_start], dim=1)).to(self.dot)
+        return self.times_k_head(both, torch.cat([self.from_start, self.from_start], dim=1)).to(self.dot)
 
     @cached_property
     def k_end(self) -> Tensor:  # [B, C, Dk], of dtype dot
-        return self.shared(self.k, self.to_end).to(self.dot)
+        return self.times_k_head(self.k, self.to_end).to(self.dot)
 
     def read(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """entering [B, Dk, Dv], the state in dtype dot -> exp(b) Q S, E, V' [B, C, Dv]"""
-        from_state, known = (self.qk_start @ entering).split(CHUNK, dim=1)
-        unknown = self.v - known
-        return from_state, unknown, self.inverse @ (unknown * self.beta).to(self.dot)
+        """entering [B, Dk, Dv], the state in dtype dot -> exp(b) Q S, E and V', [B, C, Dv] each"""
+        from_state, predicted = (self.qk_start @ entering).split(CHUNK_SIZE, dim=1)
+        error = self.v - predicted
+        return from_state, error, self.inverse @ (error * self.beta).to(self.dot)
 
 
 def _forward(
     inputs: Inputs,
     cu_seqlens: Tensor,
     out: Tensor | None,
-    kept: list[tuple[Tensor, Tensor]] | None,
+    saved: list[tuple[Tensor, Tensor]] | None,
     last_state: Tensor | None = None,
 ) -> None:
-    """out [T, Hv, Dv]: takes the rule's output; None: that is known. kept: takes each chunk's entering state and inverse.
-    last_state [S, Hv, Dk, Dv], zeros: takes the states at the end."""
+    """Fills out [T, Hv, Dv], saved (entering state and inverse of each chunk) and last_state.
+
+    last_state [S, Hv, Dk, Dv] must be zeros. Each of the three may be None.
+    """
     _, k, v, _, _ = inputs
     heads = v.shape[1]
-    for members, steps in groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device):
+    for members, steps in sequence_groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device):
         state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in steps:
-            chunk, moving = _Chunk(inputs, step), state[: step.count * heads]
-            entering = moving.to(v.dtype, copy=True)
+            chunk, active_state = _Chunk(inputs, step), state[: step.count * heads]
+            entering = active_state.to(v.dtype, copy=True)
             from_state, _, value = chunk.read(entering)
             if out is not None:
                 chunk.scatter(from_state.baddbmm(chunk.qk.to(v.dtype), value), out)
-            moving.mul_(chunk.whole).add_(chunk.k_end.mT @ value)
-            if kept is not None:
-                kept.append((entering, chunk.inverse))
+            active_state.mul_(chunk.chunk_decay).add_(chunk.k_end.mT @ value)
+            if saved is not None:
+                saved.append((entering, chunk.inverse))
         if last_state is not None:
             last_state[members.to(v.device)] = state.unflatten(0, (-1, heads))
 
 
 def _backward(
-    inputs: Inputs, cu_seqlens: Tensor, kept: list[tuple[Tensor, Tensor]], grad_out: Tensor
+    inputs: Inputs, cu_seqlens: Tensor, saved: list[tuple[Tensor, Tensor]], grad_out: Tensor
 ) -> tuple[Tensor, ...]:
     _, k, v, _, _ = inputs
     grads, heads = tuple(torch.empty_like(x) for x in inputs), v.shape[1]
-    for members, steps in reversed(groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device)):
+    for members, steps in reversed(sequence_groups(cu_seqlens, max(1, HEADS_AT_ONCE // heads), v.device)):
         grad_state = torch.zeros(len(members) * heads, k.shape[2], v.shape[2], dtype=working_dtype(v), device=v.device)
         for step in reversed(steps):
-            entering, inverse = kept.pop()
+            entering, inverse = saved.pop()
             chunk = _Chunk(inputs, step, inverse)
             _backward_step(chunk, entering, grad_state[: step.count * heads], grad_out, grads)
     return grads
@@ -291,45 +304,47 @@ def _backward(
 def _backward_step(
     chunk: _Chunk, entering: Tensor, grad_state: Tensor, grad_out: Tensor, grads: tuple[Tensor, ...]
 ) -> None:
-    """grad_state [B, Dk, Dv]: the gradient of the state that leaves the chunk; becomes that of the state which enters it."""
+    """grad_state [B, Dk, Dv]: of the leaving state; becomes that of the entering one."""
     c = chunk
-    _, unknown, value = c.read(entering)
+    _, error, value = c.read(entering)
     d_out = c.gather(grad_out, zero=True, dtype=c.dot)  # [B, C, Dv]
     leaving = grad_state.to(c.dot)
 
     d_value = torch.baddbmm(c.k_end @ leaving, c.qk.to(c.dot).mT, d_out)
-    d_update = c.inverse.mT @ d_value  # of beta E
+    d_update = c.inverse.mT @ d_value  # gradient of beta E
     d_qk = (d_out @ value.mT).to(c.wide)  # [B, C, C]
-    d_kk = (d_update @ value.mT).to(c.wide).neg_().tril_(-1)  # of A
+    d_kk = (d_update @ value.mT).to(c.wide).neg_().tril_(-1)  # gradient of A
     d_k_end = (value @ leaving.mT).to(c.wide)
     d_update = d_update.to(c.wide)
-    d_unknown = d_update * c.beta
-    reads = torch.cat([d_out, -d_unknown.to(c.dot)], dim=1)  # [B, 2C, Dv]: what the state is read for
-    d_qk_start = (reads @ entering.mT).to(c.wide)  # [B, 2C, Dk]
+    d_error = d_update * c.beta
+    d_reads = torch.cat([d_out, -d_error.to(c.dot)], dim=1)  # [B, 2C, Dv] gradients of qk_start S
+    d_qk_start = (d_reads @ entering.mT).to(c.wide)  # [B, 2C, Dk]
 
-    d_beta = (d_update * unknown).sum(-1) + (d_kk * c.kk).sum(-1)
+    d_beta = (d_update * error).sum(-1) + (d_kk * c.kk).sum(-1)
     d_kk = d_kk.mul_(c.beta)
     through_decay = d_kk * c.kk + d_qk * c.qk  # [B, C, C]
-    q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK, dim=1)
+    q_part, k_part = (d_qk_start * c.qk_start).sum(-1).split(CHUNK_SIZE, dim=1)
     end_part = (d_k_end * c.k_end).sum(-1)  # [B, C]
     d_cum = through_decay.sum(-1) - through_decay.sum(-2) + q_part + k_part - end_part
-    d_cum[:, -1] += end_part.sum(-1) + (entering * grad_state).sum((-1, -2)) * c.whole.flatten()
+    d_cum[:, -1] += end_part.sum(-1) + (entering * grad_state).sum((-1, -2)) * c.chunk_decay.flatten()
     d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
 
     d_qk, d_kk = (c.by_group(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]
-    d_q_start, d_k_start = c.by_group(d_qk_start.mul_(torch.cat([c.from_start] * 2, dim=1))).sum(1).split(CHUNK, dim=1)
+    d_q_start, d_k_start = (
+        c.by_group(d_qk_start.mul_(torch.cat([c.from_start] * 2, dim=1))).sum(1).split(CHUNK_SIZE, dim=1)
+    )
     d_q = torch.baddbmm(d_q_start, d_qk, c.k)
     d_k = d_k_start + c.by_group(d_k_end.mul_(c.to_end)).sum(1)
     d_k.baddbmm_(d_qk.mT, c.q).baddbmm_(d_kk + d_kk.mT, c.k)
 
-    grad_state.mul_(c.whole).add_(c.qk_start.mT @ reads)
+    grad_state.mul_(c.chunk_decay).add_(c.qk_start.mT @ d_reads)
     scale = c.raw_q.shape[-1] ** -0.5
-    d_q = _through_norm(d_q, c.q / scale, c.q_norm * scale)
-    d_k = _through_norm(d_k, c.k, c.k_norm)
-    for x, out in zip((d_q, d_k, d_unknown, d_g[..., None], d_beta[..., None]), grads, strict=True):
+    d_q = _norm_backward(d_q, c.q / scale, c.q_norm * scale)
+    d_k = _norm_backward(d_k, c.k, c.k_norm)
+    for x, out in zip((d_q, d_k, d_error, d_g[..., None], d_beta[..., None]), grads, strict=True):
         c.scatter(x, out if out.ndim == 3 else out[..., None])
 
 
-def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """unit = x * norm -> the gradient of x. (The 1e-6 under the root is part of norm, and of unit's length.)"""
+def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x, where unit = x * norm; exact, as norm includes the 1e-6."""
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * norm

@@ -1,4 +1,4 @@
-"""What operators make of cu_seqlens: once a batch, not once a layer."""
+"""What operators derive from cu_seqlens, computed once per batch instead of once per layer."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,12 +8,13 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def made_once(cu_seqlens: Tensor, key: Any, make: Callable[[], T]) -> T:
-    """make(), kept with the tensor itself under `key`: all layers find it there, and it goes when the batch does.
+def computed_once(cu_seqlens: Tensor, key: Any, compute: Callable[[], T]) -> T:
+    """compute(), stored on the tensor itself under `key`, so that all layers share it.
 
-    The key says all that the result follows from beside the lengths, which nobody changes.
+    It is freed with the batch. The key must contain all that the result depends on besides the
+    lengths, which must not change.
     """
-    made = cu_seqlens.__dict__.setdefault("made_of_lengths", {})
-    if key not in made:
-        made[key] = make()
-    return made[key]
+    derived = cu_seqlens.__dict__.setdefault("derived_from_lengths", {})
+    if key not in derived:
+        derived[key] = compute()
+    return derived[key]

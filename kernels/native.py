@@ -1,6 +1,7 @@
-"""The primitives in plain torch that the algorithms beside this file are written over.
+"""The primitives in plain torch on which the algorithms of this package are built.
 
-On a CPU elementwise work goes block by block of rows: its fp32 temporaries then stay in the processor's cache.
+On a CPU elementwise work goes through blocks of rows, so that its fp32 temporaries stay in the
+processor's cache.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kernels.features import HAS_GROUPED_FLASH, HAS_GROUPED_MM
@@ -23,26 +25,26 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each tensor [N, …], a block of the first at a time; all at once where there is no such cache."""
+    """The same rows of each tensor [N, …], in blocks sized by the first; off the CPU one block."""
     first = tensors[0]
     rows = max(1, BLOCK * max(1, len(first)) // max(1, first.numel())) if first.is_cpu else max(1, len(first))
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
-# -- experts ------------------------------------------------------------------------------------------------------------
+# -- experts ---------------------------------------------------------------------------------------
 
 
 def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32, ends [E] int64.
+    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, row_of_slot [T*K] int32, ends [E].
 
-    Slot t*K+k went to row place[t*K+k]; the rows of expert e end before row ends[e]. With `count`, only as many rows: the
-    slots of ids >= E, which come last, have places and no rows.
+    The rows of expert e end before row ends[e]. `count` limits the rows: the slots of ids >= E sort
+    last, and then have no rows.
     """
     ids, order = topk_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device, dtype=ids.dtype), right=True)
     slots = torch.arange(len(order), device=order.device, dtype=torch.int32)
-    place = torch.empty_like(slots).scatter_(0, order, slots)
-    return x.index_select(0, order[:count] // topk_ids.shape[1]), place, ends
+    row_of_slot = torch.empty_like(slots).scatter_(0, order, slots)
+    return x.index_select(0, order[:count] // topk_ids.shape[1]), row_of_slot, ends
 
 
 def histogram(topk_ids: Tensor, experts: int) -> Tensor:
@@ -53,21 +55,23 @@ def histogram(topk_ids: Tensor, experts: int) -> Tensor:
 
 
 def sorted_rows(
-    x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None, count: int | None = None
+    x: Tensor, topk_ids: Tensor, row_of_slot: Tensor, out: Tensor | None = None, count: int | None = None
 ) -> Tensor:
-    """The rows of permute again, from what it returned; written into `out` [T*K, H] if that is given."""
-    slots = torch.arange(len(place), device=place.device)
-    token = torch.empty_like(slots).scatter_(0, place.long(), slots // topk_ids.shape[1])
+    """The rows of permute, again, from its row_of_slot; written into `out` [T*K, H] if given."""
+    slots = torch.arange(len(row_of_slot), device=row_of_slot.device)
+    token = torch.empty_like(slots).scatter_(0, row_of_slot.long(), slots // topk_ids.shape[1])
     return torch.index_select(x, 0, token[:count], out=out)
 
 
-def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
+def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
     """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows."""
-    return torch.empty_like(place, dtype=weights.dtype).scatter_(0, place.long(), weights.flatten())[:, None]
+    return torch.empty_like(row_of_slot, dtype=weights.dtype).scatter_(0, row_of_slot.long(), weights.flatten())[
+        :, None
+    ]
 
 
 def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; then both are multiplied by the weight, in place."""
+    """hidden, grad_hidden [N, I], weight [N, 1] -> their dot products [N]; weighs both in place."""
     wide = working_dtype(hidden)
     dots = torch.empty_like(weight[:, 0])
     for h, g, w, dot in row_blocks(hidden, grad_hidden, weight.to(wide), dots):
@@ -78,27 +82,27 @@ def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
     return dots
 
 
-def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
+def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
     """grad_rows [T*K, H] -> grad_x [T, H], the sum over the K rows of a token in fp32."""
-    ones = torch.ones(len(place) // top_k, top_k, dtype=working_dtype(grad_rows), device=grad_rows.device)
-    return unpermute(grad_rows, place, ones)
+    ones = torch.ones(len(row_of_slot) // top_k, top_k, dtype=working_dtype(grad_rows), device=grad_rows.device)
+    return unpermute(grad_rows, row_of_slot, ones)
 
 
-def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sum over the K rows of a token in fp32.
+def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
+    """rows [T*K, H], weights [T, K] -> y [T, H], the weighted sums over K, computed in fp32.
 
-    With fewer rows, the slots whose place is past the last one count for nothing.
+    Slots whose row is past the last one count as zero.
     """
-    if len(rows) < len(place):
-        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
+    if len(rows) < len(row_of_slot):
+        weights = weights.masked_fill((row_of_slot >= len(rows)).view_as(weights), 0)
         rows = rows if len(rows) else rows.new_zeros(1, rows.shape[1])
-        place = place.clamp(max=len(rows) - 1)
+        row_of_slot = row_of_slot.clamp(max=len(rows) - 1)
     tokens, top_k = weights.shape
     wide = working_dtype(rows)
     y = torch.empty(tokens, rows.shape[1], dtype=rows.dtype, device=rows.device)
     size = max(1, BLOCK // max(1, top_k * rows.shape[1])) if rows.is_cpu else max(1, tokens)
     for out, index, weight in zip(
-        y.split(size), place.view(tokens, top_k).split(size), weights.to(wide).split(size), strict=True
+        y.split(size), row_of_slot.view(tokens, top_k).split(size), weights.to(wide).split(size), strict=True
     ):
         some = rows.index_select(0, index.flatten()).to(wide).view(*index.shape, rows.shape[1])  # [t, K, H]
         out.copy_(torch.bmm(weight[:, None], some)[:, 0])
@@ -106,10 +110,7 @@ def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of expert e times its matrix: rows [N, A] by expert, weight [E, A, B] (any view), ends [E] -> [N, B].
-
-    An expert may have no rows.
-    """
+    """rows [N, A] by expert, weight [E, A, B] (any view), ends [E] -> rows x matrices [N, B]."""
     if _grouped(rows, weight.shape[2]):
         return F.grouped_mm(rows, weight, offs=ends.to(torch.int32))
     out = torch.empty(len(rows), weight.shape[2], dtype=rows.dtype, device=rows.device)
@@ -119,7 +120,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """rows [N, A], grad [N, B], both by expert, ends [E] -> [E, A, B], zeros for an expert without rows."""
+    """rows [N, A], grad [N, B] by expert, ends [E] -> rows^T grad [E, A, B], zeros without rows."""
     if _grouped(rows, grad.shape[1]):
         return F.grouped_mm(rows.T, grad, offs=ends.to(torch.int32))
     out = torch.empty(len(ends), rows.shape[1], grad.shape[1], dtype=rows.dtype, device=rows.device)
@@ -129,7 +130,7 @@ def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped(rows: Tensor, width: int) -> bool:
-    """Whether grouped_mm takes it: rows of a multiple of 16 bytes, at least one, no fp64."""
+    """Whether F.grouped_mm supports it: rows of a multiple of 16 bytes, at least one, no fp64."""
     aligned = all(size * rows.element_size() % 16 == 0 for size in (rows.shape[1], width))
     return HAS_GROUPED_MM and len(rows) > 0 and rows.dtype != torch.float64 and aligned
 
@@ -139,7 +140,7 @@ def _groups(ends: Tensor, matrices: Tensor) -> Iterator[tuple[int, int, Tensor]]
     return zip(bounds[:-1], bounds[1:], matrices, strict=True)
 
 
-# -- elementwise --------------------------------------------------------------------------------------------------------
+# -- elementwise -----------------------------------------------------------------------------------
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -165,15 +166,15 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-# -- attention ----------------------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
-SEQUENCES = 1 << 31  # of one call: as many as there are
+SEQUENCES = 1 << 31  # per call of attention: no limit
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """q [T, Hq, D]; k, v [T, Hkv, D]; ends: of the sequences, on the host -> o [T, Hq, D], and what backward needs.
+    """q [T, Hq, D]; k, v [T, Hkv, D]; ends: of sequences -> o [T, Hq, D], tensors for backward.
 
-    Neighbours of one length run as one batch: the frames of a video, images of one size. Nothing is gathered.
+    Neighbours of equal length run as one batch (video frames, images of one size), without copies.
     """
     outs, sums = [], []
     for qs, ks, vs in _runs(ends, q, k, v):
@@ -196,11 +197,14 @@ def attention_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """saved: all that attention returned -> grad_q, grad_k, grad_v. Where torch has no such operator, forward runs again."""
+    """saved: all that attention returned -> grad_q, grad_k, grad_v.
+
+    Without a fused backward operator the forward runs again under autograd.
+    """
     found: list[list[Tensor]] = [[], [], []]
-    for gs, qs, ks, vs, *kept in _runs(ends, grad, q, k, v, *saved):
+    for gs, qs, ks, vs, *statistics in _runs(ends, grad, q, k, v, *saved):
         if q.is_cpu and HAS_GROUPED_FLASH:
-            out, log_sum = kept
+            out, log_sum = statistics
             grads = flash_backward(gs, qs, ks, vs, out, log_sum, 0.0, causal, scale=scale)
         else:
             inputs = [x.detach().requires_grad_() for x in (qs, ks, vs)]
@@ -215,8 +219,8 @@ def attention_backward(
 
 
 def _runs(ends: list[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of each run of neighbours of one length, the tensors as [n, H, length, …], views of [T, H, …]."""
+    """For each run of n neighbours of equal length: views [n, H, length, …] of [T, H, …]."""
     runs = [(length, len(list(same))) for length, same in groupby(b - a for a, b in pairwise([0, *ends]))]
     parts = (x.split([length * count for length, count in runs]) for x in tensors)
-    for (length, count), *some in zip(runs, *parts, strict=True):
-        yield tuple(x.unflatten(0, (count, length)).transpose(1, 2) for x in some)
+    for (_, count), *some in zip(runs, *parts, strict=True):
+        yield tuple(rearrange(x, "(n t) h ... -> n h t ...", n=count) for x in some)

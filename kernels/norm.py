@@ -1,7 +1,7 @@
-"""RMS norms, in fp32 inside. Backward keeps the inputs and one number a row.
+"""RMS norms, computed in fp32. Backward saves the inputs and one number per row.
 
 rms_norm        y = x / rms(x) * (1 + weight)         zero-centred weight, as Qwen3.5 stores it
-rms_norm_gated  y = weight * x / rms(x) * silu(gate)  norm first, then the gate (the delta net's output)
+rms_norm_gated  y = weight * x / rms(x) * silu(gate)  the delta net's output: gated after the norm
 
 rms(x) = sqrt(mean(x^2, -1) + eps). Source: Zhang and Sennrich 2019; arXiv:1910.07467.
 """
@@ -81,22 +81,22 @@ class _RMSNormGated(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., D] -> [N, D], a view of what is made here, and of most of what comes in."""
+    """x [..., D] -> [N, D], a view if x is contiguous."""
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
 def _scales(x: Tensor) -> Tensor:
-    """[N, 1], for 1 / rms of each row."""
+    """Uninitialised [N, 1], for 1 / rms of each row."""
     return torch.empty(x.shape[:-1].numel(), 1, dtype=working_dtype(x), device=x.device)
 
 
 def _normed(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """x [n, D] in working precision -> x / rms(x); scale [n, 1] takes 1 / rms(x)."""
+    """x [n, D] in working precision -> x / rms(x). Writes 1 / rms(x) into scale [n, 1]."""
     torch.rsqrt(torch.linalg.vecdot(x, x)[:, None].div_(x.shape[1]).add_(eps), out=scale)
     return x * scale
 
 
 def _norm_backward(x_hat: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
-    """x_hat, its gradient [n, D], scale [n, 1] -> the gradient of x."""
+    """x_hat [n, D], its gradient (overwritten), scale [n, 1] -> the gradient of x [n, D]."""
     mean = torch.linalg.vecdot(grad, x_hat)[:, None].div_(grad.shape[1])
     return grad.addcmul_(x_hat, mean, value=-1).mul_(scale)

@@ -1,6 +1,7 @@
-"""The primitives as torch_npu's fused operators: the only file that imports torch_npu. No autograd here, that is in fused.py.
+"""The primitives as torch_npu's fused operators; the only file that imports torch_npu.
 
-torch_npu registers its own derivatives for NPU tensors alone, so forward and backward operators are called by name.
+Autograd is in fused.py: torch_npu registers derivatives for NPU tensors only, so this file calls
+forward and backward operators by name. Shapes as in native.py.
 Sources: op-plugin's documentation of each operator, and CANN's of the aclnn operator below it.
 """
 
@@ -12,132 +13,133 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
 
 npu = torch.ops.npu
-profiler = (
-    torch_npu.profiler
-)  # for qwen35/device.py: who profiles an NPU needs torch_npu, and it is imported here alone
-SEQUENCES = 1024  # of one call of the attention, by its documentation
-CAUSAL_BLOCK = 2048  # side of the one mask that stands for every causal mask in the operator's compressed form
+profiler = torch_npu.profiler  # for qwen35/device.py, which must not import torch_npu
+SEQUENCES = 1024  # per call of attention, by the operator's documentation
+CAUSAL_BLOCK = 2048  # side of the compressed mask that the operator expects for any causal mask
 
-# ── Mixture of experts: rows are (token, choice) pairs, slot t * K + k, in the order of their experts ──────────────────
+# ── Mixture of experts; slots and rows as in moe.py ───────────────────────────────────────────────
 
 
 def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, place [T*K] int32 (slot -> row), ends [E] int64 of the groups.
+    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, row_of_slot [T*K] int32, ends [E].
 
-    With `count`, only as many rows: the slots of ids >= E, which come last, have places and no rows.
+    `count` limits the rows: the slots of ids >= E sort last, and then have no rows.
     """
     if not topk_ids.numel() or count == 0:  # to the operator, 0 means all
-        place = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
-        return x[:0], place, topk_ids.new_zeros(experts, dtype=torch.int64)
-    rows, place = npu.npu_moe_token_permute(x, topk_ids, count)
-    return rows, place, _counts(topk_ids, experts).cumsum(0).long()
+        row_of_slot = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
+        return x[:0], row_of_slot, topk_ids.new_zeros(experts, dtype=torch.int64)
+    rows, row_of_slot = npu.npu_moe_token_permute(x, topk_ids, count)
+    return rows, row_of_slot, _counts(topk_ids, experts).cumsum(0).long()
 
 
 def histogram(topk_ids: Tensor, experts: int) -> Tensor:
-    """topk_ids [T, K] -> [E] int64, how often each expert was chosen; ids >= E are nobody's."""
+    """topk_ids [T, K] -> [E] int64, how often each expert was chosen; ids >= E are ignored."""
     if not topk_ids.numel():
         return topk_ids.new_zeros(experts, dtype=torch.int64)
     return _counts(topk_ids, experts).long()
 
 
 def _counts(topk_ids: Tensor, experts: int) -> Tensor:
-    """The histogram in fp32, exact below 2^24: cumsum and sort of int64 would run on the AI CPU (op_api of CANN's ops-math)."""
+    """The histogram in fp32, exact below 2^24. int64 sums run on the AI CPU (ops-math)."""
     return torch.histc(topk_ids.float(), experts, -0.5, experts - 0.5)
 
 
-def weight_of_row(weights: Tensor, place: Tensor) -> Tensor:
+def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
     """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows.
 
-    The inverse of `place` is a sort of fp32 numbers: AI cores sort no integers, and scatter along the last axis one by one.
+    `row_of_slot` is inverted by sorting it as fp32: AI cores do not sort integers, and they scatter
+    along the last axis one element at a time.
     """
-    return weights.flatten().index_select(0, place.float().sort().indices)[:, None]
+    return weights.flatten().index_select(0, row_of_slot.float().sort().indices)[:, None]
 
 
 def sorted_rows(
-    x: Tensor, topk_ids: Tensor, place: Tensor, out: Tensor | None = None, count: int | None = None
+    x: Tensor, topk_ids: Tensor, row_of_slot: Tensor, out: Tensor | None = None, count: int | None = None
 ) -> Tensor:
-    """The rows of permute again. The operator sorts anew, and writes where it likes: `place` and `out` serve other devices."""
+    """The rows of permute, again. The operator needs neither `row_of_slot` nor `out`."""
     return npu.npu_moe_token_permute(x, topk_ids, count)[0] if topk_ids.numel() and count != 0 else x[:0]
 
 
 def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden, grad_hidden [N, I], weight [N, 1] fp32 -> their dot products [N]; then both times the weight, in place."""
+    """As native.weigh; weight is fp32."""
     dots = (hidden.float() * grad_hidden).sum(-1)
     hidden.mul_(weight)
     grad_hidden.mul_(weight)
     return dots
 
 
-def permute_backward(grad_rows: Tensor, place: Tensor, top_k: int) -> Tensor:
-    """-> grad_x [T, H], each token's K rows summed."""
-    if not place.numel():
+def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
+    """grad_rows [T*K, H], row_of_slot [T*K] -> grad_x [T, H], the sum of each token's K rows."""
+    if not row_of_slot.numel():
         return grad_rows
-    tokens = len(place) // top_k
-    # of the tokens and of the ids, the operator reads the shapes alone
-    return npu.npu_moe_token_permute_grad(grad_rows[:tokens], grad_rows, place.view(tokens, top_k), place)
+    tokens = len(row_of_slot) // top_k
+    # the operator reads only the shapes of its first and third argument
+    return npu.npu_moe_token_permute_grad(grad_rows[:tokens], grad_rows, row_of_slot.view(tokens, top_k), row_of_slot)
 
 
-def unpermute(rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], weights [T, K] -> y [T, H] = sum over k of weights * the slot's row.
+def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
+    """rows [T*K, H], row_of_slot [T*K], weights [T, K] -> y [T, H], the weighted sums over K.
 
-    With fewer rows, the slots whose place is past the last one count for nothing: the operator's kernel in CANN's
-    ops-transformer skips them (its documentation speaks of T*K rows alone), and their weights are set to zero besides.
+    Slots whose row is past the last one count as zero. The operator's kernel in CANN's
+    ops-transformer skips them, but its documentation mentions T*K rows only, so their weights are
+    zeroed as well.
     """
     if not len(rows):
         return rows.new_zeros(len(weights), rows.shape[1])
-    if len(rows) < len(place):
-        weights = weights.masked_fill((place >= len(rows)).view_as(weights), 0)
-    return npu.npu_moe_token_unpermute(rows, place, weights)
+    if len(rows) < len(row_of_slot):
+        weights = weights.masked_fill((row_of_slot >= len(rows)).view_as(weights), 0)
+    return npu.npu_moe_token_unpermute(rows, row_of_slot, weights)
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows [N, A] by group, weight [E, A, B] (or a transposed view), ends [E] -> [N, B]: each group times its matrix."""
+    """rows [N, A] by expert, weight [E, A, B] or a transposed view, ends [E] -> [N, B]."""
     if not len(rows):
         return rows.new_zeros(0, weight.shape[2])
     return npu.npu_grouped_matmul([rows], [weight], group_list=ends, split_item=2, group_type=0, group_list_type=0)[0]
 
 
 def grouped_weight_grad(rows: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """rows [N, A], grad [N, B], ends [E] -> [E, A, B]: rows^T grad inside each group, zeros for an empty one."""
+    """rows [N, A], grad [N, B] by expert, ends [E] -> rows^T grad [E, A, B], zeros without rows."""
     if not len(rows):
         return rows.new_zeros(len(ends), rows.shape[1], grad.shape[1])
     return npu.npu_grouped_matmul([rows.T], [grad], group_list=ends, split_item=3, group_type=2, group_list_type=0)[0]
 
 
-# ── Experts of several ranks: counts are on the host, [ep][E/ep] flattened, of each rank's experts in turn ─────────────
+# ── Expert parallelism: counts are on the host, [ep * E/ep], of each rank's experts in turn ───────
 
 
 def alltoallv_matmul(
     rows: Tensor, weight: Tensor, transposed: bool, name: str, ranks: int, send: list[int], receive: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """rows [T*K, A] by expert of all, to their ranks; there by expert, times weight [E/ep, A, B] or transposed.
+    """Dispatch rows [T*K, A] to the ranks of their experts and multiply them there.
 
-    -> the rows as they were multiplied [N, A], and the products [N, B]. `name` of the communicator.
+    weight [E/ep, A, B] or transposed; name: of HCCL's communicator -> the rows by local expert
+    [N, A], their products [N, B].
     """
-    product, _, came = npu.npu_alltoallv_gmm(
+    product, _, arrived = npu.npu_alltoallv_gmm(
         rows, weight, name, ranks, send, receive, trans_gmm_weight=transposed, permute_out_flag=True
     )
-    return came, product
+    return arrived, product
 
 
 def matmul_alltoallv(
     rows: Tensor, weight: Tensor, transposed: bool, name: str, ranks: int, send: list[int], receive: list[int]
 ) -> Tensor:
-    """rows [N, A] by expert of this rank, times its weights, back to where they came from -> [T*K, B], as they left."""
+    """Multiply rows [N, A] by local expert and send the products back -> [T*K, B]."""
     return npu.npu_gmm_alltoallv(rows, weight, name, ranks, send, receive, trans_gmm_weight=transposed)[0]
 
 
 def communicator(group: ProcessGroup) -> str:
-    """HCCL's name of the group, for operators that communicate; asked for by the rank among all, which says the device."""
+    """HCCL's name of the group, for operators that communicate. It takes the global rank."""
     backend: Any = group._get_backend(torch.device("npu"))
     return backend.get_hccl_comm_name(get_rank())
 
 
-# ── Elementwise, norms, rotary ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Elementwise, norms, rotary ────────────────────────────────────────────────────────────────────
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """x [..., 2I], gate first -> silu(gate) * up [..., I]. The operator takes neither empty nor strided tensors."""
+    """x [..., 2I], gate first -> [..., I]. The operator takes neither empty nor strided tensors."""
     return npu.npu_swiglu(x.contiguous(), -1) if x.numel() else x[..., : x.shape[-1] // 2]
 
 
@@ -146,89 +148,62 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x_hat * weight, rstd fp32 for the backward. x bf16 or fp16 with the same or fp32 weights, or both fp32."""
+    """x [..., D], weight [D] of the same dtype or fp32 -> x_hat * weight, rstd fp32."""
     return npu.npu_rms_norm(x, weight, eps)
 
 
 def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x_hat * (1 + weight), rstd. The operator that adds the one takes weights of x's own dtype only."""
+    """x_hat * (1 + weight), rstd. The operator that adds the 1 takes weights of x's dtype only."""
     if weight.dtype == x.dtype:
         return npu.npu_gemma_rms_norm(x, weight, eps)
     return npu.npu_rms_norm(x, weight.float() + 1, eps)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """weight is what x_hat was multiplied by -> grad_x, grad_weight fp32"""
+    """weight: the factor of x_hat -> grad_x, grad_weight fp32."""
     return npu.npu_rms_norm_backward(grad, x, weight, rstd)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, N, R]; cos, sin [1, T, 1, R] in x's dtype, the angles of both halves -> x cos + (-x2, x1) sin, as BSND."""
+    """x [T, N, R]; cos, sin [1, T, 1, R] in x's dtype, of both halves -> x cos + (-x2, x1) sin."""
     return npu.npu_rotary_mul(x[None], cos, sin)[0]
 
 
-# ── Attention over packed sequences, TND: cumulative lengths on the host, without the leading zero ─────────────────────
+# ── Attention over packed sequences, layout TND; ends: cu_seqlens[1:] on the host ─────────────────
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q [T, Hq, D]; k, v [T, Hkv, D] -> o [T, Hq, D], and max and sum [T, Hq, 8] fp32 and a reserved one for the backward"""
+    """q [T, Hq, D]; k, v [T, Hkv, D] -> o [T, Hq, D], max and sum [T, Hq, 8] fp32, reserved."""
     return npu.npu_fusion_attention(
-        q,
-        k,
-        v,
-        q.shape[1],
-        "TND",
-        atten_mask=_causal_mask(q.device) if causal else None,
-        scale=scale,
-        actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
-        sparse_mode=3 if causal else 0,
-    )[:4]
+        q, k, v, q.shape[1], "TND", atten_mask=_causal_mask(q.device) if causal else None, scale=scale,
+        actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+    )[:4]  # fmt: skip
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    saved: tuple[Tensor, ...],
-    ends: list[int],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], ends: list[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """saved: all that attention returned -> grad_q, grad_k, grad_v"""
     out, softmax_max, softmax_sum, reserved = saved
     return npu.npu_fusion_attention_grad(
-        q,
-        k,
-        v,
-        grad,
-        q.shape[1],
-        "TND",
-        atten_mask=_causal_mask(q.device) if causal else None,
-        softmax_max=softmax_max,
-        softmax_sum=softmax_sum,
-        softmax_in=reserved,
-        attention_in=out,
-        scale_value=scale,
-        actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
-        sparse_mode=3 if causal else 0,
-    )[:3]
+        q, k, v, grad, q.shape[1], "TND", atten_mask=_causal_mask(q.device) if causal else None,
+        softmax_max=softmax_max, softmax_sum=softmax_sum, softmax_in=reserved, attention_in=out, scale_value=scale,
+        actual_seq_qlen=ends, actual_seq_kvlen=ends, sparse_mode=3 if causal else 0,
+    )[:3]  # fmt: skip
 
 
 def _causal_mask(device: torch.device) -> Tensor:
-    """True where a key is hidden. Made when it is needed: 4 MB and two operators are less than one kept for each layer."""
+    """True where a key is hidden. Made per call: saving it would cost each layer 4 MB."""
     return torch.ones(CAUSAL_BLOCK, CAUSAL_BLOCK, dtype=torch.bool, device=device).triu_(1)
 
 
-# ── Cross entropy of logits ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Cross entropy of logits ───────────────────────────────────────────────────────────────────────
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], target [N] int64 in [0, V): the operator ignores no negative label -> loss [N], log_prob [N, V]"""
+    """logits [N, V], target [N] int64 in [0, V), never negative -> loss [N], log_prob [N, V]"""
     return npu.npu_cross_entropy_loss(logits, target, None, "none")[:2]
 
 

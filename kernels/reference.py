@@ -1,6 +1,6 @@
-"""The slow, obviously right definition of every op, one token or one sequence at a time. Tests compare everything with it.
+"""The slow, obviously correct definition of every op, one token or sequence at a time, for tests.
 
-Signatures as in the op's own file; no rounding inside but that of the input's dtype: call these with fp32 or fp64.
+Signatures as in each op's own file. Computes in the input's dtype: call these with fp32 or fp64.
 """
 
 import math
@@ -24,8 +24,8 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
             q_t, k_t = (x[t] / torch.sqrt((x[t] ** 2).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
             q_t, k_t = (x.repeat_interleave(group, dim=0) for x in (q_t, k_t))  # [Hv, Dk]
             state = state * torch.exp(g[t])[:, None, None]
-            seen = torch.einsum("hkv,hk->hv", state, k_t)
-            state = state + torch.einsum("hk,hv->hkv", k_t, beta[t][:, None] * (v[t] - seen))
+            recalled = torch.einsum("hkv,hk->hv", state, k_t)
+            state = state + torch.einsum("hk,hv->hkv", k_t, beta[t][:, None] * (v[t] - recalled))
             out.append(torch.einsum("hkv,hk->hv", state, q_t) / math.sqrt(k.shape[2]))
     return torch.stack(out) if out else torch.zeros_like(v)
 

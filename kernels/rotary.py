@@ -1,7 +1,7 @@
-"""Rotary position embedding on the first R of D dimensions of a head, the two halves of R paired (not neighbours).
+"""Rotary position embedding on the first R of a head's D dimensions, paired half with half.
 
-(a, b) -> (a cos - b sin, b cos + a sin), in fp32. Backward turns the gradient the other way and needs the angles alone.
-Source: Su et al. 2021, arXiv:2104.09864.
+(a, b) -> (a cos - b sin, b cos + a sin), in fp32. Backward rotates the gradient by the opposite
+angles and needs nothing else. Source: Su et al. 2021, arXiv:2104.09864.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from kernels.native import row_blocks
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [T, Hq, D], k [T, Hk, D]; cos, sin [T, R/2] fp32, the same angles for both halves -> rotated q, k."""
+    """q [T, Hq, D], k [T, Hk, D]; cos, sin [T, R/2] fp32, one angle per pair -> rotated q, k."""
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
 

@@ -1,4 +1,7 @@
-"""SwiGLU: silu(gate) * up over the two halves of the last dimension, in fp32. Source: Shazeer 2020, arXiv:2002.05202."""
+"""SwiGLU: silu(gate) * up over the two halves of the last dimension, computed in fp32.
+
+Source: Shazeer 2020, arXiv:2002.05202.
+"""
 
 from types import ModuleType
 from typing import Any
@@ -10,17 +13,17 @@ from kernels import native
 
 
 def swiglu(x: Tensor, primitives: ModuleType = native) -> Tensor:
-    """x [..., 2I], gate first -> [..., I]. Keeps x alone for backward."""
+    """x [..., 2I], gate first -> [..., I]. Saves only x for backward."""
     return _SwiGLU.apply(x.flatten(0, -2), primitives).unflatten(0, x.shape[:-1])
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, do: ModuleType) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ops: ModuleType) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.do = do
-        return do.swiglu(x)
+        ctx.ops = ops
+        return ops.swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.do.swiglu_backward(grad, *ctx.saved_tensors), None
+        return ctx.ops.swiglu_backward(grad, *ctx.saved_tensors), None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kernels.host import to_device
@@ -151,8 +152,9 @@ def build_patch_layout(grid_thw: Tensor, spec: VisionSpec) -> PatchLayout:
     side, merge = spec.grid_side, spec.merge_size
     for t, h, w in grid_thw.tolist():
         row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        position = torch.stack([row, col], dim=-1)  # [h, w, 2] -> blocks of merge x merge patches
-        position = position.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).transpose(1, 2).reshape(-1, 2)
+        # [h, w, 2] -> patches in the order of their merge x merge blocks
+        blocks = "(h a) (w b) yx -> (h w a b) yx"
+        position = rearrange(torch.stack([row, col], dim=-1), blocks, a=merge, b=merge)
         extent = torch.tensor([h, w])
         source = position.float() * (side - 1) / (extent - 1).clamp(min=1)
         low = source.floor().long()

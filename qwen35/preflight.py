@@ -96,7 +96,7 @@ def measure(device: torch.device, say: Callable[[str], None]) -> None:
 
 def preflight(settings: Settings) -> None:
     device = init_process()
-    if kernels.of_triton(kernels.select(device.type, settings.model.kernels)):
+    if kernels.triton_ops(kernels.select(device.type, settings.model.kernels)):
         check_compilers()
     measure(device, lambda line: print(f"{line}\npreflight: all is well", flush=True))
     dist.destroy_process_group()

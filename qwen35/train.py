@@ -29,7 +29,7 @@ from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
-from qwen35.device import be_deterministic, init_process, is_apart
+from qwen35.device import enable_determinism, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
@@ -122,7 +122,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
             bar.update(records)
 
         micro_batches = MicroBatches(
-            settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=is_apart(device)
+            settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=has_own_memory(device)
         )
         val, trained = settings.validation, settings.data.dataset_param
         validation = Validation(val, meshes, device, DTYPES[t.dtype], is_read, trained) if val else None
@@ -240,7 +240,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
 def train(settings: Settings) -> None:
     t, folder = settings.training, Path(settings.training.save)
     if t.deterministic:
-        be_deterministic()
+        enable_determinism()
     heartbeat = Heartbeat(t.timeout)
     heartbeat.at("meeting the other processes", t.timeout + 2 * LONGER)
     device = init_process(t.timeout + LONGER)

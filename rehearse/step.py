@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import kernels
-from kernels.moe_parallel import balanced
+from kernels.moe_parallel import balanced_counts
 from qwen35.batch import PackedBatch
 from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
@@ -147,12 +147,12 @@ def _rehearse(
     meshes = make_meshes(device.type, settings.parallel)
     ledger, operators, wire = Ledger(device.type, cut), Operators(cut), Wire(meshes, per_node, cut)
 
-    def sizes(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]]:
+    def count_reader(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]]:
         operators.seen[operators.moment].syncs += 1
-        return balanced(counts, tokens, top_k, imbalance)
+        return balanced_counts(counts, tokens, top_k, imbalance)
 
     chosen = kernels.select(device.type, m.kernels)
-    chosen = replace(chosen, moe_experts_parallel=partial(chosen.moe_experts_parallel, sizes=sizes))
+    chosen = replace(chosen, moe_experts_parallel=partial(chosen.moe_experts_parallel, count_reader=count_reader))
     with torch.device("meta"):
         whole = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
         model = CutModel(cut.config, kernels=chosen, mtp=bool(m.mtp_num_layers))

@@ -1,6 +1,6 @@
-"""The gated delta net's operators as Triton kernels, written for triton-ascend 3.2.0 on NPUs; a stock triton takes them too.
+"""The gated delta net's operators as Triton kernels, for triton-ascend 3.2.0 and upstream triton.
 
-Imported only when they are asked for: this is the one package of kernels/ that needs triton.
+Imported only when selected: no other part of kernels/ needs triton.
 """
 
 from kernels.triton.causal_conv1d import causal_conv1d

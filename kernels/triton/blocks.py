@@ -1,7 +1,8 @@
-"""What the delta rule's kernels share: rows in and out, the decay between two tokens, the inverse of a chunk's system.
+"""Shared by the delta rule's kernels: loads and stores, decay matrices, a chunk's inverse.
 
-Rows of a tile are shared out between a cube core's two vector cores, which only works as long as nothing is added up over
-rows: sums go along a row, and what needs the columns' sums multiplies the other way round.
+triton-ascend splits the rows of a tile between a cube core's two vector cores, which fails if a
+kernel reduces over rows. All sums therefore go along rows; a sum over columns is computed as a row
+sum of the transposed product.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(x, start, count, stride, column, C: tl.constexpr, D: tl.constexpr):
-    """Rows start … start + count - 1 of x, which are `stride` apart, D values from `column` -> [C, D], zeros below."""
+    """`count` rows of x from `start`, `stride` apart, D values from `column`, padded -> [C, D]"""
     row = tl.arange(0, C)
     first = x + tl.cast(start, tl.int64) * stride + column
     return tl.load(first + row[:, None] * stride + tl.arange(0, D)[None, :], mask=(row < count)[:, None], other=0.0)
@@ -18,16 +19,16 @@ def load_rows(x, start, count, stride, column, C: tl.constexpr, D: tl.constexpr)
 
 @triton.jit
 def store_rows(x, value, start, count, stride, column, C: tl.constexpr, D: tl.constexpr):
-    """The inverse; value [C, D] is rounded to x's type, its rows from `count` are dropped."""
+    """The inverse of load_rows: value [C, D] is cast to x's type, its rows from `count` dropped."""
     row = tl.arange(0, C)
     first = x + tl.cast(start, tl.int64) * stride + column
-    place = first + row[:, None] * stride + tl.arange(0, D)[None, :]
-    tl.store(place, value.to(x.dtype.element_ty), mask=(row < count)[:, None])
+    pointer = first + row[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(pointer, value.to(x.dtype.element_ty), mask=(row < count)[:, None])
 
 
 @triton.jit
 def load_block(x, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr, first_column, WIDTH: tl.constexpr):
-    """Matrix `index` of x [N, ROWS, COLUMNS], its columns from first_column -> [ROWS, WIDTH]"""
+    """Matrix `index` of x [N, ROWS, COLUMNS], WIDTH columns from first_column -> [ROWS, WIDTH]"""
     first = x + tl.cast(index, tl.int64) * (ROWS * COLUMNS) + first_column
     return tl.load(first + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, WIDTH)[None, :])
 
@@ -40,17 +41,18 @@ def store_block(x, value, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr, firs
 
 @triton.jit
 def load_pair(x, index, C: tl.constexpr):
-    """x [N, 2, C] -> its two vectors [C]"""
+    """x [N, 2, C] -> the two vectors [C] at `index`"""
     first = x + tl.cast(index, tl.int64) * (2 * C)
-    place = tl.arange(0, C)
-    return tl.load(first + place), tl.load(first + C + place)
+    position = tl.arange(0, C)
+    return tl.load(first + position), tl.load(first + C + position)
 
 
 @triton.jit
 def load_task(sequences, task, Hk: tl.constexpr, Hv: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr):
-    """Which of the walks it is, and from where to where: a sequence, a V head and BV columns of its state.
+    """Decode a scan's task: one sequence, one V head and BV columns of its state.
 
-    -> the V head, its K head, the first column; of the sequence (as in chunks.py) the tokens' start and end, the chunks'
+    Returns v_head, k_head, column; start and end of the sequence's tokens; its first and last
+    chunk.
     """
     sequence, v_head, column = task // (Hv * BLOCKS), task // BLOCKS % Hv, task % BLOCKS * BV
     k_head = v_head // (Hv // Hk)
@@ -61,26 +63,26 @@ def load_task(sequences, task, Hk: tl.constexpr, Hv: tl.constexpr, BLOCKS: tl.co
 
 @triton.jit
 def decay(cum, C: tl.constexpr):
-    """exp(b_i - b_j) on and below the diagonal, zeros above, of cum [C]"""
-    place = tl.arange(0, C).to(tl.float32)  # compared as floats, which the vector unit can
-    return tl.exp(tl.where(place[:, None] >= place[None, :], cum[:, None] - cum[None, :], float("-inf")))
+    """cum = b [C] -> [C, C], exp(b_i - b_j) on and below the diagonal, zeros above it"""
+    position = tl.arange(0, C).to(tl.float32)  # the vector unit compares floats only
+    return tl.exp(tl.where(position[:, None] >= position[None, :], cum[:, None] - cum[None, :], float("-inf")))
 
 
 @triton.jit
 def decay_transposed(cum, C: tl.constexpr):
-    place = tl.arange(0, C).to(tl.float32)
-    return tl.exp(tl.where(place[:, None] <= place[None, :], cum[None, :] - cum[:, None], float("-inf")))
+    position = tl.arange(0, C).to(tl.float32)
+    return tl.exp(tl.where(position[:, None] <= position[None, :], cum[None, :] - cum[:, None], float("-inf")))
 
 
 @triton.jit
 def unit_lower_inverse(system, C: tl.constexpr):
-    """(I + A)^-1 [C, C] of A, strictly lower, fp32, by halves: blocks of 2, 4, …, C along the diagonal are inverted in turn.
+    """system: A [C, C] fp32, strictly lower triangular -> (I + A)^-1.
 
-    With X the inverse so far, and L what of A the next size adds below the diagonal, it becomes X - X L X: as stable as
-    substitution, and all of it matrix products.
+    Inverts diagonal blocks of 2, 4, …, C in turn: with X the inverse so far and L the entries of A
+    that the next size adds, X becomes X - X L X. As stable as substitution, but all matmuls.
     """
-    place = tl.arange(0, C)
-    row, column = place[:, None], place[None, :]
+    position = tl.arange(0, C)
+    row, column = position[:, None], position[None, :]
     inverse = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, system, 0.0)
     for level in tl.static_range(1, 10):
         if (2 << level) <= C:

@@ -1,20 +1,21 @@
-"""Which tokens a chunk has, made on the host from cu_seqlens without a sync, and taken to the device in one copy."""
+"""Tables of the tokens of each chunk, made on the host and copied to the device without a sync."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.host import to_device
-from kernels.lengths import made_once
+from kernels.lengths import computed_once
 
 
 def chunk_tables(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cu_seqlens [S+1] on the host -> chunks [N, 4], sequences [S+1, 2], int32; made once a batch.
+    """cu_seqlens [S+1] on the host -> chunks [N, 4], sequences [S+1, 2], int32 on the device.
 
-    Of a chunk of up to `size` tokens: its first token, how many it has, how many of its sequence come before it, and after it.
-    Of a sequence: its first token and its first chunk; the last row holds the ends.
+    A chunk of up to `size` tokens: its first token, its token count, and the numbers of tokens of
+    its sequence before and after it. A sequence: its first token and first chunk; the last row: the
+    ends.
     """
-    return made_once(cu_seqlens, ("chunks", size, device), lambda: _made(cu_seqlens, size, device))
+    return computed_once(cu_seqlens, ("chunks", size, device), lambda: _made(cu_seqlens, size, device))
 
 
 def _made(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The gated delta rule on Triton's kernels. Signature and mathematics as in kernels/gated_delta_rule.py.
+"""The gated delta rule as Triton kernels. Signature and maths as in kernels/gated_delta_rule.py.
 
-Kept for backward: the inputs, and of each chunk the inverse, the gates and the norms; the states are made again.
-A layer's second run, which knows the output, makes these alone and does not scan.
+Saved for backward: the inputs, and each chunk's inverse, gates and norms; the states are computed
+again. With a recompute cache a layer's second run computes only what is saved, without the scan.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.kept import Kept, outputs_once
+from kernels.recompute_cache import RecomputeCache, outputs_once
 from kernels.triton import delta_rule_launch as launch
 from kernels.triton.chunks import chunk_tables
 from kernels.triton.tiles import HEAD_SIZES, Tiles
@@ -22,22 +22,23 @@ def chunk_gated_delta_rule(
     g: Tensor,
     beta: Tensor,
     cu_seqlens: Tensor,
-    kept: Kept | None = None,
+    recompute_cache: RecomputeCache | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """As kernels.chunk_gated_delta_rule, for heads of the sizes in tiles.HEAD_SIZES; ValueError on others. tiles: default the
-    largest.
+    """As kernels.chunk_gated_delta_rule. Raises ValueError on head sizes not in HEAD_SIZES.
+
+    tiles: by default the largest.
     """
     for size in (q.shape[2], v.shape[2]):
         if size not in HEAD_SIZES:
             raise ValueError(
-                f"chunk_gated_delta_rule: the Triton kernels take heads of {HEAD_SIZES}, not of {size}; ask for"
+                f"chunk_gated_delta_rule: the Triton kernels take heads of {HEAD_SIZES}, not of {size}; set"
                 " model.kernels.chunk_gated_delta_rule=native"
             )
     if not len(v):
         return torch.zeros_like(v)
     tiles = tiles or Tiles.of(q.shape[2], v.shape[2])
-    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, kept)
+    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, recompute_cache)
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -52,33 +53,33 @@ class _DeltaRule(torch.autograd.Function):
         chunks: Tensor,
         sequences: Tensor,
         tiles: Tiles,
-        kept: Kept | None,
+        recompute_cache: RecomputeCache | None,
     ) -> Tensor:
-        q, k, v = (_in_rows(x) for x in (q, k, v))
+        q, k, v = (_contiguous_heads(x) for x in (q, k, v))
         g, beta = g.contiguous(), beta.contiguous()
         gates, norms = launch.prepare(q, k, g, beta, chunks, tiles.chunk)
         inverse = launch.invert(k, gates, norms, chunks)
         ctx.save_for_backward(q, k, v, inverse, gates, norms, chunks, sequences)
         ctx.gate_dtypes, ctx.columns = (g.dtype, beta.dtype), tiles.columns
         inputs = q, k, v, inverse, gates, norms, sequences
-        return outputs_once(kept, lambda: (launch.scan(*inputs, tiles.columns),))[0]
+        return outputs_once(recompute_cache, lambda: (launch.scan(*inputs, tiles.columns),))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, inverse, gates, norms, chunks, sequences = ctx.saved_tensors
         grad = grad.contiguous()
         entering = launch.states(k, v, inverse, gates, norms, sequences, ctx.columns)
-        walk = q, k, inverse, gates, norms, grad, entering, sequences, ctx.columns
-        leaving, through = launch.grad_states(*walk)
+        scan_inputs = q, k, inverse, gates, norms, grad, entering, sequences, ctx.columns
+        leaving, decay_parts = launch.grad_states(*scan_inputs)
         inputs = q, k, v, inverse, gates, norms, grad, entering, leaving, chunks
         grad_q, grad_k, grad_v, grad_gates = launch.gradients(*inputs)
-        grad_g, grad_beta, *sums = launch.finish(grad_gates, through, grad_q, grad_k, chunks, k.shape[1])
+        grad_g, grad_beta, *sums = launch.finish(grad_gates, decay_parts, grad_q, grad_k, chunks, k.shape[1])
         if k.shape[1] != v.shape[1]:
             grad_q, grad_k = sums
-        of_g, of_beta = ctx.gate_dtypes
-        return grad_q, grad_k, grad_v, grad_g.to(of_g), grad_beta.to(of_beta), None, None, None, None
+        g_dtype, beta_dtype = ctx.gate_dtypes
+        return grad_q, grad_k, grad_v, grad_g.to(g_dtype), grad_beta.to(beta_dtype), None, None, None, None
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """q, k, v as they are where a token's heads lie together, as in slices of one projection."""
+def _contiguous_heads(x: Tensor) -> Tensor:
+    """x itself if each token's heads are contiguous, as in slices of one projection, or a copy."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

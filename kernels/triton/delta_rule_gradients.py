@@ -1,7 +1,8 @@
-"""The last of the gated delta rule's backward: of every chunk by itself, the gradients of q, k, v, g and beta.
+"""The last part of the gated delta rule's backward: each chunk's gradients of q, k, v, g and beta.
 
-What the running sum b of g gets is a sum over a row less one over a column of the same matrices: their columns are summed as
-rows of the transposed product, to the same rounding, so that what cancels does; the diagonal, which always does, is left out.
+The gradient of b, the running sum of g, is row sums minus column sums of the same matrices. The
+columns are summed as rows of the transposed product with the same rounding, so that equal terms
+cancel exactly; the diagonal, which always cancels, is left out. Names as in gated_delta_rule.py.
 """
 
 import triton
@@ -16,10 +17,12 @@ def gradients(
     scale, count_chunks, q_stride, k_stride, v_stride,
     Hk: tl.constexpr, Hv: tl.constexpr, Dk: tl.constexpr, Dv: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program: one chunk and V head after another. Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk], each V head's part;
-    grad_gates [N, Hv, 3, C]: of the running sum of g but for its last token, of beta, and end, what the last one gets.
+    """Writes grad_v [T, Hv, Dv]; grad_q, grad_k [T, Hv, Dk] per V head; grad_gates [N, Hv, 3, C].
+
+    grad_gates: of b without the last token's share, of beta, and `end`, the addends of that share.
+    A task is a chunk and a V head.
     """
-    row, place = tl.arange(0, C), tl.arange(0, C).to(tl.float32)
+    row, position = tl.arange(0, C), tl.arange(0, C).to(tl.float32)
     for task in range(tl.program_id(0), count_chunks * Hv, tl.num_programs(0)):
         chunk, v_head = task // Hv, task % Hv
         k_head = v_head // (Hv // Hk)
@@ -37,9 +40,9 @@ def gradients(
         leaving = load_block(grad_states, task, Dk, Dv, 0, Dv)
         solved = load_block(inverse, task, C, C, 0, C)
 
-        seen = tl.dot(k_tile, state) * (k_norm * from_start)[:, None]
-        unknown = v_tile - seen
-        value = tl.dot(solved, (unknown * rate[:, None]).to(k_tile.dtype))
+        predicted = tl.dot(k_tile, state) * (k_norm * from_start)[:, None]
+        error = v_tile - predicted
+        value = tl.dot(solved, (error * rate[:, None]).to(k_tile.dtype))
         values = value.to(k_tile.dtype)
         from_end = tl.dot(k_tile, leaving) * (k_norm * to_end)[:, None]
         end = tl.sum(value * from_end, axis=1)
@@ -49,34 +52,34 @@ def gradients(
         d_update = tl.dot(tl.trans(solved), d_value.to(k_tile.dtype))
         d_v = d_update * rate[:, None]
         store_rows(grad_v, d_v, start, count, Hv * Dv, v_head * Dv, C, Dv)
-        of_cum = 0.0 - end - tl.sum(d_v * seen, axis=1)
+        d_cum = 0.0 - end - tl.sum(d_v * predicted, axis=1)
 
-        # A's gradient, which is negative, as it stands below the diagonal; above it, its transpose
+        # the negative of A's gradient below the diagonal; above it, its transpose
         updates = d_update.to(k_tile.dtype)
-        below = tl.where(place[:, None] > place[None, :], tl.dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
+        below = tl.where(position[:, None] > position[None, :], tl.dot(updates, tl.trans(values)) * decay(cum, C), 0.0)
         kk = tl.dot(k_tile, tl.trans(k_tile)) * k_norm[:, None] * k_norm[None, :]
-        of_rate = tl.sum(below * kk, axis=1)
-        tl.store(first + C + row, tl.sum(d_update * unknown, axis=1) - of_rate)
+        d_rate = tl.sum(below * kk, axis=1)
+        tl.store(first + C + row, tl.sum(d_update * error, axis=1) - d_rate)
         above = tl.dot(values, tl.trans(updates)) * decay_transposed(cum, C)
-        above = tl.where(place[:, None] < place[None, :], above * rate[None, :], 0.0)
-        of_cum += tl.sum(above * kk, axis=1) - of_rate * rate
-        of_kk = (below * rate[:, None] + above) * k_norm[None, :]
-        d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(of_kk.to(k_tile.dtype), k_tile)
+        above = tl.where(position[:, None] < position[None, :], above * rate[None, :], 0.0)
+        d_cum += tl.sum(above * kk, axis=1) - d_rate * rate
+        d_kk = (below * rate[:, None] + above) * k_norm[None, :]
+        d_k = tl.dot(values, tl.trans(leaving)) * to_end[:, None] - tl.dot(d_kk.to(k_tile.dtype), k_tile)
         d_k -= tl.dot(d_v.to(k_tile.dtype), tl.trans(state)) * from_start[:, None]
-        of_kq = tl.dot(values, tl.trans(d_out))
-        of_cum -= tl.sum(tl.where(place[:, None] < place[None, :], of_kq * kq, 0.0), axis=1)
-        of_kq = of_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
-        d_k += tl.dot(of_kq.to(k_tile.dtype), q_tile)
+        d_kq = tl.dot(values, tl.trans(d_out))
+        d_cum -= tl.sum(tl.where(position[:, None] < position[None, :], d_kq * kq, 0.0), axis=1)
+        d_kq = d_kq * decay_transposed(cum, C) * (q_norm * scale)[None, :]
+        d_k += tl.dot(d_kq.to(k_tile.dtype), q_tile)
         unit_k = k_tile.to(tl.float32) * k_norm[:, None]
         d_k = (d_k - unit_k * tl.sum(d_k * unit_k, axis=1)[:, None]) * k_norm[:, None]
         store_rows(grad_k, d_k, start, count, Hv * Dk, v_head * Dk, C, Dk)
 
-        known = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
-        of_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
+        from_state = tl.dot(q_tile, state) * (q_norm * scale * from_start)[:, None]
+        d_qk = tl.dot(d_out, tl.trans(values)) * decay(cum, C) * k_norm[None, :]
         qk = tl.dot(q_tile, tl.trans(k_tile)) * (q_norm * scale)[:, None]
-        of_cum += tl.sum(tl.where(place[:, None] > place[None, :], of_qk * qk, 0.0), axis=1)
-        tl.store(first + row, of_cum + tl.sum(d_out.to(tl.float32) * known, axis=1))
-        d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(of_qk.to(k_tile.dtype), k_tile)
+        d_cum += tl.sum(tl.where(position[:, None] > position[None, :], d_qk * qk, 0.0), axis=1)
+        tl.store(first + row, d_cum + tl.sum(d_out.to(tl.float32) * from_state, axis=1))
+        d_q = tl.dot(d_out, tl.trans(state)) * from_start[:, None] + tl.dot(d_qk.to(k_tile.dtype), k_tile)
         unit_q = q_tile.to(tl.float32) * q_norm[:, None]
         d_q = (d_q - unit_q * tl.sum(d_q * unit_q, axis=1)[:, None]) * (q_norm * scale)[:, None]
         store_rows(grad_q, d_q, start, count, Hv * Dk, v_head * Dk, C, Dk)
@@ -87,10 +90,10 @@ def finish(
     grad_gates, through, part_q, part_k, chunks, grad_g, grad_beta, grad_q, grad_k, count_chunks,
     Hk: tl.constexpr, Hv: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, Dk: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A program: one chunk after another, all heads. No products: it runs on the vector units alone.
+    """grad_gates as above, through [N, Hv, PARTS] of grad_states -> grad_g, grad_beta [T, Hv].
 
-    grad_gates as above, through [N, Hv, PARTS] of grad_states -> grad_g, grad_beta [T, Hv]. Where V heads share a K head,
-    part_q and part_k [T, Hv, Dk] of each -> their sums grad_q, grad_k [T, Hk, Dk]. HEADS as in prepare.
+    If V heads share a K head, also sums part_q and part_k [T, Hv, Dk] into grad_q, grad_k
+    [T, Hk, Dk]. HEADS as in prepare. A task is a chunk with all heads; runs on vector cores only.
     """
     G: tl.constexpr = Hv // Hk
     row, head, part = tl.arange(0, C), tl.arange(0, HEADS), tl.arange(0, Dk)
@@ -101,15 +104,15 @@ def finish(
         first = grad_gates + index * (3 * C) + head[:, None] * (3 * C) + row[None, :]
         end = tl.sum(tl.load(first + 2 * C, mask=exists, other=0.0), axis=1)
         for block in tl.static_range(PARTS // Dk):
-            of_state = through + index * PARTS + head[:, None] * PARTS + (block * Dk + part)[None, :]
-            end += tl.sum(tl.load(of_state, mask=exists, other=0.0), axis=1)
+            state_parts = through + index * PARTS + head[:, None] * PARTS + (block * Dk + part)[None, :]
+            end += tl.sum(tl.load(state_parts, mask=exists, other=0.0), axis=1)
         d_cum = tl.load(first, mask=exists, other=0.0)  # [HEADS, C]
-        # the sum from each token to the last: all, without what comes before it
+        # the sum from each token to the last, as the total minus the sum before it
         d_g = (tl.sum(d_cum, axis=1) + end)[:, None] + d_cum - tl.cumsum(d_cum, axis=1)
         out = tl.cast(start, tl.int64) * Hv + row[:, None] * Hv + head[None, :]
-        there = (row < count)[:, None] & (head < Hv)[None, :]
-        tl.store(grad_g + out, tl.trans(d_g), mask=there)
-        tl.store(grad_beta + out, tl.trans(tl.load(first + C, mask=exists, other=0.0)), mask=there)
+        mask = (row < count)[:, None] & (head < Hv)[None, :]
+        tl.store(grad_g + out, tl.trans(d_g), mask=mask)
+        tl.store(grad_beta + out, tl.trans(tl.load(first + C, mask=exists, other=0.0)), mask=mask)
         if G > 1:
             for k_head in range(Hk):
                 d_q, d_k = tl.zeros([C, Dk], dtype=tl.float32), tl.zeros([C, Dk], dtype=tl.float32)

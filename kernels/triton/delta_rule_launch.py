@@ -1,6 +1,7 @@
-"""The launches of the gated delta rule, each an operator of torch: what a kernel is given, how many programs, what it returns.
+"""The launches of the gated delta rule's kernels, each registered as a torch operator.
 
-A shape function makes the outputs, for the launch and for fake tensors alike. N chunks of C tokens; gates hold C.
+A function per operator allocates its outputs, for the launch and for fake tensors alike. There are
+N chunks of C tokens; C is a dimension of `gates`.
 """
 
 import torch
@@ -61,22 +62,22 @@ def _(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
 def scan(
     q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
-    """-> out [T, Hv, Dv]; columns: of a state that a program takes along"""
+    """-> out [T, Hv, Dv]; columns: of a state, per program"""
     out, count = torch.empty(v.shape, dtype=v.dtype, device=v.device), len(sequences) - 1
-    walk = _walk(k, v, gates, columns)
-    delta_rule_forward.scan[(_walkers(count, v, walk),)](
+    scan_sizes = _scan_sizes(k, v, gates, columns)
+    delta_rule_forward.scan[(_scan_programs(count, v, scan_sizes),)](
         q, k, v, inverse, gates, norms, sequences, out, k.shape[2] ** -0.5,
-        count, q.stride(0), k.stride(0), v.stride(0), **walk,
+        count, q.stride(0), k.stride(0), v.stride(0), **scan_sizes,
     )  # fmt: skip
     return out
 
 
-def _walk(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> dict[str, int]:
+def _scan_sizes(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> dict[str, int]:
     return sizes(k, v) | {"BV": columns, "C": gates.shape[3]}
 
 
-def _walkers(sequences: int, v: Tensor, walk: dict[str, int]) -> int:
-    return programs(sequences * v.shape[1] * (walk["Dv"] // walk["BV"]), v.device, products=True)
+def _scan_programs(sequences: int, v: Tensor, scan_sizes: dict[str, int]) -> int:
+    return programs(sequences * v.shape[1] * (scan_sizes["Dv"] // scan_sizes["BV"]), v.device, products=True)
 
 
 @scan.register_fake
@@ -92,10 +93,10 @@ def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
 def states(
     k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
-    """-> what enters each chunk, [N, Hv, Dk, Dv]"""
-    entering, count, walk = _states(k, v, gates), len(sequences) - 1, _walk(k, v, gates, columns)
-    delta_rule_backward.states[(_walkers(count, v, walk),)](
-        k, v, inverse, gates, norms, sequences, entering, count, k.stride(0), v.stride(0), **walk
+    """-> the states that enter each chunk [N, Hv, Dk, Dv]"""
+    entering, count, scan_sizes = _states(k, v, gates), len(sequences) - 1, _scan_sizes(k, v, gates, columns)
+    delta_rule_backward.states[(_scan_programs(count, v, scan_sizes),)](
+        k, v, inverse, gates, norms, sequences, entering, count, k.stride(0), v.stride(0), **scan_sizes
     )
     return entering
 
@@ -113,38 +114,24 @@ def _grad_states(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> tuple[Ten
 
 @custom_op("delta_rule::grad_states", mutates_args=())
 def grad_states(
-    q: Tensor,
-    k: Tensor,
-    inverse: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    entering: Tensor,
-    sequences: Tensor,
-    columns: int,
-) -> tuple[Tensor, Tensor]:
-    """-> the gradient of what leaves each chunk, [N, Hv, Dk, Dv]; through [N, Hv, parts] fp32, of the decay"""
-    (leaving, through), walk = _grad_states(k, grad, gates, columns), _walk(k, grad, gates, columns)
+    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor,
+    entering: Tensor, sequences: Tensor, columns: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> gradients of the leaving states [N, Hv, Dk, Dv], the decay's share [N, Hv, parts] fp32"""
+    (leaving, through), scan_sizes = _grad_states(k, grad, gates, columns), _scan_sizes(k, grad, gates, columns)
     count = len(sequences) - 1
-    delta_rule_backward.grad_states[(_walkers(count, grad, walk),)](
+    delta_rule_backward.grad_states[(_scan_programs(count, grad, scan_sizes),)](
         q, k, inverse, gates, norms, grad, entering, sequences, leaving, through, k.shape[2] ** -0.5,
-        count, q.stride(0), k.stride(0), **walk,
+        count, q.stride(0), k.stride(0), **scan_sizes,
     )  # fmt: skip
     return leaving, through
 
 
 @grad_states.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    inverse: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    entering: Tensor,
-    sequences: Tensor,
-    columns: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor,
+    entering: Tensor, sequences: Tensor, columns: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _grad_states(k, grad, gates, columns)
 
 
@@ -157,18 +144,10 @@ def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Ten
 
 @custom_op("delta_rule::gradients", mutates_args=())
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inverse: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    grad: Tensor,
-    entering: Tensor,
-    leaving: Tensor,
-    chunks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> each V head's part of the gradients of q, k [T, Hv, Dk]; of v [T, Hv, Dv]; of the gates [N, Hv, 3, C] fp32"""
+    q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor,
+    grad: Tensor, entering: Tensor, leaving: Tensor, chunks: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> gradients of q, k per V head [T, Hv, Dk], of v [T, Hv, Dv], of gates [N, Hv, 3, C] fp32"""
     outputs = _gradients(k, v, gates)
     delta_rule_gradients.gradients[(programs(len(chunks) * v.shape[1], v.device, products=True),)](
         q, k, v, inverse, gates, norms, grad, entering, leaving, chunks, *outputs, k.shape[2] ** -0.5,
@@ -186,7 +165,7 @@ def _(
 
 def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, Hv, Dk = part_q.shape
-    heads = 0 if key_heads == Hv else key_heads  # nothing to sum
+    heads = 0 if key_heads == Hv else key_heads  # without sharing there is nothing to sum
     grad_g, grad_beta = (torch.empty(T, Hv, dtype=torch.float32, device=part_q.device) for _ in range(2))
     grad_q, grad_k = (torch.empty(T, heads, Dk, dtype=part_q.dtype, device=part_q.device) for _ in range(2))
     return grad_g, grad_beta, grad_q, grad_k
@@ -196,7 +175,7 @@ def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, T
 def finish(
     grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> the gradients of g, beta [T, Hv] fp32; of q, k [T, Hk, Dk], or without heads where each V head has its own K head"""
+    """-> gradients of g, beta [T, Hv] fp32; of q, k [T, Hk, Dk], or [T, 0, Dk] if Hk = Hv"""
     outputs, (_, Hv, Dk) = _finished(part_q, key_heads), part_q.shape
     delta_rule_gradients.finish[(programs(len(chunks), part_q.device),)](
         grad_gates, through, part_q, part_k, chunks, *outputs, len(chunks),

@@ -1,4 +1,4 @@
-"""The first run of a layer's kernels, on a few tokens: each is compiled then, and gets a smaller tile where it does not fit."""
+"""The first run of the kernels, on a few tokens: compiles them, with smaller tiles if needed."""
 
 import re
 import time
@@ -13,16 +13,16 @@ from triton.errors import TritonError
 
 from kernels import Kernels
 from kernels import triton as ours
-from kernels.triton.tiles import FIELDS, Tiles
+from kernels.triton.tiles import TILE_FIELDS, Tiles
 
-COUNTS = {"chunk_gated_delta_rule": 7, "causal_conv1d": 2, "rms_norm_gated": 2}  # kernels of each operator
+KERNEL_COUNTS = {"chunk_gated_delta_rule": 7, "causal_conv1d": 2, "rms_norm_gated": 2}  # kernels per op
 TOKENS = 40
-OVERFLOW = re.compile(r"\w+ overflow, requires \d+ bits while \d+ bits available")  # as BiShengIR says it
+OVERFLOW = re.compile(r"\w+ overflow, requires \d+ bits while \d+ bits available")  # BiShengIR's message
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The delta net's, of which a process computes so many heads."""
+    """The heads of a delta net layer that one process computes."""
 
     key_heads: int
     value_heads: int
@@ -32,19 +32,19 @@ class Layer:
 
 
 class TooLargeError(RuntimeError):
-    """(kernel, why): its tile does not fit into a buffer of the device, in CANN's compiler's own words."""
+    """(kernel, message of CANN's compiler): its tile does not fit into a buffer of the device."""
 
 
 class _Launches(TorchDispatchMode):
-    """Adds up the seconds of each of our kernels' launches inside. `begins` is told of each before."""
+    """Measures the seconds of each kernel's launches; calls on_launch(kernel) before each."""
 
-    def __init__(self, seconds: dict[str, float], begins: Callable[[str], object]):
+    def __init__(self, seconds: dict[str, float], on_launch: Callable[[str], object]):
         super().__init__()
-        self._seconds, self._begins = seconds, begins
+        self._seconds, self._begins = seconds, on_launch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = func.name()
-        if func.namespace not in FIELDS:
+        if func.namespace not in TILE_FIELDS:
             return func(*args, **(kwargs or {}))
         self._begins(kernel)
         start = time.perf_counter()
@@ -62,19 +62,19 @@ def compile_kernels(
     chosen: Kernels,
     layer: Layer,
     device: torch.device,
-    begins: Callable[[str], object],
-    falls: Callable[[str], object],
+    on_launch: Callable[[str], object],
+    on_smaller_tile: Callable[[str], object],
 ) -> tuple[Tiles, dict[str, float]]:
-    """Run the operators of `chosen` once, forward and backward -> the tiles with which every kernel of ours compiles, and the
-    seconds that each took, with all that were tried.
+    """Run the Triton ops of `chosen` once, forward and backward, until every kernel compiles.
 
-    begins: is told of each kernel before it is launched. falls: of each that does not fit, in a line, and what it gets instead.
-    Raises TooLargeError where there is no smaller tile, and what the compilers raise otherwise.
+    Returns the tiles and the seconds that each kernel took, failed attempts included. Calls
+    on_launch(kernel) before each launch and on_smaller_tile(message) if a tile does not fit. Raises
+    TooLargeError if there is no smaller tile, and what the compilers raise otherwise.
     """
     tiles, seconds = Tiles.of(layer.Dk, layer.Dv), dict[str, float]()
     while True:
         try:
-            with _Launches(seconds, begins):
+            with _Launches(seconds, on_launch):
                 run_once(with_tiles(chosen, tiles), layer, device)
             return tiles, seconds
         except TooLargeError as error:
@@ -82,12 +82,12 @@ def compile_kernels(
             smaller = tiles.smaller(kernel)
             if smaller is None:
                 raise
-            falls(f"{kernel}: {tiles.words(kernel)} does not fit ({why}); {smaller.words(kernel)}")
+            on_smaller_tile(f"{kernel}: {tiles.describe(kernel)} does not fit ({why}); {smaller.describe(kernel)}")
             tiles = smaller
 
 
 def with_tiles(chosen: Kernels, tiles: Tiles) -> Kernels:
-    """The same, but that those of ours work with these tiles."""
+    """`chosen` with these tiles in its Triton ops."""
     given = {
         "chunk_gated_delta_rule": partial(ours.chunk_gated_delta_rule, tiles=tiles),
         "causal_conv1d": partial(ours.causal_conv1d, channels=tiles.channels),
@@ -97,7 +97,7 @@ def with_tiles(chosen: Kernels, tiles: Tiles) -> Kernels:
 
 
 def run_once(chosen: Kernels, layer: Layer, device: torch.device) -> None:
-    """The delta net's core and norm as the model calls them, in the same dtypes. No random numbers: they are the run's."""
+    """The delta net's core and norm as the model calls them, on zeros: no random numbers."""
 
     def zeros(*shape: int, dtype: torch.dtype = layer.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
@@ -112,4 +112,4 @@ def run_once(chosen: Kernels, layer: Layer, device: torch.device) -> None:
     gate = zeros(TOKENS, layer.value_heads, layer.Dv)
     out = chosen.rms_norm_gated(out, gate, zeros(layer.Dv, dtype=torch.float32), 1e-6)
     out.sum().backward()
-    gate.grad.sum().item()  # type: ignore[union-attr]  # waits until all of it is done
+    gate.grad.sum().item()  # type: ignore[union-attr]  # waits for the device

@@ -1,6 +1,6 @@
-"""The delta net's gated norm, y = weight * x / rms(x) * silu(gate), as one kernel forward and one backward: kernels/norm.py's.
+"""rms_norm_gated of kernels/norm.py in Triton: one kernel forward, one backward.
 
-Kept for backward: x and gate.
+Only x and gate are saved for backward.
 """
 
 from typing import Any
@@ -16,18 +16,18 @@ from kernels.triton.tiles import NORM_ELEMENTS, VECTOR_CORES, cores, power_of_tw
 
 @triton.jit(do_not_specialize=["count_rows", "eps"])
 def forward(x, gate, weight, y, eps, count_rows, D: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """A program: ROWS rows after others. x, gate, y [N, D], weight [D]; LANES: D, rounded up to a power of two."""
+    """x, gate [N, D], weight [D] -> y [N, D]. A task: ROWS rows; LANES: D up to a power of two."""
     row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
     factor = tl.load(weight + lane, mask=lane < D, other=0.0).to(tl.float32)
     for block in range(tl.program_id(0), (count_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
         first = tl.cast(block, tl.int64) * ROWS * D
-        place = row[:, None] * D + lane[None, :]
-        there = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
-        wide = tl.load(x + first + place, mask=there, other=0.0).to(tl.float32)
-        z = tl.load(gate + first + place, mask=there, other=0.0).to(tl.float32)
+        offset = row[:, None] * D + lane[None, :]
+        mask = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
+        wide = tl.load(x + first + offset, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(gate + first + offset, mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
         result = wide * scale[:, None] * factor[None, :] * (z * tl.sigmoid(z))
-        tl.store(y + first + place, result.to(y.dtype.element_ty), mask=there)
+        tl.store(y + first + offset, result.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count_rows", "eps"])
@@ -35,30 +35,30 @@ def backward(
     x, gate, weight, grad, grad_x, grad_gate, parts, eps, count_rows,
     D: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS rows after others; parts [programs, D] of the weight's gradient."""
+    """Writes grad_x, grad_gate [N, D] and parts [P, D], whose sum is the weight's gradient."""
     row, lane = tl.arange(0, ROWS), tl.arange(0, LANES)
     factor = tl.load(weight + lane, mask=lane < D, other=0.0).to(tl.float32)
-    of_weight = tl.zeros([ROWS, LANES], dtype=tl.float32)
+    d_weight = tl.zeros([ROWS, LANES], dtype=tl.float32)
     for block in range(tl.program_id(0), (count_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
         first = tl.cast(block, tl.int64) * ROWS * D
-        place = row[:, None] * D + lane[None, :]
-        there = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
-        wide = tl.load(x + first + place, mask=there, other=0.0).to(tl.float32)
-        z = tl.load(gate + first + place, mask=there, other=0.0).to(tl.float32)
-        d_y = tl.load(grad + first + place, mask=there, other=0.0).to(tl.float32)
+        offset = row[:, None] * D + lane[None, :]
+        mask = (row < count_rows - block * ROWS)[:, None] & (lane < D)[None, :]
+        wide = tl.load(x + first + offset, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(gate + first + offset, mask=mask, other=0.0).to(tl.float32)
+        d_y = tl.load(grad + first + offset, mask=mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + eps)
         x_hat, sigmoid = wide * scale[:, None], tl.sigmoid(z)
-        of_weight += d_y * x_hat * (z * sigmoid)
+        d_weight += d_y * x_hat * (z * sigmoid)
         # silu' = sigmoid (1 + z - z sigmoid)
         d_gate = d_y * x_hat * factor[None, :] * sigmoid * (1.0 + z - z * sigmoid)
-        tl.store(grad_gate + first + place, d_gate.to(grad_gate.dtype.element_ty), mask=there)
+        tl.store(grad_gate + first + offset, d_gate.to(grad_gate.dtype.element_ty), mask=mask)
         d_hat = d_y * factor[None, :] * (z * sigmoid)
         d_x = (d_hat - x_hat * (tl.sum(d_hat * x_hat, axis=1) / D)[:, None]) * scale[:, None]
-        tl.store(grad_x + first + place, d_x.to(grad_x.dtype.element_ty), mask=there)
-    tl.store(parts + tl.program_id(0) * D + lane, tl.sum(of_weight, axis=0), mask=lane < D)
+        tl.store(grad_x + first + offset, d_x.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(parts + tl.program_id(0) * D + lane, tl.sum(d_weight, axis=0), mask=lane < D)
 
 
-# ── Launches, as operators of torch ────────────────────────────────────────────────────────────────────────────────────
+# ── Launches, as operators of torch ───────────────────────────────────────────────────────────────
 
 
 def _tile(D: int, elements: int) -> dict[str, int]:
@@ -66,16 +66,16 @@ def _tile(D: int, elements: int) -> dict[str, int]:
     return {"D": D, "LANES": lanes, "ROWS": max(1, elements // lanes)}
 
 
-def _walkers(x: Tensor, elements: int, cores: int) -> int:
-    """Programs, each of which adds up over its tiles."""
+def _programs(x: Tensor, elements: int, cores: int) -> int:
+    """The number of programs, each of which sums over its tiles."""
     return max(1, min(-(-len(x) // _tile(x.shape[1], elements)["ROWS"]), cores))
 
 
 @custom_op("rms_norm_gated::forward", mutates_args=())
 def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
-    """x, gate [N, D], weight [D] -> y [N, D]; elements: of a tile"""
-    y, walkers = torch.empty(x.shape, dtype=x.dtype, device=x.device), _walkers(x, elements, cores(x.device, False))
-    forward[(walkers,)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1], elements))
+    """x, gate [N, D], weight [D] -> y [N, D]; elements: per tile"""
+    y, count = torch.empty(x.shape, dtype=x.dtype, device=x.device), _programs(x, elements, cores(x.device, False))
+    forward[(count,)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1], elements))
     return y
 
 
@@ -86,15 +86,15 @@ def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Ten
 
 def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
-    walkers = _walkers(x, elements, cores)
-    return grad_x, grad_gate, torch.empty(walkers, x.shape[1], dtype=torch.float32, device=x.device)
+    count = _programs(x, elements, cores)
+    return grad_x, grad_gate, torch.empty(count, x.shape[1], dtype=torch.float32, device=x.device)
 
 
 @custom_op("rms_norm_gated::backward", mutates_args=())
 def launch_backward(
     x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the gradients of x, of gate [N, D]; parts [P, D] fp32 of that of the weight, to be added up"""
+    """-> gradients of x and gate [N, D], parts [P, D] fp32, whose sum is the weight's gradient"""
     grad_x, grad_gate, parts = _gradients(x, gate, elements, cores(x.device, products=False))
     tile = _tile(x.shape[1], elements)
     backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **tile)
@@ -108,11 +108,11 @@ def _(
     return _gradients(x, gate, elements, VECTOR_CORES)
 
 
-# ── The operator ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The operator ──────────────────────────────────────────────────────────────────────────────────
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int = NORM_ELEMENTS) -> Tensor:
-    """x, gate [..., D], weight [D] -> [..., D] in x's dtype. elements: of a tile, at the most."""
+    """x, gate [..., D], weight [D] -> [..., D] in x's dtype. elements: maximum per tile."""
     return _RMSNormGated.apply(x, gate, weight, eps, elements) if x.numel() else torch.zeros_like(x)
 
 

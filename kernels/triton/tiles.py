@@ -1,7 +1,8 @@
-"""What is Ascend's own: how large the tiles are that its buffers hold, and how many programs a launch has.
+"""What is specific to Ascend: tile sizes that fit its buffers, and programs per launch.
 
-A cube core's two vector cores hold 192 KB each and split the rows of a tile between them; its own buffer for the operands of
-products holds 512 KB. tests/npu/ladder_triton_compile.py compiles each kernel for these sizes.
+A cube core's two vector cores hold 192 KB each and split the rows of a tile between them; its
+buffer for the operands of matmuls holds 512 KB. tests/npu/ladder_triton_compile.py compiles each
+kernel for these sizes.
 """
 
 import functools
@@ -14,54 +15,54 @@ import torch
 from triton.runtime import driver
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
-CHANNELS = 2048  # of a row, which the convolution takes along at once
-CONV_ROWS = 128  # that it goes down
-NORM_ELEMENTS = 32 * 128  # of a tile of the gated norm
+CHANNELS = 2048  # channels of a row that a convolution program takes at once
+CONV_ROWS = 128  # rows of its chunk
+NORM_ELEMENTS = 32 * 128  # elements per tile of the gated norm
 
-PROGRAMS = 65_535  # of a launch, at the most, where the device shares them out by itself
+PROGRAMS = 65_535  # maximum per launch on a GPU, which schedules them itself
 CUBE_CORES, VECTOR_CORES = 24, 48  # of a 910B2
 
-FIELDS = {"delta_rule": "chunk", "causal_conv1d": "channels", "rms_norm_gated": "elements"}  # operator -> of Tiles
-WALKS = ("scan", "states", "grad_states")  # over a state's columns, each by itself
-LEAST = {"chunk": 16, "columns": 16, "channels": 128, "elements": 256}  # products have from 16 rows and columns
+TILE_FIELDS = {"delta_rule": "chunk", "causal_conv1d": "channels", "rms_norm_gated": "elements"}  # of Tiles
+SCANS = ("scan", "states", "grad_states")  # kernels that go over chunks with some columns of a state
+MIN_SIZES = {"chunk": 16, "columns": 16, "channels": 128, "elements": 256}  # matmuls need 16 rows and columns
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of one layer's kernels; all ranks of a run have the same, since the sizes change how sums are rounded."""
+    """Tile sizes. They change how sums are rounded, so all ranks of a run use the same."""
 
-    chunk: int  # tokens of a chunk of the delta rule
-    columns: int  # of a state's Dv that a program takes along: of [Dk, columns] in fp32 the vector cores hold a few
+    chunk: int  # tokens per chunk of the delta rule
+    columns: int  # of a state's Dv per program: the vector cores hold a few [Dk, columns] in fp32
     channels: int = CHANNELS
     elements: int = NORM_ELEMENTS
 
     @classmethod
     def of(cls, Dk: int, Dv: int) -> "Tiles":
-        """The largest that fit, as our compiler lays them out."""
+        """The largest that fit, by test with the compiler."""
         return cls(64 if max(Dk, Dv) <= 128 else 32, min(Dv, 128 * 128 // Dk))
 
     def smaller(self, kernel: str) -> "Tiles | None":
-        """Half of what `kernel` ("delta_rule::scan") is given; None: there is nothing smaller."""
+        """With half the tile of `kernel` ("delta_rule::scan"), or None if it is at its minimum."""
         *_, field = self._fields(kernel)
         half = getattr(self, field) // 2
-        return replace(self, **{field: half}) if half >= LEAST[field] else None
+        return replace(self, **{field: half}) if half >= MIN_SIZES[field] else None
 
-    def words(self, kernel: str) -> str:
+    def describe(self, kernel: str) -> str:
         return ", ".join(f"{field} {getattr(self, field)}" for field in self._fields(kernel))
 
     def _fields(self, kernel: str) -> tuple[str, ...]:
-        """Of a kernel, last what gets smaller first."""
+        """The fields that size the tile of `kernel`; the last one is the first to shrink."""
         operator, _, name = kernel.partition("::")
-        if name in WALKS and self.columns > LEAST["columns"]:
+        if name in SCANS and self.columns > MIN_SIZES["columns"]:
             return "chunk", "columns"
-        return ("columns", "chunk") if name in WALKS else (FIELDS[operator],)
+        return ("columns", "chunk") if name in SCANS else (TILE_FIELDS[operator],)
 
 
 def cores(device: torch.device, products: bool) -> int:
-    """Programs that run at the same time, each of which walks through its share of the tasks.
+    """The number of programs that run at the same time; each loops over its share of the tasks.
 
-    More of them would wait for the first to end, and triton-ascend allots each the room that cube and vector cores need to
-    pass tiles to each other. In the interpreter, on CPU tensors, there are those of a 910B2.
+    More would queue, and triton-ascend allocates a workspace for each. `products`: whether the
+    kernel has matmuls. On CPU tensors, in the interpreter, a 910B2 is assumed.
     """
     if device.type == "npu":
         here = _driver().utils.get_device_properties(device.index)
@@ -73,11 +74,12 @@ def cores(device: torch.device, products: bool) -> int:
 
 @functools.cache
 def _driver() -> Any:
-    """The driver of triton-ascend, with which every launch asks for the stream.
+    """triton-ascend's driver, patched to fetch the stream without draining torch_npu's task queue.
 
-    That of 3.2.0 asks torch_npu to empty the queue of its launches first, for which the host waits. It need not: what launches
-    a kernel goes into that queue itself (OpCommand::Run, in the C++ that the driver writes), unless TRITON_ENABLE_TASKQUEUE
-    says otherwise. triton-ascend asks without waiting since its commit 6eb831fce; torch_npu can from 2.7.1.post4 on.
+    3.2.0 drains it before every launch, for which the host waits. That is unnecessary, because the
+    launch itself goes through the queue (OpCommand::Run in the driver's generated C++) unless
+    TRITON_ENABLE_TASKQUEUE is off. triton-ascend fixed this in commit 6eb831fce; torch_npu has the
+    function from 2.7.1.post4 on.
     """
     active = driver.active
     ask = getattr(sys.modules["torch_npu"]._C, "_npu_getCurrentRawStreamNoWait", None)

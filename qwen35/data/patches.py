@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -162,12 +163,9 @@ def to_patches(frames: np.ndarray, patch: int, merge: int, temporal: int, normal
     are multiples of patch * merge. The patches of a frame come in blocks of merge x merge
     neighbours, row by row of blocks.
     """
-    count, height, width, _ = frames.shape
-    depth = 1 if count == 1 else temporal
-    rows, columns = height // (merge * patch), width // (merge * patch)
-    blocks = frames.reshape(count // depth, depth, rows, merge, patch, columns, merge, patch, CHANNELS)
-    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [t, rows, columns, merge, merge, 3, depth, patch, patch]
-    values = normalizer(np.ascontiguousarray(blocks).reshape(-1, CHANNELS, depth * patch**2))
+    depth = 1 if len(frames) == 1 else temporal
+    layout = "(t d) (row a h) (column b w) rgb -> (t row column a b) rgb (d h w)"
+    values = normalizer(rearrange(frames, layout, d=depth, a=merge, h=patch, b=merge, w=patch))
     if depth != temporal:
         values = np.repeat(values[:, :, None], temporal, axis=2)
     return torch.from_numpy(values.reshape(len(values), -1))

@@ -14,7 +14,7 @@ from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
 from kernels.host import to_device
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35
@@ -38,7 +38,7 @@ class CachedAttention(nn.Module):
         cu_seqlens: Tensor,
         prepare: Prepare,
         *inputs: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """The prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then [S, …] -> [S, Hq, D]. Nothing runs twice here."""
         q, k = prepare(q, k, *inputs)
@@ -82,7 +82,7 @@ class CachedDeltaNet(nn.Module):
         beta: Tensor,
         conv_weight: Tensor,
         cu_seqlens: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """The prompts: qkv [T, C], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]. Then [S, …] -> [S, Hv, Dv]."""
         heads = self.core.heads

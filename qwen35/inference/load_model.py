@@ -19,7 +19,7 @@ from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
-from qwen35.device import take_device
+from qwen35.device import set_up_device
 from qwen35.errors import Parser, whole_number
 from qwen35.model import Qwen35
 
@@ -85,7 +85,7 @@ def load_model(source: Source) -> Qwen35:
             raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
     for line in source.chosen:
         print(line, file=sys.stderr, flush=True)
-    return model.to(take_device()).eval()
+    return model.to(set_up_device()).eval()
 
 
 def add_options(parser: Parser) -> None:

@@ -1,18 +1,19 @@
-"""Full attention with an output gate, one layer in four."""
+"""Full attention with an output gate: one layer in four."""
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import Kernels
 from kernels.attention import Prepare
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linear_of
+from qwen35.model.linear import recomputed_linear
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
 
 
 class AttentionCore(nn.Module):
-    """Attention on heads, between the projections: what context parallelism swaps. Owns no parameters."""
+    """Attention between the projections, without parameters. Context parallelism replaces it."""
 
     def __init__(self, kernels: Kernels, causal: bool = True):
         super().__init__()
@@ -26,12 +27,11 @@ class AttentionCore(nn.Module):
         cu_seqlens: Tensor,
         prepare: Prepare | None = None,
         *inputs: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
-        """q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; q and k are first put through prepare(q, k, *inputs)."""
+        """q [T, Hq, D]; k, v [T, Hkv, D] -> [T, Hq, D]; `prepare` as in kernels/attention.py."""
         scale = q.shape[-1] ** -0.5
-        how = {"causal": self.causal, "scale": scale, "prepare": prepare, "inputs": inputs, "kept": kept}
-        return self.kernel(q, k, v, cu_seqlens, **how)
+        return self.kernel(q, k, v, cu_seqlens, self.causal, scale, prepare, inputs, recompute_cache)
 
 
 class Attention(nn.Module):
@@ -47,17 +47,22 @@ class Attention(nn.Module):
         self.core = AttentionCore(kernels)
         self.rotary = kernels.apply_rotary
 
-    def forward(self, x: Tensor, norm: RMSNorm, rope: Rope, cu_seqlens: Tensor, kept: Kept | None = None) -> Tensor:
-        """x [T, H], not yet normed -> [T, H]"""
-        q, k, v = norm.into(x, self.q_proj, self.k_proj, self.v_proj)
-        q, gate = q.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [T, Hq, D] each
-        k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (k, v))
-        out = self.core(q, k, v, cu_seqlens, self.prepare, self.q_norm.weight, self.k_norm.weight, *rope, kept=kept)
-        return linear_of(lambda o, g: (o * g.sigmoid()).flatten(1), self.o_proj.weight, out, gate)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rope: Rope, cu_seqlens: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
+        """x [T, H] before `norm` -> [T, H]"""
+        q, k, v = norm.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, gate = rearrange(q, "t (h d) -> t h d", d=2 * self.head_dim).chunk(2, dim=-1)
+        k, v = (rearrange(y, "t (h d) -> t h d", d=self.head_dim) for y in (k, v))
+        inputs = self.q_norm.weight, self.k_norm.weight, *rope
+        out = self.core(q, k, v, cu_seqlens, self.prepare, *inputs, recompute_cache=recompute_cache)
+        return recomputed_linear(
+            lambda o, g: rearrange(o * g.sigmoid(), "t h d -> t (h d)"), self.o_proj.weight, out, gate
+        )
 
     def prepare(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The norm of each head, then the turn by its position."""
+        """Norm and rotary embedding of q [T, Hq, D], k [T, Hkv, D]; computed again in backward."""
         norm, eps = self.q_norm.kernel, self.q_norm.eps
         return self.rotary(norm(q, q_weight, eps), norm(k, k_weight, eps), cos, sin)

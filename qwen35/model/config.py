@@ -1,4 +1,4 @@
-"""What the model needs of a checkpoint's config.json. What it cannot do is refused by name."""
+"""Reads a checkpoint's config.json; refuses, by name, what the model does not support."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from qwen35.model.config_keys import FAMILY, ConfigError, refuse_quantized, show
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 TEXT_ROPE = "text_config.rope_parameters"
-LARGEST = {"depth": 1000, "num_hidden_layers": 1000}  # layers are built one by one; any other size: 2**24
+MAX_VALUES = {"depth": 1000, "num_hidden_layers": 1000}  # layers are built one by one; other sizes: 2**24
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TextConfig:
     rotary_dim: int  # leading dimensions of a head that turn
     mrope_section: tuple[int, int, int]  # frequencies of the temporal, height and width positions
     initializer_range: float
-    intermediate_size: int = 0  # dense
-    num_experts: int = 0  # mixture of experts, and what follows
+    intermediate_size: int = 0  # dense models only
+    num_experts: int = 0  # this and the next three: mixture of experts only
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
@@ -73,7 +73,7 @@ class ModelConfig:
 
 
 def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
-    """A folder with config.json, that file, or its contents -> ModelConfig. Raises ConfigError."""
+    """source: a folder with config.json, that file, or its contents. Raises ConfigError."""
     if isinstance(source, dict):
         return _from_dict(source)
     path = Path(source)
@@ -114,7 +114,7 @@ def _from_dict(config: dict[str, Any]) -> ModelConfig:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the embedding. As in transformers the top level of config.json alone decides."""
+    """Whether the output head is the embedding; as in transformers only the top level decides."""
     for where, values in (("", config), ("text_config.", config.get("text_config"))):
         tied = values.get("tie_word_embeddings") if isinstance(values, Mapping) else None
         if not isinstance(tied, bool | None):
@@ -123,14 +123,13 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns the heads, as transformers reads it (5.2 to 5.23): rope_scaling, if it says anything, stands for
-    rope_parameters, and what the one that counts does not say may stand beside it."""
+    """rope_scaling if not empty, else rope_parameters; text_config has their missing values."""
     beside = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if name in text}
     return beside | (text.get("rope_scaling") or text.get("rope_parameters") or {})
 
 
 def _check(config: ModelConfig, is_moe: bool) -> None:
-    """Numbers that are each right, and wrong together. Raises ConfigError."""
+    """Check the rules between numbers. Raises ConfigError."""
     t, v = config.text, config.vision
     needed = ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
     for name in needed if is_moe else ["intermediate_size"]:
@@ -186,7 +185,7 @@ def _section(values: Mapping[str, Any], name: str, where: str = "") -> dict[str,
 def _size(values: Mapping[str, Any], name: str, where: str = "", least: int = 1) -> int:
     if name not in values:
         raise ConfigError(f"{where.rstrip('.') + ' ' if where else ''}lacks {name}")
-    value, largest = values[name], LARGEST.get(name, 2**24)
+    value, largest = values[name], MAX_VALUES.get(name, 2**24)
     if type(value) is not int or not least <= value <= largest:
         raise ConfigError(f"{where}{name} is {shown(value)}, not a whole number from {least} to {largest}")
     return value
@@ -224,7 +223,7 @@ def _sections(value: Any) -> tuple[int, ...]:
 
 
 def _take(cls: type[Config], values: dict[str, Any], where: str) -> Config:
-    """The fields of `cls`: whole numbers, numbers above 0, and what is a tuple already."""
+    """Build `cls` from `values`, checking that ints are whole numbers and floats are above 0."""
     taken: dict[str, Any] = {}
     for f in fields(cls):
         if f.name in values or f.default is MISSING:

@@ -1,8 +1,9 @@
-"""Every key of a config.json: used, harmless, of one value only, refused, or unknown. None is passed over in silence.
+"""Classifies every key of a config.json: used, harmless, fixed to one value, refused, or unknown.
 
-What a key means is what transformers 5.23 reads of it (configuration_qwen3_5.py, configuration_qwen3_5_moe.py and their
-modeling files). A null says nothing. An unknown key is an error where it looks like an instruction about the computation: its
-value is an object, or its name speaks of a part or an operation of a model (COMPUTATION). Any other unknown key is reported.
+Keys mean what transformers 5.23 reads of them (configuration_qwen3_5.py,
+configuration_qwen3_5_moe.py and their modeling files). A null value counts as absent. An unknown
+key is an error if it looks like an instruction about the computation: its value is an object, or
+its name contains a part or an operation of a model (COMPUTATION). Other unknown keys are reported.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any
 from qwen35.errors import UserError
 
 TEXT, VISION = "text_config.", "vision_config."
-ROPES = ("rope_parameters", "rope_scaling")
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
 FAMILY = ("qwen3_5", "qwen3_5_moe")
 
 USED = {
@@ -28,8 +29,8 @@ USED = {
     f"{TEXT}rope": "rope_theta partial_rotary_factor mrope_section",
     f"{VISION}rope": "",
 }
-# keys that may have no other value than these, because the model computes nothing else
-ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+# keys that may only have these values, because the model supports no others
+ONLY_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"language_model_only": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({},)},
     TEXT: {
         "model_type": (*(f"{name}_text" for name in FAMILY), *FAMILY),
@@ -55,10 +56,10 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "pruned_heads": ({},),
     },
     f"{TEXT}rope": {"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
-    # by theta 10000 transformers 5.2 turns the tower whatever its config says, 5.23 by what it says: so they agree
+    # transformers 5.2 always uses 10000 in the vision tower, 5.23 what the config says
     f"{VISION}rope": {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)},
 }
-# why -> keys that change nothing of what is trained, wherever they stand
+# reason -> keys that do not affect training, at any level
 HARMLESS = {
     "they say where the file comes from": """architectures transformers_version name_or_path _name_or_path _commit_hash
         unsloth_fixed unsloth_version""",
@@ -85,7 +86,7 @@ HARMLESS = {
 }
 HARMLESS_KEYS = frozenset(" ".join(HARMLESS.values()).split())
 QUANTIZATION = ("quantization_config", "compression_config")
-REFUSED = {  # what to do about it
+REFUSED = {  # key -> the reason, and what to do
     "auto_map": "it names code of its own, which is never run here; bring the checkpoint in transformers' own form",
     "transformers_weights": "it names another file of weights; name the weights model.safetensors, and take it out",
     "per_layer_config": "layers that differ in more than their type are not supported",
@@ -99,7 +100,7 @@ COMPUTATION = re.compile(
 
 
 class ConfigError(UserError):
-    """A config.json that is not of a Qwen3.5, or that asks for something the model does not do."""
+    """A config.json that is not of a Qwen3.5, or needs something the model does not support."""
 
 
 def shown(value: object) -> str:
@@ -109,7 +110,7 @@ def shown(value: object) -> str:
 
 
 def refuse_quantized(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a config says that its weights are quantized, whether they are or not."""
+    """Raises ConfigError if a config declares its weights quantized, whether they are or not."""
     for where, values in _levels(config):
         for key in QUANTIZATION:
             if (found := values.get(key)) is not None:
@@ -122,13 +123,12 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
 
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a config.json that nobody here knows. Raises ConfigError for one that asks for what the model does not do."""
+    """The unknown keys of a config.json. Raises ConfigError on one that the model cannot ignore."""
     unknown = []
     for where, kind, values in _sections(config):
-        only, known = ONLY[kind], {*USED[kind].split(), *HARMLESS_KEYS}
-        for key, value in sorted(
-            values.items(), key=lambda entry: entry[0] not in only
-        ):  # these say best what is wrong
+        only, known = ONLY_VALUE[kind], {*USED[kind].split(), *HARMLESS_KEYS}
+        # keys with a fixed value first: their messages are the clearest
+        for key, value in sorted(values.items(), key=lambda entry: entry[0] not in only):
             name = f"{where}{key if key.isidentifier() and len(key) <= 80 else shown(key)}"
             if value is None:
                 continue
@@ -149,11 +149,11 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     return unknown
 
 
-_OF_TEXT = {*USED[TEXT].split(), *ONLY[TEXT]} - {*USED[""].split(), *ONLY[""], *HARMLESS_KEYS}
+_OF_TEXT = {*USED[TEXT].split(), *ONLY_VALUE[TEXT]} - {*USED[""].split(), *ONLY_VALUE[""], *HARMLESS_KEYS}
 
 
 def _check_moved(key: str, value: Any, config: Mapping[str, Any]) -> None:
-    """At the top level nothing reads a key of text_config: it may only repeat what stands there."""
+    """A key of text_config at the top level is not read: it may only repeat text_config's value."""
     text = config.get("text_config")
     inside = text.get(key) if isinstance(text, dict) else None
     if value != inside:
@@ -170,9 +170,9 @@ def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Where it stands, which table is for it, what is in it: rope's objects first, which say it most clearly."""
+    """(prefix for messages, table of allowed keys, values); rope first, for clear messages."""
     for where, values in _levels(config):
-        for name in ROPES:
+        for name in ROPE_KEYS:
             rope = values.get(name)
             if rope is not None and not isinstance(rope, dict):
                 raise ConfigError(f"{where}{name} is {shown(rope)}, not an object")

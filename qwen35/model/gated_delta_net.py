@@ -1,18 +1,19 @@
-"""The gated delta net, three layers in four: a short convolution, then a linear recurrence with a decaying state."""
+"""The gated delta net, three layers in four. Source: Yang et al. 2024, arXiv:2412.06464."""
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linears_of
+from qwen35.model.linear import recomputed_linears
 from qwen35.model.norm import RMSNorm, RMSNormGated
 
 
 class DeltaNetCore(nn.Module):
-    """Convolution and delta rule, between the projections: what context parallelism swaps. Owns no parameters."""
+    """Convolution and delta rule, without parameters. Context parallelism replaces it."""
 
     def __init__(self, config: TextConfig, kernels: Kernels):
         super().__init__()
@@ -28,19 +29,22 @@ class DeltaNetCore(nn.Module):
         beta: Tensor,
         conv_weight: Tensor,
         cu_seqlens: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """qkv [T, 2 Hk Dk + Hv Dv], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]"""
-        return self.delta_rule(*self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens, kept)
+        return self.delta_rule(
+            *self.heads(self.conv(qkv, conv_weight, cu_seqlens)), g, beta, cu_seqlens, recompute_cache
+        )
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, 2 Hk Dk + Hv Dv] -> q, k [T, Hk, Dk], v [T, Hv, Dv]"""
         q, k, v = qkv.split(self.split, dim=-1)
-        return tuple(x.unflatten(-1, (-1, dim)) for x, dim in ((q, self.k_dim), (k, self.k_dim), (v, self.v_dim)))
+        heads = (q, self.k_dim), (k, self.k_dim), (v, self.v_dim)
+        return tuple(rearrange(x, "t (h d) -> t h d", d=dim) for x, dim in heads)
 
 
 class Conv1d(nn.Module):
-    """The weight of the depthwise convolution, in the checkpoint's layout."""
+    """The depthwise convolution's weight in the checkpoint's layout, [C, 1, K]."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -64,11 +68,13 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value, hidden, bias=False)
         self.core = DeltaNetCore(config, kernels)
 
-    def forward(self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, kept: Kept | None = None) -> Tensor:
-        """x [T, H], not yet normed -> [T, H]"""
-        qkv, z, b, a = norm.into(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, cu_seqlens: Tensor, recompute_cache: RecomputeCache | None = None
+    ) -> Tensor:
+        """x [T, H] before `norm` -> [T, H]"""
+        qkv, z, b, a = norm.project(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         beta = b.float().sigmoid()  # [T, Hv]
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
-        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, kept)  # [T, Hv, Dv]
+        out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
-        return linears_of(None, [self.out_proj.weight], out.flatten(1))[0]
+        return recomputed_linears(None, [self.out_proj.weight], rearrange(out, "t h d -> t (h d)"))[0]

@@ -1,12 +1,12 @@
-"""The feed-forward part: one dense MLP, or routed experts beside a shared one."""
+"""The feed-forward block: a dense MLP, or routed experts and a shared expert."""
 
 import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
-from qwen35.model.linear import linear_of, linears_of
+from qwen35.model.linear import recomputed_linear, recomputed_linears
 
 
 class MLP(nn.Module):
@@ -18,11 +18,11 @@ class MLP(nn.Module):
         self.swiglu = kernels.swiglu
 
     def forward(self, x: Tensor, scale: nn.Linear | None = None) -> Tensor:
-        """x [T, H] -> [T, H], times the sigmoid of scale(x) [T, 1] if that is given"""
+        """x [T, H] -> [T, H], times sigmoid(scale(x)) if scale, a projection to [T, 1], is given"""
         maps = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
-        gate, up, *scales = linears_of(None, [m.weight for m in maps], x)
+        gate, up, *scales = recomputed_linears(None, [m.weight for m in maps], x)
         gate_up = torch.cat([gate, up], dim=-1)
-        return linear_of(self._hidden, self.down_proj.weight, gate_up, *scales)
+        return recomputed_linear(self._hidden, self.down_proj.weight, gate_up, *scales)
 
     def _hidden(self, gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self.swiglu(gate_up)
@@ -30,27 +30,28 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Softmax over all experts in fp32, the top k of it renormalised: which is the softmax of the top k alone."""
+    """The top k of a softmax over all experts, renormalised: the softmax of the top k, in fp32."""
 
     def __init__(self, hidden: int, experts: int, top_k: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.top_k = top_k
 
-    def forward(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, H], counted [T] fp32, one or zero -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E] fp32
+    def forward(self, x: Tensor, stats_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H], stats_mask [T] fp32 -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E].
 
-        stats: of the tokens that are counted, the sum of each expert's probability and how often it was chosen.
+        stats, fp32: the sum of each expert's probability and how often it was chosen, over the
+        tokens whose stats_mask is 1 (else 0).
         """
-        logits = linear_of(Tensor.float, self.weight.float(), x)
+        logits = recomputed_linear(Tensor.float, self.weight.float(), x)
         best, ids = logits.topk(self.top_k, dim=-1)
         chosen = torch.zeros_like(logits).scatter_(1, ids, 1.0)  # [T, E]
-        stats = torch.stack([counted @ logits.softmax(-1), counted @ chosen])
+        stats = torch.stack([stats_mask @ logits.softmax(-1), stats_mask @ chosen])
         return ids, best.softmax(-1), stats
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked: what expert parallelism swaps."""
+    """The stacked weights of the routed experts. Expert parallelism replaces it."""
 
     def __init__(self, config: TextConfig, kernels: Kernels):
         super().__init__()
@@ -59,7 +60,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.kernel, self.parallel_kernel = kernels.moe_experts, kernels.moe_experts_parallel
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *_: RecomputeCache | None) -> Tensor:
         return self.kernel(x, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
 
 
@@ -72,18 +73,18 @@ class MoE(nn.Module):
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size, kernels)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, x: Tensor, counted: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, stats_mask: Tensor, cache: RecomputeCache | None = None) -> tuple[Tensor, Tensor]:
         """x [T, H] -> y [T, H], the router's stats [2, E]"""
-        ids, weights, stats = self.gate(x, counted)
-        return self.experts(x, ids, weights, kept) + self.shared_expert(x, self.shared_expert_gate), stats
+        ids, weights, stats = self.gate(x, stats_mask)
+        return self.experts(x, ids, weights, cache) + self.shared_expert(x, self.shared_expert_gate), stats
 
 
 def load_balancing_loss(stats: Tensor, top_k: int) -> Tensor:
-    """stats [2, E], summed over the layers -> scalar fp32: E * sum_e (how often e was chosen) * (its mean probability).
+    """stats [2, E] -> scalar fp32, E * sum_e (fraction of choices of e) * (its mean probability).
 
-    Both are means over the tokens of all layers together, as transformers pools them. Perfect balance gives top_k.
-    Source: Fedus et al. 2021, Switch Transformer, equations 4 to 6.
+    Both are means over the tokens of all layers together, as in transformers. Perfect balance gives
+    top_k. Source: Fedus et al. 2021, Switch Transformer, equations 4 to 6.
     """
     probability, chosen = stats
-    rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; none at all gives a loss of zero
+    rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; clamped so that no tokens give 0
     return len(chosen) * (chosen / rows * probability / rows).sum()

@@ -1,13 +1,14 @@
-"""Multi-token prediction: one more layer that guesses the token after the next, from the hidden state and the next token.
+"""Multi-token prediction: one more layer, which predicts the token after the next.
 
-Source: DeepSeek-V3, arXiv:2412.19437, section 2.2; names as in the checkpoints (`mtp.…`, beside `model`).
+It sees the hidden state and the next token. Source: DeepSeek-V3, arXiv:2412.19437, section 2.2.
+Parameter names are the checkpoints' (`mtp.…`, beside `model`).
 """
 
 import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.norm import RMSNorm
 from qwen35.model.rope import Rope
@@ -28,10 +29,10 @@ class MultiTokenPrediction(nn.Module):
         next_embedding: Tensor,
         rope: Rope,
         cu_seqlens: Tensor,
-        counted: Tensor,
-        kept: Kept | None = None,
+        stats_mask: Tensor,
+        recompute_cache: RecomputeCache | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """hidden [T, H] of position t, next_embedding [T, H] of token t+1 -> hidden [T, H] that predicts token t+2, stats"""
+        """hidden, next_embedding [T, H] of token t+1 -> hidden [T, H] for token t+2, stats"""
         both = [self.pre_fc_norm_embedding(next_embedding), self.pre_fc_norm_hidden(hidden)]
-        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, counted, kept)
+        x, stats = self.layers[0](self.fc(torch.cat(both, dim=-1)), rope, cu_seqlens, stats_mask, recompute_cache)
         return self.norm(x), stats

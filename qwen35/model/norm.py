@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
-from qwen35.model.linear import linears_of
+from qwen35.model.linear import recomputed_linears
 
 
 class RMSNorm(nn.Module):
@@ -18,10 +18,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x, self.weight, self.eps)
 
-    def into(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-        """x [T, H] -> the projections of its norm, which is made again in backward."""
+    def project(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
+        """x [T, H] -> projections of norm(x). Saves x; backward computes the norm again."""
         weights = [projection.weight for projection in projections]
-        return linears_of(lambda x, weight: self.kernel(x, weight, self.eps), weights, x, self.weight)
+        return recomputed_linears(lambda x, weight: self.kernel(x, weight, self.eps), weights, x, self.weight)
 
 
 class RMSNormGated(nn.Module):

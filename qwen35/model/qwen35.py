@@ -1,4 +1,7 @@
-"""Qwen3.5, dense and mixture-of-experts, assembled. Parameter names and layouts are the checkpoint's own."""
+"""Qwen3.5, dense and mixture of experts. Parameter names and layouts are the checkpoint's own.
+
+The model knows no files and no processes; sharding and context parallelism act from outside.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Kernels
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.batch import MTPTargets, PackedBatch, derive
 from qwen35.model.attention import Attention
 from qwen35.model.config import ModelConfig, TextConfig, load_config
@@ -22,11 +25,11 @@ from qwen35.model.norm import RMSNorm, RMSNormGated
 from qwen35.model.rope import Rope, text_rope
 from qwen35.model.vision import VisionTower
 
-Stats = list[Tensor]  # of the routers, [2, E] a MoE layer; empty for a dense model
+Stats = list[Tensor]  # router statistics, [2, E] per MoE layer; empty for a dense model
 
 
 class Stash(AbstractContextManager[None], Protocol):
-    """Around a layer's forward: takes what autograd keeps inside, and by pack what is kept otherwise."""
+    """A context around a layer's forward that offloads what autograd saves; else use pack."""
 
     def pack(self, x: Tensor) -> Any: ...
     def unpack(self, packed: Any) -> Tensor: ...
@@ -49,18 +52,24 @@ class DecoderLayer(nn.Module):
         self.is_attention, self.is_moe = kind == "full_attention", bool(config.num_experts)
 
     def forward(
-        self, x: Tensor, rope: Rope, cu_seqlens: Tensor, counted: Tensor, kept: Kept | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        stats_mask: Tensor,
+        recompute_cache: RecomputeCache | None = None,
     ) -> tuple[Tensor, Stats]:
-        """x [T, H] -> [T, H], router stats over the tokens that are `counted` [T] fp32, one or zero"""
-        norm, of_core = self.input_layernorm, kept if kept and kept.outputs else None
+        """x [T, H] -> [T, H], router stats over the tokens in stats_mask [T] fp32, 1 or 0"""
+        norm = self.input_layernorm
+        core_cache = recompute_cache if recompute_cache and recompute_cache.keeps_outputs else None
         if self.is_attention:
-            x = x + self.self_attn(x, norm, rope, cu_seqlens, of_core)
+            x = x + self.self_attn(x, norm, rope, cu_seqlens, core_cache)
         else:
-            x = x + self.linear_attn(x, norm, cu_seqlens, of_core)
+            x = x + self.linear_attn(x, norm, cu_seqlens, core_cache)
         normed = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(normed), []
-        y, stats = self.mlp(normed, counted, kept)
+        y, stats = self.mlp(normed, stats_mask, recompute_cache)
         return x + y, [stats]
 
 
@@ -71,55 +80,54 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, kind, kernels) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
-        self.recompute: bool | str = (
-            False  # keep only each layer's input for backward; "selective": and what its core returns
-        )
-        # (layer, what all layers share, the stash of the layer before, is_last) -> where what is kept is put; None: it stays
+        # True: save only each layer's input for backward; "selective": also its core's output
+        self.recompute: bool | str = False
+        # (layer, tensors that all layers share, the previous layer's stash, is_last) -> its stash
         self.offload: Callable[[nn.Module, list[Tensor], Any, bool], Stash] | None = None
 
     def rope(self, position_ids: Tensor) -> Rope:
         return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
 
     def forward(self, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Stats]:
-        """Embedded tokens x [T, H] -> hidden [T, H] after the final norm, router stats"""
+        """x [T, H], embedded tokens -> hidden [T, H] after the final norm, router stats"""
         rope = self.rope(batch.position_ids)
         stats: Stats = []
-        counted = torch.ones(len(x), device=x.device) if batch.is_pad is None else (~batch.is_pad).float()
+        stats_mask = torch.ones(len(x), device=x.device) if batch.is_pad is None else (~batch.is_pad).float()
         stash: Stash | None = None
         for i, layer in enumerate(self.layers, 1):
             if self.offload and torch.is_grad_enabled():
-                stash = self.offload(layer, [*rope, counted], stash, i == len(self.layers))
-            x, more = self.run(layer, x, rope, batch.cu_seqlens, counted, stash=stash)
+                stash = self.offload(layer, [*rope, stats_mask], stash, i == len(self.layers))
+            x, more = self.run(layer, x, rope, batch.cu_seqlens, stats_mask, stash=stash)
             stats += more
         return self.norm(x), stats
 
     def run(
         self, layer: Callable[..., tuple[Tensor, Stats]], *inputs: Any, stash: Stash | None = None
     ) -> tuple[Tensor, Stats]:
-        """layer(*inputs, kept): as it is, or so that backward runs it again; what is kept for that goes into the stash."""
+        """layer(*inputs, cache), recomputed in backward if set; `stash` offloads what it saves."""
         with stash or nullcontext():
             if not self.recompute:
                 return layer(*inputs, None)
-            aside = (stash.pack, stash.unpack) if stash else ()
-            kept = Kept(self.recompute == "selective", *aside)
-            # nothing in a layer is random: the generators' states need not be kept
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept.contexts)
-            return again(layer, *inputs, kept)
+            storage = (stash.pack, stash.unpack) if stash else ()
+            cache = RecomputeCache(self.recompute == "selective", *storage)
+            # layers use no random numbers, so the RNG state need not be saved
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=cache.contexts)
+            return again(layer, *inputs, cache)
 
 
-class _Placed(torch.autograd.Function):
-    """x [T, H] with the rows that vision_index names replaced by features [P/4, H].
+class _ScatterFeatures(torch.autograd.Function):
+    """x [T, H], in which vision_index replaces rows by features [P/4, H].
 
-    The tower is in the graph whatever the data. Both directions gather: what autograd makes of the forward would add the zeros
-    of all text tokens up in one row, in any order and one by one on an NPU.
+    The tower is in the graph whatever the data. Both directions are gathers: autograd's backward
+    would add the zeros of all text tokens to one row, in any order, and one by one on an NPU.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, features: Tensor, vision_index: Tensor, vision_token: Tensor) -> Tensor:
         ctx.save_for_backward(vision_index, vision_token)
         ctx.dtype = features.dtype
-        of_vision = features.index_select(0, vision_index.clamp(min=0)).to(x.dtype)
-        return torch.where((vision_index >= 0)[:, None], of_vision, x)
+        vision_rows = features.index_select(0, vision_index.clamp(min=0)).to(x.dtype)
+        return torch.where((vision_index >= 0)[:, None], vision_rows, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,13 +151,11 @@ class Backbone(nn.Module):
         return self.language_model(self.embed(batch), batch)
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """-> [T, H]: the embeddings of the text, the features of images in their places"""
-        assert (
-            batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
-        )  # by derive()
+        """-> [T, H], token embeddings with image features in the places of image tokens"""
+        assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by derive()
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
-        return _Placed.apply(x, features, batch.vision_index, batch.vision_token)
+        return _ScatterFeatures.apply(x, features, batch.vision_index, batch.vision_token)
 
 
 class Qwen35(nn.Module):
@@ -164,17 +170,17 @@ class Qwen35(nn.Module):
             layer = DecoderLayer(config.text, "full_attention", kernels)
             self.mtp = MultiTokenPrediction(config.text, layer, kernels)
         self.cross_entropy = kernels.linear_cross_entropy
-        self.all_stats = nn.Identity()  # of those of some tokens: what context parallelism swaps
+        self.sum_stats = nn.Identity()  # context parallelism replaces it
 
     @classmethod
     def from_config(cls, source: str | Path | dict[str, Any], seed: int = 0, **kwargs: Any) -> "Qwen35":
-        """Random weights (fp32, seeded) from a folder with config.json, or from its contents."""
+        """Random weights, fp32, for a folder with config.json or for its contents."""
         model = cls(load_config(source), **kwargs)
         init_weights(model, torch.Generator().manual_seed(seed))
         return model
 
     def recompute(self, how: bool | str) -> None:
-        """As LanguageModel.recompute; of the vision blocks nothing but the input is kept, whatever else `how` keeps."""
+        """As LanguageModel.recompute; the vision tower then saves only its blocks' inputs."""
         self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)
 
     @property
@@ -187,12 +193,12 @@ class Qwen35(nn.Module):
         return self.model(derive(batch, self.config.vision_spec))[0]
 
     def forward_aux(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """-> hidden [T, H], the routers' load-balancing loss (scalar fp32; zero for a dense model)"""
+        """-> hidden [T, H], the routers' load-balancing loss (scalar fp32, 0 for a dense model)"""
         hidden, stats = self.model(derive(batch, self.config.vision_spec))
         return hidden, self._aux(stats, hidden)
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """-> [T, V]: for tests and small things"""
+        """-> [T, V], all at once: for tests and small inputs"""
         return self(batch) @ self.head_weight.T
 
     def loss(
@@ -203,27 +209,28 @@ class Qwen35(nn.Module):
         mtp_factor: float = 1.0,
         load: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> sum(token_weights * cross entropy), the load-balancing loss, and the cross entropy of each token [T], detached.
+        """-> sum(token_weights * cross entropy), load-balancing loss, cross entropies [T].
 
-        With `mtp_targets`, for a model with the layer, multi-token prediction is trained too: mtp_factor times its loss
-        is in the first, the second counts its router as one layer more, and its tokens' cross entropy comes behind the
-        others', [2T].
-        Both go through the head at once: the gradient of so large a weight is made once, and summed in fp32.
+        With `mtp_targets` multi-token prediction is trained too: the first includes mtp_factor
+        times its loss, the second its router, and its tokens' cross entropies follow the others,
+        [2T]. Both go through the head at once, so that its large gradient is computed once.
 
-        load [L, E]: to it is added how often these tokens chose each expert of each layer.
+        load [L, E] is incremented by how often these tokens chose each expert of each layer.
         """
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
-        labels, trained = batch.labels, batch.label_positions
-        own = x if len(x) == len(labels) else x[: len(labels)]  # the next part's first token may be there too
-        hidden, stats = self.model.language_model(own, batch)
+        labels, label_rows = batch.labels, batch.label_positions
+        inputs = x if len(x) == len(labels) else x[: len(labels)]  # without the next part's first token
+        hidden, stats = self.model.language_model(inputs, batch)
         if mtp_targets is not None:
             further, more = self._mtp_hidden(hidden, x, batch, mtp_targets)
             hidden, stats = torch.cat([hidden, further]), stats + more
-            trained = None if trained is None else torch.cat([trained, mtp_targets.label_positions + len(labels)])
+            label_rows = (
+                None if label_rows is None else torch.cat([label_rows, mtp_targets.label_positions + len(labels)])
+            )
             token_weights = torch.cat([token_weights, mtp_factor * mtp_targets.weights])
             labels = torch.cat([labels, mtp_targets.labels])
-        loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, trained)
+        loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, label_rows)
         if load is not None:
             load += torch.stack(stats)[:, 1].detach()
         return loss, self._aux(stats, hidden), token_loss
@@ -231,31 +238,31 @@ class Qwen35(nn.Module):
     def _mtp_hidden(
         self, hidden: Tensor, x: Tensor, batch: PackedBatch, mtp_targets: MTPTargets
     ) -> tuple[Tensor, Stats]:
-        """hidden [T, H] and the embedded tokens x -> hidden [T, H] that predicts the token after the next, stats.
+        """hidden [T, H], embedded tokens x -> hidden [T, H] for the token after the next, stats.
 
-        x [T, H], or [T + 1, H] where the last token's sequence goes on elsewhere.
+        x is [T, H], or [T + 1, H] if the last token's sequence continues on another rank.
         """
         text = self.model.language_model
         rope = text.rope(batch.position_ids)
-        # the end of a sequence has no next token: it sees zeros, nobody sees it, and no statistic counts it
-        counted = (~(mtp_targets.is_end if batch.is_pad is None else mtp_targets.is_end | batch.is_pad)).float()
+        # a sequence's last token has no next one: its input is zeros, and no statistic counts it
+        stats_mask = (~(mtp_targets.is_end if batch.is_pad is None else mtp_targets.is_end | batch.is_pad)).float()
 
-        def layer(hidden: Tensor, x: Tensor, kept: Kept | None) -> tuple[Tensor, Stats]:
+        def layer(hidden: Tensor, x: Tensor, recompute_cache: RecomputeCache | None) -> tuple[Tensor, Stats]:
             beyond = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
             following = torch.cat([x[1:], beyond]).masked_fill(mtp_targets.is_end[:, None], 0)
-            return self.mtp(hidden, following, rope, batch.cu_seqlens, counted, kept)
+            return self.mtp(hidden, following, rope, batch.cu_seqlens, stats_mask, recompute_cache)
 
         return text.run(layer, hidden, x)
 
     def _aux(self, stats: Stats, hidden: Tensor) -> Tensor:
         if not stats:
             return hidden.new_zeros(()).float()
-        return load_balancing_loss(self.all_stats(torch.stack(stats).sum(0)), self.config.text.num_experts_per_tok)
+        return load_balancing_loss(self.sum_stats(torch.stack(stats).sum(0)), self.config.text.num_experts_per_tok)
 
 
 @torch.no_grad()
 def init_weights(model: Qwen35, generator: torch.Generator) -> None:
-    """Random weights as transformers draws them: normal matrices, zero biases, norms at the identity."""
+    """Random weights as in transformers: normal matrices, zero biases, norms at identity."""
     std = model.config.text.initializer_range
     by_name: dict[str, Callable[[Tensor], Tensor]] = {
         "A_log": lambda p: p.uniform_(0.01, 16, generator=generator).log_(),

@@ -1,4 +1,4 @@
-"""The angles of the rotary embeddings, fp32. Made from plain numbers in every step: there is no buffer to load or lose."""
+"""Rotary embeddings' cos and sin, in fp32, computed in every step: there are no buffers to load."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def text_rope(position_ids: Tensor, dim: int, theta: float, section: tuple[int, int, int]) -> Rope:
-    """Interleaved M-RoPE: frequency 3i+1 turns by height and 3i+2 by width up to their section's size, the rest by time.
+    """Interleaved M-RoPE: position_ids [3, T] (time, height, width) -> cos, sin [T, dim/2].
 
-    position_ids [3, T] -> cos, sin [T, dim/2]. Source: Qwen3-VL's interleaved M-RoPE, as transformers has it.
+    Frequencies 3i+1 use the height and 3i+2 the width, up to the size of their section; all others
+    use the time. Source: Qwen3-VL's interleaved M-RoPE as implemented in transformers.
     """
     freq = torch.arange(dim // 2, device=position_ids.device)
     time, height, width = position_ids.float()[..., None]  # [T, 1] each
@@ -26,7 +27,7 @@ def text_rope(position_ids: Tensor, dim: int, theta: float, section: tuple[int, 
 
 
 def vision_rope(position: Tensor, head_dim: int, theta: float = 10000.0) -> Rope:
-    """position [P, 2] (row, column) -> cos, sin [P, head_dim/2]: the first half turns by the row, the second by the column."""
+    """position [P, 2] (row, column) -> cos, sin [P, head_dim/2]: half for rows, half for columns"""
     frequencies = inverse_frequencies(head_dim // 2, theta, position.device)
     angle = (position.float()[..., None] * frequencies).flatten(1)
     return angle.cos(), angle.sin()

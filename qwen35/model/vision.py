@@ -1,6 +1,7 @@
-"""The vision tower: patches of all images and video frames at once, attention inside each frame, 2x2 patches to a token."""
+"""The vision tower: all images' and video frames' patches at once, attention inside each frame."""
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,8 +21,9 @@ class VisionAttention(nn.Module):
         self.core, self.rotary = AttentionCore(kernels, causal=False), kernels.apply_rotary
 
     def forward(self, x: Tensor, rope: Rope, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [P, H, D] each
-        return self.proj(self.core(q, k, v, cu_seqlens, self.rotary, *rope).flatten(1))
+        """x [P, Hv] -> [P, Hv]"""
+        q, k, v = rearrange(self.qkv(x), "p (qkv h d) -> p qkv h d", qkv=3, h=self.heads).unbind(1)
+        return self.proj(rearrange(self.core(q, k, v, cu_seqlens, self.rotary, *rope), "p h d -> p (h d)"))
 
 
 class VisionMLP(nn.Module):
@@ -48,7 +50,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch's values; the weight keeps the checkpoint's convolution layout."""
+    """A linear map of patches [P, C*2*16*16] -> [P, Hv]; its weight has the checkpoint's layout."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -63,14 +65,16 @@ class PatchEmbed(nn.Module):
 class Merger(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.merged = config.hidden_size * config.spatial_merge_size**2
+        self.patches = config.spatial_merge_size**2  # per token
+        merged = config.hidden_size * self.patches
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.linear_fc1 = nn.Linear(self.merged, self.merged)
-        self.linear_fc2 = nn.Linear(self.merged, config.out_hidden_size)
+        self.linear_fc1 = nn.Linear(merged, merged)
+        self.linear_fc2 = nn.Linear(merged, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[P, Hv] -> [P/4, H]; the patches of a 2x2 block lie side by side"""
-        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(x).view(-1, self.merged))))
+        """x [P, Hv], the patches of each 2x2 block adjacent -> [P/4, H]"""
+        blocks = rearrange(self.norm(x), "(token patch) c -> token (patch c)", patch=self.patches)
+        return self.linear_fc2(F.gelu(self.linear_fc1(blocks)))
 
 
 class VisionTower(nn.Module):
@@ -81,12 +85,12 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(VisionBlock(config, kernels) for _ in range(config.depth))
         self.merger = Merger(config)
-        self.all_features = nn.Identity()  # of those of some patches: what context parallelism swaps
-        self.recompute = False  # keep only each block's input for backward
+        self.gather_features = nn.Identity()  # context parallelism replaces it
+        self.recompute = False  # save only each block's input for backward
 
     def forward(self, pixels: Tensor, index: PatchLayout) -> Tensor:
         """pixels [P, C*2*16*16] -> features [P/4, H]"""
-        # not an einsum, which is a batched matmul of one row for each patch
+        # an einsum would be a batched matmul with one row per patch
         learned = (self.pos_embed(index.corner).float() * index.corner_weight[..., None]).sum(0)
         x = self.patch_embed(pixels)
         x = x + learned.to(x.dtype)
@@ -96,4 +100,4 @@ class VisionTower(nn.Module):
                 x = checkpoint(block, x, rope, index.cu_seqlens, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rope, index.cu_seqlens)
-        return self.all_features(self.merger(x))
+        return self.gather_features(self.merger(x))

@@ -1,1 +1,1 @@
-"""Sharding from outside: takes a plain model, knows its module names, changes none of its code."""
+"""Sharding of a plain model from outside, by its module names, without changes to its code."""

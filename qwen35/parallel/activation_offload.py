@@ -1,5 +1,8 @@
-"""What layers keep for backward, in the host's memory meanwhile: it goes there while the next layer computes, and comes back
-while the layer behind it is run backward. The last layer's stays: it is needed at once."""
+"""Activation offloading: what layers save for backward waits in host memory.
+
+It is copied there while the next layer computes, and back while the backward of that layer runs.
+The last layer's tensors stay on the device, because they are needed at once.
+"""
 
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
@@ -12,20 +15,20 @@ from torch.distributed.tensor import DTensor
 
 from qwen35.device import CopyQueue
 
-SMALLEST = 1 << 20  # bytes: less is not worth a copy
+MIN_BYTES = 1 << 20  # smaller storages are not worth a copy
 
 
 @dataclass
 class Item:
-    """One storage, as a flat tensor, in one place or both."""
+    """One storage as a flat tensor, on the device, on the host or both."""
 
-    here: Tensor | None = None  # on the device
-    there: Tensor | None = None
+    on_device: Tensor | None = None
+    on_host: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class View:
-    """What was kept: a view of an item."""
+    """A saved tensor: a view of an item."""
 
     item: Item
     shape: torch.Size
@@ -34,31 +37,32 @@ class View:
 
 
 class Offload:
-    """Of a device: the two queues of copies, which serve one forward and backward after the other."""
+    """The two copy queues of a device, shared by all layers and micro-batches."""
 
-    def __init__(self, device: torch.device, smallest: int = SMALLEST):
-        self.device, self.smallest = device, smallest
-        self.going, self.coming = CopyQueue(device), CopyQueue(device)
+    def __init__(self, device: torch.device, min_bytes: int = MIN_BYTES):
+        self.device, self.min_bytes = device, min_bytes
+        self.to_host_queue, self.to_device_queue = CopyQueue(device), CopyQueue(device)
 
-    def stash(self, layer: nn.Module, shared: Iterable[Tensor], before: "Stash | None", is_last: bool) -> "Stash":
-        """Of a layer's forward. `shared`: what all layers use, which stays where it is; before: the stash of the one before."""
-        return Stash(self, layer, {_key(x) for x in shared}, before, is_last)
+    def stash(self, layer: nn.Module, shared: Iterable[Tensor], previous: "Stash | None", is_last: bool) -> "Stash":
+        """A stash for one forward of `layer`. `shared`: tensors of all layers, which stay here."""
+        return Stash(self, layer, {_key(x) for x in shared}, previous, is_last)
 
 
 class Stash:
-    """As a context around a layer's forward: what autograd keeps inside, each storage once, without parameters.
+    """A context around a layer's forward that offloads what autograd saves in it.
 
-    pack and unpack serve what is kept in other ways too. FSDP's whole weights are parameters while a layer runs, and FSDP's to
-    free. A stash lives as long as something that was packed; it holds the one before it, and never the one after.
+    Each storage is copied once; parameters are not, among them FSDP's unsharded weights, which FSDP
+    frees. `pack` and `unpack` also serve tensors that are saved in other ways. A stash lives as
+    long as something that it packed; it refers to the previous stash, never to the next.
     """
 
-    def __init__(self, offload: Offload, layer: nn.Module, shared: set[int], before: "Stash | None", is_last: bool):
-        self.offload, self.layer, self.before, self.is_last = offload, layer, before, is_last
-        self.staying = shared  # and the parameters, as they are met
-        # of those that somebody still needs: a layer below all that is trained keeps nothing, though much was packed
+    def __init__(self, offload: Offload, layer: nn.Module, shared: set[int], previous: "Stash | None", is_last: bool):
+        self.offload, self.layer, self.previous, self.is_last = offload, layer, previous, is_last
+        self.excluded = shared  # _is_excluded adds the parameters
+        # weak, so that unneeded items disappear: a layer below all trained parameters saves nothing
         self.items: MutableMapping[tuple[int, torch.dtype], Item] = WeakValueDictionary()
-        self.mark: Any = None  # of the copies that were asked for last
-        self.is_back = False
+        self.event: Any = None  # after the copies that were queued last
+        self.is_prefetched = False
 
     def __enter__(self) -> None:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
@@ -66,69 +70,68 @@ class Stash:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
-        del self._hooks  # which holds the stash
-        self._send()
-        if self.before:
-            self.before._let_go()
+        del self._hooks  # it refers to the stash
+        self._copy_to_host()
+        if self.previous:
+            self.previous._release_device_memory()
 
     def pack(self, x: Tensor) -> Tensor | View:
         if x.device.type != self.offload.device.type:
-            return x  # of the host already
+            return x  # on the host already
         x, size = x.detach(), x.untyped_storage().nbytes()
         key = _key(x)
-        if self.is_last or size < max(1, self.offload.smallest) or self._stays(key, x.dtype):
+        if self.is_last or size < max(1, self.offload.min_bytes) or self._is_excluded(key, x.dtype):
             return x
         item = self.items.setdefault((key, x.dtype), Item())
-        if item.here is None:
-            item.here = x.as_strided((size // x.element_size(),), (1,), 0)
+        if item.on_device is None:
+            item.on_device = x.as_strided((size // x.element_size(),), (1,), 0)
         return View(item, x.shape, x.stride(), x.storage_offset())
 
-    def unpack(self, kept: Tensor | View) -> Tensor:
-        self._ask_back()
+    def unpack(self, packed: Tensor | View) -> Tensor:
+        self._prefetch()
         self._wait()
-        if self.before:
-            self.before._ask_back()  # one layer ahead
-        if isinstance(kept, Tensor):
-            return kept
-        assert kept.item.here is not None
-        return kept.item.here.as_strided(kept.shape, kept.stride, kept.offset)
+        if self.previous:
+            self.previous._prefetch()  # one layer ahead
+        if isinstance(packed, Tensor):
+            return packed
+        assert packed.item.on_device is not None
+        return packed.item.on_device.as_strided(packed.shape, packed.stride, packed.offset)
 
-    def _stays(self, key: int, dtype: torch.dtype) -> bool:
-        if key not in self.staying and (key, dtype) not in self.items:
-            self.staying.update(
-                map(_key, self.layer.parameters())
-            )  # again for what is new: FSDP makes them whole by parts
-        return key in self.staying
+    def _is_excluded(self, key: int, dtype: torch.dtype) -> bool:
+        if key not in self.excluded and (key, dtype) not in self.items:
+            # again for every new storage, because FSDP unshards a layer in several steps
+            self.excluded.update(map(_key, self.layer.parameters()))
+        return key in self.excluded
 
-    def _send(self) -> None:
-        """To the host, after what the device computes now."""
-        going = self.offload.going
-        going.follow_device()
+    def _copy_to_host(self) -> None:
+        """Queue the copies to the host, after what the device computes now."""
+        to_host_queue = self.offload.to_host_queue
+        to_host_queue.wait_for_device()
         for item in self.items.values():
-            assert item.here is not None
-            item.there = going.to_host(item.here)
-        self.mark = going.mark()
+            assert item.on_device is not None
+            item.on_host = to_host_queue.to_host(item.on_device)
+        self.event = to_host_queue.record_event()
 
-    def _let_go(self) -> None:
-        """Of what has been sent: the device uses its memory again after the copies."""
+    def _release_device_memory(self) -> None:
+        """Free the device memory of what has been copied, once the copies are done."""
         self._wait()
         for item in self.items.values():
-            item.here = None
+            item.on_device = None
 
-    def _ask_back(self) -> None:
-        if self.is_back:
+    def _prefetch(self) -> None:
+        if self.is_prefetched:
             return
-        self.is_back, coming = True, self.offload.coming
-        coming.follow_device()
+        self.is_prefetched, to_device_queue = True, self.offload.to_device_queue
+        to_device_queue.wait_for_device()
         for item in self.items.values():
-            if item.here is None:
-                assert item.there is not None
-                item.here = coming.to_device(item.there, self.offload.device)
-        self.mark = coming.mark()
+            if item.on_device is None:
+                assert item.on_host is not None
+                item.on_device = to_device_queue.to_device(item.on_host, self.offload.device)
+        self.event = to_device_queue.record_event()
 
     def _wait(self) -> None:
-        self.offload.coming.hold_device(self.mark)
-        self.mark = None
+        self.offload.to_device_queue.make_device_wait(self.event)
+        self.event = None
 
 
 def _key(x: Tensor) -> int:

@@ -1,29 +1,30 @@
-"""What the ranks of a group exchange in fixed shapes, as differentiable functions: backward is the opposite exchange."""
+"""Differentiable collectives of fixed shapes, whose backward is the opposite exchange."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 
 def to_heads(group: dist.ProcessGroup, *outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each output is given by the parts [T/U, H, …] that are to lie side by side in it -> [T, sum of their H/U * …].
+    """From tokens to heads: each output's parts [T/U, H, …] -> [T, sum of the parts' H/U * …].
 
-    All of it in one message, where wider numbers count as several of the narrowest.
+    All parts travel in one message; wider dtypes are viewed as several elements of the narrowest.
     """
     parts = [part for output in outputs for part in output]
     return _ToHeads.apply(group, [len(output) for output in outputs], *parts)
 
 
 def to_tokens(group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    """x [T, H/U, D] -> [T/U, H, D]"""
+    """From heads to tokens: x [T, H/U, D] -> [T/U, H, D]"""
     return _ToTokens.apply(group, x)
 
 
 def exchange(group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    """x [U, …], a slice for each rank -> [U, …], a slice of each rank"""
+    """All-to-all: x [U, …], a slice for each rank -> [U, …], a slice from each. No autograd."""
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x, group=group)
     return received
@@ -32,29 +33,29 @@ def exchange(group: dist.ProcessGroup, x: Tensor) -> Tensor:
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, counts: list[int], *parts: Tensor) -> tuple[Tensor, ...]:
-        size, word = group.size(), min((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
-        blocks = [_as(word, part).unflatten(1, (size, -1)).transpose(0, 1) for part in parts]  # [U, T/U, H/U, …]
+        size, dtype = group.size(), min((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        blocks = [rearrange(_view_as(dtype, part), "t (u h) ... -> u t h ...", u=size) for part in parts]
         widths = [block.shape[2:].numel() for block in blocks]
-        send = torch.empty(size, len(parts[0]), sum(widths), dtype=word, device=parts[0].device)
-        for place, block in zip(send.split(widths, dim=2), blocks, strict=True):
-            place.unflatten(2, block.shape[2:]).copy_(block)
-        found, of_parts = exchange(group, send).flatten(0, 1), iter(zip(widths, parts, strict=True))
-        ctx.group, ctx.word, ctx.widths = group, word, widths
+        send = torch.empty(size, len(parts[0]), sum(widths), dtype=dtype, device=parts[0].device)
+        for target, block in zip(send.split(widths, dim=2), blocks, strict=True):
+            target.unflatten(2, block.shape[2:]).copy_(block)
+        received, parts_left = exchange(group, send).flatten(0, 1), iter(zip(widths, parts, strict=True))
+        ctx.group, ctx.dtype, ctx.widths = group, dtype, widths
         ctx.parts = [(part.shape, part.dtype) for part in parts]
-        outputs = [[next(of_parts) for _ in range(count)] for count in counts]
-        columns = found.split([sum(width for width, _ in output) for output in outputs], dim=1)
-        return tuple(_as(output[0][1].dtype, x) for x, output in zip(columns, outputs, strict=True))
+        outputs = [[next(parts_left) for _ in range(count)] for count in counts]
+        columns = received.split([sum(width for width, _ in output) for output in outputs], dim=1)
+        return tuple(_view_as(output[0][1].dtype, x) for x, output in zip(columns, outputs, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        send = torch.cat([_as(ctx.word, grad) for grad in grads], dim=1)  # [T, all widths]
-        found = exchange(ctx.group, send.unflatten(0, (ctx.group.size(), -1))).split(ctx.widths, dim=2)
+        send = torch.cat([_view_as(ctx.dtype, grad) for grad in grads], dim=1)  # [T, all widths]
+        received = exchange(ctx.group, send.unflatten(0, (ctx.group.size(), -1))).split(ctx.widths, dim=2)
         return (
             None,
             None,
             *(
-                _as(dtype, x.transpose(0, 1).flatten(1)).view(shape)
-                for x, (shape, dtype) in zip(found, ctx.parts, strict=True)
+                _view_as(dtype, x.transpose(0, 1).flatten(1)).view(shape)
+                for x, (shape, dtype) in zip(received, ctx.parts, strict=True)
             ),
         )
 
@@ -63,16 +64,17 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
         ctx.group = group
-        return exchange(group, x.contiguous().unflatten(0, (group.size(), -1))).transpose(0, 1).flatten(1, 2)
+        slices = rearrange(x.contiguous(), "(u t) h d -> u t h d", u=group.size())
+        return rearrange(exchange(group, slices), "u t h d -> t (u h) d")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        size = ctx.group.size()
-        return None, exchange(ctx.group, grad.unflatten(1, (size, -1)).transpose(0, 1).contiguous()).flatten(0, 1)
+        slices = rearrange(grad, "t (u h) d -> u t h d", u=ctx.group.size()).contiguous()
+        return None, rearrange(exchange(ctx.group, slices), "u t h d -> (u t) h d")
 
 
-def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """The same bytes as numbers of `dtype`."""
+def _view_as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """The bytes of x as elements of `dtype`."""
     return x if x.dtype == dtype else x.contiguous().view(dtype)
 
 
@@ -95,7 +97,7 @@ class _Gather(torch.autograd.Function):
 
 
 def sum_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    """The sum of all ranks' x. A rank's backward is for its own x alone: the gradients of the ranks are summed later."""
+    """The sum of all ranks' x. Backward is for the rank's own x; FSDP sums gradients over ranks."""
     return _Sum.apply(group, x)
 
 

@@ -1,12 +1,13 @@
-"""Context parallelism in the Ulysses way: U ranks share each bin, a part of the tokens each, in the mixers a part of the heads.
+"""Ulysses context parallelism: U ranks share each micro-batch, T/U of its T tokens each.
 
-All that looks at one token at a time works on T/U tokens, be it a norm, a projection or an expert. Attention and the delta net
-look along the sequence: one all-to-all before them gives each rank all T tokens of its heads, one behind them gives the tokens
-back. In the vision tower patches are divided in the same way, and its features brought together at its end.
-Source: Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509.
+Operations on single tokens (norms, projections, experts) work on T/U tokens. Attention and the
+delta net need whole sequences: an all-to-all before them gives each rank all T tokens of its heads,
+and one after them restores the T/U tokens of all heads. The vision tower shards its patches in the
+same way and gathers its features at the end. Source: Jacobs et al. 2023, DeepSpeed Ulysses,
+arXiv:2309.14509.
 
-U must divide the numbers of heads; where it is a multiple of that of KV heads, each of these goes to several ranks.
-Every shape follows from the settings, and no exchange waits for the host.
+U must divide the numbers of heads; if it is a multiple of the number of KV heads, each KV head goes
+to several ranks. All shapes follow from the settings, and no exchange waits for the host.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.attention import Prepare
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.batch import MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore
@@ -25,11 +26,11 @@ from qwen35.model.vision import VisionAttention
 from qwen35.parallel.collectives import gather, sum_over, to_heads, to_tokens
 from qwen35.parallel.mesh import Meshes
 
-# ── From outside: the model's cores, and a batch ───────────────────────────────────────────────────────────────────────
+# ── Applied to a model and to its batches ─────────────────────────────────────────────────────────
 
 
 def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
-    """Have a plain model (not sharded yet) work on parts of batches, as `shard_batch` makes them. No parameter changes."""
+    """Make a plain, unsharded model work on the output of shard_batch. Changes no parameter."""
     if meshes.ulysses_size == 1:
         return
     group = meshes.tokens["ulysses"].get_group()
@@ -38,70 +39,70 @@ def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
             module.register_module("core", UlyssesAttention(module.core, group))
         elif isinstance(module, GatedDeltaNet):
             module.register_module("core", UlyssesDeltaNet(module.core, group))
-    model.model.visual.register_module("all_features", Gathered(group))
-    model.register_module("all_stats", Summed(group))
+    model.model.visual.register_module("gather_features", GatherFeatures(group))
+    model.register_module("sum_stats", SumStats(group))
 
 
 def shard_batch(
     batch: PackedBatch, weights: Tensor, mtp_targets: MTPTargets | None, rank: int, size: int
 ) -> tuple[PackedBatch, Tensor, MTPTargets | None]:
-    """A whole micro-batch on the host, with all derived fields, its token weights [T], and its MTP targets -> a rank's part.
+    """A rank's part of a micro-batch on the host, of its token weights [T] and of its MTP targets.
 
-    The part has T/size tokens and P/size patches; `label_positions` counts from its first token. Whole stay cu_seqlens,
-    position_ids, the vision's cu_seqlens and positions, which the mixers alone read, and grid_thw. Where multi-token
-    prediction is trained, input_ids and vision_index have one token more, the next part's first, for which nobody need be
-    asked.
-    Raises ValueError if tokens or patches do not divide.
+    The batch must have all derived fields. The part has T/size tokens and P/size patches; `label_positions`
+    counts from its first token. What only attention and the delta net read stays whole: cu_seqlens,
+    position_ids, the vision index's cu_seqlens and positions, grid_thw. With MTP targets, input_ids
+    and vision_index also have the next part's first token, which saves an exchange. Raises
+    ValueError if `size` does not divide the tokens or the patches.
     """
     if size == 1:
         return batch, weights, mtp_targets
-    assert (
-        batch.vision is not None and batch.vision_index is not None and batch.vision_token is not None
-    )  # by the collator
+    assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by the collator
     tokens, patches = len(batch.labels), len(batch.pixel_values)
     if tokens % size or patches % size:
         raise ValueError(f"{tokens} tokens and {patches} patches cannot be shared by {size} ranks evenly")
-    here = slice(rank * tokens // size, (rank + 1) * tokens // size)
-    seen = slice(here.start, here.stop + (mtp_targets is not None))
-    is_here = (batch.vision_token >= seen.start) & (batch.vision_token < seen.stop)
-    of_tower = slice(rank * patches // size, (rank + 1) * patches // size)
+    tokens_here = slice(rank * tokens // size, (rank + 1) * tokens // size)
+    input_rows = slice(tokens_here.start, tokens_here.stop + (mtp_targets is not None))
+    is_here = (batch.vision_token >= input_rows.start) & (batch.vision_token < input_rows.stop)
+    tower_patches = slice(rank * patches // size, (rank + 1) * patches // size)
     part = dataclasses.replace(
         batch,
-        input_ids=_rows(batch.input_ids, seen, 0),
-        labels=batch.labels[here],
-        vision_index=_rows(batch.vision_index, seen, -1),
-        vision_token=torch.where(is_here, batch.vision_token - seen.start, -1),
-        label_positions=None if batch.label_positions is None else _inside(batch.label_positions, here),
-        is_pad=None if batch.is_pad is None else batch.is_pad[here],
-        pixel_values=batch.pixel_values[of_tower],
+        input_ids=_pad_rows(batch.input_ids, input_rows, 0),
+        labels=batch.labels[tokens_here],
+        vision_index=_pad_rows(batch.vision_index, input_rows, -1),
+        vision_token=torch.where(is_here, batch.vision_token - input_rows.start, -1),
+        label_positions=None if batch.label_positions is None else _shift_into(batch.label_positions, tokens_here),
+        is_pad=None if batch.is_pad is None else batch.is_pad[tokens_here],
+        pixel_values=batch.pixel_values[tower_patches],
         vision=dataclasses.replace(
-            batch.vision, corner=batch.vision.corner[:, of_tower], corner_weight=batch.vision.corner_weight[:, of_tower]
+            batch.vision,
+            corner=batch.vision.corner[:, tower_patches],
+            corner_weight=batch.vision.corner_weight[:, tower_patches],
         ),
     )
     if mtp_targets is not None:
         mtp_targets = MTPTargets(
-            mtp_targets.labels[here],
-            mtp_targets.weights[here],
-            _inside(mtp_targets.label_positions, here),
-            mtp_targets.is_end[here],
+            mtp_targets.labels[tokens_here],
+            mtp_targets.weights[tokens_here],
+            _shift_into(mtp_targets.label_positions, tokens_here),
+            mtp_targets.is_end[tokens_here],
         )
-    return part, weights[here], mtp_targets
+    return part, weights[tokens_here], mtp_targets
 
 
-def _rows(x: Tensor, rows: slice, beyond: int) -> Tensor:
-    """x [T] -> those rows; `beyond` for one behind the last."""
+def _pad_rows(x: Tensor, rows: slice, beyond: int) -> Tensor:
+    """x [T] -> x[rows], where `rows` may end one past the last row, which is `beyond`."""
     return torch.cat([x, x.new_full((1,), beyond)])[rows]
 
 
-def _inside(rows: Tensor, here: slice) -> Tensor:
-    return rows[(rows >= here.start) & (rows < here.stop)] - here.start
+def _shift_into(rows: Tensor, tokens_here: slice) -> Tensor:
+    return rows[(rows >= tokens_here.start) & (rows < tokens_here.stop)] - tokens_here.start
 
 
-# ── The cores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The cores ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class UlyssesAttention(nn.Module):
-    """A plain core that sees all tokens of Hq/U heads."""
+    """A plain core on all tokens of Hq/U heads."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup):
         super().__init__()
@@ -115,24 +116,24 @@ class UlyssesAttention(nn.Module):
         cu_seqlens: Tensor,
         prepare: Prepare | None = None,
         *inputs: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
-        """q [T/U, Hq, D], k, v [T/U, Hkv, D], inputs for all T tokens -> [T/U, Hq, D]"""
+        """q [T/U, Hq, D]; k, v [T/U, Hkv, D]; inputs for all T tokens -> [T/U, Hq, D]"""
         repeats = max(1, self.group.size() // k.shape[1])
         if repeats > 1:
             k, v = (x[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for x in (k, v))
         q, k, v = (x.unflatten(1, (-1, q.shape[2])) for x in to_heads(self.group, [q], [k], [v]))
-        return to_tokens(self.group, self.core(q, k, v, cu_seqlens, prepare, *inputs, kept=kept))
+        return to_tokens(self.group, self.core(q, k, v, cu_seqlens, prepare, *inputs, recompute_cache=recompute_cache))
 
 
 class UlyssesDeltaNet(nn.Module):
-    """A plain core that sees all tokens of Hk/U key heads and their Hv/U value heads, through its own channels' taps."""
+    """A plain core on all tokens of Hk/U key and Hv/U value heads, with their channels' taps."""
 
     def __init__(self, core: DeltaNetCore, group: dist.ProcessGroup):
         super().__init__()
         self.core, self.group = core, group
-        self.whole = core.split
-        core.split = [width // group.size() for width in self.whole]
+        self.full_split = core.split
+        core.split = [width // group.size() for width in self.full_split]
 
     def forward(
         self,
@@ -141,19 +142,20 @@ class UlyssesDeltaNet(nn.Module):
         beta: Tensor,
         conv_weight: Tensor,
         cu_seqlens: Tensor,
-        kept: Kept | None = None,
+        recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
         """qkv [T/U, C], g, beta [T/U, Hv] fp32, conv_weight [C, K] -> [T/U, Hv, Dv]"""
         rank = self.group.rank()
         taps = [
-            x[rank * n : (rank + 1) * n] for x, n in zip(conv_weight.split(self.whole), self.core.split, strict=True)
+            x[rank * n : (rank + 1) * n]
+            for x, n in zip(conv_weight.split(self.full_split), self.core.split, strict=True)
         ]
-        qkv, g, beta = to_heads(self.group, qkv.split(self.whole, dim=1), [g], [beta])
-        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(taps), cu_seqlens, kept))
+        qkv, g, beta = to_heads(self.group, qkv.split(self.full_split, dim=1), [g], [beta])
+        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(taps), cu_seqlens, recompute_cache))
 
 
-class Gathered(nn.Module):
-    """The features of all patches, of those of a part."""
+class GatherFeatures(nn.Module):
+    """Gathers the features of all parts' patches."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()
@@ -164,8 +166,8 @@ class Gathered(nn.Module):
         return gather(self.group, x)
 
 
-class Summed(nn.Module):
-    """The routers' stats of all tokens, of those of a part. Each rank sends back what its own part had to do with them."""
+class SumStats(nn.Module):
+    """Sums the routers' stats over the parts; backward is for the rank's own part."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()

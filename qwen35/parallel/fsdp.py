@@ -1,7 +1,7 @@
 """FSDP2: master weights fp32 and sharded, computed in bf16, gradients summed in fp32.
 
-What must not be rounded (A_log, dt_bias, the delta net's norm, the router) is held out: replicated, always fp32, and its
-gradients are reduced in one flat all-reduce a step.
+Parameters that must not be rounded (A_log, dt_bias, the delta net's norm, the router) are
+replicated in fp32; their gradients are reduced in one flat all-reduce per step.
 """
 
 from functools import partial
@@ -16,35 +16,38 @@ from torch.distributed.tensor import DTensor, Shard
 
 from kernels.features import fsdp_has_sums
 from qwen35.model import Qwen35
-from qwen35.parallel.expert_parallel import split_experts
+from qwen35.parallel.expert_parallel import apply_expert_parallel
 from qwen35.parallel.mesh import Meshes
 
 REPLICATED = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight", "mlp.gate.weight")
 
 
 def replicated(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that stay out of FSDP."""
     return [p for name, p in model.named_parameters() if name.endswith(REPLICATED)]
 
 
 def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
-    """Shard a plain model (on the meta device or not) in place; `dtype` is that of the arithmetic.
+    """Shard a plain model (on the meta device or not) in place; `dtype` is that of the computation.
 
-    One unit a decoder layer and vision block, one for the rest of the vision tower, one for multi-token prediction where that
-    is trained, one for the embedding, the final norm and the head; and one inside of each layer for its experts, where these
-    are split over ranks. Gradients are summed over the ranks, not averaged: the loss carries the division.
+    FSDP units: each decoder layer and vision block, the rest of the vision tower, multi-token
+    prediction if it is trained, and the embedding, final norm and head; with expert parallelism
+    also each layer's experts. Gradients are summed over the ranks, not averaged: the loss is
+    normalised.
     """
     replicas = meshes.weights["replicate"]
-    with_replicas = replicas.size() > 1 and fsdp_has_sums()
+    is_hybrid = replicas.size() > 1 and fsdp_has_sums()
     unit = partial(
         fully_shard,
-        mesh=meshes.weights if with_replicas else meshes.weights["shard"],
+        mesh=meshes.weights if is_hybrid else meshes.weights["shard"],
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         ignored_params=set(replicated(model)),
     )
     if meshes.experts["ep"].size() > 1:
-        # cut along the second axis: a rank may have fewer experts than there are ranks to share them
-        mesh = meshes.experts["replicate", "fsdp"] if with_replicas else meshes.experts["fsdp"]
-        for experts in split_experts(model, meshes.experts["ep"]):
+        # shard along the second axis: a rank may own fewer experts than there are ranks to share
+        # them
+        mesh = meshes.experts["replicate", "fsdp"] if is_hybrid else meshes.experts["fsdp"]
+        for experts in apply_expert_parallel(model, meshes.experts["ep"]):
             unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     for block in model.model.visual.blocks:
         unit(block)
@@ -62,22 +65,25 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
 
 
 def _prefetch(model: Qwen35) -> None:
-    """In forward, ask for the next unit's weights before a unit computes: one more is whole meanwhile, and the two overlap even
-    where the host has to wait inside a layer. In backward, where the peak is, FSDP2 by itself is one unit ahead."""
+    """In forward, unshard the next unit before a unit computes: this overlaps even with host syncs.
+
+    One more unit is unsharded meanwhile. In backward, at the memory peak, FSDP2's own prefetch of
+    one unit is enough.
+    """
     tower = model.model.visual
     order = [tower, *tower.blocks, *model.model.language_model.layers, *([model.mtp] if hasattr(model, "mtp") else [])]
-    for one, following in pairwise(order):
-        one.set_modules_to_forward_prefetch([m for m in following.modules() if isinstance(m, FSDPModule)])
+    for unit, following in pairwise(order):
+        unit.set_modules_to_forward_prefetch([m for m in following.modules() if isinstance(m, FSDPModule)])
 
 
 def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
-    """Plain sums, which every backend has: HCCL lacks the scaled one, gloo the average (that of torch 2.7 sums instead)."""
+    """Plain sums, which every backend has: HCCL lacks scaled sums, gloo averages."""
     if fsdp_has_sums():
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         return
-    # torch 2.7's own setter allows the scaled sum alone, and its sum over replicas is always an average: here the field
-    # that the setter sets, and a hook after the sum over the shards
+    # torch 2.7's setter allows only scaled sums, and it always averages over replicas: set the
+    # field directly, and sum over replicas in a hook after the reduce-scatter
     group = module._get_fsdp_state()._fsdp_param_group
     if group is not None:
         group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # type: ignore[attr-defined]  # 2.7 has it
@@ -86,7 +92,7 @@ def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Of weights that a forward without a backward has left whole: the root's."""
+    """Free the unsharded weights that a forward without a backward leaves: those of the root."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -94,14 +100,14 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, plain: nn.Module) -> None:
-    """Fill a plain model of the same shape on each rank, in its own dtypes; all ranks call it."""
-    for (name, whole), (other, own) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-        assert name == other
-        whole.copy_(own.full_tensor() if isinstance(own, DTensor) else own)
+    """Copy all weights into a plain model of the same shape on each rank. A collective."""
+    for (name, full), (sharded_name, sharded) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert name == sharded_name
+        full.copy_(sharded.full_tensor() if isinstance(sharded, DTensor) else sharded)
 
 
 def reduce_replicated(model: nn.Module) -> None:
-    """Sum the gradients of the replicated parameters over all ranks, in one call."""
+    """Sum the gradients of the replicated parameters over all ranks in one all-reduce."""
     grads = [p.grad for p in replicated(model) if p.grad is not None]
     if not grads or dist.get_world_size() == 1:
         return

@@ -1,4 +1,4 @@
-"""Who shares what: the ranks laid out for the weights, for the experts, and for long sequences."""
+"""Device meshes: the ranks laid out for the weights, for the experts and for long sequences."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +13,11 @@ from qwen35.config.schema import ParallelSettings
 
 @dataclass(frozen=True)
 class Meshes:
-    """All ranks in three layouts, the last name counting fastest: neighbours share most.
+    """All ranks in three meshes; the last dimension varies fastest, so that neighbours share most.
 
-    A copy of the weights lies on the ranks of `shard`; of its experts, each of the `ep` ranks has its own, cut further over
-    `fsdp` (fsdp x ep = shard). The `ulysses` ranks hold parts of the same bins, the `data` ranks have bins of their own.
+    The ranks of `shard` share one copy of the weights. Of its experts each `ep` rank owns some,
+    sharded over `fsdp` (fsdp x ep = shard). The `ulysses` ranks hold parts of the same packed
+    sequences, the `data` ranks different ones.
     """
 
     weights: DeviceMesh  # [replicate, shard]
@@ -41,26 +42,27 @@ class Meshes:
 
 
 def make_meshes(device_type: str, p: ParallelSettings, timeout: float = 1800) -> Meshes:
-    """Over all ranks of the default group, which must have the same timeout: seconds that a collective waits for the slowest.
+    """Meshes over all ranks. Raises SettingError.
 
-    Raises SettingError.
+    timeout: of collectives, in seconds; the default group must have the same.
     """
-    of, patience = layout_of(p, dist.get_world_size()), timedelta(seconds=timeout)
+    layout, limit = layout_of(p, dist.get_world_size()), timedelta(seconds=timeout)
     return Meshes(
-        _mesh(device_type, {"replicate": of.copies, "shard": of.shard}, patience),
-        _mesh(device_type, {"replicate": of.copies, "fsdp": of.fsdp, "ep": of.ep}, patience),
-        _mesh(device_type, {"data": of.data, "ulysses": of.ulysses}, patience),
+        _mesh(device_type, {"replicate": layout.copies, "shard": layout.shard}, limit),
+        _mesh(device_type, {"replicate": layout.copies, "fsdp": layout.fsdp, "ep": layout.ep}, limit),
+        _mesh(device_type, {"data": layout.data, "ulysses": layout.ulysses}, limit),
     )
 
 
 def _mesh(device_type: str, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
-    """As init_device_mesh makes it, whose groups would have torch's own half hour whatever the default group has."""
+    """As init_device_mesh, whose groups would have torch's default timeout of half an hour."""
     ranks = torch.arange(dist.get_world_size()).view(*sizes.values())
     groups = []
     for dim, (name, size) in enumerate(sizes.items()):
-        lines = ranks.movedim(dim, -1).reshape(-1, size).tolist()
-        everyone = dist.group.WORLD if len(lines) == 1 else None  # a second one would need buffers of its own
+        rank_groups = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+        default_group = dist.group.WORLD if len(rank_groups) == 1 else None  # reuse its buffers
         groups.append(
-            everyone or dist.new_subgroups_by_enumeration(lines, timeout=timeout, group_desc=f"mesh_{name}")[0]
+            default_group
+            or dist.new_subgroups_by_enumeration(rank_groups, timeout=timeout, group_desc=f"mesh_{name}")[0]
         )
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=tuple(sizes))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import kernels
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
-from qwen35.device import host_group, take_device
+from qwen35.device import host_group, set_up_device
 from qwen35.errors import USER_ERRORS, UserError, complain
 from qwen35.heartbeat import Heartbeat
 from qwen35.model import TextConfig, load_config
@@ -48,7 +48,7 @@ def compiled(
     wait as long as that takes. Raises CompilationError, CacheError, KernelError.
     """
     chosen = kernels.select(device.type, settings.model.kernels)
-    if not kernels.of_triton(chosen):
+    if not kernels.triton_ops(chosen):
         return chosen
     from kernels.triton.first_run import with_tiles
 
@@ -109,13 +109,13 @@ def compile_here(
     say: Callable[[str], object],
 ) -> "tuple[Tiles, dict[str, float]]":
     """Alone in this machine's cache, with lines of progress. Raises as `compiled`."""
-    from kernels.triton.first_run import COUNTS, Layer, TooLargeError, compile_kernels
+    from kernels.triton.first_run import KERNEL_COUNTS, Layer, TooLargeError, compile_kernels
 
     check_compilers()
     share = settings.parallel.ulysses_parallel_size
     heads = text.linear_num_key_heads // share, text.linear_num_value_heads // share
     layer = Layer(*heads, text.linear_key_head_dim, text.linear_value_head_dim, DTYPES[settings.training.dtype])
-    progress = _Progress(sum(COUNTS[op] for op in kernels.of_triton(chosen)), heartbeat, say)
+    progress = _Progress(sum(KERNEL_COUNTS[op] for op in kernels.triton_ops(chosen)), heartbeat, say)
     folder, start = cache_folder(), time.monotonic()
     try:
         with compiling(folder, progress.waits):
@@ -132,15 +132,17 @@ def compile_here(
 def show(config: str, overrides: Sequence[str]) -> int:
     """Compile a recipe's kernels on the first device, without its weights, and print a table of them. Returns the exit code."""
     try:
-        settings, device = load_settings(config, overrides), take_device()
+        settings, device = load_settings(config, overrides), set_up_device()
         chosen = kernels.select(device.type, settings.model.kernels)
-        if not kernels.of_triton(chosen):
+        if not kernels.triton_ops(chosen):
             return 0
         text = load_config(settings.model.model_name_or_path).text
         tiles, seconds = compile_here(settings, text, chosen, device, Heartbeat(), partial(print, flush=True))
     except (*USER_ERRORS, kernels.KernelError) as error:
         return complain(error)
     print(
-        "\n".join([f"{'kernel':28}seconds  tile", *(f"{k:28}{s:7.1f}  {tiles.words(k)}" for k, s in seconds.items())])
+        "\n".join(
+            [f"{'kernel':28}seconds  tile", *(f"{k:28}{s:7.1f}  {tiles.describe(k)}" for k, s in seconds.items())]
+        )
     )
     return 0

@@ -59,20 +59,20 @@ class SwappedAdamW(AdamW):
         count = min(2, len(chunks))
         device = chunks[0][1].parameters[0].device
         rooms = torch.empty(count, 2, max(chunk.size for _, chunk in chunks), device=device)
-        self._coming.follow_device()  # the rooms' memory may have served what the device has yet to do
-        left = [self._going.mark()] * count  # that the moments which used a room last are back on the host
+        self._coming.wait_for_device()  # the rooms' memory may have served what the device has yet to do
+        left = [self._going.record_event()] * count  # that the moments which used a room last are back on the host
         for i, (group, chunk) in enumerate(chunks):
             room = rooms[i % count]
             first, second = (list(x.split([len(p) for p in chunk.parameters])) for x in room[:, : chunk.size])
-            with self._coming.after(left[i % count]):
+            with self._coming.behind(left[i % count]):
                 _copy(chunk.moments, first, second, to_device=True)
-            self._coming.hold_device(self._coming.mark())
+            self._coming.make_device_wait(self._coming.record_event())
             update(group, chunk.parameters, chunk.gradients, first, second, chunk.steps)
-            self._going.follow_device()
-            with self._going.after(None):
+            self._going.wait_for_device()
+            with self._going.behind(None):
                 _copy(chunk.moments, first, second, to_device=False)
-            left[i % count] = self._going.mark()
-        self._going.hold_device(self._going.mark())  # the rooms are given back
+            left[i % count] = self._going.record_event()
+        self._going.make_device_wait(self._going.record_event())  # the rooms are given back
 
     def zeros_like(self, parameter: nn.Parameter) -> Tensor:
         return host_buffer(parameter)

@@ -14,7 +14,7 @@ from qwen35.config.schema import DatasetParam, Settings, of_held_out
 from qwen35.data import RecordError
 from qwen35.data.tokenized import Progress
 from qwen35.data.validation import ValidationSet
-from qwen35.device import is_apart
+from qwen35.device import has_own_memory
 from qwen35.errors import SettingError
 from qwen35.heartbeat import Heartbeat
 from qwen35.inference.evaluate import GREEDY, answers
@@ -72,7 +72,7 @@ class Validation:
             self.sampling = greedy_by(read_generation_config(settings.model.model_name_or_path))
         try:
             rank, ranks = meshes.data_rank, meshes.data_size
-            self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
+            self.set = ValidationSet(settings, rank, ranks, progress, has_own_memory(device), trained)
             self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(of_held_out(str(error))) from None

@@ -155,7 +155,7 @@ def test_an_error_that_is_no_number_is_off(tmp_path):
 def test_on_npus_figures_stand_beside_what_was_foreseen(monkeypatch, tmp_path, seconds, gigabytes, statuses):
     """No NPU is here: what one would measure is given."""
     for module in (task, slice_of_4b):
-        monkeypatch.setattr(module, "is_apart", lambda device: True)
+        monkeypatch.setattr(module, "has_own_memory", lambda device: True)
     given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
     given["rehearse"] = {"quick": 0.1, "slow": 0.4, "peak": 1e10}
     for name, value in given.items():

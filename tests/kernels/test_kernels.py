@@ -1,4 +1,4 @@
-"""Every op against kernels/reference.py: forward and all gradients, odd lengths, extreme gates, packed and separate."""
+"""Every op against kernels/reference.py: forward and all gradients, odd lengths, extreme gates."""
 
 import itertools
 import subprocess
@@ -25,7 +25,7 @@ def cu(lengths: list[int]) -> torch.Tensor:
 
 
 def compare(op: str, inputs: list, *rest, dtype=torch.float32, tolerance=2e-5) -> None:
-    """Our op in `dtype` against the reference in fp64 on the same (rounded) inputs: outputs and the gradient of each input."""
+    """Compare the op in `dtype` with the fp64 reference on the same rounded inputs."""
     mine = [x.to(dtype).requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in mine]
     ours, theirs = getattr(kernels, op)(*mine, *rest), getattr(reference, op)(*exact, *rest)
@@ -83,7 +83,7 @@ def test_causal_conv1d(lengths, dtype, tolerance):
 @DTYPES
 @pytest.mark.parametrize(
     "lengths", [*LENGTHS[1:], [0, 5, 0, 5, 5, 0]], ids=str
-)  # one token alone: a test of its own below
+)  # a single token has its own test below
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_attention(lengths, causal, dtype, tolerance):
     T = sum(lengths)
@@ -101,7 +101,7 @@ def test_attention_over_one_token_returns_its_value():
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 1000])
 def test_moe_experts(tokens, dtype, tolerance):
     ids = torch.rand(tokens, 6).topk(2).indices
-    ids[ids == 3] = 7  # expert 3 idles, and so do 6 and all but one of the last two
+    ids[ids == 3] = 7  # experts 3 and 6 and one of the last two get no tokens
     weights = torch.rand(tokens, 2)
     x, gate_up, down = torch.randn(tokens, 16), torch.randn(8, 48, 16), torch.randn(8, 16, 24)
 
@@ -121,7 +121,7 @@ def test_moe_experts(tokens, dtype, tolerance):
 
 
 def test_moe_experts_of_odd_sizes():
-    """Rows that are no multiple of 16 bytes: the grouped matmul refuses them."""
+    """Rows that are not a multiple of 16 bytes, which grouped_mm does not support."""
     ids, weights = torch.rand(9, 6).topk(2).indices, torch.rand(9, 2)
     x, gate_up, down = torch.randn(9, 21), torch.randn(8, 14, 21), torch.randn(8, 21, 7)
     ours = kernels.moe_experts(x, ids, weights, gate_up, down)
@@ -150,7 +150,7 @@ def test_norms_rotary_and_swiglu(rows, block, dtype, tolerance, monkeypatch):
 
 
 def test_elementwise_ops_take_views_and_any_shape():
-    """Query and gate lie side by side in the projection that makes them."""
+    """Query and gate are views of one projection's output."""
     both = torch.randn(9, 4, 64, requires_grad=True)
     q, gate = both.chunk(2, dim=-1)
     weight, angle = torch.randn(32), torch.randn(9, 4)
@@ -166,7 +166,7 @@ def test_elementwise_ops_take_views_and_any_shape():
 
 @DTYPES
 def test_primitives_of_the_experts(dtype, tolerance):
-    """Each against its plain meaning; expert 3 idles."""
+    """Each primitive against its definition; expert 3 gets no tokens."""
     ids = torch.rand(30, 6).topk(2).indices
     ids[ids == 3] = 7
     x, weights = torch.randn(30, 16).to(dtype), torch.rand(30, 2)
@@ -212,7 +212,7 @@ def test_moe_experts_with_one_input_frozen(frozen):
 
 
 def saved_bytes(run) -> int:
-    """What autograd keeps while `run` is done, a storage once."""
+    """The bytes that autograd saves during `run`, each storage once."""
     kept = {}
 
     def pack(x):
@@ -225,8 +225,8 @@ def saved_bytes(run) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def test_little_is_kept_for_backward():
-    """Inputs, and a few numbers a row; of the experts the output of gate_up."""
+def test_backward_saves_little():
+    """Only inputs and a few numbers per row are saved, and gate_up's output of the experts."""
     T, D, K, inner = 128, 64, 2, 32
     x, z = (torch.randn(T, D, requires_grad=True) for _ in range(2))
     weight = torch.randn(D, requires_grad=True)
@@ -240,7 +240,7 @@ def test_little_is_kept_for_backward():
     ids, weights = torch.rand(T, 8).topk(K).indices, torch.rand(T, K, requires_grad=True)
     kept = saved_bytes(lambda: kernels.moe_experts(x, ids, weights, gate_up, down))
     parameters = (gate_up.numel() + down.numel()) * 4
-    choices = 5 * K * row  # ids of 8 bytes, which the router keeps too, weights and places of 4; some to spare
+    choices = 5 * K * row  # 8-byte ids, which the router saves too, 4-byte weights and row_of_slot, and some slack
     assert kept - parameters <= matrix + T * K * 2 * inner * 4 + choices + 64
 
 
@@ -292,7 +292,7 @@ def test_linear_cross_entropy_never_holds_all_logits(monkeypatch):
     assert largest.size == 16 * 1000  # of 256,000
 
 
-def test_nothing_trained_gives_zero_loss_and_zero_gradients():
+def test_no_labels_give_zero_loss_and_zero_gradients():
     hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     loss, _ = kernels.linear_cross_entropy(hidden, weight, torch.full((7,), -100), torch.zeros(7))
     loss.backward()
@@ -301,8 +301,8 @@ def test_nothing_trained_gives_zero_loss_and_zero_gradients():
 
 @pytest.mark.parametrize("given", [True, False], ids=["rows given", "rows found"])
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100])
-def test_linear_cross_entropy_of_any_number_of_trained_rows(count, given, monkeypatch):
-    """The last chunk is filled up with a row that then must not count twice."""
+def test_linear_cross_entropy_with_any_number_of_labels(count, given, monkeypatch):
+    """The last chunk is padded with a repeated row, which must not count twice."""
     monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", 1)
     rows = torch.randperm(100)[:count].sort().values
     labels = torch.full((100,), -100)
@@ -319,7 +319,7 @@ def test_linear_cross_entropy_of_any_number_of_trained_rows(count, given, monkey
 
 
 def test_a_converged_token_keeps_its_small_gradient():
-    """1 - p at the target is made in fp32: from a bf16 p near one nothing would be left."""
+    """1 - p at the target is computed in fp32: with p rounded to bf16 near 1 it would vanish."""
     hidden, weight = torch.zeros(1, 16), torch.zeros(40, 16)
     hidden[0, 0], weight[3, 0] = 1, 12
     leaves = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
@@ -332,7 +332,7 @@ def test_a_converged_token_keeps_its_small_gradient():
 
 @pytest.mark.parametrize("op", ["chunk_gated_delta_rule", "causal_conv1d", "varlen_attention"])
 def test_packed_equals_separate(op):
-    """Outputs and gradients of a sequence do not depend on its neighbours, even where those hold no numbers at all."""
+    """A sequence's outputs and gradients do not depend on its neighbours, even if those are NaN."""
     lengths = [70, 1, 5, 5, 64]
     T = sum(lengths)
     if op == "causal_conv1d":
@@ -380,37 +380,33 @@ def test_gradients_in_fp64():
     assert torch.autograd.gradcheck(kernels.swiglu, (x,))
     ids, scale = torch.rand(T, 4).topk(2).indices, torch.rand(T, 2, **d)
     inputs = torch.randn(T, 3, **d), scale, torch.randn(5, 4, 3, **d), torch.randn(5, 3, 2, **d)
-    assert torch.autograd.gradcheck(lambda x, w, *p: kernels.moe_experts(x, ids, w, *p), inputs)  # expert 4 idles
+    assert torch.autograd.gradcheck(
+        lambda x, w, *p: kernels.moe_experts(x, ids, w, *p), inputs
+    )  # expert 4 gets no tokens
     labels = torch.tensor([0, 1, -100, 2, 3, 4, 0, 1, 2])
     inputs = (torch.randn(T, 3, **d), torch.randn(5, 3, **d))
     scale = torch.rand(T, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *a: kernels.linear_cross_entropy(*a, labels, scale)[0], inputs)
 
 
-# -- selection ----------------------------------------------------------------------------------------------------------
+# -- selection -------------------------------------------------------------------------------------
 
 
-def test_select_has_no_quiet_fallback():
+def test_select_has_no_silent_fallback():
     assert kernels.select("cpu") == kernels.Kernels()
-    with pytest.raises(
-        kernels.KernelError,
-        match=r"chunk_gated_delta_rule: no fused kernel for npu here: triton cannot .* brings triton-ascend 3.2.0 for CANN 8.5"
-        r".* or ask for fla, or for the slow one: model.kernels.chunk_gated_delta_rule=native",
-    ):
-        kernels.select("npu")
-    with pytest.raises(
-        kernels.KernelError, match=r"moe_experts: .* torch_npu cannot be imported .* make install DEVICE=npu"
-    ):
-        kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "native"))
-    with pytest.raises(kernels.KernelError, match=r"fla cannot be imported .* or ask for triton, or for the slow one"):
-        kernels.select("npu", {"gated_delta_rule": "fla"})
     others = dict.fromkeys(kernels.OPS, "native")
-    with pytest.raises(
-        kernels.KernelError, match=r"moe_experts_parallel: .*torch_npu cannot .* sourced, or ask for the slow"
+    for choices, op, package, install, alternatives in (
+        ({}, "chunk_gated_delta_rule", "triton", "triton-ascend 3.2.0 for CANN 8.5", "fla or native"),
+        (dict.fromkeys(kernels.FLA_OPS, "native"), "moe_experts", "torch_npu", "make install DEVICE=npu", "native"),
+        ({"gated_delta_rule": "fla"}, "chunk_gated_delta_rule", "fla", "pip install fla-core", "triton or native"),
+        # `auto` requires the same package, so that it is no alternative
+        (others | {"moe_experts_parallel": "alltoallv_gmm"}, "moe_experts_parallel", "torch_npu", "sourced", "native"),
     ):
-        kernels.select(
-            "npu", others | {"moe_experts_parallel": "alltoallv_gmm"}
-        )  # what it stands on serves auto as well
+        with pytest.raises(kernels.KernelError) as error:
+            kernels.select("npu", choices)
+        message = str(error.value)
+        assert message.startswith(f"{op}: {package} cannot be imported") and "\n" not in message
+        assert install in message and f"model.kernels.{op} to {alternatives}" in message
     assert kernels.select("npu", others) == kernels.Kernels()
 
 
@@ -419,11 +415,13 @@ def test_import_kernels_is_quick_and_free_of_torch_npu():
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_another_triton_than_ascends_is_not_taken_on_an_npu(tmp_path, monkeypatch):
+def test_only_triton_ascend_is_accepted_on_an_npu(tmp_path, monkeypatch):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:  # torch's, of a build for CUDA
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "triton"
+    ]:  # the triton that torch's CUDA builds install
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(
         kernels.KernelError, match=r"triton cannot be imported \(No module named 'triton.backends'\); .*ascend"
@@ -442,13 +440,13 @@ def test_another_triton_than_ascends_is_not_taken_on_an_npu(tmp_path, monkeypatc
         ({"swiglu": "torch_npu"}, "'torch_npu' is not one of auto, native"),
     ],
 )
-def test_select_refuses_what_is_not_there(choices, words):
+def test_select_refuses_unknown_names(choices, words):
     with pytest.raises(kernels.KernelError, match=words):
         kernels.select("cpu", choices)
 
 
 def test_the_table_prints_and_the_name_does_not_break_transformers():
-    """transformers probes for a package named kernels, and from the root of the project it finds ours."""
+    """transformers probes for a package named kernels and finds this one in the project's root."""
     root = Path(__file__).parents[2]
     table = subprocess.run(
         [sys.executable, "-m", "kernels"], cwd=root, capture_output=True, text=True, check=True
@@ -458,13 +456,17 @@ def test_the_table_prints_and_the_name_does_not_break_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
 
 
-def test_what_follows_from_the_lengths_is_made_once_and_goes_with_them():
+def test_values_derived_from_lengths_are_computed_once_and_freed_with_them():
     lengths, q = cu([70, 3]), torch.randn(73, 2, 8)
     v, g, beta = torch.randn(73, 4, 8), -torch.rand(73, 4), torch.rand(73, 4)
     first = kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths)
-    made = gated_delta_rule.groups(lengths, 16, q.device)
-    assert made is gated_delta_rule.groups(lengths, 16, q.device) is not gated_delta_rule.groups(lengths, 8, q.device)
-    assert made is not gated_delta_rule.groups(lengths.clone(), 16, q.device)
+    made = gated_delta_rule.sequence_groups(lengths, 16, q.device)
+    assert (
+        made
+        is gated_delta_rule.sequence_groups(lengths, 16, q.device)
+        is not gated_delta_rule.sequence_groups(lengths, 8, q.device)
+    )
+    assert made is not gated_delta_rule.sequence_groups(lengths.clone(), 16, q.device)
     assert torch.equal(first, kernels.chunk_gated_delta_rule(q, q, v, g, beta, lengths.clone()))
     group = weakref.ref(made[0][0])
     del made

@@ -1,4 +1,4 @@
-"""The three loss types by their formulas, written out; per_token_loss whatever the split; the learning rate; the FLOPs."""
+"""The three loss types against their formulas; the learning rate; the FLOPs."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from qwen35.training.parameter_groups import freeze
 
 
 def masked(lengths_and_trained: list[tuple[int, int]]):
-    """Packed samples of so many tokens, of which the last so many before the end are trained."""
+    """Packed samples (tokens, trained), of which the last `trained` tokens have labels."""
     samples = []
     for i, (length, trained) in enumerate(lengths_and_trained):
         s = sample([length], seed=i)
@@ -29,7 +29,7 @@ def masked(lengths_and_trained: list[tuple[int, int]]):
     return samples
 
 
-def test_the_formulas():
+def test_losses_equal_their_formulas():
     samples = masked([(10, 4), (20, 1), (7, 0), (9, 5)])
     batch = pack(samples)
     token_loss = torch.rand(len(batch.labels))
@@ -39,14 +39,14 @@ def test_the_formulas():
     expected = {
         "default": token_loss[valid].mean(),
         "per_sample_loss": torch.stack(means).mean(),
-        "per_token_loss": token_loss[valid].sum(),  # the step's number of tokens divides it
+        "per_token_loss": token_loss[valid].sum(),  # divided by the step's number of tokens
     }
     for kind, value in expected.items():
         assert torch.isclose((token_weights(batch, kind) * token_loss).sum(), value), kind
 
 
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
-def test_nothing_trained_weighs_nothing(kind):
+def test_a_batch_without_labels_has_zero_weights(kind):
     assert not token_weights(pack(masked([(5, 0), (6, 0)])), kind).any()
 
 
@@ -96,7 +96,7 @@ def on_meta(config: ModelConfig, mtp: bool = False) -> Qwen35:
 
 
 def test_flops_of_a_dense_model_are_six_a_weight_and_the_rest():
-    """Against matrix sizes added up by hand for one small config, without attention pairs, vision and delta rule."""
+    """Against matrix sizes added up by hand, without attention pairs, vision and delta rule."""
     config = load_config(config_dict(moe=False))
     text = dataclasses.replace(config.text, layer_types=("full_attention",))
     config = dataclasses.replace(config, text=text)
@@ -110,7 +110,7 @@ def test_flops_of_a_dense_model_are_six_a_weight_and_the_rest():
 
 
 def test_flops_of_the_published_sizes():
-    """2 FLOPs a weight and token, forward: close to the active parameters that each size is named by."""
+    """2 FLOPs per weight and token in forward: close to the active parameters by each name."""
     nothing, bounds = torch.zeros(0, 3, dtype=torch.long), torch.tensor([1024])
     counts = {
         c["size"]: c for c in json.loads((Path(__file__).parents[1] / "fixtures/parameter_counts.json").read_text())
@@ -118,41 +118,43 @@ def test_flops_of_the_published_sizes():
     for size, c in counts.items():
         config = load_config(Path(__file__).parents[2] / f"assets/configs/{size}.json")
         flops = Flops(on_meta(config)).of(1024, bounds, 1024, nothing) / 3 / 1024
-        tied = config.tie_word_embeddings  # the embedding itself costs nothing, the head as much as its weights
+        tied = config.tie_word_embeddings  # the embedding costs nothing, the head its weights
         weights = c["active"] - (0 if tied else c["embed"])
         assert 1.0 < flops / (2 * weights) < 1.2, size
 
 
-# matrix elements that a token meets, of the small dense config, each added up by hand
+# matrix elements per token of the small dense config, added up by hand
 DELTA_IN, CONV = 48 * (2 * 32 + 2 * 96 + 2 * 4), (2 * 32 + 96) * 4
 DELTA_OUT, UP, DOWN = 96 * 48, 48 * 2 * 72, 72 * 48
 QKV, OUT, HEAD = 48 * (2 * 128 + 2 * 64), 128 * 48, 48 * 160
-RULE = 4 * (4 * 64 * 16 + 64 * (16 + 24) + 6 * 16 * 24 + 2 * 64 * 24)  # of four value heads
+RULE = 4 * (4 * 64 * 16 + 64 * (16 + 24) + 6 * 16 * 24 + 2 * 64 * 24)  # for four value heads
 PATCH, BLOCK = 3 * 2 * 16 * 16 * 32, 4 * 32 * 32 + 2 * 32 * 56
-FRAME_PAIRS = 4 * 32 * 2 * 24**2  # of two blocks, on one image of 4 x 6 patches
-MERGER = (128 * 128 / 4, 128 * 48 / 4)  # a patch's share
+FRAME_PAIRS = 4 * 32 * 2 * 24**2  # for two blocks, on one image of 4 x 6 patches
+MERGER = (128 * 128 / 4, 128 * 48 / 4)  # per patch
 TOKENS, LABELS, PATCHES, PAIRS = 20, 9, 24, 4 * 128 * (12**2 + 8**2) / 2
 LAYER = {"delta": DELTA_IN + CONV + DELTA_OUT + UP + DOWN, "attention": QKV + OUT + UP + DOWN}
 TOWER = PATCHES * 2 * (PATCH + 2 * BLOCK + sum(MERGER)) + FRAME_PAIRS
 LAYERS = TOKENS * (2 * (3 * LAYER["delta"] + LAYER["attention"]) + 3 * RULE) + PAIRS
 TOP = LABELS * 2 * HEAD
 FORWARD = TOWER + LAYERS + TOP
-FROZEN = {  # model.freeze -> what forward and backward cost
-    (): 3 * FORWARD - PATCHES * 2 * PATCH,  # nobody asks for the gradient of pixels
-    ("model.visual",): TOWER + 3 * (LAYERS + TOP),  # the embedding is trained: all above it needs its inputs' gradients
-    # the merger learns, from its norm on; above it are gradients of inputs alone
+FROZEN = {  # model.freeze -> FLOPs of forward and backward
+    (): 3 * FORWARD - PATCHES * 2 * PATCH,  # pixels need no gradient
+    ("model.visual",): TOWER + 3 * (LAYERS + TOP),  # the trained embedding makes all above it need input gradients
+    # the merger is trained, from its norm on; above it only input gradients are needed
     ("model.visual.blocks", "model.visual.patch_embed", "model.visual.pos_embed", "model.language_model", "lm_head"): (
         TOWER
         + PATCHES * 2 * (2 * MERGER[0] + 2 * MERGER[1])
         + 2 * (LAYERS + TOP)
         + TOKENS * 3 * RULE
-        + PAIRS  # these have several inputs, each with a gradient
+        + PAIRS  # their inputs all have gradients
     ),
-    # the last layer alone, which is attention, from its norm on; the head passes the gradient down
+    # only the last layer, attention, is trained, from its norm on; the head passes the gradient
+    # down
     ("model.visual", "model.language_model.embed_tokens", "model.language_model.layers.[012]", "lm_head"): (
         TOWER + LAYERS + TOP + TOKENS * 4 * LAYER["attention"] + 2 * PAIRS + TOP
     ),
-    # keys' and values' maps have nothing trained below; from there on inputs, and the weights of the way out and of the head
+    # below the K and V projections nothing is trained; above them input gradients, and the weight
+    # gradients of o_proj and the head
     (
         "model.visual",
         "model.language_model.embed_tokens",
@@ -162,18 +164,18 @@ FROZEN = {  # model.freeze -> what forward and backward cost
         "model.language_model.layers.3.self_attn.q_proj",
     ): (
         FORWARD
-        + TOKENS * 2 * 48 * 2 * 64  # the two maps' weights
+        + TOKENS * 2 * 48 * 2 * 64  # weight gradients of the K and V projections
         + 2 * PAIRS
         + TOKENS * 4 * OUT
-        + TOKENS * 2 * (UP + DOWN)  # inputs alone
+        + TOKENS * 2 * (UP + DOWN)  # input gradients only
         + 2 * TOP
     ),
 }
 
 
 @pytest.mark.parametrize("patterns", FROZEN, ids=lambda patterns: str(len(patterns)))
-def test_flops_of_what_is_frozen(patterns):
-    """Forward once; a weight's gradient where it is trained; an input's where something trained lies below."""
+def test_flops_with_frozen_parts(patterns):
+    """Forward, the gradients of trained weights, and of inputs with something trained below."""
     model = on_meta(load_config(config_dict(moe=False)))
     freeze(model, patterns)
     found = Flops(model).of(TOKENS, torch.tensor([12, 8]), LABELS, torch.tensor([[1, 4, 6]]))
@@ -181,13 +183,13 @@ def test_flops_of_what_is_frozen(patterns):
 
 
 def test_flops_of_frozen_experts():
-    """Two of eight are met; what they read is the sum of gradients, what they hold is not asked for."""
+    """Two of eight experts are used; frozen ones need input gradients only."""
     config, nothing = load_config(config_dict()), torch.zeros(0, 3, dtype=torch.long)
     trained, frozen = on_meta(config, mtp=True), on_meta(config, mtp=True)
     freeze(frozen, ["model.language_model.layers.*.mlp.experts"])
     whole, less = (Flops(model).of(10, torch.ones(10), 6, nothing, mtp_labels=4) for model in (trained, frozen))
     assert whole - less == 10 * 4 * 2 * 2 * (3 * 48 * 24)
-    freeze(frozen, ["model", "lm_head"])  # the layer of multi-token prediction alone learns
+    freeze(frozen, ["model", "lm_head"])  # only the layer of multi-token prediction is trained
     plain, learning = on_meta(config), Flops(frozen)
     freeze(plain, ["lm_head", "model.language_model", "model.visual.merger.linear_fc1"])
     assert learning.per["label"] == 2 * HEAD and learning.per["mtp_label"] == 2 * 2 * HEAD

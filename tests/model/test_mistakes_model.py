@@ -1,4 +1,4 @@
-"""Mistakes in a model folder or a checkpoint: one line that names file and field, before anything heavy is done."""
+"""Mistakes in a model folder or checkpoint are reported early, in one line with file and field."""
 
 import json
 import pickle
@@ -179,7 +179,7 @@ def swapped(place: Path) -> None:
 
 
 def tensor(name: str, value: torch.Tensor | None) -> Break:
-    """In whichever shard it is; None takes it out."""
+    """Replace a tensor in whichever shard has it; None removes it."""
 
     def broken(place: Path) -> None:
         file = place / "hf" / json.loads((place / INDEX).read_text())["weight_map"][name]
@@ -251,7 +251,7 @@ def foreign(place: Path) -> None:
 
 
 def lying(broken: Break) -> Break:
-    """Damage that the marker says is how it should be, in a checkpoint without checksums."""
+    """Damage that the completion marker does not reveal, in a checkpoint without checksums."""
 
     def lie(place: Path) -> None:
         broken(place)
@@ -293,5 +293,5 @@ CHECKPOINTS = [
 
 
 @parametrized([*CONFIGS, *AGREEMENT, *WEIGHTS, *CHECKPOINTS])
-def test_one_line(place, case):
+def test_a_mistake_is_reported_in_one_line(place, case):
     check(place, case)

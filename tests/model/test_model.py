@@ -5,7 +5,7 @@ import torch
 from peer import config_dict, pack, pair, peer_inputs, sample
 
 from qwen35.model import Qwen35, load_config
-from qwen35.model.linear import linear_of
+from qwen35.model.linear import recomputed_linear
 
 LOGITS, GRADIENTS = 1e-5, 5e-5  # relative norm error
 
@@ -22,9 +22,9 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def compare(config: dict, samples: list, idle_experts: bool = False) -> None:
-    """One packed run of ours against one run a sequence of transformers'."""
+    """One packed run of ours against one run of transformers per sequence."""
     ours, theirs = pair(config)
-    if idle_experts:  # a router that can only choose experts 0 and 1
+    if idle_experts:  # the router can only choose experts 0 and 1
         for model in (ours, theirs):
             for name, p in model.named_parameters():
                 if name.endswith("mlp.gate.weight"):
@@ -81,8 +81,8 @@ def test_packed_equals_separate():
         assert error(gradients[name], p.grad) <= GRADIENTS, name
 
 
-def test_images_change_the_answer():
-    """Guards the tests above: features do reach the text that follows them."""
+def test_images_change_the_logits_of_later_text():
+    """Guards the tests above: image features do reach the text after them."""
     ours, _ = pair(config_dict())
     s = sample([5, (4, 4), 3])
     before = ours.logits(s)
@@ -107,7 +107,7 @@ def peer_aux_loss(theirs, s):
     out = theirs(**peer_inputs(s), output_router_logits=True)
     if not torch.allclose(out.router_logits[0].sum(-1), torch.ones(())):
         return out.aux_loss
-    # transformers 5.2 hands probabilities to its formula as if they were logits: their logarithms are logits
+    # transformers 5.2 passes probabilities to its formula as if they were logits; pass logarithms
     text = theirs.config.text_config
     logits = tuple(p.log() for p in out.router_logits)
     return load_balancing_loss_func(logits, text.num_experts, text.num_experts_per_tok)
@@ -140,7 +140,7 @@ def test_pad_tokens_are_left_out_of_the_aux_loss():
 
 
 def test_the_vision_tower_is_in_the_graph_without_images():
-    """Collectives of a sharded run, backward too, must not depend on the data: the gradients are there, and exactly zero."""
+    """A sharded run's collectives must not depend on the data: gradients exist and are zero."""
     ours, _ = pair(config_dict())
     ours.logits(sample([20])).sum().backward()
     for name, p in ours.model.visual.named_parameters():
@@ -192,8 +192,8 @@ def test_random_weights_follow_the_seed():
 
 
 @pytest.mark.parametrize("trained", ["q_norm", "k_norm", "q_proj", "v_proj"])
-def test_one_part_of_an_attention_may_be_trained_alone(trained):
-    """Of the two that are made again in backward, q and k, one may hang on nothing that is trained."""
+def test_gradients_if_only_q_or_only_k_is_trained(trained):
+    """q and k are recomputed in backward; one of them may not need a gradient."""
     model, batch = Qwen35.from_config(config_dict(), seed=3), pack([sample([20], seed=1)])
     gradients = []
     for alone in (False, True):
@@ -206,7 +206,7 @@ def test_one_part_of_an_attention_may_be_trained_alone(trained):
 
 
 def test_multi_token_prediction_equals_its_definition():
-    """mtp: norm(layer(fc([norm(embedding of t+1) ; norm(hidden of t)]))), spelt out beside the module's own layer."""
+    """norm(layer(fc([norm(embedding of t+1); norm(hidden of t)]))), with the module's layer."""
     config = load_config(config_dict(moe=True))
     model = Qwen35(config, mtp=True)
     with torch.no_grad():
@@ -227,14 +227,14 @@ def test_multi_token_prediction_equals_its_definition():
     assert error(out, norm(x, mtp.norm.weight)) <= 1e-6
 
 
-def test_a_linear_map_of_what_is_made_again():
-    """Gradients of all inputs, of none that is frozen; only the inputs are kept."""
+def test_recomputed_linear_saves_only_its_inputs():
+    """All inputs get gradients, except frozen ones; only the inputs are saved."""
     d = {"dtype": torch.float64, "requires_grad": True}
     x, y, weight = torch.randn(5, 4, **d), torch.randn(5, 1, **d), torch.randn(3, 4, **d)
-    assert torch.autograd.gradcheck(lambda w, *a: linear_of(lambda x, y: x.sin() * y, w, *a), (weight, x, y))
+    assert torch.autograd.gradcheck(lambda w, *a: recomputed_linear(lambda x, y: x.sin() * y, w, *a), (weight, x, y))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = linear_of(lambda x, y: x.sin() * y, weight.detach(), x.detach(), y)
+        out = recomputed_linear(lambda x, y: x.sin() * y, weight.detach(), x.detach(), y)
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (weight, x, y)}
     out.sum().backward()
     assert x.grad is None and weight.grad is None

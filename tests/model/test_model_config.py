@@ -1,4 +1,4 @@
-"""config.json: each key is used, harmless, refused or reported. What a key means is what transformers makes of it."""
+"""Each key of config.json is used, harmless, refused or reported, as transformers reads it."""
 
 import copy
 import json
@@ -10,11 +10,11 @@ from checkpoint_cases import CONFIGS
 from peer import config_dict, pair, peer_inputs, sample
 
 from qwen35.model import ConfigError, load_config
-from qwen35.model.config_keys import HARMLESS, HARMLESS_KEYS, ONLY, REFUSED, USED, unknown_keys
+from qwen35.model.config_keys import HARMLESS, HARMLESS_KEYS, ONLY_VALUE, REFUSED, USED, unknown_keys
 from qwen35.model.rope import inverse_frequencies
 
 PUBLISHED = sorted(path.name for path in CONFIGS.glob("*.json"))
-OF_3_8 = {  # what the config of Qwen3.8-27B has beyond that of Qwen3.5-27B
+OF_3_8 = {  # keys of Qwen3.8-27B's config that Qwen3.5-27B's lacks
     "bos_token_id": 248044,
     "pad_token_id": None,
     "output_gate_type": "swish",
@@ -45,11 +45,11 @@ def class_of(config: dict):
     return transformers_configs()[config["model_type"] == "qwen3_5_moe"]
 
 
-# -- what loads without a word -------------------------------------------------------------------------------------------
+# -- what loads without a word ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_config_is_known_and_so_is_what_transformers_makes_of_it(name, tmp_path):
+def test_published_configs_load_as_stored_and_as_saved_by_transformers(name, tmp_path):
     config = json.loads((CONFIGS / name).read_text())
     theirs = class_of(config)(**copy.deepcopy(config))
     theirs.save_pretrained(tmp_path)
@@ -68,7 +68,7 @@ def test_the_keys_of_qwen3_8():
 
 
 @pytest.mark.parametrize("moe", [False, True])
-def test_what_transformers_saves_of_its_defaults(moe, tmp_path):
+def test_defaults_saved_by_transformers_load(moe, tmp_path):
     cls = transformers_configs()[moe]
     theirs = cls(vision_config={"out_hidden_size": cls().text_config.hidden_size})
     theirs.save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_what_transformers_saves_of_its_defaults(moe, tmp_path):
         assert ours.text.layer_types == tuple(theirs.text_config.layer_types)
 
 
-def test_what_transformers_says_of_any_model_is_harmless():
+def test_keys_of_every_transformers_model_are_harmless():
     from transformers import GenerationConfig, PreTrainedConfig
 
     general = set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
@@ -94,13 +94,13 @@ def test_what_transformers_says_of_any_model_is_harmless():
 
 def test_a_key_is_in_one_table():
     assert all(HARMLESS)
-    for where, only in ONLY.items():
+    for where, only in ONLY_VALUE.items():
         used = set(USED[where].split())
         for table in (set(only), set(REFUSED)):
             assert not table & used and not table & HARMLESS_KEYS
 
 
-# -- rope ----------------------------------------------------------------------------------------------------------------
+# -- rope ------------------------------------------------------------------------------------------
 
 SECTION = {"mrope_section": [2, 1, 1]}
 WIDE = {"mrope_section": [3, 3, 2]}
@@ -149,13 +149,13 @@ def test_the_logits_are_those_of_transformers_with_rope_beside_rope_parameters(r
         inputs = peer_inputs(record)
         try:
             expected = theirs(**inputs).logits[0]
-        except TypeError:  # releases before 5.3 find the kinds of the tokens themselves
+        except TypeError:  # releases before 5.3 derive the token types themselves
             inputs.pop("mm_token_type_ids")
             expected = theirs(**inputs).logits[0]
         torch.testing.assert_close(ours.logits(record), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_tower_turns_as_in_every_release():
+def test_vision_rope_equals_every_transformers_release():
     for rope in ({"rope_type": "axial", "rope_theta": 10000.0}, {"rope_type": "default"}, {}):
         config = with_key("vision_config.rope_parameters", rope)
         assert load_config(config) == load_config(config_dict())
@@ -170,13 +170,13 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 @pytest.mark.parametrize("where", ["", "text_config.", "vision_config."])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "llama3", "longrope", "mrope"])
-def test_any_other_rope_is_refused_by_name_wherever_it_stands(where, name, key, kind):
+def test_other_ropes_are_refused_by_name(where, name, key, kind):
     config = with_key(f"{where}{name}", {**YARN, "type": "default", "rope_type": "default", key: kind})
     with pytest.raises(ConfigError, match=f"^{where}{name}.{key} is '{kind}'; this model does '(default|axial)' only$"):
         load_config(config)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,14 @@ def test_any_other_rope_is_refused_by_name_wherever_it_stands(where, name, key, 
         ("rope_scaling", {"rope_type": "default"}, "at the top level, where it is not read"),
     ],
 )
-def test_what_would_change_the_computation_is_refused_by_name(key, value, words):
+def test_keys_that_change_the_computation_are_refused_by_name(key, value, words):
     with pytest.raises(ConfigError) as caught:
         load_config(with_key(key, value))
     assert str(caught.value).startswith(f"{key} is "), caught.value
     assert words in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_a_key_without_end_makes_no_message_without_end():
+def test_the_message_about_a_long_key_is_short():
     (told,) = unknown_keys(with_key(f"text_config.{'note' * 10_000}", "y" * 100_000))
     assert told.startswith("text_config.") and len(told) < 100
     with pytest.raises(ConfigError) as caught:
@@ -238,11 +238,11 @@ def test_a_key_without_end_makes_no_message_without_end():
     assert str(caught.value).startswith("text_config.") and len(str(caught.value)) < 300
 
 
-def test_what_repeats_the_text_at_the_top_level_is_harmless():
+def test_the_top_level_may_repeat_text_config():
     assert unknown_keys(with_key("hidden_size", 48)) == []
 
 
-def test_unknown_keys_are_reported_by_name_and_a_null_says_nothing():
+def test_unknown_keys_are_reported_and_null_counts_as_absent():
     config = with_key("vision_config.note", "mine", with_key("text_config.license", "MIT", with_key("author", 3)))
     config["text_config"] |= {"sliding_window": None, "final_logit_softcapping": None}
     config["a\nb"] = 1
@@ -262,7 +262,7 @@ def test_unknown_keys_are_reported_by_name_and_a_null_says_nothing():
 )
 @pytest.mark.parametrize("where", ["", "text_config.", "vision_config."])
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_quantized_weights_are_the_first_thing_that_is_said(key, where, value, method):
+def test_quantized_weights_are_reported_first(key, where, value, method):
     config = with_key(f"{where}{key}", value) | {"model_type": "other"}
     with pytest.raises(ConfigError) as caught:
         load_config(config)
@@ -271,7 +271,7 @@ def test_quantized_weights_are_the_first_thing_that_is_said(key, where, value, m
     assert "bring the bf16 checkpoint" in message and len(message) < 250
 
 
-# -- tied weights --------------------------------------------------------------------------------------------------------
+# -- tied weights ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inside", [None, False, True])
@@ -289,11 +289,11 @@ def test_the_head_is_tied_where_transformers_ties_it(top, inside):
     assert load_config(config).tie_word_embeddings == is_tied
 
 
-# -- what is too much ----------------------------------------------------------------------------------------------------
+# -- what is too much ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [4, 1_000_000])
-def test_layers_without_end_are_refused_at_once(count):
+def test_too_many_layers_are_refused_at_once(count):
     config = with_key("text_config.layer_types", ["linear_attention"] * 1_000_000)
     config["text_config"]["num_hidden_layers"] = count
     begin = time.perf_counter()

@@ -1,6 +1,8 @@
-"""Multi-token prediction: loss and every gradient against a slow reference, and that nothing crosses a sequence's end.
+"""Multi-token prediction: loss and every gradient against a slow reference, and that nothing
+crosses a sequence's end.
 
-The reference knows one plain sequence at a time: it takes transformers' own model for the trunk, and writes the layer out.
+The reference knows one plain sequence at a time: it takes transformers' own model for the trunk,
+and writes the layer out.
 """
 
 import dataclasses
@@ -38,24 +40,24 @@ FACTOR, AUX = 0.3, 0.01
 
 
 def masked(s, *trained):
-    """Of a sample, only the labels of these positions."""
+    """A sample with labels at these positions only."""
     labels = torch.full_like(s.labels, IGNORE)
     labels[list(trained)] = s.labels[list(trained)]
     return dataclasses.replace(s, labels=labels)
 
 
 SAMPLES = [
-    masked(sample([9, (4, 4), 6], seed=0), 9, 10, 15, 16, 17, 18, 19),  # an image's tokens among the targets' inputs
+    masked(sample([9, (4, 4), 6], seed=0), 9, 10, 15, 16, 17, 18, 19),  # with an image's tokens among the inputs
     masked(sample([20], seed=1), *range(4, 19)),
-    masked(sample([2], seed=2), 0),  # nothing two ahead
+    masked(sample([2], seed=2), 0),  # no token two ahead
     sample([1], seed=3),
-    masked(sample([7], seed=4)),  # nothing trained
+    masked(sample([7], seed=4)),  # no labels
     sample([(2, 6), 8], seed=5),
 ]
 
 
 def with_mtp(moe: bool, tied: bool = False) -> tuple[Qwen35, torch.nn.Module]:
-    """Our model with the layer, and transformers' without it, of the same weights."""
+    """Our model with the MTP layer and transformers' without it, with the same weights."""
     config = config_dict(moe=moe, tied=tied)
     plain, theirs = pair(config)
     ours = Qwen35(load_config(config), mtp=True)
@@ -67,7 +69,7 @@ def with_mtp(moe: bool, tied: bool = False) -> tuple[Qwen35, torch.nn.Module]:
     return ours, theirs
 
 
-# ── The reference ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The reference ─────────────────────────────────────────────────────────────────────────────────
 
 
 def norm(x, weight):
@@ -75,8 +77,9 @@ def norm(x, weight):
 
 
 def layer(x, w, position_ids, text):
-    """One sequence x [T, H] through the decoder layer whose weights are w, head by head and expert by expert -> y, router's
-    probabilities [T, E] (None for a dense one)"""
+    """One sequence x [T, H] through a decoder layer with weights w, head by head, expert by expert.
+
+    Returns y, the router's probabilities [T, E] (None if dense)."""
     T, D, heads, kv = len(x), text["head_dim"], text["num_attention_heads"], text["num_key_value_heads"]
     h = norm(x, w["input_layernorm.weight"])
     query, gate = (h @ w["self_attn.q_proj.weight"].T).view(T, heads, 2 * D).chunk(2, dim=-1)
@@ -124,8 +127,9 @@ def layer(x, w, position_ids, text):
 
 
 def reference(ours, theirs, samples, kind):
-    """-> mean loss two ahead by `kind`, sums over samples of the router's probabilities and choices. In `theirs`' graph but for
-    the layer's own weights, which are ours."""
+    """-> mean MTP loss by `kind`, the router's probabilities and choices summed over samples.
+
+    In the graph of `theirs`, except for the layer's weights, which are ours."""
     text = config_dict()["text_config"]
     w = dict(ours.mtp.named_parameters())
     of_layer = {n.removeprefix("layers.0."): p for n, p in w.items() if n.startswith("layers.0.")}
@@ -139,7 +143,7 @@ def reference(ours, theirs, samples, kind):
         )
         hidden = theirs.model(**peer_inputs(s)).last_hidden_state[0]
         hook.remove()
-        embedded = seen["x"][0]  # the features of images in their places
+        embedded = seen["x"][0]  # with image features
         T = len(s.input_ids)
         if T < 2:
             continue
@@ -173,7 +177,7 @@ def reference(ours, theirs, samples, kind):
     ],
 )
 def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute):
-    """Packed here, one sequence after another there; through the layer, the trunk, the tower, the embedding and the head."""
+    """Packed here, one sequence at a time there: layer, trunk, tower, embedding and head."""
     ours, theirs = with_mtp(moe, tied)
     theirs.train()
     batch = pack(SAMPLES)
@@ -196,13 +200,13 @@ def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute)
     checked = 0
     for name, grad in mine.items():
         other = own.get(name, shared.get(name))
-        if other is None:  # nothing of the last router's probabilities matters where there is one choice
+        if other is None:  # with one choice the last router's probabilities do not matter
             assert not grad.any(), name
             continue
         assert (grad - other).norm() <= 5e-5 * other.norm() + 1e-9, name
         checked += bool(other.any())
     assert checked >= len(mine) - 2
-    if moe:  # the router is one layer more in the balance, and the ends of sequences are no tokens of it
+    if moe:  # its router is one more layer of the load-balancing loss, without the ends of sequences
         _, alone = ours.forward_aux(batch)
         assert stats[1].sum() == 2 * sum(len(s.labels) - 1 for s in SAMPLES)
         seen = []
@@ -213,8 +217,8 @@ def test_loss_and_every_gradient_equal_the_reference(moe, tied, kind, recompute)
         assert torch.allclose(seen[0], stats, rtol=1e-4, atol=1e-5)
 
 
-def test_the_loss_of_the_next_token_is_what_it_was():
-    """One head for both: the sum, and each of the two by itself, is that of two runs."""
+def test_the_next_token_loss_is_unchanged():
+    """Both losses through one head equal two separate runs, in sum and each by itself."""
     ours, _ = with_mtp(True)
     batch = pack(SAMPLES)
     weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default")
@@ -231,14 +235,14 @@ def test_the_loss_of_the_next_token_is_what_it_was():
         assert (both[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
 
 
-# ── Boundaries, masks ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Boundaries, masks ─────────────────────────────────────────────────────────────────────────────
 
 
 def test_targets_by_hand():
-    """Two sequences and a pad tail: labels of t+1, none from another sequence, none that is not trained."""
+    """Two sequences and a pad tail: no label crosses a sequence or appears where there was none."""
     batch = pack([masked(sample([4], seed=1), 1, 2), sample([3], seed=2), masked(sample([2], seed=3))])
-    batch.labels[3] = 99  # a label at the end of a sequence, as a careless reader might leave it: it is nobody's target
-    batch.labels[4] = 77  # a label at a sequence's start: two ahead of the sequence before
+    batch.labels[3] = 99  # a stray label at the end of a sequence: no position has it as its target
+    batch.labels[4] = 77  # a label at a sequence's start: two ahead of the previous sequence's end
     labels, is_end = mtp_labels(batch)
     ids = batch.input_ids
     assert is_end.tolist() == [False, False, False, True, False, False, True, False, True]
@@ -249,7 +253,7 @@ def test_targets_by_hand():
 
 
 def test_nothing_crosses_a_sequence():
-    """A packed sequence's two losses, and the gradients that it sends back, do not know its neighbours."""
+    """A packed sequence's two losses and gradients do not depend on its neighbours."""
     ours, _ = with_mtp(True)
     middle = sample([12], seed=9)
     results = []
@@ -271,8 +275,8 @@ def test_nothing_crosses_a_sequence():
         assert (grad - others[name]).norm() <= 1e-5 * grad.norm() + 1e-8, name
 
 
-def test_what_the_layer_is_given():
-    """The hidden states, and behind each the next token as the trunk has it, features of images too; zeros at an end."""
+def test_inputs_of_the_layer():
+    """The hidden states, and the next token's embedding or image feature; zeros at an end."""
     ours, _ = with_mtp(True)
     batch = derive(pack(SAMPLES), ours.config.vision_spec)
     seen = []
@@ -287,8 +291,8 @@ def test_what_the_layer_is_given():
 
 
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
-def test_nothing_two_ahead_weighs_nothing(kind):
-    """One-token answers at the very start have nothing two ahead: a loss of zero, a gradient of zero, and no NaN."""
+def test_one_token_answers_have_zero_loss(kind):
+    """One-token answers at the start have no token two ahead: loss and gradients are 0, not NaN."""
     ours, _ = with_mtp(True)
     batch = pack([masked(sample([2], seed=1), 0), masked(sample([5], seed=2), 0)])
     mtp_targets = make_mtp_targets(batch, kind)
@@ -298,8 +302,8 @@ def test_nothing_two_ahead_weighs_nothing(kind):
     assert not ours.mtp.fc.weight.grad.any() and ours.lm_head.weight.grad.any()
 
 
-def test_a_frozen_trunk():
-    """The layer alone can be trained: the only gradients are its own."""
+def test_the_layer_trains_on_a_frozen_trunk():
+    """With a frozen trunk only the layer gets gradients."""
     ours, _ = with_mtp(False)
     ours.model.requires_grad_(False)
     ours.lm_head.requires_grad_(False)
@@ -311,7 +315,7 @@ def test_a_frozen_trunk():
 
 
 def test_flops_of_the_layer():
-    """An attention layer more, a map of 2H to H, and the head for its labels."""
+    """One more attention layer, a projection from 2H to H, and the head for its labels."""
     for moe in (True, False):
         config = load_config(config_dict(moe=moe))
         lengths, images = torch.tensor([300, 200]), torch.zeros(0, 3, dtype=torch.long)
@@ -325,14 +329,14 @@ def test_flops_of_the_layer():
 
 @pytest.fixture
 def alone():
-    """The only process of a group."""
+    """A process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def test_it_is_a_unit_of_its_own(alone):
-    """Gathered for its own forward and backward, not for the whole step."""
+def test_the_layer_is_an_fsdp_unit(alone):
+    """Its weights are gathered for its forward and backward, not for the whole step."""
     with torch.device("meta"):
         model = Qwen35(load_config(config_dict()), mtp=True)
     shard(model, make_meshes("cpu", ParallelSettings()), torch.float32)
@@ -342,18 +346,18 @@ def test_it_is_a_unit_of_its_own(alone):
 
 
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
-def test_a_step_by_the_formula(alone, kind):
-    """Each loss over its own labels, those of both micro-batches, and the gradient of the weighted sum; written out here."""
+def test_a_step_equals_the_formula(alone, kind):
+    """Each loss is a mean over its labels in both micro-batches; gradients of their sum."""
     of_model = ModelSettings("x", mtp_num_layers=1, mtp_loss_scaling_factor=FACTOR, loss_cfg=LossCfg(kind, AUX))
     t = TrainingSettings(train_iters=1, save="x", clip_grad=0.0)
     settings = Settings(DataSettings(DatasetParam(BasicParameters("x"))), of_model, t)
     ours, _ = with_mtp(True)
-    # where the first token is trained, the two losses have other numbers of labels
+    # if the first token has a label, the two losses have different numbers of labels
     batches = [pack(SAMPLES), pack([masked(sample([9], seed=6), 0, 1, 2), masked(sample([5], seed=7), 0)])]
     parts, balance = {"loss": [], "mtp_loss": []}, []
     for batch in batches:
         T, mtp_targets = len(batch.labels), make_mtp_targets(batch, kind)
-        seen = []  # what goes into the head
+        seen = []  # inputs of the head
         norms = ours.model.language_model.norm, ours.mtp.norm
         hooks = [module.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out)) for module in norms]
         _, aux, _ = ours.loss(batch, torch.zeros(T), mtp_targets)

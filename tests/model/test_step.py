@@ -1,7 +1,8 @@
-"""Steps that some of the model or some of the data takes no part in, against transformers' model with torch's AdamW.
+"""Steps that some of the model or some of the data takes no part in, against transformers' model
+with torch's AdamW.
 
-Without images transformers does not run the tower: its parameters have no gradients, and neither momentum nor weight decay
-moves them. A bin whose records are all broken counts for nothing.
+Without images transformers does not run the tower: its parameters have no gradients, and neither
+momentum nor weight decay moves them. A bin whose records are all broken counts for nothing.
 """
 
 import os
@@ -41,16 +42,16 @@ from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 BIN, BUCKET, LR, DECAY, EPS, CLIP = 64, 32, 1e-2, 0.1, 1e-4, 0.5
 TEXT, IMAGE, BROKEN = [23], [9, (4, 6), 8], None
-STEPS = [  # the micro-batches of two ranks, in turn
+STEPS = [  # the micro-batches of two ranks, alternating
     [IMAGE, IMAGE, TEXT, TEXT],
     [TEXT, TEXT, TEXT, TEXT],
-    [TEXT, TEXT, BROKEN, IMAGE],  # on the second rank alone
+    [TEXT, TEXT, BROKEN, IMAGE],  # only on the second rank
     [TEXT, BROKEN, TEXT, TEXT],
     [TEXT, TEXT, TEXT, BROKEN],
     [IMAGE, BROKEN, BROKEN, BROKEN],
 ]
 WITH_IMAGES = [0, 2, 5]
-CASES = {  # parallel settings, optimizer; of two processes
+CASES = {  # parallel settings and optimizer of two processes
     "sharded": ({}, "adamw"),
     "replicas": ({"fully_shard_parallel_size": 1}, "adamw_swap"),
     "ulysses": ({"ulysses_parallel_size": 2}, "adamw_swap"),
@@ -67,7 +68,7 @@ def sequence(step: int, number: int) -> PackedBatch:
 
 
 def batch_of(*sequences: PackedBatch) -> PackedBatch:
-    """A bin as the collator makes it; of padding alone, where nothing is left."""
+    """A batch of packed sequences as the collator makes it; only padding if nothing is left."""
     names = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
     samples = [Sample(*(getattr(s, name) for name in names)) for s in sequences]
     return collate([samples], BIN, 0, BUCKET, load_config(config(True)).vision_spec, PATCH_VALUES)
@@ -92,7 +93,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def six_steps(moe: bool, optimizer: str, folder: Path | None, **parallel: int) -> list[dict[str, torch.Tensor]]:
-    """The weights and the optimizer's state after each step. folder: of a checkpoint that the fourth starts from anew."""
+    """Weights and optimizer state after each step; step 4 resumes from a checkpoint in `folder`."""
     p, loss_cfg = ParallelSettings(**parallel), LossCfg("default", 0.0)
     meshes, whole = make_meshes(HOST.type, p), pair(config(moe))[0]
 
@@ -149,14 +150,14 @@ def two(tmp_path_factory) -> dict[str, list]:
 
 @pytest.fixture
 def alone():
-    """The only process of a group."""
+    """A process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def transformers_steps(moe: bool) -> list[dict[str, torch.Tensor]]:
-    """The same by transformers' model and torch's AdamW, over the micro-batches that hold a record."""
+    """The same with transformers' model and torch's AdamW, over micro-batches with records."""
     ours, theirs = pair(config(moe))
     names = [name for name, _ in ours.named_parameters()]
     parameters = dict(theirs.named_parameters())
@@ -201,25 +202,25 @@ def check(found: list[dict[str, torch.Tensor]], peer: list[dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_swap"])
-def test_one_process_is_as_transformers(alone, peer, optimizer, tmp_path):
+def test_one_process_equals_transformers(alone, peer, optimizer, tmp_path):
     check(six_steps(False, optimizer, tmp_path), peer[False])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_as_transformers(two, peer, name):
+def test_two_processes_equal_transformers(two, peer, name):
     check(two[name], peer[name == "experts"])
 
 
-def test_a_resume_changes_no_bit(alone, tmp_path):
-    """Neither does where the moments live."""
+def test_resume_is_bit_exact(alone, tmp_path):
+    """Nor does the device of the moments change a bit."""
     resumed, through = six_steps(False, "adamw_swap", tmp_path), six_steps(False, "adamw", None)
     for a, b in zip(resumed, through, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("kind", ["default", "per_sample_loss", "per_token_loss"])
-def test_a_micro_batch_of_padding_counts_for_nothing(alone, kind):
-    """Losses, what is counted, the experts' load, FLOPs, every gradient: those of a step that never had it."""
+def test_a_padding_micro_batch_changes_nothing(alone, kind):
+    """Losses, counts, expert load, FLOPs and gradients equal those of a step without it."""
     meshes, loss_cfg = make_meshes(HOST.type, ParallelSettings()), LossCfg(kind, 0.1)
     settings = settings_of(mtp_num_layers=1, mtp_loss_scaling_factor=0.3, loss_cfg=loss_cfg)
     batches = [batch_of(sample([12, (4, 4), 5], seed=1), sample([7], seed=2)), batch_of(sample([30], seed=3))]

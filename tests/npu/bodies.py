@@ -1,9 +1,10 @@
-"""What CANN's documentation says each operator does, as CPU bodies: the slow, plain reading of it, with the limits it states.
+"""CPU implementations of CANN's operators: a slow, literal reading of their documentation.
 
-Written from op-plugin's docs/zh/custom_APIs and CANN's aclnn pages, not from kernels/npu.py: what that file believes of an
-operator (order of places, meaning of a mask, a label, a group's end) is right only if both readings agree. Sums run in fp32,
-results have the documented dtypes. A call outside the documented limits fails: what dtypes, shapes and layouts say of it by
-rehearse/limits.py, what values say here.
+Written from op-plugin's docs/zh/custom_APIs and CANN's aclnn pages, not from kernels/npu.py, so
+that that file's reading of an operator (index order, meaning of masks, labels, group ends) is
+checked against a second one. Sums run in fp32; results have the documented dtypes. Calls outside
+the documented limits fail: limits on dtypes, shapes and layouts in rehearse/limits.py, on values
+here.
 """
 
 from itertools import pairwise
@@ -18,7 +19,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
-    """sortedIndices = argsort(argsort(indices)); permuted[sortedIndices[i]] = tokens[i // topK], cut to numOutTokens rows
+    """sortedIndices = argsort(argsort(indices)); permuted[sortedIndices[i]] = tokens[i // topK],
+    cut to numOutTokens rows
 
     where that is above 0; 0 would cut nothing.
     """
@@ -32,7 +34,7 @@ def moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
 
 
 def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices, padded_mode=False):
-    """The operator below takes the gradient, sortedIndices and topK alone: of tokens and indices only shape and dtype."""
+    """The aclnn operator takes the gradient, sortedIndices and topK; of the others only shapes."""
     assert not padded_mode and grad_permuted_tokens.numel()
     top_k = indices.shape[1]
     grad = torch.zeros(tokens.shape, dtype=torch.float32)
@@ -42,9 +44,10 @@ def moe_token_permute_grad(tokens, grad_permuted_tokens, indices, sorted_indices
 
 
 def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode=False, restore_shape=None):
-    """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]; indices in [0, tokens * topK), none twice.
+    """out[i] = sum over j of permuted[sortedIndices[i * topK + j]] * probs[i][j]; indices in [0,
+    tokens * topK), none twice.
 
-    An index past the rows is passed over, and so is what has a weight of zero: moe_token_unpermute.h of ops-transformer.
+    Skips indices past the rows and zero weights, as moe_token_unpermute.h of ops-transformer.
     """
     assert probs is not None and probs.ndim == 2 and not padded_mode
     assert sorted_indices.sort().values.equal(torch.arange(probs.numel(), dtype=torch.int32)) and len(permuted_tokens)
@@ -54,12 +57,14 @@ def moe_token_unpermute(permuted_tokens, sorted_indices, probs=None, padded_mode
             if (row := int(sorted_indices[i * probs.shape[1] + j])) < len(permuted_tokens):
                 out[i] += permuted_tokens[row].float() * probs[i, j].float()
             else:
-                assert not probs[i, j]  # as the documentation knows of no such rows, both are asked for
+                assert not probs[i, j]  # undocumented, so both conditions are required
     return out.to(permuted_tokens.dtype)
 
 
 def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None, group_list_type=0, **others):
-    """group_type 0: rows in groups, y_i = x_i @ weight_i. 2: the inner axis in groups, x transposed, y [groups, m, n]."""
+    """group_type 0: rows in groups, y_i = x_i @ weight_i. 2: the inner axis in groups, x
+    transposed, y [groups, m, n].
+    """
     assert not any(v for v in others.values()) and split_item in (2, 3) and group_list_type == 0
     assert len(x) == len(weight) == 1 and group_list.ndim == 1 and group_list.dtype == torch.int64
     x, weight, ends = x[0], weight[0], [0, *group_list.tolist()]
@@ -75,7 +80,7 @@ def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None,
 
 
 def _exchange(rows, ranks, send, receive):
-    """Counts [rank][expert there], flattened: what goes to, or comes from, each rank's experts in turn."""
+    """Counts [rank][local expert], flattened, of the rows to or from each rank's experts."""
     out = rows.new_empty(sum(receive), rows.shape[1])
     splits = (
         [sum(part) for part in zip(*[iter(counts)] * (len(counts) // ranks), strict=True)] for counts in (receive, send)
@@ -85,7 +90,7 @@ def _exchange(rows, ranks, send, receive):
 
 
 def _check_exchange(x, weight, hcom, ranks, send, receive, *others):
-    """Atlas A3: e <= 32, e * ep <= 256, 8 to 128 ranks; half precision; neither the shared expert nor counts on the device."""
+    """Atlas A3: e <= 32, e * ep <= 256, 8 to 128 ranks, half precision, host counts."""
     assert (
         not any(x is not None for x in others) and x.dtype in HALF and x.dtype == weight.dtype and 0 < len(hcom) < 128
     )
@@ -112,7 +117,7 @@ def alltoallv_gmm(
     permute_out_flag=False,
     comm_mode=None,
 ):
-    """AlltoAllv, Permute (by expert, inside by rank), GroupedMatMul; the permuted rows are returned as well if asked for."""
+    """AlltoAllv, Permute (expert-major, then rank), GroupedMatMul; may return permuted rows."""
     others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
     _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
     assert len(gmm_x)  # BSK in (0, 52428800)
@@ -140,7 +145,7 @@ def gmm_alltoallv(
     trans_mm_weight=False,
     comm_mode=None,
 ):
-    """GroupedMatMul, Unpermute (by rank, inside by expert), AlltoAllv. Counts in the order [rank][localExpert] here too."""
+    """GroupedMatMul, Unpermute (rank-major, then expert), AlltoAllv; counts [rank][localExpert]."""
     others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
     _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
     assert sum(recv_counts)
@@ -156,7 +161,7 @@ def gmm_alltoallv(
 
 
 def swiglu(x, dim=-1):
-    """A * sigmoid(A) * B, A the first half. Neither strided nor empty tensors."""
+    """A * sigmoid(A) * B, where A is the first half. No strided or empty tensors."""
     a, b = x.float().chunk(2, dim)
     return (a * torch.sigmoid(a) * b).to(x.dtype)
 
@@ -187,7 +192,7 @@ def rms_norm_backward(dy, x, gamma, rstd):
 
 
 def rotary_mul(x, r1, r2, rotary_mode="half", rotate=None):
-    """x * cos + (-x2, x1) * sin. BSND with cos and sin 1S1D; they are cast to x's dtype first; D even and below 896."""
+    """x * cos + (-x2, x1) * sin, BSND; cos, sin 1S1D, cast to x's dtype; D even, below 896."""
     assert rotary_mode == "half" and rotate is None
     assert x.shape[0] < 1000 and x.shape[2] < 1000
     cos, sin = r1.to(x.dtype).float(), r2.to(x.dtype).float()
@@ -196,9 +201,9 @@ def rotary_mul(x, r1, r2, rotary_mode="half", rotate=None):
 
 
 def _scores(query, key, scale, atten_mask, ends, sparse_mode):
-    """Of each sequence its slice and [N, Sq, Skv]; query heads share the KV heads in equal, consecutive parts."""
+    """For each sequence its slice and scores [N, Sq, Skv]; consecutive heads share a KV head."""
     assert ends[-1] == len(query) == len(key)
-    if sparse_mode == 3:  # right-down causal, from the compressed 2048 x 2048 mask, in which True hides
+    if sparse_mode == 3:  # right-down causal, from the compressed 2048 x 2048 mask, where True masks
         assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
     else:
         assert sparse_mode == 0 and atten_mask is None  # without a mask: everything
@@ -230,7 +235,7 @@ def fusion_attention(
     sparse_mode=0,
     *others,
 ):
-    """TND: softmax(mask(scale q k^T)) v per sequence; the maxima and sums of the softmax, 8 times each, for the backward."""
+    """TND: softmax(mask(scale q k^T)) v per sequence; the softmax's max and sum, 8 times each."""
     assert pse is padding_mask is prefix is None and keep_prob == 1
     assert input_layout == "TND" and head_num == query.shape[1] and actual_seq_qlen == actual_seq_kvlen
     out = torch.empty(*query.shape[:2], value.shape[2], dtype=query.dtype)
@@ -283,7 +288,7 @@ def fusion_attention_grad(
 
 
 def cross_entropy_loss(x, target, weight=None, reduction="mean", ignore_index=-100, *others):
-    """loss of x's dtype and logProb = x - lse. An ignore_index below 0 ignores nothing: targets must be in [0, C)."""
+    """loss in x's dtype, logProb = x - lse; a negative ignore_index has no effect."""
     assert weight is None and reduction == "none" and not any(others)
     assert ignore_index < 0 and bool(((target >= 0) & (target < x.shape[1])).all())
     log_prob = x.float().log_softmax(-1).to(x.dtype)
@@ -320,7 +325,7 @@ BODIES = {
 
 
 def within_limits(name, body):
-    """The body behind rehearse/limits.py: a call that the device would refuse fails here too."""
+    """`body` after rehearse/limits.py, so that calls fail that the device would refuse."""
 
     def checked(*args, **kwargs):
         assert not (wrong := problems(getattr(torch.ops.npu, name).default, args, kwargs)), wrong
@@ -330,7 +335,7 @@ def within_limits(name, body):
 
 
 def install() -> torch.library.Library:
-    """The bodies under torch's dispatch key for CPU tensors, as long as what is returned lives."""
+    """Register the bodies for CPU tensors, for the lifetime of the returned library."""
     library = torch.library.Library("npu", "IMPL")
     for name, body in BODIES.items():
         library.impl(name, within_limits(name, body), "CPU")
@@ -338,6 +343,6 @@ def install() -> torch.library.Library:
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference, relative."""
+    """The relative norm of the difference."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))

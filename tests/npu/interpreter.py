@@ -1,7 +1,8 @@
-"""Triton's interpreter, as triton-ascend 3.2.0 has it, put right, and counting what the kernels read and write.
+"""triton-ascend 3.2.0's interpreter with fixes, which also counts the bytes read and written.
 
-TRITON_INTERPRET=1 must be set before triton is imported. Three faults of it concern us: it multiplies the bits of bf16 as if
-they were integers, cuts bf16 off instead of rounding, and makes a number of an array in a way that newer numpy refuses.
+TRITON_INTERPRET=1 must be set before triton is imported. The fixes: it
+multiplies bf16 bits as integers, truncates to bf16 instead of rounding, and converts arrays to
+numbers in a way that newer numpy refuses.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-moved = {"read": 0, "written": 0}  # bytes, without what a mask leaves out
+moved = {"read": 0, "written": 0}  # bytes, without masked elements
 TYPES = {tl.float16: torch.float16, tl.float32: torch.float32, tl.float64: torch.float64}
 
 
@@ -30,7 +31,7 @@ def install() -> None:
         return make_store(pointers, value, mask)
 
     class Counting:
-        """The interpreter's C++ part, with our load and store."""
+        """The interpreter's C++ part with counting load and store."""
 
         def __getattr__(self, name):
             return {"load": load, "store": store}.get(name) or getattr(original, name)

@@ -1,5 +1,7 @@
-"""Rung 2, contract: every operator that kernels/npu.py calls, bound to torch_npu's own schemas and shape functions on fake
-NPU tensors, gives the shapes and dtypes of the native op, forward and backward."""
+"""Rung 2, contract: every operator that kernels/npu.py calls, bound to torch_npu's own schemas and
+shape functions on fake NPU tensors, gives the shapes and dtypes of the native op, forward and
+backward.
+"""
 
 import pytest
 import torch
@@ -40,14 +42,14 @@ def run(module, op: str, inputs: list, rest: tuple) -> tuple[list, list]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("module", "op"),
-    [*((fused, op) for op in CASES if op not in kernels.BY_FLA), *((triton, op) for op in kernels.BY_TRITON)],
+    [*((fused, op) for op in CASES if op not in kernels.FLA_OPS), *((triton, op) for op in kernels.TRITON_OPS)],
     ids=lambda x: x if isinstance(x, str) else x.__name__.rpartition(".")[2],
 )
 def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     shapes, rest = CASES[op]
     rest = (IDS,) if op == "moe_experts" else rest
     native = run(kernels, op, [torch.randn(s).to(dtype) for s in shapes], rest)
-    fresh = CU.clone()  # what operators keep with it belongs to one mode
+    fresh = CU.clone()  # operators cache fake tensors on it, which belong to one mode
     with FakeTensorMode() as mode, Watch() as watch:
         moved = tuple(
             fresh
@@ -64,12 +66,12 @@ def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     assert (watch.calls or module is triton) and not watch.record.wrong
 
 
-def test_every_case_has_been_thought_of():
-    assert {*CASES, "moe_experts_parallel"} == set(kernels.OPS)  # the last in ladder_experts.py
+def test_every_op_has_a_case():
+    assert {*CASES, "moe_experts_parallel"} == set(kernels.OPS)  # moe_experts_parallel is in ladder_experts.py
 
 
 def test_primitives_agree_with_the_native_ones():
-    """The same names, and for the same arguments the same shapes and dtypes, but for what backward keeps to itself."""
+    """The same names, shapes and dtypes, except for what only backward reads."""
     from kernels import native
 
     place, ends = torch.arange(40, dtype=torch.int32), torch.arange(5, 45, 5)

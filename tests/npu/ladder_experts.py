@@ -1,6 +1,6 @@
-"""Experts of several ranks on the NPU's primitives: contract on fake tensors, numbers with the bodies that CANN documents.
+"""Expert parallelism on the NPU primitives: contract on fake tensors, numbers with bodies.py.
 
-The ranks of the numbers are threads, see threads.py.
+In the numeric tests ranks are threads, see threads.py.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels import fused, fused_exchange, moe_parallel, npu, reference
 from rehearse.watch import Watch
 
 RANKS, HIDDEN, INNER = 8, 16, 24
-# module, experts a token: gathered if these are more than the ranks
+# module, top_k: all-gather if it exceeds the number of ranks
 WAYS = {"all-to-all": (fused, 2), "all-gather": (fused, 9), "fused": (fused_exchange, 2)}
 FUSED = {"npu_alltoallv_gmm", "npu_gmm_alltoallv"}
 
@@ -32,7 +32,7 @@ def named(monkeypatch):
 
 @pytest.fixture
 def virtual():
-    """Rank 0 of eight that are not there."""
+    """A fake group of eight ranks, as seen by rank 0."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -48,19 +48,19 @@ def documented_bodies():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("imbalance", [1.0, 1.5])
 def test_contract(way, imbalance, virtual):
-    """Shapes and dtypes, no operator without a kernel, and no sync but the counts, for which balanced ones stand."""
+    """Shapes, dtypes, no operator without a kernel, no sync but the (here balanced) counts."""
     (module, top_k), tokens, dtype = WAYS[way], 64, torch.bfloat16
     asked = []
 
-    def sizes(counts, *of):
+    def count_reader(counts, *of):
         asked.append(counts.shape)
-        return moe_parallel.balanced(counts, *of, imbalance=imbalance)
+        return moe_parallel.balanced_counts(counts, *of, imbalance=imbalance)
 
     with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
         ids = torch.zeros(tokens, top_k, dtype=torch.long)
         shapes = [(tokens, HIDDEN), (tokens, top_k), (2, 2 * INNER, HIDDEN), (2, HIDDEN, INNER)]
         x, weights, gate_up, down = (torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes)
-        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, sizes=sizes)
+        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, count_reader=count_reader)
         y.sum().backward()
     assert y.shape == x.shape and y.dtype == dtype
     for t in (x, weights, gate_up, down):
@@ -127,7 +127,7 @@ def test_numbers(way, dtype, documented_bodies):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_the_fused_operators_do_not_take(change, words, monkeypatch):
+def test_unsupported_inputs_raise(change, words, monkeypatch):
     case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3} | change
     monkeypatch.setattr(fused_exchange, "get_world_size", lambda group: case["ranks"])
     x = torch.zeros(case["tokens"], 4, dtype=case["dtype"])
@@ -136,13 +136,13 @@ def test_what_the_fused_operators_do_not_take(change, words, monkeypatch):
         fused_exchange.moe_experts_parallel(x, ids, ids.float(), torch.zeros(case["experts"], 8, 4), None, None)
 
 
-def test_it_is_asked_for_by_name():
+def test_the_fused_exchange_must_be_selected_by_name():
     auto, named = kernels.select("npu"), kernels.select("npu", {"moe_experts_parallel": "alltoallv_gmm"})
     assert auto.moe_experts_parallel is fused.moe_experts_parallel
     assert named.moe_experts_parallel is fused_exchange.moe_experts_parallel
 
 
-def test_the_communicator_is_asked_for_by_the_rank_among_all(monkeypatch):
+def test_the_communicator_takes_the_global_rank(monkeypatch):
     monkeypatch.undo()  # of the name above
 
     class Group:

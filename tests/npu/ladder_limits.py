@@ -1,4 +1,4 @@
-"""What the operators of a 910B refuse is refused here: a call that is right, and the same with one thing wrong."""
+"""rehearse/limits.py refuses what a 910B's operators refuse: valid calls, each with one error."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def ints(*shape, dtype=torch.int32):
 
 Q, KV, STATS = of(8, 4, 16), of(8, 2, 16), of(8, 4, 8, dtype=torch.float32)
 MASK = torch.zeros(2048, 2048, dtype=torch.bool)
-CALLS = {  # operator -> (arguments that are right, [(what is changed, what is said)])
+CALLS = {  # operator -> (valid arguments, [(change, message)])
     npu.npu_fusion_attention: (
         {"query": Q, "key": KV, "value": KV, "head_num": 4, "input_layout": "TND", "atten_mask": MASK, "sparse_mode": 3}
         | {"actual_seq_qlen": [3, 8], "actual_seq_kvlen": [3, 8]},

@@ -1,4 +1,4 @@
-"""What lies on the host meanwhile, on fake NPU tensors: the copies asked for, and what the device holds at a time."""
+"""Offloading on fake NPU tensors: the copies that are queued, and the peak of the device."""
 
 import dataclasses
 from math import ceil
@@ -24,7 +24,7 @@ TOKENS = 1024
 
 
 class Copies(Watch):
-    """Between host and device: bytes each way. One that the host would wait for is wrong."""
+    """Counts bytes between host and device each way; a copy that blocks the host is an error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class Copies(Watch):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Not here: filling each new tensor would be one more operator."""
+    """Off: it would add an operator per new tensor."""
 
 
 @pytest.mark.parametrize("recompute", [False, True, "selective"], ids=["", "recompute", "selective"])
 def test_activations_on_the_host(recompute):
-    """No host sync; what goes comes back; from forward to backward far less stays on the device."""
+    """No host sync; what leaves returns; far less stays on the device until backward."""
     config, held = slice_config(True, LAYERS), {}
     batch = make_batch(config, TOKENS, True)
     weights = token_weights(batch, "default")
@@ -71,12 +71,12 @@ def test_activations_on_the_host(recompute):
             assert (copies.out == copies.back > 0) if offload else copies.out == 0
             del loss, aux, total, there
     sent = copies.out
-    assert sent >= 3 * TOKENS * 1024 * 2  # the inputs of all layers but the last
+    assert sent >= 3 * TOKENS * 1024 * 2  # inputs of all layers but the last
     assert held[False] - held[True] >= 0.95 * sent
 
 
 class Made:
-    """Takes the place of DecodedBatches."""
+    """A stand-in for the decoding of packed sequences."""
 
     def __getitem__(self, bins: list[list[int]]) -> PackedBatch:
         return make_batch(slice_config(False, LAYERS), TOKENS, bins != [[0]])
@@ -84,7 +84,7 @@ class Made:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_page_locked(workers):
-    """By the loader's thread and torch_npu's own memory for it: all that goes to the device, and nothing else."""
+    """Exactly what goes to the device, by the loader's thread with torch_npu's allocator."""
     batches = list(background_loader(Made(), [[[i]] for i in range(3)], workers, pin=True))
     for i, batch in enumerate(batches):
         wanted, locked = Made()[[[i]]], []
@@ -96,7 +96,7 @@ def test_batches_come_page_locked(workers):
 
 
 def test_moments_on_the_host():
-    """No host sync; the moments go both ways; two chunks of them are on the device, and no more."""
+    """No host sync; the moments go both ways; at most two chunks of them are on the device."""
     with FakeTensorMode(), torch.device(DEVICE):
         model = Qwen35(load_config(slice_config(True, LAYERS)), kernels=kernels.select("npu"))
         optimizer = SwappedAdamW([{"params": list(model.parameters())}], chunk=1 << 22, lr=1e-4)
@@ -114,4 +114,4 @@ def test_moments_on_the_host():
         chunks, trained = -(-elements // (1 << 22)), list(model.parameters())
         assert chunks <= copies.record.ops["aten::_fused_adamw_"] <= chunks + 1
         parts = sum(len(chunk.parameters) for chunk in optimizer._chunks(trained))
-        assert copies.record.launched == 2 * parts + ceil(len(trained) / 48)  # the update, and the counts of steps
+        assert copies.record.launched == 2 * parts + ceil(len(trained) / 48)  # the update and the step counters

@@ -1,4 +1,4 @@
-"""Rung 3, numbers: the NPU's ops on CPU tensors, each operator with the body that CANN documents, equal reference.py."""
+"""Rung 3, numbers: the NPU ops on CPU tensors, with bodies.py as operators, equal reference.py."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def cu(lengths: list[int]) -> torch.Tensor:
 
 
 def compare(op: str, inputs: list, *rest, dtype=torch.float32, tolerance=2e-5) -> None:
-    """The NPU's op in `dtype` against the reference in fp64 on the same inputs: outputs and the gradient of each input."""
+    """Compare the NPU op in `dtype` with the fp64 reference: outputs and gradients."""
     ours_in = [x.to(dtype).requires_grad_() for x in inputs]
     exact_in = [x.detach().double().requires_grad_() for x in ours_in]
     ours, exact = getattr(fused, op)(*ours_in, *rest), getattr(reference, op)(*exact_in, *rest)
@@ -58,8 +58,8 @@ def test_more_sequences_than_the_fused_attention_takes():
 
 @pytest.mark.parametrize("sequences", [1024, 2], ids=["one call", "several calls"])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 4), (0, 1, 3, 4)], ids=str)
-def test_attention_of_what_is_made_again(sequences, frozen, monkeypatch):
-    """q and k put through something first, of which nothing is kept: the gradients of all that goes in."""
+def test_attention_with_prepare(sequences, frozen, monkeypatch):
+    """With a `prepare` of q and k, of which nothing is saved: gradients of all inputs."""
     monkeypatch.setattr(npu, "SEQUENCES", sequences)
     lengths = cu([5, 17, 1, 0, 9])
     shapes = [(32, 4, 8), (32, 2, 8), (32, 2, 8), (8,), (32, 1, 8)]
@@ -108,7 +108,7 @@ def test_norms_rotary_and_swiglu(dtype, tolerance):
 
 
 def test_norms_with_fp32_weights_and_bf16_tokens():
-    """What is held out of the bf16 groups: the weight keeps its precision, and its gradient its dtype."""
+    """Replicated parameters: the weight keeps its precision and its gradient its dtype."""
     x, gate, weight = torch.randn(7, 32), torch.randn(7, 32), torch.randn(32)
     for op, inputs in (("rms_norm", [x]), ("rms_norm_gated", [x, gate])):
         ours = [t.bfloat16().requires_grad_() for t in inputs] + [weight.clone().requires_grad_()]
@@ -123,14 +123,14 @@ def test_norms_with_fp32_weights_and_bf16_tokens():
 
 def choices(tokens: int, experts: int = 8, top_k: int = 2) -> torch.Tensor:
     ids = torch.rand(tokens, experts - 2).topk(top_k).indices
-    ids[ids == 3] = experts - 1  # expert 3 idles, and so does one before the last
+    ids[ids == 3] = experts - 1  # expert 3 and the last but one get no tokens
     return ids
 
 
 @DTYPES
 @pytest.mark.parametrize("tokens", [1, 63, 100])
 def test_primitives_of_the_experts(tokens, dtype, tolerance):
-    """Each of them against its definition, forward and backward."""
+    """Each primitive against its definition, forward and backward."""
     ids = choices(tokens)
     x = torch.randn(tokens, 16).to(dtype)
     rows, place, ends = npu.permute(x, ids, 8)
@@ -210,7 +210,7 @@ def test_linear_cross_entropy(chunk, told, monkeypatch):
     monkeypatch.setattr(kernels.cross_entropy, "CHUNK_LOGITS", chunk)
     labels = torch.randint(0, 50, (100,))
     labels[::3] = -100
-    weights = torch.rand(100)  # of what is not trained too: it must count nowhere
+    weights = torch.rand(100)  # also for tokens without labels, which must not count
     mine = [torch.randn(100, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in mine]
     trained = (labels >= 0).nonzero()[:, 0] if told else None
@@ -248,8 +248,8 @@ def test_linear_cross_entropy_in_bf16_stays_near_fp32():
         assert a.grad.dtype == torch.bfloat16 and error(a.grad, b.grad) <= 2e-2
 
 
-def test_what_fla_is_handed(monkeypatch):
-    """fla's own kernels need a device: here, that it gets one batch, the lengths that it asks for, l2 norms inside."""
+def test_arguments_passed_to_fla(monkeypatch):
+    """fla's kernels need a device: it gets one batch, lengths in both forms, l2 norms inside."""
     given = []
 
     def stand_in(*args, **kwargs):
@@ -267,8 +267,8 @@ def test_what_fla_is_handed(monkeypatch):
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    chosen = kernels.select("npu", dict.fromkeys(kernels.BY_FLA, "fla"))
-    monkeypatch.delitem(sys.modules, "kernels.fla")  # for the next who asks
+    chosen = kernels.select("npu", dict.fromkeys(kernels.FLA_OPS, "fla"))
+    monkeypatch.delitem(sys.modules, "kernels.fla")  # for later imports
     q, k, v, g, beta = (
         torch.randn(9, 2, 8),
         torch.randn(9, 2, 8),

@@ -1,6 +1,6 @@
-"""training.profile on an NPU: torch_npu's real profiler, on stand-ins for two more of CANN's libraries, host operators alone.
+"""training.profile with torch_npu's real profiler, on stand-ins for CANN: host operators only.
 
-What the device would have done is CANN's to write, and is not there: torch_npu says so, and makes its trace of the rest.
+CANN would write the device's part, which is missing: torch_npu reports that and traces the rest.
 """
 
 import ast
@@ -77,7 +77,7 @@ def test_a_profile_of_the_real_torch_npu(tmp_path):
 
 
 def test_without_its_trace_the_run_says_so(tmp_path):
-    """torch_npu's profiler prints what goes wrong and goes on."""
+    """torch_npu's profiler prints errors and continues."""
     environment = os.environ.copy()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "run"), "none"],
@@ -89,7 +89,7 @@ def test_without_its_trace_the_run_says_so(tmp_path):
 
 
 def test_the_older_release_takes_the_same():
-    """By the wheel of torch-npu 2.7.1, which NPU_OLD_WHEEL names: what qwen35/device.py passes, and calls."""
+    """What qwen35/device.py calls and passes exists in torch-npu 2.7.1's wheel, NPU_OLD_WHEEL."""
     wanted = {
         "profiler/profiler.py": {
             "profile.__init__": {"schedule", "on_trace_ready", "profile_memory"},

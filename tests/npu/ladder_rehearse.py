@@ -1,4 +1,4 @@
-"""A rehearsal, whole: a small recipe is green, and each thing that it must refuse is refused in one line."""
+"""A whole rehearsal: a small recipe passes, and errors are reported in one line each."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from steps import slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rehearse.step
-from kernels import npu  # noqa: F401  # and with it, torch has the device
+from kernels import npu  # noqa: F401  # registers the device with torch
 from rehearse.__main__ import main
 from rehearse.cost import moved, workspace
 from rehearse.rates import rates_text
@@ -21,12 +21,12 @@ NOBODYS.impl("nobodys", torch.empty_like, "Meta")
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Not here: filling each new tensor would be one more operator."""
+    """Off: it would add an operator per new tensor."""
 
 
 @pytest.fixture
 def recipe(tmp_path) -> str:
-    """A MoE of slice S's widths, one layer of each kind."""
+    """A MoE with slice S's widths and one layer of each kind."""
     return write(tmp_path, True, 1)
 
 
@@ -62,7 +62,7 @@ def test_a_recipe_is_rehearsed(recipe, capsys):
 
 
 def test_measured_rates_are_taken(recipe, capsys, tmp_path):
-    """The same at both ends, where only what overlaps differs; a CPU's are refused."""
+    """Measured rates give both bounds, which differ only by overlap; a CPU's rates are refused."""
     rates = tmp_path / "rates.yaml"
     rates.write_text(rates_text("npu", "Ascend910B2", dict.fromkeys(("flops", "memory", "within", "between"), 1e12)))
     assert main([recipe, "--json", "--rates", str(rates)]) == 0
@@ -71,7 +71,7 @@ def test_measured_rates_are_taken(recipe, capsys, tmp_path):
     quick, slow = words(out, "quick"), words(out, "slow")
     assert (
         quick[0][1:3] == slow[0][1:3] and quick[0][4] != slow[0][4]
-    )  # arithmetic and memory; the host's part is stated
+    )  # arithmetic and memory; the host's part is given
     ends = json.loads(out.splitlines()[-1])
     assert 0 < ends["quick"] < ends["slow"] and ends["peak"] > 1e8
     assert f"between {ends['quick']:.2f} and {ends['slow']:.2f} s" in out
@@ -86,16 +86,16 @@ HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "tra
 
 @pytest.mark.parametrize(("moe", "more"), [(True, SPLIT), (False, HOST)], ids=["experts", "offload"])
 def test_few_layers_say_what_all_of_them_do(tmp_path, capsys, moe, more):
-    """Five of each kind: four are run, and every line is the same as if all had been."""
+    """Five of each kind, of which four are run: every line equals that of a full run."""
     recipe, said = write(tmp_path, moe, 5), []
-    for whole in ([], [], ["--whole"]):  # the first of a process has what DTensor asks of shapes that it has not met
+    for whole in ([], [], ["--whole"]):  # the first run in a process also has DTensor's work on new shapes
         assert main([recipe, *more, *whole]) == 0
         said.append(capsys.readouterr().out.splitlines()[:-1])
     assert said[1] == said[2] and len(said[1]) > 15
 
 
-def test_experts_and_bins_that_are_shared(recipe, capsys):
-    """The counts of rows are read once a layer in forward, and in recomputation not again; two ranks share a bin."""
+def test_expert_and_context_parallelism(recipe, capsys):
+    """Row counts are read once per layer, not in recomputation; two ranks share a batch."""
     shared = ["parallel.expert_parallel_size=8", "parallel.ulysses_parallel_size=2"]
     results = {}
     for imbalance in ("1", "4"):
@@ -106,12 +106,12 @@ def test_experts_and_bins_that_are_shared(recipe, capsys):
         [line] = words(out, "all-to-all, ep")
         results[imbalance] = float(line[5])
     assert "the experts of rank 0 get 4.0 times their fair share" in out
-    # four times the rows come, and as many leave as before; what comes is sent back
+    # four times the rows arrive and are sent back; as many as before are sent
     assert 2 < results["4"] / results["1"] < 2.6
 
 
-def test_moments_that_live_on_the_host(recipe, capsys):
-    """They are not on the NPU but for the chunks under way, and copying them there and back waits for nothing."""
+def test_optimizer_moments_on_the_host(recipe, capsys):
+    """Only the chunks in flight are on the NPU, and their copies do not block."""
     moments = {}
     for optimizer in ("adamw", "adamw_swap"):
         assert main([recipe, f"training.optimizer={optimizer}"]) == 0
@@ -119,7 +119,7 @@ def test_moments_that_live_on_the_host(recipe, capsys):
         moments[optimizer] = float(words(out, "optimizer ")[0][2])
     [line] = words(out, "page-locked")
     assert moments["adamw_swap"] < 0.01 and float(line[5]) == pytest.approx(moments["adamw"], rel=0.05)
-    # all of them go back in the optimizer's phase; the rest is the batch on its way to the device
+    # all return in the optimizer's phase; the rest is the batch
     assert float(line[-1]) == pytest.approx(float(line[5]), abs=0.02)
 
 
@@ -150,15 +150,17 @@ def test_a_peak_that_is_too_high_is_refused(recipe, capsys):
 
 
 def test_what_torch_npus_operators_cost():
-    """Rows of 8 tokens of 16 bf16, 2 experts each; by hand. tests/rehearse/test_cost.py has torch's own."""
+    """8 tokens of 16 bf16, 2 experts each, by hand; torch's in tests/rehearse/test_cost.py."""
     with FakeTensorMode(), torch.device("npu:0"):
         tokens, ids = torch.empty(8, 16, dtype=torch.bfloat16), torch.empty(8, 2, dtype=torch.int64)  # 256, 128 bytes
         rows, place = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int32)  # 512, 64 bytes
         op = torch.ops.npu.npu_moe_token_permute.default
-        assert moved(op, (tokens, ids), {}, [rows, place]) == 512 + 128 + 512 + 64  # as many read as come out
+        assert moved(op, (tokens, ids), {}, [rows, place]) == 512 + 128 + 512 + 64  # as many bytes read as written
         assert workspace(op, (tokens, ids), {}, [rows, place]) == (16 << 20) + 6 * 4 * 16
         op = torch.ops.npu.npu_moe_token_permute_grad.default
-        assert moved(op, (tokens, rows, ids, place), {}, [tokens.clone()]) == 512 + 64 + 256  # two are shapes alone
+        assert (
+            moved(op, (tokens, rows, ids, place), {}, [tokens.clone()]) == 512 + 64 + 256
+        )  # two arguments only give shapes
         op = torch.ops.npu.npu_moe_token_unpermute.default
         assert moved(op, (rows, place, ids.float()), {}, [tokens.clone()]) == 512 + 64 + 64 + 256
         q, kv = torch.empty(8, 4, 32, dtype=torch.bfloat16), torch.empty(8, 2, 32, dtype=torch.bfloat16)
@@ -167,7 +169,7 @@ def test_what_torch_npus_operators_cost():
         assert workspace(op, args, {}, []) == (16 << 20) + 4 * (8 * 4 * 32 + 2 * 8 * 2 * 32)  # all three in fp32
 
 
-def test_words_that_are_wrong(recipe, capsys):
+def test_invalid_options_are_refused(recipe, capsys):
     for wrong, told in (
         (["parallel.expert_parallel_size=3"], "expert_parallel_size 3 does not divide the 8 processes"),
         (["model.kernels.moe_experts_parallel=alltoallv_gmm"], "rehearse without it, which sends the same"),
@@ -184,7 +186,7 @@ def test_words_that_are_wrong(recipe, capsys):
 
 
 def test_scaling(recipe, capsys, monkeypatch):
-    """Of FSDP, as many bytes on any number of ranks, but for a share of 1/n; of calls as many; of messages more."""
+    """FSDP's bytes grow with ranks only by 1 - 1/n, its calls not at all, its messages do."""
     monkeypatch.setattr("rehearse.scaling.SIZES", (16, 64))
     assert main([recipe, "--scaling"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "all-gather, fsdp" in line]

@@ -1,6 +1,6 @@
-"""Every call in kernels/npu.py against the schemas of torch-npu 2.7.1.post2, the default, read out of its wheel: NPU_OLD_WHEEL.
+"""Every call in kernels/npu.py against the schemas in torch-npu 2.7.1.post2's wheel, NPU_OLD_WHEEL.
 
-That wheel needs Python 3.10 and torch 2.7.1 to be imported, but the schemas stand in its library as text.
+The wheel needs Python 3.10 and torch 2.7.1 to import, but its library contains the schemas as text.
 """
 
 import ast
@@ -21,7 +21,7 @@ CALLS = [
     for node in ast.walk(ast.parse(SOURCE.read_text()))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "npu"
 ]
-WITHOUT_SHAPE = {"npu_gemma_rms_norm"}  # fake tensors alone need it: a rehearsal takes a newer release
+WITHOUT_SHAPE = {"npu_gemma_rms_norm"}  # only fake tensors need it, and a rehearsal uses a newer release
 NAMES = sorted({call.func.attr for call in CALLS})
 
 
@@ -56,7 +56,7 @@ def test_the_older_release_has_the_op_with_these_arguments(name, files):
         given = [*positional, *keyword]
         missing = {a.name for a in old.arguments if not a.has_default_value()} - {a.name for a in given}
         assert not missing
-        # the argument of a place and the type of each are those of the newer release, and so is what is left to default
+        # positions, types and defaults of arguments equal those of the newer release
         assert [a.name for a in positional] == [a.name for a in new.arguments[: len(call.args)]]
         for argument in old.arguments:
             assert str(argument.type) == str(by_name[argument.name].type), argument.name

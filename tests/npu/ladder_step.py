@@ -1,4 +1,4 @@
-"""Rung 4, the whole step: model, loss, backward and AdamW on fake NPU tensors, every dispatched operator looked at."""
+"""Rung 4, the whole step on fake NPU tensors: model, loss, backward, AdamW."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from kernels.features import HAS_GROUPED_MM
 from kernels.triton import chunks
 from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.config.schema import ParallelSettings
-from qwen35.device import REPEATABLE, be_deterministic
+from qwen35.device import DETERMINISTIC_ENV, enable_determinism
 from qwen35.parallel.mesh import make_meshes
 from rehearse.watch import SavedBytes, Watch, has_kernel
 
@@ -30,14 +30,14 @@ BACKWARD += [f"delta_rule::{x}" for x in ("states", "grad_states", "gradients", 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Not here: filling each new tensor would be one more operator."""
+    """Off: it would add an operator per new tensor."""
 
 
 @pytest.mark.parametrize("recompute", [False, True, "selective"], ids=["", "recompute", "selective"])
 @pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 def test_a_step(moe, images, recompute):
-    """No host sync, no foreign device, no operator without a kernel; a gradient for every parameter on the device."""
+    """No sync, no other device, no operator without a kernel; every parameter gets a gradient."""
     config = slice_config(moe, LAYERS)
     step = our_step(config, make_batch(config, 1024, images), recompute)
     assert not step.wrong
@@ -53,8 +53,8 @@ def test_a_step(moe, images, recompute):
     if moe:
         wanted |= {"npu_moe_token_permute", "npu_grouped_matmul", "npu_moe_token_permute_grad"}
     assert wanted <= called
-    # the delta net's kernels, each launched once a layer, and those of forward once more where it is recomputed; selective
-    # leaves out the scan, whose output is kept, and the attention of the text
+    # the delta net's kernels run once per layer, in forward again if recomputed; selective skips
+    # the scan, whose output is saved, and the attention of the text
     deltas = LAYERS.count("linear_attention")
     again = [deltas * bool(recompute)] * (len(FORWARD) - 1) + [deltas * (recompute is True)]
     assert [step.forward.ops[name] for name in FORWARD] == [deltas] * len(FORWARD)
@@ -64,15 +64,15 @@ def test_a_step(moe, images, recompute):
     text, vision = LAYERS.count("full_attention"), config["vision_config"]["depth"]
     more = vision * bool(recompute) + text * (recompute is True)
     assert list(attentions.values()) == [text + vision + more, text + vision]
-    # the shapes of the operators do not depend on what the batch holds
+    # the shapes of the operators do not depend on the data
     assert step.optimizer.ops["aten::_fused_adamw_"] > 0
-    # the tower's parameters are put back by a mask, matrices and all others at once
+    # the tower's parameters are restored by a mask, in two calls: matrices, all others
     assert step.optimizer.ops["aten::where.self"] == step.optimizer.ops["aten::_foreach_copy_"] == 1
 
 
 @pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])
 def test_a_step_with_multi_token_prediction(moe, recompute):
-    """One attention layer more, and rows of the same head: nothing waits for the device here either."""
+    """One more attention layer, and more rows of the same head: no sync either."""
     config = slice_config(moe, LAYERS)
     batch = make_batch(config, 1024, True)
     plain, step = (our_step(config, batch, recompute, mtp) for mtp in (False, True))
@@ -84,15 +84,15 @@ def test_a_step_with_multi_token_prediction(moe, recompute):
 
 @pytest.fixture
 def sharing():
-    """Two ranks that share their bins, of which only this one is there."""
+    """Two ranks that share packed sequences, of which only this one exists."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield make_meshes("npu", ParallelSettings(ulysses_parallel_size=2))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])
-def test_a_step_on_shared_bins(moe, recompute, sharing):
-    """The exchanges are operators like others: none waits for the device, and the mixers' own are as many as they were."""
+def test_a_step_with_context_parallelism(moe, recompute, sharing):
+    """The exchanges do not sync, and the number of the mixers' operators does not change."""
     config = slice_config(moe, LAYERS)
     batch = make_batch(config, 1024, True)
     plain, step = our_step(config, batch, recompute, True), our_step(config, batch, recompute, True, sharing)
@@ -101,13 +101,13 @@ def test_a_step_on_shared_bins(moe, recompute, sharing):
         assert step.forward.ops[name] == plain.forward.ops[name] > 0, name
     mixers, exchange = len(LAYERS) + 1 + config["vision_config"]["depth"], "c10d::alltoall_base_"
     assert step.forward.ops[exchange] == 2 * mixers
-    assert step.backward.ops[exchange] == 2 * mixers * (1 + recompute) + 1  # the features' gradient
+    assert step.backward.ops[exchange] == 2 * mixers * (1 + recompute) + 1  # and the features' gradient
     assert step.forward.ops["c10d::allgather_"] == 1 and step.forward.ops["c10d::allreduce_"] == moe
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_the_chunks_are_written_down_once_a_batch(recompute, monkeypatch):
-    """For the delta rule's size and for the convolution's: not once a layer, nor again where layers are run again."""
+def test_chunk_tables_are_made_once_per_batch(recompute, monkeypatch):
+    """Once for each of the two chunk sizes, not per layer or recomputation."""
     tables, make = [], chunks._made
     monkeypatch.setattr(
         chunks, "_made", lambda lengths, size, device: tables.append(size) or make(lengths, size, device)
@@ -118,21 +118,21 @@ def test_the_chunks_are_written_down_once_a_batch(recompute, monkeypatch):
 
 
 def test_text_and_images_dispatch_the_same():
-    """The vision tower runs in every step: the same operators in the same number, so that ranks cannot differ."""
+    """The vision tower runs in every step, with the same operators: ranks cannot diverge."""
     config = slice_config(True, LAYERS)
     one, two = (our_step(config, make_batch(config, 1024, images)) for images in (False, True))
     assert one.forward.ops == two.forward.ops and one.backward.ops == two.backward.ops
 
 
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
-def test_a_step_with_the_same_bits_each_time(moe, monkeypatch):
-    """training.deterministic adds no operator: what it costs is inside CANN's own."""
-    for name, values in REPEATABLE.items():
+def test_a_deterministic_step_has_the_same_operators(moe, monkeypatch):
+    """training.deterministic adds no operator: its cost is inside CANN's operators."""
+    for name, values in DETERMINISTIC_ENV.items():
         monkeypatch.setenv(name, values[0])
     config = slice_config(moe, LAYERS)
     batch = make_batch(config, 1024, True)
     plain = our_step(config, batch, "selective", True)
-    be_deterministic()
+    enable_determinism()
     try:
         step = our_step(config, batch, "selective", True)
     finally:
@@ -143,12 +143,12 @@ def test_a_step_with_the_same_bits_each_time(moe, monkeypatch):
 
 
 def test_a_layer_against_transformers():
-    """Ceilings over what was measured; table.py prints the figures."""
+    """Upper bounds on measured counts; table.py prints the figures."""
     for moe in (True, False):
         if moe and not HAS_GROUPED_MM:
             with pytest.raises(
                 DataDependentOutputException
-            ):  # there transformers asks the device for each expert's rows
+            ):  # without grouped_mm transformers syncs for each expert's rows
                 layers(peer_step, moe)
             continue
         ours, theirs = layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe), layers(peer_step, moe)
@@ -159,10 +159,10 @@ def test_a_layer_against_transformers():
             assert 0 < saved <= of_bytes * theirs[kind].saved, (moe, kind, saved)
 
 
-# ── That all of this can fail ──────────────────────────────────────────────────────────────────────────────────────────
+# ── That all of this can fail ─────────────────────────────────────────────────────────────────────
 
 
-def test_the_watch_sees_what_must_not_be():
+def test_the_watch_detects_forbidden_operators():
     with FakeTensorMode(), Watch() as watch:
         x = torch.ones(4, 4, device=DEVICE)
         x.add(1).view(16)
@@ -170,7 +170,7 @@ def test_the_watch_sees_what_must_not_be():
         x.cpu()
         x[torch.tensor([0, 1])]
         x.copy_(torch.ones(4, 4), non_blocking=True)  # to the device: allowed
-        x.copy_(torch.ones(4, 4))  # not so: torch_npu waits for the stream before it copies
+        x.copy_(torch.ones(4, 4))  # not allowed: torch_npu waits for the stream before it copies
         torch.empty(2).copy_(x[0, :2])
     found = "; ".join(watch.record.wrong)
     assert len(watch.record.wrong) == 4
@@ -181,7 +181,7 @@ def test_the_watch_sees_what_must_not_be():
         torch.ones((), device=DEVICE).item()
 
 
-def test_the_watch_sees_what_has_no_kernel_on_the_cores():
+def test_the_watch_detects_operators_without_a_kernel_on_the_cores():
     with FakeTensorMode(), Watch() as watch:
         x, ids = torch.ones(8, device=DEVICE), torch.arange(8, device=DEVICE)
         x.cumsum(0), ids.int().cumsum(0, dtype=torch.int32), x.sort(), x.sort(stable=True)
@@ -200,7 +200,7 @@ def test_the_watch_sees_what_has_no_kernel_on_the_cores():
     assert found.count("of one axis writes 8 values") == 2
 
 
-def test_the_native_loss_would_wait_for_the_device():
+def test_the_native_loss_would_sync():
     with FakeTensorMode():
         hidden, weight = torch.ones(9, 4, device=DEVICE), torch.ones(20, 4, device=DEVICE)
         labels = torch.zeros(9, dtype=torch.long, device=DEVICE)
@@ -210,9 +210,9 @@ def test_the_native_loss_would_wait_for_the_device():
 
 @pytest.mark.parametrize(
     ("kind", "core"), [("linear_attention", 2 * 32 * 128), ("full_attention", 2 * 8 * 256 + 2 * 4 * 8 * 8)]
-)  # bytes of what a core returns: bf16, and the fp32 maximum and sum of each head's softmax, eight times each
-def test_bytes_kept_of_a_layer(kind, core):
-    """A token's, from the end of forward: with recompute the layer's input, and with selective its core's output."""
+)  # bytes of a core's outputs: bf16, and fp32 max and sum of each head's softmax, eight times each
+def test_bytes_saved_per_layer(kind, core):
+    """Per token at the end of forward: the layer's input, and with selective its core's output."""
     tokens, base = 1024, ["linear_attention", "full_attention"]
     kept = {}
     for how in (False, True, "selective"):
@@ -221,7 +221,7 @@ def test_bytes_kept_of_a_layer(kind, core):
             for types in (sorted([*base, kind], reverse=True), base)
         )
         kept[how] = (more - less) / tokens
-    small = 2  # bytes of what is the same for any number of tokens
+    small = 2  # slack for what does not depend on the tokens
     assert 2 * 1024 <= kept[True] <= 2 * 1024 + small
     assert 2 * 1024 + core <= kept["selective"] <= 2 * 1024 + core + small
     assert kept[False] > 3 * kept["selective"]
@@ -231,6 +231,6 @@ def test_saved_bytes_are_counted_once():
     weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True)
     kept = SavedBytes([weight])
     with kept:
-        y = (x @ weight).exp()  # keeps x, the weight, which does not count, and its result
+        y = (x @ weight).exp()  # saves x, the weight (not counted) and its result
         (y.view(-1) * y.view(-1)).sum()  # the same result again
     assert kept.total == 2 * 4 * 8 * 4

@@ -1,5 +1,7 @@
-"""Rung 5, compilation: what the operators launch, at every published model's shapes, passes BiShengIR's whole pipeline up to
-CANN's own step, for A2 and A3, at the first try, without a remark. In a process of its own: here, kernels are interpreted."""
+"""Rung 5, compilation: what the operators launch, at every published model's shapes, passes
+BiShengIR's whole pipeline up to CANN's own step, for A2 and A3, at the first try, without a remark.
+In a process of its own: here, kernels are interpreted.
+"""
 
 import json
 import os
@@ -48,7 +50,7 @@ def test_every_kernel_compiles_for_every_published_shape(found):
 
 
 def test_other_heads(found):
-    """Of 256, the last kernel fits into L1 without double buffering alone: it works, and the compiler remarks on it."""
+    """With 256 the last kernel fits into L1 only without double buffering: a remark."""
     for size in (64, 256):
         some = {x["kernel"]: x for x in found if x["shape"] == f"heads of {size}"}
         assert set(some) == KERNELS and all(x["done"] for x in some.values())
@@ -56,14 +58,14 @@ def test_other_heads(found):
         assert remarked == ({"delta_rule_gradients.gradients"} if size == 256 else set())
 
 
-def test_what_a_kernel_falls_to(found):
+def test_smaller_tiles_compile(found):
     for shape in ("chunk 32", "chunk 16"):
         some = {x["kernel"]: x for x in found if x["shape"] == shape}
         assert set(some) == KERNELS and all(x["done"] and not x["notes"] for x in some.values())
 
 
 def test_in_fp32(found):
-    """Two kernels fit without double buffering alone."""
+    """Two kernels fit only without double buffering."""
     some = {x["kernel"]: x for x in found if x["shape"] == "fp32"}
     assert set(some) == KERNELS and all(x["done"] for x in some.values())
     remarked = {name for name, x in some.items() if x["notes"]}
@@ -80,6 +82,6 @@ def test_tiles_lie_in_the_buffers_and_both_vector_cores_share_them(found):
         assert (0 < x["buffers"].get("cbuf", 0) <= 512 << 10 and 0 < x["buffers"]["cc"] <= 128 << 10) == products
 
 
-def test_what_does_not_fit_is_seen(found):
+def test_a_tile_that_does_not_fit_is_detected(found):
     [x] = [x for x in found if x["shape"] == "too large"]
     assert not x["done"] and any("ub overflow, requires" in note for note in x["notes"])

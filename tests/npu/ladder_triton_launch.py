@@ -1,4 +1,4 @@
-"""Rung 5, launching: the first run of all kernels, as a run's first process does it, and several that meet in one cache."""
+"""Rung 5, launching: the first run of all kernels, and several processes that share a cache."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch_npu
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("triton_launch.py")
 
-# Instead of a C++ compiler: writes the header's half, and then waits. What includes the header wants it whole.
+# A stand-in C++ compiler: writes half of the header, then waits. Including it requires all of it.
 COMPILER = """#!/usr/bin/env bash
 while (($#)); do
     case $1 in
@@ -35,7 +35,7 @@ else
     exit 1
 fi
 """
-# what triton-ascend does at a kernel's first launch, before it loads what the compiler has made
+# what triton-ascend does at a kernel's first launch, before it loads the compiled launcher
 LAUNCHER = """
 import contextlib, os, sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def environment(tmp_path) -> dict[str, str]:
 
 
 def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
-    """Its launcher's C++ too; and a tile that does not fit gets smaller, by the compiler's own word."""
+    """With the launcher's C++; a tile that does not fit is reduced."""
     out = tmp_path / "told.json"
     done = subprocess.run([sys.executable, SCRIPT, out], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -68,7 +68,7 @@ def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
     forward = [conv[0], *(f"delta_rule::{x}" for x in ("prepare", "invert", "scan")), norm[0]]
     backward = [norm[1], *(f"delta_rule::{x}" for x in walk), conv[1]]
     assert told["kernels"] == [*forward, *backward]
-    assert told["begun"] == [*forward, norm[1], *forward, *backward]  # nobody has drained the queue
+    assert told["begun"] == [*forward, norm[1], *forward, *backward]  # the queue has not been drained
     [line] = [line for line in told["told"] if "does not fit" in line]
     assert line.startswith("rms_norm_gated::backward: elements 8192 does not fit (ub overflow, requires ")
     assert line.endswith(" bits while 1572864 bits available); elements 4096")
@@ -81,7 +81,7 @@ def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
 
 @pytest.mark.parametrize("how", ["locked", "unlocked"])
 def test_several_processes_at_once(environment, tmp_path, how):
-    """Unlocked, who comes second includes half a header."""
+    """Without the lock, the second process includes half a header."""
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)

@@ -1,5 +1,7 @@
-"""Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against kernels/reference.py, forward
-and every gradient, on the native ops' own grid of lengths. In bf16 no further from it than twice the native op."""
+"""Rung 5, numbers: the Triton kernels in triton-ascend's own interpreter, on CPU tensors, against
+kernels/reference.py, forward and every gradient, on the native ops' own grid of lengths. In bf16 no
+further from it than twice the native op.
+"""
 
 import sys
 from functools import partial
@@ -15,16 +17,16 @@ from triton.backends.ascend.driver import NPUDriver
 import kernels
 from kernels import reference
 from kernels import triton as ours
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from kernels.triton import tiles
 
 interpreter.install()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-ROUNDING = 2.0**-9  # what rounding the exact answer to bf16 may cost
+ROUNDING = 2.0**-9  # the error of rounding the exact answer to bf16
 
 
 def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative; of gradients that are zero in truth, absolute."""
+    """Relative error; absolute for gradients that are exactly zero."""
     return float((x.double() - exact).norm() / exact.norm().clamp(min=1e-2))
 
 
@@ -35,7 +37,7 @@ def run(op, inputs: list, rest: tuple, dtype: torch.dtype, probe: torch.Tensor) 
 
 
 def compare(op: str, inputs: list, *rest, dtype=torch.float32, **tile) -> None:
-    """One draw of a handful of numbers may be rounded luckily: where there are few tokens, errors are over several draws."""
+    """Few numbers may be rounded luckily: with few tokens, errors are over several draws."""
     own = partial(getattr(ours, op), **tile)
     draws = []
     for _ in range(8 if len(inputs[0]) < 5 else 1):
@@ -54,18 +56,18 @@ def compare(op: str, inputs: list, *rest, dtype=torch.float32, **tile) -> None:
 
 
 @DTYPES
-def test_a_second_run_takes_the_output_of_the_first(dtype, monkeypatch):
-    """Of a layer that is run again for backward: the same gradients to the bit, and one scan."""
+def test_recomputation_reuses_the_output(dtype, monkeypatch):
+    """In a recomputed layer gradients are bit-equal and there is only one scan."""
     scans, scan = [], ours.delta_rule.launch.scan
     monkeypatch.setattr(ours.delta_rule.launch, "scan", lambda *args: scans.append(1) or scan(*args))
     inputs, probe = [x.to(dtype) for x in delta_rule(70)], torch.randn(70, 6, 32)
     plain = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]),), dtype, probe)
-    kept = Kept(outputs=True)
-    first, second = kept.contexts()
+    recompute_cache = RecomputeCache(keeps_outputs=True)
+    first, second = recompute_cache.contexts()
     with first:
-        ours.chunk_gated_delta_rule(*inputs, cu([3, 67]), kept)
+        ours.chunk_gated_delta_rule(*inputs, cu([3, 67]), recompute_cache)
     with second:
-        again = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]), kept), dtype, probe)
+        again = run(ours.chunk_gated_delta_rule, inputs, (cu([3, 67]), recompute_cache), dtype, probe)
     assert len(scans) == 2 and all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
 
 
@@ -101,7 +103,7 @@ def test_gated_delta_rule_of_other_heads(heads):
 @pytest.mark.parametrize("rate", [0.0, 1.0], ids=["beta 0", "beta 1"])
 @pytest.mark.parametrize("alike", [False, True], ids=["", "keys alike"])
 def test_gated_delta_rule_at_the_ends_of_its_gates(gate, rate, alike, dtype):
-    """Keys that are all alike make the system inside a chunk as hard as it can be."""
+    """Equal keys make the system of a chunk as ill-conditioned as possible."""
     q, k, v, _, _ = delta_rule(130, 1, 2)
     k = 1 + 0.01 * k if alike else k
     inputs = [q, k, v, torch.full((130, 2), gate), torch.full((130, 2), rate)]
@@ -122,7 +124,7 @@ def test_rms_norm_gated(rows, dtype):
 
 
 def test_more_tasks_than_programs(monkeypatch):
-    """A launch has as many programs as there are cores: each takes one task after another."""
+    """A launch has one program per core, each of which loops over tasks."""
     monkeypatch.setattr(tiles, "CUBE_CORES", 3)
     monkeypatch.setattr(tiles, "VECTOR_CORES", 2)
     lengths = [70, 1, 5, 150]
@@ -132,7 +134,7 @@ def test_more_tasks_than_programs(monkeypatch):
 
 
 class StandInDriver(NPUDriver):
-    """triton-ascend's own, but for what it would ask the device."""
+    """triton-ascend's driver without its queries to the device."""
 
     def __init__(self) -> None:
         properties = {"num_aicore": 21, "num_vectorcore": 40}
@@ -141,7 +143,7 @@ class StandInDriver(NPUDriver):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """How torch_npu is asked for the stream; `drains` first empties its queue."""
+    """A fake torch_npu's ways to get the stream; `drains` empties its queue first."""
     asked: list[str] = []
     c = ModuleType("torch_npu._C")
     c._npu_getCurrentRawStream = lambda device: asked.append("drains") or 7
@@ -156,12 +158,12 @@ def asked(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("how", ["drains", "does not", "TRITON_ENABLE_TASKQUEUE"])
 def test_the_queue_is_not_drained_where_torch_npu_can(asked, how, monkeypatch):
-    """2.7.1.post2 cannot; and must not where a launch passes the queue by."""
+    """2.7.1.post2 lacks the function; it must not be used if launches bypass the queue."""
     if how == "drains":
         del sys.modules["torch_npu._C"]._npu_getCurrentRawStreamNoWait
     if how == "TRITON_ENABLE_TASKQUEUE":
         monkeypatch.setenv(how, "false")
-    for _ in range(3):  # launches, each of which counts its programs and then asks
+    for _ in range(3):  # launches, each of which counts its programs and gets the stream
         tiles.programs(7, SimpleNamespace(type="npu", index=1))
         assert tiles.driver.active.get_current_stream(1) == 7
     assert asked == ["does not" if how == "does not" else "drains"] * 3
@@ -171,15 +173,13 @@ def test_programs_are_as_many_as_the_cores_there(asked):
     device = SimpleNamespace(type="npu", index=1)
     assert tiles.programs(1000, device, products=True) == 21 and tiles.programs(1000, device) == 40
     assert tiles.programs(7, device) == 7 and tiles.programs(0, device) == 1
-    assert (
-        tiles.programs(100_000, SimpleNamespace(type="cuda", index=0)) == 65_535
-    )  # which a stock triton's device shares out
+    assert tiles.programs(100_000, SimpleNamespace(type="cuda", index=0)) == 65_535  # which a GPU schedules itself
 
 
-def test_who_is_chosen():
-    for device, choices in (("npu", {}), ("cuda", dict.fromkeys(kernels.BY_TRITON, "triton"))):
+def test_select_prefers_the_triton_kernels():
+    for device, choices in (("npu", {}), ("cuda", dict.fromkeys(kernels.TRITON_OPS, "triton"))):
         chosen = kernels.select(device, choices)
-        assert all(getattr(chosen, op) is getattr(ours, op) for op in kernels.BY_TRITON)
+        assert all(getattr(chosen, op) is getattr(ours, op) for op in kernels.TRITON_OPS)
     assert (
         kernels.select("npu", {"gated_delta_rule": "native"}).chunk_gated_delta_rule is kernels.chunk_gated_delta_rule
     )
@@ -193,7 +193,7 @@ def test_more_channels_than_a_program_takes():
 @DTYPES
 @pytest.mark.parametrize(("chunk", "columns"), [(64, 16), (32, 32), (16, 16)])
 def test_smaller_tiles(chunk, columns, dtype):
-    """What a kernel falls to that does not fit: as near to the reference."""
+    """Smaller tiles, for kernels that do not fit, are as close to the reference."""
     fallen = {"tiles": tiles.Tiles(chunk, columns)}
     compare("chunk_gated_delta_rule", delta_rule(70), cu([3, 67]), dtype=dtype, **fallen)
     wide = [torch.randn(70, 2, 24), torch.randn(70, 2, 24), torch.randn(24)]
@@ -201,7 +201,7 @@ def test_smaller_tiles(chunk, columns, dtype):
 
 
 def test_tiles_get_smaller_until_there_are_none():
-    """Each kernel's own: the walks first take fewer columns, then as the others a smaller chunk."""
+    """Per kernel: scans take fewer columns first, then, like the others, a smaller chunk."""
     start = tiles.Tiles.of(128, 128)
     falls = {
         "delta_rule::gradients": 2,
@@ -214,7 +214,7 @@ def test_tiles_get_smaller_until_there_are_none():
         while now := now.smaller(kernel):
             found.append(now)
         assert len(found) == len(set(found)) == count, kernel
-        assert all(tiles.Tiles.of(128, 128) != x and x.words(kernel) != start.words(kernel) for x in found)
+        assert all(tiles.Tiles.of(128, 128) != x and x.describe(kernel) != start.describe(kernel) for x in found)
     assert start.smaller("delta_rule::scan") == tiles.Tiles(64, 64) and found[-1].elements == 256
 
 
@@ -232,7 +232,7 @@ def test_slices_of_one_projection_are_read_where_they_are():
 
 @pytest.mark.parametrize("op", ["chunk_gated_delta_rule", "causal_conv1d"])
 def test_neighbours_do_not_matter(op):
-    """A sequence's outputs and gradients are the same alone and among others that hold no numbers at all."""
+    """A sequence's outputs and gradients are the same alone and among sequences of NaN."""
     lengths, T = [70, 1, 5, 64], 140
     tensors = delta_rule(T, 1, 2) if op == "chunk_gated_delta_rule" else [torch.randn(T, 6)]
     rest = () if op == "chunk_gated_delta_rule" else (torch.randn(6, 4),)
@@ -256,7 +256,7 @@ def test_neighbours_do_not_matter(op):
 
 
 def test_fewer_bytes_and_launches_than_fla():
-    """As counted, against what fla-core's kernels move at the least: triton_cost.py prints the figures."""
+    """As counted, against fla-core's minimum; triton_cost.py prints the figures."""
     for direction, moved in triton_cost.cost(ours.chunk_gated_delta_rule).items():
         launches, at_least = triton_cost.FLA[direction]
         each = (moved.read.total() + moved.written.total()) / (triton_cost.TOKENS * triton_cost.Hv)
@@ -270,7 +270,7 @@ def test_without_tokens():
     assert ours.rms_norm_gated(torch.randn(0, 2, 8), torch.randn(0, 2, 8), torch.randn(8), 1e-6).shape == (0, 2, 8)
 
 
-def test_what_the_kernels_do_not_take_is_said():
+def test_unsupported_sizes_raise():
     with pytest.raises(ValueError, match=r"heads of \(16, 32, 64, 128, 256\), not of 24; .*gated_delta_rule=native"):
         ours.chunk_gated_delta_rule(*delta_rule(5, 1, 1, 24, 16), cu([5]))
     with pytest.raises(ValueError, match=r"has 4 taps, the weight 3; .*causal_conv1d=native"):

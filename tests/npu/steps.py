@@ -1,10 +1,10 @@
-"""A whole training step on fake NPU tensors: model, loss, backward, AdamW; and transformers' model in the same way.
+"""A training step on fake NPU tensors: model, loss, backward, AdamW; also for transformers' model.
 
-Shapes are those of slice S (hidden 1024, a real vocabulary), for fake tensors take no memory. Weights are bf16 as FSDP hands
-them to the layers, but for what it holds out in fp32; the optimizer is the run's own over
-these, in a step that may have had no images on any rank.
+Shapes are those of slice S (hidden 1024, a real vocabulary), since fake tensors take no memory.
+Weights are bf16 as FSDP passes them to the layers, replicated ones fp32; the optimizer is a run's,
+in a step that may have had no images on any rank.
 
-The delta rule, its convolution and its gated norm are the Triton kernels, each launch an operator with a shape function.
+The delta rule, its convolution and its gated norm are Triton kernels, each launch a torch operator.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-import kernels.npu  # and with it, torch has the device
+import kernels.npu  # registers the device with torch
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
@@ -27,9 +27,9 @@ from rehearse.watch import Record, SavedBytes, Watch
 DEVICE = "npu:0"
 
 
-# ── Our step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Our step ──────────────────────────────────────────────────────────────────────────────────────
 
-SLICE = {  # over the small config of tests/peer.py
+SLICE = {  # overrides of the small config in tests/peer.py
     "vocab_size": 248_320,
     "hidden_size": 1024,
     "num_attention_heads": 8,
@@ -54,12 +54,12 @@ def slice_config(moe: bool, layer_types: list[str]) -> dict:
     text = SLICE | (EXPERTS if moe else {"intermediate_size": 3584})
     config = config_dict(moe=moe, **text, layer_types=layer_types, num_hidden_layers=len(layer_types))
     config["text_config"]["rope_parameters"]["mrope_section"] = [11, 11, 10]
-    config["vision_config"] |= {"out_hidden_size": 1024, "hidden_size": 144}  # heads of 72, as the models have
+    config["vision_config"] |= {"out_hidden_size": 1024, "hidden_size": 144}  # heads of 72, as in the models
     return config
 
 
 def make_batch(config: dict, tokens: int, images: bool) -> PackedBatch:
-    """Two sequences and a pad tail of `tokens` in all, made on the host as the collator does."""
+    """Two sequences and a pad tail, `tokens` in all, made on the host as in the collator."""
     from peer import pack, sample
 
     first = sample([100, (16, 24), 57] if images else [200])
@@ -77,8 +77,8 @@ class Step:
     forward: Record
     backward: Record
     optimizer: Record
-    saved: int  # bytes for backward, of what autograd keeps
-    kept: int  # bytes that are there between forward and backward
+    saved: int  # bytes that autograd saves for backward
+    kept: int  # bytes alive between forward and backward
     calls: list
     model: Qwen35 | torch.nn.Module
 
@@ -88,7 +88,7 @@ class Step:
 
 
 def _fake(record, mode: FakeTensorMode):
-    """The batch as fake CPU tensors; what the host reads (cu_seqlens, grid_thw) keeps its values."""
+    """The batch as fake CPU tensors; cu_seqlens and grid_thw keep their values."""
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     for name, value in fields.items():
         if dataclasses.is_dataclass(value):
@@ -96,7 +96,7 @@ def _fake(record, mode: FakeTensorMode):
         elif isinstance(value, Tensor) and name not in HOST_FIELDS:
             fields[name] = mode.from_tensor(value)
         elif isinstance(value, Tensor):
-            with unset_fake_temporarily():  # what operators keep with it belongs to one mode
+            with unset_fake_temporarily():  # operators cache fake tensors on it, which belong to one mode
                 fields[name] = value.clone()
     return dataclasses.replace(record, **fields)
 
@@ -104,7 +104,7 @@ def _fake(record, mode: FakeTensorMode):
 def our_step(
     config: dict, batch: PackedBatch, recompute: bool | str = False, mtp: bool = False, meshes: Meshes | None = None
 ) -> Step:
-    """meshes: of the ranks that share the batch; the step is that of the first."""
+    """meshes: of ranks that share the batch; the step is that of the first rank."""
     weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default") if mtp else None
     if meshes:
         batch, weights, mtp_targets = shard_batch(batch, weights, mtp_targets, 0, meshes.ulysses_size)
@@ -132,7 +132,7 @@ def our_step(
 
 
 def _optimizer(model: Qwen35) -> AdamW:
-    """As a run makes it, of parameters that a rank may have to leave as they are; one dtype a group, as in a run."""
+    """The run's optimizer, with parameters that may get no gradient; one dtype per group."""
     alike: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
     for name, p in model.named_parameters():
         alike.setdefault(("visual" in name, p.dtype), []).append(p)
@@ -148,7 +148,7 @@ def _to_bf16(model: torch.nn.Module, but: tuple[str, ...] = ()) -> None:
 
 def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step:
     kept = SavedBytes(model.parameters())
-    with kept:  # in a run of its own, for it adds operators
+    with kept:  # in a separate run, because it adds operators
         loss()
     with LiveBytes("npu") as live:
         value = loss()
@@ -162,17 +162,17 @@ def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step
     assert not without, f"no gradient: {without}"
     for name, p in model.named_parameters():
         assert p.grad.shape == p.shape and p.grad.dtype == p.dtype and p.grad.device == p.device, name
-    optimizer.step()  # the first makes its state
+    optimizer.step()  # the first call creates its state
     with Watch() as update:
         optimizer.step()
     return Step(forward.record, backward.record, update.record, kept.total, held, forward.calls + backward.calls, model)
 
 
-# ── transformers' step ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── transformers' step ────────────────────────────────────────────────────────────────────────────
 
 
 def peer_step(config: dict, tokens: int) -> Step:
-    """transformers' own text model on one sequence: sdpa, grouped_mm experts, its torch delta rule."""
+    """transformers' text model on one sequence: sdpa, grouped_mm experts, torch delta rule."""
     from transformers.models import qwen3_5, qwen3_5_moe
 
     moe = config["model_type"] == "qwen3_5_moe"

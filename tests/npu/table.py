@@ -1,6 +1,6 @@
-"""What one decoder layer costs beside transformers' own, on fake NPU tensors: `python tests/npu/table.py`, as Markdown.
+"""What a decoder layer costs beside transformers', as Markdown: `python tests/npu/table.py`.
 
-The cost of a layer is that of a model with one more of its kind, less that of the model without.
+A layer's cost is the difference between models with and without one more layer of its kind.
 """
 
 import sys
@@ -26,8 +26,8 @@ BASE = ["linear_attention", "full_attention"]
 @dataclass
 class Layer:
     dispatched: tuple[int, int]  # forward, backward
-    launched: tuple[int, int]  # of these: no views
-    saved: float  # bytes a token
+    launched: tuple[int, int]  # dispatched operators without views
+    saved: float  # bytes per token
 
 
 def layers(step: Callable[[dict, int], Step], moe: bool) -> dict[str, Layer]:
@@ -49,7 +49,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for moe in (True, False):
         columns = [("ours", layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe))]
-        if not moe or HAS_GROUPED_MM:  # else transformers asks the device for each expert's rows
+        if not moe or HAS_GROUPED_MM:  # else transformers syncs for each expert's rows
             columns.append(("transformers", layers(peer_step, moe)))
         for kind, name in (("linear_attention", "delta net"), ("full_attention", "attention")):
             for whose, found in columns:

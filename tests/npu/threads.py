@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, with the group that torch's own tests use for it: collectives without a network."""
+"""Ranks as threads of one process, with the process group that torch's tests use for that."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 
 def run(ranks: int, work: Callable[[], None]) -> None:
-    """work() once a rank; the default group is theirs. Raises what one of them raised first."""
+    """Run work() once per rank, with a default group. Raises the first exception of any rank."""
     raised: list[BaseException] = []
     store, isolate = dist.HashStore(), torch._C._distributed_c10d._set_thread_isolation_mode
 
@@ -17,7 +17,7 @@ def run(ranks: int, work: Callable[[], None]) -> None:
         dist.init_process_group("threaded", rank=number, world_size=ranks, store=store)
         try:
             work()
-        except BaseException as error:  # the others wait in a collective
+        except BaseException as error:  # the other ranks wait in a collective
             raised.append(error)
             threaded.ProcessLocalGroup.exception_handle(error)
         finally:

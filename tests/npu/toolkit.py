@@ -1,14 +1,16 @@
-"""A stand-in for CANN's toolkit, as far as triton-ascend needs one to compile and launch: nothing computes.
+"""A stand-in for CANN's toolkit with which triton-ascend compiles and launches, computing nothing.
 
-Its BiShengIR is the real one, up to CANN's own last step, hivmc, which only writes a file; the C++ that triton-ascend generates
-is compiled by g++ against torch_npu's own headers, with CANN's runtime declared here, and linked to one that counts launches.
+BiShengIR is real up to CANN's last step, hivmc, which here only writes a file. triton-ascend's C++
+is compiled by g++ against torch_npu's headers and the runtime declared here, and linked to a
+runtime that counts launches.
 """
 
 import os
 import subprocess
 from pathlib import Path
 
-# what npu_utils.cpp and the launchers use of it, as CANN's reference declares it; the profiler's types are torch_npu's
+# what npu_utils.cpp and the launchers use, as declared in CANN's reference; profiler types are
+# torch_npu's
 RT_H = """
 #pragma once
 #include <cstddef>
@@ -90,7 +92,7 @@ echo "stand-in" >"$2.o"
 
 
 def make(folder: Path, torch_npu: Path, cann: Path) -> dict[str, str]:
-    """-> what a process needs in its environment. torch_npu: the package's folder; cann: that of stand_ins.py's libraries."""
+    """-> environment variables. torch_npu: the package's folder; cann: stand_ins.py's folder."""
     (folder / "include/runtime/runtime").mkdir(parents=True)
     (folder / "include/runtime/runtime/rt.h").write_text(RT_H)
     (folder / "lib64").mkdir()

@@ -1,7 +1,8 @@
-"""Each Triton kernel, as the operators launch it, through triton-ascend and BiShengIR's compiler, up to the step of CANN's own.
+"""Compiles each Triton kernel, as launched, with triton-ascend and BiShengIR up to CANN's own step.
 
-`python tests/npu/triton_compile.py` compiles for 32 V heads and prints a table, as Markdown; with a file's name it compiles for
-all published models and a few more shapes, and writes what was found as JSON. BISHENGIR names the compiler.
+`python tests/npu/triton_compile.py` compiles for 32 V heads and prints a Markdown table. With a
+file name it compiles for all published models and a few more shapes and writes the results as JSON.
+BISHENGIR is the compiler's path.
 """
 
 import json
@@ -30,12 +31,12 @@ PUBLISHED = {"0.8B, 2B": 16, "4B, 9B, 35B": 32, "27B": 48, "122B, 397B": 64}  # 
 DONE = "External hivmc run fails, returning module before running external compiler"
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 SIZES = {"f32": 4, "i32": 4, "bf16": 2, "i16": 2, "i8": 1, "i1": 1 / 8, "i64": 8, "f16": 2}
-TILE = ("C", "BC", "Dk", "Dv", "BV", "D", "ROWS", "HEADS")  # of a kernel's constants
+TILE = ("C", "BC", "Dk", "Dv", "BV", "D", "ROWS", "HEADS")  # a kernel's constants
 OPTIONS = "auto-multi-buffer auto-bind-sub-block hfusion-compile hivm-compile triton-kernel-compile".split()
 
 
 def launches(run) -> list[tuple[JITFunction, dict, dict]]:
-    """What `run` launches: kernel, types of its arguments, compile-time constants. Nothing is launched."""
+    """What `run` would launch: kernel, argument types, constants. Nothing is launched."""
     found, launch = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **constants):
@@ -54,20 +55,20 @@ def launches(run) -> list[tuple[JITFunction, dict, dict]]:
 
 def delta_net(Hk: int, Hv: int, D: int, tiles: Tiles | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """One layer's operators, forward and backward, on a few tokens."""
-    chosen = kernels.Kernels(**{op: getattr(kernels.triton, op) for op in kernels.BY_TRITON})
+    chosen = kernels.Kernels(**{op: getattr(kernels.triton, op) for op in kernels.TRITON_OPS})
     run_once(with_tiles(chosen, tiles or Tiles.of(D, D)), Layer(Hk, Hv, D, D, dtype), torch.device("cpu"))
 
 
 def too_large() -> list[tuple[JITFunction, dict, dict]]:
-    """Tiles of more rows than the unified buffer holds: that the check can fail."""
+    """Tiles of more rows than the unified buffer holds, to show that the check can fail."""
     x = torch.randn(256, 128, dtype=torch.bfloat16, requires_grad=True)
     *_, (kernel, signature, constants) = launches(lambda: rms_norm_gated(x, x, torch.ones(128), 1e-6).sum().backward())
     return [(kernel, signature, constants | {"ROWS": 64})]
 
 
 def to_linalg(kernel: JITFunction, signature: dict, constants: dict) -> tuple[str, str]:
-    """-> the kernel as triton-ascend hands it to BiShengIR; mix (cube and vector cores) or aiv (vector cores alone)"""
-    gpu = GPUTarget("npu", TARGETS[0], 0)  # so far it is the same for all
+    """-> the kernel as passed to BiShengIR; mix (cube and vector cores) or aiv (vector only)"""
+    gpu = GPUTarget("npu", TARGETS[0], 0)  # up to here the target does not matter
     backend, context = ascend.AscendBackend(gpu), ir.context()
     options = backend.parse_options({})
     ir.load_dialects(context)
@@ -81,7 +82,7 @@ def to_linalg(kernel: JITFunction, signature: dict, constants: dict) -> tuple[st
 
 
 def bishengir(linalg: str, target: str) -> dict:
-    """-> whether it came to the external step, what the compiler had to say, bytes of each buffer, halves: both vector cores"""
+    """-> whether it reached CANN's step, remarks, bytes per buffer, use of both vector cores"""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.mlir"
         source.write_text(linalg)
@@ -102,12 +103,12 @@ def bishengir(linalg: str, target: str) -> dict:
     room = re.search(r"_infer_workspace_shape_function\(\) -> index.*?arith.constant (\d+) : index", text, re.DOTALL)
     buffers["workspace"] = (
         int(room[1]) if room else 0
-    )  # in device memory, through which cube and vector cores pass tiles
+    )  # workspace in device memory, by which cube and vector cores exchange tiles
     return {"done": DONE in text, "notes": notes, "buffers": buffers, "halves": "get_sub_block_idx" in text}
 
 
 def compile_all(cases: list[tuple[str, tuple[JITFunction, dict, dict]]], targets: tuple[str, ...]) -> list[dict]:
-    """Of each (shape, launch), for each target; the compiler runs on two cores."""
+    """Compile each (shape, launch) for each target, two at a time."""
     sources = [to_linalg(*launch) for _, launch in cases]
     with ThreadPoolExecutor(2) as pool:
         jobs = [[pool.submit(bishengir, linalg, target) for target in targets] for linalg, _ in sources]
@@ -123,7 +124,7 @@ def name(kernel: JITFunction) -> str:
 
 
 def published() -> list[tuple[str, tuple[JITFunction, dict, dict]]]:
-    """The launches of all models' layers, each once: the gated norm's are the same in all."""
+    """The distinct launches of all models' layers; the gated norm's are the same in all."""
     every = [
         (shape, launch)
         for shape, heads in PUBLISHED.items()

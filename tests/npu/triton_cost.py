@@ -1,8 +1,8 @@
-"""What the gated delta rule's Triton kernels move and launch, counted in the interpreter, beside fla-core's and the native one.
+"""Bytes and launches of the delta rule's Triton kernels, by the interpreter, beside fla-core's.
 
-`TRITON_INTERPRET=1 python tests/npu/triton_cost.py` prints it as Markdown: bytes between device memory and the cores as the
-kernels' loads and stores ask for them, for each token and V head, heads of 128, two V heads to a K head, bf16. What cube and
-vector cores hand to each other inside a kernel is not in it, on either side.
+`TRITON_INTERPRET=1 python tests/npu/triton_cost.py` prints Markdown: bytes of the kernels' loads
+and stores per token and V head, for heads of 128, two V heads per K head, bf16. Transfers between
+cube and vector cores inside a kernel are not included, on either side.
 """
 
 from collections import Counter
@@ -16,16 +16,18 @@ import kernels
 from kernels import triton
 
 TOKENS, Hk, Hv, D = 256, 1, 2, 128
-# fla-core 0.6.0, triton_ascend, read from its launches: each kernel reads each input and writes each output once, at the least
-# (its smaller tiles are read again), gates and norms left out; launches with the copies, fills and sums around the kernels.
-# Forward: 2 l2norm, cumsum, kkt into fp32 zeros, solve_tril into zeros, w and u, states and values, output; gates transposed
-# for each. Backward: w and u, states and values again, dv, state gradients, dq dk dw dg, <h, dh>, six kernels back through w
-# and u, sums over the V heads of a K head, two additions, cumsum, 2 l2norm; gates transposed.
+# fla-core 0.6.0, triton_ascend, read from its launches: each kernel reads each input and writes
+# each output once, at the least (its smaller tiles are read again), gates and norms left out;
+# launches with the copies, fills and sums around the kernels. Forward: 2 l2norm, cumsum, kkt into
+# fp32 zeros, solve_tril into zeros, w and u, states and values, output; gates transposed for each.
+# Backward: w and u, states and values again, dv, state gradients, dq dk dw dg, <h, dh>, six kernels
+# back through w and u, sums over the V heads of a K head, two additions, cumsum, 2 l2norm; gates
+# transposed.
 FLA = {"forward": (16, 6016), "backward": (31, 17408)}
 
 
 class Moved(TorchDispatchMode):
-    """Bytes of what each operator is given and returns, views apart; of ours, what their kernels read and write."""
+    """Bytes of each operator's inputs and outputs, without views; of our kernels as counted."""
 
     def __init__(self) -> None:
         super().__init__()

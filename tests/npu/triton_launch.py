@@ -1,7 +1,8 @@
-"""What a run does first with its Triton kernels, on a stand-in for CANN's toolkit: `python tests/npu/triton_launch.py OUT`.
+"""A run's first use of its Triton kernels, with a stand-in toolkit: `triton_launch.py OUT`.
 
-The real triton-ascend compiles each kernel (BiShengIR's compiler does all but CANN's own last step), generates and compiles its
-launcher, and launches it through the real torch_npu's queue. The first tile of the gated norm is one that does not fit.
+The real triton-ascend compiles each kernel (with BiShengIR, except for CANN's last step), compiles
+its launcher and launches it through the real torch_npu's queue. The gated norm's first tile does
+not fit.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-home = os.environ.pop("ASCEND_HOME_PATH")  # of which torch_npu would want to know more
+home = os.environ.pop("ASCEND_HOME_PATH")  # else torch_npu would look for more of CANN
 import torch  # noqa: E402
 import torch_npu  # noqa: E402
 from triton.runtime import driver  # noqa: E402

@@ -1,4 +1,4 @@
-"""What layers keep, put aside and brought back: the same gradients to the bit, each storage once, no parameters."""
+"""Activation offloading: bit-equal gradients, each storage copied once, no parameters."""
 
 import dataclasses
 import gc
@@ -30,15 +30,15 @@ def test_gradients_are_the_same_to_the_bit(recompute, dtype):
     model = Qwen35.from_config(config_dict(), seed=3).to(dtype)
     batch = dataclasses.replace(BATCH, pixel_values=BATCH.pixel_values.to(dtype))
     plain = step(model, False, batch)
-    for smallest in (0, 3000):
-        model.model.language_model.offload = Offload(CPU, smallest).stash
+    for min_bytes in (0, 3000):
+        model.model.language_model.offload = Offload(CPU, min_bytes).stash
         again = step(model, recompute, batch)
         assert plain.keys() == again.keys()
-        assert all(torch.equal(plain[name], again[name]) for name in plain), smallest
+        assert all(torch.equal(plain[name], again[name]) for name in plain), min_bytes
 
 
 class Counted(CopyQueue):
-    """What went through the queues, in order."""
+    """Logs what goes through the queues, in order."""
 
     def __init__(self, log: list) -> None:
         super().__init__(CPU)
@@ -54,16 +54,16 @@ class Counted(CopyQueue):
 
 
 def offloaded(model: Qwen35, log: list) -> None:
-    offload = Offload(CPU, 100)  # cu_seqlens is less
-    offload.going, offload.coming = Counted(log), Counted(log)
+    offload = Offload(CPU, 100)  # cu_seqlens is smaller
+    offload.to_host_queue, offload.to_device_queue = Counted(log), Counted(log)
     model.model.language_model.offload = offload.stash
     layers = model.model.language_model.layers
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda m, args, i=i: log.append(("run", i, 0)))
 
 
-def test_what_goes_where_and_when():
-    """With recompute: each layer's input but the last's goes after the layer, and comes back as the layer behind begins."""
+def test_order_of_the_copies():
+    """With recompute, every layer's input but the last's leaves, and returns one layer ahead."""
     model, log = Qwen35.from_config(config_dict(), seed=3), []
     offloaded(model, log)
     step(model, True, derive(BATCH, model.config.vision_spec))
@@ -84,22 +84,22 @@ def test_what_goes_where_and_when():
     step(model, "selective", derive(BATCH, model.config.vision_spec))
     tokens = len(BATCH.input_ids)
     sent = sum(size for what, _, size in log if what == "to host")
-    assert sent == 3 * size + 3 * tokens * 4 * 24 * 4  # and the outputs of the three delta rules
+    assert sent == 3 * size + 3 * tokens * 4 * 24 * 4  # plus the outputs of the three delta rules
 
 
 @pytest.mark.parametrize(("recompute", "kept"), [(True, 1), ("selective", 2)])
-def test_what_no_backward_asks_for_does_not_come_back(recompute, kept):
-    """Of layers below all that is trained: the device would not hold for it, and use its memory while it still arrives."""
+def test_unneeded_tensors_are_not_copied_back(recompute, kept):
+    """Those of layers below all trained ones: the device would reuse their memory too early."""
     model, log = Qwen35.from_config(config_dict(), seed=3), []
     layers = "model.language_model.layers"
     freeze(model, ["model.visual", "model.language_model.embed_tokens", f"{layers}.0", f"{layers}.1"])
     offloaded(model, log)
     step(model, recompute, derive(BATCH, model.config.vision_spec))
     backward = [(what, key) for what, key, _ in log][[what for what, _, _ in log].index("to device") :]
-    assert backward == [("to device", 0)] * kept + [("run", 3), ("run", 2)]  # of layer 2 alone
+    assert backward == [("to device", 0)] * kept + [("run", 3), ("run", 2)]  # of layer 2 only
 
 
-def test_each_storage_once_and_no_parameter():
+def test_each_storage_is_copied_once_and_parameters_never():
     model, log = Qwen35.from_config(config_dict(), seed=3), []
     offloaded(model, log)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -114,8 +114,8 @@ def test_each_storage_once_and_no_parameter():
     assert sent == back > 0
 
 
-def test_the_whole_weights_of_fsdp_are_not_put_aside():
-    """They are parameters only while a layer runs: with them, more would go than without FSDP."""
+def test_unsharded_fsdp_weights_are_not_offloaded():
+    """They are parameters only while a layer runs; offloading them would cost extra copies."""
     sent = []
     for world in (1, 4):
         model, log = Qwen35.from_config(config_dict(), seed=3), []
@@ -140,7 +140,7 @@ def test_views_come_back_as_they_were():
     with stash:
         packed = [stash.pack(v) for v in views]
     assert [isinstance(p, View) for p in packed] == [True] * 4 + [False, True]
-    stash._let_go()
+    stash._release_device_memory()
     expected = [v.clone() for v in views]
     x.zero_()
     for p, v, e in zip(packed, views, expected, strict=True):
@@ -149,8 +149,8 @@ def test_views_come_back_as_they_were():
     assert packed[0].item is packed[1].item is packed[2].item is not packed[3].item
 
 
-def test_parameters_are_looked_through_once_for_each_storage_that_goes():
-    """And not for what is known: a layer packs dozens of tensors. What becomes a parameter later is found too."""
+def test_parameters_are_scanned_once_per_offloaded_storage():
+    """Not for known storages: a layer packs dozens of tensors. Later parameters are found too."""
     looks = []
 
     class Layer(torch.nn.Linear):
@@ -170,7 +170,7 @@ def test_parameters_are_looked_through_once_for_each_storage_that_goes():
 
 
 def test_nothing_outlives_backward():
-    """Without the garbage collector: of a device's memory everything counts."""
+    """Without the garbage collector: device memory must be freed at once."""
     model = Qwen35.from_config(config_dict(), seed=3)
     batch = derive(BATCH, model.config.vision_spec)
     model.model.language_model.offload = Offload(CPU, 0).stash

@@ -1,4 +1,4 @@
-"""Which collectives are called, in which order, on which ranks, never depends on the data."""
+"""The collectives, their order and their ranks never depend on the data."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ LAYOUT = ("parallel.fully_shard_parallel_size=2", "parallel.expert_parallel_size
 
 
 def test_ranks_without_images_or_trained_tokens_call_what_the_others_call(workplace, tmp_path):
-    """Images, text alone, nothing to train, a broken image: four ranks take turns with these."""
+    """Images, text only, no labels, a broken image: alternating over four ranks."""
     from ports import free_port
 
     for file in workplace.iterdir():

@@ -1,4 +1,4 @@
-"""Context parallelism: ranks that share each bin compute what one process computes on the whole of it."""
+"""Context parallelism: ranks that share each micro-batch compute what one process computes."""
 
 import dataclasses
 import os
@@ -58,7 +58,7 @@ SPEC = load_config(make_config()).vision_spec
 
 
 def make_bin(*parts: list, trained: bool = True, seed: int):
-    """One bin as the collator makes it, with its pad tail and the dummy image."""
+    """Packed sequences as the collator makes them, with pad tail and dummy image."""
     samples = [sample(some, seed=seed + i) for i, some in enumerate(parts)]
     fields = [f.name for f in dataclasses.fields(Sample) if f.default is dataclasses.MISSING]
     batch = collate([[Sample(*(getattr(s, f) for f in fields)) for s in samples]], BIN, 0, BUCKET, SPEC)
@@ -72,14 +72,14 @@ def make_bin(*parts: list, trained: bool = True, seed: int):
     return batch
 
 
-# the cuts are at 32 (and 16, 48): an image across the middle, and sequences across all of them
+# parts end at 32 (and 16, 48): an image crosses the middle, sequences cross all of them
 BATCHES = [
     make_bin([20, (8, 6), 6], [13], seed=0),
     make_bin([41], [20], seed=10),
     make_bin([3, (8, 4), 4], [2, (2, 4, 4), 9], [1], seed=20),
     make_bin([17], seed=30, trained=False),
 ]
-CASES = {  # parallel settings; others of the model's
+CASES = {  # parallel settings and model settings
     "ulysses 2 x fsdp 2": {"parallel": {"ulysses_parallel_size": 2}, "mtp": 1},
     "ulysses 4": {
         "parallel": {"ulysses_parallel_size": 4},
@@ -109,13 +109,13 @@ CASES = {  # parallel settings; others of the model's
         "recompute": "selective",
         "mtp": 1,
         "loss_type": "per_token_loss",
-        "on_host": True,  # what layers keep, and the optimizer's moments
+        "on_host": True,  # activations and the optimizer's moments
     },
 }
 
 
 def three_steps(case: dict, is_shared: bool) -> dict:
-    """Of train_step on this rank's BATCHES: sums over the ranks, norms, the first step's gradients, the weights after."""
+    """train_step on this rank's BATCHES: sums over ranks, norms, first gradients, final weights."""
     parallel = ParallelSettings(**case["parallel"] if is_shared else {})
     meshes, config, mtp = make_meshes(HOST.type, parallel), make_config(**case.get("config", {})), case.get("mtp", 0)
     whole = Qwen35.from_config(config, seed=1, mtp=bool(mtp))
@@ -144,7 +144,7 @@ def three_steps(case: dict, is_shared: bool) -> dict:
         parallel,
     )
     if is_shared and case.get("on_host"):
-        model.model.language_model.offload = Offload(HOST, smallest=0).stash
+        model.model.language_model.offload = Offload(HOST, min_bytes=0).stash
         settings = dataclasses.replace(
             settings, training=dataclasses.replace(settings.training, optimizer="adamw_swap")
         )
@@ -170,7 +170,7 @@ def three_steps(case: dict, is_shared: bool) -> dict:
     }
 
 
-# ── Four processes ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Four processes ────────────────────────────────────────────────────────────────────────────────
 
 
 def worker(rank: int, port: int, out: Path) -> None:
@@ -192,7 +192,7 @@ def worker(rank: int, port: int, out: Path) -> None:
 
 @contextmanager
 def counting():
-    """The number and the bytes of each kind of message that context parallelism sends."""
+    """The number and bytes of each kind of message that context parallelism sends."""
     counted = {"count": Counter(), "bytes": Counter()}
 
     class Counting:
@@ -209,7 +209,7 @@ def counting():
 
 
 def exchanged(dtype: torch.dtype) -> dict[str, bool]:
-    """Whether heads and tokens arrive where they belong, numbers of two widths in one message; and gradients too."""
+    """Heads, tokens and gradients arrive at the right ranks; two dtypes travel in one message."""
     rank, U, T = dist.get_rank(), 4, 12
     generator = torch.Generator().manual_seed(3)
     q, k, x = (torch.randn(T, *shape, generator=generator).to(dtype) for shape in ((8, 6), (4, 10), (4, 3)))
@@ -237,7 +237,7 @@ def four(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def alone():
-    """The only process of a group."""
+    """A process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -264,18 +264,18 @@ def test_four_processes_equal_one(four, alone, name):
     )
 
 
-def test_exchanges(four):
+def test_exchanges_move_heads_and_tokens(four):
     assert all(all(found.values()) for found in four["exchanges"].values()), four["exchanges"]
 
 
 @pytest.mark.parametrize("name", ["ulysses 2 x fsdp 2", "ulysses 4"])
-def test_messages(four, name):
-    """Two a mixer forward and two backward (and two more where it runs again), and no byte more than heads have."""
+def test_messages_of_each_kind_and_their_bytes(four, name):
+    """Two per mixer forward, two backward (two more if recomputed), of the heads' bytes exactly."""
     case, T, P = CASES[name], BIN, [len(batch.pixel_values) for batch in BATCHES]
     U, recompute = case["parallel"]["ulysses_parallel_size"], bool(case.get("recompute"))
-    steps = [STEPS] * len(BATCHES) if U == 4 else [STEPS, 0] * 2  # micro-steps of rank 0 with each batch
+    steps = [STEPS] * len(BATCHES) if U == 4 else [STEPS, 0] * 2  # rank 0's micro-steps with each batch
     text, vision = make_config()["text_config"], make_config()["vision_config"]
-    layers, blocks = len(text["layer_types"]) + 1, vision["depth"]  # with that of multi-token prediction
+    layers, blocks = len(text["layer_types"]) + 1, vision["depth"]  # including multi-token prediction
     found = four[name]["messages"]
     assert found["count"] == {
         "all_to_all_single": sum(steps) * ((4 + 2 * recompute) * (layers + blocks) + 1),
@@ -288,16 +288,16 @@ def test_messages(four, name):
     attention = (heads + 2 * max(text["num_key_value_heads"], U)) * D + heads * D
     patches = sum(n * p for n, p in zip(steps, P, strict=True))
     numbers = sum(steps) * T // U * (3 * delta_net + 2 * attention) + patches // U * blocks * 4 * vision["hidden_size"]
-    features = patches // 4 * vision["out_hidden_size"]  # their gradients
+    features = patches // 4 * vision["out_hidden_size"]  # bytes of the features' gradients
     assert found["bytes"]["all_to_all_single"] == 4 * ((2 + recompute) * numbers + features)
     assert found["bytes"]["all_gather"] == 4 * features // U
     assert found["bytes"]["all_reduce"] == 4 * sum(steps) * 2 * text["num_experts"]
 
 
-# ── A batch's parts ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A batch's parts ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_parts_make_the_whole():
+def test_the_parts_make_the_whole_batch():
     batch = BATCHES[0]
     weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default")
     parts = [shard_batch(batch, weights, mtp_targets, rank, 4) for rank in range(4)]
@@ -330,11 +330,11 @@ def test_the_parts_make_the_whole():
         shard_batch(batch, weights, None, 0, 3)
 
 
-# ── A whole run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A whole run ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_on_shared_bins_and_its_resume_by_one_process(workplace, two, tmp_path):
-    """The same bins as two ranks with bins of their own; then the last steps again, from its checkpoint, alone."""
+def test_a_context_parallel_run_and_its_resume_by_one_process(workplace, two, tmp_path):
+    """The data of two data-parallel ranks; then the last steps again from a checkpoint."""
     common = "training.gradient_accumulation_steps=2", "training.save_interval=5"
     done = train(workplace, tmp_path, 2, *common, "parallel.ulysses_parallel_size=2")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Experts spread over real processes: outputs and all gradients are those of one process that has all tokens and experts.
+"""Experts spread over real processes: outputs and all gradients are those of one process that has
+all tokens and experts.
 
 One group of four processes runs every case and leaves what it found; the tests read that.
 """
@@ -16,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import moe_parallel, reference
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 
 INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
 E, H, INNER = 8, 16, 24
 SPREAD, ONE_RANK, IDLE = "all experts", "the experts of one rank", "every third expert"
-# ep, top_k; with fewer ranks than choices tokens are gathered
+# ep, top_k; with ep < top_k tokens are all-gathered
 WAYS = {"all-to-all, 4": (4, 2), "all-to-all, 2": (2, 2), "all-gather, 4": (4, 5), "all-gather, 2": (2, 3)}
-TOKENS = {  # by rank
+TOKENS = {  # per rank
     "equal": ([12, 12, 12, 12], SPREAD),
     "unequal": ([1, 7, 30, 3], SPREAD),
     "idle experts": ([9, 9, 9, 9], IDLE),
@@ -49,7 +50,7 @@ CASES = {
 
 
 class Watch(TorchDispatchMode):
-    """Every collective: its name, and the bytes that this rank hands to others, by the shape of the rows."""
+    """Records every collective: its name and the bytes this rank sends, by row shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Watch(TorchDispatchMode):
 
 
 def problem(ep: int, top_k: int, tokens: list[int], pattern: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """x, ids, weights of all tokens of a group's ranks, and all experts."""
+    """x, ids and weights of the tokens of all ranks, and all experts."""
     torch.manual_seed(sum(tokens) + top_k)
     total = sum(tokens[:ep])
     if pattern == SPREAD:
@@ -137,7 +138,7 @@ def worker(rank: int, port: int, out: Path) -> None:
 
 
 def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
-    """What is sent by a layer without and with recomputation, in bf16, and how often a rank waits for its counts."""
+    """Bytes that a layer sends with and without recomputation, in bf16, and how often it syncs."""
     ep, top_k = WAYS[way]
     group = dist.group.WORLD if ep == 4 else pair
     x, ids, weights, gate_up, down, probe = problem(ep, top_k, [12] * 4, SPREAD, torch.bfloat16)
@@ -148,10 +149,10 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
 
     def read(counts, tokens, k):
         waited.append((tokens, k))
-        return moe_parallel.read(counts, tokens, k)
+        return moe_parallel.read_counts(counts, tokens, k)
 
-    def layer(kept, x, *others):
-        return kernels.moe_experts_parallel(x, ids[mine], *others, group, kept, sizes=read)
+    def layer(recompute_cache, x, *others):
+        return kernels.moe_experts_parallel(x, ids[mine], *others, group, recompute_cache, count_reader=read)
 
     is_mine = ids // (E // ep) == me
     found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
@@ -170,9 +171,9 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
     waited.clear()
     for t in parts:
         t.grad = None
-    kept = Kept()
+    recompute_cache = RecomputeCache()
     with Watch() as watch:
-        again = checkpoint(layer, kept, *parts, use_reentrant=False, context_fn=kept.contexts)
+        again = checkpoint(layer, recompute_cache, *parts, use_reentrant=False, context_fn=recompute_cache.contexts)
         found["first run"], watch.seen = watch.seen, []
         again.backward(probe[mine])
         found["second run"] = watch.seen
@@ -183,7 +184,7 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
-    """Of each rank."""
+    """Per rank."""
     folder = tmp_path_factory.mktemp("experts")
     mp.spawn(worker, args=(free_port(), folder), nprocs=4)
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
@@ -201,24 +202,24 @@ def test_ranks_equal_one_process(found, case):
             beside_one, beside_truth, error_of_one = result
             if case[2] == "fp32":
                 assert beside_one <= 1e-5, (rank, name, result)
-            else:  # a share that travels is rounded once more than a row
+            else:  # a share is rounded once more than a row
                 assert beside_truth <= 1.5 * error_of_one + 1e-4, (rank, name, result)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_sent(found, way):
-    """To the byte, by every collective there is. Of hidden states each way no more than top_k * T * H * 2 bytes a rank."""
+def test_bytes_sent(found, way):
+    """Exact, per collective; each way at most top_k * T * H * 2 bytes of hidden states a rank."""
     ep, top_k = WAYS[way]
     for rank, its in enumerate(found[rank]["traffic"][way] for rank in range(4)):
         counts = "alltoall_base_", torch.int64, (ep - 1) * (E // ep + 1) * 8
-        if ep >= top_k:  # the rows of other ranks' experts, and back those that came from other ranks
+        if ep >= top_k:  # rows to other ranks' experts, and rows back to other ranks
             name, away, others = "alltoall_base_", its["away"], its["of others"]
             forward = [(name, torch.bfloat16, away * H * 2), (name, torch.bfloat16, others * H * 2)]
             backward = [(name, torch.float32, away * 4), *forward, (name, torch.float32, others * 4)]
-            # all ranks' rows each way, as many as the tokens have
+            # the rows of all ranks each way
             rows = max(sum(found[r]["traffic"][way][key] for r in range(ep)) for key in ("away", "of others"))
             assert 0 < rows * H * 2 <= top_k * 12 * ep * H * 2
-        else:  # all tokens to all others, and back a share of each; numbers of experts and weights as fp32
+        else:  # all tokens to all ranks, and a share of each back; expert ids and weights as fp32
             rows, scalars = (ep - 1) * 12 * H * 2, (ep - 1) * 12 * top_k * 4
             tokens = [("_allgather_base_", torch.bfloat16, rows), ("alltoall_base_", torch.bfloat16, rows)]
             forward = [("_allgather_base_", torch.float32, 2 * scalars), *tokens]
@@ -230,49 +231,49 @@ def test_what_is_sent(found, way):
         }
         assert sent["forward"] == sent["first run"] == [counts, *forward], rank
         assert sent["backward"] == backward, rank
-        assert sent["second run"] == [*forward, *backward], rank  # the counts are not asked for again
+        assert sent["second run"] == [*forward, *backward], rank  # without a second exchange of counts
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_layer_that_is_run_again_waits_once(found, way):
+def test_a_recomputed_layer_syncs_once(found, way):
     for its in (found[rank]["traffic"][way] for rank in range(4)):
         assert its["waits"] == its["waits of two runs"] == 1
         assert its["same"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_little_is_kept_for_backward(found, way):
-    """The rows that came, or the gathered tokens, gate_up's output, and a few numbers a choice: nothing is sent again."""
+def test_backward_saves_little(found, way):
+    """Arrived rows or gathered tokens, gate_up's output and a few numbers per choice are saved."""
     ep, top_k = WAYS[way]
     for its in (found[rank]["traffic"][way] for rank in range(4)):
         tokens = its["rows"] if ep >= top_k else ep * 12
-        choices = 12 * top_k * (1 if ep >= top_k else ep)  # place, weights, and the gathered ids
+        choices = 12 * top_k * (1 if ep >= top_k else ep)  # row_of_slot, weights and the gathered ids
         own = 8 + (4 if ep < top_k else 0)
-        rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the orders of the rows, or where each expert's end
+        rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the regroup indices, or where each expert's rows end
         assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + rest
 
 
 @pytest.mark.parametrize("counts", [[[3]], [[0, 2], [1, 0], [0, 0]], [[2, 0, 1], [0, 0, 4]], [[0, 0], [0, 0]]], ids=str)
-def test_orders(counts):
-    """Parts by rank, inside by expert -> by expert, inside by rank, and back."""
+def test_regroup_indices(counts):
+    """From rank-major to expert-major order and back."""
     counts = torch.tensor(counts)
     parts = torch.arange(int(counts.sum())).split(counts.flatten().tolist())
     wanted = torch.cat([part for expert in range(counts.shape[1]) for part in parts[expert :: counts.shape[1]]])
-    by_expert, by_rank = moe_parallel.orders(counts, int(counts.sum()))
+    by_expert, by_rank = moe_parallel.regroup_indices(counts, int(counts.sum()))
     assert by_expert.tolist() == wanted.tolist()
     assert wanted[by_rank].tolist() == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize("ep", [2, 8])
 def test_balanced_counts(ep):
-    """In the place of counts that cannot be read: all rows are sent, as many come, or by a factor more."""
+    """The stand-in for counts: all rows are sent, and as many arrive, or a factor more."""
     counts = torch.full((2, ep, 16 // ep + 1), -1)
-    sent, received = moe_parallel.balanced(counts, 20, 4)
+    sent, received = moe_parallel.balanced_counts(counts, 20, 4)
     assert torch.tensor([sent, received]).shape == counts.shape
     assert all(part[-1] == 20 for part in (*sent, *received))
     each = [n for part in sent for n in part[:-1]]
     assert sum(each) == 80 and set(each) == {5}
-    _, more = moe_parallel.balanced(counts, 20, 4, imbalance=1.4)
+    _, more = moe_parallel.balanced_counts(counts, 20, 4, imbalance=1.4)
     assert sum(n for part in more for n in part[:-1]) == 112
 
 

@@ -1,4 +1,4 @@
-"""Real processes over gloo: what several ranks compute together is what one computes alone."""
+"""Real processes over gloo: several ranks compute what one process computes."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from qwen35.training.loss import token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 
 STEPS = 3
-# four micro-batches: with images of several sizes, without any, and one with nothing to train
+# four micro-batches: images of several sizes, no images, no labels
 BATCHES = [
     pack([sample([9, (4, 4), 6], seed=0), sample([5, (2, 6), 8], seed=1)]),
     pack([sample([20], seed=2), sample([31], seed=3)]),
@@ -43,7 +43,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
-    """Every case, one after the other."""
+    """All cases, one after the other."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -65,7 +65,7 @@ def train(
     offload: bool = False,
     optimizer: str = "adamw",
 ) -> dict:
-    """Some steps. -> of all of them the losses and norms, of the first the gradients, after the last the weights"""
+    """Some steps -> losses and norms of all, gradients of the first, weights after the last."""
     config = config_dict(**config or {})
     whole = Qwen35.from_config(config, seed=1)
     meshes = make_meshes(device.type, ParallelSettings(**parallel or {}))
@@ -114,7 +114,7 @@ def run(folder: Path, world: int, cases: dict[str, dict]) -> dict[str, dict]:
     return torch.load(out)
 
 
-# what one process computes, and what two do beside it
+# one process, and two beside it
 PLAIN = {
     "as it is": {},
     "frozen tower": {"freeze": ["model.visual", "model.language_model.layers.{*}.mlp.gate"]},
@@ -150,8 +150,8 @@ def test_two_replicas_of_two_shards_equal_one(one, tmp_path):
     check({}, one["as it is"], four["2 x 2"])
 
 
-def test_the_groups_of_a_run_wait_as_long_as_its_settings_say(workplace, monkeypatch):
-    """Longer than the launcher, which says more when its patience ends."""
+def test_process_groups_have_the_timeout_of_the_settings(workplace, monkeypatch):
+    """Longer than the launcher's watchdog, which reports more."""
     asked = []
 
     def ask(*args):

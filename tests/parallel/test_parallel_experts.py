@@ -1,4 +1,4 @@
-"""Four real processes that split the experts in every way, against one plain model; nothing of FSDP in the reference."""
+"""Four real processes with every way to shard the experts, against one plain model without FSDP."""
 
 import functools
 import os
@@ -30,14 +30,14 @@ from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze, table
 
 RANKS, STEPS, AUX, LIMIT = 4, 3, 0.1, 0.05
-CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3)  # two ranks gather tokens, four exchange rows
-IDLE = (6, 7)  # experts that nobody chooses: of four ranks with two experts each, the last gets no token at all
+CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3)  # two ranks all-gather tokens, four exchange rows
+IDLE = (6, 7)  # never chosen: with two experts per rank the last rank gets no tokens
 ADAM = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
 FROZEN = ["model.visual", "model.language_model.layers.{*}.mlp.gate", "model.language_model.layers.0.mlp.experts"]
 
 
 def batches() -> list[PackedBatch]:
-    """Eight micro-batches of 40 tokens: of images, of text, of both; ranks 1 and 3 see no image, rank 3 trains no token."""
+    """Eight micro-batches of 40 tokens; ranks 1 and 3 get no images, rank 3 no labels."""
     made = []
     for i in range(0, 8, 4):
         made += [
@@ -55,7 +55,7 @@ BATCHES = batches()
 
 
 def whole_model() -> Qwen35:
-    """Random weights, but that the hidden states have one direction in common, which the idle experts' router avoids."""
+    """Random weights; hidden states share a direction that the idle experts' router rows avoid."""
     model = Qwen35.from_config(CONFIG, seed=1, mtp=True)
     with torch.no_grad():
         model.model.language_model.embed_tokens.weight[:, 0] = 0.1
@@ -68,7 +68,7 @@ def whole_model() -> Qwen35:
 
 
 def loss_of(model: Qwen35, batch: PackedBatch) -> torch.Tensor:
-    """Its part of the mean over all micro-batches, with load balancing, backward done."""
+    """Its part of the mean loss over all micro-batches, with load balancing; runs backward."""
     mtp_targets = make_mtp_targets(batch, "default") if hasattr(model, "mtp") else None
     loss, aux, _ = model.loss(batch, token_weights(batch, "default"), mtp_targets, 0.3)
     both = (loss + AUX * aux) / len(BATCHES)
@@ -85,7 +85,7 @@ def gradients_of(model: Qwen35) -> dict[str, torch.Tensor]:
 
 
 def result(model: Qwen35, losses: list[float], norms: list[float], gradients: dict) -> dict:
-    """Of all steps the losses and norms, of the first the clipped gradients, after the last the weights."""
+    """Losses and norms of all steps, clipped gradients of the first, weights after the last."""
     weights = {n: full(p.detach()) for n, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "table": table(model)}
 
@@ -106,7 +106,7 @@ def reference(source: Path, mtp: bool, frozen: Sequence[str]) -> dict:
 
 
 class Sharded:
-    """A model on this rank, with what a step needs."""
+    """A model on this rank with its optimizer and meshes."""
 
     def __init__(
         self, source: Path, mtp: bool = False, frozen: Sequence[str] = (), recompute: bool | str = False, **parallel
@@ -137,7 +137,7 @@ class Sharded:
         return result(self.model, losses, norms, gradients)
 
     def backward(self) -> tuple[float, float]:
-        """Of all micro-batches, clipped. -> their loss, the gradients' norm"""
+        """All micro-batches, clipped -> their loss, the gradients' norm."""
         loss = sum(loss_of(self.model, batch) for batch in BATCHES[dist.get_rank() :: RANKS])
         dist.all_reduce(loss)
         reduce_replicated(self.model)
@@ -158,7 +158,7 @@ CASES = {
 
 def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("error", message=r".*returned a view tensor|.*is deprecated")  # a user would read them
+    warnings.filterwarnings("error", message=r".*returned a view tensor|.*is deprecated")  # users would see them
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = {}
@@ -175,7 +175,7 @@ def worker(rank: int, folder: Path) -> None:
 
 
 class Gathers(TorchDispatchMode):
-    """Counts FSDP2's all-gathers by the elements that a rank gives."""
+    """Counts FSDP2's all-gathers by the elements that a rank contributes."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ class Gathers(TorchDispatchMode):
 
 
 def gathers(source: Path, recompute: bool) -> float:
-    """How often the weights of a layer's experts are gathered in a micro-batch."""
+    """How often the weights of a layer's experts are gathered per micro-batch."""
     run = Sharded(source, recompute=recompute, expert_parallel_size=2)
     layers = run.model.model.language_model.layers
     own = sum(p.to_local().numel() for p in layers[0].mlp.experts.parameters())
@@ -198,7 +198,7 @@ def gathers(source: Path, recompute: bool) -> float:
 
 
 def bytes_read(source: Path) -> int:
-    """By all ranks together, for two copies of the weights."""
+    """Written by all ranks, for two copies of the weights."""
     count, preadv = 0, os.preadv
 
     def counting(fd, buffers, offset):
@@ -216,7 +216,7 @@ def bytes_read(source: Path) -> int:
 
 
 def resumed(folder: Path) -> dict:
-    """Three steps, each from the checkpoint of the one before, on other meshes; and the bytes of the last checkpoint."""
+    """Three steps, each from the last one's checkpoint on other meshes; the final bytes."""
     steps, source = [], folder / "hf"
     for step, parallel in enumerate(
         [
@@ -234,14 +234,14 @@ def resumed(folder: Path) -> dict:
 
 
 def patience(seconds: float) -> dict[str, float]:
-    """Of each group of the meshes."""
+    """The timeout of each group of the meshes."""
     meshes = make_meshes("cpu", ParallelSettings(expert_parallel_size=2, fully_shard_parallel_size=2), seconds)
     groups = {
         f"{kind} {name}": getattr(meshes, kind)[name].get_group()
         for kind in ("weights", "experts", "tokens")
         for name in getattr(meshes, kind).mesh_dim_names
     }
-    assert groups.pop("tokens data") is dist.group.WORLD  # which has what it was made with
+    assert groups.pop("tokens data") is dist.group.WORLD  # whose timeout was set when it was made
     return {
         name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for name, group in groups.items()
     }
@@ -277,7 +277,7 @@ def test_resumed_on_other_meshes(found, reference_of):
 
 
 def test_replicas_are_written_once(found):
-    """A checkpoint of two copies of the weights and one of a single copy: the tensors' bytes and some headers."""
+    """Checkpoints of two copies and of one copy of the weights are equal, except headers."""
     written = [
         sum(file.stat().st_size for file in (found["folder"] / "run" / f"iter_000000{step}").glob("*.distcp"))
         for step in (1, 2)
@@ -293,13 +293,13 @@ def test_each_rank_reads_its_own_slices(found):
         assert read == 2 * (sum(s.nbytes for s in specs.values()) + every_rank), layout
 
 
-def test_the_groups_of_the_meshes_wait_as_long_as_they_are_told(found):
-    """More than the half hour that torch gives them."""
+def test_mesh_groups_have_the_given_timeout(found):
+    """Longer than torch's default of half an hour."""
     assert len(found["seconds"]) == 6 and set(found["seconds"].values()) == {4000.0}
 
 
 def test_experts_are_gathered_twice(found):
-    """Once for forward, and once for backward, which runs a recomputed layer again."""
+    """Once in forward, and once in backward with its recomputation."""
     assert found["gathers"] == {False: 2, True: 2}
 
 

@@ -1,4 +1,4 @@
-"""The order of FSDP's collectives around what the layers compute, over a process group that only pretends."""
+"""The order of FSDP's collectives around the layers' computation, over a fake process group."""
 
 import pytest
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class Collectives(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_the_next_unit_is_asked_for_before_one_computes(four_ranks, recompute):
+def test_the_next_unit_is_prefetched(four_ranks, recompute):
     model, seen = Qwen35.from_config(config_dict(), seed=1, mtp=True), []
     blocks, layers = list(model.model.visual.blocks), list(model.model.language_model.layers)
     computing = {
@@ -52,12 +52,12 @@ def test_the_next_unit_is_asked_for_before_one_computes(four_ranks, recompute):
         loss, aux, _ = model.loss(batch, token_weights(batch, "default"), make_mtp_targets(batch, "default"))
         forward = list(seen)
         (loss + aux).backward()
-    units = 2 + len(blocks) + len(layers) + 1  # the root and the tower besides; the last of all has none to ask for
+    units = 2 + len(blocks) + len(layers) + 1  # and the root and the tower; the last unit has no next one
     assert forward.count("gather") == units
     for i, name in enumerate(computing):
         assert forward[: forward.index(name)].count("gather") == min(units, 2 + i + 2), name
     backward = seen[len(forward) :]
     for i, name in enumerate(reversed([n for n in computing if n.startswith("layer")])):
-        # each was gathered while the one after it computed, and one more before its own work
+        # each was unsharded one unit ahead of its computation
         assert backward[: backward.index(f"{name} backward")].count("gather") == 1 + i + 1 + 1, name
     assert seen.count("reduce") == units

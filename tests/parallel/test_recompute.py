@@ -1,4 +1,4 @@
-"""Layers that are run again for backward: the same gradients to the bit, what runs twice, and how much is kept meanwhile."""
+"""Activation checkpointing: bit-equal gradients, what runs twice, and how much is saved."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from live_bytes import LiveBytes
 from peer import config_dict, pack, sample
 
 from kernels import gated_delta_rule, native
-from kernels.kept import Kept
+from kernels.recompute_cache import RecomputeCache
 from qwen35.config.load import SettingError, load_settings
 from qwen35.model import Qwen35
 from qwen35.training.loss import token_weights
@@ -38,7 +38,7 @@ def test_gradients_are_the_same_to_the_bit(dtype):
 
 @pytest.mark.parametrize(("how", "runs"), [(False, 1), (True, 2), ("selective", 1)], ids=["off", "on", "selective"])
 def test_how_often_each_core_runs(how, runs, monkeypatch):
-    """Attention of the text (of the vision tower too, but that is causal nowhere), and what the delta rule puts out."""
+    """Counts text attention (the tower's is not causal) and the delta rule's outputs."""
     calls = {"attention": 0, "outputs": 0}
     plain_attention, plain_forward = native.attention, gated_delta_rule._forward
 
@@ -57,10 +57,10 @@ def test_how_often_each_core_runs(how, runs, monkeypatch):
 
 
 def kept_bytes(layer_types: list[str], how: bool | str) -> int:
-    """That are alive between forward and backward."""
+    """The bytes alive between forward and backward."""
     config = config_dict(layer_types=layer_types, num_hidden_layers=len(layer_types))
     model, batch = Qwen35.from_config(config, seed=3), pack([sample([512], seed=1)])
-    step(model, how, batch)  # what is made once, as the batch's derived fields
+    step(model, how, batch)  # computes what is made once, such as the batch's derived fields
     model.zero_grad()
     weights = token_weights(batch, "default")
     with LiveBytes() as live:
@@ -70,7 +70,7 @@ def kept_bytes(layer_types: list[str], how: bool | str) -> int:
         total.backward()
         model.zero_grad()
         del loss, aux, total
-    assert live.now < 4096  # that it all goes shows that all of it is followed
+    assert live.now < 4096  # all is freed, so all was tracked
     return held
 
 
@@ -78,35 +78,35 @@ def kept_bytes(layer_types: list[str], how: bool | str) -> int:
     ("kind", "core"),
     [("linear_attention", 4 * 24 * 4), ("full_attention", 4 * 32 * 4 + 4 * 4)],  # o, and the softmax's statistics
 )
-def test_bytes_kept_of_a_layer(kind, core):
-    """A token's: its input with recompute, and what the core returned with selective; far more without."""
+def test_bytes_saved_per_layer(kind, core):
+    """Per token: the layer's input with recompute, with selective also its core's output."""
     base = ["linear_attention", "full_attention"]
     kept = {how: (kept_bytes([*base, kind], how) - kept_bytes(base, how)) / 512 for how in (False, True, "selective")}
-    token, small = 48 * 4, 2  # bytes of a token's hidden state; of what is the same for any number of tokens
+    token, small = 48 * 4, 2  # bytes of a token's hidden state; slack for what does not depend on the tokens
     assert token <= kept[True] <= token + small
     if native.HAS_GROUPED_FLASH or kind == "linear_attention":
         assert token + core <= kept["selective"] <= token + core + small
     assert kept[False] > 3 * kept["selective"]
 
 
-def test_what_is_kept_is_given_back_in_order_and_once():
-    kept, made = Kept(), []
+def test_the_recompute_cache_returns_results_in_order_and_once():
+    recompute_cache, made = RecomputeCache(), []
 
     def make():
         made.append(len(made))
         return made[-1]
 
-    first, second = kept.contexts()
+    first, second = recompute_cache.contexts()
     with first:
-        assert [kept.once(make), kept.once(make)] == [0, 1]
+        assert [recompute_cache.once(make), recompute_cache.once(make)] == [0, 1]
     with second:
-        assert [kept.once(make), kept.once(make)] == [0, 1]
+        assert [recompute_cache.once(make), recompute_cache.once(make)] == [0, 1]
         with pytest.raises(IndexError):
-            kept.once(make)
+            recompute_cache.once(make)
     assert made == [0, 1]
 
 
-def test_the_setting(tmp_path):
+def test_the_recompute_setting(tmp_path):
     recipe = tmp_path / "a.yaml"
     recipe.write_text(
         "data: {dataset_param: {basic_parameters: {dataset: x}}}\nmodel: {model_name_or_path: m}\n"

@@ -36,11 +36,11 @@ def compile_kernels(chosen, layer, device, begins, falls):
 
 stand_in = ModuleType("kernels.triton.first_run")
 stand_in.compile_kernels, stand_in.with_tiles = compile_kernels, lambda chosen, tiles: print("computes with", tiles)
-stand_in.COUNTS, stand_in.Layer = {{"causal_conv1d": 2}}, lambda *sizes: SimpleNamespace(
+stand_in.KERNEL_COUNTS, stand_in.Layer = {{"causal_conv1d": 2}}, lambda *sizes: SimpleNamespace(
     **dict(zip(("key_heads", "value_heads", "Dk", "Dv", "dtype"), sizes, strict=True)))
 stand_in.TooLargeError = RuntimeError
 sys.modules |= {{"kernels.triton": ModuleType("kernels.triton"), "kernels.triton.first_run": stand_in}}
-kernels.of_triton = lambda chosen: ["causal_conv1d"]
+kernels.triton_ops = lambda chosen: ["causal_conv1d"]
 
 (folder / rank).touch()
 while len(list(folder.glob("[01]"))) < 2:
@@ -102,6 +102,6 @@ def test_what_is_missing_is_said_before(monkeypatch):
     with pytest.raises(CompilationError, match=r"^bishengir-compile: is not on PATH -> install CANN's toolkit whole$"):
         check_compilers()
     monkeypatch.setattr(preflight, "init_process", lambda: SimpleNamespace(type="cpu"))
-    monkeypatch.setattr("kernels.of_triton", lambda chosen: ["causal_conv1d"])
+    monkeypatch.setattr("kernels.triton_ops", lambda chosen: ["causal_conv1d"])
     with pytest.raises(CompilationError):
         preflight.preflight(SimpleNamespace(model=SimpleNamespace(kernels={})))

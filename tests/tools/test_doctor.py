@@ -191,10 +191,10 @@ def test_torch_npu_and_triton_ascend_of_this_cann(m: Machine) -> None:
     line = only(ascend.pair(m), "note")
     assert "3.2.2, which goes with CANN 9.1, is not on pip's index" in line
     choices = dict(re.findall(r"model\.kernels\.(\w+)=(\w+)", line))
-    names = {kernels.SHORT_NAMES.get(op, op) for op in choices}
-    assert names == set(kernels.BY_TRITON)
+    names = {kernels.OP_ALIASES.get(op, op) for op in choices}
+    assert names == set(kernels.TRITON_OPS)
     there = kernels.implementations("npu")
-    assert all(name in there[kernels.SHORT_NAMES.get(op, op)] for op, name in choices.items())
+    assert all(name in there[kernels.OP_ALIASES.get(op, op)] for op, name in choices.items())
 
 
 def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:

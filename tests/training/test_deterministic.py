@@ -9,7 +9,7 @@ from training_runs import tensors, train
 
 from qwen35 import train as training
 from qwen35.config.load import load_settings
-from qwen35.device import REPEATABLE
+from qwen35.device import DETERMINISTIC_ENV
 from qwen35.training.metrics import read_metrics
 
 __all__ = ["place", "whole"]  # fixtures
@@ -19,7 +19,7 @@ ON = "training.deterministic=true"
 @pytest.fixture
 def as_found(monkeypatch):
     """No variable is set, and none stays; torch's switch is off."""
-    for name in REPEATABLE:
+    for name in DETERMINISTIC_ENV:
         monkeypatch.setenv(name, "")  # so that its end is undone
         monkeypatch.delenv(name)
     torch.use_deterministic_algorithms(False)
@@ -32,7 +32,7 @@ def test_all_is_switched_before_the_device_is_taken(workplace, monkeypatch, as_f
         assert torch.are_deterministic_algorithms_enabled() == is_on
         assert torch.utils.deterministic.fill_uninitialized_memory != is_on  # our own tests fill it
         default = {"HCCL_DETERMINISTIC": "true", "CLOSE_MATMUL_K_SHIFT": "1"} if is_on else {}
-        assert {name: os.environ[name] for name in REPEATABLE if name in os.environ} == default | given
+        assert {name: os.environ[name] for name in DETERMINISTIC_ENV if name in os.environ} == default | given
         raise KeyboardInterrupt
 
     for name, value in given.items():

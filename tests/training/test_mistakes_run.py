@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_in_between(place, taken, more):
     meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken)}
     done = run(place, *TRAIN, environment=meeting | more)
     assert done.code == 1 and contents(place) == before
-    assert f"error: MASTER_ADDR=localhost MASTER_PORT={taken}: the processes cannot meet there: " in done.err
+    assert f"error: MASTER_ADDR=localhost MASTER_PORT={taken}: " in done.err
     assert "Traceback" not in done.err
 
 
@@ -157,14 +157,14 @@ def test_more_processes_than_devices(monkeypatch):
     with pytest.raises(SettingError) as caught:
         check_device_count("npu", 2)
     assert str(caught.value) == (
-        "4 processes on this machine, but 2 npu devices visible (ASCEND_RT_VISIBLE_DEVICES=0,1); set NPUS_PER_NODE=2, or show"
-        " more of them"
+        "4 processes on this node, but 2 npu devices visible (ASCEND_RT_VISIBLE_DEVICES=0,1); set NPUS_PER_NODE=2,"
+        " or make more devices visible"
     )
     check_device_count("npu", 4)
     check_device_count("cpu", 1)  # more processes than cores are slow, and no mistake
     stand_in = SimpleNamespace(is_available=lambda: True, device_count=lambda: 3)
     monkeypatch.setattr(torch, "npu", stand_in, raising=False)
-    with pytest.raises(SettingError, match="4 processes on this machine, but 3 npu devices visible"):
+    with pytest.raises(SettingError, match="4 processes on this node, but 3 npu devices visible"):
         init_process()
 
 

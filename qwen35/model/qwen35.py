@@ -225,9 +225,8 @@ class Qwen35(nn.Module):
         if mtp_targets is not None:
             further, more = self._mtp_hidden(hidden, x, batch, mtp_targets)
             hidden, stats = torch.cat([hidden, further]), stats + more
-            label_rows = (
-                None if label_rows is None else torch.cat([label_rows, mtp_targets.label_positions + len(labels)])
-            )
+            if label_rows is not None:
+                label_rows = torch.cat([label_rows, mtp_targets.label_positions + len(labels)])
             token_weights = torch.cat([token_weights, mtp_factor * mtp_targets.weights])
             labels = torch.cat([labels, mtp_targets.labels])
         loss, token_loss = self.cross_entropy(hidden, self.head_weight, labels, token_weights, label_rows)

@@ -31,7 +31,7 @@ ROOMS = {
     "inference": 1_000,
     "training": 1_500,
     "tools": 1_950,
-    "launch": 1_700,
+    "launch": 1_680,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {

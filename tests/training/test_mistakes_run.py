@@ -114,7 +114,7 @@ PLACES = [
     Case(
         "no such machine",
         ("launch", "--master_addr", "no-such-machine.invalid", "r.yaml"),
-        ("MASTER_ADDR=no-such-machine.invalid: no machine of that name",),
+        ("MASTER_ADDR=no-such-machine.invalid: no host of that name",),
     ),
     Case(
         "mistake of a rank", (*launch(2), "model.freeze=[model.vision]"), ("error: model.freeze: model.vision matches",)

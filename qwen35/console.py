@@ -1,6 +1,5 @@
 """Output streams that survive their reader: a run whose terminal has closed must still save."""
 
-import contextlib
 import errno
 import io
 import os
@@ -40,9 +39,3 @@ def outlive_readers() -> None:
             raw = io.BufferedWriter(io.FileIO(stream.fileno(), "wb", closefd=False))
             output = _Output(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
             setattr(sys, name, output)
-
-
-def say_at_once(line: str) -> None:
-    """To standard error from a signal handler, which may have interrupted a print."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())

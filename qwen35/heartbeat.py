@@ -12,6 +12,8 @@ import signal
 import struct
 import time
 
+from qwen35.log import logger
+
 HEARTBEAT = "QWEN35_HEARTBEAT"  # inherited descriptor of the shared memory
 DUMP_SIGNAL = signal.SIGUSR1  # makes a rank write its stacks
 LAYOUT = struct.Struct("dd240s")  # start and deadline (time.monotonic() seconds), activity
@@ -29,7 +31,8 @@ class Heartbeat:
             faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
 
     def at(self, activity: str, timeout: float | None = None) -> None:
-        """Record what begins now. Takes about a microsecond."""
+        """Record what begins now. About a microsecond, unless LOG_LEVEL=DEBUG logs it."""
+        logger.debug(activity)
         now = time.monotonic()
         deadline = now + (self.timeout if timeout is None else timeout)
         # one copy: pack_into writes zeros first, which a reader would take for a stalled rank

@@ -12,6 +12,7 @@ from typing import NoReturn
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line
+from qwen35.log import set_up_logging
 
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # the file in which a failing rank leaves its reason
 RESTART = "QWEN35_RESTART"  # how often the ranks have been restarted
@@ -67,6 +68,7 @@ def run_rank(
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
     try:
+        set_up_logging(int(os.environ.get("RANK", "0")))
         work(load_settings(args.config, args.overrides))
     except BaseException as error:
         is_user_error = isinstance(error, (*USER_ERRORS, *user_errors))

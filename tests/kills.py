@@ -81,7 +81,7 @@ class Series:
             assert (done.returncode, done.stderr) == (0, "")
         assert_same_run(save, self.references[ranks])
         assert {path.name for path in save.iterdir()} - {".lock"} == {
-            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl",
+            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl", "train.log",
             *(f"iter_{step:07}" for step in (STEPS - INTERVAL, STEPS)),
         }  # fmt: skip
         self.done["trainings"] += 1

@@ -26,11 +26,12 @@ from types import FrameType
 from typing import BinaryIO
 
 from qwen35.config.load import load_settings
-from qwen35.console import outlive_readers, say_at_once
+from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, visible
 from qwen35.launch.handshake import SECRET, check_secret
 from qwen35.launch.hosts_file import Host, check_environment, read_hosts
 from qwen35.launch.job import DUPLICATE_SIGNAL
+from qwen35.log import log_at_once
 from qwen35.processes import die_with, stop_signals
 
 # ask no questions, accept no unknown host keys, notice a lost node within a minute
@@ -120,7 +121,7 @@ class RemoteNodes:
         if self.stop_signal is None:
             self.stop_signal, self.stop_time = number, time.monotonic()
             self.send(b"stop\n")  # before anything that may fail
-            say_at_once("stopping: the run saves at the next log step, on all nodes (Ctrl-C again: at once)")
+            log_at_once("stopping: the run saves at the next log step, on all nodes (Ctrl-C again: at once)")
         elif number == signal.SIGINT and time.monotonic() - self.stop_time > DUPLICATE_SIGNAL:
             self.send(b"kill\n")
 
@@ -169,9 +170,7 @@ class RemoteNodes:
         reason = f"ended with exit code {code}"
         if code == NOT_CONNECTED:
             target = self.failed.host.target
-            reason = (
-                f"cannot be reached, or lost its connection; this must work without a prompt: ssh {target} true"
-            )
+            reason = f"cannot be reached, or lost its connection; this must work without a prompt: ssh {target} true"
         print(f"error: {name} {reason}", file=sys.stderr, flush=True)
         return code if 0 < code < NOT_CONNECTED else 1
 

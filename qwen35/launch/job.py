@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qwen35.console import say_at_once
 from qwen35.heartbeat import HEARTBEAT
 from qwen35.launch.nodes import Rendezvous
 from qwen35.launch.watchdog import Watchdog
+from qwen35.log import log_at_once
 from qwen35.processes import die_with, stop_signals
 
 FAILURE_GRACE = 3.0  # seconds that the other ranks have to report failures of their own before they are killed
@@ -73,7 +73,7 @@ class Job:
         if self.stop_signal is None:
             self.stop_signal, self.stop_time = number, time.monotonic()
             self.send_signal(signal.SIGTERM)  # before anything that may fail
-            say_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
+            log_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
         elif number == signal.SIGINT and time.monotonic() - self.stop_time > DUPLICATE_SIGNAL:
             self.is_forced = True
             self.send_signal(signal.SIGKILL)

@@ -25,13 +25,13 @@ from typing import NoReturn
 from qwen35.config.layout import check_layout
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import Settings
-from qwen35.console import say_at_once
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain, whole_number
 from qwen35.launch.consistency import facts
 from qwen35.launch.handshake import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
 from qwen35.launch.nodes import Rendezvous, RendezvousParameters
 from qwen35.launch.rendezvous import LocalNode, free_port, join, listen
+from qwen35.log import log_at_once, logger, set_up_logging
 from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import die_with, stop_signals
 from qwen35.rank import FAILURE_FILE, RESTART
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.node_rank >= args.nnodes:
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes}")
     try:
+        set_up_logging()
         open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if open_files < MIN_OPEN_FILES:
             raise SettingError(
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stop_waiting(number: int, frame: FrameType | None) -> NoReturn:
-    say_at_once("stopped before anything was started")
+    log_at_once("stopped before anything was started")
     raise SystemExit(128 + signal.SIGINT if number == signal.SIGINT else 0)
 
 
@@ -110,7 +111,7 @@ def run(
         first, count = args.node_rank * args.nproc_per_node, args.nproc_per_node
         where = "" if args.node_rank == 0 else "; the log is on node 0"
         ranks = f"ranks {first} to {first + count - 1} of {args.nnodes * count}"
-        print(f"node {args.node_rank}: {ranks}, rendezvous at {args.master_addr}:{args.master_port}{where}", flush=True)
+        logger.info(f"node {args.node_rank}: {ranks}, rendezvous at {args.master_addr}:{args.master_port}{where}")
     job, port = Job(command, rendezvous), args.master_port
     # data loaders make sockets there: with paths above 107 bytes their workers would hang
     temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
@@ -125,7 +126,7 @@ def run(
         was_signalled = {-signal.SIGTERM, -signal.SIGHUP} & codes  # before it handled signals
         is_stopped = job.stop_signal is not None and bool(not failure or job.is_forced or was_signalled)
         if failure and failure.ranks_report and not is_stopped:
-            print(failure.ranks_report, file=sys.stderr)
+            logger.error(failure.ranks_report)
         if not failure or job.stop_signal is not None or not failure.can_restart or attempt == restarts:
             break
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
@@ -135,14 +136,14 @@ def run(
         except UserError as error:
             failure = Failure(str(error), is_user_error=bool(rendezvous and rendezvous.is_user_error))
             break
-        print(f"restart {attempt + 1} of {restarts}, from the newest checkpoint", file=sys.stderr, flush=True)
+        logger.warning(f"restart {attempt + 1} of {restarts}, from the newest checkpoint")
     if rendezvous:
         rendezvous.close(failure.summary if failure else None, bool(failure and failure.is_user_error))
     if is_stopped:
         if job.is_forced:
-            print("stopped at once; the same command resumes from the newest checkpoint", file=sys.stderr)
+            logger.warning("stopped at once; the same command resumes from the newest checkpoint")
         elif failure:
-            print("stopped outside of the training steps: there was nothing to save", file=sys.stderr)
+            logger.warning("stopped outside of the training steps: there was nothing to save")
         return 128 + signal.SIGINT if job.stop_signal == signal.SIGINT else 0
     if failure:
         print(f"error: {failure.message}", file=sys.stderr)

@@ -19,7 +19,6 @@ import contextlib
 import secrets
 import select
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from qwen35.launch.connection import HANDSHAKE_TIMEOUT, Peer, PeerLost
 from qwen35.launch.consistency import disagreements, hashed, marker_file, node_names, sees_marker, unhashed
 from qwen35.launch.handshake import SECRET, Hello, PendingHandshakes, authenticate
 from qwen35.launch.nodes import REPLY_TIMEOUT, Rendezvous, RendezvousError, RendezvousParameters, sanitized
+from qwen35.log import logger
 from qwen35.network import LOOPBACK
 
 WITHHELD = f"node 0 says why the nodes did not start; where {SECRET} is set, every node does"
@@ -45,7 +45,7 @@ class LocalNode:
 
     facts: Callable[[], Mapping[str, str]]  # what must be the same on all nodes; called once all are connected
     save: Path
-    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    log: Callable[[str], None] = logger.info
     clock: Callable[[], float] = time.time
     file_timeout: float | None = None  # default: FILE_TIMEOUT
 

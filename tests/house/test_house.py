@@ -35,7 +35,7 @@ ROOMS = {
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_400,
+    "qwen35": 1_500,
     "kernels": 3_850,
     "rehearse": 2_200,
     "accept": 720,

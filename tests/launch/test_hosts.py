@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from plain import plain
 
 from qwen35.config.load import SettingError
 from qwen35.launch.hosts_file import Host, check_environment, read_hosts
@@ -168,7 +169,7 @@ def test_a_signal_makes_all_nodes_save(there: Path, number: int, code: int) -> N
     process.send_signal(number)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, sorted(out.splitlines())) == (code, ["one: saved", "two: saved"])
-    assert err.startswith("stopping: the run saves at the next log step, on all nodes") and err.count("\n") == 1
+    assert plain(err).startswith("stopping: the run saves at the next log step, on all nodes") and err.count("\n") == 1
     assert asked(there) == ["asked_0", "asked_1"]
 
 
@@ -237,7 +238,7 @@ def test_a_second_ctrl_c_stops_at_once(there: Path) -> None:
     process = start(there)
     started = pids(process)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping")
+    assert plain(process.stderr.readline()).startswith("stopping")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == 130

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from plain import plain
 from ports import free_port
 
 from qwen35.launch.job import Failure
@@ -173,7 +174,7 @@ say("saved", len(asked))
     process.send_signal(number)  # as from make and from the terminal in one moment
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (code, "saved 1\nsaved 1\n")
-    assert err.startswith("stopping: ") and err.count("\n") == 1
+    assert plain(err).startswith("stopping: ") and err.count("\n") == 1
     assert gone(pids)
 
 
@@ -181,7 +182,7 @@ def test_a_second_ctrl_c_stops_at_once():
     process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); say(os.getpid()); time.sleep(600)")
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping")
+    assert plain(process.stderr.readline()).startswith("stopping")
     time.sleep(1.1)  # longer than job.DUPLICATE_SIGNAL
     assert not gone(pids)
     process.send_signal(signal.SIGINT)
@@ -216,8 +217,10 @@ import argparse, sys
 from pathlib import Path
 from qwen35.launch import job
 from qwen35.launch.launcher import run
-from qwen35.launch.rendezvous import RendezvousParameters, LocalNode, join
+from qwen35.launch.rendezvous import LocalNode, RendezvousParameters, join
+from qwen35.log import set_up_logging
 job.FAILURE_GRACE = float(sys.argv[6])
+set_up_logging()
 node, nodes, port = map(int, sys.argv[1:4])
 args = argparse.Namespace(
     nnodes=nodes, node_rank=node, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
@@ -242,15 +245,21 @@ def start_nodes(program: str, save: Path, nodes: int = 2, grace: float = 0.5) ->
     ]
 
 
+def failure_of(node: int, err: str) -> str:
+    """Standard error of a node's launcher, after the line that names its ranks."""
+    first, _, rest = plain(err).partition("\n")
+    assert first.startswith(f"node {node}: ranks {2 * node} to {2 * node + 1} of 4, rendezvous at 127.0.0.1:"), err
+    return rest
+
+
 def test_a_failure_on_one_node_ends_all_and_is_reported_on_all(tmp_path):
     """The ranks of the other node hang, as in a collective."""
     program = "if rank == 3:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
     processes = start_nodes(program, tmp_path)
-    ended = [process.communicate(timeout=300) for process in processes]
+    ended = [failure_of(node, process.communicate(timeout=300)[1]) for node, process in enumerate(processes)]
     assert [process.returncode for process in processes] == [1, 1]
     words = "rank 3 was ended by SIGKILL; out of memory?"
-    assert [err for _, err in ended] == [f"error: node 1 ended: {words}\n", f"error: {words}\n"]
-    assert ended[1][0].startswith("node 1: ranks 2 to 3 of 4, rendezvous at 127.0.0.1:")
+    assert ended == [f"error: node 1 ended: {words}\n", f"error: {words}\n"]
 
 
 @pytest.mark.parametrize("is_killed", [True, False])
@@ -280,7 +289,7 @@ sys.exit(1)
 """
     (tmp_path / "save").mkdir()
     processes = start_nodes(program, tmp_path / "save", grace=60)
-    ended = [process.communicate(timeout=300)[1] for process in processes]
+    ended = [failure_of(node, process.communicate(timeout=300)[1]) for node, process in enumerate(processes)]
     assert [process.returncode for process in processes] == [1, 1]
     if is_killed:
         assert ended[1] == "error: rank 3 was ended by SIGKILL; out of memory?\n"
@@ -304,19 +313,18 @@ while rank < 2 and not os.path.exists(go):
     time.sleep(0.01)
 """
     first, second = start_nodes(f"go = {str(tmp_path / 'go')!r}\n{program}", tmp_path)
-    assert second.communicate(timeout=300)[1] == "" and second.returncode == 0
+    assert failure_of(1, second.communicate(timeout=300)[1]) == "" and second.returncode == 0
     (tmp_path / "go").touch()
-    assert first.communicate(timeout=300)[1] == "" and first.returncode == 0
+    assert failure_of(0, first.communicate(timeout=300)[1]) == "" and first.returncode == 0
 
 
 def test_kill_9_of_one_launcher_ends_the_other_node(tmp_path):
     first, second = start_nodes("say(os.getpid()); time.sleep(600)", tmp_path)
     numbers = []
     for process in (first, second):
-        process.stdout.readline()  # its ranks
         numbers += [int(process.stdout.readline()) for _ in range(2)]
     second.kill()
-    _, err = first.communicate(timeout=300)
+    err = failure_of(0, first.communicate(timeout=300)[1])
     assert (first.returncode, err) == (
         1,
         "error: node 1 ended: its launcher is gone (killed, or the machine is down)\n",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from plain import plain
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
 
@@ -39,7 +40,9 @@ def start(workplace: Path, node: int, port: int, *arguments: str) -> subprocess.
 
 def ends(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
     outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [
+        (process.returncode, plain(out), plain(err)) for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
 
 
 def without_waiting(err: str) -> list[str]:
@@ -81,10 +84,11 @@ def test_two_nodes_train_as_one_does(workplace, tmp_path):
     for connection in connections:
         connection.close()
     assert [code for code, *_ in both] == [0, 0], both
-    (_, second, _), (_, first, _) = both
-    assert first.startswith(f"node 0: ranks 0 to 0 of 2, rendezvous at 127.0.0.1:{port}\n")
-    assert second == f"node 1: ranks 1 to 1 of 2, rendezvous at 127.0.0.1:{port}; the log is on node 0\n"
-    assert first.count("all-reduce over 2 ranks of 2 nodes: ") == 1
+    (_, _, second), (_, first_log, first) = both
+    where = f"of 2, rendezvous at 127.0.0.1:{port}"
+    assert without_waiting(first)[-1] == f"node 0: ranks 0 to 0 {where}"
+    assert without_waiting(second)[-1] == f"node 1: ranks 1 to 1 {where}; the log is on node 0"
+    assert first_log.count("all-reduce over 2 ranks of 2 nodes: ") == 1
     one = train(workplace, tmp_path / "one", 2, *settings)
     assert one.returncode == 0, one.stderr
     assert "all-reduce" not in one.stdout
@@ -113,7 +117,7 @@ def test_nodes_that_differ_start_nothing(workplace, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_waiting_launcher_can_be_stopped(workplace, tmp_path, number, code):
     process = start(workplace, 0, free_port(), str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'save'}")
-    assert "node 0: waiting for node 1 of 2" in process.stderr.readline()
+    assert plain(process.stderr.readline()).startswith("node 0: waiting for node 1 of 2")
     process.send_signal(number)
     assert ends(process) == [(code, "", "stopped before anything was started\n")]
     assert not list(tmp_path.iterdir())

@@ -88,6 +88,9 @@
 # The rates of an NPU and its links for `make rehearse`, a file that `make accept` wrote. Default: runs/accept/rates.yaml where it
 # is there. Allowed: a file *.yaml, or none, for the stated rates.
 : "${RATES:=}"
+# Which messages a run logs, to the console and to train.log in its save folder. DEBUG adds what each rank begins. Default INFO.
+# Allowed: DEBUG, INFO, WARNING, ERROR.
+: "${LOG_LEVEL:=INFO}"
 # The NPUs that the run may use, "0,1,2,3". Default: all.
 : "${ASCEND_RT_VISIBLE_DEVICES:=}"
 

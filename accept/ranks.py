@@ -48,7 +48,7 @@ if __name__ == "__main__":
     try:
         rank(Task(Path(sys.argv[1]), "--small" in sys.argv))
     except BaseException as error:
-        if record_failure(error, expected=isinstance(error, USER_ERRORS)):
+        if record_failure(error, is_user_error=isinstance(error, USER_ERRORS)):
             leave(1)
         raise
     leave(0)

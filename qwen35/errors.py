@@ -1,4 +1,4 @@
-"""Mistakes that are the user's to mend: told in one line on standard error, without a traceback."""
+"""Errors that the user can fix: one line on standard error, without a traceback."""
 
 import argparse
 import errno
@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-LONGEST_LINE = 2000  # characters of one message; what is longer loses its middle
+LONGEST_LINE = 2000  # characters of a message; a longer one loses its middle
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Text of a file or of the network with codes in the place of the characters that a terminal would act on or hide.
+    """Text from a file or the network, made safe to print: characters become codes such as \\x1b.
 
-    These are controls, escapes, line separators, bidirectional and zero-width characters, and halves of surrogate pairs,
-    which cannot even be printed. `keep`: those that stay all the same.
+    That is, those that a terminal would act on or hide: controls, escapes, line separators,
+    bidirectional and zero-width characters; and halves of surrogate pairs, which cannot be printed.
+    keep: characters that stay.
     """
     if text.isprintable():
         return text
@@ -32,24 +33,27 @@ def _code(character: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many characters: of a longer text its first two thirds and its end."""
+    """The text, without its middle if it has more than `most` characters."""
     head = most * 2 // 3
     return text if len(text) <= most else f"{text[:head]} … {text[len(text) - (most - head - 3) :]}"
 
 
 class UserError(ValueError):
-    """What a user can mend. The message is one line: it names the file, record, field or setting, and says what to do."""
+    """An error that the user can fix.
+
+    Its message is one line, which names the file, record, field or setting and says what to do.
+    """
 
     def __init__(self, message: str = ""):
-        super().__init__(visible(message, keep="\n"))  # lists of mistakes have a line for each
+        super().__init__(visible(message, keep="\n"))  # a list of errors has a line for each
 
 
 class SettingError(UserError):
-    """A setting that is unknown, misspelt, of the wrong type or in contradiction with another."""
+    """A setting that is unknown, misspelt, of the wrong type, or contradicts another."""
 
 
 USER_ERRORS = (UserError, OSError)
-LARGEST_TEXT = 64 << 20  # bytes; the index of a model of 2,400 billion parameters, an entry for each expert, has 20 MB
+LARGEST_TEXT = 64 << 20  # bytes; a weight index of 2,400 billion parameters, with an entry for each expert, has 20 MB
 
 
 def one_line(error: BaseException) -> str:
@@ -61,20 +65,20 @@ def one_line(error: BaseException) -> str:
 
 
 def complain(error: BaseException, prefix: str = "error: ") -> int:
-    """Tell what went wrong. Returns the exit code."""
+    """Print the error. Returns the exit code."""
     print(f"{prefix}{one_line(error)}", file=sys.stderr, flush=True)
     return 1
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong command line is one line too; exit code 2."""
+    """Prints one line for a wrong command line; exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help shows what there is\n")
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """For argparse: a whole number from low to high."""
+    """An argparse type: a whole number from low to high."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
@@ -88,7 +92,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """An OSError inside names the file: those of writing, a full disk's, do not by themselves."""
+    """Add the path to an OSError of the block: those of a full disk do not name it."""
     try:
         yield
     except OSError as error:
@@ -96,9 +100,9 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -> str:
-    """A text file. Raises `kind`; `absent` is what to say of a file that is not there.
+    """The text of a file. Raises `kind`, with the message `absent` for a missing file.
 
-    A pipe or a device might never end, and a file of more than LARGEST_TEXT bytes holds something else.
+    Refuses pipes and devices, which might never end, and files of more than LARGEST_TEXT bytes.
     """
     try:
         found = path.stat()
@@ -121,7 +125,7 @@ def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -
 
 
 def read_object(path: Path, kind: type[UserError], absent: str = "no such file") -> dict[str, Any]:
-    """A file that holds a JSON object. Raises as `read_text`, and `kind` for what is none."""
+    """The JSON object in a file. Raises like `read_text`, and `kind` for any other content."""
     text = read_text(path, kind, absent)
     try:
         value = json.loads(text)

@@ -1,7 +1,8 @@
-"""Where a process stands, told to its launcher: a few bytes of memory that both have, written without waiting for anything.
+"""What a process is doing, for its launcher: a few bytes of shared memory, written without waiting.
 
-A rank says what it begins and how long that may take. Its launcher reads that when it is late or gone, and has the rank write
-the stacks of its threads behind it, which works while the rank is stuck in C as well. Neither needs a disk, or a thread.
+A rank writes what it begins and how long that may take. When it stalls or dies, its launcher reads
+this, and has the rank append the stacks of its threads, which works even while the rank is stuck in
+C code. Neither needs a disk or a thread.
 """
 
 import faulthandler
@@ -11,25 +12,28 @@ import signal
 import struct
 import time
 
-HEARTBEAT = "QWEN35_HEARTBEAT"  # descriptor of the memory, inherited
-DUMP = signal.SIGUSR1  # has a rank write its stacks
-LAYOUT = struct.Struct("dd240s")  # seconds of the machine's clock: when it began, when it is late; what
+from qwen35.log import logger
+
+HEARTBEAT = "QWEN35_HEARTBEAT"  # inherited descriptor of the shared memory
+DUMP_SIGNAL = signal.SIGUSR1  # makes a rank write its stacks
+LAYOUT = struct.Struct("dd240s")  # start and deadline (time.monotonic() seconds), activity
 
 
 class Heartbeat:
-    """Of this process. Without a launcher nobody reads it."""
+    """The heartbeat of this process. Without a launcher nobody reads it."""
 
-    def __init__(self, patience: float = 0.0):
-        """patience: seconds that anything may take, unless `at` says more."""
-        self.patience = patience
+    def __init__(self, timeout: float = 0.0):
+        """timeout: seconds that an activity may take unless `at` is given another."""
+        self.timeout = timeout
         descriptor = int(os.environ.get(HEARTBEAT, "-1"))
         self._memory = mmap.mmap(descriptor, LAYOUT.size)
         if descriptor >= 0:
-            faulthandler.register(DUMP, descriptor, all_threads=True)
+            faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
 
-    def at(self, what: str, patience: float | None = None) -> None:
-        """Say what begins now. About a microsecond."""
+    def at(self, activity: str, timeout: float | None = None) -> None:
+        """Record what begins now. About a microsecond, unless LOG_LEVEL=DEBUG logs it."""
+        logger.debug(activity)
         now = time.monotonic()
-        late = now + (self.patience if patience is None else patience)
-        # in one copy: pack_into would first fill in zeros, and who reads then finds a process that is late since ever
-        self._memory[:] = LAYOUT.pack(now, late, what.encode(errors="replace")[:240])
+        deadline = now + (self.timeout if timeout is None else timeout)
+        # one copy: pack_into writes zeros first, which a reader would take for a stalled rank
+        self._memory[:] = LAYOUT.pack(now, deadline, activity.encode(errors="replace")[:240])

@@ -1,7 +1,7 @@
-"""Before a run of several machines, how fast they talk to each other: `python -m qwen35.preflight CONFIG`.
+"""Measure the network before a run of several nodes: `python -m qwen35.preflight CONFIG`.
 
-That the machines agree is settled before, by their launchers (launch/rendezvous.py); here the processes of
-the run are there, and the group in which they will train.
+The launchers have already compared the nodes (launch/rendezvous.py). Here the ranks of the run
+check and time collectives in the process group in which they will train.
 """
 
 import os
@@ -20,12 +20,12 @@ from qwen35.errors import UserError
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import check_compilers
 
-SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from what is over at once to what fills a fast network
-ENOUGH = 0.1  # seconds that an all-reduce may take until the larger ones are left out
+SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from one that is quick to one that saturates a fast network
+MAX_SECONDS = 0.1  # of an all-reduce; beyond it the larger sizes are skipped
 
 
 class PreflightError(UserError):
-    """The processes do not compute together as they should."""
+    """The ranks do not compute the same, or not on the same devices."""
 
 
 def ranks_here() -> int:
@@ -33,7 +33,7 @@ def ranks_here() -> int:
 
 
 def slowest(collective: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the rank that takes longest over a collective which all of them begin together."""
+    """Seconds that the slowest rank takes for a collective that all begin together."""
     dist.barrier()
     begin = time.perf_counter()
     collective()
@@ -44,9 +44,9 @@ def slowest(collective: Callable[[], object], device: torch.device) -> float:
 
 
 def collectives(device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[str, int, float, float]]:
-    """-> name, bytes of the whole, seconds of the slowest rank (the best of three), bytes a second that each rank sends.
+    """Yields name, bytes, seconds of the slowest rank (best of three), bytes/s sent by a rank.
 
-    What a rank sends at the least is counted, as make rehearse does it.
+    The bytes sent are the least that the collective needs, as in make rehearse.
     """
     world = dist.get_world_size()
     for size in sizes:
@@ -59,38 +59,38 @@ def collectives(device: torch.device, sizes: Sequence[int]) -> Iterator[tuple[st
             "all-to-all": (partial(dist.all_to_all_single, result, whole), 1),
         }
         for name, (call, times) in calls.items():
-            call()  # the first one makes connections
+            call()  # opens the connections
             seconds = min(slowest(call, device) for _ in range(3))
             yield name, size, seconds, times * (world - 1) / world * size / seconds
 
 
-def measure(device: torch.device, say: Callable[[str], None]) -> None:
-    """An all-reduce over all ranks, larger and larger: its result is checked, its speed told in a line of rank 0.
+def measure(device: torch.device, log: Callable[[str], None]) -> None:
+    """Check all-reduces over all ranks, of growing size; rank 0 logs the speed of the largest.
 
-    A few milliseconds in one machine; 0.3 s at most on slow networks, where the smaller size is what can be had. Raises
-    PreflightError on a rank that gets a wrong sum, or where the ranks compute on different devices.
+    Takes milliseconds in one machine, at most 0.3 s on slow networks, where only small sizes are
+    tried. Raises PreflightError on a wrong sum, or where the ranks compute on different devices.
     """
-    world, own = dist.get_world_size(), ranks_here()
+    world, local = dist.get_world_size(), ranks_here()
     kinds: list[str] = [""] * world
     dist.all_gather_object(kinds, model_name(device))
     if other := next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None):
         raise PreflightError(f"rank {other} computes on {kinds[other]}, rank 0 on {kinds[0]}")
     for size in SIZES:
         numbers = torch.ones(size // 4, device=device)
-        dist.all_reduce(numbers)  # the first one makes connections
+        dist.all_reduce(numbers)  # opens the connections
         wrong = numbers[numbers != world]
         if len(wrong):
             raise PreflightError(
                 f"rank {dist.get_rank()}: an all-reduce of {world} ones gives {float(wrong[0])} somewhere"
             )
         took = slowest(partial(dist.all_reduce, numbers), device)
-        if took > ENOUGH:
+        if took > MAX_SECONDS:
             break
-    through = 2 * (world - 1) / world * size / took / 1e6  # what each rank sends, and receives, at the least
-    machines = f"{world // own} machine{'s' * (world > own)}"
+    rate = 2 * (world - 1) / world * size / took / 1e6  # MB/s: the least that each rank sends, and receives
+    nodes = f"{world // local} node{'s' * (world > local)}"
     if dist.get_rank() == 0:
-        say(
-            f"all-reduce over {world} ranks of {machines}: {size >> 20} MiB in {took * 1e3:.1f} ms, {through:,.0f} MB/s a rank"
+        log(
+            f"all-reduce over {world} ranks of {nodes}: {size >> 20} MiB in {took * 1e3:.1f} ms, {rate:,.0f} MB/s a rank"
         )
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and runs that stop where they are asked to."""
+"""Processes that end with their parent, and runs that stop when a signal asks them to."""
 
 import ctypes
 import os
@@ -13,16 +13,16 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def die_with(parent: int) -> None:
-    """In a new process: have Linux end it when the process `parent`, which started it, ends, kill -9 included."""
+    """In a new process: have Linux kill it when `parent`, which started it, ends."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def obey(parent: int) -> None:
-    """In a new process: have a SIGTERM end it that the process `parent` has sent, and no other. Main thread only, on Linux."""
+    """In a new process: let a SIGTERM end it only if `parent` sent it. Linux, main thread only."""
     if sys.platform != "linux":
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -36,13 +36,13 @@ def obey(parent: int) -> None:
 
 
 def stop_signals() -> list[int]:
-    """Those that ask a run to save and stop: SIGTERM, Ctrl-C, a terminal that is closed unless nohup has it ignored."""
+    """Those that ask a run to save and stop: SIGTERM, SIGINT, and SIGHUP unless under nohup."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop. A second Ctrl-C interrupts at once."""
+    """Whether a signal has asked this process to stop. A second Ctrl-C interrupts it at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -54,7 +54,7 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listen for stop_signals() until the block ends. Main thread only."""
+    """Handle stop_signals() until the block ends. Main thread only."""
     request = StopRequest()
     before = {number: signal.signal(number, request.ask) for number in stop_signals()}
     try:

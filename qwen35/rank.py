@@ -1,4 +1,4 @@
-"""The program of a rank: its settings, its end, and the reason that it leaves for whoever started it."""
+"""The program of a rank: its settings, its end, and the reason it leaves for its launcher."""
 
 import json
 import os
@@ -12,35 +12,36 @@ from typing import NoReturn
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line
+from qwen35.log import set_up_logging
 
-FAILURE_FILE = "QWEN35_FAILURE_FILE"  # where a process that fails leaves its reason
-RESTART = "QWEN35_RESTART"  # how often the processes have been started before
+FAILURE_FILE = "QWEN35_FAILURE_FILE"  # the file in which a failing rank leaves its reason
+RESTART = "QWEN35_RESTART"  # how often the ranks have been restarted
 
 
 def leave(code: int) -> NoReturn:
-    """End this process here and now, with nothing left to write.
+    """Flush the output and end this process at once.
 
-    Python's own way out would wait for workers and peers that may be gone, and abort ("terminate called without an
-    active exception") where a thread of a process group still lets go of a tensor.
+    A normal exit would wait for workers and peers that may be gone, and abort ("terminate called
+    without an active exception") while a thread of a process group still frees a tensor.
     """
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # nobody reads them any more, or their disk is full
+    except OSError:  # the disk is full
         code = code or 1
     os._exit(code)
 
 
-def record_failure(error: BaseException, expected: bool) -> bool:
-    """In a process that fails: leave the reason for the launcher. False if there is none, or no room on the disk."""
+def record_failure(error: BaseException, is_user_error: bool) -> bool:
+    """In a failing process: leave the reason for the launcher. False if that is not possible."""
     if FAILURE_FILE not in os.environ:
         return False
     reason = {
-        "message": one_line(error) if expected else str(error),
-        "traceback": "" if expected else "".join(traceback.format_exception(error)),
+        "message": one_line(error) if is_user_error else str(error),
+        "traceback": "" if is_user_error else "".join(traceback.format_exception(error)),
         "time": time.time(),
         "rank": os.environ.get("RANK"),
-        "expected": expected,
+        "is_user_error": is_user_error,
     }
     path = Path(os.environ[FAILURE_FILE])
     try:
@@ -52,23 +53,28 @@ def record_failure(error: BaseException, expected: bool) -> bool:
 
 
 def run_rank(
-    work: Callable[[Settings], None], name: str, about: str | None, argv: Sequence[str] | None, *own: type[Exception]
+    work: Callable[[Settings], None],
+    name: str,
+    description: str | None,
+    argv: Sequence[str] | None,
+    *user_errors: type[Exception],
 ) -> int:
-    """What a rank's program does: `work`, with the settings of its command line. own: errors of its own that a user can mend.
+    """Call `work` with the settings of the command line. user_errors: further user errors.
 
-    Of several ranks that fail the launcher prints the first one's reason, and not every rank its own.
+    If several ranks fail, the launcher prints the reason of the first; no rank prints its own.
     """
-    parser = Parser(prog=name, description=about)
+    parser = Parser(prog=name, description=description)
     parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     args = parser.parse_args(argv)
     try:
+        set_up_logging(int(os.environ.get("RANK", "0")))
         work(load_settings(args.config, args.overrides))
     except BaseException as error:
-        is_expected = isinstance(error, (*USER_ERRORS, *own))
-        if record_failure(error, is_expected):
+        is_user_error = isinstance(error, (*USER_ERRORS, *user_errors))
+        if record_failure(error, is_user_error):
             leave(1)
-        if is_expected:
+        if is_user_error:
             return complain(error)
         raise
     return 0

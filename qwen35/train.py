@@ -31,6 +31,7 @@ from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.device import enable_determinism, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
+from qwen35.log import log_to, logger
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
@@ -57,7 +58,7 @@ from qwen35.training.resume import (
     position_of,
 )
 from qwen35.training.rng import restore_rng, rng_states, seed_all
-from qwen35.training.summary import coming_steps, opening, report
+from qwen35.training.summary import coming_steps, opening
 from qwen35.training.validation import Validation
 
 LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
@@ -102,7 +103,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     layout = check_layout(settings, world)
     meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
     dist.barrier()  # the first rank serves the store by which groups are made, and a mistake may end it from here on
-    chosen = compiled(settings, config.text, device, heartbeat, report)
+    chosen = compiled(settings, config.text, device, heartbeat, logger.info)
     heartbeat.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
@@ -153,13 +154,15 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_position(loaded, position, settings)
         if loaded.rank_extra:
             restore_rng(loaded.rank_extra, device)
-    report(opening(settings, device, layout, model, before, after))
+    logger.info(opening(settings, device, layout, model, before, after))
     unread += micro_batches.size_warnings
-    report("\n".join([*unread, *load_notes(t.load or "", origin), f"weights from {origin}", micro_batches.report()]))
+    logger.info(
+        "\n".join([*unread, *load_notes(t.load or "", origin), f"weights from {origin}", micro_batches.report()])
+    )
     if validation:
-        report(validation.report())
+        logger.info(validation.report())
     if step < t.train_iters:
-        report(coming_steps(settings, step))
+        logger.info(coming_steps(settings, step))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
     changed = changes(origin.parent, settings) if step else []
@@ -250,13 +253,13 @@ def train(settings: Settings) -> None:
             if dist.get_rank() == 0:
                 warning = until_done.enter_context(holding(folder))
                 for line in [*([warning] if warning else []), *repair_save_folder(folder)]:
-                    report(line)
+                    logger.warning(line)
 
         heartbeat.at(f"taking hold of {folder}")
         run_sharing_errors(hold, None, f"{folder} cannot be used")
         if dist.get_world_size() > ranks_here():  # over a network
             heartbeat.at("measuring an all-reduce")
-            measure(device, report)
+            measure(device, logger.info)
         run = setup(settings, device, heartbeat)
         if not is_finished(run, folder):
             loop(run, folder)
@@ -266,10 +269,10 @@ def is_finished(run: Run, folder: Path) -> bool:
     """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
     if run.step < run.settings.training.train_iters:
         if run.changed:
-            report(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
+            logger.info(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
-    report(f"{folder} has done its {run.step} steps: nothing left to train")
+    logger.info(f"{folder} has done its {run.step} steps: nothing left to train")
     if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
         draw_loss(folder)  # one that was killed as it drew has left an older picture, and half of a new one
     return True
@@ -289,9 +292,10 @@ def loop(run: Run, folder: Path) -> None:
     ):
         if dist.get_rank() == 0:
             write_atomic(folder / "config.yaml", to_yaml(run.settings))
+            log_to(folder / "train.log")
         dist.barrier()
         if t.profile.steps:
-            report(profile.plan(run.step))
+            logger.info(profile.plan(run.step))
         metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
@@ -317,7 +321,7 @@ def loop(run: Run, folder: Path) -> None:
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
                 waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
                 if waited and not is_last:
-                    metrics.tell(
+                    logger.info(
                         f"step {run.step} stood {waited:.1f} s: the checkpoint before it was still being written"
                     )
                 if dist.get_rank() == 0:
@@ -325,13 +329,13 @@ def loop(run: Run, folder: Path) -> None:
                 metrics.restart_clock()  # the next interval's steps did not save
         metrics.close()
     if saver.saves:
-        report(
+        logger.info(
             f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stalled:.2f} s in all"
         )
     if is_stopping and run.step < t.train_iters:
-        report(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
+        logger.info(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
     else:
-        report(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl and loss.png")
+        logger.info(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl, loss.png and train.log")
 
 
 def main(argv: list[str] | None = None) -> int:

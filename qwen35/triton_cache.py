@@ -1,7 +1,8 @@
-"""Where Triton keeps what it has compiled, on each machine: whose it is, and who compiles into it.
+"""Triton's folder of compiled kernels on this machine: who owns it, and who may compile into it.
 
-triton-ascend 3.2.0 writes a header for all kernels (precompiled.h, and then what the C++ compiler makes of it, a .gch: its
-make_npu_launcher_stub) where other processes find it half written, and never writes it again where it is there at all.
+Compilation needs a lock: triton-ascend 3.2.0 (make_npu_launcher_stub) writes a header for all
+kernels, precompiled.h, and its compiled form, a .gch, in a place where other processes find them
+half written, and never rewrites a file that exists.
 """
 
 import fcntl
@@ -16,39 +17,39 @@ from pathlib import Path
 from qwen35.errors import UserError
 
 VARIABLE = "TRITON_CACHE_DIR"
-LOCK = ".compiling"  # holds the process that compiles, nothing else
+LOCK = ".compiling"  # contains the id of the process that compiles, or nothing
 HEADER = "precompiled.h"
 
 
 class CacheError(UserError):
-    """A folder that Triton's cache cannot be in."""
+    """A folder that must not be Triton's cache."""
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """As Triton finds it."""
+    """The folder that Triton itself would choose."""
     home = Path(environment.get("TRITON_HOME") or Path.home())
     return Path(environment.get(VARIABLE, "").strip() or home / ".triton/cache")
 
 
 def unfit(folder: Path) -> str | None:
-    """Why a folder cannot be it. What lies there is loaded and run: nobody else may write it. None: it can, or is not there."""
+    """Why a folder must not be the cache, whose files are run; None: it may, or is missing."""
     if not os.path.lexists(folder):
         return None
     link, found = folder.lstat(), folder.stat()
     if others := {link.st_uid, found.st_uid} - {os.getuid()}:
         return f"it belongs to user {others.pop()}, this process to {os.getuid()}"
     if not stat.S_ISDIR(found.st_mode):
-        return "it is no folder"
-    writes = found.st_mode & 0o022
-    return f"others may write there: its mode is {found.st_mode & 0o777:o}" if writes else None
+        return "it is not a folder"
+    others_write = found.st_mode & 0o022
+    return f"others may write there: its mode is {found.st_mode & 0o777:o}" if others_write else None
 
 
 @contextmanager
-def compiling(folder: Path, waits: Callable[[str], object]) -> Iterator[None]:
-    """Hold the cache (made if need be) until the block ends, or this process does, kill -9 included.
+def compiling(folder: Path, on_wait: Callable[[str], object]) -> Iterator[None]:
+    """Lock the cache (made if need be) until the block or this process ends, even by kill -9.
 
-    waits: is told, again and again, which process has it. What one that was killed may have left half written is removed.
-    Raises CacheError, OSError.
+    on_wait: called repeatedly with the id of the process that holds the lock. Removes what a killed
+    process may have left half written. Raises CacheError, OSError.
     """
     if not (why := unfit(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,12 @@ def compiling(folder: Path, waits: Callable[[str], object]) -> Iterator[None]:
             f"{VARIABLE}={folder}: Triton would load and run what lies there, and {why}; name another folder"
         )
     with (folder / LOCK).open("a+") as file:
-        while not _taken(file.fileno(), folder):
+        while not _try_lock(file.fileno(), folder):
             file.seek(0)
-            waits(file.read())
+            on_wait(file.read())
             time.sleep(0.2)
         file.seek(0)
-        if file.read():  # whoever wrote it did not come to an end
+        if file.read():  # the process that wrote it was killed
             for header in folder.glob(f"*/{HEADER}"):
                 shutil.rmtree(header.parent)
         file.truncate(0)
@@ -73,7 +74,7 @@ def compiling(folder: Path, waits: Callable[[str], object]) -> Iterator[None]:
         file.truncate(0)
 
 
-def _taken(fd: int, folder: Path) -> bool:
+def _try_lock(fd: int, folder: Path) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

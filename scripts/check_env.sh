@@ -31,6 +31,7 @@ DRY_RUN                      int 0 1
 ARCH                         one x86 arm
 DEVICE                       one cpu npu
 SOURCE                       one hf modelscope
+LOG_LEVEL                    one DEBUG INFO WARNING ERROR
 HCCL_DETERMINISTIC           one true false strict
 HCCL_OP_EXPANSION_MODE       one AI_CPU AIV HOST HOST_TS
 TOKENIZERS_PARALLELISM       one true false True False TRUE FALSE

@@ -1,7 +1,8 @@
-"""Training that goes wrong where it is told to, and the launcher of it.
+"""A launcher and a training with injected faults.
 
-`faults.py launch NNODES NODE_RANK NPROC PORT RESTARTS RECIPE [a.b=c …]`. FAULTS, words of the form RESTART:RANK:STEP:WHAT, says
-what happens in the forward pass of a step of a rank, after so many restarts: hang, kill, kill-launcher, nan, error.
+`faults.py launch NNODES NODE_RANK NPROC PORT RESTARTS RECIPE [a.b=c …]`. FAULTS has items
+RESTART:RANK:STEP:FAULT, separated by spaces: after so many restarts, the forward pass of this step
+on this rank (* for all) has the fault: hang, kill, kill-launcher, nan or error.
 """
 
 import argparse
@@ -17,37 +18,39 @@ from qwen35.model import Qwen35
 from qwen35.rank import RESTART, leave
 
 
-def stand_still() -> None:
+def hang_in_c() -> None:
     while True:
-        ctypes.PyDLL(None).sleep(600)  # in C, and no other thread of Python may run
+        ctypes.PyDLL(None).sleep(600)  # in C with the GIL held: no other Python thread runs
 
 
 def rank_main(arguments: list[str]) -> int:
     faults = {}
-    for word in os.environ["FAULTS"].split():
-        restart, rank, step, what = word.split(":")
+    for item in os.environ["FAULTS"].split():
+        restart, rank, step, fault = item.split(":")
         if restart == os.environ.get(RESTART, "0") and rank in (os.environ["RANK"], "*"):
-            faults[int(step)] = what
-    real_step, real_loss, now = train.train_step, Qwen35.loss, []
+            faults[int(step)] = fault
+    real_step, real_loss = train.train_step, Qwen35.loss
+    current: str | None = None
 
     def train_step(run, *others):
-        now[:] = [faults.get(run.step + 1)]
-        if now == ["hang"]:
-            run.heartbeat.patience = 2.0  # instead of half an hour; all else of this run may take that
+        nonlocal current
+        current = faults.get(run.step + 1)
+        if current == "hang":
+            run.heartbeat.timeout = 2.0  # from here on; earlier parts of the run keep half an hour
         return real_step(run, *others)
 
     def loss(self, *others):
-        if now == ["hang"]:
-            stand_still()
-        elif now == ["kill"]:
+        if current == "hang":
+            hang_in_c()
+        elif current == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif now == ["kill-launcher"]:
+        elif current == "kill-launcher":
             os.kill(os.getppid(), signal.SIGKILL)
-            stand_still()
-        elif now == ["error"]:
-            raise RuntimeError("of ours")
+            hang_in_c()
+        elif current == "error":
+            raise RuntimeError("an internal error")
         first, *rest = real_loss(self, *others)
-        return first * float("nan") if now == ["nan"] else first, *rest
+        return first * float("nan") if current == "nan" else first, *rest
 
     train.train_step, Qwen35.loss = train_step, loss
     return train.main(arguments)
@@ -62,9 +65,9 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
         master_port=int(port),
         rendezvous_timeout=200,
     )
-    meeting = launcher.meet_others(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
+    rendezvous = launcher.join_rendezvous(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
     command = [sys.executable, __file__, "rank", *arguments]
-    return launcher.run(command, args, meeting, patience=600.0, restarts=int(restarts))
+    return launcher.run(command, args, rendezvous, timeout=600.0, restarts=int(restarts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Commands and trainings forked from a server that has imported all they need: most of the time of a short one is imports.
+"""Commands and trainings forked from a server that has imported what they need.
 
-What they do is what the real ones do, but for exec, and that their ranks hash strings alike.
+Imports take most of the time of a short training. The forks differ from real ones only in that they
+do not exec, and that all ranks have the same hash seed.
 """
 
 import atexit
@@ -36,13 +37,13 @@ CONTEXT.set_forkserver_preload(["forked", "mistakes", *MAINS.values(), "matplotl
 
 
 def start(work: Callable, *arguments: object) -> tuple[multiprocessing.Process, list[int]]:
-    """Do `work(outputs, *arguments)`, which begins with `take(outputs)`. Returns the process, and what reads its outputs."""
+    """Run `work(outputs, *arguments)`, which calls `take(outputs)`. Returns process and pipes."""
     pipes = [os.pipe(), os.pipe()]
     ours, theirs = zip(*pipes, strict=True)
     handles = [Connection(descriptor, readable=False) for descriptor in theirs]
     process = CONTEXT.Process(target=work, args=(handles, *arguments))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # of the fork server, and of what the commands start
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for the fork server and for what the commands start
         process.start()
     for handle in handles:
         handle.close()
@@ -50,7 +51,7 @@ def start(work: Callable, *arguments: object) -> tuple[multiprocessing.Process, 
 
 
 def take(outputs: list[Connection]) -> None:
-    """Stdout and stderr of this process."""
+    """Make them stdout and stderr of this process."""
     for number, handle in enumerate(outputs, 1):
         os.dup2(handle.fileno(), number)
         handle.close()
@@ -58,14 +59,16 @@ def take(outputs: list[Connection]) -> None:
 
 
 class ForkedTraining:
-    """The launcher of a training and its ranks, as subprocess.Popen would have them."""
+    """The launcher of a training and its ranks, with the interface of subprocess.Popen."""
 
     def __init__(self, command: list[str]):
         self.args = command
         self._process, outputs = start(_launch, command[3:], os.environ | {"OMP_NUM_THREADS": "1"})
         atexit.register(self._process.kill)  # before multiprocessing waits for it
         self.pid, self._texts = self._process.pid, ["", ""]
-        self._readers = [threading.Thread(target=self._read, args=one, daemon=True) for one in enumerate(outputs)]
+        self._readers = [
+            threading.Thread(target=self._read, args=numbered, daemon=True) for numbered in enumerate(outputs)
+        ]
         for reader in self._readers:
             reader.start()
 
@@ -84,9 +87,9 @@ class ForkedTraining:
         self._process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Until nobody is left who could print."""
-        for one in (*self._readers, self._process):
-            one.join(timeout)
+        """Wait until no process is left that could print."""
+        for each in (*self._readers, self._process):
+            each.join(timeout)
         if self.poll() is None or any(reader.is_alive() for reader in self._readers):
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self._texts[0], self._texts[1]
@@ -97,7 +100,7 @@ def _launch(outputs: list[Connection], arguments: list[str], environment: dict[s
     from qwen35.launch import job, launcher
     from qwen35.rank import leave
 
-    _be_new(environment)
+    _reset(environment)
     take(outputs)
     outlive_readers()
     job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
@@ -108,7 +111,7 @@ def _launch(outputs: list[Connection], arguments: list[str], environment: dict[s
         leave(1)
 
 
-def _be_new(environment: dict[str, str]) -> None:
+def _reset(environment: dict[str, str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,7 +122,7 @@ def _be_new(environment: dict[str, str]) -> None:
 
 
 class _Rank:
-    """What qwen35.launch.job starts, forked from the launcher."""
+    """A rank as qwen35.launch.job starts it, but forked from the launcher."""
 
     def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
         from qwen35 import train
@@ -133,7 +136,7 @@ class _Rank:
         try:
             preexec_fn()
             os.setsid()
-            _be_new(env)
+            _reset(env)
             outlive_readers()
             leave(train.main(command[3:]))
         except BaseException:

@@ -1,8 +1,8 @@
-"""kill -9 at random moments of real trainings, again and again, until the same command has come to the end.
+"""kill -9 at random moments of real trainings, again and again, until the same command completes.
 
-What comes out is the run that nobody killed, bit for bit; what is told is told in order, and nothing lives on.
-`python tests/kills.py 300` tries 300 kills, other moments each time, and says for how many trainings. Of three of them
-two are forked (forked.py), the third is started as ever.
+The result equals that of a run without kills, bit for bit; messages are complete and in order; no
+process survives. `python tests/kills.py 300` tries 300 kills at new moments each time, and counts
+them. Two of three trainings are forked (forked.py), the third is started as a user would.
 """
 
 import os
@@ -33,17 +33,17 @@ from training_runs import (
 from qwen35.checkpoint.dcp import newest_checkpoint
 from qwen35.training.metrics import read_metrics
 
-KEPT = 2  # checkpoints, so that older ones are removed all the time
-PATIENCE = 300  # seconds for what must come to an end by itself
-WITH_IT_ALL = ("the launcher", "all of it")  # what is killed with all that it started
-VICTIMS = ("a rank", "a rank", "a worker", *WITH_IT_ALL)
+SAVE_LIMIT = 2  # checkpoints, so that older ones are removed all the time
+TIMEOUT = 300  # seconds for a process that must end by itself
+WHOLE_JOB = ("the launcher", "all of it")  # kills that end all processes of the job
+VICTIMS = ("a rank", "a rank", "a worker", *WHOLE_JOB)
 
 
 def folders(save: Path) -> set[str]:
     return {path.name for path in save.glob("iter_*")}
 
 
-# what is waited for after a start, and how many seconds later, at the most, the kill comes
+# what to wait for after a start, and the most seconds from then to the kill
 AIMS = {
     "the start": (lambda save, before: True, None),  # as long as a start takes
     "a step": (lambda save, before: len(lines(save)) > before, 1.5),
@@ -59,7 +59,7 @@ def lines(save: Path) -> list[dict]:
 
 @dataclass
 class Series:
-    """Of kills of trainings of a workplace. references: by the number of ranks, the run of RECIPE that nobody killed."""
+    """Kills of trainings. references: number of ranks -> the save folder of a run without kills."""
 
     workplace: Path
     references: dict[int, Path]
@@ -72,45 +72,45 @@ class Series:
         self.random = random.Random(self.seed)
 
     def training(self, ranks: int, aims: list[str], save: Path) -> None:
-        """One training, killed at each of these moments that it comes to; then it is left alone."""
+        """One training, killed at each of these moments that it reaches; then it may complete."""
         is_done = False
         while aims and not is_done:
             is_done = self.job(ranks, aims, save)
         if not is_done:
-            done = train(self.workplace, save, ranks, *RECIPE, f"training.save_total_limit={KEPT}")
+            done = train(self.workplace, save, ranks, *RECIPE, f"training.save_total_limit={SAVE_LIMIT}")
             assert (done.returncode, done.stderr) == (0, "")
         assert_same_run(save, self.references[ranks])
         assert {path.name for path in save.iterdir()} - {".lock"} == {
-            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl",
+            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl", "train.log",
             *(f"iter_{step:07}" for step in (STEPS - INTERVAL, STEPS)),
         }  # fmt: skip
         self.done["trainings"] += 1
 
     def job(self, ranks: int, aims: list[str], save: Path) -> bool:
-        """Start it, and kill something of it at the next moments. Returns whether it has come to the end of its steps."""
+        """Start it and kill something at the next moments. Returns whether it completed."""
         restarts = self.random.randrange(min(2, len(aims)))
-        recipe = (*RECIPE, f"training.save_total_limit={KEPT}", f"training.max_restarts={restarts}")
+        recipe = (*RECIPE, f"training.save_total_limit={SAVE_LIMIT}", f"training.max_restarts={restarts}")
         how = start_training if self.random.randrange(3) else start_as_ever
         process = how(self.workplace, save, ranks, *recipe)
         hits: list[tuple[str, str]] = []
         for _ in range(restarts + 1):
-            if not hits or hits[-1][1] not in WITH_IT_ALL:
+            if not hits or hits[-1][1] not in WHOLE_JOB:
                 hits += filter(None, [self.kill(process, aims.pop(0), save, ranks)])
-        out, err = process.communicate(timeout=PATIENCE)  # until nobody is left who could print
-        if hits and hits[-1][1] in WITH_IT_ALL and process.returncode != -9:
-            hits.pop()  # it had ended in between
+        out, err = process.communicate(timeout=TIMEOUT)  # until no process is left that could print
+        if hits and hits[-1][1] in WHOLE_JOB and process.returncode != -9:
+            hits.pop()  # it had already ended
         self.kills += len(hits)
         self.done.update(word for hit in hits for word in hit)
-        self.done["of those started as ever"] += len(hits) * isinstance(process, subprocess.Popen)
+        self.done["of those started as by a user"] += len(hits) * isinstance(process, subprocess.Popen)
         about = f"{hits}\n{process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err or any(victim == "a worker" for _, victim in hits), about
         if process.returncode == -9:
-            assert hits and hits[-1][1] in WITH_IT_ALL, about
+            assert hits and hits[-1][1] in WHOLE_JOB, about
             assert "error" not in err.rpartition("newest checkpoint\n")[2], about
-        elif process.returncode:  # of two hits both may be in one start
+        elif process.returncode:  # both of two hits may be in one start
             assert process.returncode == 1 and len(hits) > restarts, about
             assert "\nerror: " in f"\n{err}" and err.count("restart 1 of 1") == restarts, about
-        else:  # what was killed was no longer needed, or the restart did without it
+        else:  # the killed process was no longer needed, or a restart made up for it
             assert err.count("restart 1 of 1") == err.count("error: ") <= min(len(hits), restarts), about
         newest = newest_checkpoint(save)
         if newest:
@@ -120,34 +120,34 @@ class Series:
         return process.returncode == 0
 
     def kill(self, process: subprocess.Popen, aim: str, save: Path, ranks: int) -> tuple[str, str] | None:
-        """Returns when and what was killed, None where the job ended first."""
-        victim, (is_due, most) = self.random.choice(VICTIMS), AIMS[aim]
+        """Returns the aim and what was killed; None if the job ended first."""
+        victim, (is_due, max_delay) = self.random.choice(VICTIMS), AIMS[aim]
         before, begun = len(lines(save)), time.monotonic()
         while not is_due(save, before):
-            assert time.monotonic() - begun < PATIENCE, f"waited for {aim} in vain"
+            assert time.monotonic() - begun < TIMEOUT, f"waited for {aim} in vain"
             if process.poll() is not None:
                 return None
             time.sleep(0.002)
         if aim == "a step":
             self.start = time.monotonic() - begun
-        time.sleep(self.random.uniform(0, self.start if most is None else most))
+        time.sleep(self.random.uniform(0, self.start if max_delay is None else max_delay))
         if process.poll() is not None:
             return None
         try:
-            ranks_of_it = psutil.Process(process.pid).children()
-            workers = [child for rank in ranks_of_it for child in rank.children()]
+            rank_processes = psutil.Process(process.pid).children()
+            workers = [child for rank in rank_processes for child in rank.children()]
             if victim == "a worker" and workers:
                 self.random.choice(workers).kill()
-            elif victim in ("a rank", "a worker") and len(ranks_of_it) == ranks:
+            elif victim in ("a rank", "a worker") and len(rank_processes) == ranks:
                 victim = "a rank"
-                self.random.choice(ranks_of_it).kill()
+                self.random.choice(rank_processes).kill()
             elif victim == "all of it":
-                for one in [psutil.Process(process.pid), *ranks_of_it, *workers]:
-                    one.kill()
+                for each in [psutil.Process(process.pid), *rank_processes, *workers]:
+                    each.kill()
             else:
                 victim = "the launcher"
                 process.kill()
-        except psutil.NoSuchProcess:  # it ended in between
+        except psutil.NoSuchProcess:  # it has already ended
             if victim != "all of it":
                 return None
         return aim, victim
@@ -156,7 +156,7 @@ class Series:
 def main(count: int, seed: int) -> int:
     failures = 0
     with tempfile.TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as root:
-        os.environ["TMPDIR"] = tempfile.tempdir = root  # of what a killed launcher leaves
+        os.environ["TMPDIR"] = tempfile.tempdir = root  # for what a killed launcher leaves
         workplace = make_workplace(Path(root, "w"))
         references = {ranks: Path(root, f"reference{ranks}") for ranks in (1, 2)}
         for ranks, save in references.items():

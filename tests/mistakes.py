@@ -19,6 +19,7 @@ import yaml
 from forked import MAINS, start, take
 from peer import config_dict
 from PIL import Image
+from plain import plain
 from ports import free_port
 from tokenizer_fixture import make_model_folder
 
@@ -216,7 +217,7 @@ def run(place: Path, *command: str, file_size: int | None = None, environment: d
     out, err = (_read(fd) for fd in ours)
     process.join(300)
     assert process.exitcode is not None
-    return Done(process.exitcode, out, err)
+    return Done(process.exitcode, plain(out), plain(err))
 
 
 def _read(fd: int) -> str:

@@ -1,4 +1,4 @@
-"""A port for who must be told one before it listens there."""
+"""A free port, for programs that take its number as an argument."""
 
 import contextlib
 import secrets
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """Below those that Linux gives to whoever connects or asks for any: none of these takes it before it is used."""
+    """Below the ephemeral ports, which Linux may give to another connection in between."""
     while True:
         port = 12_000 + secrets.randbelow(20_000)
         with contextlib.suppress(OSError), socket.create_server(("", port)):

@@ -12,6 +12,7 @@ import yaml
 from forked import ROOT, ForkedTraining
 from peer import config_dict
 from PIL import Image
+from plain import plain
 from ports import free_port
 from tokenizer_fixture import make_model_folder
 
@@ -102,7 +103,7 @@ def train(
 ) -> subprocess.CompletedProcess:
     process = how(workplace, save, processes, *overrides)
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, plain(out), plain(err))
 
 
 def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:

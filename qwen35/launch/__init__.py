@@ -1,1 +1,1 @@
-"""The processes of a run on this machine, and its ties to the other machines. Knows no model; a rank runs qwen35.train."""
+"""The processes of a run on this node, and its connections to the other nodes. Knows no model."""

@@ -1,4 +1,7 @@
-"""What must be the same on all machines of a run, and where it is not: versions, sources, settings, environment, files."""
+"""What must be the same on all nodes of a run, and where it differs.
+
+Versions, source code, settings, environment variables, and the files that the run reads.
+"""
 
 import contextlib
 import os
@@ -16,24 +19,23 @@ from qwen35.config.load import flat_settings
 from qwen35.config.schema import Settings, dataset_entries
 from qwen35.errors import UserError, read_text
 
-PACKAGES = (
-    "torch torch-npu triton-ascend numpy pillow tokenizers jinja2 safetensors".split()
-)  # whose other release may compute otherwise
-PREFIXES = ("HCCL_", "GLOO_")  # of variables that all processes must understand alike
+# packages of which two releases may compute different results
+PACKAGES = "torch torch-npu triton-ascend numpy pillow tokenizers jinja2 safetensors".split()
+PREFIXES = ("HCCL_", "GLOO_")  # of environment variables that must be the same for all processes
 VARIABLES = ("CLOSE_MATMUL_K_SHIFT", "NPU_ASD_ENABLE")
-OF_ONE_MACHINE = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")  # another network card, another name
-SETTINGS_OF_ONE_MACHINE = tuple(  # on a disk of its own
+PER_NODE_VARIABLES = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")  # network cards differ between nodes
+PER_NODE_SETTINGS = tuple(  # a local disk of each node
     f"data.{param}.basic_parameters.cache_dir" for param in ("dataset_param", "val_dataset_param")
 )
-ENDS = 1 << 16  # bytes at each end of a file that are looked at
-MOST = 64  # files of a folder that are looked into; of the rest the names count, and how many there are
+END_BYTES = 1 << 16  # at each end of a file that go into its fingerprint
+MAX_FILES = 64  # of a folder that are fingerprinted, spread over it; the number of files is compared too
 LATEST = "latest_checkpointed_iteration.txt"  # as in checkpoint/dcp_folder.py, which takes seconds to import
 NONE = "none"
-OTHER = "something else (both values are told where RENDEZVOUS_SECRET is set)"
+DIFFERENT_VALUE = "something else (both values are shown where RENDEZVOUS_SECRET is set)"
 
 
 def facts(settings: Settings, processes: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Name -> value, of all that must agree. Reads the ends of files alone, so it takes a moment. Raises OSError."""
+    """Name -> value of all that must agree. Reads the ends of files only. Raises OSError."""
     return {
         "NPUS_PER_NODE": str(processes),
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -41,7 +43,7 @@ def facts(settings: Settings, processes: int, environment: Mapping[str, str] = o
         **{name: _version(name) for name in PACKAGES},
         "CANN": _cann(environment),
         "the code of qwen35/ and kernels/": sources(Path(__file__).parents[2]),
-        **{k: str(v) for k, v in flat_settings(settings).items() if k not in SETTINGS_OF_ONE_MACHINE},
+        **{k: str(v) for k, v in flat_settings(settings).items() if k not in PER_NODE_SETTINGS},
         **{k: v for k, v in environment.items() if _must_agree(k)},
         **files(settings),
     }
@@ -62,11 +64,11 @@ def _cann(environment: Mapping[str, str]) -> str:
 
 
 def _must_agree(name: str) -> bool:
-    return (name.startswith(PREFIXES) or name in VARIABLES) and name not in OF_ONE_MACHINE
+    return (name.startswith(PREFIXES) or name in VARIABLES) and name not in PER_NODE_VARIABLES
 
 
 def sources(root: Path) -> str:
-    """Changes with any line of the code."""
+    """A digest of all Python files of the project."""
     digest = blake2b(digest_size=6)
     for file in sorted(path for folder in ("qwen35", "kernels") for path in (root / folder).rglob("*.py")):
         content = file.read_bytes()
@@ -75,7 +77,7 @@ def sources(root: Path) -> str:
 
 
 def files(settings: Settings) -> dict[str, str]:
-    """The records, the model folder, and the weights: name -> size and what its two ends hold."""
+    """Name -> fingerprint of the data files, the model folder's files, and the weights."""
     t = settings.training
     params = [settings.data.dataset_param, settings.data.val_dataset_param]
     datasets = [param.basic_parameters.dataset for param in params if param]
@@ -88,71 +90,71 @@ def files(settings: Settings) -> dict[str, str]:
     for folder in dict.fromkeys(path for path in folders if not path.is_file()):
         names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         found[f"{folder}/"] = f"{len(names)} files" if folder.is_dir() else NONE
-        step = -(-len(names) // MOST) or 1
+        step = -(-len(names) // MAX_FILES) or 1
         found |= {str(file): fingerprint(file) for file in names[::step]}
     return found
 
 
 def _latest(folder: Path) -> list[Path]:
-    """The checkpoint that is loaded from the folder of a run, or of a conversion."""
+    """The checkpoint that a run, or a conversion, names as its newest: no or one folder."""
     try:
-        word = read_text(folder / LATEST, UserError).strip()
-    except UserError:  # no such file, or one that names nothing: what is loaded is then found without it
+        name = read_text(folder / LATEST, UserError).strip()
+    except UserError:  # the checkpoint to load is then found without this file
         return []
-    is_step = re.fullmatch("[0-9]{1,18}", word)
-    return [folder / (f"iter_{int(word):07d}" if is_step else "release")]
+    is_step = re.fullmatch("[0-9]{1,18}", name)
+    return [folder / (f"iter_{int(name):07d}" if is_step else "release")]
 
 
 def fingerprint(file: Path) -> str:
-    """Size, and a hash of the first and the last 64 KiB: enough to tell another file, and cheap for one of any size."""
+    """The size and a hash of the first and last 64 KiB: cheap for a file of any size."""
     try:
         with file.open("rb") as stream:
-            digest = blake2b(stream.read(ENDS), digest_size=6)
+            digest = blake2b(stream.read(END_BYTES), digest_size=6)
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - ENDS))
-            digest.update(stream.read(ENDS))
+            stream.seek(max(0, size - END_BYTES))
+            digest.update(stream.read(END_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return NONE
     return f"{size:,} bytes ({digest.hexdigest()})"
 
 
 class Disagreement(NamedTuple):
-    """Told on machine 0, and on those that it names."""
+    """Logged on node 0 and on the nodes that it names."""
 
-    machines: Sequence[int]
+    nodes: Sequence[int]
     line: str
 
 
 def disagreements(facts: Mapping[int, Mapping[str, str]]) -> list[Disagreement]:
-    """Machine -> its facts. One for each fact and each value that is not machine 0's, with the machines that have it."""
+    """One for each fact and each value that differs from node 0's. facts: by node."""
     found = []
-    for name in dict.fromkeys(name for own in facts.values() for name in own):
+    for name in dict.fromkeys(name for node_facts in facts.values() for name in node_facts):
         expected = facts[0].get(name, NONE)
-        others: dict[str, list[int]] = {}
-        for machine, own in sorted(facts.items()):
-            if (value := own.get(name, NONE)) != expected:
-                others.setdefault(value, []).append(machine)
-        for value, who in others.items():
-            verb = "has" if len(who) == 1 else "have"
-            found.append(Disagreement(who, f"{machines(who)} {verb} {name}: {value}; machine 0: {expected}"))
+        nodes_by_value: dict[str, list[int]] = {}
+        for node, node_facts in sorted(facts.items()):
+            if (value := node_facts.get(name, NONE)) != expected:
+                nodes_by_value.setdefault(value, []).append(node)
+        for value, nodes in nodes_by_value.items():
+            verb = "has" if len(nodes) == 1 else "have"
+            found.append(Disagreement(nodes, f"{node_names(nodes)} {verb} {name}: {value}; node 0: {expected}"))
     return found
 
 
 def hashed(facts: Mapping[str, str], salt: str) -> dict[str, str]:
-    """Names and values, told only to who has the same."""
+    """Hashes of the names and values, readable only for a node that has the same ones."""
     return {_hash(name, salt): _hash(value, salt) for name, value in facts.items()}
 
 
-def unhashed(found: Mapping[str, str], own: Mapping[str, str], salt: str) -> dict[str, str]:
-    """Another machine's hashed facts, beside those of this one, as far as they are the same."""
-    known = {_hash(name, salt): name for name in own}
+def unhashed(hashes: Mapping[str, str], local: Mapping[str, str], salt: str) -> dict[str, str]:
+    """The facts behind another node's hashes, as far as the local facts reveal them."""
+    names = {_hash(name, salt): name for name in local}
     facts = {
-        known[key]: own[known[key]] if value == _hash(own[known[key]], salt) else OTHER
-        for key, value in found.items()
-        if key in known
+        names[key]: local[names[key]] if value == _hash(local[names[key]], salt) else DIFFERENT_VALUE
+        for key, value in hashes.items()
+        if key in names
     }
-    more = len(found) - len(facts)
-    return facts | ({"what machine 0 has not": f"{more} things"} if more else {})
+    unknown = len(hashes) - len(facts)
+    return facts | ({"what node 0 has not": f"{unknown} things"} if unknown else {})
 
 
 def _hash(text: str, salt: str) -> str:
@@ -161,47 +163,47 @@ def _hash(text: str, salt: str) -> str:
     ).hexdigest()
 
 
-def machines(numbers: Iterable[int]) -> str:
-    """[1] -> "machine 1", [1, 2, 3, 5] -> "machines 1 to 3, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+def node_names(nodes: Iterable[int]) -> str:
+    """[1] -> "node 1", [1, 2, 3, 5] -> "nodes 1 to 3, 5"."""
+    ranges: list[list[int]] = []
+    for node in sorted(nodes):
+        if ranges and node == ranges[-1][-1] + 1:
+            ranges[-1].append(node)
         else:
-            runs.append([number])
-    words = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs)
-    return f"machine{'s' * (sum(map(len, runs)) > 1)} {words}"
+            ranges.append([node])
+    names = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranges)
+    return f"node{'s' * (sum(map(len, ranges)) > 1)} {names}"
 
 
 @contextlib.contextmanager
-def present(folder: Path) -> Iterator[str]:
-    """A file of a name that nobody has seen in a folder (made if need be), until the block ends: its name. Raises OSError."""
+def marker_file(folder: Path) -> Iterator[str]:
+    """The name of a new file in `folder` (made if need be), for the block. Raises OSError."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    token = folder / f".seen-{secrets.token_hex(8)}"
-    token.touch()
+    marker = folder / f".seen-{secrets.token_hex(8)}"
+    marker.touch()
     try:
-        yield token.name
+        yield marker.name
     finally:
-        token.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another has come in, or it is no folder of ours
+        marker.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is used by now stays
             for path in made:
                 path.rmdir()
 
 
-def seen(folder: Path, token: str, patience: float) -> bool:
-    """Whether machine 0's token is in the folder here too; if so, this machine may write there. Raises OSError if not."""
-    end = time.monotonic() + patience
+def sees_marker(folder: Path, marker: str, timeout: float) -> bool:
+    """Whether node 0's marker file appears in `folder` here. Raises OSError if not writable."""
+    deadline = time.monotonic() + timeout
     names: set[str] = set()
     while True:
-        for above in (folder.parent, folder):  # opening a folder has a network's file system look again
+        for path in (folder.parent, folder):  # listing a folder makes a network file system refresh it
             with contextlib.suppress(OSError):
-                names = {entry.name for entry in above.iterdir()}
-        if folder.is_dir() and token in names:
-            own = folder / f"{token}-{secrets.token_hex(4)}"
-            own.touch()
-            own.unlink()
+                names = {entry.name for entry in path.iterdir()}
+        if folder.is_dir() and marker in names:
+            probe = folder / f"{marker}-{secrets.token_hex(4)}"
+            probe.touch()
+            probe.unlink()
             return True
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""How launchers prove to each other that they belong to one run, before either says more than that it is a launcher.
+"""How launchers prove to each other that they belong to the same run, before they exchange more.
 
-Each sends a challenge, and a keyed hash (HMAC) of both challenges back. The key is RENDEZVOUS_SECRET, which is never sent.
-Where none is set the key is empty and proves nothing.
+Each sends a challenge, and answers with a keyed hash (HMAC) of both challenges. The key is
+RENDEZVOUS_SECRET, which is never sent. Without a secret the key is empty and proves nothing.
 """
 
 import contextlib
@@ -14,113 +14,115 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qwen35.errors import SettingError
-from qwen35.launch.connection import HELLO, Left, Peer
-from qwen35.launch.nodes import Place
+from qwen35.launch.connection import HANDSHAKE_TIMEOUT, Peer, PeerLost
+from qwen35.launch.nodes import RendezvousParameters
 
 SECRET = "RENDEZVOUS_SECRET"
-SHORTEST = 16  # characters of it: who hears a handshake can try out keys
+MIN_SECRET_LENGTH = 16  # characters: an eavesdropper of a handshake can try out keys offline
 GREETING = "qwen35 launcher"
-MOST_BYTES = 1 << 12  # of a message of somebody who has not proved anything yet
-MOST = 64  # connections of such, at a time
+MAX_UNPROVEN_BYTES = 1 << 12  # of a message from a peer that has not proved anything yet
+MAX_PENDING = 64  # connections of such peers at a time
 
 
 def check_secret(secret: str) -> str:
     """Raises SettingError."""
-    if secret and len(secret) < SHORTEST:
-        raise SettingError(f"{SECRET} has fewer than {SHORTEST} characters; `openssl rand -hex 32` makes a good one")
+    if secret and len(secret) < MIN_SECRET_LENGTH:
+        raise SettingError(
+            f"{SECRET} has fewer than {MIN_SECRET_LENGTH} characters; `openssl rand -hex 32` makes a good one"
+        )
     return secret
 
 
-def proof(secret: str, *words: str | int) -> str:
-    """What only who knows the secret can say of these words."""
-    return hmac.new(secret.encode(errors="surrogatepass"), json.dumps(words).encode(), "sha256").hexdigest()
+def proof(secret: str, *fields: str | int) -> str:
+    """A keyed hash of the fields, which only a process that knows the secret can compute."""
+    return hmac.new(secret.encode(errors="surrogatepass"), json.dumps(fields).encode(), "sha256").hexdigest()
 
 
-def is_proof(value: object, secret: str, *words: str | int) -> bool:
+def is_proof(value: object, secret: str, *fields: str | int) -> bool:
     return isinstance(value, str) and hmac.compare_digest(
-        value.encode(errors="replace"), proof(secret, *words).encode()
+        value.encode(errors="replace"), proof(secret, *fields).encode()
     )
 
 
 class Hello(NamedTuple):
-    machine: int
-    machines: int
+    node_rank: int
+    nnodes: int
     challenge: str
 
 
 def read_hello(message: Mapping[str, Any], challenge: str, secret: str) -> Hello | None:
-    """None if it does not answer the challenge."""
-    hello = Hello(*map(message.get, Hello._fields))  # type: ignore[arg-type]  # that is what is found out next
-    if type(hello.machine) is not int or type(hello.machines) is not int or not isinstance(hello.challenge, str):
+    """None if the message does not answer the challenge."""
+    hello = Hello(*map(message.get, Hello._fields))  # type: ignore[arg-type]  # types are checked next
+    if type(hello.node_rank) is not int or type(hello.nnodes) is not int or not isinstance(hello.challenge, str):
         return None
-    is_known = is_proof(message.get("proof"), secret, "join", challenge, *hello)
-    return hello if is_known and 0 <= hello.machine < hello.machines else None
+    is_proven = is_proof(message.get("proof"), secret, "join", challenge, *hello)
+    return hello if is_proven and 0 <= hello.node_rank < hello.nnodes else None
 
 
-class Handshakes:
-    """Those that have connected to machine 0 and have not proved anything yet: many at a time, none for long."""
+class PendingHandshakes:
+    """Peers that have connected to node 0 and proved nothing yet: many at a time, none for long."""
 
-    def __init__(self, server: socket.socket, secret: str, say: Callable[[str], None]):
-        self.server, self.secret, self.say = server, secret, say
-        self.guests: dict[str, tuple[float, Peer]] = {}  # challenge -> until when it may be answered, and by whom
-        self.named: set[str] = set()  # addresses of strangers
-        server.setblocking(False)  # who connected may have left before it is accepted
+    def __init__(self, server: socket.socket, secret: str, log: Callable[[str], None]):
+        self.server, self.secret, self.log = server, secret, log
+        self.pending: dict[str, tuple[float, Peer]] = {}  # challenge -> deadline, peer
+        self.reported: set[str] = set()  # addresses of rejected peers
+        server.setblocking(False)  # a peer may be gone again before it is accepted
 
     @property
     def sockets(self) -> list[socket.socket]:
-        return [self.server, *(guest.connection for _, guest in self.guests.values())]
+        return [self.server, *(peer.connection for _, peer in self.pending.values())]
 
     @property
-    def end(self) -> float:
-        """When the first of them has had its time."""
-        return min((end for end, _ in self.guests.values()), default=float("inf"))
+    def deadline(self) -> float:
+        """The earliest deadline of all pending peers."""
+        return min((deadline for deadline, _ in self.pending.values()), default=float("inf"))
 
-    def go_on(self, ready: list[socket.socket]) -> Iterator[tuple[Peer, Hello]]:
-        """Those of `ready` that prove to be launchers of this run, to whom the same has been proved."""
-        for challenge, (end, guest) in list(self.guests.items()):
+    def advance(self, ready: list[socket.socket]) -> Iterator[tuple[Peer, Hello]]:
+        """The peers among `ready` that proved to belong to this run, and got the same proof."""
+        for challenge, (deadline, peer) in list(self.pending.items()):
             try:
-                message = guest.hear(0, MOST_BYTES) if guest.connection in ready else None
-            except Left:
+                message = peer.receive(0, MAX_UNPROVEN_BYTES) if peer.connection in ready else None
+            except PeerLost:
                 message = {}
-            if message is None and time.monotonic() < end:
+            if message is None and time.monotonic() < deadline:
                 continue
             if hello := read_hello(message or {}, challenge, self.secret):
-                del self.guests[challenge]
-                with contextlib.suppress(Left):  # it is missed by who waits for it
-                    guest.tell(proof=proof(self.secret, "host", hello.challenge, challenge))
-                yield guest, hello
+                del self.pending[challenge]
+                with contextlib.suppress(PeerLost):  # the caller notices when it next uses the peer
+                    peer.send(proof=proof(self.secret, "host", hello.challenge, challenge))
+                yield peer, hello
             else:
-                self._turn_away(challenge)
+                self._reject(challenge)
         with contextlib.suppress(BlockingIOError, ConnectionError):
             connection, address = self.server.accept()
-            guest, challenge = Peer(connection, address[0].removeprefix("::ffff:")), secrets.token_hex(16)
-            self.guests[challenge] = time.monotonic() + HELLO, guest
-            with contextlib.suppress(Left):
-                guest.tell(greeting=GREETING, challenge=challenge)
-            if len(self.guests) > MOST:
-                self._turn_away(next(iter(self.guests)))
+            peer, challenge = Peer(connection, address[0].removeprefix("::ffff:")), secrets.token_hex(16)
+            self.pending[challenge] = time.monotonic() + HANDSHAKE_TIMEOUT, peer
+            with contextlib.suppress(PeerLost):
+                peer.send(greeting=GREETING, challenge=challenge)
+            if len(self.pending) > MAX_PENDING:
+                self._reject(next(iter(self.pending)))
 
-    def _turn_away(self, challenge: str) -> None:
-        _, guest = self.guests.pop(challenge)
-        guest.close()
-        if guest.address not in self.named:
-            self.named.add(guest.address)
-            self.say(f"somebody at {guest.address} connects and is no launcher of this run, or has another {SECRET}")
+    def _reject(self, challenge: str) -> None:
+        _, peer = self.pending.pop(challenge)
+        peer.close()
+        if peer.address not in self.reported:
+            self.reported.add(peer.address)
+            self.log(f"a connection from {peer.address} is not a launcher of this run, or has another {SECRET}")
 
     def close(self) -> None:
-        for _, guest in self.guests.values():
-            guest.close()
+        for _, peer in self.pending.values():
+            peer.close()
 
 
-def introduce(peer: Peer, place: Place) -> bool:
-    """Prove to machine 0 that this is a launcher of the run. Whether it has proved the same. Raises Left."""
-    if peer.connection.getsockname() == peer.connection.getpeername():  # Linux lets a port call itself
+def authenticate(peer: Peer, params: RendezvousParameters) -> bool:
+    """Prove membership of the run to node 0; whether it proved the same. Raises PeerLost."""
+    if peer.connection.getsockname() == peer.connection.getpeername():  # Linux lets a port connect to itself
         return False
-    greeting = peer.hear(HELLO, MOST_BYTES) or {}
-    hello = Hello(place.machine, place.machines, secrets.token_hex(16))
+    greeting = peer.receive(HANDSHAKE_TIMEOUT, MAX_UNPROVEN_BYTES) or {}
+    hello = Hello(params.node_rank, params.nnodes, secrets.token_hex(16))
     challenge = greeting.get("challenge")
     if greeting.get("greeting") != GREETING or not isinstance(challenge, str):
         return False
-    peer.tell(**hello._asdict(), proof=proof(place.secret, "join", challenge, *hello))
-    answer = peer.hear(HELLO, MOST_BYTES) or {}
-    return is_proof(answer.get("proof"), place.secret, "host", hello.challenge, challenge)
+    peer.send(**hello._asdict(), proof=proof(params.secret, "join", challenge, *hello))
+    answer = peer.receive(HANDSHAKE_TIMEOUT, MAX_UNPROVEN_BYTES) or {}
+    return is_proof(answer.get("proof"), params.secret, "host", hello.challenge, challenge)

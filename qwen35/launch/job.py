@@ -1,4 +1,4 @@
-"""The processes of one machine: how they end, together, and what is told of it."""
+"""The ranks of this node: they end together, and what failed first is reported."""
 
 import json
 import os
@@ -13,45 +13,45 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from qwen35.console import say_at_once
 from qwen35.heartbeat import HEARTBEAT
-from qwen35.launch.nodes import Meeting
+from qwen35.launch.nodes import Rendezvous
 from qwen35.launch.watchdog import Watchdog
+from qwen35.log import log_at_once
 from qwen35.processes import die_with, stop_signals
 
-GRACE = 3.0  # seconds that the others have to fail for a reason of their own before they are ended
-AGAIN = 1.0  # a Ctrl-C so many seconds after the first is a second one, and not the same through another process
+FAILURE_GRACE = 3.0  # seconds that the other ranks have to report failures of their own before they are killed
+DUPLICATE_SIGNAL = 1.0  # seconds within which a second Ctrl-C is the first one, delivered by another process too
 
 
 @dataclass(frozen=True)
 class Failure:
-    words: str
-    is_mistake: bool = False  # the user's to mend: another start would meet it again
-    may_go_on: bool = False  # another start may help
-    where: str = ""  # each process stood
+    message: str
+    is_user_error: bool = False  # for the user to fix: a restart would meet it again
+    can_restart: bool = False
+    ranks_report: str = ""  # where each rank stood
 
     @property
-    def line(self) -> str:
-        """For the other machines: without the traceback, and of a message of several lines the first."""
-        found = re.search(r"^rank \d+: .*", self.words, re.MULTILINE)
-        return found[0] if found else self.words.splitlines()[-1]
+    def summary(self) -> str:
+        """For the other nodes: one line, without a traceback."""
+        line = re.search(r"^rank \d+: .*", self.message, re.MULTILINE)
+        return line[0] if line else self.message.splitlines()[-1]
 
 
 class Job:
-    """The processes of this machine, by rank; those that follow them too."""
+    """The processes of this node by rank; a restart replaces them."""
 
-    def __init__(self, command: Sequence[str], meeting: Meeting | None = None):
-        self.command, self.meeting = command, meeting
+    def __init__(self, command: Sequence[str], rendezvous: Rendezvous | None = None):
+        self.command, self.rendezvous = command, rendezvous
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.asked: int | None = None  # the signal that asked for the end
-        self.asked_at = 0.0
-        self.at_once = False  # it was asked twice
+        self.stop_signal: int | None = None  # that asked for the end
+        self.stop_time = 0.0
+        self.is_forced = False  # the user asked twice
         for number in stop_signals():
-            signal.signal(number, self.ask)
+            signal.signal(number, self.request_stop)
 
-    def run(self, environments: dict[int, dict[str, str]], failures: Path, patience: float | None) -> Failure | None:
-        """Start a process for each rank and wait until all have ended. failures: an empty folder."""
-        watchdog = Watchdog(environments, patience)
+    def run(self, environments: dict[int, dict[str, str]], failures: Path, timeout: float | None) -> Failure | None:
+        """Start all ranks and wait for them. failures: an empty folder for their reasons."""
+        watchdog = Watchdog(environments, timeout)
         self.processes = {}
         for rank, environment in environments.items():
             descriptor = watchdog.watches[rank].descriptor
@@ -60,96 +60,95 @@ class Job:
                 env=environment | {HEARTBEAT: str(descriptor)},
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's Ctrl-C reaches them through this process alone
-                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # there is one thread here
+                start_new_session=True,  # Ctrl-C in the terminal reaches the ranks through this process alone
+                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # this process has one thread
             )
-        if self.asked is not None:  # before there was anyone to tell
-            self.send(signal.SIGTERM)
+        if self.stop_signal is not None:  # it came before there were processes
+            self.send_signal(signal.SIGTERM)
         failure = self.wait(watchdog, failures)
         watchdog.close()
         return failure
 
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked, self.asked_at = number, time.monotonic()
-            self.send(signal.SIGTERM)  # before anything that may fail
-            say_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
-        elif number == signal.SIGINT and time.monotonic() - self.asked_at > AGAIN:
-            self.at_once = True
-            self.send(signal.SIGKILL)
+    def request_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_signal is None:
+            self.stop_signal, self.stop_time = number, time.monotonic()
+            self.send_signal(signal.SIGTERM)  # before anything that may fail
+            log_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
+        elif number == signal.SIGINT and time.monotonic() - self.stop_time > DUPLICATE_SIGNAL:
+            self.is_forced = True
+            self.send_signal(signal.SIGKILL)
 
-    def send(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self, watchdog: Watchdog, failures: Path) -> Failure | None:
-        """Until all have ended; when one has failed or stands still, the others do not outlive it for long."""
-        failed: dict[int, int] = {}  # rank -> how it ended, as seen, before this process ended the others
+        """Wait until all ranks have ended; kill them when one has failed or stalled."""
+        failed: dict[int, int] = {}  # rank -> exit code, in the order seen, before this process killed the others
         failed_at: float | None = None
-        late: str | None = None
-        ended: dict[int, int | None] | None = None  # before this process ended the others
+        stalled: str | None = None
+        codes_before_kill: dict[int, int | None] | None = None
         while True:
             codes = {rank: process.poll() for rank, process in self.processes.items()}
-            if ended is None:
+            if codes_before_kill is None:
                 failed |= {rank: code for rank, code in codes.items() if code and rank not in failed}
             if None not in codes.values():
                 break
-            if self.meeting:
-                self.meeting.record_news(failures)
+            if self.rendezvous:
+                self.rendezvous.record_failure(failures)
             if failed_at is None:
-                if failed or reasons(failures):  # with its reason told, a process may still hang as it ends
+                if failed or read_reasons(failures):  # a rank that has given its reason may still hang as it ends
                     failed_at = time.monotonic()
-                elif late := watchdog.look(self.processes):
-                    failed_at = time.monotonic() - GRACE
-            elif time.monotonic() - failed_at > GRACE and ended is None:
-                ended = codes
-                if not (self.at_once or any(map(is_mistake, reasons(failures)))):
-                    watchdog.gather(self.processes)
-                self.send(signal.SIGKILL)
+                elif stalled := watchdog.find_stalled(self.processes):
+                    failed_at = time.monotonic() - FAILURE_GRACE
+            elif time.monotonic() - failed_at > FAILURE_GRACE and codes_before_kill is None:
+                codes_before_kill = codes
+                if not (self.is_forced or any(reason["is_user_error"] for reason in read_reasons(failures))):
+                    watchdog.collect_stacks(self.processes)
+                self.send_signal(signal.SIGKILL)
             time.sleep(0.05)
-        words = late or failure(failed, failures)
-        told = reasons(failures)
-        if not words:
+        reasons = read_reasons(failures)
+        message = stalled or failure_message(failed, reasons)
+        if not message:
             return None
-        if not late and any(map(is_mistake, told)):
-            return Failure(words, is_mistake=True)
-        errors = {int(r["rank"]): r["message"].strip().partition("\n")[0] for r in told if r["rank"] is not None}
-        endings = {rank: errors.get(rank) or (ending(c) if c else "") for rank, c in (ended or codes).items()}
-        may_go_on = all(reason["again"] for reason in told if reason["rank"] is None)
-        return Failure(words, may_go_on=may_go_on, where=watchdog.report(self.processes, endings))
+        if not stalled and any(reason["is_user_error"] for reason in reasons):
+            return Failure(message, is_user_error=True)
+        errors = {int(r["rank"]): r["message"].strip().partition("\n")[0] for r in reasons if r["rank"] is not None}
+        endings = {
+            rank: errors.get(rank) or (ending(code) if code else "")
+            for rank, code in (codes_before_kill or codes).items()
+        }
+        can_restart = all(reason["can_restart"] for reason in reasons if reason["rank"] is None)
+        return Failure(message, can_restart=can_restart, ranks_report=watchdog.report(self.processes, endings))
 
 
-def reasons(folder: Path) -> list[dict[str, Any]]:
-    """What the processes have told of their failures, the first one first."""
-    told: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    return sorted(told, key=lambda reason: reason["time"])
+def read_reasons(folder: Path) -> list[dict[str, Any]]:
+    """The reasons that ranks have left for their failures (rank.record_failure), oldest first."""
+    reasons: list[dict[str, Any]] = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(reasons, key=lambda reason: reason["time"])
 
 
-def is_mistake(reason: dict[str, Any]) -> bool:
-    """Of a user: here, or on the machine that told of it."""
-    return reason["expected"] if reason["rank"] is not None else reason["mistake"]
-
-
-def failure(codes: Mapping[int, int | None], folder: Path) -> str | None:
-    """What to tell of a job whose processes ended so, the first one first; None if all is well."""
-    told = reasons(folder)
-    # a rank whose peer is gone may fail in the same moment; the user's own mistake explains it
-    mistake = next((reason["message"] for reason in told if is_mistake(reason)), None)
-    if mistake:
-        return mistake
-    here = [f"{r['traceback']}rank {r['rank']}: {r['message']}" for r in told if r["rank"] is not None]
-    elsewhere = [reason["message"] for reason in told if reason["rank"] is None]
-    failed = [(rank, code) for rank, code in codes.items() if code]
-    # peers may tell of their loss before a rank's end is seen, on other machines too; an abort may itself be the answer to
-    # a loss, unless it came first
+def failure_message(codes: Mapping[int, int], reasons: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to report of a job that ended with these exit codes and reasons; None if all is well."""
+    # a rank whose peer is gone may fail at the same moment; a user error is the cause of both
+    user_error = next((reason["message"] for reason in reasons if reason["is_user_error"]), None)
+    if user_error:
+        return user_error
+    here = [f"{r['traceback']}rank {r['rank']}: {r['message']}" for r in reasons if r["rank"] is not None]
+    elsewhere = [reason["message"] for reason in reasons if reason["rank"] is None]
+    # Peers, on other nodes too, may report their loss before a rank's death is seen here. An abort
+    # may itself follow from the loss of a peer, unless it came first.
+    first = next(iter(codes.items()), None)
     killed = [
-        end for end in failed if end[1] < 0 and (end[1] != -signal.SIGABRT or (end == failed[0] and not elsewhere))
+        (rank, code)
+        for rank, code in codes.items()
+        if code < 0 and (code != -signal.SIGABRT or ((rank, code) == first and not elsewhere))
     ]
     if here + elsewhere and not killed:
-        return "\nerror: ".join(here[:1] + elsewhere)  # which of the two is the answer to the other cannot be told
-    first = next(iter(killed or failed), None)
-    return None if first is None else f"rank {first[0]} {ending(first[1])}"
+        return "\nerror: ".join(here[:1] + elsewhere)  # which of the two caused the other is unknown
+    rank_and_code = next(iter(killed), first)
+    return None if rank_and_code is None else f"rank {rank_and_code[0]} {ending(rank_and_code[1])}"
 
 
 def ending(code: int) -> str:

@@ -1,4 +1,4 @@
-"""The other machines of a run, once it has begun: how one ends is known on all, and what failed is started again together."""
+"""The other nodes of a running job: all learn how one ends, and failed ranks restart together."""
 
 import contextlib
 import json
@@ -8,131 +8,131 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen35.errors import UserError, visible
-from qwen35.launch.connection import HELLO, Left, Peer
+from qwen35.launch.connection import HANDSHAKE_TIMEOUT, Peer, PeerLost
 
-ANSWER = 120.0  # seconds for an answer, once all are there
-GONE = "its launcher is gone, killed or with the machine"
+REPLY_TIMEOUT = 120.0  # seconds that a node has to answer once all nodes are connected
+LAUNCHER_GONE = "its launcher is gone (killed, or the machine is down)"
 
 
-class MeetingError(UserError):
-    """The machines did not meet, or do not agree."""
+class RendezvousError(UserError):
+    """The nodes did not find each other, or do not agree."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which machine this is, and where all meet."""
+class RendezvousParameters:
+    """Which node this is, and where the nodes meet."""
 
-    machine: int
-    machines: int
-    address: str  # of machine 0
+    node_rank: int
+    nnodes: int
+    address: str  # of node 0
     port: int
-    timeout: float  # seconds that the first to come waits for the last
-    secret: str = field(default="", repr=False)  # that all launchers of the run know, and nobody else
+    timeout: float  # seconds to wait for the last node
+    secret: str = field(default="", repr=False)  # shared by the launchers of the run alone
 
 
 @dataclass
-class Meeting:
-    """The other launchers of the run: all of them on machine 0, machine 0 on the others."""
+class Rendezvous:
+    """Connections to other launchers of the run: on node 0 to all, on the others to node 0."""
 
-    place: Place
+    params: RendezvousParameters
     peers: dict[int, Peer] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)  # what may be tried again, by machine
-    left: set[int] = field(default_factory=set)  # machines that have ended, well or not
-    is_mistake: bool = False  # what ended one of them is its user's to mend
+    failed: dict[int, str] = field(default_factory=dict)  # node -> a failure that a restart may get past
+    ended: set[int] = field(default_factory=set)  # nodes that have ended, with or without an error
+    is_user_error: bool = False  # one of them ended by an error that its user has to fix
 
-    def news(self) -> str | None:
-        """Why the run cannot go on as it is: what failed on another machine. Does not wait."""
-        for machine, peer in list(self.peers.items()):
-            if not (peer.rest or peer.is_ready()):
+    def poll_failure(self) -> str | None:
+        """Why the run cannot go on: what failed on another node. Does not wait."""
+        for node, peer in list(self.peers.items()):
+            if not peer.has_data():
                 continue
             try:
-                words = self._hear(machine, peer, HELLO)
-            except Left:
-                words = GONE
-            if words:
-                return _of(machine, words)
+                message = self._receive(node, peer, HANDSHAKE_TIMEOUT)
+            except PeerLost:
+                message = LAUNCHER_GONE
+            if message:
+                return _end_of(node, message)
         return None
 
-    def _hear(self, machine: int, peer: Peer, seconds: float) -> str | None:
-        """How its ranks ended; the connection stays if they may be started again. Raises Left."""
+    def _receive(self, node: int, peer: Peer, timeout: float) -> str | None:
+        """How its ranks ended; keeps the connection if a restart is possible. Raises PeerLost."""
         message: dict[str, object] | None = {}
         try:
-            message = peer.hear(seconds)
+            message = peer.receive(timeout)
         finally:
             if not message or "failed" not in message:
-                del self.peers[machine]
-                self.left.add(machine)
+                del self.peers[node]
+                self.ended.add(node)
                 peer.close()
         if message and "failed" in message:
-            self.failed[machine] = foreign(message["failed"])
-            return self.failed[machine]
+            self.failed[node] = sanitized(message["failed"])
+            return self.failed[node]
         if not message or "ended" not in message:
-            return "its launcher made no sense"
-        self.is_mistake = self.is_mistake or bool(message.get("mistake"))
-        return foreign(message["ended"] or "")
+            return "its launcher sent an invalid message"
+        self.is_user_error = self.is_user_error or bool(message.get("is_user_error"))
+        return sanitized(message["ended"] or "")
 
-    def record_news(self, folder: Path) -> None:
-        """As a failure that explains those of the processes here, beside theirs in `folder` (rank.record_failure)."""
-        had_mistake, file = self.is_mistake, folder / "elsewhere.json"
-        if words := self.news():
-            reason = {"message": words, "traceback": "", "time": time.time(), "rank": None, "expected": True}
-            if file.exists() and self.is_mistake == had_mistake:  # the first failure explains the others, or a mistake
+    def record_failure(self, folder: Path) -> None:
+        """Write another node's failure beside those of the ranks here (rank.record_failure)."""
+        had_user_error, file = self.is_user_error, folder / "elsewhere.json"
+        if message := self.poll_failure():
+            reason = {"message": message, "traceback": "", "time": time.time(), "rank": None}
+            if file.exists() and self.is_user_error == had_user_error:  # only a user error replaces the first failure
                 reason = json.loads(file.read_text())
-            reason |= {"mistake": self.is_mistake, "again": bool(self.failed) and not self.left}
+            reason |= {"is_user_error": self.is_user_error, "can_restart": bool(self.failed) and not self.ended}
             file.with_suffix(".new").write_text(json.dumps(reason))
             file.with_suffix(".new").replace(file)
 
-    def regroup(self, words: str, port: int) -> int:
-        """The ranks here have ended by a failure that may be tried again: wait until they have on all machines.
+    def regroup(self, message: str, port: int) -> int:
+        """Wait until the ranks of all nodes have ended by a failure that a restart may get past.
 
-        words: the failure. port: on machine 0, where the next ranks can meet. Returns the port that machine 0 gives. Raises
-        MeetingError, on all machines, if one of them cannot go on.
+        message: the failure of this node. port: on node 0, the port for the next ranks. Returns the
+        port that node 0 chose. Raises RendezvousError, on all nodes, if one of them cannot restart.
         """
-        for machine, peer in list(self.peers.items()):
-            with self._staying(machine):
-                peer.tell(failed=words)
-        for machine, peer in list(self.peers.items()):
-            if machine not in self.failed:
-                with self._staying(machine):
-                    why = self._hear(machine, peer, ANSWER)
-                if why and machine in self.left:
-                    raise MeetingError(_of(machine, why))
-        if self.left:
-            raise MeetingError(f"machine {min(self.left)} has ended, and does not start again")
+        for node, peer in list(self.peers.items()):
+            with self._losing(node):
+                peer.send(failed=message)
+        for node, peer in list(self.peers.items()):
+            if node not in self.failed:
+                with self._losing(node):
+                    reason = self._receive(node, peer, REPLY_TIMEOUT)
+                if reason and node in self.ended:
+                    raise RendezvousError(_end_of(node, reason))
+        if self.ended:
+            raise RendezvousError(f"node {min(self.ended)} has ended, and does not restart")
         self.failed.clear()
-        if self.place.machine == 0:
-            for machine, peer in self.peers.items():
-                with self._staying(machine):
-                    peer.tell(port=port)
+        if self.params.node_rank == 0:
+            for node, peer in self.peers.items():
+                with self._losing(node):
+                    peer.send(port=port)
             return port
-        with self._staying(0):
-            answer = self.peers[0].hear(ANSWER) or {}
-        given = answer.get("port")
-        if type(given) is not int or not 0 < given < 1 << 16:
-            raise MeetingError(f"machine 0 ended: {foreign(answer.get('ended') or 'it has said nothing more')}")
-        return given
+        with self._losing(0):
+            reply = self.peers[0].receive(REPLY_TIMEOUT) or {}
+        chosen = reply.get("port")
+        if type(chosen) is not int or not 0 < chosen < 1 << 16:
+            raise RendezvousError(f"node 0 ended: {sanitized(reply.get('ended') or 'it sent nothing more')}")
+        return chosen
 
     @contextlib.contextmanager
-    def _staying(self, machine: int) -> Iterator[None]:
+    def _losing(self, node: int) -> Iterator[None]:
         try:
             yield
-        except Left:
-            raise MeetingError(f"machine {machine} ended: {GONE}") from None
+        except PeerLost:
+            raise RendezvousError(f"node {node} ended: {LAUNCHER_GONE}") from None
 
-    def close(self, words: str | None, is_mistake: bool = False) -> None:
-        """Tell the others how this machine ended: None if well."""
+    def close(self, message: str | None, is_user_error: bool = False) -> None:
+        """Tell the others how this node ended. message: its failure, if any."""
         for peer in self.peers.values():
-            with contextlib.suppress(Left):
-                peer.tell(ended=words, mistake=is_mistake)
+            with contextlib.suppress(PeerLost):
+                peer.send(ended=message, is_user_error=is_user_error)
             peer.close()
         self.peers.clear()
 
 
-def foreign(words: object) -> str:
-    """What another machine says, fit to be printed."""
-    return visible(str(words)[:1000])
+def sanitized(text: object) -> str:
+    """Text from another node, shortened and safe to print."""
+    return visible(str(text)[:1000])
 
 
-def _of(machine: int, words: str) -> str:
-    """What is told of a machine's end, which may be of another's already."""
-    return words if words.startswith("machine ") else f"machine {machine} ended: {words}"
+def _end_of(node: int, message: str) -> str:
+    """The end of a node; its message may already report the end of a third one."""
+    return message if message.startswith("node ") else f"node {node} ended: {message}"

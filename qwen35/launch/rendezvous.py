@@ -1,22 +1,24 @@
-"""The launchers of all machines meet before anything starts, say whether they agree, and stay in touch until the end.
+"""The launchers of all nodes connect, compare what must agree, and stay connected.
 
-Machine 0 listens at MASTER_PORT, the others come; each message is a line of JSON. When all are there, machine 0 asks for
-their clocks, for what must agree, and whether they see its save folder; it compares, and tells everybody to go on or why not.
-Then it no longer listens, so that the processes of the run can meet at the same port. The connections stay: how one
-machine ends is known on the others at once, and not when a time-out of theirs has passed. This needs no torch, so it is quick.
+This happens before any rank starts. Node 0 listens at MASTER_PORT and the others connect. When all
+are there, node 0 asks each for its clock, for its facts (consistency.py) and whether it sees node
+0's save folder; it compares the answers, and tells every node to start, or why not. Then it stops
+listening, so that the ranks can use the same port. The connections stay open: when one node ends,
+the others learn of it at once instead of after a timeout. This module does not import torch, so it
+starts quickly.
 
-Strangers may reach the port. Who does not prove the secret (handshake.py) is told nothing, and holds up nobody. Where none is
-set, everybody can: then salted hashes of what must agree are compared, and machine 0 alone says what differs.
+Anybody may reach the port. A peer that does not prove the secret (handshake.py) learns nothing and
+delays nobody. Without a secret everybody passes: then the nodes exchange salted hashes, and node 0
+alone says what differs.
 
-Clocks are compared and told, and never refused: nothing in a run depends on another machine's clock, but who reads logs and
-file times, or the checkpoints' dates, should know.
+Clocks are compared and reported, but never a reason to stop: no computation depends on the clock of
+another node. Readers of logs, file times and checkpoints' dates should know.
 """
 
 import contextlib
 import secrets
 import select
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,60 +26,62 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.errors import USER_ERRORS, one_line
-from qwen35.launch.connection import HELLO, Left, Peer
-from qwen35.launch.consistency import disagreements, hashed, machines, present, seen, unhashed
-from qwen35.launch.handshake import SECRET, Handshakes, Hello, introduce
-from qwen35.launch.nodes import ANSWER, Meeting, MeetingError, Place, foreign
+from qwen35.launch.connection import HANDSHAKE_TIMEOUT, Peer, PeerLost
+from qwen35.launch.consistency import disagreements, hashed, marker_file, node_names, sees_marker, unhashed
+from qwen35.launch.handshake import SECRET, Hello, PendingHandshakes, authenticate
+from qwen35.launch.nodes import REPLY_TIMEOUT, Rendezvous, RendezvousError, RendezvousParameters, sanitized
+from qwen35.log import logger
 from qwen35.network import LOOPBACK
 
-UNSAID = f"machine 0 says why the machines did not meet; where {SECRET} is set, all of them do"
-NEWS, OFTEN = 5.0, 30.0  # seconds between two lines that say who is waited for: others than before, the same
-SKEW = 5.0  # seconds that clocks may differ without a word
-SLOW_DISK = 10.0  # seconds until a new file is seen on the other machines: file systems of a network keep what they saw
+WITHHELD = f"node 0 says why the nodes did not start; where {SECRET} is set, every node does"
+UPDATE_INTERVAL, REPEAT_INTERVAL = 5.0, 30.0  # seconds between log lines on missing nodes: a new list, the same list
+MAX_CLOCK_SKEW = 5.0  # seconds that clocks may differ without a note
+FILE_TIMEOUT = 10.0  # seconds until a new file must be visible on all nodes: network file systems cache listings
 
 
 @dataclass(frozen=True)
-class Talk:
-    """What this machine has to say and to show."""
+class LocalNode:
+    """What this node contributes to the comparison."""
 
-    facts: Callable[[], Mapping[str, str]]  # what must be the same everywhere; asked for when all are there
+    facts: Callable[[], Mapping[str, str]]  # what must be the same on all nodes; called once all are connected
     save: Path
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    log: Callable[[str], None] = logger.info
     clock: Callable[[], float] = time.time
-    patience: float | None = None  # default: SLOW_DISK
+    file_timeout: float | None = None  # default: FILE_TIMEOUT
 
 
-def meet(place: Place, talk: Talk) -> Meeting:
-    """Until all machines are there and agree. Raises MeetingError, on all of them alike, if they do not."""
-    return _host(place, talk) if place.machine == 0 else _join(place, talk)
+def join(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
+    """Wait until all nodes are connected and agree; else raise RendezvousError, on all of them."""
+    return _host(params, local) if params.node_rank == 0 else _join(params, local)
 
 
-class Waiting:
-    """Says who is waited for: at once, and then now and then."""
+class WaitingLog:
+    """Logs who is missing: at once, and then at intervals."""
 
-    def __init__(self, place: Place, talk: Talk):
-        self.place, self.talk = place, talk
-        self.end = time.monotonic() + place.timeout
-        self.told: str | None = None
-        self.told_at = 0.0
+    def __init__(self, params: RendezvousParameters, local: LocalNode):
+        self.params, self.local = params, local
+        self.deadline = time.monotonic() + params.timeout
+        self.last: str | None = None
+        self.last_time = 0.0
 
     @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
+    def remaining(self) -> float:
+        return self.deadline - time.monotonic()
 
-    def say(self, whom: str, why: str = "") -> None:
+    def log(self, missing: str, reason: str = "") -> None:
         now = time.monotonic()
-        if self.told is None or now - self.told_at > (OFTEN if whom == self.told else NEWS):
-            self.told, self.told_at = whom, now
-            up_to = f"up to {self.left:.0f} s more (RENDEZVOUS_TIMEOUT)"
-            self.talk.say(f"machine {self.place.machine}: waiting for {whom}{why and f' ({why})'}, {up_to}")
+        if self.last is None or now - self.last_time > (REPEAT_INTERVAL if missing == self.last else UPDATE_INTERVAL):
+            self.last, self.last_time = missing, now
+            detail = reason and f" ({reason})"
+            up_to = f"up to {self.remaining:.0f} s more (RENDEZVOUS_TIMEOUT)"
+            self.local.log(f"node {self.params.node_rank}: waiting for {missing}{detail}, {up_to}")
 
 
-# -- machine 0 -----------------------------------------------------------------------------------------------------------
+# -- node 0 ----------------------------------------------------------------------------------------
 
 
 def listen(port: int, is_alone: bool = False) -> socket.socket:
-    """At every address, as torch's store does, IPv6 that takes IPv4 too; alone, at this machine's own. Raises OSError."""
+    """A socket at all IPv4 and IPv6 addresses, or at loopback for a single node. Raises OSError."""
     if is_alone:
         return socket.create_server((LOOPBACK, port))
     both = socket.has_dualstack_ipv6()
@@ -85,200 +89,205 @@ def listen(port: int, is_alone: bool = False) -> socket.socket:
 
 
 def free_port(is_alone: bool) -> int:
-    """One that nobody listens at, as `listen` would. Raises OSError."""
+    """A port at which `listen` would succeed. Raises OSError."""
     with listen(0, is_alone) as server:
         return server.getsockname()[1]
 
 
-def _host(place: Place, talk: Talk) -> Meeting:
+def _host(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
     peers: dict[int, Peer] = {}
     try:
-        with listen(place.port) as server:
-            _gather(server, peers, place, talk)
-        _compare(peers, talk, place.secret)
-        for machine, peer in peers.items():
-            with _answering(machine):
-                peer.tell(go=True)
-    except MeetingError as error:
-        words = str(error) if place.secret else UNSAID
+        with listen(params.port) as server:
+            _connect_all(server, peers, params, local)
+        _compare(peers, local, params.secret)
+        for node, peer in peers.items():
+            with _losing(node):
+                peer.send(go=True)
+    except RendezvousError as error:
+        message = str(error) if params.secret else WITHHELD
         for peer in peers.values():
-            with contextlib.suppress(Left):
-                peer.tell(error=words, ended=words)  # the second for who has been told to go on already
+            with contextlib.suppress(PeerLost):
+                peer.send(error=message, ended=message)  # `ended` is for those that were already told to start
             peer.close()
         raise
-    return Meeting(place, peers)
+    return Rendezvous(params, peers)
 
 
-def _gather(server: socket.socket, peers: dict[int, Peer], place: Place, talk: Talk) -> None:
-    waiting = Waiting(place, talk)
-    told, told_at = "", 0.0
-    strangers = Handshakes(server, place.secret, lambda words: talk.say(f"machine 0, port {place.port}: {words}"))
-    with contextlib.closing(strangers):
-        while missing := sorted(set(range(1, place.machines)) - peers.keys()):
-            whom, now = f"{machines(missing)} of {place.machines}", time.monotonic()
-            if waiting.left <= 0:
-                raise MeetingError(
-                    f"{whom} did not come to MASTER_PORT={place.port} of machine 0 within {place.timeout:.0f} s: was the run"
-                    f" started there, with NODES={place.machines}, a NODE_RANK of its own and this machine's MASTER_ADDR?"
+def _connect_all(server: socket.socket, peers: dict[int, Peer], params: RendezvousParameters, local: LocalNode) -> None:
+    waiting = WaitingLog(params, local)
+    sent, sent_time = "", 0.0
+    pending = PendingHandshakes(server, params.secret, lambda line: local.log(f"node 0, port {params.port}: {line}"))
+    with contextlib.closing(pending):
+        while missing := sorted(set(range(1, params.nnodes)) - peers.keys()):
+            names, now = f"{node_names(missing)} of {params.nnodes}", time.monotonic()
+            if waiting.remaining <= 0:
+                raise RendezvousError(
+                    f"{names} did not connect to MASTER_PORT={params.port} of node 0 within {params.timeout:.0f} s: was the run"
+                    f" started there, with NODES={params.nnodes}, its own NODE_RANK and the MASTER_ADDR of node 0?"
                 )
-            waiting.say(whom, f"port {place.port}")
-            if whom != told or now - told_at > NEWS:
-                told, told_at = whom, now
+            waiting.log(names, f"port {params.port}")
+            if names != sent or now - sent_time > UPDATE_INTERVAL:
+                sent, sent_time = names, now
                 for peer in peers.values():
-                    with contextlib.suppress(Left):  # it is missed below
-                        peer.tell(waiting=whom)
-            sockets = [*strangers.sockets, *(peer.connection for peer in peers.values())]
-            seconds = min(now + NEWS, waiting.end, strangers.end) - time.monotonic()
-            ready = select.select(sockets, [], [], max(0.0, seconds))[0]
-            for machine, peer in list(peers.items()):
-                if peer.connection in ready:  # it has nothing to say yet
-                    del peers[machine]
+                    with contextlib.suppress(PeerLost):  # noticed below
+                        peer.send(waiting=names)
+            sockets = [*pending.sockets, *(peer.connection for peer in peers.values())]
+            timeout = min(now + UPDATE_INTERVAL, waiting.deadline, pending.deadline) - time.monotonic()
+            ready = select.select(sockets, [], [], max(0.0, timeout))[0]
+            for node, peer in list(peers.items()):
+                if peer.connection in ready:  # it sends nothing in this phase, so it has left
+                    del peers[node]
                     peer.close()
-                    talk.say(f"machine 0: machine {machine} ({peer.address}) has left")
-            for peer, hello in strangers.go_on(ready):
-                _admit(peer, hello, peers, place)
+                    local.log(f"node 0: node {node} ({peer.address}) has left")
+            for peer, hello in pending.advance(ready):
+                _admit(peer, hello, peers, params)
 
 
-def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], place: Place) -> None:
-    machine = hello.machine
-    if hello.machines != place.machines:
-        words = f"machine {machine} ({peer.address}) has NODES={hello.machines}, machine 0 has NODES={place.machines}"
-    elif machine == 0 or machine in peers:
-        other = "the one that listens" if machine == 0 else peers[machine].address
-        words = f"two machines have NODE_RANK={machine}: {other} and {peer.address}"
+def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], params: RendezvousParameters) -> None:
+    node = hello.node_rank
+    if hello.nnodes != params.nnodes:
+        message = f"node {node} ({peer.address}) has NODES={hello.nnodes}, node 0 has NODES={params.nnodes}"
+    elif node == 0 or node in peers:
+        other = "the one that listens" if node == 0 else peers[node].address
+        message = f"two nodes have NODE_RANK={node}: {other} and {peer.address}"
     else:
-        peers[machine] = peer
+        peers[node] = peer
         return
-    with contextlib.suppress(Left):
-        peer.tell(error=words if place.secret else UNSAID)
+    with contextlib.suppress(PeerLost):
+        peer.send(error=message if params.secret else WITHHELD)
     peer.close()
-    raise MeetingError(words)
+    raise RendezvousError(message)
 
 
 @contextlib.contextmanager
-def _answering(machine: int) -> Iterator[None]:
+def _losing(node: int) -> Iterator[None]:
     try:
         yield
-    except Left as error:
-        raise MeetingError(f"machine {machine} has left while the machines met: {error}") from None
+    except PeerLost as error:
+        raise RendezvousError(f"node {node} has left before the run started: {error}") from None
 
 
-def _compare(peers: Mapping[int, Peer], talk: Talk, secret: str) -> None:
-    """Clocks are only told of; what must agree does, and the save folder is the same everywhere. Raises MeetingError."""
+def _compare(peers: Mapping[int, Peer], local: LocalNode, secret: str) -> None:
+    """Facts and the save folder must agree; clocks are only reported. Raises RendezvousError."""
     salt, asked_at = secrets.token_hex(16), {}
     try:
-        with present(talk.save) as token:
-            for machine, peer in peers.items():
-                asked_at[machine] = talk.clock()
-                with _answering(machine):
-                    peer.tell(look=token, salt=salt)
-            facts = {0: dict(talk.facts())}
-            answers = {machine: _answer(machine, peer) for machine, peer in peers.items()}
-    except MeetingError:
+        with marker_file(local.save) as marker:
+            for node, peer in peers.items():
+                asked_at[node] = local.clock()
+                with _losing(node):
+                    peer.send(look=marker, salt=salt)
+            facts = {0: dict(local.facts())}
+            replies = {node: _receive_reply(node, peer) for node, peer in peers.items()}
+    except RendezvousError:
         raise
     except USER_ERRORS as error:
-        raise MeetingError(f"machine 0: {one_line(error)}") from None
-    for machine, (clock, found, _) in answers.items():
-        ahead = clock - asked_at[machine]
-        if not abs(ahead) <= SKEW:  # or it is no number
-            words = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} machine 0's"
-            talk.say(f"note: the clock of machine {machine} is {words}: the run does not care, but logs and files do")
-        facts[machine] = found if secret else unhashed(found, facts[0], salt)
+        raise RendezvousError(f"node 0: {one_line(error)}") from None
+    for node, (clock, node_facts, _) in replies.items():
+        ahead = clock - asked_at[node]
+        if not abs(ahead) <= MAX_CLOCK_SKEW:  # true for NaN too
+            skew = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} node 0's"
+            local.log(
+                f"note: the clock of node {node} is {skew}; training is unaffected, times in logs and files differ"
+            )
+        facts[node] = node_facts if secret else unhashed(node_facts, facts[0], salt)
     differences = disagreements(facts)
-    for one in differences:
-        talk.say(foreign(one.line))
-    for machine, peer in peers.items():
-        with _answering(machine):
-            peer.tell(lines=[one.line for one in differences if secret and machine in one.machines])
+    for difference in differences:
+        local.log(sanitized(difference.line))
+    for node, peer in peers.items():
+        with _losing(node):
+            peer.send(lines=[difference.line for difference in differences if secret and node in difference.nodes])
     if differences:
         count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
-        raise MeetingError(f"the machines differ in {count}, told above: nothing was started")
-    if blind := [machine for machine, (_, _, has_seen) in answers.items() if not has_seen]:
+        raise RendezvousError(f"the nodes differ in {count}, listed above: nothing was started")
+    if blind := [node for node, (_, _, has_seen) in replies.items() if not has_seen]:
         verb = "does" if len(blind) == 1 else "do"
-        raise MeetingError(
-            f"{machines(blind)} {verb} not see what machine 0 writes in {talk.save}: name a training.save on a file system"
-            " that all machines share"
+        raise RendezvousError(
+            f"{node_names(blind)} {verb} not see what node 0 writes in {local.save}: name a training.save on a file system"
+            " that all nodes share"
         )
 
 
-def _answer(machine: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
-    """Its clock, what must agree there, whether it sees the save folder. Raises MeetingError."""
-    with _answering(machine):
-        answer = peer.hear(ANSWER)
-    who = f"machine {machine} ({peer.address})"
-    if answer is None:
-        raise MeetingError(f"{who} gave no answer within {ANSWER:.0f} s")
-    if words := answer.get("error"):
-        raise MeetingError(f"machine {machine}: {foreign(words)}")
-    clock, facts, has_seen = (answer.get(name) for name in ("time", "facts", "seen"))
+def _receive_reply(node: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
+    """A node's clock, its facts, and whether it sees the save folder. Raises RendezvousError."""
+    with _losing(node):
+        reply = peer.receive(REPLY_TIMEOUT)
+    name = f"node {node} ({peer.address})"
+    if reply is None:
+        raise RendezvousError(f"{name} did not answer within {REPLY_TIMEOUT:.0f} s")
+    if error := reply.get("error"):
+        raise RendezvousError(f"node {node}: {sanitized(error)}")
+    clock, facts, has_seen = (reply.get(key) for key in ("time", "facts", "seen"))
     if not (type(clock) is float and isinstance(facts, dict) and type(has_seen) is bool):
-        raise MeetingError(f"{who} gave an answer that makes no sense")
-    return clock, {name: str(value) for name, value in facts.items()}, has_seen
+        raise RendezvousError(f"{name} sent an invalid answer")
+    return clock, {key: str(value) for key, value in facts.items()}, has_seen
 
 
-# -- the others ----------------------------------------------------------------------------------------------------------
+# -- the other nodes -------------------------------------------------------------------------------
 
 
-def _join(place: Place, talk: Talk) -> Meeting:
-    peer = _connect(place, talk)
-    seconds = place.timeout + ANSWER
-    waiting = Waiting(place, talk)
+def _join(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
+    peer = _connect(params, local)
+    timeout = params.timeout + REPLY_TIMEOUT
+    waiting = WaitingLog(params, local)
     try:
         while True:
-            message = peer.hear(seconds)
+            message = peer.receive(timeout)
             if message is None:
-                raise MeetingError(f"machine 0 has said nothing for {seconds:.0f} s")
+                raise RendezvousError(f"node 0 sent nothing for {timeout:.0f} s")
             if "error" in message:
-                raise MeetingError(foreign(message["error"]))
+                raise RendezvousError(sanitized(message["error"]))
             if "go" in message:
-                return Meeting(place, {0: peer})
+                return Rendezvous(params, {0: peer})
             if "waiting" in message:
-                waiting.say(foreign(message["waiting"]))
+                waiting.log(sanitized(message["waiting"]))
             lines = message.get("lines")
             for line in lines if isinstance(lines, list) else ():
-                talk.say(foreign(line))
+                local.log(sanitized(line))
             if "look" in message:
-                peer.tell(**_reply(message, talk, place.secret))
-    except Left as error:
+                peer.send(**_reply(message, local, params.secret))
+    except PeerLost as error:
         peer.close()
-        raise MeetingError(f"machine 0 has left while the machines met: {error}") from None
-    except MeetingError:
+        raise RendezvousError(f"node 0 has left before the run started: {error}") from None
+    except RendezvousError:
         peer.close()
         raise
 
 
-def _reply(message: Mapping[str, Any], talk: Talk, secret: str) -> dict[str, Any]:
-    """To what machine 0 asks. Raises MeetingError where it may not be told what went wrong here."""
+def _reply(message: Mapping[str, Any], local: LocalNode, secret: str) -> dict[str, Any]:
+    """The answer to node 0. Raises RendezvousError where it may not learn what failed here."""
     try:
-        clock, facts = talk.clock(), dict(talk.facts())
-        sees = seen(talk.save, str(message["look"]), SLOW_DISK if talk.patience is None else talk.patience)
+        clock, facts = local.clock(), dict(local.facts())
+        timeout = FILE_TIMEOUT if local.file_timeout is None else local.file_timeout
+        has_seen = sees_marker(local.save, str(message["look"]), timeout)
     except USER_ERRORS as error:
         if not secret:
-            raise MeetingError(one_line(error)) from None
+            raise RendezvousError(one_line(error)) from None
         return {"error": one_line(error)}
-    return {"time": clock, "facts": facts if secret else hashed(facts, str(message.get("salt"))), "seen": sees}
+    return {"time": clock, "facts": facts if secret else hashed(facts, str(message.get("salt"))), "seen": has_seen}
 
 
-def _connect(place: Place, talk: Talk) -> Peer:
-    waiting = Waiting(place, talk)
+def _connect(params: RendezvousParameters, local: LocalNode) -> Peer:
+    waiting = WaitingLog(params, local)
     pause = 0.1
     while True:
-        why = f"something answers there that is no launcher of this run, or has another {SECRET}"
+        reason = f"what answers there is not a launcher of this run, or has another {SECRET}"
         try:
-            peer = Peer(socket.create_connection((place.address, place.port), timeout=HELLO), place.address)
-            if introduce(peer, place):
+            peer = Peer(
+                socket.create_connection((params.address, params.port), timeout=HANDSHAKE_TIMEOUT), params.address
+            )
+            if authenticate(peer, params):
                 return peer
             peer.close()
-        except Left:
+        except PeerLost:
             peer.close()
         except OSError as error:
-            why = one_line(error)
-        whom = f"machine 0 at {place.address}:{place.port}"
-        if waiting.left <= 0:
-            raise MeetingError(
-                f"{whom} did not answer within {place.timeout:.0f} s: {why}; was the run started there, and do MASTER_ADDR,"
+            reason = one_line(error)
+        name = f"node 0 at {params.address}:{params.port}"
+        if waiting.remaining <= 0:
+            raise RendezvousError(
+                f"{name} did not answer within {params.timeout:.0f} s: {reason}; was the run started there, and do MASTER_ADDR,"
                 " MASTER_PORT and the firewall lead to it?"
             )
-        waiting.say(whom, why)
-        time.sleep(min(pause, max(0.0, waiting.left)))
+        waiting.log(name, reason)
+        time.sleep(min(pause, max(0.0, waiting.remaining)))
         pause = min(2 * pause, 1.0)

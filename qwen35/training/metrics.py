@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
-from qwen35.errors import UserError, naming, visible
+from qwen35.errors import UserError, naming
+from qwen35.log import logger
 
 
 class RunError(UserError):
@@ -76,7 +77,7 @@ class Metrics:
         if strange:
             copy = next(p for n in itertools.count(1) if not (p := self.path.with_suffix(f".damaged{n}")).exists())
             copy.write_bytes(self.path.read_bytes())
-            self.tell(f"{self.path}: {strange}; what can be read stays in it, and {copy.name} is what it was")
+            logger.warning(f"{self.path}: {strange}; what can be read stays in it, and {copy.name} is what it was")
         write_atomic(self.path, _text(line for line in lines if line["step"] <= done))
 
     def record(self, record: StepRecord) -> None:
@@ -120,7 +121,7 @@ class Metrics:
     def _append(self, text: str, instead: str = "") -> None:
         """All of it, or nothing. `instead` of what the file ends with, if it still does."""
         if not self.path.exists():
-            self.tell(f"{self.path} is gone, somebody removed it: it begins anew with this step")
+            logger.warning(f"{self.path} is gone, somebody removed it: it begins anew with this step")
         with naming(self.path), self.path.open("a+b") as before:
             end = max(0, before.seek(0, os.SEEK_END) - len(instead))
             before.seek(end)
@@ -144,9 +145,9 @@ class Metrics:
             self._tell_once(f"not trained: {message}")
 
     def _tell_once(self, message: str) -> None:
-        if message not in self.named:
+        if self.is_writer and message not in self.named:
             self.named.add(message)
-            self.tell(message)
+            logger.warning(message)
 
     def validated(self, found: dict[str, Any], bad_records: Iterable[str]) -> None:
         """Put onto the last step's line what a validation has found. No step's time counts it."""
@@ -157,16 +158,8 @@ class Metrics:
             for message in bad_records:
                 self._tell_once(f"not validated: {message}")
             values = "  ".join(f"{name} {value:.6g}" for name, value in found.items() if name != "val_time")
-            self.tell(f"step {self.last['step']:6}  {values}  {found['val_time']:.2f} s")
+            logger.info(f"step {self.last['step']:6}  {values}  {found['val_time']:.2f} s")
         self.restart_clock()
-
-    def tell(self, text: str) -> None:
-        """A line on the console, beside the progress bar; of rank 0 alone."""
-        text = visible(text, keep="\n\t")  # it may name records and files
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.is_writer:
-            print(text, flush=True)
 
     def _line(
         self, record: StepRecord, totals: dict[str, float], squares: list[float], step_time: float
@@ -196,8 +189,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
-        else:
-            self.tell(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s")
+        line = f"step {last['step']:6}  {text}  {last['step_time']:.2f} s"
+        logger.info(line, extra={"file_only": self.bar is not None})
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):

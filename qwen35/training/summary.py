@@ -6,15 +6,9 @@ from torch import nn
 
 from qwen35.config.schema import Settings
 from qwen35.device import HOST, describe
-from qwen35.errors import visible
 from qwen35.training.adamw import local
 from qwen35.training.resume import sequences_per_step
 from qwen35.wording import number_of
-
-
-def report(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(visible(text, keep="\n\t"), flush=True)  # it may name records and files
 
 
 def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, before: str, after: str) -> str:

@@ -1,6 +1,6 @@
-"""What foreign text may do to a message: nothing that a terminal would act on, hide or take for another line.
+"""Messages with foreign text: no character that a terminal would act on or hide.
 
-And files of text that are none: nothing is read that might never end, or that cannot be what it should.
+And reading text files: pipes, devices and files that are too large are refused.
 """
 
 import os
@@ -43,7 +43,7 @@ CODES = (
 
 
 @pytest.mark.parametrize(("text", "shown"), list(zip(HOSTILE, CODES, strict=True)))
-def test_what_a_terminal_would_act_on_or_hide_is_shown_by_its_code(text, shown, capsys):
+def test_control_and_hidden_characters_are_shown_as_codes(text, shown, capsys):
     assert visible(f"a{text}b") == f"a{shown}b"
     for error in (UserError(f"a{text}b"), RecordError(f"a{text}b"), OSError(2, "no such file", f"a{text}b")):
         assert complain(error) == 1
@@ -52,7 +52,7 @@ def test_what_a_terminal_would_act_on_or_hide_is_shown_by_its_code(text, shown, 
 
 
 @given(st.text())
-def test_any_text_can_be_printed_and_is_one_line(text):
+def test_visible_text_is_printable_and_one_line(text):
     shown = visible(text)
     shown.encode()
     assert len(f"|{shown}|".splitlines()) == 1
@@ -62,7 +62,7 @@ def test_any_text_can_be_printed_and_is_one_line(text):
 
 
 @pytest.mark.parametrize("text", ["plain", "é 你好 \u3000 عربي", "a b"])
-def test_writing_of_any_language_stays(text):
+def test_text_of_any_language_is_unchanged(text):
     assert visible(text) == text
 
 
@@ -71,12 +71,12 @@ def test_half_a_surrogate_pair_can_be_printed(capsys):
     assert capsys.readouterr().err == "error: id \\ud83d\n"
 
 
-def test_what_may_stay():
+def test_characters_to_keep_stay():
     assert visible("a\n\tb\x1b\r", keep="\n\t") == "a\n\tb\\x1b\\x0d"
     assert str(SettingError("one\ntwo\x1b")) == "one\ntwo\\x1b"
 
 
-def test_a_message_is_never_longer_than_a_screen():
+def test_a_long_message_loses_its_middle():
     assert len(one_line(UserError("x" * 5_000_000))) == LONGEST_LINE
     assert len(str(RecordError("x" * 5_000_000))) == LONGEST_MESSAGE
     assert shortened("abcdefghijklmnopqrstuvwxyz", 12) == "abcdefgh … z" and shortened("abc", 3) == "abc"
@@ -106,12 +106,12 @@ def huge(path: Path) -> None:
         (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links"),
     ],
 )
-def test_what_is_no_file_of_text_is_refused_at_once(tmp_path, make, words):
+def test_what_is_not_a_text_file_is_refused_at_once(tmp_path, make, words):
     path = tmp_path / "config.json"
     make(path)
-    found = []
+    messages = []
 
-    def look():
+    def read_all():
         for read, kind in (
             (read_text, UserError),
             (read_object, UserError),
@@ -119,16 +119,16 @@ def test_what_is_no_file_of_text_is_refused_at_once(tmp_path, make, words):
         ):
             with pytest.raises(kind) as caught:
                 read(path, kind)
-            found.append(str(caught.value))
+            messages.append(str(caught.value))
 
-    thread = threading.Thread(target=look, daemon=True)  # a hang fails the test and does not hold it up
+    thread = threading.Thread(target=read_all, daemon=True)  # so that a hang fails the test instead of blocking it
     thread.start()
     thread.join(20)
-    assert len(found) == 3 and all(text.startswith(f"{path}: ") for text in found)
-    assert all(text.endswith(words) for text in found[:2])
+    assert len(messages) == 3 and all(text.startswith(f"{path}: ") for text in messages)
+    assert all(text.endswith(words) for text in messages[:2])
 
 
-def test_a_file_of_the_largest_size_is_read(tmp_path):
+def test_a_file_of_the_maximum_size_is_read(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b" " * (LARGEST_TEXT - 2) + b"{}")
     assert read_object(path, UserError) == {}

@@ -31,11 +31,11 @@ ROOMS = {
     "inference": 1_000,
     "training": 1_500,
     "tools": 1_950,
-    "launch": 1_700,
+    "launch": 1_680,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_400,
+    "qwen35": 1_500,
     "kernels": 3_850,
     "rehearse": 2_200,
     "accept": 720,

@@ -1,4 +1,4 @@
-"""When something dies: what is told, what is left, how the job goes on. Real processes, against a run without faults."""
+"""When something dies: what is reported, what stays, how the job resumes. Real processes."""
 
 import faulthandler
 import json
@@ -25,7 +25,7 @@ from qwen35.launch.watchdog import Watch, Watchdog, plogs
 from qwen35.train import setup
 from qwen35.training.metrics import read_metrics
 
-# A rank that hangs in C or dies two steps later may do so before a save in the background is whole: these wait for theirs.
+# saves in the background could be incomplete when a rank hangs in C or dies two steps later
 SAVED = ("training.save_interval=5", "training.async_save=false")
 
 
@@ -49,8 +49,8 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
-    """A rank that hangs in C with Python's lock held; after the restart one that is killed; after another, the end."""
+def test_a_run_with_a_hang_and_a_kill_ends_as_one_without(workplace, two, tmp_path):
+    """A rank hangs in C and holds the GIL; after the restart one is killed; then it completes."""
     logs = tmp_path / "log" / "debug" / "plog"
     logs.mkdir(parents=True)
     env = {"ASCEND_PROCESS_LOG_PATH": str(tmp_path / "log")}
@@ -62,13 +62,13 @@ def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
     assert (
         hung.endswith(f" s (training.timeout): {where}\nrestart 1 of 2, ") and "error: rank 1 has stood still" in hung
     )
-    places = [line for line in hung.splitlines() if line.startswith("  rank ")]
-    assert [line.split(" (")[0] for line in places] == ["  rank 0", "  rank 1"]
-    assert f"): {where}, for " in places[1] and "): step 7: " in places[0]
-    of = {part.split(":")[0]: part for part in hung.split("stacks of rank ")[1:]}
-    assert of.keys() == {"0", "1"}
-    assert "in stand_still" in of["1"] and "in train_step" in of["1"]
-    assert "in train_step" in of["0"] and "stand_still" not in of["0"]
+    positions = [line for line in hung.splitlines() if line.startswith("  rank ")]
+    assert [line.split(" (")[0] for line in positions] == ["  rank 0", "  rank 1"]
+    assert f"): {where}, for " in positions[1] and "): step 7: " in positions[0]
+    stacks = {part.split(":")[0]: part for part in hung.split("stacks of rank ")[1:]}
+    assert stacks.keys() == {"0", "1"}
+    assert "in hang_in_c" in stacks["1"] and "in train_step" in stacks["1"]
+    assert "in train_step" in stacks["0"] and "hang_in_c" not in stacks["0"]
     assert f"CANN's log: {tmp_path / 'log'}, which has nothing of these processes" in hung
     assert "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 2 of 2, " in killed
     assert re.search(r"step 9: micro-batch 1 of 1, forward, for \d+ s; was ended by SIGKILL", killed)
@@ -76,26 +76,28 @@ def test_a_hang_and_a_kill_and_it_goes_on(workplace, two, tmp_path):
     assert_same_run(tmp_path / "run", two)
 
 
-def test_two_machines(workplace, two, tmp_path):
-    """Two launchers. A rank is killed: both start theirs again, and go on. A launcher is killed: the other one ends."""
+def test_two_nodes_restart_together_and_end_together(workplace, two, tmp_path):
+    """A killed rank: both launchers restart their ranks. A killed launcher: the other ends."""
     port, save = free_port(), tmp_path / "run"
     faults = "0:1:7:kill 1:1:9:kill-launcher"
     both = [start(workplace, save, faults, *SAVED, nodes=(2, i, 1), port=port, restarts=2) for i in (0, 1)]
-    told = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [1, -signal.SIGKILL], told
-    assert "error: rank 1 was ended by SIGKILL; out of memory?\nrestart 1 of 2, from the newest checkpoint\n" in told[1]
-    first, second = told[0].split("restart 1 of 2, from the newest checkpoint\n")
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [1, -signal.SIGKILL], errors
+    assert (
+        "error: rank 1 was ended by SIGKILL; out of memory?\nrestart 1 of 2, from the newest checkpoint\n" in errors[1]
+    )
+    first, second = errors[0].split("restart 1 of 2, from the newest checkpoint\n")
     assert "  rank 0 (process " in first and "step 7: micro-batch 1 of 1, " in first
     assert "step 9: micro-batch 1 of 1, " in second and "restart" not in second
-    assert second.splitlines()[-1] == "error: machine 1 ended: its launcher is gone, killed or with the machine"
+    assert second.splitlines()[-1] == "error: node 1 ended: its launcher is gone (killed, or the machine is down)"
     assert newest_checkpoint(save).name == "iter_0000005"
     lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, two))
     assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted[: len(lines)]]
     assert 5 <= len(lines) <= 8
 
 
-def test_not_a_number_is_named_and_never_saved(workplace, tmp_path):
-    """Two steps before the next log step, at which a save is due too; no restart, for it would meet the same again."""
+def test_nan_is_named_and_never_saved(workplace, tmp_path):
+    """Two steps before a log step with a save; no restart, which would meet the same again."""
     save = tmp_path / "run"
     settings = ("training.save_interval=8", "training.log_interval=100", "training.async_save=false")
     done = run(workplace, save, "0:0:6:nan", *settings, restarts=1)
@@ -108,33 +110,33 @@ def test_not_a_number_is_named_and_never_saved(workplace, tmp_path):
     assert [line["step"] for line in read_metrics(save / "metrics.jsonl")] == list(range(1, 9))
 
 
-def test_a_pulse(monkeypatch):
-    """What one process says, the other reads; a text that is too long is cut; without a launcher it is said to nobody."""
-    watch = Watch(patience=50.0)
-    begun, late, what = watch.read()
-    assert (late - begun, what) == (50.0, "")
+def test_a_launcher_reads_the_heartbeat_and_the_stacks_of_a_rank(monkeypatch):
+    """A long activity is cut; without a launcher a heartbeat reaches nobody."""
+    watch = Watch(timeout=50.0)
+    start, deadline, activity = watch.read()
+    assert (deadline - start, activity) == (50.0, "")
     monkeypatch.setenv(HEARTBEAT, str(watch.descriptor))
     heartbeat = Heartbeat(7.0)
     heartbeat.at("reading é" + "x" * 500)
-    begun, late, what = watch.read()
-    assert 0 <= time.monotonic() - begun < 5 and late - begun == pytest.approx(7.0)
-    assert what.startswith("reading éx") and 200 < len(what) <= 240
-    heartbeat.at("meeting", 100.0)
-    begun, late, what = watch.read()
-    assert (what, round(late - begun)) == ("meeting", 100)
+    start, deadline, activity = watch.read()
+    assert 0 <= time.monotonic() - start < 5 and deadline - start == pytest.approx(7.0)
+    assert activity.startswith("reading éx") and 200 < len(activity) <= 240
+    heartbeat.at("joining", 100.0)
+    start, deadline, activity = watch.read()
+    assert (activity, round(deadline - start)) == ("joining", 100)
     assert watch.stacks() == ""
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert "in test_a_pulse" in watch.stacks()
+    assert "in test_a_launcher_reads_the_heartbeat" in watch.stacks()
     monkeypatch.delenv(HEARTBEAT)
     Heartbeat().at("alone")
-    assert watch.read()[2] == "meeting"
+    assert watch.read()[2] == "joining"
 
 
-def test_a_pulse_is_never_read_half_written():
-    """Of a process that says more than one after the other: at no moment it seems late, or not to have begun."""
-    watch = Watch(patience=-1.0)
+def test_a_heartbeat_is_never_read_half_written():
+    """While a process writes one after the other, it never seems stalled or not begun."""
+    watch = Watch(timeout=-1.0)
     program = (
-        "from qwen35.heartbeat import Heartbeat\npulse = Heartbeat(600.0)\nwhile True:\n    heartbeat.at('step 1')"
+        "from qwen35.heartbeat import Heartbeat\nheartbeat = Heartbeat(600.0)\nwhile True:\n    heartbeat.at('step 1')"
     )
     environment = os.environ | {HEARTBEAT: str(watch.descriptor)}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, pass_fds=[watch.descriptor])
@@ -143,46 +145,45 @@ def test_a_pulse_is_never_read_half_written():
             assert process.poll() is None
         end = time.monotonic() + 1
         while (now := time.monotonic()) < end:
-            begun, late, what = watch.read()
-            assert late > now and begun > 0 and what == "step 1"
+            start, deadline, activity = watch.read()
+            assert deadline > now and start > 0 and activity == "step 1"
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_worker_that_ends_before_it_is_asked(monkeypatch):
-    """What a rank has started may be gone at any moment; the other stacks are told all the same."""
-    monkeypatch.setattr("qwen35.launch.watchdog.ANSWER", 0.1)
+def test_a_worker_that_has_ended_does_not_keep_the_other_stacks_back(monkeypatch):
+    monkeypatch.setattr("qwen35.launch.watchdog.STACK_TIMEOUT", 0.1)
     ended = subprocess.Popen(["true"])
     ended.wait()
     monkeypatch.setattr("qwen35.launch.watchdog.children", lambda pid: [ended.pid])
     watchdog = Watchdog([0], None)
     monkeypatch.setenv(HEARTBEAT, str(watchdog.watches[0].descriptor))
     Heartbeat(7.0).at("step 3: waiting for its data")
-    with subprocess.Popen(["sleep", "600"]) as process:  # which ends when it is asked for a stack
-        watchdog.gather({0: process})
+    with subprocess.Popen(["sleep", "600"]) as process:  # which SIGUSR1 ends
+        watchdog.collect_stacks({0: process})
     assert f"worker {ended.pid} of the loader" in watchdog.watches[0].stacks()
     faulthandler.unregister(signal.SIGUSR1)
     watchdog.close()
 
 
-def test_weights_of_any_size_may_load_for_as_long_as_something_comes(workplace, two, tmp_path):
-    """The patience is that of each part, not that of all; from a Hugging Face folder and from a checkpoint."""
+def test_each_part_of_the_weights_has_a_heartbeat(workplace, two, tmp_path):
+    """From a Hugging Face folder and from a checkpoint: training.timeout holds for each part."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for origin, save in ((workplace / "weights", tmp_path), (two / "iter_0000010", two)):
         settings = load_settings(workplace / "recipe.yaml", [f"training.save={save}", "training.micro_batch_size=2"])
-        said = []
-        run = setup(settings, HOST, SimpleNamespace(at=said.append))
+        activities = []
+        run = setup(settings, HOST, SimpleNamespace(at=activities.append))
         count = len(list(run.model.parameters()))
         count *= 1 if save == tmp_path else 3  # and AdamW's two moments of each
-        assert said.count(f"loading {origin}") == 1 + count
+        assert activities.count(f"loading {origin}") == 1 + count
     dist.destroy_process_group()
 
 
-def test_any_number_of_records_may_be_read_for_as_long_as_one_comes(workplace, tmp_path):
-    """Those that are skipped, those of the validation set and what is read again for its answers among them."""
+def test_each_record_has_a_heartbeat(workplace, tmp_path):
+    """Also skipped ones, those of the validation set, and those read again for its answers."""
     records = json.loads((workplace / "records.json").read_text())
-    records[3] = records[5] = {"id": "\ud800"}  # which no text may hold
+    records[3] = records[5] = {"id": "\ud800"}  # not valid text
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "held_out.json").write_text(json.dumps(records[:4]))
     own, held_out = (f"data.{name}.basic_parameters" for name in ("dataset_param", "val_dataset_param"))
@@ -190,30 +191,32 @@ def test_any_number_of_records_may_be_read_for_as_long_as_one_comes(workplace, t
         f"{own}.dataset={tmp_path / 'records.json'}", f"{own}.on_bad_record=skip", f"training.save={tmp_path}",
         f"{held_out}.dataset={tmp_path / 'held_out.json'}", "training.val_interval=3", "training.val_generate=true",
     ]  # fmt: skip
-    said = []
+    activities = []
 
-    def at(what):
-        said.append(what)
-        heartbeat.at(what)
+    def at(activity):
+        activities.append(activity)
+        heartbeat.at(activity)
 
     heartbeat = Heartbeat()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     setup(load_settings(workplace / "recipe.yaml", flat), HOST, SimpleNamespace(at=at))
     dist.destroy_process_group()
-    read = re.findall(rf"^reading the data: {tmp_path}/(\w+)\.json(?:, record (\d+))?", "\n".join(said), re.MULTILINE)
+    read = re.findall(
+        rf"^reading the data: {tmp_path}/(\w+)\.json(?:, record (\d+))?", "\n".join(activities), re.MULTILINE
+    )
     again = [("held_out", str(i)) for i in range(1, 5)]
     assert read == [
         ("records", ""), *(("records", str(i)) for i in range(1, len(records) + 1)), ("held_out", ""), *again, *again
     ]  # fmt: skip
 
 
-def test_where_cann_writes(tmp_path, monkeypatch):
+def test_the_logs_of_cann_are_found_where_it_writes_them(tmp_path, monkeypatch):
     for name in ("ASCEND_PROCESS_LOG_PATH", "ASCEND_WORK_PATH", "ASCEND_HOME_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert plogs([12]) == []  # no CANN here
     monkeypatch.setenv("ASCEND_HOME_PATH", "/usr/local/Ascend")
-    assert plogs([12]) == [f"CANN's log: {tmp_path}/ascend/log, which is not there"]
+    assert plogs([12]) == [f"CANN's log: {tmp_path}/ascend/log, which does not exist"]
     folder = tmp_path / "work" / "log" / "debug" / "plog"
     folder.mkdir(parents=True)
     for pid in (1, 12, 123):
@@ -225,13 +228,13 @@ def test_where_cann_writes(tmp_path, monkeypatch):
     assert plogs([12, 123]) == [f"CANN's log: {folder}/plog-{pid}_20260101000000000.log" for pid in (12, 123)]
 
 
-# -- the launcher alone, with small programs in the place of the training ----------------------------------------------
+# -- the launcher alone, with small programs instead of training -----------------------------------
 
 DRIVER = """
 import argparse, sys
 from qwen35.launch import job
 from qwen35.launch.launcher import run
-job.GRACE = 0.5
+job.FAILURE_GRACE = 0.5
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=2, master_addr="localhost", master_port=int(sys.argv[1]))
 sys.exit(run([sys.executable, "-c", sys.argv[4]], args, None, float(sys.argv[2]), int(sys.argv[3])))
 """
@@ -244,13 +247,13 @@ rank, restart = int(os.environ["RANK"]), int(os.environ.get("QWEN35_RESTART", "0
 """
 
 
-def launch(program: str, patience: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", DRIVER, str(port or free_port()), str(patience), str(restarts), HEAD + program]
+def launch(program: str, timeout: float = 600, restarts: int = 0, port: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", DRIVER, str(port or free_port()), str(timeout), str(restarts), HEAD + program]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("is_taken", [False, True])
-def test_restarts_are_counted_and_meet_where_there_is_room(is_taken):
+def test_restarts_are_counted_and_use_a_free_port(is_taken):
     program = """
 if rank == 0:
     print("port", os.environ["MASTER_PORT"], "restart", restart, flush=True)
@@ -264,16 +267,16 @@ if rank == 0:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[3] for line in lines] == ["0", "1", "2"]
     assert [int(line[1]) == port for line in lines] == [True, not is_taken, not is_taken]
-    told = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart {} of 2, from the newest checkpoint\n"
-    assert done.stderr == (told * 3).format(1, 2, 3).replace("restart 3 of 2, from the newest checkpoint\n", "")
+    report = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart {} of 2, from the newest checkpoint\n"
+    assert done.stderr == (report * 3).format(1, 2, 3).replace("restart 3 of 2, from the newest checkpoint\n", "")
     assert done.returncode == 1
 
 
-def test_what_is_the_users_to_mend_is_not_tried_again():
+def test_a_user_error_is_not_retried():
     program = """
 if rank == 1:
     Heartbeat(600).at("step 3: saving the checkpoint")
-    record_failure(OSError(28, "No space left on device"), expected=True)
+    record_failure(OSError(28, "No space left on device"), is_user_error=True)
     sys.exit(1)
 time.sleep(600)
 """
@@ -282,8 +285,8 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("where", ["in the first group", "in another one"])
-def test_a_rank_that_is_killed_while_they_meet(where):
-    """The other one's connection breaks: no setting is to blame, and a restart may help."""
+def test_a_rank_killed_while_they_connect_is_restarted(where):
+    """The other rank's connection breaks: no setting is blamed."""
     program = """
 from qwen35.device import host_group, init_process, loopback_store
 if is_first and rank == 0:
@@ -297,19 +300,19 @@ if rank == 1 or not is_first:
 """
     program = f"is_first = {where == 'in the first group'}\n{program}"
     done = launch(program, restarts=1)
-    told = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 1 of 1, from the newest checkpoint\n"
-    assert told in done.stderr and "GLOO_SOCKET_IFNAME" not in done.stderr and "MASTER_PORT" not in done.stderr
+    report = "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 1 of 1, from the newest checkpoint\n"
+    assert report in done.stderr and "GLOO_SOCKET_IFNAME" not in done.stderr and "MASTER_PORT" not in done.stderr
 
 
-def test_a_rank_that_never_begins():
-    done = launch("time.sleep(600)", patience=1.0)
+def test_a_rank_without_any_heartbeat_has_stalled():
+    done = launch("time.sleep(600)", timeout=1.0)
     assert done.returncode == 1
     words = r"error: rank [01] has stood still for \d+ s \(training\.timeout\): before it began\n"
     assert re.fullmatch(words, done.stderr), done.stderr
 
 
-def test_an_error_of_ours_and_one_that_does_not_answer():
-    """Rank 0 fails and tells why, rank 1 is stopped and cannot write its stack, and ends all the same."""
+def test_an_internal_error_is_reported_though_a_peer_writes_no_stack():
+    """Rank 0 fails with a reason; rank 1 is stopped, cannot write its stack, and is killed."""
     program = """
 Heartbeat(600).at(f"step 4: here is rank {rank}")
 if rank == 1:
@@ -319,7 +322,7 @@ while "T (stopped)" not in states():
 try:
     1 / 0
 except ZeroDivisionError as error:
-    record_failure(error, expected=False)
+    record_failure(error, is_user_error=False)
     sys.exit(1)
 """
     states = """
@@ -335,8 +338,8 @@ def states():
     assert done.stderr.endswith("rank 0: division by zero\n") and "Traceback" in done.stderr
 
 
-def test_a_loader_that_hangs(tmp_path, monkeypatch):
-    """The stack of the worker is told as well; ranks at the same place are told together."""
+def test_the_stack_of_a_loader_that_hangs_is_reported(tmp_path, monkeypatch):
+    """Ranks at the same place share one stack."""
     program = """
 def read_an_image():
     time.sleep(600)
@@ -347,14 +350,14 @@ if not os.fork():
     read_an_image()
 os.read(reader, 1)
 heartbeat.at("step 9: waiting for its data")
-open(os.environ["MEETING"] + str(rank), "w").close()
-while not all(os.path.exists(os.environ["MEETING"] + str(other)) for other in range(2)):
+open(os.environ["RENDEZVOUS_FILE"] + str(rank), "w").close()
+while not all(os.path.exists(os.environ["RENDEZVOUS_FILE"] + str(other)) for other in range(2)):
     time.sleep(0.01)
 if rank == 1:
     heartbeat.at("step 9: waiting for its data", 0.0)
 time.sleep(600)
 """
-    monkeypatch.setenv("MEETING", str(tmp_path / "here"))
+    monkeypatch.setenv("RENDEZVOUS_FILE", str(tmp_path / "here"))
     done = launch(program)
     assert done.returncode == 1
     assert done.stderr.count("in read_an_image") == 2

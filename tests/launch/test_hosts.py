@@ -1,4 +1,4 @@
-"""HOSTS and Slurm: the real scripts in a copy of the project, a stand-in for ssh (for srun) that starts them here."""
+"""HOSTS and Slurm: the real scripts in a copy of the project, with stand-ins for ssh and srun."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from plain import plain
 
 from qwen35.config.load import SettingError
 from qwen35.launch.hosts_file import Host, check_environment, read_hosts
@@ -21,14 +22,14 @@ STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" ---- >"$0.$$.log"
 while [[ $1 == -* ]]; do case $1 in -o | -p) shift 2 ;; *) shift ;; esac; done
 [[ $1 != unreachable ]] || { echo "ssh: connect to host $1 port 22: Connection refused" >&2; exit 255; }
-env -i PATH="$PATH" bash -c "$2" # a child, which outlives this one as it would on another machine
+env -i PATH="$PATH" bash -c "$2" # a child, which outlives this process as on another machine
 """
 PYTHON = """#!/usr/bin/env bash
 source ./act
 """
 DRIVER = """
 import sys, qwen35.launch.hosts as h
-h.GRACE, h.SAVING, h.AGAIN = 0.3, 0.6, 0.0
+h.SHUTDOWN_GRACE, h.SAVE_GRACE, h.DUPLICATE_SIGNAL = 0.3, 0.6, 0.0
 h.outlive_readers()
 sys.exit(h.main(sys.argv[1:]))
 """
@@ -36,7 +37,7 @@ sys.exit(h.main(sys.argv[1:]))
 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
-    """The project's folder on the machines. What `python` does there is in the file `act`."""
+    """The project's folder on the nodes. What `python` does there is in the file `act`."""
     shutil.copytree(ROOT / "scripts", tmp_path / "it's there/scripts")
     folder = tmp_path / "it's there"
     files = {"configs/other.yaml": "", ".venv/.installed": "cpu", ".venv/bin/python": PYTHON, "act": ""}
@@ -69,12 +70,12 @@ def start(there: Path, *overrides: str, hosts: str = "hosts", **variables: str) 
 
 
 def ssh_log(there: Path) -> str:
-    """The words of each call, from a file of its own."""
+    """The arguments of each call; each call writes a file of its own."""
     return "".join(path.read_text() for path in there.parent.glob("ssh.*.log"))
 
 
 def pids(process: subprocess.Popen, count: int = 2) -> dict[str, int]:
-    """Name of a machine -> the process that says its number there."""
+    """Name of a node -> the process that prints its id there."""
     lines = [process.stdout.readline().split() for _ in range(count)]
     return {name.rstrip(":"): int(pid) for name, pid in lines}
 
@@ -97,7 +98,7 @@ def asked(there: Path) -> list[str]:
     return sorted(path.name for path in there.glob("asked_*"))
 
 
-def test_each_machine_gets_its_place_and_the_same_settings(there: Path) -> None:
+def test_each_node_gets_its_rank_and_the_same_settings(there: Path) -> None:
     (there / "act").write_text(
         'env >env_$NODE_RANK; printf "%s\\n" "$@" >call_$NODE_RANK; echo "here is $NODE_RANK"; echo oh >&2'
     )
@@ -130,12 +131,10 @@ def test_each_machine_gets_its_place_and_the_same_settings(there: Path) -> None:
     log = ssh_log(there)
     assert log.count("BatchMode=yes") == log.count("StrictHostKeyChecking=yes") == 2
     assert "-p\n2222\nme@one\n" in log and "\ntwo\ncd " in log
-    assert not re.search(
-        r"secret|level0|train_iters|OUT", log
-    )  # nothing that others could read in the list of processes
+    assert not re.search(r"secret|level0|train_iters|OUT", log)  # others can read the list of processes
 
 
-def test_a_machine_that_fails_ends_the_others(there: Path) -> None:
+def test_a_node_that_fails_ends_the_others(there: Path) -> None:
     fails = (
         "if ((NODE_RANK == 1)); then until [[ -e up ]]; do sleep 0.05; done; echo 'error: a.json: bad' >&2; exit 7; fi"
     )
@@ -148,7 +147,7 @@ def test_a_machine_that_fails_ends_the_others(there: Path) -> None:
     wait_until_gone([int(out.split()[1])])
 
 
-def test_a_machine_that_cannot_be_reached(there: Path) -> None:
+def test_a_node_that_cannot_be_reached_is_named(there: Path) -> None:
     (there / "act").write_text(STAYS)
     (there.parent / "hosts").write_text("one addr=127.0.0.1\nunreachable\n")
     process = start(there)
@@ -156,34 +155,34 @@ def test_a_machine_that_cannot_be_reached(there: Path) -> None:
     assert process.returncode == 1
     assert err.splitlines() == [
         "unreachable: ssh: connect to host unreachable port 22: Connection refused",
-        "error: unreachable cannot be reached, or was lost; this must work without a question: ssh unreachable true",
+        "error: unreachable cannot be reached, or lost its connection; this must work without a prompt: ssh unreachable true",
     ]
-    # the other was asked to save and stop, unless that came before it had begun
+    # the other was asked to save and stop, unless it had not begun yet
     assert asked(there) in ([], ["asked_0"])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_has_all_machines_save(there: Path, number: int, code: int) -> None:
+def test_a_signal_makes_all_nodes_save(there: Path, number: int, code: int) -> None:
     (there / "act").write_text(STAYS)
     process = start(there)
     pids(process)
     process.send_signal(number)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, sorted(out.splitlines())) == (code, ["one: saved", "two: saved"])
-    assert err.startswith("stopping: the run saves at the next log step, on all machines") and err.count("\n") == 1
+    assert plain(err).startswith("stopping: the run saves at the next log step, on all nodes") and err.count("\n") == 1
     assert asked(there) == ["asked_0", "asked_1"]
 
 
-def test_a_machine_cannot_write_anothers_lines(there: Path) -> None:
-    """Nor what a terminal would obey."""
+def test_a_node_cannot_forge_lines_of_another(there: Path) -> None:
+    """Nor send control characters to the terminal."""
     (there / "act").write_text(r"printf 'a\rtwo: forged\033[2J\tü\n'")
     out, _ = start(there).communicate(timeout=300)
     assert sorted(out.splitlines()) == [rf"{name}: a\x0dtwo: forged\x1b[2J ü" for name in ("one", "two")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, number: int) -> None:
-    """As of a lost connection, or of a session that its system ends: SIGTERM has that machine save, and stop."""
+def test_a_signal_to_the_process_behind_ssh_does_not_kill_the_run(there: Path, number: int) -> None:
+    """As from a lost connection or a session that ends: SIGTERM makes the node save and stop."""
     (there / "act").write_text(STAYS)
     process = start(there)
     pids(process)
@@ -199,8 +198,8 @@ def test_a_signal_to_what_holds_a_machine_does_not_kill_its_run(there: Path, num
     assert (process.returncode, sorted(out.splitlines())) == (0, ["one: saved", "two: saved"])
 
 
-def test_a_stop_saves_though_nobody_reads(there: Path) -> None:
-    """Ctrl-C ends the reader of both streams as well, and before this has said a word."""
+def test_a_stop_saves_without_a_reader(there: Path) -> None:
+    """Ctrl-C also ends the reader of both streams, before anything is printed."""
     (there / "act").write_text(STAYS.replace("echo saved", "touch saved_$NODE_RANK; echo saved"))
     process = start(there)
     pids(process)
@@ -211,8 +210,8 @@ def test_a_stop_saves_though_nobody_reads(there: Path) -> None:
     assert len(list(there.glob("saved_*"))) == 2
 
 
-def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
-    """One that is made anew for each run, or the one that is set; never in a list of processes, nor printed."""
+def test_the_secret_is_sent_by_standard_input_only(there: Path) -> None:
+    """New for each run unless it is set; never in a list of processes, nor printed."""
     (there / "act").write_text("env >env_$NODE_RANK; cat /proc/$$/cmdline >call_$NODE_RANK")
     found = []
     for variables in ({}, {}, {"RENDEZVOUS_SECRET": "that of the user"}):
@@ -226,7 +225,7 @@ def test_the_secret_goes_by_standard_input_alone(there: Path) -> None:
         found.append(both[0])
         seen = ssh_log(there) + "".join((there / f"call_{n}").read_text() for n in (0, 1))
         assert both[0] not in seen
-    assert len(set(found)) == 3 and found[2] == "that of the user" and all(len(one) == 64 for one in found[:2])
+    assert len(set(found)) == 3 and found[2] == "that of the user" and all(len(secret) == 64 for secret in found[:2])
     out, err = start(there, RENDEZVOUS_SECRET="that of the user", DRY_RUN="1").communicate(timeout=300)
     assert "NODE_RANK=1" in out and "that of the user" not in out + err
     process = start(there, RENDEZVOUS_SECRET="short")
@@ -239,15 +238,15 @@ def test_a_second_ctrl_c_stops_at_once(there: Path) -> None:
     process = start(there)
     started = pids(process)
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping")
+    assert plain(process.stderr.readline()).startswith("stopping")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == 130
     wait_until_gone(started.values())
 
 
-def test_kill_9_of_the_starter_has_all_machines_save(there: Path) -> None:
-    """Though nobody reads what they print any more."""
+def test_kill_9_of_the_starter_makes_all_nodes_save(there: Path) -> None:
+    """Though nobody reads their output any more."""
     (there / "act").write_text(
         STAYS.replace("echo saved", "for i in {1..3000}; do echo saved; done; touch done_$NODE_RANK")
     )
@@ -261,7 +260,7 @@ def test_kill_9_of_the_starter_has_all_machines_save(there: Path) -> None:
     assert len(list(there.glob("done_*"))) == 2
 
 
-def test_a_machine_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> None:
+def test_a_node_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> None:
     env_sh = (there / "env.sh").read_text()
     (there / "env.sh").write_text(env_sh.replace('"${HOSTS:=}"', '"${HOSTS:=hosts}"'))
     (there / "act").write_text('echo "$2"')
@@ -269,7 +268,7 @@ def test_a_machine_whose_env_sh_names_hosts_starts_only_itself(there: Path) -> N
     assert (sorted(out.splitlines()), err) == (["one: qwen35.launch", "two: qwen35.launch"], "")
 
 
-def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
+def test_a_wrong_setting_starts_nothing(there: Path) -> None:
     process = start(there, "training.learning_rate=1")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err.count("\n")) == (1, "", 1)
@@ -277,7 +276,7 @@ def test_nothing_is_started_for_a_setting_that_is_wrong(there: Path) -> None:
     assert not ssh_log(there)
 
 
-def test_a_dry_run_says_what_each_machine_would_get(there: Path) -> None:
+def test_a_dry_run_prints_what_each_node_would_get(there: Path) -> None:
     process = start(there, DRY_RUN="1")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err, out.count("\n")) == (0, "", 2)
@@ -286,7 +285,7 @@ def test_a_dry_run_says_what_each_machine_would_get(there: Path) -> None:
 
 
 @pytest.mark.parametrize("preflight", [False, True])
-def test_the_scripts_hand_over(there: Path, preflight: bool) -> None:
+def test_the_scripts_pass_their_arguments_on(there: Path, preflight: bool) -> None:
     (there / "act").write_text('printf "%s\\n" "$@"')
     env = {
         "PATH": os.environ["PATH"],
@@ -307,10 +306,10 @@ def test_the_scripts_hand_over(there: Path, preflight: bool) -> None:
     assert {"HCCL_CONNECT_TIMEOUT", "RENDEZVOUS_TIMEOUT"} <= set(words[words.index("--variables") + 1].split())
 
 
-# -- the file ------------------------------------------------------------------------------------------------------------
+# -- the file --------------------------------------------------------------------------------------
 
 
-def test_the_hosts_file(tmp_path: Path) -> None:
+def test_a_hosts_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a\nroot@10.0.0.2 addr=192.168.0.2 port=2200 # the second\n  # none\nfe80::3\n")
     assert read_hosts(tmp_path / "hosts") == [
         Host("a"),
@@ -322,20 +321,20 @@ def test_the_hosts_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "names no machine"),
-        ("a\n-oProxyCommand=x", "line 2: '-oProxyCommand=x' is no name of a machine"),
-        ("me@-x", "line 1: 'me@-x' is no name"),
-        ("a;reboot", "line 1: 'a;reboot' is no name"),
-        ("a\nb slots=0", "line 2: 'slots=0': a number is expected"),
-        ("a port=65536", "line 1: 'port=65536': a number"),
+        ("", "lists no node"),
+        ("a\n-oProxyCommand=x", "line 2: '-oProxyCommand=x' is not a host name"),
+        ("me@-x", "line 1: 'me@-x' is not a host name"),
+        ("a;reboot", "line 1: 'a;reboot' is not a host name"),
+        ("a\nb slots=0", "line 2: 'slots=0' needs a number"),
+        ("a port=65536", "line 1: 'port=65536' needs a number"),
         ("a gpus=8", "line 1: 'gpus=8' is none of slots=…, addr=…, port=…"),
         ("a slots=1 slots=1", "'slots=1' is none of"),
-        ("a addr=$(x)", "an address is expected"),
-        ("a\n\nme@a", "line 3: a is there twice"),
-        ("a slots=8\nb slots=4\nc", "every machine needs the same slots: a 8, b 4, c no slots"),
+        ("a addr=$(x)", "needs an address"),
+        ("a\n\nme@a", "line 3: a is listed twice"),
+        ("a slots=8\nb slots=4\nc", "all nodes must have the same slots: a 8, b 4, c no slots"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+def test_an_error_in_the_file_is_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(SettingError, match=re.escape(words)):
         read_hosts(tmp_path / "hosts")
@@ -344,23 +343,23 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, words: st
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"NODES": "3"}, "NODES=3, but HOSTS names 2 machines"),
-        ({"NODE_RANK": "0"}, "NODE_RANK=0 is one machine's"),
-        ({"NODE_ADDR": "10.0.0.1"}, "NODE_ADDR=10.0.0.1 is one machine's"),
-        ({"HCCL_IF_IP": "10.0.0.1"}, "HCCL_IF_IP=10.0.0.1 is one machine's"),
+        ({"NODES": "3"}, "NODES=3, but HOSTS lists 2 nodes"),
+        ({"NODE_RANK": "0"}, "NODE_RANK=0 belongs to one node"),
+        ({"NODE_ADDR": "10.0.0.1"}, "NODE_ADDR=10.0.0.1 belongs to one node"),
+        ({"HCCL_IF_IP": "10.0.0.1"}, "HCCL_IF_IP=10.0.0.1 belongs to one node"),
         ({"NPUS_PER_NODE": "4"}, "NPUS_PER_NODE=4, but HOSTS says slots=8"),
-        ({"MASTER_ADDR": "b"}, "MASTER_ADDR=b, but HOSTS gives machine 0 addr=a"),
+        ({"MASTER_ADDR": "b"}, "MASTER_ADDR=b, but HOSTS gives node 0 addr=a"),
     ],
 )
-def test_contradictions_are_refused(environment: dict[str, str], words: str) -> None:
+def test_variables_that_contradict_the_file_are_refused(environment: dict[str, str], words: str) -> None:
     with pytest.raises(SettingError, match=re.escape(words)):
         check_environment([Host("one", 8, "a"), Host("two", 8)], environment)
-    with pytest.raises(SettingError, match="the name localhost"):
+    with pytest.raises(SettingError, match="cannot reach node 0 as localhost"):
         check_environment([Host("localhost"), Host("two")], {})
     check_environment([Host("one"), Host("two")], {"NODES": "2", "NPUS_PER_NODE": "4", "MASTER_ADDR": "b"})
 
 
-# -- Slurm ---------------------------------------------------------------------------------------------------------------
+# -- Slurm -----------------------------------------------------------------------------------------
 
 SRUN = """#!/usr/bin/env bash
 # each task of the step here; SIGTERM goes to all of them, as srun forwards it
@@ -401,7 +400,7 @@ def slurm(there: Path, *arguments: str, script: str = "../bin/spool", **variable
     )
 
 
-def test_a_slurm_job_starts_each_node_in_its_place(there: Path) -> None:
+def test_a_slurm_job_gives_each_node_its_rank(there: Path) -> None:
     (there / "act").write_text('printf "%s " "$@" >call_$NODE_RANK; echo "$RENDEZVOUS_SECRET" >secret_$NODE_RANK')
     process = slurm(there, "training.train_iters=2", "model.freeze=[a, b]")
     out, err = process.communicate(timeout=300)
@@ -410,12 +409,12 @@ def test_a_slurm_job_starts_each_node_in_its_place(there: Path) -> None:
         call = (there / f"call_{rank}").read_text()
         assert f"--nnodes 2 --node_rank {rank} " in call and "--master_addr gpu3 " in call
         assert call.endswith("configs/other.yaml training.train_iters=2 model.freeze=[a, b] ")
-    one, other = ((there / f"secret_{rank}").read_text() for rank in range(2))
-    assert one == other and re.fullmatch(r"[0-9a-f]{64}\n", one)
+    first, second = ((there / f"secret_{rank}").read_text() for rank in range(2))
+    assert first == second and re.fullmatch(r"[0-9a-f]{64}\n", first)
     assert not (there / "scontrol.log").exists()
 
 
-def test_a_slurm_job_near_its_limit_saves_and_comes_back(there: Path) -> None:
+def test_a_slurm_job_near_its_limit_saves_and_requeues(there: Path) -> None:
     (there / "act").write_text(STAYS)
     process = slurm(there)
     for _ in range(2):
@@ -426,7 +425,7 @@ def test_a_slurm_job_near_its_limit_saves_and_comes_back(there: Path) -> None:
     assert (there / "scontrol.log").read_text() == "requeue 17\n"
 
 
-def test_a_slurm_job_that_fails_does_not_come_back(there: Path) -> None:
+def test_a_slurm_job_that_fails_is_not_requeued(there: Path) -> None:
     (there / "act").write_text("exit 3")
     process = slurm(there)
     process.communicate(timeout=300)
@@ -444,7 +443,7 @@ def test_a_slurm_job_that_fails_does_not_come_back(there: Path) -> None:
         ({"NODES": "3"}, "NODES=3, but the job has 2 nodes"),
     ],
 )
-def test_what_a_slurm_job_cannot_use_is_named(there: Path, variables: dict[str, str], words: str) -> None:
+def test_a_setting_that_a_slurm_job_cannot_use_is_named(there: Path, variables: dict[str, str], words: str) -> None:
     process = slurm(there, script="scripts/slurm.sh" if "sbatch" in words else "../bin/spool", **variables)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)

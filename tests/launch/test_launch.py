@@ -1,4 +1,4 @@
-"""The launcher, with small programs in the place of the training: they end together, and what failed first is told."""
+"""The launcher with small programs instead of training: all end together, with a report."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from plain import plain
 from ports import free_port
 
 from qwen35.launch.job import Failure
@@ -19,7 +20,7 @@ DRIVER = """
 import argparse, sys
 from qwen35.launch import job
 from qwen35.launch.launcher import run
-job.GRACE = float(sys.argv[3])
+job.FAILURE_GRACE = float(sys.argv[3])
 args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=1)
 sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
 """
@@ -27,7 +28,7 @@ HEAD = """
 import os, signal, sys, time
 from qwen35.rank import record_failure
 rank = int(os.environ["RANK"])
-def say(*words):  # a line in one write, whatever the other ranks do
+def say(*words):  # one write a line, so that lines of ranks do not mix
     sys.stdout.write(" ".join(map(str, words)) + "\\n")
     sys.stdout.flush()
 """
@@ -50,7 +51,7 @@ def gone(pids: list[int]) -> bool:
     return not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids)
 
 
-def test_ranks_and_their_environment():
+def test_each_rank_gets_its_environment():
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     process = start(f"say(*(os.environ[n] for n in {names}))", 3)
     out, err = process.communicate(timeout=300)
@@ -58,7 +59,7 @@ def test_ranks_and_their_environment():
     assert sorted(out.splitlines()) == [f"{r} {r} 3 3 localhost 1" for r in range(3)]
 
 
-def test_an_expected_failure_is_one_line_whoever_fails_first(tmp_path):
+def test_a_user_error_is_one_line_whichever_rank_fails_first(tmp_path):
     program = f"here = {str(tmp_path / 'here')!r}"
     program += """
 own = os.environ['QWEN35_FAILURE_FILE']
@@ -70,7 +71,7 @@ while not os.path.exists(awaited):
 try:
     raise RuntimeError("the peer is gone") if rank else ValueError("a.json, record 3: no such file")
 except Exception as error:
-    record_failure(error, expected=rank == 0)
+    record_failure(error, is_user_error=rank == 0)
     sys.exit(1)
 """
     process = start(program, grace=60)
@@ -79,13 +80,13 @@ except Exception as error:
     assert err == "error: a.json, record 3: no such file\n"
 
 
-def test_a_crash_is_told_with_its_traceback_and_ends_the_others():
+def test_a_crash_is_reported_with_its_traceback_and_ends_the_others():
     program = """
 if rank == 1:
     try:
         1 / 0
     except ZeroDivisionError as error:
-        record_failure(error, expected=False)
+        record_failure(error, is_user_error=False)
         sys.exit(1)
 time.sleep(600)
 """
@@ -95,11 +96,11 @@ time.sleep(600)
     assert "Traceback" in err and err.endswith("rank 1: division by zero\n") and err.startswith("error: ")
 
 
-def test_a_kill_comes_first_even_where_its_peer_is_quicker_to_tell():
+def test_a_killed_rank_is_reported_before_its_peers_lost_connection():
     program = """
 other = os.environ['QWEN35_FAILURE_FILE'].replace('0.json', '1.json')
 if rank == 1:
-    record_failure(RuntimeError("connection closed by peer"), expected=False)
+    record_failure(RuntimeError("connection closed by peer"), is_user_error=False)
     sys.exit(1)
 while not os.path.exists(other):
     time.sleep(0.01)
@@ -114,15 +115,15 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize(
     ("failure", "words"),
     [
-        ('OSError("No space left on device"), expected=True', "error: No space left on device\n"),
+        ('OSError("No space left on device"), is_user_error=True', "error: No space left on device\n"),
         (
-            'ZeroDivisionError("division by zero"), expected=False',
+            'ZeroDivisionError("division by zero"), is_user_error=False',
             "error: ZeroDivisionError: division by zero\nrank 1: division by zero\n",
         ),
     ],
     ids=["of the user", "of ours"],
 )
-def test_a_process_that_hangs_after_its_failure_is_ended_and_the_failure_told(failure, words):
+def test_a_rank_that_hangs_after_its_failure_is_killed_and_the_failure_reported(failure, words):
     program = f"""
 if rank == 1:
     record_failure({failure})
@@ -142,13 +143,13 @@ time.sleep(600)
         ("os._exit(7)", "rank 1 ended with exit code 7"),
     ],
 )
-def test_an_end_without_words(ending, words):
+def test_the_end_of_a_rank_without_a_reason_is_described(ending, words):
     process = start(f"if rank == 1:\n    {ending}\ntime.sleep(600)")
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, f"error: {words}\n")
 
 
-def test_kill_9_of_the_launcher_ends_everything():
+def test_kill_9_of_the_launcher_ends_all_ranks():
     process = start("say(os.getpid()); time.sleep(600)", 3)
     pids = [int(process.stdout.readline()) for _ in range(3)]
     process.kill()
@@ -173,7 +174,7 @@ say("saved", len(asked))
     process.send_signal(number)  # as from make and from the terminal in one moment
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (code, "saved 1\nsaved 1\n")
-    assert err.startswith("stopping: ") and err.count("\n") == 1
+    assert plain(err).startswith("stopping: ") and err.count("\n") == 1
     assert gone(pids)
 
 
@@ -181,21 +182,21 @@ def test_a_second_ctrl_c_stops_at_once():
     process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); say(os.getpid()); time.sleep(600)")
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("stopping")
-    time.sleep(1.1)  # more than job.AGAIN
+    assert plain(process.stderr.readline()).startswith("stopping")
+    time.sleep(1.1)  # longer than job.DUPLICATE_SIGNAL
     assert not gone(pids)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert err.endswith("stopped at once; the same command goes on from the newest checkpoint\n")
+    assert err.endswith("stopped at once; the same command resumes from the newest checkpoint\n")
     assert gone(pids)
 
 
-def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
-    """As tiny.sh tells it: kill -9 of the script leaves nothing behind."""
+def test_a_job_ends_with_its_parent(tmp_path):
+    """As scripts/tiny.sh uses it: kill -9 of the script leaves no process behind."""
     outer = "import os, subprocess, sys; env = {**os.environ, 'QWEN35_PARENT': str(os.getpid())}\n"
     outer += "subprocess.run([sys.executable, '-m', 'qwen35.launch', *sys.argv[1:]], env=env)"
-    # the ranks stand still before they do anything
+    # the ranks sleep before they do anything
     still = "import os, sys, time\nif 'RANK' in os.environ:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
     (tmp_path / "sitecustomize.py").write_text(still)
     command = [sys.executable, "-c", outer, "--master_port", str(free_port()), "configs/tiny.yaml"]
@@ -209,55 +210,67 @@ def test_a_job_ends_with_the_process_that_it_was_told_of(tmp_path):
     process.wait()
 
 
-# -- several machines ----------------------------------------------------------------------------------------------------
+# -- several nodes ---------------------------------------------------------------------------------
 
-MACHINE = """
+NODE = """
 import argparse, sys
 from pathlib import Path
 from qwen35.launch import job
 from qwen35.launch.launcher import run
-from qwen35.launch.rendezvous import Place, Talk, meet
-job.GRACE = float(sys.argv[6])
-machine, machines, port = map(int, sys.argv[1:4])
+from qwen35.launch.rendezvous import LocalNode, RendezvousParameters, join
+from qwen35.log import set_up_logging
+job.FAILURE_GRACE = float(sys.argv[6])
+set_up_logging()
+node, nodes, port = map(int, sys.argv[1:4])
 args = argparse.Namespace(
-    nnodes=machines, node_rank=machine, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
+    nnodes=nodes, node_rank=node, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
 )
-meeting = meet(Place(machine, machines, "127.0.0.1", port, 300), Talk(dict, Path(sys.argv[4]), say=lambda line: None))
-sys.exit(run([sys.executable, "-c", sys.argv[5]], args, meeting))
+params = RendezvousParameters(node, nodes, "127.0.0.1", port, 300)
+rendezvous = join(params, LocalNode(dict, Path(sys.argv[4]), log=lambda line: None))
+sys.exit(run([sys.executable, "-c", sys.argv[5]], args, rendezvous))
 """
 
 
-def start_machines(program: str, save: Path, machines: int = 2, grace: float = 0.5) -> list[subprocess.Popen]:
+def start_nodes(program: str, save: Path, nodes: int = 2, grace: float = 0.5) -> list[subprocess.Popen]:
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, "-c", MACHINE, str(machine), str(machines), port, str(save), HEAD + program, str(grace)],
+            [sys.executable, "-c", NODE, str(node), str(nodes), port, str(save), HEAD + program, str(grace)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for machine in range(machines)
+        for node in range(nodes)
     ]
 
 
-def test_what_fails_on_one_machine_ends_all_and_is_told_on_all(tmp_path):
-    """The ranks of the others hang, as in a collective."""
+def failure_of(node: int, err: str) -> str:
+    """Standard error of a node's launcher, after the line that names its ranks."""
+    first, _, rest = plain(err).partition("\n")
+    assert first.startswith(f"node {node}: ranks {2 * node} to {2 * node + 1} of 4, rendezvous at 127.0.0.1:"), err
+    return rest
+
+
+def test_a_failure_on_one_node_ends_all_and_is_reported_on_all(tmp_path):
+    """The ranks of the other node hang, as in a collective."""
     program = "if rank == 3:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)"
-    machines = start_machines(program, tmp_path)
-    ended = [process.communicate(timeout=300) for process in machines]
-    assert [process.returncode for process in machines] == [1, 1]
+    processes = start_nodes(program, tmp_path)
+    ended = [failure_of(node, process.communicate(timeout=300)[1]) for node, process in enumerate(processes)]
+    assert [process.returncode for process in processes] == [1, 1]
     words = "rank 3 was ended by SIGKILL; out of memory?"
-    assert [err for _, err in ended] == [f"error: machine 1 ended: {words}\n", f"error: {words}\n"]
-    assert ended[1][0].startswith("machine 1: ranks 2 to 3 of 4, which meet at 127.0.0.1:")
+    assert ended == [f"error: node 1 ended: {words}\n", f"error: {words}\n"]
 
 
 @pytest.mark.parametrize("is_killed", [True, False])
-def test_what_failed_here_is_not_explained_by_what_it_does_elsewhere(tmp_path, is_killed):
-    """The other machine's ranks miss this one's at once and end, its launcher tells of that; till then a rank hangs here."""
+def test_a_failure_here_is_not_explained_by_its_effect_on_another_node(tmp_path, is_killed):
+    """The other node's ranks lose this one's and fail, and its launcher reports that at once.
+
+    Meanwhile a rank hangs here.
+    """
     own = "os.kill(os.getpid(), 9)"
     if not is_killed:
-        own = "record_failure(ZeroDivisionError('of ours'), expected=False)\n    sys.exit(1)"
+        own = "record_failure(ZeroDivisionError('of ours'), is_user_error=False)\n    sys.exit(1)"
     program = f"""
 from pathlib import Path
 file = Path({str(tmp_path / "pid")!r})
@@ -271,55 +284,57 @@ if rank == 3:
     {own}
 while not file.exists() or os.path.exists(f"/proc/{{file.read_text()}}"):  # until its launcher has seen its end
     time.sleep(0.01)
-record_failure(RuntimeError("connection closed by peer"), expected=False)
+record_failure(RuntimeError("connection closed by peer"), is_user_error=False)
 sys.exit(1)
 """
     (tmp_path / "save").mkdir()
-    machines = start_machines(program, tmp_path / "save", grace=60)
-    ended = [process.communicate(timeout=300)[1] for process in machines]
-    assert [process.returncode for process in machines] == [1, 1]
+    processes = start_nodes(program, tmp_path / "save", grace=60)
+    ended = [failure_of(node, process.communicate(timeout=300)[1]) for node, process in enumerate(processes)]
+    assert [process.returncode for process in processes] == [1, 1]
     if is_killed:
         assert ended[1] == "error: rank 3 was ended by SIGKILL; out of memory?\n"
     else:
-        own, *others = ended[1].split("\nerror: ")  # on a busy machine the other one's news may come after the end
+        own, *others = ended[1].split("\nerror: ")  # on a busy machine the other node's report may come after the end
         assert own.rstrip() == "error: ZeroDivisionError: of ours\nrank 3: of ours"
-        assert all(line.startswith("machine 0 ended: rank ") for line in others)
+        assert all(line.startswith("node 0 ended: rank ") for line in others)
     assert "connection closed by peer" in ended[0]
 
 
-def test_what_other_machines_are_told():
-    told = "Traceback (most recent call last):\n  File x\nRuntimeError: no memory\n#12 clone3\n"
-    assert Failure(f"{told}rank 3: no memory\n#12 clone3").line == "rank 3: no memory"
-    assert Failure("rank 3 was ended by SIGKILL").line == "rank 3 was ended by SIGKILL"
-    assert Failure("a.json, record 3: no such file").line == "a.json, record 3: no such file"
+def test_other_nodes_get_one_line_of_a_failure():
+    trace = "Traceback (most recent call last):\n  File x\nRuntimeError: no memory\n#12 clone3\n"
+    assert Failure(f"{trace}rank 3: no memory\n#12 clone3").summary == "rank 3: no memory"
+    assert Failure("rank 3 was ended by SIGKILL").summary == "rank 3 was ended by SIGKILL"
+    assert Failure("a.json, record 3: no such file").summary == "a.json, record 3: no such file"
 
 
-def test_machines_that_end_at_different_times_end_well(tmp_path):
+def test_nodes_may_end_at_different_times(tmp_path):
     program = """
 while rank < 2 and not os.path.exists(go):
     time.sleep(0.01)
 """
-    first, second = start_machines(f"go = {str(tmp_path / 'go')!r}\n{program}", tmp_path)
-    assert second.communicate(timeout=300)[1] == "" and second.returncode == 0
+    first, second = start_nodes(f"go = {str(tmp_path / 'go')!r}\n{program}", tmp_path)
+    assert failure_of(1, second.communicate(timeout=300)[1]) == "" and second.returncode == 0
     (tmp_path / "go").touch()
-    assert first.communicate(timeout=300)[1] == "" and first.returncode == 0
+    assert failure_of(0, first.communicate(timeout=300)[1]) == "" and first.returncode == 0
 
 
-def test_kill_9_of_one_launcher_ends_the_other_machine(tmp_path):
-    first, second = start_machines("say(os.getpid()); time.sleep(600)", tmp_path)
+def test_kill_9_of_one_launcher_ends_the_other_node(tmp_path):
+    first, second = start_nodes("say(os.getpid()); time.sleep(600)", tmp_path)
     numbers = []
     for process in (first, second):
-        process.stdout.readline()  # which ranks it has
         numbers += [int(process.stdout.readline()) for _ in range(2)]
     second.kill()
-    _, err = first.communicate(timeout=300)
-    assert (first.returncode, err) == (1, "error: machine 1 ended: its launcher is gone, killed or with the machine\n")
+    err = failure_of(0, first.communicate(timeout=300)[1])
+    assert (first.returncode, err) == (
+        1,
+        "error: node 1 ended: its launcher is gone (killed, or the machine is down)\n",
+    )
     wait_for(lambda: gone(numbers))
     second.communicate()
 
 
-def test_stopped_before_the_first_step():
-    process = start("say(rank); time.sleep(600)")  # SIGTERM has its usual meaning still
+def test_a_stop_before_the_first_step_says_that_nothing_was_saved():
+    process = start("say(rank); time.sleep(600)")  # SIGTERM still has its default action
     for _ in range(2):
         process.stdout.readline()
     process.terminate()
@@ -333,7 +348,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_taken_port_and_an_unknown_machine_are_named():
+def test_a_port_in_use_and_an_unknown_host_are_named():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -346,17 +361,17 @@ def test_a_taken_port_and_an_unknown_machine_are_named():
         assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
     done = launch("--master_addr", "no.such.machine.invalid")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "MASTER_ADDR=no.such.machine.invalid: no machine of that name is known here" in done.stderr
+    assert "MASTER_ADDR=no.such.machine.invalid: no host of that name is known here" in done.stderr
 
 
-def test_a_machine_that_lets_nobody_open_files_is_named():
+def test_a_low_limit_of_open_files_is_named():
     command = f'ulimit -n 16; exec "{sys.executable}" -m qwen35.launch configs/tiny.yaml'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    words = "error: ulimit -n is 16: a process of a run needs 256 open files and more\n"
+    words = "error: ulimit -n is 16: each process of a run needs at least 256 open files\n"
     assert (done.returncode, done.stderr) == (1, words)
 
 
-def test_threads_are_shared_out(monkeypatch):
+def test_ranks_share_the_cores(monkeypatch):
     import argparse
 
     from qwen35.launch.launcher import rank_environments

@@ -1,4 +1,4 @@
-"""Two machines on this one: whole launchers that compare themselves, measure, and train as one machine does."""
+"""Two nodes on this machine: real launchers that compare, measure, and train as one node does."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from plain import plain
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
 
@@ -24,10 +25,10 @@ def workplace(tmp_path_factory) -> Path:
     return make_workplace(tmp_path_factory.mktemp("workplace"))
 
 
-def start(workplace: Path, machine: int, port: int, *arguments: str) -> subprocess.Popen:
-    place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+def start(workplace: Path, node: int, port: int, *arguments: str) -> subprocess.Popen:
+    rendezvous = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
     return subprocess.Popen(
-        [sys.executable, "-m", "qwen35.launch", *place, *arguments],
+        [sys.executable, "-m", "qwen35.launch", *rendezvous, *arguments],
         cwd=ROOT,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"},
@@ -37,9 +38,11 @@ def start(workplace: Path, machine: int, port: int, *arguments: str) -> subproce
     )
 
 
-def ends(*machines: subprocess.Popen) -> list[tuple[int, str, str]]:
-    told = [process.communicate(timeout=300) for process in machines]
-    return [(process.returncode, *words) for process, words in zip(machines, told, strict=True)]
+def ends(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    outputs = [process.communicate(timeout=300) for process in processes]
+    return [
+        (process.returncode, plain(out), plain(err)) for process, (out, err) in zip(processes, outputs, strict=True)
+    ]
 
 
 def without_waiting(err: str) -> list[str]:
@@ -52,11 +55,11 @@ def steps(save: Path) -> list[dict]:
 
 
 def strangers(port: int) -> list[socket.socket]:
-    """Some that say nothing and some that lie, who stay, once machine 0 is there."""
+    """Open connections to node 0, once it listens: some silent, some with false messages."""
     found: list[socket.socket] = []
     lies = (
-        b'{"machine": 1, "machines": 3}\n',
-        b'{"machine": 1, "machines": 2, "proof": "0"}\n',
+        b'{"node_rank": 1, "nnodes": 3}\n',
+        b'{"node_rank": 1, "nnodes": 2, "proof": "0"}\n',
         b"\xff" * 5000,
         b"",
         b"",
@@ -70,21 +73,22 @@ def strangers(port: int) -> list[socket.socket]:
     return found
 
 
-def test_two_machines_train_as_one_does(workplace, tmp_path):
-    """Whoever else knocks at their port."""
+def test_two_nodes_train_as_one_does(workplace, tmp_path):
+    """While strangers hold connections to their port."""
     recipe, port = str(workplace / "recipe.yaml"), free_port()
     settings = ["training.train_iters=3", "training.log_interval=1", "data.dataloader_param.num_workers=0"]
     save = tmp_path / "two"
-    machine_0 = start(workplace, 0, port, recipe, f"training.save={save}", *settings)
-    knocking = strangers(port)
-    both = ends(start(workplace, 1, port, recipe, f"training.save={save}", *settings), machine_0)
-    for connection in knocking:
+    node_0 = start(workplace, 0, port, recipe, f"training.save={save}", *settings)
+    connections = strangers(port)
+    both = ends(start(workplace, 1, port, recipe, f"training.save={save}", *settings), node_0)
+    for connection in connections:
         connection.close()
     assert [code for code, *_ in both] == [0, 0], both
-    (_, second, _), (_, first, _) = both
-    assert first.startswith(f"machine 0: ranks 0 to 0 of 2, which meet at 127.0.0.1:{port}\n")
-    assert second == f"machine 1: ranks 1 to 1 of 2, which meet at 127.0.0.1:{port}; the log is on machine 0\n"
-    assert first.count("all-reduce over 2 ranks of 2 machines: ") == 1
+    (_, _, second), (_, first_log, first) = both
+    where = f"of 2, rendezvous at 127.0.0.1:{port}"
+    assert without_waiting(first)[-1] == f"node 0: ranks 0 to 0 {where}"
+    assert without_waiting(second)[-1] == f"node 1: ranks 1 to 1 {where}; the log is on node 0"
+    assert first_log.count("all-reduce over 2 ranks of 2 nodes: ") == 1
     one = train(workplace, tmp_path / "one", 2, *settings)
     assert one.returncode == 0, one.stderr
     assert "all-reduce" not in one.stdout
@@ -92,57 +96,68 @@ def test_two_machines_train_as_one_does(workplace, tmp_path):
     assert len(steps(save)) == 3
 
 
-def test_machines_that_differ_start_nothing(workplace, tmp_path):
+def test_nodes_that_differ_start_nothing(workplace, tmp_path):
     recipe, port = str(workplace / "recipe.yaml"), free_port()
     other = tmp_path / "other.json"
     other.write_text((workplace / "records.json").read_text() + "\n")
     save = tmp_path / "runs/save"
     dataset = f"data.dataset_param.basic_parameters.dataset={other}"
-    machines = (start(workplace, 0, port, recipe, f"training.save={save}"),)
-    machines += (start(workplace, 1, port, recipe, f"training.save={save}", "training.lr=0.5", dataset),)
-    (code, out, err), (code_1, out_1, err_1) = ends(*machines)
+    processes = (start(workplace, 0, port, recipe, f"training.save={save}"),)
+    processes += (start(workplace, 1, port, recipe, f"training.save={save}", "training.lr=0.5", dataset),)
+    (code, out, err), (code_1, out_1, err_1) = ends(*processes)
     assert (code, code_1, out, out_1) == (1, 1, "", "")
     *lines, last = without_waiting(err)
     assert without_waiting(err_1) == [*lines, last]
-    assert last == f"error: the machines differ in {len(lines)} things, told above: nothing was started"
-    assert "machine 1 has training.lr: 0.5; machine 0: 0.01" in lines
-    assert any(line.startswith(f"machine 1 has {other}: ") for line in lines)
+    assert last == f"error: the nodes differ in {len(lines)} things, listed above: nothing was started"
+    assert "node 1 has training.lr: 0.5; node 0: 0.01" in lines
+    assert any(line.startswith(f"node 1 has {other}: ") for line in lines)
     assert not save.parent.exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_who_waits_may_be_stopped(workplace, tmp_path, number, code):
-    machine = start(workplace, 0, free_port(), str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'save'}")
-    assert "machine 0: waiting for machine 1 of 2" in machine.stderr.readline()
-    machine.send_signal(number)
-    assert ends(machine) == [(code, "", "stopped before anything was started\n")]
+def test_a_waiting_launcher_can_be_stopped(workplace, tmp_path, number, code):
+    process = start(workplace, 0, free_port(), str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'save'}")
+    assert plain(process.stderr.readline()).startswith("node 0: waiting for node 1 of 2")
+    process.send_signal(number)
+    assert ends(process) == [(code, "", "stopped before anything was started\n")]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_folder_of_each_machines_own(workplace, tmp_path):
-    """The same path, and another folder: as on disks that the machines do not share."""
+def test_a_save_folder_that_is_not_shared_starts_nothing(workplace, tmp_path):
+    """The same path, but different folders: as on local disks of each node."""
     port = free_port()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     command = ["--preflight", str(workplace / "recipe.yaml"), "training.save=save", "--rendezvous_timeout", "60"]
-    machines = []
-    for machine, name in enumerate(("a", "b")):
-        place = ["--nnodes", "2", "--node_rank", str(machine), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-        slow = "import sys; from qwen35.launch import launcher, rendezvous; rendezvous.SLOW_DISK = 0.2"
+    processes = []
+    for node, name in enumerate(("a", "b")):
+        rendezvous = [
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(node),
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+        ]
+        slow = "import sys; from qwen35.launch import launcher, rendezvous; rendezvous.FILE_TIMEOUT = 0.2"
         program = f"{slow}; sys.exit(launcher.main())"
         env = os.environ | {"PYTHONPATH": str(ROOT), "RENDEZVOUS_SECRET": "a secret of the tests"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        machines.append(
-            subprocess.Popen([sys.executable, "-c", program, *place, *command], cwd=tmp_path / name, env=env, **pipes)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *rendezvous, *command], cwd=tmp_path / name, env=env, **pipes
+            )
         )
-    for code, out, err in ends(*machines):
+    for code, out, err in ends(*processes):
         assert (code, out) == (1, "")
         [line] = without_waiting(err)
-        assert line.startswith("error: machine 1 does not see what machine 0 writes in save: name a training.save")
+        assert line.startswith("error: node 1 does not see what node 0 writes in save: name a training.save")
     assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
 
 
-# -- what the ranks measure ----------------------------------------------------------------------------------------------
+# -- what the ranks measure ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -152,10 +167,10 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_the_sum_is_checked(alone, monkeypatch):
+def test_a_wrong_sum_is_an_error(alone, monkeypatch):
     said = []
     measure(torch.device("cpu"), said.append)
-    assert len(said) == 1 and said[0].startswith("all-reduce over 1 ranks of 1 machine: 64 MiB in ")
+    assert len(said) == 1 and said[0].startswith("all-reduce over 1 ranks of 1 node: 64 MiB in ")
 
     def all_reduce(tensor, *op):
         if len(tensor) > 1:
@@ -167,7 +182,7 @@ def test_the_sum_is_checked(alone, monkeypatch):
     assert len(said) == 1
 
 
-def test_other_devices_are_named(monkeypatch):
+def test_a_rank_on_another_device_is_named(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own, "A3"]))
     with pytest.raises(PreflightError, match="rank 2 computes on A3, rank 0 on cpu"):

@@ -1,4 +1,4 @@
-"""A stop must save, whoever still reads what is printed: real training behind pipes and terminals whose other end goes."""
+"""A stop must save without a reader too: real training behind pipes and terminals that close."""
 
 import fcntl
 import os
@@ -26,7 +26,7 @@ ENDLESS = ("training.train_iters=100000", "training.log_interval=1")
 
 @pytest.fixture
 def temporary(monkeypatch):
-    """Where the run keeps what is gone with it."""
+    """The folder of temporary files, which must be empty after the run."""
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as name:
         monkeypatch.setenv("TMPDIR", name)
         yield Path(name)
@@ -51,8 +51,8 @@ def assert_saved(save: Path, after: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
-def test_the_reader_dies_first(workplace, tmp_path, temporary, number, code):
-    """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before anybody says that it stops."""
+def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code):
+    """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before the run logs that it stops."""
     save = tmp_path / "run"
     process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=process.stdout, stdout=subprocess.DEVNULL)
@@ -66,8 +66,8 @@ def test_the_reader_dies_first(workplace, tmp_path, temporary, number, code):
     assert "weights from" in (tmp_path / "log").read_text()
 
 
-def test_nobody_reads_the_rest(workplace, tmp_path, monkeypatch):
-    """`make finetune | head -5`: the run goes on to its end, and that is a good one. Also where temporary paths are long."""
+def test_a_run_completes_after_its_reader_has_left(workplace, tmp_path, monkeypatch):
+    """`make finetune | head -5` exits with 0. Also where the path of TMPDIR is long."""
     save, long = tmp_path / "run", tmp_path / ("t" * 60)
     long.mkdir()
     monkeypatch.setenv("TMPDIR", str(long))
@@ -81,12 +81,12 @@ def test_nobody_reads_the_rest(workplace, tmp_path, monkeypatch):
     assert_saved(save, after=10)
 
 
-def test_a_terminal_that_is_closed(workplace, tmp_path):
-    """Its job has a progress bar there, gets SIGHUP from the system, and may not write any more."""
+def test_a_run_saves_when_its_terminal_is_closed(workplace, tmp_path):
+    """It has a progress bar there, gets SIGHUP, and can no longer write."""
     save = tmp_path / "run"
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    # as a shell's job: the terminal is its controlling one, which sends the signal when its other end is closed
+    # as a shell's job: its controlling terminal sends the signal when it closes
     head = "import fcntl, os, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", head, *train_command(workplace, save, 2, *ENDLESS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -107,27 +107,27 @@ def test_a_terminal_that_is_closed(workplace, tmp_path):
     assert_saved(save, after=3)
 
 
-def test_a_signal_to_all_processes_at_once(workplace, tmp_path, temporary):
-    """A SIGHUP to ranks and workers as well, with both streams dead. No other machine could reach any of them."""
+def test_a_run_saves_though_all_its_processes_get_the_signal(workplace, tmp_path, temporary):
+    """SIGHUP to ranks and workers too, with both streams closed. None listens beyond loopback."""
     save = tmp_path / "run"
     process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for_steps(save, 3, process)
     process.stdout.close()
     process.stderr.close()
-    everybody = psutil.Process(process.pid).children(recursive=True)
-    assert len(everybody) >= 4
+    processes = psutil.Process(process.pid).children(recursive=True)
+    assert len(processes) >= 4
     sockets = [
-        one.laddr.ip for process_ in [*everybody, process] for one in psutil.Process(process_.pid).net_connections()
+        socket.laddr.ip for each in [*processes, process] for socket in psutil.Process(each.pid).net_connections()
     ]
     assert sockets and {ip.removeprefix("::ffff:") for ip in sockets} == {"127.0.0.1"}
-    for one in [*everybody, process]:
-        one.send_signal(signal.SIGHUP)
+    for each in [*processes, process]:
+        each.send_signal(signal.SIGHUP)
     assert process.wait(timeout=300) == 0
     assert_saved(save, after=3)
-    assert not psutil.wait_procs(everybody, timeout=300)[1]
+    assert not psutil.wait_procs(processes, timeout=300)[1]
 
 
-def test_nohup_is_left_alone(workplace, tmp_path):
+def test_nohup_ignores_sighup(workplace, tmp_path):
     save = tmp_path / "run"
     process = start(
         workplace, save, *ENDLESS, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -138,7 +138,7 @@ def test_nohup_is_left_alone(workplace, tmp_path):
     steps = len(read_metrics(save / "metrics.jsonl"))
     wait_for_steps(save, steps + 3, process)
     process.terminate()
-    assert process.stderr.read().startswith(b"stopping: ")
+    assert b"stopping: " in process.stderr.read()
     assert process.wait(timeout=300) == 0
     assert_saved(save, after=steps + 3)
 
@@ -158,13 +158,13 @@ for i in range(3000):
     bar.update()
     bar.write("x", file=sys.stderr)
     if i == 5:
-        sys.stdin.read()  # until the readers are gone
+        sys.stdin.read()  # until the readers have left
 os.write(3, b"done")
 """
 
 
-def test_whatever_prints_outlives_its_reader():
-    """Bars, logs and warnings too; the process ends well, though Python writes what is left at its end."""
+def test_bars_logs_and_warnings_outlive_their_reader():
+    """The process exits with 0, though Python flushes what is left at its end."""
     reader, writer = os.pipe()
     head = f"import os; os.dup2({writer}, 3)\n" if writer != 3 else ""
     process = subprocess.Popen(
@@ -182,15 +182,15 @@ def test_whatever_prints_outlives_its_reader():
 
 
 @pytest.mark.parametrize("program", "launch launch.hosts train preflight convert tools.tiny inference.evaluate".split())
-def test_every_step_of_a_run_outlives_its_reader(program):
+def test_every_program_of_a_run_outlives_its_reader(program):
     command = [sys.executable, "-m", f"qwen35.{program}", "--help"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 0)
 
 
-def test_what_is_read_is_as_it_was():
-    """Text, its encoding, what is buffered and what is not; other failures to write stay failures."""
+def test_outlive_readers_changes_nothing_for_a_reader():
+    """Text, encoding and buffering are the same; other write errors are still raised."""
     program = "import sys; from qwen35.console import outlive_readers; outlive_readers(); {}"
     first = "print('é'); print('err', file=sys.stderr); sys.stdout.write('no line end')"
     done = subprocess.run([sys.executable, "-c", program.format(first)], cwd=ROOT, capture_output=True, check=True)

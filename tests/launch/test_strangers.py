@@ -1,4 +1,4 @@
-"""What reaches MASTER_PORT while machines meet, and is no launcher of theirs: real sockets, attacks, and false answers."""
+"""What else may connect to MASTER_PORT during the rendezvous: attacks and false answers."""
 
 import contextlib
 import json
@@ -11,48 +11,48 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_rendezvous import SECRET, Machines, at_the_port, introduced
+from test_rendezvous import SECRET, Nodes, at_the_port, authenticated
 
 from qwen35.config.load import SettingError
 from qwen35.errors import UserError, one_line
 from qwen35.launch import handshake
-from qwen35.launch.connection import Left, Peer
-from qwen35.launch.consistency import OTHER, hashed
+from qwen35.launch.connection import Peer, PeerLost
+from qwen35.launch.consistency import DIFFERENT_VALUE, hashed
 from qwen35.launch.handshake import Hello, check_secret, proof, read_hello
-from qwen35.launch.nodes import foreign
-from qwen35.launch.rendezvous import UNSAID, Meeting
+from qwen35.launch.nodes import sanitized
+from qwen35.launch.rendezvous import WITHHELD
 
 GREETING = rb'\{"greeting": "qwen35 launcher", "challenge": "[0-9a-f]{32}"\}\n'
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\nerror: forged"
 
 
-def hello(challenge: str, secret: str, machine: object, machines: object) -> bytes:
-    """A hello with the proof that belongs to its words, whatever they are."""
-    words = {"machine": machine, "machines": machines, "challenge": "own"}
-    answer = proof(secret, "join", challenge, machine, machines, "own")  # type: ignore[arg-type]
-    return json.dumps({**words, "proof": answer}).encode() + b"\n"
+def hello(challenge: str, secret: str, node_rank: object, nnodes: object) -> bytes:
+    """A hello of any values with a valid proof."""
+    fields = {"node_rank": node_rank, "nnodes": nnodes, "challenge": "own"}
+    answer = proof(secret, "join", challenge, node_rank, nnodes, "own")  # type: ignore[arg-type]
+    return json.dumps({**fields, "proof": answer}).encode() + b"\n"
 
 
 ATTACKS = {
     "garbage": lambda challenge: bytes(range(256)) * 8 + b"\n",
     "a web browser": lambda challenge: b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
-    "a huge line": lambda challenge: b'{"machine": "' + b"x" * 10_000_000,
-    "a huge number": lambda challenge: b'{"machine": ' + b"9" * 4000 + b"}\n",
+    "a huge line": lambda challenge: b'{"node_rank": "' + b"x" * 10_000_000,
+    "a huge number": lambda challenge: b'{"node_rank": ' + b"9" * 4000 + b"}\n",
     "deep": lambda challenge: b"[" * 4000 + b"\n",
     "no object": lambda challenge: b"[1, 2]\n",
-    "not a number": lambda challenge: b'{"machine": NaN, "machines": Infinity}\n',
-    "a false node": lambda challenge: b'{"machine": 1, "machines": 3}\n',
-    "a false node that ends it": lambda challenge: b'{"machine": 1, "machines": 2, "error": "x", "ended": "y"}\n',
+    "not a number": lambda challenge: b'{"node_rank": NaN, "nnodes": Infinity}\n',
+    "a false node": lambda challenge: b'{"node_rank": 1, "nnodes": 3}\n',
+    "a false node that ends it": lambda challenge: b'{"node_rank": 1, "nnodes": 2, "error": "x", "ended": "y"}\n',
     "facts": lambda challenge: b'{"facts": {}}\n' * 100,
     "no secret": lambda challenge: hello(challenge, "", 1, 2),
     "another secret": lambda challenge: hello(challenge, SECRET + "!", 1, 2),
     "another challenge": lambda challenge: hello("0" * 32, SECRET, 1, 2),
-    "machine -5": lambda challenge: hello(challenge, SECRET, -5, 2),
-    "machine 7 of 2": lambda challenge: hello(challenge, SECRET, 7, 2),
-    "machine true": lambda challenge: hello(challenge, SECRET, True, 2),
-    "machine 1.0": lambda challenge: hello(challenge, SECRET, 1.0, 2),
-    "machine '1'": lambda challenge: hello(challenge, SECRET, "1", 2),
-    "escapes": lambda challenge: json.dumps({"machine": ESCAPE, "proof": "\ud800"}).encode() + b"\n",
+    "node -5": lambda challenge: hello(challenge, SECRET, -5, 2),
+    "node 7 of 2": lambda challenge: hello(challenge, SECRET, 7, 2),
+    "node true": lambda challenge: hello(challenge, SECRET, True, 2),
+    "node 1.0": lambda challenge: hello(challenge, SECRET, 1.0, 2),
+    "node '1'": lambda challenge: hello(challenge, SECRET, "1", 2),
+    "escapes": lambda challenge: json.dumps({"node_rank": ESCAPE, "proof": "\ud800"}).encode() + b"\n",
 }
 
 
@@ -68,49 +68,49 @@ def received(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_a_stranger_learns_nothing_and_changes_nothing(tmp_path, attack):
-    those = Machines(2, tmp_path)
-    those.start(0)
-    with at_the_port(those) as connection:
+    nodes = Nodes(2, tmp_path)
+    nodes.start(0)
+    with at_the_port(nodes) as connection:
         greeting = connection.recv(1 << 16)
         assert re.fullmatch(GREETING, greeting)
         with contextlib.suppress(ConnectionError):  # it does not listen to all of it
             connection.sendall(attack(json.loads(greeting)["challenge"]))
         assert received(connection) == b""
-        those.start(1)
-        those.wait()
-    assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-    told = [line for line in those.said[0] if "waiting for" not in line]
-    who = "somebody at 127.0.0.1 connects and is no launcher of this run, or has another RENDEZVOUS_SECRET"
-    assert told == [f"machine 0, port {those.place.port}: {who}"]
-    those.close()
+        nodes.start(1)
+        nodes.wait()
+    nodes.assert_joined()
+    logged = [line for line in nodes.logged[0] if "waiting for" not in line]
+    expected = "a connection from 127.0.0.1 is not a launcher of this run, or has another RENDEZVOUS_SECRET"
+    assert logged == [f"node 0, port {nodes.params.port}: {expected}"]
+    nodes.close()
 
 
-@pytest.mark.parametrize("many", [20, 3 * handshake.MOST])
-def test_who_connects_and_says_nothing_holds_up_nobody(tmp_path, monkeypatch, many):
-    """Nor who has closed its half of the connection, or says a byte now and then; though they might take for ever."""
-    monkeypatch.setattr(handshake, "HELLO", 600.0)
-    those = Machines(2, tmp_path)
-    those.start(0)
+@pytest.mark.parametrize("many", [20, 3 * handshake.MAX_PENDING])
+def test_silent_connections_delay_nobody(tmp_path, monkeypatch, many):
+    """Some have closed their half of the connection or sent one byte; none is at its deadline."""
+    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 600.0)
+    nodes = Nodes(2, tmp_path)
+    nodes.start(0)
     with contextlib.ExitStack() as opened:
-        idle = [opened.enter_context(at_the_port(those)) for _ in range(many)]
+        idle = [opened.enter_context(at_the_port(nodes)) for _ in range(many)]
         for connection in idle[::3]:
             with contextlib.suppress(OSError):
                 connection.sendall(b"{")
                 connection.shutdown(socket.SHUT_WR)
-        those.start(1)
-        those.wait()
-        assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
+        nodes.start(1)
+        nodes.wait()
+        nodes.assert_joined()
         for connection in idle:
             assert re.fullmatch(GREETING, received(connection))
-    those.close()
+    nodes.close()
 
 
-def test_a_stranger_has_its_time(tmp_path, monkeypatch):
-    """However it drips; at the end of it the connection is closed."""
-    monkeypatch.setattr(handshake, "HELLO", 0.5)
-    those = Machines(2, tmp_path)
-    those.start(0)
-    with at_the_port(those) as idle, at_the_port(those) as dripping:
+def test_a_stranger_is_disconnected_at_its_deadline(tmp_path, monkeypatch):
+    """Bytes that drip in do not extend its time."""
+    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.5)
+    nodes = Nodes(2, tmp_path)
+    nodes.start(0)
+    with at_the_port(nodes) as idle, at_the_port(nodes) as dripping:
         end = time.monotonic() + 300
         with contextlib.suppress(ConnectionError):
             while time.monotonic() < end:
@@ -118,73 +118,73 @@ def test_a_stranger_has_its_time(tmp_path, monkeypatch):
                 time.sleep(0.01)
         assert time.monotonic() < end
         assert re.fullmatch(GREETING, received(idle))
-    those.start(1)
-    those.wait()
-    assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-    those.close()
+    nodes.start(1)
+    nodes.wait()
+    nodes.assert_joined()
+    nodes.close()
 
 
-def test_what_was_heard_once_is_no_proof(tmp_path, monkeypatch):
-    """A hello that was right for one connection is wrong for the next."""
-    monkeypatch.setattr(handshake, "HELLO", 600.0)
-    those = Machines(3, tmp_path)
-    those.start(0)
-    with at_the_port(those) as first, at_the_port(those) as second:
+def test_a_proof_cannot_be_replayed(tmp_path, monkeypatch):
+    """A hello that is valid for one connection is invalid for the next."""
+    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 600.0)
+    nodes = Nodes(3, tmp_path)
+    nodes.start(0)
+    with at_the_port(nodes) as first, at_the_port(nodes) as second:
         right = hello(json.loads(first.recv(1 << 16))["challenge"], SECRET, 1, 3)
         second.recv(1 << 16)
         second.sendall(right)
         assert received(second) == b""
         first.sendall(right)
-        assert Peer(first, "").hear(30).keys() == {"proof"}
-    those.start(1)
-    those.start(2)
-    those.wait()
-    assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-    those.close()
+        assert Peer(first, "").receive(30).keys() == {"proof"}
+    nodes.start(1)
+    nodes.start(2)
+    nodes.wait()
+    nodes.assert_joined()
+    nodes.close()
 
 
 FACTS = {"torch": "2.7.1", "training.lr": "1e-05", "/data/private.json": "10 bytes (aa)"}
 
 
-def test_without_a_secret_a_false_node_is_told_nothing_of_the_run(tmp_path):
-    """It knows the protocol, and that ends the start; what differs is said on machine 0 alone."""
-    those = Machines(2, tmp_path)
-    those.place = replace(those.place, secret="")
-    those.start(0, FACTS)
-    with at_the_port(those) as connection:
-        peer = introduced(connection, those, 1)
+def test_without_a_secret_a_false_node_learns_nothing_of_the_run(tmp_path):
+    """It knows the protocol and ends the start; node 0 alone logs what differs."""
+    nodes = Nodes(2, tmp_path)
+    nodes.params = replace(nodes.params, secret="")
+    nodes.start(0, FACTS)
+    with at_the_port(nodes) as connection:
+        peer = authenticated(connection, nodes, 1)
         heard = []
         while not heard or "error" not in heard[-1]:
-            heard.append(peer.hear(30))
+            heard.append(peer.receive(30))
             if "look" in heard[-1]:
-                peer.tell(time=time.time(), facts={}, seen=True)
-    those.wait()
+                peer.send(time=time.time(), facts={}, seen=True)
+    nodes.wait()
     assert heard[0].keys() == {"look", "salt"} and re.fullmatch(r"\.seen-[0-9a-f]{16}", heard[0]["look"])
-    assert heard[1:] == [{"lines": []}, {"error": UNSAID, "ended": UNSAID}]
-    assert those.ended[0] == "the machines differ in 3 things, told above: nothing was started"
-    assert "machine 1 has training.lr: none; machine 0: 1e-05" in those.said[0]
+    assert heard[1:] == [{"lines": []}, {"error": WITHHELD, "ended": WITHHELD}]
+    assert nodes.ended[0] == "the nodes differ in 3 things, listed above: nothing was started"
+    assert "node 1 has training.lr: none; node 0: 1e-05" in nodes.logged[0]
 
 
-def test_without_a_secret_machines_compare_hashes(tmp_path):
-    those = Machines(3, tmp_path)
-    those.place = replace(those.place, secret="")
-    those.start(0, FACTS)
-    those.start(1, FACTS)
-    those.start(2, {"torch": "2.7.1", "training.lr": "0.5", "/other/private.json": "1"})
-    those.wait()
-    assert [line for line in those.said[0] if "waiting" not in line] == [
-        f"machine 2 has training.lr: {OTHER}; machine 0: 1e-05",
-        "machine 2 has /data/private.json: none; machine 0: 10 bytes (aa)",
-        "machine 2 has what machine 0 has not: 1 things; machine 0: none",
+def test_without_a_secret_nodes_compare_hashes(tmp_path):
+    nodes = Nodes(3, tmp_path)
+    nodes.params = replace(nodes.params, secret="")
+    nodes.start(0, FACTS)
+    nodes.start(1, FACTS)
+    nodes.start(2, {"torch": "2.7.1", "training.lr": "0.5", "/other/private.json": "1"})
+    nodes.wait()
+    assert [line for line in nodes.logged[0] if "waiting" not in line] == [
+        f"node 2 has training.lr: {DIFFERENT_VALUE}; node 0: 1e-05",
+        "node 2 has /data/private.json: none; node 0: 10 bytes (aa)",
+        "node 2 has what node 0 has not: 1 things; node 0: none",
     ]
-    assert (those.ended[1], those.ended[2]) == (UNSAID, UNSAID)
-    assert not [line for n in (1, 2) for line in those.said[n] if "waiting" not in line]
-    agreeing = Machines(2, tmp_path)
-    agreeing.place = replace(agreeing.place, secret="")
-    for machine in range(2):
-        agreeing.start(machine, FACTS)
+    assert (nodes.ended[1], nodes.ended[2]) == (WITHHELD, WITHHELD)
+    assert not [line for n in (1, 2) for line in nodes.logged[n] if "waiting" not in line]
+    agreeing = Nodes(2, tmp_path)
+    agreeing.params = replace(agreeing.params, secret="")
+    for node in range(2):
+        agreeing.start(node, FACTS)
     agreeing.wait()
-    assert all(isinstance(end, Meeting) for end in agreeing.ended.values()), agreeing.ended
+    agreeing.assert_joined()
     agreeing.close()
 
 
@@ -200,48 +200,48 @@ def test_without_a_secret_machines_compare_hashes(tmp_path):
         None,
     ],
 )
-def test_answers_that_make_no_sense_are_one_line(tmp_path, changed):
-    """Of a machine that knows the secret."""
-    those = Machines(2, tmp_path)
-    those.start(0)
-    with at_the_port(those) as connection:
-        peer = introduced(connection, those, 1)
-        while "error" not in (heard := peer.hear(30)):
+def test_an_invalid_answer_is_a_one_line_error(tmp_path, changed):
+    """Of a node that knows the secret."""
+    nodes = Nodes(2, tmp_path)
+    nodes.start(0)
+    with at_the_port(nodes) as connection:
+        peer = authenticated(connection, nodes, 1)
+        while "error" not in (heard := peer.receive(30)):
             if "look" not in heard:
                 continue
             if changed is None:
                 connection.sendall(b"\xff\n")
             else:
-                peer.tell(**{"time": time.time(), "facts": {"torch": "2.7.1"}, "seen": True, **changed})
-    those.wait()
-    assert isinstance(those.ended[0], str) and ("machine 1" in those.ended[0] or "differ" in those.ended[0])
-    assert all(line.isprintable() for line in (*those.said[0], those.ended[0]))
+                peer.send(**{"time": time.time(), "facts": {"torch": "2.7.1"}, "seen": True, **changed})
+    nodes.wait()
+    assert isinstance(nodes.ended[0], str) and ("node 1" in nodes.ended[0] or "differ" in nodes.ended[0])
+    assert all(line.isprintable() for line in (*nodes.logged[0], nodes.ended[0]))
 
 
-def test_a_clock_that_is_no_number(tmp_path):
+def test_a_clock_that_is_not_finite_is_reported(tmp_path):
     for words in ("NaN", "1e999", "-1e999"):
-        those = Machines(2, tmp_path)
-        those.start(0)
-        those.start(1, talk={"clock": lambda words=words: float(words.replace("1e999", "inf"))})
-        those.wait()
-        assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-        assert any("the clock of machine 1 is" in line for line in those.said[0])
-        those.close()
+        nodes = Nodes(2, tmp_path)
+        nodes.start(0)
+        nodes.start(1, local={"clock": lambda words=words: float(words.replace("1e999", "inf"))})
+        nodes.wait()
+        nodes.assert_joined()
+        assert any("the clock of node 1 is" in line for line in nodes.logged[0])
+        nodes.close()
 
 
-def false_master(those: Machines, act) -> list[bytes]:
-    """Somebody else listens at the port of machine 0; what machine 1 says to it, connection by connection."""
+def false_master(nodes: Nodes, act) -> list[bytes]:
+    """Listen at the port of node 0 in its place. Returns what node 1 sent, by connection."""
     heard = []
-    with socket.create_server(("127.0.0.1", those.place.port)) as server:
-        those.start(1, FACTS)
+    with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
+        nodes.start(1, FACTS)
         server.settimeout(0.2)
-        while those.threads[0].is_alive():
+        while nodes.threads[0].is_alive():
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
                 with connection:
                     connection.settimeout(30)
                     heard.append(act(connection))
-    those.wait()
+    nodes.wait()
     return heard
 
 
@@ -268,14 +268,14 @@ def greet(connection: socket.socket, *answers: bytes) -> bytes:
         [b"x" * 100_000],
     ],
 )
-def test_a_false_machine_0_is_told_nothing_and_ends_nothing(tmp_path, answers):
-    those = Machines(2, tmp_path, timeout=2)
-    heard = false_master(those, lambda connection: greet(connection, *answers))
+def test_a_false_node_0_learns_nothing_and_ends_nothing(tmp_path, answers):
+    nodes = Nodes(2, tmp_path, timeout=2)
+    heard = false_master(nodes, lambda connection: greet(connection, *answers))
     assert heard
     for said in heard:
         message = json.loads(said)  # one line, and nothing more
-        assert message.keys() == {"machine", "machines", "challenge", "proof"}
-    assert "did not answer within 2 s: something answers there that is no launcher of this run" in those.ended[1]
+        assert message.keys() == {"node_rank", "nnodes", "challenge", "proof"}
+    assert "did not answer within 2 s: what answers there is not a launcher of this run" in nodes.ended[1]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_false_machine_0_is_told_nothing_and_ends_nothing(tmp_path, answers):
     [b"\xff\xfe\n", b"[]\n", b'{"greeting": "qwen35 launcher"}\n', b'{"greeting": "qwen35 launcher", "challenge": 3}\n',
      b"x" * 100_000, b"", b'{"greeting": 7, "challenge": "x"}\n'],
 )  # fmt: skip
-def test_a_greeting_that_is_none_is_not_answered(tmp_path, greeting):
+def test_an_invalid_greeting_is_not_answered(tmp_path, greeting):
     def act(connection: socket.socket) -> bytes:
         connection.sendall(greeting)
         connection.shutdown(socket.SHUT_WR)
@@ -291,53 +291,53 @@ def test_a_greeting_that_is_none_is_not_answered(tmp_path, greeting):
             return connection.recv(1 << 16)
         return b""
 
-    those = Machines(2, tmp_path, timeout=1)
-    assert set(false_master(those, act)) == {b""}
-    assert "something answers there that is no launcher of this run" in those.ended[1]
+    nodes = Nodes(2, tmp_path, timeout=1)
+    assert set(false_master(nodes, act)) == {b""}
+    assert "what answers there is not a launcher of this run" in nodes.ended[1]
 
 
-def test_without_a_secret_a_false_machine_0_gets_hashes(tmp_path):
-    those = Machines(2, tmp_path)
-    those.place = replace(those.place, secret="")
-    with socket.create_server(("127.0.0.1", those.place.port)) as server:
-        those.start(1, FACTS)
+def test_without_a_secret_a_false_node_0_gets_hashes(tmp_path):
+    nodes = Nodes(2, tmp_path)
+    nodes.params = replace(nodes.params, secret="")
+    with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
+        nodes.start(1, FACTS)
         peer = Peer(server.accept()[0], "")
-        peer.tell(greeting="qwen35 launcher", challenge="x")
-        said = peer.hear(30)
-        peer.tell(proof=proof("", "host", said["challenge"], "x"))
-        peer.tell(look="../x", salt="salt", lines=[ESCAPE, 3], waiting=ESCAPE)
-        answer = peer.hear(30)
+        peer.send(greeting="qwen35 launcher", challenge="x")
+        said = peer.receive(30)
+        peer.send(proof=proof("", "host", said["challenge"], "x"))
+        peer.send(look="../x", salt="salt", lines=[ESCAPE, 3], waiting=ESCAPE)
+        answer = peer.receive(30)
         assert (answer.pop("facts"), answer.pop("seen")) == (hashed(FACTS, "salt"), False)
         assert answer.keys() == {"time"}
-        peer.tell(lines="abc", error=ESCAPE)
-    those.wait()
-    assert those.ended[1].isprintable() and all(line.isprintable() for line in those.said[1])
-    assert "\\x1b]0;owned" in those.ended[1]
+        peer.send(lines="abc", error=ESCAPE)
+    nodes.wait()
+    assert nodes.ended[1].isprintable() and all(line.isprintable() for line in nodes.logged[1])
+    assert "\\x1b]0;owned" in nodes.ended[1]
 
 
-def test_what_a_machine_cannot_read_is_no_news_for_a_false_machine_0(tmp_path):
+def test_without_a_secret_a_node_does_not_tell_node_0_what_it_cannot_read(tmp_path):
     def unreadable():
         raise PermissionError(13, "Permission denied", "/data/private.json")
 
-    those = Machines(2, tmp_path)
-    those.place = replace(those.place, secret="")
-    those.start(0)
-    those.start(1, unreadable)
-    those.wait()
-    assert those.ended[1] == "/data/private.json: Permission denied"
-    assert those.ended[0].startswith("machine 1 has left while the machines met")
+    nodes = Nodes(2, tmp_path)
+    nodes.params = replace(nodes.params, secret="")
+    nodes.start(0)
+    nodes.start(1, unreadable)
+    nodes.wait()
+    assert nodes.ended[1] == "/data/private.json: Permission denied"
+    assert nodes.ended[0].startswith("node 1 has left before the run started")
 
 
-def test_a_machine_with_another_secret_is_named_on_both(tmp_path):
-    those = Machines(2, tmp_path, timeout=4)
-    those.start(0)
-    with at_the_port(those):
-        those.start(1, secret="another one", timeout=1)
-    those.wait()
-    assert "machine 1 of 2 did not come to MASTER_PORT" in those.ended[0]
-    assert any("or has another RENDEZVOUS_SECRET" in line for line in those.said[0])
-    assert "or has another RENDEZVOUS_SECRET" in those.ended[1]
-    assert SECRET not in repr((those.place, those.said, those.ended))
+def test_another_secret_is_named_on_both_nodes(tmp_path):
+    nodes = Nodes(2, tmp_path, timeout=4)
+    nodes.start(0)
+    with at_the_port(nodes):
+        nodes.start(1, secret="another one", timeout=1)
+    nodes.wait()
+    assert "node 1 of 2 did not connect to MASTER_PORT" in nodes.ended[0]
+    assert any("or has another RENDEZVOUS_SECRET" in line for line in nodes.logged[0])
+    assert "or has another RENDEZVOUS_SECRET" in nodes.ended[1]
+    assert SECRET not in repr((nodes.params, nodes.logged, nodes.ended))
 
 
 def test_a_secret_that_can_be_guessed_is_refused():
@@ -350,14 +350,14 @@ def test_a_secret_that_can_be_guessed_is_refused():
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def test_an_error_is_a_line_that_no_terminal_obeys():
-    """Whatever file or machine its words come from."""
+def test_an_error_is_one_line_without_control_characters():
+    """Whatever file or node its text comes from."""
     assert (
         one_line(UserError("é\x1b[2J\u202e a.json\x9b,\n record\t3\r"))
         == "é\\x1b[2J\\u202e a.json\\x9b, record\\x093\\x0d"
     )
     assert one_line(FileNotFoundError(2, "No such file", "a\nerror: b\udcff")) == "a\\x0aerror: b\\udcff: No such file"
-    assert len(foreign("x" * 5_000_000)) == 1000
+    assert len(sanitized("x" * 5_000_000)) == 1000
 
 
 VALUES = st.recursive(
@@ -368,64 +368,65 @@ VALUES = st.recursive(
 
 
 @SLOW
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("machine", "machines", "challenge", "proof"), VALUES)))
-def test_no_message_passes_for_a_hello(message):
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("node_rank", "nnodes", "challenge", "proof"), VALUES)))
+def test_no_message_without_a_proof_passes_for_a_hello(message):
     assert read_hello(message, "challenge", SECRET) is None
 
 
 @SLOW
 @given(VALUES, VALUES, VALUES)
-def test_a_hello_with_its_proof_passes_if_it_makes_sense(machine, machines, challenge):
+def test_a_hello_with_a_valid_proof_passes_if_its_values_are_valid(node_rank, nnodes, challenge):
     try:
-        answer = proof(SECRET, "join", "c", machine, machines, challenge)
+        answer = proof(SECRET, "join", "c", node_rank, nnodes, challenge)
     except ValueError:  # an integer that no JSON text holds
         return
-    message = {"machine": machine, "machines": machines, "challenge": challenge, "proof": answer}
-    is_right = type(machine) is int and type(machines) is int and 0 <= machine < machines and isinstance(challenge, str)
-    assert read_hello(message, "c", SECRET) == (Hello(machine, machines, challenge) if is_right else None)
+    message = {"node_rank": node_rank, "nnodes": nnodes, "challenge": challenge, "proof": answer}
+    is_rank = type(node_rank) is int and type(nnodes) is int and 0 <= node_rank < nnodes
+    is_valid = is_rank and isinstance(challenge, str)
+    assert read_hello(message, "c", SECRET) == (Hello(node_rank, nnodes, challenge) if is_valid else None)
 
 
 @SLOW
 @given(st.binary(max_size=300) | VALUES.map(lambda value: json.dumps(value).encode() + b"\n"), st.integers(1, 400))
-def test_any_bytes_are_a_message_or_none(content, most):
+def test_any_bytes_are_a_message_or_none(content, max_bytes):
     ours, theirs = socket.socketpair()
     ours.sendall(content)
     ours.close()
     peer = object.__new__(Peer)
-    peer.connection, peer.rest = theirs, b""
+    peer.connection, peer.buffer = theirs, b""
     try:
-        with contextlib.suppress(Left):
-            while isinstance(peer.hear(1, most), dict):
+        with contextlib.suppress(PeerLost):
+            while isinstance(peer.receive(1, max_bytes), dict):
                 pass
-            raise AssertionError("a connection that is closed is at its end")
+            raise AssertionError("a closed connection has an end")
     finally:
         theirs.close()
 
 
-def test_machines_may_meet_while_strangers_knock(tmp_path):
-    """All the time, with everything above: the same end as without them."""
-    those = Machines(4, tmp_path)
+def test_nodes_may_join_while_strangers_connect(tmp_path):
+    """All attacks of above, all the time, change nothing."""
+    nodes = Nodes(4, tmp_path)
     is_over = threading.Event()
 
-    def knock() -> None:
+    def connect_all() -> None:
         while not is_over.is_set():
             for attack in ATTACKS.values():
                 with (
                     contextlib.suppress(OSError),
-                    socket.create_connection(("127.0.0.1", those.place.port), timeout=1) as connection,
+                    socket.create_connection(("127.0.0.1", nodes.params.port), timeout=1) as connection,
                 ):
                     connection.sendall(attack("0" * 32)[:5000])
 
-    knocking = [threading.Thread(target=knock) for _ in range(2)]
-    for thread in knocking:
+    strangers = [threading.Thread(target=connect_all) for _ in range(2)]
+    for thread in strangers:
         thread.start()
-    for machine in (2, 0, 3, 1):
+    for node in (2, 0, 3, 1):
         time.sleep(0.3)
-        those.start(machine)
-    those.wait()
+        nodes.start(node)
+    nodes.wait()
     is_over.set()
-    for thread in knocking:
+    for thread in strangers:
         thread.join()
-    assert all(isinstance(end, Meeting) for end in those.ended.values()), those.ended
-    assert sum("somebody at" in line for line in those.said[0]) == 1
-    those.close()
+    nodes.assert_joined()
+    assert sum("a connection from" in line for line in nodes.logged[0]) == 1
+    nodes.close()

@@ -209,7 +209,7 @@ def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
     for words in (
         "neither clang++ nor g++ is on PATH", f"Python.h           is not in {m.root / 'include'} -> install python3.10-dev",
         "pybind11           is not installed", "bishengir-compile  is not on PATH",
-        f"Triton's cache     {m.root / 'triton'}: it is no folder -> set TRITON_CACHE_DIR",
+        f"Triton's cache     {m.root / 'triton'}: it is not a folder -> set TRITON_CACHE_DIR",
     ):  # fmt: skip
         assert words in text
     assert "CC=cc1plus is no program" in lines(triton(given(alone, CC="cc1plus")))[0]

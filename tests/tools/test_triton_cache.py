@@ -99,7 +99,7 @@ def test_a_folder_of_this_user_alone(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(made)
     assert unfit(made) is None and unfit(tmp_path / "link") is None and unfit(tmp_path / "none") is None
     (tmp_path / "file").touch()
-    assert unfit(tmp_path / "file") == "it is no folder"
+    assert unfit(tmp_path / "file") == "it is not a folder"
     mine = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: mine + 1)
     assert unfit(made) == f"it belongs to user {mine}, this process to {mine + 1}"

@@ -44,7 +44,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("kind", STRANGE)
-def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, capsys, kind):
+def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, caplog, kind):
     """And the file as it was, under another name each time; it says which line."""
     file, before = tmp_path / "metrics.jsonl", text(1, 2) + STRANGE[kind] + text(4, 5, 6)
     for number in (1, 2):
@@ -53,28 +53,29 @@ def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, capsys, kind):
         assert file.read_bytes() == text(1, 2, 4, 5)
         assert (tmp_path / f"metrics.damaged{number}").read_bytes() == before
         words = f"line 3 is not a step's; what can be read stays in it, and metrics.damaged{number} is what it was"
-        assert capsys.readouterr().out == f"{file}: {words}\n"
+        assert caplog.messages == [f"{file}: {words}"]
+        caplog.clear()
     file.write_bytes(before)
     draw_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_that_was_cut_off_is_the_last_steps(tmp_path, capsys):
+def test_a_line_that_was_cut_off_is_the_last_steps(tmp_path, caplog):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(text(1, 2, 3) + text(4)[:-9])
     begin(tmp_path, 3)
     assert file.read_bytes() == text(1, 2, 3)
-    assert capsys.readouterr().out == ""
+    assert not caplog.messages
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_that_somebody_removes_begins_anew(tmp_path, capsys):
+def test_a_file_that_somebody_removes_begins_anew(tmp_path, caplog):
     metrics, file = begin(tmp_path, 0), tmp_path / "metrics.jsonl"
     for number in (1, 2):
         step(metrics, number)
     file.unlink()
     step(metrics, 3)
-    assert f"{file} is gone, somebody removed it: it begins anew with this step\n" in capsys.readouterr().out
+    assert f"{file} is gone, somebody removed it: it begins anew with this step" in caplog.messages
     metrics.validated({"val_loss": 2.0, "val_time": 0.1}, [])
     assert [(line["step"], line.get("val_loss")) for line in read_metrics(file)] == [(3, 2.0)]
     file.unlink()

@@ -40,14 +40,14 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
         (*TRAIN, "training.train_iters=20"),
         3000,
         "run/metrics.jsonl: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
     ),
     (
         "checkpoint",
         TRAIN,
         40_000,
         "run/iter_0000001 cannot be written: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
     ),
     ("cache", (*TRAIN, f"{BASIC}.cache_dir=cache"), 1000, f"{BASIC}.cache_dir: cache: ", ()),
     ("converted", CONVERT, 300, "new/release cannot be written: File too large", ()),
@@ -60,7 +60,7 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
         (),
         3000,
         "run/metrics.jsonl: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
     ),
 ]
 
@@ -114,7 +114,7 @@ PLACES = [
     Case(
         "no such machine",
         ("launch", "--master_addr", "no-such-machine.invalid", "r.yaml"),
-        ("MASTER_ADDR=no-such-machine.invalid: no machine of that name",),
+        ("MASTER_ADDR=no-such-machine.invalid: no host of that name",),
     ),
     Case(
         "mistake of a rank", (*launch(2), "model.freeze=[model.vision]"), ("error: model.freeze: model.vision matches",)

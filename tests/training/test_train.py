@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from plain import plain
 from ports import free_port
 from training_runs import ROOT, tensors, train
 
@@ -43,6 +45,8 @@ def test_what_a_run_leaves_behind(workplace, two):
     assert "mfu" not in line  # nobody told the peak of this machine
     console = (two / "console").read_text()
     assert console.count("visual.merger") == 2 and "2 processes on" in console and "60 samples" in console
+    assert plain((two / "train.log").read_text()) == console
+    assert re.search(r"^\d{4}-\d\d-\d\d [\d:]{8} step      8  loss \d", (two / "train.log").read_text(), re.MULTILINE)
 
 
 def test_resumed_equals_uninterrupted(workplace, two, tmp_path):
@@ -53,6 +57,8 @@ def test_resumed_equals_uninterrupted(workplace, two, tmp_path):
     done = train(workplace, save, 2, "training.save_interval=5")
     assert done.returncode == 0, done.stderr
     assert "steps 6 to 10" in done.stdout
+    log = (save / "train.log").read_text()  # a resume appends to it
+    assert log.startswith((two / "train.log").read_text()) and plain(log).endswith(done.stdout)
     first, second = read_metrics(two / "metrics.jsonl"), read_metrics(save / "metrics.jsonl")
     same = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens")
     assert [[line[k] for k in same] for line in first] == [[line[k] for k in same] for line in second]

@@ -29,7 +29,7 @@ MATMULS = (
 )
 FILLS = ("zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 GATHERS = ("embedding", "index", "index_select", "gather", "npu_moe_token_permute")
-WIRE = ("c10d", "_c10d_functional")  # counted by rehearse/wire.py
+WIRE = ("c10d", "_c10d_functional")  # counted by rehearse/communication.py
 
 
 def moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Tensor]) -> int:

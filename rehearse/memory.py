@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rehearse.cut import Cut, Moment
-from rehearse.places import place
+from rehearse.representatives import Cut, Moment
+from rehearse.source_lines import place
 
 KINDS = ("parameters", "optimizer", "gradients", "gathered", "activations", "other")
 # FSDP's buffers: gathered parameters, and gradients that are yet to be scattered

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qwen35.errors import UserError
 from rehearse.cost import moved, workspace
-from rehearse.cut import Cut, Moment
 from rehearse.memory import PHASES, Ledger
-from rehearse.places import place, place_of
+from rehearse.representatives import Cut, Moment
+from rehearse.source_lines import place, place_of
 from rehearse.watch import Record, note
 
 

@@ -24,11 +24,11 @@ from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm
 from qwen35.training.parameter_groups import freeze
 from rehearse.cluster import Machine, Observer, ranks
-from rehearse.cut import TEXT, VISION, Cut, CutModel, Moment, UnevenError
-from rehearse.least import Bytes, least
+from rehearse.communication import Wire
+from rehearse.lower_bound import Bytes, least
 from rehearse.memory import Ledger
 from rehearse.operators import Operators, refused
-from rehearse.wire import Wire
+from rehearse.representatives import TEXT, VISION, Cut, CutModel, Moment, UnevenError
 
 
 @dataclass

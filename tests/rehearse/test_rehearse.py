@@ -33,15 +33,15 @@ from qwen35.training.flops import token_counts
 from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
 from rehearse.cluster import Machine
+from rehearse.communication import Group, Traffic, between_nodes
 from rehearse.configs import with_config
-from rehearse.cut import Cut, Moment, shortened
 from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators
 from rehearse.rates import QUICK, SLOW, Ends
+from rehearse.representatives import Cut, Moment, shortened
 from rehearse.scaling import messages
 from rehearse.speed import step_range
 from rehearse.step import Rehearsal, rehearse
-from rehearse.wire import Group, Traffic, between_nodes
 
 ROOT = Path(__file__).parents[2]
 MIX = Mix(sequence=256)

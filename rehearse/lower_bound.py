@@ -13,7 +13,7 @@ from qwen35.model import Qwen35
 from qwen35.model.config import TextConfig
 from qwen35.parallel.mesh import Meshes
 from qwen35.train import DTYPES
-from rehearse.wire import NAMES
+from rehearse.communication import NAMES
 
 Bytes = dict[tuple[str, str], float]
 UNITS = ("model.visual.", "model.language_model.layers.", "mtp.")  # what does not stay gathered after forward

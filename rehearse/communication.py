@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen35.parallel.mesh import Meshes
-from rehearse.cut import Cut, Moment
+from rehearse.representatives import Cut, Moment
 
 # operator -> kind; the second column says how many bytes rank 0 must send at least, see `_sent`
 COLLECTIVES = {
@@ -88,7 +88,7 @@ class Wire:
         name = func.name().partition(".")[0]
         kind = COLLECTIVES.get(name)
         if kind is None:
-            raise NotImplementedError(f"{name}: how many bytes it sends is not known here (rehearse/wire.py)")
+            raise NotImplementedError(f"{name}: how many bytes it sends is not known here (rehearse/communication.py)")
         group = self.groups.get(_group_name((*args, *kwargs.values())))
         if group is None or group.size == 1:
             return

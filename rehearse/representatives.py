@@ -1,9 +1,10 @@
-"""Fewer layers and micro-batches in the place of many that are alike, and for how many each of them stands.
+"""A few layers and micro-batches are rehearsed as representatives of the many that are alike.
 
-Of many that are alike a few are rehearsed: the first, two of the middle, and the last, which its neighbours make another. The
-second stands for all of the middle but one, and the third proves that it may: all that was seen of the two is compared. Text
-layers are alike by periods of layer_types, as published three delta nets and an attention; blocks of the vision tower and
-micro-batches one by one.
+Of blocks that are alike, four are run: the first, two from the middle, and the last, which differs
+because nothing follows it. The second represents the whole middle but one block; the third proves
+that it may: everything observed about these two is compared. A block of text layers is one period
+of layer_types (as published, three gated delta nets and an attention), a block of the vision tower
+is one layer. Of micro-batches three are run, and the last two are compared.
 """
 
 import re
@@ -17,109 +18,115 @@ from torch import nn
 from qwen35.model import ModelConfig, Qwen35
 
 T = TypeVar("T")
-TEXT, VISION = "text", "vision"
+TEXT, VISION, MICRO_BATCH = "text", "vision", ""
 PREFIXES = {TEXT: "model.language_model.layers.", VISION: "model.visual.blocks."}
-ALIKE = (1, 2)  # those of the middle that are rehearsed
+COMPARED = (1, 2)  # the representatives that must be alike
 
 
 class Moment(NamedTuple):
-    """Of a step."""
+    """Where in a step an operator runs."""
 
     phase: str = "set-up"
-    batch: int = 0  # the micro-batch
-    kind: str = ""  # of the layers that are at work: text, vision; anything else is ""
-    part: int = 0  # which of them
+    micro_batch: int = 0
+    kind: str = ""  # of the block that is running: TEXT, VISION, or "" outside of both
+    block: int = 0
+
+    def __str__(self) -> str:
+        where = f", {self.kind} block {self.block}" if self.kind else ""
+        return f"{self.phase} of micro-batch {self.micro_batch}{where}"
 
 
-class UnevenError(Exception):
-    """What should be alike is not: the whole has to be rehearsed."""
+class NotAlikeError(Exception):
+    """Blocks or micro-batches that should be alike are not: all of them have to be rehearsed."""
 
 
-def shortened(count: int, kept: int) -> list[int]:
-    """Of each of the whole, which of the kept stands for it."""
-    return list(range(count)) if count <= kept else [0] + [1] * (count - kept + 1) + list(range(2, kept))
+def assign(count: int, representatives: int) -> list[int]:
+    """The representative of each of `count` items: the first, one for the middle, the rest."""
+    middle = count - representatives + 1
+    return list(range(count)) if middle < 2 else [0] + [1] * middle + list(range(2, representatives))
 
 
 @dataclass(frozen=True)
-class Cut:
+class Representatives:
     config: ModelConfig  # with fewer layers
-    period: int  # text layers in a part
-    stands_for: dict[str, list[int]]  # kind of part, "" micro-batches -> as `shortened`
+    period: int  # text layers in a block
+    assigned: dict[str, list[int]]  # kind of block, or MICRO_BATCH -> what `assign` returns
 
     @classmethod
-    def of(cls, config: ModelConfig, batches: int, is_whole: bool) -> "Cut":
+    def of(cls, config: ModelConfig, micro_batches: int, is_whole: bool) -> "Representatives":
         kinds, depth = config.text.layer_types, config.vision.depth
         period = next(
             n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
         )
-        counts = {TEXT: len(kinds) // period, VISION: depth, "": batches}
-        parts = {name: shortened(count, count if is_whole else 4 if name else 3) for name, count in counts.items()}
-        text = replace(config.text, layer_types=kinds[: period * len(set(parts[TEXT]))])
-        return cls(
-            replace(config, text=text, vision=replace(config.vision, depth=len(set(parts[VISION])))), period, parts
-        )
+        counts = {TEXT: len(kinds) // period, VISION: depth, MICRO_BATCH: micro_batches}
+        assigned = {
+            kind: assign(count, count if is_whole else 3 if kind == MICRO_BATCH else 4)
+            for kind, count in counts.items()
+        }
+        few = {kind: len(set(of_kind)) for kind, of_kind in assigned.items()}
+        text = replace(config.text, layer_types=kinds[: period * few[TEXT]])
+        return cls(replace(config, text=text, vision=replace(config.vision, depth=few[VISION])), period, assigned)
 
-    def kept(self, kind: str) -> int:
-        return self.stands_for[kind][-1] + 1
+    def count(self, kind: str) -> int:
+        return self.assigned[kind][-1] + 1
 
-    def is_cut(self, kind: str) -> bool:
-        return self.kept(kind) < len(self.stands_for[kind])
+    def is_reduced(self, kind: str) -> bool:
+        return self.count(kind) < len(self.assigned[kind])
 
-    def times(self, moment: Moment) -> int:
-        """How often it is in the whole step."""
-        return self._count("", moment.batch) * self.parts_like(moment)
+    def multiplicity(self, moment: Moment) -> int:
+        """How often the moment occurs in the whole step."""
+        return self.assigned[MICRO_BATCH].count(moment.micro_batch) * self.blocks_like(moment)
 
-    def parts_like(self, moment: Moment) -> int:
-        return self._count(moment.kind, moment.part) if moment.kind else 1
+    def blocks_like(self, moment: Moment) -> int:
+        """How many blocks of the whole model its block represents."""
+        return self.assigned[moment.kind].count(moment.block) if moment.kind else 1
 
-    def _count(self, kind: str, part: int) -> int:
-        return self.stands_for[kind].count(part)
+    def layer(self, index: int) -> int:
+        """The text layer that represents layer `index` of the whole model."""
+        return self.assigned[TEXT][index // self.period] * self.period + index % self.period
 
-    def layer(self, kind: str, index: int) -> int:
-        """Of a layer of the whole model, which stands for it."""
-        size = self.period if kind == TEXT else 1
-        return self.stands_for[kind][index // size] * size + index % size
-
-    def name(self, name: str) -> str:
-        """Of a parameter of the whole model, that which stands for it."""
+    def parameter(self, name: str) -> str:
+        """The parameter that represents parameter `name` of the whole model."""
         for kind, prefix in PREFIXES.items():
             if found := re.match(rf"{re.escape(prefix)}(\d+)", name):
-                return f"{prefix}{self.layer(kind, int(found[1]))}{name[found.end() :]}"
+                index = self.layer(int(found[1])) if kind == TEXT else self.assigned[VISION][int(found[1])]
+                return f"{prefix}{index}{name[found.end() :]}"
         return name
 
-    def played(self, seen: Sequence[tuple[Moment, T]]) -> Iterator[T]:
-        """What came one after the other, as it comes in the whole step."""
-        for batch, of_batch in groupby(seen, lambda one: one[0].batch):
+    def expand(self, events: Sequence[tuple[Moment, T]]) -> Iterator[T]:
+        """The events of the whole step in order, from those of the representatives in order."""
+        for micro_batch, of_batch in groupby(events, lambda event: event[0].micro_batch):
             whole: list[T] = []
-            for moment, of_moment in groupby(of_batch, lambda one: one[0]):
-                whole += [what for _, what in of_moment] * self.parts_like(moment)
-            for _ in range(self._count("", batch)):
+            for moment, of_moment in groupby(of_batch, lambda event: event[0]):
+                whole += [event for _, event in of_moment] * self.blocks_like(moment)
+            for _ in range(self.assigned[MICRO_BATCH].count(micro_batch)):
                 yield from whole
 
     def check(self, seen: Mapping[Moment, Any]) -> None:
-        """Of what was seen at each moment, two of the middle have to be alike. Raises UnevenError."""
-        one, other = ALIKE
+        """Compare what was seen at the moments that must be alike. Raises NotAlikeError."""
+        one, other = COMPARED
         for moment in seen:
-            if moment.kind and self.is_cut(moment.kind) and moment.part in ALIKE:
-                _compare(seen, moment._replace(part=one), moment._replace(part=other))
-            if self.is_cut("") and moment.batch in ALIKE and moment.phase != "optimizer":
-                _compare(seen, moment._replace(batch=one), moment._replace(batch=other))
+            if moment.kind and self.is_reduced(moment.kind) and moment.block in COMPARED:
+                _compare(seen, moment._replace(block=one), moment._replace(block=other))
+            is_of_batch = moment.micro_batch in COMPARED and moment.phase != "optimizer"
+            if self.is_reduced(MICRO_BATCH) and is_of_batch:
+                _compare(seen, moment._replace(micro_batch=one), moment._replace(micro_batch=other))
 
 
 def _compare(seen: Mapping[Moment, Any], one: Moment, other: Moment) -> None:
     if seen.get(one) != seen.get(other):
-        raise UnevenError(f"{one} and {other} are not alike")
+        raise NotAlikeError(f"{one} is not like {other}")
 
 
-class CutModel(Qwen35):
-    """Names parameters as the whole model does, each of a layer that stands for several as often as that."""
+class RepresentativeModel(Qwen35):
+    """Names its parameters as the whole model does; one that represents several has all names."""
 
-    cut: Cut | None = None
+    representatives: Representatives | None = None
     names: Sequence[str] = ()  # of the whole model's parameters
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        found = super().named_parameters(*args, **kwargs)
-        if self.cut is None:
-            return found
-        here = dict(found)
-        return ((name, here[self.cut.name(name)]) for name in self.names)
+        own = super().named_parameters(*args, **kwargs)
+        if self.representatives is None:
+            return own
+        found = dict(own)
+        return ((name, found[self.representatives.parameter(name)]) for name in self.names)

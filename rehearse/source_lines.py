@@ -1,29 +1,30 @@
-"""Where in the project something was called: its innermost line in kernels/ or qwen35/, by file and number."""
+"""The innermost line of kernels/ or qwen35/ on the stack, as file:number."""
 
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 
-ROOT = str(Path(__file__).parents[1])
-FOLDERS = (f"{ROOT}/kernels/", f"{ROOT}/qwen35/")
+ROOT = f"{Path(__file__).parents[1]}/"
+FOLDERS = (f"{ROOT}kernels/", f"{ROOT}qwen35/")
 NOWHERE = "torch's own"  # autograd, FSDP, the optimizer
 
 
-def place() -> str:
+def calling_line() -> str:
     """Of the call that is under way."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(FOLDERS):
-            return f"{frame.f_code.co_filename[len(ROOT) + 1 :]}:{frame.f_lineno}"
+            return f"{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return NOWHERE
 
 
-def place_of(error: BaseException) -> str:
-    """Of the call that raised it."""
-    found, step = NOWHERE, error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_filename.startswith(FOLDERS):
-            found = f"{step.tb_frame.f_code.co_filename[len(ROOT) + 1 :]}:{step.tb_lineno}"
-        step = step.tb_next
-    return found
+def raising_line(error: BaseException) -> str:
+    """Of the call that raised the error."""
+    lines = [
+        f"{frame.f_code.co_filename.removeprefix(ROOT)}:{number}"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename.startswith(FOLDERS)
+    ]
+    return lines[-1] if lines else NOWHERE

@@ -13,10 +13,11 @@ from qwen35.config.schema import ParallelSettings
 
 @dataclass(frozen=True)
 class Meshes:
-    """All ranks in three layouts, the last name counting fastest: neighbours share most.
+    """All ranks in three layouts. Ranks of the last dimension are neighbours.
 
-    A copy of the weights lies on the ranks of `shard`; of its experts, each of the `ep` ranks has its own, cut further over
-    `fsdp` (fsdp x ep = shard). The `ulysses` ranks hold parts of the same bins, the `data` ranks have bins of their own.
+    FSDP shards a copy of the weights over the `shard` ranks. Expert parallelism first divides the
+    experts among the `ep` ranks; FSDP shards each of these parts over the `fsdp` ranks (fsdp x ep =
+    shard). The `ulysses` ranks share the same packed sequences, each `data` rank has its own.
     """
 
     weights: DeviceMesh  # [replicate, shard]

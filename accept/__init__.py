@@ -1,1 +1,1 @@
-"""`make accept`: what is run first on a real machine, to see that all which is proved without one holds there too."""
+"""`make accept`: run first on a real machine, to see that what is proved without it holds."""

@@ -1,54 +1,44 @@
-"""Collectives over all local ranks, by kind and size; that what they bring is right, the runs beside one rank show."""
+"""The speed of collectives over all local ranks. Their results are checked by accept/runs.py."""
 
+import os
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import torch.distributed as dist
 
+from accept.machine import RECIPE
 from accept.task import Task
 from qwen35.device import init_process, is_apart
-from qwen35.errors import USER_ERRORS
 from qwen35.launch.launcher import run as launch
 from qwen35.launch.rendezvous import free_port
 from qwen35.preflight import collectives, measure
-from qwen35.rank import leave, record_failure
-from rehearse.rates import SLOW
+from qwen35.rank import FAILURE_FILE, leave, run_rank
 
 MIB = 1 << 20
 OF_FSDP = ("all-gather", "reduce-scatter")
 
 
 def check(task: Task) -> None:
-    """Starts the ranks. Where one of them dies, its launcher has said why, and this process ends."""
+    """Starts the ranks, each of which calls this again. The launcher prints why a rank failed."""
+    if FAILURE_FILE in os.environ:
+        leave(run_rank(lambda settings: measure_all(task), "accept", None, [RECIPE]))
     if task.ranks == 1:
-        task.add("collectives", "told", "there is one device")
+        task.add("collectives", "info", "there is one device")
         return
     port = free_port(is_alone=True)
-    place = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
-    command = [sys.executable, "-m", "accept.ranks", str(task.folder), *["--small"] * task.small]
-    if launch(command, place):
+    node = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
+    command = [sys.executable, "-m", "accept", "--check", "ranks", str(task.folder), *["--small"] * task.small]
+    if launch(command, node):
         sys.exit(1)
 
 
-def rank(task: Task) -> None:
+def measure_all(task: Task) -> None:
     device = init_process(120)
-    measure(device, lambda line: task.add("preflight", "told", line))
+    measure(device, lambda line: task.add("preflight", "info", line))
     sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if is_apart(device) else (1, 16))]
     for name, size, seconds, rate in collectives(device, sizes):
-        what, found = f"{name}, {size // MIB} MiB", f"{seconds * 1e3:.2f} ms, {rate / 1e9:.3g} GB/s a rank"
+        what, found = f"{name}, {size // MIB} MiB", f"{seconds * 1e3:.2f} ms, per rank "
         if dist.get_rank() == 0 and size == sizes[-1]:
-            of_rates = ("within", rate) if name in OF_FSDP else ()
-            task.measure(device, what, found, rate / SLOW.within, f"{SLOW.within / 1e9:.0f} GB/s", *of_rates)
+            task.add_rate(device, what, "within", rate, found, is_rate=name in OF_FSDP)
         elif dist.get_rank() == 0:
-            task.add(what, "told", found)
-
-
-if __name__ == "__main__":
-    try:
-        rank(Task(Path(sys.argv[1]), "--small" in sys.argv))
-    except BaseException as error:
-        if record_failure(error, expected=isinstance(error, USER_ERRORS)):
-            leave(1)
-        raise
-    leave(0)
+            task.add(what, "info", f"{found}{rate / 1e9:.3g} GB/s")

@@ -94,7 +94,7 @@ def models(vocabulary: int, with_peer: bool) -> tuple[Qwen35, nn.Module | None]:
 # -- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def in_turn(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90) -> list[float]:
+def alternate(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90) -> list[float]:
     """The median seconds of each, after a first run of all; fewer rounds where they take long."""
     times: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
@@ -111,7 +111,7 @@ def in_turn(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90
 def matmul_rate() -> float:
     """FLOPs/s of one large bf16 matmul."""
     a = torch.randn(4096, 4096).to(BF16)
-    return 2 * 4096**3 / in_turn([lambda: a @ a])[0]
+    return 2 * 4096**3 / alternate([lambda: a @ a])[0]
 
 
 def peak_bytes() -> int:
@@ -171,7 +171,7 @@ def slice_row(lengths: tuple[int, ...], trained: float, with_peer: bool) -> Resu
     calls: list[Callable[[], Any]] = [lambda: losses.update(ours=step(ours, batch))]
     if theirs is not None:
         calls.append(lambda: losses.update(peer=peer_step(theirs, batch)))
-    seconds = in_turn(calls, rounds=3)
+    seconds = alternate(calls, rounds=3)
     labels = int((batch.labels != IGNORE).sum())
     total = sum(lengths)
     flops = Flops(ours).of(total, batch.cu_seqlens.diff(), labels, batch.grid_thw)
@@ -204,7 +204,7 @@ def delta_rule() -> Result:
         torch.autograd.grad(out, x, torch.ones_like(out))
 
     short, long = inputs(4096), inputs(8192)
-    once, peer, twice = in_turn([lambda: ours(short), lambda: theirs(short), lambda: ours(long)], rounds=3)
+    once, peer, twice = alternate([lambda: ours(short), lambda: theirs(short), lambda: ours(long)], rounds=3)
     return {"seconds": once, "peer_seconds": peer, "ratio": peer / once, "time_8192_over_4096": twice / once}
 
 
@@ -231,7 +231,7 @@ def experts() -> Result:
             native.grouped_matmul(b, matrix, ends)
             native.grouped_weight_grad(b, a, ends)
 
-    seconds, alone = in_turn([ours, matmuls])
+    seconds, alone = alternate([ours, matmuls])
     return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "grouped_mm": HAS_GROUPED_MM}
 
 
@@ -256,7 +256,7 @@ def head() -> Result:
     ours()
     needed = VOCABULARY * D * (4 + 2) + T * D * 2  # one [V, D] in fp32, and the gradients
     extra = peak_bytes() - before - needed
-    seconds, alone = in_turn([ours, matmuls], rounds=3)
+    seconds, alone = alternate([ours, matmuls], rounds=3)
     return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "extra_mb": extra / 1e6}
 
 

@@ -10,6 +10,7 @@ from qwen35.device import HOST, take_device
 from qwen35.model import ModelConfig, Qwen35, load_config
 from qwen35.model.rope import text_rope, vision_rope
 from qwen35.parallel.fsdp import REPLICATED
+from rehearse.configs import some_layers
 
 WHY = "the roundings of some ten ops; small gradients are differences of large ones"
 TOLERANCES = {torch.float32: (5e-4, f"fp32: {WHY}"), torch.bfloat16: (6e-2, f"bf16: {WHY}")}
@@ -19,11 +20,9 @@ TEXT = "model.language_model.layers"
 
 def check(task: Task) -> None:
     device = take_device()
-    dense = task.config("4B", ["linear_attention", "full_attention"], vocab_size=512)
-    moe = task.config("35B-A3B", ["full_attention"], vocab_size=512, num_experts=32)
-    attention = dense["text_config"]["layer_types"].index("full_attention")
-    parts = {"delta-net layer": f"{TEXT}.0", "attention layer": f"{TEXT}.{attention}"}
-    parts["vision block"] = "model.visual.blocks.0"
+    dense = some_layers(task.size, ["linear_attention", "full_attention"], {"vocab_size": 512})
+    moe = some_layers("35B-A3B", ["full_attention"], {"vocab_size": 512, "num_experts": 32})
+    parts = {"delta-net layer": f"{TEXT}.0", "attention layer": f"{TEXT}.1", "vision block": "model.visual.blocks.0"}
     for config, paths in ((dense, parts), (moe, {"MoE of a layer": f"{TEXT}.0.mlp"})):
         host = Qwen35.from_config(config)
         with torch.device("meta"):

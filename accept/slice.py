@@ -17,6 +17,7 @@ from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
 from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
+from rehearse.configs import some_layers
 
 RECIPE, SEQUENCE = "configs/qwen3_5_4B.yaml", 128
 UNAVAILABLE = 3  # exit status of scripts/rehearse.sh where pip's index does not have what it needs
@@ -28,12 +29,12 @@ def check(task: Task) -> None:
     kinds, words, tokens = ["linear_attention"] * 3 + ["full_attention"], 248_320, 4096
     if not is_apart(device):
         kinds, words, tokens = kinds[2:], 8192, 128 if task.small else 512
-    (task.folder / "config.json").write_text(json.dumps(task.config("4B", kinds, vocab_size=words)))
+    (task.folder / "config.json").write_text(json.dumps(some_layers(task.size, kinds, {"vocab_size": words})))
     basic, model = "data.dataset_param.basic_parameters", f"model.model_name_or_path={task.folder}"
     overrides = [model, f"{basic}.cutoff_len={tokens}", "training.micro_batch_size=1"]
     took, flops = train(load_settings(RECIPE, overrides), device)
     mfu = flops / took / matmul_rate(device, tokens)
-    what, memory = f"{len(kinds)} layers of 4B, {words:,} words, {tokens:,} tokens", peak_memory(device)
+    what, memory = f"{len(kinds)} layers of {task.size}, {words:,} words, {tokens:,} tokens", peak_memory(device)
     found = f"{took:.3f} s a step, {tokens / took:,.0f} tokens/s, MFU {mfu:.1%} of the matmuls' rate"
     rehearsed = {} if task.small else rehearse(task, overrides)
     if not rehearsed:

@@ -5,15 +5,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from accept.report import Row
 from qwen35.device import device_count, device_type, is_apart
-from qwen35.tools.tiny import make_tokenizer, model_config
-from rehearse.configs import some_layers
 from rehearse.rates import WORST
 
 FORMATS = {"flops": (1e12, "TFLOPS"), "memory": (1e9, "GB/s"), "within": (1e9, "GB/s"), "host": (1e-6, "us")}
@@ -33,9 +30,10 @@ class Task:
         kind = torch.device(device_type())
         return int(os.environ.get("NPUS_PER_NODE") or (device_count() if is_apart(kind) else 2))
 
-    def config(self, size: str, layer_types: Sequence[str], **text: int) -> dict[str, Any]:
-        """config.json of some layers of a published size; in small, of the tiny recipe."""
-        return model_config(make_tokenizer()) if self.small else some_layers(size, layer_types, text)
+    @property
+    def size(self) -> str:
+        """The published dense model whose layers are used."""
+        return "0.8B" if self.small else "4B"
 
     def add(self, *row: object) -> None:
         """The fields of a Row."""

@@ -1,1 +1,1 @@
-"""`make accept`: run first on a real machine, to see that what is proved without it holds."""
+"""`make accept`: the first command on a real machine. Does it compute what the tests prove?"""

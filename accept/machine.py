@@ -20,7 +20,7 @@ VARIABLES = (  # of env.sh, those whose values identify nobody
 )
 
 
-def check(task: Task) -> None:
+def check_machine(task: Task) -> None:
     device = torch.device(device_type())
     about = {"kind": device.type, "device": model_name(device), "is_apart": is_apart(device)}
     (task.folder / "device.json").write_text(json.dumps(about))

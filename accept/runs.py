@@ -1,12 +1,14 @@
-"""Runs of the tiny recipe: beside the CPU's, on several ranks beside one, killed and resumed."""
+"""Several ranks: collectives, and runs of the tiny recipe, which are also killed and resumed."""
 
 import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from functools import partial
 from math import lcm
 
+import torch.distributed as dist
 from torch import Tensor
 
 from accept.machine import RECIPE
@@ -14,12 +16,17 @@ from accept.task import Task, distance
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import TensorSlice
-from qwen35.device import HOST_ALONE
+from qwen35.device import HOST_ALONE, init_process, is_apart
+from qwen35.launch.launcher import run as launch
 from qwen35.launch.rendezvous import free_port
+from qwen35.preflight import collectives, measure
 from qwen35.processes import die_with
+from qwen35.rank import FAILURE_FILE, leave, run_rank
 from qwen35.tools.tiny import make_digits, make_model
 from qwen35.training.metrics import read_metrics
 
+MIB = 1 << 20
+OF_FSDP = ("all-gather", "reduce-scatter")
 STEPS, INTERVAL = 12, 4
 CURVES = ("loss", "aux_loss", "grad_norm")
 TOLERANCES = {
@@ -27,6 +34,32 @@ TOLERANCES = {
     "bf16": (5e-2, "bf16: tokens between two experts may go to the other one"),
 }
 REPEATABLE = "training.deterministic=true"
+
+
+def check_ranks(task: Task) -> None:
+    """Starts the ranks, each of which calls this again. The launcher prints why a rank failed."""
+    if FAILURE_FILE in os.environ:
+        leave(run_rank(lambda settings: measure_all(task), "accept", None, [RECIPE]))
+    if task.ranks == 1:
+        task.add("collectives", "info", "there is one device")
+        return
+    port = free_port(is_alone=True)
+    node = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
+    command = [sys.executable, "-m", "accept", "--check", "ranks", str(task.folder), *["--small"] * task.small]
+    if launch(command, node):
+        sys.exit(1)
+
+
+def measure_all(task: Task) -> None:
+    device = init_process(120)
+    measure(device, lambda line: task.add("preflight", "info", line))
+    sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if is_apart(device) else (1, 16))]
+    for name, size, seconds, rate in collectives(device, sizes):
+        what, found = f"{name}, {size // MIB} MiB", f"{seconds * 1e3:.2f} ms, per rank "
+        if dist.get_rank() == 0 and size == sizes[-1]:
+            task.add_rate(device, what, "within", rate, found, is_rate=name in OF_FSDP)
+        elif dist.get_rank() == 0:
+            task.add(what, "info", f"{found}{rate / 1e9:.3g} GB/s")
 
 
 def train(task: Task, name: str, ranks: int, *overrides: str, kill: bool = False, on_cpu: bool = False) -> str:
@@ -77,7 +110,7 @@ def errors(task: Task, ours: str, exact: str, *parts: str) -> dict[str, float]:
     return {"curve": curve} | {part[:-1]: distance(tensors(ours, part), tensors(exact, part)) for part in parts}
 
 
-def check(task: Task) -> None:
+def check_runs(task: Task) -> None:
     make_model(task.folder / "model")
     make_digits(task.folder / "digits")
     run, ranks = partial(train, task), task.ranks

@@ -15,8 +15,7 @@ from training_runs import free_port
 
 import kernels
 from accept import __main__ as command
-from accept import operators, task
-from accept import slice as slice_of_4b
+from accept import numerics, speed, task
 from accept.report import Report, Row, clean
 from accept.task import Task, distance
 from qwen35.device import HOST
@@ -84,7 +83,7 @@ def test_all_checks_hold_on_a_cpu(accept, tmp_path):
 def test_wrong_kernel_is_off_and_the_others_are_held(monkeypatch, tmp_path, capsys):
     right = kernels.swiglu
     monkeypatch.setattr(kernels.Kernels, "swiglu", lambda x: right(x) * 1.001)
-    operators.check(Task(tmp_path, small=True))
+    numerics.check_operators(Task(tmp_path, small=True))
     rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 18 and {row.status for row in rows} == {"held", "off"}
     [off] = [row for row in rows if row.status == "off"]
@@ -150,13 +149,13 @@ def test_nan_is_off(tmp_path):
 )
 def test_on_npus_time_and_memory_are_compared_with_the_rehearsal(monkeypatch, tmp_path, seconds, gigabytes, statuses):
     """With the measurements of an NPU given."""
-    for module in (task, slice_of_4b):
+    for module in (task, speed):
         monkeypatch.setattr(module, "is_apart", lambda device: True)
     given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
     given["rehearse"] = {"best": 0.1, "worst": 0.4, "peak": 1e10}
     for name, value in given.items():
-        monkeypatch.setattr(slice_of_4b, name, lambda *_, value=value: value)
-    slice_of_4b.check(Task(tmp_path, small=False))
+        monkeypatch.setattr(speed, name, lambda *_, value=value: value)
+    speed.check_slice(Task(tmp_path, small=False))
     rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row.status for row in rows] == statuses
     assert rows[0].what == "4 layers of 4B, 248,320 words, 4,096 tokens" and "0.100 to 0.400 s a step" in rows[0].wanted

@@ -37,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--small", action="store_true", help="small sizes, to try the command itself; no rates.yaml")
     add("--check", nargs=2, metavar=("CHECK", "FOLDER"), help="internal: run one check in this process")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if args.check:
             from accept.task import Task  # imports torch, whose failure must not end the command itself
@@ -46,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             check = getattr(import_module(f"accept.{MODULES.get(name, name)}"), f"check_{name}")
             check(Task(Path(folder), args.small))
             return 0
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` is reached
         report = Report(socket.gethostname(), datetime.now().astimezone().strftime("%Y-%m-%d-%H%M"))
         for name in CHECKS:
             if name in (args.only or CHECKS) or name == "machine":

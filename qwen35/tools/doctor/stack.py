@@ -78,7 +78,7 @@ def cann_version(home: Path) -> str | None:
 def choose(cann: str, torch_npu: str) -> Stack:
     rows = of_cann(cann)
     if not rows:
-        raise SettingError(f"CANN {cann}: there is no known torch_npu for it; there are pins for CANN {supported()}")
+        raise SettingError(f"CANN {cann}: no torch_npu is known for it; there are pins for CANN {supported()}")
     for stack in rows:
         if torch_npu in ("", stack.torch_npu):
             return stack

@@ -1,1 +1,1 @@
-"""`make accept`: what is run first on a real machine, to see that all which is proved without one holds there too."""
+"""`make accept`: the first command on a real machine. Does it compute what the tests prove?"""

@@ -1,11 +1,11 @@
-"""Does this machine compute what the tests prove without one, and how fast? Each check runs in a process of its own with a time
-limit, and hides no other. Of the report's words: slower (than make rehearse assumes), told (there is nothing to compare with).
-Exit status 1 where something is off. Run by scripts/accept.sh.
+"""Does this machine compute what the tests prove without an NPU, and how fast is it?
+
+Each check runs in a process of its own with a time limit, so that one which fails hides no other.
+Exit status 1 if something is off. Run by scripts/accept.sh.
 """
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -24,46 +24,49 @@ from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.processes import die_with
 from rehearse.rates import rates_text
 
-# module -> seconds that it may take, first compilations among them
+# check -> its time limit in seconds, first compilations included
 CHECKS = {"machine": 300, "operators": 900, "layers": 600, "ranks": 600, "runs": 1200, "speed": 600, "slice": 900}
+MODULES = {"operators": "numerics", "layers": "numerics", "ranks": "runs", "slice": "speed"}  # if not of its name
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="accept", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/accept"), help="folder of reports and rates.yaml; default runs/accept")
+    add("--out", type=Path, default=Path("runs/accept"), help="folder of reports and rates.yaml; default: runs/accept")
     add("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=f"some of {', '.join(CHECKS)}; no rates.yaml")
     add("--small", action="store_true", help="small sizes, to try the command itself; no rates.yaml")
-    add("--check", nargs=2, metavar=("CHECK", "FOLDER"), help="what its own processes are asked for")
+    add("--check", nargs=2, metavar=("CHECK", "FOLDER"), help="internal: run one check in this process")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if args.check:
-            from accept.task import Task  # it brings torch, for which this process has no need
+            from accept.task import Task  # imports torch, whose failure must not end the command itself
 
-            import_module(f"accept.{args.check[0]}").check(Task(Path(args.check[1]), args.small))
+            name, folder = args.check
+            check = getattr(import_module(f"accept.{MODULES.get(name, name)}"), f"check_{name}")
+            check(Task(Path(folder), args.small))
             return 0
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` is reached
         report = Report(socket.gethostname(), datetime.now().astimezone().strftime("%Y-%m-%d-%H%M"))
         for name in CHECKS:
             if name in (args.only or CHECKS) or name == "machine":
-                examine(report, name, args.small)
+                run_check(report, name, args.small)
         return finish(report, args.out, is_whole=not (args.only or args.small))
     except USER_ERRORS as error:
         return complain(error)
 
 
-def examine(report: Report, name: str, small: bool) -> None:
-    """One check in a process of its own, and what it has found up to its end, of whatever kind that is."""
+def run_check(report: Report, name: str, small: bool) -> None:
+    """Run a check in a process of its own, and report its rows even if it fails."""
     print(f"{name:10}", end="", flush=True)
     start = time.perf_counter()
-    # below it a run's loaders have sockets, whose paths may have 107 bytes
+    # data loaders make sockets below it, whose paths are limited to 107 bytes
     temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp"
     with tempfile.TemporaryDirectory(prefix="accept-", dir=temporary, ignore_cleanup_errors=True) as folder:
-        reason = run(name, Path(folder), small)
-        file, about = Path(folder, "rows.jsonl"), Path(folder, "device.json")
-        rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
-        vars(report).update(json.loads(about.read_text()) if about.exists() else {})
-    rows += [Row("comes to its end", "off", reason)] if reason else []
+        failure = run_process(name, Path(folder), small)
+        lines, device = Path(folder, "rows.jsonl"), Path(folder, "device.json")
+        rows = [Row(**json.loads(line)) for line in lines.read_text().splitlines()] if lines.exists() else []
+        vars(report).update(json.loads(device.read_text()) if device.exists() else {})
+    rows += [Row("runs to its end", "off", failure)] if failure else []
     report.add(name, rows, time.perf_counter() - start, os.environ)
     counts = ", ".join(f"{count} {status}" for status, count in report.count(name).items())
     print(f"{report.seconds[name]:6.0f} s  {counts}", flush=True)
@@ -72,8 +75,8 @@ def examine(report: Report, name: str, small: bool) -> None:
             print(f"  {row.status:7} {row.what}: {row.found}{row.wanted and f' ({row.wanted})'}", flush=True)
 
 
-def run(name: str, folder: Path, small: bool) -> str:
-    """-> why the check did not come to its end; nothing if it did. No process of it is left."""
+def run_process(name: str, folder: Path, small: bool) -> str:
+    """Returns why the check failed, or an empty string. No process that it started is left."""
     (folder / "tmp").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "accept", *["--small"] * small, "--check", name, str(folder)],
@@ -87,32 +90,24 @@ def run(name: str, folder: Path, small: bool) -> str:
         preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # there is one thread here
     )
     try:
-        _, words = process.communicate(timeout=CHECKS[name])
+        _, err = process.communicate(timeout=CHECKS[name])
     except subprocess.TimeoutExpired:
-        return f"not over after {CHECKS[name]} s"
-    finally:  # ranks end with the launcher that started them
+        return f"time limit of {CHECKS[name]} s exceeded"
+    finally:  # the ranks end with their launcher
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    last = [line for line in words.splitlines() if line.strip()][-1:]
-    return "" if process.returncode == 0 else "".join(last) or f"ended by {process.returncode}"
+    lines = [line for line in err.splitlines() if line.strip()] or [f"exit status {process.returncode}"]
+    return lines[-1] if process.returncode else ""
 
 
 def finish(report: Report, out: Path, is_whole: bool) -> int:
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{re.sub(r'[^A-Za-z0-9_-]', '-', report.host)}-{report.date}"
-    write(stem.with_suffix(".json"), json.dumps(report.json(), indent=1) + "\n")
-    write(stem.with_suffix(".md"), report.markdown())
-    print(f"\n{report.verdict}\n{stem}.md")
+    path = report.write(out)
+    print(f"\n{report.verdict}\n{path}")
     if is_whole and report.is_apart and report.rates:
-        write(out / "rates.yaml", rates_text(report.kind, report.device, report.rates))
-        print(f"{out}/rates.yaml: make rehearse takes it from now on")
+        (out / "rates.yaml").write_text(rates_text(report.kind, report.device, report.rates))
+        print(f"{out}/rates.yaml: make rehearse uses it from now on")
     return 1 if report.count()["off"] else 0
-
-
-def write(path: Path, text: str) -> None:
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    path.with_suffix(".new").replace(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What doctor finds here, what this machine computes on, and the switches that it does so by."""
+"""What doctor finds, the device, and the environment variables that influence how it computes."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from qwen35.tools.doctor.__main__ import examine
 from qwen35.tools.doctor.machine import Machine
 
 RECIPE = "configs/tiny.yaml"
-STATUS: dict[str, Status] = {"ok": "held", "wrong": "off", "note": "told"}
-SWITCHES = (  # of env.sh, whose values say nothing of whose machine it is
+STATUS: dict[str, Status] = {"ok": "held", "wrong": "off", "note": "info"}
+VARIABLES = (  # of env.sh, those whose values identify nobody
     *("TASK_QUEUE_ENABLE", "COMBINED_ENABLE", "CPU_AFFINITY_CONF", "PYTORCH_NPU_ALLOC_CONF", "ACLNN_CACHE_LIMIT"),
     *("MULTI_STREAM_MEMORY_REUSE", "ASCEND_LAUNCH_BLOCKING", "CLOSE_MATMUL_K_SHIFT", "HCCL_DETERMINISTIC"),
     *("HCCL_BUFFSIZE", "HCCL_OP_EXPANSION_MODE", "NPUS_PER_NODE", "ASCEND_RT_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
 )
 
 
-def check(task: Task) -> None:
+def check_machine(task: Task) -> None:
     device = torch.device(device_type())
     about = {"kind": device.type, "device": model_name(device), "is_apart": has_own_memory(device)}
     (task.folder / "device.json").write_text(json.dumps(about))
     for finding in examine(Machine(device.type if has_own_memory(device) else None), [], RECIPE):
         task.add(finding.subject, STATUS[finding.status], finding.fact, finding.todo)
-    task.add("device", "told", f"{about['device']}; {task.ranks} ranks, {os.cpu_count()} cores")
-    task.add("switches", "told", ", ".join(f"{name}={os.environ[name]}" for name in SWITCHES if name in os.environ))
+    task.add("device", "info", f"{about['device']}; {task.ranks} ranks, {os.cpu_count()} cores")
+    task.add("variables", "info", ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ))

@@ -1,9 +1,11 @@
-"""The report: Markdown to read or to paste into an issue, and the same as JSON. It tells no paths, addresses or secrets."""
+"""The report, as Markdown and JSON, for an issue: it holds no paths, addresses or secrets."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS)_?KEY")
@@ -11,8 +13,8 @@ PATH = re.compile(r"(?:file://|(?<![\w/.:~]))~?(?:/[\w.@+-]+)+/([\w.@+-]+)")
 ADDRESS = re.compile(
     r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){3,7}[0-9A-Fa-f]{0,4}(?![\w:])"
 )
-# slower: than rehearse assumes; told: there is nothing to compare with
-Status = Literal["held", "off", "slower", "told"]
+# slower: than make rehearse assumes; info: a figure without one to compare it with
+Status = Literal["held", "off", "slower", "info"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,12 @@ class Row:
     status: Status
     found: str
     wanted: str = ""
-    rate: str = ""  # of rates.yaml, that `value` is
+    rate: str = ""  # the name in rates.yaml of what `value` is
     value: float = 0.0
 
 
 def clean(text: str, environment: Mapping[str, str]) -> str:
-    """Of a path stays its last part, of an address and a secret nothing; one line, with no end of a table's cell in it."""
+    """One line without secrets, addresses, `|` (the end of a table's cell) and folders of paths."""
     for name, value in environment.items():
         if SECRET.search(name.upper()) and len(value) > 3:
             text = text.replace(value, "<secret>")
@@ -37,16 +39,16 @@ def clean(text: str, environment: Mapping[str, str]) -> str:
 class Report:
     host: str
     date: str
-    # what accept.machine finds
-    kind: str = "?"  # torch's word for the devices
-    device: str = "of an unknown kind"  # "Ascend910B2"
-    is_apart: bool = False  # whether that is an accelerator
+    # found by accept/machine.py
+    kind: str = "?"  # torch's name of the device type
+    device: str = "unknown device"  # "Ascend910B2"
+    is_apart: bool = False  # whether it is an accelerator
     rows: dict[str, list[Row]] = field(default_factory=dict)  # by check
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by check
 
     def add(self, check: str, rows: list[Row], seconds: float, environment: Mapping[str, str]) -> None:
-        of_row = ("what", "found", "wanted")
-        self.rows[check] = [Row(**vars(r) | {k: clean(getattr(r, k), environment) for k in of_row}) for r in rows]
+        texts = ("what", "found", "wanted")
+        self.rows[check] = [Row(**asdict(r) | {k: clean(getattr(r, k), environment) for k in texts}) for r in rows]
         self.seconds[check] = seconds
 
     def count(self, *checks: str) -> Counter[str]:
@@ -54,26 +56,26 @@ class Report:
 
     @property
     def rates(self) -> dict[str, float]:
-        """For rates.yaml; of what was measured several times the lowest."""
+        """For rates.yaml: the lowest measurement of each."""
         rated = sorted((row for rows in self.rows.values() for row in rows if row.rate), key=lambda row: -row.value)
         return {row.rate: row.value for row in rated}
 
     @property
     def verdict(self) -> str:
         counts = self.count()
-        words = f"{counts['held']} held, {counts['off']} off, {counts['slower']} slower than assumed"
-        return words + ("" if self.is_apart else "; a CPU: no speed is compared, and none of it speaks for an NPU")
+        text = f"{counts['held']} held, {counts['off']} off, {counts['slower']} slower than assumed"
+        return text if self.is_apart else f"{text}; on a CPU no speed is compared, and nothing is proved for NPUs"
 
-    def json(self) -> dict[str, object]:
-        return asdict(self) | {"rates": self.rates, "verdict": self.verdict}
-
-    def markdown(self) -> str:
-        lines = [
-            f"# accept: {self.host}, {self.date}, {self.device}\n",
-            "| | what | found | wanted |",
-            "|---|---|---|---|",
-        ]
+    def write(self, folder: Path) -> Path:
+        """Write <host>-<date>.md and .json. Returns the path of the former."""
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_-]', '-', self.host)}-{self.date}.md"
+        folder.mkdir(parents=True, exist_ok=True)
+        document = asdict(self) | {"rates": self.rates, "verdict": self.verdict}
+        path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        lines = [f"# accept: {self.host}, {self.date}, {self.device}", ""]
+        lines += ["| | what | found | wanted |", "|---|---|---|---|"]
         for name, rows in self.rows.items():
             lines.append(f"| | **{name}**, {self.seconds[name]:.0f} s | | |")
             lines += [f"| {r.status} | {r.what} | {r.found} | {r.wanted} |" for r in rows]
-        return "\n".join([*lines, "", self.verdict, ""])
+        path.write_text("\n".join([*lines, "", self.verdict, ""]), encoding="utf-8")
+        return path

@@ -1,7 +1,8 @@
-"""How fast and how lean: `python -m bench [--only NAME …] [--all] [--json]`. Ratios of two things timed in turn.
+"""Speed and memory on a CPU, as ratios: `python -m bench [--only NAME …] [--all] [--json]`.
 
-Each row runs in a process of its own, twice: with the system's memory allocator and with the settings that env.sh exports for a
-CPU run. Rows that need more than 24 GB or many minutes for the peer are left out unless named or --all is given.
+Each row runs in a process of its own, twice: with the default memory allocator, and with the
+settings that env.sh exports for CPU runs. Rows that need more than 24 GB or take the peer many
+minutes run only if they are named, or with --all.
 """
 
 import argparse
@@ -19,16 +20,18 @@ def main() -> int:
     from bench.rows import ROWS, matmul_rate, measure
 
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"these rows alone: {', '.join(ROWS)}")
-    parser.add_argument("--all", action="store_true", help="the rows that take long or much memory too")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
-    parser.add_argument("--row", choices=[*ROWS, "rate"], help=argparse.SUPPRESS)  # what the processes are asked for
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"run only these rows: {', '.join(ROWS)}")
+    parser.add_argument("--all", action="store_true", help="run also the rows that take long or much memory")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--row", choices=[*ROWS, "rate"], help=argparse.SUPPRESS
+    )  # internal: run one row in this process
     args = parser.parse_args()
     if args.row:
         print(json.dumps({"matmul_gflops": matmul_rate() / 1e9} if args.row == "rate" else measure(args.row)))
         return 0
     if unknown := [name for name in args.only or [] if name not in ROWS]:
-        parser.error(f"--only {unknown[0]}: no such row; there are {', '.join(ROWS)}")
+        parser.error(f"--only {unknown[0]}: no such row; choose from {', '.join(ROWS)}")
     names = [name for name in ROWS if name in args.only] if args.only else [n for n in ROWS if args.all or ROWS[n][2]]
     report: dict[str, Any] = {"machine": machine(), "rows": []}
     for allocator in ("default", "tuned"):
@@ -61,13 +64,13 @@ def run(row: str, allocator: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench", "--row", row]
     child = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
     if child.returncode:
-        words = child.stderr.strip().splitlines()
-        return {"row": row, "error": words[-1] if words else f"ended by {child.returncode}: out of memory?"}
+        lines = child.stderr.strip().splitlines()
+        return {"row": row, "error": lines[-1] if lines else f"exit status {child.returncode}: out of memory?"}
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def line(result: dict[str, Any]) -> str:
-    """One row of the table: the ratios first."""
+    """One row of the table, with the ratios first."""
     head = f"{result['row']:16} {result['allocator']:8}"
     figures = {k: v for k, v in result.items() if k not in ("row", "allocator", "to_reach", "threads")}
     ordered = sorted(figures, key=lambda k: "ratio" not in k)

@@ -1,7 +1,8 @@
 """How fast photographs become patches: `python -m bench.images [--images 200]`.
 
-JPEG files of COCO's size, from the disk to the patches of the vision tower: by qwen35 and by transformers' image processor on
-Pillow, in turn, on one thread; then by qwen35 in a process for each core. Both give the same numbers, or it stops.
+JPEG files of COCO's size are read and made into the vision tower's patches, by qwen35 and by
+transformers' image processor on Pillow, alternating on one thread; then by qwen35 in one process
+per core. It stops if the two do not give the same numbers.
 """
 
 import argparse
@@ -39,15 +40,15 @@ def main() -> None:
         make_model(Path(folder) / "model")
         own = ImageProcessor.from_folder(Path(folder) / "model", *PIXELS)
         peer = peer_processor(Path(folder) / "model")
-        ways = {"qwen35": partial(read, own), "transformers": partial(read_as_peer, peer)}
-        if not torch.equal(*(way(files[0]) for way in ways.values())):
-            raise SystemExit("the two do not give the same patches")
-        rates: dict[str, list[float]] = {name: [] for name in ways}
+        readers = {"qwen35": partial(read, own), "transformers": partial(read_as_peer, peer)}
+        if not torch.equal(*(reader(files[0]) for reader in readers.values())):
+            raise SystemExit("qwen35 and transformers do not give the same patches")
+        rates: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(ROUNDS):
-            for name, way in ways.items():
+            for name, reader in readers.items():
                 start = time.perf_counter()
                 for file in files:
-                    way(file)
+                    reader(file)
                 rates[name].append(len(files) / (time.perf_counter() - start))
         for name, values in rates.items():
             print(
@@ -64,14 +65,14 @@ def main() -> None:
 
 
 def write(folder: Path, count: int) -> list[Path]:
-    """Soft shapes under a little noise: as many bytes a file as a photograph, about 80 KB."""
+    """Soft shapes with some noise, so that a file has the size of a photograph's, about 80 KB."""
     folder.mkdir()
-    chance, files = np.random.default_rng(0), []
+    rng, files = np.random.default_rng(0), []
     for i in range(count):
-        shapes = Image.fromarray(chance.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize(
+        shapes = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)).resize(
             (640, 480), Image.Resampling.BICUBIC
         )
-        noisy = np.asarray(shapes, dtype=np.int16) + chance.integers(-12, 13, (480, 640, 3))
+        noisy = np.asarray(shapes, dtype=np.int16) + rng.integers(-12, 13, (480, 640, 3))
         files.append(folder / f"{i:012}.jpg")
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
     print(f"{count} files of {statistics.mean(file.stat().st_size for file in files) / 1e3:.0f} KB")

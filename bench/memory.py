@@ -1,9 +1,9 @@
 """Whether memory stays flat over a run: `python -m bench.memory [--epochs 12] [--processes 1]`.
 
-The model of the tiny recipe trains on images, text and videos with weights; each epoch is packed anew and ends with a
-validation, which generates too, and a checkpoint. After it the memory of rank 0 and of its loader workers is read: what is
-theirs, a page counted in parts by those that share it (Pss_Anon and Pss_Shmem of Linux), and beside it all that rank 0 has
-resident.
+The tiny recipe's model trains on a weighted mixture of images, text and videos. Each epoch is
+packed anew and ends with a validation, which also generates, and a checkpoint. Then the memory of
+rank 0 and of its loader workers is read: anonymous and shared pages, each divided among those that
+share it (Linux's Pss_Anon and Pss_Shmem), and the whole resident memory of rank 0.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from qwen35.data import MicroBatches
 from qwen35.launch.launcher import listen
 from qwen35.tools.tiny import ASSETS, make_digits, make_model
 
-FLAT = 8  # epochs, the last ones, over which the slope is taken: those before them fill caches
+FLAT = 8  # the last epochs, over which the slope is taken; those before them fill caches
 
 
 def main() -> None:
@@ -39,9 +39,8 @@ def main() -> None:
         recipe = f"{ASSETS.parent}/configs/tiny.yaml"
         steps = MicroBatches(load_settings(recipe, own), 0, args.processes).sequences_per_epoch // args.processes
         own += [f"training.{name}={steps}" for name in ("val_interval", "save_interval")]
-        own.append(
-            f"training.train_iters={steps * (args.epochs + 1)}"
-        )  # one more: the last is read before the run ends
+        # one epoch more, since memory is read while the run goes on
+        own.append(f"training.train_iters={steps * (args.epochs + 1)}")
         with listen(0) as free:
             port = free.getsockname()[1]
         launcher = ["-m", "qwen35.launch", "--nproc_per_node", str(args.processes), "--master_port", str(port)]
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def measure(job: "subprocess.Popen[bytes]", save: Path, step: int) -> dict[str, float]:
-    """Once the checkpoint of `step` is whole: MB of rank 0, its workers and all together; nothing if the run has ended."""
+    """MB of rank 0, its workers and the sum, after the checkpoint of `step`; {} after the run."""
     while job.poll() is None:
         latest = save / "latest_checkpointed_iteration.txt"
         if latest.is_file() and int(latest.read_text()) >= step:
@@ -73,21 +72,21 @@ def measure(job: "subprocess.Popen[bytes]", save: Path, step: int) -> dict[str, 
             rank = min(ranks, key=lambda process: int(process.environ()["RANK"]))
             resident, own = memory(rank.pid)
             workers = [memory(worker.pid)[1] for worker in rank.children()]
-            shares = {"rank": own, f"{len(workers)} workers": sum(workers), "together": own + sum(workers)}
+            shares = {"rank": own, f"{len(workers)} workers": sum(workers), "sum": own + sum(workers)}
             return {"rank resident": resident, **shares}
         time.sleep(0.02)
     return {}
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """MB that are resident, and MB of its own, files left out: how many share the libraries is others' doing."""
+    """MB that are resident, and MB of its own, without mapped files such as libraries."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sizes = {name: int(size.split()[0]) / 1e3 for name, size in (line.split(":", 1) for line in lines)}
     return sizes["Rss"], sizes["Pss_Anon"] + sizes["Pss_Shmem"]
 
 
 def write(folder: Path) -> list[str]:
-    """Model and records -> the settings for them."""
+    """Write model and records; return the settings that name them."""
     make_model(folder / "model")
     make_digits(folder / "digits")
     digits = json.loads((folder / "digits/train.json").read_text())
@@ -115,7 +114,7 @@ def write(folder: Path) -> list[str]:
         f"training.save={folder}/run",
         "training.save_total_limit=2",
         "training.val_generate=true",
-        "training.val_interval=1",  # until it is known how long an epoch is
+        "training.val_interval=1",  # replaced as soon as the length of an epoch is known
         "training.log_interval=5",
     ]
 

@@ -1,7 +1,8 @@
-"""What is measured: each row times ours and its yardstick in turn, in one process. Ratios are what counts.
+"""The rows of the benchmark: each times our code and its yardstick, alternating in one process.
 
-Slice S: hidden 1024, 4 layers (3 gated delta net, 1 attention), 64 experts top-8 of 512 and a shared one, 248,320 words, bf16,
-forward + backward. The peer is transformers' own model with the same weights, grouped experts and fused attention.
+Slice S: hidden 1024, 4 layers (3 gated delta net, 1 attention), 64 experts top-8 of 512 and a
+shared one, a vocabulary of 248,320, bf16, forward + backward. The peer is transformers' own model
+with the same weights, grouped experts and fused attention.
 """
 
 import os
@@ -25,14 +26,8 @@ from qwen35.training.loss import token_weights
 
 BF16 = torch.bfloat16
 VOCABULARY = 248_320
-LLAVA_LIKE = (
-    70,
-    110,
-    145,
-    175,
-    230,
-    314,
-)  # tokens of each sample, the last 40% trained; the peer pads all to the longest
+# tokens of each sample, of which the last 40% have labels; the peer pads all to the longest
+LLAVA_LIKE = (70, 110, 145, 175, 230, 314)
 Result = dict[str, Any]
 
 TEXT = {
@@ -68,7 +63,7 @@ VISION = {
 
 
 def config(vocabulary: int) -> dict[str, Any]:
-    """config.json of slice S; the vision tower is next to nothing."""
+    """config.json of slice S, with a minimal vision tower."""
     return {
         "model_type": "qwen3_5_moe",
         "image_token_id": 1,
@@ -91,11 +86,11 @@ def models(vocabulary: int, with_peer: bool) -> tuple[Qwen35, nn.Module | None]:
     return ours, theirs
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
-def in_turn(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90) -> list[float]:
-    """The median seconds of each, after a first run of all; fewer rounds where they take long."""
+def alternate(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90) -> list[float]:
+    """The median seconds of each call, after a first round; fewer rounds if they take long."""
     times: list[list[float]] = [[] for _ in calls]
     begin = time.perf_counter()
     for i in range(rounds + 1):
@@ -109,20 +104,20 @@ def in_turn(calls: list[Callable[[], Any]], rounds: int = 5, seconds: float = 90
 
 
 def matmul_rate() -> float:
-    """FLOPs/s of one large bf16 matmul."""
+    """FLOP/s of one large bf16 matmul."""
     a = torch.randn(4096, 4096).to(BF16)
-    return 2 * 4096**3 / in_turn([lambda: a @ a])[0]
+    return 2 * 4096**3 / alternate([lambda: a @ a])[0]
 
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def packed(lengths: tuple[int, ...], trained: float) -> PackedBatch:
-    """Text alone; the last part `trained` of each sequence has labels."""
+    """Text alone. The last part of each sequence, a share `trained`, has labels."""
     total = sum(lengths)
     ids = torch.randint(10, VOCABULARY, (total,), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, IGNORE)
@@ -150,7 +145,7 @@ def step(model: Qwen35, batch: PackedBatch) -> float:
 
 
 def peer_step(model: nn.Module, batch: PackedBatch) -> float:
-    """The same sequences, each padded to the longest."""
+    """The same sequences, padded to the longest."""
     bounds = list(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True))
     longest = max(end - start for start, end in bounds)
     ids = torch.zeros(len(bounds), longest, dtype=torch.long)
@@ -171,7 +166,7 @@ def slice_row(lengths: tuple[int, ...], trained: float, with_peer: bool) -> Resu
     calls: list[Callable[[], Any]] = [lambda: losses.update(ours=step(ours, batch))]
     if theirs is not None:
         calls.append(lambda: losses.update(peer=peer_step(theirs, batch)))
-    seconds = in_turn(calls, rounds=3)
+    seconds = alternate(calls, rounds=3)
     labels = int((batch.labels != IGNORE).sum())
     total = sum(lengths)
     flops = Flops(ours).of(total, batch.cu_seqlens.diff(), labels, batch.grid_thw)
@@ -179,7 +174,7 @@ def slice_row(lengths: tuple[int, ...], trained: float, with_peer: bool) -> Resu
     if theirs is None:
         return result | {"peak_gb": peak_bytes() / 1e9}
     if abs(losses["ours"] - losses["peer"]) > 0.02 * losses["peer"]:
-        raise RuntimeError(f"the two sides do not compute the same: losses {losses}")
+        raise RuntimeError(f"ours and the peer do not compute the same: losses {losses}")
     return result | {"peer_tokens_per_second": total / seconds[1], "ratio": seconds[1] / seconds[0]}
 
 
@@ -204,7 +199,7 @@ def delta_rule() -> Result:
         torch.autograd.grad(out, x, torch.ones_like(out))
 
     short, long = inputs(4096), inputs(8192)
-    once, peer, twice = in_turn([lambda: ours(short), lambda: theirs(short), lambda: ours(long)], rounds=3)
+    once, peer, twice = alternate([lambda: ours(short), lambda: theirs(short), lambda: ours(long)], rounds=3)
     return {"seconds": once, "peer_seconds": peer, "ratio": peer / once, "time_8192_over_4096": twice / once}
 
 
@@ -231,7 +226,7 @@ def experts() -> Result:
             native.grouped_matmul(b, matrix, ends)
             native.grouped_weight_grad(b, a, ends)
 
-    seconds, alone = in_turn([ours, matmuls])
+    seconds, alone = alternate([ours, matmuls])
     return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "grouped_mm": HAS_GROUPED_MM}
 
 
@@ -247,54 +242,54 @@ def head() -> Result:
         torch.autograd.grad(loss, (hidden, weight))
 
     def matmuls() -> None:
-        for some in h.split(512):  # all at once would need 2 GB, and is no faster
-            logits = some @ w.T
+        for chunk in h.split(512):  # one matmul over all tokens would need 2 GB, and is not faster
+            logits = chunk @ w.T
             logits @ w
-            logits.T @ some
+            logits.T @ chunk
 
     before = peak_bytes()
     ours()
     needed = VOCABULARY * D * (4 + 2) + T * D * 2  # one [V, D] in fp32, and the gradients
     extra = peak_bytes() - before - needed
-    seconds, alone = in_turn([ours, matmuls], rounds=3)
+    seconds, alone = alternate([ours, matmuls], rounds=3)
     return {"seconds": seconds, "matmul_seconds": alone, "ratio": seconds / alone, "extra_mb": extra / 1e6}
 
 
-def kept_by_layers(model: nn.Module, forward: Callable[[], Any]) -> list[float]:
-    """Bytes that each layer keeps for backward; what several ops keep counts once, parameters not at all."""
+def saved_by_layers(model: nn.Module, forward: Callable[[], Any]) -> list[float]:
+    """Bytes that each layer saves for backward: each storage once, and no parameters."""
     layers = list(model.get_submodule("model.language_model.layers").children())
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[dict[int, Tensor]] = [{}]  # first what comes before the layers, last what comes after them
-    handles = [layer.register_forward_pre_hook(lambda *_: kept.append({})) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(lambda *_: kept.append({})))
+    saved: list[dict[int, Tensor]] = [{}]  # the first and last are for what is outside of the layers
+    handles = [layer.register_forward_pre_hook(lambda *_: saved.append({})) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(lambda *_: saved.append({})))
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage().data_ptr()
-        if storage not in own and not any(storage in layer for layer in kept):
-            kept[-1][storage] = x
+        if storage not in own and not any(storage in layer for layer in saved):
+            saved[-1][storage] = x
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         graph = forward()
     for handle in handles:
         handle.remove()
-    del graph  # alive until here: no address may be used twice
-    return [float(sum(x.untyped_storage().nbytes() for x in layer.values())) for layer in kept[1:-1]]
+    del graph  # alive until here, so that no address is used twice
+    return [float(sum(x.untyped_storage().nbytes() for x in layer.values())) for layer in saved[1:-1]]
 
 
 def saved() -> Result:
-    """Per token, of the second layer (delta net) and the fourth (attention), each with its experts."""
+    """KB per token of the second layer (delta net) and the fourth (attention), experts included."""
     T = 512
     ours, theirs = models(4096, with_peer=True)
     assert theirs is not None
     batch = packed((T,), 1.0)
     batch = replace(batch, input_ids=batch.input_ids % 4096)
-    mine = kept_by_layers(ours, lambda: ours(batch))
-    other = kept_by_layers(theirs, lambda: theirs.get_submodule("model")(input_ids=batch.input_ids[None]))
+    own = saved_by_layers(ours, lambda: ours(batch))
+    peer = saved_by_layers(theirs, lambda: theirs.get_submodule("model")(input_ids=batch.input_ids[None]))
     results: Result = {}
     for kind, layer in (("delta_net", 1), ("attention", 3)):
-        results[f"{kind}_kb"], results[f"peer_{kind}_kb"] = mine[layer] / T / 1e3, other[layer] / T / 1e3
-        results[f"{kind}_ratio"] = mine[layer] / other[layer]
+        results[f"{kind}_kb"], results[f"peer_{kind}_kb"] = own[layer] / T / 1e3, peer[layer] / T / 1e3
+        results[f"{kind}_ratio"] = own[layer] / peer[layer]
     return results
 
 
@@ -308,7 +303,7 @@ def llava_like() -> Result:
     return {names.get(k, k): v * trained if k in names else v for k, v in result.items()}
 
 
-# name -> (what it does, what is to be reached, whether it runs by default)
+# name -> (measurement, target, whether it runs by default)
 ROWS: dict[str, tuple[Callable[[], Result], str, bool]] = {
     "slice-2048": (lambda: slice_row((2048,), 1.0, True), "ratio >= 2 / 1.3, share >= 0.7 tuned", True),
     "slice-4096": (lambda: slice_row((4096,), 1.0, False), "peak <= 11 GB", True),
@@ -324,6 +319,6 @@ ROWS: dict[str, tuple[Callable[[], Result], str, bool]] = {
 
 def measure(name: str) -> Result:
     torch.manual_seed(0)
-    F.linear(torch.ones(64, 64, dtype=BF16), torch.ones(64, 64, dtype=BF16))  # the first matmul loads its library
+    F.linear(torch.ones(64, 64, dtype=BF16), torch.ones(64, 64, dtype=BF16))  # loads the matmul library
     load = os.getloadavg()[0]
     return {"row": name, "threads": torch.get_num_threads(), "load": load} | ROWS[name][0]()

@@ -1,4 +1,4 @@
-"""A batch of a recipe's shapes, made by the run's own collator of samples that nobody has to have."""
+"""A batch of a recipe's shapes, made by the run's own collator from synthetic samples."""
 
 from dataclasses import dataclass
 
@@ -12,28 +12,28 @@ from qwen35.data.mrope import position_ids
 from qwen35.errors import SettingError
 from qwen35.model import ModelConfig
 
-TEXT = 1  # any token that is not an image's
+TEXT = 1  # any token that is not an image token
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What is in a bin: sequences of one length, each an image (where images are asked for), a question and an answer."""
+    """Sequences of one length: an image (unless images is 0), a question and an answer."""
 
     sequence: int = 1024  # tokens
-    images: float = 0.25  # share of the tokens that stand for image patches
-    trained: float = 0.4  # share of the tokens that are trained
+    images: float = 0.25  # share of the tokens that are image tokens
+    trained: float = 0.4  # share of the tokens that have a loss
 
     def describe(self, settings: Settings) -> str:
         basic = settings.data.dataset_param.basic_parameters
         length = min(self.sequence, basic.cutoff_len)
         return (
-            f"bins of {basic.cutoff_len:,} tokens in sequences of {length:,}: {self.images:.0%} of the tokens are of "
-            f"images, {self.trained:.0%} are trained"
+            f"{basic.cutoff_len:,} tokens each, of sequences of {length:,}: {self.images:.0%} image tokens, "
+            f"{self.trained:.0%} with a loss"
         )
 
 
 def make_batch(settings: Settings, config: ModelConfig, mix: Mix) -> PackedBatch:
-    """One micro-batch on the host, T = micro_batch_size * cutoff_len. Raises SettingError where the mix cannot be had."""
+    """One micro-batch on the host, T = micro_batch_size * cutoff_len. Raises SettingError."""
     basic = settings.data.dataset_param.basic_parameters
     spec, v = config.vision_spec, config.vision
     length = min(mix.sequence, basic.cutoff_len)
@@ -42,8 +42,8 @@ def make_batch(settings: Settings, config: ModelConfig, mix: Mix) -> PackedBatch
         sizes.append(basic.cutoff_len % length)
     values = v.in_channels * v.temporal_patch_size * v.patch_size**2
     samples = {size: make_sample(size, mix, spec, values) for size in set(sizes)}
-    bins = [[samples[size] for size in sizes]] * settings.training.micro_batch_size
-    return collate(bins, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
+    packed = [[samples[size] for size in sizes]] * settings.training.micro_batch_size
+    return collate(packed, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
 
 
 def make_sample(length: int, mix: Mix, spec: VisionSpec, values: int) -> Sample:
@@ -53,8 +53,8 @@ def make_sample(length: int, mix: Mix, spec: VisionSpec, values: int) -> Sample:
     trained = round(length * mix.trained)
     if image + 2 + trained > length or trained < 1:
         raise SettingError(
-            f"a sequence of {length} tokens with {image} of an image and {trained} trained ones: --images and --trained are "
-            "shares of it, and something has to be asked too"
+            f"--images and --trained: {image} image tokens and {trained} tokens with a loss do not fit in a sequence of "
+            f"{length}, which has a question too"
         )
     ids = torch.full((length,), TEXT)
     ids[1 : 1 + image] = spec.image_token_id
@@ -70,6 +70,6 @@ def make_sample(length: int, mix: Mix, spec: VisionSpec, values: int) -> Sample:
 
 
 def _grid(tokens: int) -> tuple[int, int]:
-    """Rows and columns of an image of about so many tokens, nearly square."""
+    """Rows and columns of a nearly square image of about that many tokens."""
     rows = int(tokens**0.5)
     return rows, tokens // rows if rows else 0

@@ -1,4 +1,4 @@
-"""The virtual cluster: a group of any size in one process, and a machine whose device is fake and whose host is real."""
+"""The virtual cluster: a process group of any size in one process, a fake device, a real host."""
 
 import weakref
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ Tensors = list[Tensor]
 
 
 class Observer(Protocol):
-    def saw(self, func: Any, args: tuple, kwargs: dict, inputs: Tensors, outputs: Tensors) -> None:
-        """An operator on the device has been called with `inputs` somewhere in its arguments."""
+    def observe(self, func: Any, args: tuple, kwargs: dict, inputs: Tensors, outputs: Tensors) -> None:
+        """An operator on the device was called; `inputs` are all tensors in its arguments."""
 
 
 @contextmanager
-def ranks(world: int) -> Iterator[None]:
-    """The default group, of which this process is rank 0; nothing is sent, nobody is waited for."""
+def fake_process_group(world: int) -> Iterator[None]:
+    """The default group, with this process as rank 0. Nothing is sent, and nothing blocks."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::_allgather_base_", "Meta"):
-        import_module("torch.distributed._tools.fake_collectives")  # an older torch has them there, for who asks
+        import_module("torch.distributed._tools.fake_collectives")  # where an older torch registers them
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -36,10 +36,10 @@ def ranks(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class Machine(TorchDispatchMode):
-    """What touches the device is fake and told to the observers; what the host does by itself is done.
+class FakeDevice(TorchDispatchMode):
+    """Runs operators that touch the device on fake tensors, those of the host for real.
 
-    On a CPU the host is the device: there the observers see its own work too.
+    Observers see the former. On a CPU, where the host is the device, they see both.
     """
 
     def __init__(self, device: torch.device, observers: list[Observer]):
@@ -47,13 +47,13 @@ class Machine(TorchDispatchMode):
         self.device, self.observers = device, observers
         self.is_shared = device.type == "cpu"
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.unknown: dict[int, weakref.ref] = {}  # storages of the host whose values came from fake tensors
-        # storages of fake tensors that stand for one of the host and take no memory; that one lives as long as its double,
-        # of which a view may be left when the host's tensor is gone
+        self.unknown: dict[int, weakref.ref] = {}  # host storages whose values came from fake tensors
+        # Storages of fake tensors that stand for a host storage and take no device memory. That one
+        # lives as long as its double, of which a view may outlive the host's tensor.
         self.doubles: dict[int, tuple[weakref.ref, torch.UntypedStorage]] = {}
 
-    def __enter__(self) -> "Machine":
-        # torch.tensor(…, device=) would else copy to the device behind the modes' back
+    def __enter__(self) -> "FakeDevice":
+        # otherwise torch.tensor(…, device=) would copy to the device unseen by the modes
         self.lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         self.fake.__enter__()
@@ -67,18 +67,17 @@ class Machine(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls the operator on its local tensors, which come by here
-        own = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is self.fake
-        if not own or len(self.fake.enter_stack) > 1:
-            return func(
-                *args, **kwargs
-            )  # DTensor, which finds out a shape: by another mode, on torch 2.10 by ours again
+            return NotImplemented  # it calls the operator on its local tensors, which are dispatched here
+        is_own = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is self.fake
+        if not is_own or len(self.fake.enter_stack) > 1:
+            # DTensor infers a shape: under its own fake mode, or on torch 2.10 under ours once more
+            return func(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if inputs and kwargs.get("device") is None and all(_is_on_meta(x) for x in inputs):
-            with unset_fake_temporarily():  # the model as it is sharded, before it has a device: five times as quick
+            with unset_fake_temporarily():  # sharding of the model before it has a device: five times faster
                 return func(*args, **kwargs)
-        is_locked = kwargs.get("pin_memory")  # for copies of what is on the device: nobody knows its values
-        if func.namespace in ("aten", "prims") and not is_locked and self._is_of_host(inputs, kwargs.get("device")):
+        is_pinned = kwargs.get("pin_memory")  # receives copies from the device, whose values are unknown
+        if func.namespace in ("aten", "prims") and not is_pinned and self._is_on_host(inputs, kwargs.get("device")):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             if not self.is_shared:
@@ -86,23 +85,23 @@ class Machine(TorchDispatchMode):
         else:
             if self.is_shared and func._schema.is_mutable:
                 self._forget(func, args, kwargs)
-            # a tensor of the host goes on as a fake one too: fake tensors would otherwise compute with its values
+            # host tensors become fake as well, or fake tensors would compute with their values
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if func.namespace != "prim":  # prim: fake tensors' own
+        if func.namespace != "prim":  # prim: internal to fake tensors
             for observer in self.observers:
-                observer.saw(func, args, kwargs, inputs, outputs)
+                observer.observe(func, args, kwargs, inputs, outputs)
         return out
 
-    def _is_of_host(self, inputs: Tensors, device: Any) -> bool:
-        there = device is None or torch.device(device).type == "cpu"
-        return there and all(
+    def _is_on_host(self, inputs: Tensors, device: Any) -> bool:
+        is_host = device is None or torch.device(device).type == "cpu"
+        return is_host and all(
             not isinstance(x, FakeTensor) and x.device.type == "cpu" and not _is_among(self.unknown, x) for x in inputs
         )
 
     def _forget(self, func: Any, args: tuple, kwargs: dict) -> None:
-        """What the operator writes into is not known from now on."""
+        """Mark what the operator writes into as unknown."""
         given = [*zip(func._schema.arguments, args, strict=False)]
         given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
         for argument, value in given:
@@ -132,7 +131,7 @@ def _is_among(table: dict[int, weakref.ref], x: Tensor) -> bool:
 
 
 def _remember(table: dict[int, weakref.ref], x: Tensor) -> None:
-    """x's storage, as long as it lives."""
+    """Add x's storage, for as long as it lives."""
     storage = x.untyped_storage()
     address = storage._cdata
     table[address] = weakref.ref(storage, partial(_drop, table, address))

@@ -1,9 +1,10 @@
-"""What an operator costs an NPU: bytes through its memory, launches, and the memory that it needs inside while it runs.
+"""What an operator costs an NPU: bytes through its memory, kernel launches, and workspace.
 
-Bytes: what an operator is given is read once, what it returns or changes is written once; operators of which that is not true
-are in BYTES, those that start more or less than one kernel in LAUNCHES, those with a large workspace in WORKSPACES. A tensor
-counts by its elements in memory: an axis along which it is broadcast counts once. Read for this: op-plugin 7.3.0 (opapi),
-CANN's ops-nn 8.5.0 and ops-transformer (op_host, op_api), torch's own FSDP.
+By default an operator reads its arguments once, writes what it returns or changes once, and
+launches one kernel. The exceptions are in BYTES and LAUNCHES; those with a large workspace are in
+WORKSPACES. A tensor counts by its elements in memory: an axis along which it is broadcast counts
+once. Sources: op-plugin 7.3.0 (opapi), CANN's ops-nn 8.5.0 and ops-transformer (op_host, op_api),
+torch's own FSDP.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 Given = dict[str, Any]  # an operator's arguments by name
 MiB = 1 << 20
-SYSTEM = 16 * MiB  # of the workspace, whatever the operator
+SYSTEM = 16 * MiB  # part of every workspace
 
-# memory that nobody has written yet, or no memory at all
+# allocate or alias memory, without reading or writing it
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream")
-# bound by arithmetic, which the model's FLOPs stand for. To op-plugin matmul is an operator, and is not made of mm
+# bound by arithmetic, which the model's FLOPs cover; matmul is an operator of op-plugin, not mm's
 MATMULS = (
     *("mm", "bmm", "matmul", "addmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_alltoallv_gmm"),
     *("npu_gmm_alltoallv", "npu_fusion_attention", "npu_fusion_attention_grad"),
@@ -29,19 +30,19 @@ MATMULS = (
 )
 FILLS = ("zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 GATHERS = ("embedding", "index", "index_select", "gather", "npu_moe_token_permute")
-WIRE = ("c10d", "_c10d_functional")  # counted by rehearse/wire.py
+COLLECTIVES = ("c10d", "_c10d_functional")  # counted by rehearse/communication.py
 
 
-def moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Tensor]) -> int:
-    """Bytes that the operator reads from the device's memory and writes into it; `made` is what it returned."""
-    if func.is_view or func.namespace in WIRE:
+def bytes_moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Tensor]) -> int:
+    """Bytes that the operator reads from device memory and writes to it; `made`: its results."""
+    if func.is_view or func.namespace in COLLECTIVES:
         return 0
     given = named(func, args, kwargs)
     changed = [
         given[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write and a.name in given
     ]
-    inside = {x.untyped_storage()._cdata for x in _tensors(*given.values())}
-    new = [x for x in made if x.untyped_storage()._cdata not in inside]
+    arguments = {x.untyped_storage()._cdata for x in _tensors(*given.values())}
+    new = [x for x in made if x.untyped_storage()._cdata not in arguments]
     if rule := BYTES.get(_name(func)):
         return rule(given, new)
     read = [value for name, value in given.items() if name != "out"]
@@ -49,17 +50,17 @@ def moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Ten
 
 
 def launches(func: torch._ops.OpOverload, args: tuple) -> int:
-    """Kernels that the host starts. Raises NotImplementedError for an operator on lists that nobody has looked at."""
+    """Kernels that the host launches. Raises NotImplementedError for unknown _foreach operators."""
     name = _name(func)
     if func.is_view or name in FREE:
         return 0
     if name.startswith(("_foreach", "_fused")) and name not in LAUNCHES:
-        raise NotImplementedError(f"{func.name()}: how many kernels it starts is not known here (rehearse/cost.py)")
+        raise NotImplementedError(f"{func.name()}: rehearse/cost.py does not know how many kernels it launches")
     return ceil(len(args[0]) * LAUNCHES[name]) if name in LAUNCHES else 1
 
 
 def workspace(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list[Tensor]) -> int:
-    """Bytes that the operator asks for beside its arguments; of those that are not in WORKSPACES a few MB at the most."""
+    """Bytes that the operator allocates beside its results; not in WORKSPACES: a few MB at most."""
     rule = WORKSPACES.get(_name(func))
     return rule(named(func, args, kwargs), made) if rule else 0
 
@@ -69,13 +70,13 @@ def named(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Given:
 
 
 def size_of(*values: Any) -> int:
-    """Bytes in memory of the tensors on the device among them, those in lists too; one that is given twice is read once."""
-    alone = {
+    """Bytes of the tensors that are on the device, in lists too; a repeated one counts once."""
+    unique = {
         (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x
         for x in values
         if isinstance(x, Tensor)
     }
-    found = _tensors(*alone.values(), *(value for value in values if not isinstance(value, Tensor)))
+    found = _tensors(*unique.values(), *(value for value in values if not isinstance(value, Tensor)))
     return sum(
         prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n) * x.element_size()
         for x in found
@@ -87,11 +88,11 @@ def _tensors(*values: Any) -> list[Tensor]:
 
 
 def _name(func: torch._ops.OpOverload) -> str:
-    """Without namespace and overload, the same in place and not."""
+    """Without namespace, overload, and the underscore of in-place variants."""
     return func._schema.name.partition("::")[2].rstrip("_")
 
 
-# ── Bytes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Bytes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _nothing(given: Given, new: list[Tensor]) -> int:
@@ -99,28 +100,28 @@ def _nothing(given: Given, new: list[Tensor]) -> int:
 
 
 def _filled(given: Given, new: list[Tensor]) -> int:
-    """Nothing is read, whatever the result is to be like."""
+    """Nothing is read, even where the result is like an argument."""
     return size_of(new or given.get("self"))
 
 
 def _copied(given: Given, new: list[Tensor]) -> int:
-    """What stood there before is not read. Of a copy from or to the host, the device's side counts."""
+    """The target is not read. For copies from or to the host, the device's side counts."""
     return size_of(given["src"]) + size_of(given["self"])
 
 
 def _gathered(given: Given, new: list[Tensor]) -> int:
-    """Of the first argument as much is read as there is in the first result."""
+    """As much of the first argument is read as the first result holds."""
     _, *others = given.values()
     return size_of(new[0]) + size_of(*new) + size_of(*others)
 
 
 def _scattered(given: Given, new: list[Tensor], adds: bool = False) -> int:
-    """Rows are written; what they are added to is read before. Where `self` is to stay as it is, all of it is copied first."""
+    """Rows are written, and read first if added to. Out of place, `self` is copied first."""
     target, index = given["self"], given["indices"] if "indices" in given else given["index"]
     source = given.get("source", given.get("src", given.get("values")))
-    if isinstance(index, list | tuple):  # index_put: each place of the indices is a row
-        places = torch.broadcast_shapes(*(i.shape for i in index if i is not None))
-        rows = prod((*places, *target.shape[len(index) :])) * target.element_size()
+    if isinstance(index, list | tuple):  # index_put: each position of the indices is a row
+        positions = torch.broadcast_shapes(*(i.shape for i in index if i is not None))
+        rows = prod((*positions, *target.shape[len(index) :])) * target.element_size()
     else:
         rows = (source if isinstance(source, Tensor) else index).numel() * target.element_size()
     adds = adds or bool(given.get("accumulate"))
@@ -128,23 +129,23 @@ def _scattered(given: Given, new: list[Tensor], adds: bool = False) -> int:
 
 
 def _permuted_back(given: Given, new: list[Tensor]) -> int:
-    """Of `tokens` and `indices` the shapes alone are used."""
+    """Only the shapes of `tokens` and `indices` are used."""
     return size_of(given["grad_permuted_tokens"]) + size_of(given["sorted_indices"]) + size_of(new)
 
 
 def _embedding_backward(given: Given, new: list[Tensor]) -> int:
-    """Into a workspace like the result: zeroed, each row read and written as a gradient is added, copied into the result."""
+    """A workspace like the result is zeroed, updated row by row, and copied into the result."""
     return 3 * size_of(given["grad_output"]) + size_of(given["indices"]) + 3 * size_of(new)
 
 
 def _adamw(given: Given, new: list[Tensor]) -> int:
-    """The parameter and its moments are read and written, gradient and step read; the schema says that all may change."""
+    """Parameters and moments are read and written; gradients and steps are read alone."""
     changed = size_of(given["self"], given["exp_avgs"], given["exp_avg_sqs"])
     return 2 * changed + size_of(given["grads"], given["state_steps"])
 
 
 def _copied_in(given: Given, new: list[Tensor]) -> int:
-    """FSDP's shards go to their place in the buffer, of which both results are views."""
+    """FSDP's shards are copied into the buffer, of which both results are views."""
     return 2 * size_of(given["all_gather_inputs"])
 
 
@@ -161,39 +162,42 @@ BYTES: dict[str, Callable[[Given, list[Tensor]], int]] = {
     "all_gather_copy_in": _copied_in,
 }
 
-# ── Launches ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Launches ────────────────────────────────────────────────────────────────────────────────────
 
-LAUNCHES = {  # of each tensor in the first argument
-    "_fused_adamw": 2,  # a loop over the parameters: the step less one, then ApplyAdamWV2
-    "_foreach_mul": 1,  # with a scalar on the device there is no kernel: torch multiplies one by one
-    "_foreach_norm": 1 / 24,  # so many in a call, and so on
+LAUNCHES = {  # kernels for each tensor of the first argument
+    "_fused_adamw": 2,  # a loop over the parameters: step minus one, then ApplyAdamWV2
+    "_foreach_mul": 1,  # no kernel takes a scalar on the device: torch multiplies tensor by tensor
+    "_foreach_norm": 1 / 24,  # 24 tensors in a launch, and so on
     "_foreach_sub": 1 / 24,
     "_foreach_add": 1 / 48,
     "_foreach_copy": 1 / 48,
     "all_gather_copy_in": 1 / 48,  # a _foreach_copy_
 }
 
-# ── Workspaces ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Workspaces ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _attention_grad(given: Given, made: list[Tensor]) -> int:
-    """The gradients of query, key and value are summed up in fp32 (flash_attention_score_grad_tiling_*.cpp)."""
+    """Gradients are accumulated in fp32 (flash_attention_score_grad_tiling_*.cpp)."""
     return SYSTEM + 4 * sum(given[name].numel() for name in ("query", "key", "value"))
 
 
 def _embedding_grad(given: Given, made: list[Tensor]) -> int:
-    """A second result; in fp32, with the gradient in fp32 beside it, where these are small (aclnn_embedding_dense_backward.cpp,
-    IsNeedCast), and with a third in fp32 for short rows (embedding_dense_grad_v2_tiling.cpp, CalcWorkSpaceSize)."""
+    """A buffer like the result, and more in two cases.
+
+    Small ones: buffer and gradient are fp32 (aclnn_embedding_dense_backward.cpp, IsNeedCast).
+    Short rows: one more fp32 buffer (embedding_dense_grad_v2_tiling.cpp, CalcWorkSpaceSize).
+    """
     grad, [out] = given["grad_output"], made
     width = grad.shape[-1]
     if 2 * (grad.numel() + out.numel()) < 100 * MiB or grad.numel() // max(1, width) < 512:
         return SYSTEM + 4 * (out.numel() + (grad.dtype != torch.float32) * grad.numel())
-    inside = 4 * out.numel() if grad.dtype != torch.float32 and width <= 512 else 0
-    return SYSTEM + out.numel() * grad.element_size() + inside
+    third = 4 * out.numel() if grad.dtype != torch.float32 and width <= 512 else 0
+    return SYSTEM + out.numel() * grad.element_size() + third
 
 
 def _permuted(given: Given, made: list[Tensor]) -> int:
-    """For the sort, six numbers of each index (moe_token_permute_tiling.cpp)."""
+    """The sort needs six int32 for each index (moe_token_permute_tiling.cpp)."""
     return SYSTEM + 24 * given["indices"].numel()
 
 

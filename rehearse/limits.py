@@ -1,7 +1,8 @@
-"""What the operators of an Ascend 910B refuse, as far as dtypes, shapes, layouts and places of their arguments say.
+"""What the operators of an Ascend 910B refuse: dtypes, shapes, strides, devices of arguments.
 
-One function for each operator: it yields what is wrong with a call. Sources: op-plugin's docs/zh/custom_APIs/torch_npu (the
-page of the operator's name), CANN's aclnn pages in ops-nn, ops-math and ops-transformer, and HCCL's table of data types.
+One function for each operator yields what is wrong with a call. Sources: op-plugin's
+docs/zh/custom_APIs/torch_npu (the page of the operator's name), CANN's aclnn pages in ops-nn,
+ops-math and ops-transformer, and HCCL's table of data types.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +16,19 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
-HCCL = (*FLOATS, torch.int8, *INTEGERS)  # that collectives can also sum
+HCCL = (*FLOATS, torch.int8, *INTEGERS)  # dtypes that collectives can reduce as well
 Problems = Iterator[str]
 
 
 def problems(func: torch._ops.OpOverload, args: Iterable[Any], kwargs: dict[str, Any]) -> list[str]:
-    """What the device would refuse in this call, a line each."""
+    """What the device would refuse in this call, one line for each reason."""
     name = func.name()
     rule = RULES.get(name.partition(".")[0]) or (_collective if name.startswith("c10d::") else None)
     if rule is None:
         return []
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     whole = {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
-    whole.setdefault("input", whole.get("self"))  # torch_npu's releases differ in this name
+    whole.setdefault("input", whole.get("self"))  # its name depends on the release of torch_npu
     return [f"{name}: {problem}" for problem in rule(SimpleNamespace(**whole))]
 
 
@@ -78,9 +79,12 @@ def _grouped_matmul(a: SimpleNamespace) -> Problems:
         ((a.split_item, a.group_type) not in ((2, 0), (3, 0), (2, 2), (3, 2)), "split_item and group_type"),
         (groups.ndim != 1 or not 0 < len(groups) <= 1024, f"{len(groups)} groups"),
         (groups.device != x.device, f"group_list is on {groups.device}"),
-        (a.group_type == 0 and x.stride(-1) != 1, "rows that do not lie side by side"),
+        (a.group_type == 0 and x.stride(-1) != 1, "the rows of x are not contiguous"),
         (a.group_type == 2 and not x.T.is_contiguous(), "x is not the transposed view of its rows"),
-        (not (inner.is_contiguous() or inner.mT.is_contiguous()), "neither contiguous nor its transposed view is"),
+        (
+            not (inner.is_contiguous() or inner.mT.is_contiguous()),
+            "neither the matrix nor its transposed view is contiguous",
+        ),
         (any(n > 65535 for n in (*x.shape[-1:], *weight.shape[-1:]) if a.group_type == 0), "an inner axis above 65535"),
     )
 
@@ -194,9 +198,7 @@ def _sort(a: SimpleNamespace) -> Problems:  # op_api/sort.cpp of ops-math
         yield f"of {a.input.dtype} runs on the AI CPU"
 
 
-def _scatter(
-    a: SimpleNamespace,
-) -> Problems:  # ScatterElementsV2 of ops-nn: parallel over the rows before the last axis
+def _scatter(a: SimpleNamespace) -> Problems:  # ScatterElementsV2 of ops-nn is parallel over all axes but the last
     if a.index.ndim == 1:
         yield f"of one axis writes {len(a.index)} values one by one"
 

@@ -1,4 +1,4 @@
-"""What one step sends as the cluster grows, beside the least that sharded training can do with."""
+"""What a rank sends in a step as the cluster grows, beside the lower bound of sharded training."""
 
 import torch
 
@@ -8,14 +8,17 @@ from rehearse.configs import with_config
 from rehearse.step import Rehearsal, rehearse
 
 SIZES = (16, 64, 256, 1024)
+COLUMNS = (
+    *("NPUs", "collective, group (ranks)", "GB", "lower bound, GB", "ratio", "GB between nodes", "calls"),
+    *("messages, one ring", "messages, a ring per node and one between nodes"),
+)
 
 
 def scaling(settings: Settings, mix: Mix, per_node: int, device: torch.device) -> int:
-    """Print the table, as Markdown. Raises SettingError."""
+    """Print a Markdown table. Raises SettingError."""
     settings, config, source = with_config(settings)
-    print(f"{source}; {mix.describe(settings)}; sent by a rank in a step")
-    print("| NPUs | what | GB | least, GB | ratio | between nodes, GB | calls | messages, flat | messages, by nodes |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"model {source}; {mix.describe(settings)}; sent by one rank in a step")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     batches = [make_batch(settings, config, mix)] * settings.training.gradient_accumulation_steps
     for world in SIZES:
         if world >= per_node:
@@ -26,23 +29,24 @@ def scaling(settings: Settings, mix: Mix, per_node: int, device: torch.device) -
 
 def rows(r: Rehearsal) -> list[str]:
     found = []
-    for (kind, group), traffic in sorted(r.wire.traffic.items(), key=lambda item: -item[1].sent):
+    for (kind, group), traffic in sorted(r.communication.traffic.items(), key=lambda item: -item[1].sent):
         if traffic.sent < 1e6 and traffic.calls < 4:
-            continue  # the gradient norm, and the like
-        least = sum(r.least.get((kind, name), 0.0) for name in group.name.split("+"))
-        flat, by_nodes = messages(kind, group.size, group.nodes)
-        bound = f"{least / 1e9:.2f} | {traffic.sent / least:.2f}" if least else " | "
+            continue  # the gradient norm and the like
+        bound = sum(r.lower_bound.get((kind, name), 0.0) for name in group.name.split("+"))
+        one_ring, by_node = messages(kind, group.size, group.nodes)
+        ratio = f"{bound / 1e9:.2f} | {traffic.sent / bound:.2f}" if bound else " | "
         found.append(
-            f"| {r.ranks:,} | {kind}, {group.name} ({group.size}) | {traffic.sent / 1e9:.2f} | {bound} | "
-            f"{traffic.between / 1e9:.2f} | {traffic.calls:,} | {flat * traffic.calls:,} | {by_nodes * traffic.calls:,} |"
+            f"| {r.ranks:,} | {kind}, {group.name} ({group.size}) | {traffic.sent / 1e9:.2f} | {ratio} | "
+            f"{traffic.between / 1e9:.2f} | {traffic.calls:,} | {one_ring * traffic.calls:,} | "
+            f"{by_node * traffic.calls:,} |"
         )
     return found
 
 
 def messages(kind: str, ranks: int, nodes: int) -> tuple[int, int]:
-    """That a rank sends in one call: in a ring over all ranks; in a ring over the nodes and one within each of them.
+    """Messages of a rank in a call: in one ring; in a ring per node and one between nodes.
 
-    An all-to-all has a message for every other rank, however it is laid out.
+    An all-to-all has a message for every other rank either way.
     """
     if kind == "all-to-all":
         return ranks - 1, ranks - 1

@@ -1,8 +1,9 @@
-"""Stand-ins for the CANN libraries, so that the real torch_npu imports on a machine without CANN or an NPU.
+"""Stand-ins for the CANN libraries: with them the real torch_npu imports without CANN or an NPU.
 
-`python rehearse/stand_ins.py SITE OUT`: for the torch_npu below SITE, one C file of functions that return 0 is generated and
-compiled under each library's name into OUT. Only what the import asks for writes an answer. Nothing can run on the device
-that this pretends to be: the ladder uses fake tensors, and CPU bodies for the operators.
+`python rehearse/stand_ins.py SITE OUT`: for the torch_npu below SITE, one C file of functions that
+return 0 is generated and compiled under each library's name into OUT. Only the functions that the
+import calls return a result. Nothing runs on this device: fake tensors or CPU bodies take the place
+of its operators.
 """
 
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
 NAME = re.compile(rb"\0((?:acl(?!nn)|Hccl|rt|Msprof)[A-Z]?[A-Za-z0-9_]*)(?=\0)")  # linked, or looked up by name
 
-ANSWERS = {  # the arguments, and what is written
+ANSWERS = {  # function -> arguments, body
     "aclrtGetDeviceCount": ("unsigned *count", "*count = 1;"),
     "aclrtGetDevice": ("int *device", "*device = 0;"),
     "aclrtGetCurrentContext": ("void **context", "*context = &something;"),
@@ -33,8 +34,9 @@ ANSWERS = {  # the arguments, and what is written
     "aclrtGetMemInfo": ("int kind, size_t *free, size_t *total", "*free = *total = (size_t)64 << 30;"),
     "aclGetCompileoptSize": ("int option", "return 256;"),
 }
-# A torch built for CUDA has claimed some names of settings of the allocator that torch_npu claims as well, which may be done
-# once: from torch 2.10 on they are in this std::unordered_set, which is emptied before torch_npu's own start
+# A torch built for CUDA registers some names of allocator settings that torch_npu registers too,
+# which is allowed once. From torch 2.10 on they are in this std::unordered_set: it is emptied
+# before torch_npu starts.
 CLAIMED = """
 extern struct { void **buckets; size_t count; void *first; size_t elements; } claimed
     __asm__("_ZZN3c1016CachingAllocator26AcceleratorAllocatorConfig14getMutableKeysB5cxx11EvE4keys") __attribute__((weak));
@@ -49,7 +51,7 @@ TEXTS = {"aclrtGetSocName": "Ascend910B2", "aclGetRecentErrMsg": ""}
 
 
 def names(site: Path) -> set[str]:
-    """What the libraries of torch_npu may ask CANN for: linked or looked up by name, it stands in them as a string."""
+    """The CANN functions that torch_npu links or looks up: their names are in its libraries."""
     found = set()
     for library in [*site.glob("torch_npu/*.so"), *site.glob("torch_npu/lib/*.so")]:
         found |= {name.decode() for name in NAME.findall(library.read_bytes())}

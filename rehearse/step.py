@@ -1,4 +1,4 @@
-"""The rehearsal itself: the run's own meshes, model, sharding, optimizer and step, as rank 0 of a virtual cluster."""
+"""The rehearsal: the run's own meshes, model, sharding, optimizer and step, as rank 0."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -23,12 +23,20 @@ from qwen35.train import Run, distribute, train_step
 from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm
 from qwen35.training.parameter_groups import freeze
-from rehearse.cluster import Machine, Observer, ranks
-from rehearse.cut import TEXT, VISION, Cut, CutModel, Moment, UnevenError
-from rehearse.least import Bytes, least
+from rehearse.cluster import FakeDevice, Observer, fake_process_group
+from rehearse.communication import Communication
+from rehearse.lower_bound import Bytes, lower_bound
 from rehearse.memory import Ledger
-from rehearse.operators import Operators, refused
-from rehearse.wire import Wire
+from rehearse.operators import Operators, as_rehearsal_error
+from rehearse.representatives import (
+    MICRO_BATCH,
+    TEXT,
+    VISION,
+    Moment,
+    NotAlikeError,
+    RepresentativeModel,
+    Representatives,
+)
 
 
 @dataclass
@@ -36,20 +44,20 @@ class Rehearsal:
     """What one step does on rank 0."""
 
     ranks: int
-    data_ranks: int  # that have bins of their own
+    data_ranks: int  # that have packed sequences of their own
     parameters: int  # of the whole model
     ledger: Ledger
     operators: Operators
-    wire: Wire
-    least: Bytes  # to be sent by rank 0
-    flops: float  # the model's, for this rank's share of its bins
-    tokens: int  # of its bins, padding not counted
+    communication: Communication
+    lower_bound: Bytes  # that rank 0 has to send
+    flops: float  # the model's, for this rank's part of its packed sequences
+    tokens: int  # of its packed sequences, without padding
 
 
-class Clock:
-    """An Observer that knows the moment, for the others: autograd knows whether it runs backward, layers tell of themselves."""
+class PhaseTracker:
+    """An Observer that sets the others' `moment`, from autograd's state and hooks on the layers."""
 
-    def __init__(self, others: list[Ledger | Operators | Wire], micro_batches: int) -> None:
+    def __init__(self, others: list[Ledger | Operators | Communication], micro_batches: int) -> None:
         self.others, self.micro_batches = others, micro_batches
         self.enter(Moment("forward"))
 
@@ -58,40 +66,40 @@ class Clock:
         for other in self.others:
             other.moment = moment
 
-    def at(self, kind: str = "", part: int = 0) -> None:
-        self.enter(self.moment._replace(kind=kind, part=part))
+    def enter_block(self, kind: str = "", block: int = 0) -> None:
+        self.enter(self.moment._replace(kind=kind, block=block))
 
-    def saw(self, func: object, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def observe(self, func: object, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         phase, batch, *_ = self.moment
         if is_backward() and phase == "forward":
             self.enter(Moment("backward", batch))
         elif not is_backward() and phase == "backward":
             self.enter(Moment("optimizer", batch) if batch + 1 == self.micro_batches else Moment("forward", batch + 1))
 
-    def follow(self, kind: str, layers: nn.ModuleList, size: int) -> None:
-        """Be told when `size` layers together begin, forward and backward; a layer that is run again is a part of backward."""
+    def track(self, kind: str, layers: nn.ModuleList, size: int) -> None:
+        """Follow blocks of `size` layers. A recomputed layer belongs to backward."""
 
-        def begins(part: int, layer: nn.Module, args: tuple) -> None:
+        def begin(block: int, layer: nn.Module, args: tuple) -> None:
             if not is_backward():
-                self.at(kind, part)
-                if part == 0:
-                    self._at_gradient(args[0])
+                self.enter_block(kind, block)
+                if block == 0:
+                    self._enter_at_gradient(args[0])
 
-        def ends(part: int, is_last: bool, layer: nn.Module, args: tuple, out: Any) -> None:
+        def end(block: int, is_last: bool, layer: nn.Module, args: tuple, out: Any) -> None:
             if not is_backward():
-                self._at_gradient(out[0] if isinstance(out, tuple) else out, kind, part)
+                self._enter_at_gradient(out[0] if isinstance(out, tuple) else out, kind, block)
                 if is_last:
-                    self.at()
+                    self.enter_block()
 
-        for part, start in enumerate(range(0, len(layers), size)):
-            # before FSDP's own, which gather this part's weights and ask for the next one's
-            layers[start].register_forward_pre_hook(partial(begins, part), prepend=True)
+        for block, start in enumerate(range(0, len(layers), size)):
+            # before FSDP's own hooks, which gather this block's weights and prefetch the next one's
+            layers[start].register_forward_pre_hook(partial(begin, block), prepend=True)
             is_last = start + size == len(layers)
-            layers[start + size - 1].register_forward_hook(partial(ends, part, is_last), prepend=True)
+            layers[start + size - 1].register_forward_hook(partial(end, block, is_last), prepend=True)
 
-    def _at_gradient(self, x: Tensor, kind: str = "", part: int = 0) -> None:
+    def _enter_at_gradient(self, x: Tensor, kind: str = "", block: int = 0) -> None:
         if x.requires_grad:
-            x.register_hook(lambda _: self.at(kind, part))
+            x.register_hook(lambda _: self.enter_block(kind, block))
 
 
 def is_backward() -> bool:
@@ -99,7 +107,7 @@ def is_backward() -> bool:
 
 
 def local(tensors: Iterable[object]) -> list[Tensor]:
-    """Of each tensor that is there, what this rank has of it; no operator."""
+    """This rank's part of each tensor, without running an operator."""
     return [x._local_tensor if isinstance(x, DTensor) else x for x in tensors if isinstance(x, Tensor)]
 
 
@@ -113,25 +121,29 @@ def rehearse(
     imbalance: float = 1.0,
     is_whole: bool = False,
 ) -> Rehearsal:
-    """One whole step over the micro-batches, which are on the host. `imbalance`: rows that come to this rank's experts, over
-    what they were if every expert were chosen equally often. Of layers and micro-batches that are alike a few are run and
-    counted for all, unless `is_whole`. Raises SettingError, RehearsalError.
+    """One step over the micro-batches, which are on the host. Raises SettingError, RehearsalError.
+
+    imbalance: rows for this rank's experts, over their number if every expert were chosen equally
+    often. Unless is_whole, a few of the layers and micro-batches that are alike stand for all.
     """
     check_layout(settings, world)
     if settings.model.kernels.get("moe_experts_parallel") == "alltoallv_gmm":
         raise SettingError(
-            "model.kernels.moe_experts_parallel=alltoallv_gmm asks HCCL for its communicator, and there is none here: "
+            "model.kernels.moe_experts_parallel=alltoallv_gmm needs HCCL's communicator, which does not exist here: "
             "rehearse without it, which sends the same"
         )
     alike = len(batches) if all(batch is batches[0] for batch in batches) else 1
+
+    def run(is_whole: bool) -> Rehearsal:
+        representatives = Representatives.of(config, alike, is_whole)
+        with fake_process_group(world):
+            return _rehearse(settings, config, batches, per_node, device, imbalance, representatives)
+
     try:
-        with ranks(world):
-            cut = Cut.of(config, alike, is_whole)
-            return _rehearse(settings, config, batches, per_node, device, imbalance, cut)
-    except UnevenError as why:
-        print(f"all layers are rehearsed, for {why}", flush=True)
-    with ranks(world):
-        return _rehearse(settings, config, batches, per_node, device, imbalance, Cut.of(config, alike, is_whole=True))
+        return run(is_whole)
+    except NotAlikeError as error:
+        print(f"rehearsing every layer and micro-batch: {error}", flush=True)
+    return run(is_whole=True)
 
 
 def _rehearse(
@@ -141,11 +153,12 @@ def _rehearse(
     per_node: int,
     device: torch.device,
     imbalance: float,
-    cut: Cut,
+    representatives: Representatives,
 ) -> Rehearsal:
     t, m = settings.training, settings.model
     meshes = make_meshes(device.type, settings.parallel)
-    ledger, operators, wire = Ledger(device.type, cut), Operators(cut), Wire(meshes, per_node, cut)
+    ledger, operators = Ledger(device.type, representatives), Operators(representatives)
+    communication = Communication(meshes, per_node, representatives)
 
     def count_reader(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]]:
         operators.seen[operators.moment].syncs += 1
@@ -155,82 +168,91 @@ def _rehearse(
     chosen = replace(chosen, moe_experts_parallel=partial(chosen.moe_experts_parallel, count_reader=count_reader))
     with torch.device("meta"):
         whole = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
-        model = CutModel(cut.config, kernels=chosen, mtp=bool(m.mtp_num_layers))
+        model = RepresentativeModel(representatives.config, kernels=chosen, mtp=bool(m.mtp_num_layers))
     freeze(whole, m.freeze)
     freeze(model, m.freeze)
     of_device: list[Observer] = [operators] if device.type == "npu" else []
     observers: list[Observer] = [ledger, *of_device]
-    # each its own, as in a run: what kernels keep with a batch is not found again for the next
-    rehearsed = [deepcopy(batch) for batch in batches[: cut.kept("") if cut.is_cut("") else None]]
-    with Machine(device, observers) as machine:
-        ledger.doubles = machine.doubles
+    # as in a run each is an object of its own: kernels cache what they derive from a batch with it
+    few = representatives.count(MICRO_BATCH) if representatives.is_reduced(MICRO_BATCH) else None
+    micro_batches = [deepcopy(batch) for batch in batches[:few]]
+    with FakeDevice(device, observers) as fake_device:
+        ledger.doubles = fake_device.doubles
         optimizer = distribute(settings, model, meshes, device)
-        _first_step(optimizer)
+        _make_optimizer_state(optimizer)
         assert isinstance(model, FSDPModule)
-        model._get_fsdp_state()._lazy_init()  # once a run, and else in the first forward
-        _stand_for(whole, model, optimizer, cut, observers)
+        model._get_fsdp_state()._lazy_init()  # once a run; otherwise the first forward would do it
+        _represent(whole, model, optimizer, representatives, observers)
         ledger.claim("parameters", local(model.parameters()))
         states = local(x for p in model.parameters() for x in optimizer.state.get(p, {}).values())
         ledger.claim("optimizer", states)
-        operators.locked.claim("optimizer", states)
+        operators.pinned.claim("optimizer", states)
         gradients = GradientNorm(model, meshes.weights["shard"].get_group())
         optimizer.register_step_pre_hook(
             lambda *_: ledger.claim("gradients", local(p.grad for p in model.parameters()))
         )
         run = Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
         run.flops = Flops(whole)
-        clock = Clock([ledger, operators, operators.locked, wire], len(rehearsed))
-        clock.follow(TEXT, model.model.language_model.layers, cut.period)
-        clock.follow(VISION, model.model.visual.blocks, 1)
-        observers[:] = [clock, ledger, wire, *of_device]
+        tracker = PhaseTracker([ledger, operators, operators.pinned, communication], len(micro_batches))
+        tracker.track(TEXT, model.model.language_model.layers, representatives.period)
+        tracker.track(VISION, model.model.visual.blocks, 1)
+        observers[:] = [tracker, ledger, communication, *of_device]
         try:
-            record = train_step(run, rehearsed, t.lr, 0.0)
+            record = train_step(run, micro_batches, t.lr, 0.0)
         except RuntimeError as error:
-            if known := refused(error):
+            if known := as_rehearsal_error(error):
                 raise known from None
             raise
-    for seen in (operators, operators.locked, ledger, wire):
+    for seen in (operators, operators.pinned, ledger, communication):
         seen.check()
-    lowest = least(model, meshes, settings, len(batches[0].pixel_values))
-    tokens = sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches)
     return Rehearsal(
-        meshes.weights.size(),
-        meshes.data_size,
-        sum(p.numel() for p in whole.parameters()),
-        ledger,
-        operators,
-        wire,
-        lowest,
-        record.flops / len(rehearsed) * len(batches) / meshes.ulysses_size,
-        tokens,
+        ranks=meshes.weights.size(),
+        data_ranks=meshes.data_size,
+        parameters=sum(p.numel() for p in whole.parameters()),
+        ledger=ledger,
+        operators=operators,
+        communication=communication,
+        lower_bound=lower_bound(model, meshes, settings, len(batches[0].pixel_values)),
+        flops=record.flops / len(micro_batches) * len(batches) / meshes.ulysses_size,
+        tokens=sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches),
     )
 
 
-def _stand_for(
-    whole: Qwen35, model: CutModel, optimizer: torch.optim.Optimizer, cut: Cut, observers: list[Observer]
+def _represent(
+    whole: Qwen35,
+    model: RepresentativeModel,
+    optimizer: torch.optim.Optimizer,
+    representatives: Representatives,
+    observers: list[Observer],
 ) -> None:
-    """From now on what looks at all layers at once finds as many as the whole model has: the optimizer, the gradient norm, and
-    the loss of the routers, for which their statistics are given as often as the layers that made them stand for others."""
-    model.cut, model.names, model.config = cut, [name for name, _ in whole.named_parameters()], whole.config
+    """Let what looks at all layers together see as many as the whole model has.
+
+    These are the optimizer, the gradient norm, and the router's loss, which gets the statistics of
+    each representative layer as often as it represents another.
+    """
+    model.representatives, model.config = representatives, whole.config
+    model.names = [name for name, _ in whole.named_parameters()]
     for group in optimizer.param_groups:
-        here = {id(p) for p in group["params"]}
-        group["params"] = [p for p in model.parameters() if id(p) in here]
+        of_group = {id(p) for p in group["params"]}
+        group["params"] = [p for p in model.parameters() if id(p) in of_group]
 
-    def stats(layer: nn.Module, args: tuple, out: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        hidden, made = out
-        watching, observers[:], found, left = observers[:], [], [], set(range(len(made)))
-        for index in range(len(whole.config.text.layer_types) if made else 0):
-            of_layer = cut.layer(TEXT, index)
-            found.append(made[of_layer] if of_layer in left else made[of_layer].detach())  # backward knows each once
-            left.discard(of_layer)
-        observers[:] = watching
-        return hidden, found
+    def repeat_statistics(layer: nn.Module, args: tuple, out: tuple[Tensor, list[Tensor]]) -> tuple:
+        hidden, statistics = out
+        active, observers[:] = observers[:], []
+        repeated, unused = [], set(range(len(statistics)))
+        for index in range(len(whole.config.text.layer_types) if statistics else 0):
+            own = representatives.layer(index)
+            # only the first is part of the graph: backward runs through each layer once
+            repeated.append(statistics[own] if own in unused else statistics[own].detach())
+            unused.discard(own)
+        observers[:] = active
+        return hidden, repeated
 
-    model.model.language_model.register_forward_hook(stats)
+    model.model.language_model.register_forward_hook(repeat_statistics)
 
 
-def _first_step(optimizer: torch.optim.Optimizer) -> None:
-    """It makes the optimizer's state, which every later step finds."""
+def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """A first step makes the state that every later step finds."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.zeros_like(p)

@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         self._ledger.claim(BEFORE, [x for x in inputs if x.untyped_storage()._cdata not in self._ledger.live])
         out = func(*args, **(kwargs or {}))
-        self._ledger.saw(func, args, kwargs or {}, inputs, tensors(out))
+        self._ledger.observe(func, args, kwargs or {}, inputs, tensors(out))
         return out
 
     @property

@@ -1,4 +1,4 @@
-"""A run's Triton kernels, compiled by one process of each machine before the others use them."""
+"""A run's Triton kernels are compiled by one process of each node before the others use them."""
 
 import os
 import time
@@ -24,80 +24,81 @@ if TYPE_CHECKING:
     from kernels.triton.tiles import Tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-A_KERNEL = 1800.0  # seconds that compiling one may take, whatever a step may
-OTHERS = 6 * 3600.0  # that others wait for all of them: who hangs in one is ended before
-SLOW = 2.0  # seconds without a line of progress
+KERNEL_TIMEOUT = 1800.0  # seconds to compile one kernel, whatever the timeout of a step
+WAIT_TIMEOUT = 6 * 3600.0  # seconds to wait for all kernels: a compiler that hangs is stopped before
+PROGRESS_INTERVAL = 2.0  # seconds between two lines of progress
 
 
 class CompilationError(UserError):
-    """The kernels of a run cannot be compiled here, or not alike on all machines."""
+    """The kernels of a run cannot be compiled on this node, or differ between nodes."""
 
 
 def check_compilers() -> None:
-    """What triton-ascend, where it is installed, needs of this machine. Raises CompilationError."""
+    """Check what an installed triton-ascend needs on this node. Raises CompilationError."""
     if missing := [f for f in triton(Machine()) if f.status == "wrong"]:
         raise CompilationError("; ".join(f"{f.subject}: {f.fact} -> {f.todo}" for f in missing))
 
 
 def compiled(
-    settings: Settings, text: TextConfig, device: torch.device, heartbeat: Heartbeat, say: Callable[[str], object]
+    settings: Settings, text: TextConfig, device: torch.device, heartbeat: Heartbeat, log: Callable[[str], object]
 ) -> kernels.Kernels:
-    """The kernels of a run, those of Triton compiled, with tiles that fit and are the same on all ranks, which all call it.
+    """The kernels of a run, with Triton's compiled for tiles that fit, the same on all ranks.
 
-    Local rank 0 of each machine compiles, in the cache that all processes there use, whichever run they belong to; the others
-    wait as long as that takes. Raises CompilationError, CacheError, KernelError.
+    All ranks call it. Local rank 0 of each node compiles into the cache that all processes of the
+    node share, those of other runs included; the others wait. Raises CompilationError, CacheError,
+    KernelError.
     """
     chosen = kernels.select(device.type, settings.model.kernels)
     if not kernels.triton_ops(chosen):
         return chosen
     from kernels.triton.first_run import with_tiles
 
-    # the ranks' own group would give up before; this one is made first, while all are here
-    group = host_group(OTHERS) if dist.get_world_size() > 1 else None
+    # a group with a long timeout of its own, made now, while all ranks are at the same point
+    group = host_group(WAIT_TIMEOUT) if dist.get_world_size() > 1 else None
     tiles = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tiles, _ = compile_here(settings, text, chosen, device, heartbeat, say)
+        tiles, _ = compile_here(settings, text, chosen, device, heartbeat, log)
     found = [tiles]
     if group is not None:
-        heartbeat.at("waiting for the local ranks 0 to compile the Triton kernels", OTHERS)
+        heartbeat.at("waiting for local rank 0 of each node to compile the Triton kernels", WAIT_TIMEOUT)
         found *= dist.get_world_size()
         dist.all_gather_object(found, tiles, group)
         dist.destroy_process_group(group)
-    return with_tiles(chosen, agreed(found))
+    return with_tiles(chosen, common_tiles(found))
 
 
-def agreed(found: "list[Tiles | None]") -> "Tiles":
-    """Of all ranks; None: of one that has compiled nothing. Raises CompilationError."""
-    of_rank = {rank: tiles for rank, tiles in enumerate(found) if tiles is not None}
-    if other := next((rank for rank, tiles in of_rank.items() if tiles != of_rank[0]), None):
+def common_tiles(found: "list[Tiles | None]") -> "Tiles":
+    """The tiles of all ranks, None for one that compiled nothing. Raises CompilationError."""
+    by_rank = {rank: tiles for rank, tiles in enumerate(found) if tiles is not None}
+    if other := next((rank for rank, tiles in by_rank.items() if tiles != by_rank[0]), None):
         raise CompilationError(
-            f"the Triton kernels would round differently: rank {other} has {of_rank[other]}, rank 0 {of_rank[0]}; install the"
-            " same CANN on all machines"
+            f"the Triton kernels would round differently: rank {other} has {by_rank[other]}, rank 0 {by_rank[0]}; install"
+            " the same CANN on all nodes"
         )
-    return of_rank[0]
+    return by_rank[0]
 
 
 class _Progress:
-    """A line every few seconds, and what a watchdog is to know at any time."""
+    """Logs a line every few seconds, and tells the watchdog what is compiled."""
 
-    def __init__(self, count: int, heartbeat: Heartbeat, say: Callable[[str], object]):
-        self._count, self._heartbeat, self._say = count, heartbeat, say
-        self._begun: set[str] = set()
-        self._start, self._told = time.monotonic(), -SLOW
+    def __init__(self, count: int, heartbeat: Heartbeat, log: Callable[[str], object]):
+        self._count, self._heartbeat, self._log = count, heartbeat, log
+        self._started: set[str] = set()
+        self._start, self._last_line = time.monotonic(), -PROGRESS_INTERVAL
 
-    def begins(self, kernel: str) -> None:
-        self._begun.add(kernel)
-        self._at(f"compiling Triton kernels: {len(self._begun)} of {self._count}", A_KERNEL, kernel)
+    def compiling(self, kernel: str) -> None:
+        self._started.add(kernel)
+        self._at(f"compiling Triton kernels: {len(self._started)} of {self._count}", KERNEL_TIMEOUT, kernel)
 
-    def waits(self, process: str) -> None:
-        self._at(f"waiting for process {process.strip()}, which compiles Triton kernels too", OTHERS)
+    def waiting(self, process: str) -> None:
+        self._at(f"waiting for process {process.strip()}, which is also compiling Triton kernels", WAIT_TIMEOUT)
 
-    def _at(self, what: str, patience: float, more: str = "") -> None:
+    def _at(self, what: str, timeout: float, kernel: str = "") -> None:
         now = time.monotonic()
-        self._heartbeat.at(f"{what} ({more})" if more else what, patience)
-        if now - self._told >= SLOW:
-            self._say(f"{what}, {now - self._start:.0f} s")
-            self._told = now
+        self._heartbeat.at(f"{what} ({kernel})" if kernel else what, timeout)
+        if now - self._last_line >= PROGRESS_INTERVAL:
+            self._log(f"{what}, {now - self._start:.0f} s")
+            self._last_line = now
 
 
 def compile_here(
@@ -106,31 +107,31 @@ def compile_here(
     chosen: kernels.Kernels,
     device: torch.device,
     heartbeat: Heartbeat,
-    say: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> "tuple[Tiles, dict[str, float]]":
-    """Alone in this machine's cache, with lines of progress. Raises as `compiled`."""
+    """Compile under the lock of this node's cache, and log progress. Raises as `compiled`."""
     from kernels.triton.first_run import KERNEL_COUNTS, Layer, TooLargeError, compile_kernels
 
     check_compilers()
     share = settings.parallel.ulysses_parallel_size
     heads = text.linear_num_key_heads // share, text.linear_num_value_heads // share
     layer = Layer(*heads, text.linear_key_head_dim, text.linear_value_head_dim, DTYPES[settings.training.dtype])
-    progress = _Progress(sum(KERNEL_COUNTS[op] for op in kernels.triton_ops(chosen)), heartbeat, say)
+    progress = _Progress(sum(KERNEL_COUNTS[op] for op in kernels.triton_ops(chosen)), heartbeat, log)
     folder, start = cache_folder(), time.monotonic()
     try:
-        with compiling(folder, progress.waits):
-            tiles, seconds = compile_kernels(chosen, layer, device, progress.begins, say)
+        with compiling(folder, progress.waiting):
+            tiles, seconds = compile_kernels(chosen, layer, device, progress.compiling, log)
     except TooLargeError as error:
         kernel, why = error.args
         raise CompilationError(
-            f"{kernel}: {why}, and no tile is smaller; model.kernels has others, as native"
+            f"{kernel}: {why}, and there is no smaller tile; choose another in model.kernels, such as native"
         ) from error
-    say(f"Triton kernels: {len(seconds)} ready in {time.monotonic() - start:.0f} s, in {folder}")
+    log(f"Triton kernels: {len(seconds)} ready in {time.monotonic() - start:.0f} s, in {folder}")
     return tiles, seconds
 
 
 def show(config: str, overrides: Sequence[str]) -> int:
-    """Compile a recipe's kernels on the first device, without its weights, and print a table of them. Returns the exit code."""
+    """Compile a recipe's kernels on the first device, print a table, return the exit status."""
     try:
         settings, device = load_settings(config, overrides), set_up_device()
         chosen = kernels.select(device.type, settings.model.kernels)

@@ -1,7 +1,8 @@
-"""A model of a hub into a folder: `python -m qwen35.tools.download Qwen/Qwen3.5-4B [--source hf|modelscope] [--out FOLDER]`.
+"""Download a model: `python -m qwen35.tools.download Qwen/Qwen3.5-4B [--source S] [--out FOLDER]`.
 
-The files gather in a hidden folder beside the one that they are for, which gets that name when all are there and checked: what
-bears the model's name is whole. The same command goes on where an earlier one was stopped.
+Files are downloaded into a hidden folder beside the model's, and renamed to it when all are there
+and checked: a folder with the model's name is complete. The same command resumes a stopped
+download.
 """
 
 import os
@@ -26,70 +27,73 @@ from qwen35.model.config import ConfigError, load_config
 from qwen35.tools.hub import HUBS, MODEL, DownloadError, Hub, HubFile, UnreachableError
 
 FOLDER, CONFIG = Path("ckpt/hf_path"), "config.json"
-AT_ONCE = 8  # files
-TRIES = 6  # in a row that bring nothing
-PAUSE = 1.0  # seconds after the first of them, and twice as long after each other one
-PIECE = 2**20
-ROOM = 2**28  # bytes to be left free on the disk
+THREADS = 8  # files that are downloaded at the same time
+TRIES = 6  # in a row without a byte
+PAUSE = 1.0  # seconds after the first failure, doubled after each further one
+CHUNK_BYTES = 2**20
+MIN_FREE = 2**28  # bytes to leave free on the disk
 
-Progress = Callable[[int], object]  # is told the bytes of each piece
+Progress = Callable[[int], object]  # called with the bytes of each chunk
 
 
 class _StoppedError(Exception):
-    """Another file's download has failed, or the user has had enough."""
+    """Another file's download has failed, or the user has interrupted."""
 
 
 def download(model: str, hub: Hub, folder: Path) -> str:
-    """Bring a model into `folder`, or compare one that is there with the hub's. Returns a line. Raises UserError, OSError."""
+    """Download a model into `folder`, or compare an existing one with the hub's.
+
+    Returns a line for the user. Raises UserError, OSError.
+    """
     try:
         files = hub.files(model)
     except UnreachableError as error:
         if folder.exists():
-            raise UnreachableError(f"{error}; {folder} is there, but was not compared with it") from None
+            raise UnreachableError(f"{error}; {folder} exists, but was not compared with the hub") from None
         raise UnreachableError(
-            f"{error}; put {model}'s config, tokenizer, processor and safetensors into {folder} by hand, or try"
-            " SOURCE=modelscope, or HF_ENDPOINT=<a mirror>"
+            f"{error}; copy {model}'s config, tokenizer, processor and safetensors into {folder} by hand, or try"
+            " SOURCE=modelscope or HF_ENDPOINT=<a mirror>"
         ) from None
     total = sum(file.size for file in files)
-    told, as_the_hub = f"{len(files)} files, {total:,} bytes", f"all as {hub.host} has them"
+    summary, checked = f"{len(files)} files, {total:,} bytes", f"all as on {hub.host}"
     if unchecked := sum(file.checksum is None for file in files):
-        as_the_hub += f", but {unchecked} without a checksum there are compared by size alone"
-    if folder.is_symlink():  # the finished folder is renamed, and a link cannot be replaced by a folder
+        checked += f", but {unchecked} without a checksum there are compared by size alone"
+    if folder.is_symlink():  # os.rename cannot replace a link by a folder
         folder = Path(os.path.realpath(folder))
     beside = folder.with_name(f".{folder.name}.download")
-    there_already = f"{folder} is there already: {told}, {as_the_hub}"
+    is_there = f"{folder} exists already: {summary}, {checked}"
     if _is_there(folder):
         _compare(files, folder, beside)
-        return there_already
+        return is_there
     with holding(beside) as warning:
-        if _is_there(folder):  # another job has brought it, while this one waited
+        if _is_there(folder):  # another job has downloaded it while this one waited
             _compare(files, folder, beside)
-            return there_already
-        there = sum(_size(beside / file.name) for file in files)
+            return is_there
+        present = sum(_size(beside / file.name) for file in files)
         lines = [
-            f"{model} from {hub.host} to {folder}: {told}",
-            f"{there:,} bytes are here already" if there else "",
+            f"{model} from {hub.host} to {folder}: {summary}",
+            f"{present:,} bytes were downloaded before" if present else "",
             warning,
         ]
         print(*filter(None, lines), sep="\n", flush=True)
-        _check_room(beside, total - there)
+        _check_disk(beside, total - present)
         _remove_others(files, beside)
         with _bar(total, folder.name) as progress:
             fetch = partial(_fetch_all, hub, beside, progress)
             fetch([file for file in files if file.name == CONFIG])
             try:
-                load_config(beside)  # a model that cannot be trained here is not worth the rest
+                load_config(beside)  # stop early if the model cannot be trained here
             except ConfigError:
                 (beside / CONFIG).unlink(missing_ok=True)
                 raise
             fetch([file for file in files if file.name != CONFIG])
-        HFFolder(beside)  # all that its index names is there
+        HFFolder(beside)  # raises if a file that the index names is missing
         for file in files:
             flush(beside / file.name)
         (beside / LOCK).unlink()
         beside.rename(folder)
         flush(folder.parent)
-    return f"{folder}: {told}, {as_the_hub}"
+    return f"{folder}: {summary}, {checked}"
 
 
 def _is_there(folder: Path) -> bool:
@@ -97,31 +101,35 @@ def _is_there(folder: Path) -> bool:
 
 
 def _compare(files: Sequence[HubFile], folder: Path, beside: Path) -> None:
-    """Raises DownloadError if a folder that is there lacks one of the hub's files, or has another."""
-    there = [file for file in files if _size(folder / file.name) == file.size]
-    wrong = [f"{file.name} is {_size(folder / file.name)} bytes of {file.size}" for file in files if file not in there]
+    """Raises DownloadError if a file of the hub is missing in the folder, or differs."""
+    same_size = [file for file in files if _size(folder / file.name) == file.size]
+    wrong = [
+        f"{file.name} is {_size(folder / file.name)} bytes of {file.size}" for file in files if file not in same_size
+    ]
     with (
-        _bar(sum(file.size for file in there), f"compare {folder.name}") as progress,
-        ThreadPoolExecutor(AT_ONCE) as pool,
+        _bar(sum(file.size for file in same_size), f"comparing {folder.name}") as progress,
+        ThreadPoolExecutor(THREADS) as pool,
     ):
-        for file, hasher in zip(there, pool.map(lambda f: _hashed(folder / f.name, f, progress), there), strict=True):
+        for file, hasher in zip(
+            same_size, pool.map(lambda f: _hashed(folder / f.name, f, progress), same_size), strict=True
+        ):
             if not _fits(file, hasher):
-                wrong.append(f"{file.name} is another")
+                wrong.append(f"{file.name} differs")
     if wrong:
         few = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise DownloadError(
-            f"{folder} is there, and not as the hub has it: {few}; move it away, or to {beside}, where what is right is kept"
+            f"{folder} exists, but differs from the hub: {few}; move it away, or to {beside}, to keep what is right"
         )
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def _check_disk(folder: Path, needed: int) -> None:
     free = disk_usage(folder).free
-    if needed and needed + ROOM > free:
-        raise DownloadError(f"{folder.parent}: {needed:,} bytes are to come, and {free:,} are free on that disk")
+    if needed and needed + MIN_FREE > free:
+        raise DownloadError(f"{folder.parent}: {needed:,} bytes are missing, and {free:,} are free on that disk")
 
 
 def _remove_others(files: Sequence[HubFile], folder: Path) -> None:
-    """Of an earlier state of the model."""
+    """Remove files of an earlier revision of the model."""
     names = {LOCK, *(file.name for file in files)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in names:
@@ -130,7 +138,7 @@ def _remove_others(files: Sequence[HubFile], folder: Path) -> None:
 
 @contextmanager
 def _bar(total: int, title: str) -> Iterator[Progress]:
-    """A progress bar on a terminal; yields what any thread calls for each piece."""
+    """A progress bar on a terminal. Yields its update function, which any thread may call."""
     lock, hidden = threading.Lock(), not sys.stderr.isatty()
     with tqdm(
         total=total, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=hidden, leave=False
@@ -143,12 +151,12 @@ def _bar(total: int, title: str) -> Iterator[Progress]:
         yield update
 
 
-# -- one file -----------------------------------------------------------------------------------------------------------
+# -- one file --------------------------------------------------------------------------------------
 
 
 def _fetch_all(hub: Hub, folder: Path, progress: Progress, files: Sequence[HubFile]) -> None:
     stop = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         jobs = [pool.submit(_fetch, hub, file, folder / file.name, progress, stop) for file in files]
         try:
             for job in as_completed(jobs):
@@ -160,70 +168,73 @@ def _fetch_all(hub: Hub, folder: Path, progress: Progress, files: Sequence[HubFi
 
 
 def _fetch(hub: Hub, file: HubFile, path: Path, progress: Progress, stop: threading.Event) -> None:
-    """Fill `path` up from what an earlier run left there; if that then does not fit, fetch it anew. Raises DownloadError."""
+    """Complete what an earlier run left in `path`; if its checksum is wrong, start anew.
+
+    Raises DownloadError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if _size(path) > file.size or file.checksum is None:
-        path.unlink(missing_ok=True)  # without a checksum nothing tells what is left of an older revision from this one
-    for left in (_size(path), 0):
+        path.unlink(missing_ok=True)  # without a checksum it may be of an older revision
+    for present in (_size(path), 0):
         hasher = _hashed(path, file, progress)
         _append(hub, file, path, hasher, progress, stop)
         if _fits(file, hasher):
             return
         path.unlink()
         progress(-file.size)
-        if not left:
+        if not present:
             break
     raise DownloadError(
-        f"{file.name}: what {hub.host} sends has not the checksum that it gives, and was removed; try again, or another SOURCE"
+        f"{file.name}: what {hub.host} sent does not have its checksum, and was removed; try again, or another SOURCE"
     )
 
 
 def _append(hub: Hub, file: HubFile, path: Path, hasher: Any, progress: Progress, stop: threading.Event) -> None:
-    """Raises UnreachableError after TRIES that bring nothing, else OSError of the disk."""
+    """Raises UnreachableError after TRIES without a byte, OSError of the disk."""
     failures = 0
     with naming(path), path.open("ab") as out:
         while (have := out.tell()) < file.size:
-            pieces = _pieces(hub, file, have)
+            chunks = _chunks(hub, file, have)
             while not stop.is_set():
                 try:
-                    piece = next(pieces, None)
+                    chunk = next(chunks, None)
                 except (OSError, HTTPException) as error:
                     failures += 1
                     if failures == TRIES:
                         raise UnreachableError(
-                            f"{hub.host} brings no more of {file.name}, after {out.tell():,} of {file.size:,} bytes:"
+                            f"{hub.host} sends no more of {file.name}, after {out.tell():,} of {file.size:,} bytes:"
                             f" {one_line(error)}; the same command goes on from there"
                         ) from None
                     stop.wait(PAUSE * 2 ** (failures - 1))
                     break
-                if piece is None:
+                if chunk is None:
                     break
-                out.write(piece)
+                out.write(chunk)
                 out.flush()
-                hasher.update(piece)
-                progress(len(piece))
+                hasher.update(chunk)
+                progress(len(chunk))
                 failures = 0
             if stop.is_set():
                 raise _StoppedError
 
 
-def _pieces(hub: Hub, file: HubFile, start: int) -> Iterator[bytes]:
+def _chunks(hub: Hub, file: HubFile, start: int) -> Iterator[bytes]:
     """The bytes of a file from `start` to its end. Raises OSError, HTTPException, DownloadError."""
     with hub.open(file.url, start) as answer:
-        left, skip = file.size - start, 0
+        remaining, skip = file.size - start, 0
         if start and answer.status != 206:
-            skip = start  # it sends the whole file, whatever was asked
+            skip = start  # it ignores the range and sends the whole file
         elif start and not (answer.headers["Content-Range"] or "").startswith(f"bytes {start}-"):
-            raise OSError("it sends another part of the file than was asked for")
-        while left:
-            piece = answer.read1(min(PIECE, skip or left))  # what is there, without waiting for more
-            if not piece:
+            raise OSError("it sends another part of the file than requested")
+        while remaining:
+            chunk = answer.read1(min(CHUNK_BYTES, skip or remaining))  # what has arrived, without waiting for more
+            if not chunk:
                 raise OSError("the connection ended early")
             if skip:
-                skip -= len(piece)
+                skip -= len(chunk)
             else:
-                left -= len(piece)
-                yield piece
+                remaining -= len(chunk)
+                yield chunk
 
 
 def _size(path: Path) -> int:
@@ -231,13 +242,13 @@ def _size(path: Path) -> int:
 
 
 def _hashed(path: Path, file: HubFile, progress: Progress) -> Any:
-    """The hash of what is there of a file."""
+    """The hash of what is on the disk of a file."""
     hasher = file.hasher()
     if path.is_file():
         with path.open("rb") as content:
-            while piece := content.read(PIECE):
-                hasher.update(piece)
-                progress(len(piece))
+            while chunk := content.read(CHUNK_BYTES):
+                hasher.update(chunk)
+                progress(len(chunk))
     return hasher
 
 
@@ -245,18 +256,18 @@ def _fits(file: HubFile, hasher: Any) -> bool:
     return file.checksum is None or hasher.hexdigest() == file.checksum[1]
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.tools.download", description=__doc__)
     add = parser.add_argument
-    add("model", help="its name on the hub: Qwen/Qwen3.5-4B")
+    add("model", help="its name on the hub, e.g. Qwen/Qwen3.5-4B")
     add("--source", choices=HUBS, default="hf", help="the hub; default: hf")
     add("--out", type=Path, help=f"folder; default: {FOLDER}/<name>")
     args = parser.parse_args(arguments)
     if not MODEL.fullmatch(args.model):
-        parser.error(f"{args.model!r} is not the name of a model on a hub, Qwen/Qwen3.5-4B")
+        parser.error(f"{args.model!r} is not the name of a model on a hub, such as Qwen/Qwen3.5-4B")
     try:
         print(download(args.model, HUBS[args.source](), args.out or FOLDER / args.model.rpartition("/")[2]))
     except USER_ERRORS as error:

@@ -1,8 +1,9 @@
-"""What the two hubs say of a model: its files, their sizes and checksums, and where each is to be had.
+"""Lists the files of a model on either hub, with sizes, checksums and addresses, and opens them.
 
-A small client of their public HTTP interfaces, over the standard library. huggingface_hub is there with transformers, but its
-download checks no checksum, takes what lies in the folder for whole when the network is gone, and names its errors
-differently in the releases that go with transformers 5.2 to 5.23; and the other hub needs the same code anyway.
+A small client of the public HTTP interfaces over the standard library. huggingface_hub comes with
+transformers, but its download verifies no checksum, takes a folder for complete if there is no
+network, and names its errors differently in the releases that go with transformers 5.2 to 5.23;
+and ModelScope needs the same code anyway.
 """
 
 import hashlib
@@ -28,11 +29,11 @@ MODELSCOPE = "https://modelscope.cn"
 
 
 class DownloadError(UserError):
-    """A download that cannot go on; the message is one line."""
+    """A download that cannot go on."""
 
 
 class UnreachableError(DownloadError):
-    """There is no network, or no hub at the other end."""
+    """There is no network, or no hub at the address."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class HubFile:
     name: str  # path in the model's folder
     size: int  # bytes
     url: str
-    checksum: tuple[Literal["sha256", "git"], str] | None  # None: the hub gives none
+    checksum: tuple[Literal["sha256", "git"], str] | None  # None if the hub gives none
 
     def hasher(self) -> Any:
-        """A hash of the file's kind, that of git with its header in it already."""
+        """A hash object of the checksum's kind; git's already includes the header."""
         if self.checksum is not None and self.checksum[0] == "git":
             return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
         return hashlib.sha256()
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """The token goes on to the hub itself alone, not to the stores that it sends to."""
+    """Sends the token to the hub itself alone, not to the storage that it redirects to."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         new = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
@@ -69,24 +70,26 @@ _opener = urllib.request.build_opener(_Redirects)
 
 
 class Hub:
-    """One of the two: where it is, how it is asked, and how its answer reads."""
+    """A hub: its address, its requests, and how to read its answers."""
 
     def __init__(self, address: str, token: str | None, token_name: str):
-        """address: with its scheme. Raises DownloadError."""
+        """address: scheme and host, without user or query. Raises DownloadError."""
         self.address, self.token, self.token_name = address.rstrip("/"), token, token_name
         parts = urlsplit(self.address)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             named = f"{parts.hostname or ''} with more than a host" if "@" in address or parts.query else address
-            raise DownloadError(f"{named}: not the address of a hub, https://… alone")  # the more may be a secret
+            raise DownloadError(
+                f"{named}: not the address of a hub, which is only https://…"
+            )  # the rest may be a secret
         if token is not None and not re.fullmatch(r"[!-~]+", token):
-            raise DownloadError(f"{token_name}: a token is letters, digits and signs, without spaces")
+            raise DownloadError(f"{token_name}: a token has only letters, digits and signs, no spaces")
         self.host = parts.netloc
 
     def files(self, model: str) -> list[HubFile]:
-        """Those that are needed, by name. Raises DownloadError."""
+        """Those that training or export needs, sorted by name. Raises DownloadError."""
         listed = sorted(self._list(model), key=lambda file: file.name)
         if twice := [a.name for a, b in pairwise(listed) if a.name == b.name]:
-            raise DownloadError(f"{model} on {self.host} has {twice[0]} twice")
+            raise DownloadError(f"{model} on {self.host} lists {twice[0]} twice")
         if not any(file.name.endswith(".safetensors") for file in listed):
             raise DownloadError(f"{model} on {self.host} has no safetensors files")
         return listed
@@ -95,7 +98,7 @@ class Hub:
         raise NotImplementedError
 
     def open(self, url: str, start: int = 0) -> Any:
-        """The answer to a GET from byte `start` on. Raises OSError, and DownloadError where asking again would not help."""
+        """The answer to a GET from byte `start` on. Raises OSError; DownloadError: do not retry."""
         request = urllib.request.Request(url, headers={"User-Agent": "qwen35"})
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -116,9 +119,9 @@ class Hub:
         token = f"needs a token that may read it ({self.token_name} in the environment"
         token += " is not enough)" if self.token is not None else ")"
         return {
-            401: f"{self.host} answers 401: it has no such model, or {token}",
-            403: f"{self.host} answers 403: the model {token}; perhaps its terms have to be accepted on its page",
-            404: f"{self.host} answers 404: it has no such model, or no such file of it",
+            401: f"{self.host} answers 401: there is no such model, or it {token}",
+            403: f"{self.host} answers 403: the model {token}, or its terms must be accepted on its page",
+            404: f"{self.host} answers 404: there is no such model or file",
         }.get(code)
 
     def _ask(self, path: str) -> Any:
@@ -130,14 +133,14 @@ class Hub:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            raise DownloadError(f"{self.host} answers no JSON; is that the address of a hub?") from None
+            raise DownloadError(f"{self.host} does not answer with JSON; is it a hub?") from None
 
     def _file(self, name: Any, size: Any, url: str, sha256: Any, git: Any = None) -> HubFile:
         if type(size) is not int or size < 0:
-            raise DownloadError(f"{self.host} gives no size of {name}; is that the address of a hub?")
+            raise DownloadError(f"{self.host} gives no size of {name}; is it a hub?")
         for kind, digits, value in (("sha256", 64, sha256), ("git", 40, git)):
             if isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
-                return HubFile(name, size, url, (kind, value))  # type: ignore[arg-type]  # one of the two
+                return HubFile(name, size, url, (kind, value))  # type: ignore[arg-type]  # "sha256" or "git"
         return HubFile(name, size, url, None)
 
 
@@ -145,7 +148,7 @@ class HuggingFace(Hub):
     """HF_ENDPOINT names a mirror; HF_TOKEN is the token."""
 
     def __init__(self) -> None:
-        from huggingface_hub import constants  # which knows where the hub is
+        from huggingface_hub import constants  # has the hub's address
 
         address = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
         super().__init__(address, os.environ.get("HF_TOKEN") or None, "HF_TOKEN")
@@ -167,7 +170,7 @@ class HuggingFace(Hub):
                 if is_needed(name)
             ]
         except (KeyError, TypeError, AttributeError):
-            raise DownloadError(f"{self.host} answers no list of files; is that the address of a hub?") from None
+            raise DownloadError(f"{self.host} does not answer with a list of files; is it a hub?") from None
 
 
 class ModelScope(Hub):
@@ -194,16 +197,16 @@ class ModelScope(Hub):
                 if file["Type"] == "blob" and is_needed(file["Path"])
             ]
         except (KeyError, TypeError, AttributeError):
-            raise DownloadError(f"{self.host} answers no list of files; is that the address of a hub?") from None
+            raise DownloadError(f"{self.host} does not answer with a list of files; is it a hub?") from None
 
 
 HUBS: dict[str, type[HuggingFace] | type[ModelScope]] = {"hf": HuggingFace, "modelscope": ModelScope}
 
 
 def is_needed(name: str) -> bool:
-    """Whether training reads a file, or the export copies it. Raises DownloadError for one outside of the model's folder."""
+    """Whether training reads a file or export copies it. Raises DownloadError for a bad path."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise DownloadError(f"the hub names a file {name!r}, which lies outside the model's folder")
+        raise DownloadError(f"the hub lists a file {name!r}, which lies outside the model's folder")
     is_hidden = any(part.startswith(".") for part in path.parts)
     return path.suffix in NEEDED and not is_hidden and not name.endswith(".bin.index.json")

@@ -1,7 +1,8 @@
-"""The embedded recipe's model and data, made from nothing: `python -m qwen35.tools.tiny`.
+"""The tiny recipe's model and data, made without a download: `python -m qwen35.tools.tiny`.
 
-A random Qwen3.5-MoE vision-language checkpoint of 1.3 M parameters with tokenizer and processors, in the published form, and
-the handwritten digits of assets/digits as LLaVA records, every fifth one held out.
+A random Qwen3.5-MoE vision-language checkpoint of 1.3 M parameters in the published layout, with
+tokenizer and processors, and the handwritten digits of assets/digits as LLaVA records, every fifth
+of them for validation.
 """
 
 import json
@@ -22,20 +23,22 @@ from qwen35.model import Qwen35
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MODEL_DIR, DIGITS_DIR = Path("ckpt/hf_path/tiny"), Path("data/digits")
-TILE, COLUMNS = 8, 64  # pixels a side of one digit, and digits a row, in assets/digits/digits.png
-HELD_OUT = 5  # of so many images one is held out
+TILE, COLUMNS = 8, 64  # a digit's width and height in pixels, digits in a row of assets/digits/digits.png
+VALIDATION_STRIDE = 5  # every fifth record is for validation
 QUESTION = "<image>\nWhich digit is this?"
 
-# the published names, in the order of their ids
-CONTROL = """
+# the published control tokens, in the order of their ids
+CONTROL_TOKENS = """
     <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|>
     <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> </tool_call>
     <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> <tool_response> </tool_response>
     <think> </think> <|audio_start|> <|audio_end|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> <|audio_pad|>
 """.split()
-NOT_SPECIAL = {name for name in CONTROL if name.strip("</>").startswith(("tool_", "think", "|fim", "|repo", "|file"))}
-# The published vocabulary has 248,044 entries, this one the 256 bytes and these words, each grown a letter at a time.
-# Ġ is a space and Ċ a line's end, as in every byte-level vocabulary.
+NOT_SPECIAL = {
+    name for name in CONTROL_TOKENS if name.strip("</>").startswith(("tool_", "think", "|fim", "|repo", "|file"))
+}
+# The published vocabulary has 248,044 entries. This one has the 256 bytes and the prefixes of these
+# words, where Ġ is a space and Ċ a newline, as in every byte-level vocabulary.
 WORDS = ("user", "assistant", "system", "Which", "Ġdigit", "Ġis", "Ġthis", "ĊĊ")
 SPLIT = (  # pretokenize_regex of the published tokenizer_config.json
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -44,7 +47,7 @@ SPLIT = (  # pretokenize_regex of the published tokenizer_config.json
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level, with the published split and control tokens; those come right behind the vocabulary."""
+    """Byte-level, with the published split and control tokens, whose ids follow the vocabulary."""
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         merges += [(word[:i], word[i]) for i in range(1, len(word)) if (word[:i], word[i]) not in merges]
@@ -56,18 +59,18 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(n, normalized=False, special=n not in NOT_SPECIAL) for n in CONTROL])
+    tokenizer.add_tokens([AddedToken(n, normalized=False, special=n not in NOT_SPECIAL) for n in CONTROL_TOKENS])
     return tokenizer
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {tokenizer.token_to_id(n): {"content": n, **plain, "special": n not in NOT_SPECIAL} for n in CONTROL}
+    added = {tokenizer.token_to_id(n): {"content": n, **plain, "special": n not in NOT_SPECIAL} for n in CONTROL_TOKENS}
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        "additional_special_tokens": CONTROL[1:14],
+        "additional_special_tokens": CONTROL_TOKENS[1:14],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
@@ -91,7 +94,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json with every field of the published 35B-A3B's, in small."""
+    """config.json with every field of the published 35B-A3B, for a tiny model."""
     text = {
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -102,7 +105,7 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "head_dim": 32,
         "hidden_act": "silu",
         "hidden_size": 96,
-        "initializer_range": 0.05,  # with the published 0.02 so narrow a model takes hundreds of steps to start learning
+        "initializer_range": 0.05,  # with the published 0.02 so small a model starts to learn only after hundreds of steps
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 16,
@@ -124,7 +127,7 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "router_aux_loss_coef": 0.001,
         "shared_expert_intermediate_size": 64,
         "use_cache": True,
-        "vocab_size": 352,  # a few rows more than tokens, as published
+        "vocab_size": 352,  # a few more than there are tokens, as published
         "mamba_ssm_dtype": "float32",
         "rope_parameters": {
             "mrope_interleaved": True,
@@ -165,10 +168,10 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def processor_config(kind: str, name: str, longest: int, shortest: int) -> dict[str, Any]:
-    """preprocessor_config.json as published, but for the least and most pixels of an image, and what is taken for grey.
+    """preprocessor_config.json as published, but for the limits of an image's size, mean and std.
 
-    A digit is a third ink: its pixels lie around that mean. Over six seeds 352 to 358 of 360 were right;
-    with the published 0.5 and 0.5 it was 351 to 355, hardly a difference.
+    The mean fits the digits, a third of which is ink. Over six seeds 352 to 358 of 360 answers were
+    right; with the published mean and std of 0.5, 351 to 355.
     """
     return {
         "size": {"longest_edge": longest, "shortest_edge": shortest},
@@ -183,7 +186,7 @@ def processor_config(kind: str, name: str, longest: int, shortest: int) -> dict[
 
 
 def small_files() -> dict[str, str]:
-    """Name -> content of all that is no weight."""
+    """Name -> content of every file but the weights."""
     tokenizer = make_tokenizer()
     ends = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     files: dict[str, Any] = {
@@ -203,10 +206,10 @@ def small_files() -> dict[str, str]:
 
 
 def make_model(folder: Path = MODEL_DIR, seed: int = 0, force: bool = False) -> bool:
-    """Write the checkpoint folder, the same bytes for the same seed; False if it is there already.
+    """Write the checkpoint folder, the same bytes for the same seed. False if it exists already.
 
-    It is there if every small file is as it would be written and the weights are whole: an older recipe's is replaced.
-    Raises CheckpointError if something else is in the way.
+    It exists if its weights are complete and every other file is as it would be written: the model
+    of an older version is replaced. Raises CheckpointError if something else is in the folder.
     """
     files = small_files()
     if not force and _is_there(folder, files):
@@ -225,19 +228,19 @@ def _is_there(folder: Path, files: dict[str, str]) -> bool:
 
 
 def make_digits(folder: Path = DIGITS_DIR, force: bool = False) -> bool:
-    """Write images/0000.png …, train.json and heldout.json, with source and licence; False if they are there already."""
+    """Write images, records, source and licence of the digits. False if they exist already."""
     source = ASSETS / "digits"
     labels = (source / "labels.txt").read_text(encoding="ascii").replace("\n", "")
     names = [f"images/{i:04}.png" for i in range(len(labels))]
     records = [_record(name, label) for name, label in zip(names, labels, strict=True)]
     texts = {
         "README.md": (source / "README.md").read_text(encoding="utf-8"),
-        "train.json": _json_list([r for i, r in enumerate(records) if i % HELD_OUT]),
-        "heldout.json": _json_list(records[::HELD_OUT]),
+        "train.json": _json_list([r for i, r in enumerate(records) if i % VALIDATION_STRIDE]),
+        "heldout.json": _json_list(records[::VALIDATION_STRIDE]),
     }
     if not force and all((folder / name).is_file() for name in names):
-        kept = [(folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None for name in texts]
-        if kept == list(texts.values()):
+        found = [(folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None for name in texts]
+        if found == list(texts.values()):
             return False
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
@@ -262,11 +265,11 @@ def _json_list(records: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.tools.tiny", description=__doc__)
-    parser.add_argument("--force", action="store_true", help="make them anew even if they are there")
+    parser.add_argument("--force", action="store_true", help="make model and data anew even if they exist")
     force = parser.parse_args(arguments).force
     try:
         for folder, made in ((MODEL_DIR, make_model(force=force)), (DIGITS_DIR, make_digits(force=force))):
-            print(f"{folder}: {'made' if made else 'is there'}")
+            print(f"{folder}: {'made' if made else 'exists already'}")
     except USER_ERRORS as error:
         return complain(error)
     return 0

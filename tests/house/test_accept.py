@@ -1,4 +1,4 @@
-"""make accept on a CPU, in small: all its parts, what it does about what is off, and what make rehearse makes of its rates."""
+"""make accept on a CPU with small sizes: every check, failures, the report, the rates."""
 
 import json
 import os
@@ -15,13 +15,12 @@ from training_runs import free_port
 
 import kernels
 from accept import __main__ as command
-from accept import operators, task
-from accept import slice as slice_of_4b
+from accept import numerics, speed, task
 from accept.report import Report, Row, clean
 from accept.task import Task, distance
 from qwen35.device import HOST
 from qwen35.errors import SettingError
-from rehearse.rates import QUICK, SLOW, Ends, Rates, rates_text, read_rates
+from rehearse.rates import BEST, WORST, RateRange, Rates, rates_text, read_rates
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("machine", "operators", "layers", "ranks", "runs", "speed", "slice")
@@ -30,7 +29,7 @@ SECRET = "hf_abcdefghijkl"
 
 @pytest.fixture
 def accept(tmp_path):
-    """Run it, with what Python does first in each of its processes. -> exit status, output, report as JSON, as Markdown"""
+    """Run it; each of its processes executes `first`. -> exit status, output, JSON, Markdown"""
 
     def run(*options: str, first: str = "") -> tuple[int, str, dict, str]:
         (tmp_path / "sitecustomize.py").write_text(first)
@@ -58,7 +57,7 @@ def accept(tmp_path):
     return run
 
 
-def test_the_whole_of_it(accept, tmp_path):
+def test_all_checks_hold_on_a_cpu(accept, tmp_path):
     code, out, report, text = accept()
     assert code == 0, out
     assert tuple(report["rows"]) == PARTS and all(f"**{part}**" in text for part in PARTS)
@@ -69,22 +68,22 @@ def test_the_whole_of_it(accept, tmp_path):
         "all-to-all, 1 MiB",
     } <= rows.keys()
     assert rows["12 steps on 2 ranks beside one"]["status"] == "held"
-    killed = rows["killed behind a checkpoint and resumed, ranks: 1"]
+    killed = rows["killed after a checkpoint and resumed, ranks: 1"]
     assert killed["status"] == "held" and killed["wanted"] == "bit for bit, training.deterministic=true"
     assert {row["rate"] for row in rows.values() if row["rate"]} == {"flops", "memory", "within", "host"}
     assert not any(
         row["status"] in ("off", "slower") for row in rows.values()
     )  # a CPU is slower than an NPU, and no news
-    assert "a CPU: no speed is compared" in report["verdict"] and report["verdict"] in text
+    assert "on a CPU no speed is compared" in report["verdict"] and report["verdict"] in text
     assert not (tmp_path / "out/rates.yaml").exists()
     for never in (SECRET, str(ROOT), str(Path.home()) + "/", str(tmp_path), "127.0.0.1"):
         assert never not in text and never not in json.dumps(report)
 
 
-def test_a_wrong_kernel_is_off_and_hides_nothing(monkeypatch, tmp_path, capsys):
+def test_wrong_kernel_is_off_and_the_others_are_held(monkeypatch, tmp_path, capsys):
     right = kernels.swiglu
     monkeypatch.setattr(kernels.Kernels, "swiglu", lambda x: right(x) * 1.001)
-    operators.check(Task(tmp_path, small=True))
+    numerics.check_operators(Task(tmp_path, small=True))
     rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 18 and {row.status for row in rows} == {"held", "off"}
     [off] = [row for row in rows if row.status == "off"]
@@ -97,7 +96,7 @@ def test_a_wrong_kernel_is_off_and_hides_nothing(monkeypatch, tmp_path, capsys):
     assert "| off | swiglu, torch.float32 | forward 1.0e-03" in (tmp_path / "out/host-today.md").read_text()
 
 
-def test_a_rank_that_dies_is_told(accept):
+def test_reason_of_a_failed_rank_is_reported(accept):
     dies = """
 import os, torch.distributed
 def refuse(*args): raise RuntimeError("HCCL is out of luck")
@@ -105,20 +104,16 @@ if os.environ.get("RANK") == "1": torch.distributed.reduce_scatter_tensor = refu
 """
     code, out, report, _ = accept("--only", "ranks", first=dies)
     assert code == 1 and tuple(report["rows"]) == ("machine", "ranks")
-    assert [row["status"] for row in report["rows"]["ranks"]] == [
-        "told",
-        "told",
-        "off",
-    ]  # what was found before it stays
+    assert [row["status"] for row in report["rows"]["ranks"]] == ["info", "info", "off"]  # earlier rows stay
     assert report["rows"]["ranks"][-1]["found"] == "rank 1: HCCL is out of luck"
-    assert "  off     comes to its end: rank 1: HCCL is out of luck\n" in out
+    assert "  off     runs to its end: rank 1: HCCL is out of luck\n" in out
 
 
-def test_a_check_has_its_time(monkeypatch, tmp_path):
+def test_check_over_its_time_limit_is_off(monkeypatch, tmp_path):
     monkeypatch.setitem(command.CHECKS, "speed", 0.2)
     report = Report("host", "today")
-    command.examine(report, "speed", small=True)
-    assert report.rows["speed"] == [Row("comes to its end", "off", "not over after 0.2 s")]
+    command.run_check(report, "speed", small=True)
+    assert report.rows["speed"] == [Row("runs to its end", "off", "time limit of 0.2 s exceeded")]
     assert command.finish(report, tmp_path, is_whole=False) == 1
 
 
@@ -138,11 +133,11 @@ def test_a_check_has_its_time(monkeypatch, tmp_path):
         ("two\nlines at 12:30:05", "two lines at 12:30:05"),
     ],
 )
-def test_what_a_report_does_not_tell(text, left):
+def test_report_has_no_paths_addresses_or_secrets(text, left):
     assert clean(text, {"MY_API_KEY": "s3cr3t-s3cr3t", "HOME": "/home/me", "SECRET": ""}) == left
 
 
-def test_an_error_that_is_no_number_is_off(tmp_path):
+def test_nan_is_off(tmp_path):
     ours, exact = torch.tensor([1.0, float("nan")]), torch.ones(2)
     assert distance([exact, ours], [exact, exact]) != distance([exact], [exact]) == 0
     Task(tmp_path, True).compare("a", {"forward": distance([exact, ours, exact], [exact] * 3)}, 1e-4, "")
@@ -152,48 +147,48 @@ def test_an_error_that_is_no_number_is_off(tmp_path):
 @pytest.mark.parametrize(
     ("seconds", "gigabytes", "statuses"), [(0.3, 10.5, ["held", "held"]), (0.5, 8, ["slower", "off"])]
 )
-def test_on_npus_figures_stand_beside_what_was_foreseen(monkeypatch, tmp_path, seconds, gigabytes, statuses):
-    """No NPU is here: what one would measure is given."""
-    for module in (task, slice_of_4b):
+def test_on_npus_time_and_memory_are_compared_with_the_rehearsal(monkeypatch, tmp_path, seconds, gigabytes, statuses):
+    """With the measurements of an NPU given."""
+    for module in (task, speed):
         monkeypatch.setattr(module, "has_own_memory", lambda device: True)
     given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
-    given["rehearse"] = {"quick": 0.1, "slow": 0.4, "peak": 1e10}
+    given["rehearse"] = {"best": 0.1, "worst": 0.4, "peak": 1e10}
     for name, value in given.items():
-        monkeypatch.setattr(slice_of_4b, name, lambda *_, value=value: value)
-    slice_of_4b.check(Task(tmp_path, small=False))
+        monkeypatch.setattr(speed, name, lambda *_, value=value: value)
+    speed.check_slice(Task(tmp_path, small=False))
     rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row.status for row in rows] == statuses
     assert rows[0].what == "4 layers of 4B, 248,320 words, 4,096 tokens" and "0.100 to 0.400 s a step" in rows[0].wanted
     assert f"MFU {0.1 / seconds:.1%}" in rows[0].found and "10.00 GB rehearsed" in rows[1].wanted
 
 
-# ── rates.yaml ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rates.yaml ────────────────────────────────────────────────────────────────────────────────────
 
 
 def on_npus(*rows: Row) -> Report:
     return Report("host", "today", "npu", "Ascend910B2", True, {"speed": list(rows)}, {"speed": 1.0})
 
 
-def test_rates_go_on_into_a_rehearsal(tmp_path, capsys):
+def test_measured_rates_are_read_by_rehearse(tmp_path, capsys):
     rows = [
         Row("", "held", "", "", "flops", 2.5e14),
         Row("", "slower", "", "", "within", 9e10),
         Row("", "held", "", "", "within", 6e10),
     ]
     assert command.finish(on_npus(*rows), tmp_path, is_whole=True) == 0  # slower is not off
-    assert "rates.yaml: make rehearse takes it" in capsys.readouterr().out
-    ends = read_rates(tmp_path / "rates.yaml", "npu")
-    for end, stated in ((ends.quick, QUICK), (ends.slow, SLOW)):
-        assert asdict(end) == asdict(stated) | {"flops": 2.5e14, "within": 6e10}  # of two the lower
-    assert ends.source == "flops, within as measured on Ascend910B2; memory, between, host stated"
+    assert "rates.yaml: make rehearse " in capsys.readouterr().out
+    rates = read_rates(tmp_path / "rates.yaml", "npu")
+    for found, assumed in ((rates.best, BEST), (rates.worst, WORST)):
+        assert asdict(found) == asdict(assumed) | {"flops": 2.5e14, "within": 6e10}  # the lower of two
+    assert rates.source == "flops, within measured on Ascend910B2; memory, between, host assumed"
     whole = rates_text("npu", "Ascend910B2", asdict(Rates(1, 2, 3, 4, 5)))
     (tmp_path / "rates.yaml").write_text(whole)
-    assert read_rates(tmp_path / "rates.yaml", "npu") == Ends(
-        Rates(1, 2, 3, 4, 5), Rates(1, 2, 3, 4, 5), "flops, memory, within, between, host as measured on Ascend910B2"
+    assert read_rates(tmp_path / "rates.yaml", "npu") == RateRange(
+        Rates(1, 2, 3, 4, 5), Rates(1, 2, 3, 4, 5), "flops, memory, within, between, host measured on Ascend910B2"
     )
 
 
-def test_only_the_whole_of_it_writes_rates(tmp_path):
+def test_rates_are_written_by_a_whole_run_on_npus_alone(tmp_path):
     report = on_npus(Row("", "held", "", "", "flops", 2.5e14))
     command.finish(report, tmp_path, is_whole=False)
     report.is_apart = False
@@ -207,26 +202,26 @@ GOOD = {"kind": "npu", "device": "Ascend910B2", "flops": "2.5e+14 FLOP/s"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flop": "1 FLOP/s"}, "flop is not known; there are kind, device, flops, memory, within, between, host"),
-        ({"flops": "250 TFLOPS"}, r"flops: 250 TFLOPS: its unit is FLOP/s, as in 3.54e\+14 FLOP/s"),
-        ({"flops": "1e14"}, "its unit is FLOP/s"),
+        ({"flop": "1 FLOP/s"}, "flop: no such rate; the names are kind, device, flops, memory, within, between, host"),
+        ({"flops": "250 TFLOPS"}, r"flops: 250 TFLOPS: the unit must be FLOP/s, as in 3.54e\+14 FLOP/s"),
+        ({"flops": "1e14"}, "the unit must be FLOP/s"),
         ({"host": "-1 s"}, "host: -1 s is not a number above 0"),
         ({"memory": "nan B/s"}, "not a number above 0"),
         ({"memory": "fast B/s"}, "not a number above 0"),
-        ({"kind": "cpu", "device": "cpu"}, r"the rates of a cpu \(cpu\) say nothing of an npu"),
+        ({"kind": "cpu", "device": "cpu"}, r"the rates of a cpu \(cpu\), not of an npu"),
         ({"kind": None}, "not a file of rates"),
         ({"flops": None}, "not a file of rates"),
     ],
 )
-def test_a_wrong_file_of_rates_is_refused(tmp_path, changes, message):
+def test_wrong_rates_are_refused(tmp_path, changes, message):
     lines = {name: value for name, value in (GOOD | changes).items() if value is not None}
     (tmp_path / "r.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
     with pytest.raises(SettingError, match=message):
         read_rates(tmp_path / "r.yaml", "npu")
 
 
-def test_a_file_of_rates_that_is_none(tmp_path):
-    with pytest.raises(SettingError, match=r"none.yaml: no such file of rates; make accept writes one"):
+def test_missing_and_repeated_rates_are_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"none.yaml: no such file; make accept writes"):
         read_rates(tmp_path / "none.yaml", "npu")
     (tmp_path / "r.yaml").write_text("flops: 1 FLOP/s\nflops: 2 FLOP/s\n")
     with pytest.raises(SettingError, match="flops is there twice"):

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: the sizes are small here, so nothing is timed in earnest."""
+"""The benchmark compares like with like, here with sizes too small to time."""
 
 import json
 import re
@@ -43,19 +43,19 @@ def small(monkeypatch):
     monkeypatch.setattr(rows, "matmul_rate", lambda: 1e9)
 
 
-def test_both_sides_train_the_same_tokens(small):
+def test_ours_and_the_peer_compute_the_same_loss(small):
     """Padded and packed: the losses agree, or the row raises."""
     result = rows.slice_row((7, 12, 30), 0.4, with_peer=True)
     assert result["ratio"] > 0 and result["tokens_per_second"] > 0
 
 
-def test_sides_that_differ_are_refused(small, monkeypatch):
+def test_different_losses_are_refused(small, monkeypatch):
     monkeypatch.setattr(rows, "step", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="do not compute the same"):
         rows.slice_row((7, 12), 1.0, with_peer=True)
 
 
-def test_what_layers_keep_is_counted(small, monkeypatch):
+def test_bytes_that_layers_save_are_fewer_than_the_peers(small):
     result = rows.saved()
     assert 0 < result["attention_kb"] < result["peer_attention_kb"]
     assert 0 < result["delta_net_kb"] < result["peer_delta_net_kb"]
@@ -65,21 +65,21 @@ def test_unknown_rows_are_refused():
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--only", "mo"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 2 and "--only mo: no such row; there are slice-2048" in done.stderr
+    assert done.returncode == 2 and "--only mo: no such row; choose from slice-2048" in done.stderr
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_each_row_runs_under_both_allocators(as_json, monkeypatch, capsys):
-    asked = []
+    measured = []
 
     def run(row: str, allocator: str) -> dict:
-        asked.append((row, allocator))
+        measured.append((row, allocator))
         return {"matmul_gflops": 1.0} if row == "rate" else {"row": row, "ratio": 1.5, "seconds": 2}
 
     monkeypatch.setattr(command, "run", run)
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "moe", *(["--json"] if as_json else [])])
     assert command.main() == 0
-    assert asked[2:] == [("moe", "default"), ("moe", "tuned")]
+    assert measured[2:] == [("moe", "default"), ("moe", "tuned")]
     out = capsys.readouterr().out
     if as_json:
         assert [row["allocator"] for row in json.loads(out)["rows"]] == ["default", "tuned"]
@@ -94,13 +94,13 @@ def test_a_row_that_fails_is_an_error(monkeypatch, capsys):
     assert "killed" in capsys.readouterr().out
 
 
-def test_both_processors_give_the_same_patches_and_are_timed(monkeypatch, capsys):
+def test_image_processors_give_the_same_patches_and_are_timed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.images", "--images", "2"])
     monkeypatch.setattr(images, "ROUNDS", 2)
     images.main()
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert re.search(
-        r"^qwen35: \d+ images/s in one process .*\ntransformers: \d+ images/s .*\nratio \d+\.\d\d$", told, re.MULTILINE
+        r"^qwen35: \d+ images/s in one process .*\ntransformers: \d+ images/s .*\nratio \d+\.\d\d$", out, re.MULTILINE
     )
     monkeypatch.setattr(images, "read_as_peer", lambda processor, file: torch.zeros(1))
     with pytest.raises(SystemExit, match="do not give the same"):

@@ -37,8 +37,8 @@ ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_500,
     "kernels": 3_850,
-    "rehearse": 2_200,
-    "accept": 720,
+    "rehearse": 2_170,
+    "accept": 680,
     "bench": 800,
 }  # qwen35: beside its rooms
 

@@ -130,7 +130,7 @@ def test_cann_is_found(project: Path) -> None:
         ("8.3.RC1", {}, "there are pins for CANN 8.5, 9.0, 9.1, 9.2"),
         ("8.5.0", {"CANN_VERSION": "9.0"}, "is CANN 8.5.0: leave CANN_VERSION empty"),
         ("8.5.0", {"CANN_VERSION": "new"}, "CANN_VERSION=new: allowed is"),
-        ("9.0.0", {"TORCH_NPU": "2.7.1.post2"}, "with CANN 9.0.0 go 2.7.1.post4, "),
+        ("9.0.0", {"TORCH_NPU": "2.7.1.post2"}, "for CANN 9.0.0 choose from 2.7.1.post4, "),
     ],
 )
 def test_what_does_not_go_together_is_refused(

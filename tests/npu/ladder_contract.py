@@ -6,10 +6,10 @@ backward.
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from watch import Watch
 
 import kernels
 from kernels import fused, npu, triton
-from rehearse.watch import Watch
 
 CU = torch.tensor([0, 7, 7, 19, 20], dtype=torch.int32)
 IDS = torch.arange(40).view(20, 2) % 8

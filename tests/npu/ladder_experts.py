@@ -14,10 +14,10 @@ import torch.distributed._tools.fake_collectives  # torch 2.7 registers the coll
 from bodies import error, install
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from watch import Watch
 
 import kernels
 from kernels import fused, fused_exchange, moe_parallel, npu, reference
-from rehearse.watch import Watch
 
 RANKS, HIDDEN, INNER = 8, 16, 24
 # module, top_k: all-gather if it exceeds the number of ranks

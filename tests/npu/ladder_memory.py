@@ -8,6 +8,7 @@ import torch
 from live_bytes import LiveBytes
 from steps import DEVICE, _fake, _to_bf16, make_batch, slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
+from watch import Watch
 
 import kernels
 from qwen35.batch import HOST_FIELDS, PackedBatch, map_fields
@@ -17,7 +18,6 @@ from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import REPLICATED
 from qwen35.training.loss import token_weights
 from qwen35.training.offloaded_adamw import SwappedAdamW
-from rehearse.watch import Watch
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 TOKENS = 1024

@@ -7,6 +7,7 @@ from steps import DEVICE, make_batch, our_step, peer_step, slice_config
 from table import layers
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from watch import SavedBytes, Watch
 
 import kernels
 from kernels.features import HAS_GROUPED_MM
@@ -15,7 +16,7 @@ from kernels.triton.tiles import CONV_ROWS, Tiles
 from qwen35.config.schema import ParallelSettings
 from qwen35.device import DETERMINISTIC_ENV, enable_determinism
 from qwen35.parallel.mesh import make_meshes
-from rehearse.watch import SavedBytes, Watch, has_kernel
+from rehearse.operators import has_kernel
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 FORWARD = [

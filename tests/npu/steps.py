@@ -13,6 +13,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from watch import SavedBytes, Watch
 
 import kernels.npu  # registers the device with torch
 from qwen35.batch import HOST_FIELDS, PackedBatch, derive
@@ -22,7 +23,7 @@ from qwen35.parallel.fsdp import REPLICATED
 from qwen35.parallel.mesh import Meshes
 from qwen35.training.adamw import AdamW
 from qwen35.training.loss import make_mtp_targets, token_weights
-from rehearse.watch import Record, SavedBytes, Watch
+from rehearse.operators import OperatorCounts
 
 DEVICE = "npu:0"
 
@@ -74,11 +75,11 @@ def make_batch(config: dict, tokens: int, images: bool) -> PackedBatch:
 
 @dataclasses.dataclass
 class Step:
-    forward: Record
-    backward: Record
-    optimizer: Record
-    saved: int  # bytes that autograd saves for backward
-    kept: int  # bytes alive between forward and backward
+    forward: OperatorCounts
+    backward: OperatorCounts
+    optimizer: OperatorCounts
+    saved: int  # bytes for backward, of what autograd keeps
+    kept: int  # bytes that are there between forward and backward
     calls: list
     model: Qwen35 | torch.nn.Module
 

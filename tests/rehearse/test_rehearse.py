@@ -1,4 +1,4 @@
-"""What a rehearsal counts, against figures made by hand and against a real run of two processes."""
+"""A rehearsal's figures, against some computed by hand and against a real run of two processes."""
 
 import ctypes
 import gc
@@ -32,16 +32,16 @@ from qwen35.train import Run, distribute, train_step
 from qwen35.training.flops import token_counts
 from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
-from rehearse.cluster import Machine
+from rehearse.cluster import FakeDevice
+from rehearse.communication import Group, Traffic, between_nodes
 from rehearse.configs import with_config
-from rehearse.cut import Cut, Moment, shortened
 from rehearse.memory import Ledger, Peak
 from rehearse.operators import Operators
-from rehearse.rates import QUICK, SLOW, Ends
+from rehearse.rates import BEST, WORST, RateRange
+from rehearse.representatives import Moment, Representatives, assign
 from rehearse.scaling import messages
-from rehearse.speed import step_range
 from rehearse.step import Rehearsal, rehearse
-from rehearse.wire import Group, Traffic, between_nodes
+from rehearse.step_time import best_and_worst
 
 ROOT = Path(__file__).parents[2]
 MIX = Mix(sequence=256)
@@ -51,11 +51,11 @@ BOTH, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Not here: filling each new tensor would be one more operator, and touch memory that the step does not."""
+    """Turned off: filling new tensors would add operators and touch more memory."""
 
 
 class EqualShares(list):
-    """Of the rows, in the place of a tensor that cannot be read."""
+    """The experts' shares of the rows, in place of a tensor that cannot be read."""
 
     def tolist(self) -> list[int]:
         return self
@@ -63,7 +63,7 @@ class EqualShares(list):
 
 @pytest.fixture(autouse=True)
 def known_rows(monkeypatch):
-    """Where a CPU has no grouped matmul (torch < 2.10) the native one asks how many rows each expert has."""
+    """Without a grouped matmul on CPUs (torch < 2.10) the native one reads row counts."""
 
     def known(op):
         def with_known_rows(rows, other, ends):
@@ -80,7 +80,7 @@ def known_rows(monkeypatch):
 def recipe(
     folder: Path, layers: int = 2, depth: int = 2, kinds: tuple[str, ...] = BOTH, **parallel: int | str
 ) -> Settings:
-    """A recipe with a model whose step needs some hundred megabytes."""
+    """A recipe for a model whose step needs some hundred megabytes."""
     kinds = kinds * (layers // len(kinds))
     sizes = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
     config = config_dict(**sizes, layer_types=kinds)
@@ -101,17 +101,17 @@ def rehearsed(settings: Settings, world: int, is_whole: bool = False, batches: i
     return rehearse(settings, config, step, world, 2, torch.device("cpu"), is_whole=is_whole)
 
 
-# ── Against a real run ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Against a real run ────────────────────────────────────────────────────────────────────────
 
 
 def process(rank: int, folder: Path, port: int) -> None:
-    """Two steps of both kinds of run; what the second needs over what the process had before there was a model."""
+    """The peak of the second step, over what was there before, with and without recomputation."""
     torch.set_num_threads(1)
     where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
     device = init_process()
     measured = {}
-    for recompute in ("true", "false", "true"):  # the first warms up what torch makes once a process
+    for recompute in ("true", "false", "true"):  # the first warms up what torch makes once per process
         settings = load_settings(folder / "recipe.yaml", [f"parallel.recompute={recompute}"])
         config = load_config(settings.model.model_name_or_path)
         gc.collect()
@@ -119,7 +119,7 @@ def process(rank: int, folder: Path, port: int) -> None:
         before = status("VmRSS")
         batch = make_batch(settings, config, MIX)
         run = start(settings, device)
-        for _ in range(2 if measured else 1):  # the first makes the optimizer's state
+        for _ in range(2 if measured else 1):  # the first makes the optimizer state
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now
             train_step(run, [batch], 1e-3, 0.0)
         measured[recompute] = status("VmHWM") - before
@@ -143,19 +143,20 @@ def start(settings: Settings, device: torch.device) -> Run:
 
 
 def status(name: str) -> int:
-    """Bytes of this process, by the kernel's own count."""
+    """Bytes of this process, as the kernel counts them."""
     found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found
     return int(found[1]) * 1024
 
 
-def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
-    """Within a tenth of the memory that two processes really take, with recomputation and without.
+def test_peak_is_within_a_tenth_of_a_real_run(tmp_path, monkeypatch):
+    """With recomputation and without.
 
-    The vocabulary is small, for gloo keeps a copy of what it reduces, which is no tensor: as large as a unit's gradients.
+    The vocabulary is small because gloo keeps a copy of what it reduces, as large as a unit's
+    gradients, which is not a tensor.
     """
     recipe(tmp_path, layers=4)
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once: the kernel counts as we do
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back to the kernel at once
     mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
     measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
     for recompute, real in measured.items():
@@ -166,29 +167,32 @@ def test_the_peak_is_that_of_a_real_run(tmp_path, monkeypatch):
         assert 0.9 <= counted[recompute] / real <= 1.1, (recompute, counted[recompute] / MiB, real / MiB)
 
 
-# ── Of the layers that are alike a few, against all of them ────────────────────────────────────────────────────────────
+# ── A few of the layers that are alike, against all of them ───────────────────────────────────
 
 
-def test_what_stands_for_what():
-    assert shortened(4, 4) == [0, 1, 2, 3] and shortened(7, 4) == [0, 1, 1, 1, 1, 2, 3]
-    assert shortened(5, 3) == [0, 1, 1, 1, 2] and shortened(1, 4) == [0]
+def test_representatives_of_layers_and_parameters():
+    assert assign(4, 4) == [0, 1, 2, 3] and assign(7, 4) == [0, 1, 1, 1, 1, 2, 3]
+    assert assign(5, 3) == [0, 1, 1, 1, 2] and assign(1, 4) == [0]
     config = load_config(config_dict(layer_types=["linear_attention", "full_attention"] * 6, num_hidden_layers=12))
-    cut = Cut.of(config, 1, is_whole=False)
-    assert len(cut.config.text.layer_types) == 8 and [cut.layer("text", i) for i in (0, 3, 9, 10)] == [0, 3, 5, 6]
-    assert cut.name("model.language_model.layers.7.mlp.gate.weight") == "model.language_model.layers.3.mlp.gate.weight"
-    assert cut.name("mtp.layers.0.mlp.gate.weight") == "mtp.layers.0.mlp.gate.weight"
-    assert [cut.times(Moment("forward", 0, "text", part)) for part in range(4)] == [1, 3, 1, 1]
+    reps = Representatives.of(config, 1, is_whole=False)
+    assert len(reps.config.text.layer_types) == 8 and [reps.layer(i) for i in (0, 3, 9, 10)] == [0, 3, 5, 6]
+    assert (
+        reps.parameter("model.language_model.layers.7.mlp.gate.weight")
+        == "model.language_model.layers.3.mlp.gate.weight"
+    )
+    assert reps.parameter("mtp.layers.0.mlp.gate.weight") == "mtp.layers.0.mlp.gate.weight"
+    assert [reps.multiplicity(Moment("forward", 0, "text", part)) for part in range(4)] == [1, 3, 1, 1]
     for kinds in (["linear_attention"] * 5 + ["full_attention"], ["linear_attention", "full_attention"] * 3):
-        config = load_config(config_dict(layer_types=kinds, num_hidden_layers=6))  # no period, and three of them: all
-        assert Cut.of(config, 1, is_whole=False).config.text == config.text
+        config = load_config(config_dict(layer_types=kinds, num_hidden_layers=6))  # one block, and three: all are run
+        assert Representatives.of(config, 1, is_whole=False).config.text == config.text
     seen = [(Moment("forward"), "a"), *[(Moment("forward", 0, "text", part), f"{part}") for part in range(4)]]
-    assert "".join(cut.played(seen)) == "a011123"
+    assert "".join(reps.expand(seen)) == "a011123"
 
 
 def figures(r: Rehearsal) -> dict:
-    """Of the step; operators are counted on NPUs alone."""
+    """All of the step's, without operators, which are counted on NPUs alone."""
     peaks = {phase: peak for phase, peak in r.ledger.peaks().items() if phase != "set-up"}
-    return vars(r) | {"ledger": peaks, "wire": r.wire.traffic, "operators": None}
+    return vars(r) | {"ledger": peaks, "communication": r.communication.traffic, "operators": None}
 
 
 @pytest.mark.parametrize(
@@ -198,31 +202,31 @@ def figures(r: Rehearsal) -> dict:
         (2, {"expert_parallel_size": 2}),
         (5, {"ulysses_parallel_size": 2, "fully_shard_parallel_size": 2}),
     ],
-    ids=["recompute", "experts", "shared bins and copies"],
+    ids=["recompute", "experts", "ulysses and replicas"],
 )
-def test_few_layers_give_the_figures_of_all(tmp_path, capsys, depth, parallel):
-    """Every figure, to the byte: peaks of each phase by kind and line, traffic by kind and group, FLOPs, parameters."""
+def test_representative_layers_give_the_figures_of_all(tmp_path, capsys, depth, parallel):
+    """To the byte: peaks by phase, kind and line, traffic by kind and group, FLOPs, parameters."""
     settings = recipe(tmp_path, 6, depth, ATTENTION, **parallel)
     few, whole = (rehearsed(settings, 4, is_whole) for is_whole in (False, True))
     assert len(few.ledger.changes) < 0.9 * len(whole.ledger.changes)
     assert figures(few) == figures(whole) and not capsys.readouterr().out
 
 
-def test_few_micro_batches_give_the_figures_of_all(tmp_path):
-    """Five are three; but here, where the host is the device, for what it makes of all of them before the first."""
+def test_representative_micro_batches_give_the_figures_of_all(tmp_path):
+    """Three for five. Activations are left out: on a CPU they include the host's own tensors."""
     found = []
     for is_whole in (False, True):
         r = rehearsed(recipe(tmp_path, 1, 2, ATTENTION), 4, is_whole, batches=5)
         kinds = {
-            phase: peak.of - Counter({"activations": peak.of["activations"]})
+            phase: peak.by_kind - Counter({"activations": peak.by_kind["activations"]})
             for phase, peak in r.ledger.peaks().items()
         }
-        found.append((len(r.ledger.changes), kinds, r.wire.traffic, r.flops, r.tokens))
+        found.append((len(r.ledger.changes), kinds, r.communication.traffic, r.flops, r.tokens))
     assert found[0][1:] == found[1][1:] and found[0][0] < 0.8 * found[1][0] and found[0][-1] == 5 * 2048
 
 
-def test_what_is_not_alike_is_rehearsed_whole(tmp_path, capsys, monkeypatch):
-    """A layer of the middle keeps a copy of what it returns: found, said, and counted."""
+def test_layers_that_differ_are_all_rehearsed(tmp_path, capsys, monkeypatch):
+    """A middle layer keeps a copy of its output: one line says so, and the copy is counted."""
     settings, kept = recipe(tmp_path, 5, kinds=ATTENTION), []
     whole = rehearsed(settings, 4, is_whole=True)
 
@@ -234,26 +238,26 @@ def test_what_is_not_alike_is_rehearsed_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rehearse_step, "train_step", step)
     found = rehearsed(settings, 4)
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("all layers are rehearsed, for Moment(phase='forward', batch=0, kind='text', part=1) and")
+    assert line.startswith("rehearsing every layer and micro-batch: forward of micro-batch 0, text block 1")
     more = found.ledger.peaks()["forward"].bytes - whole.ledger.peaks()["forward"].bytes
     assert more == 2048 * 512 * 2
 
 
-# ── Against figures made by hand ───────────────────────────────────────────────────────────────────────────────────────
+# ── Against figures computed by hand ──────────────────────────────────────────────────────────
 
 
-def test_storages_are_counted_once_and_until_they_are_gone():
+def test_storages_are_counted_once_until_they_are_freed():
     ledger = Ledger("cpu")
     with FakeTensorMode() as fake:
         weight = torch.ones(256, 256)  # 256 KiB
-    machine = Machine(torch.device("cpu"), [ledger])
+    machine = FakeDevice(torch.device("cpu"), [ledger])
     machine.fake = fake
     with machine:
         ledger.claim("parameters", [weight])
         ledger.moment = Moment("forward")
         x = weight * 2
         y = x.view(-1)[:10]
-        y.add_(1)  # a view: nothing more
+        y.add_(1)  # a view takes no memory
         del x
         z = weight + 1  # y keeps all of x alive
         del y
@@ -265,16 +269,16 @@ def test_storages_are_counted_once_and_until_they_are_gone():
     quarter = 256 * 256 * 4
     peaks = ledger.peaks()
     assert peaks["forward"] == Peak(
-        3 * quarter, {"parameters": quarter, "activations": 2 * quarter}, peaks["forward"].at
+        3 * quarter, {"parameters": quarter, "activations": 2 * quarter}, peaks["forward"].by_line
     )
     assert peaks["backward"].bytes == 6 * quarter
 
 
-def test_what_dtensor_asks_for_shapes_is_not_counted():
-    """By a fake mode of its own, or as on torch 2.10 by the rehearsal's, entered once more."""
+def test_shape_inference_of_dtensor_is_not_counted():
+    """Under a fake mode of its own, or as on torch 2.10 under the rehearsal's once more."""
     seen = []
-    observer = SimpleNamespace(saw=lambda func, *_: seen.append(func.name()))
-    with Machine(torch.device("cpu"), [observer]) as machine:
+    observer = SimpleNamespace(observe=lambda func, *_: seen.append(func.name()))
+    with FakeDevice(torch.device("cpu"), [observer]) as machine:
         for mode in (machine.fake, FakeTensorMode()):
             with mode:
                 torch.zeros(4)
@@ -283,18 +287,18 @@ def test_what_dtensor_asks_for_shapes_is_not_counted():
     assert seen
 
 
-def test_what_fsdp_frees_is_seen(tmp_path):
-    """Layers, and the experts in them, are gathered and freed in turn: twice as many take no more room for gathered weights."""
+def test_parameters_that_fsdp_frees_are_not_counted(tmp_path):
+    """Layers and experts are gathered and freed in sequence: twice as many need no more memory."""
     gathered = []
     for layers in (4, 8):
         settings = recipe(tmp_path, layers, expert_parallel_size=2, recompute="true")
         r = rehearsed(settings, 4)
-        gathered.append(r.ledger.peaks()["backward"].of["gathered"])
+        gathered.append(r.ledger.peaks()["backward"].by_kind["gathered"])
     assert 0 < gathered[1] < 1.1 * gathered[0]
 
 
-def test_bytes_on_the_wire(tmp_path):
-    """Every sharded parameter gathered twice in bf16 (those of the last unit once), every gradient scattered once in fp32."""
+def test_bytes_of_collectives(tmp_path):
+    """Weights are gathered twice in bf16, once in the last unit; gradients are reduced in fp32."""
     settings = recipe(tmp_path)
     with torch.device("meta"):
         model = Qwen35(load_config(tmp_path))
@@ -304,49 +308,53 @@ def test_bytes_on_the_wire(tmp_path):
     scattered = sum(count * 4 for _, count in named)
     for world in (2, 8):
         r = rehearsed(settings, world)
-        found = {(kind, group.name.partition("+")[0]): traffic for (kind, group), traffic in r.wire.traffic.items()}
+        found = {
+            (kind, group.name.partition("+")[0]): traffic for (kind, group), traffic in r.communication.traffic.items()
+        }
         share = (world - 1) / world
         assert found["all-gather", "fsdp"].sent == pytest.approx(gathered * share, rel=0.01)
         assert found["reduce-scatter", "fsdp"].sent == pytest.approx(scattered * share, rel=0.01)
         for key in (("all-gather", "fsdp"), ("reduce-scatter", "fsdp")):
-            assert r.least[key] == pytest.approx(found[key].sent, rel=0.01)
-        units = 2 + 1 + 2 + 1  # vision blocks, the rest of the tower, layers, all else
+            assert r.lower_bound[key] == pytest.approx(found[key].sent, rel=0.01)
+        units = 2 + 1 + 2 + 1  # vision blocks, the rest of the tower, layers, everything else
         assert found["reduce-scatter", "fsdp"].calls == units
         assert found["all-gather", "fsdp"].calls == 2 * units - 1
         assert r.tokens == 2048 and r.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_what_leaves_a_node():
-    """Of 16 ranks on 2 nodes, each needs what the other node has: half of the whole, brought by 8 ranks together."""
+def test_bytes_between_nodes():
+    """16 ranks on 2 nodes: the 8 ranks of a node fetch the other node's half together."""
     sixteen, whole = Group("fsdp", 16, 2), 16.0
     assert between_nodes("all-gather", sixteen, whole * 15 / 16) == pytest.approx(whole / 2 / 8)
     assert between_nodes("all-gather", Group("fsdp", 8, 1), 7.0) == 0
-    # of an all-to-all, 8 of the 16 parts are for the other node
+    # 8 of the 16 parts of an all-to-all are for the other node
     assert between_nodes("all-to-all", sixteen, 15.0) == pytest.approx(8.0)
 
 
-def test_the_range_of_a_step():
-    """One second of arithmetic at the peak, half a second of memory; a wire that within a node is quick."""
-    operators, wire = Operators(), SimpleNamespace(traffic={})
-    operators.seen[Moment("forward")].moved = int(0.5 * QUICK.memory)
-    operators.seen[Moment("backward")].host = 1000
-    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, wire, {}, QUICK.flops, 0)  # type: ignore[arg-type]
-    quick, slow = step_range(r, 0.0, Ends())
-    assert quick.together == pytest.approx(1.5) and quick.host == pytest.approx(1000 * QUICK.host)
-    assert slow.in_turn == pytest.approx(1 / 0.4 + 0.5 * QUICK.memory / SLOW.memory + 1000 * SLOW.host)
-    assert step_range(r, 1 / 3, Ends())[0].arithmetic == pytest.approx(4 / 3)
-    traffic = Traffic(1, sent=2 * QUICK.within, between=3 * QUICK.between)
-    wire.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
-    assert step_range(r, 0.0, Ends())[0].together == 3  # the network's part and the node's at once
-    assert step_range(r, 0.0, Ends())[1].wire == pytest.approx(traffic.sent / SLOW.between)  # one ring through all
+def test_best_and_worst_time_of_a_step():
+    """At peak rates one second of arithmetic and half a second of memory; then a collective."""
+    operators, communication = Operators(), SimpleNamespace(traffic={})
+    operators.seen[Moment("forward")].bytes_moved = int(0.5 * BEST.memory)
+    operators.seen[Moment("backward")].dispatched = 1000
+    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, BEST.flops, 0)  # type: ignore[arg-type]
+    best, worst = best_and_worst(r, 0.0, RateRange())
+    assert best.overlapped == pytest.approx(1.5) and best.host == pytest.approx(1000 * BEST.host)
+    assert worst.serialized == pytest.approx(1 / 0.4 + 0.5 * BEST.memory / WORST.memory + 1000 * WORST.host)
+    assert best_and_worst(r, 1 / 3, RateRange())[0].arithmetic == pytest.approx(4 / 3)
+    traffic = Traffic(1, sent=2 * BEST.within, between=3 * BEST.between)
+    communication.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
+    assert best_and_worst(r, 0.0, RateRange())[0].overlapped == 3  # between and within nodes at the same time
+    assert best_and_worst(r, 0.0, RateRange())[1].communication == pytest.approx(
+        traffic.sent / WORST.between
+    )  # one ring over all ranks
 
 
-def test_messages_of_a_call():
+def test_messages_of_a_collective():
     assert messages("all-gather", 16, 2) == (15, 8) and messages("all-reduce", 16, 2) == (30, 16)
     assert messages("all-to-all", 16, 2) == (15, 15)
 
 
-def test_a_batch_is_as_described(tmp_path):
+def test_batch_has_the_mix_that_was_asked_for(tmp_path):
     settings = recipe(tmp_path)
     config = load_config(tmp_path)
     batch = make_batch(settings, config, Mix(sequence=500, images=0.5, trained=0.2))
@@ -358,7 +366,7 @@ def test_a_batch_is_as_described(tmp_path):
         make_batch(settings, config, Mix(images=0.7, trained=0.4))
 
 
-def test_whose_config_it_is(tmp_path):
+def test_config_is_the_recipes_own_or_the_published_one(tmp_path):
     settings = recipe(tmp_path)
     assert with_config(settings) == (settings, load_config(tmp_path), f"{tmp_path}/config.json")
     named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/hf_path/Qwen3.5-35B-A3B"))
@@ -366,7 +374,7 @@ def test_whose_config_it_is(tmp_path):
     assert config.text.num_experts == 256 and source.startswith("the published config of 35B-A3B, since ckpt/")
     assert load_config(there.model.model_name_or_path) == config
     named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/my-model"))
-    with pytest.raises(SettingError, match=r"my-model is not there.*0\.8B, 2B"):
+    with pytest.raises(SettingError, match=r"model_name_or_path: ckpt/my-model .*0\.8B, 2B"):
         with_config(named)
 
 

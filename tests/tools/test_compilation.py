@@ -1,4 +1,4 @@
-"""Who compiles a run's Triton kernels, and who waits: real processes, and a stand-in for what compiles."""
+"""Which process compiles a run's Triton kernels, and which wait, with a stand-in compiler."""
 
 import os
 import subprocess
@@ -11,10 +11,16 @@ from stand_in import ROOT, free_port
 from qwen35 import preflight
 from qwen35.heartbeat import Heartbeat
 from qwen35.tools import compilation
-from qwen35.tools.compilation import A_KERNEL, OTHERS, CompilationError, agreed, check_compilers
+from qwen35.tools.compilation import (
+    KERNEL_TIMEOUT,
+    WAIT_TIMEOUT,
+    CompilationError,
+    check_compilers,
+    common_tiles,
+)
 from qwen35.tools.doctor.machine import ok, wrong
 
-TIMEOUT = 10.0  # seconds, of all groups but the one that waits
+TIMEOUT = 10.0  # seconds, of all groups but the one for waiting
 
 RANK = f"""
 import os, sys, time
@@ -48,13 +54,13 @@ while len(list(folder.glob("[01]"))) < 2:
 device = init_process({TIMEOUT})
 settings = load_settings("configs/tiny.yaml", ["parallel.ulysses_parallel_size=2"])
 text = SimpleNamespace(linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=32)
-heartbeat = SimpleNamespace(at=lambda what, patience: print("at:", what, patience, flush=True))
-compilation.compiled(settings, text, device, heartbeat, lambda line: print("told:", line, flush=True))
+heartbeat = SimpleNamespace(at=lambda what, timeout: print("at:", what, timeout, flush=True))
+compilation.compiled(settings, text, device, heartbeat, lambda line: print("log:", line, flush=True))
 """
 
 
 def test_local_rank_0_compiles_and_the_others_wait(tmp_path):
-    """Longer than a collective may take. All get the same tiles."""
+    """Longer than a collective's timeout. All ranks get the same tiles."""
     cache, port = tmp_path / "cache", str(free_port())
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     own = os.environ | both | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
@@ -66,35 +72,35 @@ def test_local_rank_0_compiles_and_the_others_wait(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    first, second = (out.splitlines() for out, _ in told)
-    waiting = f"at: waiting for the local ranks 0 to compile the Triton kernels {OTHERS}"
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (out.splitlines() for out, _ in outputs)
+    waiting = f"at: waiting for local rank 0 of each node to compile the Triton kernels {WAIT_TIMEOUT}"
     assert second == [waiting, "computes with the tiles that fit"]
-    assert first[0] == f"at: compiling Triton kernels: 1 of 2 (kernel 0) {A_KERNEL}"
-    assert first[1].startswith("told: compiling Triton kernels: 1 of 2, ")
-    assert first[2] == f"at: compiling Triton kernels: 2 of 2 (kernel 1) {A_KERNEL}"
-    assert first[3].startswith("told: compiling Triton kernels: 2 of 2, ")
-    assert first[4] == "told: a kernel of 2 K and 4 V heads of 16 gets a smaller tile"  # of each of two ranks
-    assert first[5].startswith("told: Triton kernels: 2 ready in ") and first[5].endswith(f" s, in {cache}")
+    assert first[0] == f"at: compiling Triton kernels: 1 of 2 (kernel 0) {KERNEL_TIMEOUT}"
+    assert first[1].startswith("log: compiling Triton kernels: 1 of 2, ")
+    assert first[2] == f"at: compiling Triton kernels: 2 of 2 (kernel 1) {KERNEL_TIMEOUT}"
+    assert first[3].startswith("log: compiling Triton kernels: 2 of 2, ")
+    assert first[4] == "log: a kernel of 2 K and 4 V heads of 16 gets a smaller tile"  # of each of two ranks
+    assert first[5].startswith("log: Triton kernels: 2 ready in ") and first[5].endswith(f" s, in {cache}")
     assert first[6:] == [waiting, "computes with the tiles that fit"]
 
 
-def test_machines_whose_tiles_differ():
-    assert agreed(["large", None, "large", None]) == "large"
-    with pytest.raises(CompilationError, match="rank 2 has small, rank 0 large; install the same CANN"):
-        agreed(["large", None, "small", None])
+def test_tiles_that_differ_between_nodes_are_refused():
+    assert common_tiles(["large", None, "large", None]) == "large"
+    with pytest.raises(CompilationError, match="rank 2 has small, rank 0 large; "):
+        common_tiles(["large", None, "small", None])
 
 
-def test_who_waits_for_another_run_says_so():
-    told: list[str] = []
-    progress = compilation._Progress(11, Heartbeat(), told.append)
-    progress.waits("4711\n")
-    progress.waits("4711\n")  # just told
-    assert told == ["waiting for process 4711, which compiles Triton kernels too, 0 s"]
+def test_waiting_for_another_run_is_logged():
+    lines: list[str] = []
+    progress = compilation._Progress(11, Heartbeat(), lines.append)
+    progress.waiting("4711\n")
+    progress.waiting("4711\n")  # too soon for another line
+    assert lines == ["waiting for process 4711, which is also compiling Triton kernels, 0 s"]
 
 
-def test_what_is_missing_is_said_before(monkeypatch):
+def test_missing_compilers_are_refused_before_compiling(monkeypatch):
     findings = [ok("C++ compiler", "/usr/bin/g++")]
     monkeypatch.setattr(compilation, "triton", lambda m: findings)
     check_compilers()

@@ -1,4 +1,4 @@
-"""`make doctor`: Python, packages, CANN, driver and NPUs; what each thing that is wrong says."""
+"""`make doctor`: Python, packages, CANN, driver and NPUs, and the finding for each fault."""
 
 import re
 import shutil
@@ -20,20 +20,20 @@ def m(tmp_path: Path) -> Machine:
     return npu_machine(tmp_path)
 
 
-def test_a_cpu_machine_that_has_all_of_an_npus_things_needs_nothing_more(m: Machine) -> None:
+def test_cpu_installation_with_everything_for_npus_needs_nothing_more(m: Machine) -> None:
     assert still_needed(replace(m, accelerator=None)) == []
     (m.files / "usr/local/Ascend/driver/version.info").unlink()
     assert [f.status for f in still_needed(m)] == ["note"]
 
 
-# -- software ----------------------------------------------------------------------------------------------------------
+# -- software -------------------------------------------------------------------------------------
 
 
-def test_python_out_of_range(m: Machine) -> None:
+def test_python_out_of_range_is_wrong(m: Machine) -> None:
     assert "3.13.0" in wrong(software.python(replace(m, python_version=(3, 13, 0))))
 
 
-def test_installations(m: Machine) -> None:
+def test_installation_differs_from_the_lock_file(m: Machine) -> None:
     site = Path(m.site[0])
     install(site, "numpy", "1.24.0")
     assert "numpy 1.24.0 (1.26.4)" in only(software.installation(m), "note")
@@ -44,17 +44,17 @@ def test_installations(m: Machine) -> None:
     write(m.root / ".venv/.installed", "gpu")
     assert ".installed names no lock file -> make install" in wrong(software.installation(m))
     (m.root / ".venv/.installed").unlink()
-    assert "stopped half-way -> make install" in wrong(software.installation(m))
+    assert "incomplete -> make install" in wrong(software.installation(m))
     shutil.rmtree(m.root / ".venv")
     assert "there is none yet -> make install" in wrong(software.installation(m))
 
 
-def test_an_installation_of_another_folder(m: Machine) -> None:
+def test_mm_convert_of_another_folder_is_noted(m: Machine) -> None:
     site = Path(m.site[0])
     write(site / "qwen35-0.1.0.dist-info/direct_url.json", '{"url": "file:///other/folder"}')
-    assert "mm-convert is that of file:///other/folder -> make install" in only(software.ourselves(m), "note")
+    assert "file:///other/folder -> make install" in only(software.ourselves(m), "note")
     shutil.rmtree(site / "qwen35-0.1.0.dist-info")
-    assert "itself is not installed -> make install" in wrong(software.ourselves(m))
+    assert "qwen35  is not installed -> make install" in wrong(software.ourselves(m))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_an_installation_of_another_folder(m: Machine) -> None:
         ("transformers", "4.57.1", False), ("transformers", "5.2.0", True), ("transformers", "5.24.0", False),
     ],
 )  # fmt: skip
-def test_versions_that_the_code_runs_on(m: Machine, name: str, version: str, fits: bool) -> None:
+def test_versions_of_torch_and_transformers(m: Machine, name: str, version: str, fits: bool) -> None:
     install(Path(m.site[0]), name, version)
     findings = software.versions(m)
     if fits:
@@ -73,7 +73,7 @@ def test_versions_that_the_code_runs_on(m: Machine, name: str, version: str, fit
         assert f"{name}" in wrong(findings) and version in wrong(findings)
 
 
-def test_a_torch_that_cannot_be_imported(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_import_of_torch_is_wrong(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     program(
         Path(m.python), "echo Traceback >&2; echo 'ImportError: libhccl.so: cannot open shared object file' >&2; exit 1"
     )
@@ -85,7 +85,7 @@ def test_a_torch_that_cannot_be_imported(m: Machine, monkeypatch: pytest.MonkeyP
     assert "takes more than 0.3 s" in wrong(software.imports(m))
 
 
-def test_the_name_kernels(m: Machine) -> None:
+def test_another_package_named_kernels_is_wrong(m: Machine) -> None:
     answer(m, where="/elsewhere/kernels/__init__.py")
     assert "finds /elsewhere" in wrong(software.imports(m))
     answer(m, ours="0.11.0")
@@ -95,37 +95,37 @@ def test_the_name_kernels(m: Machine) -> None:
     assert "pip uninstall kernels" in wrong(software.imports(m))
 
 
-def test_torch_sees_fewer(m: Machine) -> None:
+def test_torch_sees_fewer_npus_than_are_visible(m: Machine) -> None:
     answer(m, devices=0)
     assert "sees 0 of 8 NPUs" in wrong(software.imports(m))
     answer(m, devices=2)
     assert only(software.imports(given(m, ASCEND_RT_VISIBLE_DEVICES="4,5"))[-1:], "ok").endswith("sees 2 NPUs")
 
 
-def test_torch_npu_goes_with_its_torch(m: Machine) -> None:
+def test_torch_npu_is_made_for_the_installed_torch(m: Machine) -> None:
     site = Path(m.site[0])
     install(site, "torch-npu", "2.7.1.post2", "torch==2.7.1+cpu")  # as on x86_64
-    assert "made for torch 2.7.1+cpu, installed is 2.7.1 " in wrong(software.torch_npu(m))
+    assert "made for torch 2.7.1+cpu, but 2.7.1 " in wrong(software.torch_npu(m))
     install(site, "torch", "2.7.1+cpu")
     assert only(software.torch_npu(m), "ok")
     install(site, "torch", "2.13.0")
-    assert "installed is 2.13.0" in wrong(software.torch_npu(m))
+    assert "but 2.13.0 " in wrong(software.torch_npu(m))
     shutil.rmtree(site / "torch_npu-2.7.1.post2.dist-info")
     assert "torch-npu  is not installed -> make install DEVICE=npu" in wrong(software.torch_npu(m))
 
 
-def test_triton_over_triton_ascend(m: Machine) -> None:
+def test_triton_beside_triton_ascend_is_wrong(m: Machine) -> None:
     install(Path(m.site[0]), "triton-ascend", "3.2.0")
     install(Path(m.site[0]), "triton", "3.3.1")
     assert "pip uninstall triton triton-ascend" in wrong(software.torch_npu(m))
-    install(Path(m.site[0]), "triton-ascend", "3.2.1")  # requires triton, and puts its own files over it
+    install(Path(m.site[0]), "triton-ascend", "3.2.1")  # requires triton and overwrites its files
     assert {f.status for f in software.torch_npu(m)} == {"ok"}
 
 
-# -- CANN, driver, NPUs ------------------------------------------------------------------------------------------------
+# -- CANN, driver, NPUs ---------------------------------------------------------------------------
 
 
-def test_cann(m: Machine) -> None:
+def test_version_of_cann_and_its_operators(m: Machine) -> None:
     home = Path(m.get("ASCEND_HOME_PATH"))
     toolkit, operators = (home / f"{architecture()}-linux/ascend_{kind}_install.info" for kind in ("toolkit", "ops"))
     for version in ("8.3.RC1", "9.3.0", "10.0.0"):
@@ -155,7 +155,7 @@ def of_cann(m: Machine, version: str) -> Machine:
     return m
 
 
-# as the vendors have them: COMPATIBILITY.md and release notes of Ascend/pytorch, installation guide of triton-ascend
+# from COMPATIBILITY.md and release notes of Ascend/pytorch, installation guide of triton-ascend
 @pytest.mark.parametrize(
     ("cann", "torch_npu", "triton_ascend", "is_on_index"),
     [
@@ -165,31 +165,31 @@ def of_cann(m: Machine, version: str) -> Machine:
         ("9.2", "2.7.1.post11", "3.2.2", False),
     ],
 )
-def test_what_goes_with_a_cann(cann: str, torch_npu: str, triton_ascend: str, is_on_index: bool) -> None:
+def test_stack_of_each_cann(cann: str, torch_npu: str, triton_ascend: str, is_on_index: bool) -> None:
     expected = stack.Stack(cann, torch_npu, triton_ascend, is_on_index)
     assert stack.choose(f"{cann}.0", "") == stack.choose(cann, torch_npu) == expected
     assert stack.of_torch_npu(f"{torch_npu}+git123") == expected
     names = [row.torch_npu for row in stack.stacks()]
-    assert len(set(names)) == len(names)  # a torch_npu is of one CANN
+    assert len(set(names)) == len(names)  # each torch_npu belongs to one CANN
 
 
-def test_torch_npu_and_triton_ascend_of_this_cann(m: Machine) -> None:
+def test_torch_npu_and_triton_ascend_fit_this_cann(m: Machine) -> None:
     site = Path(m.site[0])
     assert [f.status for f in ascend.pair(m)] == ["ok", "ok"]
     install(site, "torch-npu", "2.7.1.post11")
     line = only(ascend.pair(m), "note")
-    assert "2.7.1.post11 is of CANN 9.2, this is 8.5.0" in line and "brings 2.7.1.post2" in line
+    assert "2.7.1.post11 is for CANN 9.2, this is 8.5.0" in line and " 2.7.1.post2" in line
     for version in ("2.7.1", "2.9.0.post2", "2.7.1.post99"):  # below, beside and above what is known
         install(site, "torch-npu", version)
-        assert f"{version} goes with no CANN" in wrong(ascend.pair(m)) and "post2" in wrong(ascend.pair(m))
+        assert f"torch-npu  {version} " in wrong(ascend.pair(m)) and "post2" in wrong(ascend.pair(m))
     install(site, "torch-npu", "2.10.0.post6")
     line = wrong(ascend.pair(of_cann(m, "9.1.0")))
-    assert "triton-ascend  3.2.0 does not go with CANN 9.1.0 -> install 3.2.2, or uninstall it and choose" in line
+    assert "triton-ascend  3.2.0 does not fit CANN 9.1.0 -> install 3.2.2, or uninstall it and choose" in line
     install(site, "triton-ascend", "3.2.2")
     assert [f.status for f in ascend.pair(m)] == ["ok", "ok"]
     shutil.rmtree(next(site.glob("triton_ascend-*")))
     line = only(ascend.pair(m), "note")
-    assert "3.2.2, which goes with CANN 9.1, is not on pip's index" in line
+    assert "3.2.2, the version for CANN 9.1, is not on pip's index" in line
     choices = dict(re.findall(r"model\.kernels\.(\w+)=(\w+)", line))
     names = {kernels.OP_ALIASES.get(op, op) for op in choices}
     assert names == set(kernels.TRITON_OPS)
@@ -197,7 +197,7 @@ def test_torch_npu_and_triton_ascend_of_this_cann(m: Machine) -> None:
     assert all(name in there[kernels.OP_ALIASES.get(op, op)] for op, name in choices.items())
 
 
-def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
+def test_programs_and_headers_that_triton_ascend_needs(m: Machine) -> None:
     assert {f.status for f in triton(m)} == {"ok"}
     for name in ("g++", "bishengir-compile"):
         (m.root / "bin" / name).unlink()
@@ -206,31 +206,31 @@ def test_what_triton_ascend_needs_to_compile(m: Machine) -> None:
     shutil.rmtree(next(Path(m.site[0]).glob("pybind11-*")))
     alone = given(m, PATH=str(m.root / "bin"))
     text = "\n".join(lines([f for f in triton(alone) if f.status == "wrong"]))
-    for words in (
+    for expected in (
         "neither clang++ nor g++ is on PATH", f"Python.h           is not in {m.root / 'include'} -> install python3.10-dev",
         "pybind11           is not installed", "bishengir-compile  is not on PATH",
         f"Triton's cache     {m.root / 'triton'}: it is not a folder -> set TRITON_CACHE_DIR",
     ):  # fmt: skip
-        assert words in text
-    assert "CC=cc1plus is no program" in lines(triton(given(alone, CC="cc1plus")))[0]
+        assert expected in text
+    assert "CC=cc1plus is not a program" in lines(triton(given(alone, CC="cc1plus")))[0]
     program(m.root / "bin/bishengir-compile", "exit 1")
     (m.root / "bin/bisheng").unlink()
     assert [f.subject for f in triton(alone) if f.fact == "is not on PATH"] == ["bisheng"]
     program(m.root / "bin/clang++", "exit 1")
     assert lines(triton(alone))[0].endswith("bin/clang++")
     shutil.rmtree(next(Path(m.site[0]).glob("triton_ascend-*")))
-    assert triton(alone) == []  # nothing compiles
+    assert triton(alone) == []  # nothing is compiled
 
 
-def test_what_cann_imports(m: Machine) -> None:
+def test_packages_that_cann_imports(m: Machine) -> None:
     site = Path(m.site[0])
     install(site, "numpy", "2.4.6")
-    assert "numpy 2.4.6: they need numpy<2" in wrong(ascend.cann_packages(m))
+    assert "numpy 2.4.6: CANN needs numpy<2" in wrong(ascend.cann_packages(m))
     shutil.rmtree(next(site.glob("decorator-*")))
     assert "decorator missing" in wrong(ascend.cann_packages(m))
 
 
-def test_the_driver(m: Machine) -> None:
+def test_driver_and_its_device_files(m: Machine) -> None:
     (m.files / "dev/hisi_hdc").unlink()
     assert "--device /dev/hisi_hdc" in wrong(ascend.driver(m))
     write(m.files / "dev/hisi_hdc")
@@ -243,7 +243,7 @@ def test_the_driver(m: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "expected"),
     [
         ({"ASCEND_RT_VISIBLE_DEVICES": "0,8"}, "numbers from 0 to 7"),
         ({"ASCEND_RT_VISIBLE_DEVICES": "1,1"}, "each once"),
@@ -251,17 +251,17 @@ def test_the_driver(m: Machine) -> None:
         ({"NPUS_PER_NODE": "2", "ASCEND_RT_VISIBLE_DEVICES": "3"}, "NPUS_PER_NODE=2, but 1 is visible -> at most 1"),
     ],
 )
-def test_npus_that_are_not_there(m: Machine, variables: dict[str, str], words: str) -> None:
-    assert words in wrong(ascend.npus(given(m, **variables)))
+def test_npus_that_do_not_exist_are_wrong(m: Machine, variables: dict[str, str], expected: str) -> None:
+    assert expected in wrong(ascend.npus(given(m, **variables)))
 
 
-def test_no_npu_at_all(m: Machine) -> None:
+def test_no_npu_is_wrong(m: Machine) -> None:
     for node in (m.files / "dev").glob("davinci[0-9]"):
         node.unlink()
     assert "no /dev/davinci0" in wrong(ascend.npus(m))
 
 
-def test_busy_and_ill_npus(m: Machine) -> None:
+def test_npus_in_use_are_noted_and_unhealthy_ones_are_wrong(m: Machine) -> None:
     smi = m.root / "bin/npu-smi"
     program(smi, f"cat <<'END'\n{table(users={2: 4321})}END")
     findings = ascend.npus(m)
@@ -274,7 +274,7 @@ def test_busy_and_ill_npus(m: Machine) -> None:
     assert "NPU 7  npu-smi says Alarm" in wrong(ascend.npus(m))
 
 
-def test_npu_smi_that_says_nothing(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npu_smi_that_fails_hangs_or_is_missing(m: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = m.root / "bin/npu-smi"
     program(smi, "echo 'dcmi module initialize failed. ret is -8005'; exit 1")
     assert "ret is -8005" in wrong(ascend.npus(m))
@@ -284,8 +284,8 @@ def test_npu_smi_that_says_nothing(m: Machine, monkeypatch: pytest.MonkeyPatch) 
     assert "not on PATH" in only(ascend.npus(given(m, PATH="/nowhere")), "note")
 
 
-def test_two_chips_an_npu() -> None:
-    """As on an A3: the number that programs use is the place in the table."""
+def test_npu_smi_table_with_two_chips_per_npu() -> None:
+    """As on an A3: programs number the chips by their order in the table."""
     text = """
 | NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
 | Chip  Phy-ID              | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
@@ -306,6 +306,6 @@ def test_two_chips_an_npu() -> None:
     assert {(chip.name, chip.memory) for chip in chips} == {("Ascend910", 65536)}
 
 
-def test_releases() -> None:
+def test_release_of_a_version() -> None:
     found = [release(v) for v in ("2.7.1.post11", "2.13.0+cpu", "8.5.0.alpha003", "8.3.RC1", "9.2.0-beta.2", "x")]
     assert found == [(2, 7, 1), (2, 13, 0), (8, 5, 0), (8, 3), (9, 2, 0), ()]

@@ -45,36 +45,36 @@ def settings(made: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-# -- all is well -------------------------------------------------------------------------------------------------------
+# -- nothing is wrong -----------------------------------------------------------------------------
 
 
-def test_a_machine_with_npus_where_all_is_well(m: Machine, settings: list[str]) -> None:
+def test_complete_npu_machine_is_ok(m: Machine, settings: list[str]) -> None:
     findings = examine(m, [], RECIPE, settings)
     assert {f.status for f in findings} == {"ok"}, "\n".join(lines(findings))
     text = "\n".join(lines(findings))
-    for words in (
+    for expected in (
         "8 of 8 visible, 8 free; 910B3 of 64 GiB", "8.5.0", "25.5.2", "sees 8 NPUs", "2.7.1.post2 for torch 2.7.1",
-        "eth0, eth1", "the first 20 records", "a checkpoint takes", "every value is an allowed one",
+        "eth0, eth1", "the first 20 records", "a checkpoint takes", "every value is allowed",
     ):  # fmt: skip
-        assert words in text
+        assert expected in text
 
 
-def test_then_the_kernels_are_compiled(
+def test_kernels_are_compiled_if_nothing_is_wrong(
     m: Machine, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only where nothing is wrong, and for a run on NPUs; what fails there is wrong too."""
-    asked: list[list[str]] = []
-    monkeypatch.setattr(compilation, "show", lambda config, overrides: asked.append([config, *overrides]) or 1)
+    """For a run on NPUs alone; a failed compilation is wrong too."""
+    compiled: list[list[str]] = []
+    monkeypatch.setattr(compilation, "show", lambda config, overrides: compiled.append([config, *overrides]) or 1)
     monkeypatch.setattr(command, "Machine", lambda accelerator: replace(m, accelerator=accelerator))
     arguments = ["--accelerator=npu", "--", RECIPE, *settings]
-    assert command.main(["--wrong=a value", *arguments]) == 1 and not asked
-    assert command.main(arguments[1:]) == 0 and not asked
-    assert command.main(arguments) == 1 and asked == [[RECIPE, *settings]]
+    assert command.main(["--wrong=a value", *arguments]) == 1 and not compiled
+    assert command.main(arguments[1:]) == 0 and not compiled
+    assert command.main(arguments) == 1 and compiled == [[RECIPE, *settings]]
     assert capsys.readouterr().out.endswith("1 is wrong for a run on NPUs\n")
 
 
-def test_this_machine_is_fit_for_a_cpu_run() -> None:
-    """The real scripts and .venv; nothing is converted yet, so of the recipe's folders nothing need be there."""
+def test_this_machine_is_ok_for_a_cpu_run() -> None:
+    """With the real scripts and .venv. The tiny recipe's folders need not exist."""
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     env = {**clean, "DEVICE": "cpu", "MASTER_PORT": str(free_port())}
     result = subprocess.run(
@@ -90,15 +90,15 @@ def test_this_machine_is_fit_for_a_cpu_run() -> None:
     assert summary == "nothing is wrong for a run on the CPU"
 
 
-# -- the host ----------------------------------------------------------------------------------------------------------
+# -- the host -------------------------------------------------------------------------------------
 
 
-def test_little_memory(m: Machine) -> None:
+def test_little_memory_is_wrong(m: Machine) -> None:
     write(m.files / "proc/meminfo", "MemTotal: 16000000 kB\nMemAvailable: 900000 kB\n")
     assert "879 MiB of 15.3 GiB available" in wrong(host.memory(m))
 
 
-def test_few_open_files(m: Machine) -> None:
+def test_few_open_files_are_wrong(m: Machine) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -107,26 +107,26 @@ def test_few_open_files(m: Machine) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_disks(m: Machine, tmp_path: Path) -> None:
+def test_disk_of_a_checkpoint_and_of_a_conversion(m: Machine, tmp_path: Path) -> None:
     folder = tmp_path / "not/there/yet"
     assert "free for" in only(host.disk("disk", folder, 1 << 20, "a checkpoint"), "ok")
     assert "a checkpoint takes 1,048,576.0 GiB" in wrong(host.disk("disk", folder, 1 << 50, "a checkpoint"))
     write(tmp_path / "file")
-    assert "is no folder" in wrong(host.disk("disk", tmp_path / "file/below", 0, ""))
+    assert "is not a folder" in wrong(host.disk("disk", tmp_path / "file/below", 0, ""))
     write(tmp_path / "hf/model.safetensors")
-    os.truncate(tmp_path / "hf/model.safetensors", 1 << 43)  # a hole, no bytes
+    os.truncate(tmp_path / "hf/model.safetensors", 1 << 43)  # sparse
     findings = host.conversions(given(m, HF=str(tmp_path / "hf"), CONVERT_DCP=str(folder)))
     assert "CONVERT_DCP" in wrong(findings) and "takes 8,192.0 GiB" in wrong(findings)
 
 
-def test_shared_memory(m: Machine) -> None:
+def test_shared_memory_for_the_data_loaders(m: Machine) -> None:
     assert only(host.shared_memory(m, 1 << 20, 1 << 25), "ok")
     assert "full of images" in only(host.shared_memory(m, 1 << 20, 1 << 50), "note")
     assert "--shm-size" in wrong(host.shared_memory(m, 1 << 49, 1 << 50))
     assert "No such file" in wrong(host.shared_memory(replace(m, files=m.root), 1, 1))
 
 
-def test_a_taken_port(m: Machine) -> None:
+def test_port_in_use_is_wrong(m: Machine) -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         taken = given(m, MASTER_PORT=str(port))
@@ -134,23 +134,23 @@ def test_a_taken_port(m: Machine) -> None:
         assert host.port(given(taken, NODES="2", NODE_RANK="1")) == []
 
 
-def test_addresses(m: Machine) -> None:
+def test_addresses_of_this_node(m: Machine) -> None:
     two = given(m, NODES="2", NODE_RANK="0")
     assert "cannot be resolved" in wrong(host.addresses(given(two, MASTER_ADDR="no-such-host.invalid")))
     assert only(host.addresses(given(two, MASTER_ADDR="127.0.0.1")), "ok")
-    assert "no address of this machine" in only(host.addresses(given(two, MASTER_ADDR="192.0.2.1")), "note")
+    assert "not an address of this machine" in only(host.addresses(given(two, MASTER_ADDR="192.0.2.1")), "note")
     assert only(host.addresses(given(two, MASTER_ADDR="192.0.2.1", NODE_RANK="1")), "ok")
     for name in ("NODE_ADDR", "HCCL_IF_IP"):
-        assert f"{name}  192.0.2.1 is no address" in wrong(host.addresses(given(m, **{name: "192.0.2.1"})))
+        assert f"{name}  192.0.2.1 is not an address" in wrong(host.addresses(given(m, **{name: "192.0.2.1"})))
 
 
 @pytest.mark.parametrize(
-    ("pattern", "left"),
+    ("pattern", "expected"),
     [("eth", "eth0, eth1"), ("=eth0", "eth0"), ("^lo", "eth0, eth1"), ("^=eth1", "eth0, lo"), ("=eth", ""), ("ib", "")],
 )
-def test_interfaces_of_hccl(m: Machine, pattern: str, left: str) -> None:
+def test_interfaces_of_hccl(m: Machine, pattern: str, expected: str) -> None:
     findings = host.interfaces(given(m, HCCL_SOCKET_IFNAME=pattern))
-    assert only(findings, "ok").endswith(f"  {left}") if left else "there are eth0, eth1, lo" in wrong(findings)
+    assert only(findings, "ok").endswith(f"  {expected}") if expected else "there are eth0, eth1, lo" in wrong(findings)
     assert host.interfaces(replace(given(m, HCCL_SOCKET_IFNAME=pattern), accelerator=None)) == []
 
 
@@ -160,11 +160,11 @@ def test_interfaces_of_gloo(m: Machine) -> None:
     assert "no interface eth" in wrong(host.interfaces(given(quiet, GLOO_SOCKET_IFNAME="eth0,eth")))
 
 
-# -- the recipe --------------------------------------------------------------------------------------------------------
+# -- the recipe -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "expected"),
     [
         ("training.trian_iters=3", "did you mean training.train_iters?"),
         ("model.model_name_or_path=nowhere", "nowhere"),
@@ -178,12 +178,14 @@ def test_interfaces_of_gloo(m: Machine) -> None:
         ("data.dataloader_param.patch_bucket=3", "patch_bucket"),
     ],
 )
-def test_recipes(m: Machine, settings: list[str], override: str, words: str) -> None:
+def test_faults_of_a_recipe_are_wrong(m: Machine, settings: list[str], override: str, expected: str) -> None:
     line = wrong(recipe.recipe(m, RECIPE, [*settings, override]))
-    assert words in line
+    assert expected in line
 
 
-def test_a_model_folder_that_holds_more(m: Machine, settings: list[str], made: Path, tmp_path: Path) -> None:
+def test_unread_files_and_adapters_in_a_model_folder(
+    m: Machine, settings: list[str], made: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(made / "model", tmp_path / "model")
     (folder / "extra.safetensors").touch()
     settings = [*settings, f"model.model_name_or_path={folder}", f"training.init_from_hf_path={folder}"]
@@ -194,49 +196,49 @@ def test_a_model_folder_that_holds_more(m: Machine, settings: list[str], made: P
     assert all("adapter_config.json is an adapter beside the model" in f.fact for f in findings)
 
 
-def test_the_validation_set_is_looked_at_as_the_training_set(m: Machine, settings: list[str], made: Path) -> None:
-    held_out = "data.val_dataset_param.basic_parameters"
-    settings = [*settings, "training.val_interval=5", f"{held_out}.dataset={made / 'digits/heldout.json'}"]
+def test_validation_set_is_checked_like_the_training_set(m: Machine, settings: list[str], made: Path) -> None:
+    basic = "data.val_dataset_param.basic_parameters"
+    settings = [*settings, "training.val_interval=5", f"{basic}.dataset={made / 'digits/heldout.json'}"]
     findings = recipe.recipe(m, RECIPE, settings)
     assert {f.status for f in findings} == {"ok"}, "\n".join(lines(findings))
     [line] = [f.fact for f in findings if f.subject == "validation"]
     assert line == f"{made / 'digits/heldout.json'}: the first 20 records can be used"
-    for override, words in (
-        (f"{held_out}.dataset=none.json", f"{held_out}.dataset: none.json: no such file"),
-        (f"{held_out}.dataset_dir=configs", "heldout.json, record 1"),
-        (f"{held_out}.dataset_dir=nowhere", "nowhere: no such folder"),
+    for override, expected in (
+        (f"{basic}.dataset=none.json", f"{basic}.dataset: none.json: no such file"),
+        (f"{basic}.dataset_dir=configs", "heldout.json, record 1"),
+        (f"{basic}.dataset_dir=nowhere", "nowhere: no such folder"),
         ("data.val_dataset_param.preprocess_parameters.model_name_or_path=nowhere", "nowhere"),
     ):
         line = wrong(recipe.recipe(m, RECIPE, [*settings, override]))
-        assert line.split()[:2] == ["wrong", "validation"] and words in line and "data.dataset_param" not in line
-    skipping = [*settings, f"{held_out}.dataset_dir=configs", f"{held_out}.on_bad_record=skip"]
+        assert line.split()[:2] == ["wrong", "validation"] and expected in line and "data.dataset_param" not in line
+    skipping = [*settings, f"{basic}.dataset_dir=configs", f"{basic}.on_bad_record=skip"]
     assert "heldout.json: of the first 20 records 20 will be skipped" in only(
         recipe.recipe(m, RECIPE, skipping), "note"
     )
 
 
-def test_converted_weights_that_are_not_there(m: Machine, settings: list[str]) -> None:
+def test_missing_converted_weights_are_wrong(m: Machine, settings: list[str]) -> None:
     from_dcp = [*settings, "training.init_from_hf_path=null", "training.load=nowhere"]
     assert "nowhere: no such folder -> make convert" in wrong(recipe.recipe(m, RECIPE, from_dcp))
 
 
-def test_what_the_tiny_recipe_makes_itself_need_not_be_there(m: Machine, tmp_path: Path) -> None:
+def test_folders_that_the_tiny_recipe_makes_need_not_exist(m: Machine, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     cpu, config = replace(m, accelerator=None), str(tmp_path / "configs/tiny.yaml")
     note = only(recipe.recipe(cpu, config, []), "note")
     assert "ckpt/hf_path/tiny, ckpt/mm_path/tiny, data/digits/train.json -> make finetune" in note
     assert "nowhere" in wrong(recipe.recipe(cpu, config, ["model.model_name_or_path=nowhere"]))
-    mine = shutil.copy(config, tmp_path / "configs/mine.yaml")
-    assert "nowhere" in wrong(recipe.recipe(cpu, str(mine), ["model.model_name_or_path=nowhere"]))
+    copy = shutil.copy(config, tmp_path / "configs/copy.yaml")
+    assert "nowhere" in wrong(recipe.recipe(cpu, str(copy), ["model.model_name_or_path=nowhere"]))
 
 
-def test_loaders_need_room(m: Machine, settings: list[str]) -> None:
+def test_bytes_that_data_loaders_need(m: Machine, settings: list[str]) -> None:
     """8 processes x 1 worker x 3 batches x 768 tokens x 4 patches x 1536 values of 4 bytes."""
     line = next(line for line in lines(recipe.recipe(m, RECIPE, settings)) if "/dev/shm" in line)
     assert f"{8 * 3 * 768 * 4 * 1536 * 4 / 2**20:,.0f} MiB at most" in line
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -257,7 +259,7 @@ def doctor(project: Path, **variables: str) -> "subprocess.CompletedProcess[str]
     )
 
 
-def test_nothing_installed(project: Path) -> None:
+def test_doctor_without_an_installation(project: Path) -> None:
     result = doctor(project, DEVICE="cpu")
     assert result.returncode != 0
     assert re.search("^wrong +installation +there is none yet -> make install$", result.stdout, re.MULTILINE)
@@ -265,7 +267,7 @@ def test_nothing_installed(project: Path) -> None:
     assert result.stdout.endswith("\n1 is wrong for a run on the CPU\n")
 
 
-def test_an_npu_installation_without_cann(project: Path) -> None:
+def test_npu_installation_without_cann(project: Path) -> None:
     result = doctor(project, DEVICE="npu", CANN_PATH="/opt/none")
     assert result.returncode != 0
     assert re.search("^wrong +CANN +no set_env.sh in /opt/none", result.stdout, re.MULTILINE)
@@ -273,14 +275,14 @@ def test_an_npu_installation_without_cann(project: Path) -> None:
     assert result.stdout.rstrip().endswith("are wrong for a run on NPUs")
 
 
-def test_cann_is_found_where_it_is(project: Path, m: Machine) -> None:
+def test_cann_is_found_in_cann_path(project: Path, m: Machine) -> None:
     ascend_folder = project.parent / "Ascend"
     write(ascend_folder / "ascend-toolkit/set_env.sh", f"export ASCEND_HOME_PATH={m.get('ASCEND_HOME_PATH')}\n")
     result = doctor(project, DEVICE="npu", CANN_PATH=str(ascend_folder))
     assert re.search("^ok +CANN +8.5.0 in ", result.stdout, re.MULTILINE)
 
 
-def test_every_wrong_value_is_told(project: Path) -> None:
+def test_every_wrong_variable_is_a_finding(project: Path) -> None:
     values = {
         "HCCL_CONNECT_TIMEOUT": "3",
         "NODES": "x",
@@ -289,18 +291,18 @@ def test_every_wrong_value_is_told(project: Path) -> None:
         "DEVICE": "gpu",
     }
     result = doctor(project, **values, ARGS="a='b")
-    told = re.findall("^wrong +env.sh +(.*)", result.stdout, re.MULTILINE)
-    assert len(told) == len(values) + 1
+    found = re.findall("^wrong +env.sh +(.*)", result.stdout, re.MULTILINE)
+    assert len(found) == len(values) + 1
     for name, value in {**values, "ARGS": "a='b"}.items():
-        assert any(line.startswith(f"{name}={value}: ") for line in told), name
+        assert any(line.startswith(f"{name}={value}: ") for line in found), name
 
 
-def test_places_of_several_machines_are_told(project: Path) -> None:
-    told = re.findall("^wrong +env.sh +(.*)", doctor(project, NODES="2").stdout, re.MULTILINE)
-    assert [line.split()[0] for line in told] == ["MASTER_ADDR", "NODE_RANK"]
+def test_missing_address_and_rank_of_several_nodes_are_findings(project: Path) -> None:
+    found = re.findall("^wrong +env.sh +(.*)", doctor(project, NODES="2").stdout, re.MULTILINE)
+    assert [line.split()[0] for line in found] == ["MASTER_ADDR", "NODE_RANK"]
 
 
-def test_no_python_at_all(project: Path) -> None:
+def test_doctor_without_python(project: Path) -> None:
     bin_folder = project.parent / "bin"
     (bin_folder / "python3").unlink()
     for name in "bash make sed grep dirname realpath basename cut xargs cat env".split():

@@ -1,4 +1,4 @@
-"""make download, against both hubs' stand-ins on loopback: what bears the model's name is whole, what was stopped goes on."""
+"""make download against stand-ins for both hubs: model folders are complete, downloads resume."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ OTHERS = (
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """A model of several files, and beside them what nobody needs."""
+    """A model of several files, beside others that are not needed."""
     folder = write_folder(tmp_path_factory.mktemp("hub") / "model", shard_size=250_000)
     for path in folder.glob(".*"):
         path.unlink()
@@ -70,7 +70,7 @@ def start(source: str) -> subprocess.Popen:
 
 
 def wait_until(process: subprocess.Popen, condition) -> None:
-    """The hub stands still by then, so that nothing can pass."""
+    """The hub holds its answer at that point, so the condition cannot be missed."""
     end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < end
@@ -98,19 +98,19 @@ def largest(original: Path) -> tuple[str, bytes]:
     return max(needed(original).items(), key=lambda item: len(item[1]))
 
 
-def the_line(capsys) -> str:
+def error_line(capsys) -> str:
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
 
 
 @SOURCES
-def test_all_that_is_needed_comes_and_nothing_else(hub, original, source, capsys):
+def test_only_needed_files_are_downloaded(hub, original, source, capsys):
     assert run(source) == 0
     assert contents(TARGET) == needed(original) and sorted(TARGET.parent.iterdir()) == [TARGET]
     out, err = capsys.readouterr()
     total = sum(map(len, needed(original).values()))
-    assert f"{TARGET}: {len(needed(original))} files, {total:,} bytes, all as 127.0.0.1" in out and not err
+    assert f"{TARGET}: {len(needed(original))} files, {total:,} bytes, all as on 127.0.0.1" in out and not err
     assert sorted(name for name, *_ in hub.asked) == sorted(needed(original))
     assert {len(c) >= LARGE for c in needed(original).values()} == {
         True,
@@ -119,25 +119,25 @@ def test_all_that_is_needed_comes_and_nothing_else(hub, original, source, capsys
 
 
 @SOURCES
-def test_again_it_is_compared(hub, original, source, capsys):
+def test_existing_folder_is_compared(hub, original, source, capsys):
     run(source)
     asked = len(hub.asked)
-    assert run(source) == 0 and "is there already" in capsys.readouterr().out and len(hub.asked) == asked
+    assert run(source) == 0 and "exists already" in capsys.readouterr().out and len(hub.asked) == asked
     name, content = largest(original)
     (TARGET / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (TARGET / "tokenizer.json").unlink()
     assert run(source) == 1
-    line = the_line(capsys)
-    assert f"{name} is another" in line and "tokenizer.json is 0 bytes of 2" in line and f"or to {BESIDE}" in line
-    TARGET.rename(BESIDE)  # as the line says
+    line = error_line(capsys)
+    assert f"{name} differs" in line and "tokenizer.json is 0 bytes of 2" in line and str(BESIDE) in line
+    TARGET.rename(BESIDE)  # as the message says
     assert run(source) == 0
     assert sorted(name for name, *_ in hub.asked[asked:]) == sorted([name, "tokenizer.json"])
     assert contents(TARGET) == needed(original)
 
 
 @SOURCES
-def test_connections_that_end_are_taken_up(hub, original, source):
-    """Each time from where it was, within one run; an answer of 503 in between is asked again."""
+def test_broken_connections_are_resumed(hub, original, source):
+    """Within one run, each from where it stopped; an answer of 503 is retried."""
     name, content = largest(original)
     hub.cut[name], hub.refuse[name] = [1000, 0, 5000, 1], [503, 429]
     assert run(source) == 0
@@ -147,7 +147,7 @@ def test_connections_that_end_are_taken_up(hub, original, source):
 
 
 @SOURCES
-def test_a_hub_without_ranges(hub, original, source):
+def test_hub_without_ranges_sends_the_whole_file(hub, original, source):
     name, content = largest(original)
     hub.cut[name], hub.no_range = [7000], True
     assert run(source) == 0 and hub.sent[name] == 7000 + len(content)
@@ -155,8 +155,8 @@ def test_a_hub_without_ranges(hub, original, source):
 
 
 @SOURCES
-def test_killed_in_the_middle_it_goes_on(hub, original, source):
-    """kill -9 while the hub stands still: no folder bears the name; the next run asks for the rest, byte for byte."""
+def test_killed_download_is_resumed(hub, original, source):
+    """After kill -9 there is no model folder; the next run requests only the missing bytes."""
     name, content = largest(original)
     half = len(content) // 2
     hub.hold[name] = half
@@ -170,26 +170,24 @@ def test_killed_in_the_middle_it_goes_on(hub, original, source):
     del hub.hold[name]
     sent = dict(hub.sent)
     assert run(source) == 0
-    assert hub.sent[name] - sent[name] == len(content) - half  # nothing came twice
+    assert hub.sent[name] - sent[name] == len(content) - half  # nothing is sent twice
     assert contents(TARGET) == needed(original)
 
 
 @SOURCES
-def test_what_is_damaged_on_the_way_is_not_taken(hub, original, source, capsys):
+def test_wrong_checksum_is_refused(hub, original, source, capsys):
     name, _ = largest(original)
     hub.corrupt[name] = 1
     assert run(source) == 1
-    assert f"{name}: what 127.0.0.1" in (line := the_line(capsys)) and "has not the checksum" in line
+    assert f"{name}: what 127.0.0.1" in (line := error_line(capsys)) and "checksum" in line
     assert not TARGET.exists() and not (BESIDE / name).exists()
-    (BESIDE / name).write_bytes(b"of another day")  # what an earlier run left is of another state: fetched anew
+    (BESIDE / name).write_bytes(b"of another day")  # of an earlier revision: downloaded anew
     (BESIDE / "old.json").write_text("{}")
     assert run(source) == 0 and contents(TARGET) == needed(original)
 
 
 @SOURCES
-def test_without_checksums_nothing_is_taken_from_an_earlier_download_and_the_message_says_so(
-    hub, original, source, capsys
-):
+def test_without_checksums_nothing_is_reused(hub, original, source, capsys):
     hub.without_checksums = True
     name, content = largest(original)
     BESIDE.mkdir(parents=True)
@@ -199,7 +197,7 @@ def test_without_checksums_nothing_is_taken_from_an_earlier_download_and_the_mes
     assert f"but {files} without a checksum there are compared by size alone" in capsys.readouterr().out
 
 
-def test_a_link_as_the_target_is_followed(hub, original, tmp_path):
+def test_symlink_as_the_target_is_followed(hub, original, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk/model")
     assert run("hf", "--out", "link") == 0
@@ -207,36 +205,36 @@ def test_a_link_as_the_target_is_followed(hub, original, tmp_path):
 
 
 @SOURCES
-def test_without_a_network(hub, source, capsys, monkeypatch):
+def test_unreachable_hub(hub, source, capsys, monkeypatch):
     for name in ("HF_ENDPOINT", "MODELSCOPE_DOMAIN"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     assert run(source) == 1
-    line = the_line(capsys)
+    line = error_line(capsys)
     assert "127.0.0.1:9 cannot be reached: Connection refused" in line
     assert f"safetensors into {TARGET} by hand" in line
     assert not TARGET.parent.exists()
 
 
-def test_a_hub_that_goes_away(hub, original, capsys):
+def test_hub_that_fails_during_the_download(hub, original, capsys):
     name, _ = largest(original)
     hub.cut[name], hub.refuse[name] = [], [500] * 20
     assert run("hf") == 1
-    assert f"brings no more of {name}, after 0 of" in (line := the_line(capsys))
+    assert f"{name}, after 0 of" in (line := error_line(capsys))
     assert "answers 500" in line and "the same command goes on from there" in line
     assert not TARGET.exists() and len(hub.refuse[name]) == 20 - command.TRIES
 
 
 @pytest.mark.parametrize(("source", "variable"), [("hf", "HF_TOKEN"), ("modelscope", "MODELSCOPE_API_TOKEN")])
-def test_the_token_is_for_the_hub_alone(hub, original, source, variable, capsys, monkeypatch):
-    """From the environment, never printed, and not sent on to the store."""
+def test_token_is_sent_to_the_hub_alone(hub, original, source, variable, capsys, monkeypatch):
+    """It comes from the environment, is never printed, and not sent to the storage."""
     hub.token = "hf_secret123"
     assert run(source) == 1
-    assert f"needs a token that may read it ({variable} in the environment)" in the_line(capsys)
+    assert f"needs a token that may read it ({variable} in the environment)" in error_line(capsys)
     monkeypatch.setenv(variable, "hf_wrong456")
     assert run(source) == 1
-    assert f"({variable} in the environment is not enough)" in (line := the_line(capsys)) and "wrong456" not in line
+    assert f"({variable} in the environment is not enough)" in (line := error_line(capsys)) and "wrong456" not in line
     monkeypatch.setenv(variable, "hf_wrong\n456")
-    assert run(source) == 1 and "wrong" not in the_line(capsys)
+    assert run(source) == 1 and "wrong" not in error_line(capsys)
     monkeypatch.setenv(variable, hub.token)
     assert run(source) == 0
     assert "secret123" not in "".join(capsys.readouterr())
@@ -245,67 +243,67 @@ def test_the_token_is_for_the_hub_alone(hub, original, source, variable, capsys,
         assert authorization == (None if elsewhere else f"Bearer {hub.token}"), name
 
 
-def test_mistakes(hub, capsys, monkeypatch):
-    for arguments, words in (
+def test_wrong_arguments_and_addresses_are_refused(hub, capsys, monkeypatch):
+    for arguments, expected in (
         (["nobody/nothing"], "127.0.0.1"),
         (["Qwen/Qwen3.5-tiny", "--source", "hf", "--out", "/proc/1/model"], "/proc/1"),
     ):
         assert command.main(arguments) == 1
-        assert words in the_line(capsys)
+        assert expected in error_line(capsys)
     for arguments in (["runs/tiny/hf"], ["../x"], ["a"], ["a/b", "--source", "github"]):
         with pytest.raises(SystemExit) as end:
             command.main(arguments)
         err = capsys.readouterr().err
         assert end.value.code == 2 and err.count("\n") == 1, err
     monkeypatch.setenv("HF_ENDPOINT", "ftp://somewhere")
-    assert run("hf") == 1 and "ftp://somewhere: not the address of a hub" in the_line(capsys)
+    assert run("hf") == 1 and "ftp://somewhere: not the address of a hub" in error_line(capsys)
     monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@somewhere?token=secret")
-    assert run("hf") == 1 and "secret" not in (line := the_line(capsys)) and "somewhere with more" in line
+    assert run("hf") == 1 and "secret" not in (line := error_line(capsys)) and "somewhere with more" in line
 
 
-def test_another_model_is_left_after_its_config(hub, original, capsys):
+def test_unsupported_model_is_refused_after_its_config(hub, original, capsys):
     hub.extra = {"config.json": b'{"model_type": "llama"}'}
     assert run("hf") == 1
-    assert "model_type 'llama' is not one of qwen3_5, qwen3_5_moe" in the_line(capsys)
+    assert "model_type 'llama' is not one of qwen3_5, qwen3_5_moe" in error_line(capsys)
     assert {name for name, *_ in hub.asked} == {"config.json"} and not BESIDE.exists()
 
 
-def test_a_full_disk_is_seen_before(hub, capsys, monkeypatch):
+def test_full_disk_is_refused_before_the_download(hub, capsys, monkeypatch):
     monkeypatch.setattr(command, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     assert run("hf") == 1
-    assert "bytes are to come, and 1,000 are free on that disk" in the_line(capsys)
+    assert " 1,000 are free on that disk" in error_line(capsys)
     assert not hub.asked
 
 
-def test_names_that_lead_out_of_the_folder(hub, capsys):
+def test_names_outside_of_the_folder_are_refused(hub, capsys):
     hub.extra = {"../../evil.json": b"{}"}
-    assert run("hf") == 1 and "'../../evil.json', which lies outside" in the_line(capsys)
+    assert run("hf") == 1 and "'../../evil.json', which lies outside" in error_line(capsys)
     for name in ("/etc/x.json", "a/../../b.json", "a\\b.json", "a\0.json"):
         with pytest.raises(DownloadError):
             is_needed(name)
 
 
-def test_a_list_with_a_name_twice(hub, capsys):
+def test_list_with_a_repeated_name_is_refused(hub, capsys):
     hub.names = lambda: [*StandIn.names(hub), "config.json"]
-    assert run("hf") == 1 and "has config.json twice" in the_line(capsys)
+    assert run("hf") == 1 and "config.json twice" in error_line(capsys)
 
 
-def test_an_index_whose_files_are_not_there(hub, original, capsys):
-    """The hub's own state is not whole: nothing bears the name."""
+def test_index_with_missing_files_is_refused(hub, original, capsys):
+    """The model on the hub is incomplete, so no model folder is made."""
     name, _ = largest(original)
     hub.names = lambda: [n for n in StandIn.names(hub) if n != name]
     assert run("modelscope") == 1
-    assert f"1 of {len(list(original.glob('*.safetensors')))} weight files missing: {name}" in the_line(capsys)
+    assert f"1 of {len(list(original.glob('*.safetensors')))} weight files missing: {name}" in error_line(capsys)
     assert not TARGET.exists()
 
 
-def test_stopped_by_hand(hub, original):
-    """Ctrl-C while files come: one line, exit code 130, and what has come stays."""
+def test_ctrl_c_keeps_what_was_downloaded(hub, original):
+    """One line, exit status 130, and the partial file stays."""
     name, content = largest(original)
     hub.hold[name] = 1000
     process = start("hf")
     wait_until(process, lambda: _size(BESIDE / name) == 1000)
-    hub.refuse[name] = [503] * 20  # no more until it has seen the signal, however late that is
+    hub.refuse[name] = [503] * 20  # nothing more is sent, however late the signal is handled
     process.send_signal(signal.SIGINT)
     hub.released.set()
     out, err = process.communicate(timeout=300)
@@ -313,8 +311,8 @@ def test_stopped_by_hand(hub, original):
     assert not TARGET.exists() and 1000 <= _size(BESIDE / name) < len(content)
 
 
-def test_the_stand_in_is_as_the_library_knows_the_hub(hub, original):
-    """huggingface_hub reads the same names, sizes and checksums from it as we do."""
+def test_huggingface_hub_reads_the_same_from_the_stand_in(hub, original):
+    """The same names, sizes and checksums as we do."""
     code = f"""
 from huggingface_hub import HfApi
 for s in HfApi().model_info({MODEL!r}, revision="main", files_metadata=True).siblings:
@@ -327,8 +325,8 @@ for s in HfApi().model_info({MODEL!r}, revision="main", files_metadata=True).sib
     assert ours == theirs and len(ours) == len(needed(original))
 
 
-def test_two_at_once(hub, capsys, monkeypatch):
-    """The second says so, and leaves the first alone."""
+def test_second_download_of_a_model_is_refused(hub, capsys, monkeypatch):
+    """The message names the process of the first."""
     import qwen35.checkpoint.lock as lock
 
     monkeypatch.setattr(lock, "LOCK_TIMEOUT", 0.1)
@@ -337,12 +335,12 @@ def test_two_at_once(hub, capsys, monkeypatch):
     first = subprocess.Popen([sys.executable, "-c", code, BESIDE.absolute()], cwd=ROOT, stdout=subprocess.PIPE)
     assert first.stdout.readline()
     assert run("hf") == 1
-    assert f"is in use by another job (process {first.pid}" in the_line(capsys)
+    assert f"is in use by another job (process {first.pid}" in error_line(capsys)
     first.kill()
     first.communicate()
 
 
-def test_the_hubs_own_addresses(monkeypatch):
+def test_addresses_of_the_hubs(monkeypatch):
     code = "from qwen35.tools.hub import HUBS; print(*(hub().address for hub in HUBS.values()))"
     names = ("HF_ENDPOINT", "MODELSCOPE_DOMAIN")
     clean = {name: value for name, value in os.environ.items() if name not in names}

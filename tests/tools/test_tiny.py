@@ -1,4 +1,4 @@
-"""The embedded recipe's model folder and images: complete, the same every time, and what transformers takes them for."""
+"""The tiny recipe's model and images: complete, reproducible, and readable by transformers."""
 
 import json
 from itertools import groupby
@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_two_runs_make_the_same_bytes(made, tmp_path):
+def test_two_runs_write_the_same_bytes(made, tmp_path):
     tiny.make_model(tmp_path / "model")
     tiny.make_digits(tmp_path / "digits")
     assert contents(tmp_path) == contents(made)
@@ -58,7 +58,7 @@ def test_two_runs_make_the_same_bytes(made, tmp_path):
     assert changed == {"model.safetensors-00001-of-00001.safetensors"}
 
 
-def test_what_is_there_is_left_alone_and_what_is_damaged_is_made_anew(made, tmp_path):
+def test_complete_folders_are_kept_and_damaged_ones_made_anew(made, tmp_path):
     model, digits = tmp_path / "model", tmp_path / "digits"
     assert (tiny.make_model(model), tiny.make_digits(digits)) == (True, True)
     assert (tiny.make_model(model), tiny.make_digits(digits)) == (False, False)
@@ -73,7 +73,7 @@ def test_what_is_there_is_left_alone_and_what_is_damaged_is_made_anew(made, tmp_
     assert (tiny.make_model(model, force=True), tiny.make_digits(digits, force=True)) == (True, True)
 
 
-def test_a_folder_of_someone_else_is_not_replaced(tmp_path, monkeypatch, capsys):
+def test_other_files_are_not_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.MODEL_DIR.mkdir(parents=True)
     (tiny.MODEL_DIR / "config.json").write_text("mine")
@@ -82,25 +82,25 @@ def test_a_folder_of_someone_else_is_not_replaced(tmp_path, monkeypatch, capsys)
     assert (tiny.MODEL_DIR / "config.json").read_text() == "mine"
 
 
-def test_digits(made):
+def test_digits_are_those_of_the_source(made):
     digits = made / "digits"
     train, heldout = (json.loads((digits / f"{name}.json").read_text()) for name in ("train", "heldout"))
     assert (len(train), len(heldout)) == (1437, 360)
     assert {r["image"] for r in train + heldout} == {f"images/{p.name}" for p in (digits / "images").iterdir()}
     answer = {int(r["id"]): int(r["conversations"][1]["value"]) for r in train + heldout}
     assert [answer[i] for i in range(12)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    # counts by digit as the source gives them
+    # the source's counts by digit
     counts = [len(list(g)) for _, g in groupby(sorted(answer.values()))]
     assert counts == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert {answer[i] for i in range(0, 1797, 5)} == set(range(10))
     pixels = np.stack([np.asarray(Image.open(digits / f"images/{i:04}.png")) for i in range(1797)]) / 15  # [1797, 8, 8]
-    assert pixels.sum() == 561718  # of all ink in the source
+    assert pixels.sum() == 561718  # all ink in the source
     assert pixels[0].tolist()[1] == [0, 0, 13, 15, 10, 15, 5, 0]
     text = (digits / "README.md").read_text()
     assert "10.24432/C50P49" in text and "CC BY 4.0" in text
 
 
-def test_tokens_have_the_published_names_and_order(made):
+def test_control_tokens_have_the_published_names_and_order(made):
     published = json.loads((ROOT / "tests/fixtures/templates/special_tokens.json").read_text())["added_tokens"]
     ours = json.loads((made / "model/tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert list(ours.values()) == [{**entry, **t} for entry, t in zip(ours.values(), published.values(), strict=True)]
@@ -147,7 +147,7 @@ def test_transformers_reads_the_same_tokens(made):
     assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>"
 
 
-def test_transformers_asks_with_the_same_prompt_and_pixels(made, preparation):
+def test_transformers_makes_the_same_prompt_and_pixels(made, preparation):
     from transformers import AutoImageProcessor, AutoTokenizer
 
     folder = made / "model"
@@ -165,7 +165,7 @@ def test_transformers_asks_with_the_same_prompt_and_pixels(made, preparation):
     assert torch.equal(pixels["pixel_values"], ours.pixel_values)
 
 
-def test_the_recipe_packs_without_gaps(made, preparation):
+def test_recipe_packs_without_padding(made, preparation):
     basic = load_settings(ROOT / "configs/tiny.yaml").data.dataset_param.basic_parameters
     records = read_records(made / "digits/train.json", Attr(), ImageFolder(made / "digits"))
     lengths = {len(preparation.tokenise(record).ids) for record in records}

@@ -1,4 +1,4 @@
-"""Who compiles into Triton's cache: a stand-in for triton-ascend 3.2.0's unlocked writing, in several processes at once."""
+"""The lock of Triton's cache, with a stand-in for triton-ascend 3.2.0's unlocked writes."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 from qwen35.triton_cache import LOCK, CacheError, cache_folder, compiling, unfit
 
-# as make_npu_launcher_stub in its backends/ascend/driver.py: nothing is written where either file is there
+# like make_npu_launcher_stub in its backends/ascend/driver.py, which keeps either existing file
 COMPILER = """
 import contextlib, sys, time
 from pathlib import Path
 from qwen35.triton_cache import compiling
 
 folder, is_locked = Path(sys.argv[1]), sys.argv[2] == "locked"
-with compiling(folder, lambda who: print("waits for", who, flush=True)) if is_locked else contextlib.nullcontext():
+with compiling(folder, lambda process: print("waits for", process, flush=True)) if is_locked else contextlib.nullcontext():
     header, made = folder / "a hash/precompiled.h", folder / "a hash/precompiled.h.gch"
     if not header.exists() and not made.exists():
         header.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def line(process: subprocess.Popen) -> str:
     return process.stdout.readline().strip()
 
 
-def test_several_at_once(tmp_path):
+def test_processes_compile_one_after_another(tmp_path):
     first = start(tmp_path)
     assert line(first) == "is writing"
     others = [start(tmp_path) for _ in range(4)]
@@ -54,8 +54,7 @@ def test_several_at_once(tmp_path):
     assert (tmp_path / LOCK).read_text() == ""
 
 
-def test_without_the_lock_they_would_meet(tmp_path):
-    """The stand-in bites: who comes second compiles with half a header."""
+def test_without_the_lock_half_a_header_is_read(tmp_path):
     first = start(tmp_path, "unlocked")
     assert line(first) == "is writing"
     second = start(tmp_path, "unlocked")
@@ -65,7 +64,7 @@ def test_without_the_lock_they_would_meet(tmp_path):
     assert (first.returncode, second.returncode, err) == (0, 1, "found half\n")
 
 
-def test_what_one_that_was_killed_left_is_made_again(tmp_path):
+def test_entry_of_a_killed_process_is_made_again(tmp_path):
     killed = start(tmp_path)
     assert line(killed) == "is writing"
     killed.kill()
@@ -80,7 +79,7 @@ def test_what_one_that_was_killed_left_is_made_again(tmp_path):
     assert (tmp_path / "another/kernel.so").exists()
 
 
-def test_what_is_whole_stays(tmp_path):
+def test_complete_entry_is_kept(tmp_path):
     (tmp_path / "go on").touch()
     assert start(tmp_path).wait(600) == 0
     made = (tmp_path / "a hash/precompiled.h.gch").stat().st_mtime_ns
@@ -88,7 +87,7 @@ def test_what_is_whole_stays(tmp_path):
     assert (tmp_path / "a hash/precompiled.h.gch").stat().st_mtime_ns == made
 
 
-def test_a_folder_of_this_user_alone(tmp_path, monkeypatch):
+def test_cache_must_belong_to_this_user_alone(tmp_path, monkeypatch):
     made = tmp_path / "above/cache"
     with compiling(made, lambda who: None):
         assert made.stat().st_mode & 0o777 == 0o700
@@ -99,22 +98,22 @@ def test_a_folder_of_this_user_alone(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(made)
     assert unfit(made) is None and unfit(tmp_path / "link") is None and unfit(tmp_path / "none") is None
     (tmp_path / "file").touch()
-    assert unfit(tmp_path / "file") == "it is not a folder"
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
-    assert unfit(made) == f"it belongs to user {mine}, this process to {mine + 1}"
-    refused = f"^TRITON_CACHE_DIR={made}: .* it belongs to user {mine}, .*; name another folder$"
+    assert unfit(tmp_path / "file") == "it is no folder"
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert unfit(made) == f"it belongs to user {uid}, this process to {uid + 1}"
+    refused = f"^TRITON_CACHE_DIR={made}: .* it belongs to user {uid}, .*; name another folder$"
     with pytest.raises(CacheError, match=refused), compiling(made, lambda who: None):
         raise AssertionError("not reached")
 
 
-def test_where_it_is(tmp_path):
+def test_cache_folder_follows_the_environment(tmp_path):
     assert cache_folder({"TRITON_CACHE_DIR": "/a b"}) == Path("/a b")
     assert cache_folder({"TRITON_CACHE_DIR": " ", "TRITON_HOME": str(tmp_path)}) == tmp_path / ".triton/cache"
     assert cache_folder({}) == Path.home() / ".triton/cache"
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def refuse(fd: int, operation: int) -> None:
         raise OSError(37, "No locks available")
 

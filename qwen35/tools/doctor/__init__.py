@@ -1,4 +1,4 @@
-"""What a run needs of this machine, looked at before it starts: `make doctor`.
+"""Checks that this machine has what a run needs: `make doctor`.
 
-Nothing here is imported beyond the standard library until a check needs it: it also runs where nothing is installed yet.
+Only the standard library is imported until a check needs more, so that it runs before installation.
 """

@@ -1,4 +1,7 @@
-"""`python -m qwen35.tools.doctor CONFIG [a.b=c …]`: looks at the machine line by line; exits with 1 if something is wrong."""
+"""Check this machine for a recipe: `python -m qwen35.tools.doctor CONFIG [a.b=c …]`.
+
+Prints a line for each finding. Exit status 1 if something is wrong.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,13 +13,16 @@ from qwen35.tools.doctor.ascend import ascend
 from qwen35.tools.doctor.machine import Finding, Machine, note, ok, wrong
 from qwen35.tools.doctor.recipe import recipe
 
-STILL = "an NPU run would still need:"
+NEEDED = "an NPU run would still need:"
 
 
 def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[str] = ()) -> list[Finding]:
-    """All findings for a run on the device of this installation. `values`: what is wrong with env.sh, a line each."""
+    """All findings for a run on the device of this installation.
+
+    values: what is wrong with env.sh, a line for each variable.
+    """
     findings = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
-    findings = findings or [ok("env.sh", "every value is an allowed one")]
+    findings = findings or [ok("env.sh", "every value is allowed")]
     findings += [*software.python(m), *software.installation(m)]
     is_installed = findings[-1].status != "wrong"
     if is_installed:
@@ -28,12 +34,12 @@ def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[
     if can_import:
         findings += recipe(m, config, list(overrides))
     else:
-        findings.append(note("recipe", f"{config} is not looked at: that takes an installation"))
+        findings.append(note("recipe", f"{config} is not checked: that needs an installation"))
     return findings
 
 
 def still_needed(m: Machine) -> list[Finding]:
-    """What keeps a machine for CPU runs from NPU runs: notes, for nothing is wrong with it."""
+    """What an NPU run would need beyond this CPU installation: notes, since nothing is wrong."""
     return [replace(f, status="note") for f in ascend(m) if f.status == "wrong"]
 
 
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.tools.doctor", description=__doc__)
     parser.add_argument("config", help="the recipe of the run, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    parser.add_argument("--accelerator", help="what torch calls the devices of this installation; default: none")
+    parser.add_argument("--accelerator", help="torch's device type of this installation; default: the CPU")
     parser.add_argument("--wrong", action="append", default=[], metavar="LINE", help="a wrong value of env.sh")
     args = parser.parse_args(argv)
     m = Machine(args.accelerator)
@@ -54,13 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(lines(findings)))
     if not m.accelerator:
         needed = still_needed(m)
-        print(f"\n{STILL}{'' if needed else ' nothing but make install DEVICE=npu'}")
+        print(f"\n{NEEDED}{'' if needed else ' nothing but make install DEVICE=npu'}")
         print("\n".join(lines(needed)) if needed else "")
     count = sum(f.status == "wrong" for f in findings)
-    is_made = all(f.status == "ok" for f in findings if f.subject == "recipe")  # its model is there
-    if (
-        m.accelerator and is_made and not count
-    ):  # the kernels too, as the run compiles them: on the first of its devices
+    has_model = all(f.status == "ok" for f in findings if f.subject == "recipe")
+    if m.accelerator and has_model and not count:  # compile the kernels as the run does, on its first device
         from qwen35.tools import compilation
 
         print(flush=True)

@@ -1,4 +1,4 @@
-"""CANN, the driver, and the NPUs: from their files and from npu-smi, without touching a device."""
+"""CANN, the driver and the NPUs, from their files and npu-smi, without using a device."""
 
 import re
 import shutil
@@ -12,13 +12,13 @@ from qwen35.tools.doctor.stack import WITHOUT_TRITON, cann_version, of_cann, of_
 from qwen35.tools.doctor.triton import triton
 
 CANN_IMPORTS = "attrs cffi cloudpickle decorator numpy protobuf psutil scipy sympy".split()
-CANN_BELOW = {"numpy": 2, "protobuf": 4}  # its generated code is older than these
+CANN_BELOW = {"numpy": 2, "protobuf": 4}  # CANN needs older major versions than these
 DRIVER_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 SMI_SECONDS = 30
 
 
 def ascend(m: Machine) -> list[Finding]:
-    """All that a run on NPUs needs beside what a run on the host does."""
+    """What a run on NPUs needs beyond a run on the host."""
     return [*torch_npu(m), *cann(m), *pair(m), *triton(m), *cann_packages(m), *driver(m), *npus(m)]
 
 
@@ -31,34 +31,34 @@ def cann(m: Machine) -> list[Finding]:
     if version is None:
         return [wrong("CANN", f"{home} does not say its version", f"install CANN again, one of {supported()}")]
     if not of_cann(version):
-        fact = f"{version} in {home}: no torch_npu that is known here goes with it"
+        fact = f"{version} in {home}: there is no known torch_npu for it"
         return [wrong("CANN", fact, f"install one of CANN {supported()}")]
     findings = [ok("CANN", f"{version} in {home}")]
     operators = home / f"{architecture()}-linux/ascend_ops_install.info"
     if not operators.is_file():
-        todo = "is CANN's package of operators for this chip installed (Ascend-cann-…-ops)?"
+        todo = "check that CANN's package of operators for this chip is installed (Ascend-cann-…-ops)"
         findings.append(note("CANN", f"no {operators}", todo))
     elif (other := first_match(operators, r"^version=(\S+)")) != version:
-        fact = f"{version}, its operators are of {other}"
+        fact = f"{version}, but its operators are of {other}"
         findings.append(wrong("CANN", fact, "install the package of operators of the same version"))
     return findings
 
 
 def pair(m: Machine) -> list[Finding]:
-    """Are torch_npu and triton-ascend those of this CANN? scripts/requirements/versions.txt has what goes together."""
+    """Whether torch_npu and triton-ascend fit this CANN, by scripts/requirements/versions.txt."""
     found, home = m.package("torch-npu"), m.get("ASCEND_HOME_PATH")
     version = cann_version(Path(home)) if home else None
     rows = of_cann(version) if version else []
     if not found or not rows:
-        return []  # a finding of its own
-    subject, cann, todo = "torch-npu", rows[0].cann, f"make install DEVICE=npu brings {rows[0].torch_npu}"
+        return []  # another check reports it
+    subject, cann, todo = "torch-npu", rows[0].cann, f"make install DEVICE=npu installs {rows[0].torch_npu}"
     known = of_torch_npu(found.version)
     if known is None:
-        return [wrong(subject, f"{found.version} goes with no CANN that is known here, this is {version}", todo)]
+        return [wrong(subject, f"{found.version} is for no known CANN, this is {version}", todo)]
     stack = next((row for row in rows if row.torch_npu == known.torch_npu), rows[0])
-    findings = [ok(subject, f"{found.version} goes with CANN {version}")]
+    findings = [ok(subject, f"{found.version} fits CANN {version}")]
     if known.cann != cann:  # TorchNPU's release notes: each release from 7.3 to 26.2 with each CANN from 8.5 to 9.2
-        fact = f"{found.version} is of CANN {known.cann}, this is {version}: its release notes call them compatible"
+        fact = f"{found.version} is for CANN {known.cann}, this is {version}; its release notes call them compatible"
         findings = [note(subject, fact, todo)]
     subject, has = "triton-ascend", m.package("triton-ascend")
     if has is None:
@@ -66,14 +66,14 @@ def pair(m: Machine) -> list[Finding]:
         findings.append(note(subject, fact, todo))
     elif release(has.version) != release(stack.triton_ascend):
         todo = f"install {stack.triton_ascend}, or uninstall it and choose {WITHOUT_TRITON}"
-        findings.append(wrong(subject, f"{has.version} does not go with CANN {version}", todo))
+        findings.append(wrong(subject, f"{has.version} does not fit CANN {version}", todo))
     else:
-        findings.append(ok(subject, f"{has.version} goes with CANN {version}"))
+        findings.append(ok(subject, f"{has.version} fits CANN {version}"))
     return findings
 
 
 def cann_packages(m: Machine) -> list[Finding]:
-    """What CANN's own Python parts import, from the environment that they find themselves in."""
+    """What CANN's own Python code imports from this environment."""
     found = {name: package.version for name in CANN_IMPORTS if (package := m.package(name))}
     missing = [name for name in CANN_IMPORTS if name not in found]
     if missing:
@@ -81,8 +81,8 @@ def cann_packages(m: Machine) -> list[Finding]:
     new = [f"{name} {found[name]}" for name, below in CANN_BELOW.items() if release(found[name]) >= (below,)]
     if new:
         below = ", ".join(f"{name}<{number}" for name, number in CANN_BELOW.items())
-        return [wrong("CANN's imports", f"{', '.join(new)}: they need {below}", "make install DEVICE=npu")]
-    return [ok("CANN's imports", "all there")]
+        return [wrong("CANN's imports", f"{', '.join(new)}: CANN needs {below}", "make install DEVICE=npu")]
+    return [ok("CANN's imports", "all installed")]
 
 
 def driver(m: Machine) -> list[Finding]:
@@ -90,7 +90,7 @@ def driver(m: Machine) -> list[Finding]:
     file = m.files / where.lstrip("/") / "driver/version.info"
     version = first_match(file, r"^Version=(\S+)")
     if version is None:
-        todo = "install the NPU driver; into a container it has to be mounted"
+        todo = "install the NPU driver, or mount it into the container"
         return [wrong("driver", f"no version in {file}", todo)]
     findings = [ok("driver", version)]
     if missing := [name for name in DRIVER_DEVICES if not (m.files / "dev" / name).exists()]:
@@ -101,7 +101,7 @@ def driver(m: Machine) -> list[Finding]:
 
 @dataclass
 class Chip:
-    """One NPU as npu-smi shows it."""
+    """An NPU as npu-smi shows it."""
 
     name: str
     health: str
@@ -110,15 +110,15 @@ class Chip:
 
 
 def npus(m: Machine) -> list[Finding]:
-    """Which are there, which of them a run may use, and which of those are free."""
-    there, visible = m.npus(), m.visible()
-    if not there:
-        todo = "install the driver; a container needs --device /dev/davinci0 and so on"
+    """Which NPUs exist, which of them a run may use, and which of those are free."""
+    present, visible = m.npus(), m.visible()
+    if not present:
+        todo = "install the driver; start a container with --device /dev/davinci0 and so on"
         return [wrong("NPUs", "no /dev/davinci0", todo)]
     chosen = m.get("ASCEND_RT_VISIBLE_DEVICES")
-    if len(set(visible)) != len(visible) or any(number >= len(there) for number in visible if chosen):
-        fact = f"ASCEND_RT_VISIBLE_DEVICES={chosen}, and there are {len(there)}"
-        return [wrong("NPUs", fact, f"numbers from 0 to {len(there) - 1}, each once")]
+    if len(set(visible)) != len(visible) or any(number >= len(present) for number in visible if chosen):
+        fact = f"ASCEND_RT_VISIBLE_DEVICES={chosen}, but there are {len(present)}"
+        return [wrong("NPUs", fact, f"numbers from 0 to {len(present) - 1}, each once")]
     findings = []
     asked = m.number("NPUS_PER_NODE", len(visible))
     if asked > len(visible):
@@ -126,44 +126,48 @@ def npus(m: Machine) -> list[Finding]:
         findings.append(wrong("NPUs", fact, f"at most {len(visible)}"))
     chips = smi(m)
     if isinstance(chips, Finding):
-        return [*findings, ok("NPUs", f"{len(visible)} of {len(there)} visible"), chips]
-    # the n-th in its table is the one that programs call n - 1
+        return [*findings, ok("NPUs", f"{len(visible)} of {len(present)} visible"), chips]
+    # programs number the NPUs by their order in npu-smi's table, from 0
     shown = [(n, chips[n if chosen else i]) for i, n in enumerate(visible) if (n if chosen else i) < len(chips)]
     kinds = sorted({f"{chip.name} of {chip.memory / 1024:.0f} GiB" for _, chip in shown})
     busy = {n: chip for n, chip in shown if chip.users}
-    fact = f"{len(visible)} of {len(there)} visible, {len(visible) - len(busy)} free; {', '.join(kinds)}"
+    fact = f"{len(visible)} of {len(present)} visible, {len(visible) - len(busy)} free; {', '.join(kinds)}"
     findings.append(ok("NPUs", fact))
     for n, chip in shown:
         if chip.health != "OK":
-            todo = "see npu-smi info -t health, or leave it out"
+            todo = "see npu-smi info -t health, or leave it out of ASCEND_RT_VISIBLE_DEVICES"
             findings.append(wrong(f"NPU {n}", f"npu-smi says {chip.health}", todo))
         if chip.users:
             free = ",".join(str(k) for k, _ in shown if k not in busy)
-            todo = f"ASCEND_RT_VISIBLE_DEVICES={free} leaves it out" if free else "wait for it"
+            todo = f"ASCEND_RT_VISIBLE_DEVICES={free} leaves it out" if free else "wait until it is free"
             findings.append(note(f"NPU {n}", f"in use by {', '.join(chip.users)}", todo))
     return findings
 
 
 def smi(m: Machine) -> list[Chip] | Finding:
-    """The NPUs in the order of npu-smi's table, or why there is none."""
+    """The NPUs in the order of npu-smi's table, or a finding that says why there is no table."""
     program = shutil.which("npu-smi", path=m.get("PATH"))
     if program is None:
-        return note("npu-smi", "is not on PATH: who uses the NPUs is not known", "it comes with the driver")
+        return note("npu-smi", "is not on PATH: whether the NPUs are in use is not known", "it comes with the driver")
     try:
         done = subprocess.run(
             [program, "info"], capture_output=True, text=True, errors="replace", timeout=SMI_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return wrong("npu-smi", f"gave no answer in {SMI_SECONDS} s", "the driver hangs: restart it, or the machine")
+        return wrong("npu-smi", f"no answer in {SMI_SECONDS} s", "the driver hangs: restart it, or the machine")
     chips = read_table(done.stdout)
     if done.returncode or not chips:
         words = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        return wrong("npu-smi", f"info fails: {words}", "does the driver run, and may this user use it?")
+        return wrong("npu-smi", f"info fails: {words}", "check that the driver runs and that this user may use it")
     return chips
 
 
 def read_table(text: str) -> list[Chip]:
-    """`npu-smi info`: two lines a chip, name and health, then bus and memory; then the processes, by NPU and chip."""
+    """Parse `npu-smi info`.
+
+    It has two lines for each chip, with name and health, then bus and memory, and below them the
+    processes by NPU and chip.
+    """
     chips: dict[tuple[str, str], Chip] = {}  # (NPU, chip)
     head: tuple[str, Chip] | None = None
     in_processes = False

@@ -1,4 +1,4 @@
-"""The recipe, and what it names: model folder, weights, records, kernels, and the room that they need."""
+"""The recipe and what it names: model, weights, records, kernels, and the space that they need."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from qwen35.data.tokenized import Preparation
     from qwen35.model import ModelConfig
 
-RECORDS = 20  # that are looked at, of each file
-BATCHES = 3  # of a loader's worker on the way: two made ahead, one in use
+RECORDS = 20  # of each file are read
+BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one in use
 TINY = "configs/tiny.yaml"
 TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "data/digits/train.json")
 WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5"
@@ -25,13 +25,13 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     try:
         settings = load_settings(config, overrides)
     except SettingError as error:
-        return [wrong("recipe", str(error), "CONFIG names it, ARGS are settings over it")]
+        return [wrong("recipe", str(error), "CONFIG is the recipe, ARGS has settings that replace its own")]
     findings = [ok("recipe", config), *_parallel(m, settings), *_kernels(m, settings)]
     basic = settings.data.dataset_param.basic_parameters
     named = {settings.model.model_name_or_path, settings.training.load, basic.dataset} - {None}
-    to_come = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
-    if to_come and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
-        return [*findings, note("recipe", f"not there yet: {', '.join(to_come)}", "make finetune makes that first")]
+    missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
+    if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
+        return [*findings, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
     try:
         preparation = Preparation.of(settings)
     except (SettingError, OSError) as error:
@@ -47,7 +47,7 @@ def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
     try:
         check_layout(settings, m.number("NODES", 1) * m.processes())
     except SettingError as error:
-        return [wrong("recipe", str(error), "set another, or NODES and NPUS_PER_NODE")]
+        return [wrong("recipe", str(error), "change the setting, or NODES and NPUS_PER_NODE")]
     return []
 
 
@@ -63,7 +63,7 @@ def _kernels(m: Machine, settings: "Settings") -> list[Finding]:
 
 
 def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list[Finding]:
-    """Config, tokenizer and images agree; what is frozen is there; a checkpoint and the loaders have room."""
+    """Config, tokenizer and images agree; frozen modules exist; disk and /dev/shm have room."""
     import torch
 
     from qwen35.checkpoint.errors import CheckpointError
@@ -92,14 +92,14 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
     least, most = _loader_bytes(settings, config, m.processes())
     return [
         ok("model", fact),
-        *(note("model", line, "nothing to do if it means nothing for the training") for line in unread),
+        *(note("model", line, "ignore this if training does not need it") for line in unread),
         *disk("disk", Path(settings.training.save), 4 * parameters + 8 * trained, "a checkpoint"),
         *(shared_memory(m, least, most) if most else []),
     ]
 
 
 def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -> tuple[int, int]:
-    """Of batches on the way from the loaders: with the dummy image alone, and with nothing but images."""
+    """Bytes of batches in flight from data loaders: with one dummy image, and full of images."""
     v, loader = config.vision, settings.data.dataloader_param
     patch = v.in_channels * v.temporal_patch_size * v.patch_size**2 * 4  # fp32
     tokens = settings.data.dataset_param.basic_parameters.cutoff_len * settings.training.micro_batch_size
@@ -123,19 +123,19 @@ def _records(preparation: "Preparation") -> list[Finding]:
             for _ in tokenised(file, preparation, RECORDS, skip, warnings):
                 pass
     except SettingError as error:
-        return [wrong("data", str(error), "data.dataset_param.basic_parameters.dataset names the files")]
+        return [wrong("data", str(error), "set data.dataset_param.basic_parameters.dataset to existing files")]
     except (RecordError, OSError) as error:
-        return [wrong("data", str(error), "mend the record; make show prints samples as they are trained")]
+        return [wrong("data", str(error), "correct the record; make show prints samples as the training sees them")]
     named = ", ".join(map(str, files))
     notes = [note("data", line) for line in warnings.lines()]
     if len(skipped):
         fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
-        return [note("data", fact, "on_bad_record: error stops there"), *notes]
+        return [note("data", fact, "on_bad_record: error would stop there"), *notes]
     return [ok("data", f"{named}: the first {RECORDS} records can be used"), *notes]
 
 
 def _held_out(settings: "Settings") -> list[Finding]:
-    """As the records, of the validation set: of `Settings.validation`."""
+    """The records of the validation set, from `Settings.validation`."""
     from qwen35.config.load import SettingError
     from qwen35.config.schema import of_held_out
     from qwen35.data.tokenized import Preparation
@@ -161,5 +161,5 @@ def _weights(settings: "Settings") -> list[Finding]:
         if t.init_from_hf_path:
             return [ok("weights", f"from {HFFolder(t.init_from_hf_path).folder}")]
     except (CheckpointError, OSError) as error:
-        return [wrong("weights", str(error), "make convert makes what training.load names")]
-    return [wrong("weights", "nothing says where they come from", "training.load or training.init_from_hf_path")]
+        return [wrong("weights", str(error), "make convert makes the folder that training.load names")]
+    return [wrong("weights", "nothing says where they come from", "set training.load or training.init_from_hf_path")]

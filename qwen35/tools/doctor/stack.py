@@ -1,6 +1,7 @@
-"""CANN, and the torch_npu and triton-ascend that go with it: the rows of scripts/requirements/versions.txt.
+"""The torch_npu and triton-ascend for each CANN: the rows of scripts/requirements/versions.txt.
 
-`python -m qwen35.tools.doctor.stack` answers scripts/install.sh: the row, a message about kernels or an empty line, the pins.
+`python -m qwen35.tools.doctor.stack` prints for scripts/install.sh: the row, a message about
+kernels or an empty line, the pins.
 """
 
 import re
@@ -13,8 +14,9 @@ from qwen35.errors import Parser, SettingError, complain
 from qwen35.tools.doctor.machine import architecture, first_match, release
 
 TABLE = Path(__file__).parents[3] / "scripts/requirements/versions.txt"
-# Below ASCEND_HOME_PATH, the surest first. CANN's installation guides of 8.5.0 and 9.0.0 ("Querying the Software Package
-# Version") name the first file; in the others of older releases Version is that of a component, and version_dir is CANN's.
+# Below ASCEND_HOME_PATH, the most reliable first. CANN's installation guides of 8.5.0 and 9.0.0
+# ("Querying the Software Package Version") name the first file. In the other files, of older
+# releases, Version is a component's, and version_dir is CANN's.
 VERSION_FILES = (
     ("{arch}-linux/ascend_toolkit_install.info", r"^version=(\S+)"),
     ("compiler/version.info", r"^version_dir=(\d\S*)"),
@@ -28,23 +30,23 @@ WITHOUT_TRITON = (
 
 @dataclass(frozen=True)
 class Stack:
-    cann: str  # the two numbers that all its releases begin with
+    cann: str  # major.minor
     torch_npu: str
     triton_ascend: str
-    is_on_index: bool  # pip's index has that triton-ascend
+    is_on_index: bool  # whether pip's index has that triton-ascend
 
     def no_triton(self, python: tuple[int, ...]) -> tuple[str, str] | None:
-        """Why an installation has no triton-ascend, and what to do about it; None if it has one."""
+        """Why an installation has no triton-ascend, and what to do; None if it has one."""
         if self.is_on_index and python[:2] < (3, 12):
             return None
         choices = f"choose the slow operators: {WITHOUT_TRITON}"
         if self.is_on_index:
-            return f"triton-ascend {self.triton_ascend} has no wheel for Python 3.12", f"take Python 3.10, or {choices}"
-        fact = f"triton-ascend {self.triton_ascend}, which goes with CANN {self.cann}, is not on pip's index"
+            return f"triton-ascend {self.triton_ascend} has no wheel for Python 3.12", f"use Python 3.10, or {choices}"
+        fact = f"triton-ascend {self.triton_ascend}, the version for CANN {self.cann}, is not on pip's index"
         return fact, f"install it from its release page, or {choices}"
 
     def pins(self, lock: str) -> str:
-        """A lock file with the torch, torch_npu and triton-ascend of this row."""
+        """The lock file, with the torch, torch_npu and triton-ascend of this row."""
         torch = ".".join(map(str, release(self.torch_npu)))
         lock = re.sub(r"^torch==[0-9.]+", f"torch=={torch}", lock, flags=re.MULTILINE)
         lock = re.sub(r"^torch-npu==\S+", f"torch-npu=={self.torch_npu}", lock, flags=re.MULTILINE)
@@ -76,22 +78,20 @@ def cann_version(home: Path) -> str | None:
 def choose(cann: str, torch_npu: str) -> Stack:
     rows = of_cann(cann)
     if not rows:
-        raise SettingError(
-            f"CANN {cann}: no torch_npu that is known here goes with it; there are pins for CANN {supported()}"
-        )
+        raise SettingError(f"CANN {cann}: no torch_npu is known for it; there are pins for CANN {supported()}")
     for stack in rows:
         if torch_npu in ("", stack.torch_npu):
             return stack
-    there = ", ".join(stack.torch_npu for stack in rows)
-    raise SettingError(f"TORCH_NPU={torch_npu}: with CANN {cann} go {there}")
+    choices = ", ".join(stack.torch_npu for stack in rows)
+    raise SettingError(f"TORCH_NPU={torch_npu}: for CANN {cann} choose from {choices}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.tools.doctor.stack", description=__doc__)
     parser.add_argument("lock", type=Path, help="the lock file, scripts/requirements/npu-arm.txt")
-    parser.add_argument("--home", default="", help="where CANN is, ASCEND_HOME_PATH; default: nowhere")
-    parser.add_argument("--cann", default="", help="its version, CANN_VERSION; default: what is found there")
-    parser.add_argument("--torch_npu", default="", help="TORCH_NPU; default: the first that goes with CANN")
+    parser.add_argument("--home", default="", help="CANN's folder, ASCEND_HOME_PATH; default: none")
+    parser.add_argument("--cann", default="", help="CANN_VERSION; default: the version found there")
+    parser.add_argument("--torch_npu", default="", help="TORCH_NPU; default: the first for this CANN")
     parser.add_argument("--elsewhere", action="store_true", help="the pins are not for this machine")
     args = parser.parse_args(argv)
     found = cann_version(Path(args.home)) if args.home else None
@@ -103,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack = choose(args.cann or found or stacks()[0].cann, args.torch_npu)
     except SettingError as error:
         return complain(error, "install.sh: ")
-    origin = "CANN_VERSION" if args.cann else args.home or "the default, since none is found; or set CANN_VERSION"
+    origin = (
+        "CANN_VERSION"
+        if args.cann
+        else args.home or "the default, since no CANN is found; set CANN_VERSION for another"
+    )
     missing = stack.no_triton(sys.version_info[:3])
     print(f"{stack.cann} {stack.torch_npu} {origin}")
     print(": ".join(missing or ()))

@@ -1,7 +1,7 @@
-"""What triton-ascend needs on this machine at the first launch of a kernel: it compiles a launcher in C++, and CANN's step.
+"""What triton-ascend needs to compile a kernel and its C++ launcher at the first launch.
 
-As triton/backends/ascend/utils.py of 3.2.0 looks for them: _get_cxx, _precompile_npu_ext, _get_npucompiler_path,
-_get_bisheng_path, without whose answer its driver takes itself for one of another machine.
+The checks follow triton/backends/ascend/utils.py of 3.2.0: _get_cxx, _precompile_npu_ext,
+_get_npucompiler_path, and _get_bisheng_path, without which its driver counts as inactive.
 """
 
 import shutil
@@ -20,8 +20,8 @@ def _compiler(m: Machine) -> Finding:
     found = next((path for name in names if (path := shutil.which(name, path=m.get("PATH")))), None)
     if found:
         return ok("C++ compiler", found)
-    fact = f"CC={names[0]} is no program" if m.get("CC") else "neither clang++ nor g++ is on PATH"
-    return wrong("C++ compiler", f"{fact}, and triton-ascend compiles its launchers", "install g++, or set CC to one")
+    fact = f"CC={names[0]} is not a program" if m.get("CC") else "neither clang++ nor g++ is on PATH"
+    return wrong("C++ compiler", f"{fact}, but triton-ascend compiles C++ launchers", "install g++, or set CC to one")
 
 
 def _headers(m: Machine) -> Finding:
@@ -41,13 +41,13 @@ def _bishengir(m: Machine) -> Finding:
     found = {name: shutil.which(name, path=m.get("PATH")) for name in ("bishengir-compile", "bisheng")}
     for name, path in found.items():
         if not path:
-            return wrong(name, "is not on PATH", "CANN's set_env.sh puts it there: install CANN's toolkit whole")
+            return wrong(name, "is not on PATH", "CANN's set_env.sh adds it: install the whole of CANN's toolkit")
     return ok("bishengir-compile", f"{found['bishengir-compile']}, and bisheng")
 
 
 def _cache(m: Machine) -> Finding:
     folder = cache_folder(m.environment)
     if why := unfit(folder):
-        todo = "set TRITON_CACHE_DIR to a folder of your own: what lies there is loaded and run"
+        todo = "set TRITON_CACHE_DIR to a folder of your own, since its files are loaded and run"
         return wrong("Triton's cache", f"{folder}: {why}", todo)
     return ok("Triton's cache", str(folder))

@@ -1,0 +1,102 @@
+"""Ops and layers on the device beside the same on the CPU: outputs, and gradients of all inputs."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from accept.task import Outputs, Task, errors_of
+from kernels import reference
+from kernels.cases import SMALL, Case, make_cases
+from qwen35.batch import VisionSpec, build_patch_layout
+from qwen35.device import HOST, set_up_device
+from qwen35.model import ModelConfig, Qwen35, load_config
+from qwen35.model.rope import text_rope, vision_rope
+from qwen35.parallel.fsdp import REPLICATED
+from rehearse.configs import some_layers
+
+# On a CPU the ops are within 2e-5 and 2e-2; in fp32 the rest is for a device's own exp and rsqrt.
+OP_TOLERANCES = {
+    torch.float32: (1e-4, "fp32: sums in another order, the device's own exp and rsqrt"),
+    torch.bfloat16: (2e-2, "bf16: a few roundings of 2^-9 in a row"),
+}
+WHY = "the roundings of some ten ops; small gradients are differences of large ones"
+LAYER_TOLERANCES = {torch.float32: (5e-4, f"fp32: {WHY}"), torch.bfloat16: (6e-2, f"bf16: {WHY}")}
+LENGTHS = (1, 64, 150, 9)  # of the sequences
+TEXT = "model.language_model.layers"
+
+
+def check_operators(task: Task) -> None:
+    """Every op against kernels/reference.py in fp64."""
+    device = set_up_device()
+    chosen = kernels.select(device.type)
+    torch.manual_seed(0)
+    for op, make in make_cases(SMALL).items():
+        case = make()
+        for dtype, tolerance in OP_TOLERANCES.items():
+            inputs = inputs_in(case, dtype)
+            ours = [x.to(device).requires_grad_() for x in inputs]
+            exact = [x.double().requires_grad_() for x in inputs]
+            calls = bind(case, getattr(chosen, op), ours), bind(case, getattr(reference, op), exact)
+            task.compare(f"{op}, {dtype}", errors_of((calls[0](), ours), (calls[1](), exact)), *tolerance)
+
+
+def inputs_in(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    return [(x if i in case.wide else x.to(dtype)).detach() for i, x in enumerate(case.inputs)]
+
+
+def bind(case: Case, op: Callable, inputs: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
+    """A call of op that returns its outputs; the other arguments are copied to the device once."""
+    to = cache(lambda x: x.to(inputs[0].device))
+
+    def call() -> Sequence[Tensor]:
+        out = case.call(op, inputs, to)
+        return (out,) if isinstance(out, Tensor) else out
+
+    return call
+
+
+def check_layers(task: Task) -> None:
+    """A layer of each kind against the CPU's in fp32."""
+    device = set_up_device()
+    dense = some_layers(task.size, ["linear_attention", "full_attention"], {"vocab_size": 512})
+    moe = some_layers("35B-A3B", ["full_attention"], {"vocab_size": 512, "num_experts": 32})
+    parts = {"delta-net layer": f"{TEXT}.0", "attention layer": f"{TEXT}.1", "vision block": "model.visual.blocks.0"}
+    for config, paths in ((dense, parts), (moe, {"MoE of a layer": f"{TEXT}.0.mlp"})):
+        host = Qwen35.from_config(config)
+        with torch.device("meta"):
+            ours = Qwen35(load_config(config), kernels=kernels.select(device.type))
+        for what, path in paths.items():
+            part, exact = ours.get_submodule(path).to_empty(device=device), host.get_submodule(path)
+            for dtype, tolerance in LAYER_TOLERANCES.items():
+                # both have the same weights, rounded to dtype; the router and the like stay fp32
+                for (name, p), own in zip(exact.named_parameters(prefix=path), part.parameters(), strict=True):
+                    narrow = torch.float32 if name.endswith(REPLICATED) else dtype
+                    p.data = p.data.to(narrow).float()
+                    own.data = p.data.to(device, narrow)
+                outputs = (
+                    run_layer(part, path, host.config, device, dtype),
+                    run_layer(exact, path, host.config, HOST, torch.float32),
+                )
+                task.compare(f"{what}, {dtype}", errors_of(*outputs), *tolerance)
+
+
+def run_layer(part: nn.Module, path: str, c: ModelConfig, device: torch.device, dtype: torch.dtype) -> Outputs:
+    """Of a layer, a MoE or a vision block; the leaves are the input and all parameters."""
+    index = build_patch_layout(torch.tensor([[1, 8, 12], [1, 4, 4]]), VisionSpec(0, 0))
+    is_vision = "visual" in path
+    cu_seqlens = index.cu_seqlens if is_vision else torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    T, H = int(cu_seqlens[-1]), (c.vision if is_vision else c.text).hidden_size
+    x = torch.randn(T, H, generator=torch.Generator().manual_seed(0)).bfloat16().to(device, dtype).requires_grad_()
+    counted = torch.ones(T, device=device)  # every token counts in the router's statistics
+    if is_vision:
+        out = part(x, vision_rope(index.position.to(device), H // c.vision.num_heads), cu_seqlens)
+    elif path.endswith("mlp"):
+        out, _ = part(x, counted)
+    else:
+        position = torch.cat([torch.arange(n) for n in LENGTHS]).expand(3, -1).to(device)
+        rope = text_rope(position, c.text.rotary_dim, c.text.rope_theta, c.text.mrope_section)
+        out, _ = part(x, rope, cu_seqlens, counted)
+    return [out], [x, *part.parameters()]

@@ -1,0 +1,132 @@
+"""A few layers and micro-batches are rehearsed as representatives of the many that are alike.
+
+Of blocks that are alike, four are run: the first, two from the middle, and the last, which differs
+because nothing follows it. The second represents the whole middle but one block; the third proves
+that it may: everything observed about these two is compared. A block of text layers is one period
+of layer_types (as published, three gated delta nets and an attention), a block of the vision tower
+is one layer. Of micro-batches three are run, and the last two are compared.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from qwen35.model import ModelConfig, Qwen35
+
+T = TypeVar("T")
+TEXT, VISION, MICRO_BATCH = "text", "vision", ""
+PREFIXES = {TEXT: "model.language_model.layers.", VISION: "model.visual.blocks."}
+COMPARED = (1, 2)  # the representatives that must be alike
+
+
+class Moment(NamedTuple):
+    """Where in a step an operator runs."""
+
+    phase: str = "set-up"
+    micro_batch: int = 0
+    kind: str = ""  # of the block that is running: TEXT, VISION, or "" outside of both
+    block: int = 0
+
+    def __str__(self) -> str:
+        where = f", {self.kind} block {self.block}" if self.kind else ""
+        return f"{self.phase} of micro-batch {self.micro_batch}{where}"
+
+
+class NotAlikeError(Exception):
+    """Blocks or micro-batches that should be alike are not: all of them have to be rehearsed."""
+
+
+def assign(count: int, representatives: int) -> list[int]:
+    """The representative of each of `count` items: the first, one for the middle, the rest."""
+    middle = count - representatives + 1
+    return list(range(count)) if middle < 2 else [0] + [1] * middle + list(range(2, representatives))
+
+
+@dataclass(frozen=True)
+class Representatives:
+    config: ModelConfig  # with fewer layers
+    period: int  # text layers in a block
+    assigned: dict[str, list[int]]  # kind of block, or MICRO_BATCH -> what `assign` returns
+
+    @classmethod
+    def of(cls, config: ModelConfig, micro_batches: int, is_whole: bool) -> "Representatives":
+        kinds, depth = config.text.layer_types, config.vision.depth
+        period = next(
+            n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
+        )
+        counts = {TEXT: len(kinds) // period, VISION: depth, MICRO_BATCH: micro_batches}
+        assigned = {
+            kind: assign(count, count if is_whole else 3 if kind == MICRO_BATCH else 4)
+            for kind, count in counts.items()
+        }
+        few = {kind: len(set(of_kind)) for kind, of_kind in assigned.items()}
+        text = replace(config.text, layer_types=kinds[: period * few[TEXT]])
+        return cls(replace(config, text=text, vision=replace(config.vision, depth=few[VISION])), period, assigned)
+
+    def count(self, kind: str) -> int:
+        return self.assigned[kind][-1] + 1
+
+    def is_reduced(self, kind: str) -> bool:
+        return self.count(kind) < len(self.assigned[kind])
+
+    def multiplicity(self, moment: Moment) -> int:
+        """How often the moment occurs in the whole step."""
+        return self.assigned[MICRO_BATCH].count(moment.micro_batch) * self.blocks_like(moment)
+
+    def blocks_like(self, moment: Moment) -> int:
+        """How many blocks of the whole model its block represents."""
+        return self.assigned[moment.kind].count(moment.block) if moment.kind else 1
+
+    def layer(self, index: int) -> int:
+        """The text layer that represents layer `index` of the whole model."""
+        return self.assigned[TEXT][index // self.period] * self.period + index % self.period
+
+    def parameter(self, name: str) -> str:
+        """The parameter that represents parameter `name` of the whole model."""
+        for kind, prefix in PREFIXES.items():
+            if found := re.match(rf"{re.escape(prefix)}(\d+)", name):
+                index = self.layer(int(found[1])) if kind == TEXT else self.assigned[VISION][int(found[1])]
+                return f"{prefix}{index}{name[found.end() :]}"
+        return name
+
+    def expand(self, events: Sequence[tuple[Moment, T]]) -> Iterator[T]:
+        """The events of the whole step in order, from those of the representatives in order."""
+        for micro_batch, of_batch in groupby(events, lambda event: event[0].micro_batch):
+            whole: list[T] = []
+            for moment, of_moment in groupby(of_batch, lambda event: event[0]):
+                whole += [event for _, event in of_moment] * self.blocks_like(moment)
+            for _ in range(self.assigned[MICRO_BATCH].count(micro_batch)):
+                yield from whole
+
+    def check(self, seen: Mapping[Moment, Any]) -> None:
+        """Compare what was seen at the moments that must be alike. Raises NotAlikeError."""
+        one, other = COMPARED
+        for moment in seen:
+            if moment.kind and self.is_reduced(moment.kind) and moment.block in COMPARED:
+                _compare(seen, moment._replace(block=one), moment._replace(block=other))
+            is_of_batch = moment.micro_batch in COMPARED and moment.phase != "optimizer"
+            if self.is_reduced(MICRO_BATCH) and is_of_batch:
+                _compare(seen, moment._replace(micro_batch=one), moment._replace(micro_batch=other))
+
+
+def _compare(seen: Mapping[Moment, Any], one: Moment, other: Moment) -> None:
+    if seen.get(one) != seen.get(other):
+        raise NotAlikeError(f"{one} is not like {other}")
+
+
+class RepresentativeModel(Qwen35):
+    """Names its parameters as the whole model does; one that represents several has all names."""
+
+    representatives: Representatives | None = None
+    names: Sequence[str] = ()  # of the whole model's parameters
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        own = super().named_parameters(*args, **kwargs)
+        if self.representatives is None:
+            return own
+        found = dict(own)
+        return ((name, found[self.representatives.parameter(name)]) for name in self.names)

@@ -4,10 +4,14 @@ The bare functions of this package are the native ones (plain torch, any device)
 a device. A library named `kernels` is probed for by transformers, which parses this version and takes 0.0.0 for too old.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
+
+if sys.argv[:1] == ["-m"] and not find_spec("torch"):  # `python -m kernels`; its __main__ runs after the imports below
+    sys.exit("python -m kernels: torch is not installed for this Python; run `source .venv/bin/activate` first")
 
 from kernels.attention import varlen_attention
 from kernels.causal_conv1d import causal_conv1d

@@ -13,13 +13,15 @@
 # Tokens, for models that ask for one, belong into the environment and not into this file: HF_TOKEN, MODELSCOPE_API_TOKEN.
 : "${HF_ENDPOINT:=}"
 : "${MODELSCOPE_DOMAIN:=}"
-# Hugging Face folder of the model: what `make convert` reads, and whose config and tokenizer `make export` copies. Given on the
-# command line, or where no run says it, also those that `make generate` takes for a DCP checkpoint.
+# Hugging Face folder of the model, which `make convert` reads. Given on the command line, or for a checkpoint without a run's
+# config.yaml beside it, also the folder whose config and tokenizer `make export` copies and `make generate` uses; otherwise
+# they take the one that the run trained.
 : "${HF:=ckpt/hf_path/tiny}"
 # DCP folder. Given on the command line it stands for CONVERT_DCP in `make convert`, for EXPORT_DCP in `make export`.
 : "${DCP:=}"
-# What `make convert` writes: a folder with release/ and latest_checkpointed_iteration.txt, for training.load.
-: "${CONVERT_DCP:=ckpt/mm_path/tiny}"
+# What `make convert` writes: a folder with release/ and latest_checkpointed_iteration.txt, for training.load. Default:
+# ckpt/mm_path/ and the name of HF.
+: "${CONVERT_DCP:=}"
 # What `make export` reads: a run's save folder (its newest checkpoint), or one folder iter_… or release.
 : "${EXPORT_DCP:=runs/tiny}"
 # Weights that must be tied, JSON {"one": "other"}: `make convert` checks it, and one copy serves both. Default: none. E.g.
@@ -28,14 +30,15 @@
 # Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make data`, and for the folder
 # that `make download` fills, else ckpt/hf_path/ and the model's name.
 : "${OUT:=}"
-# Hugging Face folder that `make export` writes.
-: "${EXPORT_OUT:=runs/tiny/hf}"
+# Hugging Face folder that `make export` writes. Default: hf in the folder of the run.
+: "${EXPORT_OUT:=}"
 # What `make data` reads (the LLaVA description file, the folder of its images) and writes.
 : "${LLAVA:=data/llava_instruct_150k.json}"
 : "${IMAGES:=data/COCO2017/train2017}"
 : "${DATA_OUT:=data/mllm_format_llava_instruct_data.json}"
-# What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for EXPORT_DCP.
-: "${MODEL:=${OUT:-$EXPORT_OUT}}"
+# What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for EXPORT_DCP. Default: what
+# `make export` writes.
+: "${MODEL:=${OUT:-${EXPORT_OUT:-$EXPORT_DCP/hf}}}"
 # The records with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image belongs,

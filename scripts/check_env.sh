@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by common.sh: is every variable that is set one of its allowed values? The first that is not stops the launch.
+# Sourced by what starts something: is every variable that is set one of its allowed values? The first that is not stops it.
 
 # Of what torch_npu reads, in its own sources: OptionsManager.cpp takes MULTI_STREAM_MEMORY_REUSE from 0 to 3 (7.3.0 to 26.1.0),
 # NPUAffinityController.cpp the parts of CPU_AFFINITY_CONF: mode:, npu_affine: and lazy_bind: from 7.3.0 on, force: from 26.1.0,
@@ -73,7 +73,9 @@ check_env() {
         [[ ${!name:-} != \~/* || $name == PROMPT ]] || wrong "$name" "${!name}" "a path without ~"
     done
     check_alloc_conf
-    check_nodes
+}
+
+check_triton_cache() { # for what runs kernels
     if [[ -e ${TRITON_CACHE_DIR:-} && ! (-d $TRITON_CACHE_DIR && -O $TRITON_CACHE_DIR) ]]; then
         wrong TRITON_CACHE_DIR "$TRITON_CACHE_DIR" "a folder of this user, or one that is not there yet: programs are loaded from it"
     fi
@@ -83,6 +85,8 @@ wrong_values() ( # each wrong value as a line, for who wants to know them all
     # shellcheck disable=SC2329 # check_env calls it
     die() { echo "$*"; }
     check_env
+    check_triton_cache
+    check_nodes
 )
 
 check_int() {
@@ -106,7 +110,7 @@ check_alloc_conf() {
         wrong PYTORCH_NPU_ALLOC_CONF "$value" "a comma list of key:value like ${alloc_conf_keys//$'\n'/ }"
 }
 
-check_nodes() { # the values that depend on each other
+check_nodes() { # for what starts a run: the values that depend on each other
     local nodes=${NODES:-1} rank=${NODE_RANK:-0} name
     if [[ ! $nodes =~ ^[0-9]+$ || ! $rank =~ ^[0-9]+$ ]]; then return; fi # wrong by themselves
     if ((nodes > 1)) && [[ -z ${HOSTS:-} ]]; then # which says where each machine is

@@ -76,6 +76,24 @@ load_cann() { # CANN's environment, where it is; its scripts use unbound variabl
     fi
 }
 
+help_in() { # WORD…: is --help among what ARGS and the command line give?
+    [[ " $* " == *" --help "* ]]
+}
+
+converted() { # the folder that `make convert` writes
+    echo "${DCP:-${CONVERT_DCP:-ckpt/mm_path/$(basename "$(realpath -ms "$HF")")}}"
+}
+
+run_folder() { # of the checkpoint that `make export` reads: the folder above iter_… or release
+    local folder=${DCP:-$EXPORT_DCP}
+    folder=${folder%/}
+    if [[ ${folder##*/} =~ ^(iter_[0-9]+|release)$ ]]; then dirname "$folder"; else echo "$folder"; fi
+}
+
+exported() { # the folder that `make export` writes
+    echo "${OUT:-${EXPORT_OUT:-$(run_folder)/hf}}"
+}
+
 need_venv() {
     [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
 }
@@ -88,9 +106,10 @@ device_env() { # what a run's environment owes to the device
     fi
 }
 
-ready() { # what every script that runs Python does first
+ready() { # what every script that runs kernels does first
     source scripts/check_env.sh
     check_env
+    check_triton_cache
     load_cann
     device_env
     [[ $DRY_RUN == 1 ]] || need_venv

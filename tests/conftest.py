@@ -18,6 +18,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """Exit status 5 says why it is one: make would print the number alone."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        terminalreporter.write_line(f"no test matches: {' '.join(terminalreporter.config.invocation_params.args)}")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty holds NaN, so that a result that was never written shows; every test starts from one seed."""

@@ -42,7 +42,8 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"  +#.*| # .*", "", line).strip() for line in lines if re.match(r"make|bash scripts/", line)]
 
 
-COMMANDS = sorted({line for page in DOCS for line in commands(page)})
+EXAMPLES = re.findall(r"^#> (make .*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+COMMANDS = sorted({line for page in DOCS for line in commands(page)} | {*EXAMPLES})
 
 
 def assignments(line: str) -> dict[str, str]:

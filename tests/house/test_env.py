@@ -381,6 +381,27 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
             ["export", "DCP=d", "HF=h", "OUT=o"],
             "-m qwen35.convert dcp_to_hf --dcp_dir d --origin_hf_dir h --save_hf_dir o",
         ),
+        (["convert", "HF=a/b/"], "-m qwen35.convert hf_to_dcp --hf_dir a/b/ --dcp_dir ckpt/mm_path/b"),
+        (
+            ["convert", "HF=a/b", "CONVERT_DCP=c"],
+            "-m qwen35.convert hf_to_dcp --hf_dir a/b --dcp_dir c",
+        ),
+        (
+            ["export"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf",
+        ),
+        (
+            ["export", "DCP=runs/mine/", "HF=h"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/mine/ --origin_hf_dir h --save_hf_dir runs/mine/hf",
+        ),
+        (
+            ["export", "DCP=runs/mine/iter_0000010", "HF=h"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/mine/iter_0000010 --origin_hf_dir h --save_hf_dir runs/mine/hf",
+        ),
+        (
+            ["export", "DCP=d", "HF=h", "EXPORT_OUT=o"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir d --origin_hf_dir h --save_hf_dir o",
+        ),
         (["data", "LLAVA=l", "IMAGES=i", "OUT=o"], "-m qwen35.data convert --llava l --images i --out o"),
         (
             ["data", "LLAVA=l", "IMAGES=i", "OUT=o", "HF=h"],
@@ -468,6 +489,16 @@ def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str)
     ]
 
 
+def test_an_export_takes_the_model_folder_of_its_run(run: Run, project: Path) -> None:
+    (project / "runs/mine/iter_0000010").mkdir(parents=True)
+    (project / "runs/mine/config.yaml").write_text("")
+    (project / ".venv/bin/python").write_text(FAKE_PYTHON.replace("runs/tiny\\n300", "ckpt/hf_path/own"))
+    assert run("make", "export", "DCP=runs/mine/iter_0000010").returncode == 0
+    asked, export = calls(project)
+    assert asked == "-m qwen35.config.load runs/mine/config.yaml --get model.model_name_or_path"
+    assert export.endswith("--origin_hf_dir ckpt/hf_path/own --save_hf_dir runs/mine/hf")
+
+
 def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
     (project / ".venv/bin/python").write_text("#!/usr/bin/env bash\nexit 3\n")
     for target in ("convert", "finetune", "test"):
@@ -481,13 +512,87 @@ def test_what_is_given_to_make_arrives_letter_for_letter(run: Run, project: Path
     assert not (project / "ran").exists()
 
 
-def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:
+def test_make_alone_lists_the_commands_by_stage(run: Run, project: Path) -> None:
     result = run("make")
-    assert result.returncode == 0
-    for target in TARGETS:
-        assert f"make {target} " in result.stdout
-    assert "NODES" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    blocks = [block.splitlines() for block in result.stdout.strip().split("\n\n")]
+    assert [stage for stage, *_ in blocks[:-1]] == "Set up,Weights,Data,Train,Use,Prove,Develop".split(",")
+    commands = [line for _, *lines in blocks[:-1] for line in lines]
+    assert {line.split()[1] for line in commands if line.startswith("  make ")} == {*TARGETS, "test-npu"}
+    # what is followed by a value has env.sh's own, or says one that is found out
+    defaults = dict(re.findall(r'^: "\$\{(\w+):=(.*)\}"$', (project / "env.sh").read_text(), re.MULTILINE))
+    named = [line for line in commands if re.match(r" {21}(?!e\.g\.)", line)]
+    variables = dict(
+        re.findall(r"(?<![\w/])([A-Z_]{2,})(?:=([^\s,]+))?", re.sub('"[^"]*"|<[^>]*>', "", "\n".join(named)))
+    )
+    assert variables.keys() <= defaults.keys()
+    assert not [
+        n for n, value in variables.items() if value and defaults[n] not in ("", value) and "$" not in defaults[n]
+    ]
+    assert {"NODES": "1", "SOURCE": "hf", "MASTER_PORT": "6000", "NPU_MEMORY_GB": "64"}.items() <= variables.items()
+    examples = [line.partition("e.g. ")[2] for line in commands if "e.g. " in line]
+    assert len(examples) == len(TARGETS) + 1 - len(blocks[-2][1:])  # all but those of the last stage
+    assert {"ARGS=--help", "scripts/X.sh --help"} <= set(
+        re.findall(r"ARGS=--help|scripts/X\.sh --help", "\n".join(blocks[-1]))
+    )
     assert not calls(project)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("CONFIGS=configs/other.yaml", "CONFIGS is a variable that no command reads; the nearest is CONFIG "),
+        ("config=configs/other.yaml", "the nearest is CONFIG "),
+        ("NPU_PER_NODE=4", "the nearest is NPUS_PER_NODE "),
+        ("training.lr=1e-4", 'ARGS="training.lr=…"'),
+        ("O'UT=x", "the nearest is OUT "),
+    ],
+)
+def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path, given: str, named: str) -> None:
+    for target in ("finetune", "help", "export"):
+        result = run("make", target, given)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert named in result.stderr
+    assert not calls(project)
+
+
+def test_variables_that_are_known_or_not_makes_own_are_let_through(run: Run, project: Path) -> None:
+    given = ("MAKEFLAGS=-s", "SHELL=/bin/bash", "HF_TOKEN=secret", "NNODES=1", "OMP_NUM_THREADS=1")
+    assert run("make", "-j2", "finetune", "CONFIG=configs/other.yaml", *given, CONFIGS="x").returncode == 0
+    assert child(project)["HF_TOKEN"] == "secret"
+    assert child(project)["CONFIGS"] == "x"
+
+
+@pytest.mark.parametrize("target", ["install", "convert", "data", "bench", "generate"])
+def test_variables_of_a_run_stop_no_other_command(run: Run, project: Path, target: str) -> None:
+    """`make rehearse NODES=2` installs first, without a MASTER_ADDR."""
+    result = run("make", target, "NODES=2", "NODE_RANK=7", DRY_RUN="1")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["finetune.sh", "doctor.sh", "preflight.sh", "rehearse.sh"])
+def test_help_in_args_starts_nothing(run: Run, project: Path, script: str) -> None:
+    result = run("bash", f"scripts/{script}", ARGS="--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert calls(project) == (["-m rehearse --help"] if script == "rehearse.sh" else [])
+    assert script == "rehearse.sh" or "docs/settings.md" in result.stdout
+
+
+def test_kernels_outside_of_the_environment_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "kernels"], cwd=ROOT, env={}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "source .venv/bin/activate" in done.stderr
+
+
+def test_a_choice_without_a_test_says_so() -> None:
+    words = ["-k", "no_such_name", "tests/house/test_docker.py"]
+    done = subprocess.run(
+        ["bash", "scripts/test.sh", *words], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert [line for line in done.stdout.splitlines() if "no test matches" in line and "-k no_such_name" in line]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

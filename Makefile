@@ -1,19 +1,21 @@
-# Every command. A variable given here, `make finetune NODES=2`, reaches the scripts through the environment; env.sh
-# has the meaning and the default of each. `make` prints the commands below by stage (scripts/help.awk).
+# Every command. A variable given here, `make finetune NODES=2`, reaches the scripts through the
+# environment; env.sh has the meaning and the default of each. `make` prints the commands below by
+# stage (scripts/help.awk).
 
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs clean
 
-# A variable that no command reads is misspelt, and would otherwise train the tiny recipe without a word. Beside those of env.sh these
-# are read: the guide's own name of NODES, tokens, a compiler, and the folders of CANN's logs.
+# A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
+# recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
+# the folders of CANN's logs.
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
 known := $(shell sed -n 's/^: "$${\([A-Za-z0-9_]*\):=.*/\1/p' env.sh) NNODES HF_TOKEN MODELSCOPE_API_TOKEN CC ASCEND_PROCESS_LOG_PATH ASCEND_WORK_PATH
 unknown := $(filter-out $(known) SHELL MAKE%,$(given))
 ifneq ($(unknown),)
 $(error $(shell awk -v unknown='$(subst ','\'',$(unknown))' -v known='$(known)' -f scripts/nearest.awk))
 endif
-# What is given reaches the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
+# Values reach the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
 $(foreach v,$(given),$(eval override export $v := $$(value $v)))
 
 ##@ Set up

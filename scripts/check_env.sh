@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by what starts something: is every variable that is set one of its allowed values? The first that is not stops it.
+# Sourced by what starts something: is every variable that is set one of its allowed values? The
+# first that is not stops it.
 
-# Of what torch_npu reads, in its own sources: OptionsManager.cpp takes MULTI_STREAM_MEMORY_REUSE from 0 to 3 (7.3.0 to 26.1.0),
-# NPUAffinityController.cpp the parts of CPU_AFFINITY_CONF: mode:, npu_affine: and lazy_bind: from 7.3.0 on, force: from 26.1.0,
-# bind_irq: from 26.2.0; an older release passes over those it does not know.
+# Of what torch_npu reads, in its own sources: OptionsManager.cpp takes MULTI_STREAM_MEMORY_REUSE
+# from 0 to 3 (7.3.0 to 26.1.0), NPUAffinityController.cpp the parts of CPU_AFFINITY_CONF: mode:,
+# npu_affine: and lazy_bind: from 7.3.0 on, force: from 26.1.0, bind_irq: from 26.2.0; an older
+# release passes over those it does not know.
 env_rules() { # NAME int FROM TO | NAME one WORD… | NAME like REGEX what that means; a bound of - is none
     cat <<'RULES'
 ASCEND_GLOBAL_LOG_LEVEL      int 0 4

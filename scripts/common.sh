@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by every script: --help, the project's folder as working folder, env.sh exported, and a few small functions.
+# Sourced by every script: --help, the project's folder as working folder, env.sh exported, and a
+# few small functions.
 set -euo pipefail
 
 die() { # one line on stderr

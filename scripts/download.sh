@@ -3,8 +3,8 @@
 #
 #   MODEL=Qwen/Qwen3.5-4B [SOURCE=hf|modelscope] [OUT=<folder to fill, default ckpt/hf_path/Qwen3.5-4B>] scripts/download.sh
 #
-# HF_ENDPOINT names a mirror of the first hub, MODELSCOPE_DOMAIN another site of the second. Tokens, for models that ask for
-# one, come from the environment: HF_TOKEN, MODELSCOPE_API_TOKEN.
+# HF_ENDPOINT names a mirror of the first hub, MODELSCOPE_DOMAIN another site of the second. Tokens,
+# for models that ask for one, come from the environment: HF_TOKEN, MODELSCOPE_API_TOKEN.
 given=${MODEL:-} # env.sh's own is the model that is asked
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh

@@ -3,8 +3,8 @@
 #
 #   DCP=<save folder, or one iter_… or release of it> [HF=<original model folder>] [OUT=<folder to write>] scripts/export.sh
 #
-# If HF is not given outside of env.sh it is the model folder that the run trained, as its config.yaml says. OUT is hf in the
-# folder of the run if it is not given.
+# If HF is not given outside of env.sh it is the model folder that the run trained, as its
+# config.yaml says. OUT is hf in the folder of the run if it is not given.
 given_hf=${HF:-}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready

@@ -6,7 +6,8 @@
 #   HOSTS=<file> [HOSTS_DIR=<folder there> SSH="ssh -F …"] scripts/finetune.sh    on one machine, which starts all over ssh
 #   DRY_RUN=1 scripts/finetune.sh    print the command, and do not run it
 #
-# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested (scripts/tiny.sh).
+# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested
+# (scripts/tiny.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 check_nodes

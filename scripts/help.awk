@@ -1,4 +1,5 @@
-# What `make` prints: the commands of the Makefile by stage, their variables with the defaults of env.sh, an example each.
+# What `make` prints: the commands of the Makefile by stage, their variables with the defaults of
+# env.sh, an example each.
 #
 #   awk -f scripts/help.awk env.sh Makefile
 

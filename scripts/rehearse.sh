@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# One whole training step of a recipe on a virtual cluster of NPUs, on any machine, in less than a minute: memory by what holds it,
-# operators, collectives with their bytes, a range for the step's time. Fails on an operator without a kernel for NPUs, on a host
-# sync that is not allowed, on a peak over NPU_MEMORY_GB.
+# One whole training step of a recipe on a virtual cluster of NPUs, on any machine, in less than a
+# minute: memory by what holds it, operators, collectives with their bytes, a range for the step's
+# time. Fails on an operator without a kernel for NPUs, on a host sync that is not allowed, on a
+# peak over NPU_MEMORY_GB.
 #
 #   CONFIG=<recipe> [NODES=1] [NPUS_PER_NODE=8] [NPU_MEMORY_GB=64] [RATES=<file>|none] [ARGS="a.b=c … --images 0.25 …"]
 #       scripts/rehearse.sh [the same]
 #   … scripts/rehearse.sh --scaling          what is sent, on 16 to 1,024 NPUs
 #   … scripts/rehearse.sh --help             this; ARGS=--help lists all options
 #
-# Needs neither data nor weights: of the model its config.json, or where that is not there the published one of its size. torch-npu
-# and triton-ascend come from pip's index (300 MB, kept below build/npu, as for make test-npu). Exit status 3: they cannot be had,
-# and nothing was rehearsed. Not proved: speed, HCCL, and CANN's own bugs.
+# Needs neither data nor weights: of the model its config.json, or where that is not there the
+# published one of its size. torch-npu and triton-ascend come from pip's index (300 MB, kept below
+# build/npu, as for make test-npu). Exit status 3: they cannot be had, and nothing was rehearsed.
+# Not proved: speed, HCCL, and CANN's own bugs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh
 source scripts/stand_ins.sh

@@ -3,15 +3,20 @@
 # a file in one of them, and what scripts/test-npu.sh proves of the NPU code belongs to them; where
 # torch-npu's wheel or gcc cannot be had that is said in one line, and does not fail the rest.
 #
-#   [ARGS="-k digits -x"] scripts/test.sh [pytest's options]
+#   scripts/test.sh                           all of them
+#   ARGS="-m quick" scripts/test.sh           before each commit: those that start no process
+#   ARGS="-k digits -x" scripts/test.sh       any of pytest's options, also behind scripts/test.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
 split "${ARGS:-}"
 # the tests start scripts and make themselves, with settings of their own
 unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
-if ((${#words[@]} + $#)); then
-    exec "$python" -m pytest -q "${words[@]}" "$@"
-else
-    "$python" -m pytest -q --numprocesses 2 --dist loadfile
-    bash scripts/test-npu.sh || { status=$? && ((status == 3)) || exit "$status"; }
-fi
+choice=("${words[@]}" "$@") lanes=(--numprocesses 2 --dist loadfile)
+case "${choice[*]}" in
+    "") ;;
+    "-m quick") exec "$python" -m pytest -q "${lanes[@]}" "${choice[@]}" ;;
+    *) exec "$python" -m pytest -q "${choice[@]}" ;;
+esac
+"$python" -m pytest -q "${lanes[@]}"
+bash scripts/test-npu.sh || { status=$? && ((status == 3)) || exit "$status"; }
+

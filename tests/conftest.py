@@ -18,6 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m quick` is what a developer runs before each commit; the ladder needs the environment of its script."""
+    from quick import starts_processes  # tests/ is on the path by now
+
+    for item in items:
+        if item.path.name.startswith("test_") and not starts_processes(item):
+            item.add_marker("quick")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     """Exit status 5 says why it is one: make would print the number alone."""
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:

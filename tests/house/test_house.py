@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -113,6 +115,13 @@ def test_rooms_keep_to_their_budgets():
         assert 0.85 * most <= lines <= most, f"{pattern}: {lines} lines, of {most}"
 
 
+def test_the_quick_lane_has_tests_of_every_room():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:xdist", "-m", "quick"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rooms = {path.parent.name for path in ROOT.glob("tests/*/test_*.py")}
+    assert set(re.findall(r"^tests/(\w+)/test_\w+\.py\b", listed, re.MULTILINE)) == rooms
+
+
 def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
@@ -157,7 +166,7 @@ def test_nothing_runs_what_a_file_says():
         assert "trust_remote_code" not in script.read_text(), script
 
 
-def test_who_copies_without_waiting():
+def test_only_known_files_copy_without_waiting():
     """Only what keeps the host's memory until the copy is done; kernels/host.py is for all others."""
     allowed = {
         "kernels/host.py",
@@ -169,7 +178,7 @@ def test_who_copies_without_waiting():
     assert found == allowed
 
 
-def test_torch_is_asked_in_one_place():
+def test_versions_of_torch_are_asked_in_one_place():
     """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
     for path in FILES:
         text = path.read_text()

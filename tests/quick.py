@@ -1,0 +1,45 @@
+"""Which tests are the quick lane: those that start no process, as far as their own code tells."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+LIBRARIES = ("subprocess", "multiprocessing", "torch.multiprocessing", "torch.multiprocessing.spawn")
+STARTERS = (*LIBRARIES, "forked", "training_runs", "saver_run", "kills")  # and the helpers of tests/ that start some
+
+
+def starts_processes(item: pytest.Function) -> bool:
+    """Whether a test, a fixture that it asks for or a helper of tests/ that these call names what starts a process."""
+    fixtures = (definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found)
+    return any(_starts(thing, set()) for thing in (item.function, *fixtures))
+
+
+def _starts(thing: Any, seen: set[int]) -> bool:
+    if isinstance(thing, ModuleType):
+        return thing.__name__ in STARTERS
+    if id(thing) in seen:
+        return False
+    seen.add(id(thing))
+    if isinstance(thing, type):
+        return thing.__module__ in STARTERS or any(_starts(member, seen) for member in vars(thing).values())
+    if not isinstance(thing, FunctionType):
+        return False
+    if thing.__module__ in STARTERS:
+        return True
+    if TESTS not in Path(thing.__code__.co_filename).parents:
+        return False
+    names = set(_names(thing.__code__))
+    imported_inside = not names.isdisjoint(STARTERS)
+    return imported_inside or any(_starts(thing.__globals__[name], seen) for name in names & thing.__globals__.keys())
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that a function, and those defined inside it, look up."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -55,7 +55,7 @@ def assignments(line: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_generated_page_is_what_make_docs_writes(name):
+def test_generated_pages_are_up_to_date(name):
     assert (ROOT / "docs" / name).read_text() == PAGES[name](), "make docs"
 
 
@@ -93,7 +93,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_page
-def test_links(page):
+def test_every_link_leads_somewhere(page):
     text = re.sub(r"`[^`]*`", "", BLOCK.sub("", page.read_text()))
     for link in re.findall(r"\]\(([^)]+)\)", text):
         if re.match(r"https://[\w.-]+/", link):
@@ -105,7 +105,7 @@ def test_links(page):
 
 
 @each_page
-def test_files_are_there(page):
+def test_files_that_a_page_names_exist(page):
     if ELSEWHERE.search(page.name):
         return
     folders = "accept|assets|bench|configs|docs|kernels|qwen35|rehearse|scripts|tests"
@@ -120,7 +120,7 @@ def test_files_are_there(page):
 
 
 @each_page
-def test_settings_are_there(page):
+def test_settings_that_a_page_names_exist(page):
     known = {f"{path}{cells[0].strip('`')}" for path, cells in rows(Settings, "", comments(source()))} | {
         "model.loss_type"
     }
@@ -167,7 +167,7 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line[:70])
-def test_commands(line, project):
+def test_commands_run_and_their_options_exist(line, project):
     """Each is run by the real scripts in a copy of the project; what they hand to Python is looked at instead of run."""
     if not line.startswith("make"):
         assert (ROOT / shlex.split(line)[1]).exists()
@@ -210,8 +210,30 @@ def options() -> set[str]:
 
 
 @each_page
-def test_commands_in_sentences(page):
+def test_targets_in_sentences_exist(page):
     assert set(re.findall(r"(?<![\w-])make ([a-z][a-z-]*)", code(page))) <= targets()
+
+
+MINDSPEED = """Qwen35Converter GenericDCPConverter load_format save_format ep_plan gdn_implementation chunkmbs train_epochs
+    lr_scaling_plan lora""".split()
+
+
+@pytest.mark.parametrize("name", ["from-mindspeed.md", "from-mindspeed.zh-CN.md"])
+def test_each_word_of_mindspeed_has_its_place_or_the_reason_why_not(name):
+    cells = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / name).read_text().splitlines()]
+    for word in MINDSPEED:
+        places = [row[1] for row in cells if len(row) == 2 and re.search(rf"\b{word}\b", row[0])]
+        assert places, word
+        assert all(re.search(r"`[^`]+`|not here, because|没有，因为", place) for place in places), word
+
+
+# another word for what the glossary calls 预演, 打包序列, 门控 DeltaNet, 免密 SSH, 桩 and 出现 NaN
+OTHER_WORDS = "演练|彩排|装箱|打包后的序列|门控增量|增量网络|无密码|免密码|不问密码|替身|假库|变成 NaN|成为 NaN"
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if ".zh-CN." in p.name], ids=lambda p: p.name)
+def test_chinese_pages_have_one_word_for_each_thing(page):
+    assert not re.findall(OTHER_WORDS, page.read_text())
 
 
 # -- form --------------------------------------------------------------------------------------------------------------
@@ -231,7 +253,7 @@ def test_both_languages_have_the_same_parts(name):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_readme_is_one_page(name):
+def test_a_readme_is_short_and_first_says_what_never_ran_on_an_npu(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= 150
     assert [line for line in lines[:20] if "docs/proof.md" in line], (
@@ -246,7 +268,7 @@ def test_sentences_are_wrapped(page):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_tree_is_the_tree(name):
+def test_the_tree_is_what_git_has(name):
     tree = next(text for kind, text in blocks(ROOT / name) if not kind and "Makefile" in text)
     said: dict[str, set[str]] = {}
     folder = ""

@@ -186,8 +186,12 @@ def test_a_wrong_value_stops_with_one_line(run: Run, project: Path, name: str, v
 
 
 def test_the_line_says_what_is_allowed(run: Run) -> None:
-    assert "from 120 to 7200" in run("bash", "scripts/finetune.sh", HCCL_CONNECT_TIMEOUT="100").stderr
-    assert "true, false, strict" in run("bash", "scripts/finetune.sh", HCCL_DETERMINISTIC="1").stderr
+    for name, value, allowed in (
+        ("HCCL_CONNECT_TIMEOUT", "100", ("120", "7200")),
+        ("HCCL_DETERMINISTIC", "1", ("true", "false", "strict")),
+    ):
+        [line] = run("bash", "scripts/finetune.sh", **{name: value}).stderr.splitlines()
+        assert all(word in line for word in (f"{name}={value}", *allowed))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_the_line_says_what_is_allowed(run: Run) -> None:
         ({"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK=2"),
     ],
 )
-def test_several_nodes_need_their_places(run: Run, variables: dict[str, str], named: str) -> None:
+def test_several_nodes_need_a_master_and_a_rank(run: Run, variables: dict[str, str], named: str) -> None:
     result = run("make", "finetune", "NODES=2", **variables)
     assert result.returncode != 0
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
@@ -216,7 +220,7 @@ def test_every_variable_is_documented() -> None:
         assert re.search(rf'^# .*\n(: "\$.*\n)*: "\$\{{{name}:=', text, re.MULTILINE), name
 
 
-def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
+def test_variables_set_outside_reach_the_training(run: Run, project: Path) -> None:
     result = run(
         "make", "finetune", "CONFIG=configs/other.yaml", "ARGS=training.train_iters=20 'model.freeze=[a, b]'",
         HCCL_CONNECT_TIMEOUT="300", TASK_QUEUE_ENABLE="0", NODE_ADDR="10.0.0.2",
@@ -230,7 +234,7 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
     assert calls(project)[-1].endswith(" configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
 
 
-def test_what_make_started_ends_with_it(run: Run, project: Path) -> None:
+def test_a_run_that_make_started_knows_its_parent(run: Run, project: Path) -> None:
     """By the process that qwen35.launch is told of; a shell's end is no reason to stop."""
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     assert child(project)["QWEN35_PARENT"].isdecimal()
@@ -242,10 +246,10 @@ def test_an_open_quote_stops_the_launch(run: Run) -> None:
     result = run("bash", "scripts/finetune.sh", ARGS="training.lr=1 model.freeze=['a] training.seed=1", DRY_RUN="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
-    assert "a quote is not closed" in result.stderr
+    assert "ARGS=training.lr=1 model.freeze=['a] training.seed=1" in result.stderr
 
 
-def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: Path) -> None:
+def test_defaults_reach_the_training_and_empty_variables_stay_unset(run: Run, project: Path) -> None:
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     got = child(project)
     assert got["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
@@ -270,13 +274,13 @@ def test_cann_is_sourced_where_it_is(run: Run, project: Path, below: str) -> Non
     assert child(project)["FROM_CANN"] == "1"
 
 
-def test_a_cpu_run_is_one_even_beside_an_accelerator(run: Run, project: Path) -> None:
+def test_a_cpu_run_hides_accelerators(run: Run, project: Path) -> None:
     assert run("make", "finetune", "CONFIG=configs/other.yaml", "DEVICE=cpu").returncode == 0
     assert child(project)["CUDA_VISIBLE_DEVICES"] == ""
     assert child(project)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
 
 
-def test_no_cann_is_no_matter_on_a_cpu_and_an_error_on_an_npu(run: Run) -> None:
+def test_cann_is_needed_on_an_npu_alone(run: Run) -> None:
     result = run("make", "finetune", "CONFIG=configs/other.yaml")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     result = run("bash", "scripts/finetune.sh", DEVICE="npu")
@@ -293,31 +297,32 @@ def test_no_cann_is_no_matter_on_a_cpu_and_an_error_on_an_npu(run: Run) -> None:
         ({"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "1"}, 1),
     ],
 )
-def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int) -> None:
+def test_a_node_has_a_process_for_each_npu(run: Run, variables: dict[str, str], processes: int) -> None:
     result = run("bash", "scripts/finetune.sh", DRY_RUN="1", ASCEND_HOME_PATH="/usr", **variables)
     assert f"--nproc_per_node {processes} " in result.stdout
     assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
 
 
-def test_more_processes_than_npus(run: Run, project: Path) -> None:
+def test_more_processes_than_npus_are_refused(run: Run, project: Path) -> None:
     variables = {"DEVICE": "npu", "ASCEND_HOME_PATH": "/usr", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "3"}
     result = run("bash", "scripts/finetune.sh", **variables)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "NPUS_PER_NODE=3, but 2 NPUs are visible here (ASCEND_RT_VISIBLE_DEVICES=0,1)" in result.stderr
+    assert all(word in result.stderr for word in ("NPUS_PER_NODE=3", "2 NPUs", "ASCEND_RT_VISIBLE_DEVICES=0,1"))
     assert not calls(project)
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_the_guides_name_of_the_number_of_machines_is_not_ignored(run: Run) -> None:
+def test_nnodes_that_contradicts_nodes_is_refused(run: Run) -> None:
     result = run("make", "finetune", "NNODES=2", "DRY_RUN=1")
     assert result.returncode != 0
-    assert "NNODES=2: the number of machines is NODES here, and NODES=1" in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert "NNODES=2" in line and " NODES=1" in line
     assert run("make", "finetune", "NNODES=1", "DRY_RUN=1").returncode == 0
 
 
-def test_two_machines(run: Run) -> None:
+def test_options_of_several_machines_reach_the_launcher(run: Run) -> None:
     variables = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000", "NPUS_PER_NODE": "8"}
     result = run("make", "finetune", "DRY_RUN=1", *(f"{k}={v}" for k, v in variables.items()))
     assert "--nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 7000" in result.stdout
@@ -347,14 +352,14 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     )
 
 
-def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -> None:
+def test_a_stopped_training_is_not_exported(run: Run, project: Path) -> None:
     result = run("make", "finetune", STEPS_DONE="120")
     assert result.returncode == 0, result.stderr
     assert calls(project)[-1].startswith("-m qwen35.launch")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
+def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: int) -> None:
     env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
     walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
@@ -436,10 +441,11 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["accept", "ARGS=--only layers"], "-m accept --only layers"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
+        (["test", "ARGS=-m quick"], "-m pytest -q --numprocesses 2 --dist loadfile -m quick"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_commands_of_the_targets(run: Run, project: Path, command: list[str], call: str) -> None:
+def test_each_target_runs_its_program(run: Run, project: Path, command: list[str], call: str) -> None:
     result = run("make", *command)
     assert result.returncode == 0, result.stderr
     assert calls(project) == [call]
@@ -465,7 +471,7 @@ def test_other_versions_run_the_tests(
     assert not {"TORCH", "TRANSFORMERS", "MASTER_PORT"} & child(project).keys()
 
 
-def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> None:
+def test_another_version_than_asked_for_is_refused(run: Run, project: Path) -> None:
     made = project / "build/versions/transformers-5.2.1"
     (made / "bin").mkdir(parents=True)
     (made / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -473,12 +479,13 @@ def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> N
     (made / ".made").touch()
     result = run("make", "test-versions", TRANSFORMERS="5.2.1")
     assert result.returncode != 0
-    assert f"transformers {version('transformers')} is what is imported, 5.2.1 was asked for" in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert f"transformers {version('transformers')}" in line and "5.2.1" in line
     assert "passed" not in result.stdout
 
 
 @pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
-def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
+def test_generate_takes_the_model_folder_of_a_run(run: Run, project: Path, model: str) -> None:
     (project / "runs/mine/iter_0000010").mkdir(parents=True)
     (project / "runs/mine/config.yaml").write_text("")
     assert run("make", "generate", f"MODEL={model}").returncode == 0
@@ -539,20 +546,20 @@ def test_make_alone_lists_the_commands_by_stage(run: Run, project: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "nearest"),
     [
-        ("CONFIGS=configs/other.yaml", "CONFIGS is a variable that no command reads; the nearest is CONFIG "),
-        ("config=configs/other.yaml", "the nearest is CONFIG "),
-        ("NPU_PER_NODE=4", "the nearest is NPUS_PER_NODE "),
-        ("training.lr=1e-4", 'ARGS="training.lr=…"'),
-        ("O'UT=x", "the nearest is OUT "),
+        ("CONFIGS=configs/other.yaml", "CONFIG"),
+        ("config=configs/other.yaml", "CONFIG"),
+        ("NPU_PER_NODE=4", "NPUS_PER_NODE"),
+        ("training.lr=1e-4", 'ARGS="training.lr='),
+        ("O'UT=x", "OUT"),
     ],
 )
-def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path, given: str, named: str) -> None:
+def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path, given: str, nearest: str) -> None:
     for target in ("finetune", "help", "export"):
         result = run("make", target, given)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-        assert named in result.stderr
+        assert f" {given.partition('=')[0]} " in result.stderr and f" {nearest}" in result.stderr
     assert not calls(project)
 
 

@@ -82,7 +82,9 @@ def test_a_dry_run_prints_and_touches_nothing(project: Path, device: str, arch: 
         ({"CANN_VERSION": "9.2.0-beta.2"}, ["torch==2.7.1\n", "torch-npu==2.7.1.post11\n"], False),
     ],
 )
-def test_the_pins_of_a_cann(project: Path, variables: dict[str, str], expected: list[str], has_triton: bool) -> None:
+def test_each_cann_gets_its_pins(
+    project: Path, variables: dict[str, str], expected: list[str], has_triton: bool
+) -> None:
     before = tree(project)
     result = run(project, "make", "install", "ARCH=arm", "DEVICE=npu", "DRY_RUN=1", CANN_PATH="/opt/none", **variables)
     assert (result.returncode, result.stderr) == (0, "")
@@ -96,7 +98,7 @@ def test_the_pins_of_a_cann(project: Path, variables: dict[str, str], expected: 
     assert tree(project) == before
 
 
-def test_the_plus_cpu_of_x86_stays(project: Path) -> None:
+def test_x86_keeps_the_cpu_build_of_torch(project: Path) -> None:
     variables = {"CANN_VERSION": "9.1", "TORCH_NPU": "2.10.0.post4", "TORCH_INDEX": "an-index"}
     result = run(project, "make", "install", "ARCH=x86", "DEVICE=npu", "DRY_RUN=1", **variables)
     assert "  torch==2.10.0+cpu\n" in result.stdout
@@ -112,7 +114,7 @@ def installed_cann(project: Path, version: str) -> str:
     return str(home.parent)
 
 
-def test_cann_is_found(project: Path) -> None:
+def test_the_installed_cann_chooses_the_pins(project: Path) -> None:
     cann = installed_cann(project, "9.1.0")
     result = run(project, "make", "install", "ARCH=arm", "DEVICE=npu", "DRY_RUN=1", CANN_PATH=cann)
     assert f"cann     9.1 ({cann}/cann)\n" in result.stdout
@@ -182,7 +184,7 @@ def test_npu_on_x86_needs_an_index_and_says_why(project: Path, dry: str) -> None
         (["--help-me"], "--help-me"),
     ],
 )
-def test_wrong_words_stop_with_one_line(project: Path, command: list[str], named: str) -> None:
+def test_wrong_options_stop_with_one_line(project: Path, command: list[str], named: str) -> None:
     result = run(project, "bash", "scripts/install.sh", *command)
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
@@ -236,7 +238,7 @@ def test_lock_files_hold_exact_pins_alone() -> None:
         assert len(pins(name)) > 60
 
 
-def test_the_packages_that_the_project_stands_on() -> None:
+def test_packages_that_the_project_needs_are_pinned() -> None:
     assert pins("cpu")["torch"] == ["2.13.0"]
     assert [v.split(".")[:2] for v in pins("cpu")["transformers"]] == [["5", "20"], ["5", "23"]]  # 3.10; 3.11 and 3.12
     assert "einops" in pins("cpu")

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and uninitialised memory that cannot pass for zeros."""
+"""What all tests share: one thread, no network, and no fresh memory that passes for zeros."""
 
 import os
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-# A shell lets what it starts in the background ignore Ctrl-C, and nohup the closing of a terminal. Children inherit that, and
-# some of these tests send both.
+# A shell makes background jobs ignore Ctrl-C, and nohup the closing of a terminal. Children inherit
+# that, and some of these tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m quick` is what a developer runs before each commit; the ladder needs the environment of its script."""
+    """Mark the quick lane. The ladder has no part in it: it needs its script's environment."""
     from quick import starts_processes  # tests/ is on the path by now
 
     for item in items:
@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty holds NaN, so that a result that was never written shows; every test starts from one seed."""
+    """Start each test from one seed, and fill torch.empty with NaN, so that all is written."""
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

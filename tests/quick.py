@@ -13,7 +13,7 @@ STARTERS = (*LIBRARIES, "forked", "training_runs", "saver_run", "kills")  # and 
 
 
 def starts_processes(item: pytest.Function) -> bool:
-    """Whether a test, a fixture that it asks for or a helper of tests/ that these call names what starts a process."""
+    """Whether a test, one of its fixtures or a helper in tests/ that they call starts a process."""
     fixtures = (definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found)
     return any(_starts(thing, set()) for thing in (item.function, *fixtures))
 

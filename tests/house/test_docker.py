@@ -1,4 +1,4 @@
-"""docker/Dockerfile and the READMEs' docker commands, as far as that is known without Docker; scripts/lint.sh runs hadolint."""
+"""docker/Dockerfile and the guide's docker commands, as far as is known without Docker."""
 
 import itertools
 import re

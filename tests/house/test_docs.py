@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands run, files and settings are there, the tree is the tree."""
+"""The documents: links lead somewhere, commands run, and files and settings named in them exist."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ each_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BOTH = ("README.md", "docs/guide.md", "docs/from-mindspeed.md")  # in both languages
 ELSEWHERE = re.compile(r"from-mindspeed")  # names the files and settings of another project
-# what starts the machinery of tests, and with it downloads, is not started here: its variables are looked at
+# These start tests or downloads, so only their variables are checked.
 NOT_RUN = ("test", "test-npu", "test-versions", "rehearse", "bench", "lint", "clean")
 
 
@@ -51,7 +51,7 @@ def assignments(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words[1:] if re.match(r"[A-Z_]+=", word))
 
 
-# -- generated pages ---------------------------------------------------------------------------------------------------
+# -- generated pages -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -83,7 +83,7 @@ def test_comments_above_and_beside_a_setting_are_found(tmp_path):
     assert comments(tmp_path / "a.py") == {("A", "x"): "above, one two inside", ("A", "y"): "beside"}
 
 
-# -- links, files, settings --------------------------------------------------------------------------------------------
+# -- links, files, settings ------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -138,7 +138,7 @@ def source() -> Path:
     return Path(inspect.getsourcefile(Settings) or "")
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>calls
@@ -168,7 +168,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line[:70])
 def test_commands_run_and_their_options_exist(line, project):
-    """Each is run by the real scripts in a copy of the project; what they hand to Python is looked at instead of run."""
+    """The real scripts run in a copy of the project; what they hand to Python is only checked."""
     if not line.startswith("make"):
         assert (ROOT / shlex.split(line)[1]).exists()
         return
@@ -236,12 +236,12 @@ def test_chinese_pages_have_one_word_for_each_thing(page):
     assert not re.findall(OTHER_WORDS, page.read_text())
 
 
-# -- form --------------------------------------------------------------------------------------------------------------
+# -- form ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_both_languages_have_the_same_parts(name):
-    """The same headings, tables of the same length, the same blocks; what can be typed is the same but for its prose."""
+    """The same headings, rows of tables, blocks and, but for their prose, commands."""
     english, chinese = ROOT / name, ROOT / name.replace(".md", ".zh-CN.md")
     for pattern in (r"^#+ ", r"^\|", r"^```"):
         found = [re.findall(pattern, page.read_text(), re.MULTILINE) for page in (english, chinese)]

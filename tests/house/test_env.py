@@ -1,4 +1,4 @@
-"""env.sh, its checks and the launch: the real scripts in a copy of the project whose python says what it is given."""
+"""env.sh, its checks and every command: the real scripts, with a python that records its words."""
 
 import os
 import re
@@ -165,7 +165,7 @@ def child(project: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-# -- the checks --------------------------------------------------------------------------------------------------------
+# -- the checks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variables", GOOD, ids=lambda v: next(iter(v)))
@@ -210,7 +210,7 @@ def test_several_nodes_need_a_master_and_a_rank(run: Run, variables: dict[str, s
     assert named in line
 
 
-# -- the defaults ------------------------------------------------------------------------------------------------------
+# -- the defaults ----------------------------------------------------------------------------------
 
 
 def test_every_variable_is_documented() -> None:
@@ -261,7 +261,7 @@ def test_defaults_reach_the_training_and_empty_variables_stay_unset(run: Run, pr
     assert not {"HCCL_BUFFSIZE", "HCCL_IF_IP", "ASCEND_RT_VISIBLE_DEVICES", "NPUS_PER_NODE"} & got.keys()
 
 
-# -- CANN and the device -----------------------------------------------------------------------------------------------
+# -- CANN and the device ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["", "cann", "ascend-toolkit"])
@@ -311,7 +311,7 @@ def test_more_processes_than_npus_are_refused(run: Run, project: Path) -> None:
     assert not calls(project)
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def test_nnodes_that_contradicts_nodes_is_refused(run: Run) -> None:

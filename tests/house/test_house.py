@@ -1,4 +1,4 @@
-"""The rules of the house, checked: who may say device words, who may import whom, how long a file may be."""
+"""The rules of the house: who may name devices, who may import whom, how long files may be."""
 
 import ast
 import re
@@ -22,8 +22,8 @@ LAYERS = {  # folder or file -> what it must not import
     "rehearse": ("transformers", "accept"),
     "accept": ("transformers",),
 }
-# The rooms of qwen35/ from the ground up, each of which imports none of those above it, and the lines that each may have. What
-# lies directly in qwen35/ imports none, but for the two programs of a rank, on top, and rank.py, which reads their settings.
+# The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
+# those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
     "config": 880,
     "model": 1_200,
@@ -133,7 +133,7 @@ def test_recipes_are_short_and_valid():
 
 
 def test_nothing_runs_what_a_file_says():
-    """No code of a model's repository, no pickle, no loader of YAML that makes objects; scripts start nothing unasked."""
+    """No code of a model's repository, no pickle, and no YAML loader that makes objects."""
     allowed = {  # they refuse all but the classes that describe tensors
         "qwen35/checkpoint/dcp_source.py": {"pickle.Unpickler"},
         "qwen35/checkpoint/dcp_item.py": {"pickle.Unpickler"},
@@ -167,7 +167,7 @@ def test_nothing_runs_what_a_file_says():
 
 
 def test_only_known_files_copy_without_waiting():
-    """Only what keeps the host's memory until the copy is done; kernels/host.py is for all others."""
+    """Only files that keep the host's memory until the copy is done; others use kernels/host.py."""
     allowed = {
         "kernels/host.py",
         "qwen35/device.py",
@@ -179,7 +179,7 @@ def test_only_known_files_copy_without_waiting():
 
 
 def test_versions_of_torch_are_asked_in_one_place():
-    """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
+    """kernels/features.py knows what an older torch lacks; device.py alone asks for an NPU."""
     for path in FILES:
         text = path.read_text()
         if re.search(r"hasattr\((torch|F|dist|dcp|FSDPModule)\b|torch\.__version__\s*[<>=!]", text):

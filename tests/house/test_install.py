@@ -43,7 +43,7 @@ def pins(name: str) -> dict[str, list[str]]:
     return found
 
 
-# -- dry runs ----------------------------------------------------------------------------------------------------------
+# -- dry runs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_arch_and_device_are_detected(project: Path) -> None:
     assert re.search("^device   (cpu|npu)$", result.stdout, re.MULTILINE)
 
 
-# -- what stops an install ---------------------------------------------------------------------------------------------
+# -- what stops an install -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dry", ["0", "1"])
@@ -216,7 +216,7 @@ def test_msid_is_accepted_and_pins_nothing(project: Path) -> None:
     assert "nothing to pin" in result.stdout
 
 
-# -- real installs, of a lock file that is soon done -------------------------------------------------------------------
+# -- real installs, of a lock file that is soon done -----------------------------------------------
 
 
 def test_a_failed_install_does_not_look_installed(project: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_failed_install_does_not_look_installed(project: Path) -> None:
     assert "[2/3]" in result.stdout  # it tries to install first
 
 
-# -- the lock files ----------------------------------------------------------------------------------------------------
+# -- the lock files --------------------------------------------------------------------------------
 
 
 def test_lock_files_hold_exact_pins_alone() -> None:

@@ -1,4 +1,4 @@
-"""scripts/test-npu.sh says in one line why nothing was tested; what it tests is in tests/npu and runs by that script alone."""
+"""scripts/test-npu.sh says in one line why nothing was tested; tests/npu has what it runs."""
 
 import os
 import shutil

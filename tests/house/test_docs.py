@@ -17,7 +17,7 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md")])
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BOTH = ("README.md", "docs/guide.md", "docs/from-mindspeed.md")  # in both languages

@@ -56,7 +56,7 @@ find_python() { # CANDIDATE…: PYTHON if it is set, else the first usable one
 
 split() { # TEXT into the array words, as a shell would: quotes honoured, nothing expanded
     local lines
-    lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed"
+    lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed; close it"
     words=()
     # shellcheck disable=SC2034 # read by the caller
     if [[ -n $lines ]]; then mapfile -t words <<<"$lines"; fi
@@ -73,7 +73,7 @@ load_cann() { # CANN's environment, where it is; its scripts use unbound variabl
         return
     done
     if [[ $(device) == npu && -z ${ASCEND_HOME_PATH:-} ]]; then
-        die "CANN_PATH=$CANN_PATH: no set_env.sh there, nor in cann/ or ascend-toolkit/ below it"
+        die "CANN_PATH=$CANN_PATH: no set_env.sh there, nor in cann/ or ascend-toolkit/ below it; install CANN, or set CANN_PATH to its folder"
     fi
 }
 
@@ -96,7 +96,7 @@ exported() { # the folder that `make export` writes
 }
 
 need_venv() {
-    [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
+    [[ -e .venv/.installed ]] || die "nothing is installed yet: run make install"
 }
 
 device_env() { # what a run's environment owes to the device

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Look at all that a run needs of this machine: each line ok, or wrong with what to do; on a CPU
-# also what an NPU run would still need. It needs no installation. It changes nothing; where all is
-# well for a run on NPUs, it then compiles the Triton kernels of the recipe into TRITON_CACHE_DIR,
-# and prints a table of them.
+# Check everything that a run needs from this machine. Each line is ok, or wrong with what to do; on a
+# CPU it also says what an NPU run would still need. It needs no installation and changes nothing.
+# Where all is well for a run on NPUs, it then compiles the Triton kernels of the recipe into
+# TRITON_CACHE_DIR, and prints a table of them.
 #
 #   [CONFIG=<recipe>] [ARGS="a.b=c …"] scripts/doctor.sh [a.b=c …]    settings over the recipe's: docs/settings.md
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

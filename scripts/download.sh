@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Bring a model of a hub into a folder, checked; stopped and started again it goes on where it was.
+# Download a model from a hub into a folder, every file checked. Started again, it goes on where it
+# was stopped.
 #
 #   MODEL=Qwen/Qwen3.5-4B [SOURCE=hf|modelscope] [OUT=<folder to fill, default ckpt/hf_path/Qwen3.5-4B>] scripts/download.sh
 #
@@ -12,5 +13,5 @@ check_env
 need_venv
 split "${ARGS:-}"
 model=${given:-${DOWNLOAD_MODEL:-}}
-[[ -n $model ]] || die "no model is named: make download MODEL=Qwen/Qwen3.5-4B"
+[[ -n $model ]] || die "MODEL is not set: name one, as in make download MODEL=Qwen/Qwen3.5-4B"
 exec "$python" -m qwen35.tools.download "$model" --source "$SOURCE" ${OUT:+--out "$OUT"} "${words[@]}" "$@"

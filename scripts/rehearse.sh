@@ -9,8 +9,8 @@
 #   … scripts/rehearse.sh --scaling          what is sent, on 16 to 1,024 NPUs
 #   … scripts/rehearse.sh --help             this; ARGS=--help lists all options
 #
-# Needs neither data nor weights: of the model its config.json, or where that is not there the
-# published one of its size. torch-npu and triton-ascend come from pip's index (300 MB, kept below
+# Needs no data and no weights, only the model's config.json; where that is missing, the published one
+# of the same size is taken. torch-npu and triton-ascend come from pip's index (300 MB, kept below
 # build/npu, as for make test-npu). Exit status 3: they cannot be had, and nothing was rehearsed.
 # Not proved: speed, HCCL, and CANN's own bugs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

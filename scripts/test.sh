@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the tests, all of them on a CPU. Without options that choose among them they run in two lanes,
-# a file in one of them, and what scripts/test-npu.sh proves of the NPU code belongs to them; where
-# torch-npu's wheel or gcc cannot be had that is said in one line, and does not fail the rest.
+# Run the tests, on a CPU. Without options all of them run in two lanes, file by file, and then
+# scripts/test-npu.sh proves the NPU code; where torch-npu's wheel or gcc cannot be had, one line says
+# so and the rest still counts.
 #
 #   scripts/test.sh                           all of them
 #   ARGS="-m quick" scripts/test.sh           before each commit: those that start no process

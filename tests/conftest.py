@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from quick import starts_processes  # tests/ is on the path by now
 
     for item in items:
-        if item.path.name.startswith("test_") and not starts_processes(item):
+        if isinstance(item, pytest.Function) and item.path.name.startswith("test_") and not starts_processes(item):
             item.add_marker("quick")
 
 

@@ -261,7 +261,7 @@ def test_a_readme_is_short_and_first_says_what_never_ran_on_an_npu(name):
     )
 
 
-@pytest.mark.parametrize("page", [p for p in DOCS if p.name != "SECURITY.md"], ids=lambda p: p.name)
+@each_page
 def test_sentences_are_wrapped(page):
     lines = BLOCK.sub("", page.read_text()).splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]

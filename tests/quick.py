@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = f"{Path(__file__).parent}/"
 LIBRARIES = ("subprocess", "multiprocessing", "torch.multiprocessing", "torch.multiprocessing.spawn")
-STARTERS = (*LIBRARIES, "forked", "training_runs", "saver_run", "kills")  # and the helpers of tests/ that start some
+HELPERS = ("forked", "training_runs", "saver_run", "kills")  # files of tests/ that start processes
+STARTERS = (*LIBRARIES, *HELPERS)
 
 
 def starts_processes(item: pytest.Function) -> bool:
@@ -30,7 +31,7 @@ def _starts(thing: Any, seen: set[int]) -> bool:
         return False
     if thing.__module__ in STARTERS:
         return True
-    if TESTS not in Path(thing.__code__.co_filename).parents:
+    if not thing.__code__.co_filename.startswith(TESTS):
         return False
     names = set(_names(thing.__code__))
     imported_inside = not names.isdisjoint(STARTERS)

@@ -20,10 +20,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the quick lane. The ladder has no part in it: it needs its script's environment."""
-    from quick import starts_processes  # tests/ is on the path by now
+    from quick import is_quick  # tests/ is on the path by now
 
     for item in items:
-        if isinstance(item, pytest.Function) and item.path.name.startswith("test_") and not starts_processes(item):
+        if isinstance(item, pytest.Function) and item.path.name.startswith("test_") and is_quick(item):
             item.add_marker("quick")
 
 

@@ -1,4 +1,4 @@
-"""Which tests are the quick lane: those that start no process, as far as their own code tells."""
+"""Which tests are the quick lane: those that start no process, but for a few files that take long."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,16 @@ TESTS = f"{Path(__file__).parent}/"
 LIBRARIES = ("subprocess", "multiprocessing", "torch.multiprocessing", "torch.multiprocessing.spawn")
 HELPERS = ("forked", "training_runs", "saver_run", "kills")  # files of tests/ that start processes
 STARTERS = (*LIBRARIES, *HELPERS)
+SLOW = (  # 8 to 70 s of processor time each, as measured
+    "data/test_dataloader.py",
+    "inference/test_generate_command.py",
+    "model/test_step.py",
+    "rehearse/test_rehearse.py",
+)
+
+
+def is_quick(item: pytest.Function) -> bool:
+    return not str(item.path).endswith(SLOW) and not starts_processes(item)
 
 
 def starts_processes(item: pytest.Function) -> bool:

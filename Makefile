@@ -1,36 +1,96 @@
-# Every command. A variable given here, `make finetune NODES=2`, reaches the scripts through the environment; env.sh has
-# the meaning and the default of each.
+# Every command. A variable given here, `make finetune NODES=2`, reaches the scripts through the
+# environment; env.sh has the meaning and the default of each. `make` prints the commands below by
+# stage (scripts/help.awk).
 
 SHELL := bash
 .DEFAULT_GOAL := help
-# What is given on the command line reaches the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
-$(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$(eval override export $v := $$(value $v))))
 .PHONY: help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs clean
 
-help:     ## this list
-install:  ## .venv with the exact pins for this machine  [ARCH=x86|arm DEVICE=cpu|npu CANN_VERSION TORCH_NPU PYTHON TORCH_INDEX DRY_RUN=1]
-doctor:   ## is all as it should be here? every line ok, or wrong with what to do  [CONFIG ARGS]
-accept:   ## what to run first on a real machine: does it compute what it should, how fast? one report  [NPUS_PER_NODE ARGS=--small]
-download: ## a model of a hub into ckpt/hf_path, checked; goes on where it was stopped  [MODEL SOURCE=hf|modelscope OUT ARGS]
-convert:  ## Hugging Face folder to DCP checkpoint  [HF DCP TIE ARGS]
-export:   ## DCP checkpoint to Hugging Face folder  [DCP HF OUT ARGS]
-data:     ## LLaVA-Instruct and COCO images to training records, checked, with a report  [LLAVA IMAGES OUT HF ARGS]
-show:     ## samples of a recipe, trained tokens marked  [CONFIG ARGS]
-finetune: ## train; alone: a tiny model learns digits, from nothing to a score  [CONFIG ARGS NPUS_PER_NODE NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT HOSTS DRY_RUN=1]
-preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing  [CONFIG ARGS, and as finetune: NODES … or HOSTS]
-rehearse: ## one step on a virtual cluster of NPUs: does it fit, what does it send?  [CONFIG NODES NPUS_PER_NODE NPU_MEMORY_GB RATES ARGS]
-generate: ## a model's answer about images, videos and text  [MODEL IMAGE VIDEO PROMPT HF ARGS]
-evaluate: ## ask a model about held-out records  [MODEL DATA ARGS]
-bench:    ## speed and memory beside transformers' model and bare matmuls, as ratios  [ARGS]
-test:     ## all tests, on a CPU, those of test-npu among them  [ARGS]
-test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN  [TORCH=2.10.0 ARGS]
-test-versions: ## the tests on other versions of what they stand on  [TRANSFORMERS=5.2.0 TORCH=2.7.1 PYTHON ARGS]
-lint:     ## ruff, mypy, shellcheck, hadolint
-docs:     ## docs/settings.md and docs/environment.md, of the settings' own file and env.sh
-clean:    ## remove what the tools and the tiny recipe made; .venv stays
+# A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
+# recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
+# the folders of CANN's logs.
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
+known := $(shell sed -n 's/^: "$${\([A-Za-z0-9_]*\):=.*/\1/p' env.sh) NNODES HF_TOKEN MODELSCOPE_API_TOKEN CC ASCEND_PROCESS_LOG_PATH ASCEND_WORK_PATH
+unknown := $(filter-out $(known) SHELL MAKE%,$(given))
+ifneq ($(unknown),)
+$(error $(shell awk -v unknown='$(subst ','\'',$(unknown))' -v known='$(known)' -f scripts/nearest.awk))
+endif
+# Values reach the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
+$(foreach v,$(given),$(eval override export $v := $$(value $v)))
+
+##@ Set up
+install: ## .venv with the exact pins for this machine
+#: ARCH DEVICE PYTHON CANN_PATH CANN_VERSION TORCH_NPU TORCH_INDEX DRY_RUN
+#> make install DEVICE=npu CANN_VERSION=9.1 DRY_RUN=1
+doctor: ## is all as it should be here? every line is ok, or wrong with what to do
+#: CONFIG ARGS="settings"
+#> make doctor CONFIG=configs/qwen3_5_4B.yaml
+accept: ## the first thing on a real machine: does it compute what it should, and how fast? one report
+#: NPUS_PER_NODE ASCEND_RT_VISIBLE_DEVICES ARGS="options"
+#> make accept ARGS="--only operators layers"
+
+##@ Weights
+download: ## a model from a hub, every file checked; goes on where it was stopped
+#: MODEL=<name on the hub> SOURCE OUT=ckpt/hf_path/<name> ARGS="options"
+#> make download MODEL=Qwen/Qwen3.5-4B SOURCE=modelscope
+convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
+#: HF DCP=ckpt/mm_path/<name of HF> TIE
+#> make convert HF=ckpt/hf_path/Qwen3.5-4B
+
+##@ Data
+data: ## LLaVA-Instruct and COCO images to training records, checked, with a report
+#: LLAVA IMAGES
+#: OUT=data/mllm_format_llava_instruct_data.json HF=<model whose tokens are counted> ARGS="options"
+#> make data HF=ckpt/hf_path/Qwen3.5-4B ARGS="--on_missing skip"
+show: ## samples of a recipe as the model sees them, the trained tokens marked
+#: CONFIG ARGS="settings"
+#> make show CONFIG=configs/qwen3_5_4B.yaml
+
+##@ Train
+rehearse: ## one step on a virtual cluster of NPUs: does it fit, and what does it send?
+#: CONFIG NODES NPUS_PER_NODE=8 NPU_MEMORY_GB RATES ARGS="settings and options"
+#> make rehearse CONFIG=configs/qwen3_5_35B-A3B.yaml NODES=2
+preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing
+#: as for finetune
+#> HOSTS=machines.txt make preflight CONFIG=configs/qwen3_5_27B.yaml
+finetune: ## train; alone: a tiny model learns to read digits, from nothing to a score
+#: CONFIG NPUS_PER_NODE ARGS="settings" DRY_RUN
+#: NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT, or HOSTS HOSTS_DIR SSH
+#> make finetune CONFIG=configs/qwen3_5_4B.yaml ARGS="training.train_iters=20 training.lr=2e-5"
+
+##@ Use
+export: ## a checkpoint of a run to a Hugging Face folder, for transformers and vLLM
+#: DCP=runs/tiny HF=<model that the run trained> OUT=<DCP>/hf
+#> make export DCP=runs/qwen3_5_4B
+generate: ## a model's answer about images, videos and text
+#: MODEL=runs/tiny/hf PROMPT=<text, else standard input> IMAGE VIDEO HF ARGS="options"
+#> make generate IMAGE=data/digits/images/0000.png PROMPT='Which digit is this?'
+evaluate: ## ask a model about held-out records, and count the right answers
+#: MODEL=runs/tiny/hf DATA ARGS="options"
+#> make evaluate MODEL=runs/qwen3_5_4B/hf DATA=data/heldout.json ARGS="--dataset_dir data/COCO2017"
+
+##@ Prove
+test: ## all tests, on a CPU, those of test-npu among them
+#: ARGS="options of pytest"
+#> make test ARGS="-m quick"
+test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN
+#: TORCH ARGS="options of pytest"
+#> make test-npu TORCH=2.10.0
+test-versions: ## the tests on other versions of what they stand on
+#: TRANSFORMERS TORCH PYTHON TORCH_INDEX ARGS="options of pytest"
+#> make test-versions TORCH=2.7.1
+bench: ## speed and memory beside transformers' model and bare matmuls, as ratios
+#: ARGS="options"
+#> make bench ARGS="--only moe"
+
+##@ Develop
+help: ## this list
+lint: ## ruff, mypy, shellcheck, hadolint
+docs: ## write docs/settings.md and docs/environment.md anew
+clean: ## remove what the tools and the tiny recipe made; .venv stays
 
 help:
-	@sed -n 's/^\([a-z-]*\): *## /  make \1\t/; s/  \(\[.*\]\)$$/\n\t\1/; /^  make/p' Makefile | expand -t 21
+	@awk -f scripts/help.awk env.sh Makefile
 
 install:
 	@bash scripts/install.sh

@@ -6,10 +6,14 @@ device); `select` picks an implementation of each op for a device.
 transformers probes for a package named `kernels` and parses its version: 0.0.0 is too old for it.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
+
+if sys.argv[:1] == ["-m"] and not find_spec("torch"):  # `python -m kernels`; its __main__ runs after the imports below
+    sys.exit("python -m kernels: torch is not installed for this Python; run `source .venv/bin/activate` first")
 
 from kernels.attention import varlen_attention
 from kernels.causal_conv1d import causal_conv1d

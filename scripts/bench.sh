@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measure speed and memory against transformers' own model and against bare matmuls, as ratios; about ten minutes.
+# Measure speed and memory against transformers' own model and against bare matmuls, as ratios;
+# about ten minutes.
 #
 #   [ARGS="--only moe" | ARGS=--all | ARGS=--json] scripts/bench.sh [the same options]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by common.sh: is every variable that is set one of its allowed values? The first that is not stops the launch.
+# Sourced by scripts that start something: checks that every variable that is set has an allowed
+# value. The first wrong one stops the script.
 
-# Of what torch_npu reads, in its own sources: OptionsManager.cpp takes MULTI_STREAM_MEMORY_REUSE from 0 to 3 (7.3.0 to 26.1.0),
-# NPUAffinityController.cpp the parts of CPU_AFFINITY_CONF: mode:, npu_affine: and lazy_bind: from 7.3.0 on, force: from 26.1.0,
-# bind_irq: from 26.2.0; an older release passes over those it does not know.
+# Ranges of what torch_npu reads are from its own sources. OptionsManager.cpp takes
+# MULTI_STREAM_MEMORY_REUSE from 0 to 3 (7.3.0 to 26.1.0). NPUAffinityController.cpp takes mode:,
+# npu_affine: and lazy_bind: in CPU_AFFINITY_CONF from 7.3.0 on, force: from 26.1.0 on and bind_irq:
+# from 26.2.0 on; an older release ignores those it does not know.
 env_rules() { # NAME int FROM TO | NAME one WORD… | NAME like REGEX what that means; a bound of - is none
     cat <<'RULES'
 ASCEND_GLOBAL_LOG_LEVEL      int 0 4
@@ -74,7 +76,9 @@ check_env() {
         [[ ${!name:-} != \~/* || $name == PROMPT ]] || wrong "$name" "${!name}" "a path without ~"
     done
     check_alloc_conf
-    check_nodes
+}
+
+check_triton_cache() { # for what runs kernels
     if [[ -e ${TRITON_CACHE_DIR:-} && ! (-d $TRITON_CACHE_DIR && -O $TRITON_CACHE_DIR) ]]; then
         wrong TRITON_CACHE_DIR "$TRITON_CACHE_DIR" "a folder of this user, or one that is not there yet: programs are loaded from it"
     fi
@@ -84,6 +88,8 @@ wrong_values() ( # each wrong value as a line, for who wants to know them all
     # shellcheck disable=SC2329 # check_env calls it
     die() { echo "$*"; }
     check_env
+    check_triton_cache
+    check_nodes
 )
 
 check_int() {
@@ -107,7 +113,7 @@ check_alloc_conf() {
         wrong PYTORCH_NPU_ALLOC_CONF "$value" "a comma list of key:value like ${alloc_conf_keys//$'\n'/ }"
 }
 
-check_nodes() { # the values that depend on each other
+check_nodes() { # for what starts a run: the values that depend on each other
     local nodes=${NODES:-1} rank=${NODE_RANK:-0} name
     if [[ ! $nodes =~ ^[0-9]+$ || ! $rank =~ ^[0-9]+$ ]]; then return; fi # wrong by themselves
     if ((nodes > 1)) && [[ -z ${HOSTS:-} ]]; then # which says where each machine is
@@ -115,10 +121,10 @@ check_nodes() { # the values that depend on each other
             [[ -n ${!name:-} ]] || die "$name is not set, and NODES=$nodes needs it: the same MASTER_ADDR on every machine, NODE_RANK 0 to $((nodes - 1))"
         done
     fi
-    [[ -z ${NNODES:-} || $NNODES == "$nodes" ]] || die "NNODES=$NNODES: the number of machines is NODES here, and NODES=$nodes"
+    [[ -z ${NNODES:-} || $NNODES == "$nodes" ]] || die "NNODES=$NNODES contradicts NODES=$nodes: the number of machines is NODES here, set that"
     ((rank < nodes)) || wrong NODE_RANK "$NODE_RANK" "a whole number from 0 to $((nodes - 1)), since NODES=$nodes"
 }
 
 wrong() { # NAME VALUE ALLOWED
-    die "$1=${2//$'\n'/ }: allowed is $3"
+    die "$1=${2//$'\n'/ }: must be $3"
 }

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by every script: --help, the project's folder as working folder, env.sh exported, and a few small functions.
+# Sourced by every script: --help, the project's folder as working folder, env.sh exported, and a
+# few small functions.
 set -euo pipefail
 
 die() { # one line on stderr
@@ -55,7 +56,7 @@ find_python() { # CANDIDATE…: PYTHON if it is set, else the first usable one
 
 split() { # TEXT into the array words, as a shell would: quotes honoured, nothing expanded
     local lines
-    lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed"
+    lines=$(xargs -rn1 printf '%s\n' <<<"$1" 2>/dev/null) || die "ARGS=$1: a quote is not closed; close it"
     words=()
     # shellcheck disable=SC2034 # read by the caller
     if [[ -n $lines ]]; then mapfile -t words <<<"$lines"; fi
@@ -72,12 +73,30 @@ load_cann() { # CANN's environment, where it is; its scripts use unbound variabl
         return
     done
     if [[ $(device) == npu && -z ${ASCEND_HOME_PATH:-} ]]; then
-        die "CANN_PATH=$CANN_PATH: no set_env.sh there, nor in cann/ or ascend-toolkit/ below it"
+        die "CANN_PATH=$CANN_PATH: no set_env.sh there, nor in cann/ or ascend-toolkit/ below it; install CANN, or set CANN_PATH to its folder"
     fi
 }
 
+help_in() { # WORD…: is --help among what ARGS and the command line give?
+    [[ " $* " == *" --help "* ]]
+}
+
+converted() { # the folder that `make convert` writes
+    echo "${DCP:-${CONVERT_DCP:-ckpt/mm_path/$(basename "$(realpath -ms "$HF")")}}"
+}
+
+run_folder() { # of the checkpoint that `make export` reads: the folder above iter_… or release
+    local folder=${DCP:-$EXPORT_DCP}
+    folder=${folder%/}
+    if [[ ${folder##*/} =~ ^(iter_[0-9]+|release)$ ]]; then dirname "$folder"; else echo "$folder"; fi
+}
+
+exported() { # the folder that `make export` writes
+    echo "${OUT:-${EXPORT_OUT:-$(run_folder)/hf}}"
+}
+
 need_venv() {
-    [[ -e .venv/.installed ]] || die "nothing is installed yet: make install"
+    [[ -e .venv/.installed ]] || die "nothing is installed yet: run make install"
 }
 
 device_env() { # what a run's environment owes to the device
@@ -88,9 +107,10 @@ device_env() { # what a run's environment owes to the device
     fi
 }
 
-ready() { # what every script that runs Python does first
+ready() { # what every script that runs kernels does first
     source scripts/check_env.sh
     check_env
+    check_triton_cache
     load_cann
     device_env
     [[ $DRY_RUN == 1 ]] || need_venv

@@ -3,7 +3,8 @@
 #
 #   LLAVA=<llava_instruct_150k.json> IMAGES=<folder of train2017> OUT=<file to write> [HF=<model folder>] [ARGS="more options"] scripts/data.sh
 #
-# Beside the file goes a report. Its lengths are in tokens if HF is given outside of env.sh, else in characters.
+# A report is written beside the file. Lengths in it are in tokens if HF is given outside of env.sh,
+# else in characters.
 given_hf=${HF:-}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready

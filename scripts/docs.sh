@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make docs/settings.md and docs/environment.md anew, of the comments in the settings' own file and in env.sh.
+# Generate docs/settings.md and docs/environment.md from the comments in the settings' own file and
+# in env.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
 exec "$python" -m tests.reference_pages

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Fine-tune: check the environment, then start one process an NPU (two on a CPU) on this machine.
 #
-#   CONFIG=<recipe> [ARGS="a.b=c …"] scripts/finetune.sh [a.b=c …]
+#   CONFIG=<recipe> [ARGS="a.b=c …"] scripts/finetune.sh [a.b=c …]    settings over the recipe's: docs/settings.md
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 [MASTER_PORT=6000 NODE_ADDR=… NPUS_PER_NODE=8] scripts/finetune.sh    on each machine
 #   HOSTS=<file> [HOSTS_DIR=<folder there> SSH="ssh -F …"] scripts/finetune.sh    on one machine, which starts all over ssh
 #   DRY_RUN=1 scripts/finetune.sh    print the command, and do not run it
 #
-# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested (scripts/tiny.sh).
+# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested
+# (scripts/tiny.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
+check_nodes
 [[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
 preflight=()
 if [[ ${1:-} == --preflight ]]; then # see preflight.sh
@@ -17,6 +19,7 @@ if [[ ${1:-} == --preflight ]]; then # see preflight.sh
 fi
 split "${ARGS:-}"
 overrides=("${words[@]}" "$@")
+if help_in "${overrides[@]}"; then exec bash "$0" --help; fi
 if [[ -n ${HOSTS:-} && -z ${QWEN35_NODE:-} ]]; then
     need_venv # for a dry run as well: Python reads the file
     exec "$python" -m qwen35.launch.hosts "${preflight[@]}" --variables "${env_names[*]}" -- "$HOSTS" "$CONFIG" "${overrides[@]}"

@@ -4,8 +4,8 @@
 #   MODEL=<Hugging Face folder, or DCP checkpoint> [IMAGE=a.png,b.png] [VIDEO=<file, folder of frames, or a.png,b.png,…>] \
 #       PROMPT='…' [HF=<model folder>] [ARGS="more options"] scripts/generate.sh
 #
-# A DCP checkpoint of a run is asked with the model folder that the run trained, if HF is not given outside of env.sh. Without
-# PROMPT the text comes from standard input.
+# A DCP checkpoint of a run is asked with the model folder that the run trained, if HF is not given
+# outside of env.sh. Without PROMPT the text comes from standard input.
 given_hf=${HF:-}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready

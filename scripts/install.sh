@@ -99,8 +99,8 @@ fi
 [[ -z $need_index ]] || die "$need_index"
 [[ $arch == "$host" ]] || die "ARCH=$arch, but this machine is $host; DRY_RUN=1 prints what would be installed there"
 
-# The stamp goes first and comes back last: an install that stops half-way never looks whole. A .venv of the same kind is
-# brought up to date in place, any other is made anew.
+# The stamp goes first and comes back last: an install that stops half-way never looks whole. A
+# .venv of the same kind is brought up to date in place, any other is made anew.
 kind=$device-$arch${torch_npu:+-$torch_npu}-$version
 found=$(.venv/bin/python -c 'import pip, platform; print(platform.python_version())' 2>/dev/null || true)
 rm -f .venv/.installed

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint: ruff with its formatting, mypy, shellcheck, hadolint. `.venv/bin/ruff format && .venv/bin/ruff check --fix` mends most of it.
+# Lint: ruff with its formatting, mypy, shellcheck, hadolint. `.venv/bin/ruff format &&
+# .venv/bin/ruff check --fix` mends most of it.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
 PATH=.venv/bin:$PATH

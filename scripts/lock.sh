@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Developer's tool: resolve scripts/requirements/*.in into the exact pins that `make install` installs.
+# Developer's tool: resolve scripts/requirements/*.in into the exact pins that `make install`
+# installs.
 #
 #   pip install uv && bash scripts/lock.sh            keep the pins that still fit, add what is missing
 #   pip install uv && bash scripts/lock.sh --upgrade  the newest of everything
 #
-# One file serves Python 3.10 to 3.12 (markers say which pin is whose) and both architectures. pyproject.toml, [tool.uv],
-# tells uv what torch needs on a machine without CUDA; that is why no CUDA package is pinned.
+# One file serves Python 3.10 to 3.12 (markers say which pin is whose) and both architectures.
+# pyproject.toml, [tool.uv], tells uv what torch needs on a machine without CUDA; that is why no
+# CUDA package is pinned.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 uv=$(command -v uv || true)

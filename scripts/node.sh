@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One machine of a run that HOSTS started: qwen35/launch/hosts.py calls this over ssh, and nobody else need.
+# One machine of a run that HOSTS started: qwen35/launch/hosts.py calls this over ssh, and nobody
+# else need.
 #
 #   scripts/node.sh    its standard input: NAME=value …, nothing, arguments of finetune.sh …, nothing (each with a zero byte
 #                      after it), then lines of orders: stop (save, and stop), kill

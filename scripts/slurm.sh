@@ -3,9 +3,10 @@
 #
 #   CONFIG=<recipe> [ARGS="a.b=c …"] sbatch --nodes=2 scripts/slurm.sh [a.b=c …]
 #
-# One launcher a node; options of sbatch's command line win over those below, partition, account and NPUs (--gres) are the cluster's.
-# Two minutes before the time limit the run saves, stops, and the job goes back into the queue, where it goes on from there;
-# the same after a node has failed. scancel ends the job; scancel --batch --signal=TERM has it save and come back. (What Slurm does is
+# One launcher a node; options of sbatch's command line win over those below, partition, account and
+# NPUs (--gres) are the cluster's. Two minutes before the time limit the run saves, stops, and the
+# job goes back into the queue, where it goes on from there; the same after a node has failed.
+# scancel ends the job; scancel --batch --signal=TERM has it save and come back. (What Slurm does is
 # from the manual pages of sbatch, srun, scontrol and scancel.)
 
 #SBATCH --job-name=qwen35

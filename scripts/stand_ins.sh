@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by what runs NPU code on a machine without NPUs: torch-npu's wheel, stand-ins for the CANN libraries that it links, and
-# triton-ascend, all below build/npu, none in .venv. Needs gcc, and pip's index on first use.
+# Sourced by what runs NPU code on a machine without NPUs: torch-npu's wheel, stand-ins for the CANN
+# libraries that it links, and triton-ascend, all below build/npu, none in .venv. Needs gcc, and
+# pip's index on first use.
 # shellcheck disable=SC2034,SC2154 # root and python come from common.sh, what is set here serves who sources it
 
 oldest=2.7.1.post2 # what `make install` takes for CANN 8.5: its schemas are read out of its wheel

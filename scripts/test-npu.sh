@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Prove the NPU code on a machine without one: the real torch_npu, on stand-ins for the CANN libraries, with fake tensors; the
-# Triton kernels in triton-ascend's interpreter, and compiled for Ascend up to the step that is CANN's own.
+# Prove the NPU code on a machine without one: the real torch_npu, on stand-ins for the CANN
+# libraries, with fake tensors; the Triton kernels in triton-ascend's interpreter, and compiled for
+# Ascend up to the step that is CANN's own.
 #
 #   scripts/test-npu.sh [pytest's options]
 #       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels; then a table of
@@ -9,9 +10,9 @@
 #       the same on that torch, as 2.7.1, and the newest torch-npu that goes with it (scripts/requirements/versions.txt), in the
 #       environment that TORCH=2.10.0 make test-versions has made
 #
-# Needs gcc, and from pip's index torch-npu's wheels (40 MB each), triton-ascend and ascendnpu-ir (220 MB; for Python 3.10 and
-# 3.11), all kept below build/npu, none in .venv. Exit status 3: one of these cannot be had, and nothing was tested. Not proved:
-# speed, HCCL, and CANN's own bugs.
+# Needs gcc, and from pip's index torch-npu's wheels (40 MB each), triton-ascend and ascendnpu-ir
+# (220 MB; for Python 3.10 and 3.11), all kept below build/npu, none in .venv. Exit status 3: one of
+# these cannot be had, and nothing was tested. Not proved: speed, HCCL, and CANN's own bugs.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh
 source scripts/stand_ins.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests on other versions of what they stand on, in an environment below build/versions that is made on first use.
+# Run the tests on other versions of what they stand on, in an environment below build/versions that
+# is made on first use.
 #
 #   [TRANSFORMERS=5.2.0] scripts/test-versions.sh [pytest's options]
 #       that transformers, and all else from .venv; all tests but those of whole runs with real processes

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The embedded recipe from end to end, called by finetune.sh: make a tiny model and the digits, convert, train, export, and
-# read digits that the model never saw.
+# The embedded recipe from end to end, called by finetune.sh: make a tiny model and the digits,
+# convert, train, export, and read digits that the model never saw.
 #
 #   scripts/tiny.sh CONFIG [a.b=c …] -- TRAINING COMMAND
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,7 +13,8 @@ done
 (($# > 1)) || die "called by finetune.sh, with the training command after --"
 shift
 
-# of several machines only the first makes and measures; the others wait for it where the training begins
+# of several machines only the first makes and measures; the others wait for it where the training
+# begins
 if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
 { read -r save; read -r steps; } < <("$python" -m qwen35.config.load "${settings[@]}" --get training.save training.train_iters)

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, and uninitialised memory that cannot pass for zeros."""
+"""What all tests share: one thread, no network, and no fresh memory that passes for zeros."""
 
 import os
 
@@ -12,15 +12,30 @@ from pathlib import Path
 import pytest
 import torch
 
-# A shell lets what it starts in the background ignore Ctrl-C, and nohup the closing of a terminal. Children inherit that, and
-# some of these tests send both.
+# A shell makes background jobs ignore Ctrl-C, and nohup the closing of a terminal. Children inherit
+# that, and some of these tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick lane. The ladder has no part in it: it needs its script's environment."""
+    from quick import is_quick  # tests/ is on the path by now
+
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.name.startswith("test_") and is_quick(item):
+            item.add_marker("quick")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """Exit status 5 says why it is one: make would print the number alone."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        terminalreporter.write_line(f"no test matches: {' '.join(terminalreporter.config.invocation_params.args)}")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty holds NaN, so that a result that was never written shows; every test starts from one seed."""
+    """Start each test from one seed, and fill torch.empty with NaN, so that all is written."""
     torch.manual_seed(0)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

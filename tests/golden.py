@@ -1,9 +1,10 @@
 """What the project computes and offers, as figures that a change of its structure must not move.
 
-`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of behaviour is meant:
-the difference then shows in the commit. tests/house/test_golden.py compares.
+`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of
+behaviour is meant: the difference then shows in the commit. tests/house/test_golden.py compares.
 
-Weights and pictures are made of integers here, so that no random generator and no machine has a part in them.
+Weights and pictures are computed from integers, so that they depend on no random generator and
+on no machine.
 """
 
 import ast
@@ -86,7 +87,7 @@ def records(folder: Path, shown: str) -> list[dict]:
 
 
 def run(folder: Path, moe: bool, shown: str, processes: int, settings: tuple[str, ...]) -> dict[str, Any]:
-    """Ten steps, the last five of which are trained twice where there is a checkpoint after five."""
+    """Train ten steps; with a checkpoint after five, resume there and train the rest again."""
     (folder / "records.json").write_text(json.dumps(records(folder, shown)))
     basic = {"dataset": str(folder / "records.json"), "dataset_dir": str(folder), "cutoff_len": 160}
     recipe = {
@@ -114,13 +115,13 @@ def run(folder: Path, moe: bool, shown: str, processes: int, settings: tuple[str
 
 
 def digest(x: torch.Tensor) -> list[float]:
-    """Two sums of a tensor: of its magnitudes, and of its values in an order that tells places apart."""
+    """Sum a tensor twice: its magnitudes, and its values weighted so that their order counts."""
     x = x.double().flatten()
     return [float(f"{value:.9g}") for value in (x.abs().sum(), x @ spread(x.numel(), 1).double())]
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """sha256 of each file of an export, by way of a DCP checkpoint: names, shapes, types, order and bytes of the weights."""
+    """The sha256 of each file of an export that went through a DCP checkpoint."""
     hf_to_dcp(model_folder(folder, moe=True), folder / "dcp", None)
     dcp_to_hf(folder / "dcp", folder / "weights", folder / "hf")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((folder / "hf").iterdir())}

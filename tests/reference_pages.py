@@ -1,6 +1,6 @@
-"""docs/settings.md and docs/environment.md, made of what the settings' own file and env.sh say: `make docs`.
+"""docs/settings.md and docs/environment.md, generated from the settings' own file and env.sh.
 
-A setting's text is the comment on its line, or the lines of comment above it; a variable's text is the comment above it.
+A setting's text is the comment on its line, or above it; a variable's is the comment above it.
 """
 
 import ast
@@ -17,14 +17,14 @@ from qwen35.config.schema import DatasetFile, Settings
 ROOT = Path(__file__).parents[1]
 SETTINGS = """# Settings
 
-Every setting of a recipe, made by `make docs` of the comments in the settings' own file: edit that, not this.
+Every setting of a recipe. `make docs` generates this page from the comments in `qwen35/config/schema.py`: edit those.
 
 A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. A name that is no setting is an error that
 names the nearest one. `python -m qwen35.config.load RECIPE` prints all of a recipe, resolved."""
 ENVIRONMENT = """# Environment variables
 
-Every variable of `env.sh`, made by `make docs` of that file: it is the one to edit, and what is set outside of it wins.
-Values are checked before every launch. A default of `-` is empty in `env.sh`, and the variable stays unset."""
+Every variable of `env.sh`. `make docs` generates this page from that file: edit that one. What is set outside of it
+wins. Values are checked before anything starts. A default of `-` is empty in `env.sh`, and the variable stays unset."""
 WORDS = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", DatasetFile: "list of files"}
 
 

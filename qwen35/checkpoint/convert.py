@@ -12,16 +12,17 @@ import torch
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp import DCPSource, resolve_load
-from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, load_notes
-from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_replaceable
 from qwen35.checkpoint.hf_names import HEAD, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, same_bytes
 from qwen35.checkpoint.hf_write import WriteSummary, save_hf
 from qwen35.checkpoint.load import FiniteSource
 from qwen35.checkpoint.release import write_release
+from qwen35.checkpoint.slices import TensorSpec
 from qwen35.checkpoint.unread import not_read
-from qwen35.errors import USER_ERRORS, Parser, complain
+from qwen35.errors import USER_ERRORS, Parser, UserError, complain
 
 CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
@@ -45,7 +46,8 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
         source.specs.pop(HEAD, None)
     _check_tie(disk, tie or {})
     check_disjoint(disk.folder, folder)
-    check_replaceable(folder / "release", MANIFEST)
+    check_replaceable(folder / RELEASE, MANIFEST)
+    _check_same_model(folder / RELEASE, DCPSource, source.specs)
     if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
     nbytes = sum(spec.nbytes for spec in source.specs.values())
@@ -56,10 +58,28 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
 
 def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> WriteSummary:
     """Write a checkpoint (release, iter_… or their parent) as a folder like the original."""
-    source = DCPSource(resolve_load(dcp_dir))
-    nbytes = sum(spec.nbytes for spec in HFFolder(origin_hf_dir).specs.values())
+    source, origin = DCPSource(resolve_load(dcp_dir)), HFFolder(origin_hf_dir)
+    _check_same_model(Path(save_hf_dir), HFFolder, origin.specs)
+    nbytes = sum(spec.nbytes for spec in origin.specs.values())
     with _progress_bar(nbytes, "dcp_to_hf") as progress:
         return save_hf(FiniteSource(source, source.checkpoint), origin_hf_dir, save_hf_dir, progress)
+
+
+def _check_same_model(
+    folder: Path, read: Callable[[Path], DCPSource | HFFolder], specs: Mapping[str, TensorSpec]
+) -> None:
+    """Raise CheckpointError if `folder` holds the weights of a model with other tensors, which would be replaced."""
+    try:
+        old = {name: spec.shape for name, spec in read(folder).specs.items()}
+    except UserError:  # no folder, or nothing in it that could be used
+        return
+    new = {name: spec.shape for name, spec in specs.items()}
+    differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if differ:
+        raise CheckpointError(
+            f"{folder} holds another model: {len(differ)} tensors differ in name or shape ({abbreviate(differ)}); "
+            "choose another folder, or move this one away"
+        )
 
 
 def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:

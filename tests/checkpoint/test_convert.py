@@ -183,6 +183,21 @@ def test_mismatch_is_one_line(tmp_path, capsys, change, tie, words):
     assert not (tmp_path / "dcp").exists()
 
 
+def test_a_folder_with_another_model_is_not_replaced(tmp_path, capsys):
+    """Weights of the same names and shapes are: a model is converted and exported again."""
+    folder, other = write_folder(tmp_path / "hf"), write_folder(tmp_path / "other", moe=False)
+    dcp, out = tmp_path / "dcp", tmp_path / "out"
+    for _ in range(2):
+        assert to_dcp(folder, dcp) == 0 and to_hf(dcp, folder, out) == 0
+    assert to_dcp(other, tmp_path / "other_dcp") == 0
+    before = {path: path.read_bytes() for path in [*dcp.rglob("*"), *out.rglob("*")] if path.is_file()}
+    capsys.readouterr()
+    assert to_dcp(other, dcp) == 1 and to_hf(tmp_path / "other_dcp", other, out) == 1
+    for line, named in zip(capsys.readouterr().err.splitlines(), (dcp / "release", out), strict=True):
+        assert f"{named} holds another model" in line
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf")
 

@@ -1,4 +1,4 @@
-"""docker/Dockerfile and the READMEs' docker commands, as far as that is known without Docker; scripts/lint.sh runs hadolint."""
+"""docker/Dockerfile and the guide's docker commands, as far as is known without Docker."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ MOUNTS = (
 )
 
 
-def test_what_it_runs_is_there():
+def test_the_image_runs_targets_with_variables_that_exist():
     """Targets of make with variables of env.sh, and no image that would be taken unasked."""
     targets = set(re.findall(r"^([a-z-]+): ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     variables = set(re.findall(r'^: "\$\{(\w+):=', (ROOT / "env.sh").read_text(), re.MULTILINE))
@@ -49,7 +49,7 @@ def test_nothing_of_the_users_goes_into_the_image():
 
 
 @pytest.mark.parametrize("page", ["guide.md", "guide.zh-CN.md"])
-def test_the_commands_of_the_guide(page, tmp_path):
+def test_docker_commands_of_the_guide_name_what_exists(page, tmp_path):
     """As a shell hands them to Docker, on a machine with two NPUs."""
     (block,) = re.findall(r"```bash\n(docker build.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     for name in ("davinci0", "davinci1", *DRIVER_DEVICES):

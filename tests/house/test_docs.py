@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, commands run, files and settings are there, the tree is the tree."""
+"""The documents: links lead somewhere, commands run, and files and settings named in them exist."""
 
 import ast
 import inspect
@@ -17,12 +17,12 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*.md")])
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BOTH = ("README.md", "docs/guide.md", "docs/from-mindspeed.md")  # in both languages
 ELSEWHERE = re.compile(r"from-mindspeed")  # names the files and settings of another project
-# what starts the machinery of tests, and with it downloads, is not started here: its variables are looked at
+# These start tests or downloads, so only their variables are checked.
 NOT_RUN = ("test", "test-npu", "test-versions", "rehearse", "bench", "lint", "clean")
 
 
@@ -42,7 +42,8 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"  +#.*| # .*", "", line).strip() for line in lines if re.match(r"make|bash scripts/", line)]
 
 
-COMMANDS = sorted({line for page in DOCS for line in commands(page)})
+EXAMPLES = re.findall(r"^#> (make .*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+COMMANDS = sorted({line for page in DOCS for line in commands(page)} | {*EXAMPLES})
 
 
 def assignments(line: str) -> dict[str, str]:
@@ -50,11 +51,11 @@ def assignments(line: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words[1:] if re.match(r"[A-Z_]+=", word))
 
 
-# -- generated pages ---------------------------------------------------------------------------------------------------
+# -- generated pages -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_generated_page_is_what_make_docs_writes(name):
+def test_generated_pages_are_up_to_date(name):
     assert (ROOT / "docs" / name).read_text() == PAGES[name](), "make docs"
 
 
@@ -82,7 +83,7 @@ def test_comments_above_and_beside_a_setting_are_found(tmp_path):
     assert comments(tmp_path / "a.py") == {("A", "x"): "above, one two inside", ("A", "y"): "beside"}
 
 
-# -- links, files, settings --------------------------------------------------------------------------------------------
+# -- links, files, settings ------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -92,7 +93,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_page
-def test_links(page):
+def test_every_link_leads_somewhere(page):
     text = re.sub(r"`[^`]*`", "", BLOCK.sub("", page.read_text()))
     for link in re.findall(r"\]\(([^)]+)\)", text):
         if re.match(r"https://[\w.-]+/", link):
@@ -104,7 +105,7 @@ def test_links(page):
 
 
 @each_page
-def test_files_are_there(page):
+def test_files_that_a_page_names_exist(page):
     if ELSEWHERE.search(page.name):
         return
     folders = "accept|assets|bench|configs|docs|kernels|qwen35|rehearse|scripts|tests"
@@ -119,7 +120,7 @@ def test_files_are_there(page):
 
 
 @each_page
-def test_settings_are_there(page):
+def test_settings_that_a_page_names_exist(page):
     known = {f"{path}{cells[0].strip('`')}" for path, cells in rows(Settings, "", comments(source()))} | {
         "model.loss_type"
     }
@@ -137,7 +138,7 @@ def source() -> Path:
     return Path(inspect.getsourcefile(Settings) or "")
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>calls
@@ -166,8 +167,8 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line[:70])
-def test_commands(line, project):
-    """Each is run by the real scripts in a copy of the project; what they hand to Python is looked at instead of run."""
+def test_commands_run_and_their_options_exist(line, project):
+    """The real scripts run in a copy of the project; what they hand to Python is only checked."""
     if not line.startswith("make"):
         assert (ROOT / shlex.split(line)[1]).exists()
         return
@@ -209,16 +210,38 @@ def options() -> set[str]:
 
 
 @each_page
-def test_commands_in_sentences(page):
+def test_targets_in_sentences_exist(page):
     assert set(re.findall(r"(?<![\w-])make ([a-z][a-z-]*)", code(page))) <= targets()
 
 
-# -- form --------------------------------------------------------------------------------------------------------------
+MINDSPEED = """Qwen35Converter GenericDCPConverter load_format save_format ep_plan gdn_implementation chunkmbs train_epochs
+    lr_scaling_plan lora""".split()
+
+
+@pytest.mark.parametrize("name", ["from-mindspeed.md", "from-mindspeed.zh-CN.md"])
+def test_each_word_of_mindspeed_has_its_place_or_the_reason_why_not(name):
+    cells = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / name).read_text().splitlines()]
+    for word in MINDSPEED:
+        places = [row[1] for row in cells if len(row) == 2 and re.search(rf"\b{word}\b", row[0])]
+        assert places, word
+        assert all(re.search(r"`[^`]+`|not here, because|没有，因为", place) for place in places), word
+
+
+# another word for what the glossary calls 预演, 打包序列, 门控 DeltaNet, 免密 SSH, 桩 and 出现 NaN
+OTHER_WORDS = "演练|彩排|装箱|打包后的序列|门控增量|增量网络|无密码|免密码|不问密码|替身|假库|变成 NaN|成为 NaN"
+
+
+@pytest.mark.parametrize("page", [p for p in DOCS if ".zh-CN." in p.name], ids=lambda p: p.name)
+def test_chinese_pages_have_one_word_for_each_thing(page):
+    assert not re.findall(OTHER_WORDS, page.read_text())
+
+
+# -- form ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_both_languages_have_the_same_parts(name):
-    """The same headings, tables of the same length, the same blocks; what can be typed is the same but for its prose."""
+    """The same headings, rows of tables, blocks and, but for their prose, commands."""
     english, chinese = ROOT / name, ROOT / name.replace(".md", ".zh-CN.md")
     for pattern in (r"^#+ ", r"^\|", r"^```"):
         found = [re.findall(pattern, page.read_text(), re.MULTILINE) for page in (english, chinese)]
@@ -230,7 +253,7 @@ def test_both_languages_have_the_same_parts(name):
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_readme_is_one_page(name):
+def test_a_readme_is_short_and_first_says_what_never_ran_on_an_npu(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= 150
     assert [line for line in lines[:20] if "docs/proof.md" in line], (
@@ -238,14 +261,14 @@ def test_the_readme_is_one_page(name):
     )
 
 
-@pytest.mark.parametrize("page", [p for p in DOCS if p.name != "SECURITY.md"], ids=lambda p: p.name)
+@each_page
 def test_sentences_are_wrapped(page):
     lines = BLOCK.sub("", page.read_text()).splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_the_tree_is_the_tree(name):
+def test_the_tree_is_what_git_has(name):
     tree = next(text for kind, text in blocks(ROOT / name) if not kind and "Makefile" in text)
     said: dict[str, set[str]] = {}
     folder = ""

@@ -1,4 +1,4 @@
-"""env.sh, its checks and the launch: the real scripts in a copy of the project whose python says what it is given."""
+"""env.sh, its checks and every command: the real scripts, with a python that records its words."""
 
 import os
 import re
@@ -166,7 +166,7 @@ def child(project: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-# -- the checks --------------------------------------------------------------------------------------------------------
+# -- the checks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variables", GOOD, ids=lambda v: next(iter(v)))
@@ -187,8 +187,12 @@ def test_a_wrong_value_stops_with_one_line(run: Run, project: Path, name: str, v
 
 
 def test_the_line_says_what_is_allowed(run: Run) -> None:
-    assert "from 120 to 7200" in run("bash", "scripts/finetune.sh", HCCL_CONNECT_TIMEOUT="100").stderr
-    assert "true, false, strict" in run("bash", "scripts/finetune.sh", HCCL_DETERMINISTIC="1").stderr
+    for name, value, allowed in (
+        ("HCCL_CONNECT_TIMEOUT", "100", ("120", "7200")),
+        ("HCCL_DETERMINISTIC", "1", ("true", "false", "strict")),
+    ):
+        [line] = run("bash", "scripts/finetune.sh", **{name: value}).stderr.splitlines()
+        assert all(word in line for word in (f"{name}={value}", *allowed))
 
 
 @pytest.mark.parametrize(
@@ -200,14 +204,14 @@ def test_the_line_says_what_is_allowed(run: Run) -> None:
         ({"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK=2"),
     ],
 )
-def test_several_nodes_need_their_places(run: Run, variables: dict[str, str], named: str) -> None:
+def test_several_nodes_need_a_master_and_a_rank(run: Run, variables: dict[str, str], named: str) -> None:
     result = run("make", "finetune", "NODES=2", **variables)
     assert result.returncode != 0
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert named in line
 
 
-# -- the defaults ------------------------------------------------------------------------------------------------------
+# -- the defaults ----------------------------------------------------------------------------------
 
 
 def test_every_variable_is_documented() -> None:
@@ -217,7 +221,7 @@ def test_every_variable_is_documented() -> None:
         assert re.search(rf'^# .*\n(: "\$.*\n)*: "\$\{{{name}:=', text, re.MULTILINE), name
 
 
-def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
+def test_variables_set_outside_reach_the_training(run: Run, project: Path) -> None:
     result = run(
         "make", "finetune", "CONFIG=configs/other.yaml", "ARGS=training.train_iters=20 'model.freeze=[a, b]'",
         HCCL_CONNECT_TIMEOUT="300", TASK_QUEUE_ENABLE="0", NODE_ADDR="10.0.0.2",
@@ -231,7 +235,7 @@ def test_values_from_outside_reach_the_child(run: Run, project: Path) -> None:
     assert calls(project)[-1].endswith(" configs/other.yaml training.train_iters=20 model.freeze=[a, b]")
 
 
-def test_what_make_started_ends_with_it(run: Run, project: Path) -> None:
+def test_a_run_that_make_started_knows_its_parent(run: Run, project: Path) -> None:
     """By the process that qwen35.launch is told of; a shell's end is no reason to stop."""
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     assert child(project)["QWEN35_PARENT"].isdecimal()
@@ -243,10 +247,10 @@ def test_an_open_quote_stops_the_launch(run: Run) -> None:
     result = run("bash", "scripts/finetune.sh", ARGS="training.lr=1 model.freeze=['a] training.seed=1", DRY_RUN="1")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1
-    assert "a quote is not closed" in result.stderr
+    assert "ARGS=training.lr=1 model.freeze=['a] training.seed=1" in result.stderr
 
 
-def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: Path) -> None:
+def test_defaults_reach_the_training_and_empty_variables_stay_unset(run: Run, project: Path) -> None:
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     got = child(project)
     assert got["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
@@ -258,7 +262,7 @@ def test_defaults_reach_the_child_and_empty_ones_stay_unset(run: Run, project: P
     assert not {"HCCL_BUFFSIZE", "HCCL_IF_IP", "ASCEND_RT_VISIBLE_DEVICES", "NPUS_PER_NODE"} & got.keys()
 
 
-# -- CANN and the device -----------------------------------------------------------------------------------------------
+# -- CANN and the device ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("below", ["", "cann", "ascend-toolkit"])
@@ -271,13 +275,13 @@ def test_cann_is_sourced_where_it_is(run: Run, project: Path, below: str) -> Non
     assert child(project)["FROM_CANN"] == "1"
 
 
-def test_a_cpu_run_is_one_even_beside_an_accelerator(run: Run, project: Path) -> None:
+def test_a_cpu_run_hides_accelerators(run: Run, project: Path) -> None:
     assert run("make", "finetune", "CONFIG=configs/other.yaml", "DEVICE=cpu").returncode == 0
     assert child(project)["CUDA_VISIBLE_DEVICES"] == ""
     assert child(project)["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
 
 
-def test_no_cann_is_no_matter_on_a_cpu_and_an_error_on_an_npu(run: Run) -> None:
+def test_cann_is_needed_on_an_npu_alone(run: Run) -> None:
     result = run("make", "finetune", "CONFIG=configs/other.yaml")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     result = run("bash", "scripts/finetune.sh", DEVICE="npu")
@@ -294,31 +298,32 @@ def test_no_cann_is_no_matter_on_a_cpu_and_an_error_on_an_npu(run: Run) -> None:
         ({"DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "1"}, 1),
     ],
 )
-def test_processes_of_a_node(run: Run, variables: dict[str, str], processes: int) -> None:
+def test_a_node_has_a_process_for_each_npu(run: Run, variables: dict[str, str], processes: int) -> None:
     result = run("bash", "scripts/finetune.sh", DRY_RUN="1", ASCEND_HOME_PATH="/usr", **variables)
     assert f"--nproc_per_node {processes} " in result.stdout
     assert ("OMP_NUM_THREADS" in result.stdout) == ("DEVICE" not in variables)
 
 
-def test_more_processes_than_npus(run: Run, project: Path) -> None:
+def test_more_processes_than_npus_are_refused(run: Run, project: Path) -> None:
     variables = {"DEVICE": "npu", "ASCEND_HOME_PATH": "/usr", "ASCEND_RT_VISIBLE_DEVICES": "0,1", "NPUS_PER_NODE": "3"}
     result = run("bash", "scripts/finetune.sh", **variables)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-    assert "NPUS_PER_NODE=3, but 2 NPUs are visible here (ASCEND_RT_VISIBLE_DEVICES=0,1)" in result.stderr
+    assert all(word in result.stderr for word in ("NPUS_PER_NODE=3", "2 NPUs", "ASCEND_RT_VISIBLE_DEVICES=0,1"))
     assert not calls(project)
 
 
-# -- the commands ------------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
-def test_the_guides_name_of_the_number_of_machines_is_not_ignored(run: Run) -> None:
+def test_nnodes_that_contradicts_nodes_is_refused(run: Run) -> None:
     result = run("make", "finetune", "NNODES=2", "DRY_RUN=1")
     assert result.returncode != 0
-    assert "NNODES=2: the number of machines is NODES here, and NODES=1" in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert "NNODES=2" in line and " NODES=1" in line
     assert run("make", "finetune", "NNODES=1", "DRY_RUN=1").returncode == 0
 
 
-def test_two_machines(run: Run) -> None:
+def test_options_of_several_machines_reach_the_launcher(run: Run) -> None:
     variables = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000", "NPUS_PER_NODE": "8"}
     result = run("make", "finetune", "DRY_RUN=1", *(f"{k}={v}" for k, v in variables.items()))
     assert "--nnodes 2 --node_rank 1 --nproc_per_node 8 --master_addr 10.0.0.1 --master_port 7000" in result.stdout
@@ -348,14 +353,14 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     )
 
 
-def test_a_walk_that_was_asked_to_stop_does_not_go_on(run: Run, project: Path) -> None:
+def test_a_stopped_training_is_not_exported(run: Run, project: Path) -> None:
     result = run("make", "finetune", STEPS_DONE="120")
     assert result.returncode == 0, result.stderr
     assert calls(project)[-1].startswith("-m qwen35.launch")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code: int) -> None:
+def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: int) -> None:
     env = {"PATH": os.environ["PATH"], "CANN_PATH": "none", "HANGS": "1"}
     walk = subprocess.Popen(["bash", "scripts/finetune.sh"], cwd=project, env=env, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
@@ -380,6 +385,27 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         (["convert"], "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"),
         (
             ["export", "DCP=d", "HF=h", "OUT=o"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir d --origin_hf_dir h --save_hf_dir o",
+        ),
+        (["convert", "HF=a/b/"], "-m qwen35.convert hf_to_dcp --hf_dir a/b/ --dcp_dir ckpt/mm_path/b"),
+        (
+            ["convert", "HF=a/b", "CONVERT_DCP=c"],
+            "-m qwen35.convert hf_to_dcp --hf_dir a/b --dcp_dir c",
+        ),
+        (
+            ["export"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/tiny --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny/hf",
+        ),
+        (
+            ["export", "DCP=runs/mine/", "HF=h"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/mine/ --origin_hf_dir h --save_hf_dir runs/mine/hf",
+        ),
+        (
+            ["export", "DCP=runs/mine/iter_0000010", "HF=h"],
+            "-m qwen35.convert dcp_to_hf --dcp_dir runs/mine/iter_0000010 --origin_hf_dir h --save_hf_dir runs/mine/hf",
+        ),
+        (
+            ["export", "DCP=d", "HF=h", "EXPORT_OUT=o"],
             "-m qwen35.convert dcp_to_hf --dcp_dir d --origin_hf_dir h --save_hf_dir o",
         ),
         (["data", "LLAVA=l", "IMAGES=i", "OUT=o"], "-m qwen35.data convert --llava l --images i --out o"),
@@ -416,10 +442,11 @@ def test_a_signal_reaches_the_step_of_the_walk(project: Path, number: int, code:
         (["bench", "ARGS=--only moe"], "-m bench --only moe"),
         (["accept", "ARGS=--only layers"], "-m accept --only layers"),
         (["test", "ARGS=-k 'a and b'"], "-m pytest -q -k a and b"),
+        (["test", "ARGS=-m quick"], "-m pytest -q --numprocesses 2 --dist loadfile -m quick"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_commands_of_the_targets(run: Run, project: Path, command: list[str], call: str) -> None:
+def test_each_target_runs_its_program(run: Run, project: Path, command: list[str], call: str) -> None:
     result = run("make", *command)
     assert result.returncode == 0, result.stderr
     assert calls(project) == [call]
@@ -445,7 +472,7 @@ def test_other_versions_run_the_tests(
     assert not {"TORCH", "TRANSFORMERS", "MASTER_PORT"} & child(project).keys()
 
 
-def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> None:
+def test_another_version_than_asked_for_is_refused(run: Run, project: Path) -> None:
     made = project / "build/versions/transformers-5.2.1"
     (made / "bin").mkdir(parents=True)
     (made / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -453,12 +480,13 @@ def test_another_version_than_asked_for_is_no_test(run: Run, project: Path) -> N
     (made / ".made").touch()
     result = run("make", "test-versions", TRANSFORMERS="5.2.1")
     assert result.returncode != 0
-    assert f"transformers {version('transformers')} is what is imported, 5.2.1 was asked for" in result.stderr
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert f"transformers {version('transformers')}" in line and "5.2.1" in line
     assert "passed" not in result.stdout
 
 
 @pytest.mark.parametrize("model", ["runs/mine", "runs/mine/iter_0000010"])
-def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str) -> None:
+def test_generate_takes_the_model_folder_of_a_run(run: Run, project: Path, model: str) -> None:
     (project / "runs/mine/iter_0000010").mkdir(parents=True)
     (project / "runs/mine/config.yaml").write_text("")
     assert run("make", "generate", f"MODEL={model}").returncode == 0
@@ -467,6 +495,16 @@ def test_a_run_says_its_model_folder_itself(run: Run, project: Path, model: str)
         f"-m qwen35.inference.generate --model {model}",
         f"-m qwen35.inference.generate --model {model} --hf h",
     ]
+
+
+def test_an_export_takes_the_model_folder_of_its_run(run: Run, project: Path) -> None:
+    (project / "runs/mine/iter_0000010").mkdir(parents=True)
+    (project / "runs/mine/config.yaml").write_text("")
+    (project / ".venv/bin/python").write_text(FAKE_PYTHON.replace("runs/tiny\\n300", "ckpt/hf_path/own"))
+    assert run("make", "export", "DCP=runs/mine/iter_0000010").returncode == 0
+    asked, export = calls(project)
+    assert asked == "-m qwen35.config.load runs/mine/config.yaml --get model.model_name_or_path"
+    assert export.endswith("--origin_hf_dir ckpt/hf_path/own --save_hf_dir runs/mine/hf")
 
 
 def test_a_failing_program_fails_the_target(run: Run, project: Path) -> None:
@@ -482,13 +520,87 @@ def test_what_is_given_to_make_arrives_letter_for_letter(run: Run, project: Path
     assert not (project / "ran").exists()
 
 
-def test_make_alone_lists_the_targets(run: Run, project: Path) -> None:
+def test_make_alone_lists_the_commands_by_stage(run: Run, project: Path) -> None:
     result = run("make")
-    assert result.returncode == 0
-    for target in TARGETS:
-        assert f"make {target} " in result.stdout
-    assert "NODES" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    blocks = [block.splitlines() for block in result.stdout.strip().split("\n\n")]
+    assert [stage for stage, *_ in blocks[:-1]] == "Set up,Weights,Data,Train,Use,Prove,Develop".split(",")
+    commands = [line for _, *lines in blocks[:-1] for line in lines]
+    assert {line.split()[1] for line in commands if line.startswith("  make ")} == {*TARGETS, "test-npu"}
+    # what is followed by a value has env.sh's own, or says one that is found out
+    defaults = dict(re.findall(r'^: "\$\{(\w+):=(.*)\}"$', (project / "env.sh").read_text(), re.MULTILINE))
+    named = [line for line in commands if re.match(r" {21}(?!e\.g\.)", line)]
+    variables = dict(
+        re.findall(r"(?<![\w/])([A-Z_]{2,})(?:=([^\s,]+))?", re.sub('"[^"]*"|<[^>]*>', "", "\n".join(named)))
+    )
+    assert variables.keys() <= defaults.keys()
+    assert not [
+        n for n, value in variables.items() if value and defaults[n] not in ("", value) and "$" not in defaults[n]
+    ]
+    assert {"NODES": "1", "SOURCE": "hf", "MASTER_PORT": "6000", "NPU_MEMORY_GB": "64"}.items() <= variables.items()
+    examples = [line.partition("e.g. ")[2] for line in commands if "e.g. " in line]
+    assert len(examples) == len(TARGETS) + 1 - len(blocks[-2][1:])  # all but those of the last stage
+    assert {"ARGS=--help", "scripts/X.sh --help"} <= set(
+        re.findall(r"ARGS=--help|scripts/X\.sh --help", "\n".join(blocks[-1]))
+    )
     assert not calls(project)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("CONFIGS=configs/other.yaml", "CONFIG"),
+        ("config=configs/other.yaml", "CONFIG"),
+        ("NPU_PER_NODE=4", "NPUS_PER_NODE"),
+        ("training.lr=1e-4", 'ARGS="training.lr='),
+        ("O'UT=x", "OUT"),
+    ],
+)
+def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path, given: str, nearest: str) -> None:
+    for target in ("finetune", "help", "export"):
+        result = run("make", target, given)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert f" {given.partition('=')[0]} " in result.stderr and f" {nearest}" in result.stderr
+    assert not calls(project)
+
+
+def test_variables_that_are_known_or_not_makes_own_are_let_through(run: Run, project: Path) -> None:
+    given = ("MAKEFLAGS=-s", "SHELL=/bin/bash", "HF_TOKEN=secret", "NNODES=1", "OMP_NUM_THREADS=1")
+    assert run("make", "-j2", "finetune", "CONFIG=configs/other.yaml", *given, CONFIGS="x").returncode == 0
+    assert child(project)["HF_TOKEN"] == "secret"
+    assert child(project)["CONFIGS"] == "x"
+
+
+@pytest.mark.parametrize("target", ["install", "convert", "data", "bench", "generate"])
+def test_variables_of_a_run_stop_no_other_command(run: Run, project: Path, target: str) -> None:
+    """`make rehearse NODES=2` installs first, without a MASTER_ADDR."""
+    result = run("make", target, "NODES=2", "NODE_RANK=7", DRY_RUN="1")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["finetune.sh", "doctor.sh", "preflight.sh", "rehearse.sh"])
+def test_help_in_args_starts_nothing(run: Run, project: Path, script: str) -> None:
+    result = run("bash", f"scripts/{script}", ARGS="--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert calls(project) == (["-m rehearse --help"] if script == "rehearse.sh" else [])
+    assert script == "rehearse.sh" or "docs/settings.md" in result.stdout
+
+
+def test_kernels_outside_of_the_environment_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "kernels"], cwd=ROOT, env={}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "source .venv/bin/activate" in done.stderr
+
+
+def test_a_choice_without_a_test_says_so() -> None:
+    words = ["-k", "no_such_name", "tests/house/test_docker.py"]
+    done = subprocess.run(
+        ["bash", "scripts/test.sh", *words], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert [line for line in done.stdout.splitlines() if "no test matches" in line and "-k no_such_name" in line]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

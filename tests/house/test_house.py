@@ -1,7 +1,9 @@
-"""The rules of the house, checked: who may say device words, who may import whom, how long a file may be."""
+"""The rules of the house: who may name devices, who may import whom, how long files may be."""
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -20,8 +22,8 @@ LAYERS = {  # folder or file -> what it must not import
     "rehearse": ("transformers", "accept"),
     "accept": ("transformers",),
 }
-# The rooms of qwen35/ from the ground up, each of which imports none of those above it, and the lines that each may have. What
-# lies directly in qwen35/ imports none, but for the two programs of a rank, on top, and rank.py, which reads their settings.
+# The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
+# those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
     "config": 880,
     "model": 1_200,
@@ -113,6 +115,16 @@ def test_rooms_keep_to_their_budgets():
         assert 0.85 * most <= lines <= most, f"{pattern}: {lines} lines, of {most}"
 
 
+def test_the_quick_lane_has_tests_of_every_room():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:xdist", "-m", "quick"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = re.findall(r"^tests/(\w+)/(test_\w+)\.py\b", listed, re.MULTILINE)
+    assert {room for room, _ in files} == {path.parent.name for path in ROOT.glob("tests/*/test_*.py")}
+    assert not {"test_stop", "test_train_mtp", "test_deterministic", "test_parallel_experts"} & {
+        name for _, name in files
+    }
+
+
 def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
@@ -124,7 +136,7 @@ def test_recipes_are_short_and_valid():
 
 
 def test_nothing_runs_what_a_file_says():
-    """No code of a model's repository, no pickle, no loader of YAML that makes objects; scripts start nothing unasked."""
+    """No code of a model's repository, no pickle, and no YAML loader that makes objects."""
     allowed = {  # they refuse all but the classes that describe tensors
         "qwen35/checkpoint/dcp_source.py": {"pickle.Unpickler"},
         "qwen35/checkpoint/dcp_item.py": {"pickle.Unpickler"},
@@ -157,8 +169,8 @@ def test_nothing_runs_what_a_file_says():
         assert "trust_remote_code" not in script.read_text(), script
 
 
-def test_who_copies_without_waiting():
-    """Only what keeps the host's memory until the copy is done; kernels/host.py is for all others."""
+def test_only_known_files_copy_without_waiting():
+    """Only files that keep the host's memory until the copy is done; others use kernels/host.py."""
     allowed = {
         "kernels/host.py",
         "qwen35/device.py",
@@ -169,8 +181,8 @@ def test_who_copies_without_waiting():
     assert found == allowed
 
 
-def test_torch_is_asked_in_one_place():
-    """What an older torch lacks stands in kernels/features.py; device.py alone asks whether there is an NPU."""
+def test_versions_of_torch_are_asked_in_one_place():
+    """kernels/features.py knows what an older torch lacks; device.py alone asks for an NPU."""
     for path in FILES:
         text = path.read_text()
         if re.search(r"hasattr\((torch|F|dist|dcp|FSDPModule)\b|torch\.__version__\s*[<>=!]", text):

@@ -1,4 +1,4 @@
-"""scripts/test-npu.sh says in one line why nothing was tested; what it tests is in tests/npu and runs by that script alone."""
+"""scripts/test-npu.sh says in one line why nothing was tested; tests/npu has what it runs."""
 
 import os
 import shutil
@@ -29,25 +29,22 @@ def test_without_the_wheel_nothing_is_tested_and_one_line_says_so(copy):
     done = run(copy, "test-npu.sh")
     assert done.returncode == 3 and not done.stdout
     [line] = done.stderr.splitlines()
-    assert line.startswith(
-        "test-npu.sh: nothing tested: torch-npu 2.7.1.post2 for cp310 cannot be had from pip's index: "
-    )
+    assert all(word in line for word in ("test-npu.sh", "nothing tested", "torch-npu 2.7.1.post2", "cp310"))
 
 
 def test_without_the_wheel_nothing_is_rehearsed(copy):
     done = run(copy, "rehearse.sh", NODES="2")
     assert done.returncode == 3 and not done.stdout
     [line] = done.stderr.splitlines()
-    assert line.startswith("rehearse.sh: nothing rehearsed: torch-npu ") and "cannot be had from pip's index: " in line
+    assert all(word in line for word in ("rehearse.sh", "nothing rehearsed", "torch-npu "))
     for name, value in (("NODES", "none"), ("NPU_MEMORY_GB", "0")):
         done = run(copy, "rehearse.sh", **{name: value})
-        assert (
-            done.returncode == 2 and done.stderr == f"rehearse.sh: {name}={value}: allowed is a whole number from 1\n"
-        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"rehearse.sh: {name}={value}" in done.stderr and " 1\n" in done.stderr
 
 
 def test_an_environment_that_is_not_there_is_named(copy):
-    for torch, words in (("2.9.0", "no torch_npu for it"), ("2.7.1", "make test-versions makes it")):
+    for torch, words in (("2.9.0", "TORCH=2.9.0"), ("2.7.1", "make test-versions")):
         wheel = copy / "build/npu/wheels/torch_npu-2.7.1.post2-cp310-cp310-any.whl"
         wheel.parent.mkdir(parents=True, exist_ok=True)
         wheel.touch()
@@ -55,7 +52,7 @@ def test_an_environment_that_is_not_there_is_named(copy):
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_all_tests_go_on_without_the_wheel(copy):
+def test_the_other_tests_run_without_the_wheel(copy):
     (copy / "tests").mkdir()
     (copy / "tests/test_one.py").write_text("def test_one(): pass\n")
     shutil.copy(ROOT / "pyproject.toml", copy)

@@ -45,7 +45,7 @@ from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
-from qwen35.training.parameter_groups import freeze, table
+from qwen35.training.parameter_groups import freeze, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
@@ -60,7 +60,7 @@ from qwen35.training.rng import restore_rng, rng_states, seed_all
 from qwen35.training.summary import coming_steps, opening, report
 from qwen35.training.validation import Validation
 
-LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
+TIMEOUT_MARGIN = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
 
 
 @dataclass
@@ -100,7 +100,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     unread = not_read(m.model_name_or_path)
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, world)
-    meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
+    meshes = make_meshes(device.type, settings.parallel, t.timeout + TIMEOUT_MARGIN)
     dist.barrier()  # the first rank serves the store by which groups are made, and a mistake may end it from here on
     chosen = compiled(settings, config.text, device, heartbeat, report)
     heartbeat.at("building the model")
@@ -131,9 +131,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         f"{micro_batches.fingerprint} {micro_batches.levels}" + (validation.set.fingerprint if validation else "")
     )
     heartbeat.at("sharding the model")
-    before = table(model)
+    before = parameter_table(model)
     optimizer = distribute(settings, model, meshes, device)
-    after = table(model)
+    after = parameter_table(model)
     if before != after:
         raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
     heartbeat.at(f"loading {origin}")
@@ -242,8 +242,8 @@ def train(settings: Settings) -> None:
     if t.deterministic:
         be_deterministic()
     heartbeat = Heartbeat(t.timeout)
-    heartbeat.at("meeting the other processes", t.timeout + 2 * LONGER)
-    device = init_process(t.timeout + LONGER)
+    heartbeat.at("meeting the other processes", t.timeout + 2 * TIMEOUT_MARGIN)
+    device = init_process(t.timeout + TIMEOUT_MARGIN)
     with ExitStack() as until_done:
 
         def hold() -> None:
@@ -284,7 +284,7 @@ def loop(run: Run, folder: Path) -> None:
         run.validation.set.start()
     with (
         stop_request() as stop,
-        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + LONGER) as saver,
+        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + TIMEOUT_MARGIN) as saver,
         Profile(t.profile, folder, run.device) as profile,
     ):
         if dist.get_rank() == 0:

@@ -72,12 +72,12 @@ def check_layout(s: Settings, world: int) -> Layout:
     path = folder if folder.suffix == ".json" else folder / "config.json"
     if (layout.ep > 1 or layout.ulysses > 1) and path.is_file():
         config = read_object(path, SettingError)
-        for words in (*_of_experts(layout, config), *_of_bins(layout, s, config)):
+        for words in (*_expert_rules(layout, config), *_ulysses_rules(layout, s, config)):
             raise SettingError(f"{words} ({folder} on {world} processes)")
     return layout
 
 
-def _of_experts(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
+def _expert_rules(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
     text = partial(_size, config, "text_config")
     if layout.ep == 1:
         return
@@ -92,7 +92,7 @@ def _of_experts(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
         yield from _indivisible(shared_by, layout.fsdp, rows, f"rows of an expert's {what}")
 
 
-def _of_bins(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
+def _ulysses_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
     size, text, vision = layout.ulysses, partial(_size, config, "text_config"), partial(_size, config, "vision_config")
     if size == 1:
         return

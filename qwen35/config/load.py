@@ -15,12 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from qwen35.config.rules import check_contradictions
-from qwen35.config.schema import HELD_OUT, TRAINED, DatasetParam, Settings, of_held_out
+from qwen35.config.rules import check_rules
+from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, DatasetParam, Settings, for_validation
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
-SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
-
+SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the user guide writes it
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
@@ -52,9 +51,9 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would quietly take the last, and aliases.
+    """Refuses duplicate keys, of which YAML quietly takes the last, and aliases.
 
-    A few lines of aliases of aliases stand for more values than any memory holds.
+    A few lines of nested aliases expand to more values than any memory holds.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -110,9 +109,10 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
             raise SettingError(f"{key}: {value!r} is not a section, with settings below it")
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
-    if any(key.startswith(f"{HELD_OUT}.") for key in flat):
-        shared = {key for key in flat if key.startswith(f"{TRAINED}.") and key != f"{TRAINED}.basic_parameters.dataset"}
-        flat = {of_held_out(key): flat[key] for key in shared} | flat
+    if any(key.startswith(f"{VALIDATION_SET}.") for key in flat):
+        own = f"{TRAIN_SET}.basic_parameters.dataset"
+        shared = {key for key in flat if key.startswith(f"{TRAIN_SET}.") and key != own}
+        flat = {for_validation(key): flat[key] for key in shared} | flat
     return _build(Settings, flat, "")
 
 
@@ -271,8 +271,8 @@ def _check(s: Settings) -> None:
         "parallel.expert_parallel_size": s.parallel.expert_parallel_size,
         "parallel.ulysses_parallel_size": s.parallel.ulysses_parallel_size,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
-        **_positive(s.data.dataset_param, f"{TRAINED}."),
-        **(_positive(s.data.val_dataset_param, f"{HELD_OUT}.") if s.data.val_dataset_param else {}),
+        **_positive(s.data.dataset_param, f"{TRAIN_SET}."),
+        **(_positive(s.data.val_dataset_param, f"{VALIDATION_SET}.") if s.data.val_dataset_param else {}),
     }
     not_negative = {
         "training.weight_decay": t.weight_decay,
@@ -302,7 +302,7 @@ def _check(s: Settings) -> None:
         for name, value in group.items():
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise SettingError(f"{name}: {value} must be {rule}")
-    check_contradictions(s)
+    check_rules(s)
 
 
 def _positive(param: DatasetParam, prefix: str) -> dict[str, Any]:

@@ -4,29 +4,29 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen35.config.schema import TRAINED, ModelSettings, ProfileSettings, Settings, dataset_entries, of_held_out
+from qwen35.config.schema import TRAIN_SET, ModelSettings, ProfileSettings, Settings, dataset_entries, for_validation
 from qwen35.errors import SettingError
 
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
 CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
 
 
-def check_contradictions(s: Settings) -> None:
+def check_rules(s: Settings) -> None:
     """Raises SettingError for the first pair."""
     for words in (
-        *_of_data(s),
-        *_of_validation(s),
-        *_of_training(s),
-        *_of_profile(s),
-        *_of_folders(s),
-        *_of_names(s),
+        *_data_rules(s),
+        *_validation_rules(s),
+        *_training_rules(s),
+        *_profile_rules(s),
+        *_folders_rules(s),
+        *_names_rules(s),
     ):
         raise SettingError(words)
 
 
-def _of_data(s: Settings) -> Iterator[str]:
+def _data_rules(s: Settings) -> Iterator[str]:
     b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
-    basic, limits = f"{TRAINED}.basic_parameters", f"{TRAINED}.preprocess_parameters"
+    basic, limits = f"{TRAIN_SET}.basic_parameters", f"{TRAIN_SET}.preprocess_parameters"
     if p.image_min_pixels > p.image_max_pixels:
         yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
     if p.video_min_pixels > p.video_max_pixels:
@@ -39,7 +39,7 @@ def _of_data(s: Settings) -> Iterator[str]:
         yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
 
 
-def _of_validation(s: Settings) -> Iterator[str]:
+def _validation_rules(s: Settings) -> Iterator[str]:
     t, held_out = s.training, s.data.val_dataset_param
     if t.val_interval and not held_out:
         yield "training.val_interval says when to validate, and nothing on what; set data.val_dataset_param"
@@ -50,11 +50,11 @@ def _of_validation(s: Settings) -> Iterator[str]:
     if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
-        found = (*_of_data(s.validation), *_of_names(s.validation))
-        yield from (of_held_out(words) for words in found)
+        found = (*_data_rules(s.validation), *_names_rules(s.validation))
+        yield from (for_validation(words) for words in found)
 
 
-def _of_training(s: Settings) -> Iterator[str]:
+def _training_rules(s: Settings) -> Iterator[str]:
     t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
     cutoff_len = max(param.basic_parameters.cutoff_len for param in params)
     if t.min_lr > t.lr:
@@ -80,7 +80,7 @@ def _of_training(s: Settings) -> Iterator[str]:
         )
 
 
-def _of_profile(s: Settings) -> Iterator[str]:
+def _profile_rules(s: Settings) -> Iterator[str]:
     p, steps = s.training.profile, s.training.train_iters
     if not p.steps and p != ProfileSettings():
         yield "training.profile means nothing without training.profile.steps; set that, or leave it out"
@@ -98,7 +98,7 @@ def _of_profile(s: Settings) -> Iterator[str]:
         yield f"training.profile.folder: {p.folder} must be a folder below training.save, and not a checkpoint's"
 
 
-def _of_folders(s: Settings) -> Iterator[str]:
+def _folders_rules(s: Settings) -> Iterator[str]:
     """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
     t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
     held_out = s.data.val_dataset_param
@@ -120,7 +120,7 @@ def _of_folders(s: Settings) -> Iterator[str]:
                 yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
 
 
-def _of_names(s: Settings) -> Iterator[str]:
+def _names_rules(s: Settings) -> Iterator[str]:
     attr = s.data.dataset_param.attr
     groups = (
         ("messages", "images", "videos", "tools", "system"),
@@ -131,4 +131,4 @@ def _of_names(s: Settings) -> Iterator[str]:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
         if same:
-            yield f"{TRAINED}.attr: {' and '.join(same)} are both {given[same[0]]!r}"
+            yield f"{TRAIN_SET}.attr: {' and '.join(same)} are both {given[same[0]]!r}"

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-TRAINED, HELD_OUT = "data.dataset_param", "data.val_dataset_param"  # the second is as the first where it says nothing
+TRAIN_SET, VALIDATION_SET = (
+    "data.dataset_param",
+    "data.val_dataset_param",
+)  # the second is as the first where it says nothing
 
 
-def of_held_out(words: str) -> str:
+def for_validation(words: str) -> str:
     """What names a setting of the records that are trained, with that of the validation set in its place."""
-    return words.replace(TRAINED, HELD_OUT)
+    return words.replace(TRAIN_SET, VALIDATION_SET)
 
 
 REQUIRED: Any = dataclasses.MISSING

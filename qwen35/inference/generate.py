@@ -27,7 +27,7 @@ from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.inference.generation_config import DRAWN, FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.inference.kv_cache import caching
-from qwen35.inference.load_model import Source, add_options, add_thinking, find_model, load_model, positive, prepare
+from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.inference.sampling import Penalties, Sampling, draw
 from qwen35.model import Qwen35
 from qwen35.wording import number_of
@@ -175,12 +175,12 @@ def question(args: argparse.Namespace) -> Record:
     return Record("the prompt", (*system, Turn("user", content)))
 
 
-def is_thinking(asked: bool | None, basic: BasicParameters, source: Source) -> bool:
+def is_thinking(asked: bool | None, basic: BasicParameters, tokenizer: Path) -> bool:
     """Whether the answer begins with an open thought. Raises SettingError."""
     if basic.template == "qwen3_vl_nothink":
         return False
     said = basic.enable_thinking if asked is None else asked
-    return thinks_by_default(source.tokenizer) if said is None else said
+    return thinks_by_default(tokenizer) if said is None else said
 
 
 def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterator[str]:
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sampling = sampling_of(args, config, drawn=not args.greedy)
         limit = args.max_new_tokens or config.get("max_new_tokens", 512)
         preparation = prepare(args, source)
-        thinking = is_thinking(args.thinking, preparation.basic, source)
+        thinking = is_thinking(args.thinking, preparation.basic, source.tokenizer)
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
         stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)

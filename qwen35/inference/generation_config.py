@@ -74,7 +74,7 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def greedy_by(config: dict[str, Any]) -> Sampling:
+def greedy_sampling(config: dict[str, Any]) -> Sampling:
     """The likeliest token after the penalties, which transformers and vLLM apply where nothing is drawn too."""
     return Sampling(**{name: config[name] for name in NUMBERS if name in config and name not in DRAWN})
 

@@ -27,7 +27,7 @@ positive = whole_number(1)
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where the parts of a model lie: three times the same folder, unless the weights are a DCP checkpoint."""
 
     weights: Path  # Hugging Face folder, or a whole DCP checkpoint
@@ -37,7 +37,7 @@ class Source:
     chosen: tuple[str, ...] = ()  # lines on which of a folder's checkpoints it is
 
 
-def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
+def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
     """`model`: a Hugging Face folder; or a DCP checkpoint (iter_…, release) or the folder above it.
 
     For DCP, config, tokenizer and processor are those of `hf`, else of the folders that the run's config.yaml names.
@@ -46,7 +46,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
     folder = Path(model)
     refuse_unsupported(folder)
     if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return Source(folder, folder, folder)
+        return ModelSource(folder, folder, folder)
     try:
         weights = resolve_load(folder)
     except CheckpointError as error:
@@ -56,20 +56,20 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
     run = load_settings(recipe) if recipe.is_file() else None
     trained = run.data.dataset_param if run else None
     if hf is not None:
-        return Source(weights, Path(hf), Path(hf), trained, chosen)
+        return ModelSource(weights, Path(hf), Path(hf), trained, chosen)
     if run is None:
         raise SettingError(
             f"{weights}: a DCP checkpoint without a run's config.yaml beside it; name the Hugging Face folder that has "
             "its config.json and tokenizer: --hf DIR (HF=DIR with make)"
         )
-    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained, chosen)
+    source = ModelSource(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained, chosen)
     for named in (source.config, source.tokenizer):
         if not named.is_dir():
             raise SettingError(f"{recipe} names the model folder {named}, which is not there; give --hf DIR")
     return source
 
 
-def load_model(source: Source) -> Qwen35:
+def load_model(source: ModelSource) -> Qwen35:
     """On this process's device, in the dtypes that a Hugging Face folder has or would be exported with.
 
     So a run's checkpoint answers as the model that whoever loads its export will run. Raises CheckpointError, ConfigError.
@@ -106,7 +106,7 @@ def add_thinking(parser: Parser, default: str) -> None:
         thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=told)
 
 
-def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", dataset_dir: str = ".") -> Preparation:
     """By the options above, else as the model's run trained. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
     trained = recipe or source.trained or DatasetParam(BasicParameters(dataset))

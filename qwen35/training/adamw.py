@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-TOGETHER = 1 << 21  # elements that are updated at a time where a group may be skipped: what is kept of them takes 25 MB
+ROLLBACK_ELEMENTS = 1 << 21  # elements that are saved and updated at a time where a skip may undo it: 25 MB
 
 
 class AdamW(torch.optim.AdamW):
@@ -81,10 +81,10 @@ def update(
 
 
 def _parts(tensors: list[Tensor]) -> list[slice]:
-    """Neighbours of no more than TOGETHER elements, or one."""
+    """Neighbours of no more than ROLLBACK_ELEMENTS elements, or one."""
     starts, size = [0], 0
     for i, tensor in enumerate(tensors):
-        if size and size + tensor.numel() > TOGETHER:
+        if size and size + tensor.numel() > ROLLBACK_ELEMENTS:
             starts.append(i)
             size = 0
         size += tensor.numel()

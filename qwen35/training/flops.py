@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qwen35.batch import IGNORE, MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 
-CHUNK = 64  # of the gated delta rule
+DELTA_RULE_CHUNK = 64  # of the gated delta rule
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
@@ -28,7 +28,7 @@ class Flops:
 
     def __init__(self, model: Qwen35):
         self.config = model.config
-        self.per: dict[str, float] = defaultdict(
+        self.flops_per: dict[str, float] = defaultdict(
             float
         )  # token, pair, label, mtp_label, patch, patch_pair -> FLOPs of each
         self.is_trained_below = False  # whether the gradient of what the next part reads is needed
@@ -71,7 +71,7 @@ class Flops:
             "patch": float((frames * patches).sum()),
             "patch_pair": float((frames * patches**2).sum()),
         }
-        return sum(count * self.per[unit] for unit, count in counts.items())
+        return sum(count * self.flops_per[unit] for unit, count in counts.items())
 
     def _maps(
         self,
@@ -86,15 +86,15 @@ class Flops:
         t, cost = self.config.text, 2 * (1 + self.is_trained_below)
         for w in weights:
             if w.ndim > 1:
-                self.per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
+                self.flops_per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
         for w in routed:
-            self.per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
+            self.flops_per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
         everything = (*weights, *routed, *(w for part in lookups for w in _weights(part)))
         self.is_trained_below |= any(w.requires_grad for w in everything)
 
     def _core(self, unit: str, flops: float) -> None:
         """What has no weights, and several inputs."""
-        self.per[unit] += flops * (3 if self.is_trained_below else 1)
+        self.flops_per[unit] += flops * (3 if self.is_trained_below else 1)
 
     def _layer(self, layer: Any) -> None:
         t = self.config.text
@@ -109,7 +109,7 @@ class Flops:
             delta, dk, dv = layer.linear_attn, t.linear_key_head_dim, t.linear_value_head_dim
             self._maps("token", delta.in_proj_qkv, delta.in_proj_z, delta.in_proj_b, delta.in_proj_a)
             self._maps("token", delta.conv1d, delta.A_log, delta.dt_bias)
-            rule = 4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv
+            rule = 4 * DELTA_RULE_CHUNK * dk + DELTA_RULE_CHUNK * (dk + dv) + 6 * dk * dv + 2 * DELTA_RULE_CHUNK * dv
             self._core("token", t.linear_num_value_heads * rule)
             self._maps("token", delta.norm)
             self._maps("token", delta.out_proj)

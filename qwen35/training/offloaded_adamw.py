@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qwen35.device import CopyQueue, host_buffer
 from qwen35.training.adamw import AdamW, local, update
 
-CHUNK = 1 << 25  # elements: both moments take 256 MB on the device, of two chunks at a time
-ALIGNED = (
+CHUNK_ELEMENTS = 1 << 25  # elements: both moments take 256 MB on the device, of two chunks at a time
+ALIGNMENT = (
     64  # elements: where a tensor is cut, so that each part goes through the same vector instructions as the whole
 )
 
@@ -34,8 +34,8 @@ class Chunk:
 class SwappedAdamW(AdamW):
     """chunk: elements whose moments are on the device at a time (twice as many in all: one comes while one is used)."""
 
-    def __init__(self, groups: list[dict[str, Any]], chunk: int = CHUNK, **options: Any):
-        assert chunk >= ALIGNED
+    def __init__(self, groups: list[dict[str, Any]], chunk: int = CHUNK_ELEMENTS, **options: Any):
+        assert chunk >= ALIGNMENT
         super().__init__(groups, **options)
         self.chunk = chunk
         for group in self.param_groups:
@@ -88,7 +88,7 @@ class SwappedAdamW(AdamW):
             done, total = 0, len(flat[0])
             while done < total:
                 size = min(total - done, self.chunk - chunk.size)
-                size -= size % ALIGNED if done + size < total else 0
+                size -= size % ALIGNMENT if done + size < total else 0
                 if size <= 0:
                     yield chunk
                     chunk = Chunk()

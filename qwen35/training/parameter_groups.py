@@ -58,7 +58,7 @@ def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Par
     return {g.rstrip("."): found[g.rstrip(".")] for g in GROUPS if g.rstrip(".") in found}
 
 
-def table(model: nn.Module) -> str:
+def parameter_table(model: nn.Module) -> str:
     """Parameters by group: all, trained, frozen (of a sharded model too: the global sizes)."""
     lines = [f"{'parameters':16}{'all':>16}{'trained':>16}{'frozen':>16}"]
     groups = by_group(model.named_parameters())

@@ -71,7 +71,7 @@ class Profile:
         self.profiler.stop()
         self.profiler = None
         with naming(self.folder):
-            (self.temporary / "operators.txt").write_text(table(self._trace()), encoding="utf-8")
+            (self.temporary / "operators.txt").write_text(operator_table(self._trace()), encoding="utf-8")
             if self.settings.memory_snapshot and has_memory_history(self.device):
                 save_memory(self.device, self.temporary / "memory.pickle")
                 record_memory(self.device, False)
@@ -101,7 +101,7 @@ class Profile:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def table(trace: Mapping[str, Any] | list[dict[str, Any]]) -> str:
+def operator_table(trace: Mapping[str, Any] | list[dict[str, Any]]) -> str:
     """Of a Chrome trace: for each kind of event the names that took most time, what is inside of them left out."""
     events = trace["traceEvents"] if isinstance(trace, Mapping) else trace
     rows = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}

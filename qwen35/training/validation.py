@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from kernels.host import to_device
 from qwen35.batch import IGNORE
-from qwen35.config.schema import DatasetParam, Settings, of_held_out
+from qwen35.config.schema import DatasetParam, Settings, for_validation
 from qwen35.data import RecordError
 from qwen35.data.tokenized import Progress
 from qwen35.data.validation import ValidationSet
@@ -18,7 +18,7 @@ from qwen35.device import is_apart
 from qwen35.errors import SettingError
 from qwen35.heartbeat import Heartbeat
 from qwen35.inference.evaluate import GREEDY, answers
-from qwen35.inference.generation_config import greedy_by, read_generation_config
+from qwen35.inference.generation_config import greedy_sampling, read_generation_config
 from qwen35.model import Qwen35
 from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
@@ -69,13 +69,13 @@ class Validation:
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
         self.sampling = GREEDY
         if settings.training.val_generate:
-            self.sampling = greedy_by(read_generation_config(settings.model.model_name_or_path))
+            self.sampling = greedy_sampling(read_generation_config(settings.model.model_name_or_path))
         try:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), trained)
             self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
-            raise type(error)(of_held_out(str(error))) from None
+            raise type(error)(for_validation(str(error))) from None
 
     def is_due(self, step: int) -> bool:
         t = self.settings.training
@@ -96,7 +96,7 @@ class Validation:
         odd = f"; of these, {both} is trained on too" * bool(both) + "".join(f"; {line}" for line in dataset.warnings)
         return (
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{told}, "
-            f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{of_held_out(odd)}"
+            f"{number_of(len(self.set), 'micro-batch')} a rank{cut}{left_out}{for_validation(odd)}"
         )
 
     def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> Result:

@@ -15,7 +15,7 @@ from qwen35.inference import generate
 from qwen35.inference.generation_config import (
     HARMLESS,
     NEUTRAL,
-    greedy_by,
+    greedy_sampling,
     read_generation_config,
     sampling_of,
     stop_ids,
@@ -83,8 +83,8 @@ def test_the_command_line_before_the_file_before_the_default(tmp_path, values, w
 
 def test_without_a_file_it_is_greedy(tmp_path):
     assert read_generation_config(tmp_path) == {}
-    assert greedy_by({}) == Sampling()
-    assert greedy_by(PUBLISHED | {"repetition_penalty": 1.3}) == Sampling(repetition_penalty=1.3)
+    assert greedy_sampling({}) == Sampling()
+    assert greedy_sampling(PUBLISHED | {"repetition_penalty": 1.3}) == Sampling(repetition_penalty=1.3)
 
 
 @pytest.mark.parametrize("word", ["--top_k", "--top_p", "--min_p"])
@@ -126,7 +126,7 @@ def test_what_is_not_built_is_refused_by_name(tmp_path, values):
 
 def test_what_changes_no_answer_is_let_be(tmp_path):
     values = dict.fromkeys(HARMLESS, 7) | NEUTRAL
-    assert greedy_by(read_generation_config(write(tmp_path, values))) == Sampling()
+    assert greedy_sampling(read_generation_config(write(tmp_path, values))) == Sampling()
 
 
 def test_what_is_neutral_is_so_in_transformers():
@@ -144,7 +144,7 @@ def test_what_transformers_saves_is_read(tmp_path):
     args = generate.parse(["--model", "m", "--seed", "3"])
     assert sampling_of(args, read_generation_config(tmp_path), drawn=True) == DRAWN
     write(tmp_path, GenerationConfig().to_dict())
-    assert greedy_by(read_generation_config(tmp_path)) == Sampling()
+    assert greedy_sampling(read_generation_config(tmp_path)) == Sampling()
 
 
 MISTAKES = [

@@ -90,7 +90,7 @@ def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skipped_group_stays_as_it_is(kind, monkeypatch):
     """To the bit, moments and step counters too, also at its first step; where the mask is not set it is as without one."""
-    monkeypatch.setattr("qwen35.training.adamw.TOGETHER", 3000)  # several parts
+    monkeypatch.setattr("qwen35.training.adamw.ROLLBACK_ELEMENTS", 3000)  # several parts
     masked, plain = make(kind, 5000), make(kind, 5000)
     for group in masked[1].param_groups:
         group["skip"] = torch.tensor(group["visual"])

@@ -8,7 +8,7 @@ from qwen35.config.load import SettingError
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.training.optimizer import make_optimizer
-from qwen35.training.parameter_groups import by_group, count, freeze, group_of, table
+from qwen35.training.parameter_groups import by_group, count, freeze, group_of, parameter_table
 
 
 def build() -> Qwen35:
@@ -60,7 +60,7 @@ def test_the_table_counts():
     model = build()
     freeze(model, ["model.visual"])
     total = sum(p.numel() for p in model.parameters())
-    last = table(model).splitlines()[-1].split()
+    last = parameter_table(model).splitlines()[-1].split()
     frozen = count(model.model.visual.parameters(), trained=False)
     assert [int(x.replace(",", "")) for x in last[1:]] == [total, total - frozen, frozen]
 

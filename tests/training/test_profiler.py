@@ -12,7 +12,7 @@ from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import ProfileSettings
 from qwen35.device import HOST
 from qwen35.training.metrics import read_metrics
-from qwen35.training.profiler import Profile, table
+from qwen35.training.profiler import Profile, operator_table
 
 
 def test_profiled_steps(workplace, two, tmp_path):
@@ -59,7 +59,7 @@ def test_the_table():
         {k: v for k, v in event("MatMulV2", "9.5", 4, pid=7).items() if k != "cat"},
     ]
     for trace in (events, {"traceEvents": events[::-1]}):
-        lines = [line.split() for line in table(trace).splitlines()]
+        lines = [line.split() for line in operator_table(trace).splitlines()]
         own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "own"}
         assert own == {
             "outer": ("0.060", "1"),

@@ -1,4 +1,4 @@
-"""Settings that are each right, and wrong together. Only what is surely wrong is refused."""
+"""Validation rules between settings that are each valid. Only what is surely wrong is refused."""
 
 import re
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 from qwen35.config.schema import TRAIN_SET, ModelSettings, ProfileSettings, Settings, dataset_entries, for_validation
 from qwen35.errors import SettingError
 
-FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
-CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
+FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # the operator's two names in model.kernels
+CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # a checkpoint's folder inside training.save
 
 
 def check_rules(s: Settings) -> None:
-    """Raises SettingError for the first pair."""
-    for words in (
+    """Raises SettingError for the first rule that is violated."""
+    for violation in (
         *_data_rules(s),
         *_validation_rules(s),
         *_training_rules(s),
@@ -21,7 +21,7 @@ def check_rules(s: Settings) -> None:
         *_folders_rules(s),
         *_names_rules(s),
     ):
-        raise SettingError(words)
+        raise SettingError(violation)
 
 
 def _data_rules(s: Settings) -> Iterator[str]:
@@ -32,7 +32,7 @@ def _data_rules(s: Settings) -> Iterator[str]:
     if p.video_min_pixels > p.video_max_pixels:
         yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
     if p.video_maxlen < 2:
-        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
+        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: the model takes frames in pairs"
     if b.enable_thinking is not None and b.template != "qwen3_5":
         yield f"{basic}.enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
     if b.train_on_prompt and b.mask_history:
@@ -40,18 +40,18 @@ def _data_rules(s: Settings) -> Iterator[str]:
 
 
 def _validation_rules(s: Settings) -> Iterator[str]:
-    t, held_out = s.training, s.data.val_dataset_param
-    if t.val_interval and not held_out:
-        yield "training.val_interval says when to validate, and nothing on what; set data.val_dataset_param"
-    if held_out and not t.val_interval:
+    t, val = s.training, s.data.val_dataset_param
+    if t.val_interval and not val:
+        yield "training.val_interval says when to validate, and nothing on what data; set data.val_dataset_param"
+    if val and not t.val_interval:
         yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
     if t.val_generate and not t.val_interval:
         yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
-    if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
+    if val and any(entry.weight != 1 for entry in dataset_entries(val.basic_parameters.dataset)):
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
-        found = (*_data_rules(s.validation), *_names_rules(s.validation))
-        yield from (for_validation(words) for words in found)
+        violations = (*_data_rules(s.validation), *_names_rules(s.validation))
+        yield from (for_validation(violation) for violation in violations)
 
 
 def _training_rules(s: Settings) -> Iterator[str]:
@@ -68,7 +68,7 @@ def _training_rules(s: Settings) -> Iterator[str]:
         )
     if s.parallel.recompute == "selective" and "fla" in (s.model.kernels.get(op) for op in FLA_DELTA_RULE):
         yield (
-            "parallel.recompute: selective means nothing to fla's delta rule, whose backward needs its own forward; set"
+            "parallel.recompute: selective means nothing to fla's delta rule, whose backward reruns its forward; set"
             " recompute: true, or model.kernels.gated_delta_rule to triton"
         )
     if t.load and t.init_from_hf_path:
@@ -87,7 +87,7 @@ def _profile_rules(s: Settings) -> Iterator[str]:
     if not p.steps:
         return
     if p.start < 2:
-        yield f"training.profile.start: {p.start} must be 2 or more: the step before it warms the profiler up"
+        yield f"training.profile.start: {p.start} must be 2 or more: the profiler warms up in the step before"
     if p.start + p.steps - 1 > steps:
         last = p.start + p.steps - 1
         yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of training.train_iters"
@@ -99,10 +99,9 @@ def _profile_rules(s: Settings) -> Iterator[str]:
 
 
 def _folders_rules(s: Settings) -> Iterator[str]:
-    """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
+    """No run writes into a model folder, for `make export` copies it and loaders read all of it."""
     t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
-    held_out = s.data.val_dataset_param
-    other = held_out.basic_parameters.cache_dir if held_out else None
+    val = s.data.val_dataset_param
     if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
         yield f"training.save: {t.save} is named like a checkpoint in a save folder; name the folder above it"
     sources = {
@@ -113,7 +112,7 @@ def _folders_rules(s: Settings) -> Iterator[str]:
     for name, written in (
         ("training.save", t.save),
         ("basic_parameters.cache_dir", cache_dir),
-        ("data.val_dataset_param.basic_parameters.cache_dir", other),
+        ("data.val_dataset_param.basic_parameters.cache_dir", val and val.basic_parameters.cache_dir),
     ):
         for source, folder in sources.items():
             if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):

@@ -76,14 +76,14 @@ def test_what_divides_is_taken_and_nothing_else(tmp_path):
 
 def test_all_processes_share_the_weights_by_default():
     assert layout_of(ParallelSettings(), 6) == Layout(6, 6, 1, 1)
-    assert str(layout_of(ParallelSettings(), 6)) == "weights 1 x 6 (copies x ranks that share one)"
+    assert str(layout_of(ParallelSettings(), 6)) == "weights 1 x 6 (copies x ranks per copy)"
 
 
 def test_it_says_how_ranks_share(tmp_path):
     of = layout_of(ParallelSettings(fully_shard_parallel_size=8, expert_parallel_size=4, ulysses_parallel_size=2), 16)
     assert str(of) == (
-        "weights 2 x 8 (copies x ranks that share one), experts 2 x 2 x 4 (the last: ranks with experts of their own),"
-        " bins 8 x 2 (at a time x ranks that share one)"
+        "weights 2 x 8 (copies x ranks per copy), experts 2 x 2 x 4 (copies x ranks per expert x expert parallel),"
+        " packed sequences 8 x 2 (at a time x ranks per sequence)"
     )
 
 

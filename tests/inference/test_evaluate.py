@@ -261,7 +261,7 @@ def test_scores_are_greedy_unless_drawing_is_asked_for(place, asked, says, capsy
     assert "; temperature 0.6, top_k 20, top_p 0.95, repetition_penalty 1.1, seed 5\n" in err
     says()
     assert run(place, "--sample") == 1
-    assert "hf/generation_config.json does not draw; give a --temperature" in capsys.readouterr().err
+    assert "hf/generation_config.json does not sample; give a --temperature" in capsys.readouterr().err
 
 
 def validation_settings(place: Path) -> Settings:

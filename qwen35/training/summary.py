@@ -1,4 +1,4 @@
-"""What a run prints before its first step."""
+"""What a run prints before its first step and after its last."""
 
 import torch
 import torch.distributed as dist
@@ -14,25 +14,37 @@ from qwen35.wording import number_of
 
 def report(text: str) -> None:
     if dist.get_rank() == 0:
-        print(visible(text, keep="\n\t"), flush=True)  # it may name records and files
+        print(visible(text, keep="\n\t"), flush=True)  # names of records and files may hold anything
 
 
 def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, before: str, after: str) -> str:
-    """The machine, the arithmetic, and the tables of what is trained, before and after sharding."""
+    """The devices, the arithmetic, and which parameters are trained, before and after sharding."""
     t, recompute = settings.training, settings.parallel.recompute
-    how: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
+    recomputed: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     if settings.parallel.activation_offload:
-        how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
+        recomputed += ", activations offloaded to the host" + " (no saving on a CPU)" * (device.type == HOST.type)
     kernels = f"kernels {settings.model.kernels or 'auto'} (see python -m kernels)"
     nbytes = sum(local(p).numel() * local(p).element_size() for p in model.parameters())
     return (
         f"{dist.get_world_size()} processes on {describe(device)}, torch {torch.__version__}: {layout}\n"
-        f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {kernels}\n"
+        f"arithmetic {t.dtype}, recompute {recomputed}, {t.optimizer}, {kernels}\n"
         f"before sharding:\n{before}\nafter sharding ({nbytes:,} bytes on this rank):\n{after}"
     )
 
 
 def coming_steps(settings: Settings, done: int) -> str:
     cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
-    bins = number_of(sequences_per_step(settings), "bin")
-    return f"{bins} of {cutoff} tokens a step, steps {done + 1} to {settings.training.train_iters}"
+    sequences = number_of(sequences_per_step(settings), "packed sequence")
+    return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {settings.training.train_iters}"
+
+
+def closing(settings: Settings, step: int, saves: int, seconds: float) -> str:
+    """saves: checkpoints between steps; seconds: for which training waited for them."""
+    t, lines = settings.training, []
+    if saves:
+        lines.append(f"checkpoints between steps: {saves}; training waited {seconds:.2f} s for them in all")
+    if step < t.train_iters:
+        lines.append(f"stopped and saved after step {step} of {t.train_iters}; the same command goes on from there")
+    else:
+        lines.append(f"trained {step} steps; {t.save} holds the checkpoint, metrics.jsonl and loss.png")
+    return "\n".join(lines)

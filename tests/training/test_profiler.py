@@ -60,7 +60,7 @@ def test_the_table():
     ]
     for trace in (events, {"traceEvents": events[::-1]}):
         lines = [line.split() for line in operator_table(trace).splitlines()]
-        own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "own"}
+        own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "self"}
         assert own == {
             "outer": ("0.060", "1"),
             "inner": ("0.035", "2"),

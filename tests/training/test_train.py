@@ -235,13 +235,13 @@ def _with_a_broken_image(workplace: Path) -> Path:
 def test_a_finished_run_of_other_settings_is_not_passed_off(workplace, two):
     done = train(workplace, two, 2, "training.save_interval=5", "training.lr=0.5")
     assert done.returncode == 1
-    assert "holds 10 steps of other settings (training.lr: 0.01 -> 0.5); name another save" in done.stderr
+    assert "holds 10 steps of other settings (training.lr: 0.01 -> 0.5); name another training.save" in done.stderr
 
 
 def test_a_resume_with_another_batch_is_refused(workplace, two):
     done = train(workplace, two, 2, "training.save_interval=5", "training.micro_batch_size=2")
     assert done.returncode == 1
-    assert "was trained with 2 bins a step" in done.stderr
+    assert "was trained with 2 packed sequences per step" in done.stderr
     assert "these settings make 4" in done.stderr
 
 

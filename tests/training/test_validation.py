@@ -201,7 +201,7 @@ def test_what_is_trained_on_too_is_said(workplace, held_out, tmp_path):
     link.symlink_to(workplace / "records.json")
     settings = load_settings(workplace / "recipe.yaml", [*validating(held_out), f"{DATASET}={held_out},{link}"])
     told = report(settings.validation, settings.data.dataset_param)
-    assert told.endswith(f" a rank; of these, {link} is trained on too")
+    assert told.endswith(f" a rank; {link} is also trained on")
     settings = load_settings(workplace / "recipe.yaml", validating(held_out))
     assert "trained on" not in report(settings.validation, settings.data.dataset_param)
 

@@ -333,9 +333,7 @@ def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     with pytest.raises(SettingError) as caught:
         check_position(loaded(kept), position, settings)
     words = str(caught.value)
-    assert (
-        "iter_0000003 was trained with another config.json (text.layer_types: ('full_attention', " in words
-    )
+    assert "iter_0000003 was trained with another config.json (text.layer_types: ('full_attention', " in words
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
     assert "initializer_range" not in words and "\n" not in words
     brighter = {**position, "levels": {"image": {"mean": (0.4, 0.5, 0.5), "scale": 1 / 255}}}

@@ -142,8 +142,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     heartbeat.at("sharding the model")
     before = parameter_table(model)
     optimizer = distribute(settings, model, meshes, device)
-    if (after := parameter_table(model)) != before:
-        raise RunError(f"sharding changed which parameters are trained:\n{before}\n{after}")
+    if (table := parameter_table(model)) != before:
+        raise RunError(f"sharding changed which parameters are trained:\n{before}\n{table}")
     heartbeat.at(f"loading {weights}")
 
     def on_part(nbytes: int) -> None:  # the timeout starts anew with each part
@@ -161,7 +161,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_position(checkpoint, position, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    report(opening(settings, device, layout, model, before, after))
+    report(opening(settings, device, layout, model, table))
     ignored += micro_batches.not_read
     report("\n".join([*ignored, *about(t.load or "", weights), f"weights from {weights}", micro_batches.report()]))
     if validation:

@@ -17,8 +17,8 @@ def report(text: str) -> None:
         print(visible(text, keep="\n\t"), flush=True)  # names of records and files may hold anything
 
 
-def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, before: str, after: str) -> str:
-    """The devices, the arithmetic, and which parameters are trained, before and after sharding."""
+def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, table: str) -> str:
+    """The devices, the arithmetic, and the table of a sharded model's parameters."""
     t, recompute = settings.training, settings.parallel.recompute
     recomputed: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     if settings.parallel.activation_offload:
@@ -28,7 +28,7 @@ def opening(settings: Settings, device: torch.device, layout: object, model: nn.
     return (
         f"{dist.get_world_size()} processes on {describe(device)}, torch {torch.__version__}: {layout}\n"
         f"arithmetic {t.dtype}, recompute {recomputed}, {t.optimizer}, {kernels}\n"
-        f"before sharding:\n{before}\nafter sharding ({nbytes:,} bytes on this rank):\n{after}"
+        f"weights on this rank: {nbytes:,} bytes\n{table}"
     )
 
 

@@ -4,7 +4,7 @@ train() calls setup() and loop(), which calls train_step(). Only this file ties 
 It does not know the launcher: whatever sets RANK, WORLD_SIZE and MASTER_ADDR can start it.
 """
 
-import sys
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,6 +59,7 @@ from qwen35.training.resume import (
     checked_facts,
     find_weights,
     position_of,
+    sequences_per_step,
 )
 from qwen35.training.rng import restore_rng, rng_states, seed_all
 from qwen35.training.summary import closing, coming_steps, opening, report
@@ -82,6 +83,7 @@ class Run:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
+    steps_per_epoch: float = math.inf
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)
@@ -103,12 +105,11 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     What settings and file headers show to be wrong is raised before anything expensive begins.
     """
     t, m = settings.training, settings.model
-    world = dist.get_world_size()
     heartbeat.at("building the model")
     seed_all(t.seed)
     ignored = not_read(m.model_name_or_path)  # messages about what the model folder holds and nothing here uses
     config = load_config(m.model_name_or_path)
-    layout = check_layout(settings, world)
+    layout = check_layout(settings, dist.get_world_size())
     meshes = make_meshes(device.type, settings.parallel, t.timeout + TIMEOUT_MARGIN)
     dist.barrier()  # rank 0 serves the store that groups are made through; from here on an error may end it
     implementations = compiled(settings, config.text, device, heartbeat, report)
@@ -123,8 +124,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
     checkpoint = None if is_hf else checked_facts(weights, settings, device)
     heartbeat.at("reading the data")
-    has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
-    with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
+    is_hidden = dist.get_rank() > 0 or None  # None: unless standard error is a terminal
+    with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
 
         def on_records(record: str, count: int) -> None:  # the timeout starts anew with each record
             heartbeat.at(f"reading the data: {record}")
@@ -166,14 +167,14 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     report("\n".join([*ignored, *about(t.load or "", weights), f"weights from {weights}", micro_batches.report()]))
     if validation:
         report(validation.report())
+    steps_per_epoch = micro_batches.bins_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
-        report(coming_steps(settings, step))
+        report(coming_steps(settings, step, steps_per_epoch))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
-    changed = changes(weights.parent, settings) if step else []
-    return Run(
-        settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation, changed
-    )
+    run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation)
+    run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
+    return run
 
 
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
@@ -286,7 +287,8 @@ def is_finished(run: Run, folder: Path) -> bool:
 
 def loop(run: Run, folder: Path) -> None:
     """Train to the end, or until a signal asks to stop: then save at the next log step."""
-    t = run.settings.training
+    t, groups = run.settings.training, list(run.gradients.groups)
+    first, began = run.step + 1, time.perf_counter()
     first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
     in_background = t.async_save and first_due < t.train_iters
     if run.validation:
@@ -301,7 +303,7 @@ def loop(run: Run, folder: Path) -> None:
         dist.barrier()
         if t.profile.steps:
             report(profile.plan(run.step))
-        metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
+        metrics = Metrics(folder, groups, t.train_iters, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
             start = time.perf_counter()
@@ -331,7 +333,8 @@ def loop(run: Run, folder: Path) -> None:
                     saver.then(partial(draw_loss, folder))
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
-    report(closing(run.settings, run.step, saver.saves, saver.stood))
+    steps = range(first, run.step + 1)
+    report(closing(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stood))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
 from qwen35.errors import UserError, naming, visible
+from qwen35.wording import duration, number_of
 
 
 class RunError(UserError):
@@ -50,13 +51,23 @@ class Metrics:
     """Collects StepRecords and flushes them at log intervals. All ranks call it; rank 0 writes."""
 
     def __init__(
-        self, folder: Path, groups: list[str], total: int, done: int, device: torch.device, peak_tflops: float | None
+        self,
+        folder: Path,
+        groups: list[str],
+        total: int,
+        done: int,
+        device: torch.device,
+        peak_tflops: float | None,
+        steps_per_epoch: float = math.inf,
     ):
         self.path, self.groups, self.device = folder / "metrics.jsonl", groups, device
+        self.total, self.steps_per_epoch = total, steps_per_epoch
+        self.first_flush: tuple[int, float] | None = None  # step, time; the steps before it include warm-up
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
         self.pending: list[StepRecord] = []
         self.last: dict[str, Any] = {}  # the last line of metrics.jsonl
         self.zero_steps = dict.fromkeys(groups, 0)  # consecutive steps with a gradient of zero
+        self.is_estimated = False  # whether the remaining time has been logged
         self.logged: set[str] = set()  # messages about bad records, each of which is logged once
         self.is_writer = dist.get_rank() == 0
         self.bar = None
@@ -111,6 +122,7 @@ class Metrics:
         if self.is_writer:
             self._append(_text(lines))
             self._show(lines)
+            self._estimate(lines[-1])
         self.last = lines[-1]
         if any(line["bad_records"] for line in lines):  # the same on all ranks
             self._log_bad_records([message for r in records for message in r.bad_records])
@@ -192,13 +204,31 @@ class Metrics:
         mtp = f"mtp_loss {last['mtp_loss']:.4f}  " if "mtp_loss" in last else ""
         text = f"loss {last['loss']:.4f}  {mtp}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
         text += f"  {last['tokens_per_second']:.0f} tokens/s"
+        if math.isfinite(self.steps_per_epoch):
+            text += f"  epoch {last['step'] / self.steps_per_epoch:.2f}"
         if "mfu" in last:
             text += f"  mfu {last['mfu']:.1%}"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
         else:
-            self.tell(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s")
+            self.tell(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(self._left(last))}")
+
+    def _left(self, last: dict[str, Any]) -> float:
+        """Seconds to the end, at the pace since the first flush, with saves and validations."""
+        seconds = last["step_time"]
+        if self.first_flush and (steps := last["step"] - self.first_flush[0]):
+            seconds = (self.last_flush - self.first_flush[1]) / steps
+        return seconds * (self.total - last["step"])
+
+    def _estimate(self, last: dict[str, Any]) -> None:
+        """Log once, at the second flush, how long the run will take."""
+        if self.first_flush is None:
+            self.first_flush = last["step"], self.last_flush
+        elif not self.is_estimated and last["step"] < self.total:
+            self.is_estimated = True
+            steps = number_of(self.total - last["step"], "step")
+            self.tell(f"{steps} to go, about {duration(self._left(last))} at the pace of the first ones")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):

@@ -87,6 +87,21 @@ def test_a_file_that_somebody_removes_begins_anew(tmp_path, capsys):
     assert [(line["step"], line.get("val_loss")) for line in read_metrics(file)] == [(4, 4.0)]
 
 
+def test_the_remaining_time_leaves_out_the_first_interval_and_counts_pauses(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    metrics = Metrics(tmp_path, ["visual"], 100, 0, torch.device("cpu"), None, steps_per_epoch=40)
+    for number, seconds in enumerate((50, 1, 2), 1):
+        clock[0] += seconds
+        step(metrics, number)
+        clock[0] += 3  # a save
+        metrics.restart_clock()
+    first, second, estimate, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("  epoch 0.03  50.00 s  ETA 1:22:30")
+    assert second.endswith("  epoch 0.05  1.00 s  ETA 0:06:32") and "98 steps" in estimate and "0:06:32" in estimate
+    assert third.endswith("  epoch 0.07  2.00 s  ETA 0:07:16")
+
+
 def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x", "lr": [1]}\n{"step": 2, "val_loss": null}\n')
     draw_loss(tmp_path)

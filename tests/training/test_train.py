@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_what_a_run_leaves_behind(workplace, two):
     assert "mfu" not in line  # nobody told the peak of this machine
     console = (two / "console").read_text()
     assert console.count("visual.merger") == 1 and "2 processes on" in console and "60 samples" in console
+
+
+def test_the_console_tells_epochs_times_and_the_next_commands(workplace, two):
+    console = (two / "console").read_text()
+    [sequences] = re.findall(r"in (\d+) \S+(?: \S+)? of 160 \(", console)
+    epochs = 10 * 2 / int(sequences)
+    assert f"steps 1 to 10: {epochs:.2f} epochs in all" in console
+    assert re.search(rf"^step +10  .*  epoch {epochs:.2f}  .*  ETA 0:00:00$", console, re.MULTILINE)
+    assert re.search(r"^trained steps 1 to 10 in \d:\d\d:\d\d$", console, re.MULTILINE)
+    for command in (f"export DCP={two} HF={workplace}/weights OUT={two}/hf", f"evaluate MODEL={two} DATA="):
+        assert f"\n  make {command}" in console
 
 
 def test_resumed_equals_uninterrupted(workplace, two, tmp_path):

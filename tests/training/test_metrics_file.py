@@ -1,4 +1,4 @@
-"""metrics.jsonl when something else has written into it, or removed it: the run goes on, and nothing of it is lost unsaid."""
+"""metrics.jsonl damaged or removed by others: the run goes on, and says what is lost."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def text(*steps: int) -> bytes:
     return b"".join(json.dumps({"step": n, "loss": 1.5, "lr": 0.1}).encode() + b"\n" for n in steps)
 
 
-STRANGE = {
+DAMAGE = {
     "words": b"what is this\n",
     "a byte that is not UTF-8": b'{"step": 3, "loss": "\xff"}\n',
     "another value": b"[3]\n",
@@ -43,10 +43,10 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("kind", STRANGE)
-def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, capsys, kind):
-    """And the file as it was, under another name each time; it says which line."""
-    file, before = tmp_path / "metrics.jsonl", text(1, 2) + STRANGE[kind] + text(4, 5, 6)
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_resume_keeps_the_steps_behind_a_damaged_line(tmp_path, capsys, kind):
+    """It keeps the damaged file under a new name each time, and names the line."""
+    file, before = tmp_path / "metrics.jsonl", text(1, 2) + DAMAGE[kind] + text(4, 5, 6)
     for number in (1, 2):
         file.write_bytes(before)
         begin(tmp_path, 5)
@@ -59,7 +59,7 @@ def test_a_resume_keeps_the_steps_behind_a_strange_line(tmp_path, capsys, kind):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_that_was_cut_off_is_the_last_steps(tmp_path, capsys):
+def test_a_truncated_last_line_is_dropped_silently(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(text(1, 2, 3) + text(4)[:-9])
     begin(tmp_path, 3)
@@ -68,7 +68,7 @@ def test_a_line_that_was_cut_off_is_the_last_steps(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_file_that_somebody_removes_begins_anew(tmp_path, capsys):
+def test_a_removed_file_begins_anew(tmp_path, capsys):
     metrics, file = begin(tmp_path, 0), tmp_path / "metrics.jsonl"
     for number in (1, 2):
         step(metrics, number)
@@ -102,7 +102,7 @@ def test_the_remaining_time_leaves_out_the_first_interval_and_counts_pauses(tmp_
     assert third.endswith("  epoch 0.07  2.00 s  ETA 0:07:16")
 
 
-def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
+def test_only_numbers_are_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x", "lr": [1]}\n{"step": 2, "val_loss": null}\n')
     draw_loss(tmp_path)
     assert (tmp_path / "loss.png").is_file()

@@ -16,14 +16,14 @@ def build() -> Qwen35:
 
 
 @pytest.mark.parametrize("star", ["*", "{*}"])
-def test_a_star_is_one_level(star):
+def test_a_star_matches_one_level(star):
     model = build()
     freeze(model, [f"model.language_model.layers.{star}.mlp", "model.visual"])
     for name, p in model.named_parameters():
         assert p.requires_grad == (".mlp." not in name and "visual" not in name), name
 
 
-def test_a_whole_name_only():
+def test_names_match_whole_levels():
     model = build()
     freeze(model, ["model.language_model.layers.1"])
     frozen = {n.split(".")[3] for n, p in model.named_parameters() if not p.requires_grad}
@@ -56,7 +56,7 @@ def test_groups_cover_every_parameter_once():
     assert group_of("model.language_model.norm.weight") == "norm"
 
 
-def test_the_table_counts():
+def test_the_table_counts_trained_and_frozen():
     model = build()
     freeze(model, ["model.visual"])
     total = sum(p.numel() for p in model.parameters())

@@ -44,6 +44,7 @@ class StepRecord:
 
 
 SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last with MTP only
+MEASURED_STEPS = 5  # steps after the first flush before the run's time is estimated
 HOST_SUMS = ("flops", "stop", "bad_records")  # summed over the ranks as well, but known on the host
 
 
@@ -212,9 +213,11 @@ class Metrics:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
         else:
-            self.tell(f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(self._left(last))}")
+            self.tell(
+                f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(self._seconds_left(last))}"
+            )
 
-    def _left(self, last: dict[str, Any]) -> float:
+    def _seconds_left(self, last: dict[str, Any]) -> float:
         """Seconds to the end, at the pace since the first flush, with saves and validations."""
         seconds = last["step_time"]
         if self.first_flush and (steps := last["step"] - self.first_flush[0]):
@@ -222,13 +225,14 @@ class Metrics:
         return seconds * (self.total - last["step"])
 
     def _estimate(self, last: dict[str, Any]) -> None:
-        """Log once, at the second flush, how long the run will take."""
+        """Log once, when enough steps are measured, how long the others will take."""
+        left = self.total - last["step"]
         if self.first_flush is None:
             self.first_flush = last["step"], self.last_flush
-        elif not self.is_estimated and last["step"] < self.total:
+        elif left and not self.is_estimated and last["step"] - self.first_flush[0] >= MEASURED_STEPS:
             self.is_estimated = True
-            steps = number_of(self.total - last["step"], "step")
-            self.tell(f"{steps} to go, about {duration(self._left(last))} at the pace of the first ones")
+            estimate = duration(self._seconds_left(last))
+            self.tell(f"{number_of(left, 'step')} to go, about {estimate} at the pace of the first ones")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):

@@ -91,15 +91,16 @@ def test_the_remaining_time_leaves_out_the_first_interval_and_counts_pauses(tmp_
     clock = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     metrics = Metrics(tmp_path, ["visual"], 100, 0, torch.device("cpu"), None, steps_per_epoch=40)
-    for number, seconds in enumerate((50, 1, 2), 1):
+    for number, seconds in enumerate((50, 1, 2, 1, 1, 1, 1), 1):
         clock[0] += seconds
         step(metrics, number)
         clock[0] += 3  # a save
         metrics.restart_clock()
-    first, second, estimate, third = capsys.readouterr().out.splitlines()
+    first, second, third, *_, sixth, estimate, seventh = capsys.readouterr().out.splitlines()
     assert first.endswith("  epoch 0.03  50.00 s  ETA 1:22:30")
-    assert second.endswith("  epoch 0.05  1.00 s  ETA 0:06:32") and "98 steps" in estimate and "0:06:32" in estimate
-    assert third.endswith("  epoch 0.07  2.00 s  ETA 0:07:16")
+    assert second.endswith("  epoch 0.05  1.00 s  ETA 0:06:32") and third.endswith("  epoch 0.07  2.00 s  ETA 0:07:16")
+    assert sixth.endswith("  ETA 0:06:35") and "94 steps" in estimate and "0:06:35" in estimate
+    assert seventh.startswith("step      7  ")
 
 
 def test_only_numbers_are_drawn(tmp_path):

@@ -482,7 +482,7 @@ def test_leftovers_of_stopped_jobs_are_removed(tmp_path):
         ("training.seed=7", "training.seed: 42 -> 7"),
         ("data.dataset_param.basic_parameters.cutoff_len=128", "cutoff_len: 160 -> 128"),
         ("data.dataset_param.basic_parameters.max_samples=50", "max_samples: None -> 50"),
-        ("data.dataset_param.basic_parameters.dataset=OTHER", "the records, or the tokenizer, are not what they were"),
+        ("data.dataset_param.basic_parameters.dataset=OTHER", "the records or the tokenizer have changed"),
     ],
 )
 def test_resuming_on_other_data_is_refused(workplace, two, tmp_path, override, words):

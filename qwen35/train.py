@@ -119,7 +119,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     freeze(model, m.freeze)
     weights, is_hf = find_weights(settings)
     # Only headers are read here. While the folder is open, nobody removes the checkpoint.
-    open_folder = fitting(model, weights) if is_hf else fitting_checkpoint(model, weights)
+    open_folder = open_matching_folder(model, weights) if is_hf else open_matching_checkpoint(model, weights)
     check_export(model, m.model_name_or_path)
     ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
     checkpoint = None if is_hf else checked_facts(weights, settings, device)
@@ -163,11 +163,11 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     report(opening(settings, device, layout, model, table))
-    ignored += micro_batches.not_read
-    report("\n".join([*ignored, *about(t.load or "", weights), f"weights from {weights}", micro_batches.report()]))
+    ignored += micro_batches.size_warnings
+    report("\n".join([*ignored, *load_notes(t.load or "", weights), f"weights from {weights}", micro_batches.report()]))
     if validation:
         report(validation.report())
-    steps_per_epoch = micro_batches.bins_per_epoch / sequences_per_step(settings)
+    steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
         report(coming_steps(settings, step, steps_per_epoch))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
@@ -263,7 +263,7 @@ def train(settings: Settings) -> None:
                     report(line)
 
         heartbeat.at(f"locking {folder}")
-        together(lock_save_folder, None, f"{folder} cannot be used")
+        run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
         if dist.get_world_size() > ranks_here():  # several nodes
             heartbeat.at("measuring an all-reduce")
             measure(device, report)
@@ -330,11 +330,11 @@ def loop(run: Run, folder: Path) -> None:
                 if waited and not is_last:
                     metrics.tell(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
-                    saver.then(partial(draw_loss, folder))
+                    saver.run_after(partial(draw_loss, folder))
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)
-    report(closing(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stood))
+    report(closing(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
         weights = resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
-    messages = () if weights == folder else (*about(folder, weights), f"weights from {weights}")
+    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     recipe = weights.parent / "config.yaml"  # written by a run
     run = load_settings(recipe) if recipe.is_file() else None
     train_set = run.data.dataset_param if run else None

@@ -47,7 +47,7 @@ def divisors(
 ) -> list[float]:
     """This rank's share of what divides the next-token, multi-token, load-balancing losses."""
     labels = [int((batch.labels != IGNORE).sum()) for batch in batches]
-    mtp = [0 if targets is None else len(targets.trained) for targets in all_mtp_targets]
+    mtp = [0 if targets is None else len(targets.label_positions) for targets in all_mtp_targets]
     has_tokens = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
     if loss_type != "per_token_loss":
         labels, mtp = [int(n > 0) for n in labels], [int(n > 0) for n in mtp]

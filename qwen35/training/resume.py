@@ -77,7 +77,7 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str, level
     }
 
 
-def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> Loaded:
+def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
     """What a checkpoint holds besides tensors, checked before the data is read.
 
     Raises CheckpointError if it is damaged, SettingError if the settings do not go with it.
@@ -114,7 +114,7 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
     return loaded
 
 
-def check_position(loaded: Loaded, position: dict[str, Any], settings: Settings) -> None:
+def check_position(loaded: CheckpointInfo, position: dict[str, Any], settings: Settings) -> None:
     """Raises SettingError if the run could not go on as if it had never stopped."""
     if loaded.extra.get("data") != position["data"]:
         changed = [

@@ -73,7 +73,7 @@ class Validation:
         try:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, is_apart(device), train_set)
-            self.groups = self.set.answerable(progress) if settings.training.val_generate else []
+            self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
         except (SettingError, RecordError) as error:
             raise type(error)(for_validation(str(error))) from None
 
@@ -91,8 +91,8 @@ class Validation:
         too_long = " (none that is longer than cutoff_len)" if asked < len(dataset) else ""
         sampling = "" if self.sampling == GREEDY else f" ({self.sampling})"
         answered = f", {asked:,} of them answered{too_long}{sampling}" if t.val_generate else ""
-        shared = ", ".join(map(str, self.set.also_trained))
-        warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.told)
+        shared = ", ".join(map(str, self.set.training_overlap))
+        warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.warnings)
         return (
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{answered}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"

@@ -90,7 +90,7 @@ def test_converted_weights_train_and_export(tmp_path, capsys):
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     optimizer.step()
     save_checkpoint(tmp_path / "run", 3, model, optimizer)
-    assert back(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
     mtp = sum(name.startswith("mtp.") for name in source)
     assert (
         f": {mtp} of multi-token prediction, which was not trained, are copied from {folder}\n"

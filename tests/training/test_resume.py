@@ -433,8 +433,8 @@ with lock.holding(Path(sys.argv[1])):
 
 def test_a_removed_lock_file_lets_nobody_in(tmp_path):
     """Nor does a new file in its place; a forked worker that lives on keeps nobody out."""
-    code = f"from qwen35.checkpoint.lock import *; PATIENCE = 0\nwith holding(Path({str(tmp_path)!r})): pass"
-    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.PATIENCE = 0\n{code}"]
+    code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(tmp_path)!r})): pass"
+    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.LOCK_TIMEOUT = 0\n{code}"]
     with holding(tmp_path):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
         worker.start()

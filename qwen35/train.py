@@ -1,6 +1,10 @@
-"""Fine-tuning: `python -m qwen35.train CONFIG [a.b=c …]`, one process a device. setup(), train_step(), train()."""
+"""Fine-tune a model, one process per device: `python -m qwen35.train CONFIG [a.b=c …]`.
 
-import sys
+train() calls setup() and loop(), which calls train_step(). Only this file ties the rooms together.
+It does not know the launcher: whatever sets RANK, WORLD_SIZE and MASTER_ADDR can start it.
+"""
+
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -46,7 +50,7 @@ from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
-from qwen35.training.parameter_groups import freeze, table
+from qwen35.training.parameter_groups import freeze, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
@@ -56,12 +60,14 @@ from qwen35.training.resume import (
     checked_facts,
     find_weights,
     position_of,
+    sequences_per_step,
 )
 from qwen35.training.rng import restore_rng, rng_states, seed_all
-from qwen35.training.summary import coming_steps, opening
+from qwen35.training.summary import closing, coming_steps, opening
 from qwen35.training.validation import Validation
 
-LONGER = 30.0  # seconds that what waits in a rank outlasts its launcher's patience, which can say more of it
+# Collective timeouts exceed the watchdog's by this many seconds, so the watchdog reports first.
+TIMEOUT_MARGIN = 30.0
 
 
 @dataclass
@@ -73,106 +79,106 @@ class Run:
     optimizer: AdamW
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
-    step: int  # steps done
-    position: dict[str, Any]  # kept in checkpoints: a resume that differs in it could not go on with the same data
+    step: int  # optimizer steps done so far
+    position: dict[str, Any]  # saved in checkpoints; a run that resumes must have the same
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
-    changed: list[str] = field(default_factory=list)  # settings that are not those of the run that it goes on from
+    changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
+    steps_per_epoch: float = math.inf
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)
 
-    def at(self, what: str) -> None:
-        self.heartbeat.at(f"step {self.step + 1}: {what}")
+    def beat(self, activity: str) -> None:
+        """Report to the launcher what the step under way begins now."""
+        self.heartbeat.at(f"step {self.step + 1}: {activity}")
 
     def stop_loading(self) -> None:
-        """No more batches: the loader's workers end with it, since the loss of one is an error whatever is being done."""
+        """End the loader's workers, for a worker that dies later would still fail the run."""
         self.micro_batches = iter(())
         if self.validation:
             self.validation.set.close()
 
 
 def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run:
-    """Build and freeze the model, read the data; shard and load the model; find out where to start, in the data too."""
+    """Build, freeze and shard the model, read the data, load the weights, find the first step.
+
+    What settings and file headers show to be wrong is raised before anything expensive begins.
+    """
     t, m = settings.training, settings.model
-    world = dist.get_world_size()
     heartbeat.at("building the model")
     seed_all(t.seed)
-    unread = not_read(m.model_name_or_path)
+    ignored = not_read(m.model_name_or_path)  # messages about what the model folder holds and nothing here uses
     config = load_config(m.model_name_or_path)
-    layout = check_layout(settings, world)
-    meshes = make_meshes(device.type, settings.parallel, t.timeout + LONGER)
-    dist.barrier()  # the first rank serves the store by which groups are made, and a mistake may end it from here on
-    chosen = compiled(settings, config.text, device, heartbeat, logger.info)
+    layout = check_layout(settings, dist.get_world_size())
+    meshes = make_meshes(device.type, settings.parallel, t.timeout + TIMEOUT_MARGIN)
+    dist.barrier()  # rank 0 serves the store that groups are made through; from here on an error may end it
+    implementations = compiled(settings, config.text, device, heartbeat, logger.info)
     heartbeat.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
-        model = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
+        model = Qwen35(config, kernels=implementations, mtp=bool(m.mtp_num_layers))
     freeze(model, m.freeze)
-    origin, is_hf = find_weights(settings)
-    # by headers alone: what does not fit shows before anything heavy is done; and nobody removes it until it is loaded
-    held = open_matching_folder(model, origin) if is_hf else open_matching_checkpoint(model, origin)
+    weights, is_hf = find_weights(settings)
+    # Only headers are read here. While the folder is open, nobody removes the checkpoint.
+    open_folder = open_matching_folder(model, weights) if is_hf else open_matching_checkpoint(model, weights)
     check_export(model, m.model_name_or_path)
-    unread += not_read(origin) if is_hf and origin != Path(m.model_name_or_path) else []
-    loaded = None if is_hf else checked_facts(origin, settings, device)
+    ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
+    checkpoint = None if is_hf else checked_facts(weights, settings, device)
     heartbeat.at("reading the data")
-    has_bar = dist.get_rank() == 0 and sys.stderr.isatty()
-    with tqdm(desc="reading the data", unit=" records", disable=not has_bar, leave=False) as bar:
+    is_hidden = dist.get_rank() > 0 or None  # None: unless standard error is a terminal
+    with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
 
-        def is_read(what: str, records: int) -> None:  # any number of records, each of which has its time
-            heartbeat.at(f"reading the data: {what}")
-            bar.update(records)
+        def on_records(record: str, count: int) -> None:  # the timeout starts anew with each record
+            heartbeat.at(f"reading the data: {record}")
+            bar.update(count)
 
         micro_batches = MicroBatches(
-            settings, meshes.data_rank, meshes.data_size, progress=is_read, pin=has_own_memory(device)
+            settings, meshes.data_rank, meshes.data_size, progress=on_records, pin=has_own_memory(device)
         )
-        val, trained = settings.validation, settings.data.dataset_param
-        validation = Validation(val, meshes, device, DTYPES[t.dtype], is_read, trained) if val else None
-    heartbeat.at("comparing the data with the others'")
-    check_same_data(
-        f"{micro_batches.fingerprint} {micro_batches.levels}" + (validation.set.fingerprint if validation else "")
-    )
+        val, train_set = settings.validation, settings.data.dataset_param
+        validation = Validation(val, meshes, device, DTYPES[t.dtype], on_records, train_set) if val else None
+    heartbeat.at("comparing the data with the other ranks'")
+    fingerprint = f"{micro_batches.fingerprint} {micro_batches.levels}"
+    check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
     heartbeat.at("sharding the model")
-    before = table(model)
+    before = parameter_table(model)
     optimizer = distribute(settings, model, meshes, device)
-    after = table(model)
-    if before != after:
-        raise RunError(f"sharding changed what is trained:\n{before}\n{after}")
-    heartbeat.at(f"loading {origin}")
+    if (table := parameter_table(model)) != before:
+        raise RunError(f"sharding changed which parameters are trained:\n{before}\n{table}")
+    heartbeat.at(f"loading {weights}")
 
-    def part_is_read(nbytes: int) -> None:  # weights of any size, in parts that each have their time
-        heartbeat.at(f"loading {origin}")
+    def on_part(nbytes: int) -> None:  # the timeout starts anew with each part
+        heartbeat.at(f"loading {weights}")
 
     if is_hf:
-        load_hf(model, origin, progress=part_is_read)
+        load_hf(model, weights, progress=on_part)
     else:
-        load_checkpoint(origin, model, optimizer, progress=part_is_read)
-    del held
-    step = (loaded.step or 0) if loaded else 0  # converted weights have no step
+        load_checkpoint(weights, model, optimizer, progress=on_part)
+    del open_folder
+    step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     micro_batches.start_at(step)
     position = position_of(settings, config, micro_batches.fingerprint, micro_batches.levels)
-    if loaded and step:
-        check_position(loaded, position, settings)
-        if loaded.rank_extra:
-            restore_rng(loaded.rank_extra, device)
-    logger.info(opening(settings, device, layout, model, before, after))
-    unread += micro_batches.size_warnings
-    logger.info(
-        "\n".join([*unread, *load_notes(t.load or "", origin), f"weights from {origin}", micro_batches.report()])
-    )
+    if checkpoint and step:
+        check_position(checkpoint, position, settings)
+        if checkpoint.rank_extra:
+            restore_rng(checkpoint.rank_extra, device)
+    logger.info(opening(settings, device, layout, model, table))
+    ignored += [*micro_batches.size_warnings, *load_notes(t.load or "", weights)]
+    logger.info("\n".join([*ignored, f"weights from {weights}", micro_batches.report()]))
     if validation:
         logger.info(validation.report())
+    steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
-        logger.info(coming_steps(settings, step))
+        logger.info(coming_steps(settings, step, steps_per_epoch))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
-    changed = changes(origin.parent, settings) if step else []
-    return Run(
-        settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation, changed
-    )
+    run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation)
+    run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
+    return run
 
 
 def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.device) -> AdamW:
-    """This rank's share of a plain model, in place and not loaded yet, and the optimizer over it. A rehearsal does it too."""
+    """Shard a plain model in place, before its weights are loaded; make the optimizer."""
     apply_context_parallel(model, meshes)
     shard(model, meshes, DTYPES[settings.training.dtype])
     if settings.training.init_model_with_meta_device:
@@ -184,19 +190,19 @@ def distribute(settings: Settings, model: Qwen35, meshes: Meshes, device: torch.
 
 
 def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float) -> StepRecord:
-    """One optimizer step over this rank's micro-batches. Leaves every value on the device."""
+    """One optimizer step over this rank's micro-batches. The record's values stay on the device."""
     t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
     mtp = run.settings.model.mtp_num_layers
     all_mtp_targets = [make_mtp_targets(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
-    counted = int(meshes.ulysses_rank == 0)  # of ranks that share their bins one counts them
-    mine = [*divisors(batches, all_mtp_targets, loss_cfg.loss_type), tokens, labels, images]
-    here = to_device(counted * torch.tensor(mine, dtype=torch.float32), device)
-    of_step = here.clone()
-    dist.all_reduce(of_step)
-    scale = 1 / of_step[:3].clamp(min=1)  # of the loss, of multi-token prediction's, of load balancing's
+    counts_here = int(meshes.ulysses_rank == 0)  # of the ranks that share packed sequences, one counts them
+    counters = [*divisors(batches, all_mtp_targets, loss_cfg.loss_type), tokens, labels, images]
+    rank_counters = to_device(counts_here * torch.tensor(counters, dtype=torch.float32), device)
+    step_counters = rank_counters.clone()
+    dist.all_reduce(step_counters)
+    scale = 1 / step_counters[:3].clamp(min=1)  # of the loss, the multi-token prediction loss, the load-balancing loss
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
     text = run.model.config.text
@@ -205,8 +211,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     for i, (batch, weight, mtp_targets, count) in enumerate(
         zip(batches, weights, all_mtp_targets, counts, strict=True), 1
     ):
-        run.at(f"micro-batch {i} of {len(batches)}, forward")
-        flops += counted * run.flops.of_batch(batch, count, mtp_targets)
+        run.beat(f"micro-batch {i} of {len(batches)}, forward")
+        flops += counts_here * run.flops.of_batch(batch, count, mtp_targets)
         batch, weight, mtp_targets = shard_batch(batch, weight, mtp_targets, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
         if mtp_targets is not None:
@@ -215,49 +221,50 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         loss, aux, token_loss = run.model.loss(
             batch, weight, mtp_targets, run.settings.model.mtp_loss_scaling_factor, load
         )
-        run.at(f"micro-batch {i} of {len(batches)}, backward")
+        run.beat(f"micro-batch {i} of {len(batches)}, backward")
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += counted * aux.detach()
+        losses[1] += counts_here * aux.detach()
         if mtp_targets is not None:
             losses[2] += (mtp_targets.weights * token_loss[len(weight) :]).sum()
 
-    run.at("gradient norm and optimizer")
+    run.beat("gradient norm and optimizer")
     reduce_replicated(run.model)
     squares = run.gradients.squares()
     if t.clip_grad:
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-        # without images on any rank the tower takes no step, as if it had not run; a rank that has some need not ask
-        group["skip"] = of_step[5] == 0 if group["visual"] and not images else None
+        # Without images on any rank the vision tower skips the step; ranks with some need not ask.
+        group["skip"] = step_counters[5] == 0 if group["visual"] and not images else None
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-    sums = torch.cat([losses[:2], here[3:], losses[2:]])
-    bad_records = tuple(message for batch in batches[: counted * len(batches)] for message in batch.bad_records)
+    sums = torch.cat([losses[:2], rank_counters[3:], losses[2:]])
+    bad_records = tuple(message for batch in batches[: counts_here * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 
 
 def train(settings: Settings) -> None:
+    """Train a recipe, or go on with it, to the end. Every rank calls it."""
     t, folder = settings.training, Path(settings.training.save)
     if t.deterministic:
         enable_determinism()
     heartbeat = Heartbeat(t.timeout)
-    heartbeat.at("meeting the other processes", t.timeout + 2 * LONGER)
-    device = init_process(t.timeout + LONGER)
+    heartbeat.at("meeting the other processes", t.timeout + 2 * TIMEOUT_MARGIN)
+    device = init_process(t.timeout + TIMEOUT_MARGIN)
     with ExitStack() as until_done:
 
-        def hold() -> None:
+        def lock_save_folder() -> None:
             if dist.get_rank() == 0:
                 warning = until_done.enter_context(holding(folder))
                 for line in [*([warning] if warning else []), *repair_save_folder(folder)]:
                     logger.warning(line)
 
-        heartbeat.at(f"taking hold of {folder}")
-        run_sharing_errors(hold, None, f"{folder} cannot be used")
-        if dist.get_world_size() > ranks_here():  # over a network
+        heartbeat.at(f"locking {folder}")
+        run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
+        if dist.get_world_size() > ranks_here():  # several nodes
             heartbeat.at("measuring an all-reduce")
             measure(device, logger.info)
         run = setup(settings, device, heartbeat)
@@ -266,28 +273,29 @@ def train(settings: Settings) -> None:
 
 
 def is_finished(run: Run, folder: Path) -> bool:
-    """Whether nothing is left to train. Says which settings changed; raises SettingError if they make it another run."""
+    """Whether nothing is left to train. Raises SettingError if the folder holds another run."""
     if run.step < run.settings.training.train_iters:
         if run.changed:
             logger.info(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
-    logger.info(f"{folder} has done its {run.step} steps: nothing left to train")
+    logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
     if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
-        draw_loss(folder)  # one that was killed as it drew has left an older picture, and half of a new one
+        draw_loss(folder)  # a run killed while drawing leaves an older picture
     return True
 
 
 def loop(run: Run, folder: Path) -> None:
-    """Train to the end, or until a signal asks to stop: then save at the next log step, where all ranks learn of it."""
-    t = run.settings.training
+    """Train to the end, or until a signal asks to stop: then save at the next log step."""
+    t, groups = run.settings.training, list(run.gradients.groups)
+    first, began = run.step + 1, time.perf_counter()
     first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
     in_background = t.async_save and first_due < t.train_iters
     if run.validation:
         run.validation.set.start()
     with (
         stop_request() as stop,
-        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + LONGER) as saver,
+        Saver(folder, run.model, run.optimizer, in_background, t.save_total_limit, t.timeout + TIMEOUT_MARGIN) as saver,
         Profile(t.profile, folder, run.device) as profile,
     ):
         if dist.get_rank() == 0:
@@ -296,12 +304,12 @@ def loop(run: Run, folder: Path) -> None:
         dist.barrier()
         if t.profile.steps:
             logger.info(profile.plan(run.step))
-        metrics = Metrics(folder, list(run.gradients.groups), t.train_iters, run.step, run.device, t.peak_tflops)
+        metrics = Metrics(folder, groups, t.train_iters, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
             start = time.perf_counter()
             profile.before(run.step + 1)
-            run.at("waiting for its data")
+            run.beat("waiting for its data")
             batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
             metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
             saver.check()
@@ -309,11 +317,11 @@ def loop(run: Run, folder: Path) -> None:
             is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             validation = run.validation if run.validation and run.validation.is_due(run.step) else None
             if is_due or validation or run.step % t.log_interval == 0:
-                run.heartbeat.at(f"step {run.step}: waiting for the device, and for the others' metrics")
+                run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if validation and (not is_stopping or run.step == t.train_iters):
                 result = validation.run(run.model, run.heartbeat, run.step)
-                metrics.validated(result.metrics(), result.bad_records)
+                metrics.log_validation(result.metrics(), result.bad_records)
             if is_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 if is_last:
@@ -321,25 +329,17 @@ def loop(run: Run, folder: Path) -> None:
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
                 waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
                 if waited and not is_last:
-                    logger.info(
-                        f"step {run.step} stood {waited:.1f} s: the checkpoint before it was still being written"
-                    )
+                    logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
                     saver.run_after(partial(draw_loss, folder))
-                metrics.restart_clock()  # the next interval's steps did not save
+                metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
-    if saver.saves:
-        logger.info(
-            f"checkpoints between steps: {saver.saves}, for which the steps stood still {saver.stalled:.2f} s in all"
-        )
-    if is_stopping and run.step < t.train_iters:
-        logger.info(f"stopped and saved after step {run.step} of {t.train_iters}; the same command goes on from there")
-    else:
-        logger.info(f"trained {run.step} steps; {folder} holds the checkpoint, metrics.jsonl, loss.png and train.log")
+    steps = range(first, run.step + 1)
+    logger.info(closing(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
 
 
 def main(argv: list[str] | None = None) -> int:
-    code = run_rank(train, "qwen35.train", __doc__, argv, kernels.KernelError)
+    code = run_rank(train, "qwen35.train", (__doc__ or "").split("\n")[0], argv, kernels.KernelError)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

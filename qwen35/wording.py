@@ -1,5 +1,7 @@
 """Counts in messages, with the noun in the singular or the plural."""
 
+from datetime import timedelta
+
 
 def number_of(number: int, what: str) -> str:
     """`1 record`, `1,200 records`, `2 micro-batches`."""
@@ -10,3 +12,8 @@ def number_of(number: int, what: str) -> str:
 def number_of_visuals(images: int, videos: int) -> str:
     """`2 images`, `1 image, 3 videos`."""
     return number_of(images, "image") + f", {number_of(videos, 'video')}" * (videos > 0)
+
+
+def duration(seconds: float) -> str:
+    """`0:01:12`, `2 days, 3:04:05`."""
+    return str(timedelta(seconds=round(seconds)))

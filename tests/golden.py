@@ -1,10 +1,9 @@
-"""What the project computes and offers, as figures that a change of its structure must not move.
+"""Figures of what the project computes and offers, which a refactoring must not change.
 
-`python tests/golden.py` writes tests/fixtures/golden.json anew, which is right where a change of
-behaviour is meant: the difference then shows in the commit. tests/house/test_golden.py compares.
+`python tests/golden.py` rewrites tests/fixtures/golden.json after an intended change of
+behaviour; the commit then shows the difference. tests/house/test_golden.py compares.
 
-Weights and pictures are computed from integers, so that they depend on no random generator and
-on no machine.
+Weights and images are made from integers, independent of random generators and of the machine.
 """
 
 import ast
@@ -69,26 +68,26 @@ def model_folder(folder: Path, moe: bool) -> Path:
     return folder / "weights"
 
 
-def records(folder: Path, shown: str) -> list[dict]:
+def records(folder: Path, visuals: str) -> list[dict]:
     for i in range(8):
         pixels = (spread(3 * (40 + 8 * i) * 48, i) * 127 + 128).byte().numpy().tobytes()
         Image.frombytes("RGB", (40 + 8 * i, 48), pixels).save(folder / f"{i}.png")
     made = []
     for i in range(24):
-        user = {"text": f"What is {i}?", "images": f"<image>What is {i}?", "videos": f"<video>What is {i}?"}[shown]
+        user = {"text": f"What is {i}?", "images": f"<image>What is {i}?", "videos": f"<video>What is {i}?"}[visuals]
         made.append(
             {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": f"It is {i % 7}."}]}
         )
-        if shown == "images":
+        if visuals == "images":
             made[-1]["images"] = [f"{i % 8}.png"]
-        elif shown == "videos":
+        elif visuals == "videos":
             made[-1]["videos"] = [[f"{i % 8}.png"] * (2 + i % 3)]
     return made
 
 
-def run(folder: Path, moe: bool, shown: str, processes: int, settings: tuple[str, ...]) -> dict[str, Any]:
-    """Train ten steps; with a checkpoint after five, resume there and train the rest again."""
-    (folder / "records.json").write_text(json.dumps(records(folder, shown)))
+def run(folder: Path, moe: bool, visuals: str, processes: int, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Ten steps; with a checkpoint after five, the last five are trained twice."""
+    (folder / "records.json").write_text(json.dumps(records(folder, visuals)))
     basic = {"dataset": str(folder / "records.json"), "dataset_dir": str(folder), "cutoff_len": 160}
     recipe = {
         "data": {"dataset_param": {"basic_parameters": basic, "preprocess_parameters": {"image_max_pixels": 4096}}},
@@ -115,13 +114,13 @@ def run(folder: Path, moe: bool, shown: str, processes: int, settings: tuple[str
 
 
 def digest(x: torch.Tensor) -> list[float]:
-    """Sum a tensor twice: its magnitudes, and its values weighted so that their order counts."""
+    """Sum of magnitudes, and a weighted sum that depends on the order of the values."""
     x = x.double().flatten()
     return [float(f"{value:.9g}") for value in (x.abs().sum(), x @ spread(x.numel(), 1).double())]
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of an export that went through a DCP checkpoint."""
+    """sha256 of each file of an export from a converted DCP checkpoint."""
     hf_to_dcp(model_folder(folder, moe=True), folder / "dcp", None)
     dcp_to_hf(folder / "dcp", folder / "weights", folder / "hf")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((folder / "hf").iterdir())}

@@ -1,7 +1,7 @@
-"""A bench for the catalogue of mistakes: a small project, one thing in it broken, and the command that meets it.
+"""The catalogue of mistakes: a small project with one thing broken, and a command that meets it.
 
-Every command runs in a process of its own, forked from one that has everything imported already: its real exit code, all that
-it writes to standard error, and what it leaves on the disk.
+Each command runs in a forked process that has everything imported. Tests see its exit code, its
+standard error, and what it leaves on the disk.
 """
 
 import importlib
@@ -70,7 +70,7 @@ def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-# -- the project --------------------------------------------------------------------------------------------------------
+# -- the project -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +85,7 @@ def place(whole, tmp_path) -> Path:
 
 
 def make_project(place: Path) -> Path:
-    """hf/ in four shards, dcp/release, data/a.json with 12 records of which 8 have an image, and the recipe r.yaml."""
+    """hf/ in four shards, dcp/release, data/a.json with 12 records (8 with an image), r.yaml."""
     make_model_folder(place / "hf")
     small = {file.name: file.read_bytes() for file in (place / "hf").iterdir()}
     tokens = json.loads(small.pop("config.json"))
@@ -130,7 +130,7 @@ def contents(place: Path) -> dict[str, int]:
     }
 
 
-# -- ways to break it ---------------------------------------------------------------------------------------------------
+# -- ways to break it ------------------------------------------------------------------------------
 
 
 def write(name: str, content: str | bytes) -> Break:
@@ -204,7 +204,7 @@ def in_half(name: str) -> Break:
     return broken
 
 
-# -- processes ----------------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------
 
 
 def launch(processes: int) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ def launch(processes: int) -> tuple[str, ...]:
 
 
 def run(place: Path, *command: str, file_size: int | None = None, environment: dict[str, str] | None = None) -> Done:
-    """A command in the folder `place`. file_size: bytes that a file may have, for a full disk that is easy to have."""
+    """Run a command in `place`. file_size: largest file in bytes, which stands for a full disk."""
     process, ours = start(_command, place, command, file_size, environment or {})
     out, err = (_read(fd) for fd in ours)
     process.join(300)

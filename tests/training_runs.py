@@ -1,4 +1,4 @@
-"""Whole runs with real processes, for the tests: a small model, a few images, a recipe, and the command that trains."""
+"""Whole runs with real processes: a small model, a few images, a recipe, the training command."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def train(
 
 
 def tensors(save: Path, prefix: str = MODEL) -> dict[str, torch.Tensor]:
-    """Of a save folder's newest checkpoint: the model's, or with prefix "optimizer." the optimizer's."""
+    """A save folder's newest weights, or with prefix "optimizer." its optimizer state."""
     source = DCPSource(resolve_load(save), prefix)
     return {name: source.read(name, TensorSlice.full(spec.shape)) for name, spec in source.specs.items()}
 

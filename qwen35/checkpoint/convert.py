@@ -153,6 +153,23 @@ def _parser() -> Parser:
     return parser
 
 
+def _why_more_tensors(checkpoint: Path, origin_hf_dir: str) -> list[str]:
+    """A line on why an export has more tensors than its checkpoint; none if it has as many."""
+    held, exported = DCPSource(checkpoint).specs, HFFolder(origin_hf_dir).specs
+    trains_mtp = any(name.startswith("mtp.") for name in held)
+    mtp = 0 if trains_mtp else sum(name.startswith("mtp.") for name in exported)
+    tied = int(HEAD in exported and HEAD not in held)
+    experts = len(exported) - len(held) - mtp - tied
+    reasons = (
+        (mtp, f"{mtp} of multi-token prediction, which was not trained, are copied from {origin_hf_dir}"),
+        (tied, f"{HEAD} is stored although it is tied to the embedding"),
+        (experts, f"{experts:+,} since {origin_hf_dir} stores experts in another layout"),
+    )
+    if not any(count for count, _ in reasons):
+        return []
+    return [f"the checkpoint has {len(held):,} tensors: " + "; ".join(text for count, text in reasons if count)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in CONVERTERS:
@@ -166,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in [*load_notes(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
                 print(line, flush=True)
             written = dcp_to_hf(checkpoint, args.origin_hf_dir, args.save_hf_dir)
+            for line in _why_more_tensors(checkpoint, args.origin_hf_dir):
+                print(line)
     except USER_ERRORS as error:
         return complain(error, "mm-convert: ")
     print(written)

@@ -1,1 +1,1 @@
-"""Settings: each with its default (schema), from a recipe to objects (load), the rules between them. Knows no model."""
+"""Settings: definitions (schema), recipes to objects (load), rules. Knows no model and no torch."""

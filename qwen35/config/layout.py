@@ -1,4 +1,4 @@
-"""Whether processes, settings and model go together, by numbers alone: asked before anything starts, on any machine."""
+"""How processes share weights, experts and sequences: arithmetic, checked before a run starts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ DENSE = "qwen3_5"  # the model_type of config.json
 
 @dataclass(frozen=True)
 class Layout:
-    """So many processes in all, and how they share. fsdp x ep = shard."""
+    """Degrees of parallelism. world = copies * shard = copies * fsdp * ep = data * ulysses."""
 
-    world: int
+    world: int  # all processes
     shard: int  # ranks that share a copy of the weights
-    ep: int  # of these, ranks that each hold some of the experts whole
-    ulysses: int  # ranks that share a bin
+    ep: int  # expert parallel ranks in a copy, each with different experts
+    ulysses: int  # ranks that share a packed sequence
 
     @property
     def copies(self) -> int:
-        """Of the weights."""
+        """Copies of the weights."""
         return self.world // self.shard
 
     @property
@@ -38,32 +38,32 @@ class Layout:
         return self.world // self.ulysses
 
     def __str__(self) -> str:
-        words = f"weights {self.copies} x {self.shard} (copies x ranks that share one)"
+        text = f"weights {self.copies} x {self.shard} (copies x ranks per copy)"
         if self.ep > 1:
-            words += f", experts {self.copies} x {self.fsdp} x {self.ep} (the last: ranks with experts of their own)"
+            text += f", experts {self.copies} x {self.fsdp} x {self.ep} (copies x ranks per expert x expert parallel)"
         if self.ulysses > 1:
-            words += f", bins {self.data} x {self.ulysses} (at a time x ranks that share one)"
-        return words
+            text += f", packed sequences {self.data} x {self.ulysses} (at a time x ranks per sequence)"
+        return text
 
 
 def layout_of(p: ParallelSettings, world: int) -> Layout:
-    """Raises SettingError where a size does not divide the processes that it is taken of."""
+    """The layout of so many processes. Raises SettingError if a size does not divide them."""
     shard, ep, ulysses = p.fully_shard_parallel_size or world, p.expert_parallel_size, p.ulysses_parallel_size
-    for name, size, of, what in (
+    for name, size, total, what in (
         ("parallel.fully_shard_parallel_size", shard, world, f"the {world} processes"),
         (EXPERT, ep, shard, f"the {shard} processes that share a copy of the weights"),
         (ULYSSES, ulysses, world, f"the {world} processes"),
     ):
-        if of % size:
+        if total % size:
             raise SettingError(f"{name} {size} does not divide {what}")
     return Layout(world, shard, ep, ulysses)
 
 
 def check_layout(s: Settings, world: int) -> Layout:
-    """The layout, if the model and the batches can be cut so. Raises SettingError for the first thing that cannot.
+    """The layout. Raises SettingError for the first size of model or batch that it cannot divide.
 
-    Of the model it reads config.json, without torch, and only if the layout cuts it. What is wrong with that file itself is
-    load_config's to tell: a number that is not there passes.
+    Reads config.json if the layout splits experts or sequences. A number that is missing there
+    passes, for load_config reports that.
     """
     layout, ranks = layout_of(s.parallel, world), s.training.profile.ranks
     if s.training.profile.steps and max(ranks) >= world:
@@ -72,12 +72,12 @@ def check_layout(s: Settings, world: int) -> Layout:
     path = folder if folder.suffix == ".json" else folder / "config.json"
     if (layout.ep > 1 or layout.ulysses > 1) and path.is_file():
         config = read_object(path, SettingError)
-        for words in (*_of_experts(layout, config), *_of_bins(layout, s, config)):
-            raise SettingError(f"{words} ({folder} on {world} processes)")
+        for violation in (*_expert_rules(layout, config), *_ulysses_rules(layout, s, config)):
+            raise SettingError(f"{violation} ({folder} on {world} processes)")
     return layout
 
 
-def _of_experts(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
+def _expert_rules(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
     text = partial(_size, config, "text_config")
     if layout.ep == 1:
         return
@@ -92,27 +92,27 @@ def _of_experts(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
         yield from _indivisible(shared_by, layout.fsdp, rows, f"rows of an expert's {what}")
 
 
-def _of_bins(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
+def _ulysses_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
     size, text, vision = layout.ulysses, partial(_size, config, "text_config"), partial(_size, config, "vision_config")
     if size == 1:
         return
-    kv_heads, bins = text("num_key_value_heads"), s.training.micro_batch_size
+    kv_heads, sequences = text("num_key_value_heads"), s.training.micro_batch_size
     cutoff_len, bucket = s.data.dataset_param.basic_parameters.cutoff_len, s.data.dataloader_param.patch_bucket
-    held_out = s.data.val_dataset_param.basic_parameters.cutoff_len if s.data.val_dataset_param else 0
+    val_len = s.data.val_dataset_param.basic_parameters.cutoff_len if s.data.val_dataset_param else 0
     for total, what in (
         (text("num_attention_heads"), "attention heads, num_attention_heads"),
         (text("linear_num_key_heads"), "key heads of the delta net, linear_num_key_heads"),
         (text("linear_num_value_heads"), "value heads of the delta net, linear_num_value_heads"),
         (vision("num_heads"), "heads of the vision tower, vision_config.num_heads"),
-        (bins * cutoff_len, f"tokens of a micro-batch, {bins} x cutoff_len {cutoff_len}"),
-        (bins * held_out, f"tokens of a micro-batch of val_dataset_param, {bins} x cutoff_len {held_out}"),
+        (sequences * cutoff_len, f"tokens of a micro-batch, {sequences} x cutoff_len {cutoff_len}"),
+        (sequences * val_len, f"tokens of a micro-batch of val_dataset_param, {sequences} x cutoff_len {val_len}"),
     ):
         yield from _indivisible(ULYSSES, size, total, what)
     if kv_heads and kv_heads % size and size % kv_heads:
         yield f"{ULYSSES} {size} neither divides the {kv_heads} key-value heads, num_key_value_heads, nor is a multiple of them"
     block = vision("spatial_merge_size") ** 2
     if block and bucket % (size * block):
-        yield f"data.dataloader_param.patch_bucket {bucket} is no multiple of {ULYSSES} {size} x the {block} patches of a token"
+        yield f"data.dataloader_param.patch_bucket {bucket} is no multiple of {ULYSSES} {size} x the {block} patches per token"
 
 
 def _indivisible(name: str, size: int, total: int, what: str) -> Iterator[str]:
@@ -121,7 +121,7 @@ def _indivisible(name: str, size: int, total: int, what: str) -> Iterator[str]:
 
 
 def _size(config: dict[str, Any], section: str, name: str) -> int:
-    """A number above 0; else 0, which everything divides."""
+    """The number if it is one above 0, else 0, which everything divides."""
     values = config.get(section)
     value = values.get(name) if isinstance(values, dict) else None
     return value if type(value) is int and value > 0 else 0

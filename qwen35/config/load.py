@@ -1,7 +1,6 @@
-"""From a recipe to settings: YAML plus `a.b=c` overrides, checked and frozen. The settings themselves are in schema.py.
+"""From a recipe to settings: YAML plus `a.b=c` overrides, checked against the schema.
 
-The paths are those of the seed's user guide (`data.dataset_param.basic_parameters.dataset`, …). Every field below is read
-somewhere; a key that is not a field is an error that names the nearest one.
+A key that is no setting is an error that names the nearest one.
 """
 
 import dataclasses
@@ -15,17 +14,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from qwen35.config.rules import check_contradictions
-from qwen35.config.schema import HELD_OUT, TRAINED, DatasetParam, Settings, of_held_out
+from qwen35.config.rules import check_rules
+from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, DatasetParam, Settings, for_validation
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
-SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the seed's text writes it
-
+SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the user guide writes it
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a recipe and apply `a.b=c` overrides (values in YAML). Raises SettingError with one line that says what to do."""
+    """Read a recipe and apply `a.b=c` overrides, whose values are YAML. Raises SettingError."""
     text = read_text(Path(path), SettingError, "no such recipe; the shipped ones are in configs/")
     if len(text) > LONGEST_RECIPE:
         raise SettingError(
@@ -39,7 +37,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         key, equals, value = override.partition("=")
         if not equals:
             raise SettingError(f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20")
-        # an override of a whole section replaces it
+        # overriding a section replaces all of it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
         flat |= _flatten({key: _override(key, value)}, key)
     settings = from_flat(flat)
@@ -48,13 +46,13 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What is YAML, but not in a recipe."""
+    """Valid YAML that recipes must not use."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would quietly take the last, and aliases.
+    """Refuses duplicate keys, of which YAML quietly takes the last, and aliases.
 
-    A few lines of aliases of aliases stand for more values than any memory holds.
+    A few lines of nested aliases expand to more values than any memory holds.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -74,18 +72,18 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML -> what it says. Raises SettingError."""
+    """Parse YAML; `where` names it in messages. Raises SettingError."""
     try:
-        return yaml.load(text, _Loader)  # a safe one
+        return yaml.load(text, _Loader)  # a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
-        what = " ".join(str(error.problem).split())
+        problem = " ".join(str(error.problem).split())
         mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         if isinstance(error, _Refused):
-            raise SettingError(f"{where}{place}: {what}") from None
-        hint = "; indent with spaces" if "'\\t'" in what else ""
-        raise SettingError(f"{where} is not YAML{place}: {what}{hint}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
+            raise SettingError(f"{where}{position}: {problem}") from None
+        hint = "; indent with spaces" if "'\\t'" in problem else ""
+        raise SettingError(f"{where} is not YAML{position}: {problem}{hint}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise SettingError(f"{where} is not YAML: {one_line(error)}") from None
 
 
@@ -93,8 +91,8 @@ def _override(key: str, value: str) -> Any:
     try:
         return parse_yaml(value, f"{key}: {value!r}")
     except SettingError:
-        if value.startswith("[") and value.endswith("]"):  # names with * or {*}, whose quotes the shell took
-            return [word.strip() for word in value[1:-1].split(",")]
+        if value.startswith("[") and value.endswith("]"):  # names with * or {*} that the shell unquoted
+            return [name.strip() for name in value[1:-1].split(",")]
         raise
 
 
@@ -103,16 +101,17 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     known = _leaves(Settings)
     sections = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
     sections |= {k for k, kind in known.items() if _is_mapping(kind)}
-    # a section whose lines are all commented out is null in YAML
+    # YAML reads a section whose lines are all commented out as null
     flat = {k: v for k, v in flat.items() if not (k in sections and v in (None, {}))}
     for key, value in flat.items():
         if key in sections:
-            raise SettingError(f"{key}: {value!r} is not a section, with settings below it")
+            raise SettingError(f"{key}: {value!r} is not a section with settings in it")
         if key not in known and not any(key.startswith(f"{k}.") for k, t in known.items() if _is_mapping(t)):
             raise SettingError(_unknown(key, known))
-    if any(key.startswith(f"{HELD_OUT}.") for key in flat):
-        shared = {key for key in flat if key.startswith(f"{TRAINED}.") and key != f"{TRAINED}.basic_parameters.dataset"}
-        flat = {of_held_out(key): flat[key] for key in shared} | flat
+    if any(key.startswith(f"{VALIDATION_SET}.") for key in flat):
+        own = f"{TRAIN_SET}.basic_parameters.dataset"
+        shared = {key for key in flat if key.startswith(f"{TRAIN_SET}.") and key != own}
+        flat = {for_validation(key): flat[key] for key in shared} | flat
     return _build(Settings, flat, "")
 
 
@@ -127,7 +126,7 @@ def _unknown(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _flatten(tree: Mapping[Any, Any], where: str = "", prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> one with dotted keys. Raises SettingError if one is there twice: nested and dotted, short and long."""
+    """Nested mappings -> one with dotted keys. Raises SettingError for a key that occurs twice."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = SHORT_FORMS.get(f"{prefix}{key}", f"{prefix}{key}")
@@ -139,7 +138,7 @@ def _flatten(tree: Mapping[Any, Any], where: str = "", prefix: str = "") -> dict
 
 
 def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type of every setting below a dataclass."""
+    """Dotted name -> type, for every setting below a dataclass."""
     leaves: dict[str, Any] = {}
     for name, kind in get_type_hints(cls).items():
         section = _section(kind)
@@ -148,7 +147,7 @@ def _leaves(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _section(kind: Any) -> Any:
-    """The dataclass that a field is, or is if it is there at all; else None."""
+    """The dataclass of a field of type `dataclass` or `dataclass | None`, else None."""
     kinds = [k for k in get_args(kind) if k is not type(None)] if isinstance(kind, types.UnionType) else [kind]
     return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
 
@@ -183,13 +182,13 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
     origin, or_else = get_origin(kind), ""
     if origin in (Union, types.UnionType):
         kinds = get_args(kind)
-        words = [word for k in kinds if get_origin(k) is Literal for word in get_args(k)]
-        if (value is None and type(None) in kinds) or value in words:
+        literals = [literal for k in kinds if get_origin(k) is Literal for literal in get_args(k)]
+        if (value is None and type(None) in kinds) or value in literals:
             return value
-        is_list = isinstance(value, list | tuple)  # text, or a list
+        is_list = isinstance(value, list | tuple)
         kinds = tuple(k for k in kinds if k is not type(None))
         kind = next((k for k in kinds if (get_origin(k) is tuple) == is_list), kinds[0])
-        origin, or_else = get_origin(kind), f", nor {', '.join(words)}" if words else ""
+        origin, or_else = get_origin(kind), f", nor {', '.join(literals)}" if literals else ""
     if origin is Literal:
         if value in get_args(kind):
             return value
@@ -219,12 +218,12 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
 
 
 def flat_settings(settings: Settings) -> dict[str, Any]:
-    """{"training.lr": 1e-5, …}: every setting by its dotted name."""
+    """Every setting by its dotted name: {"training.lr": 1e-5, …}."""
     return _flatten(_plain(settings))
 
 
 def _entry(value: Any, kind: Any, path: str) -> Any:
-    """One of a list: a mapping, or the value of its first field alone."""
+    """An entry of a list: a mapping, or the value of the first field alone."""
     names = [f.name for f in dataclasses.fields(kind)]
     values = value if isinstance(value, dict) else {names[0]: value}
     if unknown := [key for key in values if key not in names]:
@@ -237,7 +236,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def difference(old: Settings, new: Settings) -> list[str]:
-    """The settings that changed, "training.lr: 0.001 -> 0.0001" each."""
+    """The settings that changed, each as "training.lr: 0.001 -> 0.0001"."""
     before, after = flat_settings(old), flat_settings(new)
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in before | after if before.get(k) != after.get(k)]
 
@@ -251,7 +250,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(s: Settings) -> None:
-    """Ranges, then settings that contradict each other. Raises SettingError."""
+    """Check ranges, then the rules between settings. Raises SettingError."""
     t = s.training
     positive = {
         "training.train_iters": t.train_iters,
@@ -271,8 +270,8 @@ def _check(s: Settings) -> None:
         "parallel.expert_parallel_size": s.parallel.expert_parallel_size,
         "parallel.ulysses_parallel_size": s.parallel.ulysses_parallel_size,
         "data.dataloader_param.patch_bucket": s.data.dataloader_param.patch_bucket,
-        **_positive(s.data.dataset_param, f"{TRAINED}."),
-        **(_positive(s.data.val_dataset_param, f"{HELD_OUT}.") if s.data.val_dataset_param else {}),
+        **_positive(s.data.dataset_param, f"{TRAIN_SET}."),
+        **(_positive(s.data.val_dataset_param, f"{VALIDATION_SET}.") if s.data.val_dataset_param else {}),
     }
     not_negative = {
         "training.weight_decay": t.weight_decay,
@@ -285,7 +284,7 @@ def _check(s: Settings) -> None:
         "data.dataloader_param.num_workers": s.data.dataloader_param.num_workers,
     }
     at_most_512 = {"data.dataloader_param.num_workers": s.data.dataloader_param.num_workers}
-    one_or_none = {"model.mtp_num_layers": s.model.mtp_num_layers}  # the published models have one
+    zero_or_one = {"model.mtp_num_layers": s.model.mtp_num_layers}  # published models have one MTP layer
     fraction = {
         "training.lr_warmup_ratio": t.lr_warmup_ratio,
         "training.adam_beta1": t.adam_beta1,
@@ -297,16 +296,16 @@ def _check(s: Settings) -> None:
         ("at least 0 and below 1", fraction, lambda v: 0 <= v < 1),
         ("at most 512", at_most_512, lambda v: v <= 512),
         ("at most a year of 31536000 seconds", {"training.timeout": t.timeout}, lambda v: v <= 31536000),
-        ("0 or 1", one_or_none, lambda v: v in (0, 1)),
+        ("0 or 1", zero_or_one, lambda v: v in (0, 1)),
     ):
         for name, value in group.items():
             if value is not None and not (holds(value) and math.isfinite(value)):
                 raise SettingError(f"{name}: {value} must be {rule}")
-    check_contradictions(s)
+    check_rules(s)
 
 
 def _positive(param: DatasetParam, prefix: str) -> dict[str, Any]:
-    """What must be more than 0."""
+    """The settings of a dataset that must be more than 0."""
     b, p = param.basic_parameters, param.preprocess_parameters
     basic, limits = f"{prefix}basic_parameters", f"{prefix}preprocess_parameters"
     entries = [] if isinstance(b.dataset, str) else b.dataset

@@ -1,60 +1,60 @@
-"""Settings that are each right, and wrong together. Only what is surely wrong is refused."""
+"""Validation rules between settings that are each valid. Only what is surely wrong is refused."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen35.config.schema import TRAINED, ModelSettings, ProfileSettings, Settings, dataset_entries, of_held_out
+from qwen35.config.schema import TRAIN_SET, ModelSettings, ProfileSettings, Settings, dataset_entries, for_validation
 from qwen35.errors import SettingError
 
-FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # its two names in model.kernels
-CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # of a checkpoint inside a save folder
+FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # the operator's two names in model.kernels
+CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # a checkpoint's folder inside training.save
 
 
-def check_contradictions(s: Settings) -> None:
-    """Raises SettingError for the first pair."""
-    for words in (
-        *_of_data(s),
-        *_of_validation(s),
-        *_of_training(s),
-        *_of_profile(s),
-        *_of_folders(s),
-        *_of_names(s),
+def check_rules(s: Settings) -> None:
+    """Raises SettingError for the first rule that is violated."""
+    for violation in (
+        *_data_rules(s),
+        *_validation_rules(s),
+        *_training_rules(s),
+        *_profile_rules(s),
+        *_folders_rules(s),
+        *_names_rules(s),
     ):
-        raise SettingError(words)
+        raise SettingError(violation)
 
 
-def _of_data(s: Settings) -> Iterator[str]:
+def _data_rules(s: Settings) -> Iterator[str]:
     b, p = s.data.dataset_param.basic_parameters, s.data.dataset_param.preprocess_parameters
-    basic, limits = f"{TRAINED}.basic_parameters", f"{TRAINED}.preprocess_parameters"
+    basic, limits = f"{TRAIN_SET}.basic_parameters", f"{TRAIN_SET}.preprocess_parameters"
     if p.image_min_pixels > p.image_max_pixels:
         yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
     if p.video_min_pixels > p.video_max_pixels:
         yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
     if p.video_maxlen < 2:
-        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: frames are seen two at a time"
+        yield f"{limits}.video_maxlen {p.video_maxlen} must be at least 2: the model takes frames in pairs"
     if b.enable_thinking is not None and b.template != "qwen3_5":
         yield f"{basic}.enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
     if b.train_on_prompt and b.mask_history:
         yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
 
 
-def _of_validation(s: Settings) -> Iterator[str]:
-    t, held_out = s.training, s.data.val_dataset_param
-    if t.val_interval and not held_out:
-        yield "training.val_interval says when to validate, and nothing on what; set data.val_dataset_param"
-    if held_out and not t.val_interval:
+def _validation_rules(s: Settings) -> Iterator[str]:
+    t, val = s.training, s.data.val_dataset_param
+    if t.val_interval and not val:
+        yield "training.val_interval says when to validate, and nothing on what data; set data.val_dataset_param"
+    if val and not t.val_interval:
         yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
     if t.val_generate and not t.val_interval:
         yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
-    if held_out and any(entry.weight != 1 for entry in dataset_entries(held_out.basic_parameters.dataset)):
+    if val and any(entry.weight != 1 for entry in dataset_entries(val.basic_parameters.dataset)):
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
-        found = (*_of_data(s.validation), *_of_names(s.validation))
-        yield from (of_held_out(words) for words in found)
+        violations = (*_data_rules(s.validation), *_names_rules(s.validation))
+        yield from (for_validation(violation) for violation in violations)
 
 
-def _of_training(s: Settings) -> Iterator[str]:
+def _training_rules(s: Settings) -> Iterator[str]:
     t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
     cutoff_len = max(param.basic_parameters.cutoff_len for param in params)
     if t.min_lr > t.lr:
@@ -68,7 +68,7 @@ def _of_training(s: Settings) -> Iterator[str]:
         )
     if s.parallel.recompute == "selective" and "fla" in (s.model.kernels.get(op) for op in FLA_DELTA_RULE):
         yield (
-            "parallel.recompute: selective means nothing to fla's delta rule, whose backward needs its own forward; set"
+            "parallel.recompute: selective means nothing to fla's delta rule, whose backward reruns its forward; set"
             " recompute: true, or model.kernels.gated_delta_rule to triton"
         )
     if t.load and t.init_from_hf_path:
@@ -80,14 +80,14 @@ def _of_training(s: Settings) -> Iterator[str]:
         )
 
 
-def _of_profile(s: Settings) -> Iterator[str]:
+def _profile_rules(s: Settings) -> Iterator[str]:
     p, steps = s.training.profile, s.training.train_iters
     if not p.steps and p != ProfileSettings():
         yield "training.profile means nothing without training.profile.steps; set that, or leave it out"
     if not p.steps:
         return
     if p.start < 2:
-        yield f"training.profile.start: {p.start} must be 2 or more: the step before it warms the profiler up"
+        yield f"training.profile.start: {p.start} must be 2 or more: the profiler warms up in the step before"
     if p.start + p.steps - 1 > steps:
         last = p.start + p.steps - 1
         yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of training.train_iters"
@@ -98,11 +98,10 @@ def _of_profile(s: Settings) -> Iterator[str]:
         yield f"training.profile.folder: {p.folder} must be a folder below training.save, and not a checkpoint's"
 
 
-def _of_folders(s: Settings) -> Iterator[str]:
-    """What a run writes must not lie in a model folder: `make export` copies that as it is, and loaders read all of it."""
+def _folders_rules(s: Settings) -> Iterator[str]:
+    """No run writes into a model folder, for `make export` copies it and loaders read all of it."""
     t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
-    held_out = s.data.val_dataset_param
-    other = held_out.basic_parameters.cache_dir if held_out else None
+    val = s.data.val_dataset_param
     if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
         yield f"training.save: {t.save} is named like a checkpoint in a save folder; name the folder above it"
     sources = {
@@ -113,14 +112,14 @@ def _of_folders(s: Settings) -> Iterator[str]:
     for name, written in (
         ("training.save", t.save),
         ("basic_parameters.cache_dir", cache_dir),
-        ("data.val_dataset_param.basic_parameters.cache_dir", other),
+        ("data.val_dataset_param.basic_parameters.cache_dir", val and val.basic_parameters.cache_dir),
     ):
         for source, folder in sources.items():
             if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):
                 yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
 
 
-def _of_names(s: Settings) -> Iterator[str]:
+def _names_rules(s: Settings) -> Iterator[str]:
     attr = s.data.dataset_param.attr
     groups = (
         ("messages", "images", "videos", "tools", "system"),
@@ -131,4 +130,4 @@ def _of_names(s: Settings) -> Iterator[str]:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
         if same:
-            yield f"{TRAINED}.attr: {' and '.join(same)} are both {given[same[0]]!r}"
+            yield f"{TRAIN_SET}.attr: {' and '.join(same)} are both {given[same[0]]!r}"

@@ -1,8 +1,8 @@
-"""How often a model answers held-out records right: `python -m qwen35.inference.evaluate --model DIR --data FILE`.
+"""Exact match of a model's answers: `python -m qwen35.inference.evaluate --model DIR --data FILE`.
 
-The last answer of each record is left to the model, which takes the likeliest token each time (--sample: draws). Right is what
-spells the same, thoughts and white space at the ends aside. Tool calls are compared as the chat template writes them below
-the answer's text, so their order counts, and that of their arguments.
+The model writes the last answer of each record anew, greedily or by sampling (--sample). It is
+right if the text is the same, thoughts and surrounding white space aside. Tool calls are compared
+as the chat template writes them, so their order counts, and that of their arguments.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from qwen35.inference.load_model import add_options, add_thinking, find_model, l
 from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
 
-ROOM_TO_THINK = 1024  # tokens that an answer with a thought may take beyond the record's own
+ROOM_TO_THINK = 1024  # tokens added to the limit of an answer that begins with a thought
 GREEDY = Sampling()
 
 
@@ -46,7 +46,7 @@ class Answer:
 
 
 def read_all(preparation: Preparation) -> list[Record]:
-    """The records of preparation.basic.dataset, their images measured. Raises SettingError, RecordError."""
+    """The records of preparation.basic.dataset, measured. Raises SettingError, RecordError."""
     basic = preparation.basic
     files, images = dataset_files(basic.dataset), preparation.folder()
     warnings = DataWarnings()
@@ -60,8 +60,8 @@ def read_all(preparation: Preparation) -> list[Record]:
         try:
             preparation.measure(record)
         except RecordError as error:
-            where = f"; --dataset_dir says where, now {basic.dataset_dir}" if error.kind.endswith(" missing") else ""
-            raise RecordError(f"{error}{where}", error.kind, error.image) from None
+            hint = f"; --dataset_dir says where, now {basic.dataset_dir}" if error.kind.endswith(" missing") else ""
+            raise RecordError(f"{error}{hint}", error.kind, error.image) from None
     return records
 
 
@@ -78,15 +78,15 @@ def answers(
 ) -> Iterator[Answer]:
     """The model's answer to each record, `batch` records at once.
 
-    max_new_tokens None: what the longest right answer of a batch needs (a longer one is wrong), more after an open thought.
-    thinking: whether the prompts open a thought; None: those of the records whose answer is trained with one.
-    skip: is told of each record whose images cannot be read, which is then not answered; None: it raises RecordError.
+    max_new_tokens: None for the length of the batch's longest right answer, and room for thoughts.
+    thinking: whether prompts open a thought; None: as the record's answer would be trained.
+    skip: called for a record whose images cannot be read; None: raise RecordError.
     Raises SettingError.
     """
     tokenizer, spec, basic = preparation.tokenizer, vision_spec(folder), preparation.basic
     stop = stop_ids(folder, tokenizer)
     for start in range(0, len(records), batch):
-        asked, prompts, room = [], [], 0
+        asked, prompts, longest = [], [], 0
         for record in records[start : start + batch]:
             try:
                 thinks = has_thought(record, basic.template, basic.enable_thinking) if thinking is None else thinking
@@ -100,24 +100,24 @@ def answers(
             right, thought = (
                 tokenizer.encode_text(text, answer=True) for text in (answer_text(turn), turn.reasoning or "")
             )
-            more = len(thought) + ROOM_TO_THINK if thinks else 0
-            room = max(room, more + len(right) + 1)
-            # decoded again: the tokenizer may write a character in another of its Unicode forms
+            room = len(thought) + ROOM_TO_THINK if thinks else 0
+            longest = max(longest, room + len(right) + 1)
+            # decoded again, since the tokenizer may normalize characters to another Unicode form
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
         if not asked:
             continue
-        given = generate(model, prompts, max_new_tokens or room, stop, sampling)
+        given = generate(model, prompts, max_new_tokens or longest, stop, sampling)
         for (record, wanted, opening), ids in zip(asked, given, strict=True):
             yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)))
 
 
 def without_thought(text: str) -> str:
-    """What follows the thought. One that is opened and never closed stays: it is no right answer."""
+    """The text after the thought. A thought that never ends stays, and makes the answer wrong."""
     return text.rpartition("</think>")[2].strip()
 
 
 def asked_how(thinking: bool | None, basic: BasicParameters) -> str:
-    """For standard error: what the prompts are made by."""
+    """The template and thoughts of the prompts, as a message."""
     if basic.template == "qwen3_vl_nothink":
         thoughts = "no thoughts"
     elif thinking is not None:
@@ -134,21 +134,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add = parser.add_argument
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
-    add("--dataset_dir", help="where the records' images and videos lie; default: the folder of the (first) file")
-    add("--batch", type=positive, default=64, help="records at once; default: 64")
+    add("--dataset_dir", help="folder of the records' images and videos; default: the folder of the first file")
+    add("--batch", type=positive, default=64, help="records answered at once; default: 64")
     add(
         "--max_new_tokens",
         type=positive,
-        help=f"default: what the longest right answer needs, and {ROOM_TO_THINK} more after an open thought",
+        help=f"default: the length of the longest right answer, and {ROOM_TO_THINK} more after an open thought",
     )
-    add_thinking(parser, "as the record's answer is trained, which is open where it has a thought")
+    add_thinking(parser, "open where the record's answer has a thought, else empty")
     add(
         "--sample",
         action="store_true",
-        help=f"draw as the model's {FILE} says; default: the likeliest token, after its penalties",
+        help=f"sample as the model's {FILE} says; default: greedy, with its penalties",
     )
     add_sampling(parser, "with --sample")
-    add("--show", action="store_true", help="print the records that were answered wrong")
+    add("--show", action="store_true", help="print the wrong answers")
     return parser.parse_args(arguments)
 
 
@@ -161,13 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preparation = prepare(args, source, args.data, dataset_dir)
         sampling = sampling_of(args, read_generation_config(source.config), args.sample)
         if args.sample and sampling.is_greedy:
-            raise SettingError(f"--sample: {source.config}/{FILE} does not draw; give a --temperature")
+            raise SettingError(f"--sample: {source.config}/{FILE} does not sample; give a --temperature")
         records = read_all(preparation)
         model = load_model(source)
         print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
-        how = (args.batch, args.max_new_tokens, args.thinking, sampling)
-        given = answers(model, source.config, preparation, records, *how)
-        for answer in tqdm(given, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
+        options = (args.batch, args.max_new_tokens, args.thinking, sampling)
+        stream = answers(model, source.config, preparation, records, *options)
+        for answer in tqdm(stream, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1
             right += answer.is_right
             if args.show and not answer.is_right:

@@ -1,8 +1,8 @@
-"""Answers of a model about images, videos and text.
+"""Answers of a model to text, images and videos.
 
 `python -m qwen35.inference.generate --model DIR [--image FILE …] --prompt TEXT`.
 
-The prompts run once, packed on one token axis; every step after that costs one token a sequence, whatever came before.
+The prompts run once, packed on one token axis; each further step runs one token per sequence.
 """
 
 import argparse
@@ -25,9 +25,16 @@ from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
 from qwen35.data.template import thinks_by_default
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
-from qwen35.inference.generation_config import DRAWN, FILE, add_sampling, read_generation_config, sampling_of, stop_ids
+from qwen35.inference.generation_config import (
+    FILE,
+    SAMPLING_ONLY,
+    add_sampling,
+    read_generation_config,
+    sampling_of,
+    stop_ids,
+)
 from qwen35.inference.kv_cache import caching
-from qwen35.inference.load_model import Source, add_options, add_thinking, find_model, load_model, positive, prepare
+from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.inference.sampling import Penalties, Sampling, draw
 from qwen35.model import Qwen35
 from qwen35.wording import number_of
@@ -36,16 +43,16 @@ from qwen35.wording import number_of
 def greedy(
     model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int]
 ) -> list[list[int]]:
-    """`generate`, the likeliest token each time."""
+    """`generate` with the likeliest token each time."""
     return generate(model, prompts, max_new_tokens, eos_ids, Sampling())
 
 
 def generate(
     model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
 ) -> list[list[int]]:
-    """The new tokens of each prompt, until one of eos_ids (which is left out) or max_new_tokens.
+    """-> the new tokens of each prompt, up to one of eos_ids, which is left out, or max_new_tokens.
 
-    prompts: one sequence each, on the host, as `qwen35.data.collator.prompt_batch` makes them.
+    prompts: one sequence each, on the host, from `qwen35.data.collator.prompt_batch`.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     for tokens in steps(model, prompts, max_new_tokens, eos_ids, sampling):
@@ -59,12 +66,13 @@ def generate(
 def steps(
     model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
 ) -> Iterator[list[int | None]]:
-    """At each step the new token of every prompt; None for those whose answer has ended, and nothing more once all have.
+    """Yields each step's new token of every prompt, None for those that have ended, until all have.
 
-    Until it is exhausted or closed, the model does nothing but generate. Raises ValueError on a prompt without tokens.
+    The model can do nothing else until the iterator is exhausted or closed. Raises ValueError on a
+    prompt without tokens.
     """
     if not all(len(prompt.input_ids) for prompt in prompts):
-        raise ValueError("a prompt without tokens; there is nothing to go on from")
+        raise ValueError("a prompt has no tokens, so there is nothing to continue")
     if not prompts or max_new_tokens < 1:
         return
     head, going_on = model.head_weight, [True] * len(prompts)
@@ -80,12 +88,12 @@ def steps(
             if not any(going_on):
                 return
             yield [token if going else None for going, token in zip(going_on, new, strict=True)]
-            if left:  # those that have ended run along: the shapes stay, and what comes of them is not looked at
+            if left:  # ended sequences run along, so that shapes stay the same; their tokens are ignored
                 hidden, position = _run_tokens(model, tokens, position), position + 1
 
 
 def _run_prompts(model: Qwen35, prompts: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-    """-> hidden [S, H] of each prompt's last token, and the position [S] of the next one, after the largest."""
+    """-> hidden [S, H] of each prompt's last token, and the next position [S] (largest + 1)."""
     spec, device = model.config.vision_spec, model.head_weight.device
     batch = pack([_without_dummy(prompt, spec) for prompt in prompts])
     last = (batch.cu_seqlens[1:] - 1).to(device)
@@ -94,7 +102,7 @@ def _run_prompts(model: Qwen35, prompts: Sequence[PackedBatch]) -> tuple[Tensor,
 
 
 def _run_tokens(model: Qwen35, tokens: Tensor, position: Tensor) -> Tensor:
-    """One token of each sequence, [S], at its position [S] -> hidden [S, H]. The vision tower has no part in it."""
+    """One token per sequence [S], at position [S] -> hidden [S, H]; runs no vision tower."""
     language_model, count = model.model.language_model, len(tokens)
     batch = PackedBatch(
         input_ids=tokens,
@@ -108,7 +116,7 @@ def _run_tokens(model: Qwen35, tokens: Tensor, position: Tensor) -> Tensor:
 
 
 def pack(sequences: Sequence[PackedBatch]) -> PackedBatch:
-    """Batches without dummy images, end to end. The derived fields are left to be made anew."""
+    """Concatenate batches without dummy images. The derived fields are left empty."""
     ends = torch.cat([s.cu_seqlens.diff() for s in sequences]).cumsum(0)
     return PackedBatch(
         input_ids=torch.cat([s.input_ids for s in sequences]),
@@ -121,7 +129,7 @@ def pack(sequences: Sequence[PackedBatch]) -> PackedBatch:
 
 
 def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
-    """Only the images that tokens refer to: in a pack, a dummy would take the place of the next prompt's image."""
+    """Keep the images that tokens refer to: a dummy would pass for the next prompt's image."""
     is_vision = (prompt.input_ids == spec.image_token_id) | (prompt.input_ids == spec.video_token_id)
     patches = int(is_vision.sum()) * spec.merge_size**2
     grids = prompt.grid_thw[prompt.grid_thw.prod(-1).cumsum(0) <= patches]
@@ -129,27 +137,27 @@ def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
     return replace(images, vision=None, vision_index=None, vision_token=None)
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m qwen35.inference.generate", description=__doc__)
     add_options(parser)
     add = parser.add_argument
-    add("--prompt", help="the question; default: standard input. `<image>`, `<video>`: where an image, a video belongs")
-    add("--image", nargs="+", action="extend", default=[], help="files; before the text, if it has no `<image>`")
-    frames = "one video: a file, a folder of frames, or its frames; before the text, if it has no `<video>`"
+    add("--prompt", help="the user's text, with `<image>` and `<video>` at their places; default: standard input")
+    add("--image", nargs="+", action="extend", default=[], help="files; before the text if it has no `<image>`")
+    frames = "one video: a file, a folder of frames, or its frames; before the text if it has no `<video>`"
     add("--video", nargs="+", action="append", default=[], help=frames)
-    add("--system", help="text of a system turn before it; default: none")
+    add("--system", help="system prompt; default: none")
     add("--max_new_tokens", type=positive, help=f"default: the model's {FILE}, else 512")
-    add("--greedy", action="store_true", help=f"take the likeliest token, also where the model's {FILE} draws")
-    add_sampling(parser, "where its do_sample is true")
-    add_thinking(parser, "as the run's or recipe's enable_thinking says, else as the model's own template does")
+    add("--greedy", action="store_true", help=f"take the likeliest token even if the model's {FILE} samples")
+    add_sampling(parser, "if its do_sample is true")
+    add_thinking(parser, "as the run's or recipe's enable_thinking, else as the model's own template")
     return parser.parse_args(arguments)
 
 
 def question(args: argparse.Namespace) -> Record:
-    """The prompt, a record of one question. Raises SettingError."""
+    """The prompt as a record. Raises SettingError."""
     try:
         text = args.prompt
         if text is None:
@@ -160,31 +168,31 @@ def question(args: argparse.Namespace) -> Record:
     if not text.strip():
         raise SettingError("the prompt is empty; give --prompt TEXT, or text on standard input (PROMPT='…' with make)")
     before = ""
-    for what, given, placeholder in (
+    for kind, files, placeholder in (
         ("image", args.image, IMAGE_PLACEHOLDER),
         ("video", args.video, VIDEO_PLACEHOLDER),
     ):
-        places, count = text.count(placeholder), len(given)
-        if not places:
+        placeholders, count = text.count(placeholder), len(files)
+        if not placeholders:
             before += placeholder * count
-        elif places != count:
-            raise SettingError(f"{places} {placeholder} in the prompt, but {number_of(count, what)}")
+        elif placeholders != count:
+            raise SettingError(f"{placeholders} {placeholder} in the prompt, but {number_of(count, kind)}")
     system = () if args.system is None else (Turn("system", args.system),)
     videos = (Video(Path(names[0]) if len(names) == 1 else tuple(map(Path, names))) for names in args.video)
     content = with_visuals(before + text, {IMAGE_PLACEHOLDER: map(Path, args.image), VIDEO_PLACEHOLDER: videos})
     return Record("the prompt", (*system, Turn("user", content)))
 
 
-def is_thinking(asked: bool | None, basic: BasicParameters, source: Source) -> bool:
+def is_thinking(asked: bool | None, basic: BasicParameters, tokenizer: Path) -> bool:
     """Whether the answer begins with an open thought. Raises SettingError."""
     if basic.template == "qwen3_vl_nothink":
         return False
-    said = basic.enable_thinking if asked is None else asked
-    return thinks_by_default(source.tokenizer) if said is None else said
+    chosen = basic.enable_thinking if asked is None else asked
+    return thinks_by_default(tokenizer) if chosen is None else chosen
 
 
 def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterator[str]:
-    """The text of tokens as they come, without control tokens; a character of several tokens comes with its last."""
+    """Decode tokens one by one, without control tokens; characters of several tokens come whole."""
     pending: list[int] = []
     for token in tokens:
         pending.append(token)
@@ -197,7 +205,7 @@ def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterato
 
 
 def write(pieces: Iterable[str]) -> None:
-    """To standard output: as they come on a terminal, else all at the end."""
+    """Print to standard output: piece by piece on a terminal, else all at the end."""
     if sys.stdout.isatty():
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -211,25 +219,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = question(args)
         if args.greedy and args.temperature:
-            raise SettingError("--greedy takes the likeliest token, --temperature draws; give one of them")
+            raise SettingError("--greedy takes the likeliest token and --temperature samples; give one of them")
         source = find_model(args.model, args.hf)
         config = read_generation_config(source.config)
         sampling = sampling_of(args, config, drawn=not args.greedy)
         limit = args.max_new_tokens or config.get("max_new_tokens", 512)
         preparation = prepare(args, source)
-        thinking = is_thinking(args.thinking, preparation.basic, source)
+        thinking = is_thinking(args.thinking, preparation.basic, source.tokenizer)
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
         stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)
     except USER_ERRORS as error:
         return complain(error)
-    opening = ["<think>\n"] if thinking else []  # the prompt itself has opened the thought
-    started, ends = time.perf_counter(), []  # when each token was there
+    opening = ["<think>\n"] if thinking else []  # the prompt opens the thought
+    started, times = time.perf_counter(), []  # when each token came
 
     def timed() -> Iterator[int]:
         for (token,) in steps(model, [prompt], limit, stop, sampling):
-            assert token is not None  # of the only prompt
-            ends.append(time.perf_counter())
+            assert token is not None  # the only prompt has not ended
+            times.append(time.perf_counter())
             yield token
 
     try:
@@ -237,16 +245,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130
-    finished, cut = time.perf_counter(), len(ends) == limit
-    first = ends[0] if ends else finished
-    decoding = f", decoding {(len(ends) - cut) / (finished - first):.1f} tokens/s" if len(ends) > cut else ""
-    by_file = args.temperature is None and not args.greedy and config.keys() & {"do_sample", *DRAWN}
-    by = f" (by {FILE})" if by_file else ""
-    told = f", {sampling}{by}" + (f", cut at max_new_tokens {limit}" if cut else "")
+    finished, is_cut = time.perf_counter(), len(times) == limit
+    first = times[0] if times else finished
+    decoding = f", decoding {(len(times) - is_cut) / (finished - first):.1f} tokens/s" if len(times) > is_cut else ""
+    by_file = args.temperature is None and not args.greedy and config.keys() & {"do_sample", *SAMPLING_ONLY}
+    origin = f" (by {FILE})" if by_file else ""
+    truncation = f", cut at max_new_tokens {limit}" if is_cut else ""
     count = len(prompt.input_ids)
+    prefill = f"prefill of {count} tokens {count / (first - started):.1f} tokens/s"
     print(
-        f"{len(ends)} tokens in {finished - started:.2f} s: prefill of {count} tokens {count / (first - started):.1f} tokens/s"
-        f"{decoding}{told}",
+        f"{len(times)} tokens in {finished - started:.2f} s: {prefill}{decoding}, {sampling}{origin}{truncation}",
         file=sys.stderr,
     )
     return 0

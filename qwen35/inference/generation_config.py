@@ -1,4 +1,4 @@
-"""What a model folder's generation_config.json says of answers: how their tokens are chosen, and where they end."""
+"""A model folder's generation_config.json: how tokens are sampled, which tokens end an answer."""
 
 import argparse
 from pathlib import Path
@@ -14,20 +14,20 @@ from qwen35.inference.sampling import Sampling
 
 FILE = "generation_config.json"
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-DRAWN = NUMBERS[:4]  # these matter only where tokens are drawn
+SAMPLING_ONLY = NUMBERS[:4]  # without effect in greedy decoding; the penalties apply there too
 USED = {"do_sample", "eos_token_id", "max_new_tokens", *NUMBERS}
 HARMLESS = set(
-    "bos_token_id pad_token_id decoder_start_token_id "  # a chat's prompt is whole, and nothing is padded
-    "transformers_version _from_model_config _commit_hash "  # where the file comes from
+    "bos_token_id pad_token_id decoder_start_token_id "  # the template writes whole prompts; no padding
+    "transformers_version _from_model_config _commit_hash "  # origin of the file
     "use_cache cache_implementation cache_config max_cache_len low_memory prefill_chunk_size "  # memory
     "compile_config disable_compile continuous_batching_config use_mtp "  # speed
-    "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "  # speed too
+    "is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "  # speed
     "assistant_lookbehind target_lookbehind "
-    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "  # what is returned
-    "early_stopping length_penalty num_beam_groups diversity_penalty "  # of beams, which are refused themselves
-    "max_length".split()  # max_new_tokens bounds an answer, and an answer that is cut says so
+    "output_attentions output_hidden_states output_scores output_logits return_dict_in_generate "  # return values
+    "early_stopping length_penalty num_beam_groups diversity_penalty "  # beam search, which num_beams refuses
+    "max_length".split()  # superseded by max_new_tokens
 )
-# what is not built, and the value at which it changes nothing
+# not implemented; accepted at the value that has no effect
 NEUTRAL = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -48,8 +48,9 @@ NEUTRAL = {
 
 
 def read_generation_config(folder: str | Path) -> dict[str, Any]:
-    """Its values without null, or none where there is no file. Raises SettingError, also for a value that would change the
-    answers and is not built.
+    """The file's values without nulls, {} without a file.
+
+    Raises SettingError, also for a value that may change the answers and is not implemented.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -58,14 +59,14 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     for name, value in config.items():
         shown = f"{path}: {name}: {str(value)[:80]}"
         if name not in USED | HARMLESS and (name not in NEUTRAL or value != NEUTRAL[name]):
-            raise SettingError(f"{shown} may change the answers, and is not built; take it out of the file")
+            raise SettingError(f"{shown} may change the answers, and is not implemented; remove it from the file")
         if name in NUMBERS and type(value) not in ((int,) if name == "top_k" else (int, float)):
             raise SettingError(f"{shown} is not a {'whole ' if name == 'top_k' else ''}number")
         if name == "do_sample" and not isinstance(value, bool):
             raise SettingError(f"{shown} is not true or false")
         if name == "max_new_tokens" and (type(value) is not int or value < 1):
             raise SettingError(f"{shown} is not a whole number from 1")
-    if config.get("top_k", 1) in (0, -1):  # transformers' word and vLLM's for no limit
+    if config.get("top_k", 1) in (0, -1):  # no limit: 0 in transformers, -1 in vLLM
         del config["top_k"]
     try:
         Sampling(**{name: config[name] for name in NUMBERS if name in config})
@@ -74,36 +75,33 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def greedy_by(config: dict[str, Any]) -> Sampling:
-    """The likeliest token after the penalties, which transformers and vLLM apply where nothing is drawn too."""
-    return Sampling(**{name: config[name] for name in NUMBERS if name in config and name not in DRAWN})
+def greedy_sampling(config: dict[str, Any]) -> Sampling:
+    """Greedy decoding with the file's penalties, which transformers and vLLM apply to it too."""
+    return Sampling(**{name: config[name] for name in NUMBERS if name in config and name not in SAMPLING_ONLY})
 
 
 def add_sampling(parser: Parser, drawn: str) -> None:
-    """drawn: when tokens are drawn though no temperature is given."""
-    add, own = parser.add_argument, f"default: that of the model's {FILE}, else"
-    heat = f"of the draw; 0: take the likeliest token; default: that of the model's {FILE}, or 1, {drawn}; else 0"
-    add("--temperature", type=float, help=heat)
-    add("--top_k", type=whole_number(0), help=f"draw among the k likeliest tokens, 0: among all; {own} all")
-    add("--top_p", type=float, help=f"draw among the likeliest tokens of this probability; {own} 1")
-    add(
-        "--min_p",
-        type=float,
-        help=f"draw among tokens of at least this share of the likeliest one's probability; {own} 0",
-    )
-    add("--repetition_penalty", type=float, help=f"divides the logits of tokens in prompt and answer so far; {own} 1")
-    add("--presence_penalty", type=float, help=f"is taken off the logits of tokens in the answer so far; {own} 0")
-    add("--seed", type=int, help="of the draw; default: another one each time, which is printed")
+    """drawn: the condition under which tokens are sampled without --temperature."""
+    add, default = parser.add_argument, f"default: the model's {FILE}, else"
+    temperature = f"0: take the likeliest token; default: that of the model's {FILE}, or 1, {drawn}; else 0"
+    add("--temperature", type=float, help=temperature)
+    add("--top_k", type=whole_number(0), help=f"sample from the k likeliest tokens, 0: from all; {default} all")
+    add("--top_p", type=float, help=f"sample from the likeliest tokens with this total probability; {default} 1")
+    min_p = f"sample from tokens with at least this share of the likeliest token's probability; {default} 0"
+    add("--min_p", type=float, help=min_p)
+    add("--repetition_penalty", type=float, help=f"divides the logits of tokens in prompt and answer; {default} 1")
+    add("--presence_penalty", type=float, help=f"is subtracted from the logits of tokens in the answer; {default} 0")
+    add("--seed", type=int, help="seed of the sampling; default: a new one each time, which is printed")
 
 
 def sampling_of(args: argparse.Namespace, config: dict[str, Any], drawn: bool) -> Sampling:
-    """By the options above, else by the config, where `drawn` says whether its do_sample counts. Raises SettingError."""
+    """Options, else the file's values; drawn: whether its do_sample counts. Raises SettingError."""
     given = {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     values = {name: config[name] for name in NUMBERS if name in config} | given
     if "temperature" not in given:
         values["temperature"] = values.get("temperature", 1.0) if drawn and config.get("do_sample") else 0.0
     if values["temperature"] == 0:
-        for name in DRAWN[1:]:
+        for name in SAMPLING_ONLY[1:]:
             if name in given:
                 raise SettingError(f"--{name} means nothing where the likeliest token is taken; give a --temperature")
             values.pop(name, None)
@@ -113,12 +111,12 @@ def sampling_of(args: argparse.Namespace, config: dict[str, Any], drawn: bool) -
 
 
 def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
-    """Where a chat's answer ends: at `<|im_end|>`, the pad token, and whatever config.json and generation_config.json name.
+    """The tokens that end an answer: `<|im_end|>`, the pad token, the eos tokens of both configs.
 
-    The published config.json names `<|endoftext|>` alone, which no chat ends with, and some sizes have no generation_config.
-    Raises SettingError.
+    The published config.json names `<|endoftext|>` alone, which ends no chat turn, and some sizes
+    have no generation_config.json. Raises SettingError.
     """
-    found = {tokenizer.im_end_id, tokenizer.pad_id}
+    ids = {tokenizer.im_end_id, tokenizer.pad_id}
     for name in ("config.json", FILE):
         if (Path(folder) / name).is_file():
             config = read_config(folder, name)
@@ -126,7 +124,7 @@ def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
                 named = level.get("eos_token_id") if isinstance(level, dict) else None
                 for token in named if isinstance(named, list) else [named]:
                     if type(token) is int:
-                        found.add(token)
+                        ids.add(token)
                     elif token is not None:
                         raise SettingError(f"{folder}/{name}: eos_token_id: {str(named)[:80]} is no token's number")
-    return found
+    return ids

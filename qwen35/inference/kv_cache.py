@@ -1,7 +1,7 @@
-"""What a model remembers while it generates: cores that take the place of those between the projections.
+"""The KV cache and the delta net's state: modules that replace the cores between the projections.
 
-The first call of each runs the packed prompts as ever, and keeps what the following ones need: of every further call, the rows
-are one token more of each sequence.
+The first call runs the packed prompts and fills the cache. Each further call runs one more token of
+every sequence, a row each.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35
 
-BLOCK = 256  # tokens by which the part of the store that a step looks at grows: shapes stay few
+BLOCK = 256  # attention sees a multiple of this many cached tokens, so that few shapes occur
 
 
 class CachedAttention(nn.Module):
-    """Keeps the keys and values [S, L, Hkv, D], L the longest prompt and `room` tokens more."""
+    """Caches keys and values [S, L, Hkv, D], L = the longest prompt + `room` tokens."""
 
     def __init__(self, core: AttentionCore, room: int):
         super().__init__()
@@ -40,7 +40,10 @@ class CachedAttention(nn.Module):
         *inputs: Tensor,
         recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
-        """The prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then [S, …] -> [S, Hq, D]. Nothing runs twice here."""
+        """Prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then q [S, Hq, D] … -> [S, Hq, D].
+
+        kept is not used, for nothing is recomputed here.
+        """
         q, k = prepare(q, k, *inputs)
         if self.keys is None:
             self._fill(k, v, cu_seqlens)
@@ -49,26 +52,26 @@ class CachedAttention(nn.Module):
         self.values[self.row, self.lengths] = v
         self.lengths += 1
         self.longest += 1
-        seen = -(-self.longest // BLOCK) * BLOCK  # a slice ends at the store's own end
+        seen = -(-self.longest // BLOCK) * BLOCK  # may exceed the cache: slices stop there
         return attention_step(q, self.keys[:, :seen], self.values[:, :seen], self.lengths, q.shape[-1] ** -0.5)
 
     def _fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
         lengths = cu_seqlens.diff().long()
         row = torch.arange(len(lengths)).repeat_interleave(lengths)
-        place = torch.arange(len(row)) - cu_seqlens[:-1].long()[row]
-        row, place = (to_device(x, k.device) for x in (row, place))
+        column = torch.arange(len(row)) - cu_seqlens[:-1].long()[row]
+        row, column = (to_device(x, k.device) for x in (row, column))
         self.longest = int(lengths.max())
-        # zeros, for what is masked still meets a weight of zero
+        # Zeros, since masked values are multiplied by a weight of zero: NaN would spread.
         self.keys = k.new_zeros(len(lengths), self.longest + self.room, *k.shape[1:])
         self.values = torch.zeros_like(self.keys)
-        self.keys[row, place] = k
-        self.values[row, place] = v
+        self.keys[row, column] = k
+        self.values[row, column] = v
         self.lengths = lengths.to(k.device)
         self.row = torch.arange(len(lengths), device=k.device)
 
 
 class CachedDeltaNet(nn.Module):
-    """Keeps the last inputs of the convolution [S, C, K-1], and the state of the delta rule [S, Hv, Dk, Dv] fp32."""
+    """Caches the convolution's inputs [S, C, K-1], the delta rule's state [S, Hv, Dk, Dv] fp32."""
 
     def __init__(self, core: DeltaNetCore):
         super().__init__()
@@ -84,7 +87,7 @@ class CachedDeltaNet(nn.Module):
         cu_seqlens: Tensor,
         recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
-        """The prompts: qkv [T, C], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]. Then [S, …] -> [S, Hv, Dv]."""
+        """qkv [T, C], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]; then T = S."""
         heads = self.core.heads
         if self.state is None:
             self.tail = last_inputs(qkv, cu_seqlens, conv_weight.shape[1] - 1)
@@ -96,9 +99,9 @@ class CachedDeltaNet(nn.Module):
 
 @contextmanager
 def caching(model: Qwen35, room: int) -> Iterator[None]:
-    """Inside, the model's first run is over packed prompts, and each of up to `room` others over one token more of each.
+    """Inside, the model's first call runs packed prompts, and up to `room` others a token of each.
 
-    Raises RuntimeError if other cores are in already: one generation at a time.
+    Raises RuntimeError if the model is generating already.
     """
     mixers = [m for m in model.model.language_model.modules() if isinstance(m, Attention | GatedDeltaNet)]
     cores = [mixer.get_submodule("core") for mixer in mixers]
@@ -116,4 +119,4 @@ def _cached(core: nn.Module, room: int) -> nn.Module:
         return CachedAttention(core, room)
     if isinstance(core, DeltaNetCore):
         return CachedDeltaNet(core)
-    raise RuntimeError(f"a {type(core).__name__} is where a plain core belongs: is the model generating already?")
+    raise RuntimeError(f"the model has a {type(core).__name__} for a core: is it generating already?")

@@ -1,4 +1,4 @@
-"""A model and all that it takes to ask it: what `make generate` and `make evaluate` share."""
+"""The model, tokenizer and processors that `make generate` and `make evaluate` need."""
 
 import argparse
 import sys
@@ -27,52 +27,52 @@ positive = whole_number(1)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the parts of a model lie: three times the same folder, unless the weights are a DCP checkpoint."""
+class ModelSource:
+    """The folders of a model: all the same one, unless the weights are a DCP checkpoint."""
 
-    weights: Path  # Hugging Face folder, or a whole DCP checkpoint
+    weights: Path  # Hugging Face folder, or a complete DCP checkpoint
     config: Path  # Hugging Face folder with the config.json of these weights
     tokenizer: Path  # Hugging Face folder with tokenizer, image processor and chat template
-    trained: DatasetParam | None = None  # how the run whose checkpoint it is prepared its data
-    chosen: tuple[str, ...] = ()  # lines on which of a folder's checkpoints it is
+    train_set: DatasetParam | None = None  # the data settings of the run that wrote the checkpoint
+    messages: tuple[str, ...] = ()  # which of the folder's checkpoints was chosen
 
 
-def find_model(model: str | Path, hf: str | Path | None = None) -> Source:
-    """`model`: a Hugging Face folder; or a DCP checkpoint (iter_…, release) or the folder above it.
+def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
+    """model: a Hugging Face folder, a DCP checkpoint (iter_…, release), or the folder above one.
 
-    For DCP, config, tokenizer and processor are those of `hf`, else of the folders that the run's config.yaml names.
-    Raises CheckpointError, SettingError.
+    With a DCP checkpoint, config, tokenizer and processors come from `hf`, else from the folders
+    that the run's config.yaml names. Raises CheckpointError, SettingError.
     """
     folder = Path(model)
     refuse_unsupported(folder)
     if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return Source(folder, folder, folder)
+        return ModelSource(folder, folder, folder)
     try:
         weights = resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
-    chosen = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
-    recipe = weights.parent / "config.yaml"  # what a run leaves in its save folder
+    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
+    recipe = weights.parent / "config.yaml"  # written by a run
     run = load_settings(recipe) if recipe.is_file() else None
-    trained = run.data.dataset_param if run else None
+    train_set = run.data.dataset_param if run else None
     if hf is not None:
-        return Source(weights, Path(hf), Path(hf), trained, chosen)
+        return ModelSource(weights, Path(hf), Path(hf), train_set, messages)
     if run is None:
         raise SettingError(
             f"{weights}: a DCP checkpoint without a run's config.yaml beside it; name the Hugging Face folder that has "
             "its config.json and tokenizer: --hf DIR (HF=DIR with make)"
         )
-    source = Source(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), trained, chosen)
-    for named in (source.config, source.tokenizer):
-        if not named.is_dir():
-            raise SettingError(f"{recipe} names the model folder {named}, which is not there; give --hf DIR")
+    source = ModelSource(weights, Path(run.model.model_name_or_path), Path(run.tokenizer_dir), train_set, messages)
+    for path in (source.config, source.tokenizer):
+        if not path.is_dir():
+            raise SettingError(f"{recipe} names the model folder {path}, which is not there; give --hf DIR")
     return source
 
 
-def load_model(source: Source) -> Qwen35:
-    """On this process's device, in the dtypes that a Hugging Face folder has or would be exported with.
+def load_model(source: ModelSource) -> Qwen35:
+    """The model on this process's device, in the dtypes that an export has.
 
-    So a run's checkpoint answers as the model that whoever loads its export will run. Raises CheckpointError, ConfigError.
+    So a checkpoint of a run answers exactly as its export. Raises CheckpointError, ConfigError.
     """
     if source.weights == source.config:
         model = load_pretrained(source.weights)
@@ -83,17 +83,17 @@ def load_model(source: Source) -> Qwen35:
             load_checkpoint(source.weights, model)
         except CheckpointError as error:
             raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
-    for line in source.chosen:
+    for line in source.messages:
         print(line, file=sys.stderr, flush=True)
     return model.to(set_up_device()).eval()
 
 
 def add_options(parser: Parser) -> None:
-    """Which model, and how it is asked."""
+    """Options for the model and its prompts."""
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder, or DCP checkpoint (iter_…, release, or the folder above)")
-    add("--hf", help="of a DCP checkpoint: the folder with its config.json and tokenizer; default: what its run says")
-    add("--recipe", help="a run's config.yaml: asks as it trained, by its template, field names and image sizes")
+    add("--hf", help="for DCP: the folder with config.json and tokenizer; default: as the run's config.yaml says")
+    add("--recipe", help="a run's config.yaml, whose template, field names and image sizes are used")
     add("--template", choices=["qwen3_5", "qwen3_vl_nothink"], help="default: the run's or recipe's, else qwen3_5")
     add("--image_max_pixels", type=positive, help="default: the run's or recipe's, else 262144")
     add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
@@ -102,14 +102,14 @@ def add_options(parser: Parser) -> None:
 def add_thinking(parser: Parser, default: str) -> None:
     thinking = parser.add_mutually_exclusive_group()
     for name, value, kind in (("--thinking", True, "open"), ("--no_thinking", False, "empty")):
-        told = f"answer after an {kind} thought; default: {default}"
-        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=told)
+        text = f"answer after an {kind} thought; default: {default}"
+        thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=text)
 
 
-def prepare(args: argparse.Namespace, source: Source, dataset: str = "", dataset_dir: str = ".") -> Preparation:
-    """By the options above, else as the model's run trained. Raises SettingError."""
+def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+    """Preprocessing by the options above, else as the model's run had it. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
-    trained = recipe or source.trained or DatasetParam(BasicParameters(dataset))
+    trained = recipe or source.train_set or DatasetParam(BasicParameters(dataset))
     smallest = args.image_min_pixels or trained.preprocess_parameters.image_min_pixels
     largest = args.image_max_pixels or trained.preprocess_parameters.image_max_pixels
     if smallest > largest:

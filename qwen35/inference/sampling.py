@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one drawn as temperature, top_k, top_p and min_p say, after penalties."""
+"""The next token: the likeliest, or sampled with temperature, top_k, top_p, min_p and penalties."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,14 @@ from qwen35.config.load import SettingError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Each applies to what the one before leaves, in this order, as in transformers: the penalties, the temperature, top_k,
-    top_p, min_p.
-    """
+    """Applied as in transformers: penalties, temperature, top_k, top_p, min_p, each to the rest."""
 
     temperature: float = 0.0  # of the softmax; 0: always the likeliest token
-    top_k: int | None = None  # only the k likeliest tokens, and those that are as likely as the last; None: all
-    top_p: float = 1.0  # only the likeliest tokens, as few as together have this probability
-    min_p: float = 0.0  # only tokens of at least so much of the likeliest one's probability
-    repetition_penalty: float = (
-        1.0  # what divides the positive logits of all tokens so far, and multiplies the negative
-    )
-    presence_penalty: float = 0.0  # what is taken off the logits of the answer's tokens so far
+    top_k: int | None = None  # only the k likeliest tokens and ties with the last of them; None: all
+    top_p: float = 1.0  # only the fewest, likeliest tokens that together have this probability
+    min_p: float = 0.0  # only tokens with at least this share of the likeliest token's probability
+    repetition_penalty: float = 1.0  # divides positive logits of all tokens so far, multiplies negative ones
+    presence_penalty: float = 0.0  # is subtracted from the logits of the answer's tokens so far
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,87 +41,88 @@ class Sampling:
             raise SettingError(f"seed {self.seed} must be at least 0, and below 2^63")
 
     def __str__(self) -> str:
-        """What differs from greedy decoding without penalties."""
+        """Everything that differs from greedy decoding without penalties."""
         names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
         plain = Sampling()
-        drawn = [] if self.is_greedy else [f"temperature {self.temperature:g}"]
+        method = "greedy" if self.is_greedy else f"temperature {self.temperature:g}"
         changed = [f"{name} {getattr(self, name):g}" for name in names if getattr(self, name) != getattr(plain, name)]
         seed = [] if self.is_greedy else [f"seed {self.seed}"]
-        return ", ".join([*(drawn or ["greedy"]), *changed, *seed])
+        return ", ".join([method, *changed, *seed])
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
     def generators(self, count: int) -> list[torch.Generator]:
-        """One a sequence, all of the same seed: what is drawn for a prompt does not depend on the others."""
+        """One per sequence, with one seed: a prompt's answer does not depend on the others."""
         return [torch.Generator().manual_seed(self.seed) for _ in range(count)]
 
 
 class Penalties:
-    """Makes tokens that have been there less likely (or, by values the other way round, likelier).
+    """Changes the logits of tokens that have occurred before.
 
-    repetition_penalty is that of transformers' RepetitionPenaltyLogitsProcessor and of vLLM: the prompt's tokens count.
-    presence_penalty, which transformers lacks, is that of the OpenAI API and of vLLM's apply_penalties: only what the model
-    has written counts, each token once, and it comes after the repetition penalty.
+    repetition_penalty, as in transformers' RepetitionPenaltyLogitsProcessor and vLLM, counts the
+    prompt's tokens too. presence_penalty, as in the OpenAI API and vLLM's apply_penalties, comes
+    after it and counts the answer's tokens alone, each once; transformers lacks it.
     """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Tensor], vocab_size: int, device: torch.device):
-        """prompts: the ids of each, on the host."""
+        """prompts: token ids of each prompt, on the host."""
         self.repetition, self.presence = sampling.repetition_penalty, sampling.presence_penalty
         if self.repetition == 1 and self.presence == 0:
             return
-        prompted = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-        for row, ids in zip(prompted, prompts, strict=True):
+        in_prompt = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+        for row, ids in zip(in_prompt, prompts, strict=True):
             row[ids] = True
-        self.prompted = to_device(prompted, device)  # [S, V]
-        self.answered = torch.zeros_like(self.prompted)
+        self.in_prompt = to_device(in_prompt, device)  # [S, V]
+        self.in_answer = torch.zeros_like(self.in_prompt)
         self.ids = torch.arange(vocab_size, device=device)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits [S, V] -> the same in fp32, lowered where they are to be."""
+        """logits [S, V] -> penalized logits [S, V] fp32."""
         if self.repetition == 1 and self.presence == 0:
             return logits
         logits = logits.float()
         if self.repetition != 1:
             lowered = torch.where(logits < 0, logits * self.repetition, logits / self.repetition)
-            logits = torch.where(self.prompted | self.answered, lowered, logits)
-        return logits - self.presence * self.answered
+            logits = torch.where(self.in_prompt | self.in_answer, lowered, logits)
+        return logits - self.presence * self.in_answer
 
     def add(self, tokens: Tensor) -> None:
-        """The tokens [S] that have been chosen."""
+        """Note the tokens [S] that were chosen."""
         if self.repetition != 1 or self.presence != 0:
-            self.answered |= tokens[:, None] == self.ids
+            self.in_answer |= tokens[:, None] == self.ids
 
 
 def draw(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """logits [S, V] -> the next token of each sequence [S] int64. The draws are the host's: the same on every device."""
+    """logits [S, V] -> next tokens [S] int64. The host draws: the same numbers on every device."""
     if sampling.is_greedy:
         return logits.argmax(-1)
-    at = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-    return pick(logits, sampling, at.to(logits.device))
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    return pick(logits, sampling, uniform.to(logits.device))
 
 
-def pick(logits: Tensor, sampling: Sampling, at: Tensor) -> Tensor:
-    """The tokens that lie at `at` [S], in [0, 1), when the probabilities of logits [S, V] are laid end to end, the largest
-    first -> [S] int64.
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Inverse transform sampling: logits [S, V], uniform [S] in [0, 1) -> tokens [S] int64.
+
+    The cumulative distribution runs from the likeliest token to the least likely.
     """
     probabilities, tokens = distribution(logits, sampling)
     ends = probabilities.cumsum(-1)
-    chosen = (ends <= at[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
+    chosen = (ends <= uniform[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     return tokens.gather(-1, torch.minimum(chosen, last)).squeeze(-1)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """logits [S, V] -> probabilities [S, C], falling, and the tokens [S, C] that have them; all others have none."""
+    """logits [S, V] -> probabilities [S, C] in falling order, their tokens [S, C]; others: zero."""
     logits = logits.float()
     scores, tokens = _likeliest((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, sampling.top_k)
-    scores, order = scores.sort(dim=-1, stable=True)  # rising, as transformers cuts them, so that equal ones fall alike
+    scores, order = scores.sort(dim=-1, stable=True)  # rising, as in transformers, which ends ties alike
     if sampling.top_p < 1:
-        cut = scores.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        cut[:, -1] = False
-        scores = scores.masked_fill(cut, -math.inf)
+        removed = scores.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        removed[:, -1] = False
+        scores = scores.masked_fill(removed, -math.inf)
     if sampling.min_p > 0:
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities < sampling.min_p * probabilities[:, -1:], -math.inf)
@@ -133,11 +130,11 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def _likeliest(scores: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-    """The scores and tokens [S, C] of the `count` likeliest and of all that tie with the last of them, by rising token."""
+    """-> scores, tokens [S, C], by rising token: the `count` likeliest and ties with the last."""
     if count is None or count >= scores.shape[-1]:
         return scores, torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     least = scores.topk(count, dim=-1).values[:, -1:]
-    kept = int((scores >= least).sum(-1).max())
-    tokens = scores.topk(kept, dim=-1).indices.sort(-1).values
+    columns = int((scores >= least).sum(-1).max())
+    tokens = scores.topk(columns, dim=-1).indices.sort(-1).values
     scores = scores.gather(-1, tokens)
     return scores.masked_fill(scores < least, -math.inf), tokens

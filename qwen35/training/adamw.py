@@ -1,4 +1,4 @@
-"""AdamW on each rank's parts of the parameters, in which a whole group can sit a step out, decided on the device."""
+"""AdamW over local shards of parameters; whether a group skips a step is decided on the device."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-TOGETHER = 1 << 21  # elements that are updated at a time where a group may be skipped: what is kept of them takes 25 MB
+ROLLBACK_ELEMENTS = 1 << 21  # updated at a time where a skip may undo the update; their copy takes 25 MB
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW: the same numbers to the bit, and the same state.
+    """torch's fused AdamW, bit for bit, with the same state.
 
-    The "skip" of a group is None, or a bool scalar on the device; where that is true, its parameters, moments and step counters
-    stay as they are, as if it had no gradients. torch's own way to say so, found_inf, does nothing on an NPU: op-plugin's
-    _fused_adamw_ takes it and never reads it. So what the update has changed is put back.
+    A group's "skip" is None or a bool scalar on the device. Where it is true, the parameters,
+    moments and step counters stay as they are, as if there were no gradients. torch's own flag for
+    that, found_inf, does nothing on an NPU, whose _fused_adamw_ never reads it; so the update is
+    undone.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
@@ -38,7 +39,7 @@ class AdamW(torch.optim.AdamW):
             self.end(group, trained)
 
     def begin(self, group: dict[str, Any]) -> list[nn.Parameter]:
-        """The group's parameters that have gradients. Makes the state that is not there, and raises their steps by one."""
+        """The group's parameters that have gradients. Creates missing state and counts the step."""
         trained = [p for p in group["params"] if p.grad is not None]
         for p in trained:
             if not self.state[p]:
@@ -64,7 +65,7 @@ def update(
     second: list[Tensor],
     steps: list[Tensor],
 ) -> None:
-    """The arithmetic of one step, in place. It leaves all as it was where the group is skipped; the caller lowers `steps`."""
+    """The arithmetic of one step, in place, undone if the group is skipped (but for `steps`)."""
     skip = group["skip"]
     for part in [slice(None)] if skip is None else _parts(parameters):
         changed = [*parameters[part], *first[part], *second[part]]
@@ -75,16 +76,16 @@ def update(
             amsgrad=False, maximize=False,
         )  # fmt: skip
         if before is not None:
-            kept = torch.where(skip, before, torch.cat([x.flatten() for x in changed]))
-            rows = kept.split([x.numel() for x in changed])
+            chosen = torch.where(skip, before, torch.cat([x.flatten() for x in changed]))
+            rows = chosen.split([x.numel() for x in changed])
             torch._foreach_copy_(changed, [row.view_as(x) for row, x in zip(rows, changed, strict=True)])
 
 
 def _parts(tensors: list[Tensor]) -> list[slice]:
-    """Neighbours of no more than TOGETHER elements, or one."""
+    """Slices of neighbouring tensors, of at most ROLLBACK_ELEMENTS elements or one tensor each."""
     starts, size = [0], 0
     for i, tensor in enumerate(tensors):
-        if size and size + tensor.numel() > TOGETHER:
+        if size and size + tensor.numel() > ROLLBACK_ELEMENTS:
             starts.append(i)
             size = 0
         size += tensor.numel()
@@ -92,5 +93,5 @@ def _parts(tensors: list[Tensor]) -> list[slice]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
+    """This rank's shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

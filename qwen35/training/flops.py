@@ -1,7 +1,8 @@
-"""Model FLOPs of a packed batch: what the maths needs, forward and backward. Recomputation is not counted.
+"""Model FLOPs of a packed batch: what the maths needs, forward and backward, without recomputation.
 
-Backward costs as much as forward for the gradients of weights, and as much again for the gradients of what they read. The first
-are counted where the weight is trained, the second where something trained lies below; a frozen part costs its forward alone.
+The backward pass costs as much as the forward pass for the gradients of the weights, and as much
+again for the gradients of the inputs. The first are counted where the weight is trained, the second
+where something before it is trained; a frozen part costs its forward pass alone.
 """
 
 from collections import defaultdict
@@ -13,25 +14,24 @@ from torch import Tensor, nn
 from qwen35.batch import IGNORE, MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 
-CHUNK = 64  # of the gated delta rule
+DELTA_RULE_CHUNK = 64  # tokens per chunk of the gated delta rule
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
-    """Of a batch on the host: tokens that are not padding, trained ones, image tokens."""
+    """A batch on the host -> tokens that are not padding, tokens with a label, visual tokens."""
     pad = 0 if batch.is_pad is None else int(batch.is_pad.sum())
     images = 0 if batch.vision_index is None else int((batch.vision_index >= 0).sum())
     return len(batch.input_ids) - pad, int((batch.labels != IGNORE).sum()), images
 
 
 class Flops:
-    """Of a model as it is frozen, plain or sharded: walks once along the way of the data, from the pixels to the heads."""
+    """FLOPs of a model with its frozen parts, plain or sharded, from the pixels to the heads."""
 
     def __init__(self, model: Qwen35):
         self.config = model.config
-        self.per: dict[str, float] = defaultdict(
-            float
-        )  # token, pair, label, mtp_label, patch, patch_pair -> FLOPs of each
-        self.is_trained_below = False  # whether the gradient of what the next part reads is needed
+        # FLOPs for each token, pair, label, mtp_label, patch and patch_pair
+        self.flops_per: dict[str, float] = defaultdict(float)
+        self.is_trained_below = False  # whether the next part must pass a gradient on to its input
         text = model.model.language_model
         self._tower(model.model.visual)
         self._maps("token", lookups=[text.embed_tokens])
@@ -50,7 +50,7 @@ class Flops:
             self._maps("mtp_label", head)
 
     def of_batch(self, batch: PackedBatch, counts: tuple[int, int, int], mtp_targets: MTPTargets | None) -> float:
-        """Of what the batch is for: pad tails and the dummy image are work too, but no use."""
+        """Padding and the dummy image are computed, but not counted."""
         tokens, labels, image_tokens = counts
         lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
         if batch.is_pad is not None:
@@ -61,17 +61,17 @@ class Flops:
         )
 
     def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0) -> float:
-        """Of sequences of `lengths` [S] tokens; the head counts where it has a label, of either prediction."""
+        """FLOPs of sequences of `lengths` [S]; the head counts at labels only, those of MTP too."""
         frames, patches = grid_thw[:, 0], grid_thw[:, 1] * grid_thw[:, 2]
         counts = {
             "token": tokens,
-            "pair": float((lengths.double().square() / 2).sum()),  # of a query and a key that it sees
+            "pair": float((lengths.double().square() / 2).sum()),  # a query and a key it attends to
             "label": labels,
             "mtp_label": mtp_labels,
             "patch": float((frames * patches).sum()),
             "patch_pair": float((frames * patches**2).sum()),
         }
-        return sum(count * self.per[unit] for unit, count in counts.items())
+        return sum(count * self.flops_per[unit] for unit, count in counts.items())
 
     def _maps(
         self,
@@ -81,20 +81,23 @@ class Flops:
         routed: Sequence[Tensor] = (),
         lookups: Sequence[nn.Module] = (),
     ) -> None:
-        """What reads the same input, side by side. share: of a unit that it meets; routed: stacked weights of experts."""
+        """Modules and tensors that read the same input.
+
+        share: of the units that reach them; routed: stacked expert weights; lookups: embeddings.
+        """
         weights = [w for part in maps for w in _weights(part)]
         t, cost = self.config.text, 2 * (1 + self.is_trained_below)
         for w in weights:
             if w.ndim > 1:
-                self.per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
+                self.flops_per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
         for w in routed:
-            self.per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
+            self.flops_per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
         everything = (*weights, *routed, *(w for part in lookups for w in _weights(part)))
         self.is_trained_below |= any(w.requires_grad for w in everything)
 
     def _core(self, unit: str, flops: float) -> None:
-        """What has no weights, and several inputs."""
-        self.per[unit] += flops * (3 if self.is_trained_below else 1)
+        """An operation without weights."""
+        self.flops_per[unit] += flops * (3 if self.is_trained_below else 1)
 
     def _layer(self, layer: Any) -> None:
         t = self.config.text
@@ -109,7 +112,7 @@ class Flops:
             delta, dk, dv = layer.linear_attn, t.linear_key_head_dim, t.linear_value_head_dim
             self._maps("token", delta.in_proj_qkv, delta.in_proj_z, delta.in_proj_b, delta.in_proj_a)
             self._maps("token", delta.conv1d, delta.A_log, delta.dt_bias)
-            rule = 4 * CHUNK * dk + CHUNK * (dk + dv) + 6 * dk * dv + 2 * CHUNK * dv
+            rule = 4 * DELTA_RULE_CHUNK * dk + DELTA_RULE_CHUNK * (dk + dv) + 6 * dk * dv + 2 * DELTA_RULE_CHUNK * dv
             self._core("token", t.linear_num_value_heads * rule)
             self._maps("token", delta.norm)
             self._maps("token", delta.out_proj)

@@ -1,13 +1,13 @@
-"""Every loss_type is a vector of token weights: loss = sum over all ranks and micro-batches of sum(weights * cross entropy).
+"""Every loss_type is a vector of token weights: loss = sum(weights * cross entropy) over a step.
 
-With valid = labels != -100, and the step's micro-batches on all ranks:
-    default           mean over the valid tokens of a micro-batch, mean over the micro-batches
-    per_sample_loss   mean over the valid tokens of a sample, mean over the samples of a micro-batch, then the micro-batches
-    per_token_loss    sum over all valid tokens of the step / their number: the same for any split of the samples
-A sample without valid tokens counts nowhere, and neither does a micro-batch without any: where all of its records were broken,
-it does not dilute the mean of the others (transformers would divide zero by zero there). Multi-token prediction is weighed in
-the same way, over labels of its own: each of the two losses is a mean over what it is trained on. The load-balancing loss is a
-mean over the micro-batches that hold tokens other than padding.
+With valid = (labels != -100), over the step's micro-batches on all ranks:
+    default           mean over a micro-batch's valid tokens, then over the micro-batches
+    per_sample_loss   mean over a sample's valid tokens, then over samples, then over micro-batches
+    per_token_loss    mean over all valid tokens of the step: the same however samples are split
+Samples and micro-batches without valid tokens are left out of the means: a micro-batch of broken
+records does not dilute the others (transformers would divide zero by zero). Multi-token prediction
+has the same weights over its own labels. The load-balancing loss is a mean over the micro-batches
+that hold more than padding.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from qwen35.batch import IGNORE, MTPTargets, PackedBatch, mtp_labels
 
 
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
-    """[T] fp32 within one micro-batch, on the batch's device (host work: call it before the batch moves).
+    """-> [T] fp32 on the batch's device, to be divided by the step's `divisors`.
 
-    Still to be divided by the step's `divisors`.
+    Call it while the batch is still on the host.
     """
     valid = (batch.labels != IGNORE).float()
     if loss_type == "per_token_loss":
@@ -36,7 +36,7 @@ def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
 
 
 def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
-    """What multi-token prediction learns of a micro-batch on the host; weights as those of `token_weights`."""
+    """The targets of multi-token prediction for a batch on the host, weighted as the others."""
     labels, is_end = mtp_labels(batch)
     weights = token_weights(dataclasses.replace(batch, labels=labels), loss_type)
     return MTPTargets(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
@@ -45,10 +45,10 @@ def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
 def divisors(
     batches: Sequence[PackedBatch], all_mtp_targets: Sequence[MTPTargets | None], loss_type: str
 ) -> list[float]:
-    """One rank's part of what divides the step's losses: of the next token, of the token after it, of load balancing."""
-    trained = [int((batch.labels != IGNORE).sum()) for batch in batches]
-    further = [0 if one is None else len(one.label_positions) for one in all_mtp_targets]
-    filled = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
+    """This rank's share of what divides the next-token, multi-token, load-balancing losses."""
+    labels = [int((batch.labels != IGNORE).sum()) for batch in batches]
+    mtp = [0 if targets is None else len(targets.label_positions) for targets in all_mtp_targets]
+    has_tokens = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]
     if loss_type != "per_token_loss":
-        trained, further = [int(n > 0) for n in trained], [int(n > 0) for n in further]
-    return [float(sum(trained)), float(sum(further)), float(sum(filled))]
+        labels, mtp = [int(n > 0) for n in labels], [int(n > 0) for n in mtp]
+    return [float(sum(labels)), float(sum(mtp)), float(sum(has_tokens))]

@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl, loss.png, the progress bar or a line a log interval.
+"""What a run reports: metrics.jsonl, loss.png, and a progress bar or a line per log interval.
 
-Values stay on the device between log intervals; one flush brings the whole interval to the host.
+Values stay on the device between log intervals; one flush brings a whole interval to the host.
 """
 
 import itertools
@@ -23,42 +23,54 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
 from qwen35.errors import UserError, naming
 from qwen35.log import logger
+from qwen35.wording import duration, number_of
 
 
 class RunError(UserError):
-    """A run that cannot go on, in words for its user."""
+    """A run cannot go on, for a reason that the user can do something about."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, as far as the host knows it, and the values that are still on the device."""
+    """What the host knows of a step, and the values that are still on the device."""
 
     step: int  # steps done, this one included
     lr: float
-    data_time: float  # seconds that the step waited for its batch
-    flops: float  # model FLOPs of this rank's part
-    sums: Tensor  # [5 or 6] this rank's parts of SUMS
-    group_squares: Tensor  # [G] squared gradient norms of all ranks, by group
-    bad_records: tuple[str, ...] = ()  # what is wrong with those of this rank's samples that were not trained
-    load: Tensor | None = None  # [L, E] how often this rank's tokens chose each expert of each layer
+    data_time: float  # seconds spent waiting for the micro-batches
+    flops: float  # this rank's model FLOPs
+    sums: Tensor  # [5 or 6] this rank's share of SUMS
+    group_squares: Tensor  # [G] squared gradient norms over all ranks, by group
+    bad_records: tuple[str, ...] = ()  # messages about this rank's records that could not be trained
+    load: Tensor | None = None  # [L, E] number of this rank's tokens that each expert of each layer got
 
 
-SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last where that is trained
-HOST_SUMS = ("flops", "stop", "bad_records")  # what else is summed over the ranks
+SUMS = ("loss", "aux_loss", "tokens", "label_tokens", "image_tokens", "mtp_loss")  # the last with MTP only
+MEASURED_STEPS = 5  # steps after the first flush before the run's time is estimated
+HOST_SUMS = ("flops", "stop", "bad_records")  # summed over the ranks as well, but known on the host
 
 
 class Metrics:
-    """Collects StepRecords, flushes them at log intervals. Every rank calls it; rank 0 writes."""
+    """Collects StepRecords and flushes them at log intervals. All ranks call it; rank 0 writes."""
 
     def __init__(
-        self, folder: Path, groups: list[str], total: int, done: int, device: torch.device, peak_tflops: float | None
+        self,
+        folder: Path,
+        groups: list[str],
+        total: int,
+        done: int,
+        device: torch.device,
+        peak_tflops: float | None,
+        steps_per_epoch: float = math.inf,
     ):
         self.path, self.groups, self.device = folder / "metrics.jsonl", groups, device
+        self.total, self.steps_per_epoch = total, steps_per_epoch
+        self.first_flush: tuple[int, float] | None = None  # step, time; the steps before it include warm-up
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
         self.pending: list[StepRecord] = []
-        self.last: dict[str, Any] = {}  # the line of the last step that is written
-        self.zero_steps = dict.fromkeys(groups, 0)
-        self.named: set[str] = set()  # bad records that the console has seen
+        self.last: dict[str, Any] = {}  # the last line of metrics.jsonl
+        self.zero_steps = dict.fromkeys(groups, 0)  # consecutive steps with a gradient of zero
+        self.is_estimated = False  # whether the remaining time has been logged
+        self.logged: set[str] = set()  # messages about bad records, each of which is logged once
         self.is_writer = dist.get_rank() == 0
         self.bar = None
         if self.is_writer:
@@ -68,30 +80,33 @@ class Metrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What comes now is not part of any step."""
+        """Begin the next interval now: what came before belongs to no step's time."""
         self.last_flush = time.perf_counter()
 
     def _cut_back(self, done: int) -> None:
-        """Drop the lines after the checkpoint that the run goes on from. A file with other lines is kept beside it."""
-        lines, strange = _read(self.path)
-        if strange:
+        """Drop the lines after the checkpoint that the run resumes from. Copies a damaged file."""
+        lines, damage = _read(self.path)
+        if damage:
             copy = next(p for n in itertools.count(1) if not (p := self.path.with_suffix(f".damaged{n}")).exists())
             copy.write_bytes(self.path.read_bytes())
-            logger.warning(f"{self.path}: {strange}; what can be read stays in it, and {copy.name} is what it was")
+            logger.warning(
+                f"{self.path}: {damage}; it keeps the lines that can be read, {copy.name} is the file as it was"
+            )
         write_atomic(self.path, _text(line for line in lines if line["step"] <= done))
 
     def record(self, record: StepRecord) -> None:
         self.pending.append(record)
 
     def flush(self, patience: int, stop: bool = False) -> bool:
-        """One all-reduce and one copy for the whole interval. Raises RunError where the run has stopped making sense.
+        """Reduce and log the interval. Returns whether any rank was asked to stop: all stop alike.
 
-        stop: whether this rank has been asked to stop. Returns whether any has: here the ranks meet, so all stop alike.
+        patience: steps for which a group's gradient may be zero; stop: whether this rank has been
+        asked to stop. Raises RunError where the loss is not finite or a group learns nothing.
         """
         records, self.pending = self.pending, []
-        mine = torch.tensor([[r.flops, float(stop), len(r.bad_records)] for r in records], device=self.device)
+        host_sums = torch.tensor([[r.flops, float(stop), len(r.bad_records)] for r in records], device=self.device)
         names = (*SUMS[: len(records[0].sums)], *HOST_SUMS)
-        sums = torch.cat([torch.stack([r.sums for r in records]), mine], dim=1)  # [steps, names]
+        sums = torch.cat([torch.stack([r.sums for r in records]), host_sums], dim=1)  # [steps, names]
         dist.all_reduce(sums)
         columns = [sums, torch.stack([r.group_squares for r in records])]
         if all(r.load is not None for r in records):
@@ -104,24 +119,25 @@ class Metrics:
         totals = [dict(zip(names, row, strict=False)) for row in values]
         end = len(names) + len(self.groups)
         squares = [row[len(names) : end] for row in values]
-        lines = [self._line(*of_step, step_time) for of_step in zip(records, totals, squares, strict=True)]
+        lines = [self._line(*step, step_time) for step in zip(records, totals, squares, strict=True)]
         for line, row in zip(lines, values, strict=True):
-            if len(row) > end:  # of each layer: the busiest expert's tokens / the mean of all experts'
+            if len(row) > end:  # by layer: tokens of the busiest expert / mean over the experts
                 line["expert_load"] = [round(ratio, 3) for ratio in row[end:]]
         if self.is_writer:
             self._append(_text(lines))
             self._show(lines)
+            self._estimate(lines[-1])
         self.last = lines[-1]
         if any(line["bad_records"] for line in lines):  # the same on all ranks
-            self._name([message for r in records for message in r.bad_records])
-        for line, of_groups in zip(lines, squares, strict=True):
-            self._check(line, of_groups, patience)
+            self._log_bad_records([message for r in records for message in r.bad_records])
+        for line, group_squares in zip(lines, squares, strict=True):
+            self._check(line, group_squares, patience)
         return totals[-1]["stop"] > 0
 
     def _append(self, text: str, instead: str = "") -> None:
-        """All of it, or nothing. `instead` of what the file ends with, if it still does."""
+        """Append all of the text or nothing; if the file ends with `instead`, replace that."""
         if not self.path.exists():
-            logger.warning(f"{self.path} is gone, somebody removed it: it begins anew with this step")
+            logger.warning(f"{self.path} has been removed; a new one begins with this step")
         with naming(self.path), self.path.open("a+b") as before:
             end = max(0, before.seek(0, os.SEEK_END) - len(instead))
             before.seek(end)
@@ -132,33 +148,33 @@ class Metrics:
             with naming(self.path), self.path.open("a") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())  # a checkpoint that comes after it must find it there, whatever happens
+                os.fsync(file.fileno())  # a checkpoint must never be newer than the metrics on disk
         except OSError:
             os.truncate(self.path, end)
             raise
 
-    def _name(self, mine: list[str]) -> None:
-        """Tell each bad record of any rank once."""
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, mine)
-        for message in dict.fromkeys(message for part in found for message in part):
-            self._tell_once(f"not trained: {message}")
+    def _log_bad_records(self, rank_messages: list[str]) -> None:
+        """Log each bad record of any rank once."""
+        messages: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(messages, rank_messages)
+        for message in dict.fromkeys(message for part in messages for message in part):
+            self._log_once(f"not trained: {message}")
 
-    def _tell_once(self, message: str) -> None:
-        if self.is_writer and message not in self.named:
-            self.named.add(message)
+    def _log_once(self, message: str) -> None:
+        if self.is_writer and message not in self.logged:
+            self.logged.add(message)
             logger.warning(message)
 
-    def validated(self, found: dict[str, Any], bad_records: Iterable[str]) -> None:
-        """Put onto the last step's line what a validation has found. No step's time counts it."""
+    def log_validation(self, metrics: dict[str, Any], bad_records: Iterable[str]) -> None:
+        """Add a validation's metrics to the last step's line. Its time belongs to no step."""
         if self.is_writer:
             before = _text([self.last])
-            self.last |= found
+            self.last |= metrics
             self._append(_text([self.last]), instead=before)
             for message in bad_records:
-                self._tell_once(f"not validated: {message}")
-            values = "  ".join(f"{name} {value:.6g}" for name, value in found.items() if name != "val_time")
-            logger.info(f"step {self.last['step']:6}  {values}  {found['val_time']:.2f} s")
+                self._log_once(f"not validated: {message}")
+            values = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if name != "val_time")
+            logger.info(f"step {self.last['step']:6}  {values}  {metrics['val_time']:.2f} s")
         self.restart_clock()
 
     def _line(
@@ -181,16 +197,35 @@ class Metrics:
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
-        further = f"mtp_loss {last['mtp_loss']:.4f}  " if "mtp_loss" in last else ""
-        text = f"loss {last['loss']:.4f}  {further}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
+        mtp = f"mtp_loss {last['mtp_loss']:.4f}  " if "mtp_loss" in last else ""
+        text = f"loss {last['loss']:.4f}  {mtp}grad_norm {last['grad_norm']:.3f}  lr {last['lr']:.2e}"
         text += f"  {last['tokens_per_second']:.0f} tokens/s"
+        if math.isfinite(self.steps_per_epoch):
+            text += f"  epoch {last['step'] / self.steps_per_epoch:.2f}"
         if "mfu" in last:
             text += f"  mfu {last['mfu']:.1%}"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
-        line = f"step {last['step']:6}  {text}  {last['step_time']:.2f} s"
+        line = f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(self._seconds_left(last))}"
         logger.info(line, extra={"file_only": self.bar is not None})
+
+    def _seconds_left(self, last: dict[str, Any]) -> float:
+        """Seconds to the end, at the pace since the first flush, with saves and validations."""
+        seconds = last["step_time"]
+        if self.first_flush and (steps := last["step"] - self.first_flush[0]):
+            seconds = (self.last_flush - self.first_flush[1]) / steps
+        return seconds * (self.total - last["step"])
+
+    def _estimate(self, last: dict[str, Any]) -> None:
+        """Log once, when enough steps are measured, how long the others will take."""
+        left = self.total - last["step"]
+        if self.first_flush is None:
+            self.first_flush = last["step"], self.last_flush
+        elif left and not self.is_estimated and last["step"] - self.first_flush[0] >= MEASURED_STEPS:
+            self.is_estimated = True
+            estimate = duration(self._seconds_left(last))
+            logger.info(f"{number_of(left, 'step')} to go, about {estimate} at the pace of the first ones")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
@@ -198,18 +233,18 @@ class Metrics:
             groups = "all groups" if len(broken) == len(self.groups) else ", ".join(broken)
             where = f", in the gradient of {groups}" if groups else ""
             raise RunError(
-                f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number"
-                f"{where}; stopped, and nothing saved since. From the newest checkpoint it would come again: lower training.lr,"
-                f" or look at that step's data"
+                f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number{where};"
+                " stopped, and nothing saved since. A resumed run would get there again: lower training.lr, or look at"
+                " the data of that step"
             )
         for name, square in zip(self.groups, squares, strict=True):
             if name.startswith("visual") and line["image_tokens"] == 0:
-                continue  # nothing for the tower to learn from in this step
+                continue  # a step without images has no gradient for the vision tower
             self.zero_steps[name] = self.zero_steps[name] + 1 if square == 0 else 0
             if self.zero_steps[name] >= patience:
                 raise RunError(
-                    f"step {line['step']}: the gradient of {name} has been exactly zero for {patience} steps; it trains"
-                    f" nothing. Freeze it (model.freeze), or look at the data (training.zero_grad_patience is the limit)"
+                    f"step {line['step']}: the gradient of {name} has been exactly zero for {patience} steps, so it learns"
+                    f" nothing; freeze it (model.freeze), look at the data, or raise training.zero_grad_patience"
                 )
 
     def close(self) -> None:
@@ -222,16 +257,16 @@ def _text(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def read_metrics(path: Path, only: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or these values of them; what is none is left out."""
+    """The lines of a metrics.jsonl, with all values or `only` these; other lines are left out."""
     return _read(path, only)[0]
 
 
 def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]], str]:
-    """And what is wrong with the first line that is none, but for a last one that was cut off while it was written."""
+    """-> the lines, and what is wrong with the first bad one; a truncated last line is ignored."""
     lines: list[dict[str, Any]] = []
-    strange = ""
+    damage = ""
     if not path.exists():
-        return lines, strange
+        return lines, damage
     if not path.is_file():
         raise RunError(f"{path}: not a file; move it away")
     with path.open("rb") as file:
@@ -243,8 +278,8 @@ def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]],
             if isinstance(values, dict) and type(values.get("step")) is int:
                 lines.append({name: value for name, value in values.items() if name in only} if only else values)
             elif line.endswith(b"\n"):
-                strange = strange or f"line {number} is not a step's"
-    return lines, strange
+                damage = damage or f"line {number} is not the metrics of a step"
+    return lines, damage
 
 
 def draw_loss(folder: Path) -> None:
@@ -254,29 +289,29 @@ def draw_loss(folder: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    # of a long run all of them would be half a gigabyte
+    # all values of a long run would take half a gigabyte
     drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
     lines = read_metrics(folder / "metrics.jsonl", drawn)
     with_answers = any("val_exact_match" in line for line in lines)
     figure, axes = plt.subplots(1 + with_answers, figsize=(8, 6 if with_answers else 4.5), sharex=True, squeeze=False)
-    axis, last = axes[0, 0], axes[-1, 0]
-    for name, place, color, marker in (
-        ("loss", axis, "tab:blue", ""),
-        ("mtp_loss", axis, "tab:orange", ""),
-        ("val_loss", axis, "tab:red", "."),
-        ("val_mtp_loss", axis, "tab:brown", "."),
-        ("val_exact_match", last, "tab:green", "."),
+    upper, lower = axes[0, 0], axes[-1, 0]
+    for name, axis, color, marker in (
+        ("loss", upper, "tab:blue", ""),
+        ("mtp_loss", upper, "tab:orange", ""),
+        ("val_loss", upper, "tab:red", "."),
+        ("val_mtp_loss", upper, "tab:brown", "."),
+        ("val_exact_match", lower, "tab:green", "."),
     ):
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         if points:
-            place.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
-    if len(axis.lines) > 1:
-        axis.legend()
-    axis.set(ylabel="loss", title=str(folder))
-    last.set(xlabel="step")
+            axis.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
+    if len(upper.lines) > 1:
+        upper.legend()
+    upper.set(ylabel="loss", title=str(folder))
+    lower.set(xlabel="step")
     if with_answers:
-        last.set(ylabel="exact match", ylim=(0, 1.02))
-    rate = axis.twinx()
+        lower.set(ylabel="exact match", ylim=(0, 1.02))
+    rate = upper.twinx()
     points = [(line["step"], line["lr"]) for line in lines if isinstance(line.get("lr"), int | float)]
     rate.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8, linestyle="--")
     rate.set_ylabel("learning rate", color="tab:gray")

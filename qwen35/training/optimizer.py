@@ -1,4 +1,4 @@
-"""AdamW over sharded and replicated parameters, the learning rate's course, and the one global gradient norm."""
+"""The AdamW of a sharded model, the learning rate schedule, the global gradient norm."""
 
 import math
 from typing import Any
@@ -15,9 +15,9 @@ from qwen35.training.parameter_groups import by_group, group_of
 
 
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
-    """AdamW on exactly the trained parameters. Matrices decay; norms, biases and gates do not.
+    """AdamW over the trained parameters. Matrices decay; vectors (norms, biases, gates) do not.
 
-    The vision tower's are in groups of their own, "visual", which take no step where there are no images.
+    The vision tower has groups of its own, "visual", which skip steps without images.
     """
     alike: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
 
 
 def learning_rate(step: int, t: TrainingSettings) -> float:
-    """Of step 0, 1, … train_iters - 1: a linear rise over lr_warmup_ratio, then constant, linear or cosine down to min_lr."""
+    """For steps 0 to train_iters - 1: linear warm-up, then constant, linear or cosine to min_lr."""
     warmup = round(t.lr_warmup_ratio * t.train_iters)
     if step < warmup:
         return t.lr * (step + 1) / warmup
@@ -44,7 +44,7 @@ def learning_rate(step: int, t: TrainingSettings) -> float:
 
 
 class GradientNorm:
-    """The gradient's norm, whole and by group, over all ranks; no host sync."""
+    """The gradient's norm over all ranks, in all and by parameter group, without a host sync."""
 
     def __init__(self, model: nn.Module, shard_group: dist.ProcessGroup):
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -53,9 +53,9 @@ class GradientNorm:
         self.shard_group = shard_group
 
     def squares(self) -> Tensor:
-        """[G] fp32: the sum of squares of each group's gradient."""
+        """-> [G] fp32, the sum of squares of each group's gradient."""
         device = self.parameters[0].device
-        parts = torch.zeros(2, len(self.groups), device=device)  # of sharded tensors here, of replicated ones
+        parts = torch.zeros(2, len(self.groups), device=device)  # rows: sharded, replicated parameters
         for i, parameters in enumerate(self.groups.values()):
             for row, sharded in enumerate((True, False)):
                 grads = [local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded]
@@ -66,6 +66,6 @@ class GradientNorm:
         return parts.sum(0)
 
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Scale all gradients so that their norm is at most `limit`."""
+        """Scale the gradients in place so that their norm is at most `limit`."""
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], scale)

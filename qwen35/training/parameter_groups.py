@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: `model.freeze`, the groups of parameters, and the table that a run prints."""
+"""Which parameters are trained: `model.freeze`, parameter groups, the table that a run prints."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qwen35.config.load import SettingError
 
-# the first name that stands in a parameter's own name decides its group
+# A parameter belongs to the first group whose name occurs in its own.
 GROUPS = (
     "visual.merger",
     "visual",
@@ -30,17 +30,18 @@ def group_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Stop the gradients of every parameter below the modules (or of the parameters) that the patterns name.
+    """Freeze the parameters that the patterns name, or that lie in the modules they name.
 
-    `*` and `{*}` stand for one level: `model.language_model.layers.{*}.mlp`. Raises SettingError on one that matches nothing.
+    `*` and `{*}` match one level: `model.language_model.layers.{*}.mlp`. Raises SettingError for a
+    pattern that matches nothing.
     """
     for pattern in patterns:
         levels = pattern.replace("{*}", "*").split(".")
-        hit = [p for name, p in model.named_parameters() if _matches(name.split("."), levels)]
-        if not hit:
+        matching = [p for name, p in model.named_parameters() if _matches(name.split("."), levels)]
+        if not matching:
             names = ", ".join(n for n, _ in model.named_modules() if n and n.count(".") <= 1)
             raise SettingError(f"model.freeze: {pattern} matches no module; there are {names}, …")
-        for parameter in hit:
+        for parameter in matching:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingError(f"model.freeze: {', '.join(patterns)} leave nothing to train")
@@ -52,14 +53,14 @@ def _matches(name: list[str], levels: list[str]) -> bool:
 
 def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """Group name -> its parameters, in the order of GROUPS."""
-    found = defaultdict(list)
+    groups = defaultdict(list)
     for name, parameter in named:
-        found[group_of(name)].append(parameter)
-    return {g.rstrip("."): found[g.rstrip(".")] for g in GROUPS if g.rstrip(".") in found}
+        groups[group_of(name)].append(parameter)
+    return {g.rstrip("."): groups[g.rstrip(".")] for g in GROUPS if g.rstrip(".") in groups}
 
 
-def table(model: nn.Module) -> str:
-    """Parameters by group: all, trained, frozen (of a sharded model too: the global sizes)."""
+def parameter_table(model: nn.Module) -> str:
+    """Number of parameters by group: all, trained, frozen; global numbers for a sharded model."""
     lines = [f"{'parameters':16}{'all':>16}{'trained':>16}{'frozen':>16}"]
     groups = by_group(model.named_parameters())
     for name, parameters in [*groups.items(), ("all", [p for ps in groups.values() for p in ps])]:

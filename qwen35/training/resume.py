@@ -1,4 +1,4 @@
-"""What a run goes on from, and what must not have changed meanwhile."""
+"""Which checkpoint a run starts from, and what must not have changed since it was written."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,25 +16,26 @@ from qwen35.model import ModelConfig
 from qwen35.training.metrics import RunError
 from qwen35.training.rng import BROKEN_STATES, restore_rng
 
-DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # the settings that decide what is in each bin
-WITHOUT_EFFECT = (  # settings of which what is trained does not depend
+DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
+WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
-NOT_TRAINED_BY = ("text.initializer_range",)  # of a model's config: it has done its part
-ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
+UNUSED_LATER = ("text.initializer_range",)  # fields of a model's config that matter at its creation alone
+START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
 
 
 def find_weights(settings: Settings) -> tuple[Path, bool]:
-    """The newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`, and whether it is that.
+    """-> the newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`; if it is HF.
 
-    All ranks take what rank 0 finds: where another job is saving, the next one to look may find another.
+    All ranks take what rank 0 finds, since another job may be saving into `load` at this moment.
+    Raises SettingError, CheckpointError.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _find_weights(settings))
-    return found[0]
+    choices: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(choices, _find_weights(settings))
+    return choices[0]
 
 
 def _find_weights(settings: Settings) -> tuple[Path, bool]:
@@ -50,21 +51,22 @@ def _find_weights(settings: Settings) -> tuple[Path, bool]:
 
 
 def check_same_data(fingerprint: str) -> None:
-    """Every rank reads the records by itself: raises RunError on all of them if they did not find the same samples."""
-    found = [""] * dist.get_world_size()
-    dist.all_gather_object(found, fingerprint)
-    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    """Each rank reads the data itself. Raises RunError on all unless all found the same samples."""
+    fingerprints = [""] * dist.get_world_size()
+    dist.all_gather_object(fingerprints, fingerprint)
+    others = [str(rank) for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if others:
         raise RunError(
             f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images, "
-            "the processor or the tokenizer differ; with on_bad_record: error the first missing one is named"
+            "the processor or the tokenizer differ; on_bad_record: error names the first record that is missing"
         )
 
 
 def position_of(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
-    """Kept in each checkpoint: what decides the course of the steps after it, besides weights and settings.
+    """What a checkpoint keeps besides weights: whatever decides the steps after it.
 
-    Step s of any run with so many bins a step, however they are split over ranks and micro-steps, takes the same bins.
+    With the same number of packed sequences per step, a step trains on the same ones, however they
+    are split over ranks and micro-steps.
     """
     return {
         "bins_a_step": sequences_per_step(settings),
@@ -76,9 +78,9 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str, level
 
 
 def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
-    """What a checkpoint holds besides tensors, before the data is read.
+    """What a checkpoint holds besides tensors, checked before the data is read.
 
-    Raises CheckpointError for what is missing or of a wrong form, SettingError for settings that do not go with it.
+    Raises CheckpointError if it is damaged, SettingError if the settings do not go with it.
     """
     loaded = read_info(checkpoint)
     if not loaded.step:  # converted weights
@@ -90,45 +92,48 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
         if not isinstance(loaded.extra.get(name, {}), Mapping):
             raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
     if loaded.world_size == dist.get_world_size():
-        own = RANK_EXTRA.format(dist.get_rank())
+        rank_file = RANK_EXTRA.format(dist.get_rank())
         if loaded.rank_extra is None:
-            raise damaged(loaded.path, own, "is missing: the random states of this rank")
+            raise damaged(loaded.path, rank_file, "is missing: the random states of this rank")
         try:
-            restore_rng(loaded.rank_extra, device)  # and again when all is loaded, which may draw from them
+            restore_rng(loaded.rank_extra, device)  # a check: setup restores them once nothing draws any more
         except BROKEN_STATES:
-            raise damaged(loaded.path, own, "does not hold the random states of a rank") from None
+            raise damaged(loaded.path, rank_file, "does not hold the random states of a rank") from None
     if loaded.extra.get("mtp_num_layers") and not settings.model.mtp_num_layers:
         raise SettingError(
-            f"{loaded.path} was trained with model.mtp_num_layers: 1; without it what that layer learnt would be lost. Put it"
-            f" back, or {ANEW}"
+            f"{loaded.path} was trained with model.mtp_num_layers: 1, and without it what that layer learned would be lost;"
+            f" set it again, or {START_ANEW}"
         )
     before, now = loaded.extra["bins_a_step"], sequences_per_step(settings)
     if before != now:
         raise SettingError(
-            f"{loaded.path} was trained with {before} bins a step (micro_batch_size x gradient_accumulation_steps x"
-            f" processes), these settings make {now}: the data cannot go on where it stopped. Keep the product"
+            f"{loaded.path} was trained with {before} packed sequences per step (micro_batch_size x"
+            f" gradient_accumulation_steps x processes), these settings make {now}: the data cannot go on where it stopped;"
+            " keep the product the same"
         )
     return loaded
 
 
 def check_position(loaded: CheckpointInfo, position: dict[str, Any], settings: Settings) -> None:
-    """Raises SettingError where the run could not go on as if it had never stopped."""
+    """Raises SettingError if the run could not go on as if it had never stopped."""
     if loaded.extra.get("data") != position["data"]:
         changed = [
             c
             for c in changes(loaded.path.parent, settings)
             if c.startswith(DATA_ORDER) and not c.startswith(WITHOUT_EFFECT)
         ]
-        why = "; ".join(changed) or "the records, or the tokenizer, are not what they were, or others were skipped"
+        why = "; ".join(changed) or "the records or the tokenizer have changed, or other records were skipped"
         raise SettingError(
-            f"{loaded.path} was trained on other data, or in another order ({why}): it cannot go on where it stopped. Put that"
-            f" back, or {ANEW}"
+            f"{loaded.path} was trained on other data, or in another order ({why}), and cannot go on where it stopped; undo"
+            f" the change, or {START_ANEW}"
         )
-    for name, what in (("model", "as another model, by its config.json"), ("levels", "on pixels of other levels")):
+    for name, what in (("model", "with another config.json"), ("levels", "with another normalization of pixels")):
         was, now = _flat(loaded.extra.get(name, {})), _flat(position[name])
-        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in NOT_TRAINED_BY]
+        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in UNUSED_LATER]
         if changed:
-            raise SettingError(f"{loaded.path} was trained {what} ({'; '.join(changed)}). Put that back, or {ANEW}")
+            raise SettingError(
+                f"{loaded.path} was trained {what} ({'; '.join(changed)}); undo the change, or {START_ANEW}"
+            )
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,31 +145,32 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sequences_per_step(settings: Settings) -> int:
+    """Packed sequences of all ranks and micro-steps."""
     t, data_size = settings.training, dist.get_world_size() // settings.parallel.ulysses_parallel_size
     return t.micro_batch_size * t.gradient_accumulation_steps * data_size
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:
-    """The settings that are not those which the run of a save folder had last."""
+    """The settings that differ from those that the save folder's run had last."""
     recipe = folder / "config.yaml"
     return difference(load_settings(recipe), settings) if recipe.is_file() else []
 
 
 def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
-    """Raises SettingError if a folder that is not to be trained further holds another run than the settings say.
+    """With no step left to train: raises SettingError unless the folder holds these settings' run.
 
-    Also if it holds none, for then it is the run of training.load that is done, and the whole of this one would be nothing.
-    Else the first rank removes the checkpoints that the run would have removed, had it not been stopped at its end.
+    A folder without a checkpoint holds none: training.load has all the steps already. Else rank 0
+    removes the checkpoints beyond save_total_limit, in case the run was stopped before it did.
     """
     if newest_checkpoint(folder) is None:
         raise SettingError(
             f"training.load: {settings.training.load} has done {step} steps, and training.train_iters is "
-            f"{settings.training.train_iters}: a larger one goes on from there; or {ANEW}"
+            f"{settings.training.train_iters}; raise that to go on from there, or {START_ANEW}"
         )
-    if telling := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
+    if relevant := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
         raise SettingError(
-            f"{folder} holds {step} steps of other settings ({'; '.join(telling)}); name another save, or go on with a "
-            "larger training.train_iters"
+            f"{folder} holds {step} steps of other settings ({'; '.join(relevant)}); name another training.save, or go on"
+            " with a larger training.train_iters"
         )
     limit = settings.training.save_total_limit
     if limit is not None and dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The random states of a rank. Kept in its checkpoints, a resumed run draws what an uninterrupted one would have drawn."""
+"""A rank's random states, saved in checkpoints, so that a resumed run draws the same numbers."""
 
 import random
 from typing import Any
@@ -8,25 +8,19 @@ import torch
 
 from qwen35.device import device_rng_state, set_device_rng_state
 
-BROKEN_STATES = (
-    AttributeError,
-    KeyError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # what `restore_rng` raises
+# what `restore_rng` raises for states that are damaged
+BROKEN_STATES = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 def seed_all(seed: int) -> None:
-    """Every generator of this process, its device's too."""
+    """Seed every generator of this process, its device's too."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # libraries draw from the global one
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # libraries draw from numpy's global generator
     torch.manual_seed(seed)
 
 
 def rng_states(device: torch.device) -> dict[str, Any]:
-    """Made of what a checkpoint's extras may hold."""
+    """All generators' states, of types that a checkpoint's extra data may hold."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -37,7 +31,7 @@ def rng_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(states: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `rng_states`."""
+    """The inverse of `rng_states`. Raises BROKEN_STATES."""
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

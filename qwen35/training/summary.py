@@ -1,32 +1,58 @@
-"""What a run prints before its first step."""
+"""What a run prints before its first step and after its last."""
+
+from shlex import quote
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from qwen35.config.schema import Settings
+from qwen35.config.schema import Settings, dataset_entries
 from qwen35.device import HOST, describe
 from qwen35.training.adamw import local
 from qwen35.training.resume import sequences_per_step
-from qwen35.wording import number_of
+from qwen35.wording import duration, number_of
 
 
-def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, before: str, after: str) -> str:
-    """The machine, the arithmetic, and the tables of what is trained, before and after sharding."""
+def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, table: str) -> str:
+    """The devices, the arithmetic, and the table of a sharded model's parameters."""
     t, recompute = settings.training, settings.parallel.recompute
-    how: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
+    recomputed: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
     if settings.parallel.activation_offload:
-        how += ", what layers keep on the host" + " (here a copy that saves nothing)" * (device.type == HOST.type)
+        recomputed += ", activations offloaded to the host" + " (no saving on a CPU)" * (device.type == HOST.type)
     kernels = f"kernels {settings.model.kernels or 'auto'} (see python -m kernels)"
     nbytes = sum(local(p).numel() * local(p).element_size() for p in model.parameters())
     return (
         f"{dist.get_world_size()} processes on {describe(device)}, torch {torch.__version__}: {layout}\n"
-        f"arithmetic {t.dtype}, recompute {how}, {t.optimizer}, {kernels}\n"
-        f"before sharding:\n{before}\nafter sharding ({nbytes:,} bytes on this rank):\n{after}"
+        f"arithmetic {t.dtype}, recompute {recomputed}, {t.optimizer}, {kernels}\n"
+        f"weights on this rank: {nbytes:,} bytes\n{table}"
     )
 
 
-def coming_steps(settings: Settings, done: int) -> str:
-    cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
-    bins = number_of(sequences_per_step(settings), "bin")
-    return f"{bins} of {cutoff} tokens a step, steps {done + 1} to {settings.training.train_iters}"
+def coming_steps(settings: Settings, done: int, steps_per_epoch: float) -> str:
+    cutoff, last = settings.data.dataset_param.basic_parameters.cutoff_len, settings.training.train_iters
+    sequences = number_of(sequences_per_step(settings), "packed sequence")
+    epochs = f"{last / steps_per_epoch:,.2f} epochs in all, {steps_per_epoch:,.1f} steps each"
+    return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {last}: {epochs}"
+
+
+def closing(settings: Settings, steps: range, seconds: float, saves: int, waited: float) -> str:
+    """What was done, how long it took, and what to do next.
+
+    saves: number of checkpoints between steps, for which training waited so many seconds in all.
+    """
+    t, lines, last = settings.training, [], steps.stop - 1
+    if saves:
+        lines.append(f"checkpoints between steps: {saves}; training waited {waited:.2f} s for them in all")
+    if last < t.train_iters:
+        lines.append(f"stopped and saved after step {last} of {t.train_iters}; the same command goes on from there")
+        return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])
+    val, folder, hf = settings.data.val_dataset_param, quote(t.save), quote(settings.model.model_name_or_path)
+    files = [entry.file for entry in dataset_entries(val.basic_parameters.dataset)] if val else ["FILE"]
+    lines += [
+        f"trained steps {steps[0]} to {last} in {duration(seconds)}",
+        f"{t.save} holds the checkpoint, metrics.jsonl, loss.png and train.log; next:",
+        f"  make export DCP={folder} HF={hf} OUT={quote(f'{t.save}/hf')}",
+        f"  make evaluate MODEL={folder} DATA={quote(','.join(files))}",
+        f"  make generate MODEL={folder} PROMPT='…'",
+    ]
+    return "\n".join(lines)

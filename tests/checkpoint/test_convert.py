@@ -16,6 +16,7 @@ from peer import config_dict
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.convert import main
@@ -58,7 +59,9 @@ def test_round_trip_is_byte_identical(tmp_path, capsys, kind, layout, tie, shard
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{len(tensors)} tensors, {sum(t.nbytes for t in tensors.values()):,} bytes, {tmp_path / 'out'}"
     assert lines[0].endswith(str(tmp_path / "dcp" / "release"))
-    assert lines[1] == lines[3] == f"weights from {tmp_path / 'dcp' / 'release'}"
+    assert lines.count(f"weights from {tmp_path / 'dcp' / 'release'}") == 2
+    held = len(DCPSource(resolve_load(tmp_path / "dcp")).specs)
+    assert lines[-2].startswith(f"the checkpoint has {held} tensors: ") == (held != len(tensors))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,8 +76,8 @@ def test_a_trained_mtp_layer_is_exported(tmp_path, layout):
     assert_same_bytes(dict(load_pretrained(tmp_path / "out", mtp=True).named_parameters()), wanted)
 
 
-def test_converted_weights_train_and_export(tmp_path):
-    """release -> fp32 model without MTP -> iter_ -> Hugging Face; MTP keeps the source's bytes."""
+def test_converted_weights_train_and_export(tmp_path, capsys):
+    """release -> fp32 model without MTP -> iter_ -> Hugging Face: trained tensors rounded, MTP the source's bytes."""
     folder = write_folder(tmp_path / "hf")
     to_dcp(folder, tmp_path / "dcp")
     model = build(config_dict(), mtp=False, seed=4)
@@ -88,6 +91,11 @@ def test_converted_weights_train_and_export(tmp_path):
     optimizer.step()
     save_checkpoint(tmp_path / "run", 3, model, optimizer)
     assert to_hf(tmp_path / "run", folder, tmp_path / "out") == 0
+    mtp = sum(name.startswith("mtp.") for name in source)
+    assert (
+        f": {mtp} of multi-token prediction, which was not trained, are copied from {folder}\n"
+        in capsys.readouterr().out
+    )
     out = tensors_in(tmp_path / "out")
     assert torch.equal(out.pop("lm_head.weight"), model.lm_head.weight.to(torch.bfloat16))
     assert_same_bytes(out, {n: t for n, t in source.items() if n != "lm_head.weight"})

@@ -1,4 +1,4 @@
-"""Settings: the seed's paths, overrides, and every mistake named with what to do."""
+"""Settings: paths, overrides, defaults, and messages that name each mistake."""
 
 import pytest
 import yaml
@@ -36,7 +36,7 @@ def test_a_section_may_be_empty(recipe):
     assert load_settings(recipe).parallel.recompute is False
 
 
-def test_what_is_written_is_what_is_read(recipe, tmp_path):
+def test_written_settings_are_read_back(recipe, tmp_path):
     s = load_settings(recipe, ["model.kernels.swiglu=native", "training.adam_eps=1e-9"])
     again = tmp_path / "again.yaml"
     again.write_text(to_yaml(s))
@@ -88,7 +88,7 @@ def test_mistakes_are_named(recipe, override, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_contradictions_of_the_template(recipe):
+def test_rules_of_the_template(recipe):
     nothink = "data.dataset_param.basic_parameters.template=qwen3_vl_nothink"
     with pytest.raises(SettingError, match="enable_thinking means nothing to template qwen3_vl_nothink"):
         load_settings(recipe, [nothink, "data.dataset_param.basic_parameters.enable_thinking=true"])
@@ -97,11 +97,11 @@ def test_contradictions_of_the_template(recipe):
         load_settings(recipe, both)
 
 
-def test_the_validation_is_named_by_its_own_path(recipe):
-    held_out = ["data.val_dataset_param.basic_parameters.dataset=a.json", "training.val_interval=1"]
+def test_errors_of_the_validation_set_name_its_own_path(recipe):
+    validating = ["data.val_dataset_param.basic_parameters.dataset=a.json", "training.val_interval=1"]
     limits = "data.val_dataset_param.preprocess_parameters"
     with pytest.raises(SettingError, match=rf"^{limits}\.video_min_pixels 99999 is above video_max_pixels 65536$"):
-        load_settings(recipe, [*held_out, f"{limits}.video_min_pixels=99999"])
+        load_settings(recipe, [*validating, f"{limits}.video_min_pixels=99999"])
 
 
 def test_a_missing_or_broken_recipe(tmp_path):

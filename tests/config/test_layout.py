@@ -1,4 +1,4 @@
-"""The layouts that are taken are those in which every part is of one size: by cutting, whatever the numbers are."""
+"""The accepted layouts are those that split everything evenly, found here by splitting it."""
 
 import json
 from itertools import product
@@ -42,7 +42,7 @@ def cuts(total: int, parts: int) -> bool:
 
 
 def fits(world: int, shard: int, ep: int, ulysses: int) -> bool:
-    """Every rank gets as much as every other, of everything that the layout cuts."""
+    """Whether every rank gets equally much of everything that the layout splits."""
     if not (cuts(world, shard) and cuts(shard, ep) and cuts(world, ulysses)):
         return False
     of_experts = [(TEXT["num_experts"], ep), (2 * TEXT["moe_intermediate_size"], shard // ep), (24, shard // ep)]
@@ -54,7 +54,7 @@ def fits(world: int, shard: int, ep: int, ulysses: int) -> bool:
     return (ep == 1 or all(cuts(*n) for n in of_experts)) and (ulysses == 1 or fits_ulysses)
 
 
-def test_what_divides_is_taken_and_nothing_else(tmp_path):
+def test_layouts_that_divide_are_accepted_and_no_others(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"text_config": TEXT, "vision_config": {"num_heads": 12, "spatial_merge_size": 2}})
     )
@@ -76,19 +76,19 @@ def test_what_divides_is_taken_and_nothing_else(tmp_path):
 
 def test_all_processes_share_the_weights_by_default():
     assert layout_of(ParallelSettings(), 6) == Layout(6, 6, 1, 1)
-    assert str(layout_of(ParallelSettings(), 6)) == "weights 1 x 6 (copies x ranks that share one)"
+    assert str(layout_of(ParallelSettings(), 6)) == "weights 1 x 6 (copies x ranks per copy)"
 
 
-def test_it_says_how_ranks_share(tmp_path):
+def test_a_layout_prints_how_ranks_share(tmp_path):
     of = layout_of(ParallelSettings(fully_shard_parallel_size=8, expert_parallel_size=4, ulysses_parallel_size=2), 16)
     assert str(of) == (
-        "weights 2 x 8 (copies x ranks that share one), experts 2 x 2 x 4 (the last: ranks with experts of their own),"
-        " bins 8 x 2 (at a time x ranks that share one)"
+        "weights 2 x 8 (copies x ranks per copy), experts 2 x 2 x 4 (copies x ranks per expert x expert parallel),"
+        " packed sequences 8 x 2 (at a time x ranks per sequence)"
     )
 
 
-def test_what_is_wrong_with_a_config_is_not_the_layouts_to_tell(tmp_path):
-    """The processes read it again, whole, and tell."""
+def test_a_damaged_config_is_left_to_load_config(tmp_path):
+    """The ranks read all of it, and report what is wrong."""
     s = settings(tmp_path, ulysses_parallel_size=2)
     check_layout(s, 2)
     for config in ({}, {"text_config": 3}, {"text_config": {"num_attention_heads": "four"}}):

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe or on the command line: one line that names the setting, and nothing starts."""
+"""Mistakes in a recipe or command line: one line names the setting, and nothing starts."""
 
 import pytest
 from mistakes import (
@@ -121,7 +121,7 @@ SETTINGS = [
         (f"{BASIC}.on_bad_record: 'ignore' is not one of error, skip",),
     ),
 ]
-CONTRADICTIONS = [
+RULES = [
     Case("two sources", on("training.load=dcp"), ("training.load and training.init_from_hf_path", "set one")),
     Case(
         "constant has no least", on("training.min_lr=1e-5", "training.lr_decay_style=constant"), ("min_lr", "constant")
@@ -203,7 +203,8 @@ def on_processes(count: int, *sizes: str) -> tuple[str, ...]:
     return (*launch(count), *sizes)
 
 
-# of a model with 8 experts of 2 x 24 and 48 rows, heads 4 (2 of keys and values), in the delta net 2 and 4, in the tower 2
+# The model has 8 experts of 2 x 24 and 48 rows, 4 heads (2 of keys and values), in the delta net 2
+# and 4, in the vision tower 2.
 LAYOUTS = [
     Case(
         "copies", on_processes(4, "parallel.fully_shard_parallel_size=3"), ("size 3 does not divide the 4 processes",)
@@ -313,15 +314,15 @@ COMMANDS = [
 ]
 
 
-@parametrized([*FILES, *SETTINGS, *CONTRADICTIONS, *LAYOUTS, *COMMANDS])
-def test_one_line(place, case):
+@parametrized([*FILES, *SETTINGS, *RULES, *LAYOUTS, *COMMANDS])
+def test_a_mistake_is_one_line(place, case):
     check(place, case)
 
 
 @pytest.mark.parametrize(
     ("start", "end"), [(b"", b"\r\n"), (b"\xef\xbb\xbf", b"\n")], ids=["Windows lines", "byte-order mark"]
 )
-def test_no_mistake(place, start, end):
+def test_line_ends_and_byte_order_marks_are_accepted(place, start, end):
     text = (place / "r.yaml").read_bytes()
     (place / "r.yaml").write_bytes(start + text.replace(b"\n", end))
     assert run(place, *CONFIG, "--get", "training.lr") == Done(0, "0.001\n", "")

@@ -1,4 +1,4 @@
-"""One token at a time against kernels/reference.py over the whole: prompts of n tokens, then m steps."""
+"""Decoding token by token against kernels/reference.py over the whole: n tokens, then m steps."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_causal_conv1d(lengths, dtype, tolerance, width):
 @DTYPES
 @pytest.mark.parametrize("heads", [2, 6])
 def test_attention(lengths, dtype, tolerance, heads):
-    """The store is longer than any sequence, and what lies behind each does not count."""
+    """The cache is longer than any sequence; what lies behind a sequence does not count."""
     split = Split(lengths)
     T = split.total
     q, k, v = (torch.randn(T, n, 8).to(dtype) for n in (heads, 2, 2))
@@ -118,7 +118,7 @@ def test_attention(lengths, dtype, tolerance, heads):
 
 
 def test_the_mask_has_a_row_for_each_query(monkeypatch):
-    """op-plugin takes [B, 1, Sq, Skv]; that a mask of one row stands for all is known to its newer releases alone."""
+    """op-plugin takes [B, 1, Sq, Skv]; only its newer releases broadcast a mask of one row."""
     seen, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def record(q, k, v, attn_mask, scale):

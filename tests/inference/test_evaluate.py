@@ -1,4 +1,4 @@
-"""What evaluation and validation ask, and what is right: as the chat template writes prompt and answer, by transformers."""
+"""Prompts and right answers of evaluation and validation, against transformers' chat template."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ ANSWERS = {  # name -> the last turn, and whether it has a thought
     "letters in two parts": ({"content": "Zu\u0308rich"}, False),  # the tokenizer puts them together
     "empty": ({"content": ""}, False),
 }
-# a thought before the last answer, and after the user's last question, so that the template keeps it
+# A thought before the last answer and after the last question, so that the template keeps it.
 LOOKED = [
     {"role": "user", "content": "What?"},
     {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": CALLS[1:]},
@@ -89,7 +89,7 @@ def expected(place) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture
 def asked(place, monkeypatch) -> Callable[..., list[str]]:
-    """Have the model answer what is given; -> the prompts so far."""
+    """Make the model give these answers; -> the prompts so far."""
     prompts: list[str] = []
     tokenizer = ChatTokenizer(place / "hf")
 
@@ -116,7 +116,7 @@ def run(place: Path, *arguments: str, model: str = "hf") -> int:
 
 
 @pytest.mark.parametrize("batch", ["1", "4", "64"])
-def test_the_template_s_own_answer_after_its_own_prompt_is_right(place, expected, asked, capsys, batch):
+def test_the_templates_own_answer_is_right(place, expected, asked, capsys, batch):
     prompts = asked([answer for _, answer in expected.values()])
     assert run(place, "--batch", batch, "--show") == 0
     assert prompts == [prompt for prompt, _ in expected.values()]
@@ -138,14 +138,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "given"), [(n, g) for n, some in WRONG.items() for g in some])
-def test_any_other_answer_is_wrong(place, asked, capsys, tmp_path, name, given):
+def test_every_other_answer_is_wrong(place, asked, capsys, tmp_path, name, given):
     write_records(tmp_path / "records.json", [CONVERSATIONS[name]])
     asked([given])
     assert evaluate.main(["--model", str(place / "hf"), "--data", str(tmp_path / "records.json")]) == 0
     assert capsys.readouterr().out == "held-out accuracy 0.000 (0/1)\n"
 
 
-def test_arguments_in_another_order_or_of_another_value_are_wrong(place, expected, asked, capsys, tmp_path):
+def test_other_order_or_values_of_arguments_are_wrong(place, expected, asked, capsys, tmp_path):
     write_records(tmp_path / "records.json", [CONVERSATIONS["call"]] * 3)
     right = expected["call"][1]
     b, a = '<parameter=b>\n[1, "é"]\n</parameter>\n', "<parameter=a>\ntwo\nlines\n</parameter>\n"
@@ -156,7 +156,7 @@ def test_arguments_in_another_order_or_of_another_value_are_wrong(place, expecte
 
 
 @pytest.mark.parametrize(("word", "thinking"), [("--thinking", True), ("--no_thinking", False)])
-def test_the_command_line_decides_for_all(place, asked, capsys, word, thinking):
+def test_thinking_options_override_the_records(place, asked, capsys, word, thinking):
     prompts = asked([""] * len(CONVERSATIONS))
     assert run(place, word) == 0
     assert prompts == [by_template(place, turns[:-1], thinking, True) for turns in CONVERSATIONS.values()]
@@ -172,8 +172,8 @@ def write_recipe(place: Path, **basic) -> Path:
     return path
 
 
-def test_a_run_that_trained_no_thoughts_is_asked_without(place, asked, capsys, tmp_path):
-    """As its samples were: the thoughts of earlier answers are dropped as well."""
+def test_a_run_without_thoughts_is_prompted_without(place, asked, capsys, tmp_path):
+    """Like its samples: the thoughts of earlier answers are dropped too."""
     recipe = write_recipe(place, enable_thinking=False)
     prompts = asked([""] * len(CONVERSATIONS) * 2)
     assert run(place, "--recipe", str(recipe)) == 0
@@ -186,7 +186,7 @@ def test_a_run_that_trained_no_thoughts_is_asked_without(place, asked, capsys, t
 
 
 @pytest.mark.parametrize("hf", [False, True])
-def test_a_run_s_checkpoint_is_asked_as_the_run_trained(place, asked, capsys, tmp_path, hf):
+def test_a_runs_checkpoint_is_prompted_as_it_trained(place, asked, capsys, tmp_path, hf):
     save_checkpoint(tmp_path, 5, evaluate.load_model(evaluate.find_model(place / "hf")))
     write_recipe(place, enable_thinking=False).rename(tmp_path / "config.yaml")
     prompts = asked([""] * len(CONVERSATIONS))
@@ -196,14 +196,14 @@ def test_a_run_s_checkpoint_is_asked_as_the_run_trained(place, asked, capsys, tm
 
 
 @pytest.mark.parametrize("said", [None, True])
-def test_a_run_that_trained_the_thoughts_is_asked_as_its_records_are(place, expected, asked, said):
+def test_a_run_with_thoughts_is_prompted_as_its_records(place, expected, asked, said):
     recipe = write_recipe(place, enable_thinking=said)
     prompts = asked([""] * len(CONVERSATIONS))
     assert run(place, "--recipe", str(recipe)) == 0
     assert prompts == [prompt for prompt, _ in expected.values()]
 
 
-def test_a_template_without_thoughts(place, asked, capsys, tmp_path):
+def test_a_template_without_thoughts_opens_none(place, asked, capsys, tmp_path):
     recipe = write_recipe(place, template="qwen3_vl_nothink")
     write_records(tmp_path / "records.json", [])
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{THOUGHT}7"}]
@@ -217,7 +217,7 @@ def test_a_template_without_thoughts(place, asked, capsys, tmp_path):
     assert "qwen3_vl_nothink has no thoughts" in capsys.readouterr().err
 
 
-def test_room_for_the_longest_answer_and_a_thought(place, asked, tmp_path):
+def test_the_limit_has_room_for_the_longest_answer_and_a_thought(place, asked, tmp_path):
     tokenizer, long = ChatTokenizer(place / "hf"), "because " * 2000
     turns = [
         {"content": "7 and 8"},
@@ -240,14 +240,14 @@ PUBLISHED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95} 
 
 @pytest.fixture
 def says(place) -> Iterator[Callable[..., None]]:
-    """Have the folder's generation_config.json say so."""
+    """Write the folder's generation_config.json."""
     path = place / "hf/generation_config.json"
     before = path.read_text()
     yield lambda **values: path.write_text(json.dumps(json.loads(before) | values)) and None
     path.write_text(before)
 
 
-def test_scores_are_greedy_unless_drawing_is_asked_for(place, asked, says, capsys):
+def test_evaluation_is_greedy_unless_sampling_is_asked_for(place, asked, says, capsys):
     says(**PUBLISHED, repetition_penalty=1.1)
     ways: list[Sampling] = []
     asked([""] * 4 * len(CONVERSATIONS), ways=ways)
@@ -261,7 +261,7 @@ def test_scores_are_greedy_unless_drawing_is_asked_for(place, asked, says, capsy
     assert "; temperature 0.6, top_k 20, top_p 0.95, repetition_penalty 1.1, seed 5\n" in err
     says()
     assert run(place, "--sample") == 1
-    assert "hf/generation_config.json does not draw; give a --temperature" in capsys.readouterr().err
+    assert "hf/generation_config.json does not sample; give a --temperature" in capsys.readouterr().err
 
 
 def validation_settings(place: Path) -> Settings:
@@ -276,7 +276,7 @@ def validating(settings: Settings) -> Validation:
     return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent)
 
 
-def test_validation_is_greedy_and_refuses_what_is_not_built_at_once(place, says):
+def test_validation_is_greedy_and_refuses_unsupported_settings_at_once(place, says):
     settings, total = validation_settings(place), len(CONVERSATIONS)
     says(**PUBLISHED, repetition_penalty=1.1)
     assert f"{total} of them answered (greedy, repetition_penalty 1.1), " in validating(settings).report()
@@ -286,8 +286,8 @@ def test_validation_is_greedy_and_refuses_what_is_not_built_at_once(place, says)
     validating(replace(settings, training=replace(settings.training, val_generate=False)))
 
 
-def test_validation_asks_as_it_trained(place, expected, asked, monkeypatch):
-    """Answers with a tool's call too; its own copy of the model and the other ranks are not what is tested here."""
+def test_validation_prompts_as_it_trains(place, expected, asked, monkeypatch):
+    """Tool calls too; the copy of the model and the other ranks are stubs here."""
     found = validating(validation_settings(place))
     total = len(CONVERSATIONS)
     assert f": {total} samples, {total} of them answered, " in found.report()

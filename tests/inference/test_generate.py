@@ -1,4 +1,4 @@
-"""Generation with its cache: as without, alone and packed, and in transformers; and the line that evaluation ends with."""
+"""Generation with a cache equals that without, packed or alone, and transformers'."""
 
 import dataclasses
 import inspect
@@ -68,7 +68,7 @@ def alone(model, prompts) -> list[list[int]]:
     return [greedy(model, [prompt], 8, ())[0] for prompt in prompts]
 
 
-def test_packed_equals_one_by_one(model, prompts, alone):
+def test_packed_prompts_equal_single_ones(model, prompts, alone):
     assert all(len(answer) == 8 for answer in alone)
     assert len({tuple(answer) for answer in alone}) == 4
     assert greedy(model, prompts, 8, ()) == alone
@@ -76,7 +76,7 @@ def test_packed_equals_one_by_one(model, prompts, alone):
 
 
 def uncached(model: Qwen35, text: PackedBatch, count: int) -> list[int]:
-    """The likeliest token, again and again, the whole text anew for each."""
+    """Greedy decoding that runs the whole text again for each token."""
     text, start = derive(text, model.config.vision_spec), len(text.input_ids)
     for _ in range(count):
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_greedy_equals_itself_without_a_cache_and_transformers(asked, moe, tied,
     check_greedy(ASKED[asked], 12, moe=moe, tied=tied, key_heads=heads[0], value_heads=heads[1])
 
 
-def test_a_long_answer():
+def test_a_long_answer_equals_itself_without_a_cache():
     check_greedy([sample([40, (4, 4), 3], seed=11), sample([2], seed=12)], 150)
 
 
@@ -124,7 +124,7 @@ def check_greedy(prompts: list[PackedBatch], count: int, **config) -> None:
         assert answer == uncached(ours, prompt, count)
 
 
-def test_equals_transformers(folder, model, prompts, tokenizer):
+def test_answers_equal_transformers(folder, model, prompts, tokenizer):
     from transformers import AutoModelForImageTextToText
 
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -154,8 +154,8 @@ def test_each_prompt_stops_on_its_own(model, prompts, alone):
     assert greedy(model, [], 8, ()) == []
 
 
-def test_only_the_last_rows_meet_the_head(model, prompts, alone, monkeypatch):
-    """[T, V] logits never exist: with a real vocabulary they would be the largest thing in memory."""
+def test_only_last_tokens_get_logits(model, prompts, alone, monkeypatch):
+    """No [T, V] logits: with a real vocabulary they would be the largest tensor."""
     seen = []
     matmul = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (seen.append((a.shape, b.shape)), matmul(a, b))[1])
@@ -164,7 +164,7 @@ def test_only_the_last_rows_meet_the_head(model, prompts, alone, monkeypatch):
     assert [a[0] for a, b in seen if b[-1] == vocabulary] == [len(prompts)]
 
 
-def test_chats_end_at_every_end_that_the_folder_names(folder, tokenizer, tmp_path):
+def test_answers_end_at_every_token_that_the_folder_names(folder, tokenizer, tmp_path):
     im_end, endoftext = tokenizer.im_end_id, tokenizer.pad_id
     assert stop_ids(folder, tokenizer) == {im_end, endoftext}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 5}}))
@@ -175,7 +175,7 @@ def test_chats_end_at_every_end_that_the_folder_names(folder, tokenizer, tmp_pat
 
 @pytest.fixture
 def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
-    """Three questions answered as the model does after an empty thought, the first behind a thought, and one otherwise."""
+    """Three records with the model's own answers, the first after a thought, and one other."""
     questions = ["Which digit is this?", "Hello!", "Is this the user?", "What?"]
     images = ImageProcessor.from_folder(folder, 1024, 65536)
     videos = VideoProcessor.from_folder(folder, PreprocessParameters())
@@ -208,7 +208,7 @@ def test_evaluation_ends_with_the_accuracy(folder, records, batch, capsys):
     assert "record 3 (id r2)" in "\n".join(shown) and "r1" not in "\n".join(shown)
 
 
-def test_a_model_that_knows_nothing_is_no_error(folder, records, capsys):
+def test_an_accuracy_of_zero_is_no_error(folder, records, capsys):
     data = json.loads(records.read_text())
     for record in data:
         record["messages"][1]["content"] = "nothing the like"
@@ -217,7 +217,7 @@ def test_a_model_that_knows_nothing_is_no_error(folder, records, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "held-out accuracy 0.000 (0/4)"
 
 
-def test_what_is_missing_is_named_in_one_line(folder, records, tmp_path, capsys):
+def test_missing_files_are_named_in_one_line(folder, records, tmp_path, capsys):
     for model, data, named in (
         (tmp_path / "none", records, "none/tokenizer.json"),
         (folder, tmp_path / "absent.json", "absent.json"),
@@ -227,8 +227,8 @@ def test_what_is_missing_is_named_in_one_line(folder, records, tmp_path, capsys)
         assert named in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_prompts_with_a_dummy_image_leave_the_others_alone(model, prompts, alone):
-    """A text prompt may carry a dummy image; its features must not become those of the next prompt's image."""
+def test_a_dummy_image_does_not_change_other_prompts(model, prompts, alone):
+    """A text prompt's dummy image must not become the next prompt's image."""
     assert len(prompts[1].grid_thw) == 1  # so prompt_batch makes it
     bare = dataclasses.replace(
         prompts[1],

@@ -1,4 +1,4 @@
-"""`make generate` on small folders of every kind, against transformers; and what it says when it cannot."""
+"""`make generate` on folders of every kind, against transformers, and its error messages."""
 
 import io
 import json
@@ -39,7 +39,7 @@ HOW = r", (greedy|temperature [\d.]+)(, \w+ [\d.]+)*( \(by generation_config\.js
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """One model in fp32: as the hub has it, one tensor an expert, converted, and as a run left it; and two images."""
+    """An fp32 model: as on the hub, a tensor per expert, converted, saved by a run; two images."""
     place = tmp_path_factory.mktemp("place")
     tiny.make_model(place / "bf16", seed=3)
     config = json.loads((place / "bf16/config.json").read_text())
@@ -67,7 +67,7 @@ def write_recipe(place: Path, save: str, model: Path, **parameters) -> None:
 
 @pytest.fixture
 def ask(place, capsys, monkeypatch) -> Callable[..., str]:
-    """The answer, given in this process."""
+    """Generate the answer in this process."""
 
     def ask(model: str, *arguments: str, stdin: str = "", status: int = 0) -> str:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -87,7 +87,7 @@ def ask(place, capsys, monkeypatch) -> Callable[..., str]:
 
 
 def peer(place: Path, content: list[dict], system: str | None = None, model: str = "hub", **template) -> str:
-    """transformers' greedy answer to a conversation in its own chat template, its images among the content."""
+    """transformers' greedy answer to a conversation with images, in its own chat template."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     folder = place / model
@@ -137,13 +137,13 @@ def test_every_kind_of_checkpoint_answers_as_transformers(place, ask, right, mod
     assert ask(model, "--image", str(place / "0.png"), str(place / "1.png"), "--prompt", TEXT["text"]) == right
 
 
-def test_converted_weights_need_a_folder(place, ask, right):
+def test_converted_weights_need_hf(place, ask, right):
     question = ["--image", str(place / "0.png"), "--image", str(place / "1.png"), "--prompt", TEXT["text"]]
     for model in ("converted", "converted/release"):
         assert ask(model, *question, "--hf", str(place / "hub")) == right
 
 
-def test_text_system_and_places(place, ask):
+def test_text_system_prompt_and_placeholders(place, ask):
     assert ask("hub", "--prompt", "Hello\n", "--system", "Be brief.") == peer(
         place, [{"type": "text", "text": "Hello"}], "Be brief."
     )
@@ -154,7 +154,7 @@ def test_text_system_and_places(place, ask):
     assert ask("hub", *arguments, stdin="Is this <image> a user?\n") == peer(place, content)
 
 
-def test_videos(place, ask):
+def test_videos_as_files_folders_and_frames(place, ask):
     frames = [place / "0.png", place / "1.png", place / "0.png"]
     folder = place / "frames"
     folder.mkdir()
@@ -172,7 +172,7 @@ def test_videos(place, ask):
     assert ask("hub", *shown, "--prompt", "<video> or <video><image>?") == peer(place, between)
 
 
-def test_a_video_file(place, ask, monkeypatch):
+def test_a_video_file_is_decoded(place, ask, monkeypatch):
     frames = np.stack([np.asarray(Image.open(place / f"{i % 2}.png")) for i in range(5)])
     write_video(place / "film.mp4", frames, Fraction(2), monkeypatch)
     listed = [str(place / f"{i % 2}.png") for i in range(5)]
@@ -180,7 +180,7 @@ def test_a_video_file(place, ask, monkeypatch):
     assert ask("hub", *asked, str(place / "film.mp4")) == ask("hub", *asked, *listed)
 
 
-def test_thoughts(place, ask):
+def test_thinking_options_open_or_close_the_thought(place, ask):
     text = [{"type": "text", "text": "What?"}]
     assert ask("hub", "--prompt", "What?") == ask("hub", "--prompt", "What?", "--no_thinking") == peer(place, text)
     thought = ask("hub", "--prompt", "What?", "--thinking")
@@ -192,7 +192,7 @@ def test_thoughts(place, ask):
     assert "--thinking" in ask("thinks", "--prompt", "What?", status=1)
 
 
-def test_a_run_is_asked_as_it_trained(place, ask):
+def test_a_run_is_prompted_as_it_trained(place, ask):
     shutil.copytree(place / "run", place / "plain")
     write_recipe(place, "plain", place / "hub", template="qwen3_vl_nothink")
     plain = ask("hub", "--prompt", "What?", "--template", "qwen3_vl_nothink")
@@ -229,7 +229,7 @@ def test_a_run_in_fp32_answers_as_its_export_in_bf16(place):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
 
-def test_the_answer_ends_where_the_folder_says(place, ask):
+def test_the_answer_ends_at_the_folders_eos_tokens(place, ask):
     source = find_model(place / "hub")
     args = generate.parse(["--model", str(place / "hub"), "--prompt", "Hello"])
     preparation, spec = prepare(args, source), vision_spec(source.config)
@@ -243,7 +243,7 @@ def test_the_answer_ends_where_the_folder_says(place, ask):
     assert ask("stops", "--prompt", "Hello") == before + "\n"
 
 
-def test_drawing(place, ask):
+def test_sampling_options(place, ask):
     question = ["--prompt", "Hello", "--temperature", "2"]
     one, same, other = (ask("hub", *question, "--seed", seed) for seed in ("1", "1", "2"))
     assert one == same != other
@@ -255,7 +255,7 @@ def test_drawing(place, ask):
 
 @pytest.fixture
 def says(place, tmp_path) -> Callable[..., str]:
-    """The model with a generation_config.json that says so, beside the ends of an answer."""
+    """The model with these values in its generation_config.json, beside the eos tokens."""
 
     def says(**values) -> str:
         folder = tmp_path / "says"
@@ -267,7 +267,7 @@ def says(place, tmp_path) -> Callable[..., str]:
     return says
 
 
-def test_the_folder_s_penalty_is_transformers_penalty(place, ask, says):
+def test_the_folders_penalty_is_that_of_transformers(place, ask, says):
     model = says(repetition_penalty=1.4, top_k=3, do_sample=False)  # what is not drawn needs no top_k
     image = {"type": "image", "image": place / "0.png"}
     penalised = peer(place, [image, TEXT], model=model)
@@ -277,7 +277,7 @@ def test_the_folder_s_penalty_is_transformers_penalty(place, ask, says):
     assert ask("hub", *question, "--repetition_penalty", "1.4") == penalised
 
 
-def test_the_folder_s_way_of_drawing(place, ask, says, capsys):
+def test_the_folders_sampling_is_used(place, ask, says, capsys):
     model = says(do_sample=True, temperature=1.8, top_k=20, top_p=0.95, presence_penalty=0.5, max_new_tokens=5)
     asked = ["--prompt", "Hello", "--seed"]
     by_hand = ["--temperature", "1.8", "--top_k", "20", "--top_p", "0.95", "--presence_penalty", "0.5"]
@@ -319,7 +319,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("model", "arguments", "words"), WRONG, ids=lambda v: v if isinstance(v, str) else "")
-def test_what_is_wrong_is_said_in_one_line(place, ask, monkeypatch, model, arguments, words):
+def test_a_mistake_is_one_line(place, ask, monkeypatch, model, arguments, words):
     if model == "bare_hub" and not (place / model).exists():
         shutil.copytree(place / "hub", place / model, ignore=shutil.ignore_patterns("*.safetensors*"))
     if model == "cut" and not (place / model).exists():
@@ -328,7 +328,7 @@ def test_what_is_wrong_is_said_in_one_line(place, ask, monkeypatch, model, argum
     assert words in ask(model, *arguments, status=1)
 
 
-def test_weights_of_another_model_name_both_sides(place, ask):
+def test_weights_of_another_model_are_refused(place, ask):
     shutil.copytree(place / "hub", place / "other")
     config = json.loads((place / "other/config.json").read_text())
     config["text_config"]["moe_intermediate_size"] = 32
@@ -337,7 +337,7 @@ def test_weights_of_another_model_name_both_sides(place, ask):
     assert "iter_0000005 does not fit the model" in error and f"{place}/other/config.json" in error
 
 
-def test_characters_of_several_tokens_come_whole_and_control_tokens_not_at_all(place):
+def test_characters_come_whole_and_control_tokens_never(place):
     tokenizer = ChatTokenizer(place / "hub")  # every character that is not ASCII is several tokens here
     text = "a 描述 <think>ü</think><|box_start|>(1,2)<|box_end|>\n"
     ids = tokenizer.encode_text(text)
@@ -352,12 +352,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_nobody_waits_for_a_question_at_a_terminal(place, ask, monkeypatch):
+def test_a_terminal_is_not_read_for_the_prompt(place, ask, monkeypatch):
     monkeypatch.setattr(io, "StringIO", Terminal)
     assert "prompt is empty" in ask("hub", stdin="typed", status=1)
 
 
-def test_an_interruption_is_no_failure_of_the_program(place, capsys, monkeypatch):
+def test_an_interruption_exits_130_without_a_traceback(place, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -366,7 +366,7 @@ def test_an_interruption_is_no_failure_of_the_program(place, capsys, monkeypatch
     assert capsys.readouterr() == ("\n", "")
 
 
-def test_evaluation_takes_a_run_too(place, tmp_path, capsys):
+def test_evaluation_accepts_a_run(place, tmp_path, capsys):
     records = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "7"}]} for q in "ab"]
     (tmp_path / "records.json").write_text(json.dumps(records))
     shown = []
@@ -376,7 +376,7 @@ def test_evaluation_takes_a_run_too(place, tmp_path, capsys):
     assert shown[0] == shown[1] and shown[0].count("right is '7'") == 2
 
 
-def test_evaluation_shows_videos_too(place, tmp_path, capsys, ask):
+def test_evaluation_reads_videos(place, tmp_path, capsys, ask):
     frames = ["0.png", "1.png", "0.png"]
     turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "7"}]
     (tmp_path / "records.json").write_text(json.dumps([{"messages": turns, "videos": [frames]}]))
@@ -386,7 +386,7 @@ def test_evaluation_shows_videos_too(place, tmp_path, capsys, ask):
     assert f"record 1: {given!r}, right is '7'" in capsys.readouterr().out
 
 
-def test_a_terminal_gets_the_text_as_it_comes(monkeypatch):
+def test_a_terminal_gets_the_text_piece_by_piece(monkeypatch):
     seen = []
 
     def pieces():
@@ -407,7 +407,7 @@ def command(place: Path, model: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["hub", "run"])
-def test_as_a_process(place, right, model):
+def test_the_command_as_a_process(place, right, model):
     question = command(place, model, "--prompt", TEXT["text"])
     done = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, right), done.stderr
@@ -419,7 +419,7 @@ def test_as_a_process(place, right, model):
     assert (failed.returncode, failed.stdout) == (1, "") and failed.stderr.startswith("error: the prompt is empty")
 
 
-def test_on_a_terminal(place, right):
+def test_the_command_on_a_terminal(place, right):
     ours, theirs = pty.openpty()
     question = command(place, "hub", "--prompt", TEXT["text"])
     with subprocess.Popen(question, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE) as process:

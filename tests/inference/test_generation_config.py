@@ -1,4 +1,4 @@
-"""How answers are drawn by generation_config.json and the command line; and what of the file is refused."""
+"""Sampling by generation_config.json and command line, and what of the file is refused."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from qwen35.inference import generate
 from qwen35.inference.generation_config import (
     HARMLESS,
     NEUTRAL,
-    greedy_by,
+    greedy_sampling,
     read_generation_config,
     sampling_of,
     stop_ids,
@@ -39,7 +39,7 @@ def write(folder: Path, values: dict) -> Path:
 
 
 def chosen(folder: Path, values: dict, *words: str) -> Sampling:
-    """As `make generate` does."""
+    """Options parsed as by `make generate`."""
     config = read_generation_config(write(folder, values))
     args = generate.parse(["--model", "m", "--seed", "3", *words])
     return sampling_of(args, config, drawn=not args.greedy)
@@ -77,24 +77,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("values", "words", "wanted"), CASES)
-def test_the_command_line_before_the_file_before_the_default(tmp_path, values, words, wanted):
+def test_options_override_the_file_and_the_file_the_defaults(tmp_path, values, words, wanted):
     assert chosen(tmp_path, values, *words) == wanted
 
 
-def test_without_a_file_it_is_greedy(tmp_path):
+def test_the_default_without_a_file_is_greedy(tmp_path):
     assert read_generation_config(tmp_path) == {}
-    assert greedy_by({}) == Sampling()
-    assert greedy_by(PUBLISHED | {"repetition_penalty": 1.3}) == Sampling(repetition_penalty=1.3)
+    assert greedy_sampling({}) == Sampling()
+    assert greedy_sampling(PUBLISHED | {"repetition_penalty": 1.3}) == Sampling(repetition_penalty=1.3)
 
 
 @pytest.mark.parametrize("word", ["--top_k", "--top_p", "--min_p"])
 @pytest.mark.parametrize("more", [["--greedy"], ["--temperature", "0"]])
-def test_what_means_nothing_is_refused(tmp_path, word, more):
+def test_options_without_effect_are_refused(tmp_path, word, more):
     with pytest.raises(SettingError, match=f"{word} means nothing where the likeliest token is taken"):
         chosen(tmp_path, PUBLISHED, word, "1", *more)
 
 
-def test_no_seed_is_another_each_time(tmp_path):
+def test_without_a_seed_each_run_has_another(tmp_path):
     args = generate.parse(["--model", "m", "--temperature", "1"])
     seeds = {sampling_of(args, {}, drawn=True).seed for _ in range(5)}
     assert len(seeds) == 5
@@ -117,19 +117,19 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("values", REFUSED, ids=lambda v: next(iter(v)))
-def test_what_is_not_built_is_refused_by_name(tmp_path, values):
+def test_unsupported_values_are_refused_by_name(tmp_path, values):
     name = next(iter(values))
     with pytest.raises(SettingError, match=rf"generation_config\.json: {name}: .* may change the answers, and is not"):
         read_generation_config(write(tmp_path, PUBLISHED | values))
     assert read_generation_config(write(tmp_path, PUBLISHED | {name: None})) == PUBLISHED  # null is not given
 
 
-def test_what_changes_no_answer_is_let_be(tmp_path):
+def test_values_that_change_no_answer_are_accepted(tmp_path):
     values = dict.fromkeys(HARMLESS, 7) | NEUTRAL
-    assert greedy_by(read_generation_config(write(tmp_path, values))) == Sampling()
+    assert greedy_sampling(read_generation_config(write(tmp_path, values))) == Sampling()
 
 
-def test_what_is_neutral_is_so_in_transformers():
+def test_neutral_values_are_neutral_in_transformers():
     known = {name: value for name, value in NEUTRAL.items() if hasattr(GenerationConfig(), name)}
     assert len(known) > 10
     _, peer = pair(config_dict(moe=False))
@@ -137,14 +137,14 @@ def test_what_is_neutral_is_so_in_transformers():
     assert continued(peer, inputs, 12, **known) == continued(peer, inputs, 12)
 
 
-def test_what_transformers_saves_is_read(tmp_path):
+def test_files_that_transformers_saves_are_read(tmp_path):
     GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[1, 2]).save_pretrained(
         tmp_path
     )
     args = generate.parse(["--model", "m", "--seed", "3"])
     assert sampling_of(args, read_generation_config(tmp_path), drawn=True) == DRAWN
     write(tmp_path, GenerationConfig().to_dict())
-    assert greedy_by(read_generation_config(tmp_path)) == Sampling()
+    assert greedy_sampling(read_generation_config(tmp_path)) == Sampling()
 
 
 MISTAKES = [
@@ -171,7 +171,7 @@ def test_a_wrong_value_names_the_file(tmp_path, values, words):
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("ends", ["<|im_end|>", [1, "2"], [True], 1.5])
-def test_ends_that_are_no_tokens_are_refused(tmp_path, file, ends):
+def test_eos_ids_that_are_no_integers_are_refused(tmp_path, file, ends):
     tokenizer = SimpleNamespace(im_end_id=1, pad_id=2)
     (tmp_path / file).write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(SettingError) as error:

@@ -1,4 +1,4 @@
-"""What is drawn, against probabilities worked out one token at a time and transformers' own; and generation that draws."""
+"""Sampling against slow counts and transformers, and generation that samples."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ LOGITS = [0.3, -1.0, 2.0, 1.9, -4.0, 0.0, 1.1]
 
 
 def direct(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
-    """Probability of each token: the softmax, cut to the k likeliest, renormalised, cut to the first that make up p, again."""
+    """Probability of each token: softmax, top_k, renormalized, top_p, renormalized."""
     weights = [math.exp(x / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -weights[i])[:top_k]
     total, sum_before, kept = sum(weights[i] for i in order), 0.0, []
@@ -34,8 +34,8 @@ def direct(logits: list[float], temperature: float, top_k: int | None, top_p: fl
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.6, 0.01])
-def test_the_distribution(temperature, top_k, top_p):
-    """Points spread evenly over [0, 1) fall on each token as often as is its probability."""
+def test_tokens_follow_the_distribution(temperature, top_k, top_p):
+    """Evenly spread points in [0, 1) give each token as often as its probability says."""
     points = 20000
     at = (torch.arange(points) + 0.5) / points
     tokens = pick(torch.tensor(LOGITS).expand(points, -1), Sampling(temperature, top_k, top_p), at)
@@ -45,7 +45,7 @@ def test_the_distribution(temperature, top_k, top_p):
     assert all(share == 0 for share, p in zip(shares.tolist(), truth, strict=True) if p == 0)
 
 
-def test_the_points_are_spread_evenly():
+def test_draws_follow_the_distribution():
     generators = Sampling(1.0, seed=3).generators(1)
     logits = torch.tensor([LOGITS])
     tokens = torch.cat([draw(logits, Sampling(1.0), generators) for _ in range(8000)])
@@ -55,8 +55,8 @@ def test_the_points_are_spread_evenly():
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-4])
 @pytest.mark.parametrize("at", [0.0, 1 - 2**-24])
-def test_the_ends(temperature, at):
-    """Neither the last point nor the coldest temperature leads to a token that is out of question."""
+def test_the_ends_of_the_interval_give_possible_tokens(temperature, at):
+    """The last point and the lowest temperature never give a token of probability zero."""
     logits = torch.tensor([[0.0, -math.inf, 5.0, -math.inf]])
     assert pick(logits, Sampling(temperature), torch.tensor([at])).item() == 2
     assert pick(logits, Sampling(1.0), torch.tensor([at])).item() == (0 if at else 2)
@@ -82,7 +82,7 @@ def test_the_ends(temperature, at):
     ],
     ids=str,
 )
-def test_what_no_distribution_has_is_refused(wrong):
+def test_impossible_values_are_refused(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):
         Sampling(**wrong)
 
@@ -95,7 +95,7 @@ def model() -> Qwen35:
 PROMPTS = [sample([5], seed=1), sample([2, (4, 4), 9], seed=2), sample([70], seed=3)]
 
 
-def test_the_seed_decides(model):
+def test_a_seed_gives_the_same_answer(model):
     hot = [generate(model, PROMPTS, 20, (), Sampling(1.5, seed=seed)) for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
     assert all(len(set(answer)) > 10 for answer in hot[0])
@@ -103,7 +103,7 @@ def test_the_seed_decides(model):
     assert alone == hot[0]  # whatever else is asked at the same time
 
 
-def test_without_a_choice_it_is_greedy(model):
+def test_sampling_from_one_token_is_greedy(model):
     likeliest = greedy(model, PROMPTS, 20, ())
     for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6), Sampling(1e-6)):
         assert generate(model, PROMPTS, 20, (), sampling) == likeliest
@@ -145,7 +145,7 @@ def over_all(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [None, 1, 2, 3, 4, 5, 8, 20])
 @pytest.mark.parametrize("min_p", [0.0, 0.1, 0.5, 1.0])
 def test_equal_tokens_are_kept_as_in_transformers(temperature, top_k, min_p):
-    """Of equal tokens top_p may keep some: as many, though which of many is left to the order of an unstable sort there."""
+    """top_p may keep some of several equal tokens: as many as transformers (unstable sort)."""
     many = torch.randint(-4, 5, (5, 300), generator=torch.Generator().manual_seed(1)).float()
     for top_p in (1.0, 0.95, 0.7, 0.3):
         sampling = Sampling(temperature, top_k, top_p, min_p)
@@ -158,14 +158,14 @@ def test_equal_tokens_are_kept_as_in_transformers(temperature, top_k, min_p):
                 torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_all_that_tie_with_the_last_of_k_are_drawn():
+def test_ties_with_the_last_of_top_k_are_kept():
     at = (torch.arange(300) + 0.5) / 300
     drawn = pick(TIES[1].expand(300, -1), Sampling(1e-3, top_k=2), at)
     assert torch.bincount(drawn, minlength=8).tolist() == [0, 100, 0, 100, 0, 100, 0, 0]
 
 
 def last_logits(model: Qwen35, prompt: PackedBatch, answer: list[int]) -> torch.Tensor:
-    """[V] after the prompt and these tokens, all anew. A new token is no image's, whatever its name."""
+    """Logits [V] after the prompt and these tokens, uncached; new tokens are never images."""
     prompt, count = derive(prompt, model.config.vision_spec), len(answer)
     after = prompt.position_ids.max() + 1 + torch.arange(count)
     whole = dataclasses.replace(
@@ -202,8 +202,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_what_is_drawn_from_is_as_in_transformers_generate(both, options):
-    """Of its own path of tokens the scores that it draws from, after all its processors, in its order."""
+def test_scores_are_those_of_transformers_generate(both, options):
+    """The scores that generate() samples from, after all its processors, along its own tokens."""
     ours, peer = both
     options, prompt = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | OPTIONS[options], PROMPTS[1]
     inputs = {k: v for k, v in peer_inputs(prompt).items() if k in inspect.signature(peer.forward).parameters}
@@ -220,7 +220,7 @@ def test_what_is_drawn_from_is_as_in_transformers_generate(both, options):
 
 @pytest.mark.parametrize(("presence", "repetition"), [(0.3, 1.0), (2.0, 1.0), (0.5, 1.2), (-0.5, 1.0)])
 def test_penalties_equal_a_slow_count(both, presence, repetition):
-    """One prompt and one token at a time: the prompt's tokens count for the repetition, not for the presence."""
+    """One prompt, one token at a time; prompts count for repetition, not for presence."""
     ours, _ = both
     given = generate(ours, PROMPTS, 20, (), Sampling(repetition_penalty=repetition, presence_penalty=presence))
     for prompt, answer in zip(PROMPTS, given, strict=True):

@@ -192,5 +192,5 @@ def test_flops_of_frozen_experts():
     freeze(frozen, ["model", "lm_head"])  # only the layer of multi-token prediction is trained
     plain, learning = on_meta(config), Flops(frozen)
     freeze(plain, ["lm_head", "model.language_model", "model.visual.merger.linear_fc1"])
-    assert learning.per["label"] == 2 * HEAD and learning.per["mtp_label"] == 2 * 2 * HEAD
-    assert Flops(plain).per["label"] == 2 * 2 * HEAD
+    assert learning.flops_per["label"] == 2 * HEAD and learning.flops_per["mtp_label"] == 2 * 2 * HEAD
+    assert Flops(plain).flops_per["label"] == 2 * 2 * HEAD

@@ -22,7 +22,7 @@ from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import reduce_replicated, shard
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
-from qwen35.train import LONGER, setup
+from qwen35.train import TIMEOUT_MARGIN, setup
 from qwen35.training import parameter_groups
 from qwen35.training.loss import token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
@@ -166,7 +166,7 @@ def test_process_groups_have_the_timeout_of_the_settings(workplace, monkeypatch)
             setup(settings, HOST, Heartbeat())
     finally:
         dist.destroy_process_group()
-    assert asked == [("cpu", settings.parallel, 5000 + LONGER)]
+    assert asked == [("cpu", settings.parallel, 5000 + TIMEOUT_MARGIN)]
 
 
 def check(case: dict, one: dict, two: dict) -> None:

@@ -27,7 +27,7 @@ from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
-from qwen35.training.parameter_groups import freeze, table
+from qwen35.training.parameter_groups import freeze, parameter_table
 
 RANKS, STEPS, AUX, LIMIT = 4, 3, 0.1, 0.05
 CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3)  # two ranks all-gather tokens, four exchange rows
@@ -87,7 +87,13 @@ def gradients_of(model: Qwen35) -> dict[str, torch.Tensor]:
 def result(model: Qwen35, losses: list[float], norms: list[float], gradients: dict) -> dict:
     """Losses and norms of all steps, clipped gradients of the first, weights after the last."""
     weights = {n: full(p.detach()) for n, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "table": table(model)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients,
+        "weights": weights,
+        "table": parameter_table(model),
+    }
 
 
 def reference(source: Path, mtp: bool, frozen: Sequence[str]) -> dict:

@@ -1,4 +1,4 @@
-"""training.deterministic: what it switches, when, what contradicts it, and that the training needs nothing that it refuses."""
+"""training.deterministic: what it switches and when, what contradicts it, whole runs."""
 
 import os
 
@@ -17,17 +17,17 @@ ON = "training.deterministic=true"
 
 
 @pytest.fixture
-def as_found(monkeypatch):
-    """No variable is set, and none stays; torch's switch is off."""
+def clean_environment(monkeypatch):
+    """No variable is set before or after the test, and torch's switch is off."""
     for name in DETERMINISTIC_ENV:
-        monkeypatch.setenv(name, "")  # so that its end is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("given", [{}, {"HCCL_DETERMINISTIC": "strict"}, {"HCCL_DETERMINISTIC": "True"}], ids=str)
 @pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
-def test_all_is_switched_before_the_device_is_taken(workplace, monkeypatch, as_found, given, is_on):
+def test_everything_is_switched_before_the_device_is_taken(workplace, monkeypatch, clean_environment, given, is_on):
     def init_process(timeout: float):
         assert torch.are_deterministic_algorithms_enabled() == is_on
         assert torch.utils.deterministic.fill_uninitialized_memory != is_on  # our own tests fill it
@@ -44,18 +44,18 @@ def test_all_is_switched_before_the_device_is_taken(workplace, monkeypatch, as_f
 
 
 @pytest.mark.parametrize(("name", "value"), [("HCCL_DETERMINISTIC", "false"), ("CLOSE_MATMUL_K_SHIFT", "0")])
-def test_a_variable_that_says_otherwise(place, name, value):
+def test_a_contradicting_variable_is_refused(place, name, value):
     before = contents(place)
     done = run(place, *TRAIN, ON, environment={name: value})
     assert done.code in (1, 2) and done.err.count("\n") == 1 and contents(place) == before
     assert f"{name}={value} contradicts training.deterministic: true" in done.err and "leave it unset" in done.err
 
 
-def test_a_run_needs_nothing_that_is_refused_and_is_the_same_to_the_bit(workplace, two, tmp_path):
-    """Of two processes, validated and asked, on a CPU, where every sum has one order anyway."""
-    held_out = "data.val_dataset_param.basic_parameters.dataset=" + str(workplace / "records.json")
+def test_a_deterministic_run_is_the_same_bit_for_bit(workplace, two, tmp_path):
+    """Two processes with validation; on a CPU, where every sum has one order anyway."""
+    val_records = "data.val_dataset_param.basic_parameters.dataset=" + str(workplace / "records.json")
     few = "data.val_dataset_param.basic_parameters.max_samples=4"
-    validated = (held_out, few, "training.val_interval=5", "training.val_generate=true")
+    validated = (val_records, few, "training.val_interval=5", "training.val_generate=true")
     done = train(workplace, tmp_path / "run", 2, ON, "training.save_interval=5", *validated)
     assert done.returncode == 0, done.stderr
     lines, wanted = (read_metrics(save / "metrics.jsonl") for save in (tmp_path / "run", two))

@@ -29,7 +29,7 @@ from qwen35.training.metrics import draw_loss
 
 __all__ = ["place", "whole"]  # fixtures
 
-# -- a full disk: no file may have more bytes than these ---------------------------------------------------------------
+# -- a full disk: files have at most so many bytes ------------------------------------------------
 
 
 FULL = [  # name, command, bytes, words, what may be left: files that are whole
@@ -66,7 +66,7 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
 
 
 @pytest.mark.parametrize(("command", "size", "words", "left"), [row[1:] for row in FULL], ids=[row[0] for row in FULL])
-def test_a_full_disk(place, command, size, words, left):
+def test_a_full_disk_is_one_line(place, command, size, words, left):
     before = contents(place)
     done = run(place, *(command or (*launch(1), "training.train_iters=20")), file_size=size)
     assert (done.code, done.err.count("\n")) == (1, 1), done.err
@@ -78,7 +78,7 @@ def test_a_full_disk(place, command, size, words, left):
         assert lines and all(line.endswith("\n") and json.loads(line)["step"] for line in lines)
 
 
-def test_a_full_disk_leaves_the_last_plot(tmp_path):
+def test_a_full_disk_keeps_the_last_plot(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "lr": 0.1}\n')
     draw_loss(tmp_path)
     before = contents(tmp_path)
@@ -92,9 +92,9 @@ def test_a_full_disk_leaves_the_last_plot(tmp_path):
     assert contents(tmp_path) == before
 
 
-# -- where processes meet, and on what -----------------------------------------------------------------------------------
+# -- rendezvous and devices ------------------------------------------------------------------------
 
-PLACES = [
+CASES = [
     Case("save is a file", (*TRAIN, "training.save=r.yaml"), ("r.yaml cannot be used: File exists",)),
     Case("save below a file", (*TRAIN, "training.save=r.yaml/run"), ("r.yaml/run cannot be used: Not a directory",)),
     Case(
@@ -122,8 +122,8 @@ PLACES = [
 ]
 
 
-@parametrized(PLACES)
-def test_one_line(place, case):
+@parametrized(CASES)
+def test_a_mistake_is_one_line(place, case):
     check(place, case)
 
 
@@ -133,7 +133,7 @@ def taken():
         yield server.getsockname()[1]
 
 
-def test_a_port_in_use(place, taken):
+def test_a_port_in_use_is_refused(place, taken):
     command = ("launch", "--master_port", str(taken), "r.yaml")
     check(
         place, Case("", command, (f"MASTER_PORT={taken} cannot be used", "in use", f"MASTER_PORT={taken % 65535 + 1}"))
@@ -141,8 +141,8 @@ def test_a_port_in_use(place, taken):
 
 
 @pytest.mark.parametrize("more", [{}, {"LOCAL_WORLD_SIZE": "1"}], ids=["of several machines", "of one"])
-def test_a_port_that_is_taken_in_between(place, taken, more):
-    """As it was free when the launcher looked."""
+def test_a_port_taken_after_the_check_is_named(place, taken, more):
+    """The port was free when the launcher looked."""
     before = contents(place)
     meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken)}
     done = run(place, *TRAIN, environment=meeting | more)
@@ -151,7 +151,7 @@ def test_a_port_that_is_taken_in_between(place, taken, more):
     assert "Traceback" not in done.err
 
 
-def test_more_processes_than_devices(monkeypatch):
+def test_more_processes_than_devices_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
     with pytest.raises(SettingError) as caught:

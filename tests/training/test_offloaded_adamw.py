@@ -1,4 +1,4 @@
-"""AdamW with its moments on the host: the same numbers to the bit, the same checkpoints, a chunk on the device at a time."""
+"""AdamW with moments on the host: the same bits and checkpoints, two chunks on the device."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def same(one, two) -> None:
 
 
 @pytest.mark.parametrize("chunk", [64, 1000, 20_000, None])  # 1000: no multiple of where a tensor may be cut
-def test_the_same_numbers_as_adamw(chunk):
+def test_the_numbers_are_those_of_adamw_bit_for_bit(chunk):
     plain, swapped = make("adamw"), make("adamw_swap", chunk)
     assert type(plain[1]) is AdamW and type(swapped[1]) is SwappedAdamW
     model = Qwen35.from_config(config_dict(), seed=1)
@@ -66,7 +66,7 @@ def test_the_same_numbers_as_adamw(chunk):
 
 
 @pytest.mark.parametrize(("first", "then"), [KINDS, KINDS[::-1]], ids=["to swap", "from swap"])
-def test_a_checkpoint_of_one_goes_on_with_the_other(first, then, tmp_path):
+def test_each_resumes_from_the_other_ones_checkpoint(first, then, tmp_path):
     plain, before, after = make("adamw"), make(first), make(then)
     train(*plain, range(4))
     train(*before, range(2))
@@ -76,8 +76,8 @@ def test_a_checkpoint_of_one_goes_on_with_the_other(first, then, tmp_path):
     same(plain, after)
 
 
-def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
-    """On a CPU the rooms of the chunks are all that a step makes, beside steps of four bytes each."""
+def test_two_chunks_of_moments_are_on_the_device():
+    """On a CPU a step allocates the two chunk buffers, and four bytes for each step counter."""
     model, optimizer = make("adamw_swap", 4096)
     train(model, optimizer, range(3))
     for p in optimizer.state:
@@ -88,9 +88,9 @@ def test_a_chunk_of_the_moments_is_on_the_device_at_a_time():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_skipped_group_stays_as_it_is(kind, monkeypatch):
-    """To the bit, moments and step counters too, also at its first step; where the mask is not set it is as without one."""
-    monkeypatch.setattr("qwen35.training.adamw.TOGETHER", 3000)  # several parts
+def test_a_skipped_group_is_unchanged(kind, monkeypatch):
+    """Bit for bit, with moments and step counters; a false skip has no effect."""
+    monkeypatch.setattr("qwen35.training.adamw.ROLLBACK_ELEMENTS", 3000)  # several parts
     masked, plain = make(kind, 5000), make(kind, 5000)
     for group in masked[1].param_groups:
         group["skip"] = torch.tensor(group["visual"])

@@ -8,7 +8,7 @@ from qwen35.config.load import SettingError
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.training.optimizer import make_optimizer
-from qwen35.training.parameter_groups import by_group, count, freeze, group_of, table
+from qwen35.training.parameter_groups import by_group, count, freeze, group_of, parameter_table
 
 
 def build() -> Qwen35:
@@ -16,14 +16,14 @@ def build() -> Qwen35:
 
 
 @pytest.mark.parametrize("star", ["*", "{*}"])
-def test_a_star_is_one_level(star):
+def test_a_star_matches_one_level(star):
     model = build()
     freeze(model, [f"model.language_model.layers.{star}.mlp", "model.visual"])
     for name, p in model.named_parameters():
         assert p.requires_grad == (".mlp." not in name and "visual" not in name), name
 
 
-def test_a_whole_name_only():
+def test_names_match_whole_levels():
     model = build()
     freeze(model, ["model.language_model.layers.1"])
     frozen = {n.split(".")[3] for n, p in model.named_parameters() if not p.requires_grad}
@@ -56,11 +56,11 @@ def test_groups_cover_every_parameter_once():
     assert group_of("model.language_model.norm.weight") == "norm"
 
 
-def test_the_table_counts():
+def test_the_table_counts_trained_and_frozen():
     model = build()
     freeze(model, ["model.visual"])
     total = sum(p.numel() for p in model.parameters())
-    last = table(model).splitlines()[-1].split()
+    last = parameter_table(model).splitlines()[-1].split()
     frozen = count(model.model.visual.parameters(), trained=False)
     assert [int(x.replace(",", "")) for x in last[1:]] == [total, total - frozen, frozen]
 

@@ -1,4 +1,4 @@
-"""training.profile: a whole run under torch's profiler, and the same run without; torch_npu's is in tests/npu."""
+"""training.profile: a run under torch's profiler equals one without. For torch_npu's: tests/npu."""
 
 import json
 
@@ -12,11 +12,11 @@ from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import ProfileSettings
 from qwen35.device import HOST
 from qwen35.training.metrics import read_metrics
-from qwen35.training.profiler import Profile, table
+from qwen35.training.profiler import Profile, operator_table
 
 
-def test_profiled_steps(workplace, two, tmp_path):
-    """Of one rank of two: a trace and a table are written, and nothing that is trained differs."""
+def test_profiling_writes_a_trace_and_changes_no_number(workplace, two, tmp_path):
+    """One rank of two: it writes a trace and a table, and the run's numbers stay the same."""
     save = tmp_path / "run"
     settings = ("profile.steps=2", "profile.start=3", "profile.ranks=[1]", "profile.memory_snapshot=true")
     done = train(workplace, save, 2, "training.save_interval=5", *(f"training.{setting}" for setting in settings))
@@ -42,8 +42,8 @@ def event(name: str, begin: float, time: float, **more) -> dict:
     return {"ph": "X", "name": name, "ts": begin, "dur": time, "pid": 1, "tid": 1, "cat": "cpu_op"} | more
 
 
-def test_the_table():
-    """Own times: without what is inside, of the same kind and thread; events of no kind go by the name of their row."""
+def test_the_table_has_self_times():
+    """Without children of the same category and thread; events without category go by their row."""
     events = [
         event("outer", 0, 100),
         event("inner", 10, 30),
@@ -59,8 +59,8 @@ def test_the_table():
         {k: v for k, v in event("MatMulV2", "9.5", 4, pid=7).items() if k != "cat"},
     ]
     for trace in (events, {"traceEvents": events[::-1]}):
-        lines = [line.split() for line in table(trace).splitlines()]
-        own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "own"}
+        lines = [line.split() for line in operator_table(trace).splitlines()]
+        own = {words[-1]: (words[0], words[2]) for words in lines if len(words) == 5 and words[0] != "self"}
         assert own == {
             "outer": ("0.060", "1"),
             "inner": ("0.035", "2"),
@@ -90,21 +90,21 @@ def test_the_table():
         (["steps=1", "folder=iter_0000001"], "iter_0000001 must be a folder below training.save, and not a checkpoint"),
     ],
 )
-def test_refused(workplace, overrides, words):
+def test_settings_out_of_range_are_refused(workplace, overrides, words):
     with pytest.raises(SettingError) as caught:
         load_settings(workplace / "recipe.yaml", [f"training.profile.{override}" for override in overrides])
     assert words in str(caught.value)
     load_settings(workplace / "recipe.yaml", ["training.profile.steps=8"])
 
 
-def test_a_rank_that_there_is_not(workplace):
+def test_a_rank_beyond_the_world_is_refused(workplace):
     settings = load_settings(workplace / "recipe.yaml", ["training.profile.steps=1", "training.profile.ranks=[0, 2]"])
     with pytest.raises(SettingError, match=r"training\.profile\.ranks: there is no rank 2 of 2"):
         check_layout(settings, 2)
     check_layout(settings, 3)
 
 
-def test_a_rank_that_has_no_part_in_it(monkeypatch, tmp_path):
+def test_other_ranks_write_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     profile = Profile(ProfileSettings(steps=2, ranks=(1,)), tmp_path, HOST)
     assert profile.plan(0) == f"profile of steps 3 to 4 on ranks 1: {tmp_path}/profile/step_0000003"

@@ -1,4 +1,4 @@
-"""What was stopped goes on: real processes, killed and asked to stop at all moments, against a run that never stopped."""
+"""Resuming: runs that are killed or stopped at any moment against one that never stopped."""
 
 import json
 import multiprocessing
@@ -44,7 +44,7 @@ def uninterrupted(workplace) -> Path:
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 300.0):
-    """What the condition gives once it is true; None if the process ends first."""
+    """The condition's value once it is true; None if the process ends first."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -55,7 +55,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300.0):
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """kill -9 of the launcher alone: whatever it started must end by itself."""
+    """kill -9 of the launcher alone: everything it started must end by itself."""
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
@@ -77,7 +77,7 @@ sys.addaudithook(hook)
 
 
 def start_and_wait(workplace: Path, save: Path, event: str, path: str, *overrides: str) -> subprocess.Popen:
-    """Train until the moment at which python tells of this event on this file."""
+    """Train until Python audits this event on this file."""
     folder = save.with_name("moment")
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(STAND_STILL.format(event=event, path=path, folder=str(folder)))
@@ -94,8 +94,8 @@ def finish(workplace: Path, save: Path) -> str:
     return done.stdout
 
 
-def test_kill_9_at_any_moment(workplace, uninterrupted, tmp_path):
-    """Wherever it hits, the same command goes on from the last whole checkpoint. kills.py tries as many as it is told."""
+def test_a_run_killed_at_any_moment_resumes_bit_for_bit(workplace, uninterrupted, tmp_path):
+    """The same command goes on from the last complete checkpoint; kills.py tries more moments."""
     series = Series(workplace, {2: uninterrupted}, seed=5)
     trainings = 0
     while series.kills < 4:  # one may do without what was killed, and come to its end before the next moment
@@ -114,8 +114,8 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, moment):
-    """From a checkpoint on, so that it is a later save which is hit; what is half-written is never chosen."""
+def test_a_run_killed_during_a_save_resumes_bit_for_bit(workplace, uninterrupted, tmp_path, moment):
+    """A later save, so there is a checkpoint already; a half-written one is never chosen."""
     event, path, left = MOMENTS[moment]
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
@@ -131,8 +131,8 @@ def test_kill_9_in_the_middle_of_a_save(workplace, uninterrupted, tmp_path, mome
     assert_same_run(save, uninterrupted)
 
 
-def test_a_worker_that_is_killed_in_the_last_save(workplace, uninterrupted, tmp_path):
-    """There is none any more: what was never to be loaded again is no reason to lose the last steps."""
+def test_a_loader_killed_during_the_last_save_does_no_harm(workplace, uninterrupted, tmp_path):
+    """The loader has ended by then: it must not cost the last steps."""
     save = tmp_path / "run"
     process = start_and_wait(workplace, save, "os.rename", f"iter_{STEPS:07}.tmp/.metadata.tmp", *RECIPE)
     ranks = psutil.Process(process.pid).children()
@@ -145,8 +145,8 @@ def test_a_worker_that_is_killed_in_the_last_save(workplace, uninterrupted, tmp_
     assert_same_run(save, uninterrupted)
 
 
-def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
-    """After a stop between the last rename and what follows it: what is named, and how many stay."""
+def test_a_finished_run_is_tidied_up(workplace, uninterrupted, tmp_path):
+    """Stopped right after the last rename: the latest step is named, old checkpoints go."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
     recipe = save / "config.yaml"
@@ -160,8 +160,8 @@ def test_a_finished_run_is_put_in_order(workplace, uninterrupted, tmp_path):
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000020", "iter_0000024"]
 
 
-def test_a_newest_checkpoint_that_is_not_whole(workplace, uninterrupted, tmp_path):
-    """It is said which, why, and from where the run goes on, to the same end; and it is still there afterwards."""
+def test_an_incomplete_newest_checkpoint_is_passed_over(workplace, uninterrupted, tmp_path):
+    """The log names it, the reason and the checkpoint taken; it is kept; the run ends the same."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
     file = save / "iter_0000024/__1_0.distcp"
@@ -182,7 +182,7 @@ def alone():
 
 
 def extras(checkpoint: Path, name: str, **changes) -> None:
-    """Change what a file of extras holds, in a checkpoint without checksums; None: leave it out."""
+    """Change values of an extra file in a checkpoint without checksums; None removes a value."""
     content = json.loads((checkpoint / name).read_text()) | encode(changes)
     (checkpoint / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     as_before(checkpoint)
@@ -191,7 +191,7 @@ def extras(checkpoint: Path, name: str, **changes) -> None:
 WRONG_EXTRAS = {
     "no bins a step": (lambda c: extras(c, "extra.json", bins_a_step=None), "extra.json: does not hold bins_a_step"),
     "bins a step": (lambda c: extras(c, "extra.json", bins_a_step=True), "extra.json: does not hold bins_a_step"),
-    "other bins": (lambda c: extras(c, "extra.json", bins_a_step=3), "was trained with 3 bins a step"),
+    "other bins": (lambda c: extras(c, "extra.json", bins_a_step=3), "was trained with 3 packed sequences per step"),
     "no data": (lambda c: extras(c, "extra.json", data=None), "extra.json: does not hold data"),
     "model": (lambda c: extras(c, "extra.json", model=[1]), "extra.json: does not hold model"),
     "a list": (lambda c: ((c / "extra.json").write_text("[1]"), as_before(c)), "extra.json: is damaged"),
@@ -211,8 +211,8 @@ WRONG_EXTRAS = {
 }
 
 
-def test_settings_that_changed_are_named_by_a_run_in_another_folder_too(workplace, uninterrupted, tmp_path):
-    """Its own folder has no config.yaml yet: that of the checkpoint counts."""
+def test_changed_settings_are_named_in_another_save_folder_too(workplace, uninterrupted, tmp_path):
+    """The new folder has no config.yaml yet, so the checkpoint's counts."""
     steps, lr = f"training.train_iters={STEPS + 1}", "training.lr=0.002"
     from_there = (f"training.load={uninterrupted}", "training.init_from_hf_path=null")
     done = train(workplace, tmp_path / "run", 2, *RECIPE, *from_there, steps, lr)
@@ -224,8 +224,8 @@ def test_settings_that_changed_are_named_by_a_run_in_another_folder_too(workplac
     )
 
 
-def test_another_runs_checkpoint_that_has_no_steps_left_is_refused(workplace, uninterrupted, tmp_path):
-    """Nothing would be trained, and nothing saved."""
+def test_loading_a_run_without_steps_left_is_refused(workplace, uninterrupted, tmp_path):
+    """It would train nothing and save nothing."""
     from_there = (f"training.load={uninterrupted}", "training.init_from_hf_path=null")
     done = train(workplace, tmp_path / "run", 2, *RECIPE, *from_there)
     assert done.returncode == 1 and not list((tmp_path / "run").glob("iter_*"))
@@ -236,7 +236,7 @@ def test_another_runs_checkpoint_that_has_no_steps_left_is_refused(workplace, un
 
 
 @pytest.mark.parametrize("kind", WRONG_EXTRAS)
-def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
+def test_damaged_extra_data_is_one_line(workplace, tmp_path, alone, kind):
     break_it, words = WRONG_EXTRAS[kind]
     settings = load_settings(workplace / "recipe.yaml")
     position = {
@@ -254,8 +254,8 @@ def test_extras_of_a_wrong_form_are_one_line(workplace, tmp_path, alone, kind):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_path):
-    """Before the data is read; with other numbers of ranks none are asked for."""
+def test_missing_random_states_of_a_rank_are_one_line(workplace, uninterrupted, tmp_path):
+    """Found before the data is read; other numbers of ranks need none."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
     (save / "iter_0000024/rank_00001.json").unlink()
@@ -264,7 +264,7 @@ def test_random_states_of_one_rank_are_missing(workplace, uninterrupted, tmp_pat
     assert done.returncode == 1
     words = "is missing, though another of the 2 ranks has one; move it away to use iter_0000020"
     assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
-    assert "bins of" not in done.stdout
+    assert "data:" not in done.stdout
 
 
 FULL_DISK = """
@@ -277,7 +277,7 @@ sys.addaudithook(hook)
 
 
 def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
-    """On one rank, while all go on: one line, at the latest when the next save is due; the checkpoint before it stays."""
+    """On one rank, while others go on: one line by the next save; the last checkpoint stays."""
     save = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
     # no restart either: the disk would be as full
@@ -289,8 +289,8 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     assert [path.name for path in save.glob("iter_*")] == ["iter_0000004"]
 
 
-def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
-    """Two ranks, then one with twice the micro-steps, then two again: the curve of two. Of three checkpoints two stay."""
+def test_resuming_on_other_numbers_of_ranks_gives_the_same_curve(workplace, two, tmp_path):
+    """Two ranks, one with twice the micro-steps, two again; of three checkpoints two are kept."""
     save = tmp_path / "run"
     shutil.copytree(two, save)
     shutil.rmtree(save / "iter_0000010")
@@ -298,10 +298,10 @@ def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
     for processes, micro_steps, first in ((1, 2, 6), (2, 1, 9)):
         done = train(workplace, save, processes, *settings, f"training.gradient_accumulation_steps={micro_steps}")
         assert done.returncode == 0, done.stderr
-        assert f"2 bins of 160 tokens a step, steps {first} to 10" in done.stdout
+        assert f"2 packed sequences of 160 tokens per step, steps {first} to 10" in done.stdout
         assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000008", "iter_0000010"]
         if processes == 1:
-            words = r"^checkpoints between steps: 2, for which the steps stood still \d+\.\d\d s in all$"
+            words = r"^checkpoints between steps: 2; .* \d+\.\d\d s"
             assert re.search(words, done.stdout, re.MULTILINE)
             shutil.rmtree(save / "iter_0000010")
     lines, wanted = (read_metrics(folder / "metrics.jsonl") for folder in (save, two))
@@ -315,8 +315,8 @@ def test_resumed_on_other_numbers_of_ranks(workplace, two, tmp_path):
     assert all((a[name] - b[name]).norm() <= 1e-6 * b[name].norm() + 1e-7 for name in b)
 
 
-def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
-    """Of the same shapes: what its config.json says otherwise is named. What cannot be seen in an old checkpoint is let be."""
+def test_resuming_with_another_config_is_refused(workplace, tmp_path):
+    """The shapes are the same: changed config values are named, unless the checkpoint has none."""
     config, settings = load_config(workplace / "weights"), load_settings(workplace / "recipe.yaml")
     levels = {"image": {"mean": (0.5, 0.5, 0.5), "scale": 1 / 255}}
     position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "levels": levels, "mtp_num_layers": 0}
@@ -333,14 +333,12 @@ def test_a_resume_as_another_model_is_refused(workplace, tmp_path):
     with pytest.raises(SettingError) as caught:
         check_position(loaded(kept), position, settings)
     words = str(caught.value)
-    assert (
-        "iter_0000003 was trained as another model, by its config.json (text.layer_types: ('full_attention', " in words
-    )
+    assert "iter_0000003 was trained with another config.json (text.layer_types: ('full_attention', " in words
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
     assert "initializer_range" not in words and "\n" not in words
     brighter = {**position, "levels": {"image": {"mean": (0.4, 0.5, 0.5), "scale": 1 / 255}}}
     with pytest.raises(
-        SettingError, match=r"on pixels of other levels \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "
+        SettingError, match=r"with another normalization of pixels \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "
     ):
         check_position(loaded(brighter), position, settings)
     check_position(loaded({k: v for k, v in brighter.items() if k != "levels"}), position, settings)
@@ -373,7 +371,7 @@ def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, nu
 
 
 def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
-    """By a job that then starts nothing and leaves the first one's files alone; free again when that one is killed."""
+    """A second job starts nothing and touches no file; killing the first frees the folder."""
     save = tmp_path / "run"
     first = start_training(workplace, save, 1, "training.train_iters=100000")
     wait_for(lambda: read_metrics(save / "metrics.jsonl"), first)
@@ -388,8 +386,8 @@ def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
         pass
 
 
-def test_the_lock(tmp_path):
-    """Made with the folder, gone with it if nothing came of it; two jobs of one machine exclude each other."""
+def test_the_lock_excludes_other_jobs(tmp_path):
+    """It comes with the folder, goes with an empty one, and excludes jobs on one machine."""
     folder = tmp_path / "a" / "run"
     with holding(folder) as warning:
         assert warning is None
@@ -403,8 +401,8 @@ def test_the_lock(tmp_path):
     assert (folder / "config.yaml").exists()
 
 
-def test_a_lock_that_was_removed_while_another_job_waited_for_it(tmp_path):
-    """The first job takes its empty folder away: the second, which waited, holds a new one, and a third does not."""
+def test_a_lock_removed_while_another_job_waits_is_not_shared(tmp_path):
+    """The first job removes its empty folder; the waiting job locks a new one, a third none."""
     folder = tmp_path / "run"
     code = """
 import sys, time
@@ -433,8 +431,8 @@ with lock.holding(Path(sys.argv[1])):
     assert f"in use by another job (process {second.pid} on " in third.stderr
 
 
-def test_a_lock_file_that_somebody_removes_lets_nobody_in(tmp_path):
-    """Nor does one that is put in its place; a forked worker that lives on keeps nobody out."""
+def test_a_removed_lock_file_lets_nobody_in(tmp_path):
+    """Nor does a new file in its place; a forked worker that lives on keeps nobody out."""
     code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(tmp_path)!r})): pass"
     command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.LOCK_TIMEOUT = 0\n{code}"]
     with holding(tmp_path):
@@ -450,7 +448,7 @@ def test_a_lock_file_that_somebody_removes_lets_nobody_in(tmp_path):
     assert (third.returncode, third.stderr) == (0, "")
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     import errno
 
     import qwen35.checkpoint.lock as module
@@ -463,7 +461,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         assert "this file system has no locks; nothing keeps a second job out" in warning
 
 
-def test_what_stopped_jobs_left_is_swept_away(tmp_path):
+def test_leftovers_of_stopped_jobs_are_removed(tmp_path):
     names = re.compile(r"iter_\d+")
     for name in ("iter_1", "iter_2.tmp", "iter_3.old", "iter_1.old", "iter_4.tmp", "hf.tmp", "mine.old", "iter_5.old"):
         (tmp_path / name).mkdir()
@@ -484,10 +482,10 @@ def test_what_stopped_jobs_left_is_swept_away(tmp_path):
         ("training.seed=7", "training.seed: 42 -> 7"),
         ("data.dataset_param.basic_parameters.cutoff_len=128", "cutoff_len: 160 -> 128"),
         ("data.dataset_param.basic_parameters.max_samples=50", "max_samples: None -> 50"),
-        ("data.dataset_param.basic_parameters.dataset=OTHER", "the records, or the tokenizer, are not what they were"),
+        ("data.dataset_param.basic_parameters.dataset=OTHER", "the records or the tokenizer have changed"),
     ],
 )
-def test_a_resume_on_other_data_is_refused(workplace, two, tmp_path, override, words):
+def test_resuming_on_other_data_is_refused(workplace, two, tmp_path, override, words):
     if override.endswith("OTHER"):  # the same file name, one word changed
         records = json.loads((workplace / "records.json").read_text())
         original = (workplace / "records.json").read_text()
@@ -504,7 +502,7 @@ def test_a_resume_on_other_data_is_refused(workplace, two, tmp_path, override, w
     assert words in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_random_states_of_every_rank_come_back(two):
+def test_random_states_of_every_rank_are_restored(two):
     kept = [json.loads((newest_checkpoint(two) / f"rank_{rank:05}.json").read_text()) for rank in range(2)]
     assert all(state.keys() == {"python", "numpy", "torch", "device"} for state in kept)
 

@@ -1,5 +1,4 @@
-"""Held-out records between steps: what is found equals a slow count over one record at a time, and the training goes on as if
-nobody had looked."""
+"""Validation equals a slow count over single records, and leaves the training unchanged."""
 
 import json
 import subprocess
@@ -27,26 +26,26 @@ from qwen35.training.validation import Validation
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")
 FOUND = ("val_loss", "val_tokens", "val_exact_match")
 DATASET = "data.val_dataset_param.basic_parameters.dataset"
-HELD_OUT = 11  # records: not even for any number of ranks
+RECORDS = 11  # records: not even for any number of ranks
 
 
 @pytest.fixture(scope="module")
-def held_out(workplace) -> Path:
+def val_file(workplace) -> Path:
     records = json.loads((workplace / "records.json").read_text())
-    path = workplace / "held_out.json"
-    path.write_text(json.dumps(records[:HELD_OUT]))
+    path = workplace / "val_file.json"
+    path.write_text(json.dumps(records[:RECORDS]))
     return path
 
 
-def validating(held_out: Path) -> list[str]:
-    return [f"{DATASET}={held_out}", "training.val_interval=3", "training.val_generate=true"]
+def validating(val_file: Path) -> list[str]:
+    return [f"{DATASET}={val_file}", "training.val_interval=3", "training.val_generate=true"]
 
 
 @pytest.fixture(scope="module")
-def run(workplace, held_out) -> Path:
-    """As `two`, and validated every third step."""
+def run(workplace, val_file) -> Path:
+    """The run `two` with a validation every third step."""
     save = workplace / "validated"
-    done = train(workplace, save, 2, "training.save_interval=5", *validating(held_out))
+    done = train(workplace, save, 2, "training.save_interval=5", *validating(val_file))
     assert done.returncode == 0, done.stderr
     (save / "console").write_text(done.stdout)
     return save
@@ -56,8 +55,8 @@ def lines_of(save: Path) -> list[dict]:
     return read_metrics(save / "metrics.jsonl")
 
 
-def test_the_training_is_as_without(two, run):
-    """Bit for bit: the curve, the weights, the optimizer's state."""
+def test_validation_does_not_change_the_training(two, run):
+    """Curve, weights and optimizer state are the same bit for bit."""
     lines, wanted = lines_of(run), lines_of(two)
     assert [[line[k] for k in SAME] for line in lines] == [[line[k] for k in SAME] for line in wanted]
     assert [line["step"] for line in lines if all(key in line for key in FOUND)] == [3, 6, 9, 10]
@@ -68,14 +67,14 @@ def test_the_training_is_as_without(two, run):
     assert (run / "loss.png").read_bytes() != (two / "loss.png").read_bytes()
 
 
-def test_what_is_found_is_so(workplace, held_out, run):
-    """The loss of each record by itself, over all its logits; the answers of the model that was saved."""
-    settings = load_settings(workplace / "recipe.yaml", validating(held_out)).validation
+def test_loss_and_exact_match_equal_a_slow_count(workplace, val_file, run):
+    """The loss of each record alone, over all logits, and the answers of the saved model."""
+    settings = load_settings(workplace / "recipe.yaml", validating(val_file)).validation
     model = load_pretrained(workplace / "weights", dtype=torch.float32)
     model.load_state_dict(tensors(run))
     dataset = ValidationSet(settings, 0, 1).dataset
     losses = []
-    for i in range(HELD_OUT):
+    for i in range(RECORDS):
         sample = dataset[i]
         ends = torch.tensor([0, len(sample.input_ids)], dtype=torch.int32)
         fields = ("input_ids", "labels", "position_ids", "pixel_values", "grid_thw")
@@ -87,27 +86,27 @@ def test_what_is_found_is_so(workplace, held_out, run):
     assert lines_of(run)[2]["val_loss"] > last["val_loss"]
     records = [record for group in ValidationSet(settings, 0, 1).records_for_generation() for record in group]
     given = list(answers(model, workplace / "weights", dataset.preparation, records, batch=1))
-    assert len(given) == HELD_OUT
+    assert len(given) == RECORDS
     assert 0 < last["val_exact_match"] < 1
-    assert last["val_exact_match"] == pytest.approx(sum(answer.is_right for answer in given) / HELD_OUT)
+    assert last["val_exact_match"] == pytest.approx(sum(answer.is_right for answer in given) / RECORDS)
 
 
-def test_the_console_tells_of_each_with_its_seconds(run):
+def test_the_console_shows_each_validation_with_its_time(run):
     lines = [line for line in lines_of(run) if "val_loss" in line]
     assert [line["step"] for line in lines] == [3, 6, 9, 10]
-    told = (run / "console").read_text().splitlines()
+    text = (run / "console").read_text().splitlines()
     for line in lines:
         assert 0 < line["val_time"] < 600
         match = f"val_exact_match {line['val_exact_match']:.6g}  {line['val_time']:.2f} s"
-        assert [x for x in told if x.startswith(f"step {line['step']:6}  val_loss ") and x.endswith(match)]
+        assert [x for x in text if x.startswith(f"step {line['step']:6}  val_loss ") and x.endswith(match)]
 
 
-def test_resumed_equals_uninterrupted(workplace, held_out, run, tmp_path):
-    """What was found after the checkpoint is cut off, and found again."""
+def test_resume_is_bit_exact(workplace, val_file, run, tmp_path):
+    """Validations after the checkpoint are removed, and made again."""
     save = tmp_path / "again"
     subprocess.run(["cp", "-r", run, save], check=True)
     subprocess.run(["rm", "-r", save / "iter_0000010"], check=True)
-    done = train(workplace, save, 2, "training.save_interval=5", *validating(held_out))
+    done = train(workplace, save, 2, "training.save_interval=5", *validating(val_file))
     assert done.returncode == 0, done.stderr
     keys = (*SAME, *FOUND)
     assert [[line.get(k) for k in keys] for line in lines_of(save)] == [
@@ -115,12 +114,12 @@ def test_resumed_equals_uninterrupted(workplace, held_out, run, tmp_path):
     ]
 
 
-def test_shared_in_every_way(workplace, held_out, run, tmp_path):
-    """Four processes with experts of their own and parts of bins: of the same weights, the same."""
+def test_parallel_layouts_validate_the_same(workplace, val_file, run, tmp_path):
+    """Four processes with expert parallelism and shared sequences find the same."""
     sizes = ["parallel.expert_parallel_size=2", "parallel.ulysses_parallel_size=2", "parallel.recompute=selective"]
     start = [f"training.load={run}", "training.init_from_hf_path=null", "training.train_iters=11", "training.lr=1e-20"]
     accumulate = ["training.micro_batch_size=1", "training.val_interval=11", "training.weight_decay=0"]
-    done = train(workplace, tmp_path / "run", 4, *validating(held_out), *sizes, *start, *accumulate)
+    done = train(workplace, tmp_path / "run", 4, *validating(val_file), *sizes, *start, *accumulate)
     assert done.returncode == 0, done.stderr
     (line,) = lines_of(tmp_path / "run")
     last = lines_of(run)[-1]
@@ -128,9 +127,9 @@ def test_shared_in_every_way(workplace, held_out, run, tmp_path):
     assert line["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
 
 
-def test_a_record_whose_image_breaks_takes_no_part(workplace, held_out, run, tmp_path):
-    """Its header is whole, so that it shows only as it is decoded: for the loss, and for the answer."""
-    records = json.loads(held_out.read_text())
+def test_a_record_with_a_broken_image_is_left_out(workplace, val_file, run, tmp_path):
+    """Its header is intact, so it fails only when decoded: for the loss, and for the answer."""
+    records = json.loads(val_file.read_text())
     Image.effect_noise((64, 64), 90).save(workplace / "broken.png")
     data = (workplace / "broken.png").read_bytes()
     (workplace / "broken.png").write_bytes(data[: len(data) // 2])
@@ -155,10 +154,10 @@ def test_a_record_whose_image_breaks_takes_no_part(workplace, held_out, run, tmp
 
 
 @pytest.mark.parametrize(("ranks", "bins", "workers"), [(1, 1, 0), (2, 2, 1), (5, 2, 0)])
-def test_each_record_once(workplace, held_out, ranks, bins, workers):
-    """Whatever the number of ranks, all of them have as many batches, of one shape; and the second time the same."""
+def test_each_record_is_validated_once(workplace, val_file, ranks, bins, workers):
+    """All ranks have equally many batches of one shape, and the same ones the second time."""
     more = [f"training.micro_batch_size={bins}", f"data.dataloader_param.num_workers={workers}"]
-    settings = load_settings(workplace / "recipe.yaml", [*validating(held_out), *more]).validation
+    settings = load_settings(workplace / "recipe.yaml", [*validating(val_file), *more]).validation
     sets = [ValidationSet(settings, rank, ranks) for rank in range(ranks)]
     first = [list(one) for one in sets]
     again = [list(one) for one in sets]
@@ -171,48 +170,48 @@ def test_each_record_once(workplace, held_out, ranks, bins, workers):
             if not a.is_pad[start]:
                 seen.append(a.input_ids[start:end].tolist())
     dataset = sets[0].dataset
-    assert sorted(seen) == sorted(dataset[i].input_ids.tolist() for i in range(HELD_OUT))
+    assert sorted(seen) == sorted(dataset[i].input_ids.tolist() for i in range(RECORDS))
 
 
-def test_what_is_cut_and_not_answered_is_said(workplace, held_out):
-    settings = load_settings(workplace / "recipe.yaml", validating(held_out)).validation
+def test_truncated_and_unanswered_records_are_counted(workplace, val_file):
+    settings = load_settings(workplace / "recipe.yaml", validating(val_file)).validation
     whole = ValidationSet(settings, 0, 1).dataset
     limit = int(whole.lengths.max()) - 1
     basic = "data.val_dataset_param.basic_parameters"
-    words = [*validating(held_out), f"{basic}.cutoff_len={limit}", f"{basic}.truncation=truncate"]
+    words = [*validating(val_file), f"{basic}.cutoff_len={limit}", f"{basic}.truncation=truncate"]
     settings = load_settings(workplace / "recipe.yaml", words).validation
-    told = report(settings)
+    text = report(settings)
     long = int((whole.lengths > limit).sum())
-    answered = f"{HELD_OUT - long} of them answered (none that is longer than cutoff_len)"
-    assert f"{HELD_OUT} samples, {answered}" in told and f"; cut {long} to cutoff_len" in told
-    told = report(load_settings(workplace / "recipe.yaml", validating(held_out)).validation)
-    assert f"{HELD_OUT} samples, {HELD_OUT} of them answered, " in told and "cut" not in told
+    answered = f"{RECORDS - long} of them answered (none that is longer than cutoff_len)"
+    assert f"{RECORDS} samples, {answered}" in text and f"; cut {long} to cutoff_len" in text
+    text = report(load_settings(workplace / "recipe.yaml", validating(val_file)).validation)
+    assert f"{RECORDS} samples, {RECORDS} of them answered, " in text and "cut" not in text
 
 
 def report(settings, trained=None) -> str:
-    """Of a validation on one rank."""
+    """The start line of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)
     return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent, trained).report()
 
 
-def test_what_is_trained_on_too_is_said(workplace, held_out, tmp_path):
-    """By whatever name."""
+def test_files_that_are_also_trained_on_are_named(workplace, val_file, tmp_path):
+    """A link to the file counts too."""
     link = tmp_path / "link.json"
     link.symlink_to(workplace / "records.json")
-    settings = load_settings(workplace / "recipe.yaml", [*validating(held_out), f"{DATASET}={held_out},{link}"])
-    told = report(settings.validation, settings.data.dataset_param)
-    assert told.endswith(f" a rank; of these, {link} is trained on too")
-    settings = load_settings(workplace / "recipe.yaml", validating(held_out))
+    settings = load_settings(workplace / "recipe.yaml", [*validating(val_file), f"{DATASET}={val_file},{link}"])
+    text = report(settings.validation, settings.data.dataset_param)
+    assert text.endswith(f" a rank; {link} is also trained on")
+    settings = load_settings(workplace / "recipe.yaml", validating(val_file))
     assert "trained on" not in report(settings.validation, settings.data.dataset_param)
 
 
-def test_what_is_odd_about_it_is_said(workplace, tmp_path):
-    """And a name in attr that no record has is one of the validation's own settings."""
+def test_data_warnings_name_the_validation_settings(workplace, tmp_path):
+    """An error about attr names the validation set's own setting."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]
     (tmp_path / "odd.json").write_text(json.dumps([{"messages": turns}]))
     settings = load_settings(workplace / "recipe.yaml", validating(tmp_path / "odd.json"))
-    told = report(settings.validation, settings.data.dataset_param)
-    assert told.startswith(
+    text = report(settings.validation, settings.data.dataset_param)
+    assert text.startswith(
         "validation every 3 steps: 1 sample, 1 of them answered, 1 micro-batch a rank; 1 answer is empty; "
     )
     attr = "data.val_dataset_param.attr.images"
@@ -223,16 +222,16 @@ def test_what_is_odd_about_it_is_said(workplace, tmp_path):
         report(settings.validation, settings.data.dataset_param)
 
 
-def test_what_is_not_given_is_as_in_training(workplace, held_out):
+def test_settings_that_are_not_given_are_inherited(workplace, val_file):
     basic = "data.val_dataset_param.basic_parameters"
-    settings = load_settings(workplace / "recipe.yaml", [*validating(held_out), f"{basic}.cutoff_len=200"])
+    settings = load_settings(workplace / "recipe.yaml", [*validating(val_file), f"{basic}.cutoff_len=200"])
     trained, other = settings.data.dataset_param, settings.data.val_dataset_param
     assert other.preprocess_parameters == trained.preprocess_parameters and other.attr == trained.attr
-    assert other.basic_parameters.dataset == str(held_out) and other.basic_parameters.cutoff_len == 200
+    assert other.basic_parameters.dataset == str(val_file) and other.basic_parameters.cutoff_len == 200
     assert other.basic_parameters.dataset_dir == trained.basic_parameters.dataset_dir
     assert settings.validation.data.dataset_param == other
     without = ["data.val_dataset_param=null", "training.val_interval=null", "training.val_generate=false"]
-    assert load_settings(workplace / "recipe.yaml", [*validating(held_out), *without]).validation is None
+    assert load_settings(workplace / "recipe.yaml", [*validating(val_file), *without]).validation is None
     (workplace / "resolved.yaml").write_text(to_yaml(settings))
     assert load_settings(workplace / "resolved.yaml") == settings
     fingerprints = [MicroBatches(s, 0, 1).fingerprint for s in (settings, load_settings(workplace / "recipe.yaml"))]

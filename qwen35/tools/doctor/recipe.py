@@ -37,7 +37,7 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     except (SettingError, OSError) as error:
         return [*findings, wrong("model", str(error), WHOLE_FOLDER)]
     findings += [*_model(m, settings, preparation), *_records(preparation)]
-    return [*findings, *(_held_out(settings.validation) if settings.validation else []), *_weights(settings)]
+    return [*findings, *(_validation(settings.validation) if settings.validation else []), *_weights(settings)]
 
 
 def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
@@ -134,17 +134,17 @@ def _records(preparation: "Preparation") -> list[Finding]:
     return [ok("data", f"{named}: the first {RECORDS} records can be used"), *notes]
 
 
-def _held_out(settings: "Settings") -> list[Finding]:
-    """The records of the validation set, from `Settings.validation`."""
+def _validation(settings: "Settings") -> list[Finding]:
+    """As the records, of the validation set: of `Settings.validation`."""
     from qwen35.config.load import SettingError
-    from qwen35.config.schema import of_held_out
+    from qwen35.config.schema import for_validation
     from qwen35.data.tokenized import Preparation
 
     try:
         found = _records(Preparation.of(settings))
     except (SettingError, OSError) as error:
         found = [wrong("model", str(error), WHOLE_FOLDER)]
-    return [Finding(f.status, "validation", of_held_out(f.fact), of_held_out(f.todo)) for f in found]
+    return [Finding(f.status, "validation", for_validation(f.fact), for_validation(f.todo)) for f in found]
 
 
 def _weights(settings: "Settings") -> list[Finding]:

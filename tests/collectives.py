@@ -1,7 +1,8 @@
-"""A rank of a training whose ranks meet very different data in each micro-step, which writes down every collective.
+"""A rank that writes down every collective, where ranks meet very different data in each step.
 
-`collectives.py RECIPE [a.b=c …]` under the launcher. Of the records 1, 2 and 5 have an image, and that of 5 is broken; 0 and 3
-have none. LOG is the folder for `<rank>.json`: a list of [name, group's ranks, shapes and types of the tensors].
+`collectives.py RECIPE [a.b=c …]` runs under the launcher. Records 1, 2 and 5 have an image, that of
+5 is broken; 0 and 3 have none. LOG is the folder for `<rank>.json`: a list of [name, group's ranks,
+shapes and types of the tensors].
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Bytes of the storages that are alive on a device, as operators make them and their last user lets go."""
+"""Bytes of the storages that are alive on a device, from their making to their release."""
 
 from itertools import accumulate
 
@@ -12,7 +12,7 @@ BEFORE = "before"
 
 
 class LiveBytes(TorchDispatchMode):
-    """A rehearsal's own count, of fake tensors or real ones, but for what was there before: `now`, and the highest, `peak`.
+    """Counts bytes of fake or real tensors made since its start: `now`, and the highest, `peak`.
 
     What an operator takes for itself inside is not seen.
     """

@@ -1,4 +1,4 @@
-"""Parquet and video files for tests: by the real packages where they are installed, else by stand-ins with the same calls."""
+"""Parquet and video files for tests, by the real packages or by stand-ins with the same calls."""
 
 import json
 import sys
@@ -80,8 +80,10 @@ def write_video(
     title: bytes = b"a film",
     rotation: int = 0,
 ) -> None:
-    """frames [T, H, W, 3] uint8, sides even, kept without loss; counted: the header says how many there are; rotation:
-    degrees, counter-clockwise, by which they are to be shown turned."""
+    """frames [T, H, W, 3] uint8 with even sides, stored without loss.
+
+    counted: the header has the number of frames. rotation: degrees counter-clockwise, for display.
+    """
     if HAS_AV:
         import av
 

@@ -1,4 +1,4 @@
-"""transformers' own Qwen3.5 as the oracle: small configs, the same weights on both sides, the same packed input."""
+"""transformers' own Qwen3.5 as the oracle: small configs, the same weights, the same packed input."""
 
 import dataclasses
 import inspect
@@ -73,7 +73,7 @@ def config_dict(moe: bool = True, tied: bool = False, key_heads: int = 2, value_
 
 
 def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torch.nn.Module]:
-    """Our model and transformers', with the same random weights; none of them zero or one by initialisation."""
+    """Our model and transformers', with the same random weights, none of which is zero or one."""
     from transformers.models import qwen3_5, qwen3_5_moe  # slow to import, and not every user of this file needs it
 
     moe = config["model_type"] == "qwen3_5_moe"
@@ -95,7 +95,7 @@ def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torc
 
 
 def sample(parts: list, seed: int = 0) -> PackedBatch:
-    """One sequence. parts: an int is so many text tokens, (h, w) an image of that many patches, (t, h, w) video frames."""
+    """One sequence. parts: n text tokens, an image of (h, w) patches, or a video of (t, h, w)."""
     generator = torch.Generator().manual_seed(seed)
     ids, positions, pixels, grids, at = [], [], [], [], 0
     for part in parts:
@@ -154,7 +154,7 @@ def peer_inputs(s: PackedBatch) -> dict:
 
 
 def continued(theirs: torch.nn.Module, inputs: dict, count: int, **options) -> list[int]:
-    """transformers' greedy answer of up to `count` tokens; what its release does not take is left out (5.2: the kinds)."""
+    """transformers' greedy answer of up to `count` tokens; 5.2 does not take the kinds of tokens."""
     known = inspect.signature(theirs.forward).parameters
     inputs = {name: value for name, value in inputs.items() if name in known}
     out = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)

@@ -1,4 +1,4 @@
-"""Which tests are the quick lane: those that start no process, but for a few files that take long."""
+"""The quick lane: the tests that start no process, but for a few files that take long."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stand-in machine for the tests of `make doctor`: eight NPUs where all is well; each test breaks something."""
+"""A stand-in machine for `make doctor`, with eight NPUs and no fault; each test breaks something."""
 
 import json
 import os

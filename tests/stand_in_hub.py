@@ -1,7 +1,7 @@
-"""Both hubs on loopback, as far as a download asks: their lists of files, the files, and all that can go wrong on the way.
+"""Both hubs on loopback, as far as a download asks: lists of files, the files, and what can go wrong.
 
-The answers are written from the hubs' public documentation: the first hub sends on to another host, its store; the second sends
-by itself.
+The answers follow the hubs' public documentation: the first hub redirects to another host, its
+store; the second sends the files itself.
 """
 
 import hashlib

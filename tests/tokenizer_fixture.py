@@ -1,4 +1,4 @@
-"""A small model folder: a byte-level BPE tokenizer with the real special tokens, the published template and processor."""
+"""A small model folder: a byte-level BPE tokenizer, the published template and processor."""
 
 import json
 import shutil

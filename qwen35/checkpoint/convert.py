@@ -68,7 +68,7 @@ def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str |
 def _check_same_model(
     folder: Path, read: Callable[[Path], DCPSource | HFFolder], specs: Mapping[str, TensorSpec]
 ) -> None:
-    """Raise CheckpointError if `folder` holds the weights of a model with other tensors, which would be replaced."""
+    """Raise CheckpointError if `folder` holds another model, one with other tensors."""
     try:
         old = {name: spec.shape for name, spec in read(folder).specs.items()}
     except UserError:  # no folder, or nothing in it that could be used

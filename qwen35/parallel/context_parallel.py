@@ -48,11 +48,11 @@ def shard_batch(
 ) -> tuple[PackedBatch, Tensor, MTPTargets | None]:
     """A rank's part of a micro-batch on the host, of its token weights [T] and of its MTP targets.
 
-    The batch must have all derived fields. The part has T/size tokens and P/size patches; `label_positions`
-    counts from its first token. What only attention and the delta net read stays whole: cu_seqlens,
-    position_ids, the vision index's cu_seqlens and positions, grid_thw. With MTP targets, input_ids
-    and vision_index also have the next part's first token, which saves an exchange. Raises
-    ValueError if `size` does not divide the tokens or the patches.
+    The batch must have all derived fields. The part has T/size tokens and P/size patches;
+    `label_positions` counts from its first token. What only attention and the delta net read stays
+    whole: cu_seqlens, position_ids, the patch layout's cu_seqlens and positions, grid_thw. With MTP
+    targets, input_ids and vision_index also have the next part's first token, which saves an
+    exchange. Raises ValueError if `size` does not divide the tokens or the patches.
     """
     if size == 1:
         return batch, weights, mtp_targets

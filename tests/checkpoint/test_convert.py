@@ -77,7 +77,7 @@ def test_a_trained_mtp_layer_is_exported(tmp_path, layout):
 
 
 def test_converted_weights_train_and_export(tmp_path, capsys):
-    """release -> fp32 model without MTP -> iter_ -> Hugging Face: trained tensors rounded, MTP the source's bytes."""
+    """An export rounds the trained fp32 tensors and has the source's own bytes for MTP."""
     folder = write_folder(tmp_path / "hf")
     to_dcp(folder, tmp_path / "dcp")
     model = build(config_dict(), mtp=False, seed=4)

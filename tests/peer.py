@@ -1,4 +1,4 @@
-"""transformers' own Qwen3.5 as the oracle: small configs, the same weights, the same packed input."""
+"""transformers' own Qwen3.5 as the oracle: small configs, same weights, same packed input."""
 
 import dataclasses
 import inspect
@@ -154,7 +154,7 @@ def peer_inputs(s: PackedBatch) -> dict:
 
 
 def continued(theirs: torch.nn.Module, inputs: dict, count: int, **options) -> list[int]:
-    """transformers' greedy answer of up to `count` tokens; 5.2 does not take the kinds of tokens."""
+    """transformers' greedy answer of up to `count` tokens; 5.2 takes no kinds of tokens."""
     known = inspect.signature(theirs.forward).parameters
     inputs = {name: value for name, value in inputs.items() if name in known}
     out = theirs.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)

@@ -1,4 +1,4 @@
-"""A stand-in machine for `make doctor`, with eight NPUs and no fault; each test breaks something."""
+"""A stand-in for `make doctor` with eight NPUs and no fault; each test breaks something."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Both hubs on loopback, as far as a download asks: lists of files, the files, and what can go wrong.
+"""Both hubs on loopback, for downloads: lists of files, the files, and what can go wrong.
 
 The answers follow the hubs' public documentation: the first hub redirects to another host, its
 store; the second sends the files itself.

@@ -4,7 +4,6 @@ train() calls setup() and loop(), which calls train_step(). Only this file ties 
 It does not know the launcher: whatever sets RANK, WORLD_SIZE and MASTER_ADDR can start it.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,8 +25,9 @@ from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
 from qwen35.checkpoint.dcp_folder import load_notes, repair_save_folder
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
-from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
+from qwen35.checkpoint.hf import check_export, load_hf, open_matching_folder
 from qwen35.checkpoint.lock import holding
+from qwen35.checkpoint.unread import not_read
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
@@ -84,7 +84,7 @@ class Run:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
-    steps_per_epoch: float = math.inf
+    steps_per_epoch: float = float("inf")
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)

@@ -7,8 +7,8 @@ import torch
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
-from qwen35.checkpoint.hf import shapes_of, write_hf
-from qwen35.checkpoint.hf_names import published_dtype
+from qwen35.checkpoint.hf_names import published_dtype, shapes_of
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.model import Qwen35, load_config
 
 DATA = Path(__file__).parent / "fixtures"

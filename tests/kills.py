@@ -30,7 +30,7 @@ from training_runs import (
     train,
 )
 
-from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.training.metrics import read_metrics
 
 SAVE_LIMIT = 2  # checkpoints, so that older ones are removed all the time

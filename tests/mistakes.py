@@ -24,7 +24,7 @@ from ports import free_port
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.convert import hf_to_dcp
-from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.model import Qwen35
 
 TRAIN = ("train", "r.yaml")

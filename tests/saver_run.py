@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp import load_checkpoint, newest_checkpoint
-from qwen35.checkpoint.dcp_folder import ITERATION
+from qwen35.checkpoint.dcp import load_checkpoint
+from qwen35.checkpoint.dcp_folder import ITERATION, newest_checkpoint
 from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.checkpoint.lock import holding
 

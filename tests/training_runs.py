@@ -16,9 +16,9 @@ from plain import plain
 from ports import free_port
 from tokenizer_fixture import make_model_folder
 
-from qwen35.checkpoint.dcp import resolve_load
+from qwen35.checkpoint.dcp_folder import resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics

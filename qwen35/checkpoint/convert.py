@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qwen35.checkpoint.dcp import DCPSource, resolve_load
-from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes
+from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
+from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_replaceable
 from qwen35.checkpoint.hf_names import HEAD, shapes_of

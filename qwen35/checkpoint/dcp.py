@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwen35.checkpoint.dcp_folder import damaged, newest_checkpoint, read_file, read_manifest, resolve_load
+from qwen35.checkpoint.dcp_folder import damaged, read_file, read_manifest, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import LocalShard, ShardPlanner, local_shards, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
@@ -27,16 +27,6 @@ from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import HOST, host_buffer, synchronize
-
-__all__ = [
-    "CheckpointInfo",
-    "DCPSource",
-    "load_checkpoint",
-    "newest_checkpoint",
-    "resolve_load",
-    "save_checkpoint",
-    "training_state",
-]
 
 EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
 

@@ -7,31 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_names import HEAD, disk_spec, mappings_of, missing_mtp_hint, shapes_of
+from qwen35.checkpoint.hf_names import HEAD, missing_mtp_hint, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, has_weights
-from qwen35.checkpoint.hf_write import WriteSummary, check_exportable, save_hf, write_hf
+from qwen35.checkpoint.hf_write import check_exportable
 from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
-from qwen35.checkpoint.unread import not_read
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
-
-__all__ = [
-    "HFFolder",
-    "HFSource",
-    "WriteSummary",
-    "check_export",
-    "disk_spec",
-    "empty_model",
-    "load_hf",
-    "load_pretrained",
-    "mappings_of",
-    "not_read",
-    "open_matching_folder",
-    "save_hf",
-    "shapes_of",
-    "stored_dtypes",
-    "write_hf",
-]
 
 
 def load_hf(

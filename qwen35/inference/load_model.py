@@ -5,8 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen35.checkpoint.dcp import load_checkpoint, resolve_load
-from qwen35.checkpoint.dcp_folder import load_notes
+from qwen35.checkpoint.dcp import load_checkpoint
+from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype

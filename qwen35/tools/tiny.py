@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf import HFFolder, write_hf
+from qwen35.checkpoint.hf_read import HFFolder
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35

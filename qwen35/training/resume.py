@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, newest_checkpoint, read_info, resolve_load
-from qwen35.checkpoint.dcp_folder import damaged, keep_newest
+from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
+from qwen35.checkpoint.dcp_folder import damaged, keep_newest, newest_checkpoint, resolve_load
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings
 from qwen35.model import ModelConfig

@@ -8,8 +8,7 @@ import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold_names
-from qwen35.checkpoint.hf import disk_spec, mappings_of
-from qwen35.checkpoint.hf_names import mapping_of
+from qwen35.checkpoint.hf_names import disk_spec, mapping_of, mappings_of
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 

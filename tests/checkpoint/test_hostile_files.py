@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizer_fixture import make_model_folder
 
-from qwen35.checkpoint.dcp import DCPSource, load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.checkpoint.dcp_folder import (
     LATEST,
     load_notes,
@@ -36,6 +36,7 @@ from qwen35.checkpoint.dcp_folder import (
 )
 from qwen35.checkpoint.dcp_index import _from_json
 from qwen35.checkpoint.dcp_item import find_archived_tensor
+from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.release import write_release

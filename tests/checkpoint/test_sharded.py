@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf import load_hf, shapes_of
+from qwen35.checkpoint.hf import load_hf
+from qwen35.checkpoint.hf_names import shapes_of
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import PIECE_BYTES

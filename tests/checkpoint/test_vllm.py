@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from checkpoint_cases import CONFIGS, DATA, LAYOUTS, build, published_shapes, write_folder
 
-from qwen35.checkpoint.hf import disk_spec
+from qwen35.checkpoint.hf_names import disk_spec
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import save_hf
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.dcp import save_checkpoint
-from qwen35.checkpoint.hf import write_hf
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.tokenizer import ChatTokenizer

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
 
-from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.config.load import load_settings
 from qwen35.device import HOST
 from qwen35.heartbeat import HEARTBEAT, Heartbeat

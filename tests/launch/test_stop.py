@@ -18,7 +18,7 @@ import psutil
 import pytest
 from training_runs import ROOT, train_command
 
-from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.training.metrics import read_metrics
 
 ENDLESS = ("training.train_iters=100000", "training.log_interval=1")

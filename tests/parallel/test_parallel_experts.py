@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
-from qwen35.checkpoint.hf import load_hf, write_hf
+from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_read import HFFolder
+from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.fsdp import REPLICATED, reduce_replicated, shard

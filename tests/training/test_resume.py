@@ -22,7 +22,8 @@ from checkpoint_cases import as_before
 from kills import Series
 from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_as_ever, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import CheckpointInfo, newest_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import CheckpointInfo, save_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, remove_leftovers
 from qwen35.checkpoint.lock import holding

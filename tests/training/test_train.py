@@ -15,7 +15,7 @@ from ports import free_port
 from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint import load_pretrained
-from qwen35.checkpoint.dcp import newest_checkpoint
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.config.load import load_settings
 from qwen35.training.metrics import Metrics, RunError, StepRecord, read_metrics

@@ -8,8 +8,8 @@ from peer import config_dict, pack, sample
 from training_runs import tensors, train
 
 from qwen35.checkpoint.convert import dcp_to_hf
-from qwen35.checkpoint.dcp import newest_checkpoint
-from qwen35.checkpoint.hf import HFFolder, HFSource
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics

@@ -98,7 +98,7 @@ def test_cache_must_belong_to_this_user_alone(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(made)
     assert unfit(made) is None and unfit(tmp_path / "link") is None and unfit(tmp_path / "none") is None
     (tmp_path / "file").touch()
-    assert unfit(tmp_path / "file") == "it is no folder"
+    assert unfit(tmp_path / "file") == "it is not a folder"
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
     assert unfit(made) == f"it belongs to user {uid}, this process to {uid + 1}"

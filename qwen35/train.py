@@ -54,12 +54,12 @@ from qwen35.training.parameter_groups import freeze, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
+    check_extra,
     check_finished,
-    check_position,
     check_same_data,
-    checked_facts,
     find_weights,
-    position_of,
+    make_extra,
+    read_checked_info,
     sequences_per_step,
 )
 from qwen35.training.rng import restore_rng, rng_states, seed_all
@@ -80,7 +80,7 @@ class Run:
     gradients: GradientNorm
     micro_batches: Iterator[PackedBatch]
     step: int  # optimizer steps done so far
-    position: dict[str, Any]  # saved in checkpoints; a run that resumes must have the same
+    extra: dict[str, Any]  # contents of extra.json; a run that resumes must have the same
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
@@ -123,7 +123,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     open_folder = open_matching_folder(model, weights) if is_hf else open_matching_checkpoint(model, weights)
     check_export(model, m.model_name_or_path)
     ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
-    checkpoint = None if is_hf else checked_facts(weights, settings, device)
+    checkpoint = None if is_hf else read_checked_info(weights, settings, device)
     heartbeat.at("reading the data")
     is_hidden = dist.get_rank() > 0 or None  # None: unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
@@ -157,9 +157,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     del open_folder
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     micro_batches.start_at(step)
-    position = position_of(settings, config, micro_batches.fingerprint, micro_batches.levels)
+    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.levels)
     if checkpoint and step:
-        check_position(checkpoint, position, settings)
+        check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     logger.info(opening(settings, device, layout, model, table))
@@ -172,7 +172,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         logger.info(coming_steps(settings, step, steps_per_epoch))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
-    run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, position, heartbeat, validation)
+    run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
     run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
     return run
 
@@ -327,7 +327,7 @@ def loop(run: Run, folder: Path) -> None:
                 if is_last:
                     run.stop_loading()
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
-                waited = saver.save(run.step, run.position, rng_states(run.device), is_last)
+                waited = saver.save(run.step, run.extra, rng_states(run.device), is_last)
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:

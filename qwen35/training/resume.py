@@ -62,7 +62,7 @@ def check_same_data(fingerprint: str) -> None:
         )
 
 
-def position_of(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
+def make_extra(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint keeps besides weights: whatever decides the steps after it.
 
     With the same number of packed sequences per step, a step trains on the same ones, however they
@@ -77,7 +77,7 @@ def position_of(settings: Settings, config: ModelConfig, fingerprint: str, level
     }
 
 
-def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
+def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
     """What a checkpoint holds besides tensors, checked before the data is read.
 
     Raises CheckpointError if it is damaged, SettingError if the settings do not go with it.
@@ -114,9 +114,9 @@ def checked_facts(checkpoint: Path, settings: Settings, device: torch.device) ->
     return loaded
 
 
-def check_position(loaded: CheckpointInfo, position: dict[str, Any], settings: Settings) -> None:
+def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Settings) -> None:
     """Raises SettingError if the run could not go on as if it had never stopped."""
-    if loaded.extra.get("data") != position["data"]:
+    if loaded.extra.get("data") != extra["data"]:
         changed = [
             c
             for c in changes(loaded.path.parent, settings)
@@ -128,7 +128,7 @@ def check_position(loaded: CheckpointInfo, position: dict[str, Any], settings: S
             f" the change, or {START_ANEW}"
         )
     for name, what in (("model", "with another config.json"), ("levels", "with another normalization of pixels")):
-        was, now = _flat(loaded.extra.get(name, {})), _flat(position[name])
+        was, now = _flat(loaded.extra.get(name, {})), _flat(extra[name])
         changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in UNUSED_LATER]
         if changed:
             raise SettingError(

@@ -32,7 +32,7 @@ from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.model import load_config
 from qwen35.training.metrics import read_metrics
-from qwen35.training.resume import check_position, checked_facts, sequences_per_step
+from qwen35.training.resume import check_extra, read_checked_info, sequences_per_step
 from qwen35.training.rng import restore_rng, rng_states
 
 
@@ -248,10 +248,10 @@ def test_damaged_extra_data_is_one_line(workplace, tmp_path, alone, kind):
         "mtp_num_layers": 0,
     }
     checkpoint = save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, position, rng_states(HOST))
-    checked_facts(checkpoint, settings, HOST)
+    read_checked_info(checkpoint, settings, HOST)
     break_it(checkpoint)
     with pytest.raises(UserError) as caught:
-        checked_facts(checkpoint, settings, HOST)
+        read_checked_info(checkpoint, settings, HOST)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -329,10 +329,10 @@ def test_resuming_with_another_config_is_refused(workplace, tmp_path):
             tmp_path / "iter_0000003", 3, 1, True, decode(json.loads(json.dumps(encode(extra)))), None
         )
 
-    check_position(loaded(position), position, settings)
-    check_position(loaded({k: v for k, v in kept.items() if k != "model"}), position, settings)
+    check_extra(loaded(position), position, settings)
+    check_extra(loaded({k: v for k, v in kept.items() if k != "model"}), position, settings)
     with pytest.raises(SettingError) as caught:
-        check_position(loaded(kept), position, settings)
+        check_extra(loaded(kept), position, settings)
     words = str(caught.value)
     assert "iter_0000003 was trained with another config.json (text.layer_types: ('full_attention', " in words
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
@@ -341,9 +341,9 @@ def test_resuming_with_another_config_is_refused(workplace, tmp_path):
     with pytest.raises(
         SettingError, match=r"with another normalization of pixels \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "
     ):
-        check_position(loaded(brighter), position, settings)
-    check_position(loaded({k: v for k, v in brighter.items() if k != "levels"}), position, settings)
-    check_position(loaded(brighter), {**position, "levels": {}}, settings)  # no images
+        check_extra(loaded(brighter), position, settings)
+    check_extra(loaded({k: v for k, v in brighter.items() if k != "levels"}), position, settings)
+    check_extra(loaded(brighter), {**position, "levels": {}}, settings)  # no images
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

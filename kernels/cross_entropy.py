@@ -16,9 +16,9 @@ from torch import Tensor
 from kernels.native import working_dtype
 
 CHUNK_LOGITS = 1 << 27  # logits of one chunk: 256 MB in bf16
-ROW_MULTIPLE = 32  # the last chunk is padded to a multiple of this many rows, for few shapes
-SOFTMAX_ROWS = 16  # rows of a softmax: 16 MB in fp32 for a vocabulary of 250,000
-VOCABULARY_SLICE = 4096  # rows of the weight's gradient that are added at once
+ROW_MULTIPLE = 32  # the last chunk is padded to a multiple of this many rows, so that few shapes occur
+SOFTMAX_ROWS = 16  # rows of one softmax on a CPU: 16 MB in fp32 for a vocabulary of 250,000
+VOCABULARY_SLICE = 4096  # rows of the weight's gradient that are computed at once
 
 
 def linear_cross_entropy(
@@ -26,9 +26,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """hidden [T, D], weight [V, D], labels [T] int64 (-100: no label), token_weights [T] fp32.
 
-    label_rows [N] int64: the tokens that have a label. If None they are looked up here, which
-    syncs. Returns (loss, token_loss): loss is an fp32 scalar, differentiable in hidden and weight;
-    token_loss [T] is fp32, detached and 0 without a label. Tokens without a label cost nothing.
+    label_rows [N] int64: indices of the tokens with a label. If None they are looked up here, which
+    costs a host sync. Returns (loss, token_loss): loss is an fp32 scalar, differentiable in hidden
+    and weight; token_loss [T] is fp32, detached and 0 without a label. Tokens without a label cost
+    nothing.
     """
     if label_rows is None:
         label_rows = (labels != -100).nonzero().squeeze(1)
@@ -81,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def chunks(label_rows: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    """The rows [c] of each chunk, and which are real, not padding of the last chunk."""
+    """The rows [c] of each chunk, and a mask [c] that is False for the last chunk's padding."""
     size = max(16, CHUNK_LOGITS // vocabulary)
     size -= size % ROW_MULTIPLE if size > ROW_MULTIPLE else 0
     padding = -len(label_rows) % min(size, ROW_MULTIPLE)

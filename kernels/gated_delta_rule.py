@@ -9,12 +9,12 @@ In a chunk of C tokens, let S be the state before it, b the running sum of g, E 
 state's prediction error and A[i, j] = beta_i exp(b_i - b_j) k_i k_j for j < i. The C updates are
 one unit-triangular system (the UT transform):
 
-V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';   S <- exp(b_C) S +
-(exp(b_C - b) K)^T V'
+    V' = (I + A)^-1 (beta E);   O = exp(b) Q S + (Q K^T * exp(b_i - b_j)) V';
+    S <- exp(b_C) S + (exp(b_C - b) K)^T V'
 
 The work goes chunk by chunk over all heads of a few sequences at a time, so that the data of a step
 stays in the processor's cache. Saved for backward: the inputs, and for each chunk the state that
-enters it and the inverse above. K heads are not repeated for the V heads that share them.
+enters it and the inverse above. No K head is copied for each of the V heads that share it.
 Source: Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks, arXiv:2412.06464; the gradients are
 derived from the equations above.
 """
@@ -48,7 +48,7 @@ def chunk_gated_delta_rule(
     cu_seqlens: Tensor,
     recompute_cache: RecomputeCache | None = None,
 ) -> Tensor:
-    """q, k [T, Hk, Dk] raw; v [T, Hv, Dv]; g, beta [T, Hv]; cu_seqlens [S+1] on the CPU.
+    """q, k [T, Hk, Dk], not normed; v [T, Hv, Dv]; g, beta [T, Hv]; cu_seqlens [S+1] on the CPU.
 
     g <= 0 is the log of the decay. Returns o [T, Hv, Dv] in v's dtype; sums are fp32. K head h
     serves the Hv/Hk consecutive V heads from h*Hv/Hk. With a recompute cache the layer's second run
@@ -72,11 +72,11 @@ def chunk_gated_delta_rule_and_state(
 
 @dataclass(frozen=True)
 class ChunkStep:
-    """Chunk i of those sequences in a group that have one. On the device, without a sync."""
+    """Chunk i of the n sequences of a group that are long enough to have one."""
 
-    tokens: Tensor  # [n * C] tokens of the n chunks; a short chunk repeats its last token
+    tokens: Tensor  # [n * C] token indices of the n chunks; a short chunk repeats its last token
     is_real: Tensor | None = None  # [n, C] bool, False for those repetitions; None: there are none
-    real_rows: Tensor | None = None  # the indices below n * C of real tokens
+    real_rows: Tensor | None = None  # indices into `tokens` of the real ones
 
     @property
     def count(self) -> int:
@@ -160,7 +160,7 @@ class _Chunk:
     def __init__(self, inputs: Inputs, step: ChunkStep, inverse: Tensor | None = None):
         q, k, v, g, beta = inputs
         self.step, self.saved_inverse = step, inverse
-        self.n, self.heads, self.group = step.count, k.shape[1], v.shape[1] // k.shape[1]
+        self.n, self.heads, self.v_per_k = step.count, k.shape[1], v.shape[1] // k.shape[1]
         self.wide, self.dot = working_dtype(v), v.dtype
         self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
         self.v = self.gather(v)  # [B, C, Dv]
@@ -183,13 +183,13 @@ class _Chunk:
             rows, tokens = rows.index_select(0, real_rows), tokens.index_select(0, real_rows)
         out.index_copy_(0, tokens, rows.to(out.dtype))
 
-    def by_group(self, x: Tensor) -> Tensor:
-        """[B, …] -> [n * Hk, G, …]"""
-        return x.unflatten(0, (-1, self.group))
+    def by_k_head(self, x: Tensor) -> Tensor:
+        """[B, …] -> [n * Hk, Hv / Hk, …]"""
+        return x.unflatten(0, (-1, self.v_per_k))
 
     def times_k_head(self, x: Tensor, y: Tensor) -> Tensor:
         """x [n * Hk, …] of the K heads times y [B, …] of the V heads that share them -> [B, …]"""
-        return (x[:, None] * self.by_group(y)).flatten(0, 1)
+        return (x[:, None] * self.by_k_head(y)).flatten(0, 1)
 
     @cached_property
     def q_norm(self) -> Tensor:  # [n * Hk, C, 1]
@@ -208,7 +208,7 @@ class _Chunk:
         return self.raw_k * self.k_norm
 
     @cached_property
-    def cum(self) -> Tensor:  # [B, C, 1]
+    def cum(self) -> Tensor:  # [B, C, 1] b
         return self.g.cumsum(1)
 
     @cached_property
@@ -216,23 +216,23 @@ class _Chunk:
         return (self.cum - self.cum.mT).exp_().tril_()
 
     @cached_property
-    def from_start(self) -> Tensor:  # [B, C, 1]
+    def from_start(self) -> Tensor:  # [B, C, 1] exp(b)
         return self.cum.exp()
 
     @cached_property
-    def to_end(self) -> Tensor:  # [B, C, 1]
+    def to_end(self) -> Tensor:  # [B, C, 1] exp(b_C - b)
         return (self.cum[:, -1:] - self.cum).exp_()
 
     @cached_property
-    def chunk_decay(self) -> Tensor:  # [B, 1, 1]
+    def chunk_decay(self) -> Tensor:  # [B, 1, 1] exp(b_C)
         return self.from_start[:, -1:]
 
     @cached_property
-    def kk(self) -> Tensor:  # [B, C, C] without beta
+    def kk(self) -> Tensor:  # [B, C, C] A without beta; its diagonal is not used
         return self.times_k_head(self.k @ self.k.mT, self.decay)
 
     @cached_property
-    def qk(self) -> Tensor:  # [B, C, C]
+    def qk(self) -> Tensor:  # [B, C, C] Q K^T * exp(b_i - b_j)
         return self.times_k_head(self.q @ self.k.mT, self.decay)
 
     @cached_property
@@ -249,7 +249,7 @@ class _Chunk:
         return self.times_k_head(both, torch.cat([self.from_start, self.from_start], dim=1)).to(self.dot)
 
     @cached_property
-    def k_end(self) -> Tensor:  # [B, C, Dk], of dtype dot
+    def k_end(self) -> Tensor:  # [B, C, Dk] exp(b_C - b) K, of dtype dot
         return self.times_k_head(self.k, self.to_end).to(self.dot)
 
     def read(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,7 +304,7 @@ def _backward(
 def _backward_step(
     chunk: _Chunk, entering: Tensor, grad_state: Tensor, grad_out: Tensor, grads: tuple[Tensor, ...]
 ) -> None:
-    """grad_state [B, Dk, Dv]: of the leaving state; becomes that of the entering one."""
+    """grad_state [B, Dk, Dv] of the leaving state is overwritten by that of the entering state."""
     c = chunk
     _, error, value = c.read(entering)
     d_out = c.gather(grad_out, zero=True, dtype=c.dot)  # [B, C, Dv]
@@ -329,12 +329,12 @@ def _backward_step(
     d_cum[:, -1] += end_part.sum(-1) + (entering * grad_state).sum((-1, -2)) * c.chunk_decay.flatten()
     d_g = d_cum.flip(-1).cumsum(-1).flip(-1)
 
-    d_qk, d_kk = (c.by_group(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]
+    d_qk, d_kk = (c.by_k_head(x.mul_(c.decay)).sum(1) for x in (d_qk, d_kk))  # [n * Hk, C, C]
     d_q_start, d_k_start = (
-        c.by_group(d_qk_start.mul_(torch.cat([c.from_start] * 2, dim=1))).sum(1).split(CHUNK_SIZE, dim=1)
+        c.by_k_head(d_qk_start.mul_(torch.cat([c.from_start] * 2, dim=1))).sum(1).split(CHUNK_SIZE, dim=1)
     )
     d_q = torch.baddbmm(d_q_start, d_qk, c.k)
-    d_k = d_k_start + c.by_group(d_k_end.mul_(c.to_end)).sum(1)
+    d_k = d_k_start + c.by_k_head(d_k_end.mul_(c.to_end)).sum(1)
     d_k.baddbmm_(d_qk.mT, c.q).baddbmm_(d_kk + d_kk.mT, c.k)
 
     grad_state.mul_(c.chunk_decay).add_(c.qk_start.mT @ d_reads)
@@ -346,5 +346,5 @@ def _backward_step(
 
 
 def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of x, where unit = x * norm; exact, as norm includes the 1e-6."""
+    """The gradient of x, where unit = x * norm; exact, since norm includes the 1e-6."""
     return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * norm

@@ -1,19 +1,19 @@
 """The routed experts of moe.py under expert parallelism: each of ep ranks owns E/ep of them.
 
-Tokens travel, weights stay. A rank has T*K rows, of which (ep-1)/ep belong to other ranks' experts.
-Two algorithms; the one that sends less is used:
+Tokens are sent, weights are not. Of a rank's T*K rows (ep-1)/ep belong to other ranks' experts. Of
+two algorithms the one that sends less is used:
 - All-to-all sends K*T*H*(ep-1)/ep elements each way: every row goes to its expert's rank and back.
   (Sending a token only once to a rank that has several of its experts would save a third at
   ep = K = 8 with balanced routing; it is not implemented.)
-- All-gather sends (ep-1)*T*H each way, less if ep < K: every rank receives all tokens and computes
-  its experts' share of each; the ep shares of a token are summed on the token's rank. They travel
-  in x's dtype and are summed in fp32; a reduce-scatter in bf16 would round every partial sum.
+- All-gather sends (ep-1)*T*H each way, which is less if ep < K: every rank receives all tokens and
+  computes its experts' share of each; the token's rank sums its ep shares. They are sent in x's
+  dtype and summed in fp32; a reduce-scatter in bf16 would round every partial sum.
 
-Either begins with a small exchange of row counts and the layer's only host sync, because a rank
-must know how much it will receive. The recompute cache saves both in the second run of a layer.
-Backward sends the gradients in the same way, and one number per row: all-to-all sends the routing
-weights to the experts, and both send the weights' gradients back. The rows that arrived are saved,
-not sent again. The projections' gradients are computed while the gradient of x travels.
+Both begin with a small exchange of row counts and the layer's only host sync, because a rank must
+know how much it will receive. With a recompute cache, the second run of a layer needs neither.
+Backward sends the gradients in the same way, plus one number per row: all-to-all sends the routing
+weights to the experts, and both send their gradients back. Received rows are saved for backward,
+not sent again. The projections' gradients are computed while the gradient of x is being sent.
 """
 
 from collections.abc import Callable
@@ -68,16 +68,16 @@ def moe_experts_parallel(
 ) -> Tensor:
     """Inputs are this rank's tokens: x [T, H], topk_ids [T, K] int below E, topk_weights [T, K].
 
-    gate_up_proj [E/ep, 2I, H], down_proj [E/ep, H, I]: of experts rank*E/ep and on. T may differ
-    between ranks. Returns [T, H] in x's dtype; the sum over K runs in fp32. The projections'
+    gate_up_proj [E/ep, 2I, H], down_proj [E/ep, H, I]: the E/ep experts from rank*E/ep. T may
+    differ between ranks. Returns [T, H] in x's dtype; the sum over K runs in fp32. The projections'
     gradients include the tokens of all ranks: they are already summed over the group.
 
     A collective: every rank of `group` must call it, and its backward, in the same order and with
     the same inputs frozen.
 
     primitives: as for moe_experts. count_reader: reads the counts on the host; on fake tensors pass
-    `balanced_counts`. exchange: the class that sends the rows, which also forces all-to-all; by
-    default the plain one, and only where all-to-all sends less.
+    `balanced_counts`. exchange: the class that sends the rows. To give one forces all-to-all; the
+    default is Exchange, used where all-to-all sends less.
     """
     ep = dist.get_world_size(group)
     if ep == 1:
@@ -132,7 +132,7 @@ def exchange_counts(count_choices: Callable[[], Tensor], ids: Tensor, options: O
 
 
 def regroup_indices(counts: Tensor, total: int) -> Tensor:
-    """Indices that regroup rows between a-major and b-major order; counts [A, B] of rows (a, b).
+    """Indices between a-major and b-major order of rows; counts [A, B]: the rows of each (a, b).
 
     Returns [2, total] int32: the first regroups rows from a-major to b-major, the second back. An
     index increases by one inside a part (a, b) and jumps between parts. (repeat_interleave is
@@ -143,7 +143,7 @@ def regroup_indices(counts: Tensor, total: int) -> Tensor:
     ends = lengths.cumsum(1, dtype=torch.int32)
     source_ends = torch.stack([ends[1].view_as(counts).T.flatten(), ends[0].view_as(counts.T).T.flatten()])
     jumps = source_ends - lengths - F.pad(source_ends[:, :-1], (1, 0), value=1)
-    # one more than total, because an empty part may start at the very end
+    # total + 1, because an empty part may start at the very end
     steps = torch.ones(2, total + 1, dtype=torch.int32, device=counts.device)
     steps.scatter_add_(1, (ends - lengths).long(), jumps)
     return steps[:, :total].cumsum(1, dtype=torch.int32)
@@ -151,7 +151,7 @@ def regroup_indices(counts: Tensor, total: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PendingRows:
-    """A transfer under way, which keeps `sent` alive; `order` regroups what was received."""
+    """A transfer under way. It keeps `sent` alive; `order` regroups the received rows."""
 
     sent: Tensor
     received: Tensor
@@ -166,14 +166,14 @@ class PendingRows:
 class Exchange:
     """Dispatches rows to their experts' ranks and combines them back.
 
-    On the tokens' rank rows lie by expert, and therefore by rank; on the experts' rank they arrive
-    by source rank and are regrouped by expert.
+    On the tokens' rank, rows are sorted by expert, and therefore by rank. On the experts' rank they
+    arrive sorted by source rank and are regrouped by expert.
     """
 
     def __init__(
         self, routes: Routes, group: dist.ProcessGroup, primitives: ModuleType, indices: Tensor | None = None
     ) -> None:
-        """indices: those that an exchange over the same routes has made before."""
+        """indices: those of an earlier exchange over the same routes, to be reused."""
         self.routes, self.group, self.ops, self.indices = routes, group, primitives, indices
         self.send_counts, self.receive_counts = (
             [sum(counts) for counts in side] for side in (routes.sent, routes.received)
@@ -195,12 +195,14 @@ class Exchange:
 
     def combine(self, rows: Tensor) -> PendingRows:
         """rows [N, …] -> [T*K, …], as they were dispatched"""
-        rows = rows.index_select(0, self.regroup_indices()[1])  # also frees the rows that came in, if unused
+        rows = rows.index_select(0, self.regroup_indices()[1])  # also frees the given rows if nobody else holds them
         return self._send(rows, self.receive_counts, self.send_counts)
 
-    def _send(self, rows: Tensor, to: list[int], come: list[int], order: Tensor | None = None) -> PendingRows:
-        received = rows.new_empty(sum(come), *rows.shape[1:])
-        work = dist.all_to_all_single(received, rows, come, to, group=self.group, async_op=True)
+    def _send(
+        self, rows: Tensor, send_counts: list[int], receive_counts: list[int], order: Tensor | None = None
+    ) -> PendingRows:
+        received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows, receive_counts, send_counts, group=self.group, async_op=True)
         return PendingRows(rows, received, work, order)
 
     def dispatch_and_matmul(self, rows: Tensor, weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -248,12 +250,12 @@ class _AllToAllExperts(torch.autograd.Function):
         )
         dots, hidden, grad_gate_up = hidden_backward(ops, grad_hidden, gate_up, weight.wait())
         del grad_hidden
-        rows_home = exchange.matmul_and_combine(grad_gate_up, gate_up_proj, False) if need_x else None
-        dots_home = exchange.combine(dots) if need_weights else None
+        wait_for_rows = exchange.matmul_and_combine(grad_gate_up, gate_up_proj, False) if need_x else None
+        pending_dots = exchange.combine(dots) if need_weights else None
         grad_down = ops.grouped_weight_grad(grad_out, hidden, exchange.ends) if need_down else None
         grad_gate_up_proj = ops.grouped_weight_grad(grad_gate_up, rows, exchange.ends) if need_gate_up else None
-        grad_x = ops.permute_backward(rows_home(), row_of_slot, ids.shape[1]) if rows_home else None
-        grad_weights = dots_home.wait().index_select(0, row_of_slot).view_as(weights) if dots_home else None
+        grad_x = ops.permute_backward(wait_for_rows(), row_of_slot, ids.shape[1]) if wait_for_rows else None
+        grad_weights = pending_dots.wait().index_select(0, row_of_slot).view_as(weights) if pending_dots else None
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
 
 
@@ -269,20 +271,21 @@ class _AllGatherExperts(torch.autograd.Function):
         routes = exchange_counts(lambda: ops.histogram(ids, ep * local), ids, options)
         max_tokens, total = max(routes.tokens), sum(map(sum, routes.received))
         wide = working_dtype(weights)
-        # ids and weights in one message; fp32 represents expert ids (far below 2^24) exactly
+        # ids and weights are gathered together; fp32 represents expert ids (far below 2^24) exactly
         choice = torch.cat([ids.to(wide), weights.to(wide)], 1)
-        choices_coming, all_x = _all_gather(choice, max_tokens, group, ep * local), _all_gather(x, max_tokens, group)
-        choices = choices_coming.wait().view(-1, 2, ids.shape[1])
-        # renumber: this rank's experts become 0 to E/ep - 1, others and the padding come after them
+        pending_choices = _all_gather(choice, max_tokens, group, ep * local)
+        pending_x = _all_gather(x, max_tokens, group)
+        choices = pending_choices.wait().view(-1, 2, ids.shape[1])
+        # renumber: this rank's experts become 0 to E/ep - 1, all others and the padding follow
         chosen = choices[:, 0].to(torch.int32)
         all_ids = torch.where(chosen < ep * local, (chosen - local * dist.get_rank(group)) % (ep * local), chosen)
-        rows, row_of_slot, ends = ops.permute(all_x.wait(), all_ids, local, total)
+        rows, row_of_slot, ends = ops.permute(pending_x.wait(), all_ids, local, total)
         gate_up = ops.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
         del rows
         out = ops.grouped_matmul(ops.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
         all_weights = choices[:, 1].to(weights.dtype).contiguous()  # a copy, so that `choices` is freed
         shares = ops.unpermute(out, row_of_slot, all_weights)  # [ep * max_tokens, H]
-        saved_x = all_x.received if ctx.needs_input_grad[3] else None
+        saved_x = pending_x.received if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, saved_x, gate_up, row_of_slot, ends)
         ctx.options, ctx.total, ctx.tokens = options, total, len(x)
         y = _sum_shares(ops, _all_to_all(shares, group).wait(), ep)
@@ -299,24 +302,24 @@ class _AllGatherExperts(torch.autograd.Function):
         grad_hidden = ops.grouped_matmul(grad_out, down_proj, ends)
         dots, hidden, grad_gate_up = hidden_backward(ops, grad_hidden, gate_up, weight)
         del grad_hidden
-        x_home = slots_home = None
+        pending_grad_x = pending_slots = None
         if need_x:
             grad_rows = ops.grouped_matmul(grad_gate_up, gate_up_proj, ends)
-            x_home = _all_to_all(ops.unpermute(grad_rows, row_of_slot, torch.ones_like(weights)), group)
+            pending_grad_x = _all_to_all(ops.unpermute(grad_rows, row_of_slot, torch.ones_like(weights)), group)
             del grad_rows
         if need_weights:  # each slot has its row on one rank; the other ranks send zeros
             slot_grads = F.pad(dots, (0, 1)).index_select(0, row_of_slot.clamp(max=total)).view_as(weights)
-            slots_home = _all_to_all(slot_grads, group)
+            pending_slots = _all_to_all(slot_grads, group)
         grad_down = ops.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
         rows = ops.sorted_rows(x, ids, row_of_slot, grad_out, total) if need_gate_up else None
         grad_gate_up_proj = ops.grouped_weight_grad(grad_gate_up, rows, ends) if need_gate_up else None
-        grad_x = _sum_shares(ops, x_home.wait(), ep)[: ctx.tokens] if x_home else None
-        grad_weights = slots_home.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if slots_home else None
+        grad_x = _sum_shares(ops, pending_grad_x.wait(), ep)[: ctx.tokens] if pending_grad_x else None
+        grad_weights = pending_slots.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if pending_slots else None
         return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
 
 
 def _all_gather(x: Tensor, max_tokens: int, group: dist.ProcessGroup, padding: float = 0) -> PendingRows:
-    """x [T, A] of each rank -> [ep * max_tokens, A], with shorter ones padded"""
+    """x [T, A] of each rank -> [ep * max_tokens, A]; ranks with fewer tokens are padded"""
     if len(x) < max_tokens:
         x = F.pad(x, (0, 0, 0, max_tokens - len(x)), value=padding)
     x = x.contiguous()
@@ -325,7 +328,7 @@ def _all_gather(x: Tensor, max_tokens: int, group: dist.ProcessGroup, padding: f
 
 
 def _all_to_all(shares: Tensor, group: dist.ProcessGroup) -> PendingRows:
-    """shares [ep * max_tokens, A] of all tokens -> [ep * max_tokens, A] of this rank's tokens"""
+    """This rank's shares of all tokens -> all ranks' shares of its tokens; [ep * max_tokens, A]"""
     received = torch.empty_like(shares)
     return PendingRows(shares, received, dist.all_to_all_single(received, shares, group=group, async_op=True))
 

@@ -64,7 +64,7 @@ def sorted_rows(
 
 
 def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
-    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows."""
+    """weights [T, K], row_of_slot [T*K] -> [T*K, 1] in the order of the rows."""
     return torch.empty_like(row_of_slot, dtype=weights.dtype).scatter_(0, row_of_slot.long(), weights.flatten())[
         :, None
     ]

@@ -45,7 +45,7 @@ def _counts(topk_ids: Tensor, experts: int) -> Tensor:
 
 
 def weight_of_row(weights: Tensor, row_of_slot: Tensor) -> Tensor:
-    """weights [T, K], place [T*K] -> [T*K, 1] in the order of the rows.
+    """weights [T, K], row_of_slot [T*K] -> [T*K, 1] in the order of the rows.
 
     `row_of_slot` is inverted by sorting it as fp32: AI cores do not sort integers, and they scatter
     along the last axis one element at a time.

@@ -1,8 +1,8 @@
-"""PackedBatch: what a model takes, and all that says where its sequences start and end.
+"""PackedBatch: the input of a model, with the boundaries of its packed sequences.
 
 There is one token axis T, no padding inside and no attention mask. `cu_seqlens` alone drives
 attention, the causal convolution and the gated delta rule; nothing infers boundaries from
-position_ids. This file knows no model: VisionSpec holds what it needs of a config.json.
+position_ids. This file knows no model: VisionSpec holds the config.json values that it needs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class PatchLayout:
 
     cu_seqlens: Tensor  # [F+1] int32 on the CPU: attention runs inside one image or video frame
     position: Tensor  # [P, 2] int64: row and column of each patch, for the 2-D rope
-    corner: Tensor  # [4, P] int64: the four learned positions around each patch
+    corner: Tensor  # [4, P] int64: rows of the four learned position embeddings around each patch
     corner_weight: Tensor  # [4, P] fp32: their bilinear weights
 
 
@@ -46,8 +46,8 @@ class PackedBatch:
     vision_index: Tensor | None = None  # [T] int64: row of the vision features that replaces token t, -1 for text
     vision_token: Tensor | None = None  # [P/4] int64, the inverse: token that each row replaces, -1 for none
     vision: PatchLayout | None = None
-    label_positions: Tensor | None = None  # [N] int64: positions t with a label
-    is_pad: Tensor | None = None  # [T] bool: tokens of the pad tails, which no statistic counts; None = there are none
+    label_positions: Tensor | None = None  # [L] int64: positions t with a label
+    is_pad: Tensor | None = None  # [T] bool: padding tokens, left out of all statistics; None = there are none
     bad_records: tuple[str, ...] = ()  # errors of the samples that were left out because their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -69,7 +69,7 @@ class MTPTargets:
 
     labels: Tensor  # [T] int64: the label of position t+1, which is the token t+2; -100 = no loss, or another sequence
     weights: Tensor  # [T] fp32: token weights of these labels
-    label_positions: Tensor  # [N] int64: positions t with a label
+    label_positions: Tensor  # [L] int64: positions t with a label
     is_end: Tensor  # [T] bool: the last token of a sequence, which has no next one
 
     def to(self, device: torch.device | str) -> "MTPTargets":
@@ -77,7 +77,7 @@ class MTPTargets:
 
 
 def mtp_labels(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """`labels` and `is_end` of the MTPTargets of a batch, which is on the host."""
+    """The fields `labels` and `is_end` of MTPTargets, for a batch on the host."""
     is_end = torch.zeros(len(batch.labels), dtype=torch.bool)
     ends, lengths = batch.cu_seqlens[1:].long(), batch.cu_seqlens.diff()
     is_end[ends[lengths > 0] - 1] = True
@@ -112,16 +112,16 @@ class VisionSpec:
 
     image_token_id: int
     video_token_id: int
-    merge_size: int = 2  # patches a side that become one token
-    grid_side: int = 48  # learned positions a side
+    merge_size: int = 2  # merge_size x merge_size patches become one token
+    grid_side: int = 48  # the learned position embeddings form a grid_side x grid_side grid
 
 
 def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
     """Fill in vision_index, vision_token and vision, and a dummy image where there is none.
 
-    Image tokens take the features in order. Features that no token takes belong to a dummy image,
-    which gets a gradient of exactly zero: it is there so that the vision tower runs in every step,
-    whatever the data. Raises ValueError for fewer features than image tokens.
+    Image tokens take the features in order. Features that no token takes belong to a dummy image:
+    it makes the vision tower run in every step, whatever the data, and its gradient is exactly
+    zero. Raises ValueError if there are fewer features than image tokens.
     """
     if batch.vision is not None and batch.vision_index is not None:
         return batch
@@ -146,7 +146,8 @@ def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
 def build_patch_layout(grid_thw: Tensor, spec: VisionSpec) -> PatchLayout:
     """The PatchLayout of the images and videos in grid_thw [N, 3].
 
-    Learned positions are interpolated as by torch's bilinear interpolate with align_corners.
+    The learned position embeddings are interpolated as by F.interpolate with mode="bilinear" and
+    align_corners=True.
     """
     frames, positions, corners, weights = [], [], [], []
     side, merge = spec.grid_side, spec.merge_size

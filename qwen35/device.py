@@ -1,4 +1,4 @@
-"""The only file that names npu, cuda, cpu or hccl, nccl, gloo: all that depends on the device."""
+"""All that depends on the device: the only file that names npu, cuda, cpu, hccl, nccl or gloo."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def enable_determinism() -> None:
     an NPU it makes torch_npu set ACL_OPT_DETERMINISTIC before each operator (SetDeterministicOption
     in OpParamMaker.cpp). Of a step's operators these read it (GetDeterministic in the tiling of
     CANN's ops-nn and ops-transformer): the gradients of attention, norm, embedding and convolution,
-    and matmul. HCCL's sums and matmul's order along K have an environment variable each.
+    and matmul. HCCL's sums and matmul's order along K each need an environment variable.
     Raises SettingError if such a variable is set to another value.
     """
     for name, values in DETERMINISTIC_ENV.items():
@@ -77,8 +77,8 @@ def set_up_device() -> torch.device:
         getattr(torch, kind).set_device(device)
     if kind == "npu":
         npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
-        npu.set_compile_mode(jit_compile=False)  # operators would be compiled again for every shape
-        npu.config.allow_internal_format = False  # operators without private formats would need copies
+        npu.set_compile_mode(jit_compile=False)  # True compiles operators again for every shape
+        npu.config.allow_internal_format = False  # operators that lack private formats would need copies
         npu.matmul.allow_hf32 = npu.conv.allow_hf32 = False  # fp32 means fp32
     return device
 
@@ -99,7 +99,7 @@ def init_process(timeout: float = 1800) -> torch.device:
         dist.init_process_group(
             BACKENDS[kind], timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=world
         )
-    except (dist.DistError, OSError) as error:  # of the store
+    except (dist.DistError, OSError) as error:  # from the store
         if is_peer_failure(error):
             raise
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
@@ -174,7 +174,7 @@ class CopyQueue:
             self._stream.wait_stream(self._api.current_stream())
 
     def behind(self, event: Any) -> AbstractContextManager[Any]:
-        """A context whose copies are queued here, after an event of another queue (or None)."""
+        """A context whose copies are queued here, after another queue's event unless it is None."""
         if not self._api:
             return nullcontext()
         if event:
@@ -218,25 +218,24 @@ def peak_memory(device: torch.device) -> int:
 
 
 def make_profiler(device: torch.device, steps: int, memory: bool, folder: Path) -> Any:
-    """A profiler of device and host. Call start(), then step() after each step.
+    """A profiler for device and host. Call start(), then step() after each step.
 
     After one step to warm up and `steps` recorded ones it writes a Chrome trace below `folder`:
     trace.json, or torch_npu's trace_view.json. memory: whether to record allocations.
     """
-    kind: Any = torch.profiler
+    profiler: Any = torch.profiler
     if device.type == "npu":
-        from kernels.npu import profiler as kind
+        from kernels.npu import profiler
 
-        # torch_npu's handler writes the trace beside its raw data; the signatures are torch's
-        # otherwise
-        write_trace = kind.tensorboard_trace_handler(str(folder), worker_name="rank")
+        # torch_npu's own handler writes the trace beside its raw data; the rest is as in torch
+        write_trace = profiler.tensorboard_trace_handler(str(folder), worker_name="rank")
     else:
 
         def write_trace(trace: Any) -> None:
             trace.export_chrome_trace(str(folder / "trace.json"))
 
-    schedule = kind.schedule(wait=0, warmup=1, active=steps, repeat=1)
-    return kind.profile(schedule=schedule, on_trace_ready=write_trace, profile_memory=memory)
+    schedule = profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
+    return profiler.profile(schedule=schedule, on_trace_ready=write_trace, profile_memory=memory)
 
 
 def has_memory_history(device: torch.device) -> bool:

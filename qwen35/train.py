@@ -90,11 +90,11 @@ class Run:
         self.flops = Flops(self.model)
 
     def beat(self, activity: str) -> None:
-        """Report to the launcher what the step under way begins now."""
+        """Report the phase that begins now to the launcher's watchdog."""
         self.heartbeat.at(f"step {self.step + 1}: {activity}")
 
     def stop_loading(self) -> None:
-        """End the loader's workers, for a worker that dies later would still fail the run."""
+        """End the loader's workers: one that dies later would still fail the run."""
         self.micro_batches = iter(())
         if self.validation:
             self.validation.set.close()
@@ -103,16 +103,16 @@ class Run:
 def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run:
     """Build, freeze and shard the model, read the data, load the weights, find the first step.
 
-    What settings and file headers show to be wrong is raised before anything expensive begins.
+    Errors that the settings and file headers reveal are raised before any expensive work.
     """
     t, m = settings.training, settings.model
     heartbeat.at("building the model")
     seed_all(t.seed)
-    ignored = not_read(m.model_name_or_path)  # messages about what the model folder holds and nothing here uses
+    ignored = not_read(m.model_name_or_path)  # messages about unused contents of the model folder
     config = load_config(m.model_name_or_path)
     layout = check_layout(settings, dist.get_world_size())
     meshes = make_meshes(device.type, settings.parallel, t.timeout + TIMEOUT_MARGIN)
-    dist.barrier()  # rank 0 serves the store that groups are made through; from here on an error may end it
+    dist.barrier()  # rank 0 hosts the store that new groups need; only after this may an error end rank 0
     implementations = compiled(settings, config.text, device, heartbeat, logger.info)
     heartbeat.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
@@ -125,7 +125,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
     checkpoint = None if is_hf else read_checked_info(weights, settings, device)
     heartbeat.at("reading the data")
-    is_hidden = dist.get_rank() > 0 or None  # None: unless standard error is a terminal
+    is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
 
         def on_records(record: str, count: int) -> None:  # the timeout starts anew with each record
@@ -197,12 +197,12 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     all_mtp_targets = [make_mtp_targets(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
-    counts_here = int(meshes.ulysses_rank == 0)  # of the ranks that share packed sequences, one counts them
+    is_counting = int(meshes.ulysses_rank == 0)  # only one of the ranks that share packed sequences counts them
     counters = [*divisors(batches, all_mtp_targets, loss_cfg.loss_type), tokens, labels, images]
-    rank_counters = to_device(counts_here * torch.tensor(counters, dtype=torch.float32), device)
+    rank_counters = to_device(is_counting * torch.tensor(counters, dtype=torch.float32), device)
     step_counters = rank_counters.clone()
     dist.all_reduce(step_counters)
-    scale = 1 / step_counters[:3].clamp(min=1)  # of the loss, the multi-token prediction loss, the load-balancing loss
+    scale = 1 / step_counters[:3].clamp(min=1)  # for the losses: next-token, multi-token, load-balancing
 
     losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
     text = run.model.config.text
@@ -212,7 +212,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         zip(batches, weights, all_mtp_targets, counts, strict=True), 1
     ):
         run.beat(f"micro-batch {i} of {len(batches)}, forward")
-        flops += counts_here * run.flops.of_batch(batch, count, mtp_targets)
+        flops += is_counting * run.flops.of_batch(batch, count, mtp_targets)
         batch, weight, mtp_targets = shard_batch(batch, weight, mtp_targets, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
         if mtp_targets is not None:
@@ -225,7 +225,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()
         losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += counts_here * aux.detach()
+        losses[1] += is_counting * aux.detach()
         if mtp_targets is not None:
             losses[2] += (mtp_targets.weights * token_loss[len(weight) :]).sum()
 
@@ -236,29 +236,29 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-        # Without images on any rank the vision tower skips the step; ranks with some need not ask.
+        # True on the device: no rank has images, so the vision tower skips the step. None: no skip.
         group["skip"] = step_counters[5] == 0 if group["visual"] and not images else None
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
     sums = torch.cat([losses[:2], rank_counters[3:], losses[2:]])
-    bad_records = tuple(message for batch in batches[: counts_here * len(batches)] for message in batch.bad_records)
+    bad_records = tuple(message for batch in batches[: is_counting * len(batches)] for message in batch.bad_records)
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 
 
 def train(settings: Settings) -> None:
-    """Train a recipe, or go on with it, to the end. Every rank calls it."""
+    """Train a recipe, or resume it, to the end. Every rank calls it."""
     t, folder = settings.training, Path(settings.training.save)
     if t.deterministic:
         enable_determinism()
     heartbeat = Heartbeat(t.timeout)
-    heartbeat.at("meeting the other processes", t.timeout + 2 * TIMEOUT_MARGIN)
+    heartbeat.at("joining the process group", t.timeout + 2 * TIMEOUT_MARGIN)
     device = init_process(t.timeout + TIMEOUT_MARGIN)
-    with ExitStack() as until_done:
+    with ExitStack() as exit_stack:
 
         def lock_save_folder() -> None:
             if dist.get_rank() == 0:
-                warning = until_done.enter_context(holding(folder))
+                warning = exit_stack.enter_context(holding(folder))
                 for line in [*([warning] if warning else []), *repair_save_folder(folder)]:
                     logger.warning(line)
 
@@ -281,7 +281,7 @@ def is_finished(run: Run, folder: Path) -> bool:
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
     if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
-        draw_loss(folder)  # a run killed while drawing leaves an older picture
+        draw_loss(folder)  # a run killed while drawing left an outdated plot
     return True
 
 
@@ -314,15 +314,15 @@ def loop(run: Run, folder: Path) -> None:
             metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
             saver.check()
             profile.after(run.step)
-            is_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
+            is_save_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
             validation = run.validation if run.validation and run.validation.is_due(run.step) else None
-            if is_due or validation or run.step % t.log_interval == 0:
+            if is_save_due or validation or run.step % t.log_interval == 0:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if validation and (not is_stopping or run.step == t.train_iters):
                 result = validation.run(run.model, run.heartbeat, run.step)
                 metrics.log_validation(result.metrics(), result.bad_records)
-            if is_due or is_stopping:
+            if is_save_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 if is_last:
                     run.stop_loading()

@@ -1,10 +1,10 @@
-"""A few layers and micro-batches are rehearsed as representatives of the many that are alike.
+"""A rehearsal runs a few layers and micro-batches as representatives of many that are alike.
 
 Of blocks that are alike, four are run: the first, two from the middle, and the last, which differs
-because nothing follows it. The second represents the whole middle but one block; the third proves
-that it may: everything observed about these two is compared. A block of text layers is one period
-of layer_types (as published, three gated delta nets and an attention), a block of the vision tower
-is one layer. Of micro-batches three are run, and the last two are compared.
+because nothing follows it. The second represents all middle blocks but one, which is the third:
+everything observed about these two is compared, to prove that they are alike. A block of text
+layers is one period of layer_types (as published, three gated delta nets and an attention), a block
+of the vision tower is one layer. Of micro-batches three are run, and the last two are compared.
 """
 
 import re
@@ -41,14 +41,14 @@ class NotAlikeError(Exception):
 
 
 def assign(count: int, representatives: int) -> list[int]:
-    """The representative of each of `count` items: the first, one for the middle, the rest."""
+    """For each of `count` items the index of its representative: 0, 1 for the middle, 2, …"""
     middle = count - representatives + 1
     return list(range(count)) if middle < 2 else [0] + [1] * middle + list(range(2, representatives))
 
 
 @dataclass(frozen=True)
 class Representatives:
-    config: ModelConfig  # with fewer layers
+    config: ModelConfig  # of the model that is run, with fewer layers
     period: int  # text layers in a block
     assigned: dict[str, list[int]]  # kind of block, or MICRO_BATCH -> what `assign` returns
 
@@ -63,11 +63,14 @@ class Representatives:
             kind: assign(count, count if is_whole else 3 if kind == MICRO_BATCH else 4)
             for kind, count in counts.items()
         }
-        few = {kind: len(set(of_kind)) for kind, of_kind in assigned.items()}
-        text = replace(config.text, layer_types=kinds[: period * few[TEXT]])
-        return cls(replace(config, text=text, vision=replace(config.vision, depth=few[VISION])), period, assigned)
+        run_counts = {kind: len(set(indices)) for kind, indices in assigned.items()}
+        text = replace(config.text, layer_types=kinds[: period * run_counts[TEXT]])
+        return cls(
+            replace(config, text=text, vision=replace(config.vision, depth=run_counts[VISION])), period, assigned
+        )
 
     def count(self, kind: str) -> int:
+        """How many representatives of a kind are run."""
         return self.assigned[kind][-1] + 1
 
     def is_reduced(self, kind: str) -> bool:
@@ -88,29 +91,29 @@ class Representatives:
     def parameter(self, name: str) -> str:
         """The parameter that represents parameter `name` of the whole model."""
         for kind, prefix in PREFIXES.items():
-            if found := re.match(rf"{re.escape(prefix)}(\d+)", name):
-                index = self.layer(int(found[1])) if kind == TEXT else self.assigned[VISION][int(found[1])]
-                return f"{prefix}{index}{name[found.end() :]}"
+            if match := re.match(rf"{re.escape(prefix)}(\d+)", name):
+                index = self.layer(int(match[1])) if kind == TEXT else self.assigned[VISION][int(match[1])]
+                return f"{prefix}{index}{name[match.end() :]}"
         return name
 
     def expand(self, events: Sequence[tuple[Moment, T]]) -> Iterator[T]:
         """The events of the whole step in order, from those of the representatives in order."""
         for micro_batch, of_batch in groupby(events, lambda event: event[0].micro_batch):
-            whole: list[T] = []
+            batch_events: list[T] = []
             for moment, of_moment in groupby(of_batch, lambda event: event[0]):
-                whole += [event for _, event in of_moment] * self.blocks_like(moment)
+                batch_events += [event for _, event in of_moment] * self.blocks_like(moment)
             for _ in range(self.assigned[MICRO_BATCH].count(micro_batch)):
-                yield from whole
+                yield from batch_events
 
     def check(self, seen: Mapping[Moment, Any]) -> None:
         """Compare what was seen at the moments that must be alike. Raises NotAlikeError."""
-        one, other = COMPARED
+        first, second = COMPARED
         for moment in seen:
             if moment.kind and self.is_reduced(moment.kind) and moment.block in COMPARED:
-                _compare(seen, moment._replace(block=one), moment._replace(block=other))
+                _compare(seen, moment._replace(block=first), moment._replace(block=second))
             is_of_batch = moment.micro_batch in COMPARED and moment.phase != "optimizer"
             if self.is_reduced(MICRO_BATCH) and is_of_batch:
-                _compare(seen, moment._replace(micro_batch=one), moment._replace(micro_batch=other))
+                _compare(seen, moment._replace(micro_batch=first), moment._replace(micro_batch=second))
 
 
 def _compare(seen: Mapping[Moment, Any], one: Moment, other: Moment) -> None:
@@ -119,14 +122,14 @@ def _compare(seen: Mapping[Moment, Any], one: Moment, other: Moment) -> None:
 
 
 class RepresentativeModel(Qwen35):
-    """Names its parameters as the whole model does; one that represents several has all names."""
+    """Names parameters as the whole model does; one that represents several is listed as each."""
 
     representatives: Representatives | None = None
     names: Sequence[str] = ()  # of the whole model's parameters
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        own = super().named_parameters(*args, **kwargs)
+        parameters = super().named_parameters(*args, **kwargs)
         if self.representatives is None:
-            return own
-        found = dict(own)
-        return ((name, found[self.representatives.parameter(name)]) for name in self.names)
+            return parameters
+        by_name = dict(parameters)
+        return ((name, by_name[self.representatives.parameter(name)]) for name in self.names)

@@ -1,4 +1,4 @@
-"""Validation rules between settings that are each valid. Only what is surely wrong is refused."""
+"""Rules across settings that are valid by themselves. Only what is certainly wrong is refused."""
 
 import re
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def _data_rules(s: Settings) -> Iterator[str]:
 def _validation_rules(s: Settings) -> Iterator[str]:
     t, val = s.training, s.data.val_dataset_param
     if t.val_interval and not val:
-        yield "training.val_interval says when to validate, and nothing on what data; set data.val_dataset_param"
+        yield "training.val_interval says when to validate, and nothing on which data; set data.val_dataset_param"
     if val and not t.val_interval:
         yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
     if t.val_generate and not t.val_interval:
@@ -99,7 +99,7 @@ def _profile_rules(s: Settings) -> Iterator[str]:
 
 
 def _folders_rules(s: Settings) -> Iterator[str]:
-    """No run writes into a model folder, for `make export` copies it and loaders read all of it."""
+    """No run may write into a model folder: `make export` copies it, and loaders read all of it."""
     t, cache_dir = s.training, s.data.dataset_param.basic_parameters.cache_dir
     val = s.data.val_dataset_param
     if CHECKPOINT_NAME.fullmatch(Path(t.save).name):
@@ -116,7 +116,7 @@ def _folders_rules(s: Settings) -> Iterator[str]:
     ):
         for source, folder in sources.items():
             if written and folder and Path(written).resolve().is_relative_to(Path(folder).resolve()):
-                yield f"{name}: {written} lies in {source} {folder}; name a folder outside of it"
+                yield f"{name}: {written} lies in {source} {folder}; name a folder outside it"
 
 
 def _names_rules(s: Settings) -> Iterator[str]:
@@ -130,4 +130,4 @@ def _names_rules(s: Settings) -> Iterator[str]:
         given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
         same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
         if same:
-            yield f"{TRAIN_SET}.attr: {' and '.join(same)} are both {given[same[0]]!r}"
+            yield f"{TRAIN_SET}.attr: {' and '.join(same)} are both {given[same[0]]!r}; give each its own name"

@@ -1,7 +1,7 @@
-"""The KV cache and the delta net's state: modules that replace the cores between the projections.
+"""The KV cache and the delta net's state, in modules that replace the cores of a model's mixers.
 
-The first call runs the packed prompts and fills the cache. Each further call runs one more token of
-every sequence, a row each.
+The first call runs the packed prompts and fills the cache. Each later call runs one more token of
+every sequence, in one row per sequence.
 """
 
 from collections.abc import Iterator
@@ -40,9 +40,9 @@ class CachedAttention(nn.Module):
         *inputs: Tensor,
         recompute_cache: RecomputeCache | None = None,
     ) -> Tensor:
-        """Prompts: q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]. Then q [S, Hq, D] … -> [S, Hq, D].
+        """First q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; in later calls T = S.
 
-        kept is not used, for nothing is recomputed here.
+        recompute_cache is not used, since nothing is recomputed here.
         """
         q, k = prepare(q, k, *inputs)
         if self.keys is None:
@@ -52,7 +52,7 @@ class CachedAttention(nn.Module):
         self.values[self.row, self.lengths] = v
         self.lengths += 1
         self.longest += 1
-        seen = -(-self.longest // BLOCK) * BLOCK  # may exceed the cache: slices stop there
+        seen = -(-self.longest // BLOCK) * BLOCK  # may exceed the cache: slices stop at its end
         return attention_step(q, self.keys[:, :seen], self.values[:, :seen], self.lengths, q.shape[-1] ** -0.5)
 
     def _fill(self, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -99,7 +99,7 @@ class CachedDeltaNet(nn.Module):
 
 @contextmanager
 def caching(model: Qwen35, room: int) -> Iterator[None]:
-    """Inside, the model's first call runs packed prompts, and up to `room` others a token of each.
+    """Inside, the model's first call runs packed prompts; up to `room` more run a token of each.
 
     Raises RuntimeError if the model is generating already.
     """
@@ -119,4 +119,4 @@ def _cached(core: nn.Module, room: int) -> nn.Module:
         return CachedAttention(core, room)
     if isinstance(core, DeltaNetCore):
         return CachedDeltaNet(core)
-    raise RuntimeError(f"the model has a {type(core).__name__} for a core: is it generating already?")
+    raise RuntimeError(f"the model has a {type(core).__name__} as a core: is it generating already?")

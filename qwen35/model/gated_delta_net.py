@@ -1,4 +1,4 @@
-"""The gated delta net, three layers in four. Source: Yang et al. 2024, arXiv:2412.06464."""
+"""The gated delta net, in three of four layers. Source: Yang et al. 2024, arXiv:2412.06464."""
 
 import torch
 import torch.nn.functional as F

@@ -19,8 +19,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale: nn.Linear | None = None) -> Tensor:
         """x [T, H] -> [T, H], times sigmoid(scale(x)) if scale, a projection to [T, 1], is given"""
-        maps = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
-        gate, up, *scales = recomputed_linears(None, [m.weight for m in maps], x)
+        projections = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
+        gate, up, *scales = recomputed_linears(None, [p.weight for p in projections], x)
         gate_up = torch.cat([gate, up], dim=-1)
         return recomputed_linear(self._hidden, self.down_proj.weight, gate_up, *scales)
 
@@ -30,7 +30,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """The top k of a softmax over all experts, renormalised: the softmax of the top k, in fp32."""
+    """Softmax over all experts, top k, renormalised: a softmax of the top-k logits, in fp32."""
 
     def __init__(self, hidden: int, experts: int, top_k: int):
         super().__init__()
@@ -40,14 +40,14 @@ class Router(nn.Module):
     def forward(self, x: Tensor, stats_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H], stats_mask [T] fp32 -> topk_ids [T, K], topk_weights [T, K] fp32, stats [2, E].
 
-        stats, fp32: the sum of each expert's probability and how often it was chosen, over the
-        tokens whose stats_mask is 1 (else 0).
+        stats, fp32: each expert's summed probability and how often it was chosen, over the tokens
+        whose stats_mask is 1 (else 0).
         """
         logits = recomputed_linear(Tensor.float, self.weight.float(), x)
-        best, ids = logits.topk(self.top_k, dim=-1)
+        top_logits, ids = logits.topk(self.top_k, dim=-1)
         chosen = torch.zeros_like(logits).scatter_(1, ids, 1.0)  # [T, E]
         stats = torch.stack([stats_mask @ logits.softmax(-1), stats_mask @ chosen])
-        return ids, best.softmax(-1), stats
+        return ids, top_logits.softmax(-1), stats
 
 
 class Experts(nn.Module):
@@ -82,9 +82,9 @@ class MoE(nn.Module):
 def load_balancing_loss(stats: Tensor, top_k: int) -> Tensor:
     """stats [2, E] -> scalar fp32, E * sum_e (fraction of choices of e) * (its mean probability).
 
-    Both are means over the tokens of all layers together, as in transformers. Perfect balance gives
+    Both are means over the tokens of all layers, pooled as in transformers. Perfect balance gives
     top_k. Source: Fedus et al. 2021, Switch Transformer, equations 4 to 6.
     """
     probability, chosen = stats
-    rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; clamped so that no tokens give 0
+    rows = (chosen.sum() / top_k).clamp(min=1)  # tokens x layers; clamped so that the loss of no tokens is 0
     return len(chosen) * (chosen / rows * probability / rows).sum()

@@ -29,7 +29,7 @@ Stats = list[Tensor]  # router statistics, [2, E] per MoE layer; empty for a den
 
 
 class Stash(AbstractContextManager[None], Protocol):
-    """A context around a layer's forward that offloads what autograd saves; else use pack."""
+    """Offloads what autograd saves in its context; a RecomputeCache calls pack and unpack."""
 
     def pack(self, x: Tensor) -> Any: ...
     def unpack(self, packed: Any) -> Tensor: ...
@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
         stats_mask: Tensor,
         recompute_cache: RecomputeCache | None = None,
     ) -> tuple[Tensor, Stats]:
-        """x [T, H] -> [T, H], router stats over the tokens in stats_mask [T] fp32, 1 or 0"""
+        """x [T, H] -> [T, H], router stats of the tokens where stats_mask [T] fp32 is 1, not 0"""
         norm = self.input_layernorm
         core_cache = recompute_cache if recompute_cache and recompute_cache.keeps_outputs else None
         if self.is_attention:
@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         # True: save only each layer's input for backward; "selective": also its core's output
         self.recompute: bool | str = False
-        # (layer, tensors that all layers share, the previous layer's stash, is_last) -> its stash
+        # (layer, tensors that all layers share, the previous layer's stash, is_last) -> stash
         self.offload: Callable[[nn.Module, list[Tensor], Any, bool], Stash] | None = None
 
     def rope(self, position_ids: Tensor) -> Rope:
@@ -97,29 +97,30 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.layers, 1):
             if self.offload and torch.is_grad_enabled():
                 stash = self.offload(layer, [*rope, stats_mask], stash, i == len(self.layers))
-            x, more = self.run(layer, x, rope, batch.cu_seqlens, stats_mask, stash=stash)
-            stats += more
+            x, layer_stats = self.run(layer, x, rope, batch.cu_seqlens, stats_mask, stash=stash)
+            stats += layer_stats
         return self.norm(x), stats
 
     def run(
         self, layer: Callable[..., tuple[Tensor, Stats]], *inputs: Any, stash: Stash | None = None
     ) -> tuple[Tensor, Stats]:
-        """layer(*inputs, cache), recomputed in backward if set; `stash` offloads what it saves."""
+        """layer(*inputs, cache), recomputed if self.recompute; `stash` offloads saved tensors."""
         with stash or nullcontext():
             if not self.recompute:
                 return layer(*inputs, None)
             storage = (stash.pack, stash.unpack) if stash else ()
             cache = RecomputeCache(self.recompute == "selective", *storage)
-            # layers use no random numbers, so the RNG state need not be saved
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=cache.contexts)
-            return again(layer, *inputs, cache)
+            # layers draw no random numbers, so the RNG state need not be saved
+            checkpointed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=cache.contexts)
+            return checkpointed(layer, *inputs, cache)
 
 
 class _ScatterFeatures(torch.autograd.Function):
-    """x [T, H], in which vision_index replaces rows by features [P/4, H].
+    """x [T, H] with the rows of image tokens replaced by features [P/4, H], as vision_index says.
 
-    The tower is in the graph whatever the data. Both directions are gathers: autograd's backward
-    would add the zeros of all text tokens to one row, in any order, and one by one on an NPU.
+    The vision tower is in the graph whatever the data. Both directions are gathers: the backward of
+    autograd's own gather would add the zeros of all text tokens to one row, in no fixed order, and
+    serially on an NPU.
     """
 
     @staticmethod
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
         return self.language_model(self.embed(batch), batch)
 
     def embed(self, batch: PackedBatch) -> Tensor:
-        """-> [T, H], token embeddings with image features in the places of image tokens"""
+        """-> [T, H], token embeddings, those of image tokens replaced by image features"""
         assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by derive()
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
@@ -180,7 +181,7 @@ class Qwen35(nn.Module):
         return model
 
     def recompute(self, how: bool | str) -> None:
-        """As LanguageModel.recompute; the vision tower then saves only its blocks' inputs."""
+        """Set LanguageModel.recompute; unless False, vision blocks save only their inputs too."""
         self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)
 
     @property
@@ -211,20 +212,19 @@ class Qwen35(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-> sum(token_weights * cross entropy), load-balancing loss, cross entropies [T].
 
-        With `mtp_targets` multi-token prediction is trained too: the first includes mtp_factor
-        times its loss, the second its router, and its tokens' cross entropies follow the others,
-        [2T]. Both go through the head at once, so that its large gradient is computed once.
-
-        load [L, E] is incremented by how often these tokens chose each expert of each layer.
+        With `mtp_targets` multi-token prediction is trained too: mtp_factor times its loss is added
+        to the first result, its router counts in the second, and its cross entropies are appended
+        to the third, [2T]. Both predictions share one pass through the head, whose large gradient
+        is then computed once. load [L, E] grows by how often these tokens chose each expert.
         """
         batch = derive(batch, self.config.vision_spec)
         x = self.model.embed(batch)
         labels, label_rows = batch.labels, batch.label_positions
-        inputs = x if len(x) == len(labels) else x[: len(labels)]  # without the next part's first token
+        inputs = x if len(x) == len(labels) else x[: len(labels)]  # x may include the next rank's first token
         hidden, stats = self.model.language_model(inputs, batch)
         if mtp_targets is not None:
-            further, more = self._mtp_hidden(hidden, x, batch, mtp_targets)
-            hidden, stats = torch.cat([hidden, further]), stats + more
+            mtp_hidden, mtp_stats = self._mtp_hidden(hidden, x, batch, mtp_targets)
+            hidden, stats = torch.cat([hidden, mtp_hidden]), stats + mtp_stats
             if label_rows is not None:
                 label_rows = torch.cat([label_rows, mtp_targets.label_positions + len(labels)])
             token_weights = torch.cat([token_weights, mtp_factor * mtp_targets.weights])
@@ -243,13 +243,13 @@ class Qwen35(nn.Module):
         """
         text = self.model.language_model
         rope = text.rope(batch.position_ids)
-        # a sequence's last token has no next one: its input is zeros, and no statistic counts it
+        # a sequence's last token has no next token: its input is zeros, and no statistic counts it
         stats_mask = (~(mtp_targets.is_end if batch.is_pad is None else mtp_targets.is_end | batch.is_pad)).float()
 
         def layer(hidden: Tensor, x: Tensor, recompute_cache: RecomputeCache | None) -> tuple[Tensor, Stats]:
-            beyond = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
-            following = torch.cat([x[1:], beyond]).masked_fill(mtp_targets.is_end[:, None], 0)
-            return self.mtp(hidden, following, rope, batch.cu_seqlens, stats_mask, recompute_cache)
+            missing = x.new_zeros(len(hidden) + 1 - len(x), x.shape[1])
+            next_tokens = torch.cat([x[1:], missing]).masked_fill(mtp_targets.is_end[:, None], 0)
+            return self.mtp(hidden, next_tokens, rope, batch.cu_seqlens, stats_mask, recompute_cache)
 
         return text.run(layer, hidden, x)
 

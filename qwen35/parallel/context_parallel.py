@@ -70,7 +70,7 @@ def shard_batch(
         labels=batch.labels[tokens_here],
         vision_index=_pad_rows(batch.vision_index, input_rows, -1),
         vision_token=torch.where(is_here, batch.vision_token - input_rows.start, -1),
-        label_positions=None if batch.label_positions is None else _shift_into(batch.label_positions, tokens_here),
+        label_positions=None if batch.label_positions is None else _within(batch.label_positions, tokens_here),
         is_pad=None if batch.is_pad is None else batch.is_pad[tokens_here],
         pixel_values=batch.pixel_values[tower_patches],
         vision=dataclasses.replace(
@@ -83,26 +83,27 @@ def shard_batch(
         mtp_targets = MTPTargets(
             mtp_targets.labels[tokens_here],
             mtp_targets.weights[tokens_here],
-            _shift_into(mtp_targets.label_positions, tokens_here),
+            _within(mtp_targets.label_positions, tokens_here),
             mtp_targets.is_end[tokens_here],
         )
     return part, weights[tokens_here], mtp_targets
 
 
 def _pad_rows(x: Tensor, rows: slice, beyond: int) -> Tensor:
-    """x [T] -> x[rows], where `rows` may end one past the last row, which is `beyond`."""
+    """x [T] -> x[rows]; `rows` may include one row past the end of x, which is `beyond`."""
     return torch.cat([x, x.new_full((1,), beyond)])[rows]
 
 
-def _shift_into(rows: Tensor, tokens_here: slice) -> Tensor:
-    return rows[(rows >= tokens_here.start) & (rows < tokens_here.stop)] - tokens_here.start
+def _within(positions: Tensor, tokens: slice) -> Tensor:
+    """The positions inside `tokens`, counted from its first token."""
+    return positions[(positions >= tokens.start) & (positions < tokens.stop)] - tokens.start
 
 
 # ── The cores ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class UlyssesAttention(nn.Module):
-    """A plain core on all tokens of Hq/U heads."""
+    """Runs a plain core on all T tokens of Hq/U heads."""
 
     def __init__(self, core: AttentionCore, group: dist.ProcessGroup):
         super().__init__()
@@ -127,7 +128,7 @@ class UlyssesAttention(nn.Module):
 
 
 class UlyssesDeltaNet(nn.Module):
-    """A plain core on all tokens of Hk/U key and Hv/U value heads, with their channels' taps."""
+    """Runs a plain core on all T tokens of Hk/U key and Hv/U value heads."""
 
     def __init__(self, core: DeltaNetCore, group: dist.ProcessGroup):
         super().__init__()
@@ -146,16 +147,16 @@ class UlyssesDeltaNet(nn.Module):
     ) -> Tensor:
         """qkv [T/U, C], g, beta [T/U, Hv] fp32, conv_weight [C, K] -> [T/U, Hv, Dv]"""
         rank = self.group.rank()
-        taps = [
+        channel_weights = [
             x[rank * n : (rank + 1) * n]
             for x, n in zip(conv_weight.split(self.full_split), self.core.split, strict=True)
         ]
         qkv, g, beta = to_heads(self.group, qkv.split(self.full_split, dim=1), [g], [beta])
-        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(taps), cu_seqlens, recompute_cache))
+        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(channel_weights), cu_seqlens, recompute_cache))
 
 
 class GatherFeatures(nn.Module):
-    """Gathers the features of all parts' patches."""
+    """Gathers the vision features of all ranks that share the micro-batch."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()
@@ -167,7 +168,7 @@ class GatherFeatures(nn.Module):
 
 
 class SumStats(nn.Module):
-    """Sums the routers' stats over the parts; backward is for the rank's own part."""
+    """Sums the routers' stats over the ranks; backward gives each the gradient of its own."""
 
     def __init__(self, group: dist.ProcessGroup):
         super().__init__()

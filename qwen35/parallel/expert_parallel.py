@@ -26,8 +26,8 @@ class ParallelExperts(nn.Module):
     ) -> Tensor:
         if recompute_cache is None or not recompute_cache.is_recomputing:
             return super().__call__(x, topk_ids, topk_weights, recompute_cache)
-        # The backward of this run comes next. FSDP2's hooks would reshard the weights in between
-        # and gather them again, and count this run as another one to prefetch for (torch < 2.13).
+        # Backward follows this recomputation at once. FSDP2's hooks would reshard the weights in
+        # between and gather them again, and record one more forward to prefetch for (torch < 2.13).
         assert isinstance(self, FSDPModule)
         self.unshard()
         return self.forward(x, topk_ids, topk_weights, recompute_cache)

@@ -1,4 +1,4 @@
-"""FSDP2: master weights fp32 and sharded, computed in bf16, gradients summed in fp32.
+"""FSDP2: sharded fp32 master weights, computation in bf16, gradients summed in fp32.
 
 Parameters that must not be rounded (A_log, dt_bias, the delta net's norm, the router) are
 replicated in fp32; their gradients are reduced in one flat all-reduce per step.
@@ -33,7 +33,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     FSDP units: each decoder layer and vision block, the rest of the vision tower, multi-token
     prediction if it is trained, and the embedding, final norm and head; with expert parallelism
     also each layer's experts. Gradients are summed over the ranks, not averaged: the loss is
-    normalised.
+    already normalised over all of them.
     """
     replicas = meshes.weights["replicate"]
     is_hybrid = replicas.size() > 1 and fsdp_has_sums()
@@ -44,8 +44,7 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
         ignored_params=set(replicated(model)),
     )
     if meshes.experts["ep"].size() > 1:
-        # shard along the second axis: a rank may own fewer experts than there are ranks to share
-        # them
+        # shard the second axis: a rank may own fewer experts than FSDP has ranks to shard them over
         mesh = meshes.experts["replicate", "fsdp"] if is_hybrid else meshes.experts["fsdp"]
         for experts in apply_expert_parallel(model, meshes.experts["ep"]):
             unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
@@ -65,10 +64,10 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
 
 
 def _prefetch(model: Qwen35) -> None:
-    """In forward, unshard the next unit before a unit computes: this overlaps even with host syncs.
+    """In forward, start to unshard the next unit before a unit computes, so that they overlap.
 
-    One more unit is unsharded meanwhile. In backward, at the memory peak, FSDP2's own prefetch of
-    one unit is enough.
+    A host sync in the unit would otherwise delay this. One more unit is unsharded meanwhile. In
+    backward, at the memory peak, FSDP2's own prefetch of one unit is enough.
     """
     tower = model.model.visual
     order = [tower, *tower.blocks, *model.model.language_model.layers, *([model.mtp] if hasattr(model, "mtp") else [])]
@@ -77,12 +76,12 @@ def _prefetch(model: Qwen35) -> None:
 
 
 def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
-    """Plain sums, which every backend has: HCCL lacks scaled sums, gloo averages."""
+    """Use plain sums, which every backend has: HCCL lacks scaled sums, and gloo lacks averages."""
     if fsdp_has_sums():
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         return
-    # torch 2.7's setter allows only scaled sums, and it always averages over replicas: set the
+    # torch 2.7's setter allows only scaled sums, and FSDP2 always averages over replicas: set the
     # field directly, and sum over replicas in a hook after the reduce-scatter
     group = module._get_fsdp_state()._fsdp_param_group
     if group is not None:
@@ -92,7 +91,7 @@ def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the unsharded weights that a forward without a backward leaves: those of the root."""
+    """Free the root's unsharded weights, which FSDP2 keeps after a forward without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -3,10 +3,10 @@
 With valid = (labels != -100), over the step's micro-batches on all ranks:
     default           mean over a micro-batch's valid tokens, then over the micro-batches
     per_sample_loss   mean over a sample's valid tokens, then over samples, then over micro-batches
-    per_token_loss    mean over all valid tokens of the step: the same however samples are split
+    per_token_loss    mean over all valid tokens of the step, however the samples are split
 Samples and micro-batches without valid tokens are left out of the means: a micro-batch of broken
 records does not dilute the others (transformers would divide zero by zero). Multi-token prediction
-has the same weights over its own labels. The load-balancing loss is a mean over the micro-batches
+weights its own labels by the same rule. The load-balancing loss is a mean over the micro-batches
 that hold more than padding.
 """
 
@@ -20,7 +20,7 @@ from qwen35.batch import IGNORE, MTPTargets, PackedBatch, mtp_labels
 
 
 def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
-    """-> [T] fp32 on the batch's device, to be divided by the step's `divisors`.
+    """-> [T] fp32 on the batch's device, to be divided by the sum of all ranks' `divisors`.
 
     Call it while the batch is still on the host.
     """
@@ -36,7 +36,7 @@ def token_weights(batch: PackedBatch, loss_type: str) -> Tensor:
 
 
 def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
-    """The targets of multi-token prediction for a batch on the host, weighted as the others."""
+    """The targets of multi-token prediction for a batch on the host, weighted as the labels are."""
     labels, is_end = mtp_labels(batch)
     weights = token_weights(dataclasses.replace(batch, labels=labels), loss_type)
     return MTPTargets(labels, weights, (labels != IGNORE).nonzero().squeeze(1), is_end)
@@ -45,7 +45,7 @@ def make_mtp_targets(batch: PackedBatch, loss_type: str) -> MTPTargets:
 def divisors(
     batches: Sequence[PackedBatch], all_mtp_targets: Sequence[MTPTargets | None], loss_type: str
 ) -> list[float]:
-    """This rank's share of what divides the next-token, multi-token, load-balancing losses."""
+    """This rank's addends to the divisors of the next-token, multi-token, load-balancing losses."""
     labels = [int((batch.labels != IGNORE).sum()) for batch in batches]
     mtp = [0 if targets is None else len(targets.label_positions) for targets in all_mtp_targets]
     has_tokens = [batch.is_pad is None or not bool(batch.is_pad.all()) for batch in batches]

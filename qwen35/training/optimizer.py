@@ -1,4 +1,4 @@
-"""The AdamW of a sharded model, the learning rate schedule, the global gradient norm."""
+"""AdamW for a sharded model, the learning rate schedule, the global gradient norm."""
 
 import math
 from typing import Any
@@ -15,17 +15,17 @@ from qwen35.training.parameter_groups import by_group, group_of
 
 
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
-    """AdamW over the trained parameters. Matrices decay; vectors (norms, biases, gates) do not.
+    """AdamW over the trained parameters; vectors (norms, biases, gates) have no weight decay.
 
-    The vision tower has groups of its own, "visual", which skip steps without images.
+    The vision tower has its own parameter groups ("visual": True), which skip steps without images.
     """
-    alike: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            alike.setdefault((group_of(name).startswith("visual"), p.ndim > 1), []).append(p)
+            by_kind.setdefault((group_of(name).startswith("visual"), p.ndim > 1), []).append(p)
     groups = [
-        {"params": parameters, "weight_decay": t.weight_decay if matrix else 0.0, "visual": visual}
-        for (visual, matrix), parameters in alike.items()
+        {"params": parameters, "weight_decay": t.weight_decay if is_matrix else 0.0, "visual": visual}
+        for (visual, is_matrix), parameters in by_kind.items()
     ]
     options: dict[str, Any] = {"lr": t.lr, "betas": (t.adam_beta1, t.adam_beta2), "eps": t.adam_eps}
     return (SwappedAdamW if t.optimizer == "adamw_swap" else AdamW)(groups, **options)
@@ -39,12 +39,12 @@ def learning_rate(step: int, t: TrainingSettings) -> float:
     if t.lr_decay_style == "constant":
         return t.lr
     done = (step - warmup) / max(1, t.train_iters - warmup)
-    share = 1 - done if t.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return t.min_lr + (t.lr - t.min_lr) * share
+    remaining = 1 - done if t.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return t.min_lr + (t.lr - t.min_lr) * remaining
 
 
 class GradientNorm:
-    """The gradient's norm over all ranks, in all and by parameter group, without a host sync."""
+    """The gradient's norm over all ranks, total and per parameter group, without a host sync."""
 
     def __init__(self, model: nn.Module, shard_group: dist.ProcessGroup):
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -23,14 +23,14 @@ WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
-UNUSED_LATER = ("text.initializer_range",)  # fields of a model's config that matter at its creation alone
+INIT_ONLY = ("text.initializer_range",)  # fields of a model's config that only the initial weights depend on
 START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
 
 
 def find_weights(settings: Settings) -> tuple[Path, bool]:
-    """-> the newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`; if it is HF.
+    """-> folder, is_hf: the newest whole checkpoint in `save`, else `load`, `init_from_hf_path`.
 
-    All ranks take what rank 0 finds, since another job may be saving into `load` at this moment.
+    All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
     Raises SettingError, CheckpointError.
     """
     choices: list[Any] = [None] * dist.get_world_size()
@@ -51,22 +51,22 @@ def _find_weights(settings: Settings) -> tuple[Path, bool]:
 
 
 def check_same_data(fingerprint: str) -> None:
-    """Each rank reads the data itself. Raises RunError on all unless all found the same samples."""
+    """Raises RunError on all ranks unless all, each reading the data, found the same samples."""
     fingerprints = [""] * dist.get_world_size()
     dist.all_gather_object(fingerprints, fingerprint)
     others = [str(rank) for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if others:
         raise RunError(
             f"rank{'s' * (len(others) > 1)} {', '.join(others)} found other samples than rank 0: the records, the images, "
-            "the processor or the tokenizer differ; on_bad_record: error names the first record that is missing"
+            "the processor or the tokenizer differ; set on_bad_record: error to see the first missing record"
         )
 
 
 def make_extra(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps besides weights: whatever decides the steps after it.
+    """The contents of a checkpoint's extra.json: what must not change for the run to go on.
 
-    With the same number of packed sequences per step, a step trains on the same ones, however they
-    are split over ranks and micro-steps.
+    As long as the number of packed sequences per step stays the same, a step trains on the same
+    ones, however they are split over ranks and micro-steps.
     """
     return {
         "bins_a_step": sequences_per_step(settings),
@@ -80,7 +80,7 @@ def make_extra(settings: Settings, config: ModelConfig, fingerprint: str, levels
 def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
     """What a checkpoint holds besides tensors, checked before the data is read.
 
-    Raises CheckpointError if it is damaged, SettingError if the settings do not go with it.
+    Raises CheckpointError if it is damaged, SettingError if these settings cannot continue it.
     """
     loaded = read_info(checkpoint)
     if not loaded.step:  # converted weights
@@ -96,7 +96,7 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
         if loaded.rank_extra is None:
             raise damaged(loaded.path, rank_file, "is missing: the random states of this rank")
         try:
-            restore_rng(loaded.rank_extra, device)  # a check: setup restores them once nothing draws any more
+            restore_rng(loaded.rank_extra, device)  # only a check: setup restores them after the last draw
         except BROKEN_STATES:
             raise damaged(loaded.path, rank_file, "does not hold the random states of a rank") from None
     if loaded.extra.get("mtp_num_layers") and not settings.model.mtp_num_layers:
@@ -129,7 +129,7 @@ def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Setting
         )
     for name, what in (("model", "with another config.json"), ("levels", "with another normalization of pixels")):
         was, now = _flat(loaded.extra.get(name, {})), _flat(extra[name])
-        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in UNUSED_LATER]
+        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in INIT_ONLY]
         if changed:
             raise SettingError(
                 f"{loaded.path} was trained {what} ({'; '.join(changed)}); undo the change, or {START_ANEW}"
@@ -145,27 +145,27 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sequences_per_step(settings: Settings) -> int:
-    """Packed sequences of all ranks and micro-steps."""
+    """Packed sequences of all ranks and micro-batches in one optimizer step."""
     t, data_size = settings.training, dist.get_world_size() // settings.parallel.ulysses_parallel_size
     return t.micro_batch_size * t.gradient_accumulation_steps * data_size
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:
-    """The settings that differ from those that the save folder's run had last."""
+    """The settings that differ from those with which the run in `folder` started last."""
     recipe = folder / "config.yaml"
     return difference(load_settings(recipe), settings) if recipe.is_file() else []
 
 
 def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
-    """With no step left to train: raises SettingError unless the folder holds these settings' run.
+    """Raises SettingError unless the folder holds the finished run of these settings.
 
-    A folder without a checkpoint holds none: training.load has all the steps already. Else rank 0
-    removes the checkpoints beyond save_total_limit, in case the run was stopped before it did.
+    Without a checkpoint it does not: training.load has done all the steps elsewhere. Otherwise rank
+    0 removes checkpoints beyond save_total_limit, in case the run was stopped before it did.
     """
     if newest_checkpoint(folder) is None:
         raise SettingError(
             f"training.load: {settings.training.load} has done {step} steps, and training.train_iters is "
-            f"{settings.training.train_iters}; raise that to go on from there, or {START_ANEW}"
+            f"{settings.training.train_iters}; raise it to go on from there, or {START_ANEW}"
         )
     if relevant := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""Validation between two steps: the loss, and exact match. The training does not depend on it."""
+"""Validation between two steps: loss and exact match. It does not affect the training."""
 
 import time
 from collections.abc import Callable
@@ -34,9 +34,9 @@ class Result:
     loss: float  # mean cross entropy over all tokens with a label, whatever the loss_type
     tokens: int  # number of these tokens
     mtp_loss: float | None  # the same for multi-token prediction; None: not trained
-    exact_match: float | None  # share of the records that are answered exactly right; None: not asked
+    exact_match: float | None  # fraction of the records answered exactly right; None: no val_generate
     bad_records: tuple[str, ...]  # messages about records that were left out
-    seconds: float  # duration
+    seconds: float
 
     def metrics(self) -> dict[str, Any]:
         values = {
@@ -51,7 +51,7 @@ class Result:
 
 
 class Validation:
-    """Every rank makes the same number of forward passes, so every collective has its peers."""
+    """All ranks make the same number of forward passes, so that their collectives match."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Validation:
         progress: Progress,
         train_set: DatasetParam | None = None,
     ):
-        """settings: `Settings.validation`; train_set: to report files that are trained on too.
+        """settings: `Settings.validation`; train_set: files in both sets are reported.
 
         Raises SettingError, RecordError.
         """
@@ -87,14 +87,14 @@ class Validation:
         dataset, t = self.set.dataset, self.settings.training
         skipped = f"; skipped {len(dataset.skipped):,}: {dataset.skipped}" if len(dataset.skipped) else ""
         truncated = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
-        asked = sum(map(len, self.groups))
-        too_long = " (none that is longer than cutoff_len)" if asked < len(dataset) else ""
+        answered = sum(map(len, self.groups))
+        too_long = " (not those longer than cutoff_len)" if answered < len(dataset) else ""
         sampling = "" if self.sampling == GREEDY else f" ({self.sampling})"
-        answered = f", {asked:,} of them answered{too_long}{sampling}" if t.val_generate else ""
+        generation = f", {answered:,} of them answered{too_long}{sampling}" if t.val_generate else ""
         shared = ", ".join(map(str, self.set.training_overlap))
         warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.warnings)
         return (
-            f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{answered}, "
+            f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{generation}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"
         )
 
@@ -136,7 +136,7 @@ class Validation:
         for i, batch in enumerate(self.set, 1):
             beat(f"micro-batch {i} of {len(self.set)}")
             mtp_targets = make_mtp_targets(batch, "per_token_loss") if self.settings.model.mtp_num_layers else None
-            if rank == 0:  # of the ranks that share packed sequences, one counts them
+            if rank == 0:  # only one of the ranks that share packed sequences counts them
                 tokens[0] += int((batch.labels != IGNORE).sum())
                 tokens[1] += len(mtp_targets.label_positions) if mtp_targets else 0
                 bad += batch.bad_records
@@ -151,7 +151,7 @@ class Validation:
         return torch.stack(sums).cpu().double().sum(0).tolist(), tokens, bad
 
     def _answers(self, model: Qwen35, beat: Callable[[str], None], bad: list[str]) -> tuple[int, int]:
-        """-> this rank's right answers, all its answers; adds messages on broken records to `bad`.
+        """-> this rank's right answers and all its answers; broken records are reported in `bad`.
 
         The ranks generate different numbers of tokens, so each has an unsharded copy of the model.
         """

@@ -182,7 +182,7 @@ def test_truncated_and_unanswered_records_are_counted(workplace, val_file):
     settings = load_settings(workplace / "recipe.yaml", words).validation
     text = report(settings)
     long = int((whole.lengths > limit).sum())
-    answered = f"{RECORDS - long} of them answered (none that is longer than cutoff_len)"
+    answered = f"{RECORDS - long} of them answered (not those longer than cutoff_len)"
     assert f"{RECORDS} samples, {answered}" in text and f"; cut {long} to cutoff_len" in text
     text = report(load_settings(workplace / "recipe.yaml", validating(val_file)).validation)
     assert f"{RECORDS} samples, {RECORDS} of them answered, " in text and "cut" not in text

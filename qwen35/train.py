@@ -63,7 +63,7 @@ from qwen35.training.resume import (
     sequences_per_step,
 )
 from qwen35.training.rng import restore_rng, rng_states, seed_all
-from qwen35.training.summary import closing, coming_steps, opening
+from qwen35.training.summary import end_message, start_message, steps_message
 from qwen35.training.validation import Validation
 
 # Collective timeouts exceed the watchdog's by this many seconds, so the watchdog reports first.
@@ -162,14 +162,14 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    logger.info(opening(settings, device, layout, model, table))
+    logger.info(start_message(settings, device, layout, model, table))
     ignored += [*micro_batches.size_warnings, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, f"weights from {weights}", micro_batches.report()]))
     if validation:
         logger.info(validation.report())
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
-        logger.info(coming_steps(settings, step, steps_per_epoch))
+        logger.info(steps_message(settings, step, steps_per_epoch))
     gradients = GradientNorm(model, meshes.weights["shard"].get_group())
     batches = iter(micro_batches)
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
@@ -335,7 +335,7 @@ def loop(run: Run, folder: Path) -> None:
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)
-    logger.info(closing(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
+    logger.info(end_message(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
 
 
 def main(argv: list[str] | None = None) -> int:

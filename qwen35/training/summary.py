@@ -13,7 +13,7 @@ from qwen35.training.resume import sequences_per_step
 from qwen35.wording import duration, number_of
 
 
-def opening(settings: Settings, device: torch.device, layout: object, model: nn.Module, table: str) -> str:
+def start_message(settings: Settings, device: torch.device, layout: object, model: nn.Module, table: str) -> str:
     """The devices, the arithmetic, and the table of a sharded model's parameters."""
     t, recompute = settings.training, settings.parallel.recompute
     recomputed: str = recompute if isinstance(recompute, str) else "on" if recompute else "off"
@@ -28,14 +28,14 @@ def opening(settings: Settings, device: torch.device, layout: object, model: nn.
     )
 
 
-def coming_steps(settings: Settings, done: int, steps_per_epoch: float) -> str:
+def steps_message(settings: Settings, done: int, steps_per_epoch: float) -> str:
     cutoff, last = settings.data.dataset_param.basic_parameters.cutoff_len, settings.training.train_iters
     sequences = number_of(sequences_per_step(settings), "packed sequence")
     epochs = f"{last / steps_per_epoch:,.2f} epochs in all, {steps_per_epoch:,.1f} steps each"
     return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {last}: {epochs}"
 
 
-def closing(settings: Settings, steps: range, seconds: float, saves: int, waited: float) -> str:
+def end_message(settings: Settings, steps: range, seconds: float, saves: int, waited: float) -> str:
     """What was done, how long it took, and what to do next.
 
     saves: number of checkpoints between steps, for which training waited so many seconds in all.

@@ -181,7 +181,7 @@ class Qwen35(nn.Module):
         return model
 
     def recompute(self, how: bool | str) -> None:
-        """Set LanguageModel.recompute; unless False, vision blocks save only their inputs too."""
+        """Set LanguageModel.recompute; unless False, vision blocks save only their inputs."""
         self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)
 
     @property

@@ -21,7 +21,7 @@ MEDIA_SUFFIXES = (
 PATH_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # the first Qwen-VL's form
 LONGEST_PATH = 300  # characters; a longer value is a text that happens to end like a file name
 MAX_FIELDS = 20  # that a message names
-OF_TURNS = ("role_tag", "content_tag")  # settings in attr that name a field of a turn, not of a record
+TURN_SETTINGS = ("role_tag", "content_tag")  # settings in attr that name a field of a turn, not of a record
 
 COUNTED = {  # kind of warning -> (noun, message for one, message for several)
     "empty": ("answer", "is empty", "are empty"),
@@ -141,7 +141,7 @@ class DataWarnings:
         entries = names.messages.any_of(raw)
         turns = [turn for turn in entries if isinstance(turn, Mapping)] if isinstance(entries, list) else []
         for setting, name in _by_setting(names).items():
-            objects = turns if setting in OF_TURNS else [raw]
+            objects = turns if setting in TURN_SETTINGS else [raw]
             if setting in self.unseen and any(map(name.has_own, objects)):
                 del self.unseen[setting]
         _collect(self.fields, [raw])
@@ -183,7 +183,7 @@ class DataWarnings:
 
     def missing_name(self, setting: str, data: str) -> str:
         """The message about a setting in attr whose field is still unseen after all of `data`."""
-        of_turns = setting in OF_TURNS
+        of_turns = setting in TURN_SETTINGS
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MAX_FIELDS]))
         what = "turn of a record" if of_turns else "record"
         return visible(

@@ -46,7 +46,7 @@ PREFERENCES = _refused(
     ),
 )
 FOR_ALL = "preprocess_parameters apply to all records"
-OF_RECORDS = _refused(
+REFUSED_IN_RECORDS = _refused(
     ("objects", "grounding is not supported; write the boxes into the texts", None),
     ("label kto_tag", "only records with good answers can be trained; leave the others out", True),
     ("mask", "loss_mask, a list with 1 or 0 for each turn, says which are trained", None),
@@ -59,7 +59,7 @@ OF_RECORDS = _refused(
     ("continue_final_message add_generation_prompt", "an answer is always trained from beginning to end", False),
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
 )
-OF_TURNS = _refused(
+REFUSED_IN_TURNS = _refused(
     ("function_call tool_call", "calls are read from tool_calls", None),
     ("reasoning thinking thought think", "thoughts are read from reasoning_content", None),
     ("refusal", "the text of a refusal belongs in the content", None),
@@ -70,12 +70,14 @@ OF_TURNS = _refused(
     ("audio audios", "audio is not supported", None),
     ("tools functions", "functions are read from the record's field tools", None),
 )
-OF_ITEMS = _refused(
+REFUSED_IN_ITEMS = _refused(
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
     ("start end start_time end_time", "a video is always used from start to end", None),
 )
-AROUND_CALLS = _refused(("arguments", "in a call with a function object they belong in that object", None))
-OF_CALLS = _refused(("parameters params input args kwargs", "the arguments of a call are read from arguments", None))
+REFUSED_AROUND_CALLS = _refused(("arguments", "in a call with a function object they belong in that object", None))
+REFUSED_IN_CALLS = _refused(
+    ("parameters params input args kwargs", "the arguments of a call are read from arguments", None)
+)
 
 DESCRIPTION = _harmless(
     identity="id idx index uid uuid hash title question_id sample_id conversation_id prompt_id message_id turn_id parent_id",
@@ -84,14 +86,16 @@ DESCRIPTION = _harmless(
     quality="score scores quality rating",
     size="width height image_size num_turns num_tokens token_count tokens",
 )
-IN_RECORDS = DESCRIPTION | _harmless(
+HARMLESS_IN_RECORDS = DESCRIPTION | _harmless(
     reinforcement_learning="solution ground_truth reward reward_model margin",
     name_of_a_loss_curve="channel",
     api_response="parallel_tool_calls",
 )
-IN_TURNS = DESCRIPTION | _harmless(not_in_the_chat_template="name", api_response="type annotations cache_control")
-IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
-IN_CALLS = _harmless(identity="id index type")
+HARMLESS_IN_TURNS = DESCRIPTION | _harmless(
+    not_in_the_chat_template="name", api_response="type annotations cache_control"
+)
+HARMLESS_IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
+HARMLESS_IN_CALLS = _harmless(identity="id index type")
 
 # A field of any other name is an error if it contains one of these words: loss_masks, isTrainable.
 INSTRUCTION = re.compile(
@@ -212,7 +216,7 @@ class FieldNames:
     content: Names
     roles: Mapping[str, Role]
     calls: frozenset[str] = frozenset()  # roles whose content is a tool call
-    refused: Refused = field(default_factory=lambda: OF_RECORDS | PREFERENCES)  # of records
+    refused: Refused = field(default_factory=lambda: REFUSED_IN_RECORDS | PREFERENCES)  # of records
     not_read: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()  # attr.ignore
 
@@ -235,11 +239,13 @@ class FieldNames:
     @cached_property
     def of_record(self) -> Fields:
         named = (self.messages, self.images, self.videos, self.tools, self.system)
-        return _fields(named, ("loss_mask",), IN_RECORDS, self.refused, self.not_read)
+        return _fields(named, ("loss_mask",), HARMLESS_IN_RECORDS, self.refused, self.not_read)
 
     @cached_property
     def of_turn(self) -> Fields:
-        return _fields((self.role, self.content), (*BESIDE_CONTENT, *LOSS_FIELDS), IN_TURNS, OF_TURNS, frozenset())
+        return _fields(
+            (self.role, self.content), (*BESIDE_CONTENT, *LOSS_FIELDS), HARMLESS_IN_TURNS, REFUSED_IN_TURNS, frozenset()
+        )
 
     def needs_value(self, name: str) -> bool:
         """Whether the value of a record's field matters; of other fields only the name is used."""
@@ -266,7 +272,7 @@ class FieldNames:
             Names(attr.content_tag, ("content", "value")),
             USUAL_ROLES | calls | {tag: role for tag, role in own if tag},
             frozenset(calls) - {tag for tag, _ in own if tag} | {*([attr.function_tag] if attr.function_tag else [])},
-            OF_RECORDS if attr.messages else OF_RECORDS | PREFERENCES,
+            REFUSED_IN_RECORDS if attr.messages else REFUSED_IN_RECORDS | PREFERENCES,
             frozenset(PREFERENCES if attr.messages else ()),
             frozenset(attr.ignore),
         )
@@ -291,7 +297,7 @@ class FieldNames:
             Names(None, ("from",)),
             Names(None, ("value",)),
             {"human": "user", "gpt": "assistant"},
-            refused=OF_RECORDS | PREFERENCES | others,
+            refused=REFUSED_IN_RECORDS | PREFERENCES | others,
         )
 
 

@@ -1,7 +1,7 @@
-"""Which fields of a record are read (by the names in attr, or the usual ones); what others mean.
+"""Which fields of a record are read, under the names in attr or the usual ones; what others mean.
 
-Any field may say what should be trained. So each is read, known to be harmless, refused, or counted
-as unread; none is dropped in silence.
+A field that is not read might say what to train. So every field is either read, known to be
+harmless, refused with an error, or counted as unread; none is dropped silently.
 """
 
 import re
@@ -24,13 +24,13 @@ BESIDE_CONTENT = ("reasoning_content", "tool_calls", "tool_call_id")  # other fi
 SIZE_LIMITS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
-# Field -> (what to do, the harmless value). A refused field is an error unless it is empty, or has
-# the value that changes nothing.
+# Field -> (what the user should do, the value that changes nothing). A field listed here is an
+# error unless it is empty or has that value.
 Refused = dict[str, tuple[str, Any]]
 
 
 def _refused(*rows: tuple[str, str, Any]) -> Refused:
-    """rows: (names, what to do, harmless value)."""
+    """rows: (names separated by spaces, what the user should do, harmless value)."""
     return {name: (todo, harmless) for names, todo, harmless in rows for name in names.split()}
 
 
@@ -160,7 +160,7 @@ class Names:
     usual: tuple[str, ...]
 
     def find(self, raw: Mapping[str, Any], source: str) -> tuple[str, Any] | None:
-        """(name, value) of the field, or None. Raises RecordError if the object has several."""
+        """(name, value) of the field, or None. Raises RecordError if several names have a value."""
         if self.own is not None and (value := _inside(raw, self.own)) is not None:
             return self.own, value
         found = None
@@ -174,7 +174,7 @@ class Names:
         return found
 
     def all_names(self) -> Iterator[str]:
-        """All names, and of a dotted one also the parts."""
+        """All names; for a dotted one also its parts."""
         yield from self.usual
         if self.own is not None:
             yield from (self.own, *self.own.split("."))
@@ -254,7 +254,7 @@ class FieldNames:
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
         """Raises SettingError."""
-        own: tuple[tuple[str | None, Role], ...] = (
+        tags: tuple[tuple[str | None, Role], ...] = (
             (attr.system_tag, "system"),
             (attr.user_tag, "user"),
             (attr.assistant_tag, "assistant"),
@@ -270,8 +270,8 @@ class FieldNames:
             Names(attr.system, ("system",)),
             Names(attr.role_tag, ("role", "from")),
             Names(attr.content_tag, ("content", "value")),
-            USUAL_ROLES | calls | {tag: role for tag, role in own if tag},
-            frozenset(calls) - {tag for tag, _ in own if tag} | {*([attr.function_tag] if attr.function_tag else [])},
+            USUAL_ROLES | calls | {tag: role for tag, role in tags if tag},
+            frozenset(calls) - {tag for tag, _ in tags if tag} | {*([attr.function_tag] if attr.function_tag else [])},
             REFUSED_IN_RECORDS if attr.messages else REFUSED_IN_RECORDS | PREFERENCES,
             frozenset(PREFERENCES if attr.messages else ()),
             frozenset(attr.ignore),
@@ -304,6 +304,7 @@ class FieldNames:
 def _fields(
     named: tuple[Names, ...], read: Iterable[str], harmless: frozenset[str], refused: Refused, not_read: frozenset[str]
 ) -> Fields:
+    """named: fields that attr may rename; read: fields that have one fixed name."""
     around = frozenset(part for names in named if names.own for part in names.own.split(".")[:-1])
     known = harmless.union(*(names.all_names() for names in named)) - around
     refused_inside = refused | dict.fromkeys(read, ("it is not read inside another field", None))

@@ -50,7 +50,7 @@ class Job:
             signal.signal(number, self.request_stop)
 
     def run(self, environments: dict[int, dict[str, str]], failures: Path, timeout: float | None) -> Failure | None:
-        """Start all ranks and wait for them. failures: an empty folder for the reasons of failures."""
+        """Start all ranks and wait for them. failures: an empty folder for their failures."""
         watchdog = Watchdog(environments, timeout)
         self.processes = {}
         for rank, environment in environments.items():

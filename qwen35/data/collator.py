@@ -30,7 +30,7 @@ def vision_spec(folder: str | Path) -> VisionSpec:
     where, vision = f"{folder}/config.json", config.get("vision_config")
     if not isinstance(vision, dict):
         raise SettingError(f"{where}: has no vision_config; is it a Qwen3.5 model?")
-    side = math.isqrt(_number(vision, "num_position_embeddings", where))
+    side = math.isqrt(_number(vision, "num_position_embeddings", where))  # of their square grid
     image, video = (_number(config, name, where) for name in ("image_token_id", "video_token_id"))
     return VisionSpec(image, video, _number(vision, "spatial_merge_size", where), side)
 

@@ -64,7 +64,7 @@ class MicroBatches:
         weighted = f" {weights}" if set(weights) != {1} else ""
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
         self.fingerprint = self.dataset.fingerprint(order)  # two runs with the same one have the same micro-batches
-        self.levels = self._levels()
+        self.normalization = self._normalization()
         self.size_warnings = self._size_warnings(settings)
         first = mixture.epoch(0)
         if not len(first):
@@ -80,7 +80,7 @@ class MicroBatches:
         self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
 
-    def _levels(self) -> dict[str, dict[str, Any]]:
+    def _normalization(self) -> dict[str, dict[str, Any]]:
         """How pixels are normalised, which the fingerprint of the tokens does not cover."""
         dataset, preparation = self.dataset, self.dataset.preparation
         formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))

@@ -124,7 +124,7 @@ def readable(stacks: str) -> str:
     relevant = [
         part for part in stacks.split("\n\n") if "Current thread" in part or "/qwen35/" in part or "worker " in part
     ]
-    text = re.sub(r"hread 0x[0-9a-f]+", "hread", "\n".join(relevant)).strip()
+    text = re.sub(r"hread 0x[0-9a-f]+", "hread", "\n".join(relevant)).strip()  # Thread, thread
     return re.sub(rf'File "(?:{re.escape(str(Path.cwd()))}/|[^"]*/site-packages/)', 'File "', text)
 
 

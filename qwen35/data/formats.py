@@ -51,8 +51,7 @@ def read_records(
     """The first `limit` records of a file, in order.
 
     answered: each must end with an assistant turn. skip: called with the error of each unusable
-    record, which is left out; None: the first is raised. warnings: collects what is odd about the
-    records that are used.
+    record, which is left out; None: the first is raised. warnings: collects those on used records.
     """
     names = FieldNames.of(attr)
     values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
@@ -117,8 +116,8 @@ def _with_visuals(
 ) -> tuple[tuple[Turn, ...], int]:
     """The turns with their images and videos, and how many placeholders are plain text.
 
-    record_visuals: those in the record's own fields, by placeholder. `<image>` in
-    a string is a placeholder only if the record has images; in a content list it is always text.
+    record_visuals: those in the record's own fields, by placeholder. `<image>` in a string
+    is a placeholder only if the record has images; in a content list it is always text.
     Raises RecordError.
     """
     parts: list[Any] = [part for turn in turns if type(turn.content) is tuple for part in turn.content]

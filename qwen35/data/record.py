@@ -46,9 +46,7 @@ Part = str | Visual
 class ToolCall:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    id: str | None = field(
-        default=None, compare=False
-    )  # matches responses to calls; the chat template does not write it
+    id: str | None = field(default=None, compare=False)  # responses name it; the chat template does not write it
 
 
 @dataclass(frozen=True)

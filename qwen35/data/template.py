@@ -239,9 +239,7 @@ def _calls(calls: Sequence[ToolCall], content: str) -> str:
 
 
 def _argument(value: Any) -> str:
-    return (
-        _json(value) if isinstance(value, dict | list) else str(value)
-    )  # like the template, which writes True and None, not JSON
+    return _json(value) if isinstance(value, dict | list) else str(value)  # True and None, as the template writes
 
 
 def _json(value: Any) -> str:

@@ -22,15 +22,15 @@ $(foreach v,$(given),$(eval override export $v := $$(value $v)))
 install: ## .venv with the exact pins for this machine
 #: ARCH DEVICE PYTHON CANN_PATH CANN_VERSION TORCH_NPU TORCH_INDEX DRY_RUN
 #> make install DEVICE=npu CANN_VERSION=9.1 DRY_RUN=1
-doctor: ## is all as it should be here? every line is ok, or wrong with what to do
+doctor: ## checks machine, recipe and data; each line is ok, or says what is wrong and what to do
 #: CONFIG ARGS="settings"
 #> make doctor CONFIG=configs/qwen3_5_4B.yaml
-accept: ## the first thing on a real machine: does it compute what it should, and how fast? one report
+accept: ## first on a machine with NPUs: does it compute what it should, and how fast? writes one report
 #: NPUS_PER_NODE ASCEND_RT_VISIBLE_DEVICES ARGS="options"
 #> make accept ARGS="--only operators layers"
 
 ##@ Weights
-download: ## a model from a hub, every file checked; goes on where it was stopped
+download: ## a model from a hub, every file checked; resumes where it was stopped
 #: MODEL=<name on the hub> SOURCE OUT=ckpt/hf_path/<name> ARGS="options"
 #> make download MODEL=Qwen/Qwen3.5-4B SOURCE=modelscope
 convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
@@ -53,7 +53,7 @@ rehearse: ## one step on a virtual cluster of NPUs: does it fit, and what does i
 preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing
 #: as for finetune
 #> HOSTS=machines.txt make preflight CONFIG=configs/qwen3_5_27B.yaml
-finetune: ## train; alone: a tiny model learns to read digits, from nothing to a score
+finetune: ## train; without variables, a tiny model learns to read digits, from nothing to a score
 #: CONFIG NPUS_PER_NODE ARGS="settings" DRY_RUN
 #: NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT, or HOSTS HOSTS_DIR SSH
 #> make finetune CONFIG=configs/qwen3_5_4B.yaml ARGS="training.train_iters=20 training.lr=2e-5"
@@ -70,13 +70,13 @@ evaluate: ## ask a model about held-out records, and count the right answers
 #> make evaluate MODEL=runs/qwen3_5_4B/hf DATA=data/heldout.json ARGS="--dataset_dir data/COCO2017"
 
 ##@ Prove
-test: ## all tests, on a CPU, those of test-npu among them
+test: ## all tests, on a CPU, including those of test-npu
 #: ARGS="options of pytest"
 #> make test ARGS="-m quick"
-test-npu: ## what can be proved of the NPU code without an NPU: the real torch_npu on stand-ins for CANN
+test-npu: ## the NPU code, as far as it can be tested without an NPU: the real torch_npu on stand-ins for CANN
 #: TORCH ARGS="options of pytest"
 #> make test-npu TORCH=2.10.0
-test-versions: ## the tests on other versions of what they stand on
+test-versions: ## the tests on other versions of transformers, torch and Python
 #: TRANSFORMERS TORCH PYTHON TORCH_INDEX ARGS="options of pytest"
 #> make test-versions TORCH=2.7.1
 bench: ## speed and memory beside transformers' model and bare matmuls, as ratios
@@ -86,7 +86,7 @@ bench: ## speed and memory beside transformers' model and bare matmuls, as ratio
 ##@ Develop
 help: ## this list
 lint: ## ruff, mypy, shellcheck, hadolint
-docs: ## write docs/settings.md and docs/environment.md anew
+docs: ## generate docs/settings.md and docs/environment.md
 clean: ## remove what the tools and the tiny recipe made; .venv stays
 
 help:

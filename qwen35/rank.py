@@ -1,4 +1,4 @@
-"""The program of a rank: its settings, its end, and the reason it leaves for its launcher."""
+"""What every program of a rank does: read its settings, and tell the launcher why it failed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, complain, one_line
 from qwen35.log import set_up_logging
 
-FAILURE_FILE = "QWEN35_FAILURE_FILE"  # the file in which a failing rank leaves its reason
+FAILURE_FILE = "QWEN35_FAILURE_FILE"  # the file in which a failing rank writes the reason
 RESTART = "QWEN35_RESTART"  # how often the ranks have been restarted
 
 
@@ -33,7 +33,7 @@ def leave(code: int) -> NoReturn:
 
 
 def record_failure(error: BaseException, is_user_error: bool) -> bool:
-    """In a failing process: leave the reason for the launcher. False if that is not possible."""
+    """In a failing process: write the reason for the launcher. False if that is not possible."""
     if FAILURE_FILE not in os.environ:
         return False
     reason = {
@@ -59,7 +59,7 @@ def run_rank(
     argv: Sequence[str] | None,
     *user_errors: type[Exception],
 ) -> int:
-    """Call `work` with the settings of the command line. user_errors: further user errors.
+    """Call `work` with the settings of the command line. user_errors: further user error types.
 
     If several ranks fail, the launcher prints the reason of the first; no rank prints its own.
     """

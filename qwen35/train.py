@@ -138,7 +138,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         val, train_set = settings.validation, settings.data.dataset_param
         validation = Validation(val, meshes, device, DTYPES[t.dtype], on_records, train_set) if val else None
     heartbeat.at("comparing the data with the other ranks'")
-    fingerprint = f"{micro_batches.fingerprint} {micro_batches.levels}"
+    fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
     heartbeat.at("sharding the model")
     before = parameter_table(model)
@@ -157,7 +157,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     del open_folder
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     micro_batches.start_at(step)
-    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.levels)
+    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.normalization)
     if checkpoint and step:
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:

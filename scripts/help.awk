@@ -26,7 +26,7 @@ match($0, /^: "\$\{[A-Za-z0-9_]+:=.*\}"$/) { # : "${NAME:=default}"
 }
 /^#> / { print "                     e.g. " substr($0, 4) }
 END {
-    print "\nNAME=value is the default, a NAME alone has none or is found out; env.sh explains each variable.\n" \
+    print "\nNAME=value is the default, a NAME alone has no default or is detected; env.sh explains each variable.\n" \
         "ARGS=\"settings\" are settings of the recipe, ARGS=\"training.lr=2e-5\" (docs/settings.md);\n" \
         "ARGS=\"options\" are more options of the command, which ARGS=--help lists.\n" \
         "`bash scripts/X.sh --help` explains command X."

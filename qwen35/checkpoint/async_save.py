@@ -24,9 +24,9 @@ class Saver:
 
     background: a thread of each rank writes from a copy in host memory, and training waits only for
     the copy. The threads have a process group of their own, so their collectives never mix with
-    those of training. One save runs at a time, and reuses the memory of the copy before.
+    those of training. One save runs at a time, and reuses the memory of the previous copy.
 
-    limit: how many complete checkpoints are kept; older ones are removed once one is complete.
+    limit: how many complete checkpoints are kept; older ones go once a new one is complete.
 
     Used as a context manager, it waits for a running save however the block ends.
     """
@@ -42,8 +42,8 @@ class Saver:
     ):
         self.folder, self.model, self.optimizer, self.limit = folder, model, optimizer, limit
         self.background = background
-        self.saves = 0  # without the last one, after which no step follows
-        self.stalled = 0.0  # seconds that training waited for them
+        self.saves = 0  # except the final one, after which no step follows
+        self.stalled = 0.0  # seconds that training waited for these saves
         self._group = host_group(timeout) if background and dist.is_initialized() else None
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         self._host_copies: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ class Saver:
         return time.perf_counter() - start if running else 0.0
 
     def save(self, step: int, extra: Mapping[str, Any], rank_extra: Mapping[str, Any], is_last: bool = False) -> float:
-        """Save `iter_<step>`. Returns the seconds that it waited for the save before it.
+        """Save `iter_<step>`. Returns the seconds that it waited for the previous save.
 
         is_last: save in the foreground and without a copy, since no step follows. Raises
         CheckpointError.
@@ -118,6 +118,6 @@ class Saver:
         self._thread.shutdown(wait=False)
         if error is None:
             self.check()
-        elif self._is_first:  # print errors of saves, which nothing else would report
+        elif self._is_first:  # nothing else would report the errors of saves
             for failure in filter(None, (job.exception() for job in self._jobs)):
                 complain(failure)

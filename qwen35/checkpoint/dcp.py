@@ -40,7 +40,7 @@ class CheckpointInfo:
     world_size: int  # of the run that wrote it
     has_optimizer: bool
     extra: dict[str, Any]  # the same for all ranks; {} for converted weights
-    rank_extra: dict[str, Any] | None  # this rank's; None if it was not saved, or by another world size
+    rank_extra: dict[str, Any] | None  # this rank's; None if none was saved, or with another world size
 
 
 def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def _read_extra(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> dic
         return dict(decode(content).items())
     except CheckpointError:
         raise
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):  # RecursionError too
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):  # RecursionError is a RuntimeError
         raise damaged(checkpoint, name, "is damaged") from None
 
 
@@ -146,15 +146,15 @@ def load_checkpoint(
     called with the bytes read. Raises one CheckpointError for all names and shapes that do not fit.
     """
     checkpoint = resolve_load(path)
-    loaded = read_info(checkpoint, group)
+    info = read_info(checkpoint, group)
     parameters = named_parameters(model)
     source = open_matching_checkpoint(model, checkpoint)
     if HEAD not in parameters:
         check_tied(source, checkpoint)
-    if optimizer is not None and loaded.has_optimizer:
+    if optimizer is not None and info.has_optimizer:
         _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
     fill(parameters, FiniteSource(source, checkpoint), progress)
-    return loaded
+    return info
 
 
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
@@ -176,7 +176,7 @@ def _load_optimizer(
     states: DCPSource,
     progress: Callable[[int], object] | None,
 ) -> None:
-    """Replace the optimizer's state; parameters without any in the checkpoint lose theirs."""
+    """Replace the optimizer's state; parameters with none in the checkpoint end up with none."""
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     mismatch = Mismatch()
     fresh: dict[str, dict[str, Tensor]] = {}
@@ -197,8 +197,8 @@ def _load_optimizer(
         elif spec.shape != tuple(parameter.shape):
             mismatch.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
         else:
-            make = host_buffer if group.get("on_host") else partial(torch.zeros_like, requires_grad=False)
-            fresh.setdefault(name, {})[key] = make(parameter, dtype=spec.dtype)
+            allocate = host_buffer if group.get("on_host") else partial(torch.zeros_like, requires_grad=False)
+            fresh.setdefault(name, {})[key] = allocate(parameter, dtype=spec.dtype)
     mismatch.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
     for name, values in fresh.items():
         fill({f"{key}.{name}": tensor for key, tensor in values.items() if tensor.dim()}, states, progress)

@@ -1,4 +1,4 @@
-"""Writing DCP checkpoints, on all ranks together."""
+"""Writes DCP checkpoints; all ranks take part."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def write_checkpoint(
                 write_latest(folder, step)
 
         run_sharing_errors(finish, group, failure)
-    except BaseException:  # KeyboardInterrupt too: remove what is useless, the disk may be full
+    except BaseException:  # KeyboardInterrupt too: a partial checkpoint is useless, and the disk may be full
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
             if is_new and not any(folder.iterdir()):
@@ -82,7 +82,7 @@ def write_checkpoint(
 
 
 class ShardPlanner(DefaultSavePlanner):
-    """Plans to write this rank's shards; one of the ranks that share a shard writes it."""
+    """Plans to write this rank's shards; if several ranks have the same, DCP picks the writer."""
 
     def __init__(self, shards: Mapping[str, LocalShard]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -112,7 +112,7 @@ def _item(name: str, spec: TensorSpec, region: TensorSlice) -> WriteItem:
 
 
 class StreamWriter(dcp.FileSystemWriter):
-    """Writes DCP's files tensor by tensor; DCP's own writer keeps all tensors of a file."""
+    """Writes DCP's files tensor by tensor; DCP's own holds all tensors of a file in memory."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
@@ -143,10 +143,10 @@ def _dcp_save(folder: Path, planner: SavePlanner, group: dist.ProcessGroup | Non
         with warnings.catch_warnings():  # only here, where no other thread runs: filters are process-wide
             warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
             save()
-    except CheckpointException as failed:  # a BaseException
+    except CheckpointException as failed:  # which is a BaseException
         errors = [error for error, _ in failed.failures.values()]
         if not all(isinstance(error, (OSError, CheckpointError)) for error in errors):
-            raise  # not the user's mistake, such as a killed DataLoader worker; a restart may help
+            raise  # not for the user to fix, e.g. a DataLoader worker was killed; a restart may help
         reasons = sorted({_reason(error) for error in errors})
         raise CheckpointError(f"{folder.with_suffix('')} cannot be written: {'; '.join(reasons)}") from failed
 
@@ -157,7 +157,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | None, what: str) -> None:
+def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | None, headline: str) -> None:
     """Run an action on every rank; if it fails on any, all raise the same CheckpointError."""
     message: str | None = None
     cause: Exception | None = None
@@ -166,7 +166,7 @@ def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | Non
     except CheckpointError as error:
         message, cause = str(error), error
     except (OSError, TypeError) as error:
-        message, cause = f"{what}: {_reason(error)}", error
+        message, cause = f"{headline}: {_reason(error)}", error
     messages = [message]
     if dist.is_initialized():
         messages = [None] * dist.get_world_size(group)

@@ -57,7 +57,7 @@ class TensorMapping:
 def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[TensorMapping]:
     """Map the parameter `name` to its tensors on disk, in a layout or among a folder's names.
 
-    Everything but experts that are stored one by one is a single tensor of the same name.
+    Only experts stored one by one are several tensors; all else is one tensor of the same name.
     """
     match = STACKED.fullmatch(name)
     if match is None or not _is_per_expert(name, match, layout):
@@ -115,10 +115,10 @@ def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, 
 
 
 def missing_mtp_hint(wanted: Iterable[str], stored: Iterable[str]) -> list[str]:
-    """What to add to a list of missing tensors if the checkpoint has no multi-token prediction."""
+    """A hint for the list of missing tensors if all those of multi-token prediction are missing."""
     if not any(n.startswith("mtp.") for n in wanted) or any(n.startswith("mtp.") for n in stored):
         return []
-    why = "it holds no mtp.*, which transformers leaves out when it saves, and a run without model.mtp_num_layers: 1"
+    why = "it holds no mtp.*, which transformers and runs without model.mtp_num_layers: 1 do not save"
     return [f"{why}; start from a published checkpoint, or set model.mtp_num_layers: 0"]
 
 

@@ -1,4 +1,4 @@
-"""Writing Hugging Face checkpoints, like a source folder or fresh, and reading them back."""
+"""Writes Hugging Face checkpoints, like a source folder or from scratch, and verifies the files."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSource, Te
 from qwen35.checkpoint.threads import share_out
 from qwen35.errors import one_line
 
-EXPORT_MANIFEST = ".qwen35.json"  # in every folder written here, which may therefore be replaced
+EXPORT_MANIFEST = ".qwen35.json"  # marks the folders written here, which may therefore be replaced
 
 Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, region) -> values of any float dtype
 Progress = Callable[[int], object]  # called with the bytes of each piece
@@ -46,7 +46,7 @@ def save_hf(
     """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
 
     Values are cast to the source's dtypes. Two kinds of tensors may be absent from the state:
-    `mtp.*`, which is copied from the source, and a `lm_head.weight` stored despite tied weights,
+    `mtp.*`, which is copied from the source, and an `lm_head.weight` stored despite tied weights,
     for which the embedding is written. Config, tokenizer, processor, chat template and other small
     files are copied.
 
@@ -160,7 +160,7 @@ class _ShardFile:
         return data.nbytes
 
     def check(self) -> None:
-        """Flush the file and read it back; every byte must be as intended."""
+        """Flush the file and read it back. Raises CheckpointError if a byte differs."""
         folders.flush(self.path)
         entries = read_header(self.path).entries
         for name, region, position in self.pieces:
@@ -169,7 +169,7 @@ class _ShardFile:
 
 
 def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
-    """Write safetensors files; the thread that finishes one reads it back."""
+    """Write safetensors files; the thread that writes the last piece of one reads it back."""
 
     def write(_: int, items: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
         for file, (name, region, position) in items:
@@ -226,18 +226,18 @@ def _other_files(source: HFFolder) -> list[Path]:
     Only the hub's cache may have such links, from snapshots/… to blobs.
     """
     root, files = source.folder.resolve(), []
-    cache = [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
+    hub_blobs = [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
     for path in sorted(source.folder.rglob("*")):
         relative = path.relative_to(source.folder)
-        weights = path.suffix in {".safetensors", *OTHER_WEIGHTS} or path.name.endswith(".bin.index.json")
-        if any(part.startswith(".") for part in relative.parts) or weights or not path.is_file():
+        is_weights = path.suffix in {".safetensors", *OTHER_WEIGHTS} or path.name.endswith(".bin.index.json")
+        if any(part.startswith(".") for part in relative.parts) or is_weights or not path.is_file():
             continue
         if str(relative) == WEIGHTS_INDEX and not source.has_index:
             continue
         target = path.resolve()
-        if not any(target.is_relative_to(allowed) for allowed in (root, *cache)):
+        if not any(target.is_relative_to(allowed) for allowed in (root, *hub_blobs)):
             raise CheckpointError(
-                f"{path}: a link out of the model folder, to {target}, which an export would copy; put the file itself there"
+                f"{path}: a link out of the model folder, to {target}, which an export would copy; replace it by the file"
             )
         files.append(path)
     return files

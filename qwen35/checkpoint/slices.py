@@ -57,6 +57,7 @@ class TensorSlice:
         return TensorSlice(tuple(a - o for a, o in zip(self.offsets, origin, strict=True)), self.lengths)
 
     def __and__(self, other: "TensorSlice") -> "TensorSlice | None":
+        """The intersection; None if it is empty."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = (min(a.stop, b.stop) for a, b in zip(self.slices(), other.slices(), strict=True))
         lengths = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))

@@ -1,4 +1,4 @@
-"""Samples to a PackedBatch: packed sequences of exactly cutoff_len tokens, patches in buckets.
+"""Collates samples: packed sequences of exactly cutoff_len tokens, patches in buckets.
 
 Also checks that model, tokenizer and processors fit each other before any batch is made.
 """
@@ -30,7 +30,7 @@ def vision_spec(folder: str | Path) -> VisionSpec:
     where, vision = f"{folder}/config.json", config.get("vision_config")
     if not isinstance(vision, dict):
         raise SettingError(f"{where}: has no vision_config; is it a Qwen3.5 model?")
-    side = math.isqrt(_number(vision, "num_position_embeddings", where))
+    side = math.isqrt(_number(vision, "num_position_embeddings", where))  # of their square grid
     image, video = (_number(config, name, where) for name in ("image_token_id", "video_token_id"))
     return VisionSpec(image, video, _number(vision, "spatial_merge_size", where), side)
 
@@ -44,8 +44,8 @@ def _number(values: dict[str, Any], name: str, where: str, default: int | None =
     return value
 
 
-def check_agreement(folder: str | Path, other: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
-    """Raises SettingError if `folder`'s model does not fit `other`'s tokenizer and processors."""
+def check_agreement(folder: str | Path, tokenizer_dir: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
+    """Raises SettingError if the model does not fit the tokenizer and processors."""
     tokenizer = preparation.tokenizer
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
     for token, ours, name, theirs in (
@@ -53,7 +53,9 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
         (VIDEO_PAD, tokenizer.video_id, "video_token_id", spec.video_token_id),
     ):
         if ours not in (None, theirs):
-            raise SettingError(f"{token} is token {ours} in {other}/tokenizer.json, but {name} is {theirs} in {where}")
+            raise SettingError(
+                f"{token} is token {ours} in {tokenizer_dir}/tokenizer.json, but {name} is {theirs} in {where}"
+            )
     token, last = tokenizer.last()
     text = config.get("text_config", {})
     if not isinstance(text, dict):
@@ -61,11 +63,11 @@ def check_agreement(folder: str | Path, other: str | Path, preparation: Preparat
     vocab_size = _number(text, "vocab_size", where, last + 1)
     if last >= vocab_size:
         raise SettingError(
-            f"{token} is token {last} in {other}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
+            f"{token} is token {last} in {tokenizer_dir}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
         )
     vision = config["vision_config"]
     for processor, names in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
-        _, source = read_processor(other, *names)
+        _, source = read_processor(tokenizer_dir, *names)
         for name, model_name, ours in (
             ("merge_size", "spatial_merge_size", processor.merge),
             ("patch_size", "patch_size", processor.patch),
@@ -97,9 +99,9 @@ def collate(
 ) -> PackedBatch:
     """Packed sequences -> a batch of T = len(packed) * cutoff_len tokens, with all derived fields.
 
-    A sequence of pad tokens fills up each packed one: no labels, positions from 0, `is_pad` set. A
-    dummy image of zeros, to which no token refers, fills up the patches to a multiple of
-    patch_bucket. patch_dim: needed if the first packed sequence is empty.
+    Each packed sequence is filled up by a sequence of pad tokens: no labels, positions from 0,
+    `is_pad` set. The patches are filled up to a multiple of patch_bucket by a dummy image of zeros,
+    to which no token refers. patch_dim: needed if the first packed sequence is empty.
     """
     samples: list[Sample] = []
     pads: list[bool] = []

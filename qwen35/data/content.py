@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.data import strict_json
-from qwen35.data.fields import AROUND_CALLS, IN_CALLS, IN_ITEMS, IN_RECORDS, OF_CALLS, OF_ITEMS, Fields, is_nothing
+from qwen35.data.fields import (
+    HARMLESS_IN_CALLS,
+    HARMLESS_IN_ITEMS,
+    HARMLESS_IN_RECORDS,
+    REFUSED_AROUND_CALLS,
+    REFUSED_IN_CALLS,
+    REFUSED_IN_ITEMS,
+    Fields,
+    is_nothing,
+)
 from qwen35.data.folder import ImageFolder
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
 from qwen35.data.strict_json import LossyJSONError
@@ -15,11 +24,15 @@ from qwen35.data.strict_json import LossyJSONError
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
 MEDIA = ("image", "image_url", "video", "video_url")  # types of content items other than text
 EXTRA = {"text": (), "image": ("url", "path"), "video": ("url", "path", "sample_fps")}  # further fields of each type
-ITEM = {name: Fields(IN_ITEMS | {"type", "text", *MEDIA, *extra}, OF_ITEMS) for name, extra in EXTRA.items()}
-IMAGE = Fields(IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, OF_ITEMS)
-VIDEO = Fields(IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, OF_ITEMS)
-CALL = Fields(IN_CALLS | {"name", "arguments"}, OF_CALLS)
-AROUND_CALL = Fields(IN_CALLS | {"function"}, OF_CALLS | AROUND_CALLS)  # the OpenAI API's object around a call
+ITEM = {
+    name: Fields(HARMLESS_IN_ITEMS | {"type", "text", *MEDIA, *extra}, REFUSED_IN_ITEMS)
+    for name, extra in EXTRA.items()
+}
+IMAGE = Fields(HARMLESS_IN_RECORDS | {"bytes", "path", "url", "image", "detail", "format"}, REFUSED_IN_ITEMS)
+VIDEO = Fields(HARMLESS_IN_RECORDS | {"frames", "video", "path", "url", "sample_fps"}, REFUSED_IN_ITEMS)
+CALL = Fields(HARMLESS_IN_CALLS | {"name", "arguments"}, REFUSED_IN_CALLS)
+# the OpenAI API's object around a call
+AROUND_CALL = Fields(HARMLESS_IN_CALLS | {"function"}, REFUSED_IN_CALLS | REFUSED_AROUND_CALLS)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ MEDIA_SUFFIXES = (
 PATH_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # the first Qwen-VL's form
 LONGEST_PATH = 300  # characters; a longer value is a text that happens to end like a file name
 MAX_FIELDS = 20  # that a message names
-OF_TURNS = ("role_tag", "content_tag")  # settings in attr that name a field of a turn, not of a record
+TURN_SETTINGS = ("role_tag", "content_tag")  # those in attr that name a field of a turn, not of a record
 
 COUNTED = {  # kind of warning -> (noun, message for one, message for several)
     "empty": ("answer", "is empty", "are empty"),
@@ -88,7 +88,7 @@ def check_record(
 
 
 def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
-    """Whether an unread field names an image or video. In `id` that is common, and no sign."""
+    """Whether an unread field names an image or video. In `id` that is common and means nothing."""
     if type(value) is list and value:
         value = value[0]
     if type(value) is not str or not value[-5:].lower().endswith(MEDIA_SUFFIXES):
@@ -112,7 +112,7 @@ class DataWarnings:
 
     @classmethod
     def expecting(cls, attr: Attr) -> "DataWarnings":
-        """Before any record is read: all fields that attr names, but the usual ones, are unseen."""
+        """Before any record is read: all fields that attr names are unseen, but the usual ones."""
         names = _by_setting(FieldNames.of(attr))
         return cls({setting: own for setting, name in names.items() if (own := name.unusual())})
 
@@ -141,7 +141,7 @@ class DataWarnings:
         entries = names.messages.any_of(raw)
         turns = [turn for turn in entries if isinstance(turn, Mapping)] if isinstance(entries, list) else []
         for setting, name in _by_setting(names).items():
-            objects = turns if setting in OF_TURNS else [raw]
+            objects = turns if setting in TURN_SETTINGS else [raw]
             if setting in self.unseen and any(map(name.has_own, objects)):
                 del self.unseen[setting]
         _collect(self.fields, [raw])
@@ -159,7 +159,7 @@ class DataWarnings:
             self.first_unread_visual = self.first_unread_visual or record.source
 
     def count(self, kind: str, count: int, source: str) -> None:
-        """Add to a kind in COUNTED what one record has of it."""
+        """Add what one record counts of a kind in COUNTED."""
         _add_count(self.counts, kind, count, source)
 
     def lines(self, advice: str = "name their field in attr.images (or .videos)") -> list[str]:
@@ -183,7 +183,7 @@ class DataWarnings:
 
     def missing_name(self, setting: str, data: str) -> str:
         """The message about a setting in attr whose field is still unseen after all of `data`."""
-        of_turns = setting in OF_TURNS
+        of_turns = setting in TURN_SETTINGS
         fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MAX_FIELDS]))
         what = "turn of a record" if of_turns else "record"
         return visible(
@@ -206,7 +206,7 @@ def _collect(fields: list[str], objects: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _field_path(where: str, name: str) -> str:
-    """One path for all turns, items and calls: `messages[].content[].name`."""
+    """The field without indices, the same for all turns and items: `messages[].content[].name`."""
     return re.sub(r"\[\d+\]", "[]", f"{where}.{name}").removeprefix(".").removeprefix(", ")
 
 

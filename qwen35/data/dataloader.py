@@ -63,8 +63,8 @@ class MicroBatches:
         self.samples = len(self.dataset)
         weighted = f" {weights}" if set(weights) != {1} else ""
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
-        self.fingerprint = self.dataset.fingerprint(order)  # equal if every micro-batch of a run is equal
-        self.levels = self._levels()
+        self.fingerprint = self.dataset.fingerprint(order)  # two runs with the same one have the same micro-batches
+        self.normalization = self._normalization()
         self.size_warnings = self._size_warnings(settings)
         first = mixture.epoch(0)
         if not len(first):
@@ -80,7 +80,7 @@ class MicroBatches:
         self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
 
-    def _levels(self) -> dict[str, dict[str, Any]]:
+    def _normalization(self) -> dict[str, dict[str, Any]]:
         """How pixels are normalised, which the fingerprint of the tokens does not cover."""
         dataset, preparation = self.dataset, self.dataset.preparation
         formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))
@@ -95,7 +95,7 @@ class MicroBatches:
             ignored_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
             ignored_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
         )
-        advice = "; preprocess_parameters apply here, but a server of the export uses that file: set both alike"
+        advice = "; preprocess_parameters apply here, but a server of the exported model uses that file: set both to the same"
         return [f"{line}{advice}" for line in lines if line]
 
     def start_at(self, step: int) -> None:
@@ -103,7 +103,7 @@ class MicroBatches:
         self._sampler = replace(self._sampler, start=step * self._micro_steps)
 
     def report(self) -> str:
-        """For the start of a run: the data in a line, then lines on what is left out or odd."""
+        """For the start of a run: a line on the data, then on what is left out and odd."""
         files = number_of(len(self.dataset.files), "file")
         skipped = self.dataset.skipped
         lines = [f"skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}"] if len(skipped) else []
@@ -130,7 +130,7 @@ class MicroBatches:
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
-    """A line that says how many samples of each file a weighted epoch has."""
+    """A line of the report: how many samples of each file a weighted epoch has."""
     ends = np.cumsum(dataset.sizes)
     counts = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
     shares = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(counts, dataset.files, strict=True))
@@ -186,9 +186,9 @@ class _MicroBatchSampler:
 
 @dataclass(frozen=True)
 class DecodedBatches:
-    """Sample indices, by packed sequence -> PackedBatch; what a worker runs.
+    """What a worker runs: the sample indices of each packed sequence -> PackedBatch.
 
-    With `on_bad_record: skip` padding takes the place of a sample whose image cannot be decoded.
+    With `on_bad_record: skip`, padding replaces a sample whose image cannot be decoded.
     """
 
     dataset: Dataset

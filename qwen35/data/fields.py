@@ -1,7 +1,7 @@
-"""Which fields of a record are read (by the names in attr, or the usual ones); what others mean.
+"""Which fields of a record are read, under the names in attr or the usual ones; what others mean.
 
-Any field may say what should be trained. So each is read, known to be harmless, refused, or counted
-as unread; none is dropped in silence.
+A field that is not read might say what to train. So every field is either read, known to be
+harmless, refused with an error, or counted as unread; none is dropped silently.
 """
 
 import re
@@ -24,13 +24,13 @@ BESIDE_CONTENT = ("reasoning_content", "tool_calls", "tool_call_id")  # other fi
 SIZE_LIMITS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
-# Field -> (what to do, the harmless value). A refused field is an error unless it is empty, or has
-# the value that changes nothing.
+# Field -> (what the user should do, the value that changes nothing). A field listed here is an
+# error unless it is empty or has that value.
 Refused = dict[str, tuple[str, Any]]
 
 
 def _refused(*rows: tuple[str, str, Any]) -> Refused:
-    """rows: (names, what to do, harmless value)."""
+    """rows: (names separated by spaces, what the user should do, harmless value)."""
     return {name: (todo, harmless) for names, todo, harmless in rows for name in names.split()}
 
 
@@ -46,7 +46,7 @@ PREFERENCES = _refused(
     ),
 )
 FOR_ALL = "preprocess_parameters apply to all records"
-OF_RECORDS = _refused(
+REFUSED_IN_RECORDS = _refused(
     ("objects", "grounding is not supported; write the boxes into the texts", None),
     ("label kto_tag", "only records with good answers can be trained; leave the others out", True),
     ("mask", "loss_mask, a list with 1 or 0 for each turn, says which are trained", None),
@@ -59,7 +59,7 @@ OF_RECORDS = _refused(
     ("continue_final_message add_generation_prompt", "an answer is always trained from beginning to end", False),
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
 )
-OF_TURNS = _refused(
+REFUSED_IN_TURNS = _refused(
     ("function_call tool_call", "calls are read from tool_calls", None),
     ("reasoning thinking thought think", "thoughts are read from reasoning_content", None),
     ("refusal", "the text of a refusal belongs in the content", None),
@@ -70,12 +70,14 @@ OF_TURNS = _refused(
     ("audio audios", "audio is not supported", None),
     ("tools functions", "functions are read from the record's field tools", None),
 )
-OF_ITEMS = _refused(
+REFUSED_IN_ITEMS = _refused(
     (" ".join(SIZE_LIMITS + VIDEO_LIMITS), FOR_ALL, None),
     ("start end start_time end_time", "a video is always used from start to end", None),
 )
-AROUND_CALLS = _refused(("arguments", "in a call with a function object they belong in that object", None))
-OF_CALLS = _refused(("parameters params input args kwargs", "the arguments of a call are read from arguments", None))
+REFUSED_AROUND_CALLS = _refused(("arguments", "in a call with a function object they belong in that object", None))
+REFUSED_IN_CALLS = _refused(
+    ("parameters params input args kwargs", "the arguments of a call are read from arguments", None)
+)
 
 DESCRIPTION = _harmless(
     identity="id idx index uid uuid hash title question_id sample_id conversation_id prompt_id message_id turn_id parent_id",
@@ -84,14 +86,16 @@ DESCRIPTION = _harmless(
     quality="score scores quality rating",
     size="width height image_size num_turns num_tokens token_count tokens",
 )
-IN_RECORDS = DESCRIPTION | _harmless(
+HARMLESS_IN_RECORDS = DESCRIPTION | _harmless(
     reinforcement_learning="solution ground_truth reward reward_model margin",
     name_of_a_loss_curve="channel",
     api_response="parallel_tool_calls",
 )
-IN_TURNS = DESCRIPTION | _harmless(not_in_the_chat_template="name", api_response="type annotations cache_control")
-IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
-IN_CALLS = _harmless(identity="id index type")
+HARMLESS_IN_TURNS = DESCRIPTION | _harmless(
+    not_in_the_chat_template="name", api_response="type annotations cache_control"
+)
+HARMLESS_IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
+HARMLESS_IN_CALLS = _harmless(identity="id index type")
 
 # A field of any other name is an error if it contains one of these words: loss_masks, isTrainable.
 INSTRUCTION = re.compile(
@@ -156,7 +160,7 @@ class Names:
     usual: tuple[str, ...]
 
     def find(self, raw: Mapping[str, Any], source: str) -> tuple[str, Any] | None:
-        """(name, value) of the field, or None. Raises RecordError if the object has several."""
+        """(name, value) of the field, or None. Raises RecordError if several names have a value."""
         if self.own is not None and (value := _inside(raw, self.own)) is not None:
             return self.own, value
         found = None
@@ -170,7 +174,7 @@ class Names:
         return found
 
     def all_names(self) -> Iterator[str]:
-        """All names, and of a dotted one also the parts."""
+        """All names; for a dotted one also its parts."""
         yield from self.usual
         if self.own is not None:
             yield from (self.own, *self.own.split("."))
@@ -212,7 +216,7 @@ class FieldNames:
     content: Names
     roles: Mapping[str, Role]
     calls: frozenset[str] = frozenset()  # roles whose content is a tool call
-    refused: Refused = field(default_factory=lambda: OF_RECORDS | PREFERENCES)  # of records
+    refused: Refused = field(default_factory=lambda: REFUSED_IN_RECORDS | PREFERENCES)  # of records
     not_read: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()  # attr.ignore
 
@@ -235,11 +239,13 @@ class FieldNames:
     @cached_property
     def of_record(self) -> Fields:
         named = (self.messages, self.images, self.videos, self.tools, self.system)
-        return _fields(named, ("loss_mask",), IN_RECORDS, self.refused, self.not_read)
+        return _fields(named, ("loss_mask",), HARMLESS_IN_RECORDS, self.refused, self.not_read)
 
     @cached_property
     def of_turn(self) -> Fields:
-        return _fields((self.role, self.content), (*BESIDE_CONTENT, *LOSS_FIELDS), IN_TURNS, OF_TURNS, frozenset())
+        return _fields(
+            (self.role, self.content), (*BESIDE_CONTENT, *LOSS_FIELDS), HARMLESS_IN_TURNS, REFUSED_IN_TURNS, frozenset()
+        )
 
     def needs_value(self, name: str) -> bool:
         """Whether the value of a record's field matters; of other fields only the name is used."""
@@ -248,7 +254,7 @@ class FieldNames:
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
         """Raises SettingError."""
-        own: tuple[tuple[str | None, Role], ...] = (
+        tags: tuple[tuple[str | None, Role], ...] = (
             (attr.system_tag, "system"),
             (attr.user_tag, "user"),
             (attr.assistant_tag, "assistant"),
@@ -264,9 +270,9 @@ class FieldNames:
             Names(attr.system, ("system",)),
             Names(attr.role_tag, ("role", "from")),
             Names(attr.content_tag, ("content", "value")),
-            USUAL_ROLES | calls | {tag: role for tag, role in own if tag},
-            frozenset(calls) - {tag for tag, _ in own if tag} | {*([attr.function_tag] if attr.function_tag else [])},
-            OF_RECORDS if attr.messages else OF_RECORDS | PREFERENCES,
+            USUAL_ROLES | calls | {tag: role for tag, role in tags if tag},
+            frozenset(calls) - {tag for tag, _ in tags if tag} | {*([attr.function_tag] if attr.function_tag else [])},
+            REFUSED_IN_RECORDS if attr.messages else REFUSED_IN_RECORDS | PREFERENCES,
             frozenset(PREFERENCES if attr.messages else ()),
             frozenset(attr.ignore),
         )
@@ -291,13 +297,14 @@ class FieldNames:
             Names(None, ("from",)),
             Names(None, ("value",)),
             {"human": "user", "gpt": "assistant"},
-            refused=OF_RECORDS | PREFERENCES | others,
+            refused=REFUSED_IN_RECORDS | PREFERENCES | others,
         )
 
 
 def _fields(
     named: tuple[Names, ...], read: Iterable[str], harmless: frozenset[str], refused: Refused, not_read: frozenset[str]
 ) -> Fields:
+    """named: fields that attr may rename; read: fields that have one fixed name."""
     around = frozenset(part for names in named if names.own for part in names.own.split(".")[:-1])
     known = harmless.union(*(names.all_names() for names in named)) - around
     refused_inside = refused | dict.fromkeys(read, ("it is not read inside another field", None))

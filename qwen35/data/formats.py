@@ -51,7 +51,7 @@ def read_records(
     """The first `limit` records of a file, in order.
 
     answered: each must end with an assistant turn. skip: called with the error of each unusable
-    record, which is left out; None: the first is raised. warnings: collects those of the others.
+    record, which is left out; None: the first is raised. warnings: collects those on used records.
     """
     names = FieldNames.of(attr)
     values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
@@ -90,14 +90,14 @@ def parse_record(
             "turns in attr.messages"
         )
     field, entries = found
-    here = f"{source}, {field}"
+    turns_source = f"{source}, {field}"
     loss_mask = None if "loss_mask" in names.ignored else raw.get("loss_mask")
-    parsed, reordered = parse_turns(entries, here, names, parser, loss_mask, answered)
+    parsed, reordered = parse_turns(entries, turns_source, names, parser, loss_mask, answered)
     visuals: dict[str, list[Visual]] = {IMAGE_PLACEHOLDER: [], VIDEO_PLACEHOLDER: []}
     for placeholder, field_names in ((IMAGE_PLACEHOLDER, names.images), (VIDEO_PLACEHOLDER, names.videos)):
         if found := field_names.find(raw, source):
             visuals[placeholder] = parser.visuals(found[1], f"{source}, {found[0]}", placeholder == VIDEO_PLACEHOLDER)
-    turns, literal = _with_visuals(parsed, visuals, here)
+    turns, literal = _with_visuals(parsed, visuals, turns_source)
     turns = _with_system(raw, source, names, turns)
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
@@ -105,27 +105,27 @@ def parse_record(
     candidates = [n for n in (warnings.unread_visuals if warnings else ()) if n not in names.of_record.known]
     if literal and candidates:
         raise RecordError(
-            f"{here}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
+            f"{turns_source}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
             "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
     return record, warnings
 
 
 def _with_visuals(
-    turns: Sequence[Turn], of_record: Mapping[str, list[Visual]], where: str
+    turns: Sequence[Turn], record_visuals: Mapping[str, list[Visual]], where: str
 ) -> tuple[tuple[Turn, ...], int]:
     """The turns with their images and videos, and how many placeholders are plain text.
 
-    of_record: the images and videos in the record's own fields, by their placeholder. `<image>` in
-    a string is a placeholder only if the record has images; in a content list it is always text.
+    record_visuals: those in the record's own fields, by placeholder. `<image>` in a string
+    is a placeholder only if the record has images; in a content list it is always text.
     Raises RecordError.
     """
     parts: list[Any] = [part for turn in turns if type(turn.content) is tuple for part in turn.content]
     remaining: dict[str, Iterator[Visual]] = {}
-    if parts or any(of_record.values()):
+    if parts or any(record_visuals.values()):
         contents = [turn.content for turn in turns if turn.role in VISUAL_ROLES]
         plain = "\n".join([content for content in contents if isinstance(content, str)])
-        for placeholder, visuals in of_record.items():
+        for placeholder, visuals in record_visuals.items():
             in_content = sum(isinstance(part, Video if placeholder == VIDEO_PLACEHOLDER else Path) for part in parts)
             empty_items = parts.count(Placeholder(placeholder))
             if visuals or in_content or empty_items:
@@ -149,16 +149,16 @@ def _with_visuals(
     return tuple(filled), literal
 
 
-def _check_placeholders(placeholder: str, placeholders: int, of_record: int, in_content: int, where: str) -> None:
+def _check_placeholders(placeholder: str, placeholders: int, in_fields: int, in_content: int, where: str) -> None:
     """Raises RecordError unless each image (or video) has a placeholder, all given in one way."""
-    if placeholders == of_record + in_content and not (of_record and in_content):
+    if placeholders == in_fields + in_content and not (in_fields and in_content):
         return
     what, kind_of_error = placeholder[1:-1], f"with {placeholder} that do not match the {placeholder[1:-1]}s"
-    if of_record and in_content:
+    if in_fields and in_content:
         raise RecordError(
             f"{where}: has {what}s in content lists and in a field of the record; keep one", kind_of_error
         )
-    count = of_record + in_content
+    count = in_fields + in_content
     if count and not placeholders:
         raise RecordError(
             f"{where}: {number_of(count, what)} but no {placeholder} in the user and tool turns; "
@@ -166,15 +166,15 @@ def _check_placeholders(placeholder: str, placeholders: int, of_record: int, in_
             kind_of_error,
         )
     message = f"{placeholders} {placeholder} in the user and tool turns, but {number_of(count, what)}"
-    if what == "video" and placeholders == 1 and of_record > 1:
-        message += "; the frames of one video are a list in the list: [[frame, frame, …]]"
+    if what == "video" and placeholders == 1 and in_fields > 1:
+        message += "; write the frames of one video as a list inside the list: [[frame, frame, …]]"
     if count and placeholders > count:
         message += "; one that is plain text belongs in a content list"
     raise RecordError(f"{where}: {message}", kind_of_error)
 
 
 def _with_system(raw: dict[str, Any], source: str, names: FieldNames, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """ShareGPT has the system prompt in a field beside the turns."""
+    """Put the system prompt before the turns; ShareGPT has it in a field of the record."""
     found = names.system.find(raw, source)
     if found is None or is_nothing(found[1]):
         return turns

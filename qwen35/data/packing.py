@@ -8,17 +8,18 @@ from itertools import count, islice
 
 import numpy as np
 
-POOL = 128  # samples among which a bin chooses, if they are shuffled
-OPEN_BINS = 64  # bins that a sample may still go into, if they are not
+POOL = 128  # samples from which a bin is filled, if they are shuffled
+OPEN_BINS = 64  # the newest bins, which a sample may still join, if they are not
 
 
 def pack_epoch(lengths: np.ndarray, cutoff_len: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
     """lengths [N] -> bins of sample indices: each sample in one bin, no bin over cutoff_len tokens.
 
-    Shuffled, a pool of samples is drawn in random order. A bin takes the next one, or the pool's
-    longest if that fills more than half a bin and so is hard to place, then those of the pool that
-    fill it best; at last the bins are shuffled. Else the order is kept, and each sample goes into
-    the first open bin that has room. Raises ValueError for a sample longer than a bin.
+    shuffle: samples enter a pool in random order. Each bin starts with the pool's oldest sample, or
+    with its longest if that fills more than half a bin and so is hard to place, and then takes the
+    subset of the pool that fills it best. Finally the bins are shuffled. Without shuffle the order
+    is kept, and each sample goes into the first open bin that has room.
+    Raises ValueError for a sample longer than a bin.
     """
     if len(lengths) and lengths.max() > cutoff_len:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a bin of {cutoff_len}")
@@ -53,12 +54,12 @@ def _fullest_subset(lengths: list[int], space: int) -> list[int]:
         sums.append(sums[-1] | (sums[-1] << length) & mask)
         if sums[-1] >> space:
             break
-    left = sums[-1].bit_length() - 1
+    total = sums[-1].bit_length() - 1
     chosen = []
     for i in range(len(sums) - 2, -1, -1):
-        if not sums[i] >> left & 1:
+        if not sums[i] >> total & 1:
             chosen.append(i)
-            left -= lengths[i]
+            total -= lengths[i]
     return chosen
 
 
@@ -87,10 +88,10 @@ class PackedSequences:
         shuffle: bool = True,
         members: Callable[[int], np.ndarray] | None = None,
     ):
-        """members(epoch): samples of an epoch, some repeated or left out; None: each once."""
+        """members(epoch): the samples of an epoch, some repeated or left out; None: each once."""
         self.lengths, self.cutoff_len, self.seed, self.shuffle = lengths, cutoff_len, seed, shuffle
         self._members = members
-        self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last; epoch 0 is used twice
+        self._last: tuple[int, list[list[int]]] | None = None  # the epoch packed last, as epoch 0 is asked for twice
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The packed sequences of an epoch, each a list of samples."""
@@ -104,10 +105,10 @@ class PackedSequences:
         return [members[samples].tolist() for samples in bins]
 
     def micro_batches(self, rank: int, world_size: int, size: int, start: int = 0) -> Iterator[list[list[int]]]:
-        """A rank's endless micro-batches of `size` packed sequences each, from number `start` on.
+        """A rank's endless micro-batches, each of `size` packed sequences, from number `start` on.
 
-        Micro-batch m of a run (each micro-step counts) takes on rank r the packed sequences from
-        (m * world_size + r) * size on.
+        Micro-batches are counted over all micro-steps of a run. Number m takes, on rank r, the
+        `size` packed sequences from (m * world_size + r) * size on.
         """
         epoch, first, packed = 0, 0, self.epoch(0)  # first: the number of the epoch's first packed sequence
         for micro_batch in count(start):

@@ -46,7 +46,7 @@ Part = str | Visual
 class ToolCall:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    id: str | None = field(default=None, compare=False)  # for responses; the chat template does not write it
+    id: str | None = field(default=None, compare=False)  # responses name it; the chat template does not write it
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def content_of(parts: Iterable[Part]) -> str | tuple[Part, ...]:
 
 
 def with_visuals(text: str, visuals: Mapping[str, Iterator[Visual]]) -> str | tuple[Part, ...]:
-    """The content of a text, each placeholder in `visuals` replaced by the next of its visuals.
+    """Replace each placeholder in a text that is a key of `visuals` by its next image or video.
 
-    The caller checks that there are enough; placeholders that are not in `visuals` stay text.
+    The caller makes sure that there are enough. Other placeholders stay text.
     """
     return content_of(next(visuals[part]) if part in visuals else part for part in PLACEHOLDER.split(text) if part)
 

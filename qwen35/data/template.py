@@ -46,10 +46,10 @@ class Piece:
     trained: bool = False
     # "text": plain text, which never becomes a control token, whatever it spells. "control": one
     # control token. "image": becomes a start token, image tokens and an end token. "video": becomes
-    # for each pair of frames its time as text, then the same.
+    # such a group for each pair of frames, with the pair's time as text before it.
     kind: Literal["text", "control", "image", "video"] = "text"
     fresh: bool = False  # generation would begin here, so no token may span the boundary before it
-    answer: bool = False  # the assistant's own words, in which special tokens are tokens
+    answer: bool = False  # the assistant's own words, in which spelled-out special tokens become tokens
 
 
 def render(pieces: Sequence[Piece]) -> str:
@@ -64,7 +64,7 @@ def training_pieces(
     train_on_prompt: bool = False,
     mask_history: bool = False,
 ) -> list[Piece]:
-    """The whole conversation.
+    """The pieces of a whole conversation, each marked as trained or not.
 
     enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, which are
     those after the user's last question; False drops them. train_on_prompt: also train the text of
@@ -84,7 +84,7 @@ def training_pieces(
             pieces += _answer(record, i, template, trained[i], drop_thought, is_history=i <= last_query)
         elif turn.role == "tool":
             pieces += _tool_response(record.turns, i, trained[i])
-        elif turn.role == "user" or not record.tools:
+        elif turn.role == "user" or not record.tools:  # with tools, _tools_turn has written the system turn
             pieces += [*_header(turn.role), *_body(turn, trained[i], template == "qwen3_5"), *_end(trained[i])]
     return pieces
 
@@ -239,7 +239,7 @@ def _calls(calls: Sequence[ToolCall], content: str) -> str:
 
 
 def _argument(value: Any) -> str:
-    return _json(value) if isinstance(value, dict | list) else str(value)  # the template, too, writes True and None
+    return _json(value) if isinstance(value, dict | list) else str(value)  # True and None, as the template writes
 
 
 def _json(value: Any) -> str:
@@ -260,7 +260,7 @@ def _answer(
         opening = "<think>\n" if thought else EMPTY_THOUGHT
     answer = content + _calls(turn.tool_calls, content)
     content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
-    # Without an opening the answer occurs only as history, where its context is tokenised with it.
+    # An answer without an opening is history only, tokenised together with what precedes it.
     fresh = trained and bool(opening)
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]
 

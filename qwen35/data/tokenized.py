@@ -1,4 +1,4 @@
-"""Tokenises the records of a file once, and keeps the samples in cache_dir where one is set.
+"""Tokenises the records of a file once, and keeps the samples in cache_dir if that is set.
 
 Images and videos are only measured here; their pixels are decoded when a batch needs them.
 """
@@ -38,7 +38,7 @@ CODE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # cached samples depend
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised
 LONGEST_NAME = 200  # characters of an image's path in a message
 POLL_INTERVAL = 0.1  # seconds between looks for the entry that another process makes
-Progress = Callable[[str, int], object]  # called with what is being read, and how many more records were
+Progress = Callable[[str, int], object]  # called with (what is being read, records read since the last call)
 
 
 def silent(what: str, records: int) -> None:
@@ -50,8 +50,8 @@ class TokenisedSample:
     ids: np.ndarray  # [T] int32
     loss_mask: np.ndarray  # [T] bool: whether token t is a target
     grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
-    spelled: Spelled = field(default_factory=dict)  # special tokens in its text
-    extents: list[Extent] = field(default_factory=list)  # of each image or video
+    spelled: Spelled = field(default_factory=dict)  # special tokens that its text spells out
+    extents: list[Extent] = field(default_factory=list)  # how many tokens each image or video takes
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class FileSamples:
     grids: Tensor  # [M, 3] int64 of all images and videos
     image_offsets: Tensor  # [N+1] int64: sample i has grids image_offsets[i]:image_offsets[i+1]
     sources: list[str]  # of each record, for messages
-    visuals: list[str | dict[str, Any]]  # [M] by visual_to_json
-    records: int  # number of records read: N and those left out
+    visuals: list[str | dict[str, Any]]  # [M], each as visual_to_json writes it
+    records: int  # records read: the N samples and those left out
     skipped: Skipped
     warnings: DataWarnings
     special_tokens: SpecialTokens
@@ -81,7 +81,7 @@ class Preparation:
     basic: BasicParameters
     attr: Attr
     videos: VideoProcessor
-    chat_template: ChatTemplate | None = None  # of the model folder, to compare ours with
+    chat_template: ChatTemplate | None = None  # the model folder's, with which our rendering is compared
 
     @classmethod
     def of(cls, settings: Settings) -> "Preparation":
@@ -159,18 +159,18 @@ def reference_template(folder: str | Path, basic: BasicParameters) -> ChatTempla
 
 def _visual_error(record: Record, visual: Visual, error: ImageError) -> RecordError:
     if isinstance(visual, Video):
-        which = f"video {record.videos.index(visual) + 1} of {len(record.videos)}"
+        position = f"video {record.videos.index(visual) + 1} of {len(record.videos)}"
         file = visual.source if isinstance(visual.source, Path) else visual.source[0]
     else:
-        which, file = f"image {record.images.index(visual) + 1} of {len(record.images)}", visual
-    return record.error(f"{which}, {shortened(str(visual), LONGEST_NAME)}: {error}", error.kind, str(file))
+        position, file = f"image {record.images.index(visual) + 1} of {len(record.images)}", visual
+    return record.error(f"{position}, {shortened(str(visual), LONGEST_NAME)}: {error}", error.kind, str(file))
 
 
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:
     """The samples of the first `limit` records of a file, from cache_dir if they are there.
 
     One process of a machine makes them and writes the entry; the others wait until it is there, or
-    take over if that process ends without it.
+    take over if that process ends without writing it.
     """
     progress(str(file), 0)
     if preparation.basic.cache_dir is None:
@@ -193,7 +193,7 @@ def load_samples(file: Path, preparation: Preparation, limit: int | None, progre
 
 
 def _load_entry(entry: Path) -> FileSamples | None:
-    """The samples of a cache entry. One that is truncated, damaged or outdated is removed: None."""
+    """The samples of an entry, or None; an entry that is damaged or outdated is removed."""
     if not entry.is_file():
         return None
     try:
@@ -202,7 +202,7 @@ def _load_entry(entry: Path) -> FileSamples | None:
             return samples
     except (SafetensorError, ValueError):  # ValueError: the digest does not match
         pass
-    entry.unlink(missing_ok=True)  # at once: a file of this name is from now on another process's new one
+    entry.unlink(missing_ok=True)  # now: later, a file of this name may be another process's new entry
     return None
 
 
@@ -228,15 +228,15 @@ def tokenised(
 
 
 def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
-    below = f", dataset_dir is {dataset_dir}" if error.kind.endswith(" missing") else ""
-    raise RecordError(f"{error}{below}; on_bad_record: skip leaves such records out", error.kind, error.image) from None
+    hint = f", dataset_dir is {dataset_dir}" if error.kind.endswith(" missing") else ""
+    raise RecordError(f"{error}{hint}; on_bad_record: skip leaves such records out", error.kind, error.image) from None
 
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:
     """Read and tokenise a file. Raises RecordError for an unusable record, unless it is skipped."""
     ids, loss_mask = bytearray(), bytearray()  # joining a list of arrays would take twice the memory
     grids, sources, visuals = [], [], []
-    lengths, counts = [0], [0]
+    lengths, visual_counts = [0], [0]
     skipped, warnings, special_tokens = Skipped(), DataWarnings.expecting(preparation.attr), SpecialTokens()
 
     def add_skipped(error: RecordError) -> None:
@@ -250,7 +250,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         loss_mask += sample.loss_mask.data
         lengths.append(len(sample.ids))
         grids += sample.grids
-        counts.append(len(sample.grids))
+        visual_counts.append(len(sample.grids))
         sources.append(record.source)
         special_tokens.add(record.source, sample.spelled)
         visuals += [visual_to_json(*pair) for pair in zip(record.visuals, sample.extents, strict=True)]
@@ -260,7 +260,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         torch.frombuffer(loss_mask, dtype=torch.bool) if ids else torch.zeros(0, dtype=torch.bool),
         torch.tensor(lengths).cumsum(0),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-        torch.tensor(counts).cumsum(0),
+        torch.tensor(visual_counts).cumsum(0),
         sources,
         visuals,
         len(sources) + len(skipped),
@@ -270,12 +270,13 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
     )
 
 
-TENSORS = {name: name for name in ("ids", "offsets", "grids", "image_offsets")} | {"loss_mask": "trained"}  # -> keys
-NAMES = ("file", "sources", "visuals", "records")
+# what a cache entry holds of FileSamples: tensors (field -> key in the file), and fields as JSON
+TENSORS = {name: name for name in ("ids", "offsets", "grids", "image_offsets")} | {"loss_mask": "trained"}
+JSON_FIELDS = ("file", "sources", "visuals", "records")
 
 
 def visual_to_json(visual: Visual, extent: Extent) -> str | dict[str, Any]:
-    """A plain value from which visual_from_json makes the image's path or the Video again."""
+    """A JSON value, from which visual_from_json makes the image's path or the Video again."""
     if not isinstance(visual, Video) or isinstance(extent, int):
         return str(visual)
     source = str(visual.source) if isinstance(visual.source, Path) else [str(frame) for frame in visual.source]
@@ -291,7 +292,7 @@ def visual_from_json(plain: str | dict[str, Any]) -> Visual:
 
 
 def paths_of(visual: Visual) -> tuple[Path, ...]:
-    """The files, or the folder, of an image or video: real paths as of when the record was read."""
+    """The files or folder of an image or video, whose links were resolved when it was read."""
     source = visual.source if isinstance(visual, Video) else visual
     return source if isinstance(source, tuple) else (source,)
 
@@ -310,7 +311,7 @@ def _read(path: Path) -> FileSamples:
 
 def _write(samples: FileSamples, path: Path) -> None:
     """Raises SettingError."""
-    names = {name: getattr(samples, name) for name in NAMES}
+    names = {name: getattr(samples, name) for name in JSON_FIELDS}
     names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "warnings", "special_tokens")}
     tensors = {key: getattr(samples, name) for name, key in TENSORS.items()}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)

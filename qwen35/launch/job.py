@@ -20,7 +20,7 @@ from qwen35.log import log_at_once
 from qwen35.processes import die_with, stop_signals
 
 FAILURE_GRACE = 3.0  # seconds that the other ranks have to report failures of their own before they are killed
-DUPLICATE_SIGNAL = 1.0  # seconds within which a second Ctrl-C is the first one, delivered by another process too
+DUPLICATE_SIGNAL = 1.0  # seconds within which a second Ctrl-C is taken for the first, delivered twice
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Job:
     def __init__(self, command: Sequence[str], rendezvous: Rendezvous | None = None):
         self.command, self.rendezvous = command, rendezvous
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.stop_signal: int | None = None  # that asked for the end
+        self.stop_signal: int | None = None  # the first one that asked to stop
         self.stop_time = 0.0
         self.is_forced = False  # the user asked twice
         for number in stop_signals():
             signal.signal(number, self.request_stop)
 
     def run(self, environments: dict[int, dict[str, str]], failures: Path, timeout: float | None) -> Failure | None:
-        """Start all ranks and wait for them. failures: an empty folder for their reasons."""
+        """Start all ranks and wait for them. failures: an empty folder for their failures."""
         watchdog = Watchdog(environments, timeout)
         self.processes = {}
         for rank, environment in environments.items():
@@ -63,7 +63,7 @@ class Job:
                 start_new_session=True,  # Ctrl-C in the terminal reaches the ranks through this process alone
                 preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # this process has one thread
             )
-        if self.stop_signal is not None:  # it came before there were processes
+        if self.stop_signal is not None:  # the signal came before there were processes
             self.send_signal(signal.SIGTERM)
         failure = self.wait(watchdog, failures)
         watchdog.close()
@@ -130,7 +130,7 @@ def read_reasons(folder: Path) -> list[dict[str, Any]]:
 
 
 def failure_message(codes: Mapping[int, int], reasons: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to report of a job that ended with these exit codes and reasons; None if all is well."""
+    """The message about a job that ended with these exit codes and reasons; None if all is well."""
     # a rank whose peer is gone may fail at the same moment; a user error is the cause of both
     user_error = next((reason["message"] for reason in reasons if reason["is_user_error"]), None)
     if user_error:

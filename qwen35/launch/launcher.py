@@ -1,12 +1,12 @@
-"""Start one training process a device on this node: `python -m qwen35.launch CONFIG [a.b=c …]`.
+"""Start one training process per device on this node: `python -m qwen35.launch CONFIG [a.b=c …]`.
 
-The settings are checked before anything starts. The ranks end together: with this process, however
-it ends; when one of them fails, or makes no progress for longer than training.timeout; and after
-SIGTERM, SIGHUP or Ctrl-C, upon which the run saves and stops, whether or not anybody still reads
-its output (a second Ctrl-C stops it at once). Of a failure the first cause is printed: one line if
-it is the user's to fix; else where each rank stood, and the traceback of an internal error. Up to
-training.max_restarts times the ranks are then started again. With several nodes, the launchers
-first connect and compare what must agree (rendezvous.py), and when one node ends, all end.
+The settings are checked before anything starts. The ranks end together: when this process ends,
+however it does; when one of them fails, or makes no progress for longer than training.timeout; and
+after SIGTERM, SIGHUP or Ctrl-C, on which the run saves and stops, even if nobody reads its output
+any more (a second Ctrl-C stops it at once). The first cause of a failure is printed: in one line if
+the user can fix it; else with where each rank stood and the traceback of an internal error, and the
+ranks are started again, up to training.max_restarts times. With several nodes, the launchers first
+connect and compare what must agree (rendezvous.py), and when one node ends, all end.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import die_with, stop_signals
 from qwen35.rank import FAILURE_FILE, RESTART
 
-PARENT = "QWEN35_PARENT"  # the process with which the job ends, kill -9 included; unset: a job outlives its shell
-TEMPORARY = "tmp"
+PARENT = "QWEN35_PARENT"  # the job ends with this process, even at kill -9; unset: it outlives its shell
+TMP_NAME = "tmp"  # TMPDIR of the ranks, in the folder of one start of the job
 MIN_OPEN_FILES = 256
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--nnodes", type=whole_number(1), default=1, help="number of nodes")
     add("--node_rank", type=whole_number(0), default=0, help="number of this node, from 0")
-    add("--nproc_per_node", type=whole_number(1), default=1, help="processes on this node, one a device")
+    add("--nproc_per_node", type=whole_number(1), default=1, help="processes on this node, one per device")
     add("--master_addr", default="localhost", help="address of node 0")
     add("--master_port", type=whole_number(1, 65535), default=6000, help="a free port of node 0")
     add("--rendezvous_timeout", type=whole_number(1, 86400), default=300, help="seconds to wait for the other nodes")
@@ -113,17 +113,17 @@ def run(
         ranks = f"ranks {first} to {first + count - 1} of {args.nnodes * count}"
         logger.info(f"node {args.node_rank}: {ranks}, rendezvous at {args.master_addr}:{args.master_port}{where}")
     job, port = Job(command, rendezvous), args.master_port
-    # data loaders make sockets there: with paths above 107 bytes their workers would hang
+    # data loaders make sockets in TMPDIR; if their paths exceed 107 bytes, the workers hang
     temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
     for attempt in range(restarts + 1):
         with tempfile.TemporaryDirectory(prefix="qwen35-", dir=temporary, ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            (folder / TEMPORARY).mkdir()
+            (folder / TMP_NAME).mkdir()
             restart = {RESTART: str(attempt), "MASTER_PORT": str(port)} if attempt else {}
             environments = {rank: values | restart for rank, values in rank_environments(args, folder).items()}
             failure = job.run(environments, folder, timeout)
         codes = {process.returncode for process in job.processes.values()}
-        was_signalled = {-signal.SIGTERM, -signal.SIGHUP} & codes  # before it handled signals
+        was_signalled = {-signal.SIGTERM, -signal.SIGHUP} & codes  # a rank died of it before it handled signals
         is_stopped = job.stop_signal is not None and bool(not failure or job.is_forced or was_signalled)
         if failure and failure.ranks_report and not is_stopped:
             logger.error(failure.ranks_report)
@@ -197,7 +197,7 @@ def rank_environments(args: argparse.Namespace, folder: Path) -> dict[int, dict[
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": args.master_addr,
             "MASTER_PORT": str(args.master_port),
-            "TMPDIR": str(folder / TEMPORARY),  # removed with what killed workers of a data loader leave there
+            "TMPDIR": str(folder / TMP_NAME),  # removed with what killed workers of a data loader leave there
             FAILURE_FILE: str(folder / f"{rank}.json"),
         }
     return environments

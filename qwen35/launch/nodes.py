@@ -89,11 +89,11 @@ class Rendezvous:
         port that node 0 chose. Raises RendezvousError, on all nodes, if one of them cannot restart.
         """
         for node, peer in list(self.peers.items()):
-            with self._losing(node):
+            with self._raising_if_lost(node):
                 peer.send(failed=message)
         for node, peer in list(self.peers.items()):
             if node not in self.failed:
-                with self._losing(node):
+                with self._raising_if_lost(node):
                     reason = self._receive(node, peer, REPLY_TIMEOUT)
                 if reason and node in self.ended:
                     raise RendezvousError(_end_of(node, reason))
@@ -102,10 +102,10 @@ class Rendezvous:
         self.failed.clear()
         if self.params.node_rank == 0:
             for node, peer in self.peers.items():
-                with self._losing(node):
+                with self._raising_if_lost(node):
                     peer.send(port=port)
             return port
-        with self._losing(0):
+        with self._raising_if_lost(0):
             reply = self.peers[0].receive(REPLY_TIMEOUT) or {}
         chosen = reply.get("port")
         if type(chosen) is not int or not 0 < chosen < 1 << 16:
@@ -113,7 +113,7 @@ class Rendezvous:
         return chosen
 
     @contextlib.contextmanager
-    def _losing(self, node: int) -> Iterator[None]:
+    def _raising_if_lost(self, node: int) -> Iterator[None]:
         try:
             yield
         except PeerLost:

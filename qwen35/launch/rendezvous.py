@@ -11,8 +11,8 @@ Anybody may reach the port. A peer that does not prove the secret (handshake.py)
 delays nobody. Without a secret everybody passes: then the nodes exchange salted hashes, and node 0
 alone says what differs.
 
-Clocks are compared and reported, but never a reason to stop: no computation depends on the clock of
-another node. Readers of logs, file times and checkpoints' dates should know.
+Clocks that differ are reported, for readers of logs, file times and checkpoints' dates, but are
+never a reason to stop: no computation depends on the clock of another node.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from qwen35.launch.nodes import REPLY_TIMEOUT, Rendezvous, RendezvousError, Rend
 from qwen35.log import logger
 from qwen35.network import LOOPBACK
 
-WITHHELD = f"node 0 says why the nodes did not start; where {SECRET} is set, every node does"
-UPDATE_INTERVAL, REPEAT_INTERVAL = 5.0, 30.0  # seconds between log lines on missing nodes: a new list, the same list
+WITHHELD = f"the nodes did not start; node 0 prints the reason, and with {SECRET} set every node does"
+UPDATE_INTERVAL, REPEAT_INTERVAL = 5.0, 30.0  # seconds between log lines on missing nodes: if the list is new, if not
 MAX_CLOCK_SKEW = 5.0  # seconds that clocks may differ without a note
 FILE_TIMEOUT = 10.0  # seconds until a new file must be visible on all nodes: network file systems cache listings
 
@@ -101,7 +101,7 @@ def _host(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
             _connect_all(server, peers, params, local)
         _compare(peers, local, params.secret)
         for node, peer in peers.items():
-            with _losing(node):
+            with _raising_if_lost(node):
                 peer.send(go=True)
     except RendezvousError as error:
         message = str(error) if params.secret else WITHHELD
@@ -129,7 +129,7 @@ def _connect_all(server: socket.socket, peers: dict[int, Peer], params: Rendezvo
             if names != sent or now - sent_time > UPDATE_INTERVAL:
                 sent, sent_time = names, now
                 for peer in peers.values():
-                    with contextlib.suppress(PeerLost):  # noticed below
+                    with contextlib.suppress(PeerLost):  # handled below
                         peer.send(waiting=names)
             sockets = [*pending.sockets, *(peer.connection for peer in peers.values())]
             timeout = min(now + UPDATE_INTERVAL, waiting.deadline, pending.deadline) - time.monotonic()
@@ -160,7 +160,7 @@ def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], params: RendezvousP
 
 
 @contextlib.contextmanager
-def _losing(node: int) -> Iterator[None]:
+def _raising_if_lost(node: int) -> Iterator[None]:
     try:
         yield
     except PeerLost as error:
@@ -174,7 +174,7 @@ def _compare(peers: Mapping[int, Peer], local: LocalNode, secret: str) -> None:
         with marker_file(local.save) as marker:
             for node, peer in peers.items():
                 asked_at[node] = local.clock()
-                with _losing(node):
+                with _raising_if_lost(node):
                     peer.send(look=marker, salt=salt)
             facts = {0: dict(local.facts())}
             replies = {node: _receive_reply(node, peer) for node, peer in peers.items()}
@@ -194,7 +194,7 @@ def _compare(peers: Mapping[int, Peer], local: LocalNode, secret: str) -> None:
     for difference in differences:
         local.log(sanitized(difference.line))
     for node, peer in peers.items():
-        with _losing(node):
+        with _raising_if_lost(node):
             peer.send(lines=[difference.line for difference in differences if secret and node in difference.nodes])
     if differences:
         count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
@@ -209,7 +209,7 @@ def _compare(peers: Mapping[int, Peer], local: LocalNode, secret: str) -> None:
 
 def _receive_reply(node: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
     """A node's clock, its facts, and whether it sees the save folder. Raises RendezvousError."""
-    with _losing(node):
+    with _raising_if_lost(node):
         reply = peer.receive(REPLY_TIMEOUT)
     name = f"node {node} ({peer.address})"
     if reply is None:
@@ -254,7 +254,7 @@ def _join(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
 
 
 def _reply(message: Mapping[str, Any], local: LocalNode, secret: str) -> dict[str, Any]:
-    """The answer to node 0. Raises RendezvousError where it may not learn what failed here."""
+    """The answer to node 0. Raises RendezvousError if it may not learn what failed here."""
     try:
         clock, facts = local.clock(), dict(local.facts())
         timeout = FILE_TIMEOUT if local.file_timeout is None else local.file_timeout

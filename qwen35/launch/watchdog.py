@@ -31,7 +31,7 @@ class Watch:
         self._timeout, self._started = timeout, time.monotonic()
 
     def read(self) -> tuple[float, float | None, str]:
-        """Start, deadline (of time.monotonic()) and name of its activity; "": none yet."""
+        """Start and deadline (by time.monotonic()) of its activity, and its name; "": none yet."""
         start, deadline, activity = LAYOUT.unpack_from(self._memory)
         if not (start and deadline):  # one of them is zero while the first heartbeat is written
             return self._started, None if self._timeout is None else self._started + self._timeout, ""
@@ -59,7 +59,7 @@ class Watchdog:
             watch.close()
 
     def find_stalled(self, processes: Processes) -> str | None:
-        """The message for the live rank that stalled first; None: all is well."""
+        """The message about the live rank that stalled first; None: all is well."""
         now = time.monotonic()
         live = [(*watch.read(), rank) for rank, watch in self.watches.items() if processes[rank].poll() is None]
         stalled = [
@@ -124,7 +124,7 @@ def readable(stacks: str) -> str:
     relevant = [
         part for part in stacks.split("\n\n") if "Current thread" in part or "/qwen35/" in part or "worker " in part
     ]
-    text = re.sub(r"hread 0x[0-9a-f]+", "hread", "\n".join(relevant)).strip()
+    text = re.sub(r"hread 0x[0-9a-f]+", "hread", "\n".join(relevant)).strip()  # Thread, thread
     return re.sub(rf'File "(?:{re.escape(str(Path.cwd()))}/|[^"]*/site-packages/)', 'File "', text)
 
 
@@ -139,7 +139,7 @@ def plogs(pids: Iterable[int]) -> list[str]:
     """Lines that name CANN's logs of these processes; none where there is no CANN.
 
     They are in ASCEND_PROCESS_LOG_PATH, else log/ below ASCEND_WORK_PATH, else ~/ascend/log, in
-    files named by process: CANN's reference of environment variables, and its log reference.
+    files named by process. Source: CANN's references of environment variables and of logs.
     """
     given, work = os.environ.get("ASCEND_PROCESS_LOG_PATH"), os.environ.get("ASCEND_WORK_PATH")
     folder = Path(given) if given else Path(work, "log") if work else Path.home() / "ascend" / "log"

@@ -10,15 +10,15 @@ from qwen35.config.schema import Attr
 from qwen35.data import MicroBatches
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import (
-    IN_CALLS,
-    IN_ITEMS,
-    IN_RECORDS,
-    IN_TURNS,
-    OF_CALLS,
-    OF_ITEMS,
-    OF_RECORDS,
-    OF_TURNS,
+    HARMLESS_IN_CALLS,
+    HARMLESS_IN_ITEMS,
+    HARMLESS_IN_RECORDS,
+    HARMLESS_IN_TURNS,
     PREFERENCES,
+    REFUSED_IN_CALLS,
+    REFUSED_IN_ITEMS,
+    REFUSED_IN_RECORDS,
+    REFUSED_IN_TURNS,
 )
 from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
@@ -55,10 +55,10 @@ def read(folder, *records, attr=None):
 REFUSED = [
     (where, name, harmless)
     for where, table in (
-        ("record", OF_RECORDS | PREFERENCES),
-        ("turn", OF_TURNS),
-        ("item", OF_ITEMS),
-        ("call", OF_CALLS),
+        ("record", REFUSED_IN_RECORDS | PREFERENCES),
+        ("turn", REFUSED_IN_TURNS),
+        ("item", REFUSED_IN_ITEMS),
+        ("call", REFUSED_IN_CALLS),
     )
     for name, (_, harmless) in table.items()
 ]
@@ -91,7 +91,12 @@ def test_other_fields_are_counted_harmless_or_instructions(tmp_path, where, path
     at = f"{tmp_path}/x.json, record "
     counted = [f"{path} (2 times, first: {at}2{first})", f"{path} (1 time, first: {at}4{first})"]
     assert warnings == [NOT_READ + ", ".join(counted).replace("{}", "mystery", 1).replace("{}", "other")]
-    for name in {"record": IN_RECORDS, "turn": IN_TURNS, "item": IN_ITEMS, "call": IN_CALLS}[where] - {"id"}:
+    for name in {
+        "record": HARMLESS_IN_RECORDS,
+        "turn": HARMLESS_IN_TURNS,
+        "item": HARMLESS_IN_ITEMS,
+        "call": HARMLESS_IN_CALLS,
+    }[where] - {"id"}:
         assert read(tmp_path, with_field(where, name, "x"))[1] == []
     for name in (
         "loss_masks",

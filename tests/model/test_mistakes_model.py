@@ -276,7 +276,12 @@ CHECKPOINTS = [
         lying(cut(DATA, 3000)),
     ),
     Case("marker that lies to export", EXPORT, ("dcp/release: .metadata", "beyond the end"), lying(write(DATA, ""))),
-    Case("data that is gone", EXPORT, ("dcp/release: .metadata", "its file is not one of this checkpoint"), lying(remove(DATA))),
+    Case(
+        "data that is gone",
+        EXPORT,
+        ("dcp/release: .metadata", "its file is not one of this checkpoint"),
+        lying(remove(DATA)),
+    ),
     Case(
         "foreign description",
         RESUME,

@@ -225,9 +225,9 @@ def test_slices_of_one_projection_are_read_where_they_are():
     g, beta = -torch.rand(70, 4), torch.rand(70, 4)
     out = ours.chunk_gated_delta_rule(*inputs, g, beta, cu(lengths))
     assert torch.equal(out, ours.chunk_gated_delta_rule(*(x.contiguous() for x in inputs), g, beta, cu(lengths)))
-    from kernels.triton.delta_rule import _in_rows
+    from kernels.triton.delta_rule import _contiguous_heads
 
-    assert all(_in_rows(x) is x for x in inputs)
+    assert all(_contiguous_heads(x) is x for x in inputs)
 
 
 @pytest.mark.parametrize("op", ["chunk_gated_delta_rule", "causal_conv1d"])

@@ -72,7 +72,7 @@ def test_a_run_with_a_hang_and_a_kill_ends_as_one_without(workplace, two, tmp_pa
     assert f"CANN's log: {tmp_path / 'log'}, which has nothing of these processes" in hung
     assert "error: rank 0 was ended by SIGKILL; out of memory?\nrestart 2 of 2, " in killed
     assert re.search(r"step 9: micro-batch 1 of 1, forward, for \d+ s; was ended by SIGKILL", killed)
-    assert done.stdout.count("iter_0000005") >= 2 and done.stdout.count("steps 6 to 10") == 2
+    assert done.stdout.count("iter_0000005") >= 2 and done.stdout.count("steps 6 to 10:") == 2
     assert_same_run(tmp_path / "run", two)
 
 

@@ -101,7 +101,9 @@ TURNS = [
     Case(
         "frames that are not one video",
         TRAIN,
-        (f"{SECOND}, conversations: 1 <video> in the user and tool turns, but 2 videos; write the frames of one video",),
+        (
+            f"{SECOND}, conversations: 1 <video> in the user and tool turns, but 2 videos; write the frames of one video",
+        ),
         both(turns(("human", "<image><video>"), ("gpt", "x")), record(video=["1.png", "1.png"])),
     ),
     Case("text for turns", SHOW, (f"{SECOND}, conversations: is text, not a list",), record(conversations="Hi")),

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from qwen35.checkpoint.dcp import training_state, write_shards
 from qwen35.checkpoint.dcp_folder import keep_newest
 from qwen35.checkpoint.dcp_write import LocalShard, local_shards, run_sharing_errors
-from qwen35.device import host_buffer, host_group, synchronize
+from qwen35.device import host_buffer, host_group, is_peer_failure, synchronize
 from qwen35.errors import complain
 
 
@@ -120,4 +120,5 @@ class Saver:
             self.check()
         elif self._is_first:  # nothing else would report the errors of saves
             for failure in filter(None, (job.exception() for job in self._jobs)):
-                complain(failure)
+                if not (isinstance(failure, RuntimeError) and is_peer_failure(failure)):
+                    complain(failure)  # the loss of a rank is what stops the run, and reported as that

@@ -160,6 +160,32 @@ def test_failing_run_completes_its_background_save(tmp_path, gate):
     assert steps_in(tmp_path) == [1]
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (CheckpointError("no space left"), "error: no space left\n"),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:644"), ""),  # as gloo has it
+    ],
+)
+def test_failing_run_reports_its_background_save_unless_that_lost_a_rank(
+    tmp_path, capsys, monkeypatch, failure, message
+):
+    model, optimizer = toy(1)
+
+    def fail(*args):
+        raise failure
+
+    def run():
+        with Saver(tmp_path, model, optimizer, background=True) as background:
+            background.save(1, {}, {})
+            raise KeyError("a reason of its own")
+
+    monkeypatch.setattr(async_save, "write_shards", fail)
+    with pytest.raises(KeyError, match="a reason of its own"):
+        run()
+    assert capsys.readouterr().err == message
+
+
 # -- which checkpoints are kept --------------------------------------------------------------------
 
 

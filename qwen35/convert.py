@@ -3,6 +3,11 @@
 from qwen35.checkpoint.convert import main
 from qwen35.console import outlive_readers
 
-if __name__ == "__main__":
+
+def program() -> int:
     outlive_readers()
-    raise SystemExit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(program())

@@ -1,5 +1,6 @@
 """What a run prints before its first step and after its last."""
 
+from pathlib import Path
 from shlex import quote
 
 import torch
@@ -48,11 +49,13 @@ def end_message(settings: Settings, steps: range, seconds: float, saves: int, wa
         return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])
     val, folder, hf = settings.data.val_dataset_param, quote(t.save), quote(settings.model.model_name_or_path)
     files = [entry.file for entry in dataset_entries(val.basic_parameters.dataset)] if val else ["FILE"]
+    media = val and val.basic_parameters.dataset_dir
+    where = "" if media in (None, str(Path(files[0]).parent)) else f" ARGS={quote(f'--dataset_dir {quote(media)}')}"
     lines += [
         f"trained steps {steps[0]} to {last} in {duration(seconds)}",
         f"{t.save} holds the checkpoint, metrics.jsonl, loss.png and train.log; next:",
         f"  make export DCP={folder} HF={hf} OUT={quote(f'{t.save}/hf')}",
-        f"  make evaluate MODEL={folder} DATA={quote(','.join(files))}",
+        f"  make evaluate MODEL={folder} DATA={quote(','.join(files))}{where}",
         f"  make generate MODEL={folder} PROMPT='…'",
     ]
     return "\n".join(lines)

@@ -45,3 +45,10 @@ def test_make_convert_and_mm_convert_to_hf_round_trip(tmp_path):
     assert "tensors" in output
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_mm_convert_outlives_its_reader():
+    command = [ROOT / ".venv/bin/mm-convert", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 0)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from training_runs import ROOT, tensors, train
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
-from qwen35.config.load import load_settings
+from qwen35.config.load import from_flat, load_settings
 from qwen35.training.metrics import Metrics, RunError, StepRecord, read_metrics
+from qwen35.training.summary import end_message
 
 
 def test_two_processes_give_the_losses_of_one(workplace, two):
@@ -56,6 +58,16 @@ def test_the_console_tells_epochs_times_and_the_next_commands(workplace, two):
     assert re.search(r"^trained steps 1 to 10 in \d:\d\d:\d\d$", console, re.MULTILINE)
     for command in (f"export DCP={two} HF={workplace}/weights OUT={two}/hf", f"evaluate MODEL={two} DATA="):
         assert f"\n  make {command}" in console
+
+
+def test_the_command_that_evaluates_says_where_the_media_are():
+    train_set, val_set = (f"data.{name}.basic_parameters.dataset" for name in ("dataset_param", "val_dataset_param"))
+    flat = {train_set: "a/train.json", val_set: "a/val.json", "model.model_name_or_path": "hf"}
+    flat |= {"training.train_iters": 2, "training.save": "runs/x", "training.val_interval": 1}
+    for folder, words in (("my media", ["ARGS=--dataset_dir 'my media'"]), ("a", [])):
+        message = end_message(from_flat(flat | {f"{train_set}_dir": folder}), range(1, 3), 1.0, 0, 0.0)
+        [command] = [line for line in message.splitlines() if line.startswith("  make evaluate")]
+        assert shlex.split(command) == ["make", "evaluate", "MODEL=runs/x", "DATA=a/val.json", *words]
 
 
 def test_resume_is_bit_exact(workplace, two, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from table import publish
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 KERNELS = {
@@ -25,6 +26,7 @@ KERNELS = {
     "norm.forward",
     "norm.backward",
 }
+TILE = ("C", "BC", "Dk", "Dv", "BV", "D", "ROWS", "HEADS")  # a kernel's constants
 WITH_PRODUCTS = {"invert", "scan", "states", "grad_states", "gradients"}
 
 
@@ -47,6 +49,20 @@ def test_every_kernel_compiles_for_every_published_shape(found):
             assert set(some) == kernels
             for name, x in some.items():
                 assert x["done"] and not x["notes"], (name, shape, target, x["notes"])
+
+
+def test_the_buffers_of_4b_are_published(found):
+    """The norm's kernels are the same for all shapes, and compiled for the first."""
+    some = {x["kernel"]: x for x in reversed(found) if x["target"] == "Ascend910B2"}
+    some |= {x["kernel"]: x for x in found if x["shape"].startswith("4B") and x["target"] == "Ascend910B2"}
+    assert set(some) == KERNELS
+    lines = ["| kernel | tile | cores | unified buffer | L1 | L0C | workspace |", "|" + " --- |" * 7]
+    for name, x in sorted(some.items()):
+        tile = " ".join(f"{n}={v}" for n, v in x["constants"].items() if n in TILE)
+        cores = "vector" if x["mode"] == "aiv" else "cube + both vector" if x["halves"] else "cube + one vector"
+        space = (f"{x['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc", "workspace"))
+        lines.append(f"| {name} | {tile} | {cores} | {' | '.join(space)} |")
+    publish("2-buffers.md", lines)
 
 
 def test_other_heads(found):

@@ -1,7 +1,7 @@
 """Compiles each Triton kernel, as launched, with triton-ascend and BiShengIR up to CANN's own step.
 
 `python tests/npu/triton_compile.py FILE` compiles for all published models and a few more shapes,
-and writes the results as JSON. BISHENGIR is the compiler's path.
+and one of them for each target, and writes the results as JSON. BISHENGIR is the compiler's path.
 """
 
 import json
@@ -132,7 +132,9 @@ def published() -> list[tuple[str, tuple[JITFunction, dict, dict]]]:
 
 
 def main() -> None:
-    found = compile_all(published(), TARGETS)
+    cases = published()
+    found = compile_all(cases, TARGETS[:1])
+    found += compile_all([case for case in cases if case[0] == next(iter(PUBLISHED))], TARGETS[1:])
     others = {f"heads of {size}": launches(lambda size=size: delta_net(2, 4, size)) for size in (64, 256)}
     others["too large"] = too_large()
     for tiles in (Tiles(32, 64, 1024, 2048), Tiles(16, 16, 128, 256)):

@@ -42,6 +42,7 @@ def uses(item: pytest.Function, modules: re.Pattern) -> bool:
 def _uses(thing: Any, modules: re.Pattern, seen: set[int]) -> bool:
     if isinstance(thing, ModuleType):
         return bool(modules.fullmatch(thing.__name__))
+    thing = getattr(thing, "__wrapped__", thing)  # what functools.cache hides
     if id(thing) in seen:
         return False
     seen.add(id(thing))

@@ -60,7 +60,7 @@ def test_how_often_each_core_runs(how, runs, monkeypatch):
 @functools.cache
 def kept_bytes(layer_types: tuple[str, ...], how: bool | str) -> int:
     """The bytes alive between forward and backward."""
-    config = config_dict(layer_types=layer_types, num_hidden_layers=len(layer_types))
+    config = config_dict(layer_types=list(layer_types), num_hidden_layers=len(layer_types))
     model, batch = Qwen35.from_config(config, seed=3), pack([sample([512], seed=1)])
     step(model, how, batch)  # computes what is made once, such as the batch's derived fields
     model.zero_grad()

@@ -62,7 +62,8 @@ def check_layers(task: Task) -> None:
     """A layer of each kind against the CPU's in fp32."""
     device = set_up_device()
     dense = some_layers(task.size, ["linear_attention", "full_attention"], {"vocab_size": 512})
-    moe = some_layers("35B-A3B", ["full_attention"], {"vocab_size": 512, "num_experts": 32})
+    sizes = {"num_experts": 16, "moe_intermediate_size": 128} if task.small else {"num_experts": 32}
+    moe = some_layers("35B-A3B", ["full_attention"], {"vocab_size": 512, **sizes})
     parts = {"delta-net layer": f"{TEXT}.0", "attention layer": f"{TEXT}.1", "vision block": "model.visual.blocks.0"}
     for config, paths in ((dense, parts), (moe, {"MoE of a layer": f"{TEXT}.0.mlp"})):
         host = Qwen35.from_config(config)

@@ -67,8 +67,8 @@ def train(task: Task, name: str, ranks: int, *overrides: str, kill: bool = False
 
     kill: -9 after the first checkpoint. A failed run ends this process, with its own last line.
     """
-    folder, sequences = task.folder, lcm(2, task.ranks)
-    basic = f"dataset: {folder}/digits/train.json, dataset_dir: {folder}/digits, cutoff_len: 768"
+    folder, sequences, length = task.folder, lcm(2, task.ranks), 192 if task.small else 768
+    basic = f"dataset: {folder}/digits/train.json, dataset_dir: {folder}/digits, cutoff_len: {length}"
     settings = {
         "data.dataset_param.basic_parameters": f"{{{basic}, max_samples: {64 * sequences}}}",
         "model.model_name_or_path": f"{folder}/model",

@@ -83,7 +83,8 @@ def check_slice(task: Task) -> None:
     kinds, words, tokens = ["linear_attention"] * 3 + ["full_attention"], 248_320, 4096
     if not has_own_memory(device):
         kinds, words, tokens = kinds[2:], 8192, 128 if task.small else 512
-    (task.folder / "config.json").write_text(json.dumps(some_layers(task.size, kinds, {"vocab_size": words})))
+    sizes = {"vocab_size": words} | ({"intermediate_size": 512} if task.small else {})
+    (task.folder / "config.json").write_text(json.dumps(some_layers(task.size, kinds, sizes)))
     basic, model = "data.dataset_param.basic_parameters", f"model.model_name_or_path={task.folder}"
     overrides = [model, f"{basic}.cutoff_len={tokens}", "training.micro_batch_size=1"]
     took, flops = train(load_settings(RECIPE, overrides), device)

@@ -4,8 +4,8 @@
 # Ascend up to the step that is CANN's own.
 #
 #   scripts/test-npu.sh [pytest's options]
-#       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels; then a table of
-#       operators and bytes a layer, of the kernels' buffers, and of the bytes that they move
+#       contract, numbers, the whole training step, the schemas of torch-npu 2.7.1, the Triton kernels, in two lanes; then
+#       the tables that the tests made: operators and bytes a layer, the kernels' buffers, and the bytes that they move
 #   TORCH=2.10.0 scripts/test-npu.sh [pytest's options]
 #       the same on that torch, as 2.7.1, and the newest torch-npu that goes with it (scripts/requirements/versions.txt), in the
 #       environment that TORCH=2.10.0 make test-versions has made
@@ -35,8 +35,15 @@ if [[ triton-ascend==${triton:-} != "${packages[0]}" && -n ${triton:-} ]]; then
     echo "torch_npu $version goes with triton-ascend $triton, which pip's index lacks: the kernels are tried on ${packages[0]#*==}"
 fi
 
-unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
-TRITON_INTERPRET=1 "$python" -m pytest -q -W ignore tests/npu/ladder_*.py "${words[@]}" "$@"
-"$python" -W ignore tests/npu/table.py 2>&1 | without_noise
-"$python" -W ignore tests/npu/triton_compile.py
-TRITON_INTERPRET=1 "$python" -W ignore tests/npu/triton_cost.py
+unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS PYTHONDONTWRITEBYTECODE # with bytecode many processes start sooner
+export NPU_TABLES=$root/build/npu/tables TRITON_INTERPRET=1
+rm -rf "$NPU_TABLES"
+mkdir -p "$NPU_TABLES"
+lanes=()
+((${#words[@]} + $#)) || lanes=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
+# the longest come first, so that no lane waits long for the other
+"$python" -m pytest -q -W ignore -o pythonpath=tests/kernels "${lanes[@]}" \
+    tests/npu/ladder_{triton_numbers,triton_compile,rehearse,step}.py tests/npu/ladder_*.py "${words[@]}" "$@"
+for table in "$NPU_TABLES"/*.md; do # in the order of their names; none where other tests were chosen
+    [[ ! -e $table ]] || { echo && cat "$table"; }
+done

@@ -3,7 +3,7 @@
 # is made on first use.
 #
 #   [TRANSFORMERS=5.2.0] scripts/test-versions.sh [pytest's options]
-#       that transformers, and all else from .venv; all tests but those of whole runs with real processes
+#       that transformers, and all else from .venv; the tests in which it takes part (tests/marks.py)
 #   TORCH=2.7.1 [PYTHON=/path/to/python3.10] [TORCH_INDEX=…] scripts/test-versions.sh [pytest's options]
 #       that torch with the other pins of an NPU installation (numpy 1, protobuf 3, …) but without torch-npu and
 #       triton-ascend, on Python 3.10 where there is one; all tests
@@ -12,8 +12,6 @@ source scripts/check_env.sh
 check_env
 need_venv
 split "${ARGS:-}"
-
-whole_runs=(tests/{house/test_accept,launch/test_launch,parallel/test_parallel,training/test_{resume,train,train_mtp}}.py) # minutes, and hardly anything of transformers in them
 
 is_made() { # NAME OLDER: the stamp is a finished environment's, and younger than what that was made from
     [[ -e build/versions/$1/.made && ! $2 -nt build/versions/$1/.made ]]
@@ -49,11 +47,11 @@ if [[ -n ${TORCH:-} ]]; then
 else
     name=transformers-$TRANSFORMERS wanted=(transformers "$TRANSFORMERS")
     beside_venv "$name"
-    choice=("${whole_runs[@]/#/--ignore=}")
+    choice=(-m transformers)
 fi
 
 # the tests start scripts and make themselves, with settings of their own
-unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
+unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS PYTHONDONTWRITEBYTECODE # with bytecode many processes start sooner
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
 python=build/versions/$name/bin/python
 "$python" - "${wanted[@]}" <<'PY'
@@ -70,5 +68,5 @@ print(f"python {platform.python_version()}, torch {torch.__version__}, transform
 sys.exit(0 if found == wanted else f"{package} {found} is what is imported, {wanted} was asked for")
 PY
 lanes=()
-((${#words[@]} + $#)) || lanes=(--numprocesses 2 --dist loadfile)
+((${#words[@]} + $#)) || lanes=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 exec "$python" -m pytest -q "${choice[@]}" "${lanes[@]}" "${words[@]}" "$@"

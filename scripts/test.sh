@@ -10,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need_venv
 split "${ARGS:-}"
 # the tests start scripts and make themselves, with settings of their own
-unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
-choice=("${words[@]}" "$@") lanes=(--numprocesses 2 --dist loadfile)
+unset "${env_names[@]}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS PYTHONDONTWRITEBYTECODE # with bytecode many processes start sooner
+choice=("${words[@]}" "$@") lanes=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 case "${choice[*]}" in
     "") ;;
     "-m quick") exec "$python" -m pytest -q "${lanes[@]}" "${choice[@]}" ;;

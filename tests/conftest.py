@@ -6,7 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,23 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the quick lane. The ladder has no part in it: it needs its script's environment."""
-    from quick import is_quick  # tests/ is on the path by now
+    """Mark tests, and put files with long ones first, so that no lane waits long for the other.
+
+    The ladder has no marks: it needs its script's environment.
+    """
+    from marks import marks  # tests/ is on the path by now
 
     for item in items:
-        if isinstance(item, pytest.Function) and item.path.name.startswith("test_") and is_quick(item):
-            item.add_marker("quick")
+        if isinstance(item, pytest.Function) and item.path.name.startswith("test_"):
+            for mark in marks(item):
+                item.add_marker(mark)
+    long = {item.path for item in items if not item.get_closest_marker("quick")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish() -> None:
+    """All modules and tests stay to the end: no collection of garbage need look at them again."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
@@ -41,6 +54,17 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_transformers_without_its_mark(request):
+    """Keep it from tests that marks.py does not see take part, so that no version misses one."""
+    if request.path.name.startswith("test_") and not request.node.get_closest_marker("transformers"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "transformers", None)
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,9 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
     return launcher.run(command, args, rendezvous, timeout=600.0, restarts=int(restarts))
 
 
+def main(arguments: list[str]) -> int:
+    return launch_main(*arguments[1:]) if arguments[0] == "launch" else rank_main(arguments[1:])
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "launch":
-        sys.exit(launch_main(*sys.argv[2:]))
-    leave(rank_main(sys.argv[2:]))
+    leave(main(sys.argv[1:]))

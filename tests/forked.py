@@ -1,4 +1,4 @@
-"""Commands and trainings forked from a server that has imported what they need.
+"""Commands, ranks and trainings forked from a server that has imported what they need.
 
 Imports take most of the time of a short training. The forks differ from real ones only in that they
 do not exec, and that all ranks have the same hash seed.
@@ -14,11 +14,15 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
 PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
@@ -33,7 +37,27 @@ MAINS = {
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
-CONTEXT.set_forkserver_preload(["forked", "mistakes", *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
+PRELOADED = ("forked", "mistakes", "saver_run", "faults", "collectives", *MAINS.values(), "matplotlib.pyplot")
+CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo", "frozen"])
+
+
+def process_of(work: Callable, *arguments: object) -> multiprocessing.Process:
+    ensure_server()
+    process = CONTEXT.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def ensure_server() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for the fork server and for what the commands start
+        forkserver.ensure_running()
+
+
+def spawn(work: Callable, *arguments: object, ranks: int) -> None:
+    """Run `work(rank, *arguments)` in each rank's process."""
+    ensure_server()
+    torch.multiprocessing.start_processes(work, arguments, ranks, start_method="forkserver")
 
 
 def start(work: Callable, *arguments: object) -> tuple[multiprocessing.Process, list[int]]:
@@ -41,10 +65,7 @@ def start(work: Callable, *arguments: object) -> tuple[multiprocessing.Process, 
     pipes = [os.pipe(), os.pipe()]
     ours, theirs = zip(*pipes, strict=True)
     handles = [Connection(descriptor, readable=False) for descriptor in theirs]
-    process = CONTEXT.Process(target=work, args=(handles, *arguments))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for the fork server and for what the commands start
-        process.start()
+    process = process_of(work, handles, *arguments)
     for handle in handles:
         handle.close()
     return process, list(ours)
@@ -58,12 +79,12 @@ def take(outputs: list[Connection]) -> None:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
 
 
-class ForkedTraining:
-    """The launcher of a training and its ranks, with the interface of subprocess.Popen."""
+class Forked:
+    """A forked process with the interface of subprocess.Popen."""
 
-    def __init__(self, command: list[str]):
+    def __init__(self, work: Callable, command: list[str], environment: dict[str, str]):
         self.args = command
-        self._process, outputs = start(_launch, command[3:], os.environ | {"OMP_NUM_THREADS": "1"})
+        self._process, outputs = start(work, command, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
         atexit.register(self._process.kill)  # before multiprocessing waits for it
         self.pid, self._texts = self._process.pid, ["", ""]
         self._readers = [
@@ -74,7 +95,17 @@ class ForkedTraining:
 
     def _read(self, number: int, descriptor: int) -> None:
         with open(descriptor) as pipe:
-            self._texts[number] = pipe.read()
+            for line in pipe:
+                self._texts[number] += line
+
+    @property
+    def out(self) -> str:
+        """What it has written so far."""
+        return self._texts[0]
+
+    @property
+    def err(self) -> str:
+        return self._texts[1]
 
     @property
     def returncode(self) -> int | None:
@@ -86,6 +117,9 @@ class ForkedTraining:
     def kill(self) -> None:
         self._process.kill()
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait until no process is left that could print."""
         for each in (*self._readers, self._process):
@@ -95,20 +129,63 @@ class ForkedTraining:
         return self._texts[0], self._texts[1]
 
 
-def _launch(outputs: list[Connection], arguments: list[str], environment: dict[str, str]) -> None:
-    from qwen35.console import outlive_readers
-    from qwen35.launch import job, launcher
-    from qwen35.rank import leave
+def run_code(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python -c code arguments`, whose imports have been done."""
+    process = Forked(ran, [code, *arguments], environment)
+    out, err = process.communicate(300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ran(outputs: list[Connection], command: list[str], environment: dict[str, str]) -> None:
+    """A program's text, with its arguments."""
+
+    def run() -> int:
+        sys.argv = ["-c", *command[1:]]
+        try:
+            exec(compile(command[0], "-c", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+                return 1
+            return int(end.code or 0)
+        return 0
+
+    _run(outputs, environment, run)
+
+
+def launched(outputs: list[Connection], command: list[str], environment: dict[str, str]) -> None:
+    """A launcher, by the words of its command line."""
+    _run(outputs, environment, lambda: _main(command))
+
+
+def _run(outputs: list[Connection], environment: dict[str, str], main: Callable[[], int]) -> None:
+    from qwen35.launch import job
 
     _reset(environment)
     take(outputs)
-    outlive_readers()
     job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
+    _leave(main)
+
+
+def _leave(main: Callable[[], int]) -> NoReturn:
+    from qwen35.rank import leave
+
     try:
-        leave(launcher.main(arguments))
+        leave(main())
     except BaseException:
         traceback.print_exc()
         leave(1)
+
+
+def _main(command: list[str]) -> int:
+    """What `python -m MODULE …` or `python tests/FILE.py …` would do."""
+    from qwen35.console import outlive_readers
+
+    outlive_readers()
+    if command[1] == "-m":
+        name = {"qwen35.launch": MAINS["launch"]}.get(command[2], command[2])
+        return import_module(name).main(command[3:])
+    return import_module(Path(command[1]).stem).main(command[2:])
 
 
 def _reset(environment: dict[str, str]) -> None:
@@ -119,29 +196,27 @@ def _reset(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
     tempfile.tempdir = None
+    for folder in environment.get("PYTHONPATH", "").split(":"):
+        if (site := Path(folder, "sitecustomize.py")).is_file():  # as python does when it starts
+            exec(compile(site.read_text(), site, "exec"), {})
 
 
 class _Rank:
     """A rank as qwen35.launch.job starts it, but forked from the launcher."""
 
     def __init__(self, command, env, pass_fds, stdin, start_new_session, preexec_fn):
-        from qwen35 import train
-        from qwen35.console import outlive_readers
-        from qwen35.rank import leave
-
         self.returncode = None
         self.pid = os.fork()
         if self.pid:
             return
-        try:
+
+        def run() -> int:
             preexec_fn()
             os.setsid()
             _reset(env)
-            outlive_readers()
-            leave(train.main(command[3:]))
-        except BaseException:
-            traceback.print_exc()
-            leave(1)
+            return _main(command)
+
+        _leave(run)
 
     def poll(self) -> int | None:
         if self.returncode is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from forked import ROOT, ForkedTraining
+from forked import ROOT, Forked, launched
 from peer import config_dict
 from PIL import Image
 from plain import plain
@@ -94,8 +94,8 @@ def start_as_ever(workplace: Path, save: Path, processes: int, *overrides: str, 
     )
 
 
-def start_training(workplace: Path, save: Path, processes: int, *overrides: str) -> ForkedTraining:
-    return ForkedTraining(train_command(workplace, save, processes, *overrides))
+def start_training(workplace: Path, save: Path, processes: int, *overrides: str, **env: str) -> Forked:
+    return Forked(launched, train_command(workplace, save, processes, *overrides), env)
 
 
 def train(

@@ -1,18 +1,17 @@
 """Background saves: their content, order and errors, what is kept, and kill -9 at any moment."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import threading
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from forked import process_of
 from saver_run import BEGINS, INTERVAL, LIMIT, STEPS, Toy, adam, run, train_step
-from training_runs import ROOT, tensors
+from training_runs import tensors
 
 from qwen35.checkpoint import async_save
 from qwen35.checkpoint.async_save import Saver
@@ -246,28 +245,14 @@ def test_failure_to_remove_old_checkpoints_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Forks of a process that has made all imports, so that they start quickly."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saver_run"])
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(
-            "PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-        )  # the fork server of Python < 3.13 does not inherit sys.path
-        forkserver.ensure_running()
-    return context
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(processes, tmp_path_factory) -> dict[str, torch.Tensor]:
+def uninterrupted(tmp_path_factory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("saver") / "run"
-    assert start(processes, folder, False) == 0
+    assert start(folder, False) == 0
     return state(folder)
 
 
-def start(context, folder: Path, *args) -> int:
-    process = context.Process(target=run, args=(folder, *args))
-    process.start()
+def start(folder: Path, *args) -> int:
+    process = process_of(run, folder, *args)
     process.join(300)
     assert process.exitcode is not None
     return process.exitcode
@@ -278,12 +263,12 @@ def log(folder: Path, word: str) -> list[int]:
     return [line[word] for line in lines if word in line]
 
 
-def test_run_resumes_after_twenty_kills_at_random_moments(processes, uninterrupted, tmp_path):
+def test_run_resumes_after_twenty_kills_at_random_moments(uninterrupted, tmp_path):
     """Killed anywhere, the run resumes from the last complete checkpoint."""
     folder, moments, newest, begun = tmp_path / "run", random.Random(7), 0, 0
     for kill in range(20):
         background = kill % 2 == 0
-        code = start(processes, folder, background, moments.randrange(1, 120))
+        code = start(folder, background, moments.randrange(1, 120))
         assert code == -signal.SIGKILL
         assert log(folder, "start") == [newest]  # exactly what the killed run had left
         saves = [newest, *log(folder, "begun")]
@@ -295,7 +280,7 @@ def test_run_resumes_after_twenty_kills_at_random_moments(processes, uninterrupt
         assert newest <= saves[-1] + INTERVAL
         begun += len(saves) - 1
     assert begun > 10 and 20 < newest < STEPS
-    assert start(processes, folder, True) == 0
+    assert start(folder, True) == 0
     assert log(folder, "start") == [newest]
     assert_equal(state(folder), uninterrupted)
     assert steps_in(folder) == [STEPS - INTERVAL, STEPS]
@@ -315,24 +300,24 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_run_resumes_after_kill_9_in_a_background_save(processes, uninterrupted, tmp_path, moment):
+def test_run_resumes_after_kill_9_in_a_background_save(uninterrupted, tmp_path, moment):
     event, path, left = MOMENTS[moment]
     folder = tmp_path / "run"
-    assert start(processes, folder, True, None, (event, path)) == -signal.SIGKILL
+    assert start(folder, True, None, (event, path)) == -signal.SIGKILL
     assert steps_in(folder)[-1] == left
-    assert start(processes, folder, True) == 0
+    assert start(folder, True) == 0
     assert log(folder, "start") == [left]
     assert_equal(state(folder), uninterrupted)
     assert len([path for path in folder.iterdir() if path.is_dir()]) == LIMIT
 
 
-def test_first_gradient_after_a_resume_creates_optimizer_state(processes, uninterrupted, tmp_path):
+def test_first_gradient_after_a_resume_creates_optimizer_state(uninterrupted, tmp_path):
     """A tensor without a gradient has no optimizer state in the checkpoint, but gets it later."""
     folder = tmp_path / "run"
-    assert start(processes, folder, True, None, ("open", "iter_0000012.tmp/__0_0.distcp")) == -signal.SIGKILL
+    assert start(folder, True, None, ("open", "iter_0000012.tmp/__0_0.distcp")) == -signal.SIGKILL
     assert BEGINS > 9
     assert "exp_avg.late" not in DCPSource(newest_checkpoint(folder), "optimizer.").specs
-    assert start(processes, folder, True) == 0
+    assert start(folder, True) == 0
     assert state(folder)["optimizer.step.late"] == STEPS - BEGINS
     assert_equal(state(folder), uninterrupted)
 

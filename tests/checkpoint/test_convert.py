@@ -1,16 +1,15 @@
 """mm-convert in both directions, with MindSpeed-MM's arguments, and what it refuses."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_cases import LAYOUTS, assert_same_bytes, build, resave, state_of, tensors_in, write_folder
+from forked import Forked, launched
 from peer import config_dict
 
 from qwen35.checkpoint import load_pretrained
@@ -261,8 +260,8 @@ sys.addaudithook(hook)
 def killed_at(folder, event, path, *words) -> None:
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(END.format(event=event, path=path))
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-m", "qwen35.convert", *words], cwd=ROOT, env=environment, check=False)
+    done = Forked(launched, [sys.executable, "-m", "qwen35.convert", *map(str, words)], {"PYTHONPATH": str(folder)})
+    done.communicate(300)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -1,11 +1,11 @@
 """Folders are replaced by one process at a time, and never if they hold files of others."""
 
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 from checkpoint_cases import tensors_in, write_folder
+from forked import Forked, ran, run_code
 
 from qwen35.checkpoint import hf_write
 from qwen35.checkpoint.convert import main
@@ -93,14 +93,14 @@ def test_two_processes_do_not_write_one_folder(tmp_path, command):
     there = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]
     if command == "dcp_to_hf":
         assert main(there) == 0
-    words = there if command == "hf_to_dcp" else ["dcp_to_hf", "--dcp_dir", dcp, "--origin_hf_dir", folder]
-    words += ["--save_hf_dir", out] * (command == "dcp_to_hf")
+    words = there if command == "hf_to_dcp" else ["dcp_to_hf", "--dcp_dir", str(dcp), "--origin_hf_dir", str(folder)]
+    words += ["--save_hf_dir", str(out)] * (command == "dcp_to_hf")
     target = dcp / "release" if command == "hf_to_dcp" else out
-    code = [sys.executable, "-c", CONVERT_SLOWLY]
-    first = subprocess.Popen([*code, "hang", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while "in it" not in first.stdout.readline():
+    first = Forked(ran, [CONVERT_SLOWLY, "hang", *words], {})
+    while "in it" not in first.out:
         assert first.poll() is None
-    second = subprocess.run([*code, "go", *words], capture_output=True, text=True, check=False, timeout=120)
+        time.sleep(0.01)
+    second = run_code(CONVERT_SLOWLY, "go", *words)
     assert second.returncode == 1
     busy = f"mm-convert: {target}.tmp is in use by another job (process {first.pid} on "
     assert [line for line in second.stderr.splitlines() if line.startswith("mm-convert")] == [
@@ -109,7 +109,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path, command):
     assert second.stderr.splitlines()[-1].startswith(busy)
     first.kill()
     first.communicate()
-    third = subprocess.run([*code, "go", *words], capture_output=True, text=True, check=False, timeout=120)
+    third = run_code(CONVERT_SLOWLY, "go", *words)
     assert third.returncode == 0, third.stderr
     assert {path.name for path in target.parent.iterdir()} <= {"hf", "dcp", "out", "release", LATEST}
     assert not {INCOMPLETE, LOCK} & {path.name for path in target.iterdir()}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checkpoint_cases import LAYOUTS, build, state_of, write_folder
+from forked import spawn
 from peer import config_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -174,7 +174,7 @@ def test_two_ranks_load_save_and_resume(tmp_path):
     optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01)
     train(alone, optimizer)
     save_checkpoint(tmp_path / "alone", 7, alone, optimizer, rank_extra={"a": 1})
-    mp.spawn(worker, args=(tmp_path,), nprocs=RANKS)
+    spawn(worker, tmp_path, ranks=RANKS)
     assert (tmp_path / "done0").exists()
     assert (tmp_path / "done1").exists()
     # saved by two, loaded by one

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from forked import ROOT, Forked, launched
 from ports import free_port
-from training_runs import ROOT, SAME, assert_same_run
+from training_runs import SAME, assert_same_run
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.config.load import load_settings
@@ -32,15 +33,8 @@ SAVED = ("training.save_interval=5", "training.async_save=false")
 def start(workplace, save: Path, faults: str, *overrides: str, nodes=(1, 0, 2), port=0, restarts=0, **env: str):
     numbers = [*nodes, port or free_port(), restarts]
     command = [sys.executable, str(ROOT / "tests/faults.py"), "launch", *map(str, numbers)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": faults, "PYTHONPATH": str(ROOT)} | env
-    return subprocess.Popen(
-        [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides]
+    return Forked(launched, words, {"FAULTS": faults} | env)
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:

@@ -269,13 +269,13 @@ def greet(connection: socket.socket, *answers: bytes) -> bytes:
     ],
 )
 def test_a_false_node_0_learns_nothing_and_ends_nothing(tmp_path, answers):
-    nodes = Nodes(2, tmp_path, timeout=2)
+    nodes = Nodes(2, tmp_path, timeout=1)
     heard = false_master(nodes, lambda connection: greet(connection, *answers))
     assert heard
     for said in heard:
         message = json.loads(said)  # one line, and nothing more
         assert message.keys() == {"node_rank", "nnodes", "challenge", "proof"}
-    assert "did not answer within 2 s: what answers there is not a launcher of this run" in nodes.ended[1]
+    assert "did not answer within 1 s: what answers there is not a launcher of this run" in nodes.ended[1]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_an_invalid_greeting_is_not_answered(tmp_path, greeting):
             return connection.recv(1 << 16)
         return b""
 
-    nodes = Nodes(2, tmp_path, timeout=1)
+    nodes = Nodes(2, tmp_path, timeout=0.5)
     assert set(false_master(nodes, act)) == {b""}
     assert "what answers there is not a launcher of this run" in nodes.ended[1]
 

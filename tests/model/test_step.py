@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from peer import PATCH_VALUES, config_dict, pair, peer_inputs, sample
 from ports import free_port
 from torch.distributed.tensor import distribute_tensor
@@ -144,7 +144,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(worker, args=(free_port(), folder), nprocs=2)
+    spawn(worker, free_port(), folder, ranks=2)
     return torch.load(folder / "found.pt")
 
 

@@ -1,10 +1,12 @@
 """Rung 4, the whole step on fake NPU tensors: model, loss, backward, AdamW."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
-from steps import DEVICE, make_batch, our_step, peer_step, slice_config
-from table import layers
+from steps import DEVICE, Step, make_batch, our_step, peer_step, slice_config
+from table import layers, lines, measure, publish
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import SavedBytes, Watch
@@ -34,13 +36,18 @@ def poisoned_memory():
     """Off: it would add an operator per new tensor."""
 
 
+@cache
+def step_of(moe: bool, images: bool, recompute: bool | str = False, mtp: bool = False) -> Step:
+    config = slice_config(moe, LAYERS)
+    return our_step(config, make_batch(config, 1024, images), recompute, mtp)
+
+
 @pytest.mark.parametrize("recompute", [False, True, "selective"], ids=["", "recompute", "selective"])
 @pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 def test_a_step(moe, images, recompute):
     """No sync, no other device, no operator without a kernel; every parameter gets a gradient."""
-    config = slice_config(moe, LAYERS)
-    step = our_step(config, make_batch(config, 1024, images), recompute)
+    step = step_of(moe, images, recompute)
     assert not step.wrong
     called = {func.name().partition("::")[2] for func, _, _ in step.calls}
     wanted = {
@@ -62,7 +69,7 @@ def test_a_step(moe, images, recompute):
     assert [step.backward.ops[name] for name in FORWARD] == again
     assert [step.backward.ops[name] for name in BACKWARD] == [deltas] * len(BACKWARD)
     attentions = {name: sum(func.name() == name for func, _, _ in step.calls) for name in ATTENTION}
-    text, vision = LAYERS.count("full_attention"), config["vision_config"]["depth"]
+    text, vision = LAYERS.count("full_attention"), slice_config(moe, LAYERS)["vision_config"]["depth"]
     more = vision * bool(recompute) + text * (recompute is True)
     assert list(attentions.values()) == [text + vision + more, text + vision]
     # the shapes of the operators do not depend on the data
@@ -74,9 +81,7 @@ def test_a_step(moe, images, recompute):
 @pytest.mark.parametrize(("moe", "recompute"), [(True, True), (False, False)], ids=["moe-recompute", "dense"])
 def test_a_step_with_multi_token_prediction(moe, recompute):
     """One more attention layer, and more rows of the same head: no sync either."""
-    config = slice_config(moe, LAYERS)
-    batch = make_batch(config, 1024, True)
-    plain, step = (our_step(config, batch, recompute, mtp) for mtp in (False, True))
+    plain, step = (step_of(moe, True, recompute, mtp) for mtp in (False, True))
     assert not step.wrong
     attention, head = "npu::npu_fusion_attention", "npu::npu_cross_entropy_loss"
     assert step.forward.ops[attention] == plain.forward.ops[attention] + 1
@@ -96,7 +101,7 @@ def test_a_step_with_context_parallelism(moe, recompute, sharing):
     """The exchanges do not sync, and the number of the mixers' operators does not change."""
     config = slice_config(moe, LAYERS)
     batch = make_batch(config, 1024, True)
-    plain, step = our_step(config, batch, recompute, True), our_step(config, batch, recompute, True, sharing)
+    plain, step = step_of(moe, True, recompute, True), our_step(config, batch, recompute, True, sharing)
     assert not step.wrong
     for name in ("npu::npu_fusion_attention", *FORWARD):
         assert step.forward.ops[name] == plain.forward.ops[name] > 0, name
@@ -120,8 +125,7 @@ def test_chunk_tables_are_made_once_per_batch(recompute, monkeypatch):
 
 def test_text_and_images_dispatch_the_same():
     """The vision tower runs in every step, with the same operators: ranks cannot diverge."""
-    config = slice_config(True, LAYERS)
-    one, two = (our_step(config, make_batch(config, 1024, images)) for images in (False, True))
+    one, two = (step_of(True, images) for images in (False, True))
     assert one.forward.ops == two.forward.ops and one.backward.ops == two.backward.ops
 
 
@@ -144,15 +148,14 @@ def test_a_deterministic_step_has_the_same_operators(moe, monkeypatch):
 
 
 def test_a_layer_against_transformers():
-    """Upper bounds on measured counts; table.py prints the figures."""
-    for moe in (True, False):
-        if moe and not HAS_GROUPED_MM:
-            with pytest.raises(
-                DataDependentOutputException
-            ):  # without grouped_mm transformers syncs for each expert's rows
-                layers(peer_step, moe)
-            continue
-        ours, theirs = layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe), layers(peer_step, moe)
+    """Upper bounds on measured counts; the figures are published."""
+    if not HAS_GROUPED_MM:
+        with pytest.raises(DataDependentOutputException):  # transformers syncs for each expert's rows
+            layers(peer_step, True)
+    measured = measure()
+    publish("1-layers.md", lines(measured))
+    for moe in (True, False) if HAS_GROUPED_MM else (False,):
+        ours, theirs = measured[moe, "ours"], measured[moe, "transformers"]
         gdn, attention = "linear_attention", "full_attention"
         for kind, of_ops, of_bytes in ((gdn, 0.12, 0.25), (attention, 0.65, 0.65)):
             launched, saved = sum(ours[kind].launched), ours[kind].saved

@@ -1,6 +1,6 @@
 """Rung 5, compilation: what the operators launch, at every published model's shapes, passes
-BiShengIR's whole pipeline up to CANN's own step, for A2 and A3, at the first try, without a remark.
-In a process of its own: here, kernels are interpreted.
+BiShengIR's whole pipeline up to CANN's own step, at the first try, without a remark; A2 and A3 are
+the same to it. In a process of its own: here, kernels are interpreted.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from table import publish
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 KERNELS = {
@@ -25,6 +26,7 @@ KERNELS = {
     "norm.forward",
     "norm.backward",
 }
+TILE = ("C", "BC", "Dk", "Dv", "BV", "D", "ROWS", "HEADS")  # a kernel's constants
 WITH_PRODUCTS = {"invert", "scan", "states", "grad_states", "gradients"}
 
 
@@ -42,11 +44,35 @@ def test_every_kernel_compiles_for_every_published_shape(found):
         ("4B, 9B, 35B", "27B", "122B, 397B"), KERNELS - {"norm.forward", "norm.backward"}
     )
     for shape, kernels in shapes.items():
-        for target in ("Ascend910B2", "Ascend910B4", "Ascend910_9392"):
-            some = {x["kernel"]: x for x in found if x["shape"] == shape and x["target"] == target}
-            assert set(some) == kernels
-            for name, x in some.items():
-                assert x["done"] and not x["notes"], (name, shape, target, x["notes"])
+        some = of(found, shape)
+        assert set(some) == kernels
+        for name, x in some.items():
+            assert x["done"] and not x["notes"], (name, shape, x["notes"])
+
+
+def of(found: list[dict], shape: str, target: str = "Ascend910B2") -> dict[str, dict]:
+    return {x["kernel"]: x for x in found if x["shape"] == shape and x["target"] == target}
+
+
+@pytest.mark.parametrize("target", ["Ascend910B4", "Ascend910_9392"])
+def test_other_targets_change_nothing(found, target):
+    """Every kernel, at one shape: what is left to CANN alone knows the target."""
+    first, other = of(found, "0.8B, 2B"), of(found, "0.8B, 2B", target)
+    assert set(other) == KERNELS
+    assert other == {name: x | {"target": target} for name, x in first.items()}
+
+
+def test_the_buffers_of_4b_are_published(found):
+    """The norm's kernels are the same for all shapes, and compiled for the first."""
+    some = of(found, "0.8B, 2B") | of(found, "4B, 9B, 35B")
+    assert set(some) == KERNELS
+    lines = ["| kernel | tile | cores | unified buffer | L1 | L0C | workspace |", "|" + " --- |" * 7]
+    for name, x in sorted(some.items()):
+        tile = " ".join(f"{n}={v}" for n, v in x["constants"].items() if n in TILE)
+        cores = "vector" if x["mode"] == "aiv" else "cube + both vector" if x["halves"] else "cube + one vector"
+        space = (f"{x['buffers'].get(key, 0):,.0f}" for key in ("ub", "cbuf", "cc", "workspace"))
+        lines.append(f"| {name} | {tile} | {cores} | {' | '.join(space)} |")
+    publish("2-buffers.md", lines)
 
 
 def test_other_heads(found):

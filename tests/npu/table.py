@@ -1,18 +1,13 @@
-"""What a decoder layer costs beside transformers', as Markdown: `python tests/npu/table.py`.
+"""What a decoder layer costs beside transformers', as Markdown.
 
 A layer's cost is the difference between models with and without one more layer of its kind.
 """
 
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-sys.path += [
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parents[1] / "kernels"),
-]  # for peer.py and test_kernels.py
 
 import torch
 from steps import DEVICE, Step, make_batch, our_step, peer_step, slice_config
@@ -43,21 +38,29 @@ def layers(step: Callable[[dict, int], Step], moe: bool) -> dict[str, Layer]:
     return found
 
 
-def main() -> None:
-    print(f"torch {torch.__version__}, torch_npu {version('torch_npu')}, fake {DEVICE}, bf16, T={TOKENS}, no recompute")
-    print("| layer | whose | operators, forward + backward | without views | bytes for backward, a token |")
-    print("| --- | --- | --- | --- | --- |")
+def measure() -> dict[tuple[bool, str], dict[str, Layer]]:
+    """(mixture of experts, whose) -> the layers."""
+    found = {}
     for moe in (True, False):
-        columns = [("ours", layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe))]
+        found[moe, "ours"] = layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe)
         if not moe or HAS_GROUPED_MM:  # else transformers syncs for each expert's rows
-            columns.append(("transformers", layers(peer_step, moe)))
+            found[moe, "transformers"] = layers(peer_step, moe)
+    return found
+
+
+def lines(measured: dict[tuple[bool, str], dict[str, Layer]]) -> Iterable[str]:
+    yield f"torch {torch.__version__}, torch_npu {version('torch_npu')}, fake {DEVICE}, bf16, T={TOKENS}, no recompute"
+    yield "| layer | whose | operators, forward + backward | without views | bytes for backward, a token |"
+    yield "| --- | --- | --- | --- | --- |"
+    for moe in (True, False):
         for kind, name in (("linear_attention", "delta net"), ("full_attention", "attention")):
-            for whose, found in columns:
-                counts = (" + ".join(map(str, n)) for n in (found[kind].dispatched, found[kind].launched))
-                print(
-                    f"| {name} + {'MoE' if moe else 'MLP'} | {whose} | {' | '.join(counts)} | {found[kind].saved:,.0f} |"
-                )
+            for whose in ("ours", "transformers"):
+                if (moe, whose) in measured:
+                    layer = measured[moe, whose][kind]
+                    counts = (" + ".join(map(str, n)) for n in (layer.dispatched, layer.launched))
+                    yield f"| {name} + {'MoE' if moe else 'MLP'} | {whose} | {' | '.join(counts)} | {layer.saved:,.0f} |"
 
 
-if __name__ == "__main__":
-    main()
+def publish(name: str, lines: Iterable[str]) -> None:
+    """Leave a table for scripts/test-npu.sh, which prints them in the order of their names."""
+    Path(os.environ["NPU_TABLES"], name).write_text("\n".join(lines) + "\n")

@@ -1,11 +1,12 @@
 """Bytes and launches of the delta rule's Triton kernels, by the interpreter, beside fla-core's.
 
-`TRITON_INTERPRET=1 python tests/npu/triton_cost.py` prints Markdown: bytes of the kernels' loads
-and stores per token and V head, for heads of 128, two V heads per K head, bf16. Transfers between
-cube and vector cores inside a kernel are not included, on either side.
+As Markdown: bytes of the kernels' loads and stores per token and V head, for heads of 128, two V
+heads per K head, bf16. Transfers between cube and vector cores inside a kernel are not included, on
+either side.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 
 import interpreter
 import torch
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels import triton
 
 TOKENS, Hk, Hv, D = 256, 1, 2, 128
 # fla-core 0.6.0, triton_ascend, read from its launches: each kernel reads each input and writes
@@ -62,24 +62,19 @@ def cost(op) -> dict[str, Moved]:
     return {"forward": forward, "backward": backward}
 
 
-def main() -> None:
-    interpreter.install()
-    ours, native, each = cost(triton.chunk_gated_delta_rule), cost(kernels.chunk_gated_delta_rule), TOKENS * Hv
-    print("| kernel | read | written | bytes a token and V head |\n| --- | --- | --- | --- |")
+def lines(ours: dict[str, Moved]) -> Iterator[str]:
+    native, each = cost(kernels.chunk_gated_delta_rule), TOKENS * Hv
+    yield "| kernel | read | written | bytes a token and V head |\n| --- | --- | --- | --- |"
     for moved in ours.values():
         for name in moved.read:
             if name.startswith("delta_rule::"):
                 read, written = moved.read[name] / each, moved.written[name] / each
-                print(f"| {name.removeprefix('delta_rule::')} | {read:,.0f} | {written:,.0f} | {read + written:,.0f} |")
-    print("\n| delta rule | bytes, forward + backward | launches, forward + backward |\n| --- | --- | --- |")
+                yield f"| {name.removeprefix('delta_rule::')} | {read:,.0f} | {written:,.0f} | {read + written:,.0f} |"
+    yield "\n| delta rule | bytes, forward + backward | launches, forward + backward |\n| --- | --- | --- |"
     for whose, found in (("ours", ours), ("native", native)):
         moved = [(m.read.total() + m.written.total()) / each for m in found.values()]
         launches = [m.launches.total() for m in found.values()]
-        print(f"| {whose} | {' + '.join(f'{x:,.0f}' for x in moved)} | {' + '.join(map(str, launches))} |")
+        yield f"| {whose} | {' + '.join(f'{x:,.0f}' for x in moved)} | {' + '.join(map(str, launches))} |"
     (launched, moved), (launched_back, moved_back) = FLA.values()
-    print(f"| fla-core 0.6.0, triton_ascend | {moved:,} + {moved_back:,} | {launched} + {launched_back} |")
-    print(f"\nNative: {TOKENS} tokens, one sequence; its launches grow with the chunks of the longest sequence.")
-
-
-if __name__ == "__main__":
-    main()
+    yield f"| fla-core 0.6.0, triton_ascend | {moved:,} + {moved_back:,} | {launched} + {launched_back} |"
+    yield f"\nNative: {TOKENS} tokens, one sequence; its launches grow with the chunks of the longest sequence."

@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 
+from forked import ROOT, run_code
 from PIL import Image
-from training_runs import ROOT
 
 from qwen35.training.metrics import read_metrics
 
@@ -42,11 +40,7 @@ def test_ranks_without_images_or_trained_tokens_call_what_the_others_call(workpl
     ]
     command = [sys.executable, str(ROOT / "tests/collectives.py"), str(workplace / "recipe.yaml"), *settings]
     args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=4, master_addr="localhost", master_port=free_port())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOG": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(command), json.dumps(vars(args))],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_code(DRIVER, json.dumps(command), json.dumps(vars(args)), LOG=str(tmp_path))
     assert done.returncode == 0, done.stderr
     calls = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert len(calls[0]) > 50 and len({name for name, _, _ in calls[0]}) >= 3, calls[0][:3]

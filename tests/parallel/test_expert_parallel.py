@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from ports import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -186,7 +186,7 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
 def found(tmp_path_factory) -> list[dict]:
     """Per rank."""
     folder = tmp_path_factory.mktemp("experts")
-    mp.spawn(worker, args=(free_port(), folder), nprocs=4)
+    spawn(worker, free_port(), folder, ranks=4)
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 

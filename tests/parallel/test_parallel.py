@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from peer import config_dict, pack, sample
 from ports import free_port
 from torch.distributed.tensor import distribute_tensor
@@ -27,7 +27,7 @@ from qwen35.training import parameter_groups
 from qwen35.training.loss import token_weights
 from qwen35.training.optimizer import GradientNorm, make_optimizer
 
-STEPS = 3
+STEPS = 2
 # four micro-batches: images of several sizes, no images, no labels
 BATCHES = [
     pack([sample([9, (4, 4), 6], seed=0), sample([5, (2, 6), 8], seed=1)]),
@@ -110,7 +110,7 @@ def train(
 
 def run(folder: Path, world: int, cases: dict[str, dict]) -> dict[str, dict]:
     out = folder / f"{world}.pt"
-    mp.spawn(worker, args=(world, free_port(), out, cases), nprocs=world)
+    spawn(worker, world, free_port(), out, cases, ranks=world)
     return torch.load(out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -259,7 +259,7 @@ def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("experts")
     write_hf(whole_model().state_dict(), CONFIG, folder / "hf")
     write_hf(whole_model().state_dict(), CONFIG, folder / "per_expert", layout="per_expert")
-    mp.spawn(worker, args=(folder,), nprocs=RANKS)
+    spawn(worker, folder, ranks=RANKS)
     return torch.load(folder / "found.pt") | {"folder": folder}
 
 

@@ -1,6 +1,7 @@
 """The tiny recipe's model and images: complete, reproducible, and readable by transformers."""
 
 import json
+import shutil
 from itertools import groupby
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def test_two_runs_write_the_same_bytes(made, tmp_path):
 
 
 def test_complete_folders_are_kept_and_damaged_ones_made_anew(made, tmp_path):
-    model, digits = tmp_path / "model", tmp_path / "digits"
-    assert (tiny.make_model(model), tiny.make_digits(digits)) == (True, True)
+    model, digits = (shutil.copytree(made / name, tmp_path / name) for name in ("model", "digits"))
     assert (tiny.make_model(model), tiny.make_digits(digits)) == (False, False)
     (model / "config.json").write_text("{}")
     (digits / "images/0007.png").unlink()

@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import as_before
+from forked import Forked, ran, run_code
 from kills import Series
-from training_runs import RECIPE, ROOT, STEPS, assert_same_run, start_as_ever, start_training, tensors, train
+from training_runs import RECIPE, STEPS, assert_same_run, start_training, tensors, train
 
 from qwen35.checkpoint.dcp import CheckpointInfo, save_checkpoint
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
@@ -44,7 +43,7 @@ def uninterrupted(workplace) -> Path:
     return save
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300.0):
+def wait_for(condition, process: Forked, seconds: float = 300.0):
     """The condition's value once it is true; None if the process ends first."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -55,7 +54,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 300.0):
     return found
 
 
-def kill_all(process: subprocess.Popen) -> None:
+def kill_all(process: Forked) -> None:
     """kill -9 of the launcher alone: everything it started must end by itself."""
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -77,12 +76,12 @@ sys.addaudithook(hook)
 """
 
 
-def start_and_wait(workplace: Path, save: Path, event: str, path: str, *overrides: str) -> subprocess.Popen:
+def start_and_wait(workplace: Path, save: Path, event: str, path: str, *overrides: str) -> Forked:
     """Train until Python audits this event on this file."""
     folder = save.with_name("moment")
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(STAND_STILL.format(event=event, path=path, folder=str(folder)))
-    process = start_as_ever(workplace, save, 2, *overrides, PYTHONPATH=str(folder))
+    process = start_training(workplace, save, 2, *overrides, PYTHONPATH=str(folder))
     assert wait_for((folder / "here").exists, process), process.communicate()
     assert len(psutil.Process(process.pid).children(recursive=True)) >= 2
     return process
@@ -282,7 +281,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     save = tmp_path / "run"
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(path="iter_0000008.tmp/__1_0.distcp"))
     # no restart either: the disk would be as full
-    process = start_as_ever(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
+    process = start_training(workplace, save, 2, *RECIPE, "training.max_restarts=2", PYTHONPATH=str(tmp_path))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err
@@ -357,7 +356,7 @@ def test_a_signal_saves_and_exits_cleanly(workplace, uninterrupted, tmp_path, nu
         assert len(children) >= 4  # two ranks, and a worker of the loader each
         for child in children:
             child.send_signal(number)
-    assert "stopping: " in process.stderr.readline()  # by then the launcher has told the ranks
+    assert wait_for(lambda: "stopping: " in process.err, process)  # by then the launcher has told the ranks
     (tmp_path / "moment" / "go_on").touch()
     out, err = process.communicate(timeout=300)
     assert process.returncode == (0 if number == signal.SIGTERM else 130)
@@ -387,14 +386,23 @@ def test_a_save_folder_in_use_is_refused(workplace, tmp_path):
         pass
 
 
+TRY_THE_LOCK = """
+import sys
+from pathlib import Path
+from qwen35.checkpoint import lock
+lock.LOCK_TIMEOUT = 0
+with lock.holding(Path(sys.argv[1])):
+    pass
+"""
+
+
 def test_the_lock_excludes_other_jobs(tmp_path):
     """It comes with the folder, goes with an empty one, and excludes jobs on one machine."""
     folder = tmp_path / "a" / "run"
     with holding(folder) as warning:
         assert warning is None
         assert (folder / ".lock").is_file()
-        code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(folder)!r})): pass"
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+        other = run_code(TRY_THE_LOCK, str(folder))
         assert "in use by another job (process" in other.stderr
     assert not folder.exists()
     with holding(folder):
@@ -421,12 +429,11 @@ with lock.holding(Path(sys.argv[1])):
     print(Path(sys.argv[1], lock.LOCK).exists(), flush=True)
     time.sleep(600)
 """
-    command = [sys.executable, "-c", code, str(folder)]
     with holding(folder):
-        second = subprocess.Popen([*command, "300"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert second.stdout.readline() == "waits\n"
-    assert second.stdout.readline() == "True\n"
-    third = subprocess.run([*command, "0"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        second = Forked(ran, [code, str(folder), "300"], {})
+        assert wait_for(lambda: second.out == "waits\n", second)
+    assert wait_for(lambda: second.out == "waits\nTrue\n", second)
+    third = run_code(code, str(folder), "0")
     second.kill()
     second.communicate()
     assert f"in use by another job (process {second.pid} on " in third.stderr
@@ -434,16 +441,14 @@ with lock.holding(Path(sys.argv[1])):
 
 def test_a_removed_lock_file_lets_nobody_in(tmp_path):
     """Nor does a new file in its place; a forked worker that lives on keeps nobody out."""
-    code = f"from qwen35.checkpoint.lock import *; LOCK_TIMEOUT = 0\nwith holding(Path({str(tmp_path)!r})): pass"
-    command = [sys.executable, "-c", f"import qwen35.checkpoint.lock as m; m.LOCK_TIMEOUT = 0\n{code}"]
     with holding(tmp_path):
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
         worker.start()
         for act in ((tmp_path / ".lock").unlink, (tmp_path / ".lock").touch):
             act()
-            second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+            second = run_code(TRY_THE_LOCK, str(tmp_path))
             assert f"{tmp_path} is in use by another job" in second.stderr
-    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    third = run_code(TRY_THE_LOCK, str(tmp_path))
     worker.kill()
     worker.join()
     assert (third.returncode, third.stderr) == (0, "")

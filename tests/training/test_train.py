@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mistakes import run
 from PIL import Image
 from plain import plain
 from ports import free_port
@@ -194,13 +195,12 @@ def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two,
 )
 def test_mistakes_stop_the_run_with_one_line(workplace, tmp_path, override, words):
     save = tmp_path / "run"
-    command = [sys.executable, "-m", "qwen35.train", str(workplace / "recipe.yaml"), f"training.save={save}", override]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1
+    done = run(ROOT, "train", str(workplace / "recipe.yaml"), f"training.save={save}", override)
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code == 1
     assert len(errors) == 1
     assert words in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
     assert not save.exists()
 
 

@@ -1,0 +1,73 @@
+"""The marks of tests, by what their code names.
+
+`quick` starts no process and is short. `transformers` takes part with that library, or with the hub
+that each version of it brings along, so what its other versions do matters: conftest.py keeps it
+from all others.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+OURS = tuple(f"{Path(__file__).parents[1] / folder}/" for folder in ("tests", "bench"))  # whose code is followed
+LIBRARIES = ("subprocess", "multiprocessing", "torch.multiprocessing", "torch.multiprocessing.spawn")
+HELPERS = ("forked", "training_runs", "saver_run", "kills")  # files of tests/ that start processes
+STARTERS = re.compile("|".join(map(re.escape, (*LIBRARIES, *HELPERS))))
+TRANSFORMERS = re.compile(r"(transformers|huggingface_hub)(\..*)?|.*\bimport transformers\b.*", re.DOTALL)
+SLOW = (  # 8 to 70 s of processor time each, as measured
+    "data/test_dataloader.py",
+    "inference/test_generate_command.py",
+    "model/test_step.py",
+    "rehearse/test_rehearse.py",
+)
+
+
+def marks(item: pytest.Function) -> Iterator[str]:
+    if not str(item.path).endswith(SLOW) and not uses(item, STARTERS):
+        yield "quick"
+    if uses(item, TRANSFORMERS):
+        yield "transformers"
+
+
+def uses(item: pytest.Function, modules: re.Pattern) -> bool:
+    """Whether a test, one of its fixtures or a helper that they call names one of these modules."""
+    fixtures = (definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found)
+    return any(_uses(thing, modules, set()) for thing in (item.function, *fixtures))
+
+
+def _uses(thing: Any, modules: re.Pattern, seen: set[int]) -> bool:
+    if isinstance(thing, ModuleType):
+        return bool(modules.fullmatch(thing.__name__))
+    thing = getattr(thing, "__wrapped__", thing)  # what functools.cache hides
+    if id(thing) in seen:
+        return False
+    seen.add(id(thing))
+    if not isinstance(thing, (type, FunctionType)):
+        return False
+    if modules.fullmatch(thing.__module__ or ""):
+        return True
+    if isinstance(thing, type):
+        return any(_uses(member, modules, seen) for member in vars(thing).values())
+    if not thing.__code__.co_filename.startswith(OURS):
+        return False
+    names = set(_names(thing.__code__))
+    known = [thing.__globals__[name] for name in names & thing.__globals__.keys()]
+    for module in known:
+        if isinstance(module, ModuleType) and (getattr(module, "__file__", None) or "").startswith(OURS):
+            known += [vars(module)[name] for name in names & vars(module).keys()]
+    imported_inside = any(map(modules.fullmatch, names))
+    return imported_inside or any(_uses(value, modules, seen) for value in known)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that a function, and those defined inside it, look up, and programs in its text."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and "import " in constant:
+            yield constant

@@ -118,13 +118,12 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
             raise SettingError(f"{key}: {value!r} is not a section with settings in it")
         if key not in TYPES and key.rpartition(".")[0] not in MAPPINGS:
             raise SettingError(_unknown(key, TYPES))
-        _check_value(key, value)
     required = ["model", "training", f"{TRAIN_SET}.basic_parameters"]
     if any(key.startswith(f"{VALIDATION_SET}.") for key in flat):
         required.append(f"{VALIDATION_SET}.basic_parameters")
         own = f"{TRAIN_SET}.basic_parameters.dataset"
-        shared = {key for key in flat if key.startswith(f"{TRAIN_SET}.") and key != own}
-        flat = {for_validation(key): flat[key] for key in shared} | flat
+        inherited = {for_validation(k): v for k, v in flat.items() if k.startswith(f"{TRAIN_SET}.") and k != own}
+        flat = flat | inherited | flat  # what is given comes first and wins
     tree: dict[str, Any] = {}
     for section in required:
         _branch(tree, section)
@@ -132,9 +131,12 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
         section, _, name = key.rpartition(".")
         _branch(tree, section)[name] = value
     try:
-        return Settings(**tree)
+        settings = Settings(**tree)
     except ValidationError as error:
         raise SettingError(_message(error)) from None
+    for key, value in flat.items():
+        _check_value(key, value)
+    return settings
 
 
 def _branch(tree: dict[str, Any], path: str) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def _types(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _types(section, f"{prefix}{name}.") if section else [(f"{prefix}{name}", kind)]
 
 
+SCHEMA = TypeAdapter(Settings)
 TYPES = dict(_types(Settings))
 MAPPINGS = {name for name, kind in TYPES.items() if get_origin(kind) is Mapping}
 SECTIONS = {name.rsplit(".", i)[0] for name in TYPES for i in range(1, name.count(".") + 1)} | MAPPINGS
@@ -131,7 +132,7 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
         section, _, name = key.rpartition(".")
         _branch(tree, section)[name] = value
     try:
-        settings = Settings(**tree)
+        settings = SCHEMA.validate_python(tree)
     except ValidationError as error:
         raise SettingError(_message(error)) from None
     for key, value in flat.items():
@@ -232,7 +233,7 @@ def to_yaml(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    return TypeAdapter(Settings).dump_python(settings, mode="json")
+    return SCHEMA.dump_python(settings, mode="json")
 
 
 def difference(old: Settings, new: Settings) -> list[str]:

@@ -4,11 +4,10 @@ load.py makes these from a recipe; what they hold, rules.py compares. Every fiel
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, with_config
 
 TRAIN_SET, VALIDATION_SET = "data.dataset_param", "data.val_dataset_param"  # the second inherits from the first
 
@@ -18,7 +17,6 @@ def for_validation(message: str) -> str:
     return message.replace(TRAIN_SET, VALIDATION_SET)
 
 
-CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 Float = Annotated[StrictFloat, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML: 1e-5 is text
 PositiveInt, PositiveFloat = Annotated[StrictInt, Field(gt=0)], Annotated[Float, Field(gt=0)]
 NonNegativeInt, NonNegativeFloat = Annotated[StrictInt, Field(ge=0)], Annotated[Float, Field(ge=0)]
@@ -30,7 +28,7 @@ LONG_NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 # -- data ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class PreprocessParameters:
     # folder of the tokenizer and the processor; default: model.model_name_or_path
     model_name_or_path: str | None = None
@@ -44,7 +42,7 @@ class PreprocessParameters:
     video_maxlen: Annotated[StrictInt, Field(ge=2)] = 64
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class DatasetFile:
     file: str
     weight: PositiveFloat = 1.0  # times an epoch shows each sample; 0.5: every epoch another half of them
@@ -61,7 +59,7 @@ def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
     return list(dataset)
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class BasicParameters:
     # one file of records, or several separated by commas; or a list with weights:
     # [{file: a.json, weight: 2}, b.json] shows every sample of the first file twice per epoch
@@ -89,7 +87,7 @@ class BasicParameters:
     on_bad_record: Literal["error", "skip"] = "error"
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class Attr:
     """The names of a record's fields and roles. The usual names are found by default.
 
@@ -111,14 +109,14 @@ class Attr:
     ignore: tuple[str, ...] = ()  # fields to ignore without a warning that they look like data: [label]
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class DatasetParam:
     basic_parameters: BasicParameters
     preprocess_parameters: PreprocessParameters = PreprocessParameters()
     attr: Attr = Attr()
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class DataloaderParam:
     # processes per rank that decode and pack ahead of the training step; 0: none
     num_workers: Annotated[StrictInt, Field(ge=0, le=512)] = 1
@@ -127,7 +125,7 @@ class DataloaderParam:
     patch_bucket: PositiveInt = 256
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class DataSettings:
     dataset_param: DatasetParam
     # the validation set, with the settings of dataset_param, from which it inherits those that are
@@ -139,14 +137,14 @@ class DataSettings:
 # -- model, parallel, training ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class LossCfg:
     # how token losses are averaged, which docs/guide.md explains; model.loss_type is a short form
     loss_type: Literal["default", "per_sample_loss", "per_token_loss"] = "default"
     router_aux_loss_coef: NonNegativeFloat = 0.0  # weight of the load-balancing loss of mixture-of-experts models
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class ModelSettings:
     model_name_or_path: str  # Hugging Face folder with config.json and the tokenizer
     # modules to freeze; `*` and `{*}` match one level: model.language_model.layers.{*}.mlp
@@ -159,7 +157,7 @@ class ModelSettings:
     kernels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class ParallelSettings:
     # ranks that share one copy of the weights (FSDP); fewer than all: replicas (HSDP); default: all
     fully_shard_parallel_size: PositiveInt | None = None
@@ -176,7 +174,7 @@ class ParallelSettings:
     activation_offload: StrictBool = False
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class ProfileSettings:
     """Steps under the device's profiler."""
 
@@ -189,7 +187,7 @@ class ProfileSettings:
     folder: str = "profile"  # folder of the profile, below training.save
 
 
-@dataclass(frozen=True, config=CONFIG)
+@dataclass(frozen=True)
 class TrainingSettings:
     train_iters: PositiveInt  # optimizer steps of the whole run
     save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
@@ -243,7 +241,8 @@ class TrainingSettings:
     profile: ProfileSettings = ProfileSettings()
 
 
-@dataclass(frozen=True, config=CONFIG)
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # and for the sections below
+@dataclass(frozen=True)
 class Settings:
     data: DataSettings
     model: ModelSettings

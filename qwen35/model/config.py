@@ -2,31 +2,28 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from qwen35.batch import VisionSpec
 from qwen35.errors import read_object
 from qwen35.model.config_keys import FAMILY, ConfigError, refuse_quantized, shown, unknown_keys
 
-LINEAR, FULL = "linear_attention", "full_attention"  # the kinds of layers: gated delta net, attention
-FINITE = ConfigDict(allow_inf_nan=False)
+LayerType = Literal["linear_attention", "full_attention"]  # the first is a gated delta net
 Size, SizeOrZero = Annotated[StrictInt, Field(ge=1, le=2**24)], Annotated[StrictInt, Field(ge=0, le=2**24)]
 Depth = Annotated[StrictInt, Field(ge=1, le=1000)]  # layers are built one by one
-PositiveFloat = Annotated[StrictFloat, Field(gt=0)]
+PositiveFloat = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, config=FINITE)
+@dataclass(frozen=True)
 class TextConfig:
     vocab_size: Size
     hidden_size: Size
-    layer_types: Annotated[
-        tuple[Literal["linear_attention", "full_attention"], ...], Field(min_length=1, max_length=1000)
-    ]
+    layer_types: Annotated[tuple[LayerType, ...], Field(min_length=1, max_length=1000)]
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
@@ -48,7 +45,7 @@ class TextConfig:
     mtp_num_hidden_layers: SizeOrZero = 0
 
 
-@dataclass(frozen=True, config=FINITE)
+@dataclass(frozen=True)
 class VisionConfig:
     depth: Depth
     hidden_size: Size
@@ -62,7 +59,7 @@ class VisionConfig:
     out_hidden_size: Size
 
 
-@dataclass(frozen=True, config=FINITE)
+@dataclass(frozen=True)
 class ModelConfig:
     text: TextConfig
     vision: VisionConfig
@@ -105,7 +102,7 @@ class _TextKeys:
     layer_types: list[Any] | None = None
 
 
-@dataclass(frozen=True, config=FINITE)
+@dataclass(frozen=True)
 class _Rope:
     rope_theta: PositiveFloat = 1e4
     partial_rotary_factor: PositiveFloat = 0.25
@@ -165,7 +162,8 @@ def _layer_types(keys: _TextKeys) -> Sequence[str]:
     if kinds is None:
         if count is None:
             raise ConfigError("text_config lacks num_hidden_layers")
-        return [LINEAR if (i + 1) % (keys.full_attention_interval or 4) else FULL for i in range(count)]
+        every = keys.full_attention_interval or 4
+        return ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
     if count not in (None, len(kinds)):
         raise ConfigError(f"text_config.num_hidden_layers is {count}, but layer_types has {len(kinds)} layers")
     return kinds

@@ -202,12 +202,9 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     last = key.rsplit(".", 1)[-1].strip().lower().replace("-", "_")
     if advice := ADVICE.get(last):
         return f"{key} is no setting; {for_validation(advice) if key.startswith(VALIDATION_SET) else advice}"
-    names: dict[str, str] = {}
-    for name in known:
-        names.setdefault(name.rsplit(".", 1)[-1], name)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near = [names[last]] if last in names else near
-    near = near or [names[n] for n in difflib.get_close_matches(last, names, n=1, cutoff=0.5)]
+    names = {name.rsplit(".", 1)[-1]: name for name in reversed([*known])}  # the first of those that are alike
+    near = [names[last]] if last in names else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near or [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.5)]
     return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "")
 
 

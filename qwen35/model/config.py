@@ -105,7 +105,7 @@ class _TextKeys:
 @dataclass(frozen=True)
 class _Rope:
     rope_theta: PositiveFloat = 1e4
-    partial_rotary_factor: PositiveFloat = 0.25
+    partial_rotary_factor: Annotated[PositiveFloat, Field(le=1)] = 0.25
     mrope_section: tuple[SizeOrZero, SizeOrZero, SizeOrZero] = (11, 11, 10)
 
 

@@ -37,7 +37,7 @@ SAME = {  # ours -> theirs
     "parallel.ulysses_parallel_size": """sequence_parallel_size context_parallel_size ring_attention_size sp_size cp_size
         ulysses_size cp""",
     "parallel.recompute": """gradient_checkpointing activation_checkpointing vit_gradient_checkpointing recompute_granularity
-        recompute_method recompute_num_layers recompute_plan disable_gradient_checkpointing""",
+        recompute_method recompute_num_layers recompute_plan disable_gradient_checkpointing gradient_checkpointing_kwargs""",
     "parallel.activation_offload": "enable_activation_offload activation_offload_plan cpu_offloading",
     "training.save": "output_dir save_dir checkpoint_dir save_path",
     "training.train_iters": "max_steps total_steps train_steps",
@@ -68,14 +68,20 @@ NOT_THE_SAME = {  # what to say -> theirs
     "a validation takes batches of training.micro_batch_size": "per_device_eval_batch_size eval_batch_size",
     f"the validation set is a file of its own, {VALIDATION_SET}.basic_parameters.dataset": "val_size split_dataset_ratio",
     "training.seed is the only one": "data_seed",
+    "training.lr is for all parts, of which model.freeze holds some still": "vit_lr aligner_lr lr_scaling_plan",
+    "it is training.optimizer: adamw_swap here": "optimizer_cpu_offload offload_optimizer",
+    f"{BASIC}.train_on_prompt and {BASIC}.mask_history say what is trained": "loss_scale train_on_inputs",
+    "config.json of the model folder says it": "model_type rope_scaling",
     "a run resumes from training.save by itself, or starts from training.load": """resume_from_checkpoint
         ignore_data_skip resume_only_model overwrite_output_dir""",
     "it is not here yet: only full fine-tuning is, of what model.freeze leaves": """finetuning_type train_type tuner_type
         tuner_backend use_peft lora lora_rank lora_alpha lora_target lora_dropout lora_r target_modules modules_to_save
         additional_target adapters adapter_name_or_path use_rslora use_dora quantization_bit quantization_method quant_method
         quant_bits load_in_4bit load_in_8bit use_galore use_badam""",
-    "it is not here: every run is supervised fine-tuning": "stage rlhf_type pref_beta pref_loss",
-    "samples are always packed": "packing neat_packing padding_free group_by_length dataloader_drop_last drop_last",
+    "it is not here: every run is supervised fine-tuning": "stage task_type rlhf_type pref_beta pref_loss",
+    "it is not here: the arithmetic is bf16 or fp32, the optimizer AdamW": "fp8 fp8_format fp8_recipe use_muon use_adam_mini",
+    "samples are always packed": """packing neat_packing use_packed_sequences padding_free group_by_length
+        dataloader_drop_last drop_last""",
     f"records are tokenised as a run needs them, and kept where {BASIC}.cache_dir is set": """streaming lazy_tokenize
         preprocessing_num_workers preprocessing_batch_size dataset_num_proc overwrite_cache load_from_cache_file buffer_size""",
     "it is not here: parallel.fully_shard_parallel_size and parallel.expert_parallel_size share the weights": """tp pp tp_size
@@ -89,7 +95,8 @@ NOT_THE_SAME = {  # what to say -> theirs
     "no code of a model folder is ever run": "trust_remote_code",
     "leave it out, there is nothing to choose here": """tf32 do_train do_eval local_rank ddp_backend dataloader_pin_memory
         dataloader_persistent_workers dataloader_prefetch_factor ddp_find_unused_parameters remove_unused_columns
-        use_distributed_optimizer sequence_parallel use_fast_tokenizer torch_compile""",
+        use_distributed_optimizer sequence_parallel use_fast_tokenizer torch_compile masked_softmax_fusion
+        bias_activation_fusion apply_rope_fusion moe_permute_fusion overlap_grad_reduce overlap_param_gather""",
 }
 ADVICE = {
     name: advice

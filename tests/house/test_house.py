@@ -25,7 +25,7 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 890,
+    "config": 900,
     "model": 1_160,
     "checkpoint": 3_450,
     "data": 5_450,

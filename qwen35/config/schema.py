@@ -18,8 +18,10 @@ def for_validation(message: str) -> str:
 
 
 Float = Annotated[StrictFloat, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML: 1e-5 is text
-PositiveInt, PositiveFloat = Annotated[StrictInt, Field(gt=0)], Annotated[Float, Field(gt=0)]
-NonNegativeInt, NonNegativeFloat = Annotated[StrictInt, Field(ge=0)], Annotated[Float, Field(ge=0)]
+PositiveInt = Annotated[StrictInt, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeInt = Annotated[StrictInt, Field(ge=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 Dtype = Annotated[Literal["bf16", "fp32"], BeforeValidator(lambda v: LONG_NAMES.get(str(v), v))]
 LONG_NAMES = {"bfloat16": "bf16", "float32": "fp32"}

@@ -13,7 +13,8 @@ from qwen35.errors import read_object
 from qwen35.model.config_keys import FAMILY, ConfigError, refuse_quantized, shown, unknown_keys
 
 LayerType = Literal["linear_attention", "full_attention"]  # the first is a gated delta net
-Size, SizeOrZero = Annotated[StrictInt, Field(ge=1, le=2**24)], Annotated[StrictInt, Field(ge=0, le=2**24)]
+Size = Annotated[StrictInt, Field(ge=1, le=2**24)]
+SizeOrZero = Annotated[StrictInt, Field(ge=0, le=2**24)]
 Depth = Annotated[StrictInt, Field(ge=1, le=1000)]  # layers are built one by one
 PositiveFloat = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
 T = TypeVar("T")

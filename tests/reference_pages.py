@@ -10,14 +10,15 @@ import re
 import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from qwen35.config.schema import DatasetFile, Settings
+from qwen35.config.schema import DatasetFile, Entry, Settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """# Settings
 
-Every setting of a recipe. `make docs` generates this page from the comments in `qwen35/config/schema.py`: edit those.
+Every setting of a recipe. `make docs` generates this page from the types, defaults and comments in
+`qwen35/config/schema.py`: edit those.
 
 A recipe is a YAML file without aliases, and `a.b=c` in `ARGS` overrides it. A name that is no setting is an error that
 names the nearest one. `python -m qwen35.config.load RECIPE` prints all of a recipe, resolved."""
@@ -46,12 +47,19 @@ def comments(path: Path) -> dict[tuple[str, str], str]:
     return found
 
 
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+
+
 def values(kind: Any) -> str:
-    """What a setting of a type may be."""
+    """What a setting of a type may be, with its bounds."""
+    if get_origin(kind) is Annotated:
+        limits = [limit for part in kind.__metadata__ for limit in getattr(part, "metadata", ())]
+        words = [f"{BOUNDS[name]} {value}" for limit in limits for name, value in dataclasses.asdict(limit).items()]
+        return " ".join([values(get_args(kind)[0]), *words])
     if get_origin(kind) is Literal:
         return ", ".join(f"`{word}`" for word in get_args(kind))
     if get_origin(kind) is tuple:
-        return WORDS[DatasetFile] if DatasetFile in get_args(kind) else "list"
+        return WORDS[DatasetFile] if get_args(kind)[0] is Entry else "list"
     if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping):
         return "mapping"
     return ", ".join(values(k) for k in get_args(kind) if k is not type(None)) or WORDS[kind]
@@ -69,8 +77,8 @@ def default(f: "dataclasses.Field[Any]") -> str:
 def rows(cls: type, path: str, said: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, list[str]]]:
     """(section, cells) of each setting below a dataclass."""
     for f in dataclasses.fields(cls):
-        kind = get_type_hints(cls)[f.name]
-        inner = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k) and k is not DatasetFile), None)
+        kind = get_type_hints(cls, include_extras=True)[f.name]
+        inner = next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
         if inner and kind is inner:
             yield from rows(inner, f"{path}{f.name}.", said)
         else:

@@ -1,12 +1,13 @@
-"""Every setting with its meaning and default. `make docs` turns the comments into docs/settings.md.
+"""Every setting with its meaning, bounds and default; `make docs` turns them into docs/settings.md.
 
-load.py makes these from a recipe, and refuses a key that is not a field. Every field is used.
+load.py makes these from a recipe; what they hold, rules.py compares. Every field is used.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, with_config
 
 TRAIN_SET, VALIDATION_SET = "data.dataset_param", "data.val_dataset_param"  # the second inherits from the first
 
@@ -16,7 +17,14 @@ def for_validation(message: str) -> str:
     return message.replace(TRAIN_SET, VALIDATION_SET)
 
 
-REQUIRED: Any = dataclasses.MISSING
+Float = Annotated[StrictFloat, BeforeValidator(lambda v: float(v) if isinstance(v, str) else v)]  # YAML: 1e-5 is text
+PositiveInt = Annotated[StrictInt, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeInt = Annotated[StrictInt, Field(ge=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Dtype = Annotated[Literal["bf16", "fp32"], BeforeValidator(lambda v: LONG_NAMES.get(str(v), v))]
+LONG_NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -26,18 +34,24 @@ REQUIRED: Any = dataclasses.MISSING
 class PreprocessParameters:
     # folder of the tokenizer and the processor; default: model.model_name_or_path
     model_name_or_path: str | None = None
-    image_max_pixels: int = 262144  # larger images are scaled down to this many pixels
-    image_min_pixels: int = 1024  # smaller images are scaled up to this many pixels
-    video_max_pixels: int = 65536  # videos with larger frames are scaled down to this many pixels per frame
-    video_min_pixels: int = 1024  # videos with smaller frames are scaled up to this many pixels per frame
-    video_fps: float = 2.0  # frames sampled per second of video; also the rate of frame lists that name none
-    video_maxlen: int = 64  # most frames sampled from one video; a longer video is sampled evenly
+    image_max_pixels: PositiveInt = 262144  # larger images are scaled down to this many pixels
+    image_min_pixels: PositiveInt = 1024  # smaller images are scaled up to this many pixels
+    video_max_pixels: PositiveInt = 65536  # videos with larger frames are scaled down to this many pixels per frame
+    video_min_pixels: PositiveInt = 1024  # videos with smaller frames are scaled up to this many pixels per frame
+    video_fps: PositiveFloat = 2.0  # frames sampled per second of video; also the rate of frame lists that name none
+    # most frames sampled from one video, which is sampled evenly if it is longer; at least 2: the
+    # model takes frames in pairs
+    video_maxlen: Annotated[StrictInt, Field(ge=2)] = 64
 
 
 @dataclass(frozen=True)
 class DatasetFile:
-    file: str = REQUIRED
-    weight: float = 1.0  # times an epoch shows each sample; 0.5: every epoch another half of them
+    file: str
+    weight: PositiveFloat = 1.0  # times an epoch shows each sample; 0.5: every epoch another half of them
+
+
+# a file's name alone is an entry, too
+Entry = Annotated[DatasetFile, BeforeValidator(lambda v: v if isinstance(v, dict | DatasetFile) else {"file": v})]
 
 
 def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
@@ -51,22 +65,22 @@ def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
 class BasicParameters:
     # one file of records, or several separated by commas; or a list with weights:
     # [{file: a.json, weight: 2}, b.json] shows every sample of the first file twice per epoch
-    dataset: str | tuple[DatasetFile, ...] = REQUIRED
+    dataset: str | tuple[Entry, ...]
     dataset_dir: str = "."  # the folder of the images and videos that records name; they must lie inside it
     # folder that caches tokenised samples and the images embedded in records; default: no cache
     cache_dir: str | None = None
-    max_samples: int | None = None  # read only this many records, from the first file on; default: all
-    cutoff_len: int = 2048  # tokens of one packed sequence; see truncation for longer samples
+    max_samples: PositiveInt | None = None  # read only this many records, from the first file on; default: all
+    cutoff_len: PositiveInt = 2048  # tokens of one packed sequence; see truncation for longer samples
     # the chat template: the checkpoint's own (qwen3_5), or that of MindSpeed-MM's recipes
     template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
     # for template qwen3_5: true trains on thoughts, false drops them; default: as the record has it
-    enable_thinking: bool | None = None
+    enable_thinking: StrictBool | None = None
     # how a special token that is spelled out in a user, system or tools text is encoded: as that
     # token, which is what transformers and vLLM do at inference, or as plain text. In answers it is
     # always the token; control tokens such as <|im_end|> are text everywhere
     special_tokens_in_prompts: Literal["tokens", "text"] = "tokens"
-    train_on_prompt: bool = False  # true: the loss also counts the user's turns
-    mask_history: bool = False  # true: the loss counts only the last answer of a conversation
+    train_on_prompt: StrictBool = False  # true: the loss also counts the user's turns
+    mask_history: StrictBool = False  # true: the loss counts only the last answer of a conversation
     # a sample longer than cutoff_len: error treats it as a bad record (see on_bad_record), drop
     # leaves it out, truncate keeps its beginning, up to the last trained token that fits and
     # without splitting an image or video. Dropped and truncated samples are counted in the log
@@ -106,10 +120,11 @@ class DatasetParam:
 
 @dataclass(frozen=True)
 class DataloaderParam:
-    num_workers: int = 1  # processes per rank that decode and pack ahead of the training step; 0: none
-    shuffle: bool = True  # shuffle anew in each epoch, by training.seed; false: the order of the files
+    # processes per rank that decode and pack ahead of the training step; 0: none
+    num_workers: Annotated[StrictInt, Field(ge=0, le=512)] = 1
+    shuffle: StrictBool = True  # shuffle anew in each epoch, by training.seed; false: the order of the files
     # a micro-batch's image patches are padded to a multiple of this, so that few shapes occur
-    patch_bucket: int = 256
+    patch_bucket: PositiveInt = 256
 
 
 @dataclass(frozen=True)
@@ -128,17 +143,17 @@ class DataSettings:
 class LossCfg:
     # how token losses are averaged, which docs/guide.md explains; model.loss_type is a short form
     loss_type: Literal["default", "per_sample_loss", "per_token_loss"] = "default"
-    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss of mixture-of-experts models
+    router_aux_loss_coef: NonNegativeFloat = 0.0  # weight of the load-balancing loss of mixture-of-experts models
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    model_name_or_path: str = REQUIRED  # Hugging Face folder with config.json and the tokenizer
+    model_name_or_path: str  # Hugging Face folder with config.json and the tokenizer
     # modules to freeze; `*` and `{*}` match one level: model.language_model.layers.{*}.mlp
     freeze: tuple[str, ...] = ()
     # 1: also train the checkpoint's multi-token prediction (MTP) layer; 0: leave it as it is
-    mtp_num_layers: int = 0
-    mtp_loss_scaling_factor: float = 0.1  # weight of the multi-token prediction loss
+    mtp_num_layers: Annotated[StrictInt, Field(ge=0, le=1)] = 0
+    mtp_loss_scaling_factor: PositiveFloat = 0.1  # weight of the multi-token prediction loss
     loss_cfg: LossCfg = LossCfg()
     # operator: implementation (auto, native, torch_npu, triton, fla); see `python -m kernels`
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -147,81 +162,88 @@ class ModelSettings:
 @dataclass(frozen=True)
 class ParallelSettings:
     # ranks that share one copy of the weights (FSDP); fewer than all: replicas (HSDP); default: all
-    fully_shard_parallel_size: int | None = None
+    fully_shard_parallel_size: PositiveInt | None = None
     # of these, ranks that hold different experts; tokens are sent to the ranks of their experts
-    expert_parallel_size: int = 1
+    expert_parallel_size: PositiveInt = 1
     # ranks that share each packed sequence (Ulysses context parallelism): each holds a part of the
     # tokens, and in attention and the gated delta net computes a part of the heads for all tokens
-    ulysses_parallel_size: int = 1
+    ulysses_parallel_size: PositiveInt = 1
     # true: save only the input of each layer, and run the layer again in the backward pass;
     # selective: also save what attention and the delta rule return, which then do not run again
-    recompute: bool | Literal["selective"] = False
+    recompute: StrictBool | Literal["selective"] = False
     # hold what the layers save for the backward pass in the host's memory until it is needed
     # (recompute decides what they save); on a CPU this copies without saving memory
-    activation_offload: bool = False
+    activation_offload: StrictBool = False
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
     """Steps under the device's profiler."""
 
-    steps: int = 0  # number of steps to profile; each rank writes a trace and a table of operators; 0: none
-    start: int = 3  # the first step to profile
-    ranks: tuple[int, ...] = (0,)  # the ranks to profile
-    memory_snapshot: bool = False  # also write a snapshot of the device's memory; on a CPU, allocations in the trace
+    steps: NonNegativeInt = 0  # number of steps to profile; each rank writes a trace and a table of operators; 0: none
+    # the first step to profile, at least 2: the profiler warms up in the step before
+    start: Annotated[StrictInt, Field(ge=2)] = 3
+    ranks: tuple[NonNegativeInt, ...] = (0,)  # the ranks to profile
+    # also write a snapshot of the device's memory; on a CPU, allocations in the trace
+    memory_snapshot: StrictBool = False
     folder: str = "profile"  # folder of the profile, below training.save
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    train_iters: int = REQUIRED  # optimizer steps of the whole run
-    save: str = REQUIRED  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
-    micro_batch_size: int = 1  # packed sequences of cutoff_len tokens per rank and micro-step
-    gradient_accumulation_steps: int = 1  # micro-steps per optimizer step
+    train_iters: PositiveInt  # optimizer steps of the whole run
+    save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
+    micro_batch_size: PositiveInt = 1  # packed sequences of cutoff_len tokens per rank and micro-step
+    gradient_accumulation_steps: PositiveInt = 1  # micro-steps per optimizer step
     # adamw_swap: AdamW's two moments (8 bytes per parameter) stay in the host's memory and are
     # copied to the device chunk by chunk in each step; results and checkpoints are the same
     optimizer: Literal["adamw", "adamw_swap"] = "adamw"
-    lr: float = 1e-5  # peak learning rate
-    min_lr: float = 0.0  # learning rate at the end of the decay
+    lr: PositiveFloat = 1e-5  # peak learning rate
+    min_lr: NonNegativeFloat = 0.0  # learning rate at the end of the decay
     # shape of the decay from lr to min_lr after the warm-up; constant: no decay
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_ratio: float = 0.1  # share of train_iters over which the learning rate rises to lr
-    weight_decay: float = 0.0  # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
-    adam_beta1: float = 0.9  # AdamW's decay rate of the first moment
-    adam_beta2: float = 0.95  # AdamW's decay rate of the second moment
-    adam_eps: float = 1e-8  # AdamW's epsilon
-    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
-    dtype: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, gradient sums and optimizer stay in fp32
-    seed: int = 42  # seed of the order of the data and of all random numbers
-    deterministic: bool = False  # make every step repeatable bit for bit, which is slower on an NPU
-    log_interval: int = 1  # steps between log lines; a run that is asked to stop does so at the next one
-    peak_tflops: float | None = None  # bf16 peak of one device, to log model FLOPs utilization (mfu); default: no mfu
-    save_interval: int | None = None  # steps between checkpoints; default: one at the end
+    lr_warmup_ratio: Fraction = 0.1  # share of train_iters over which the learning rate rises to lr
+    # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Fraction = 0.9  # AdamW's decay rate of the first moment
+    adam_beta2: Fraction = 0.95  # AdamW's decay rate of the second moment
+    adam_eps: PositiveFloat = 1e-8  # AdamW's epsilon
+    clip_grad: NonNegativeFloat = 1.0  # largest global gradient norm; 0: no clipping
+    # of the arithmetic, also as bfloat16, float32; weights, gradient sums, optimizer stay in fp32
+    dtype: Dtype = "bf16"
+    seed: NonNegativeInt = 42  # seed of the order of the data and of all random numbers
+    deterministic: StrictBool = False  # make every step repeatable bit for bit, which is slower on an NPU
+    log_interval: PositiveInt = 1  # steps between log lines; a run that is asked to stop does so at the next one
+    # bf16 peak of one device, to log model FLOPs utilization (mfu); default: no mfu
+    peak_tflops: PositiveFloat | None = None
+    save_interval: PositiveInt | None = None  # steps between checkpoints; default: one at the end
     # number of checkpoints to keep, the newest; older ones are removed once a new one is complete,
     # but not release/ nor one that is being read; default: all
-    save_total_limit: int | None = None
+    save_total_limit: PositiveInt | None = None
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
-    async_save: bool = True
+    async_save: StrictBool = True
     # steps between validations on data.val_dataset_param, with one after the last; default: none
-    val_interval: int | None = None
+    val_interval: PositiveInt | None = None
     # also have the model answer the validation records, and log the share of exact matches; each
     # device then holds an unsharded copy of the model during validation
-    val_generate: bool = False
+    val_generate: StrictBool = False
     load: str | None = None  # DCP folder with the initial weights: converted, or another run's save folder
     init_from_hf_path: str | None = None  # Hugging Face folder with the initial weights, instead of load
-    init_model_with_meta_device: bool = True  # no rank ever holds the whole model; false: build it whole, then shard
+    # no rank ever holds the whole model; false: build it whole, then shard
+    init_model_with_meta_device: StrictBool = True
     # seconds without progress after which a rank counts as hung and the job is ended; steps, saves,
     # each record that is read and each part of the weights that is loaded are progress
-    timeout: float = 1800.0
+    timeout: Annotated[Float, Field(gt=0, le=31_536_000)] = 1800.0
     # how often a job is restarted from its newest checkpoint after a failure that may pass (a dead
     # process, a lost node); mistakes in settings or data are never retried
-    max_restarts: int = 0
+    max_restarts: NonNegativeInt = 0
     # steps for which a trained group's gradient may be exactly zero before the run stops
-    zero_grad_patience: int = 5
+    zero_grad_patience: PositiveInt = 5
     profile: ProfileSettings = ProfileSettings()
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))  # and for the sections below
 @dataclass(frozen=True)
 class Settings:
     data: DataSettings

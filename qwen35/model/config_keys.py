@@ -124,7 +124,8 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     """The unknown keys of a config.json. Raises ConfigError on one that the model cannot ignore."""
-    unknown = []
+    unknown, text = [], config.get("text_config") or {}
+    of_text = {*USED[TEXT].split(), *ONLY_VALUE[TEXT]} - {*USED[""].split(), *ONLY_VALUE[""], *HARMLESS_KEYS}
     for where, kind, values in _sections(config):
         only, known = ONLY_VALUE[kind], {*USED[kind].split(), *HARMLESS_KEYS}
         # keys with a fixed value first: their messages are the clearest
@@ -137,8 +138,12 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
             if key in only:
                 if value not in only[key]:
                     raise ConfigError(f"{name} is {shown(value)}; this model does {only[key][0]!r} only")
-            elif not where and key in _OF_TEXT:
-                _check_moved(key, value, config)
+            elif not where and key in of_text:  # may only repeat what text_config says
+                if value != text.get(key):
+                    raise ConfigError(
+                        f"{key} is {shown(value)} at the top level, where it is not read, but {shown(text.get(key))} in "
+                        "text_config; set the two alike"
+                    )
             elif key not in known:
                 if isinstance(value, dict) or COMPUTATION.search(key):
                     raise ConfigError(
@@ -147,20 +152,6 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
                     )
                 unknown.append(name)
     return unknown
-
-
-_OF_TEXT = {*USED[TEXT].split(), *ONLY_VALUE[TEXT]} - {*USED[""].split(), *ONLY_VALUE[""], *HARMLESS_KEYS}
-
-
-def _check_moved(key: str, value: Any, config: Mapping[str, Any]) -> None:
-    """A key of text_config at the top level is not read: it may only repeat text_config's value."""
-    text = config.get("text_config")
-    inside = text.get(key) if isinstance(text, dict) else None
-    if value != inside:
-        raise ConfigError(
-            f"{key} is {shown(value)} at the top level, where it is not read, but {shown(inside)} in text_config; "
-            "set the two alike"
-        )
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

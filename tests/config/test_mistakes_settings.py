@@ -101,16 +101,16 @@ SETTINGS = [
     Case("list of numbers", on("model.freeze=[1]"), ("model.freeze[0]: 1 is not of type str",)),
     Case("kernels by one name", on("model.kernels=native"), ("model.kernels: 'native' is not a section",)),
     Case("twice in a value", on("model.kernels={swiglu: native, swiglu: auto}"), ("swiglu is there twice",)),
-    Case("not a number", on("training.lr=.nan"), ("training.lr: nan must be more than 0",)),
-    Case("infinite", on("training.weight_decay=.inf"), ("training.weight_decay: inf must be 0 or more",)),
+    Case("not a number", on("training.lr=.nan"), ("training.lr: nan must be a finite number",)),
+    Case("infinite", on("training.weight_decay=.inf"), ("training.weight_decay: inf must be a finite number",)),
     Case("huge", on("training.seed=99999999999999999999"), ("training.seed: 99999999999999999999 is too large",)),
     Case("negative size", on(f"{BASIC}.cutoff_len=-1"), (f"{BASIC}.cutoff_len: -1 must be more than 0",)),
-    Case("two layers ahead", on("model.mtp_num_layers=2"), ("model.mtp_num_layers: 2 must be 0 or 1",)),
+    Case("two layers ahead", on("model.mtp_num_layers=2"), ("model.mtp_num_layers: 2 must be at most 1",)),
     Case("yes for a number", on("model.mtp_num_layers=true"), ("model.mtp_num_layers: True is not of type int",)),
     Case(
         "nothing ahead",
         on("model.mtp_num_layers=1", "model.mtp_loss_scaling_factor=0"),
-        ("model.mtp_loss_scaling_factor: 0.0 must be more than 0",),
+        ("model.mtp_loss_scaling_factor: 0 must be more than 0",),
     ),
     Case(
         "too many workers", on("data.dataloader_param.num_workers=100000"), ("num_workers: 100000 must be at most 512",)
@@ -118,7 +118,7 @@ SETTINGS = [
     Case(
         "other choice",
         on(f"{BASIC}.on_bad_record=ignore"),
-        (f"{BASIC}.on_bad_record: 'ignore' is not one of error, skip",),
+        (f"{BASIC}.on_bad_record: 'ignore' is not one of 'error' or 'skip'",),
     ),
 ]
 RULES = [

@@ -1,5 +1,6 @@
 """scripts/install.sh and the lock files."""
 
+import ast
 import os
 import re
 import shutil
@@ -41,6 +42,25 @@ def pins(name: str) -> dict[str, list[str]]:
             assert match, line
             found.setdefault(match[1], []).append(match[2])
     return found
+
+
+BY_ANOTHER_NAME = {"PIL": "pillow", "yaml": "pyyaml"}
+OF_A_DEVICE = {"torch", "torch_npu", "triton"}  # in cpu.in and npu.in
+OPTIONAL = {"av", "fla", "pyarrow"}  # videos, another delta rule, parquet: used where they are installed
+INDIRECT = {"packaging", "setuptools"}  # the first comes with transformers, the second is what builds the package
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_imported() -> None:
+    lines = (ROOT / "scripts/requirements/common.in").read_text().partition("# make test")[0].splitlines()
+    required = {line.replace("-", "_") for line in lines if line and not line.startswith("#")}
+    folders = ("qwen35", "kernels", "rehearse", "accept", "bench")
+    found = [ast.walk(ast.parse(path.read_text())) for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
+    nodes = [node for tree in found for node in tree]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {name.partition(".")[0] for name in names}
+    imported -= {*sys.stdlib_module_names, *folders, *OF_A_DEVICE, *OPTIONAL}
+    assert {BY_ANOTHER_NAME.get(name, name) for name in imported} - INDIRECT == required - INDIRECT
 
 
 # -- dry runs --------------------------------------------------------------------------------------

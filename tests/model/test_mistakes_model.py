@@ -60,17 +60,32 @@ CONFIGS = [
     Case("not UTF-8", TRAIN, ("hf/config.json: not UTF-8 text", "at byte 7"), write(CONFIG, b'{"a": "\xe9"}')),
     config("other model", "model_type", "llama", "model_type 'llama' is not one of qwen3_5, qwen3_5_moe"),
     config("no section", "text_config", ..., "lacks text_config"),
-    config("list for a section", "vision_config", [1], "vision_config is [1], not an object"),
+    config("list for a section", "vision_config", [1], "vision_config is [1], not a valid dictionary"),
     config("no field", "text_config.head_dim", ..., "text_config lacks head_dim"),
-    config("text for a number", "text_config.hidden_size", "48", "text_config.hidden_size is '48', not a whole number"),
-    config("negative size", "text_config.vocab_size", -1, "text_config.vocab_size is -1, not a whole number from 1"),
-    config("huge size", "vision_config.depth", 10**12, "vision_config.depth is 1000000000000", "from 1 to 1000"),
     config(
-        "no number", "text_config.rms_norm_eps", float("nan"), "text_config.rms_norm_eps is nan, not a number above 0"
+        "text for a number", "text_config.hidden_size", "48", "text_config.hidden_size is '48', not a valid integer"
     ),
-    config("yes for a size", "vision_config.num_heads", True, "vision_config.num_heads is True, not a whole number"),
+    config(
+        "negative size", "text_config.vocab_size", -1, "text_config.vocab_size is -1, not greater than or equal to 1"
+    ),
+    config(
+        "huge size",
+        "vision_config.depth",
+        10**12,
+        "vision_config.depth is 1000000000000",
+        "not less than or equal to 1000",
+    ),
+    config(
+        "no number", "text_config.rms_norm_eps", float("nan"), "text_config.rms_norm_eps is nan, not a finite number"
+    ),
+    config("yes for a size", "vision_config.num_heads", True, "vision_config.num_heads is True, not a valid integer"),
     config("no yes or no", "tie_word_embeddings", "no", "tie_word_embeddings is 'no', not true or false"),
-    config("unknown layer", "text_config.layer_types.0", "mamba", "text_config.layer_types is ['mamba'"),
+    config(
+        "unknown layer",
+        "text_config.layer_types.0",
+        "mamba",
+        "text_config.layer_types.0 is 'mamba', not 'linear_attention' or 'full_attention'",
+    ),
     config(
         "number of layers", "text_config.num_hidden_layers", 5, "num_hidden_layers is 5, but layer_types has 4 layers"
     ),

@@ -83,7 +83,7 @@ def test_the_table_has_self_times():
         (["ranks=[1]"], "training.profile means nothing without training.profile.steps"),
         (["steps=-1"], "training.profile.steps: -1 must be 0 or more"),
         (["steps=1", "ranks=[]"], "training.profile.ranks: [] must name at least one rank"),
-        (["steps=1", "ranks=[0, -1]"], "training.profile.ranks: [0, -1] must name at least one rank, 0 or more each"),
+        (["steps=1", "ranks=[0, -1]"], "training.profile.ranks[1]: -1 must be 0 or more"),
         (["steps=1", "folder=../x"], "training.profile.folder: ../x must be a folder below training.save"),
         (["steps=1", "folder=/x"], "training.profile.folder: /x must be a folder below training.save"),
         (["steps=1", "folder=."], "training.profile.folder: . must be a folder below training.save"),

@@ -9,8 +9,7 @@ from fla.modules.causal_conv1d import causal_conv1d as fla_causal_conv1d
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
 from torch import Tensor
 
-from kernels.host import to_device
-from kernels.lengths import computed_once
+from kernels.host import computed_once, to_device
 from kernels.recompute_cache import RecomputeCache
 
 

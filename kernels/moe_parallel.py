@@ -80,6 +80,8 @@ def moe_experts_parallel(
     default is Exchange, used where all-to-all sends less.
     """
     ep = dist.get_world_size(group)
+    if exchange is not None:
+        exchange.check(x, topk_ids.shape[1], ep, len(gate_up_proj))
     if ep == 1:
         return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
     algorithm = _AllGatherExperts if exchange is None and ep < topk_ids.shape[1] else _AllToAllExperts
@@ -182,6 +184,10 @@ class Exchange:
         ep, counts = len(routes.counts), routes.counts.T.flatten().to(torch.int32)
         # [E/ep], where each local expert's rows end
         self.ends = counts.cumsum(0, dtype=torch.int32)[ep - 1 :: ep].long()
+
+    @staticmethod
+    def check(x: Tensor, top_k: int, ranks: int, local: int) -> None:
+        """Raises if this way to send does not take x of top_k experts a token, `local` a rank."""
 
     def regroup_indices(self) -> Tensor:
         """[2, N]: from rank-major to expert-major order, and back."""

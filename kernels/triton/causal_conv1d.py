@@ -126,9 +126,7 @@ def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Te
     return y
 
 
-@launch_forward.register_fake
-def _(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+launch_forward.register_fake(lambda x, taps, chunks, channels: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def _gradients(x: Tensor, chunks: Tensor, channels: int, cores: int) -> tuple[Tensor, Tensor]:
@@ -149,9 +147,7 @@ def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, chann
     return grad_x, parts
 
 
-@launch_backward.register_fake
-def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    return _gradients(x, chunks, channels, VECTOR_CORES)
+launch_backward.register_fake(lambda x, taps, grad, chunks, channels: _gradients(x, chunks, channels, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

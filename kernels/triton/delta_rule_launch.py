@@ -33,9 +33,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size:
     return gates, norms
 
 
-@prepare.register_fake
-def _(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return _prepared(k, g, chunks, size)
+prepare.register_fake(lambda q, k, g, beta, chunks, size: _prepared(k, g, chunks, size))
 
 
 def _inverses(k: Tensor, gates: Tensor) -> Tensor:
@@ -53,9 +51,7 @@ def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
     return inverse
 
 
-@invert.register_fake
-def _(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
-    return _inverses(k, gates)
+invert.register_fake(lambda k, gates, norms, chunks: _inverses(k, gates))
 
 
 @custom_op("delta_rule::scan", mutates_args=())
@@ -80,9 +76,7 @@ def _scan_programs(sequences: int, v: Tensor, scan_sizes: dict[str, int]) -> int
     return programs(sequences * v.shape[1] * (scan_sizes["Dv"] // scan_sizes["BV"]), v.device, products=True)
 
 
-@scan.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | int) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+scan.register_fake(lambda q, k, v, *others: torch.empty(v.shape, dtype=v.dtype, device=v.device))
 
 
 def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
@@ -101,9 +95,7 @@ def states(
     return entering
 
 
-@states.register_fake
-def _(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor | int) -> Tensor:
-    return _states(k, v, gates)
+states.register_fake(lambda k, v, inverse, gates, *others: _states(k, v, gates))
 
 
 def _grad_states(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -127,12 +119,9 @@ def grad_states(
     return leaving, through
 
 
-@grad_states.register_fake
-def _(
-    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor,
-    entering: Tensor, sequences: Tensor, columns: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _grad_states(k, grad, gates, columns)
+grad_states.register_fake(
+    lambda q, k, inverse, gates, norms, grad, entering, sequences, columns: _grad_states(k, grad, gates, columns)
+)
 
 
 def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,11 +145,7 @@ def gradients(
     return outputs
 
 
-@gradients.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(k, v, gates)
+gradients.register_fake(lambda q, k, v, inverse, gates, *others: _gradients(k, v, gates))
 
 
 def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,8 +169,4 @@ def finish(
     return outputs
 
 
-@finish.register_fake
-def _(
-    grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _finished(part_q, key_heads)
+finish.register_fake(lambda grad_gates, through, part_q, part_k, chunks, key_heads: _finished(part_q, key_heads))

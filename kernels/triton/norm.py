@@ -79,9 +79,9 @@ def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements
     return y
 
 
-@launch_forward.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+launch_forward.register_fake(
+    lambda x, gate, weight, eps, elements: torch.empty(x.shape, dtype=x.dtype, device=x.device)
+)
 
 
 def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,11 +101,7 @@ def launch_backward(
     return grad_x, grad_gate, parts
 
 
-@launch_backward.register_fake
-def _(
-    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, gate, elements, VECTOR_CORES)
+launch_backward.register_fake(lambda x, gate, weight, grad, eps, elements: _gradients(x, gate, elements, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

@@ -129,7 +129,7 @@ def test_numbers(way, dtype, documented_bodies):
 )
 def test_unsupported_inputs_raise(change, words, monkeypatch):
     case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3} | change
-    monkeypatch.setattr(fused_exchange, "get_world_size", lambda group: case["ranks"])
+    monkeypatch.setattr(dist, "get_world_size", lambda group: case["ranks"])
     x = torch.zeros(case["tokens"], 4, dtype=case["dtype"])
     ids = torch.zeros(case["tokens"], case["top_k"], dtype=torch.long)
     with pytest.raises(kernels.KernelError, match=f"alltoallv_gmm does not take this: {words}; auto takes it"):

@@ -10,17 +10,10 @@ from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_d
 from torch import Tensor
 
 from kernels.host import computed_once, to_device
-from kernels.recompute_cache import RecomputeCache
 
 
 def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    recompute_cache: RecomputeCache | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, recompute_cache: object = None
 ) -> Tensor:
     """Raises ValueError with a recompute cache: fla's backward needs its whole forward."""
     if recompute_cache is not None:

@@ -23,10 +23,6 @@ CAUSAL_BLOCK = 2048  # side of the compressed mask that the operator expects for
 
 
 def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, row_of_slot [T*K] int32, ends [E].
-
-    `count` limits the rows: the slots of ids >= E sort last, and then have no rows.
-    """
     if not topk_ids.numel() or count == 0:  # to the operator, 0 means all
         row_of_slot = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
         return x[:0], row_of_slot, topk_ids.new_zeros(experts, dtype=torch.int64)
@@ -71,7 +67,6 @@ def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
-    """grad_rows [T*K, H], row_of_slot [T*K] -> grad_x [T, H], the sum of each token's K rows."""
     if not row_of_slot.numel():
         return grad_rows
     tokens = len(row_of_slot) // top_k
@@ -80,9 +75,7 @@ def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tens
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], row_of_slot [T*K], weights [T, K] -> y [T, H], the weighted sums over K.
-
-    Slots whose row is past the last one count as zero. The operator's kernel in CANN's
+    """Slots whose row is past the last one count as zero. The operator's kernel in CANN's
     ops-transformer skips them, but its documentation mentions T*K rows only, so their weights are
     zeroed as well.
     """

@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
 
 import kernels
-from kernels import fused, fused_exchange, moe_parallel, npu, reference
+from kernels import fused, fused_exchange, npu, reference
+from rehearse.communication import balanced_counts
 
 RANKS, HIDDEN, INNER = 8, 16, 24
 # module, top_k: all-gather if it exceeds the number of ranks
@@ -54,7 +55,7 @@ def test_contract(way, imbalance, virtual):
 
     def count_reader(counts, *of):
         asked.append(counts.shape)
-        return moe_parallel.balanced_counts(counts, *of, imbalance=imbalance)
+        return balanced_counts(counts, *of, imbalance=imbalance)
 
     with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
         ids = torch.zeros(tokens, top_k, dtype=torch.long)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from accept.cases import SMALL, Case, make_cases
 from accept.task import Outputs, Task, errors_of
 from kernels import reference
-from kernels.cases import SMALL, Case, make_cases
 from qwen35.batch import VisionSpec, build_patch_layout
 from qwen35.device import HOST, set_up_device
 from qwen35.model import ModelConfig, Qwen35, load_config

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 import kernels
+from accept.cases import Case, make_cases, sizes_of_4b
 from accept.numerics import bind, inputs_in
 from accept.task import Task
 from bench.rows import alternate
-from kernels.cases import Case, make_cases, sizes_of_4b
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.device import has_own_memory, init_process, peak_memory, set_up_device, synchronize

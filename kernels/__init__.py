@@ -21,9 +21,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.gated_delta_rule import chunk_gated_delta_rule
 from kernels.moe import moe_experts
 from kernels.moe_parallel import moe_experts_parallel
-from kernels.norm import rms_norm, rms_norm_gated
-from kernels.rotary import apply_rotary
-from kernels.swiglu import swiglu
+from kernels.rowwise import apply_rotary, rms_norm, rms_norm_gated, swiglu
 
 __version__ = "0.0.0"
 

@@ -29,28 +29,14 @@ def varlen_attention(
     prepare: Prepare | None = None,
     inputs: Sequence[Tensor] = (),
     recompute_cache: RecomputeCache | None = None,
+    primitives: ModuleType = native,
 ) -> Tensor:
     """q [T, Hq, D], k, v [T, Hkv, D], cu_seqlens [S+1] on the CPU -> o [T, Hq, D].
 
     prepare(q, k, *inputs) -> q and k of the same shapes; None uses them as they are. With a
     recompute cache the layer's second run takes o and the softmax statistics from the first.
+    primitives: the module that implements attention, for up to SEQUENCES sequences per call.
     """
-    return attend(native, q, k, v, cu_seqlens, causal, scale, prepare, inputs, recompute_cache)
-
-
-def attend(
-    primitives: ModuleType,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    causal: bool,
-    scale: float,
-    prepare: Prepare | None,
-    inputs: Sequence[Tensor],
-    recompute_cache: RecomputeCache | None = None,
-) -> Tensor:
-    """varlen_attention on `primitives`, whose attention takes up to SEQUENCES sequences."""
     options = primitives, list(_calls(cu_seqlens, primitives.SEQUENCES)), causal, scale, prepare
     return _Attention.apply(options, recompute_cache, q, k, v, *inputs)
 

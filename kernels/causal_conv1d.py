@@ -25,7 +25,7 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.cu_seqlens = cu_seqlens
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = x.new_empty(x.shape)
         taps = weight.to(working_dtype(x)).T.flip(0).contiguous()  # [K, C], in the order of j
         for block in _blocks(x, len(taps), cu_seqlens):
             y[block.rows] = F.silu(block.convolve(taps))
@@ -35,7 +35,7 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         taps = weight.to(working_dtype(x)).T.flip(0).contiguous()
-        grad_x, grad_taps = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(taps)
+        grad_x, grad_taps = x.new_empty(x.shape), torch.zeros_like(taps)
         before = len(taps) - 1
         carry = taps.new_zeros(before, x.shape[1])  # the next block's contribution to this one's last rows
         for block in reversed(list(_blocks(x, len(taps), ctx.cu_seqlens))):

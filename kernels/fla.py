@@ -9,19 +9,11 @@ from fla.modules.causal_conv1d import causal_conv1d as fla_causal_conv1d
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk_gated_delta_rule
 from torch import Tensor
 
-from kernels.host import to_device
-from kernels.lengths import computed_once
-from kernels.recompute_cache import RecomputeCache
+from kernels.host import computed_once, to_device
 
 
 def chunk_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    recompute_cache: RecomputeCache | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, recompute_cache: object = None
 ) -> Tensor:
     """Raises ValueError with a recompute cache: fla's backward needs its whole forward."""
     if recompute_cache is not None:

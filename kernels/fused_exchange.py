@@ -12,51 +12,36 @@ aclnnGroupedMatMulAlltoAllvV2 in CANN's ops-transformer.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, get_world_size
 
 from kernels import KernelError, moe_parallel, npu
-from kernels.moe_parallel import Exchange
-from kernels.recompute_cache import RecomputeCache
 
 RANKS = (8, 16, 32, 64, 128)
 MAX_EXPERTS, MAX_LOCAL_EXPERTS, TOP_K = 256, 32, range(2, 9)
 
 
-def moe_experts_parallel(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    group: ProcessGroup,
-    recompute_cache: RecomputeCache | None = None,
-    count_reader: moe_parallel.CountReader = moe_parallel.read_counts,
-) -> Tensor:
-    """As moe_parallel.moe_experts_parallel. Raises KernelError, on all ranks, on other inputs."""
-    ranks, local, top_k = get_world_size(group), len(gate_up_proj), topk_ids.shape[1]
-    for is_supported, problem in (
-        (ranks in RANKS, f"parallel.expert_parallel_size {ranks} is not one of {', '.join(map(str, RANKS))}"),
-        (local <= MAX_LOCAL_EXPERTS, f"{local} experts a rank are more than {MAX_LOCAL_EXPERTS}"),
-        (ranks * local <= MAX_EXPERTS, f"{ranks * local} experts are more than {MAX_EXPERTS}"),
-        (top_k in TOP_K, f"{top_k} experts a token are not {TOP_K[0]} to {TOP_K[-1]}"),
-        (x.dtype in (torch.bfloat16, torch.float16), f"{x.dtype} is neither bfloat16 nor float16"),
-        (len(x) > 0, "a rank has no tokens"),
-    ):
-        if not is_supported:
-            raise KernelError(
-                f"model.kernels.moe_experts_parallel=alltoallv_gmm does not take this: {problem}; auto takes it"
-            )
-    return moe_parallel.moe_experts_parallel(
-        x, topk_ids, topk_weights, gate_up_proj, down_proj, group, recompute_cache, npu, count_reader, FusedExchange
-    )
-
-
-class FusedExchange(Exchange):
+class FusedExchange(moe_parallel.Exchange):
     """Dispatch and combine, each fused with the matmul after or before it."""
+
+    @staticmethod
+    def check(x: Tensor, top_k: int, ranks: int, local: int) -> None:
+        """Raises KernelError, on all ranks, if the operators do not take this."""
+        for is_supported, problem in (
+            (ranks in RANKS, f"parallel.expert_parallel_size {ranks} is not one of {', '.join(map(str, RANKS))}"),
+            (local <= MAX_LOCAL_EXPERTS, f"{local} experts a rank are more than {MAX_LOCAL_EXPERTS}"),
+            (ranks * local <= MAX_EXPERTS, f"{ranks * local} experts are more than {MAX_EXPERTS}"),
+            (top_k in TOP_K, f"{top_k} experts a token are not {TOP_K[0]} to {TOP_K[-1]}"),
+            (x.dtype in (torch.bfloat16, torch.float16), f"{x.dtype} is neither bfloat16 nor float16"),
+            (len(x) > 0, "a rank has no tokens"),
+        ):
+            if not is_supported:
+                raise KernelError(
+                    f"model.kernels.moe_experts_parallel=alltoallv_gmm does not take this: {problem}; auto takes it"
+                )
 
     def dispatch_and_matmul(self, rows: Tensor, weight: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
         away, local = self._counts()
@@ -68,8 +53,11 @@ class FusedExchange(Exchange):
         return lambda: product
 
     def _group(self) -> tuple[str, int]:
-        return npu.communicator(self.group), get_world_size(self.group)
+        return npu.communicator(self.group), len(self.routes.sent)
 
     def _counts(self) -> tuple[list[int], list[int]]:
         """Rows sent and rows received, by rank and its experts."""
         return [*chain(*self.routes.sent)], [*chain(*self.routes.received)]
+
+
+moe_experts_parallel = partial(moe_parallel.moe_experts_parallel, primitives=npu, exchange=FusedExchange)

@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.host import to_device
-from kernels.lengths import computed_once
+from kernels.host import computed_once, to_device
 from kernels.native import working_dtype
 from kernels.recompute_cache import RecomputeCache, outputs_once
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, g, beta
+Inputs = tuple[Tensor, ...]  # q, k, v, g, beta
 
 CHUNK_SIZE = 64
 HEADS_AT_ONCE = 64  # sequences times V heads that one step processes
@@ -54,7 +53,7 @@ def chunk_gated_delta_rule(
     serves the Hv/Hk consecutive V heads from h*Hv/Hk. With a recompute cache the layer's second run
     takes o from the first and computes only the states.
     """
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, torch.is_grad_enabled(), recompute_cache)
+    return _GatedDeltaRule.apply((cu_seqlens, torch.is_grad_enabled(), recompute_cache), q, k, v, g, beta)
 
 
 @torch.no_grad()
@@ -117,22 +116,12 @@ def _sequence_groups(cu_seqlens: Tensor, size: int, device: torch.device) -> Ite
 
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        cu_seqlens: Tensor,
-        grad_enabled: bool,
-        recompute_cache: RecomputeCache | None,
-    ) -> Tensor:
-        inputs = (q, k, v, g, beta)
+    def forward(ctx: Any, options: tuple, *inputs: Tensor) -> Tensor:
+        cu_seqlens, grad_enabled, recompute_cache = options
         chunks: list[tuple[Tensor, Tensor]] | None = [] if grad_enabled else None
 
         def compute() -> tuple[Tensor]:
-            out = torch.empty_like(v)
+            out = torch.empty_like(inputs[2])
             _forward(inputs, cu_seqlens, out, chunks)
             return (out,)
 
@@ -146,9 +135,9 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, *saved = ctx.saved_tensors
+        inputs, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         pairs = list(zip(saved[::2], saved[1::2], strict=True))
-        return (*_backward((q, k, v, g, beta), ctx.cu_seqlens, pairs, grad_out), None, None, None)
+        return None, *_backward(inputs, ctx.cu_seqlens, pairs, grad_out)
 
 
 class _Chunk:

@@ -40,20 +40,6 @@ def read_counts(counts: Tensor, tokens: int, top_k: int) -> list[list[list[int]]
     return counts.tolist()
 
 
-def balanced_counts(counts: Tensor, tokens: int, top_k: int, imbalance: float = 1.0) -> list[list[list[int]]]:
-    """A stand-in for `read_counts` on fake tensors: every expert is chosen equally often.
-
-    imbalance: how many times more rows this rank's own experts receive.
-    """
-    _, ep, experts = counts.shape
-    experts -= 1
-    rows, total = tokens * top_k, ep * experts
-    bounds = [rows * i // total for i in range(total + 1)]
-    sent = [[bounds[i + 1] - bounds[i] for i in range(r * experts, (r + 1) * experts)] for r in range(ep)]
-    received = [[round(count * imbalance) for count in counts] for counts in sent]
-    return [[[*counts, tokens] for counts in both] for both in (sent, received)]
-
-
 def moe_experts_parallel(
     x: Tensor,
     topk_ids: Tensor,
@@ -75,11 +61,13 @@ def moe_experts_parallel(
     A collective: every rank of `group` must call it, and its backward, in the same order and with
     the same inputs frozen.
 
-    primitives: as for moe_experts. count_reader: reads the counts on the host; on fake tensors pass
-    `balanced_counts`. exchange: the class that sends the rows. To give one forces all-to-all; the
-    default is Exchange, used where all-to-all sends less.
+    primitives: as for moe_experts. count_reader: reads the counts on the host; fake tensors need
+    another one. exchange: the class that sends the rows. To give one forces all-to-all; the default
+    is Exchange, used where all-to-all sends less.
     """
     ep = dist.get_world_size(group)
+    if exchange is not None:
+        exchange.check(x, topk_ids.shape[1], ep, len(gate_up_proj))
     if ep == 1:
         return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
     algorithm = _AllGatherExperts if exchange is None and ep < topk_ids.shape[1] else _AllToAllExperts
@@ -182,6 +170,10 @@ class Exchange:
         ep, counts = len(routes.counts), routes.counts.T.flatten().to(torch.int32)
         # [E/ep], where each local expert's rows end
         self.ends = counts.cumsum(0, dtype=torch.int32)[ep - 1 :: ep].long()
+
+    @staticmethod
+    def check(x: Tensor, top_k: int, ranks: int, local: int) -> None:
+        """Raises if this way to send does not take x of top_k experts a token, `local` a rank."""
 
     def regroup_indices(self) -> Tensor:
         """[2, N]: from rank-major to expert-major order, and back."""

@@ -140,22 +140,22 @@ def _groups(ends: Tensor, matrices: Tensor) -> Iterator[tuple[int, int, Tensor]]
     return zip(bounds[:-1], bounds[1:], matrices, strict=True)
 
 
-# -- elementwise -----------------------------------------------------------------------------------
+# -- elementwise, norms, rotary --------------------------------------------------------------------
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """x [N, 2I], gate first -> [N, I], fp32 inside."""
-    wide, out = working_dtype(x), x.new_empty(len(x), x.shape[1] // 2)
-    for part, y in row_blocks(x, out):
+    """x [..., 2I], gate first -> [..., I], fp32 inside."""
+    wide, out = working_dtype(x), x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    for part, y in row_blocks(_rows(x), _rows(out)):
         gate, up = part.chunk(2, dim=-1)
         y.copy_(F.silu(gate.to(wide)).mul_(up))
     return out
 
 
 def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [N, I], x [N, 2I] -> [N, 2I], fp32 inside."""
-    wide, out = working_dtype(x), torch.empty_like(x)
-    for part, g, y in row_blocks(x, grad, out):
+    """grad [..., I], x [..., 2I] -> [..., 2I], fp32 inside."""
+    wide, out = working_dtype(x), x.new_empty(x.shape)
+    for part, g, y in row_blocks(_rows(x), _rows(grad), _rows(out)):
         (gate, up), (grad_gate, grad_up) = part.to(wide).chunk(2, dim=-1), y.chunk(2, dim=-1)
         g = g.to(wide)
         sigmoid = gate.sigmoid()
@@ -164,6 +164,134 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
         # silu' = sigmoid (1 + gate - silu)
         grad_gate.copy_((gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(g))
     return out
+
+
+def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., D], weight [D] -> x_hat * (1 + weight) in x's dtype; rstd [N, 1], 1 / rms by row."""
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), 1, dtype=working_dtype(x))
+    factor = 1 + weight.to(rstd.dtype)
+    for part, r, out in row_blocks(_rows(x), rstd, _rows(y)):
+        out.copy_(_normed(part.to(r.dtype), r, eps).mul_(factor))
+    return y, rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, factor: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """factor [D]: that of x_hat, in rstd's dtype -> grad_x, the factor's gradient"""
+    grad_x, grad_factor = x.new_empty(x.shape), torch.zeros_like(factor)
+    for part, g, r, out in row_blocks(_rows(x), _rows(grad), rstd, _rows(grad_x)):
+        x_hat, g = part.to(r.dtype) * r, g.to(r.dtype)
+        grad_factor += (g * x_hat).sum(0)
+        out.copy_(_norm_backward(x_hat, g * factor, r))
+    return grad_x, grad_factor
+
+
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, gate [..., D], weight [D] -> weight * x_hat * silu(gate) in x's dtype, rstd [N, 1]"""
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), 1, dtype=working_dtype(x))
+    factor = weight.to(rstd.dtype)
+    for part, z, r, out in row_blocks(_rows(x), _rows(gate), rstd, _rows(y)):
+        out.copy_(_normed(part.to(r.dtype), r, eps).mul_(factor).mul_(F.silu(z.to(r.dtype))))
+    return y, rstd
+
+
+def rms_norm_gated_backward(
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> grad_x, grad_gate, grad_weight"""
+    grad_x, grad_gate = x.new_empty(x.shape), gate.new_empty(gate.shape)
+    factor = weight.to(rstd.dtype)
+    grad_weight = torch.zeros_like(factor)
+    for part, z, g, r, out, gate_out in row_blocks(*map(_rows, (x, gate, grad, rstd, grad_x, grad_gate))):
+        x_hat, z, g = part.to(r.dtype) * r, z.to(r.dtype), g.to(r.dtype)
+        sigmoid = z.sigmoid()
+        silu = z * sigmoid
+        g_hat = g * x_hat
+        grad_weight += (g_hat * silu).sum(0)
+        # silu' = sigmoid (1 + z - silu)
+        gate_out.copy_((z - silu).add_(1).mul_(sigmoid).mul_(g_hat).mul_(factor))
+        out.copy_(_norm_backward(x_hat, silu.mul_(g).mul_(factor), r))
+    return grad_x, grad_gate, grad_weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] -> [N, D], a view if x is contiguous."""
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
+
+def _normed(x: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    """x [n, D] in working precision -> x / rms(x). Writes 1 / rms(x) into rstd [n, 1]."""
+    torch.rsqrt(torch.linalg.vecdot(x, x)[:, None].div_(x.shape[1]).add_(eps), out=rstd)
+    return x * rstd
+
+
+def _norm_backward(x_hat: Tensor, grad: Tensor, rstd: Tensor) -> Tensor:
+    """x_hat [n, D], its gradient (overwritten), rstd [n, 1] -> the gradient of x [n, D]."""
+    mean = torch.linalg.vecdot(grad, x_hat)[:, None].div_(grad.shape[1])
+    return grad.addcmul_(x_hat, mean, value=-1).mul_(rstd)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D], k [T, Hk, D]; cos, sin [T, R/2] -> both rotated, fp32 inside."""
+    return _rotate(q, cos[:, None], sin[:, None]), _rotate(k, cos[:, None], sin[:, None])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half, y = cos.shape[-1], x.new_empty(x.shape)
+    for part, c, s, out in row_blocks(x, cos, sin, y):
+        a, b = part[..., :half].to(c.dtype), part[..., half : 2 * half].to(c.dtype)
+        out[..., :half] = a * c - b * s
+        out[..., half : 2 * half] = b * c + a * s
+        out[..., 2 * half :] = part[..., 2 * half :]
+    return y
+
+
+# -- the output head -------------------------------------------------------------------------------
+
+SOFTMAX_ROWS = 16  # rows of one softmax on a CPU: 16 MB in fp32 for a vocabulary of 250,000
+VOCABULARY_SLICE = 4096  # rows of the weight's gradient that are computed at once
+
+
+def rows_with_label(labels: Tensor) -> Tensor:
+    """labels [T] -> the indices of those that are not -100. Off the CPU it waits for the device."""
+    return (labels != -100).nonzero().squeeze(1)
+
+
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """hidden [c, D], weight [V, D], target, scale [c] -> losses [c], gradient of the logits [c, V].
+
+    The gradient, scale * (softmax - 1 at the target), overwrites the logits, a few rows at a time
+    in fp32.
+    """
+    logits, wide = hidden @ weight.T, working_dtype(hidden)
+    size = SOFTMAX_ROWS if logits.is_cpu else len(logits)
+    buffers = [torch.empty(min(size, len(logits)), logits.shape[1], dtype=wide, device=logits.device) for _ in range(2)]
+    losses = []
+    for part, its_target, its_scale in zip(
+        logits.split(size), target[:, None].split(size), scale[:, None].split(size), strict=True
+    ):
+        x, p = (buffer[: len(part)] for buffer in buffers)
+        torch.softmax(x.copy_(part), -1, out=p)
+        log_sum = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        losses.append(log_sum - x.gather(1, its_target))
+        if need_grad:
+            p.scatter_add_(1, its_target, torch.full_like(its_scale, -1))
+            part.copy_(p.mul_(its_scale))
+    return torch.cat(losses).squeeze(1), logits if need_grad else None
+
+
+def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:
+    """Writes grad^T hidden into total [V, D] fp32, or adds it; grad [c, V], hidden [c, D].
+
+    One slice of the vocabulary at a time, so that no second [V, D] is needed.
+    """
+    for columns, part in zip(grad.split(VOCABULARY_SLICE, dim=1), total.split(VOCABULARY_SLICE), strict=True):
+        product = columns.T @ hidden
+        if add:
+            part.add_(product)
+        else:
+            part.copy_(product)
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -188,15 +316,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ends: list[int], causal: bool, sc
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    saved: tuple[Tensor, ...],
-    ends: list[int],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: tuple[Tensor, ...], ends: list[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """saved: all that attention returned -> grad_q, grad_k, grad_v.
 
     Without a fused backward operator the forward runs again under autograd.

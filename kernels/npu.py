@@ -1,13 +1,14 @@
 """The primitives as torch_npu's fused operators; the only file that imports torch_npu.
 
-Autograd is in fused.py: torch_npu registers derivatives for NPU tensors only, so this file calls
-forward and backward operators by name. Shapes as in native.py.
+The autograd.Functions over them are in each op's file: torch_npu registers derivatives for NPU
+tensors only, so this file calls forward and backward operators by name. Shapes as in native.py.
 Sources: op-plugin's documentation of each operator, and CANN's of the aclnn operator below it.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_npu  # registers torch.ops.npu
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_rank
@@ -15,16 +16,13 @@ from torch.distributed import ProcessGroup, get_rank
 npu = torch.ops.npu
 profiler = torch_npu.profiler  # for qwen35/device.py, which must not import torch_npu
 SEQUENCES = 1024  # per call of attention, by the operator's documentation
+VOCABULARY_SLICE = 1 << 15  # rows of the head's gradient that are scaled at once
 CAUSAL_BLOCK = 2048  # side of the compressed mask that the operator expects for any causal mask
 
 # ── Mixture of experts; slots and rows as in moe.py ───────────────────────────────────────────────
 
 
 def permute(x: Tensor, topk_ids: Tensor, experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], topk_ids [T, K] -> rows [T*K, H] by expert, row_of_slot [T*K] int32, ends [E].
-
-    `count` limits the rows: the slots of ids >= E sort last, and then have no rows.
-    """
     if not topk_ids.numel() or count == 0:  # to the operator, 0 means all
         row_of_slot = torch.arange(topk_ids.numel(), dtype=torch.int32, device=x.device)
         return x[:0], row_of_slot, topk_ids.new_zeros(experts, dtype=torch.int64)
@@ -69,7 +67,6 @@ def weigh(hidden: Tensor, grad_hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tensor:
-    """grad_rows [T*K, H], row_of_slot [T*K] -> grad_x [T, H], the sum of each token's K rows."""
     if not row_of_slot.numel():
         return grad_rows
     tokens = len(row_of_slot) // top_k
@@ -78,9 +75,7 @@ def permute_backward(grad_rows: Tensor, row_of_slot: Tensor, top_k: int) -> Tens
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor) -> Tensor:
-    """rows [T*K, H], row_of_slot [T*K], weights [T, K] -> y [T, H], the weighted sums over K.
-
-    Slots whose row is past the last one count as zero. The operator's kernel in CANN's
+    """Slots whose row is past the last one count as zero. The operator's kernel in CANN's
     ops-transformer skips them, but its documentation mentions T*K rows only, so their weights are
     zeroed as well.
     """
@@ -147,11 +142,6 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return npu.npu_swiglu_backward(grad.contiguous(), x.contiguous(), -1) if x.numel() else torch.zeros_like(x)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., D], weight [D] of the same dtype or fp32 -> x_hat * weight, rstd fp32."""
-    return npu.npu_rms_norm(x, weight, eps)
-
-
 def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x_hat * (1 + weight), rstd. The operator that adds the 1 takes weights of x's dtype only."""
     if weight.dtype == x.dtype:
@@ -164,9 +154,33 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> 
     return npu.npu_rms_norm_backward(grad, x, weight, rstd)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, N, R]; cos, sin [1, T, 1, R] in x's dtype, of both halves -> x cos + (-x2, x1) sin."""
-    return npu.npu_rotary_mul(x[None], cos, sin)[0]
+def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm is fused, the gate is not; backward computes the normed x again."""
+    normed, rstd = npu.npu_rms_norm(x, weight, eps)
+    return normed * F.silu(gate), rstd
+
+
+def rms_norm_gated_backward(
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, _ = npu.npu_rms_norm(x, weight, eps)
+    grad_gate = torch.ops.aten.silu_backward(grad * normed, gate)
+    grad_x, grad_weight = rms_norm_backward(grad * F.silu(gate), x, weight, rstd)
+    return grad_x, grad_gate, grad_weight
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator takes cos and sin in q's dtype: bf16 rounds them, as in transformers."""
+    width = 2 * cos.shape[1]
+    angles = torch.cat([cos, cos, sin, sin], dim=1).to(q.dtype).view(1, -1, 1, 2 * width)
+    cos, sin = angles.split(width, dim=3)  # [1, T, 1, R] each, of both halves
+    first, second = (
+        npu.npu_rotary_mul(x[None], cos, sin)[0]
+        if x.shape[2] == width
+        else torch.cat([npu.npu_rotary_mul(x[None, ..., :width], cos, sin)[0], x[..., width:]], dim=-1)
+        for x in (q, k)
+    )
+    return first, second
 
 
 # ── Attention over packed sequences, layout TND; ends: cu_seqlens[1:] on the host ─────────────────
@@ -199,14 +213,28 @@ def _causal_mask(device: torch.device) -> Tensor:
     return torch.ones(CAUSAL_BLOCK, CAUSAL_BLOCK, dtype=torch.bool, device=device).triu_(1)
 
 
-# ── Cross entropy of logits ───────────────────────────────────────────────────────────────────────
+# ── The output head ───────────────────────────────────────────────────────────────────────────────
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], target [N] int64 in [0, V), never negative -> loss [N], log_prob [N, V]"""
-    return npu.npu_cross_entropy_loss(logits, target, None, "none")[:2]
+def rows_with_label(labels: Tensor) -> Tensor:
+    """All rows: looking up those with a label would sync."""
+    return torch.arange(len(labels), device=labels.device)
 
 
-def cross_entropy_backward(grad: Tensor, log_prob: Tensor, target: Tensor) -> Tensor:
-    """grad [N] -> grad_logits [N, V] = grad * (exp(log_prob) - one at the target)"""
-    return npu.npu_cross_entropy_loss_backward(grad, log_prob, target, None, None, None, "none")
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The operators take fp32 logits, and targets in [0, V), never negative."""
+    loss, log_prob = npu.npu_cross_entropy_loss((hidden @ weight.T).float(), target, None, "none")[:2]
+    if not need_grad:
+        return loss, None
+    grad = npu.npu_cross_entropy_loss_backward(scale, log_prob, target, None, None, None, "none")
+    return loss, grad.to(hidden.dtype)
+
+
+def head_weight_grad(total: Tensor, grad: Tensor, hidden: Tensor, add: bool) -> None:
+    product = grad.T @ hidden
+    if add:
+        total.add_(product)
+    else:
+        total.copy_(product)

@@ -141,3 +141,17 @@ def between_nodes(kind: str, group: Group, sent: float) -> float:
     if kind == "all-to-all":  # every row goes to its own rank
         return whole * (group.size - per_node) / group.size
     return whole * (group.nodes - 1) / group.nodes / per_node
+
+
+def balanced_counts(counts: Tensor, tokens: int, top_k: int, imbalance: float = 1.0) -> list[list[list[int]]]:
+    """kernels/moe_parallel.py's `read_counts` for fake tensors: all experts are chosen equally.
+
+    imbalance: how many times more rows this rank's own experts receive.
+    """
+    _, ep, experts = counts.shape
+    experts -= 1
+    rows, total = tokens * top_k, ep * experts
+    bounds = [rows * i // total for i in range(total + 1)]
+    sent = [[bounds[i + 1] - bounds[i] for i in range(r * experts, (r + 1) * experts)] for r in range(ep)]
+    received = [[round(count * imbalance) for count in counts] for counts in sent]
+    return [[[*counts, tokens] for counts in both] for both in (sent, received)]

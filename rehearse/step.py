@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import kernels
-from kernels.moe_parallel import balanced_counts
 from qwen35.batch import PackedBatch
 from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
@@ -24,7 +23,7 @@ from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm
 from qwen35.training.parameter_groups import freeze
 from rehearse.cluster import FakeDevice, Observer, fake_process_group
-from rehearse.communication import Communication
+from rehearse.communication import Communication, balanced_counts
 from rehearse.lower_bound import Bytes, lower_bound
 from rehearse.memory import Ledger
 from rehearse.operators import Operators, as_rehearsal_error

@@ -120,22 +120,20 @@ def _channels(C: int, most: int) -> tuple[int, int]:
 @custom_op("causal_conv1d::forward", mutates_args=())
 def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
     """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]; channels: maximum per program"""
-    y, C, N = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.shape[1], len(chunks)
+    y, C, N = x.new_empty(x.shape), x.shape[1], len(chunks)
     size, blocks = _channels(C, channels)
     forward[(programs(N * blocks, x.device),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
     return y
 
 
-@launch_forward.register_fake
-def _(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+launch_forward.register_fake(lambda x, taps, chunks, channels: x.new_empty(x.shape))
 
 
 def _gradients(x: Tensor, chunks: Tensor, channels: int, cores: int) -> tuple[Tensor, Tensor]:
     _, blocks = _channels(x.shape[1], channels)
     count = max(1, min(len(chunks), cores // blocks))  # programs, each of which sums over its chunks
     parts = torch.empty(count, TAPS, x.shape[1], dtype=torch.float32, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), parts
+    return x.new_empty(x.shape), parts
 
 
 @custom_op("causal_conv1d::backward", mutates_args=())
@@ -149,9 +147,7 @@ def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, chann
     return grad_x, parts
 
 
-@launch_backward.register_fake
-def _(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    return _gradients(x, chunks, channels, VECTOR_CORES)
+launch_backward.register_fake(lambda x, taps, grad, chunks, channels: _gradients(x, chunks, channels, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

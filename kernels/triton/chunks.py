@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.host import to_device
-from kernels.lengths import computed_once
+from kernels.host import computed_once, to_device
 
 
 def chunk_tables(cu_seqlens: Tensor, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -38,23 +38,14 @@ def chunk_gated_delta_rule(
     if not len(v):
         return torch.zeros_like(v)
     tiles = tiles or Tiles.of(q.shape[2], v.shape[2])
-    return _DeltaRule.apply(q, k, v, g, beta, *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, recompute_cache)
+    options = *chunk_tables(cu_seqlens, tiles.chunk, v.device), tiles, recompute_cache
+    return _DeltaRule.apply(options, q, k, v, g, beta)
 
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        chunks: Tensor,
-        sequences: Tensor,
-        tiles: Tiles,
-        recompute_cache: RecomputeCache | None,
-    ) -> Tensor:
+    def forward(ctx: Any, options: tuple, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        chunks, sequences, tiles, recompute_cache = options
         q, k, v = (_contiguous_heads(x) for x in (q, k, v))
         g, beta = g.contiguous(), beta.contiguous()
         gates, norms = launch.prepare(q, k, g, beta, chunks, tiles.chunk)
@@ -77,7 +68,7 @@ class _DeltaRule(torch.autograd.Function):
         if k.shape[1] != v.shape[1]:
             grad_q, grad_k = sums
         g_dtype, beta_dtype = ctx.gate_dtypes
-        return grad_q, grad_k, grad_v, grad_g.to(g_dtype), grad_beta.to(beta_dtype), None, None, None, None
+        return None, grad_q, grad_k, grad_v, grad_g.to(g_dtype), grad_beta.to(beta_dtype)
 
 
 def _contiguous_heads(x: Tensor) -> Tensor:

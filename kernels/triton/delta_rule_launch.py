@@ -17,8 +17,8 @@ def sizes(k: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def _prepared(k: Tensor, g: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    gates = torch.empty(len(chunks), g.shape[1], 2, size, dtype=torch.float32, device=k.device)
-    return gates, torch.empty(len(chunks), k.shape[1], 2, size, dtype=torch.float32, device=k.device)
+    gates, norms = (k.new_empty(len(chunks), x.shape[1], 2, size, dtype=torch.float32) for x in (g, k))
+    return gates, norms
 
 
 @custom_op("delta_rule::prepare", mutates_args=())
@@ -33,14 +33,12 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size:
     return gates, norms
 
 
-@prepare.register_fake
-def _(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return _prepared(k, g, chunks, size)
+prepare.register_fake(lambda q, k, g, beta, chunks, size: _prepared(k, g, chunks, size))
 
 
 def _inverses(k: Tensor, gates: Tensor) -> Tensor:
     N, Hv, _, C = gates.shape
-    return torch.empty(N, Hv, C, C, dtype=k.dtype, device=k.device)
+    return k.new_empty(N, Hv, C, C)
 
 
 @custom_op("delta_rule::invert", mutates_args=())
@@ -53,9 +51,16 @@ def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
     return inverse
 
 
-@invert.register_fake
-def _(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
-    return _inverses(k, gates)
+invert.register_fake(lambda k, gates, norms, chunks: _inverses(k, gates))
+
+
+def _of_scan(
+    k: Tensor, v: Tensor, gates: Tensor, sequences: Tensor, columns: int
+) -> tuple[tuple[int], int, dict[str, int]]:
+    """-> grid, number of sequences, sizes"""
+    count = len(sequences) - 1
+    tasks = count * v.shape[1] * (v.shape[2] // columns)
+    return (programs(tasks, v.device, products=True),), count, sizes(k, v) | {"BV": columns, "C": gates.shape[3]}
 
 
 @custom_op("delta_rule::scan", mutates_args=())
@@ -63,30 +68,20 @@ def scan(
     q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
     """-> out [T, Hv, Dv]; columns: of a state, per program"""
-    out, count = torch.empty(v.shape, dtype=v.dtype, device=v.device), len(sequences) - 1
-    scan_sizes = _scan_sizes(k, v, gates, columns)
-    delta_rule_forward.scan[(_scan_programs(count, v, scan_sizes),)](
+    out = v.new_empty(v.shape)
+    grid, count, scan_sizes = _of_scan(k, v, gates, sequences, columns)
+    delta_rule_forward.scan[grid](
         q, k, v, inverse, gates, norms, sequences, out, k.shape[2] ** -0.5,
         count, q.stride(0), k.stride(0), v.stride(0), **scan_sizes,
     )  # fmt: skip
     return out
 
 
-def _scan_sizes(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> dict[str, int]:
-    return sizes(k, v) | {"BV": columns, "C": gates.shape[3]}
-
-
-def _scan_programs(sequences: int, v: Tensor, scan_sizes: dict[str, int]) -> int:
-    return programs(sequences * v.shape[1] * (scan_sizes["Dv"] // scan_sizes["BV"]), v.device, products=True)
-
-
-@scan.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | int) -> Tensor:
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+scan.register_fake(lambda q, k, v, *others: v.new_empty(v.shape))
 
 
 def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
-    return torch.empty(len(gates), v.shape[1], k.shape[2], v.shape[2], dtype=v.dtype, device=v.device)
+    return v.new_empty(len(gates), v.shape[1], k.shape[2], v.shape[2])
 
 
 @custom_op("delta_rule::states", mutates_args=())
@@ -94,22 +89,19 @@ def states(
     k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
     """-> the states that enter each chunk [N, Hv, Dk, Dv]"""
-    entering, count, scan_sizes = _states(k, v, gates), len(sequences) - 1, _scan_sizes(k, v, gates, columns)
-    delta_rule_backward.states[(_scan_programs(count, v, scan_sizes),)](
+    entering, (grid, count, scan_sizes) = _states(k, v, gates), _of_scan(k, v, gates, sequences, columns)
+    delta_rule_backward.states[grid](
         k, v, inverse, gates, norms, sequences, entering, count, k.stride(0), v.stride(0), **scan_sizes
     )
     return entering
 
 
-@states.register_fake
-def _(k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor | int) -> Tensor:
-    return _states(k, v, gates)
+states.register_fake(lambda k, v, inverse, gates, *others: _states(k, v, gates))
 
 
 def _grad_states(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    blocks = v.shape[2] // columns
-    through = torch.empty(len(gates), v.shape[1], blocks * k.shape[2], dtype=torch.float32, device=v.device)
-    return _states(k, v, gates), through
+    parts = v.shape[2] // columns * k.shape[2]
+    return _states(k, v, gates), v.new_empty(len(gates), v.shape[1], parts, dtype=torch.float32)
 
 
 @custom_op("delta_rule::grad_states", mutates_args=())
@@ -118,28 +110,24 @@ def grad_states(
     entering: Tensor, sequences: Tensor, columns: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of the leaving states [N, Hv, Dk, Dv], the decay's share [N, Hv, parts] fp32"""
-    (leaving, through), scan_sizes = _grad_states(k, grad, gates, columns), _scan_sizes(k, grad, gates, columns)
-    count = len(sequences) - 1
-    delta_rule_backward.grad_states[(_scan_programs(count, grad, scan_sizes),)](
+    leaving, through = _grad_states(k, grad, gates, columns)
+    grid, count, scan_sizes = _of_scan(k, grad, gates, sequences, columns)
+    delta_rule_backward.grad_states[grid](
         q, k, inverse, gates, norms, grad, entering, sequences, leaving, through, k.shape[2] ** -0.5,
         count, q.stride(0), k.stride(0), **scan_sizes,
     )  # fmt: skip
     return leaving, through
 
 
-@grad_states.register_fake
-def _(
-    q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor,
-    entering: Tensor, sequences: Tensor, columns: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _grad_states(k, grad, gates, columns)
+grad_states.register_fake(
+    lambda q, k, inverse, gates, norms, grad, entering, sequences, columns: _grad_states(k, grad, gates, columns)
+)
 
 
 def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T, Hv, Dv = v.shape
-    part_q, part_k = (torch.empty(T, Hv, k.shape[2], dtype=k.dtype, device=k.device) for _ in range(2))
-    grad_gates = torch.empty(len(gates), Hv, 3, gates.shape[3], dtype=torch.float32, device=k.device)
-    return part_q, part_k, torch.empty(T, Hv, Dv, dtype=v.dtype, device=v.device), grad_gates
+    part_q, part_k = (k.new_empty(*v.shape[:2], k.shape[2]) for _ in range(2))
+    grad_gates = gates.new_empty(len(gates), v.shape[1], 3, gates.shape[3])
+    return part_q, part_k, v.new_empty(v.shape), grad_gates
 
 
 @custom_op("delta_rule::gradients", mutates_args=())
@@ -156,18 +144,14 @@ def gradients(
     return outputs
 
 
-@gradients.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, *others: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(k, v, gates)
+gradients.register_fake(lambda q, k, v, inverse, gates, *others: _gradients(k, v, gates))
 
 
 def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, Hv, Dk = part_q.shape
     heads = 0 if key_heads == Hv else key_heads  # without sharing there is nothing to sum
-    grad_g, grad_beta = (torch.empty(T, Hv, dtype=torch.float32, device=part_q.device) for _ in range(2))
-    grad_q, grad_k = (torch.empty(T, heads, Dk, dtype=part_q.dtype, device=part_q.device) for _ in range(2))
+    grad_g, grad_beta = (part_q.new_empty(T, Hv, dtype=torch.float32) for _ in range(2))
+    grad_q, grad_k = (part_q.new_empty(T, heads, Dk) for _ in range(2))
     return grad_g, grad_beta, grad_q, grad_k
 
 
@@ -184,8 +168,4 @@ def finish(
     return outputs
 
 
-@finish.register_fake
-def _(
-    grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _finished(part_q, key_heads)
+finish.register_fake(lambda grad_gates, through, part_q, part_k, chunks, key_heads: _finished(part_q, key_heads))

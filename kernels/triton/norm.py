@@ -74,18 +74,16 @@ def _programs(x: Tensor, elements: int, cores: int) -> int:
 @custom_op("rms_norm_gated::forward", mutates_args=())
 def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
     """x, gate [N, D], weight [D] -> y [N, D]; elements: per tile"""
-    y, count = torch.empty(x.shape, dtype=x.dtype, device=x.device), _programs(x, elements, cores(x.device, False))
+    y, count = x.new_empty(x.shape), _programs(x, elements, cores(x.device, False))
     forward[(count,)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1], elements))
     return y
 
 
-@launch_forward.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+launch_forward.register_fake(lambda x, gate, weight, eps, elements: x.new_empty(x.shape))
 
 
 def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
+    grad_x, grad_gate = (t.new_empty(t.shape) for t in (x, gate))
     count = _programs(x, elements, cores)
     return grad_x, grad_gate, torch.empty(count, x.shape[1], dtype=torch.float32, device=x.device)
 
@@ -101,11 +99,7 @@ def launch_backward(
     return grad_x, grad_gate, parts
 
 
-@launch_backward.register_fake
-def _(
-    x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x, gate, elements, VECTOR_CORES)
+launch_backward.register_fake(lambda x, gate, weight, grad, eps, elements: _gradients(x, gate, elements, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

@@ -36,9 +36,9 @@ ROOMS = {
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_500,
-    "kernels": 3_850,
-    "rehearse": 2_170,
-    "accept": 680,
+    "kernels": 3_520,
+    "rehearse": 2_190,
+    "accept": 780,
     "bench": 800,
 }  # qwen35: beside its rooms
 

@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
 
 import kernels
-from kernels import fused, fused_exchange, moe_parallel, npu, reference
+from kernels import fused, fused_exchange, npu, reference
+from rehearse.communication import balanced_counts
 
 RANKS, HIDDEN, INNER = 8, 16, 24
 # module, top_k: all-gather if it exceeds the number of ranks
@@ -54,7 +55,7 @@ def test_contract(way, imbalance, virtual):
 
     def count_reader(counts, *of):
         asked.append(counts.shape)
-        return moe_parallel.balanced_counts(counts, *of, imbalance=imbalance)
+        return balanced_counts(counts, *of, imbalance=imbalance)
 
     with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
         ids = torch.zeros(tokens, top_k, dtype=torch.long)
@@ -129,7 +130,7 @@ def test_numbers(way, dtype, documented_bodies):
 )
 def test_unsupported_inputs_raise(change, words, monkeypatch):
     case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3} | change
-    monkeypatch.setattr(fused_exchange, "get_world_size", lambda group: case["ranks"])
+    monkeypatch.setattr(dist, "get_world_size", lambda group: case["ranks"])
     x = torch.zeros(case["tokens"], 4, dtype=case["dtype"])
     ids = torch.zeros(case["tokens"], case["top_k"], dtype=torch.long)
     with pytest.raises(kernels.KernelError, match=f"alltoallv_gmm does not take this: {words}; auto takes it"):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import moe_parallel, reference
 from kernels.recompute_cache import RecomputeCache
+from rehearse.communication import balanced_counts
 
 INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
 E, H, INNER = 8, 16, 24
@@ -268,12 +269,12 @@ def test_regroup_indices(counts):
 def test_balanced_counts(ep):
     """The stand-in for counts: all rows are sent, and as many arrive, or a factor more."""
     counts = torch.full((2, ep, 16 // ep + 1), -1)
-    sent, received = moe_parallel.balanced_counts(counts, 20, 4)
+    sent, received = balanced_counts(counts, 20, 4)
     assert torch.tensor([sent, received]).shape == counts.shape
     assert all(part[-1] == 20 for part in (*sent, *received))
     each = [n for part in sent for n in part[:-1]]
     assert sum(each) == 80 and set(each) == {5}
-    _, more = moe_parallel.balanced_counts(counts, 20, 4, imbalance=1.4)
+    _, more = balanced_counts(counts, 20, 4, imbalance=1.4)
     assert sum(n for part in more for n in part[:-1]) == 112
 
 

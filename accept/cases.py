@@ -1,4 +1,4 @@
-"""Inputs for every op: small ones to compare with reference.py, and those of Qwen3.5-4B to time."""
+"""Inputs for every op: small ones to compare with the reference, those of Qwen3.5-4B to time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ import re
 import resource
 import socket
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qwen35.errors import SettingError, one_line
 from qwen35.network import LOOPBACK
 
 HOST = torch.device("cpu")
+TABLE_ROWS = 100  # operators in the table of a profile
 CPU_ONLY_ENV = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": ""}  # hides all accelerators
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE_DEVICES_ENV = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -152,8 +153,8 @@ def host_buffer(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
 def has_own_memory(device: torch.device) -> bool:
     """Whether the device has memory of its own, to which page-locked host memory is copied by DMA.
 
-    A copy from pageable memory blocks the host. torch_npu does not reuse a page-locked block before
-    its copies are done (process_non_blocking_copy in its sources).
+    Its allocations can be recorded. A copy from pageable memory blocks the host. torch_npu does not
+    reuse a page-locked block before its copies are done (process_non_blocking_copy in its sources).
     """
     return device.type != "cpu"
 
@@ -165,25 +166,23 @@ class CopyQueue:
     """
 
     def __init__(self, device: torch.device):
-        self._api: Any = None if device.type == "cpu" else getattr(torch, device.type)
-        self._stream: Any = self._api.Stream(device) if self._api else None
+        self._api: Any = torch.get_device_module(device)
+        self._stream: Any = self._api.Stream(device)
 
     def wait_for_device(self) -> None:
         """Queue further copies after all that has been launched on the device so far."""
-        if self._stream:
-            self._stream.wait_stream(self._api.current_stream())
+        self._stream.wait_stream(self._api.current_stream())
 
     def behind(self, event: Any) -> AbstractContextManager[Any]:
         """A context whose copies are queued here, after another queue's event unless it is None."""
-        if not self._api:
-            return nullcontext()
         if event:
             self._stream.wait_event(event)
         return self._api.stream(self._stream)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in page-locked memory, complete once the queue is done."""
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=self._api is not None)
+        is_locked = has_own_memory(tensor.device)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=HOST, pin_memory=is_locked)
         with self.behind(None):
             return copy.copy_(tensor, non_blocking=True)
 
@@ -195,7 +194,7 @@ class CopyQueue:
 
     def record_event(self) -> Any:
         """An event after all that is queued here so far; None on a CPU."""
-        return self._stream.record_event() if self._stream else None
+        return self._stream.record_event()
 
     def make_device_wait(self, event: Any) -> None:
         """Make the device, not the host, wait for an event before it computes anything else."""
@@ -206,22 +205,22 @@ class CopyQueue:
 def synchronize(devices: Iterable[torch.device]) -> None:
     """Wait until these devices have finished; a CPU has nothing to wait for."""
     for device in devices:
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize(device)
+        torch.get_device_module(device).synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
     """The peak number of bytes allocated on the device, or resident in the process on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return getattr(torch, device.type).max_memory_allocated(device)
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def make_profiler(device: torch.device, steps: int, memory: bool, folder: Path) -> Any:
     """A profiler for device and host. Call start(), then step() after each step.
 
-    After one step to warm up and `steps` recorded ones it writes a Chrome trace below `folder`:
-    trace.json, or torch_npu's trace_view.json. memory: whether to record allocations.
+    After one step to warm up and `steps` recorded ones it writes a Chrome trace below `folder`, and
+    what the operators took: trace.json and operators.txt, or torch_npu's trace_view.json and
+    op_statistic.csv. memory: whether to record allocations.
     """
     profiler: Any = torch.profiler
     if device.type == "npu":
@@ -233,37 +232,35 @@ def make_profiler(device: torch.device, steps: int, memory: bool, folder: Path) 
 
         def write_trace(trace: Any) -> None:
             trace.export_chrome_trace(str(folder / "trace.json"))
+            table = trace.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=TABLE_ROWS)
+            (folder / "operators.txt").write_text(table, encoding="utf-8")
 
     schedule = profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
     return profiler.profile(schedule=schedule, on_trace_ready=write_trace, profile_memory=memory)
 
 
-def has_memory_history(device: torch.device) -> bool:
-    return device.type != "cpu"
-
-
 def record_memory(device: torch.device, on: bool) -> None:
     """Start or stop recording an accelerator's allocations with their stacks."""
-    getattr(torch, device.type).memory._record_memory_history(enabled="all" if on else None)
+    torch.get_device_module(device).memory._record_memory_history(enabled="all" if on else None)
 
 
 def save_memory(device: torch.device, path: Path) -> None:
     """Write the recorded allocations as a snapshot file."""
-    getattr(torch, device.type).memory._dump_snapshot(str(path))
+    torch.get_device_module(device).memory._dump_snapshot(str(path))
 
 
 def device_rng_state(device: torch.device) -> torch.Tensor | None:
     """The state of the accelerator's generator; None on a CPU, whose generator is the host's."""
-    return None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+    return None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def set_device_rng_state(state: torch.Tensor, device: torch.device) -> None:
-    getattr(torch, device.type).set_rng_state(state, device)
+    torch.get_device_module(device).set_rng_state(state, device)
 
 
 def model_name(device: torch.device) -> str:
     """The product name, for example "Ascend910B2"; "cpu" for a CPU."""
-    return "cpu" if device.type == "cpu" else str(getattr(torch, device.type).get_device_name(device))
+    return "cpu" if device.type == "cpu" else str(torch.get_device_module(device).get_device_name(device))
 
 
 def describe(device: torch.device) -> str:

@@ -60,9 +60,11 @@ from qwen35.training.resume import (
     find_weights,
     make_extra,
     read_checked_info,
+    restore_rng,
+    rng_states,
+    seed_all,
     sequences_per_step,
 )
-from qwen35.training.rng import restore_rng, rng_states, seed_all
 from qwen35.training.summary import end_message, start_message, steps_message
 from qwen35.training.validation import Validation
 
@@ -170,8 +172,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
         logger.info(steps_message(settings, step, steps_per_epoch))
-    gradients = GradientNorm(model, meshes.weights["shard"].get_group())
-    batches = iter(micro_batches)
+    gradients, batches = GradientNorm(model, meshes.weights["shard"].get_group()), iter(micro_batches)
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
     run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
     return run
@@ -320,8 +321,7 @@ def loop(run: Run, folder: Path) -> None:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
             if validation and (not is_stopping or run.step == t.train_iters):
-                result = validation.run(run.model, run.heartbeat, run.step)
-                metrics.log_validation(result.metrics(), result.bad_records)
+                metrics.log_validation(*validation.run(run.model, run.heartbeat, run.step))
             if is_save_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 if is_last:

@@ -24,14 +24,13 @@ from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.template import answer_text, has_thought
 from qwen35.data.tokenized import Preparation
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
-from qwen35.inference.generate import generate
+from qwen35.inference.generate import GREEDY, generate
 from qwen35.inference.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
 from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare
 from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
 
 ROOM_TO_THINK = 1024  # tokens added to the limit of an answer that begins with a thought
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,9 @@ def answers(
                 skip(error)
                 continue
             turn = record.turns[-1]
-            right, thought = (
-                tokenizer.encode_text(text, answer=True) for text in (answer_text(turn), turn.reasoning or "")
-            )
-            room = len(thought) + ROOM_TO_THINK if thinks else 0
-            longest = max(longest, room + len(right) + 1)
+            right = tokenizer.encode_text(answer_text(turn), answer=True)
+            thought = tokenizer.encode_text(turn.reasoning or "", answer=True)
+            longest = max(longest, len(right) + 1 + (len(thought) + ROOM_TO_THINK if thinks else 0))
             # decoded again, since the tokenizer may normalize characters to another Unicode form
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
         if not asked:
@@ -136,17 +133,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
     add("--dataset_dir", help="folder of the records' images and videos; default: the folder of the first file")
     add("--batch", type=positive, default=64, help="records answered at once; default: 64")
-    add(
-        "--max_new_tokens",
-        type=positive,
-        help=f"default: the length of the longest right answer, and {ROOM_TO_THINK} more after an open thought",
-    )
+    limit = f"default: the length of the longest right answer, and {ROOM_TO_THINK} more after an open thought"
+    add("--max_new_tokens", type=positive, help=limit)
     add_thinking(parser, "open where the record's answer has a thought, else empty")
-    add(
-        "--sample",
-        action="store_true",
-        help=f"sample as the model's {FILE} says; default: greedy, with its penalties",
-    )
+    sample = f"sample as the model's {FILE} says; default: greedy, with its penalties"
+    add("--sample", action="store_true", help=sample)
     add_sampling(parser, "with --sample")
     add("--show", action="store_true", help="print the wrong answers")
     return parser.parse_args(arguments)
@@ -165,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = read_all(preparation)
         model = load_model(source)
         print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
-        options = (args.batch, args.max_new_tokens, args.thinking, sampling)
+        options = args.batch, args.max_new_tokens, args.thinking, sampling
         stream = answers(model, source.config, preparation, records, *options)
         for answer in tqdm(stream, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1

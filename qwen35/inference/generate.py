@@ -39,16 +39,15 @@ from qwen35.inference.sampling import Penalties, Sampling, draw
 from qwen35.model import Qwen35
 from qwen35.wording import number_of
 
-
-def greedy(
-    model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int]
-) -> list[list[int]]:
-    """`generate` with the likeliest token each time."""
-    return generate(model, prompts, max_new_tokens, eos_ids, Sampling())
+GREEDY = Sampling()  # the likeliest token each time
 
 
 def generate(
-    model: Qwen35, prompts: Sequence[PackedBatch], max_new_tokens: int, eos_ids: Collection[int], sampling: Sampling
+    model: Qwen35,
+    prompts: Sequence[PackedBatch],
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
     """-> the new tokens of each prompt, up to one of eos_ids, which is left out, or max_new_tokens.
 

@@ -15,7 +15,12 @@ from qwen35.inference.sampling import Sampling
 FILE = "generation_config.json"
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 SAMPLING_ONLY = NUMBERS[:4]  # without effect in greedy decoding; the penalties apply there too
-USED = {"do_sample", "eos_token_id", "max_new_tokens", *NUMBERS}
+TYPES = dict.fromkeys(NUMBERS, ((int, float), "a number")) | {
+    "top_k": ((int,), "a whole number"),
+    "max_new_tokens": ((int,), "a whole number from 1"),
+    "do_sample": ((bool,), "true or false"),
+}
+USED = {"eos_token_id", *TYPES}
 HARMLESS = set(
     "bos_token_id pad_token_id decoder_start_token_id "  # the template writes whole prompts; no padding
     "transformers_version _from_model_config _commit_hash "  # origin of the file
@@ -29,21 +34,11 @@ HARMLESS = set(
 )
 # not implemented; accepted at the value that has no effect
 NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "typical_p": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-    "frequency_penalty": 0,
-    "encoder_repetition_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "guidance_scale": 1,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "token_healing": False,
+    **dict.fromkeys(("num_beams", "num_return_sequences", "typical_p"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff", "frequency_penalty"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "token_healing"), False),
 }
 
 
@@ -60,12 +55,9 @@ def read_generation_config(folder: str | Path) -> dict[str, Any]:
         shown = f"{path}: {name}: {str(value)[:80]}"
         if name not in USED | HARMLESS and (name not in NEUTRAL or value != NEUTRAL[name]):
             raise SettingError(f"{shown} may change the answers, and is not implemented; remove it from the file")
-        if name in NUMBERS and type(value) not in ((int,) if name == "top_k" else (int, float)):
-            raise SettingError(f"{shown} is not a {'whole ' if name == 'top_k' else ''}number")
-        if name == "do_sample" and not isinstance(value, bool):
-            raise SettingError(f"{shown} is not true or false")
-        if name == "max_new_tokens" and (type(value) is not int or value < 1):
-            raise SettingError(f"{shown} is not a whole number from 1")
+        types, what = TYPES.get(name, ((type(value),), ""))
+        if type(value) not in types or (name == "max_new_tokens" and value < 1):
+            raise SettingError(f"{shown} is not {what}")
     if config.get("top_k", 1) in (0, -1):  # no limit: 0 in transformers, -1 in vLLM
         del config["top_k"]
     try:
@@ -122,9 +114,8 @@ def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
             config = read_config(folder, name)
             for level in (config, config.get("text_config")):
                 named = level.get("eos_token_id") if isinstance(level, dict) else None
-                for token in named if isinstance(named, list) else [named]:
-                    if type(token) is int:
-                        ids.add(token)
-                    elif token is not None:
-                        raise SettingError(f"{folder}/{name}: eos_token_id: {str(named)[:80]} is no token's number")
+                tokens = [token for token in (named if isinstance(named, list) else [named]) if token is not None]
+                if not all(type(token) is int for token in tokens):
+                    raise SettingError(f"{folder}/{name}: eos_token_id: {str(named)[:80]} is no token's number")
+                ids.update(tokens)
     return ids

@@ -6,6 +6,7 @@ every sequence, in one row per sequence.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from kernels.attention import Prepare
 from kernels.decode import attention_step, causal_conv1d_step, gated_delta_rule_step, last_inputs
 from kernels.gated_delta_rule import chunk_gated_delta_rule_and_state
 from kernels.host import to_device
-from kernels.recompute_cache import RecomputeCache
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.qwen35 import Qwen35
@@ -31,19 +31,9 @@ class CachedAttention(nn.Module):
         self.keys: Tensor | None = None
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        prepare: Prepare,
-        *inputs: Tensor,
-        recompute_cache: RecomputeCache | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prepare: Prepare, *inputs: Tensor, **_: Any
     ) -> Tensor:
-        """First q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; in later calls T = S.
-
-        recompute_cache is not used, since nothing is recomputed here.
-        """
+        """First q [T, Hq, D], k, v [T, Hkv, D] -> [T, Hq, D]; in later calls T = S."""
         q, k = prepare(q, k, *inputs)
         if self.keys is None:
             self._fill(k, v, cu_seqlens)
@@ -78,15 +68,7 @@ class CachedDeltaNet(nn.Module):
         self.core = core
         self.state: Tensor | None = None
 
-    def forward(
-        self,
-        qkv: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        conv_weight: Tensor,
-        cu_seqlens: Tensor,
-        recompute_cache: RecomputeCache | None = None,
-    ) -> Tensor:
+    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
         """qkv [T, C], g, beta [T, Hv] fp32, conv_weight [C, K] -> [T, Hv, Dv]; then T = S."""
         heads = self.core.heads
         if self.state is None:

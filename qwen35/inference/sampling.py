@@ -25,29 +25,25 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises SettingError."""
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise SettingError(f"temperature {self.temperature} must be 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingError(f"top_k {self.top_k} must be at least 1")
-        if not 0 < self.top_p <= 1:
-            raise SettingError(f"top_p {self.top_p} must be above 0, and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise SettingError(f"min_p {self.min_p} must be from 0 to 1")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise SettingError(f"repetition_penalty {self.repetition_penalty} must be above 0")
-        if not math.isfinite(self.presence_penalty):
-            raise SettingError(f"presence_penalty {self.presence_penalty} must be a number")
-        if not 0 <= self.seed < 2**63:
-            raise SettingError(f"seed {self.seed} must be at least 0, and below 2^63")
+        for name, is_right, bound in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
+            ("seed", 0 <= self.seed < 2**63, "at least 0, and below 2^63"),
+        ):
+            if not is_right:
+                raise SettingError(f"{name} {getattr(self, name)} must be {bound}")
 
     def __str__(self) -> str:
         """Everything that differs from greedy decoding without penalties."""
-        names = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-        plain = Sampling()
-        method = "greedy" if self.is_greedy else f"temperature {self.temperature:g}"
-        changed = [f"{name} {getattr(self, name):g}" for name in names if getattr(self, name) != getattr(plain, name)]
-        seed = [] if self.is_greedy else [f"seed {self.seed}"]
-        return ", ".join([method, *changed, *seed])
+        plain = Sampling(self.temperature, seed=self.seed)
+        changed = [f"{name} {value:g}" for name, value in vars(self).items() if value != getattr(plain, name)]
+        if self.is_greedy:
+            return ", ".join(["greedy", *changed])
+        return ", ".join([f"temperature {self.temperature:g}", *changed, f"seed {self.seed}"])
 
     @property
     def is_greedy(self) -> bool:
@@ -69,7 +65,8 @@ class Penalties:
     def __init__(self, sampling: Sampling, prompts: Sequence[Tensor], vocab_size: int, device: torch.device):
         """prompts: token ids of each prompt, on the host."""
         self.repetition, self.presence = sampling.repetition_penalty, sampling.presence_penalty
-        if self.repetition == 1 and self.presence == 0:
+        self.are_none = self.repetition == 1 and self.presence == 0
+        if self.are_none:
             return
         in_prompt = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
         for row, ids in zip(in_prompt, prompts, strict=True):
@@ -80,7 +77,7 @@ class Penalties:
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits [S, V] -> penalized logits [S, V] fp32."""
-        if self.repetition == 1 and self.presence == 0:
+        if self.are_none:
             return logits
         logits = logits.float()
         if self.repetition != 1:
@@ -90,7 +87,7 @@ class Penalties:
 
     def add(self, tokens: Tensor) -> None:
         """Note the tokens [S] that were chosen."""
-        if self.repetition != 1 or self.presence != 0:
+        if not self.are_none:
             self.in_answer |= tokens[:, None] == self.ids
 
 

@@ -20,14 +20,27 @@ def to_heads(group: dist.ProcessGroup, *outputs: Sequence[Tensor]) -> tuple[Tens
 
 def to_tokens(group: dist.ProcessGroup, x: Tensor) -> Tensor:
     """From heads to tokens: x [T, H/U, D] -> [T/U, H, D]"""
-    return _ToTokens.apply(group, x)
+    slices = rearrange(x, "(u t) h d -> u t h d", u=group.size())
+    return rearrange(_Exchange.apply(group, slices), "u t h d -> t (u h) d")
 
 
 def exchange(group: dist.ProcessGroup, x: Tensor) -> Tensor:
     """All-to-all: x [U, …], a slice for each rank -> [U, …], a slice from each. No autograd."""
+    x = x.contiguous()
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x, group=group)
     return received
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return exchange(group, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, exchange(ctx.group, grad)
 
 
 class _ToHeads(torch.autograd.Function):
@@ -50,27 +63,8 @@ class _ToHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         send = torch.cat([_view_as(ctx.dtype, grad) for grad in grads], dim=1)  # [T, all widths]
         received = exchange(ctx.group, send.unflatten(0, (ctx.group.size(), -1))).split(ctx.widths, dim=2)
-        return (
-            None,
-            None,
-            *(
-                _view_as(dtype, x.transpose(0, 1).flatten(1)).view(shape)
-                for x, (shape, dtype) in zip(received, ctx.parts, strict=True)
-            ),
-        )
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
-        ctx.group = group
-        slices = rearrange(x.contiguous(), "(u t) h d -> u t h d", u=group.size())
-        return rearrange(exchange(group, slices), "u t h d -> t (u h) d")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        slices = rearrange(grad, "t (u h) d -> u t h d", u=ctx.group.size()).contiguous()
-        return None, rearrange(exchange(ctx.group, slices), "u t h d -> (u t) h d")
+        parts = zip(received, ctx.parts, strict=True)
+        return None, None, *(_view_as(dtype, x.transpose(0, 1).flatten(1)).view(shape) for x, (shape, dtype) in parts)
 
 
 def _view_as(dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -93,7 +87,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, exchange(ctx.group, grad.contiguous().unflatten(0, (ctx.group.size(), -1))).sum(0)
+        return None, exchange(ctx.group, grad.unflatten(0, (ctx.group.size(), -1))).sum(0)
 
 
 def sum_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:

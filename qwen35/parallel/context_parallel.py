@@ -11,13 +11,13 @@ to several ranks. All shapes follow from the settings, and no exchange waits for
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.attention import Prepare
-from kernels.recompute_cache import RecomputeCache
 from qwen35.batch import MTPTargets, PackedBatch
 from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore
@@ -39,8 +39,8 @@ def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
             module.register_module("core", UlyssesAttention(module.core, group))
         elif isinstance(module, GatedDeltaNet):
             module.register_module("core", UlyssesDeltaNet(module.core, group))
-    model.model.visual.register_module("gather_features", GatherFeatures(group))
-    model.register_module("sum_stats", SumStats(group))
+    model.model.visual.register_module("gather_features", OverGroup(gather, group))  # [N/U, H] -> [N, H]
+    model.register_module("sum_stats", OverGroup(sum_over, group))  # the routers', [2, E] -> [2, E]
 
 
 def shard_batch(
@@ -109,22 +109,13 @@ class UlyssesAttention(nn.Module):
         super().__init__()
         self.core, self.group = core, group
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        prepare: Prepare | None = None,
-        *inputs: Tensor,
-        recompute_cache: RecomputeCache | None = None,
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """q [T/U, Hq, D]; k, v [T/U, Hkv, D]; inputs for all T tokens -> [T/U, Hq, D]"""
         repeats = max(1, self.group.size() // k.shape[1])
         if repeats > 1:
             k, v = (x[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for x in (k, v))
         q, k, v = (x.unflatten(1, (-1, q.shape[2])) for x in to_heads(self.group, [q], [k], [v]))
-        return to_tokens(self.group, self.core(q, k, v, cu_seqlens, prepare, *inputs, recompute_cache=recompute_cache))
+        return to_tokens(self.group, self.core(q, k, v, *inputs, **options))
 
 
 class UlyssesDeltaNet(nn.Module):
@@ -136,44 +127,21 @@ class UlyssesDeltaNet(nn.Module):
         self.full_split = core.split
         core.split = [width // group.size() for width in self.full_split]
 
-    def forward(
-        self,
-        qkv: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        conv_weight: Tensor,
-        cu_seqlens: Tensor,
-        recompute_cache: RecomputeCache | None = None,
-    ) -> Tensor:
+    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, conv_weight: Tensor, *inputs: Any) -> Tensor:
         """qkv [T/U, C], g, beta [T/U, Hv] fp32, conv_weight [C, K] -> [T/U, Hv, Dv]"""
         rank = self.group.rank()
-        channel_weights = [
-            x[rank * n : (rank + 1) * n]
-            for x, n in zip(conv_weight.split(self.full_split), self.core.split, strict=True)
-        ]
+        parts = zip(conv_weight.split(self.full_split), self.core.split, strict=True)
+        channel_weights = [x[rank * n : (rank + 1) * n] for x, n in parts]
         qkv, g, beta = to_heads(self.group, qkv.split(self.full_split, dim=1), [g], [beta])
-        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(channel_weights), cu_seqlens, recompute_cache))
+        return to_tokens(self.group, self.core(qkv, g, beta, torch.cat(channel_weights), *inputs))
 
 
-class GatherFeatures(nn.Module):
-    """Gathers the vision features of all ranks that share the micro-batch."""
+class OverGroup(nn.Module):
+    """A collective of `qwen35.parallel.collectives` as a module."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, collective: Callable[[dist.ProcessGroup, Tensor], Tensor], group: dist.ProcessGroup):
         super().__init__()
-        self.group = group
+        self.collective, self.group = collective, group
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N/U, H] -> [N, H]"""
-        return gather(self.group, x)
-
-
-class SumStats(nn.Module):
-    """Sums the routers' stats over the ranks; backward gives each the gradient of its own."""
-
-    def __init__(self, group: dist.ProcessGroup):
-        super().__init__()
-        self.group = group
-
-    def forward(self, stats: Tensor) -> Tensor:
-        """[2, E] -> [2, E]"""
-        return sum_over(self.group, stats)
+        return self.collective(self.group, x)

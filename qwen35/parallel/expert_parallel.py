@@ -21,24 +21,20 @@ class ParallelExperts(nn.Module):
         self.down_proj = local_experts(experts.down_proj, mesh)
         self.kernel, self.group = experts.parallel_kernel, mesh.get_group()
 
-    def __call__(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, recompute_cache: RecomputeCache | None = None
-    ) -> Tensor:
-        if recompute_cache is None or not recompute_cache.is_recomputing:
-            return super().__call__(x, topk_ids, topk_weights, recompute_cache)
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
+        if cache is None or not cache.is_recomputing:
+            return super().__call__(x, ids, weights, cache)
         # Backward follows this recomputation at once. FSDP2's hooks would reshard the weights in
         # between and gather them again, and record one more forward to prefetch for (torch < 2.13).
         assert isinstance(self, FSDPModule)
         self.unshard()
-        return self.forward(x, topk_ids, topk_weights, recompute_cache)
+        return self.forward(x, ids, weights, cache)
 
-    def forward(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, recompute_cache: RecomputeCache | None = None
-    ) -> Tensor:
-        """x [T, H], topk_ids [T, K] below E, topk_weights [T, K] -> [T, H]"""
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
+        """x [T, H]; ids [T, K] of experts, weights [T, K] of theirs -> [T, H]"""
         # [E/ep, …] each
         gate_up_proj, down_proj = (cast(DTensor, w).to_local() for w in (self.gate_up_proj, self.down_proj))
-        return self.kernel(x, topk_ids, topk_weights, gate_up_proj, down_proj, self.group, recompute_cache)
+        return self.kernel(x, ids, weights, gate_up_proj, down_proj, self.group, cache)
 
 
 def local_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
@@ -50,9 +46,7 @@ def local_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[ParallelExperts]:
     """Replace the experts of all layers, multi-token prediction's included; returns them."""
-    replaced = []
-    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        assert isinstance(layer.experts, Experts)
-        replaced.append(ParallelExperts(layer.experts, mesh))
-        layer.experts = replaced[-1]
-    return replaced
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for layer in layers:
+        layer.experts = ParallelExperts(cast(Experts, layer.experts), mesh)
+    return [cast(ParallelExperts, layer.experts) for layer in layers]

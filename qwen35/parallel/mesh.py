@@ -23,22 +23,10 @@ class Meshes:
     weights: DeviceMesh  # [replicate, shard]
     experts: DeviceMesh  # [replicate, fsdp, ep]
     tokens: DeviceMesh  # [data, ulysses]
-
-    @property
-    def data_rank(self) -> int:
-        return self.tokens["data"].get_local_rank()
-
-    @property
-    def data_size(self) -> int:
-        return self.tokens["data"].size()
-
-    @property
-    def ulysses_size(self) -> int:
-        return self.tokens["ulysses"].size()
-
-    @property
-    def ulysses_rank(self) -> int:
-        return self.tokens["ulysses"].get_local_rank()
+    data_rank: int
+    data_size: int
+    ulysses_rank: int
+    ulysses_size: int
 
 
 def make_meshes(device_type: str, p: ParallelSettings, timeout: float = 1800) -> Meshes:
@@ -47,11 +35,11 @@ def make_meshes(device_type: str, p: ParallelSettings, timeout: float = 1800) ->
     timeout: of collectives, in seconds; the default group must have the same.
     """
     layout, limit = layout_of(p, dist.get_world_size()), timedelta(seconds=timeout)
-    return Meshes(
-        _mesh(device_type, {"replicate": layout.copies, "shard": layout.shard}, limit),
-        _mesh(device_type, {"replicate": layout.copies, "fsdp": layout.fsdp, "ep": layout.ep}, limit),
-        _mesh(device_type, {"data": layout.data, "ulysses": layout.ulysses}, limit),
-    )
+    weights = _mesh(device_type, {"replicate": layout.copies, "shard": layout.shard}, limit)
+    experts = _mesh(device_type, {"replicate": layout.copies, "fsdp": layout.fsdp, "ep": layout.ep}, limit)
+    tokens = _mesh(device_type, {"data": layout.data, "ulysses": layout.ulysses}, limit)
+    data_rank, ulysses_rank = tokens.get_local_rank("data"), tokens.get_local_rank("ulysses")
+    return Meshes(weights, experts, tokens, data_rank, layout.data, ulysses_rank, layout.ulysses)
 
 
 def _mesh(device_type: str, sizes: dict[str, int], timeout: timedelta) -> DeviceMesh:
@@ -60,9 +48,8 @@ def _mesh(device_type: str, sizes: dict[str, int], timeout: timedelta) -> Device
     groups = []
     for dim, (name, size) in enumerate(sizes.items()):
         rank_groups = ranks.movedim(dim, -1).reshape(-1, size).tolist()
-        default_group = dist.group.WORLD if len(rank_groups) == 1 else None  # reuse its buffers
-        groups.append(
-            default_group
-            or dist.new_subgroups_by_enumeration(rank_groups, timeout=timeout, group_desc=f"mesh_{name}")[0]
-        )
+        if len(rank_groups) == 1:
+            groups.append(dist.group.WORLD)  # reuse its buffers
+            continue
+        groups.append(dist.new_subgroups_by_enumeration(rank_groups, timeout=timeout, group_desc=f"mesh_{name}")[0])
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=tuple(sizes))

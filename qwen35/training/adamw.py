@@ -1,14 +1,18 @@
 """AdamW over local shards of parameters; whether a group skips a step is decided on the device."""
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qwen35.device import CopyQueue, host_buffer
+
 ROLLBACK_ELEMENTS = 1 << 21  # updated at a time where a skip may undo the update; their copy takes 25 MB
+CHUNK_ELEMENTS = 1 << 25  # the two moments of a chunk take 256 MB; two chunks are on the device
+ALIGNMENT = 64  # tensors are split at multiples of it, so that parts use the same vector instructions
 
 
 class AdamW(torch.optim.AdamW):
@@ -29,14 +33,11 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            trained = self.begin(group)
-            if not trained:
-                continue
-            states = [self.state[p] for p in trained]
-            first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
-            grads = [local(p.grad) for p in trained if p.grad is not None]
-            update(group, [local(p) for p in trained], grads, first, second, [s["step"] for s in states])
-            self.end(group, trained)
+            if trained := self.begin(group):
+                states = [self.state[p] for p in trained]
+                first, second = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+                grads = [local(p.grad) for p in trained if p.grad is not None]
+                update(group, [local(p) for p in trained], grads, first, second, [s["step"] for s in states])
 
     def begin(self, group: dict[str, Any]) -> list[nn.Parameter]:
         """The group's parameters that have gradients. Creates missing state and counts the step."""
@@ -46,15 +47,84 @@ class AdamW(torch.optim.AdamW):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"] = self.zeros_like(p), self.zeros_like(p)
         if trained:
-            torch._foreach_add_([self.state[p]["step"] for p in trained], 1)
+            counted = 1 if group["skip"] is None else [1 - group["skip"].float()] * len(trained)
+            torch._foreach_add_([self.state[p]["step"] for p in trained], counted)
         return trained
-
-    def end(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
-        if trained and group["skip"] is not None:
-            torch._foreach_sub_([self.state[p]["step"] for p in trained], [group["skip"].float()] * len(trained))
 
     def zeros_like(self, parameter: nn.Parameter) -> Tensor:
         return torch.zeros_like(parameter, requires_grad=False)
+
+
+class SwappedAdamW(AdamW):
+    """AdamW with its moments in pinned host memory: the same bits, and the same checkpoints.
+
+    They are brought to the device chunk by chunk in each step. While one chunk is updated, its
+    neighbours' moments are copied, so that the device holds those of two chunks.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], chunk: int = CHUNK_ELEMENTS, **options: Any):
+        """chunk: elements whose moments are copied at a time, at least ALIGNMENT."""
+        super().__init__(groups, **options)
+        self.chunk = chunk
+        for group in self.param_groups:
+            group["on_host"] = True  # tells the checkpoint loader where moments go
+        device = self.param_groups[0]["params"][0].device
+        self._to_device, self._to_host = CopyQueue(device), CopyQueue(device)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Does not block: whoever reads the moments synchronizes first (checkpoint/dcp.py does)."""
+        assert closure is None
+        chunks = [(group, chunk) for group in self.param_groups for chunk in self._chunks(self.begin(group))]
+        if not chunks:
+            return
+        count, sizes = min(2, len(chunks)), [sum(len(piece[0]) for piece in chunk) for _, chunk in chunks]
+        buffers = torch.empty(count, 2, max(sizes), device=chunks[0][1][0][0].device)
+        self._to_device.wait_for_device()  # queued kernels may still use the memory of these buffers
+        copied_back = [self._to_host.record_event()] * count  # a buffer is free once its moments are on the host again
+        for i, ((group, chunk), size) in enumerate(zip(chunks, sizes, strict=True)):
+            parameters, grads, *on_host, steps = (list(tensors) for tensors in zip(*chunk, strict=True))
+            lengths = [len(p) for p in parameters]
+            first, second = (list(moments.split(lengths)) for moments in buffers[i % count, :, :size])
+            with self._to_device.behind(copied_back[i % count]):
+                _copy([first, second], on_host)
+            self._to_device.make_device_wait(self._to_device.record_event())
+            update(group, parameters, grads, first, second, steps)
+            self._to_host.wait_for_device()
+            with self._to_host.behind(None):
+                _copy(on_host, [first, second])
+            copied_back[i % count] = self._to_host.record_event()
+        self._to_host.make_device_wait(self._to_host.record_event())  # before the buffers are freed
+
+    def zeros_like(self, parameter: nn.Parameter) -> Tensor:
+        return host_buffer(parameter)
+
+    def _chunks(self, trained: list[nn.Parameter]) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Lists of pieces that are updated together: parameter, gradient, moments (flat), step."""
+        chunk: list[tuple[Tensor, ...]] = []
+        room = self.chunk
+        for p in trained:
+            state = self.state[p]
+            assert p.grad is not None
+            first, second = (local(state[name]).view(-1) for name in ("exp_avg", "exp_avg_sq"))
+            flat = local(p).view(-1), local(p.grad).reshape(-1), first, second
+            left = len(flat[0])
+            while left:
+                size = left if left <= room else room - room % ALIGNMENT
+                if size:
+                    begin = len(flat[0]) - left
+                    chunk.append((*(x[begin : begin + size] for x in flat), state["step"]))
+                    left, room = left - size, room - size
+                else:
+                    yield chunk
+                    chunk, room = [], self.chunk
+        if chunk:
+            yield chunk
+
+
+def _copy(targets: list[list[Tensor]], sources: list[list[Tensor]]) -> None:
+    for target, source in zip(chain(*targets), chain(*sources), strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 def update(
@@ -65,7 +135,7 @@ def update(
     second: list[Tensor],
     steps: list[Tensor],
 ) -> None:
-    """The arithmetic of one step, in place, undone if the group is skipped (but for `steps`)."""
+    """The arithmetic of one step, in place, undone if the group is skipped."""
     skip = group["skip"]
     for part in [slice(None)] if skip is None else _parts(parameters):
         changed = [*parameters[part], *first[part], *second[part]]

@@ -6,7 +6,6 @@ where something before it is trained; a frozen part costs its forward pass alone
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Flops:
         self.is_trained_below = False  # whether the next part must pass a gradient on to its input
         text = model.model.language_model
         self._tower(model.model.visual)
-        self._maps("token", lookups=[text.embed_tokens])
+        self._maps("token", (text.embed_tokens, 0))
         for layer in text.layers:
             self._layer(layer)
         self._maps("token", text.norm)
@@ -73,27 +72,20 @@ class Flops:
         }
         return sum(count * self.flops_per[unit] for unit, count in counts.items())
 
-    def _maps(
-        self,
-        unit: str,
-        *maps: nn.Module | Tensor,
-        share: float = 1.0,
-        routed: Sequence[Tensor] = (),
-        lookups: Sequence[nn.Module] = (),
-    ) -> None:
-        """Modules and tensors that read the same input.
+    def _maps(self, unit: str, *maps: nn.Module | Tensor | tuple[nn.Module | Tensor, float]) -> None:
+        """Modules and weights that read the same input, each with the share of units that reach it.
 
-        share: of the units that reach them; routed: stacked expert weights; lookups: embeddings.
+        Without a number all do. An embedding's share is 0: a lookup costs nothing.
         """
-        weights = [w for part in maps for w in _weights(part)]
-        t, cost = self.config.text, 2 * (1 + self.is_trained_below)
-        for w in weights:
+        weights: list[tuple[Tensor, float]] = []
+        for part in maps:
+            module, share = part if isinstance(part, tuple) else (part, 1)
+            weights += [(w, share) for w in ([module] if isinstance(module, Tensor) else module.parameters())]
+        cost = 2 * (1 + self.is_trained_below)
+        for w, share in weights:
             if w.ndim > 1:
                 self.flops_per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
-        for w in routed:
-            self.flops_per[unit] += w.numel() // t.num_experts * t.num_experts_per_tok * (cost + 2 * w.requires_grad)
-        everything = (*weights, *routed, *(w for part in lookups for w in _weights(part)))
-        self.is_trained_below |= any(w.requires_grad for w in everything)
+        self.is_trained_below |= any(w.requires_grad for w, _ in weights)
 
     def _core(self, unit: str, flops: float) -> None:
         """An operation without weights."""
@@ -119,30 +111,24 @@ class Flops:
         self._maps("token", layer.post_attention_layernorm)
         mlp = layer.mlp
         if layer.is_moe:
-            shared, experts = mlp.shared_expert, mlp.experts
+            shared, experts, routed = mlp.shared_expert, mlp.experts, t.num_experts_per_tok / t.num_experts
             both = (shared.gate_proj, shared.up_proj)
-            self._maps("token", mlp.gate, mlp.shared_expert_gate, *both, routed=[experts.gate_up_proj])
-            self._maps("token", shared.down_proj, routed=[experts.down_proj])
+            self._maps("token", mlp.gate, mlp.shared_expert_gate, *both, (experts.gate_up_proj, routed))
+            self._maps("token", shared.down_proj, (experts.down_proj, routed))
         else:
             self._maps("token", mlp.gate_proj, mlp.up_proj)
             self._maps("token", mlp.down_proj)
 
     def _tower(self, tower: Any) -> None:
         v = self.config.vision
-        self._maps("patch", tower.patch_embed, lookups=[tower.pos_embed])
+        self._maps("patch", tower.patch_embed, (tower.pos_embed, 0))
         for block in tower.blocks:
             self._maps("patch", block.norm1)
             self._maps("patch", block.attn.qkv)
             self._core("patch_pair", 4 * v.hidden_size)
-            self._maps("patch", block.attn.proj)
-            self._maps("patch", block.norm2)
-            self._maps("patch", block.mlp.linear_fc1)
-            self._maps("patch", block.mlp.linear_fc2)
+            for part in (block.attn.proj, block.norm2, block.mlp.linear_fc1, block.mlp.linear_fc2):
+                self._maps("patch", part)
         merged = 1 / v.spatial_merge_size**2
         self._maps("patch", tower.merger.norm)
-        self._maps("patch", tower.merger.linear_fc1, share=merged)
-        self._maps("patch", tower.merger.linear_fc2, share=merged)
-
-
-def _weights(part: nn.Module | Tensor) -> list[Tensor]:
-    return [part] if isinstance(part, Tensor) else list(part.parameters())
+        self._maps("patch", (tower.merger.linear_fc1, merged))
+        self._maps("patch", (tower.merger.linear_fc2, merged))

@@ -126,7 +126,6 @@ class Metrics:
         if self.is_writer:
             self._append(_text(lines))
             self._show(lines)
-            self._estimate(lines[-1])
         self.last = lines[-1]
         if any(line["bad_records"] for line in lines):  # the same on all ranks
             self._log_bad_records([message for r in records for message in r.bad_records])
@@ -207,25 +206,16 @@ class Metrics:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(len(lines))
-        line = f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(self._seconds_left(last))}"
+        left, measured, pace = self.total - last["step"], 0, last["step_time"]
+        if self.first_flush:
+            measured = last["step"] - self.first_flush[0]
+            pace = (self.last_flush - self.first_flush[1]) / measured  # with saves and validations
+        self.first_flush = self.first_flush or (last["step"], self.last_flush)
+        line = f"step {last['step']:6}  {text}  {last['step_time']:.2f} s  ETA {duration(pace * left)}"
         logger.info(line, extra={"file_only": self.bar is not None})
-
-    def _seconds_left(self, last: dict[str, Any]) -> float:
-        """Seconds to the end, at the pace since the first flush, with saves and validations."""
-        seconds = last["step_time"]
-        if self.first_flush and (steps := last["step"] - self.first_flush[0]):
-            seconds = (self.last_flush - self.first_flush[1]) / steps
-        return seconds * (self.total - last["step"])
-
-    def _estimate(self, last: dict[str, Any]) -> None:
-        """Log once, when enough steps are measured, how long the others will take."""
-        left = self.total - last["step"]
-        if self.first_flush is None:
-            self.first_flush = last["step"], self.last_flush
-        elif left and not self.is_estimated and last["step"] - self.first_flush[0] >= MEASURED_STEPS:
+        if left and not self.is_estimated and measured >= MEASURED_STEPS:
             self.is_estimated = True
-            estimate = duration(self._seconds_left(last))
-            logger.info(f"{number_of(left, 'step')} to go, about {estimate} at the pace of the first ones")
+            logger.info(f"{number_of(left, 'step')} to go, about {duration(pace * left)} at the pace of the first ones")
 
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
@@ -284,38 +274,33 @@ def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]],
 
 def draw_loss(folder: Path) -> None:
     """<folder>/metrics.jsonl -> <folder>/loss.png"""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     # all values of a long run would take half a gigabyte
     drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
     lines = read_metrics(folder / "metrics.jsonl", drawn)
     with_answers = any("val_exact_match" in line for line in lines)
-    figure, axes = plt.subplots(1 + with_answers, figsize=(8, 6 if with_answers else 4.5), sharex=True, squeeze=False)
-    upper, lower = axes[0, 0], axes[-1, 0]
-    for name, axis, color, marker in (
-        ("loss", upper, "tab:blue", ""),
-        ("mtp_loss", upper, "tab:orange", ""),
-        ("val_loss", upper, "tab:red", "."),
-        ("val_mtp_loss", upper, "tab:brown", "."),
-        ("val_exact_match", lower, "tab:green", "."),
+    figure = Figure(figsize=(8, 6 if with_answers else 4.5), layout="tight")
+    axes = figure.subplots(1 + with_answers, sharex=True, squeeze=False)
+    upper, lower, rate = axes[0, 0], axes[-1, 0], axes[0, 0].twinx()
+    for name, axis, style, color in (
+        ("loss", upper, "-", "tab:blue"),
+        ("mtp_loss", upper, "-", "tab:orange"),
+        ("val_loss", upper, ".-", "tab:red"),
+        ("val_mtp_loss", upper, ".-", "tab:brown"),
+        ("val_exact_match", lower, ".-", "tab:green"),
+        ("lr", rate, "--", "tab:gray"),
     ):
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         if points:
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=1, marker=marker, label=name)
+            axis.plot(*zip(*points, strict=True), style, color=color, linewidth=1, label=name)
     if len(upper.lines) > 1:
         upper.legend()
     upper.set(ylabel="loss", title=str(folder))
     lower.set(xlabel="step")
     if with_answers:
         lower.set(ylabel="exact match", ylim=(0, 1.02))
-    rate = upper.twinx()
-    points = [(line["step"], line["lr"]) for line in lines if isinstance(line.get("lr"), int | float)]
-    rate.plot(*zip(*points, strict=True), color="tab:gray", linewidth=0.8, linestyle="--")
     rate.set_ylabel("learning rate", color="tab:gray")
-    figure.tight_layout()
     partial = folder / "loss.tmp.png"
     try:
         with naming(folder / "loss.png"):
@@ -323,4 +308,3 @@ def draw_loss(folder: Path) -> None:
             partial.replace(folder / "loss.png")
     finally:
         partial.unlink(missing_ok=True)
-        plt.close(figure)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qwen35.config.schema import TrainingSettings
-from qwen35.training.adamw import AdamW, local
-from qwen35.training.offloaded_adamw import SwappedAdamW
+from qwen35.training.adamw import AdamW, SwappedAdamW, local
 from qwen35.training.parameter_groups import by_group, group_of
 
 

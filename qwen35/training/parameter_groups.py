@@ -1,6 +1,5 @@
 """Which parameters are trained: `model.freeze`, parameter groups, the table that a run prints."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -53,17 +52,16 @@ def _matches(name: list[str], levels: list[str]) -> bool:
 
 def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
     """Group name -> its parameters, in the order of GROUPS."""
-    groups = defaultdict(list)
+    groups: dict[str, list[nn.Parameter]] = {g.rstrip("."): [] for g in GROUPS}
     for name, parameter in named:
         groups[group_of(name)].append(parameter)
-    return {g.rstrip("."): groups[g.rstrip(".")] for g in GROUPS if g.rstrip(".") in groups}
+    return {name: parameters for name, parameters in groups.items() if parameters}
 
 
 def parameter_table(model: nn.Module) -> str:
     """Number of parameters by group: all, trained, frozen; global numbers for a sharded model."""
     lines = [f"{'parameters':16}{'all':>16}{'trained':>16}{'frozen':>16}"]
-    groups = by_group(model.named_parameters())
-    for name, parameters in [*groups.items(), ("all", [p for ps in groups.values() for p in ps])]:
+    for name, parameters in (by_group(model.named_parameters()) | {"all": [*model.parameters()]}).items():
         trained, frozen = count(parameters, True), count(parameters, False)
         lines.append(f"{name:16}{trained + frozen:>16,}{trained:>16,}{frozen:>16,}")
     return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""Which checkpoint a run starts from, and what must not have changed since it was written."""
+"""Which checkpoint a run starts from, what must not have changed since, and the random states."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -12,9 +14,9 @@ from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
 from qwen35.checkpoint.dcp_folder import damaged, keep_newest, newest_checkpoint, resolve_load
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings
+from qwen35.device import device_rng_state, set_device_rng_state
 from qwen35.model import ModelConfig
 from qwen35.training.metrics import RunError
-from qwen35.training.rng import BROKEN_STATES, restore_rng
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
@@ -24,6 +26,8 @@ WITHOUT_EFFECT = (  # settings that do not change what is trained
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
 INIT_ONLY = ("text.initializer_range",)  # fields of a model's config that only the initial weights depend on
+# what `restore_rng` raises for states that are damaged
+BROKEN_STATES = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
 
 
@@ -33,21 +37,18 @@ def find_weights(settings: Settings) -> tuple[Path, bool]:
     All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
     Raises SettingError, CheckpointError.
     """
-    choices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(choices, _find_weights(settings))
-    return choices[0]
-
-
-def _find_weights(settings: Settings) -> tuple[Path, bool]:
-    t = settings.training
-    newest = newest_checkpoint(t.save)
+    t, newest = settings.training, newest_checkpoint(settings.training.save)
     if newest or t.load:
-        return newest or resolve_load(t.load or ""), False
-    if t.init_from_hf_path:
-        return Path(t.init_from_hf_path), True
-    raise SettingError(
-        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
-    )
+        choice = newest or resolve_load(t.load or ""), False
+    elif t.init_from_hf_path:
+        choice = Path(t.init_from_hf_path), True
+    else:
+        raise SettingError(
+            "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
+        )
+    choices: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(choices, choice)
+    return choices[0]
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -85,11 +86,9 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
     loaded = read_info(checkpoint)
     if not loaded.step:  # converted weights
         return loaded
-    for name, kind in (("bins_a_step", int), ("data", str)):
-        if type(loaded.extra.get(name)) is not kind:
-            raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
-    for name in ("model", "levels"):
-        if not isinstance(loaded.extra.get(name, {}), Mapping):
+    found = {"model": {}, "levels": {}} | loaded.extra  # checkpoints of before have neither
+    for name, kind in (("bins_a_step", int), ("data", str), ("model", dict), ("levels", dict)):
+        if type(found.get(name)) is not kind:
             raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
     if loaded.world_size == dist.get_world_size():
         rank_file = RANK_EXTRA.format(dist.get_rank())
@@ -117,11 +116,7 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
 def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Settings) -> None:
     """Raises SettingError if the run could not go on as if it had never stopped."""
     if loaded.extra.get("data") != extra["data"]:
-        changed = [
-            c
-            for c in changes(loaded.path.parent, settings)
-            if c.startswith(DATA_ORDER) and not c.startswith(WITHOUT_EFFECT)
-        ]
+        changed = [c for c in relevant(changes(loaded.path.parent, settings)) if c.startswith(DATA_ORDER)]
         why = "; ".join(changed) or "the records or the tokenizer have changed, or other records were skipped"
         raise SettingError(
             f"{loaded.path} was trained on other data, or in another order ({why}), and cannot go on where it stopped; undo"
@@ -156,6 +151,11 @@ def changes(folder: Path, settings: Settings) -> list[str]:
     return difference(load_settings(recipe), settings) if recipe.is_file() else []
 
 
+def relevant(changed: list[str]) -> list[str]:
+    """Those of `changes` that change what is trained."""
+    return [change for change in changed if not change.startswith(WITHOUT_EFFECT)]
+
+
 def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
     """Raises SettingError unless the folder holds the finished run of these settings.
 
@@ -167,11 +167,42 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
             f"training.load: {settings.training.load} has done {step} steps, and training.train_iters is "
             f"{settings.training.train_iters}; raise it to go on from there, or {START_ANEW}"
         )
-    if relevant := [change for change in changed if not change.startswith(WITHOUT_EFFECT)]:
+    if changed := relevant(changed):
         raise SettingError(
-            f"{folder} holds {step} steps of other settings ({'; '.join(relevant)}); name another training.save, or go on"
+            f"{folder} holds {step} steps of other settings ({'; '.join(changed)}); name another training.save, or go on"
             " with a larger training.train_iters"
         )
     limit = settings.training.save_total_limit
     if limit is not None and dist.get_rank() == 0:
         keep_newest(folder, limit)
+
+
+# -- random states ---------------------------------------------------------------------------------
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator of this process, its device's too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # libraries draw from numpy's global generator
+    torch.manual_seed(seed)
+
+
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """This rank's states, of types that a checkpoint's extra data may hold."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "device": device_rng_state(device),
+    }
+
+
+def restore_rng(states: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `rng_states`. Raises BROKEN_STATES."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None:
+        set_device_rng_state(states["device"], device)

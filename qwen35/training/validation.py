@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,29 +25,6 @@ from qwen35.parallel.fsdp import gather_weights, replicated, reshard
 from qwen35.parallel.mesh import Meshes
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.wording import number_of
-
-
-@dataclass(frozen=True)
-class Result:
-    """The same on all ranks."""
-
-    loss: float  # mean cross entropy over all tokens with a label, whatever the loss_type
-    tokens: int  # number of these tokens
-    mtp_loss: float | None  # the same for multi-token prediction; None: not trained
-    exact_match: float | None  # fraction of the records answered exactly right; None: no val_generate
-    bad_records: tuple[str, ...]  # messages about records that were left out
-    seconds: float
-
-    def metrics(self) -> dict[str, Any]:
-        values = {
-            "val_loss": self.loss,
-            "val_mtp_loss": self.mtp_loss,
-            "val_tokens": self.tokens,
-            "val_exact_match": self.exact_match,
-            "val_bad_records": len(self.bad_records) or None,
-            "val_time": self.seconds,
-        }
-        return {name: value for name, value in values.items() if value is not None}
 
 
 class Validation:
@@ -98,8 +75,12 @@ class Validation:
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"
         )
 
-    def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> Result:
-        """Validate the sharded model. Raises RecordError for an image that cannot be decoded."""
+    def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> tuple[dict[str, Any], list[str]]:
+        """-> metrics of the sharded model, messages about records left out; the same on all ranks.
+
+        Losses are means over all tokens with a label, whatever the loss_type. Raises RecordError
+        for an image that cannot be decoded.
+        """
 
         def beat(activity: str) -> None:
             heartbeat.at(f"step {step}: validation, {activity}")
@@ -116,16 +97,18 @@ class Validation:
         rank_values = (*sums, *tokens, right, answered, bad)
         all_values: list[Any] = [rank_values] * dist.get_world_size()
         dist.all_gather_object(all_values, rank_values)
-        *totals, _ = zip(*all_values, strict=True)
+        *totals, rank_messages = zip(*all_values, strict=True)
         loss, mtp_loss, labels, mtp_labels, right, answered = (sum(values) for values in totals)
-        return Result(
-            loss / max(labels, 1),
-            labels,
-            mtp_loss / max(mtp_labels, 1) if self.settings.model.mtp_num_layers else None,
-            right / answered if answered else None,
-            tuple(dict.fromkeys(message for values in all_values for message in values[-1])),
-            time.perf_counter() - start,
-        )
+        messages = list(dict.fromkeys(chain.from_iterable(rank_messages)))
+        metrics = {
+            "val_loss": loss / max(labels, 1),
+            "val_mtp_loss": mtp_loss / max(mtp_labels, 1) if self.settings.model.mtp_num_layers else None,
+            "val_tokens": labels,
+            "val_exact_match": right / answered if answered else None,
+            "val_bad_records": len(messages) or None,
+            "val_time": time.perf_counter() - start,
+        }
+        return {name: value for name, value in metrics.items() if value is not None}, messages
 
     @torch.no_grad()
     def _losses(self, model: Qwen35, beat: Callable[[str], None]) -> tuple[list[float], list[int], list[str]]:

@@ -22,7 +22,8 @@ from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.inference import evaluate
-from qwen35.inference.generate import greedy, stop_ids
+from qwen35.inference.generate import generate as greedy
+from qwen35.inference.generate import stop_ids
 from qwen35.model import Qwen35
 from qwen35.tools import tiny
 

@@ -234,7 +234,7 @@ def test_the_answer_ends_at_the_folders_eos_tokens(place, ask):
     args = generate.parse(["--model", str(place / "hub"), "--prompt", "Hello"])
     preparation, spec = prepare(args, source), vision_spec(source.config)
     asked = prompt_batch(generate.question(args), preparation, spec, thinking=False)
-    ids = generate.greedy(load_model(source), [asked], TOKENS, ())[0]
+    ids = generate.generate(load_model(source), [asked], TOKENS, ())[0]
     shutil.copytree(place / "hub", place / "stops")
     config = json.loads((place / "stops/generation_config.json").read_text())
     config["eos_token_id"] = [ids[4]]

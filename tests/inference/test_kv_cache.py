@@ -8,7 +8,8 @@ import torch
 from peer import config_dict, sample
 
 from qwen35.batch import PackedBatch
-from qwen35.inference.generate import _run_prompts, _run_tokens, greedy, steps
+from qwen35.inference.generate import _run_prompts, _run_tokens, steps
+from qwen35.inference.generate import generate as greedy
 from qwen35.inference.kv_cache import BLOCK, CachedAttention, CachedDeltaNet, caching
 from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35

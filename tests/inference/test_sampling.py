@@ -11,7 +11,7 @@ from transformers.generation import logits_process as theirs
 
 from qwen35.batch import PackedBatch, derive
 from qwen35.config.load import SettingError
-from qwen35.inference.generate import generate, greedy
+from qwen35.inference.generate import generate
 from qwen35.inference.sampling import Penalties, Sampling, distribution, draw, pick
 from qwen35.model import Qwen35
 
@@ -104,7 +104,7 @@ def test_a_seed_gives_the_same_answer(model):
 
 
 def test_sampling_from_one_token_is_greedy(model):
-    likeliest = greedy(model, PROMPTS, 20, ())
+    likeliest = generate(model, PROMPTS, 20, ())
     for sampling in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-6), Sampling(1e-6)):
         assert generate(model, PROMPTS, 20, (), sampling) == likeliest
     assert generate(model, PROMPTS, 20, (), Sampling(2.0)) != likeliest
@@ -191,7 +191,7 @@ def test_greedy_with_a_repetition_penalty_equals_transformers(both, penalty):
     given = generate(ours, PROMPTS, 30, (), Sampling(repetition_penalty=penalty))
     for prompt, answer in zip(PROMPTS, given, strict=True):
         assert answer == continued(peer, peer_inputs(prompt), 30, repetition_penalty=penalty)
-    assert given != greedy(ours, PROMPTS, 30, ())
+    assert given != generate(ours, PROMPTS, 30, ())
 
 
 OPTIONS = {
@@ -233,4 +233,4 @@ def test_penalties_equal_a_slow_count(both, presence, repetition):
                 logits[token] -= presence
             slow.append(max(range(VOCAB), key=lambda i: logits[i]))
         assert answer == slow
-    assert given != greedy(ours, PROMPTS, 20, ())
+    assert given != generate(ours, PROMPTS, 20, ())

@@ -16,8 +16,8 @@ from qwen35.data.dataloader import background_loader
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import REPLICATED
+from qwen35.training.adamw import SwappedAdamW
 from qwen35.training.loss import token_weights
-from qwen35.training.offloaded_adamw import SwappedAdamW
 
 LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 TOKENS = 1024
@@ -113,5 +113,5 @@ def test_moments_on_the_host():
         assert live.peak == 2 * 2 * 4 * (1 << 22) and live.now == 0
         chunks, trained = -(-elements // (1 << 22)), list(model.parameters())
         assert chunks <= copies.record.ops["aten::_fused_adamw_"] <= chunks + 1
-        parts = sum(len(chunk.parameters) for chunk in optimizer._chunks(trained))
+        parts = sum(len(chunk) for chunk in optimizer._chunks(trained))
         assert copies.record.launched == 2 * parts + ceil(len(trained) / 48)  # the update and the step counters

@@ -71,7 +71,6 @@ def test_a_profile_of_the_real_torch_npu(tmp_path):
     [trace] = folder.glob("*_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json")
     names = [event["name"] for event in json.loads(trace.read_text()) if event.get("ph") == "X"]
     assert names.count("aten::mm") == 2 and sum(name.startswith("ProfilerStep#") for name in names) == 2
-    assert "  aten::mm\n" in (folder / "operators.txt").read_text()
     assert (folder / "memory.pickle").stat().st_size > 0
     assert not folder.with_name("rank_00000.tmp").exists()
 

@@ -8,8 +8,7 @@ from peer import config_dict
 from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35
-from qwen35.training.adamw import AdamW
-from qwen35.training.offloaded_adamw import SwappedAdamW
+from qwen35.training.adamw import AdamW, SwappedAdamW
 from qwen35.training.optimizer import make_optimizer
 
 KINDS = ("adamw", "adamw_swap")

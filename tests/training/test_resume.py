@@ -31,8 +31,7 @@ from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.model import load_config
 from qwen35.training.metrics import read_metrics
-from qwen35.training.resume import check_extra, read_checked_info, sequences_per_step
-from qwen35.training.rng import restore_rng, rng_states
+from qwen35.training.resume import check_extra, read_checked_info, restore_rng, rng_states, sequences_per_step
 
 
 @pytest.fixture(scope="module")

@@ -32,12 +32,12 @@ ROOMS = {
     "parallel": 700,
     "inference": 1_000,
     "training": 1_500,
-    "tools": 1_950,
-    "launch": 1_680,
+    "tools": 2_170,
+    "launch": 1_540,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_500,
+    "qwen35": 1_610,
     "kernels": 3_850,
     "rehearse": 2_170,
     "accept": 680,

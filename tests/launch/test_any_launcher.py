@@ -73,7 +73,7 @@ def test_sigterm_under_torchrun_saves(workplace, tmp_path):
     [(code, out, err)] = ended(process)
     assert code != 0 and len(both) == 2
     assert "stopped and saved after step " in out
-    assert "qwen35/" not in err, err
+    assert f"{ROOT}/qwen35/" not in err, err
     step = int(newest_checkpoint(save).name[5:])
     assert step >= 2 and len(read_metrics(save / "metrics.jsonl")) == step
     assert not psutil.wait_procs(both, timeout=60)[1]
@@ -123,8 +123,8 @@ def test_a_users_mistake_on_one_rank_of_torchrun_is_in_its_error_file(workplace,
     command = (*torchrun()[:-2], str(tmp_path / "program.py"))
     [(code, _, err)] = ended(start(workplace, tmp_path / "run", command))
     words = "unknown setting training.trian_iters; did you mean training.train_iters?"
-    assert code == 1 and err.count(f"error: {words}") == 1 and err.count(words) == 2, err
-    assert 'File "/' not in err.partition("error: ")[2].partition("\n")[0]
+    assert code == 1 and err.count(f"error: {words}") == 1 and err.count(words) > 1, err
+    assert f"{ROOT}/qwen35/" not in err, err
 
 
 def test_a_rank_that_hangs_without_our_launcher_ends_itself(workplace, tmp_path):

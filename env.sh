@@ -69,8 +69,9 @@
 # 1: `make install` and `make finetune` print what they would do, and do nothing. Default 0.
 # Allowed: 0, 1.
 : "${DRY_RUN:=0}"
-# Machines that take part in one run. Default 1. Allowed: from 1.
-: "${NODES:=1}"
+# Machines that take part in one run. Default: what the scheduler of a cluster has set (Kubeflow,
+# Volcano, MindCluster, ModelArts, Slurm), else 1. Allowed: from 1.
+: "${NODES:=}"
 # The number of this machine among them. Default 0; must be set where NODES > 1. Allowed: 0 to NODES
 # - 1.
 : "${NODE_RANK:=}"
@@ -79,8 +80,8 @@
 : "${NODE_ADDR:=}"
 # Address of machine 0. Default localhost; must be set where NODES > 1.
 : "${MASTER_ADDR:=}"
-# Free port of machine 0. Default 6000. Allowed: 1 to 65535.
-: "${MASTER_PORT:=6000}"
+# Free port of machine 0. Default: 6000, or any free one for a single machine. Allowed: 1 to 65535.
+: "${MASTER_PORT:=}"
 # Seconds that a machine waits for the others before the run starts; the missing ones are then
 # named. Default 300. Allowed: 1 to 86400.
 : "${RENDEZVOUS_TIMEOUT:=300}"

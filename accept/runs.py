@@ -18,7 +18,6 @@ from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.device import CPU_ONLY_ENV, has_own_memory, init_process
 from qwen35.launch.launcher import run as launch
-from qwen35.launch.rendezvous import free_port
 from qwen35.preflight import collectives, measure
 from qwen35.processes import die_with
 from qwen35.rank import FAILURE_FILE, leave, run_rank
@@ -43,8 +42,7 @@ def check_ranks(task: Task) -> None:
     if task.ranks == 1:
         task.add("collectives", "info", "there is one device")
         return
-    port = free_port(is_alone=True)
-    node = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=port)
+    node = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=None)
     command = [sys.executable, "-m", "accept", "--check", "ranks", str(task.folder), *["--small"] * task.small]
     if launch(command, node):
         sys.exit(1)
@@ -81,8 +79,7 @@ def train(task: Task, name: str, ranks: int, *overrides: str, kill: bool = False
         "training.adam_eps": 1e-4,  # otherwise gradients that are only rounding errors make whole steps
         "training.gradient_accumulation_steps": sequences // ranks,
     }
-    launcher = [sys.executable, "-m", "qwen35.launch", "--nproc_per_node", str(ranks)]
-    launcher += ["--master_port", str(free_port(is_alone=True))]
+    launcher = [sys.executable, "-m", "qwen35.launch", "--nnodes", "1", "--nproc_per_node", str(ranks)]
     process = subprocess.Popen(
         [*launcher, RECIPE, *(f"{key}={value}" for key, value in settings.items()), *overrides],
         env=os.environ | (CPU_ONLY_ENV if on_cpu else {}),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from qwen35.errors import SettingError, one_line
-from qwen35.network import LOOPBACK
+from qwen35.network import LOOPBACK, STORE_LISTENER
 
 HOST = torch.device("cpu")
 TABLE_ROWS = 100  # operators in the table of a profile
@@ -117,7 +117,11 @@ def is_one_node() -> bool:
 def loopback_store(timeout: float) -> dist.Store:
     """A TCPStore for the ranks of one node, which other machines cannot reach. Raises OSError."""
     port, is_first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
-    listener = socket.create_server((LOOPBACK, port)).detach() if is_first else None
+    listener = None
+    if is_first:  # the launcher's socket, if there is one, was bound before anybody else could take the port
+        given = os.environ.pop(STORE_LISTENER, None)
+        listener = int(given) if given else socket.create_server((LOOPBACK, port)).detach()
+        os.set_inheritable(listener, False)
     world = int(os.environ["WORLD_SIZE"])
     return dist.TCPStore(
         LOOPBACK, port, world, is_master=is_first, timeout=timedelta(seconds=timeout), master_listen_fd=listener

@@ -7,6 +7,7 @@ import psutil
 from qwen35.errors import SettingError
 
 LOOPBACK = "127.0.0.1"
+STORE_LISTENER = "QWEN35_STORE_LISTENER"  # rank 0's inherited socket at MASTER_PORT, in a run of one node
 
 
 def interface_of(address: str) -> str:

@@ -1,10 +1,9 @@
 """Measure the network before a run of several nodes: `python -m qwen35.preflight CONFIG`.
 
-The launchers have already compared the nodes (launch/rendezvous.py). Here the ranks of the run
-check and time collectives in the process group in which they will train.
+The ranks compare their nodes (tools/consistency.py), and check and time collectives in the process
+group in which they will train.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,8 +16,10 @@ from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.device import init_process, model_name, synchronize
 from qwen35.errors import UserError
+from qwen35.log import logger
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import check_compilers
+from qwen35.tools.consistency import compare_nodes, ranks_here
 
 SIZES = [1 << n for n in (20, 22, 24, 26)]  # bytes: from one that is quick to one that saturates a fast network
 MAX_SECONDS = 0.1  # of an all-reduce; beyond it the larger sizes are skipped
@@ -26,10 +27,6 @@ MAX_SECONDS = 0.1  # of an all-reduce; beyond it the larger sizes are skipped
 
 class PreflightError(UserError):
     """The ranks do not compute the same, or not on the same devices."""
-
-
-def ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def slowest(collective: Callable[[], object], device: torch.device) -> float:
@@ -94,8 +91,16 @@ def measure(device: torch.device, log: Callable[[str], None]) -> None:
         )
 
 
+def check_nodes(settings: Settings, device: torch.device) -> None:
+    """What a run of several nodes does first. Raises NodesError, PreflightError."""
+    if dist.get_world_size() > ranks_here():
+        compare_nodes(settings, settings.training.timeout)
+        measure(device, logger.info)
+
+
 def preflight(settings: Settings) -> None:
-    device = init_process()
+    device = init_process(settings.training.timeout)
+    compare_nodes(settings, settings.training.timeout)
     if kernels.triton_ops(kernels.select(device.type, settings.model.kernels)):
         check_compilers()
     measure(device, lambda line: print(f"{line}\npreflight: all is well", flush=True))

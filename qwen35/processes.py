@@ -10,6 +10,7 @@ from threading import Thread
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that stopped before its last step
 
 
 def die_with(parent: int) -> None:
@@ -41,14 +42,18 @@ def stop_signals() -> list[int]:
     return [signal.SIGTERM, signal.SIGINT, *([] if is_ignored else [signal.SIGHUP])]
 
 
-class StopRequest:
-    """Whether a signal has asked this process to stop. A second Ctrl-C interrupts it at once."""
+def stop_code(number: int | None) -> int:
+    """The exit code after a stop signal, or after one that another process got (None)."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.asked = False
+
+class StopRequest:
+    """The signal that has asked this process to stop. A second Ctrl-C interrupts it at once."""
+
+    number: int | None = None
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.number = self.number or number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

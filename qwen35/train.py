@@ -41,8 +41,8 @@ from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
 from qwen35.parallel.fsdp import reduce_replicated, shard
 from qwen35.parallel.mesh import Meshes, make_meshes
-from qwen35.preflight import measure, ranks_here
-from qwen35.processes import stop_request
+from qwen35.preflight import check_nodes
+from qwen35.processes import stop_code, stop_request
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
@@ -247,15 +247,18 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
 
 
-def train(settings: Settings) -> None:
-    """Train a recipe, or resume it, to the end. Every rank calls it."""
+def train(settings: Settings) -> int:
+    """Train a recipe, or resume it, to the end. Every rank calls it. Returns the exit code."""
     t, folder = settings.training, Path(settings.training.save)
     if t.deterministic:
         enable_determinism()
     heartbeat = Heartbeat(t.timeout)
-    heartbeat.at("joining the process group", t.timeout + 2 * TIMEOUT_MARGIN)
-    device = init_process(t.timeout + TIMEOUT_MARGIN)
     with ExitStack() as exit_stack:
+        exit_stack.callback(heartbeat.close)
+        heartbeat.at("joining the process group", t.timeout + 2 * TIMEOUT_MARGIN)
+        device = init_process(t.timeout + TIMEOUT_MARGIN)
+        heartbeat.at("comparing the nodes and measuring an all-reduce")
+        check_nodes(settings, device)
 
         def lock_save_folder() -> None:
             if dist.get_rank() == 0:
@@ -265,12 +268,8 @@ def train(settings: Settings) -> None:
 
         heartbeat.at(f"locking {folder}")
         run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
-        if dist.get_world_size() > ranks_here():  # several nodes
-            heartbeat.at("measuring an all-reduce")
-            measure(device, logger.info)
         run = setup(settings, device, heartbeat)
-        if not is_finished(run, folder):
-            loop(run, folder)
+        return 0 if is_finished(run, folder) else loop(run, folder)
 
 
 def is_finished(run: Run, folder: Path) -> bool:
@@ -286,8 +285,8 @@ def is_finished(run: Run, folder: Path) -> bool:
     return True
 
 
-def loop(run: Run, folder: Path) -> None:
-    """Train to the end, or until a signal asks to stop: then save at the next log step."""
+def loop(run: Run, folder: Path) -> int:
+    """Train to the end, or until a stop signal: then save at the next log step. The exit code."""
     t, groups = run.settings.training, list(run.gradients.groups)
     first, began = run.step + 1, time.perf_counter()
     first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
@@ -319,7 +318,7 @@ def loop(run: Run, folder: Path) -> None:
             validation = run.validation if run.validation and run.validation.is_due(run.step) else None
             if is_save_due or validation or run.step % t.log_interval == 0:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
-                is_stopping = metrics.flush(t.zero_grad_patience, stop.asked)
+                is_stopping = metrics.flush(t.zero_grad_patience, stop.number is not None)
             if validation and (not is_stopping or run.step == t.train_iters):
                 metrics.log_validation(*validation.run(run.model, run.heartbeat, run.step))
             if is_save_due or is_stopping:
@@ -336,6 +335,7 @@ def loop(run: Run, folder: Path) -> None:
         metrics.close()
     steps = range(first, run.step + 1)
     logger.info(end_message(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
+    return stop_code(stop.number) if run.step < t.train_iters else 0
 
 
 def main(argv: list[str] | None = None) -> int:

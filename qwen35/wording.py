@@ -1,5 +1,6 @@
 """Counts in messages, with the noun in the singular or the plural."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 
@@ -17,3 +18,15 @@ def number_of_visuals(images: int, videos: int) -> str:
 def duration(seconds: float) -> str:
     """`0:01:12`, `2 days, 3:04:05`."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def named(what: str, numbers: Iterable[int]) -> str:
+    """`node 1`, `nodes 1 to 3, 5`."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    names = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranges)
+    return f"{what}{'s' * (sum(map(len, ranges)) > 1)} {names}"

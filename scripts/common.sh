@@ -62,6 +62,15 @@ split() { # TEXT into the array words, as a shell would: quotes honoured, nothin
     if [[ -n $lines ]]; then mapfile -t words <<<"$lines"; fi
 }
 
+await() { # PID: until it has ended; its exit status is in `code`. A trap that may interrupt this sets `interrupted`
+    interrupted=1
+    while [[ -n $interrupted ]]; do
+        interrupted='' code=0
+        wait "$1" || code=$?
+    done
+    ((code >= 0)) || code=143 # bash loses the status of a process that ends in the moment of the signal
+}
+
 load_cann() { # CANN's environment, where it is; its scripts use unbound variables and failing commands
     local file
     for file in "$CANN_PATH"/{,cann/,ascend-toolkit/}set_env.sh; do

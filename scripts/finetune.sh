@@ -6,6 +6,9 @@
 #   HOSTS=<file> [HOSTS_DIR=<folder there> SSH="ssh -F …"] scripts/finetune.sh    on one machine, which starts all over ssh
 #   DRY_RUN=1 scripts/finetune.sh    print the command, and do not run it
 #
+# In a job of Kubeflow, Volcano, MindCluster, ModelArts or Slurm, which starts it on each machine, it
+# needs none of these variables. Exit status 143 (130 after Ctrl-C): stopped before the last step.
+#
 # With configs/tiny.yaml, the default, model and data are made first and the trained model is tested
 # (scripts/tiny.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -49,8 +52,8 @@ case $(device) in
         ;;
 esac
 
-train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$processes"
-    --master_addr "${MASTER_ADDR:-localhost}" --master_port "$MASTER_PORT"
+train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch ${NODES:+--nnodes "$NODES" --node_rank "${NODE_RANK:-0}"}
+    --nproc_per_node "$processes" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"}
     --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${preflight[@]}" "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then

@@ -36,15 +36,10 @@ export QWEN35_NODE=1 # and starts no other machines, whatever env.sh says here
 trap '' HUP # of a connection that is lost: the end of the input says the same
 bash scripts/finetune.sh "${arguments[@]}" 3<&- > >(relay 2>/dev/null) 2> >(relay >&2 2>/dev/null) &
 job=$!
-trap 'kill -TERM "$job"' TERM
+trap 'interrupted=1; kill -TERM "$job"' TERM
 orders <&3 >/dev/null 2>&1 &
 listener=$!
 exec 3<&- >/dev/null 2>&1 # the run alone holds what ssh waits for
-code=0
-wait "$job" || code=$?
-while kill -0 "$job" 2>/dev/null; do # bash leaves its waiting for the trap
-    code=0
-    wait "$job" || code=$?
-done
+await "$job"
 kill "$listener" || true
 exit "$code"

@@ -4,8 +4,9 @@
 #   CONFIG=<recipe> [ARGS="a.b=c …"] sbatch --nodes=2 scripts/slurm.sh [a.b=c …]
 #
 # One launcher a node; options of sbatch's command line win over those below, partition, account and
-# NPUs (--gres) are the cluster's. Two minutes before the time limit the run saves, stops, and the
-# job goes back into the queue, where it goes on from there; the same after a node has failed.
+# NPUs (--gres) are the cluster's. Two minutes before the time limit the run saves, stops with exit
+# status 143, and the job goes back into the queue, where it goes on from there; the same after a node
+# has failed. A run that was at its last step ends with 0, and so does the job.
 # scancel ends the job; scancel --batch --signal=TERM has it save and come back. (What Slurm does is
 # from the manual pages of sbatch, srun, scontrol and scancel.)
 
@@ -30,24 +31,19 @@ for name in HOSTS NODE_RANK NODE_ADDR; do
 done
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ((${#hosts[@]})) || die "scontrol names no machine of SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST"
-[[ $NODES == 1 || $NODES == "${#hosts[@]}" ]] || die "NODES=$NODES, but the job has ${#hosts[@]} nodes: leave NODES out"
+[[ ${NODES:-1} == 1 || $NODES == "${#hosts[@]}" ]] || die "NODES=$NODES, but the job has ${#hosts[@]} nodes: leave NODES out"
 export NODES=${#hosts[@]} MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}}
 secret=$(od -An -vtx8 -N32 /dev/urandom)
 export RENDEZVOUS_SECRET=${RENDEZVOUS_SECRET:-${secret//[[:space:]]/}}
 
 # a signal that srun gets goes to its tasks; the launchers have the run save and stop
 asked=
-trap 'asked=1; kill -TERM "$child"' TERM
+trap 'asked=1 interrupted=1; kill -TERM "$child"' TERM
 # shellcheck disable=SC2016 # each node has its own number
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash -c 'NODE_RANK=$SLURM_NODEID exec bash scripts/finetune.sh "$@"' node "$@" &
 child=$!
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # bash leaves its waiting for the trap
-    code=0
-    wait "$child" || code=$?
-done
-if [[ -n $asked ]] && ((code == 0)); then # if all was done by then, the next start finds nothing left to train
+await "$child"
+if [[ -n $asked ]] && ((code == 143)); then # stopped before its last step
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -17,23 +17,17 @@ shift
 # begins
 if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
 
-{ read -r save; read -r steps; } < <("$python" -m qwen35.config.load "${settings[@]}" --get training.save training.train_iters)
-[[ -n ${steps:-} ]] || exit 1 # the reason is printed already
+save=$("$python" -m qwen35.config.load "${settings[@]}" --get training.save)
 
 # SIGTERM, SIGHUP and Ctrl-C go to the step that runs, and none follows it
 stopped=
-trap 'stopped=0; kill -TERM "$child"' TERM HUP
-trap 'stopped=130; kill -TERM "$child"' INT
+trap 'stopped=143 interrupted=1; kill -TERM "$child"' TERM HUP
+trap 'stopped=130 interrupted=1; kill -TERM "$child"' INT
 step() { # in the background, for bash hears a signal only while it waits
-    local code=0
     "$@" &
     child=$!
-    wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do
-        code=0
-        wait "$child" || code=$?
-    done
-    [[ -z $stopped ]] || exit "$stopped"
+    await "$child"
+    if [[ -n $stopped ]] && ((code == 0 || code == 143)); then exit "$stopped"; fi
     ((code == 0)) || exit "$code"
 }
 
@@ -45,6 +39,5 @@ export QWEN35_PARENT=$$ # the training ends with this script
 step "$python" -m qwen35.tools.tiny
 DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
 step "$@"
-[[ $(cat "$save/latest_checkpointed_iteration.txt") == "$steps" ]] || exit 0 # it was asked to stop, and said so
 DCP=$save step bash scripts/export.sh
 step bash scripts/evaluate.sh --recipe "$save/config.yaml"

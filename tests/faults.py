@@ -2,7 +2,8 @@
 
 `faults.py launch NNODES NODE_RANK NPROC PORT RESTARTS RECIPE [a.b=c …]`. FAULTS has items
 RESTART:RANK:STEP:FAULT, separated by spaces: after so many restarts, the forward pass of this step
-on this rank (* for all) has the fault: hang, kill, kill-launcher, nan or error.
+on this rank (* for all) has the fault: hang, kill, kill-launcher, nan or error. With SAVE_SECONDS
+each rank takes so long before it writes its part of a checkpoint.
 """
 
 import argparse
@@ -10,9 +11,10 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 from qwen35 import train
-from qwen35.config.load import load_settings
+from qwen35.checkpoint import async_save
 from qwen35.launch import launcher
 from qwen35.model import Qwen35
 from qwen35.rank import RESTART, leave
@@ -52,7 +54,13 @@ def rank_main(arguments: list[str]) -> int:
         first, *rest = real_loss(self, *others)
         return first * float("nan") if current == "nan" else first, *rest
 
-    train.train_step, Qwen35.loss = train_step, loss
+    real_write, seconds = async_save.write_shards, float(os.environ.get("SAVE_SECONDS", "0"))
+
+    def write_shards(*others):
+        time.sleep(seconds)
+        return real_write(*others)
+
+    train.train_step, Qwen35.loss, async_save.write_shards = train_step, loss, write_shards
     return train.main(arguments)
 
 
@@ -65,7 +73,7 @@ def launch_main(nnodes: str, node_rank: str, processes: str, port: str, restarts
         master_port=int(port),
         rendezvous_timeout=200,
     )
-    rendezvous = launcher.join_rendezvous(args, load_settings(arguments[0], arguments[1:])) if args.nnodes > 1 else None
+    rendezvous = launcher.join_rendezvous(args) if args.nnodes > 1 else None
     command = [sys.executable, __file__, "rank", *arguments]
     return launcher.run(command, args, rendezvous, timeout=600.0, restarts=int(restarts))
 

@@ -1,5 +1,7 @@
 """Start a run on all nodes of a file over ssh: `python -m qwen35.launch.hosts`.
 
+The file, which HOSTS names, has one node a line, node 0 first.
+
 `HOSTS=file make finetune` calls it. Each node runs scripts/node.sh with this machine's settings
 and a secret of the run. They go through ssh's standard input, not its command line, which every
 user of a machine can read. Each line that a node prints appears here after the node's name. The
@@ -12,6 +14,7 @@ its connection close saves and stops. A node that is cut off notices when its ra
 
 import contextlib
 import os
+import re
 import secrets
 import selectors
 import shlex
@@ -20,29 +23,106 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from qwen35.config.load import load_settings
 from qwen35.console import outlive_readers
-from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, visible
-from qwen35.launch.handshake import SECRET, check_secret
-from qwen35.launch.hosts_file import Host, check_environment, read_hosts
-from qwen35.launch.job import DUPLICATE_SIGNAL
-from qwen35.log import log_at_once
-from qwen35.processes import die_with, stop_signals
+from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, read_text, visible
+from qwen35.launch.connection import SECRET, check_secret
+from qwen35.launch.job import Stop
+from qwen35.processes import STOPPED, die_with, stop_code
 
 # ask no questions, accept no unknown host keys, notice a lost node within a minute
 OPTIONS = (
     "BatchMode=yes StrictHostKeyChecking=yes ConnectTimeout=15 ServerAliveInterval=15 ServerAliveCountMax=4".split()
 )
 NOT_CONNECTED = 255  # ssh's own exit code
+FINE = (None, 0, *STOPPED)  # a node that runs, has finished, or has stopped, as all nodes then do
 SHUTDOWN_GRACE = 10.0  # seconds that the other nodes have to end by themselves after one has failed
 SAVE_GRACE = 120.0  # the same after a connection was lost: the node behind it may still be saving
 NOT_SENT = {"HOSTS", "HOSTS_DIR", "SSH", "DRY_RUN", "ARGS", "PYTHON", SECRET}  # passed otherwise, or local
 SENT_PREFIXES = ("HCCL_", "GLOO_")  # of variables that are sent although env.sh does not name them
+TARGET = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")  # never an option of ssh
+ADDRESS = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
+FORM = "a line is [user@]name [slots=8] [addr=10.0.0.1] [port=22]"
+PER_NODE_VARIABLES = {  # variable -> what takes its place
+    "NODE_RANK": "the order of the lines numbers the nodes",
+    "NODE_ADDR": "give it as addr=… in the node's line",
+    "HCCL_IF_IP": "give it as addr=… in the node's line",
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    target: str  # for ssh: [user@]name
+    slots: int | None = None  # processes on the node
+    address: str | None = None  # on the network of the run; default: the name
+    port: int | None = None  # of ssh
+
+    @property
+    def name(self) -> str:
+        return self.target.rpartition("@")[2]
+
+
+def read_hosts(path: Path) -> list[Host]:
+    """Raises SettingError that names the line."""
+    hosts: list[Host] = []
+    for number, line in enumerate(read_text(path, SettingError).splitlines(), 1):
+        fields = line.partition("#")[0].split()
+        if fields:
+            host = _parse_line(fields, f"{path}, line {number}")
+            if any((host.name, host.port) == (other.name, other.port) for other in hosts):
+                raise SettingError(
+                    f"{path}, line {number}: {host.name} is listed twice: one line a node, slots=… processes"
+                )
+            hosts.append(host)
+    if not hosts:
+        raise SettingError(f"{path}: lists no node; {FORM}")
+    counts = {host.slots for host in hosts}
+    if len(counts) > 1:
+        given = ", ".join(f"{host.name} {host.slots or 'no slots'}" for host in hosts)
+        raise SettingError(f"{path}: all nodes must have the same slots: {given}")
+    return hosts
+
+
+def _parse_line(fields: Sequence[str], where: str) -> Host:
+    target, *options = fields
+    values: dict[str, str] = {}
+    if not TARGET.fullmatch(target):
+        raise SettingError(f"{where}: {target!r} is not a host name; {FORM}")
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in ("slots", "addr", "port") or not equals or name in values:
+            raise SettingError(f"{where}: {option!r} is none of slots=…, addr=…, port=…, each once; {FORM}")
+        is_number = value.isdecimal() and len(value) < 6 and int(value) > 0
+        if not (ADDRESS.fullmatch(value) if name == "addr" else is_number and (name == "slots" or int(value) < 65536)):
+            raise SettingError(f"{where}: {option!r} needs {'an address' if name == 'addr' else 'a number'}; {FORM}")
+        values[name] = value
+    slots, port = (int(values[name]) if name in values else None for name in ("slots", "port"))
+    return Host(target, slots, values.get("addr"), port)
+
+
+def check_environment(hosts: Sequence[Host], environment: Mapping[str, str]) -> None:
+    """Environment variables must not contradict the file. Raises SettingError."""
+    for name, instead in PER_NODE_VARIABLES.items():
+        if environment.get(name):
+            raise SettingError(f"{name}={environment[name]} belongs to one node, and HOSTS starts all: {instead}")
+    nodes = environment.get("NODES") or "1"
+    if nodes not in ("1", str(len(hosts))):  # 1 is the default
+        raise SettingError(f"NODES={nodes}, but HOSTS lists {len(hosts)} nodes: leave NODES out")
+    count = environment.get("NPUS_PER_NODE")
+    if count and hosts[0].slots and count != str(hosts[0].slots):
+        raise SettingError(f"NPUS_PER_NODE={count}, but HOSTS says slots={hosts[0].slots}: leave one of them out")
+    master, first = environment.get("MASTER_ADDR"), hosts[0]
+    if master and first.address and master != first.address:
+        raise SettingError(f"MASTER_ADDR={master}, but HOSTS gives node 0 addr={first.address}: leave one of them out")
+    if len(hosts) > 1 and not master and not first.address and first.name == "localhost":
+        raise SettingError(
+            "HOSTS: the other nodes cannot reach node 0 as localhost: give the name that they know it by"
+        )
 
 
 def node_environment(
@@ -111,19 +191,8 @@ class RemoteNodes:
 
     def __init__(self, nodes: Sequence[RemoteNode]):
         self.nodes = nodes
-        self.stop_signal: int | None = None  # that asked for the end
-        self.stop_time = 0.0
+        self.stop = Stop(partial(self.send, b"stop\n"), partial(self.send, b"kill\n"), ", on all nodes")
         self.failed: RemoteNode | None = None  # the first one
-        for number in stop_signals():
-            signal.signal(number, self.request_stop)
-
-    def request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal is None:
-            self.stop_signal, self.stop_time = number, time.monotonic()
-            self.send(b"stop\n")  # before anything that may fail
-            log_at_once("stopping: the run saves at the next log step, on all nodes (Ctrl-C again: at once)")
-        elif number == signal.SIGINT and time.monotonic() - self.stop_time > DUPLICATE_SIGNAL:
-            self.send(b"kill\n")
 
     def send(self, command: bytes) -> None:
         for node in self.nodes:
@@ -131,7 +200,7 @@ class RemoteNodes:
                 node.send(command)
 
     def wait(self) -> int:
-        """Returns the exit code: that of the first node that failed."""
+        """Returns the exit code: of the first node that failed, else of a stopped run, else 0."""
         selector = selectors.DefaultSelector()
         for node in self.nodes:
             for stream in node.outputs:
@@ -142,7 +211,7 @@ class RemoteNodes:
                 if not key.data.read(key.fileobj):
                     selector.unregister(key.fileobj)
             if self.failed is None:
-                self.failed = next((node for node in self.nodes if node.process.poll()), None)
+                self.failed = next((node for node in self.nodes if node.process.poll() not in FINE), None)
                 if self.failed and self.failed.process.returncode == NOT_CONNECTED:
                     self.send(b"stop\n")
                     deadline = time.monotonic() + SAVE_GRACE
@@ -156,16 +225,15 @@ class RemoteNodes:
         for node in self.nodes if was_killed else ():
             node.process.kill()
         for node in self.nodes:
-            if node.process.wait() and self.failed is None:
+            if node.process.wait() not in FINE and self.failed is None:
                 self.failed = node
         return self.report()
 
     def report(self) -> int:
         """Print which node failed. Returns the exit code."""
-        if self.stop_signal == signal.SIGINT:
-            return 128 + signal.SIGINT
-        if self.failed is None:
-            return 0
+        has_stopped = any(node.process.returncode in STOPPED for node in self.nodes)
+        if self.failed is None or self.stop.number == signal.SIGINT:
+            return stop_code(self.stop.number) if self.failed or has_stopped else 0
         name, code = self.failed.host.name, self.failed.process.returncode
         reason = f"ended with exit code {code}"
         if code == NOT_CONNECTED:

@@ -4,9 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from types import FrameType
 from typing import Any
 
 from qwen35.heartbeat import HEARTBEAT
-from qwen35.launch.nodes import Rendezvous
+from qwen35.launch.rendezvous import Rendezvous
 from qwen35.launch.watchdog import Watchdog
 from qwen35.log import log_at_once
-from qwen35.processes import die_with, stop_signals
+from qwen35.network import STORE_LISTENER
+from qwen35.processes import STOPPED, die_with, stop_signals
 
 FAILURE_GRACE = 3.0  # seconds that the other ranks have to report failures of their own before they are killed
 DUPLICATE_SIGNAL = 1.0  # seconds within which a second Ctrl-C is taken for the first, delivered twice
@@ -37,46 +39,67 @@ class Failure:
         return line[0] if line else self.message.splitlines()[-1]
 
 
+class Stop:
+    """The first signal that asked the run to stop. A second Ctrl-C stops it at once."""
+
+    def __init__(self, stop: Callable[[], None], kill: Callable[[], None], where: str = ""):
+        self.stop, self.kill, self.where = stop, kill, where
+        self.number: int | None = None
+        self.time = 0.0
+        self.is_forced = False  # the user asked twice
+        for number in stop_signals():
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number, self.time = number, time.monotonic()
+            self.stop()  # before anything that may fail
+            log_at_once(f"stopping: the run saves at the next log step{self.where} (Ctrl-C again: at once)")
+        elif number == signal.SIGINT and time.monotonic() - self.time > DUPLICATE_SIGNAL:
+            self.is_forced = True
+            self.kill()
+
+
 class Job:
     """The processes of this node by rank; a restart replaces them."""
 
     def __init__(self, command: Sequence[str], rendezvous: Rendezvous | None = None):
         self.command, self.rendezvous = command, rendezvous
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.stop_signal: int | None = None  # the first one that asked to stop
-        self.stop_time = 0.0
-        self.is_forced = False  # the user asked twice
-        for number in stop_signals():
-            signal.signal(number, self.request_stop)
+        self.stop = Stop(partial(self.send_signal, signal.SIGTERM), partial(self.send_signal, signal.SIGKILL))
 
-    def run(self, environments: dict[int, dict[str, str]], failures: Path, timeout: float | None) -> Failure | None:
-        """Start all ranks and wait for them. failures: an empty folder for their failures."""
+    def run(
+        self,
+        environments: dict[int, dict[str, str]],
+        failures: Path,
+        timeout: float | None,
+        listener: socket.socket | None = None,
+    ) -> Failure | None:
+        """Start all ranks and wait for them.
+
+        failures: an empty folder for their failures; listener: the socket of the store of rank 0.
+        """
         watchdog = Watchdog(environments, timeout)
         self.processes = {}
         for rank, environment in environments.items():
-            descriptor = watchdog.watches[rank].descriptor
+            inherited = {HEARTBEAT: watchdog.watches[rank].descriptor}
+            if listener and rank == 0:
+                inherited[STORE_LISTENER] = listener.fileno()
             self.processes[rank] = subprocess.Popen(
                 self.command,
-                env=environment | {HEARTBEAT: str(descriptor)},
-                pass_fds=[descriptor],
+                env=environment | {name: str(descriptor) for name, descriptor in inherited.items()},
+                pass_fds=list(inherited.values()),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the ranks through this process alone
                 preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # this process has one thread
             )
-        if self.stop_signal is not None:  # the signal came before there were processes
+        if listener:
+            listener.close()
+        if self.stop.number is not None:  # the signal came before there were processes
             self.send_signal(signal.SIGTERM)
         failure = self.wait(watchdog, failures)
         watchdog.close()
         return failure
-
-    def request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_signal is None:
-            self.stop_signal, self.stop_time = number, time.monotonic()
-            self.send_signal(signal.SIGTERM)  # before anything that may fail
-            log_at_once("stopping: the run saves at the next log step (Ctrl-C again: at once)")
-        elif number == signal.SIGINT and time.monotonic() - self.stop_time > DUPLICATE_SIGNAL:
-            self.is_forced = True
-            self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number: int) -> None:
         for process in self.processes.values():
@@ -92,7 +115,8 @@ class Job:
         while True:
             codes = {rank: process.poll() for rank, process in self.processes.items()}
             if codes_before_kill is None:
-                failed |= {rank: code for rank, code in codes.items() if code and rank not in failed}
+                ends = {rank: code for rank, code in codes.items() if code and code not in STOPPED}
+                failed |= {rank: code for rank, code in ends.items() if rank not in failed}
             if None not in codes.values():
                 break
             if self.rendezvous:
@@ -104,7 +128,7 @@ class Job:
                     failed_at = time.monotonic() - FAILURE_GRACE
             elif time.monotonic() - failed_at > FAILURE_GRACE and codes_before_kill is None:
                 codes_before_kill = codes
-                if not (self.is_forced or any(reason["is_user_error"] for reason in read_reasons(failures))):
+                if not (self.stop.is_forced or any(reason["is_user_error"] for reason in read_reasons(failures))):
                     watchdog.collect_stacks(self.processes)
                 self.send_signal(signal.SIGKILL)
             time.sleep(0.05)

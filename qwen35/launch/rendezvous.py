@@ -1,65 +1,86 @@
-"""The launchers of all nodes connect, compare what must agree, and stay connected.
+"""The launchers of all nodes connect before any rank starts, and stay connected.
 
-This happens before any rank starts. Node 0 listens at MASTER_PORT and the others connect. When all
-are there, node 0 asks each for its clock, for its facts (consistency.py) and whether it sees node
-0's save folder; it compares the answers, and tells every node to start, or why not. Then it stops
-listening, so that the ranks can use the same port. The connections stay open: when one node ends,
-the others learn of it at once instead of after a timeout. This module does not import torch, so it
-starts quickly.
+Node 0 listens at MASTER_PORT and the others connect. When all are there it tells every node to
+start, and stops listening, so that the ranks can use the same port. The connections stay open: when
+one node ends, the others learn of it at once instead of after a timeout, and ranks that failed
+restart together. Settings, data and weights are compared later, by the ranks
+(tools/consistency.py); here only what they need to meet at all. This module does not import torch,
+so it starts quickly.
 
-Anybody may reach the port. A peer that does not prove the secret (handshake.py) learns nothing and
-delays nobody. Without a secret everybody passes: then the nodes exchange salted hashes, and node 0
-alone says what differs.
-
-Clocks that differ are reported, for readers of logs, file times and checkpoints' dates, but are
-never a reason to stop: no computation depends on the clock of another node.
+Anybody may reach the port. A peer that does not prove the secret (connection.py) learns nothing and
+delays nobody. Without a secret everybody passes.
 """
 
 import contextlib
-import secrets
+import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from qwen35.errors import USER_ERRORS, one_line
-from qwen35.launch.connection import HANDSHAKE_TIMEOUT, Peer, PeerLost
-from qwen35.launch.consistency import disagreements, hashed, marker_file, node_names, sees_marker, unhashed
-from qwen35.launch.handshake import SECRET, Hello, PendingHandshakes, authenticate
-from qwen35.launch.nodes import REPLY_TIMEOUT, Rendezvous, RendezvousError, RendezvousParameters, sanitized
+from qwen35.errors import UserError, one_line, visible
+from qwen35.launch.connection import (
+    HANDSHAKE_TIMEOUT,
+    SECRET,
+    Hello,
+    Peer,
+    PeerLost,
+    PendingHandshakes,
+    authenticate,
+)
 from qwen35.log import logger
 from qwen35.network import LOOPBACK
+from qwen35.wording import named
 
 WITHHELD = f"the nodes did not start; node 0 prints the reason, and with {SECRET} set every node does"
 UPDATE_INTERVAL, REPEAT_INTERVAL = 5.0, 30.0  # seconds between log lines on missing nodes: if the list is new, if not
-MAX_CLOCK_SKEW = 5.0  # seconds that clocks may differ without a note
-FILE_TIMEOUT = 10.0  # seconds until a new file must be visible on all nodes: network file systems cache listings
+REPLY_TIMEOUT = 120.0  # seconds that a node has to answer
+LAUNCHER_GONE = "its launcher is gone (killed, or the machine is down)"
+
+
+class RendezvousError(UserError):
+    """The nodes did not find each other."""
 
 
 @dataclass(frozen=True)
-class LocalNode:
-    """What this node contributes to the comparison."""
+class RendezvousParameters:
+    """Which node this is, and where the nodes meet."""
 
-    facts: Callable[[], Mapping[str, str]]  # what must be the same on all nodes; called once all are connected
-    save: Path
-    log: Callable[[str], None] = logger.info
-    clock: Callable[[], float] = time.time
-    file_timeout: float | None = None  # default: FILE_TIMEOUT
+    node_rank: int
+    nnodes: int
+    address: str  # of node 0
+    port: int
+    timeout: float  # seconds to wait for the last node
+    must_agree: str  # see Hello
+    secret: str = field(default="", repr=False)  # shared by the launchers of the run alone
 
 
-def join(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
-    """Wait until all nodes are connected and agree; else raise RendezvousError, on all of them."""
-    return _host(params, local) if params.node_rank == 0 else _join(params, local)
+def join(params: RendezvousParameters) -> "Rendezvous":
+    """Wait until all nodes are connected; else raise RendezvousError, on all of them."""
+    return _host(params) if params.node_rank == 0 else _join(params)
+
+
+def sanitized(text: object) -> str:
+    """Text from another node, shortened and safe to print."""
+    return visible(str(text)[:1000])
+
+
+@contextlib.contextmanager
+def _raising_if_lost(message: str) -> Iterator[None]:
+    """RendezvousError with the message for a peer that is lost."""
+    try:
+        yield
+    except PeerLost as error:
+        raise RendezvousError(message.format(error)) from None
 
 
 class WaitingLog:
     """Logs who is missing: at once, and then at intervals."""
 
-    def __init__(self, params: RendezvousParameters, local: LocalNode):
-        self.params, self.local = params, local
+    def __init__(self, params: RendezvousParameters):
+        self.params = params
         self.deadline = time.monotonic() + params.timeout
         self.last: str | None = None
         self.last_time = 0.0
@@ -74,7 +95,7 @@ class WaitingLog:
             self.last, self.last_time = missing, now
             detail = reason and f" ({reason})"
             up_to = f"up to {self.remaining:.0f} s more (RENDEZVOUS_TIMEOUT)"
-            self.local.log(f"node {self.params.node_rank}: waiting for {missing}{detail}, {up_to}")
+            logger.info(f"node {self.params.node_rank}: waiting for {missing}{detail}, {up_to}")
 
 
 # -- node 0 ----------------------------------------------------------------------------------------
@@ -88,20 +109,13 @@ def listen(port: int, is_alone: bool = False) -> socket.socket:
     return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
-def free_port(is_alone: bool) -> int:
-    """A port at which `listen` would succeed. Raises OSError."""
-    with listen(0, is_alone) as server:
-        return server.getsockname()[1]
-
-
-def _host(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
+def _host(params: RendezvousParameters) -> "Rendezvous":
     peers: dict[int, Peer] = {}
     try:
         with listen(params.port) as server:
-            _connect_all(server, peers, params, local)
-        _compare(peers, local, params.secret)
+            _connect_all(server, peers, params)
         for node, peer in peers.items():
-            with _raising_if_lost(node):
+            with _raising_if_lost(f"node {node} has left before the run started: {{}}"):
                 peer.send(go=True)
     except RendezvousError as error:
         message = str(error) if params.secret else WITHHELD
@@ -113,13 +127,13 @@ def _host(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
     return Rendezvous(params, peers)
 
 
-def _connect_all(server: socket.socket, peers: dict[int, Peer], params: RendezvousParameters, local: LocalNode) -> None:
-    waiting = WaitingLog(params, local)
+def _connect_all(server: socket.socket, peers: dict[int, Peer], params: RendezvousParameters) -> None:
+    waiting = WaitingLog(params)
     sent, sent_time = "", 0.0
-    pending = PendingHandshakes(server, params.secret, lambda line: local.log(f"node 0, port {params.port}: {line}"))
+    pending = PendingHandshakes(server, params.secret, lambda line: logger.info(f"node 0, port {params.port}: {line}"))
     with contextlib.closing(pending):
         while missing := sorted(set(range(1, params.nnodes)) - peers.keys()):
-            names, now = f"{node_names(missing)} of {params.nnodes}", time.monotonic()
+            names, now = f"{named('node', missing)} of {params.nnodes}", time.monotonic()
             if waiting.remaining <= 0:
                 raise RendezvousError(
                     f"{names} did not connect to MASTER_PORT={params.port} of node 0 within {params.timeout:.0f} s: was the run"
@@ -138,7 +152,7 @@ def _connect_all(server: socket.socket, peers: dict[int, Peer], params: Rendezvo
                 if peer.connection in ready:  # it sends nothing in this phase, so it has left
                     del peers[node]
                     peer.close()
-                    local.log(f"node 0: node {node} ({peer.address}) has left")
+                    logger.info(f"node 0: node {node} ({peer.address}) has left")
             for peer, hello in pending.advance(ready):
                 _admit(peer, hello, peers, params)
 
@@ -147,6 +161,8 @@ def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], params: RendezvousP
     node = hello.node_rank
     if hello.nnodes != params.nnodes:
         message = f"node {node} ({peer.address}) has NODES={hello.nnodes}, node 0 has NODES={params.nnodes}"
+    elif hello.must_agree != params.must_agree:
+        message = f"node {node} ({peer.address}) has {sanitized(hello.must_agree)}; node 0: {params.must_agree}"
     elif node == 0 or node in peers:
         other = "the one that listens" if node == 0 else peers[node].address
         message = f"two nodes have NODE_RANK={node}: {other} and {peer.address}"
@@ -159,123 +175,34 @@ def _admit(peer: Peer, hello: Hello, peers: dict[int, Peer], params: RendezvousP
     raise RendezvousError(message)
 
 
-@contextlib.contextmanager
-def _raising_if_lost(node: int) -> Iterator[None]:
-    try:
-        yield
-    except PeerLost as error:
-        raise RendezvousError(f"node {node} has left before the run started: {error}") from None
-
-
-def _compare(peers: Mapping[int, Peer], local: LocalNode, secret: str) -> None:
-    """Facts and the save folder must agree; clocks are only reported. Raises RendezvousError."""
-    salt, asked_at = secrets.token_hex(16), {}
-    try:
-        with marker_file(local.save) as marker:
-            for node, peer in peers.items():
-                asked_at[node] = local.clock()
-                with _raising_if_lost(node):
-                    peer.send(look=marker, salt=salt)
-            facts = {0: dict(local.facts())}
-            replies = {node: _receive_reply(node, peer) for node, peer in peers.items()}
-    except RendezvousError:
-        raise
-    except USER_ERRORS as error:
-        raise RendezvousError(f"node 0: {one_line(error)}") from None
-    for node, (clock, node_facts, _) in replies.items():
-        ahead = clock - asked_at[node]
-        if not abs(ahead) <= MAX_CLOCK_SKEW:  # true for NaN too
-            skew = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} node 0's"
-            local.log(
-                f"note: the clock of node {node} is {skew}; training is unaffected, times in logs and files differ"
-            )
-        facts[node] = node_facts if secret else unhashed(node_facts, facts[0], salt)
-    differences = disagreements(facts)
-    for difference in differences:
-        local.log(sanitized(difference.line))
-    for node, peer in peers.items():
-        with _raising_if_lost(node):
-            peer.send(lines=[difference.line for difference in differences if secret and node in difference.nodes])
-    if differences:
-        count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
-        raise RendezvousError(f"the nodes differ in {count}, listed above: nothing was started")
-    if blind := [node for node, (_, _, has_seen) in replies.items() if not has_seen]:
-        verb = "does" if len(blind) == 1 else "do"
-        raise RendezvousError(
-            f"{node_names(blind)} {verb} not see what node 0 writes in {local.save}: name a training.save on a file system"
-            " that all nodes share"
-        )
-
-
-def _receive_reply(node: int, peer: Peer) -> tuple[float, dict[str, str], bool]:
-    """A node's clock, its facts, and whether it sees the save folder. Raises RendezvousError."""
-    with _raising_if_lost(node):
-        reply = peer.receive(REPLY_TIMEOUT)
-    name = f"node {node} ({peer.address})"
-    if reply is None:
-        raise RendezvousError(f"{name} did not answer within {REPLY_TIMEOUT:.0f} s")
-    if error := reply.get("error"):
-        raise RendezvousError(f"node {node}: {sanitized(error)}")
-    clock, facts, has_seen = (reply.get(key) for key in ("time", "facts", "seen"))
-    if not (type(clock) is float and isinstance(facts, dict) and type(has_seen) is bool):
-        raise RendezvousError(f"{name} sent an invalid answer")
-    return clock, {key: str(value) for key, value in facts.items()}, has_seen
-
-
 # -- the other nodes -------------------------------------------------------------------------------
 
 
-def _join(params: RendezvousParameters, local: LocalNode) -> Rendezvous:
-    peer = _connect(params, local)
-    timeout = params.timeout + REPLY_TIMEOUT
-    waiting = WaitingLog(params, local)
-    try:
-        while True:
-            message = peer.receive(timeout)
-            if message is None:
-                raise RendezvousError(f"node 0 sent nothing for {timeout:.0f} s")
+def _join(params: RendezvousParameters) -> "Rendezvous":
+    peer = _connect(params)
+    waiting, timeout = WaitingLog(params), params.timeout + HANDSHAKE_TIMEOUT
+    with contextlib.ExitStack() as stack, _raising_if_lost("node 0 has left before the run started: {}"):
+        stack.callback(peer.close)
+        while (message := peer.receive(timeout)) is not None:
             if "error" in message:
                 raise RendezvousError(sanitized(message["error"]))
             if "go" in message:
+                stack.pop_all()
                 return Rendezvous(params, {0: peer})
             if "waiting" in message:
                 waiting.log(sanitized(message["waiting"]))
-            lines = message.get("lines")
-            for line in lines if isinstance(lines, list) else ():
-                local.log(sanitized(line))
-            if "look" in message:
-                peer.send(**_reply(message, local, params.secret))
-    except PeerLost as error:
-        peer.close()
-        raise RendezvousError(f"node 0 has left before the run started: {error}") from None
-    except RendezvousError:
-        peer.close()
-        raise
+    raise RendezvousError(f"node 0 sent nothing for {timeout:.0f} s")
 
 
-def _reply(message: Mapping[str, Any], local: LocalNode, secret: str) -> dict[str, Any]:
-    """The answer to node 0. Raises RendezvousError if it may not learn what failed here."""
-    try:
-        clock, facts = local.clock(), dict(local.facts())
-        timeout = FILE_TIMEOUT if local.file_timeout is None else local.file_timeout
-        has_seen = sees_marker(local.save, str(message["look"]), timeout)
-    except USER_ERRORS as error:
-        if not secret:
-            raise RendezvousError(one_line(error)) from None
-        return {"error": one_line(error)}
-    return {"time": clock, "facts": facts if secret else hashed(facts, str(message.get("salt"))), "seen": has_seen}
-
-
-def _connect(params: RendezvousParameters, local: LocalNode) -> Peer:
-    waiting = WaitingLog(params, local)
+def _connect(params: RendezvousParameters) -> Peer:
+    waiting = WaitingLog(params)
     pause = 0.1
     while True:
         reason = f"what answers there is not a launcher of this run, or has another {SECRET}"
         try:
-            peer = Peer(
-                socket.create_connection((params.address, params.port), timeout=HANDSHAKE_TIMEOUT), params.address
-            )
-            if authenticate(peer, params):
+            connection = socket.create_connection((params.address, params.port), timeout=HANDSHAKE_TIMEOUT)
+            peer = Peer(connection, params.address)
+            if authenticate(peer, params.secret, params.node_rank, params.nnodes, params.must_agree):
                 return peer
             peer.close()
         except PeerLost:
@@ -291,3 +218,108 @@ def _connect(params: RendezvousParameters, local: LocalNode) -> Peer:
         waiting.log(name, reason)
         time.sleep(min(pause, max(0.0, waiting.remaining)))
         pause = min(2 * pause, 1.0)
+
+
+# -- while the run goes on -------------------------------------------------------------------------
+
+
+@dataclass
+class Rendezvous:
+    """Connections to other launchers of the run: on node 0 to all, on the others to node 0."""
+
+    params: RendezvousParameters
+    peers: dict[int, Peer] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)  # node -> a failure that a restart may get past
+    ended: set[int] = field(default_factory=set)  # nodes that have ended, with or without an error
+    gone: list[Peer] = field(default_factory=list)  # their connections, which a node that has stopped may wait for
+    is_user_error: bool = False  # one of them ended by an error that its user has to fix
+
+    def poll_failure(self) -> str | None:
+        """Why the run cannot go on: what failed on another node. Does not wait."""
+        for node, peer in list(self.peers.items()):
+            if not peer.has_data():
+                continue
+            try:
+                message = self._receive(node, peer, HANDSHAKE_TIMEOUT)
+            except PeerLost:
+                message = LAUNCHER_GONE
+            if message:
+                return _end_of(node, message)
+        return None
+
+    def _receive(self, node: int, peer: Peer, timeout: float) -> str | None:
+        """How its ranks ended; keeps the connection if a restart is possible. Raises PeerLost."""
+        message: dict[str, object] | None = {}
+        try:
+            message = peer.receive(timeout)
+        finally:
+            if not message or "failed" not in message:
+                self.gone.append(self.peers.pop(node))
+                self.ended.add(node)
+        if message and "failed" in message:
+            self.failed[node] = sanitized(message["failed"])
+            return self.failed[node]
+        if not message or "ended" not in message:
+            return "its launcher sent an invalid message"
+        self.is_user_error = self.is_user_error or bool(message.get("is_user_error"))
+        return sanitized(message["ended"] or "")
+
+    def record_failure(self, folder: Path) -> None:
+        """Write another node's failure beside those of the ranks here (rank.record_failure)."""
+        had_user_error, file = self.is_user_error, folder / "elsewhere.json"
+        if message := self.poll_failure():
+            reason = {"message": message, "traceback": "", "time": time.time(), "rank": None}
+            if file.exists() and self.is_user_error == had_user_error:  # only a user error replaces the first failure
+                reason = json.loads(file.read_text())
+            reason |= {"is_user_error": self.is_user_error, "can_restart": bool(self.failed) and not self.ended}
+            file.with_suffix(".new").write_text(json.dumps(reason))
+            file.with_suffix(".new").replace(file)
+
+    def regroup(self, message: str, port: int) -> int:
+        """Wait until the ranks of all nodes have ended by a failure that a restart may get past.
+
+        message: the failure of this node. port: on node 0, the port for the next ranks. Returns the
+        port that node 0 chose. Raises RendezvousError, on all nodes, if one of them cannot restart.
+        """
+        for node, peer in list(self.peers.items()):
+            with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
+                peer.send(failed=message)
+        for node, peer in list(self.peers.items()):
+            with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
+                reason = None if node in self.failed else self._receive(node, peer, REPLY_TIMEOUT)
+            if reason and node in self.ended:
+                raise RendezvousError(_end_of(node, reason))
+        if self.ended:
+            raise RendezvousError(f"node {min(self.ended)} has ended, and does not restart")
+        self.failed.clear()
+        for node, peer in self.peers.items() if self.params.node_rank == 0 else ():
+            with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
+                peer.send(port=port)
+        if self.params.node_rank == 0:
+            return port
+        with _raising_if_lost(f"node 0 ended: {LAUNCHER_GONE}"):
+            reply = self.peers[0].receive(REPLY_TIMEOUT) or {}
+        chosen = reply.get("port")
+        if type(chosen) is not int or not 0 < chosen < 1 << 16:
+            raise RendezvousError(f"node 0 ended: {sanitized(reply.get('ended') or 'it sent nothing more')}")
+        return chosen
+
+    def close(self, message: str | None, is_user_error: bool = False, has_stopped: bool = False) -> None:
+        """Tell the others how this node ended. message: its failure, if any.
+
+        A node that has stopped waits for node 0, which may still be writing: schedulers kill a job
+        once one of its nodes exits with another code than 0.
+        """
+        for peer in self.peers.values():
+            with contextlib.suppress(PeerLost):
+                peer.send(ended=message, is_user_error=is_user_error)
+                if has_stopped and self.params.node_rank:
+                    peer.receive(REPLY_TIMEOUT)
+        for peer in [*self.peers.values(), *self.gone]:
+            peer.close()
+        self.peers.clear()
+
+
+def _end_of(node: int, message: str) -> str:
+    """The end of a node; its message may already report the end of a third one."""
+    return message if message.startswith("node ") else f"node {node} ended: {message}"

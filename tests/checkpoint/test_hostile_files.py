@@ -49,8 +49,7 @@ from qwen35.data.template import thinks_by_default
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, one_line
 from qwen35.inference.generation_config import read_generation_config
-from qwen35.launch.consistency import _latest
-from qwen35.launch.hosts_file import read_hosts
+from qwen35.launch.hosts import read_hosts
 from qwen35.model import load_config
 from qwen35.training.metrics import RunError, draw_loss, read_metrics
 
@@ -76,7 +75,6 @@ def shapes(source) -> None:
 
 
 def settled(folder: Path) -> None:
-    _latest(folder)
     load_notes(folder, resolve_load(folder))
     repair_save_folder(folder)
 
@@ -347,7 +345,6 @@ def test_latest_file_without_a_name_is_repaired(tmp_path, kind):
     else:
         file.write_bytes(b"9" * 5000 if kind == "5,000 digits" else b"\xff")
     with at_most(60):
-        assert _latest(tmp_path) == ([tmp_path / "release"] if kind == "5,000 digits" else [])
         assert resolve_load(tmp_path) == tmp_path / "iter_0000004"
         (message,) = repair_save_folder(tmp_path)
         assert message.startswith(f"{file} now names iter_0000004: ")

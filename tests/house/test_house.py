@@ -30,12 +30,12 @@ ROOMS = {
     "parallel": 640,
     "inference": 950,
     "training": 1_340,
-    "tools": 1_950,
-    "launch": 1_680,
+    "tools": 2_170,
+    "launch": 1_540,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_500,
+    "qwen35": 1_610,
     "kernels": 3_520,
     "rehearse": 2_190,
     "accept": 780,

@@ -15,7 +15,7 @@ import pytest
 from plain import plain
 
 from qwen35.config.load import SettingError
-from qwen35.launch.hosts_file import Host, check_environment, read_hosts
+from qwen35.launch.hosts import Host, check_environment, read_hosts
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = """#!/usr/bin/env bash
@@ -28,8 +28,8 @@ PYTHON = """#!/usr/bin/env bash
 source ./act
 """
 DRIVER = """
-import sys, qwen35.launch.hosts as h
-h.SHUTDOWN_GRACE, h.SAVE_GRACE, h.DUPLICATE_SIGNAL = 0.3, 0.6, 0.0
+import sys, qwen35.launch.hosts as h, qwen35.launch.job
+h.SHUTDOWN_GRACE, h.SAVE_GRACE, qwen35.launch.job.DUPLICATE_SIGNAL = 0.3, 0.6, 0.0
 h.outlive_readers()
 sys.exit(h.main(sys.argv[1:]))
 """
@@ -81,7 +81,7 @@ def pids(process: subprocess.Popen, count: int = 2) -> dict[str, int]:
 
 
 STAYS = """
-trap 'echo asked >>asked_$NODE_RANK; echo saved; exit 0' TERM
+trap 'echo asked >>asked_$NODE_RANK; echo saved; exit 143' TERM
 echo $$
 while :; do sleep 0.05; done
 """
@@ -161,7 +161,7 @@ def test_a_node_that_cannot_be_reached_is_named(there: Path) -> None:
     assert asked(there) in ([], ["asked_0"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_makes_all_nodes_save(there: Path, number: int, code: int) -> None:
     (there / "act").write_text(STAYS)
     process = start(there)
@@ -195,7 +195,7 @@ def test_a_signal_to_the_process_behind_ssh_does_not_kill_the_run(there: Path, n
         assert not asked(there)
         process.terminate()
     out, _ = process.communicate(timeout=300)
-    assert (process.returncode, sorted(out.splitlines())) == (0, ["one: saved", "two: saved"])
+    assert (process.returncode, sorted(out.splitlines())) == (143, ["one: saved", "two: saved"])
 
 
 def test_a_stop_saves_without_a_reader(there: Path) -> None:
@@ -371,9 +371,12 @@ for n in 0 1; do
 done
 code=0
 for task in "${tasks[@]}"; do
-    until wait "$task" || { last=$?; ((last < 128)) && code=$last || ((last == 128)); }; do
+    while :; do
+        last=0
+        wait "$task" || last=$?
         kill -0 "$task" 2>/dev/null || break
     done
+    ((last <= code)) || code=$last
 done
 exit "$code"
 """
@@ -421,8 +424,19 @@ def test_a_slurm_job_near_its_limit_saves_and_requeues(there: Path) -> None:
         process.stdout.readline()
     process.terminate()
     out, _ = process.communicate(timeout=300)
-    assert (process.returncode, out) == (0, "saved\nsaved\n")
+    assert (process.returncode, out) == (143, "saved\nsaved\n")
     assert (there / "scontrol.log").read_text() == "requeue 17\n"
+
+
+def test_a_slurm_job_that_finishes_as_it_is_asked_to_stop_is_not_requeued(there: Path) -> None:
+    (there / "act").write_text(STAYS.replace("exit 143", "exit 0"))
+    process = slurm(there)
+    for _ in range(2):
+        process.stdout.readline()
+    process.terminate()
+    out, _ = process.communicate(timeout=300)
+    assert (process.returncode, out) == (0, "saved\nsaved\n")
+    assert not (there / "scontrol.log").exists()
 
 
 def test_a_slurm_job_that_fails_is_not_requeued(there: Path) -> None:

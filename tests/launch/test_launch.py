@@ -21,7 +21,7 @@ import argparse, sys
 from qwen35.launch import job
 from qwen35.launch.launcher import run
 job.FAILURE_GRACE = float(sys.argv[3])
-args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=1)
+args = argparse.Namespace(nnodes=1, node_rank=0, nproc_per_node=int(sys.argv[1]), master_addr="localhost", master_port=None)
 sys.exit(run([sys.executable, "-c", sys.argv[2]], args))
 """
 HEAD = """
@@ -56,7 +56,9 @@ def test_each_rank_gets_its_environment():
     process = start(f"say(*(os.environ[n] for n in {names}))", 3)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
-    assert sorted(out.splitlines()) == [f"{r} {r} 3 3 localhost 1" for r in range(3)]
+    [port] = {line.split()[-1] for line in out.splitlines()}
+    assert int(port) >= 1024
+    assert sorted(out.splitlines()) == [f"{r} {r} 3 3 localhost {port}" for r in range(3)]
 
 
 def test_a_user_error_is_one_line_whichever_rank_fails_first(tmp_path):
@@ -157,9 +159,20 @@ def test_kill_9_of_the_launcher_ends_all_ranks():
     process.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_reaches_every_rank_once_and_they_may_take_their_time(number, code):
-    program = """
+@pytest.mark.parametrize(
+    ("number", "of_ranks", "code"),
+    [
+        (signal.SIGTERM, 143, 143),
+        (signal.SIGHUP, 143, 143),
+        (signal.SIGINT, 143, 130),
+        (signal.SIGTERM, 0, 0),  # all steps were done by then
+        (signal.SIGINT, 0, 0),
+    ],
+)
+def test_a_signal_reaches_every_rank_once_and_they_may_take_their_time(number, of_ranks, code):
+    program = (
+        f"code = {of_ranks}"
+        """
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 say(os.getpid())
@@ -167,7 +180,9 @@ while not asked:
     time.sleep(0.01)
 time.sleep(1.5)
 say("saved", len(asked))
+sys.exit(code)
 """
+    )
     process = start(program)
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(number)
@@ -217,16 +232,18 @@ import argparse, sys
 from pathlib import Path
 from qwen35.launch import job
 from qwen35.launch.launcher import run
-from qwen35.launch.rendezvous import LocalNode, RendezvousParameters, join
-from qwen35.log import set_up_logging
+from qwen35.launch.rendezvous import RendezvousParameters, join
+from qwen35.log import logger, set_up_logging
 job.FAILURE_GRACE = float(sys.argv[6])
 set_up_logging()
 node, nodes, port = map(int, sys.argv[1:4])
 args = argparse.Namespace(
     nnodes=nodes, node_rank=node, nproc_per_node=2, master_addr="127.0.0.1", master_port=port
 )
-params = RendezvousParameters(node, nodes, "127.0.0.1", port, 300)
-rendezvous = join(params, LocalNode(dict, Path(sys.argv[4]), log=lambda line: None))
+params = RendezvousParameters(node, nodes, "127.0.0.1", port, 300, "")
+logger.setLevel("WARNING")
+rendezvous = join(params)
+logger.setLevel("INFO")
 sys.exit(run([sys.executable, "-c", sys.argv[5]], args, rendezvous))
 """
 
@@ -339,7 +356,7 @@ def test_a_stop_before_the_first_step_says_that_nothing_was_saved():
         process.stdout.readline()
     process.terminate()
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 0
+    assert process.returncode == 143
     assert err.endswith("stopped outside of the training steps: there was nothing to save\n")
 
 
@@ -376,11 +393,13 @@ def test_ranks_share_the_cores(monkeypatch):
 
     from qwen35.launch.launcher import rank_environments
 
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of another launcher")
     args = argparse.Namespace(nnodes=2, node_rank=1, nproc_per_node=2, master_addr="a", master_port=1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     here = rank_environments(args, Path("x"))
     assert list(here) == [2, 3]
     assert {e["OMP_NUM_THREADS"] for e in here.values()} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
     assert [e["LOCAL_RANK"] for e in here.values()] == ["0", "1"]
+    assert not any("TORCHELASTIC_RUN_ID" in e for e in here.values())
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert {e["OMP_NUM_THREADS"] for e in rank_environments(args, Path("x")).values()} == {"5"}

@@ -2,47 +2,50 @@
 
 import contextlib
 import json
+import logging
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 from ports import free_port
 
-from qwen35.config.load import SettingError, load_settings
-from qwen35.launch.connection import Peer, PeerLost
-from qwen35.launch.consistency import disagreements, facts, marker_file, node_names, sees_marker
-from qwen35.launch.handshake import authenticate
-from qwen35.launch.rendezvous import LocalNode, Rendezvous, RendezvousError, RendezvousParameters, join, listen
+from qwen35.config.load import SettingError
+from qwen35.launch.connection import Peer, PeerLost, authenticate
+from qwen35.launch.rendezvous import Rendezvous, RendezvousError, RendezvousParameters, join, listen
+from qwen35.log import logger
 from qwen35.network import interface_of
+from qwen35.wording import named
 
-ROOT = Path(__file__).parents[2]
 SECRET = "a secret of the tests"
 
 
 class Nodes:
     """Each joins the rendezvous in a thread of its own; keeps what each logged and how it ended."""
 
-    def __init__(self, count: int, save: Path, timeout: float = 60):
-        self.params = RendezvousParameters(0, count, "127.0.0.1", free_port(), timeout, SECRET)
-        self.save = save
-        self.logged: dict[int, list[str]] = {}
+    def __init__(self, count: int, timeout: float = 60):
+        self.params = RendezvousParameters(0, count, "127.0.0.1", free_port(), timeout, "torch 2.7.1", SECRET)
+        self.logged: dict[int, list[str]] = {node: [] for node in range(count)}
         self.ended: dict[int, Rendezvous | str] = {}
         self.threads: list[threading.Thread] = []
+        handler = logging.Handler()
+        handler.emit = self.keep
+        logger.handlers = [handler]
+        logger.setLevel("INFO")
 
-    def start(self, node: int, node_facts: Mapping[str, str] | Callable = {"torch": "2.7.1"}, **changes) -> None:  # noqa: B006
-        logged = self.logged.setdefault(node, [])
-        called = node_facts if callable(node_facts) else lambda: node_facts
-        local = replace(LocalNode(called, self.save, logged.append, file_timeout=0.2), **changes.pop("local", {}))
+    def keep(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if found := re.match(r"node (\d+)", line):
+            self.logged[int(found[1])].append(line)
+
+    def start(self, node: int, **changes) -> None:
         params = replace(self.params, node_rank=node, **changes)
 
         def run():
             try:
-                self.ended[node] = join(params, local)
+                self.ended[node] = join(params)
             except RendezvousError as error:
                 self.ended[node] = str(error)
 
@@ -66,7 +69,7 @@ class Nodes:
 
 def authenticated(connection: socket.socket, nodes: Nodes, node: int) -> Peer:
     peer = Peer(connection, "")
-    assert authenticate(peer, replace(nodes.params, node_rank=node))
+    assert authenticate(peer, SECRET if nodes.params.secret else "", node, nodes.params.nnodes, nodes.params.must_agree)
     return peer
 
 
@@ -82,20 +85,19 @@ def at_the_port(nodes: Nodes):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_nodes_that_agree_start_and_the_port_is_free(tmp_path, order):
-    nodes = Nodes(3, tmp_path / "runs" / "new")
+def test_nodes_that_agree_start_and_the_port_is_free(order):
+    nodes = Nodes(3)
     for node in order:
         nodes.start(node)
     nodes.wait()
     nodes.assert_joined()
-    assert not list(tmp_path.iterdir())  # the folder that the marker file needed is gone
     listen(nodes.params.port).close()  # while the nodes are still connected
     assert all("up to 60 s more" in line for logged in nodes.logged.values() for line in logged)
     nodes.close()
 
 
-def test_missing_nodes_are_logged_and_named_in_the_error(tmp_path):
-    nodes = Nodes(4, tmp_path, timeout=2)
+def test_missing_nodes_are_logged_and_named_in_the_error():
+    nodes = Nodes(4, timeout=2)
     nodes.start(0)
     nodes.start(2)
     nodes.wait()
@@ -108,8 +110,8 @@ def test_missing_nodes_are_logged_and_named_in_the_error(tmp_path):
     assert "node 2: waiting for nodes 1, 3 of 4" in "\n".join(nodes.logged[2])
 
 
-def test_a_missing_node_0_is_named_with_its_address(tmp_path):
-    nodes = Nodes(2, tmp_path, timeout=1)
+def test_a_missing_node_0_is_named_with_its_address():
+    nodes = Nodes(2, timeout=1)
     nodes.start(1)
     nodes.wait()
     where = f"node 0 at 127.0.0.1:{nodes.params.port}"
@@ -117,8 +119,8 @@ def test_a_missing_node_0_is_named_with_its_address(tmp_path):
     assert nodes.logged[1][0].startswith(f"node 1: waiting for {where} (Connection refused), up to 1 s more")
 
 
-def test_another_program_at_the_port_is_recognised(tmp_path):
-    nodes = Nodes(2, tmp_path, timeout=1)
+def test_another_program_at_the_port_is_recognised():
+    nodes = Nodes(2, timeout=1)
     with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
         nodes.start(1)
         connection, _ = server.accept()
@@ -129,8 +131,8 @@ def test_another_program_at_the_port_is_recognised(tmp_path):
     assert "what answers there is not a launcher" in "\n".join(nodes.logged[1])
 
 
-def test_a_stranger_is_logged_and_does_no_harm(tmp_path):
-    nodes = Nodes(2, tmp_path)
+def test_a_stranger_is_logged_and_does_no_harm():
+    nodes = Nodes(2)
     nodes.start(0)
     with at_the_port(nodes) as connection:
         connection.sendall(b'GET / HTTP/1.0\r\n[[[[\n{"node_rank": "x"}\n')
@@ -142,8 +144,8 @@ def test_a_stranger_is_logged_and_does_no_harm(tmp_path):
     nodes.close()
 
 
-def test_a_node_that_leaves_may_come_again(tmp_path):
-    nodes = Nodes(3, tmp_path)
+def test_a_node_that_leaves_may_come_again():
+    nodes = Nodes(3)
     nodes.start(0)
     with at_the_port(nodes) as connection:
         peer = authenticated(connection, nodes, 1)
@@ -162,10 +164,11 @@ def test_a_node_that_leaves_may_come_again(tmp_path):
     [
         (1, {"nnodes": 2}, "node 1 (127.0.0.1) has NODES=2, node 0 has NODES=3"),
         (2, {}, "two nodes have NODE_RANK=2: 127.0.0.1 and 127.0.0.1"),
+        (1, {"must_agree": "torch 2.8"}, "node 1 (127.0.0.1) has torch 2.8; node 0: torch 2.7.1"),
     ],
 )
-def test_nodes_whose_numbers_contradict_end_all(tmp_path, node, changes, message_of_all):
-    nodes = Nodes(3, tmp_path)
+def test_nodes_whose_numbers_contradict_end_all(node, changes, message_of_all):
+    nodes = Nodes(3)
     nodes.start(0)
     with at_the_port(nodes) as connection:
         peer = authenticated(connection, nodes, 2)
@@ -176,82 +179,8 @@ def test_nodes_whose_numbers_contradict_end_all(tmp_path, node, changes, message
     assert [nodes.ended[0], nodes.ended[node], message["error"]] == [message_of_all] * 3
 
 
-def test_disagreements_are_one_line_each_and_nothing_starts(tmp_path):
-    nodes = Nodes(4, tmp_path)
-    here = {"torch": "2.7.1", "training.lr": "1e-05", "data/a.json": "10 bytes (aa)"}
-    nodes.start(0, here)
-    nodes.start(1, here | {"training.lr": "2e-05", "HCCL_BUFFSIZE": "400"})
-    nodes.start(2, {k: v for k, v in here.items() if k != "data/a.json"})
-    nodes.start(3, here | {"training.lr": "2e-05"})
-    nodes.wait()
-    lr = "nodes 1, 3 have training.lr: 2e-05; node 0: 1e-05"
-    data = "node 2 has data/a.json: none; node 0: 10 bytes (aa)"
-    buffer = "node 1 has HCCL_BUFFSIZE: 400; node 0: none"
-    shown = {node: [line for line in logged if "waiting" not in line] for node, logged in nodes.logged.items()}
-    assert shown == {0: [lr, data, buffer], 1: [lr, buffer], 2: [data], 3: [lr]}
-    assert set(nodes.ended.values()) == {"the nodes differ in 3 things, listed above: nothing was started"}
-
-
-@pytest.mark.parametrize("node", [0, 1])
-def test_a_file_that_a_node_cannot_read_is_named(tmp_path, node):
-    def unreadable():
-        raise PermissionError(13, "Permission denied", "data/a.json")
-
-    nodes = Nodes(2, tmp_path)
-    nodes.start(node, unreadable)
-    nodes.start(1 - node)
-    nodes.wait()
-    assert [nodes.ended[n] for n in (0, 1)] == [f"node {node}: data/a.json: Permission denied"] * 2
-
-
-def test_a_save_folder_that_is_not_shared_is_refused(tmp_path):
-    nodes = Nodes(3, tmp_path / "here")
-    nodes.start(0)
-    nodes.start(1)
-    nodes.start(2, local={"save": tmp_path / "there"})
-    nodes.wait()
-    [words] = set(nodes.ended.values())
-    assert words.startswith(f"node 2 does not see what node 0 writes in {tmp_path / 'here'}: name a training.save")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_marker_file_that_appears_late_is_seen(tmp_path, monkeypatch):
-    """As on a network file system, which caches listings."""
-    looks = []
-    real = Path.iterdir
-
-    def iterdir(path):
-        looks.append(path)
-        return iter(()) if len(looks) < 7 else real(path)
-
-    monkeypatch.setattr(Path, "iterdir", iterdir)
-    monkeypatch.setattr("qwen35.launch.consistency.time.sleep", lambda _: None)
-    with marker_file(tmp_path / "runs") as marker:
-        assert sees_marker(tmp_path / "runs", marker, 20)
-        assert [path.name for path in real(tmp_path / "runs")] == [marker]
-    assert not list(real(tmp_path))
-
-
-def test_a_save_folder_in_use_is_not_removed(tmp_path):
-    with marker_file(tmp_path / "runs"):
-        (tmp_path / "runs/metrics.jsonl").touch()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize(("ahead", "words"), [(75, "75 s ahead of"), (-3600, "3600 s behind"), (1, None)])
-def test_clocks_are_reported_and_never_refused(tmp_path, ahead, words):
-    nodes = Nodes(2, tmp_path)
-    nodes.start(0, local={"clock": lambda: 1e9})
-    nodes.start(1, local={"clock": lambda: 1e9 + ahead})
-    nodes.wait()
-    nodes.assert_joined()
-    notes = [line for line in nodes.logged[0] if line.startswith("note")]
-    assert (words is None and not notes) or f"the clock of node 1 is {words} node 0's" in notes[0]
-    nodes.close()
-
-
-def test_all_nodes_learn_how_one_ends(tmp_path):
-    nodes = Nodes(4, tmp_path)
+def test_all_nodes_learn_how_one_ends():
+    nodes = Nodes(4)
     for node in range(4):
         nodes.start(node)
     nodes.wait()
@@ -272,8 +201,8 @@ def test_all_nodes_learn_how_one_ends(tmp_path):
     others[2].close(words)
 
 
-def test_a_killed_launcher_is_noticed(tmp_path):
-    nodes = Nodes(2, tmp_path)
+def test_a_killed_launcher_is_noticed():
+    nodes = Nodes(2)
     nodes.start(0)
     nodes.start(1)
     nodes.wait()
@@ -284,8 +213,8 @@ def test_a_killed_launcher_is_noticed(tmp_path):
     nodes.close()
 
 
-def met(save: Path, count: int) -> list[Rendezvous]:
-    nodes = Nodes(count, save)
+def met(count: int) -> list[Rendezvous]:
+    nodes = Nodes(count)
     for node in range(count):
         nodes.start(node)
     nodes.wait()
@@ -294,7 +223,7 @@ def met(save: Path, count: int) -> list[Rendezvous]:
 
 @pytest.mark.parametrize("is_user_error", [False, True])
 def test_the_first_failure_is_reported_unless_a_user_error_explains_it(tmp_path, is_user_error):
-    first, second, third = met(tmp_path / "save", 3)
+    first, second, third = met(3)
 
     def recorded(words):
         file = tmp_path / "elsewhere.json"
@@ -313,8 +242,8 @@ def test_the_first_failure_is_reported_unless_a_user_error_explains_it(tmp_path,
         rendezvous.close(None)
 
 
-def test_the_reason_why_a_node_does_not_restart_is_reported(tmp_path):
-    first, second = met(tmp_path, 2)
+def test_the_reason_why_a_node_does_not_restart_is_reported():
+    first, second = met(2)
     second.close("a.json, record 3: no such file", is_user_error=True)
     with pytest.raises(RendezvousError, match=r"^node 1 ended: a\.json, record 3: no such file$"):
         first.regroup("rank 0: connection closed by peer", 6000)
@@ -322,7 +251,26 @@ def test_the_reason_why_a_node_does_not_restart_is_reported(tmp_path):
     first.close(None)
 
 
-def test_a_node_that_was_told_to_start_learns_why_not(tmp_path, monkeypatch):
+def test_a_node_that_has_stopped_waits_for_node_0(monkeypatch):
+    """Node 0 may still draw the curve; a scheduler would kill it for another node's exit code."""
+    first, second = met(2)
+    ended = threading.Event()
+
+    def close():
+        second.close(None, has_stopped=True)
+        ended.set()
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    while (found := first.poll_failure()) is None and first.peers:
+        pass
+    assert not found and not ended.wait(0.3)
+    first.close(None, has_stopped=True)
+    thread.join(60)
+    assert ended.is_set()
+
+
+def test_a_node_that_was_told_to_start_learns_why_not(monkeypatch):
     """The last node leaves after another was told to start."""
     real, started = Peer.send, []
 
@@ -334,7 +282,7 @@ def test_a_node_that_was_told_to_start_learns_why_not(tmp_path, monkeypatch):
         real(peer, **message)
 
     monkeypatch.setattr(Peer, "send", send)
-    nodes = Nodes(3, tmp_path)
+    nodes = Nodes(3)
     for node in range(3):
         nodes.start(node)
     nodes.wait()
@@ -358,104 +306,9 @@ def test_the_interface_of_a_local_address_is_found(monkeypatch):
         interface_of("no.such.machine.invalid")
 
 
-# -- what must agree -------------------------------------------------------------------------------
-
-
-def test_names_of_nodes():
-    assert [node_names(numbers) for numbers in ([1], [3, 1], [0, 1, 2, 5, 7, 8])] == [
+def test_named_numbers():
+    assert [named("node", numbers) for numbers in ([1], [3, 1], [0, 1, 2, 5, 7, 8])] == [
         "node 1",
         "nodes 1, 3",
         "nodes 0 to 2, 5, 7 to 8",
     ]
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    for name, text in {
-        "m/config.json": "{}",
-        "m/w.safetensors": "w" * 200_000,
-        "a.json": "[1]",
-        "b.json": "[2]",
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "dcp/release").mkdir(parents=True)
-    (tmp_path / "dcp/release/__0_0.distcp").write_text("x")
-    (tmp_path / "dcp/latest_checkpointed_iteration.txt").write_text("release")
-    overrides = {
-        "data.dataset_param.basic_parameters.dataset": f"{tmp_path}/a.json, {tmp_path}/b.json",
-        "model.model_name_or_path": tmp_path / "m",
-        "training.load": tmp_path / "dcp",
-        "training.train_iters": 1,
-        "training.save": tmp_path / "save",
-    }
-    return lambda *more: load_settings(ROOT / "configs/tiny.yaml", [*(f"{k}={v}" for k, v in overrides.items()), *more])
-
-
-def test_settings_and_variables_of_one_node_may_differ(recipe):
-    environment = {"HCCL_BUFFSIZE": "200", "PATH": "/bin"}
-    cache = "data.dataset_param.basic_parameters.cache_dir=/tmp/other"
-    found = facts(recipe(), 8, environment)
-    own = {"HCCL_IF_IP": "10.0.0.2", "HCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1", "PATH": "/usr/bin"}
-    assert not disagreements({0: found, 1: facts(recipe(cache), 8, environment | own)})
-    assert {found["NPUS_PER_NODE"], found["HCCL_BUFFSIZE"]} == {"8", "200"}
-    assert re.fullmatch(r"2\.\d+\.\d+", found["torch"]) and found["CANN"] == "none"
-
-
-def change(name: str, text: str, at: int) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        content = (folder / name).read_text()
-        (folder / name).write_text(content[:at] + text + content[at + len(text) :])
-
-    return act
-
-
-@pytest.mark.parametrize(
-    ("act", "named"),
-    [
-        (change("b.json", "3", 1), "b.json"),
-        (change("m/config.json", "[]", 0), "m/config.json"),
-        (change("m/w.safetensors", "v", 0), "m/w.safetensors"),
-        (change("m/w.safetensors", "v", 199_999), "m/w.safetensors"),
-        (change("dcp/release/__0_0.distcp", "y", 0), "dcp/release/__0_0.distcp"),
-        (lambda folder: (folder / "a.json").unlink(), "a.json"),
-        (lambda folder: (folder / "dcp/latest_checkpointed_iteration.txt").write_text("2"), "dcp/release/"),
-    ],
-)
-def test_a_different_file_is_found(recipe, tmp_path, act, named):
-    before = facts(recipe(), 8, {})
-    act(tmp_path)
-    found = disagreements({0: before, 1: facts(recipe(), 8, {})})
-    assert any(f"node 1 has {tmp_path}/{named}: " in difference.line for difference in found), found
-
-
-@pytest.mark.parametrize(
-    ("settings", "processes", "environment", "named"),
-    [
-        ("training.lr=0.5", 8, {}, "node 1 has training.lr: 0.5; node 0: 0.0"),
-        ("training.seed=1", 4, {}, "node 1 has NPUS_PER_NODE: 4; node 0: 8"),
-        (
-            "training.seed=1",
-            8,
-            {"HCCL_DETERMINISTIC": "true"},
-            "node 1 has HCCL_DETERMINISTIC: true; node 0: none",
-        ),
-        ("training.seed=1", 8, {"ASCEND_HOME_PATH": "cann"}, "node 1 has CANN: 8.5.0; node 0: none"),
-    ],
-)
-def test_a_different_setting_is_found(recipe, tmp_path, monkeypatch, settings, processes, environment, named):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cann/runtime").mkdir(parents=True)
-    (tmp_path / "cann/runtime/version.info").write_text("Version=8.5.0\n")
-    found = disagreements({0: facts(recipe(), 8, {}), 1: facts(recipe(settings), processes, environment)})
-    assert any(difference.line.startswith(named) for difference in found), found
-
-
-def test_different_code_is_found(tmp_path):
-    from qwen35.launch.consistency import sources
-
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/a.py").write_text("1")
-    before = sources(tmp_path)
-    (tmp_path / "kernels/a.py").write_text("2")
-    assert sources(tmp_path) != before

@@ -50,7 +50,7 @@ def assert_saved(save: Path, after: int) -> None:
     assert step >= after and len(read_metrics(save / "metrics.jsonl")) == step
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code):
     """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before the run logs that it stops."""
     save = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_a_run_saves_when_its_terminal_is_closed(workplace, tmp_path):
     read()
     assert re.search(rb"(step/s|s/step)\b", b"".join(shown))
     os.close(ours)
-    assert process.wait(timeout=300) == 0
+    assert process.wait(timeout=300) == 143
     assert_saved(save, after=3)
 
 
@@ -122,7 +122,7 @@ def test_a_run_saves_though_all_its_processes_get_the_signal(workplace, tmp_path
     assert sockets and {ip.removeprefix("::ffff:") for ip in sockets} == {"127.0.0.1"}
     for each in [*processes, process]:
         each.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=300) == 0
+    assert process.wait(timeout=300) == 143
     assert_saved(save, after=3)
     assert not psutil.wait_procs(processes, timeout=300)[1]
 
@@ -139,7 +139,7 @@ def test_nohup_ignores_sighup(workplace, tmp_path):
     wait_for_steps(save, steps + 3, process)
     process.terminate()
     assert b"stopping: " in process.stderr.read()
-    assert process.wait(timeout=300) == 0
+    assert process.wait(timeout=300) == 143
     assert_saved(save, after=steps + 3)
 
 

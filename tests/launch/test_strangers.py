@@ -15,12 +15,9 @@ from test_rendezvous import SECRET, Nodes, at_the_port, authenticated
 
 from qwen35.config.load import SettingError
 from qwen35.errors import UserError, one_line
-from qwen35.launch import handshake
-from qwen35.launch.connection import Peer, PeerLost
-from qwen35.launch.consistency import DIFFERENT_VALUE, hashed
-from qwen35.launch.handshake import Hello, check_secret, proof, read_hello
-from qwen35.launch.nodes import sanitized
-from qwen35.launch.rendezvous import WITHHELD
+from qwen35.launch import connection as handshake
+from qwen35.launch.connection import Hello, Peer, PeerLost, check_secret, proof, read_hello
+from qwen35.launch.rendezvous import WITHHELD, sanitized
 
 GREETING = rb'\{"greeting": "qwen35 launcher", "challenge": "[0-9a-f]{32}"\}\n'
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\nerror: forged"
@@ -28,8 +25,8 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e\nerror: forged"
 
 def hello(challenge: str, secret: str, node_rank: object, nnodes: object) -> bytes:
     """A hello of any values with a valid proof."""
-    fields = {"node_rank": node_rank, "nnodes": nnodes, "challenge": "own"}
-    answer = proof(secret, "join", challenge, node_rank, nnodes, "own")  # type: ignore[arg-type]
+    fields = {"node_rank": node_rank, "nnodes": nnodes, "must_agree": "torch 2.7.1", "challenge": "own"}
+    answer = proof(secret, "join", challenge, *fields.values())  # type: ignore[arg-type]
     return json.dumps({**fields, "proof": answer}).encode() + b"\n"
 
 
@@ -67,8 +64,8 @@ def received(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_a_stranger_learns_nothing_and_changes_nothing(tmp_path, attack):
-    nodes = Nodes(2, tmp_path)
+def test_a_stranger_learns_nothing_and_changes_nothing(attack):
+    nodes = Nodes(2)
     nodes.start(0)
     with at_the_port(nodes) as connection:
         greeting = connection.recv(1 << 16)
@@ -86,10 +83,10 @@ def test_a_stranger_learns_nothing_and_changes_nothing(tmp_path, attack):
 
 
 @pytest.mark.parametrize("many", [20, 3 * handshake.MAX_PENDING])
-def test_silent_connections_delay_nobody(tmp_path, monkeypatch, many):
+def test_silent_connections_delay_nobody(monkeypatch, many):
     """Some have closed their half of the connection or sent one byte; none is at its deadline."""
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 600.0)
-    nodes = Nodes(2, tmp_path)
+    nodes = Nodes(2)
     nodes.start(0)
     with contextlib.ExitStack() as opened:
         idle = [opened.enter_context(at_the_port(nodes)) for _ in range(many)]
@@ -105,10 +102,10 @@ def test_silent_connections_delay_nobody(tmp_path, monkeypatch, many):
     nodes.close()
 
 
-def test_a_stranger_is_disconnected_at_its_deadline(tmp_path, monkeypatch):
+def test_a_stranger_is_disconnected_at_its_deadline(monkeypatch):
     """Bytes that drip in do not extend its time."""
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 0.5)
-    nodes = Nodes(2, tmp_path)
+    nodes = Nodes(2)
     nodes.start(0)
     with at_the_port(nodes) as idle, at_the_port(nodes) as dripping:
         end = time.monotonic() + 300
@@ -124,10 +121,10 @@ def test_a_stranger_is_disconnected_at_its_deadline(tmp_path, monkeypatch):
     nodes.close()
 
 
-def test_a_proof_cannot_be_replayed(tmp_path, monkeypatch):
+def test_a_proof_cannot_be_replayed(monkeypatch):
     """A hello that is valid for one connection is invalid for the next."""
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT", 600.0)
-    nodes = Nodes(3, tmp_path)
+    nodes = Nodes(3)
     nodes.start(0)
     with at_the_port(nodes) as first, at_the_port(nodes) as second:
         right = hello(json.loads(first.recv(1 << 16))["challenge"], SECRET, 1, 3)
@@ -143,97 +140,36 @@ def test_a_proof_cannot_be_replayed(tmp_path, monkeypatch):
     nodes.close()
 
 
-FACTS = {"torch": "2.7.1", "training.lr": "1e-05", "/data/private.json": "10 bytes (aa)"}
-
-
-def test_without_a_secret_a_false_node_learns_nothing_of_the_run(tmp_path):
-    """It knows the protocol and ends the start; node 0 alone logs what differs."""
-    nodes = Nodes(2, tmp_path)
+def test_without_a_secret_a_false_node_learns_nothing_of_the_run():
+    """It knows the protocol, and takes a node's place: it hears only that there was an error."""
+    nodes = Nodes(3)
     nodes.params = replace(nodes.params, secret="")
-    nodes.start(0, FACTS)
-    with at_the_port(nodes) as connection:
-        peer = authenticated(connection, nodes, 1)
-        heard = []
-        while not heard or "error" not in heard[-1]:
-            heard.append(peer.receive(30))
-            if "look" in heard[-1]:
-                peer.send(time=time.time(), facts={}, seen=True)
-    nodes.wait()
-    assert heard[0].keys() == {"look", "salt"} and re.fullmatch(r"\.seen-[0-9a-f]{16}", heard[0]["look"])
-    assert heard[1:] == [{"lines": []}, {"error": WITHHELD, "ended": WITHHELD}]
-    assert nodes.ended[0] == "the nodes differ in 3 things, listed above: nothing was started"
-    assert "node 1 has training.lr: none; node 0: 1e-05" in nodes.logged[0]
-
-
-def test_without_a_secret_nodes_compare_hashes(tmp_path):
-    nodes = Nodes(3, tmp_path)
-    nodes.params = replace(nodes.params, secret="")
-    nodes.start(0, FACTS)
-    nodes.start(1, FACTS)
-    nodes.start(2, {"torch": "2.7.1", "training.lr": "0.5", "/other/private.json": "1"})
-    nodes.wait()
-    assert [line for line in nodes.logged[0] if "waiting" not in line] == [
-        f"node 2 has training.lr: {DIFFERENT_VALUE}; node 0: 1e-05",
-        "node 2 has /data/private.json: none; node 0: 10 bytes (aa)",
-        "node 2 has what node 0 has not: 1 things; node 0: none",
-    ]
-    assert (nodes.ended[1], nodes.ended[2]) == (WITHHELD, WITHHELD)
-    assert not [line for n in (1, 2) for line in nodes.logged[n] if "waiting" not in line]
-    agreeing = Nodes(2, tmp_path)
-    agreeing.params = replace(agreeing.params, secret="")
-    for node in range(2):
-        agreeing.start(node, FACTS)
-    agreeing.wait()
-    agreeing.assert_joined()
-    agreeing.close()
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        *({"time": value} for value in ("x", None, [], True, {}, 3)),
-        *({"facts": value} for value in ("x", None, [], 3)),
-        *({"seen": value} for value in ("x", None, 1)),
-        {"error": ESCAPE},
-        {"facts": {"torch": ESCAPE}},
-        {"facts": {ESCAPE: {"a": [1]}}},
-        None,
-    ],
-)
-def test_an_invalid_answer_is_a_one_line_error(tmp_path, changed):
-    """Of a node that knows the secret."""
-    nodes = Nodes(2, tmp_path)
     nodes.start(0)
     with at_the_port(nodes) as connection:
         peer = authenticated(connection, nodes, 1)
-        while "error" not in (heard := peer.receive(30)):
-            if "look" not in heard:
-                continue
-            if changed is None:
-                connection.sendall(b"\xff\n")
-            else:
-                peer.send(**{"time": time.time(), "facts": {"torch": "2.7.1"}, "seen": True, **changed})
+        nodes.start(2, must_agree="torch 2.8")
+        heard = []
+        while not heard or "error" not in heard[-1]:
+            heard.append(peer.receive(30))
     nodes.wait()
-    assert isinstance(nodes.ended[0], str) and ("node 1" in nodes.ended[0] or "differ" in nodes.ended[0])
-    assert all(line.isprintable() for line in (*nodes.logged[0], nodes.ended[0]))
+    assert all(message.keys() == {"waiting"} for message in heard[:-1])
+    assert heard[-1] == {"error": WITHHELD, "ended": WITHHELD}
+    assert nodes.ended == {0: "node 2 (127.0.0.1) has torch 2.8; node 0: torch 2.7.1", 2: WITHHELD}
 
 
-def test_a_clock_that_is_not_finite_is_reported(tmp_path):
-    for words in ("NaN", "1e999", "-1e999"):
-        nodes = Nodes(2, tmp_path)
-        nodes.start(0)
-        nodes.start(1, local={"clock": lambda words=words: float(words.replace("1e999", "inf"))})
-        nodes.wait()
-        nodes.assert_joined()
-        assert any("the clock of node 1 is" in line for line in nodes.logged[0])
-        nodes.close()
+def test_what_a_node_has_is_printed_without_control_characters():
+    nodes = Nodes(2)
+    nodes.start(0)
+    nodes.start(1, must_agree=ESCAPE)
+    nodes.wait()
+    assert all(end.isprintable() and "\\x1b]0;owned" in end for end in nodes.ended.values())
 
 
 def false_master(nodes: Nodes, act) -> list[bytes]:
     """Listen at the port of node 0 in its place. Returns what node 1 sent, by connection."""
     heard = []
     with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
-        nodes.start(1, FACTS)
+        nodes.start(1)
         server.settimeout(0.2)
         while nodes.threads[0].is_alive():
             with contextlib.suppress(OSError):
@@ -268,13 +204,13 @@ def greet(connection: socket.socket, *answers: bytes) -> bytes:
         [b"x" * 100_000],
     ],
 )
-def test_a_false_node_0_learns_nothing_and_ends_nothing(tmp_path, answers):
-    nodes = Nodes(2, tmp_path, timeout=1)
+def test_a_false_node_0_learns_nothing_and_ends_nothing(answers):
+    nodes = Nodes(2, timeout=1)
     heard = false_master(nodes, lambda connection: greet(connection, *answers))
     assert heard
     for said in heard:
         message = json.loads(said)  # one line, and nothing more
-        assert message.keys() == {"node_rank", "nnodes", "challenge", "proof"}
+        assert message.keys() == {"node_rank", "nnodes", "must_agree", "challenge", "proof"}
     assert "did not answer within 1 s: what answers there is not a launcher of this run" in nodes.ended[1]
 
 
@@ -283,7 +219,7 @@ def test_a_false_node_0_learns_nothing_and_ends_nothing(tmp_path, answers):
     [b"\xff\xfe\n", b"[]\n", b'{"greeting": "qwen35 launcher"}\n', b'{"greeting": "qwen35 launcher", "challenge": 3}\n',
      b"x" * 100_000, b"", b'{"greeting": 7, "challenge": "x"}\n'],
 )  # fmt: skip
-def test_an_invalid_greeting_is_not_answered(tmp_path, greeting):
+def test_an_invalid_greeting_is_not_answered(greeting):
     def act(connection: socket.socket) -> bytes:
         connection.sendall(greeting)
         connection.shutdown(socket.SHUT_WR)
@@ -291,45 +227,29 @@ def test_an_invalid_greeting_is_not_answered(tmp_path, greeting):
             return connection.recv(1 << 16)
         return b""
 
-    nodes = Nodes(2, tmp_path, timeout=0.5)
+    nodes = Nodes(2, timeout=0.5)
     assert set(false_master(nodes, act)) == {b""}
     assert "what answers there is not a launcher of this run" in nodes.ended[1]
 
 
-def test_without_a_secret_a_false_node_0_gets_hashes(tmp_path):
-    nodes = Nodes(2, tmp_path)
+def test_what_a_false_node_0_says_is_printed_without_control_characters():
+    nodes = Nodes(2)
     nodes.params = replace(nodes.params, secret="")
     with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
-        nodes.start(1, FACTS)
+        nodes.start(1)
         peer = Peer(server.accept()[0], "")
         peer.send(greeting="qwen35 launcher", challenge="x")
         said = peer.receive(30)
         peer.send(proof=proof("", "host", said["challenge"], "x"))
-        peer.send(look="../x", salt="salt", lines=[ESCAPE, 3], waiting=ESCAPE)
-        answer = peer.receive(30)
-        assert (answer.pop("facts"), answer.pop("seen")) == (hashed(FACTS, "salt"), False)
-        assert answer.keys() == {"time"}
-        peer.send(lines="abc", error=ESCAPE)
+        peer.send(lines=[ESCAPE, 3], waiting=ESCAPE)
+        peer.send(error=ESCAPE)
     nodes.wait()
     assert nodes.ended[1].isprintable() and all(line.isprintable() for line in nodes.logged[1])
     assert "\\x1b]0;owned" in nodes.ended[1]
 
 
-def test_without_a_secret_a_node_does_not_tell_node_0_what_it_cannot_read(tmp_path):
-    def unreadable():
-        raise PermissionError(13, "Permission denied", "/data/private.json")
-
-    nodes = Nodes(2, tmp_path)
-    nodes.params = replace(nodes.params, secret="")
-    nodes.start(0)
-    nodes.start(1, unreadable)
-    nodes.wait()
-    assert nodes.ended[1] == "/data/private.json: Permission denied"
-    assert nodes.ended[0].startswith("node 1 has left before the run started")
-
-
-def test_another_secret_is_named_on_both_nodes(tmp_path):
-    nodes = Nodes(2, tmp_path, timeout=4)
+def test_another_secret_is_named_on_both_nodes():
+    nodes = Nodes(2, timeout=4)
     nodes.start(0)
     with at_the_port(nodes):
         nodes.start(1, secret="another one", timeout=1)
@@ -368,7 +288,11 @@ VALUES = st.recursive(
 
 
 @SLOW
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("node_rank", "nnodes", "challenge", "proof"), VALUES)))
+@given(
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("node_rank", "nnodes", "must_agree", "challenge", "proof"), VALUES)
+    )
+)
 def test_no_message_without_a_proof_passes_for_a_hello(message):
     assert read_hello(message, "challenge", SECRET) is None
 
@@ -377,13 +301,13 @@ def test_no_message_without_a_proof_passes_for_a_hello(message):
 @given(VALUES, VALUES, VALUES)
 def test_a_hello_with_a_valid_proof_passes_if_its_values_are_valid(node_rank, nnodes, challenge):
     try:
-        answer = proof(SECRET, "join", "c", node_rank, nnodes, challenge)
+        answer = proof(SECRET, "join", "c", node_rank, nnodes, "torch", challenge)
     except ValueError:  # an integer that no JSON text holds
         return
-    message = {"node_rank": node_rank, "nnodes": nnodes, "challenge": challenge, "proof": answer}
+    message = {"node_rank": node_rank, "nnodes": nnodes, "must_agree": "torch", "challenge": challenge, "proof": answer}
     is_rank = type(node_rank) is int and type(nnodes) is int and 0 <= node_rank < nnodes
     is_valid = is_rank and isinstance(challenge, str)
-    assert read_hello(message, "c", SECRET) == (Hello(node_rank, nnodes, challenge) if is_valid else None)
+    assert read_hello(message, "c", SECRET) == (Hello(node_rank, nnodes, "torch", challenge) if is_valid else None)
 
 
 @SLOW
@@ -403,9 +327,9 @@ def test_any_bytes_are_a_message_or_none(content, max_bytes):
         theirs.close()
 
 
-def test_nodes_may_join_while_strangers_connect(tmp_path):
+def test_nodes_may_join_while_strangers_connect():
     """All attacks of above, all the time, change nothing."""
-    nodes = Nodes(4, tmp_path)
+    nodes = Nodes(4)
     is_over = threading.Event()
 
     def connect_all() -> None:

@@ -67,8 +67,8 @@ def shared_memory(m: Machine, least: int, most: int) -> list[Finding]:
 
 def port(m: Machine) -> list[Finding]:
     number = m.number("MASTER_PORT", 6000)
-    if m.number("NODE_RANK", 0) > 0:
-        return []  # only node 0 listens
+    if m.number("NODE_RANK", 0) > 0 or (m.number("NODES", 1) == 1 and not m.get("MASTER_PORT")):
+        return []  # only node 0 listens, and a single node finds a free port by itself
     try:
         socket.create_server(("", number)).close()
     except OSError as error:

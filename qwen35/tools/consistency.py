@@ -1,23 +1,35 @@
-"""What must be the same on all nodes of a run, and where it differs.
+"""What must be the same on all nodes of a run, compared by its ranks before anything is loaded.
 
-Versions, source code, settings, environment variables, and the files that the run reads.
+Versions, source code, settings, environment variables, the files that the run reads, and whether
+all nodes see the same save folder. One rank of each node reads, over the hosts' network, so that
+this works under every launcher, and where the accelerators' own collectives do not.
+
+Clocks that differ are reported, for readers of logs, file times and checkpoints' dates, but are
+never a reason to stop: no computation depends on the clock of another node.
 """
 
 import contextlib
 import os
 import platform
-import re
 import secrets
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import torch.distributed as dist
+
+from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.config.load import flat_settings
 from qwen35.config.schema import Settings, dataset_entries
-from qwen35.errors import UserError, read_text
+from qwen35.device import host_group
+from qwen35.errors import USER_ERRORS, UserError, one_line, visible
+from qwen35.log import logger
+from qwen35.tools.doctor.stack import cann_version
+from qwen35.wording import named
 
 # packages of which two releases may compute different results
 PACKAGES = "torch torch-npu triton-ascend numpy pillow tokenizers jinja2 safetensors".split()
@@ -29,19 +41,72 @@ PER_NODE_SETTINGS = tuple(  # a local disk of each node
 )
 END_BYTES = 1 << 16  # at each end of a file that go into its fingerprint
 MAX_FILES = 64  # of a folder that are fingerprinted, spread over it; the number of files is compared too
-LATEST = "latest_checkpointed_iteration.txt"  # as in checkpoint/dcp_folder.py, which takes seconds to import
 NONE = "none"
-DIFFERENT_VALUE = "something else (both values are shown where RENDEZVOUS_SECRET is set)"
+MAX_CLOCK_SKEW = 5.0  # seconds that clocks may differ without a note
+FILE_TIMEOUT = 10.0  # seconds until a new file must be visible on all nodes: network file systems cache listings
 
 
-def facts(settings: Settings, processes: int, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+class NodesError(UserError):
+    """The nodes do not agree."""
+
+
+def ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def compare_nodes(settings: Settings, timeout: float) -> None:
+    """Every rank calls it; one node has nothing to compare. Raises NodesError on all ranks."""
+    here, rank, save = ranks_here(), dist.get_rank(), Path(settings.training.save)
+    if dist.get_world_size() == here:
+        return
+    group, is_reader = host_group(timeout), rank % here == 0
+    with contextlib.ExitStack() as stack:
+        marker = _share(group, lambda: stack.enter_context(marker_file(save)) if rank == 0 else "")[0]
+        clocks = _share(group, time.time)
+        found = _share(group, lambda: facts(settings) if is_reader else {})
+        differences = disagreements(dict(enumerate(found[::here])), here)
+        for line in differences if is_reader else ():
+            print(visible(line), file=sys.stderr, flush=True)
+        if differences:
+            count = "one thing" if len(differences) == 1 else f"{len(differences)} things"
+            raise NodesError(f"the nodes differ in {count}, listed above: nothing was loaded")
+        seen = _share(group, lambda: not is_reader or sees_marker(save, marker))
+    if blind := [number // here for number, is_seen in enumerate(seen) if not is_seen]:
+        raise NodesError(
+            f"{named('node', blind)} {'does' if len(blind) == 1 else 'do'} not see what node 0 writes in {save}: name a"
+            " training.save on a file system that all nodes share"
+        )
+    for node, clock in enumerate(clocks[::here]):
+        if abs(ahead := clock - clocks[0]) > MAX_CLOCK_SKEW:
+            skew = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} node 0's"
+            logger.info(
+                f"note: the clock of node {node} is {skew}; training is unaffected, times in logs and files differ"
+            )
+    dist.destroy_process_group(group)
+
+
+def _share(group: dist.ProcessGroup, action: Callable[[], Any]) -> list[Any]:
+    """What an action returns on each rank. Raises NodesError on all ranks if it fails on one."""
+    try:
+        own = action(), ""
+    except USER_ERRORS as error:
+        own = None, one_line(error)
+    gathered: list[tuple[Any, str]] = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own, group=group)
+    for rank, (_, failure) in enumerate(gathered):
+        if failure:
+            raise NodesError(f"node {rank // ranks_here()}: {failure}")
+    return [value for value, _ in gathered]
+
+
+def facts(settings: Settings, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Name -> value of all that must agree. Reads the ends of files only. Raises OSError."""
+    home = environment.get("ASCEND_HOME_PATH")
     return {
-        "NPUS_PER_NODE": str(processes),
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "the processor": platform.machine(),
         **{name: _version(name) for name in PACKAGES},
-        "CANN": _cann(environment),
+        "CANN": (home and cann_version(Path(home))) or NONE,
         "the code of qwen35/ and kernels/": sources(Path(__file__).parents[2]),
         **{k: str(v) for k, v in flat_settings(settings).items() if k not in PER_NODE_SETTINGS},
         **{k: v for k, v in environment.items() if _must_agree(k)},
@@ -54,13 +119,6 @@ def _version(package: str) -> str:
         return version(package).partition("+")[0]
     except PackageNotFoundError:
         return NONE
-
-
-def _cann(environment: Mapping[str, str]) -> str:
-    from qwen35.tools.doctor.stack import cann_version
-
-    home = environment.get("ASCEND_HOME_PATH")
-    return (cann_version(Path(home)) if home else None) or NONE
 
 
 def _must_agree(name: str) -> bool:
@@ -85,7 +143,7 @@ def files(settings: Settings) -> dict[str, str]:
     folders = [Path(name) for name in (settings.model.model_name_or_path, settings.tokenizer_dir) if name]
     folders += [Path(t.init_from_hf_path)] if t.init_from_hf_path else []
     if t.load:
-        folders += [Path(t.load), *_latest(Path(t.load))]
+        folders += [Path(t.load), newest_checkpoint(t.load) or Path(t.load)]
     found = {str(file): fingerprint(file) for file in (*records, *(path for path in folders if path.is_file()))}
     for folder in dict.fromkeys(path for path in folders if not path.is_file()):
         names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
@@ -93,16 +151,6 @@ def files(settings: Settings) -> dict[str, str]:
         step = -(-len(names) // MAX_FILES) or 1
         found |= {str(file): fingerprint(file) for file in names[::step]}
     return found
-
-
-def _latest(folder: Path) -> list[Path]:
-    """The checkpoint that a run, or a conversion, names as its newest: no or one folder."""
-    try:
-        name = read_text(folder / LATEST, UserError).strip()
-    except UserError:  # the checkpoint to load is then found without this file
-        return []
-    is_step = re.fullmatch("[0-9]{1,18}", name)
-    return [folder / (f"iter_{int(name):07d}" if is_step else "release")]
 
 
 def fingerprint(file: Path) -> str:
@@ -118,15 +166,8 @@ def fingerprint(file: Path) -> str:
     return f"{size:,} bytes ({digest.hexdigest()})"
 
 
-class Disagreement(NamedTuple):
-    """Logged on node 0 and on the nodes that it names."""
-
-    nodes: Sequence[int]
-    line: str
-
-
-def disagreements(facts: Mapping[int, Mapping[str, str]]) -> list[Disagreement]:
-    """One for each fact and each value that differs from node 0's. facts: by node."""
+def disagreements(facts: Mapping[int, Mapping[str, str]], ranks: int) -> list[str]:
+    """A line for each fact and each value that differs from node 0's. facts: by node."""
     found = []
     for name in dict.fromkeys(name for node_facts in facts.values() for name in node_facts):
         expected = facts[0].get(name, NONE)
@@ -135,44 +176,9 @@ def disagreements(facts: Mapping[int, Mapping[str, str]]) -> list[Disagreement]:
             if (value := node_facts.get(name, NONE)) != expected:
                 nodes_by_value.setdefault(value, []).append(node)
         for value, nodes in nodes_by_value.items():
-            verb = "has" if len(nodes) == 1 else "have"
-            found.append(Disagreement(nodes, f"{node_names(nodes)} {verb} {name}: {value}; node 0: {expected}"))
+            who = f"{named('node', nodes)} ({named('rank', [ranks * node for node in nodes])})"
+            found.append(f"{who} {'has' if len(nodes) == 1 else 'have'} {name}: {value}; node 0 (rank 0): {expected}")
     return found
-
-
-def hashed(facts: Mapping[str, str], salt: str) -> dict[str, str]:
-    """Hashes of the names and values, readable only for a node that has the same ones."""
-    return {_hash(name, salt): _hash(value, salt) for name, value in facts.items()}
-
-
-def unhashed(hashes: Mapping[str, str], local: Mapping[str, str], salt: str) -> dict[str, str]:
-    """The facts behind another node's hashes, as far as the local facts reveal them."""
-    names = {_hash(name, salt): name for name in local}
-    facts = {
-        names[key]: local[names[key]] if value == _hash(local[names[key]], salt) else DIFFERENT_VALUE
-        for key, value in hashes.items()
-        if key in names
-    }
-    unknown = len(hashes) - len(facts)
-    return facts | ({"what node 0 has not": f"{unknown} things"} if unknown else {})
-
-
-def _hash(text: str, salt: str) -> str:
-    return blake2b(
-        text.encode(errors="surrogatepass"), key=salt.encode(errors="replace")[:64], digest_size=16
-    ).hexdigest()
-
-
-def node_names(nodes: Iterable[int]) -> str:
-    """[1] -> "node 1", [1, 2, 3, 5] -> "nodes 1 to 3, 5"."""
-    ranges: list[list[int]] = []
-    for node in sorted(nodes):
-        if ranges and node == ranges[-1][-1] + 1:
-            ranges[-1].append(node)
-        else:
-            ranges.append([node])
-    names = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranges)
-    return f"node{'s' * (sum(map(len, ranges)) > 1)} {names}"
 
 
 @contextlib.contextmanager
@@ -191,9 +197,9 @@ def marker_file(folder: Path) -> Iterator[str]:
                 path.rmdir()
 
 
-def sees_marker(folder: Path, marker: str, timeout: float) -> bool:
+def sees_marker(folder: Path, marker: str) -> bool:
     """Whether node 0's marker file appears in `folder` here. Raises OSError if not writable."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + FILE_TIMEOUT
     names: set[str] = set()
     while True:
         for path in (folder.parent, folder):  # listing a folder makes a network file system refresh it

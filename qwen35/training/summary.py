@@ -49,8 +49,8 @@ def end_message(settings: Settings, steps: range, seconds: float, saves: int, wa
         return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])
     val, folder, hf = settings.data.val_dataset_param, quote(t.save), quote(settings.model.model_name_or_path)
     files = [entry.file for entry in dataset_entries(val.basic_parameters.dataset)] if val else ["FILE"]
-    media = val and val.basic_parameters.dataset_dir
-    where = "" if media in (None, str(Path(files[0]).parent)) else f" ARGS={quote(f'--dataset_dir {quote(media)}')}"
+    media, default = val.basic_parameters.dataset_dir if val else "", str(Path(files[0]).parent)
+    where = f" ARGS={quote(f'--dataset_dir {quote(media)}')}" if val and media != default else ""
     lines += [
         f"trained steps {steps[0]} to {last} in {duration(seconds)}",
         f"{t.save} holds the checkpoint, metrics.jsonl, loss.png and train.log; next:",

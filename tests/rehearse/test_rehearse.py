@@ -216,7 +216,7 @@ def test_representative_micro_batches_give_the_figures_of_all(tmp_path):
     """Three for five. Activations are left out: on a CPU they include the host's own tensors."""
     found = []
     for is_whole in (False, True):
-        r = rehearsed(recipe(tmp_path, 1, 2, ATTENTION), 4, is_whole, batches=5)
+        r = rehearsed(recipe(tmp_path, 1, 1, ATTENTION), 4, is_whole, batches=5)
         kinds = {
             phase: peak.by_kind - Counter({"activations": peak.by_kind["activations"]})
             for phase, peak in r.ledger.peaks().items()
@@ -227,7 +227,7 @@ def test_representative_micro_batches_give_the_figures_of_all(tmp_path):
 
 def test_layers_that_differ_are_all_rehearsed(tmp_path, capsys, monkeypatch):
     """A middle layer keeps a copy of its output: one line says so, and the copy is counted."""
-    settings, kept = recipe(tmp_path, 5, kinds=ATTENTION), []
+    settings, kept = recipe(tmp_path, 5, 1, ATTENTION), []
     whole = rehearsed(settings, 4, is_whole=True)
 
     def step(run, *args):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -48,8 +49,7 @@ def _mesh(device_type: str, sizes: dict[str, int], timeout: timedelta) -> Device
     groups = []
     for dim, (name, size) in enumerate(sizes.items()):
         rank_groups = ranks.movedim(dim, -1).reshape(-1, size).tolist()
-        if len(rank_groups) == 1:
-            groups.append(dist.group.WORLD)  # reuse its buffers
-            continue
-        groups.append(dist.new_subgroups_by_enumeration(rank_groups, timeout=timeout, group_desc=f"mesh_{name}")[0])
+        default_group = dist.group.WORLD if len(rank_groups) == 1 else None  # reuse its buffers
+        new = partial(dist.new_subgroups_by_enumeration, rank_groups, timeout=timeout, group_desc=f"mesh_{name}")
+        groups.append(default_group or new()[0])
     return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=tuple(sizes))

@@ -28,7 +28,7 @@ ROOMS = {
     "config": 880,
     "model": 1_200,
     "checkpoint": 3_450,
-    "data": 5_450,
+    "data": 4_950,
     "parallel": 700,
     "inference": 1_000,
     "training": 1_500,

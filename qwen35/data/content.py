@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.data import strict_json
 from qwen35.data.fields import (
     HARMLESS_IN_CALLS,
     HARMLESS_IN_ITEMS,
@@ -17,9 +16,9 @@ from qwen35.data.fields import (
     Fields,
     is_nothing,
 )
-from qwen35.data.folder import ImageFolder
+from qwen35.data.media import ImageFolder
+from qwen35.data.readers import STRICT, LossyJSONError
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Part, RecordError, Role, ToolCall, Video, Visual
-from qwen35.data.strict_json import LossyJSONError
 
 OUTSIDE, MISSING = "image outside dataset_dir", "image missing"
 MEDIA = ("image", "image_url", "video", "video_url")  # types of content items other than text
@@ -57,12 +56,10 @@ class Parser:
 
     def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:
         """From a field of the record: a path, an object that holds one, or a list of these."""
+        parse = self._video if is_video else self._image
         if isinstance(value, list):
-            return [self._visual(entry, f"{where}[{i}]", is_video) for i, entry in enumerate(value)]
-        return [] if value in ("", {}, b"") else [self._visual(value, where, is_video)]
-
-    def _visual(self, value: Any, where: str, is_video: bool, fps: Any = None) -> Visual:
-        return self._video(value, where, fps) if is_video else self._image(value, where)
+            return [parse(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+        return [] if value in ("", {}, b"") else [parse(value, where)]
 
     def _image(self, value: Any, where: str) -> Path:
         if isinstance(value, dict):  # {"url": …}, or {"bytes": …, "path": …} as in parquet files
@@ -88,7 +85,7 @@ class Parser:
         except OSError as error:
             raise RecordError(f"{where}: {name[:80]!r}: {error.strerror}", MISSING) from None
 
-    def _video(self, value: Any, where: str, fps: Any) -> Video:
+    def _video(self, value: Any, where: str, fps: Any = None) -> Video:
         if isinstance(value, dict):  # {"frames": […], "sample_fps": 2}, {"url": …}
             self.check(value, VIDEO, where)
             name = _key_of(value, ("frames", "video", "path", "url"), where, "a path or a list of frames")
@@ -132,7 +129,8 @@ class Parser:
         keys = dict.fromkeys((name, name.removesuffix("_url"), "url", "path"))
         if any(not is_nothing(item.get(key)) for key in keys):
             key = _key_of(item, keys, where, "a path")
-            return self._visual(item[key], f"{where}.{key}", is_video, item.get("sample_fps"))
+            place = f"{where}.{key}"
+            return self._video(item[key], place, item.get("sample_fps")) if is_video else self._image(item[key], place)
         return Placeholder(VIDEO_PLACEHOLDER if is_video else IMAGE_PLACEHOLDER)
 
     def calls(self, value: Any, where: str) -> tuple[ToolCall, ...]:
@@ -184,7 +182,7 @@ def _json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return strict_json.loads(value) if value.strip() else []
+        return STRICT.decode(value) if value.strip() else []
     except LossyJSONError as error:
         raise RecordError(f"{where}: {error}") from None
     except (ValueError, RecursionError):

@@ -1,17 +1,18 @@
-"""Warnings about records that are used as they are.
+"""Counts over the records of files: those left out, and warnings about those used as they are.
 
-They cover empty answers, images in a field that is not read, fields named in attr that no record
-has, and the like.
+Warnings cover empty answers, images in a field that is not read, fields named in attr that no
+record has, special tokens that texts spell, and the like.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qwen35.config.schema import Attr
-from qwen35.data.fields import FieldNames, Names
-from qwen35.data.record import Record
+from qwen35.data.fields import FieldNames, Names, inside
+from qwen35.data.record import Record, RecordError
 from qwen35.errors import visible
 from qwen35.wording import number_of
 
@@ -21,70 +22,205 @@ MEDIA_SUFFIXES = (
 PATH_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # the first Qwen-VL's form
 LONGEST_PATH = 300  # characters; a longer value is a text that happens to end like a file name
 MAX_FIELDS = 20  # that a message names
-TURN_SETTINGS = ("role_tag", "content_tag")  # those in attr that name a field of a turn, not of a record
+MAX_TOKENS = 5  # that a message names
+RECORD, TURN = "record", "turn of a record"  # what has the fields that attr names
 
-COUNTED = {  # kind of warning -> (noun, message for one, message for several)
-    "empty": ("answer", "is empty", "are empty"),
-    "literal": ("placeholder", "(<image>, <video>) is kept as text", "(<image>, <video>) are kept as text"),
-    "nulls": (
-        "record",
-        "has nulls that a table filled in; they are dropped, as from a parquet file",
-        "have nulls that a table filled in; they are dropped, as from a parquet file",
-    ),
+COUNTED = {  # kind of warning -> (noun, words for one, words for several, what follows)
+    "empty": ("answer", "is", "are", "empty"),
+    "literal": ("placeholder", "(<image>, <video>) is", "(<image>, <video>) are", "kept as text"),
+    "nulls": ("record", "has", "have", "nulls that a table filled in; they are dropped, as from a parquet file"),
     "tags": (
         "turn",
-        "spells out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns",
-        "spell out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns",
+        "spells",
+        "spell",
+        "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns",
     ),
     "thoughts": (
         "thought",
-        "is dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",
-        "are dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",
+        "is",
+        "are",
+        "dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",
     ),
-    "reordered": ("tool response", "was moved into the order of the calls", "were moved into the order of the calls"),
+    "reordered": ("tool response", "was", "were", "moved into the order of the calls"),
+}
+SPELLED = {  # what became of special tokens that texts spell (Outcome in tokenizer.py) -> the message
+    "control": (
+        "control tokens are spelled in the text of {records}, and kept as characters "
+        "(remove any that a chat template has left there)"
+    ),
+    "text": (
+        "special tokens are spelled by user, system or tools in {records}, and kept as characters "
+        "(special_tokens_in_prompts: text)"
+    ),
+    "token": "special tokens are spelled in the text of {records}, and each becomes one token",
 }
 
 
-@dataclass(frozen=True)
-class RecordWarnings:
-    """Warnings about one record."""
+@dataclass
+class Skipped:
+    """The records that `on_bad_record: skip` left out; plain values, cached as JSON."""
 
-    source: str
-    counts: Mapping[str, int]  # by the kinds in COUNTED
-    unread_visuals: tuple[str, ...]  # unread fields that look like the record's image
-    unread: Sequence[tuple[str, str]]  # other unread fields: (where, name)
+    kinds: dict[str, int] = field(default_factory=dict)  # kind of error -> number of records
+    first: str = ""  # message of the first
+    images: dict[str, str] = field(default_factory=dict)  # image file at fault -> its state at that time
+
+    def update(self, other: "Skipped") -> None:
+        for kind, count in other.kinds.items():
+            self.kinds[kind] = self.kinds.get(kind, 0) + count
+        self.first = self.first or other.first
+        self.images |= other.images
+
+    def add(self, error: RecordError) -> None:
+        image = {} if error.image is None else {error.image: _state(error.image)}
+        self.update(Skipped({error.kind: 1}, str(error), image))
+
+    def __len__(self) -> int:
+        return sum(self.kinds.values())
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.kinds.items(), key=lambda item: -item[1]))
+        return f"{kinds}; first: {self.first}"
+
+    def is_outdated(self) -> bool:
+        """Whether an image at fault has changed since its record was left out."""
+        return any(_state(image) != state for image, state in self.images.items())
 
 
-def check_record(
-    raw: Mapping[str, Any],
-    record: Record,
-    names: FieldNames,
-    unread: Sequence[tuple[str, str]],
-    counts: Mapping[str, int],
-) -> RecordWarnings | None:
-    """The warnings about a record; None for most records, quickly.
+def _state(image: str) -> str:
+    """Changes when the file is created or replaced."""
+    try:
+        stat = Path(image).stat()
+    except OSError:
+        return "missing"
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
 
-    raw: the JSON object that `record` was parsed from; unread, counts: what the parser found.
+
+@dataclass
+class DataWarnings:
+    """Warnings about the records of one or several files; plain values, cached as JSON."""
+
+    # Kind -> name of a field or token, or "" -> (how often, where first). Kinds are those of
+    # COUNTED and SPELLED, "visual" (unread fields that look like the image of a record
+    # without any), and "unread" (other unread fields).
+    counts: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
+    # settings in attr -> the field that they name, as long as no record has had it
+    unseen: dict[str, str] = field(default_factory=dict)
+    # RECORD or TURN -> the fields that any has; collected only while a setting is unseen
+    fields: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def expecting(cls, attr: Attr) -> "DataWarnings":
+        """Before any record is read: all fields that attr names are unseen, but the usual ones."""
+        names = _by_setting(FieldNames.of(attr))
+        return cls(unseen={s: name.own for s, (_, name) in names.items() if name.own and name.own not in name.usual})
+
+    def update(self, other: "DataWarnings") -> None:
+        """Add those about other records."""
+        self.unseen = {setting: name for setting, name in self.unseen.items() if setting in other.unseen}
+        for what, names in other.fields.items():
+            self.fields[what] = list(dict.fromkeys(self.fields.get(what, []) + names))
+        for kind, found in other.counts.items():
+            for name, (count, first) in found.items():
+                self.count(kind, count, first, name)
+
+    def count(self, kind: str, count: int, source: str, name: str = "") -> None:
+        """Beyond MAX_FIELDS names of unread fields, the others share the entry `…`."""
+        found = self.counts.setdefault(kind, {})
+        if kind not in SPELLED and name not in found and len(found) >= MAX_FIELDS:
+            name = "…"
+        before, first = found.get(name, (0, source))
+        found[name] = (before + count, first)
+
+    def count_spelled(self, spelled: Mapping[Any, Iterable[str]], source: str) -> None:
+        """The special tokens that the text of one record spells, by what became of them."""
+        for outcome, tokens in spelled.items():
+            for name in ("", *sorted(tokens)):
+                self.count(outcome, 1, source, name)
+
+    def check_names(self, raw: Any, names: FieldNames) -> None:
+        """Look for the unseen fields in a record, usable or not; call it while any is unseen."""
+        if not isinstance(raw, Mapping):
+            return
+        values = (inside(raw, name) for name in (names.messages.own, *names.messages.usual) if name)
+        entries = next((value for value in values if value is not None), None)
+        turns = [turn for turn in entries if isinstance(turn, Mapping)] if isinstance(entries, list) else []
+        objects = {RECORD: [raw], TURN: turns}
+        for setting, (what, _) in _by_setting(names).items():
+            own = self.unseen.get(setting)
+            if own and any(inside(part, own) is not None for part in objects[what]):
+                del self.unseen[setting]
+        for what, parts in objects.items():
+            found = self.fields.setdefault(what, [])
+            for part in parts:
+                found += [name for name in map(str, part) if name not in found and len(found) < MAX_FIELDS]
+
+    def check_record(self, record: Record, unread: Sequence[tuple[str, str]], visuals: Sequence[str]) -> None:
+        """unread, visuals: unread fields (where, name), and those of the record with an image."""
+        empty = tags = 0
+        for turn in record.turns:
+            content = turn.content
+            if not isinstance(content, str):
+                continue
+            if turn.role == "assistant":
+                tags += "<tool_call>" in content
+                empty += not turn.tool_calls and (not content or content.isspace())
+            elif turn.role == "tool":
+                tags += "<tool_response>" in content
+        for kind, count in (("empty", empty), ("tags", tags)):
+            if count:
+                self.count(kind, count, record.source)
+        for where, name in unread:
+            if where != record.source or name not in visuals:
+                self.count("unread", 1, where, _field_path(where.removeprefix(record.source), name))
+        for name in visuals:
+            self.count("visual", 1, record.source, name)
+
+    def lines(self, advice: str = "name their field in attr.images (or .videos)") -> list[str]:
+        """The messages, for a run's start and make data; advice: what to do about unread images."""
+        lines = []
+        for kind, found in self.counts.items():
+            if kind in COUNTED:
+                noun, one, several, rest = COUNTED[kind]
+                count, first = found[""]
+                lines.append(f"{number_of(count, noun)} {one if count == 1 else several} {rest}; first: {first}")
+        if visuals := self.counts.get("visual"):
+            records = [f"{number_of(count, 'record')} in {name!r}" for name, (count, _) in visuals.items()]
+            lines.append(
+                f"possible images or videos that are not read, in records that have none: {', '.join(records)}; {advice}; "
+                f"first: {next(iter(visuals.values()))[1]}"
+            )
+        if unread := self.counts.get("unread"):
+            names = [f"{name} ({number_of(count, 'time')}, first: {first})" for name, (count, first) in unread.items()]
+            lines.append(f"fields that are not read: {', '.join(names)}")
+        for outcome, message in SPELLED.items():
+            if found := self.counts.get(outcome, {}):
+                count, first = found[""]
+                tokens = sorted(found.keys() - {""})
+                more = f" and {len(tokens) - MAX_TOKENS} more" * (len(tokens) > MAX_TOKENS)
+                shown = ", ".join(tokens[:MAX_TOKENS]) + more
+                lines.append(f"{message.format(records=number_of(count, 'record'))}: {shown}; first: {first}")
+        return [visible(line) for line in lines]
+
+    def missing_name(self, setting: str, data: str) -> str:
+        """The message about a setting in attr whose field is still unseen after all of `data`."""
+        what = TURN if setting.endswith("_tag") else RECORD
+        fields = ", ".join(map(repr, self.fields.get(what, [])[:MAX_FIELDS]))
+        return visible(
+            f"data.dataset_param.attr.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
+        )
+
+
+def unread_visuals(raw: Mapping[str, Any], record: Record, names: FieldNames) -> list[str]:
+    """What looks like an image or video that is not read.
+
+    That is a path in a text, or an unread field of a record without images and videos.
+    raw: the JSON object that `record` was parsed from.
     """
-    empty, tags, has_visuals = 0, 0, False
-    unread_visuals: tuple[str, ...] = ()
-    for turn in record.turns:
-        if isinstance(turn.content, tuple):
-            has_visuals = True
-        elif turn.role == "user":
-            if "</" in turn.content and (match := PATH_IN_TEXT.search(turn.content)):
-                unread_visuals = (f"<{match[1]}>…</{match[1]}> in a text",)
-        elif turn.role == "tool":
-            tags += "<tool_response>" in turn.content
-        elif turn.role == "assistant":
-            tags += "<tool_call>" in turn.content
-            empty += not turn.tool_calls and (not turn.content or turn.content.isspace())
-    if not has_visuals:
-        unread_visuals = (*(name for name in raw if _looks_like_visual(raw[name], name, names)), *unread_visuals)
-    if not (empty or tags or unread_visuals or unread or any(counts.values())):
-        return None
-    unread = [(where, name) for where, name in unread if where != record.source or name not in unread_visuals]
-    return RecordWarnings(record.source, {"empty": empty, "tags": tags, **counts}, unread_visuals, unread)
+    contents = [turn.content for turn in record.turns if turn.role == "user"]
+    matches = [PATH_IN_TEXT.search(text) for text in contents if isinstance(text, str) and "</" in text]
+    in_texts = [f"<{match[1]}>…</{match[1]}> in a text" for match in matches if match]
+    fields = [] if record.visuals else [name for name in raw if _looks_like_visual(raw[name], name, names)]
+    return fields + in_texts[-1:]
 
 
 def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
@@ -96,123 +232,12 @@ def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
     return len(value) <= LONGEST_PATH and "\n" not in value and name not in names.read | names.ignored | {"id"}
 
 
-@dataclass
-class DataWarnings:
-    """Warnings about the records of one or several files; plain values, cached as JSON."""
-
-    # settings in attr -> the field that they name, as long as no record has had it
-    unseen: dict[str, str] = field(default_factory=dict)
-    fields: list[str] = field(default_factory=list)  # of the records; collected only while a setting is unseen
-    turn_fields: list[str] = field(default_factory=list)  # of their turns
-    counts: dict[str, tuple[int, str]] = field(default_factory=dict)  # kind in COUNTED -> (count, first source)
-    # unread field that looks like an image -> number of records that have it and no image
-    unread_visuals: dict[str, int] = field(default_factory=dict)
-    first_unread_visual: str = ""
-    unread: dict[str, tuple[int, str]] = field(default_factory=dict)  # other unread field -> (count, first source)
-
-    @classmethod
-    def expecting(cls, attr: Attr) -> "DataWarnings":
-        """Before any record is read: all fields that attr names are unseen, but the usual ones."""
-        names = _by_setting(FieldNames.of(attr))
-        return cls({setting: own for setting, name in names.items() if (own := name.unusual())})
-
-    @classmethod
-    def merge(cls, parts: Iterable["DataWarnings"]) -> "DataWarnings":
-        parts = list(parts)
-        merged = cls()
-        if parts:
-            merged.unseen = {s: name for s, name in parts[0].unseen.items() if all(s in part.unseen for part in parts)}
-        for part in parts:
-            merged.fields = list(dict.fromkeys(merged.fields + part.fields))
-            merged.turn_fields = list(dict.fromkeys(merged.turn_fields + part.turn_fields))
-            for name, (count, first) in part.counts.items():
-                _add_count(merged.counts, name, count, first)
-            for name, (count, first) in part.unread.items():
-                _add_count(merged.unread, name, count, first)
-            merged.first_unread_visual = merged.first_unread_visual or part.first_unread_visual
-            for name, count in part.unread_visuals.items():
-                merged.unread_visuals[name] = merged.unread_visuals.get(name, 0) + count
-        return merged
-
-    def check_names(self, raw: Any, names: FieldNames) -> None:
-        """Look for the unseen fields in a record, usable or not; call it while any is unseen."""
-        if not isinstance(raw, Mapping):
-            return
-        entries = names.messages.any_of(raw)
-        turns = [turn for turn in entries if isinstance(turn, Mapping)] if isinstance(entries, list) else []
-        for setting, name in _by_setting(names).items():
-            objects = turns if setting in TURN_SETTINGS else [raw]
-            if setting in self.unseen and any(map(name.has_own, objects)):
-                del self.unseen[setting]
-        _collect(self.fields, [raw])
-        _collect(self.turn_fields, turns)
-
-    def add(self, record: RecordWarnings) -> None:
-        for name, count in record.counts.items():
-            if count:
-                self.count(name, count, record.source)
-        for where, name in record.unread:
-            _add_count(self.unread, _field_path(where.removeprefix(record.source), name), 1, where)
-        for name in record.unread_visuals:
-            if name in self.unread_visuals or len(self.unread_visuals) < MAX_FIELDS:
-                self.unread_visuals[name] = self.unread_visuals.get(name, 0) + 1
-            self.first_unread_visual = self.first_unread_visual or record.source
-
-    def count(self, kind: str, count: int, source: str) -> None:
-        """Add what one record counts of a kind in COUNTED."""
-        _add_count(self.counts, kind, count, source)
-
-    def lines(self, advice: str = "name their field in attr.images (or .videos)") -> list[str]:
-        """The messages, for a run's start and make data; advice: what to do about unread images."""
-        lines = []
-        for kind, (count, first) in self.counts.items():
-            noun, one, several = COUNTED[kind]
-            lines.append(f"{number_of(count, noun)} {one if count == 1 else several}; first: {first}")
-        if self.unread_visuals:
-            records = [f"{number_of(count, 'record')} in {name!r}" for name, count in self.unread_visuals.items()]
-            lines.append(
-                f"possible images or videos that are not read, in records that have none: {', '.join(records)}; {advice}; "
-                f"first: {self.first_unread_visual}"
-            )
-        if self.unread:
-            names = [
-                f"{name} ({number_of(count, 'time')}, first: {first})" for name, (count, first) in self.unread.items()
-            ]
-            lines.append(f"fields that are not read: {', '.join(names)}")
-        return [visible(line) for line in lines]
-
-    def missing_name(self, setting: str, data: str) -> str:
-        """The message about a setting in attr whose field is still unseen after all of `data`."""
-        of_turns = setting in TURN_SETTINGS
-        fields = ", ".join(map(repr, (self.turn_fields if of_turns else self.fields)[:MAX_FIELDS]))
-        what = "turn of a record" if of_turns else "record"
-        return visible(
-            f"data.dataset_param.attr.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
-        )
-
-
-def _by_setting(names: FieldNames) -> dict[str, Names]:
+def _by_setting(names: FieldNames) -> dict[str, tuple[str, Names]]:
     """The settings in attr that name a field; not the roles, as an unknown role is an error."""
-    return {
-        "messages": names.messages, "images": names.images, "videos": names.videos, "tools": names.tools,
-        "system": names.system, "role_tag": names.role, "content_tag": names.content,
-    }  # fmt: skip
-
-
-def _collect(fields: list[str], objects: Iterable[Mapping[str, Any]]) -> None:
-    for part in objects:
-        if len(fields) < MAX_FIELDS:
-            fields += [name for name in map(str, part) if name not in fields]
+    of_record = {name: (RECORD, getattr(names, name)) for name in ("messages", "images", "videos", "tools", "system")}
+    return of_record | {"role_tag": (TURN, names.role), "content_tag": (TURN, names.content)}
 
 
 def _field_path(where: str, name: str) -> str:
     """The field without indices, the same for all turns and items: `messages[].content[].name`."""
     return re.sub(r"\[\d+\]", "[]", f"{where}.{name}").removeprefix(".").removeprefix(", ")
-
-
-def _add_count(counts: dict[str, tuple[int, str]], name: str, count: int, first: str) -> None:
-    """Add to the count of a name; beyond MAX_FIELDS names, the others share the entry `…`."""
-    if name not in counts and len(counts) >= MAX_FIELDS:
-        name = "…"
-    before, first_before = counts.get(name, (0, first))
-    counts[name] = (before + count, first_before)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qwen35.batch import PackedBatch
+from qwen35.batch import PackedBatch, map_fields
 from qwen35.config.schema import Attr, Settings, dataset_entries
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Sample
@@ -20,7 +21,6 @@ from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences
 from qwen35.data.record import RecordError
-from qwen35.data.shared_batch import SharedBatch, shared_memory
 from qwen35.data.tokenized import Preparation, Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError
@@ -74,7 +74,7 @@ class MicroBatches:
         self.label_share = int(self.dataset.label_tokens[first].sum()) / self.tokens_per_epoch
         self.sequences_per_epoch = len(self.packed_sequences.epoch(0))  # other epochs may have a few more or fewer
         self.real_share = self.tokens_per_epoch / (self.sequences_per_epoch * basic.cutoff_len)
-        self._sampler = _MicroBatchSampler(self.packed_sequences, rank, world_size, training.micro_batch_size, 0)
+        self._rank = (rank, world_size, training.micro_batch_size)
         self._micro_steps = training.gradient_accumulation_steps
         self.start_at(start_step)
         self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
@@ -100,7 +100,7 @@ class MicroBatches:
 
     def start_at(self, step: int) -> None:
         """The next iteration begins with the first micro-step of `step`."""
-        self._sampler = replace(self._sampler, start=step * self._micro_steps)
+        self._start = step * self._micro_steps
 
     def report(self) -> str:
         """For the start of a run: a line on the data, then on what is left out and odd."""
@@ -123,7 +123,8 @@ class MicroBatches:
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for batch in background_loader(self._batches, self._sampler, self._workers, self._pin):
+        order = self.packed_sequences.micro_batches(*self._rank, self._start)
+        for batch in background_loader(self._batches, order, self._workers, self._pin):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -148,40 +149,27 @@ def open_dataset(settings: Settings, progress: Progress, training_attr: Attr | N
 
 
 def background_loader(
-    batches: "DecodedBatches", sampler: Iterable[list[list[int]]], workers: int, pin: bool, persistent: bool = False
-) -> "DataLoader[PackedBatch | UserError]":
-    """pin: a thread page-locks the batches. persistent: workers stay for further iterations.
+    dataset: Any, sampler: Iterable[Any], workers: int, pin: bool, persistent: bool = False
+) -> "DataLoader[Any]":
+    """Yields dataset[job] for each job of `sampler`, in order.
 
+    pin: a thread page-locks the batches. persistent: workers stay for further iterations.
     Raises SettingError if /dev/shm is full.
     """
     if workers:
-        shared_memory(MIN_SHARED_MEMORY)  # freed at once; without it the DataLoader fails with a traceback
+        shared(torch.empty(MIN_SHARED_MEMORY, dtype=torch.uint8))  # without it the DataLoader fails with a traceback
     return DataLoader(
-        batches,  # type: ignore[arg-type]  # __getitem__ is all that it uses
+        dataset,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=_to_shared_memory if workers else _identity,
+        collate_fn=_to_shared_memory if workers else lambda batch: batch,
         worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # so that opening a loader does not advance the global one
         multiprocessing_context="fork" if workers else None,  # workers share the tokens
         pin_memory=pin,
         persistent_workers=persistent and workers > 0,
     )
-
-
-@dataclass(frozen=True)
-class _MicroBatchSampler:
-    """Yields each micro-batch as a list of packed sequences, which are lists of sample indices."""
-
-    packed_sequences: PackedSequences
-    rank: int
-    world_size: int
-    micro_batch_size: int
-    start: int
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        return self.packed_sequences.micro_batches(self.rank, self.world_size, self.micro_batch_size, self.start)
 
 
 @dataclass(frozen=True)
@@ -212,15 +200,28 @@ class DecodedBatches:
         return replace(batch, bad_records=tuple(bad_records))
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
 def _to_shared_memory(batch: Any) -> Any:
+    """Here, because the queue would find a full /dev/shm in a thread, and the parent would wait."""
     try:
-        return SharedBatch(batch) if isinstance(batch, PackedBatch) else batch
+        return map_fields(batch, shared) if isinstance(batch, PackedBatch) else batch
     except SettingError as error:
         return error
+
+
+def shared(tensor: Tensor) -> Tensor:
+    """The tensor, moved to shared memory, of which containers get 64 MB by default.
+
+    Raises SettingError if /dev/shm is full.
+    """
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise SettingError(
+            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch; start the container with --shm-size=16g or "
+            "--ipc=host, or set data.dataloader_param.num_workers: 0"
+        ) from None
 
 
 def _start_worker(parent: int, _: int) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -15,15 +16,13 @@ from torch import Tensor
 
 from qwen35.batch import IGNORE, VisionSpec
 from qwen35.config.schema import Attr
-from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.image_processor import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.mrope import position_ids
 from qwen35.data.record import RecordError, Video
-from qwen35.data.skipped import Skipped
-from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, silent, visual_from_json
-from qwen35.data.truncation import truncate
+from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
 
@@ -47,12 +46,6 @@ class Truncated:
     tokens: int = 0
     images: int = 0
     videos: int = 0
-
-    def add(self, number: int, tokens: int, images: int, videos: int) -> None:
-        self.numbers.append(number)
-        self.tokens += tokens
-        self.images += images
-        self.videos += videos
 
 
 class Dataset:
@@ -87,7 +80,9 @@ class Dataset:
             left = None if left is None else left - samples.records
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
-        self.skipped = Skipped.merge(samples.skipped for samples in self.files)
+        self.skipped = Skipped()
+        for samples in self.files:
+            self.skipped.update(samples.skipped)
         self.warnings = self._warnings(training_attr, is_partial=left == 0)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])
@@ -106,10 +101,12 @@ class Dataset:
     def _warnings(self, training_attr: Attr | None, is_partial: bool) -> list[str]:
         """For the start of a run. is_partial: not all records were read. Raises SettingError."""
         dataset = self.preparation.basic.dataset
-        warnings = DataWarnings.merge(samples.warnings for samples in self.files)
+        warnings = DataWarnings.expecting(self.preparation.attr)
+        for samples in self.files:
+            warnings.update(samples.warnings)
         unread = dataset_files(dataset)[len(self.files) :]
         lines = [f"nothing of {file} is read: max_samples ends before it" for file in unread]
-        lines += warnings.lines() + SpecialTokens.merge(samples.special_tokens for samples in self.files).lines()
+        lines += warnings.lines()
         for setting, name in warnings.unseen.items():
             if training_attr is not None and name == getattr(training_attr, setting):
                 continue
@@ -141,7 +138,10 @@ class Dataset:
         videos = _videos(samples.visuals[end - lost : end])
         self.videos -= videos
         if left:
-            self.truncated.add(number, tokens - left, lost - videos, videos)
+            self.truncated.numbers.append(number)
+            self.truncated.tokens += tokens - left
+            self.truncated.images += lost - videos
+            self.truncated.videos += videos
         else:
             self.skipped.add(RecordError(message, kind))
 
@@ -237,3 +237,43 @@ def shifted_labels(ids: Tensor, loss_mask: Tensor) -> Tensor:
     labels = torch.full((len(ids),), IGNORE, dtype=torch.int64)
     labels[:-1] = torch.where(loss_mask[1:], ids[1:].long(), IGNORE)
     return labels
+
+
+def truncate(
+    ids: np.ndarray, loss_mask: np.ndarray, grids: np.ndarray, limit: int, tokenizer: ChatTokenizer
+) -> tuple[int, int]:
+    """How many leading tokens to keep, at most `limit`, and how many images and videos lie in them.
+
+    ids [T], loss_mask [T] bool, grids [N, 3] of the images and videos. A visual that would be cut
+    is dropped whole, a video together with the text before it, which shares tokens with its first
+    time. The last token kept is a trained one, as any after it would be computed for nothing.
+    (0, 0) if nothing trained is left.
+    """
+    begins, ends = _spans(ids, grids, tokenizer)
+    end = min(limit, len(ids))
+    while end:
+        split = np.flatnonzero((begins < end) & (end < ends))
+        if len(split):
+            end = int(begins[split[0]])
+            continue
+        targets = np.flatnonzero(loss_mask[1:end])
+        kept = int(targets[-1]) + 2 if len(targets) else 0
+        if kept == end:
+            break
+        end = kept
+    return end, int(np.count_nonzero(ends <= end))
+
+
+def _spans(ids: np.ndarray, grids: np.ndarray, tokenizer: ChatTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """begins [N], ends [N]: visual n is tokens begins[n]:ends[n], start and end tokens included."""
+    is_vision = (ids == tokenizer.image_id) | (ids == tokenizer.video_id)
+    edges = np.flatnonzero(np.diff(is_vision, prepend=False, append=False))
+    starts, stops = edges[::2] - 1, edges[1::2] + 1  # of each run of pads: an image, or a pair of frames
+    last = np.array(list(accumulate(grids[:, 0].tolist())), dtype=np.int64) - 1  # the last run of each visual
+    begins = starts[np.concatenate([[0], last[:-1] + 1])] if len(last) else starts
+    controls = np.flatnonzero(np.isin(ids, tokenizer.control_ids))
+    for i, begin in enumerate(begins.tolist()):
+        if ids[begin + 1] == tokenizer.video_id:
+            before = controls[controls < begin]
+            begins[i] = before[-1] + 1 if len(before) else 0
+    return begins, stops[last]

@@ -6,7 +6,7 @@ harmless, refused with an error, or counted as unread; none is dropped silently.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -161,7 +161,7 @@ class Names:
 
     def find(self, raw: Mapping[str, Any], source: str) -> tuple[str, Any] | None:
         """(name, value) of the field, or None. Raises RecordError if several names have a value."""
-        if self.own is not None and (value := _inside(raw, self.own)) is not None:
+        if self.own is not None and (value := inside(raw, self.own)) is not None:
             return self.own, value
         found = None
         for name in self.usual:
@@ -179,23 +179,12 @@ class Names:
         if self.own is not None:
             yield from (self.own, *self.own.split("."))
 
-    def unusual(self) -> str | None:
-        """The name given in attr, unless it is a usual one."""
-        return None if self.own in self.usual else self.own
-
-    def has_own(self, raw: Mapping[str, Any]) -> bool:
-        return self.own is not None and _inside(raw, self.own) is not None
-
-    def any_of(self, raw: Mapping[str, Any]) -> Any:
-        """The first value under any of the names, or None."""
-        values = ([_inside(raw, self.own)] if self.own is not None else []) + [raw.get(name) for name in self.usual]
-        return next((value for value in values if value is not None), None)
-
     def __str__(self) -> str:
         return " or ".join(name for name in (self.own, *self.usual) if name is not None)
 
 
-def _inside(raw: Any, name: str) -> Any:
+def inside(raw: Any, name: str) -> Any:
+    """The value of a field, whose name may be dotted; None if there is none."""
     if isinstance(raw, Mapping) and raw.get(name) is not None:
         return raw[name]
     for part in name.split("."):
@@ -215,10 +204,10 @@ class FieldNames:
     role: Names
     content: Names
     roles: Mapping[str, Role]
-    calls: frozenset[str] = frozenset()  # roles whose content is a tool call
-    refused: Refused = field(default_factory=lambda: REFUSED_IN_RECORDS | PREFERENCES)  # of records
-    not_read: frozenset[str] = frozenset()
-    ignored: frozenset[str] = frozenset()  # attr.ignore
+    calls: frozenset[str]  # roles whose content is a tool call
+    refused: Refused  # of records
+    not_read: frozenset[str]
+    ignored: frozenset[str]  # attr.ignore
 
     @cached_property
     def plain(self) -> frozenset[str]:
@@ -282,23 +271,6 @@ class FieldNames:
                 f"data.dataset_param.attr.ignore: {wrong[0]} is read; only fields that are not read can be ignored"
             )
         return names
-
-    @classmethod
-    def llava(cls) -> "FieldNames":
-        """Only the fields of LLaVA-Instruct: others that would be read are errors."""
-        none = Names(None, ())
-        others = _refused(("videos video tools system", "LLaVA records have none", None))
-        return cls(
-            Names(None, ("conversations",)),
-            Names(None, ("image",)),
-            none,
-            none,
-            none,
-            Names(None, ("from",)),
-            Names(None, ("value",)),
-            {"human": "user", "gpt": "assistant"},
-            refused=REFUSED_IN_RECORDS | PREFERENCES | others,
-        )
 
 
 def _fields(

@@ -95,7 +95,10 @@ def replacing(path: Path, keep_first: bool = False) -> Iterator[Path]:
     temporary.touch(exist_ok=False)  # the umask decides its permissions
     try:
         yield temporary
-        if not keep_first or not _exists_or_linked(temporary, path):
+        if keep_first:
+            with suppress(OSError):  # it exists, or the file system has no hard links
+                os.link(temporary, path)
+        if not keep_first or not path.exists():
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -128,14 +131,3 @@ def try_lock(folder: Path) -> Iterator[bool]:
         if is_new:
             with suppress(OSError):  # not empty, or removed by another process
                 folder.rmdir()
-
-
-def _exists_or_linked(file: Path, path: Path) -> bool:
-    """Hard-link `file` to `path` unless that exists; False if the file system has no hard links."""
-    try:
-        os.link(file, path)
-    except FileExistsError:
-        return True
-    except OSError:
-        return False
-    return True

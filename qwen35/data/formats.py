@@ -16,9 +16,9 @@ from typing import Any
 
 from qwen35.config.schema import Attr
 from qwen35.data.content import Parser, Placeholder, kind, parse_tools, text
-from qwen35.data.data_warnings import DataWarnings, RecordWarnings, check_record
+from qwen35.data.data_warnings import DataWarnings, unread_visuals
 from qwen35.data.fields import FieldNames, is_nothing
-from qwen35.data.folder import ImageFolder
+from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
 from qwen35.data.record import (
     IMAGE_PLACEHOLDER,
@@ -54,28 +54,25 @@ def read_records(
     record, which is left out; None: the first is raised. warnings: collects those on used records.
     """
     names = FieldNames.of(attr)
+    warnings = DataWarnings() if warnings is None else warnings
     values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
     for number, raw in enumerate(islice(values, limit), 1):
-        if warnings is not None and warnings.unseen:
+        if warnings.unseen:
             warnings.check_names(raw, names)
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            record, record_warnings = parse_record(raw, f"{file}, record {number}", names, images, answered)
+            yield parse_record(raw, f"{file}, record {number}", names, images, warnings, answered)
         except RecordError as error:
             if skip is None:
                 raise
             skip(error)
-        else:
-            if warnings is not None and record_warnings is not None:
-                warnings.add(record_warnings)
-            yield record
 
 
 def parse_record(
-    raw: Any, source: str, names: FieldNames, folder: ImageFolder, answered: bool = True
-) -> tuple[Record, RecordWarnings | None]:
-    """One JSON value -> the record and its warnings, if any. Raises RecordError."""
+    raw: Any, source: str, names: FieldNames, folder: ImageFolder, warnings: DataWarnings, answered: bool = True
+) -> Record:
+    """One JSON value -> the record, counted in `warnings` if it can be used. Raises RecordError."""
     if not isinstance(raw, dict):
         raise RecordError(f"{source}: is {kind(raw)}, not an object with messages or conversations")
     if isinstance(raw.get("id"), str | int):
@@ -101,14 +98,18 @@ def parse_record(
     turns = _with_system(raw, source, names, turns)
     tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
-    warnings = check_record(raw, record, names, parser.unread, {"literal": literal, "reordered": reordered})
-    candidates = [n for n in (warnings.unread_visuals if warnings else ()) if n not in names.of_record.known]
+    unread = unread_visuals(raw, record, names)
+    candidates = [name for name in unread if name not in names.of_record.known]
     if literal and candidates:
         raise RecordError(
             f"{turns_source}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
             "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
-    return record, warnings
+    for what, count in (("literal", literal), ("reordered", reordered)):
+        if count:
+            warnings.count(what, count, record.source)
+    warnings.check_record(record, parser.unread, unread)
+    return record
 
 
 def _with_visuals(

@@ -6,7 +6,6 @@ split into patches of 16 x 16, those of a 2 x 2 block next to each other. As in 
 Pillow's conversion clips 16-bit grey at 255 instead of scaling it.
 """
 
-import math
 import struct
 import warnings
 import zlib
@@ -20,8 +19,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from qwen35.data.diagnosis import why_missing, wrong_format
 from qwen35.data.files import read_processor
+from qwen35.data.media import why_missing, wrong_format
 from qwen35.data.patches import Normalizer, PatchFormat, to_patches
 from qwen35.errors import UserError, one_line
 
@@ -38,22 +37,10 @@ UPRIGHT = {  # orientation -> what turns such an image upright
     8: Image.Transpose.ROTATE_90,
 }
 SIZE_IN_HEADER = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"}  # others may change it when they load
-# what Pillow and its plugins raise for damaged files
-DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
+DAMAGED = (  # what Pillow and its plugins raise for damaged files
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    MemoryError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 class ImageError(UserError):
@@ -96,20 +83,10 @@ class ImageProcessor(PatchFormat):
         return Normalizer.of_images(self.scale, self.mean, self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width): multiples of a token's side, of min_pixels to max_pixels together."""
-        side = self.patch * self.merge
+        """(height, width) of the image that is cut into patches. Raises ImageError."""
         if max(height, width) > MAX_SIDES_RATIO * min(height, width):
             raise ImageError(f"is {width} x {height} pixels, one side more than {MAX_SIDES_RATIO} times the other")
-        new_height, new_width = round(height / side) * side, round(width / side) * side
-        if new_height * new_width > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
-            new_height = max(side, math.floor(height / shrink / side) * side)
-            new_width = max(side, math.floor(width / shrink / side) * side)
-        elif new_height * new_width < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            new_height = math.ceil(height * grow / side) * side
-            new_width = math.ceil(width * grow / side) * side
-        return new_height, new_width
+        return self.fitted(height, width, self.min_pixels, self.max_pixels)
 
 
 def read_rgb(path: str | Path) -> Image.Image:

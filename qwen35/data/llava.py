@@ -1,44 +1,44 @@
 """Converts LLaVA-Instruct and the images of COCO into training records.
 
 Writes a JSON list of {"images": ["./train2017/X.jpg"], "messages": [{"role": "user", "content": …},
-…]}, and a report beside it. Several processes check the records and the headers of their images;
-only a few thousand records are in memory at a time.
+…]}, and a report beside it. Several processes check the records and the headers of their images.
 """
 
 import json
 import os
 import sys
+from array import array
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.content import MISSING
-from qwen35.data.data_warnings import RecordWarnings
+from qwen35.data.data_warnings import DataWarnings, Skipped
+from qwen35.data.dataloader import background_loader
 from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
+from qwen35.data.histogram import draw, histogram
 from qwen35.data.image_processor import ImageError, ImageProcessor, upright_size
-from qwen35.data.in_order import in_order
+from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
-from qwen35.data.special_tokens import Spelled
-from qwen35.data.tally import Tally
 from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
-from qwen35.errors import SettingError, visible
+from qwen35.errors import SettingError, UserError, visible
 from qwen35.wording import number_of
 
 MAX_NAMES = 5  # missing images that a message names
-RECORDS_PER_JOB = 512  # for one process at a time
+MAX_ERRORS = 1000  # of records left out, in the report file
+RECORDS_PER_JOB = 256  # for one process at a time
 
 Job = tuple[int, list[Any]]  # number of its first record, from 1, and the JSON values
 
@@ -57,6 +57,9 @@ class Options:
     def tolerates(self, error: RecordError) -> bool:
         return self.on_bad_record == "skip" or (error.kind == MISSING and self.on_missing == "skip")
 
+    def relative(self, image: str | None) -> str:
+        return os.path.relpath(image or "", os.path.realpath(self.images))
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -64,9 +67,18 @@ class Converted:
     turns: int
     images: int
     length: int
-    warnings: RecordWarnings | None
-    source: str
-    spelled: Spelled
+
+
+@dataclass
+class Tally:
+    """What was written, and what was left out."""
+
+    turns: int = 0
+    images: int = 0
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of the records, in tokens or characters
+    skipped: Skipped = field(default_factory=Skipped)
+    warnings: DataWarnings = field(default_factory=DataWarnings)
+    errors: list[str] = field(default_factory=list)  # messages of the first records left out
 
 
 def convert(options: Options) -> str:
@@ -85,40 +97,52 @@ def convert(options: Options) -> str:
     if options.tokenizer is not None and options.check == "none":
         raise SettingError("--tokenizer counts the tokens of images, so it reads their headers: leave out --check none")
     llava.open("rb").close()  # if unreadable, an OSError that names it; those below are reported as of `out`
-    tally = Tally("characters" if options.tokenizer is None else "tokens")
+    tally, unit = Tally(), "characters" if options.tokenizer is None else "tokens"
+    text, picture = out.with_suffix(".report.txt"), out.with_suffix(".lengths.png")
     try:
         with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
             stream.write("[\n")
             with closing(_lines(options, tally)) as lines:
                 stream.writelines(lines)
             stream.write("\n]\n")
-        report = _report(options, tally)
-        files = tally.write(report, out)
+        lengths = np.asarray(tally.lengths)
+        report = _report(options, tally, histogram(lengths, unit))
+        with replacing(text) as temporary:
+            more = len(tally.skipped) - len(tally.errors)
+            listed = [report, *tally.errors, *([f"… and {more:,} more"] if more else [])]
+            temporary.write_text("\n".join(listed) + "\n", encoding="utf-8")
+        with replacing(picture) as temporary:
+            draw(lengths, unit, out.name, temporary)
     except OSError as error:
         raise SettingError(f"{out}: cannot be written: {error.strerror}") from None
-    return f"{report}\nreport written to {files[0]}, {files[1]}"
+    except RuntimeError as error:  # torch raises it wherever this process is
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            "a worker process died before its work was done; if memory ran out, use fewer: --workers 1 needs the least"
+        ) from None
+    return f"{report}\nreport written to {text}, {picture}"
 
 
 def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
     """Raises RecordError."""
     missing: list[str] = []
     separator = ""
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     bar = tqdm(desc="convert", unit=" records", disable=not sys.stderr.isatty(), leave=False)
-    with bar, closing(in_order(partial(Converter, options), _jobs(options), workers)) as results:
-        for result in chain.from_iterable(results):
+    with bar:
+        for result in _results(options, tally):
             bar.update()
             if isinstance(result, Converted):
-                tally.add(result.turns, result.images, result.length)
-                if result.warnings is not None:
-                    tally.warnings.add(result.warnings)
-                tally.special_tokens.add(result.source, result.spelled)
+                tally.turns += result.turns
+                tally.images += result.images
+                tally.lengths.append(result.length)
                 yield separator + result.line
                 separator = ",\n"
             elif options.tolerates(result):
-                tally.skip(result)
+                tally.skipped.add(result)
+                tally.errors += [str(result)] * (len(tally.errors) < MAX_ERRORS)
             elif result.kind == MISSING:  # collected, to report all at once
-                missing.append(_relative(options, result.image or ""))
+                missing.append(options.relative(result.image))
             else:
                 raise RecordError(f"{result}; --on_bad_record skip leaves such records out", result.kind, result.image)
     if missing:
@@ -126,8 +150,20 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
             f"{options.llava}: {number_of(len(missing), 'image')} not in {options.images}: {_names(missing)}; "
             "--on_missing skip leaves such records out"
         )
-    if not tally.records:
+    if not tally.lengths:
         raise RecordError(f"{options.llava}: no records" + (f" left: {tally.skipped}" if tally.errors else ""))
+
+
+def _results(options: Options, tally: Tally) -> Iterator[Converted | RecordError]:
+    """In the order of the records, which several processes convert."""
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    loader = background_loader(Converter(options), _jobs(options), workers if workers > 1 else 0, pin=False)
+    for done in loader:
+        if isinstance(done, UserError):
+            raise done
+        results, warnings = done
+        tally.warnings.update(warnings)
+        yield from results
 
 
 def _jobs(options: Options) -> Iterator[Job]:
@@ -137,26 +173,21 @@ def _jobs(options: Options) -> Iterator[Job]:
         first += len(records)
 
 
-def _report(options: Options, tally: Tally) -> str:
+def _report(options: Options, tally: Tally, lengths: str) -> str:
     out, skipped = options.out, tally.skipped
-    lines = [f"{out}: {tally.records:,} records, {tally.turns:,} turns, {tally.images:,} images"]
+    lines = [f"{out}: {len(tally.lengths):,} records, {tally.turns:,} turns, {tally.images:,} images"]
     if n := skipped.kinds.get(MISSING, 0):
-        names = [_relative(options, image) for image, state in skipped.images.items() if state == "missing"]
+        names = [options.relative(image) for image, state in skipped.images.items() if state == "missing"]
         lines.append(f"left out: {number_of(n, 'record')} whose image is not in {options.images}: {_names(names)}")
     if len(skipped) > n:
         lines.append(f"left out: {len(skipped):,} records in all: {skipped}")
     if options.check == "none":
         lines.append("the images were not checked (--check none)")
-    lines += tally.warnings.lines("LLaVA's field is image") + tally.special_tokens.lines()
-    lines.append(tally.histogram())
+    lines += [*tally.warnings.lines("LLaVA's field is image"), lengths]
     if options.tokenizer is None:
         lines.append("to count tokens instead of characters, name a model folder: make data HF=…")
     lines.append(f"for training: dataset={out}, dataset_dir={Path(os.path.realpath(options.images)).parent}")
     return visible("\n".join(lines), keep="\n")
-
-
-def _relative(options: Options, image: str) -> str:
-    return os.path.relpath(image, os.path.realpath(options.images))
 
 
 def _names(names: list[str]) -> str:
@@ -164,50 +195,60 @@ def _names(names: list[str]) -> str:
 
 
 class Converter:
-    """Converts the records of one job; each process has its own."""
+    """Converts the records of one job, and collects the warnings about them."""
 
     def __init__(self, options: Options):
         """Raises SettingError."""
-        self._options, self._names = options, FieldNames.llava()
+        self._options, self._names = options, FieldNames.of(Attr())
         self._folder = ImageFolder(options.images)
         self._root = f"{self._folder.real_root}/"
         self._prefix = f"./{self._folder.real_root.name}/"
         self._image_errors: dict[Path, ImageError | None] = {}  # many records share an image
         self._preparation = None if options.tokenizer is None else _preparation(options.tokenizer)
 
-    def __call__(self, job: Job) -> list[Converted | RecordError]:
-        return [self._convert(raw, number) for number, raw in enumerate(job[1], job[0])]
+    def __getitem__(self, job: Job) -> "tuple[list[Converted | RecordError], DataWarnings] | UserError":
+        warnings = DataWarnings()
+        try:
+            return [self._convert(raw, number, warnings) for number, raw in enumerate(job[1], job[0])], warnings
+        except UserError as error:  # of the whole job
+            return error
 
-    def _convert(self, raw: Any, number: int) -> Converted | RecordError:
+    def _convert(self, raw: Any, number: int, warnings: DataWarnings) -> Converted | RecordError:
         if isinstance(raw, RecordError):
             return raw
+        found = DataWarnings()
         try:
-            record, warnings = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder)
-            if record.videos or any(turn.reasoning or turn.tool_calls for turn in record.turns):
-                raise record.error("has videos, thoughts or tool calls, unlike LLaVA records; train on it as it is")
-            spelled: Spelled = {}
+            record = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder, found)
+            if record.videos or record.tools or any(turn.reasoning or turn.tool_calls for turn in record.turns):
+                raise record.error("has videos, thoughts, tools or calls, unlike LLaVA records; train on it as it is")
             if self._preparation is not None:
                 sample = self._preparation.tokenise(record)
-                length, spelled = len(sample.ids), sample.spelled
+                length = len(sample.ids)
+                found.count_spelled(sample.spelled, record.source)
             else:
                 if self._options.check == "headers":
                     self._check(record)
                 length = sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)
         except RecordError as error:
             return error
+        warnings.update(found)
         messages = [_message(turn, has_images=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length, warnings, record.source, spelled)
+        return Converted(line, len(messages), len(images), length)
 
     def _check(self, record: Record) -> None:
         """Raises RecordError."""
         for number, path in enumerate(record.images, 1):
             if path not in self._image_errors:
-                self._image_errors[path] = _image_error(path)
-            if (error := self._image_errors[path]) is not None:
+                try:
+                    upright_size(path)
+                    self._image_errors[path] = None
+                except ImageError as error:
+                    self._image_errors[path] = error
+            if (found := self._image_errors[path]) is not None:
                 image = f"image {number} of {len(record.images)}, {path}"
-                raise record.error(f"{image}: {error}", error.kind, str(path))
+                raise record.error(f"{image}: {found}", found.kind, str(path))
 
 
 def _message(turn: Turn, has_images: bool) -> dict[str, Any]:
@@ -220,14 +261,6 @@ def _message(turn: Turn, has_images: bool) -> dict[str, Any]:
     else:
         content = "".join(part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in turn.parts)
     return {"role": turn.role, "content": content} | ({} if turn.loss is None else {"loss_mask": int(turn.loss)})
-
-
-def _image_error(path: Path) -> ImageError | None:
-    try:
-        upright_size(path)
-    except ImageError as error:
-        return error
-    return None
 
 
 def _preparation(folder: Path) -> Preparation:

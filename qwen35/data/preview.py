@@ -8,13 +8,12 @@ import numpy as np
 from qwen35.config.schema import Settings
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.dataset import truncate
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.record import RecordError
-from qwen35.data.special_tokens import SpecialTokens
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokenized import Preparation, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
-from qwen35.data.truncation import truncate
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals
 
@@ -40,12 +39,10 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     files = dataset_files(basic.dataset)
     tokenised_records = chain.from_iterable(tokenised(file, preparation, None, skip, warnings) for file in files)
     limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
-    special_tokens = SpecialTokens()
     shown = refused = 0
     for record, sample in islice(tokenised_records, limit):
         yield from _left_out_lines(left_out)
         shown += 1
-        special_tokens.add(record.source, sample.spelled)
         tokens, kept, too_long = len(sample.ids), len(sample.ids), ""
         if tokens > basic.cutoff_len:
             too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
@@ -63,8 +60,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
         text = marked(preparation.tokenizer, ids, mask, marks)
         yield f"--- {visible(head)}\n{text}"
     yield from _left_out_lines(left_out)
-    lines = warnings.lines() + special_tokens.lines()
-    if {"control", "text"} & special_tokens.records.keys():
+    lines = warnings.lines()
+    if {"control", "text"} & warnings.counts.keys():
         lines.append(f"these characters are shown with {BOUNDARY} between their tokens")
     if lines:
         yield "\n".join(["--- of the records shown:", *lines])

@@ -21,16 +21,14 @@ from torch import Tensor
 
 from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
-from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.files import replacing, try_lock
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
 from qwen35.data.image_processor import ImageError, ImageProcessor
+from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
-from qwen35.data.skipped import Skipped
-from qwen35.data.special_tokens import SpecialTokens, Spelled
 from qwen35.data.template import check_thoughts, dropped_thoughts, training_pieces
-from qwen35.data.tokenizer import ChatTokenizer, Extent
+from qwen35.data.tokenizer import ChatTokenizer, Extent, Spelled
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
 
@@ -69,7 +67,6 @@ class FileSamples:
     records: int  # records read: the N samples and those left out
     skipped: Skipped
     warnings: DataWarnings
-    special_tokens: SpecialTokens
 
 
 @dataclass(frozen=True)
@@ -222,8 +219,10 @@ def tokenised(
             skip(error)
         else:
             b = preparation.basic
-            if warnings is not None and (dropped := dropped_thoughts(record, b.template, b.enable_thinking)):
-                warnings.count("thoughts", dropped, record.source)
+            if warnings is not None:
+                warnings.count_spelled(sample.spelled, record.source)
+                if dropped := dropped_thoughts(record, b.template, b.enable_thinking):
+                    warnings.count("thoughts", dropped, record.source)
             yield record, sample
 
 
@@ -237,7 +236,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
     ids, loss_mask = bytearray(), bytearray()  # joining a list of arrays would take twice the memory
     grids, sources, visuals = [], [], []
     lengths, visual_counts = [0], [0]
-    skipped, warnings, special_tokens = Skipped(), DataWarnings.expecting(preparation.attr), SpecialTokens()
+    skipped, warnings = Skipped(), DataWarnings.expecting(preparation.attr)
 
     def add_skipped(error: RecordError) -> None:
         skipped.add(error)
@@ -252,7 +251,6 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         grids += sample.grids
         visual_counts.append(len(sample.grids))
         sources.append(record.source)
-        special_tokens.add(record.source, sample.spelled)
         visuals += [visual_to_json(*pair) for pair in zip(record.visuals, sample.extents, strict=True)]
     return FileSamples(
         str(file),
@@ -266,12 +264,11 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         len(sources) + len(skipped),
         skipped,
         warnings,
-        special_tokens,
     )
 
 
-# what a cache entry holds of FileSamples: tensors (field -> key in the file), and fields as JSON
-TENSORS = {name: name for name in ("ids", "offsets", "grids", "image_offsets")} | {"loss_mask": "trained"}
+# what a cache entry holds of FileSamples: tensors, and fields as JSON
+TENSORS = ("ids", "loss_mask", "offsets", "grids", "image_offsets")
 JSON_FIELDS = ("file", "sources", "visuals", "records")
 
 
@@ -300,20 +297,19 @@ def paths_of(visual: Visual) -> tuple[Path, ...]:
 def _read(path: Path) -> FileSamples:
     """The tensors stay mapped from the file, whose pages the processes of a machine share."""
     with safe_open(path, framework="pt") as entry:
-        tensors = {key: entry.get_tensor(key) for key in (*TENSORS.values(), "names")}
+        tensors = {key: entry.get_tensor(key) for key in (*TENSORS, "names")}
         if (entry.metadata() or {}).get("digest") != _digest(tensors):
             raise ValueError(f"{path}: is not what was written")
     names = json.loads(tensors.pop("names").numpy().tobytes())
     names["skipped"], names["warnings"] = Skipped(**names["skipped"]), DataWarnings(**names["warnings"])
-    names["special_tokens"] = SpecialTokens(**names["special_tokens"])
-    return FileSamples(**{name: tensors[key] for name, key in TENSORS.items()}, **names)
+    return FileSamples(**tensors, **names)
 
 
 def _write(samples: FileSamples, path: Path) -> None:
     """Raises SettingError."""
     names = {name: getattr(samples, name) for name in JSON_FIELDS}
-    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "warnings", "special_tokens")}
-    tensors = {key: getattr(samples, name) for name, key in TENSORS.items()}
+    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "warnings")}
+    tensors = {name: getattr(samples, name) for name in TENSORS}
     tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
     try:
         with replacing(path, keep_first=True) as temporary:

@@ -1,18 +1,31 @@
 """Turns pieces of text into token ids and a loss mask, and ids back into text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from qwen35.data.files import read_config
-from qwen35.data.special_tokens import CONTROL_TOKENS, TEMPLATE_TAGS, Outcome, Spelled, disagreements
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
 from qwen35.errors import SettingError, one_line
 
+# Special tokens that separate turns, end an answer, or stand for something other than text. Text
+# that spells one of them stays text, whoever wrote it: as a token it would forge a turn, an image
+# or the end of the answer. The audio tokens are here because speech models of this family act on
+# them. All other special tokens are markup (`<|box_start|>`, and those that users add).
+CONTROL_TOKENS = (
+    IM_START, IM_END, "<|endoftext|>", VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD, "<|audio_start|>",
+    "<|audio_end|>", "<|audio_pad|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_bos_single>", "<tts_text_eod>",
+)  # fmt: skip
+# The chat template writes these around thoughts, calls and responses. They are tokens in any text,
+# even with a tokenizer that, unlike the published one, marks them as special.
+TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+
+Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
+Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
 Extent = int | Sequence[tuple[float, int]]  # number of tokens of an image; (seconds, tokens) per pair of video frames
 
 
@@ -62,7 +75,7 @@ class ChatTokenizer:
                 f"{folder}/tokenizer_config.json: split_special_tokens: makes transformers split the template's own control "
                 "tokens into characters; set it to false"
             )
-        if names := disagreements(config, added.values()):
+        if names := _disagreements(config, added.values()):
             shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             raise SettingError(
                 f"{path}: does not agree with tokenizer_config.json, which transformers uses too, about the added tokens "
@@ -210,3 +223,28 @@ def _from_file(path: Path) -> Tokenizer:
         if type(error) is Exception:  # all that this library ever raises
             raise SettingError(f"{path}: not a tokenizer: {one_line(error)}") from None
         raise
+
+
+def _disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> list[str]:
+    """Names of added tokens that transformers would treat differently from tokenizer.json.
+
+    config: tokenizer_config.json; added: the added tokens of tokenizer.json. If config has an
+    added_tokens_decoder, transformers uses only its tokens, with its flags. It adds tokens that
+    config names elsewhere and tokenizer.json lacks.
+    """
+    tokens = {token.content: token for token in added}
+    named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        entries = config.get(key)
+        named += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
+    names = {entry.get("content") if isinstance(entry, dict) else entry for entry in named if entry is not None}
+    odd = {str(name) for name in names if name not in tokens}
+    if isinstance(listed := config.get("added_tokens_decoder"), dict):
+        entries = {
+            entry["content"]: entry for entry in listed.values() if isinstance(entry, dict) and "content" in entry
+        }
+        for name, token in tokens.items():
+            flags = {flag: getattr(token, flag) for flag in ("normalized", "lstrip", "rstrip", "single_word")}
+            if name not in entries or flags != {flag: entries[name].get(flag, flags[flag]) for flag in flags}:
+                odd.add(name)
+    return sorted(odd)

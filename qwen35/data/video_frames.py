@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen35.data.diagnosis import why_missing, wrong_format
 from qwen35.data.image_processor import DAMAGED, ImageError, read_rgb, upright_size
+from qwen35.data.media import why_missing, wrong_format
 from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
 
@@ -41,9 +41,9 @@ class VideoMetadata:
 
 def read_metadata(video: Video) -> VideoMetadata:
     """Decodes at most one frame. Raises VideoError, and SettingError if PyAV is missing."""
-    files = _frame_files(video)
-    if files is None:
-        return _file_metadata(_path_of(video), video)
+    files = _files(video)
+    if isinstance(files, Path):
+        return _file_metadata(files, video)
     for number, file in enumerate(files):  # missing files are errors now, broken ones when they are decoded
         if not file.is_file():
             with _naming_frame(file, number, len(files)):
@@ -55,8 +55,8 @@ def read_metadata(video: Video) -> VideoMetadata:
 
 def decode(video: Video, numbers: Sequence[int]) -> Iterator[np.ndarray]:
     """Frames of ascending numbers, [H, W, 3] uint8 RGB, of one size. Raises as `read_metadata`."""
-    files = _frame_files(video)
-    frames = _decode_file(_path_of(video), numbers) if files is None else _decode_images(files, numbers)
+    files = _files(video)
+    frames = _decode_file(files, numbers) if isinstance(files, Path) else _decode_images(files, numbers)
     shape = None
     for number, frame in zip(numbers, frames, strict=True):
         shape = frame.shape if shape is None else shape
@@ -67,17 +67,10 @@ def decode(video: Video, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         yield frame
 
 
-def _path_of(video: Video) -> Path:
-    assert isinstance(video.source, Path)
-    return video.source
-
-
-def _frame_files(video: Video) -> Sequence[Path] | None:
-    """The image files of the frames, or None if the video is one file."""
-    if not isinstance(video.source, Path):
+def _files(video: Video) -> Path | Sequence[Path]:
+    """The video file, or the image files of the frames."""
+    if not isinstance(video.source, Path) or not video.source.is_dir():
         return video.source
-    if not video.source.is_dir():
-        return None
     try:
         files = [path for path in video.source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     except OSError as error:

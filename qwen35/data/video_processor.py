@@ -4,7 +4,6 @@ Frames are sampled evenly, resized to one size whose sides are multiples of 32 p
 pairs (temporal_patch); each pair is a run of tokens of its own, after its timestamp.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,25 +89,15 @@ class VideoProcessor(PatchFormat):
         return indices.tolist(), self.fps if video.fps is None else video.fps
 
     def _resized(self, count: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width), multiples of a token's side; the limits are of all frames together."""
+        """(height, width) of the frames that are cut into patches. Raises VideoError."""
         side = self.patch * self.merge
-        min_pixels, max_pixels = self.min_pixels * count, self.max_pixels * count
         if height < side or width < side:
             grow = max(side / height, side / width)
             height, width = int(height * grow), int(width * grow)
         if max(height, width) > MAX_SIDES_RATIO * min(height, width):
             raise VideoError(f"is {width} x {height} pixels, one side more than {MAX_SIDES_RATIO} times the other")
-        new_height, new_width = round(height / side) * side, round(width / side) * side
         frames = round(count / self.temporal_patch) * self.temporal_patch
-        if frames * new_height * new_width > max_pixels:
-            shrink = math.sqrt(count * height * width / max_pixels)
-            new_height = max(side, math.floor(height / shrink / side) * side)
-            new_width = max(side, math.floor(width / shrink / side) * side)
-        elif frames * new_height * new_width < min_pixels:
-            grow = math.sqrt(min_pixels / (count * height * width))
-            new_height = math.ceil(height * grow / side) * side
-            new_width = math.ceil(width * grow / side) * side
-        return new_height, new_width
+        return self.fitted(height, width, self.min_pixels * count, self.max_pixels * count, count, frames)
 
 
 def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

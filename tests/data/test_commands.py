@@ -13,9 +13,10 @@ from tokenizer_fixture import make_model_folder
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Attr
 from qwen35.data.__main__ import main
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import FieldNames
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record, read_records
+from qwen35.data.media import ImageFolder
 from qwen35.data.preview import show
 
 ROOT = Path(__file__).parents[2]
@@ -111,16 +112,17 @@ def change(home, **entry):
     [
         (
             {"conversations": [{"from": "system", "value": "x"}]},
-            r"conversations[0].from: 'system' is not one of human, gpt",
+            "conversations: has no user turn",
         ),
         ({"image": "../../secret.jpg"}, "image: '../../secret.jpg' lies outside"),
         ({"image": ["a.jpg", "b.jpg"]}, "1 <image> in the user and tool turns, but 2 images"),
-        ({"conversations": None}, "has no field conversations"),
-        ({"video": "v.mp4"}, "has video, which is not read"),
+        ({"conversations": None}, "has no field messages or conversations"),
+        ({"video": "v.mp4"}, "1 video but no <video> in the user and tool turns"),
+        ({"tools": [{"name": "f"}]}, "has videos, thoughts, tools or calls, unlike LLaVA"),
         ({"label": False}, "has label, which is not read"),
         (
             {"conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": "a", "reasoning_content": "b"}]},
-            "has videos, thoughts or tool calls",
+            "has videos, thoughts, tools or calls",
         ),
     ],
 )
@@ -151,7 +153,7 @@ def test_converted_records_read_as_before(coco, capsys):
     assert convert(coco) == 0
     assert "\n3 placeholders (<image>, <video>) are kept as text; first: " in capsys.readouterr().out
     images = coco / "coco" / "train2017"
-    before = [parse_record(raw, "", FieldNames.llava(), ImageFolder(images))[0] for raw in hard]
+    before = [parse_record(raw, "", FieldNames.of(Attr()), ImageFolder(images), DataWarnings()) for raw in hard]
     after = list(read_records(coco / "out" / "records.json", Attr(), ImageFolder(coco / "coco")))
     assert [record.turns for record in after] == [record.turns for record in before]
     assert [turn.loss for turn in after[0].turns] == [False, False, False, True]

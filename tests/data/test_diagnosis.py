@@ -9,8 +9,8 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from qwen35.data.folder import ImageFolder
 from qwen35.data.image_processor import ImageError, upright_size
+from qwen35.data.media import ImageFolder
 from qwen35.data.mixture import dataset_files
 from qwen35.data.readers import read_values
 from qwen35.data.record import RecordError, Video

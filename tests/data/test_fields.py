@@ -20,8 +20,8 @@ from qwen35.data.fields import (
     REFUSED_IN_RECORDS,
     REFUSED_IN_TURNS,
 )
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
+from qwen35.data.media import ImageFolder
 from qwen35.data.record import RecordError
 from qwen35.errors import SettingError
 

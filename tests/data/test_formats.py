@@ -8,8 +8,8 @@ from optional import write_parquet
 
 from qwen35.config.load import SettingError
 from qwen35.config.schema import Attr
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import read_records
+from qwen35.data.media import ImageFolder
 from qwen35.data.mixture import dataset_files
 from qwen35.data.record import RecordError, ToolCall, Turn, Video
 

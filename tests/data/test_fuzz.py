@@ -19,10 +19,10 @@ from tokenizer_fixture import make_model_folder
 from qwen35.batch import IGNORE
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.collator import vision_spec
+from qwen35.data.data_warnings import Skipped
 from qwen35.data.dataset import Dataset
 from qwen35.data.image_processor import ImageError, ImageProcessor
 from qwen35.data.record import RecordError
-from qwen35.data.skipped import Skipped
 from qwen35.data.tokenized import Preparation, make_samples, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor

@@ -15,9 +15,8 @@ from qwen35.config.load import from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError, template
 from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
-from qwen35.data.dataloader import MIN_SHARED_MEMORY
+from qwen35.data.dataloader import MIN_SHARED_MEMORY, shared
 from qwen35.data.record import Record, Turn
-from qwen35.data.shared_batch import shared_memory
 from qwen35.data.template import training_pieces
 from qwen35.data.tokenized import LONGEST_TEXT, Preparation, load_samples, make_samples
 from qwen35.errors import SettingError
@@ -149,24 +148,24 @@ def test_a_long_conversation_takes_linear_time(monkeypatch, roles):
     assert sum(piece.text == "assistant\n" for piece in pieces) == 8001
 
 
-def test_a_full_dev_shm_is_named():
-    with pytest.raises(
-        SettingError, match=r"^/dev/shm has no room for 1,125,899,906,842,624 bytes of a batch; .*--shm-size"
-    ):
-        shared_memory(1 << 50)
+def test_a_full_dev_shm_is_named(monkeypatch):
+    """By the system's own refusal of a petabyte."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: torch.UntypedStorage._new_shared(1 << 50))
+    with pytest.raises(SettingError, match=r"^/dev/shm has no room for 8 bytes of a batch; .*--shm-size"):
+        shared(torch.zeros(1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("room", [0, MIN_SHARED_MEMORY])
 def test_a_full_dev_shm_ends_a_run_in_one_line(home, model, monkeypatch, room):
     """It may be found before a worker is started, or in a worker."""
-    new = torch.UntypedStorage._new_shared
+    move = torch.Tensor.share_memory_
 
-    def full(size):
-        if size == room:
-            return new(size)
+    def full(tensor):
+        if tensor.nbytes == room:
+            return move(tensor)
         raise RuntimeError(SHM_FULL)
 
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     batches = MicroBatches(settings(home, model, **{"data.dataloader_param.num_workers": 1}), 0, 1)
     with pytest.raises(SettingError, match=r"^/dev/shm has no room for .*set data\.dataloader_param\.num_workers: 0$"):
         next(iter(batches))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import stat
 
 import numpy as np
@@ -15,10 +16,9 @@ from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data import llava as module
 from qwen35.data.files import replacing
-from qwen35.data.in_order import in_order
+from qwen35.data.histogram import histogram
 from qwen35.data.llava import Options
 from qwen35.data.llava import convert as run
-from qwen35.data.tally import Tally
 from qwen35.errors import SettingError, UserError
 
 
@@ -122,57 +122,37 @@ def test_lengths_in_tokens_equal_those_of_training(home):
 
 @pytest.mark.parametrize("lengths", [[1], [0, 0], [5, 5, 5], [12], [11], [1, 10**6], [999, 1000, 1001]])
 def test_histograms_of_unusual_lengths(lengths):
-    tally = Tally("tokens")
-    for length in lengths:
-        tally.add(1, 0, length)
-    rows = re.findall(r"^ +([\d,]+) to +([\d,]+) #* +([\d,]+)$", tally.histogram(), re.MULTILINE)
+    rows = re.findall(r"^ +([\d,]+) to +([\d,]+) #* +([\d,]+)$", histogram(np.array(lengths), "tokens"), re.MULTILINE)
     bounds = [tuple(int(text.replace(",", "")) for text in row) for row in rows]
     assert sum(count for *_, count in bounds) == len(lengths) and len(bounds) <= 14
     assert all(((low <= np.array(lengths)) & (np.array(lengths) <= high)).sum() == n for low, high, n in bounds)
 
 
-# -- jobs in order ---------------------------------------------------------------------------------
+def test_a_process_that_dies_ends_the_conversion(home, monkeypatch):
+    """As if memory had run out: one line, and nothing is written."""
+    check = module.upright_size
+
+    def dying(path):
+        if path.name == f"{13:012}.jpg":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return check(path)
+
+    monkeypatch.setattr(module, "upright_size", dying)
+    with pytest.raises(
+        UserError, match=r"^a worker process died before its work was done; .*--workers 1 needs the least$"
+    ):
+        run(options(home, workers=2))
+    assert not (home / "out").exists()
 
 
-def square():
-    return lambda job: (job * job, os.getpid())
+def test_an_error_of_a_whole_job_is_one_line(home, monkeypatch):
+    def full(path):
+        raise SettingError("cache_dir: cannot be written")
 
-
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 20])
-def test_results_come_in_the_order_of_the_jobs(count):
-    done = list(in_order(square, range(count), 3))
-    assert [result for result, _ in done] == [i * i for i in range(count)]
-    assert len({process for _, process in done}) == (1 if 0 < count < 2 else min(count, 3))
-
-
-def test_jobs_are_taken_one_at_a_time():
-    taken = []
-    results = in_order(square, (taken.append(i) or i for i in range(50)), 3)
-    for seen in range(10):
-        next(results)
-        assert len(taken) <= seen + 1 + 3
-    results.close()
-
-
-def failing():
-    def work(job):
-        if job == 5:
-            raise RecordError("record 5 is bad", "malformed")
-        return job
-
-    return work
-
-
-def dying():
-    return lambda job: os._exit(9) if job == 5 else job
-
-
-@pytest.mark.parametrize(("make", "message"), [(failing, "record 5 is bad"), (dying, "died before its work was done")])
-def test_errors_and_deaths_of_workers_are_reported(make, message):
-    seen = []
-    with pytest.raises(UserError, match=message):
-        seen.extend(in_order(make, range(20), 2))
-    assert seen == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(module, "upright_size", full)
+    for workers in (1, 2):
+        with pytest.raises(SettingError, match=r"^cache_dir: cannot be written$"):
+            run(options(home, workers=workers, on_bad_record="skip"))
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])

@@ -4,19 +4,18 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
 import sys
 import tracemalloc
 import zipfile
-from io import StringIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import HAS_PYARROW, UNREADABLE, write_parquet
 
-from qwen35.data import json_list, readers
-from qwen35.data.json_list import values
-from qwen35.data.readers import read_values
+from qwen35.data import readers
+from qwen35.data.readers import list_values, read_values
 from qwen35.data.record import LONGEST_MESSAGE, RecordError
 from qwen35.errors import SettingError, UserError
 
@@ -41,14 +40,12 @@ def outcome(read):
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(st.lists(VALUE, max_size=4), st.sampled_from([None, 1]), st.booleans(), DAMAGE)
-def test_values_equal_json_loads_for_any_block_size(content, indent, ascii_, damage):
+def test_values_of_a_list_equal_json_loads(content, indent, ascii_, damage):
     text = json.dumps(content, indent=indent, ensure_ascii=ascii_)
     for place, character in damage:
         at = 1 + int(place * (len(text) - 1))
         text = text[:at] + character + text[at + 1 :]
-    expected = outcome(lambda: json.loads(text))
-    for block in (1, 3, 50, 1000):
-        assert outcome(lambda block=block: list(values(StringIO(text), block))) == expected
+    assert outcome(lambda: list(list_values(text))) == outcome(lambda: json.loads(text))
 
 
 PIECES = st.sampled_from(
@@ -68,14 +65,37 @@ def test_any_bytes_give_values_or_a_printable_error(content, lenient, tmp_path_f
     assert all(str(error).isprintable() and len(str(error)) <= LONGEST_MESSAGE for error in found)
 
 
-def test_a_long_list_is_never_whole_in_memory(tmp_path):
+def test_json_lines_are_never_whole_in_memory(tmp_path):
     file = tmp_path / "a.json"
-    file.write_text("[" + ",".join(json.dumps({"id": i, "text": "x" * 1000}) for i in range(20_000)) + "]")
+    file.write_text("\n".join(json.dumps({"id": i, "text": "x" * 1000}) for i in range(20_000)))
     tracemalloc.start()
     count = sum(1 for _ in read_values(file))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 20_000 and file.stat().st_size > 20_000_000 and peak < 8_000_000
+
+
+def test_of_a_json_list_only_the_text_is_in_memory(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"a": [[]] * 100}] * 20_000))  # values take ten times the memory of their text
+    tracemalloc.start()
+    count = sum(1 for _ in read_values(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 20_000 and peak < 2.2 * file.stat().st_size
+
+
+def test_a_json_list_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):
+    """The command that the message gives makes JSON lines of it."""
+    file = tmp_path / "a b.json"
+    records = [{"a": "é"}, {"a": 2}]
+    file.write_text(json.dumps(records))
+    monkeypatch.setattr(readers, "LARGEST_LIST", 20)
+    with pytest.raises(RecordError, match=r"a b\.json: is a JSON list of 27 bytes, more than 20, and ") as caught:
+        list(read_values(file))
+    command = str(caught.value).partition("one by one: ")[2]
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert list(read_values(tmp_path / "a b.jsonl")) == records
 
 
 def test_values_before_an_error_are_read(tmp_path):
@@ -169,20 +189,18 @@ def test_json_that_would_lose_data_is_an_error(tmp_path, text, form):
 
 @pytest.mark.parametrize("form", ["lines", "list"])
 def test_an_oversized_record_is_refused_before_it_is_read(tmp_path, form, monkeypatch):
-    for module in (json_list, readers):
-        monkeypatch.setattr(module, "LONGEST_VALUE", 3_000_000)
+    monkeypatch.setattr(readers, "LONGEST_VALUE", 3_000_000)
     file, good, large = tmp_path / "a.json", '{"a": 1}', f'{{"a": "{"x" * 30_000_000}"}}'
     file.write_text(f"[{good}, {large}, {good}]" if form == "list" else f"{good}\n{large}\n{good}\n")
-    words = r"record 2: (JSON that cannot be read: )?has more than 3,000,000 characters; keep images in files"
+    words = r"record 2: (JSON that cannot be read: )?has more than 3,000,000 bytes; keep images in files"
     tracemalloc.start()
     with pytest.raises(RecordError, match=words):
         list(read_values(file))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 27_000_000
-    if form == "lines":
-        first, wrong, last = read_values(file, lenient=True)
-        assert first == last == {"a": 1} and isinstance(wrong, RecordError)
+    assert peak < 27_000_000 or form == "list"  # its text is in memory
+    first, wrong, last = read_values(file, lenient=True)
+    assert first == last == {"a": 1} and isinstance(wrong, RecordError)
 
 
 def test_parquet(tmp_path, monkeypatch):

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.preview import BRACKETS, marked
 from qwen35.data.record import RecordError, ToolCall
-from qwen35.data.special_tokens import CONTROL_TOKENS, SpecialTokens
 from qwen35.data.template import Piece, prompt_pieces, render, training_pieces
 from qwen35.data.tokenized import Preparation
-from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.tokenizer import CONTROL_TOKENS, ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.inference import generate
 from qwen35.inference.load_model import find_model, prepare
@@ -470,15 +470,12 @@ def test_make_data_reports_special_tokens(workers, place):
 
 
 def test_counts_of_files_are_merged():
-    one, other = SpecialTokens(), SpecialTokens()
-    one.add("a, record 1", {"control": {f"<{i}>" for i in range(7)}})
-    other.add("b, record 1", {"control": {"<0>"}, "token": {"<x>"}})
-    other.add("b, record 2", {"token": {"<y\x1b>"}})
-    whole = SpecialTokens.merge([SpecialTokens(), one, other])
-    assert whole.records == {"control": 2, "token": 2} and whole.first == {
-        "control": "a, record 1",
-        "token": "b, record 1",
-    }
+    one, other, whole = DataWarnings(), DataWarnings(), DataWarnings()
+    one.count_spelled({"control": {f"<{i}>" for i in range(7)}}, "a, record 1")
+    other.count_spelled({"control": {"<0>"}, "token": {"<x>"}}, "b, record 1")
+    other.count_spelled({"token": {"<y\x1b>"}}, "b, record 2")
+    for part in (DataWarnings(), one, other):
+        whole.update(part)
     assert whole.lines() == [
         (
             "control tokens are spelled in the text of 2 records, and kept as characters (remove any that a chat "
@@ -486,4 +483,4 @@ def test_counts_of_files_are_merged():
         ),
         r"special tokens are spelled in the text of 2 records, and each becomes one token: <x>, <y\x1b>; first: b, record 1",
     ]
-    assert SpecialTokens().lines() == []
+    assert DataWarnings().lines() == []

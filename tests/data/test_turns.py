@@ -16,9 +16,9 @@ from tokenizer_fixture import PUBLISHED, make_model_folder
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import FieldNames
-from qwen35.data.folder import ImageFolder
 from qwen35.data.formats import parse_record
 from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.media import ImageFolder
 from qwen35.data.record import RecordError
 from qwen35.data.template import render, training_pieces
 from qwen35.data.tokenized import Preparation, tokenised
@@ -312,7 +312,7 @@ def agents(draw):
 @given(agents())
 def test_random_sharegpt_turns_render_like_messages(place, hf_tokenizer, both):
     raw, meant = both
-    record, _ = parse_record(raw, "r", FieldNames.of(Attr()), ImageFolder(place))
+    record = parse_record(raw, "r", FieldNames.of(Attr()), ImageFolder(place), DataWarnings())
     chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
     assert render(training_pieces(record, "qwen3_5")) == hf_tokenizer.apply_chat_template(meant, **chat)
     assert len(record.images) == json.dumps(meant).count("images/0000.png")

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 900,
     "model": 1_160,
     "checkpoint": 3_450,
-    "data": 5_450,
+    "data": 4_950,
     "parallel": 640,
     "inference": 950,
     "training": 1_340,

@@ -147,8 +147,8 @@ def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two,
     from qwen35.checkpoint.convert import dcp_to_hf
     from qwen35.config.load import load_settings
     from qwen35.data.collator import prompt_batch, vision_spec
-    from qwen35.data.folder import ImageFolder
     from qwen35.data.formats import read_records
+    from qwen35.data.media import ImageFolder
     from qwen35.data.tokenized import Preparation
     from qwen35.inference.generate import generate as greedy
 

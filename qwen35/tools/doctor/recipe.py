@@ -110,9 +110,8 @@ def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -
 def _records(preparation: "Preparation") -> list[Finding]:
     from qwen35.config.load import SettingError
     from qwen35.data import RecordError
-    from qwen35.data.data_warnings import DataWarnings
+    from qwen35.data.data_warnings import DataWarnings, Skipped
     from qwen35.data.mixture import dataset_files
-    from qwen35.data.skipped import Skipped
     from qwen35.data.tokenized import tokenised
 
     basic, skipped, warnings = preparation.basic, Skipped(), DataWarnings()

@@ -27,7 +27,7 @@ LAYERS = {  # folder or file -> what it must not import
 ROOMS = {
     "config": 880,
     "model": 1_200,
-    "checkpoint": 3_450,
+    "checkpoint": 3_000,
     "data": 5_450,
     "parallel": 700,
     "inference": 1_000,

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from checkpoint_cases import save_checkpoint
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint import load_pretrained
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import write_hf

@@ -62,11 +62,12 @@ def write_release(source: TensorSource, folder: str | Path, progress: Callable[[
     ]
     planner = PartPlanner(parts, lambda name, region: source.read(name.removeprefix(MODEL), region))
     try:
-        with folders.locked(folder / RELEASE, MANIFEST):
-            return write_checkpoint(folder, None, planner, progress=progress)
+        with folders.locked(folders.behind_link(folder / RELEASE), MANIFEST):
+            write_checkpoint(folder, None, planner, progress=progress)
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    return folder / RELEASE
 
 
 def write_checkpoint(
@@ -84,7 +85,7 @@ def write_checkpoint(
     the rename, then latest_checkpointed_iteration.txt. If any rank fails, all raise the same
     CheckpointError, and no complete checkpoint is lost.
     """
-    checkpoint = folder / dcp_folder.checkpoint_name(step)
+    checkpoint = folders.behind_link(folder / dcp_folder.checkpoint_name(step))
     is_first = not dist.is_initialized() or dist.get_rank(group) == 0
     temporary = folders.temporary_name(checkpoint)
     failure = f"{checkpoint} cannot be written"
@@ -95,9 +96,8 @@ def write_checkpoint(
 
         def finish() -> None:
             if is_first:
-                folders.commit(
-                    temporary, checkpoint, MANIFEST, dcp_folder.manifest_content(temporary, step, world_size)
-                )
+                content = dcp_folder.manifest_content(temporary, step, world_size)
+                folders.commit(temporary, checkpoint, MANIFEST, content)
                 dcp_folder.write_latest(folder, step)
 
         run_sharing_errors(finish, group, failure)

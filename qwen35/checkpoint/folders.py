@@ -73,6 +73,11 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in names.items() if name not in (INCOMPLETE, LOCK)}
 
 
+def behind_link(folder: Path) -> Path:
+    """What is to be written: a link stays, and its target is replaced."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
 def temporary_name(folder: Path) -> Path:
     """The name of `folder` while it is written."""
     return folder.with_name(folder.name + ".tmp")
@@ -180,8 +185,7 @@ def new_folder(folder: Path, manifest: str, content: dict[str, Any]) -> Iterator
 
     `content` is the manifest's.
     """
-    if folder.is_symlink():  # the link stays, and its target is replaced
-        folder = Path(os.path.realpath(folder))
+    folder = behind_link(folder)
     with locked(folder, manifest):
         temporary = begin(folder, manifest)
         try:

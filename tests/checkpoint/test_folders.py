@@ -62,6 +62,18 @@ def test_export_through_a_link_replaces_its_target(tmp_path, is_there):
         assert (link / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+def test_release_through_a_link_replaces_its_target(tmp_path):
+    folder, dcp, disk = write_folder(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "disk"
+    dcp.mkdir()
+    disk.mkdir()
+    (dcp / "release").symlink_to("../disk/weights")
+    for _ in range(2):
+        assert main(["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]) == 0
+        assert {path.name for path in dcp.iterdir()} == {"release", LATEST} and (dcp / "release").is_symlink()
+        assert [path.name for path in disk.iterdir()] == ["weights"]
+        assert (dcp / "release/complete.json").is_file()
+
+
 def test_files_of_others_in_a_release_are_never_lost(tmp_path, capsys):
     folder, dcp = write_folder(tmp_path / "hf"), tmp_path / "dcp"
     command = ["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]

@@ -17,7 +17,7 @@ from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, pieces
-from qwen35.checkpoint.tensor_file import raw_bytes, read_header, read_slice
+from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
 from qwen35.device import HOST
 from qwen35.errors import one_line
 
@@ -71,8 +71,9 @@ def save_hf(
     content: dict[str, Any] = {}
     with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
         try:
-            for file in source.files:
-                _write_like(source, file, temporary / file, fetch, progress)
+            files = (_write_like(source, file, temporary / file, fetch, progress) for file in source.files)
+            for _ in ahead(_read_back, files, threads=1):  # while the next file is written
+                pass
         except OSError as error:
             raise CheckpointError(f"{temporary}: cannot be written: {one_line(error)}") from None
         for path in _other_files(source):
@@ -80,8 +81,10 @@ def save_hf(
         return _summarize(HFFolder(temporary), content, out)
 
 
-def _write_like(source: HFFolder, file: str, out: Path, fetch: Fetch, progress: Callable[[int], object] | None) -> None:
-    """Write one safetensors file with the header of the source's, and read it back."""
+def _write_like(
+    source: HFFolder, file: str, out: Path, fetch: Fetch, progress: Callable[[int], object] | None
+) -> tuple[Path, dict[str, Entry], list[tuple[str, TensorSlice, int]]]:
+    """Write one safetensors file with the header of the source's, for `_read_back`."""
     entries = source.files[file]
     # trained values are fp32, so pieces are sized for fp32
     parts = [
@@ -90,31 +93,33 @@ def _write_like(source: HFFolder, file: str, out: Path, fetch: Fetch, progress: 
         for region in pieces(TensorSlice.full(entry.spec.shape), max(entry.spec.dtype.itemsize, torch.float32.itemsize))
     ]
 
-    def prepare(part: tuple[str, TensorSlice]) -> tuple[memoryview, int]:
+    def prepare(part: tuple[str, TensorSlice]) -> tuple[str, TensorSlice, memoryview, int]:
         name, region = part
         data = raw_bytes(fetch(name, region).to(entries[name].spec.dtype).contiguous())
-        return data, zlib.crc32(data)
+        return name, region, data, zlib.crc32(data)
 
-    def check(written: tuple[tuple[str, TensorSlice], int]) -> None:
-        (name, region), crc32 = written
-        if zlib.crc32(raw_bytes(read_slice(out, entries[name], region))) != crc32:
-            raise CheckpointError(f"{out}: {name} read back differs from what was written")
-
-    sums = []
+    written = []
     with (source.folder / file).open("rb") as original, out.open("wb") as copy:
         copy.write(original.read(min((entry.begin for entry in entries.values()), default=-1)))
-        for data, crc32 in ahead(prepare, parts):
+        for name, region, data, crc32 in ahead(prepare, parts):
             position = copy.tell()
             copy.write(data)
             folders.flush_soon(copy.fileno(), position, data.nbytes)
-            sums.append(crc32)
+            written.append((name, region, crc32))
             if progress:
                 progress(data.nbytes)
-    folders.flush(out)
-    if read_header(out) != entries:
-        raise CheckpointError(f"{out}: the header read back differs from the source's")
-    for _ in ahead(check, zip(parts, sums, strict=True)):
-        pass
+    return out, entries, written
+
+
+def _read_back(file: tuple[Path, dict[str, Entry], list[tuple[str, TensorSlice, int]]]) -> None:
+    """Flush a file, and compare its header and each piece with what was written."""
+    path, entries, written = file
+    folders.flush(path)
+    if read_header(path) != entries:
+        raise CheckpointError(f"{path}: the header read back differs from the source's")
+    for name, region, crc32 in written:
+        if zlib.crc32(raw_bytes(read_slice(path, entries[name], region))) != crc32:
+            raise CheckpointError(f"{path}: {name} read back differs from what was written")
 
 
 def write_hf(

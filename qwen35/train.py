@@ -25,9 +25,8 @@ from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
 from qwen35.checkpoint.dcp_folder import load_notes, repair_save_folder
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
-from qwen35.checkpoint.hf import check_export, load_hf, open_matching_folder
+from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
 from qwen35.checkpoint.lock import holding
-from qwen35.checkpoint.unread import not_read
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings

@@ -7,8 +7,13 @@ import torch
 from peer import config_dict
 from safetensors.torch import load_file, save_file
 
+from qwen35.checkpoint.dcp import training_state, write_shards
+from qwen35.checkpoint.dcp_write import local_shards
+from qwen35.checkpoint.hf import shapes_by_config
 from qwen35.checkpoint.hf_names import published_dtype, shapes_of
+from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.hf_write import write_hf
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 from qwen35.model import Qwen35, load_config
 
 DATA = Path(__file__).parent / "fixtures"
@@ -89,6 +94,27 @@ def empty_model(config: dict, mtp: bool = False) -> Qwen35:
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     return model
+
+
+def source_of(folder) -> HFSource:
+    """The weights of a model folder, under the model's names."""
+    disk = HFFolder(folder)
+    return HFSource(disk, shapes_by_config(disk), f"{folder}")
+
+
+class MemorySource:
+    """A TensorSource over whole tensors in memory, on any device."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+
+    def read(self, name: str, region: TensorSlice) -> torch.Tensor:
+        return self.tensors[name][region.slices()].cpu()
+
+
+def save_checkpoint(folder, step, model, optimizer=None, extra=None, rank_extra=None) -> Path:
+    return write_shards(folder, step, local_shards(training_state(model, optimizer)), extra, rank_extra)
 
 
 def as_before(checkpoint: Path) -> None:

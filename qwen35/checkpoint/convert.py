@@ -3,29 +3,27 @@
 import argparse
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_replaceable
-from qwen35.checkpoint.hf_names import HEAD, shapes_of
-from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, same_bytes
+from qwen35.checkpoint.hf import not_read, shapes_by_config
+from qwen35.checkpoint.hf_names import HEAD
+from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, same_bytes
 from qwen35.checkpoint.hf_write import WriteSummary, save_hf
-from qwen35.checkpoint.load import FiniteSource
-from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import TensorSpec
-from qwen35.checkpoint.unread import not_read
+from qwen35.checkpoint.slices import FiniteSource, TensorSpec
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain
 
 CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
+progress_bar = partial(tqdm, unit="B", unit_scale=True, unit_divisor=1024, disable=None)  # only on a terminal
 
 
 def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | None = None) -> WriteSummary:
@@ -38,12 +36,9 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
     for line in not_read(hf_dir):
         print(line, flush=True)
     disk, folder = HFFolder(hf_dir), Path(dcp_dir)
-    shapes = _model_shapes(disk)
-    find_mismatch(disk, shapes).raise_if_any(f"{hf_dir} does not fit its config.json")
-    source = HFSource(disk)
-    if HEAD not in shapes:
-        check_tied(source, hf_dir)
-        source.specs.pop(HEAD, None)
+    source = HFSource(disk, shapes_by_config(disk), f"{hf_dir} does not fit its config.json")
+    if HEAD not in source.specs:
+        check_tied(disk, hf_dir)
     _check_tie(disk, tie or {})
     check_disjoint(disk.folder, folder)
     check_replaceable(folder / RELEASE, MANIFEST)
@@ -51,8 +46,8 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
     if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
     nbytes = sum(spec.nbytes for spec in source.specs.values())
-    with _progress_bar(nbytes, "hf_to_dcp") as progress:
-        release = write_release(FiniteSource(source, hf_dir), folder, progress)
+    with progress_bar(total=nbytes, desc="hf_to_dcp") as bar:
+        release = write_release(FiniteSource(source, hf_dir), folder, bar.update)
     return WriteSummary(len(source.specs), nbytes, release)
 
 
@@ -61,8 +56,8 @@ def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str |
     source, origin = DCPSource(resolve_load(dcp_dir)), HFFolder(origin_hf_dir)
     _check_same_model(Path(save_hf_dir), HFFolder, origin.specs)
     nbytes = sum(spec.nbytes for spec in origin.specs.values())
-    with _progress_bar(nbytes, "dcp_to_hf") as progress:
-        return save_hf(FiniteSource(source, source.checkpoint), origin_hf_dir, save_hf_dir, progress)
+    with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
+        return save_hf(FiniteSource(source, source.checkpoint), origin_hf_dir, save_hf_dir, bar.update)
 
 
 def _check_same_model(
@@ -82,15 +77,6 @@ def _check_same_model(
         )
 
 
-def _model_shapes(disk: HFFolder) -> dict[str, tuple[int, ...]]:
-    from qwen35.model import Qwen35, load_config
-
-    has_mtp = any(name.startswith("mtp.") for name in disk.specs)
-    with torch.device("meta"):
-        model = Qwen35(load_config(disk.folder), mtp=has_mtp)
-    return shapes_of(model.named_parameters())
-
-
 def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
     for name, target in tie.items():
         if target not in disk.specs:
@@ -105,18 +91,6 @@ def _check_tie(disk: HFFolder, tie: Mapping[str, str]) -> None:
                 f"--tie_weight_mapping: {name} and {target} differ in {disk.folder}: its weights are not tied, "
                 "leave the option out"
             )
-
-
-@contextmanager
-def _progress_bar(nbytes: int, title: str) -> Iterator[Callable[[int], object]]:
-    with tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-        lock = threading.Lock()  # several threads report
-
-        def update(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield update
 
 
 def _tie_argument(text: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<st
 Everything works with and without torch.distributed.
 """
 
+import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp_folder import damaged, read_file, read_manifest, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import LocalShard, ShardPlanner, local_shards, write_checkpoint
+from qwen35.checkpoint.dcp_write import LocalShard, shard_planner, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint
+from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint, named_parameters, shapes_of
 from qwen35.checkpoint.hf_read import check_tied
-from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
-from qwen35.checkpoint.slices import TensorSlice
+from qwen35.checkpoint.slices import FiniteSource, TensorSlice, fill
+from qwen35.checkpoint.tensor_file import CODES, DTYPES, raw_bytes
 from qwen35.device import HOST, host_buffer, synchronize
 
 EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
@@ -60,11 +60,10 @@ def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, T
     return state
 
 
-def save_checkpoint(
+def write_shards(
     folder: str | Path,
     step: int,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
+    shards: Mapping[str, LocalShard],
     extra: Mapping[str, Any] | None = None,
     rank_extra: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -76,18 +75,6 @@ def save_checkpoint(
     take part, by default all. Raises CheckpointError on all ranks if one fails; older checkpoints
     are not touched.
     """
-    return write_shards(folder, step, local_shards(training_state(model, optimizer)), extra, rank_extra, group)
-
-
-def write_shards(
-    folder: str | Path,
-    step: int,
-    shards: Mapping[str, LocalShard],
-    extra: Mapping[str, Any] | None = None,
-    rank_extra: Mapping[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Like `save_checkpoint`, for tensors given as this rank's shards."""
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
     def write_rest(temporary: Path) -> None:
@@ -96,7 +83,7 @@ def write_shards(
         if rank == 0:
             (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
 
-    return write_checkpoint(Path(folder), step, ShardPlanner(shards), write_rest, group, world_size)
+    return write_checkpoint(Path(folder), step, shard_planner(shards), write_rest, group, world_size)
 
 
 def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:
@@ -160,12 +147,9 @@ def load_checkpoint(
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
     """A checkpoint whose names and shapes must fit the model. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
-    mismatch = Mismatch(missing=[name for name in parameters if name not in source.specs])
-    mismatch.surplus = [n for n in source.specs if n not in parameters and not may_be_skipped(n, parameters)]
+    stored = {n: s.shape for n, s in source.specs.items() if n in parameters or not may_be_skipped(n, parameters)}
+    mismatch = Mismatch.between(stored, shapes_of(parameters.items()))
     mismatch.hints = missing_mtp_hint(parameters, source.specs)
-    for name, p in parameters.items():
-        if name in source.specs and source.specs[name].shape != tuple(p.shape):
-            mismatch.misshapen[name] = (source.specs[name].shape, tuple(p.shape))
     mismatch.raise_if_any(f"{checkpoint} does not fit the model")
     return source
 
@@ -185,7 +169,7 @@ def _load_optimizer(
         parameter = parameters.get(name)
         if parameter is None:
             if not may_be_skipped(name, parameters):
-                mismatch.surplus.append(OPTIMIZER + full_name)
+                mismatch.add("not of this model", OPTIMIZER + full_name)
             continue
         group = group_of.get(id(parameter))
         if group is None:
@@ -194,9 +178,8 @@ def _load_optimizer(
             on_device = group.get("fused") or group.get("capturable")
             device = parameter.device if on_device else HOST
             fresh.setdefault(name, {})[key] = states.read(full_name, TensorSlice((), ())).to(device)
-        elif spec.shape != tuple(parameter.shape):
-            mismatch.misshapen[OPTIMIZER + full_name] = (spec.shape, tuple(parameter.shape))
         else:
+            mismatch.compare(OPTIMIZER + full_name, spec.shape, parameter.shape)
             allocate = host_buffer if group.get("on_host") else partial(torch.zeros_like, requires_grad=False)
             fresh.setdefault(name, {})[key] = allocate(parameter, dtype=spec.dtype)
     mismatch.raise_if_any(f"the optimizer state in {states.checkpoint} does not fit the model")
@@ -205,3 +188,39 @@ def _load_optimizer(
     optimizer.state.clear()
     for name, values in fresh.items():
         optimizer.state[parameters[name]] = values
+
+
+def encode(value: Any, path: str = "extra") -> Any:
+    """Turn the extras of a checkpoint (random states, counters) into JSON, which cannot run code.
+
+    They are numbers, strings, lists, tuples, tensors, and dicts with string keys. Raises TypeError
+    for anything else, naming its path.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        data = raw_bytes(value.detach().cpu().contiguous()).tobytes()
+        shape = list(value.shape)
+        return {"$tensor": base64.b64encode(data).decode(), "dtype": CODES[value.dtype], "shape": shape}
+    if isinstance(value, list):
+        return [encode(v, f"{path}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": [encode(v, f"{path}[{i}]") for i, v in enumerate(value)]}
+    if isinstance(value, dict) and all(isinstance(k, str) and not k.startswith("$") for k in value):
+        return {k: encode(v, f"{path}.{k}") for k, v in value.items()}
+    raise TypeError(f"{path}: {type(value).__name__} cannot be saved in a checkpoint")
+
+
+def decode(value: Any) -> Any:
+    """The exact inverse of `encode`: floats, tuples and dtypes of tensors are preserved."""
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tuple" in value:
+        return tuple(decode(v) for v in value["$tuple"])
+    if "$tensor" in value:
+        data = bytearray(base64.b64decode(value["$tensor"]))
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(DTYPES[value["dtype"]]).view(value["shape"])
+    return {k: decode(v) for k, v in value.items()}

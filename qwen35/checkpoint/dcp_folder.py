@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.checksums import checksum
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import file_sizes, move_aside, remove_leftovers, write_atomic
 from qwen35.checkpoint.lock import removable
+from qwen35.checkpoint.tensor_file import checksum
 from qwen35.errors import read_object, read_text
 
 FORMAT = 2  # format 1 had neither this field, nor tensors.json, nor checksums
@@ -130,11 +130,15 @@ def read_file(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> bytes
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that complete.json lists is there in full, and it contradicts nothing."""
+    return not _damage(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str:
     try:
         read_manifest(checkpoint)
-    except CheckpointError:
-        return False
-    return True
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -196,14 +200,6 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     if (latest := _latest(folder)) not in (None, chosen.name):
         lines.append(f"{folder / LATEST} names {latest}, but {chosen.name} is newer and complete, and is used")
     return lines
-
-
-def _damage(checkpoint: Path) -> str:
-    try:
-        read_manifest(checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return ""
 
 
 def _latest(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qwen35.errors import UserError, one_line, visible
@@ -20,37 +20,43 @@ class CheckpointError(UserError):
 class Mismatch:
     """How stored tensors differ from what a model expects, collected to be reported in one error.
 
-    The message counts each kind and names its first few tensors; a file that it names lists them
-    all.
+    The message counts the tensors of each fault and names the first few; a file that it names lists
+    them all.
     """
 
-    missing: list[str] = field(default_factory=list)  # expected, not stored
-    surplus: list[str] = field(default_factory=list)  # stored, not expected
-    # name -> (stored shape, expected shape)
-    misshapen: dict[str, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
-    faulty: dict[str, list[str]] = field(default_factory=dict)  # any other fault -> names of the tensors
+    faults: dict[str, list[str]] = field(default_factory=dict)  # fault -> names of tensors
     hints: list[str] = field(default_factory=list)  # printed before the tensors
+
+    @staticmethod
+    def between(stored: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> "Mismatch":
+        """How names and shapes differ."""
+        mismatch = Mismatch({"missing": [n for n in wanted if n not in stored]})
+        mismatch.add("not of this model", *(n for n in stored if n not in wanted))
+        for name, shape in wanted.items():
+            mismatch.compare(name, stored.get(name, shape), shape)
+        return mismatch
+
+    def add(self, fault: str, *names: str) -> None:
+        self.faults.setdefault(fault, []).extend(names)
+
+    def compare(self, name: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(stored) != tuple(wanted):
+            self.add("misshapen", f"{name} is {list(stored)} instead of {list(wanted)}")
 
     def raise_if_any(self, headline: str) -> None:
         """Raise CheckpointError with everything in one line, if there is anything."""
-        kinds = {"missing": fold_names(self.missing), "not of this model": fold_names(self.surplus)}
-        shapes: dict[str, list[str]] = {}
-        for name, (stored, expected) in self.misshapen.items():
-            shapes.setdefault(f"is {list(stored)} instead of {list(expected)}", []).append(name)
-        kinds["misshapen"] = [f"{name} {fault}" for fault, names in shapes.items() for name in fold_names(names)]
-        kinds |= {fault: fold_names(names) for fault, names in self.faulty.items()}
-        tensors: dict[str, Collection[str]] = {"missing": self.missing, "not of this model": self.surplus}
-        tensors |= {"misshapen": self.misshapen, **self.faulty}
         parts, names_all = list(self.hints), True
-        for kind, folded in kinds.items():
-            if folded:
-                count = len(tensors[kind])
+        for fault, names in self.faults.items():
+            if folded := fold_names(names):
                 rest = ", …" * (len(folded) > MAX_NAMES)
-                parts.append(f"{count} tensor{'s' * (count != 1)} {kind}: {', '.join(folded[:MAX_NAMES])}{rest}")
+                parts.append(
+                    f"{len(names)} tensor{'s' * (len(names) != 1)} {fault}: {', '.join(folded[:MAX_NAMES])}{rest}"
+                )
                 names_all &= not rest
         message = visible(f"{headline}: {'; '.join(parts)}")
         if parts and (not names_all or len(message) > MAX_MESSAGE):
-            where = f"; all of them: {_write_list(headline, tensors)}"
+            lines = [headline, *(f"{fault}: {name}" for fault, names in self.faults.items() for name in names)]
+            where = f"; all of them: {_write_list(lines)}"
             room = MAX_MESSAGE - len(where)
             message = (message if len(message) <= room else f"{message[: room - 1]}…") + where
         if parts:
@@ -63,12 +69,11 @@ def abbreviate(names: Sequence[str]) -> str:
     return shown + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
 
 
-def _write_list(headline: str, kinds: Mapping[str, Collection[str]]) -> str:
-    """Write a line for each tensor into a temporary file that only its owner can read."""
-    lines = [headline, *(f"{kind}: {visible(name)}" for kind, names in kinds.items() for name in names)]
+def _write_list(lines: list[str]) -> str:
+    """Write lines into a temporary file that only its owner can read. Returns its name."""
     try:
         with tempfile.NamedTemporaryFile("w", prefix="qwen35-", suffix=".txt", delete=False, encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+            file.writelines(f"{visible(line)}\n" for line in lines)
     except OSError as error:
         return f"nowhere, for no file can be written ({one_line(error)})"
     return file.name

@@ -30,7 +30,7 @@ def begin(folder: Path, manifest: str) -> Path:
         old.rename(folder)
         (folder / INCOMPLETE).unlink()
     check_replaceable(folder, manifest)
-    temporary = _temporary(folder)
+    temporary = temporary_name(folder)
     if temporary.exists():
         _clear(temporary, keep=LOCK)
     temporary.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def check_replaceable(folder: Path, manifest: str) -> None:
                 f"{folder} exists already, with {count} that this program did not write: {abbreviate(foreign)}; "
                 f"choose another folder, or move {them} away"
             )
-    old, temporary = _replaced(folder), _temporary(folder)
+    old, temporary = _replaced(folder), temporary_name(folder)
     if folder.exists() and old.exists() and any(old.iterdir()) and not (old / INCOMPLETE).is_file():
         raise CheckpointError(f"{old} is in the way of replacing {folder}; move it away")
     is_ours = any((temporary / name).exists() for name in (INCOMPLETE, LOCK, manifest))
@@ -73,7 +73,12 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in names.items() if name not in (INCOMPLETE, LOCK)}
 
 
-def _temporary(folder: Path) -> Path:
+def behind_link(folder: Path) -> Path:
+    """What is to be written: a link stays, and its target is replaced."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
+def temporary_name(folder: Path) -> Path:
     """The name of `folder` while it is written."""
     return folder.with_name(folder.name + ".tmp")
 
@@ -162,18 +167,26 @@ def remove_leftovers(folder: Path, names: re.Pattern) -> list[str]:
 
 
 @contextmanager
+def locked(folder: Path, manifest: str) -> Iterator[None]:
+    """Keep other processes from writing `folder`, which must be replaceable.
+
+    A second one waits, and after LOCK_TIMEOUT raises CheckpointError.
+    """
+    check_replaceable(folder, manifest)  # before a lock file is put where it may not belong
+    with holding(temporary_name(folder)) as warning:
+        if warning:
+            print(warning, flush=True)
+        yield
+
+
+@contextmanager
 def new_folder(folder: Path, manifest: str, content: dict[str, Any]) -> Iterator[Path]:
     """A temporary folder for the block to fill: committed at its end, removed if it fails.
 
-    `content` is the manifest's. A second process writing the same folder waits, and after
-    LOCK_TIMEOUT raises CheckpointError.
+    `content` is the manifest's.
     """
-    if folder.is_symlink():  # the link stays, and its target is replaced
-        folder = Path(os.path.realpath(folder))
-    check_replaceable(folder, manifest)  # before a lock file is put where it may not belong
-    with holding(_temporary(folder)) as warning:
-        if warning:
-            print(warning, flush=True)
+    folder = behind_link(folder)
+    with locked(folder, manifest):
         temporary = begin(folder, manifest)
         try:
             yield temporary

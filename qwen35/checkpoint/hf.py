@@ -1,4 +1,4 @@
-"""Loading a Hugging Face folder into a model, and checking beforehand that it fits."""
+"""Loading a Hugging Face folder: whether it fits the model, and what in it is not read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,43 +7,56 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.hf_names import HEAD, missing_mtp_hint, shapes_of
-from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, find_mismatch, has_weights
+from qwen35.checkpoint.errors import abbreviate
+from qwen35.checkpoint.hf_names import HEAD, first_on_disk, named_parameters, shapes_of
+from qwen35.checkpoint.hf_read import (
+    CONFIG,
+    WEIGHTS_FILE,
+    HFFolder,
+    HFSource,
+    check_tied,
+    config_of,
+    has_weights,
+    refuse_unsupported,
+    weight_files,
+)
 from qwen35.checkpoint.hf_write import check_exportable
-from qwen35.checkpoint.load import FiniteSource, fill, named_parameters
+from qwen35.checkpoint.slices import FiniteSource, TensorSpec, fill
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
+from qwen35.model.config_keys import unknown_keys
+
+USED = """config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    preprocessor_config.json video_preprocessor_config.json processor_config.json model.safetensors.index.json""".split()
+# reason -> names or endings of files that have no effect on training
+HARMLESS = {
+    "they are for people": "README LICENSE NOTICE .md .txt .rst .pdf .html .png .jpg .jpeg .gif .svg .webp .ipynb",
+    "tokenizer.json holds it too": "vocab.json merges.txt added_tokens.json special_tokens_map.json tokenizer.model",
+    "only the hub uses it": "configuration.json",
+    "transformers prefers safetensors, too": ".bin .bin.index.json .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl",
+    "only the trainer that wrote it uses it": "trainer_state.json training_args.json all_results.json train_results.json",
+}
+_ENDINGS = tuple(word for word in " ".join(HARMLESS.values()).split() if word.startswith("."))
+_NAMES = tuple(word for word in " ".join(HARMLESS.values()).split() if not word.startswith("."))
 
 
-def load_hf(
-    model: nn.Module, folder: str | Path, strict: bool = True, progress: Callable[[int], object] | None = None
-) -> None:
+def load_hf(model: nn.Module, folder: str | Path, progress: Callable[[int], object] | None = None) -> None:
     """Load a Hugging Face folder into a model, plain or sharded, that has left the meta device.
 
     Values are cast to the parameters' dtypes. Every rank reads the byte ranges of its own slices,
     without communication. `progress` is called with the bytes read. One CheckpointError lists all
-    tensors that are missing, surplus or of another shape; with `strict=False` missing parameters
-    keep their values and surplus tensors are ignored. `mtp.*` is skipped for a model without that
-    layer, and `lm_head.weight` for tied weights, if it equals the embedding.
+    tensors that are missing, surplus or of another shape. `mtp.*` is skipped for a model without
+    that layer, and `lm_head.weight` for tied weights, if it equals the embedding.
     """
-    source = HFSource(open_matching_folder(model, folder, strict))
-    parameters = named_parameters(model)
+    source, parameters = open_matching_folder(model, folder), named_parameters(model)
     if HEAD not in parameters:
-        check_tied(source, folder)
-    fill({name: p for name, p in parameters.items() if name in source.specs}, FiniteSource(source, folder), progress)
+        check_tied(source.folder, folder)
+    fill(parameters, FiniteSource(source, folder), progress)
 
 
-def open_matching_folder(model: nn.Module, folder: str | Path, strict: bool = True) -> HFFolder:
+def open_matching_folder(model: nn.Module, folder: str | Path) -> HFSource:
     """A folder whose index and headers must fit the model. Raises CheckpointError."""
-    disk = HFFolder(folder)
-    shapes = shapes_of(named_parameters(model).items())
-    mismatch = find_mismatch(disk, shapes)
-    if strict:
-        mismatch.hints += missing_mtp_hint(shapes, disk.specs)
-    else:
-        mismatch.missing, mismatch.surplus, mismatch.hints = [], [], []
-    mismatch.raise_if_any(f"{folder} does not fit the model")
-    return disk
+    return HFSource(HFFolder(folder), shapes_of(named_parameters(model).items()), f"{folder} does not fit the model")
 
 
 def check_export(model: nn.Module, folder: str | Path) -> None:
@@ -75,7 +88,53 @@ def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kw
     return model
 
 
+def shapes_by_config(disk: HFFolder) -> dict[str, tuple[int, ...]]:
+    """The parameters of the model that a folder's config.json describes, with `mtp.*` if stored."""
+    with torch.device("meta"):
+        model = Qwen35(load_config(disk.folder), mtp=any(name.startswith("mtp.") for name in disk.specs))
+    return shapes_of(model.named_parameters())
+
+
 def stored_dtypes(hf_dir: str | Path) -> Callable[[str], torch.dtype]:
     """A function from parameter name to its dtype in a folder, or to fp32 if it is not there."""
-    specs = HFSource(HFFolder(hf_dir)).specs
-    return lambda name: specs[name].dtype if name in specs else torch.float32
+    specs, absent = HFFolder(hf_dir).specs, TensorSpec((), torch.float32)
+    return lambda name: specs.get(first_on_disk(name, specs), absent).dtype
+
+
+def not_read(folder: str | Path) -> list[str]:
+    """Lines about files and keys of a model folder that are not read although they might matter.
+
+    Raises what `refuse_unsupported` raises, and ConfigError if config.json is not one of this model
+    family.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    refuse_unsupported(folder)
+    load_config(folder)
+    config, lines = config_of(folder), []
+    if keys := unknown_keys(config):
+        lines.append(f"{folder / CONFIG}: not known, and not read: {abbreviate(keys)}")
+    text = config["text_config"]
+    if text.get("output_router_logits"):
+        lines.append(
+            f"{folder / CONFIG}: not read: text_config.output_router_logits, by which transformers would train load balancing; "
+            "only the recipe's model.loss_cfg.router_aux_loss_coef does that here"
+        )
+    if text.get("tie_word_embeddings") is True and not config.get("tie_word_embeddings"):
+        lines.append(
+            f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, but only the top level counts: the head is "
+            "trained apart from the embedding"
+        )
+    weights = weight_files(folder)[0] if has_weights(folder) else []
+    if weights and text.get("mtp_num_hidden_layers") and not any(n.startswith("mtp.") for n in HFFolder(folder).specs):
+        lines.append(
+            f"{folder / CONFIG}: mtp_num_hidden_layers is {text['mtp_num_hidden_layers']}, but the weights hold no mtp.*; an "
+            "export will lack them too, and a server cannot use them for speculative decoding"
+        )
+    others = [p.name for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith((".", *_NAMES))]
+    others = [name for name in others if name not in (*USED, *weights) and not name.endswith(_ENDINGS)]
+    if others:
+        first = f" beside {WEIGHTS_FILE}" * (weights == [WEIGHTS_FILE])
+        lines.append(f"{folder}: not read{first}: {abbreviate(others)}")
+    return lines

@@ -7,15 +7,16 @@ Nothing here reads a file.
 """
 
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen35.checkpoint.slices import TensorSlice, TensorSpec
+from qwen35.checkpoint.slices import TensorSlice
 
+WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 # hub: main experts stacked, MTP experts one tensor each; per_expert: one tensor each everywhere, as
@@ -25,9 +26,6 @@ Layout = Literal["hub", "per_expert", "stacked"]
 # stacked tensor -> the tensors of one expert that make up its rows, from the top
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 STACKED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<stack>gate_up_proj|down_proj)")
-ONE_EXPERT = re.compile(
-    r"(?P<experts>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -75,19 +73,17 @@ def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]
 def _is_per_expert(name: str, match: re.Match, layout: Layout | Container[str]) -> bool:
     if isinstance(layout, str):
         return layout == "per_expert" or (layout == "hub" and name.startswith("mtp."))
-    first = f"{match['experts']}.0.{EXPERT_PARTS[match['stack']][0]}.weight"
-    return name not in layout and first in layout
+    return name not in layout and _first_part(match) in layout
 
 
-def mapping_of(disk_name: str, shape: Sequence[int]) -> tuple[str, TensorMapping]:
-    """The inverse of `mappings_of`: the parameter that holds a tensor on disk, and the mapping."""
-    match = ONE_EXPERT.fullmatch(disk_name)
-    if match is None or len(shape) != 2:
-        return disk_name, TensorMapping(disk_name, TensorSlice.full(shape))
-    stack = next(stack for stack, parts in EXPERT_PARTS.items() if match["part"] in parts)
-    row = EXPERT_PARTS[stack].index(match["part"]) * shape[0]
-    region = TensorSlice((int(match["expert"]), row, 0), (1, *shape))
-    return f"{match['experts']}.{stack}", TensorMapping(disk_name, region, one_expert=True)
+def _first_part(match: re.Match) -> str:
+    return f"{match['experts']}.0.{EXPERT_PARTS[match['stack']][0]}.weight"
+
+
+def first_on_disk(name: str, names: Container[str]) -> str:
+    """The first tensor that holds a parameter, in a folder with these names."""
+    match = STACKED.fullmatch(name)
+    return _first_part(match) if match and _is_per_expert(name, match, names) else name
 
 
 def published_dtype(name: str) -> torch.dtype:
@@ -96,17 +92,21 @@ def published_dtype(name: str) -> torch.dtype:
     return torch.float32 if is_f32 else torch.bfloat16
 
 
-def disk_spec(
-    shapes: Mapping[str, Sequence[int]],
-    layout: Layout = "hub",
-    dtype_of: Callable[[str], torch.dtype] = published_dtype,
-) -> dict[str, TensorSpec]:
-    """Name on disk -> shape and dtype, for parameters given as name -> shape (see `shapes_of`)."""
-    return {
-        mapping.disk_name: TensorSpec(mapping.disk_shape, dtype_of(mapping.disk_name))
-        for name, shape in shapes.items()
-        for mapping in mappings_of(name, shape, layout)
-    }
+def disk_shapes(
+    shapes: Mapping[str, Sequence[int]], layout: Layout | Container[str] = "hub"
+) -> dict[str, tuple[int, ...]]:
+    """Name on disk -> shape, for parameters given as name -> shape (see `shapes_of`)."""
+    return {m.disk_name: m.disk_shape for name, shape in shapes.items() for m in mappings_of(name, shape, layout)}
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters by checkpoint name, without the prefixes that module wrappers add."""
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        named[name] = parameter
+    return named
 
 
 def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """Reading a Hugging Face folder, under the names on disk (HFFolder) and the model's (HFSource)."""
 
-import functools
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,17 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, mapping_of, mappings_of, may_be_skipped
-from qwen35.checkpoint.model_folder import MERGE, config_of, refuse_unsupported
-from qwen35.checkpoint.safetensors_file import Header, read_header, read_slice
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, mappings_of, may_be_skipped, missing_mtp_hint
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
+from qwen35.checkpoint.tensor_file import Entry, read_header, read_slice
 from qwen35.errors import read_object
 from qwen35.model.config import is_tied
+from qwen35.model.config_keys import ConfigError, refuse_quantized
 
+CONFIG = "config.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_description.*)\.json")
+MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
@@ -39,16 +42,16 @@ class HFFolder:
         refuse_unsupported(self.folder)
         names, weight_map = weight_files(self.folder)
         self.has_index = weight_map is not None
-        self.files: dict[str, Header] = {file: read_header(self.folder / file) for file in names}
+        self.files: dict[str, dict[str, Entry]] = {file: read_header(self.folder / file) for file in names}
         self.file_of: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
         mismatch = Mismatch()
-        for file, header in self.files.items():
-            for name, entry in header.entries.items():
+        for file, entries in self.files.items():
+            for name, entry in entries.items():
                 if name in self.file_of:
-                    mismatch.faulty.setdefault(f"in both {self.file_of[name]} and {file}", []).append(name)
+                    mismatch.add(f"in both {self.file_of[name]} and {file}", name)
                 if entry.spec.dtype not in FLOAT_DTYPES:
-                    mismatch.faulty.setdefault(f"of {entry.spec.dtype}, as quantized weights are", []).append(name)
+                    mismatch.add(f"of {entry.spec.dtype}, as quantized weights are", name)
                 self.file_of[name], self.specs[name] = file, entry.spec
         if adapted := [name for name in self.specs if PEFT_NAME.search(name)]:
             raise CheckpointError(
@@ -56,54 +59,49 @@ class HFFolder:
                 f"is not merged into the weights; {MERGE}"
             )
         if weight_map is not None:
-            mismatch.missing = [n for n, file in weight_map.items() if n not in self.files[file].entries]
-            mismatch.faulty[f"not in {WEIGHTS_INDEX}"] = [n for n in self.specs if n not in weight_map]
+            mismatch.add("missing", *(n for n, file in weight_map.items() if n not in self.files[file]))
+            mismatch.add(f"not in {WEIGHTS_INDEX}", *(n for n in self.specs if n not in weight_map))
         mismatch.raise_if_any(f"{self.folder}")
-
-    @functools.cached_property
-    def config(self) -> dict[str, Any]:
-        """The folder's config.json."""
-        return config_of(self.folder)
 
     @property
     def is_tied(self) -> bool:
         """Whether config.json ties the output head to the embedding."""
-        return is_tied(self.config)
+        return is_tied(config_of(self.folder))
 
     def read(self, name: str, region: TensorSlice | None = None) -> Tensor:
         """A tensor on disk, or one region of it, in its stored dtype."""
-        entry = self.files[self.file_of[name]].entries[name]
+        entry = self.files[self.file_of[name]][name]
         return read_slice(self.folder / self.file_of[name], entry, region or TensorSlice.full(entry.spec.shape))
 
 
 class HFSource:
     """A TensorSource over a folder of any layout: the model's names and layouts."""
 
-    def __init__(self, folder: HFFolder):
-        """Raises CheckpointError if separate experts have gaps, or differ in shape or dtype."""
+    def __init__(self, folder: HFFolder, shapes: Mapping[str, Sequence[int]], headline: str):
+        """`shapes` are those of the model's parameters.
+
+        Raises one CheckpointError for all that does not fit, in the folder's own names. `mtp.*` may
+        be surplus if the model has no such layer, and `lm_head.weight` if its weights are tied
+        (`check_tied` compares it with the embedding).
+        """
         self.folder = folder
-        self.mappings: dict[str, list[TensorMapping]] = {}
-        for disk_name, spec in folder.specs.items():
-            name, mapping = mapping_of(disk_name, spec.shape)
-            self.mappings.setdefault(name, []).append(mapping)
-        self.specs: dict[str, TensorSpec] = {}
-        mismatch = Mismatch()
+        self.mappings = {name: mappings_of(name, shape, folder.specs) for name, shape in shapes.items()}
+        stored = {n: spec.shape for n, spec in folder.specs.items()}
+        wanted = {m.disk_name: m.disk_shape for mappings in self.mappings.values() for m in mappings}
+        mismatch = Mismatch.between(
+            {n: s for n, s in stored.items() if n in wanted or not may_be_skipped(n, shapes)}, wanted
+        )
+        if HEAD in mismatch.faults["missing"]:
+            hint = "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
+            mismatch.hints.append(hint)
+        mismatch.hints += missing_mtp_hint(shapes, stored)
         for name, mappings in self.mappings.items():
-            if name in folder.specs and len(mappings) > 1:
-                mismatch.faulty.setdefault("stored both stacked and one by one", []).append(name)
-                continue
-            shape = [max(s.stop for s in axis) for axis in zip(*(m.region.slices() for m in mappings), strict=True)]
-            dtypes = {folder.specs[m.disk_name].dtype for m in mappings}
-            if mappings[0].one_expert:
-                stored = {m.disk_name: m.disk_shape for m in mappings}
-                wanted = {m.disk_name: m.disk_shape for m in mappings_of(name, shape, stored)}
-                mismatch.missing += [n for n in wanted if n not in stored]
-                mismatch.misshapen |= {n: (s, wanted[n]) for n, s in stored.items() if n in wanted and s != wanted[n]}
+            dtypes = {str(folder.specs[m.disk_name].dtype) for m in mappings if m.disk_name in stored}
             if len(dtypes) > 1:
-                fault = f"made of tensors of {' and '.join(sorted(map(str, dtypes)))}"
-                mismatch.faulty.setdefault(fault, []).append(name)
-            self.specs[name] = TensorSpec(tuple(shape), dtypes.pop())
-        mismatch.raise_if_any(f"{folder.folder}")
+                mismatch.add(f"made of tensors of {' and '.join(sorted(dtypes))}", name)
+        mismatch.raise_if_any(headline)
+        dtype_of = {name: folder.specs[mappings[0].disk_name].dtype for name, mappings in self.mappings.items()}
+        self.specs = {name: TensorSpec(tuple(shape), dtype_of[name]) for name, shape in shapes.items()}
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
         mappings = self.mappings[name]
@@ -116,28 +114,6 @@ class HFSource:
                 values = self.folder.read(mapping.disk_name, mapping.to_disk(overlap))
                 out[overlap.relative_to(region.offsets).slices()] = values.view(overlap.lengths)
         return out
-
-
-def find_mismatch(folder: HFFolder, shapes: Mapping[str, Sequence[int]]) -> Mismatch:
-    """How a folder differs from a model's parameters (name -> shape), in the folder's own names.
-
-    `mtp.*` may be surplus if the model has no such layer, and `lm_head.weight` if its weights are
-    tied (`check_tied` compares it with the embedding).
-    """
-    mismatch = Mismatch()
-    used = set()
-    for name, shape in shapes.items():
-        for mapping in mappings_of(name, shape, folder.specs):
-            used.add(mapping.disk_name)
-            if mapping.disk_name not in folder.specs:
-                mismatch.missing.append(mapping.disk_name)
-            elif folder.specs[mapping.disk_name].shape != mapping.disk_shape:
-                mismatch.misshapen[mapping.disk_name] = (folder.specs[mapping.disk_name].shape, mapping.disk_shape)
-    mismatch.surplus = [n for n in folder.specs if n not in used and not may_be_skipped(n, shapes)]
-    if HEAD in mismatch.missing:
-        hint = "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
-        mismatch.hints.append(hint)
-    return mismatch
 
 
 def check_tied(source: TensorSource, where: str | Path) -> None:
@@ -201,3 +177,26 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_WEIGHTS)
     advice = "weights in that form are not read, save them as safetensors (transformers: save_pretrained)"
     raise CheckpointError(f"{folder}: no safetensors files" + (f"; {abbreviate(others)}: {advice}" if others else ""))
+
+
+def refuse_unsupported(folder: Path) -> None:
+    """Raises CheckpointError or ConfigError for an adapter or quantized weights."""
+    for name in ADAPTERS:
+        if (folder / name).is_file():
+            what = "an adapter beside the model" if (folder / CONFIG).is_file() else "an adapter, not a model"
+            raise CheckpointError(f"{folder}: {name} is {what}; {MERGE}, or move it away")
+    for path in sorted(folder.glob("*.json")):
+        if QUANTIZED.fullmatch(path.name):
+            raise CheckpointError(
+                f"{folder}: {path.name} says that the weights are quantized, and those cannot be trained; bring the bf16 "
+                "checkpoint, or move the file away if the weights are bf16 all the same"
+            )
+    if (folder / CONFIG).is_file():
+        try:
+            refuse_quantized(config_of(folder))
+        except ConfigError as error:
+            raise ConfigError(f"{folder / CONFIG}: {error}") from None
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return read_object(folder / CONFIG, CheckpointError, "not there; a Qwen3.5 checkpoint folder holds config.json")

@@ -2,29 +2,28 @@
 
 import json
 import shutil
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_spec, mapping_of, mappings_of, published_dtype
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
-from qwen35.checkpoint.safetensors_file import Header, make_header, raw_bytes, read_header, read_slice, write_at
-from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSource, TensorSpec, pieces
-from qwen35.checkpoint.threads import share_out
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, pieces
+from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
+from qwen35.device import HOST
 from qwen35.errors import one_line
 
 EXPORT_MANIFEST = ".qwen35.json"  # marks the folders written here, which may therefore be replaced
 
 Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, region) -> values of any float dtype
-Progress = Callable[[int], object]  # called with the bytes of each piece
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class WriteSummary:
 
 
 def save_hf(
-    state: TensorSource | Mapping[str, Tensor],
+    values: TensorSource,
     source_folder: str | Path,
     out: str | Path,
-    progress: Progress | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> WriteSummary:
     """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
 
@@ -50,35 +49,81 @@ def save_hf(
     for which the embedding is written. Config, tokenizer, processor, chat template and other small
     files are copied.
 
-    `out` is replaced if it is empty or was written by this program. Raises CheckpointError, and
-    leaves nothing half-written.
+    Weights are written piece by piece and read back. `out` is replaced if it is empty or was
+    written by this program. Raises CheckpointError, and leaves nothing half-written.
     """
     source, out = HFFolder(source_folder), Path(out)
     folders.check_disjoint(source.folder, out)
-    values = MemorySource(state) if isinstance(state, Mapping) else state
     shapes = {name: spec.shape for name, spec in values.specs.items()}
     tied = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
-    _check_free_space(out, sum(header.nbytes for header in source.files.values()))
+    _check_free_space(out, sum((source.folder / file).stat().st_size for file in source.files))
+
+    held = {m.disk_name: (n, m) for n, shape in shapes.items() for m in mappings_of(n, shape, source.specs)}
+    if tied:
+        held[HEAD] = held[EMBEDDING]
 
     def fetch(disk_name: str, region: TensorSlice) -> Tensor:
-        name, mapping = mapping_of(disk_name, source.specs[disk_name].shape)
-        if tied and disk_name == HEAD:
-            name = EMBEDDING
-        return values.read(name, mapping.to_model(region)) if name in values.specs else source.read(disk_name, region)
+        if disk_name not in held:
+            return source.read(disk_name, region)
+        name, mapping = held[disk_name]
+        return values.read(name, mapping.to_model(region))
 
     content: dict[str, Any] = {}
     with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
-        _write_files(temporary, source.files, fetch, progress)
+        try:
+            files = (_write_like(source, file, temporary / file, fetch, progress) for file in source.files)
+            for _ in ahead(_read_back, files, threads=1):  # while the next file is written
+                pass
+        except OSError as error:
+            raise CheckpointError(f"{temporary}: cannot be written: {one_line(error)}") from None
         for path in _other_files(source):
             _copy(path, temporary / path.relative_to(source.folder))
-        _check_folder(HFFolder(temporary), source.files)
-        total = sum(spec.nbytes for spec in source.specs.values())
-        content |= {"tensors": len(source.specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
-    return WriteSummary(content["tensors"], content["bytes"], out)
+        return _summarize(HFFolder(temporary), content, out)
+
+
+def _write_like(
+    source: HFFolder, file: str, out: Path, fetch: Fetch, progress: Callable[[int], object] | None
+) -> tuple[Path, dict[str, Entry], list[tuple[str, TensorSlice, int]]]:
+    """Write one safetensors file with the header of the source's, for `_read_back`."""
+    entries = source.files[file]
+    # trained values are fp32, so pieces are sized for fp32
+    parts = [
+        (name, region)
+        for name, entry in entries.items()
+        for region in pieces(TensorSlice.full(entry.spec.shape), max(entry.spec.dtype.itemsize, torch.float32.itemsize))
+    ]
+
+    def prepare(part: tuple[str, TensorSlice]) -> tuple[str, TensorSlice, memoryview, int]:
+        name, region = part
+        data = raw_bytes(fetch(name, region).to(entries[name].spec.dtype).contiguous())
+        return name, region, data, zlib.crc32(data)
+
+    written = []
+    with (source.folder / file).open("rb") as original, out.open("wb") as copy:
+        copy.write(original.read(min((entry.begin for entry in entries.values()), default=-1)))
+        for name, region, data, crc32 in ahead(prepare, parts):
+            position = copy.tell()
+            copy.write(data)
+            folders.flush_soon(copy.fileno(), position, data.nbytes)
+            written.append((name, region, crc32))
+            if progress:
+                progress(data.nbytes)
+    return out, entries, written
+
+
+def _read_back(file: tuple[Path, dict[str, Entry], list[tuple[str, TensorSlice, int]]]) -> None:
+    """Flush a file, and compare its header and each piece with what was written."""
+    path, entries, written = file
+    folders.flush(path)
+    if read_header(path) != entries:
+        raise CheckpointError(f"{path}: the header read back differs from the source's")
+    for name, region, crc32 in written:
+        if zlib.crc32(raw_bytes(read_slice(path, entries[name], region))) != crc32:
+            raise CheckpointError(f"{path}: {name} read back differs from what was written")
 
 
 def write_hf(
-    state: TensorSource | Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     folder: str | Path,
     layout: Layout = "hub",
@@ -92,30 +137,35 @@ def write_hf(
     holds up to `shard_size` bytes, or a single larger tensor. `texts` are further files by name.
     `folder` is replaced if it is empty or was written by this program. Raises CheckpointError.
     """
-    values, folder = MemorySource(state) if isinstance(state, Mapping) else state, Path(folder)
-    mappings = {m.disk_name: (n, m) for n, s in values.specs.items() for m in mappings_of(n, s.shape, layout)}
-    specs = disk_spec({name: spec.shape for name, spec in values.specs.items()}, layout, dtype_of)
+    mappings = {m.disk_name: (n, m) for n, t in state.items() for m in mappings_of(n, t.shape, layout)}
+    specs = {name: TensorSpec(mapping.disk_shape, dtype_of(name)) for name, (_, mapping) in mappings.items()}
     shards = _fill_shards(specs, shard_size)
-    files = {f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors": names for k, names in enumerate(shards, 1)}
-    headers = {file: make_header({name: specs[name] for name in names}) for file, names in files.items()}
-
-    def fetch(disk_name: str, region: TensorSlice) -> Tensor:
-        name, mapping = mappings[disk_name]
-        return values.read(name, mapping.to_model(region))
-
+    file_of: dict[str, str] = {}
     content: dict[str, Any] = {}
-    with folders.new_folder(folder, EXPORT_MANIFEST, content) as temporary:
-        _write_files(temporary, headers, fetch, None)
+    with folders.new_folder(Path(folder), EXPORT_MANIFEST, content) as temporary:
+        for k, names in enumerate(shards, 1):
+            file = f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors"
+            file_of |= dict.fromkeys(names, file)
+            tensors = {}
+            for disk_name in names:
+                name, mapping = mappings[disk_name]
+                part = state[name].detach()[mapping.region.slices()].view(mapping.disk_shape)
+                tensors[disk_name] = part.to(HOST, specs[disk_name].dtype).contiguous()
+            save_file(tensors, temporary / file)
         total = sum(spec.nbytes for spec in specs.values())
-        file_of = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
         _write_json(temporary / WEIGHTS_INDEX, index)
         _write_json(temporary / "config.json", config)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        _check_folder(HFFolder(temporary), headers)
-        content |= {"tensors": len(specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
-    return WriteSummary(len(specs), total, folder)
+        return _summarize(HFFolder(temporary), content, Path(folder))
+
+
+def _summarize(written: HFFolder, content: dict[str, Any], folder: Path) -> WriteSummary:
+    """Fill in the manifest of a folder whose index and headers could be read back."""
+    total = sum(spec.nbytes for spec in written.specs.values())
+    content |= {"tensors": len(written.specs), "bytes": total, "files": list(folders.file_sizes(written.folder))}
+    return WriteSummary(len(written.specs), total, folder)
 
 
 def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
@@ -131,83 +181,17 @@ def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[
     return shards
 
 
-class _ShardFile:
-    """A safetensors file that several threads write, each a piece of a tensor at a time."""
-
-    def __init__(self, path: Path, header: Header):
-        self.path, self.header = path, header
-        self.pieces: list[tuple[str, TensorSlice, int]] = []  # name, piece, its first byte in the file
-        for name, entry in header.entries.items():
-            position, itemsize = entry.begin, entry.spec.dtype.itemsize
-            # trained values are fp32, so pieces are sized for fp32
-            for region in pieces(TensorSlice.full(entry.spec.shape), max(itemsize, torch.float32.itemsize)):
-                self.pieces.append((name, region, position))
-                position += region.numel * itemsize
-        self.sums: dict[int, int] = {}  # first byte of a piece -> checksum of the piece
-        self.left, self.lock = len(self.pieces), threading.Lock()
-        path.write_bytes(header.raw)
-
-    def write(self, name: str, position: int, values: Tensor) -> int:
-        """Write a piece, and check the file if it was the last one. Returns the piece's bytes."""
-        data = raw_bytes(values.to(self.header.entries[name].spec.dtype).contiguous())
-        self.sums[position] = zlib.crc32(data)
-        with self.lock:  # the kernel writes to a file one call at a time anyway
-            write_at(self.path, position, data)
-            self.left -= 1
-            is_last = self.left == 0
-        if is_last:
-            self.check()
-        return data.nbytes
-
-    def check(self) -> None:
-        """Flush the file and read it back. Raises CheckpointError if a byte differs."""
-        folders.flush(self.path)
-        entries = read_header(self.path).entries
-        for name, region, position in self.pieces:
-            if zlib.crc32(raw_bytes(read_slice(self.path, entries[name], region))) != self.sums[position]:
-                raise CheckpointError(f"{self.path}: {name} read back differs from what was written")
-
-
-def _write_files(folder: Path, headers: Mapping[str, Header], fetch: Fetch, progress: Progress | None) -> None:
-    """Write safetensors files; the thread that writes the last piece of one reads it back."""
-
-    def write(_: int, items: Iterator[tuple[_ShardFile, tuple[str, TensorSlice, int]]]) -> None:
-        for file, (name, region, position) in items:
-            nbytes = file.write(name, position, fetch(name, region))
-            if progress:
-                progress(nbytes)
-
-    try:
-        files = [_ShardFile(folder / name, header) for name, header in headers.items()]
-        share_out([(file, piece) for file in files for piece in file.pieces], write)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {one_line(error)}") from None
-
-
-def _check_folder(written: HFFolder, headers: Mapping[str, Header]) -> None:
-    """Raises CheckpointError unless index, files and headers, read back, are as intended."""
-    if {file: header.raw for file, header in written.files.items()} != {f: h.raw for f, h in headers.items()}:
-        raise CheckpointError(f"{written.folder}: files or headers read back differ from those written")
-
-
 def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
     """Raises CheckpointError if a state of these shapes could not be written like the source.
 
     It must have every tensor of the source, except those that may be copied, and no others. Returns
     whether the stored head is the embedding.
     """
-    mismatch, covered = Mismatch(), set()
     tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
-    for name, shape in shapes.items():
-        for mapping in mappings_of(name, shape, source.specs):
-            covered.add(mapping.disk_name)
-            if mapping.disk_name not in source.specs:
-                mismatch.surplus.append(mapping.disk_name)
-            elif source.specs[mapping.disk_name].shape != mapping.disk_shape:
-                mismatch.misshapen[mapping.disk_name] = (mapping.disk_shape, source.specs[mapping.disk_name].shape)
-    copied = [n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)]
-    mismatch.missing = [n for n in source.specs if n not in covered and n not in copied]
-    mismatch.raise_if_any(headline)
+    written = disk_shapes(shapes, source.specs)
+    may_be_copied = {n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)}
+    wanted = {n: spec.shape for n, spec in source.specs.items() if n in written or n not in may_be_copied}
+    Mismatch.between(written, wanted).raise_if_any(headline)
     _other_files(source)
     return tied
 

@@ -1,4 +1,8 @@
-"""Locks: a save folder has one owner, who removes no checkpoint that another job is reading."""
+"""Locks: a save folder has one owner, who removes no checkpoint that another job is reading.
+
+The filelock library locks only a file, which is no lock once somebody removes it, and which forked
+workers keep.
+"""
 
 import errno
 import fcntl
@@ -30,13 +34,13 @@ def holding(folder: Path) -> Iterator[str | None]:
     workers, and works over NFS. A second lock, on the folder itself, keeps others out even if the
     file is removed; NFS lacks this kind.
     """
-    is_new = not folder.exists()
-    path = folder / LOCK
+    is_new, path, warning = not folder.exists(), folder / LOCK, None
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file, _opened(folder) as above:
-            warning = _acquire(fcntl.lockf, file.fileno(), path)
-            _acquire(fcntl.flock, above, path)
+            if _wait_for(fcntl.lockf, file.fileno(), path) is None:
+                warning = f"{path}: this file system has no locks; nothing keeps a second job out of the folder"
+            _wait_for(fcntl.flock, above, path)
             if not (_is_same_file(path, file.fileno()) and _is_same_file(folder, above)):
                 continue  # the job that held them removed file or folder: these locks protect nothing
             try:
@@ -80,42 +84,38 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _acquire(lock: Callable[[int, int], object], fd: int, path: Path) -> str | None:
-    end = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _take(lock: Callable[[int, int], object], fd: int, kind: int) -> bool | None:
+    """Whether the lock was free, and is taken; None if the file system has no locks."""
+    try:
+        lock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
             return None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                return f"{path}: this file system has no locks; nothing keeps a second job out of the folder"
-            if error.errno not in BUSY:
-                raise
+        if error.errno in BUSY:
+            return False
+        raise
+    return True
+
+
+def _wait_for(lock: Callable[[int, int], object], fd: int, path: Path) -> bool | None:
+    end = time.monotonic() + LOCK_TIMEOUT
+    while (taken := _take(lock, fd, fcntl.LOCK_EX)) is False:
         if time.monotonic() > end:
+            try:
+                owner = "process {pid} on {host}".format(**json.loads(path.read_text()))
+            except (OSError, ValueError, KeyError, TypeError):
+                owner = "unknown"
             raise CheckpointError(
-                f"{path.parent} is in use by another job ({_owner(path)}); wait for it, or choose another folder"
+                f"{path.parent} is in use by another job ({owner}); wait for it, or choose another folder"
             )
         time.sleep(0.1)
-
-
-def _owner(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"
+    return taken
 
 
 def hold_for_reading(path: Path) -> int:
     """Open a file so that `removable` yields False until it is closed. Returns its descriptor."""
     fd = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        # busy: the checkpoint is being removed, and the next read will say that it is missing
-        if error.errno not in (*NO_LOCKS, *BUSY):
-            os.close(fd)
-            raise
+    _take(fcntl.flock, fd, fcntl.LOCK_SH)  # if it is being removed, the next read will say that it is missing
     return fd
 
 
@@ -126,16 +126,5 @@ def removable(path: Path) -> Iterator[bool]:
     This lock belongs to the open file, not to the process: one process may hold the same file
     several times.
     """
-    fd = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_free = True
-    except OSError as error:
-        if error.errno not in (*NO_LOCKS, *BUSY):
-            os.close(fd)
-            raise
-        is_free = error.errno in NO_LOCKS
-    try:
-        yield is_free
-    finally:
-        os.close(fd)
+    with path.open("r+b") as file:
+        yield _take(fcntl.flock, file.fileno(), fcntl.LOCK_EX) is not False

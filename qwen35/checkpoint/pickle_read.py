@@ -2,22 +2,16 @@
 
 Python's unpickler runs the file as a program. Even if it may name only a few classes, a hostile
 file can set their attributes, make it hash deeply nested values, or make it allocate any amount of
-memory. Here a reference to a class is only its name, and an object is a Pickled. Only the opcodes
-that occur in torch's files are supported.
+memory. Here pickletools takes the file apart, a reference to a class is only its name, and an
+object is a Pickled. Only the opcodes that occur in torch's files are supported.
 """
 
 import pickle
-import struct
+import pickletools
 from dataclasses import dataclass
 from typing import Any
 
 MAX_PICKLE_BYTES = 64 * 2**20  # enough to describe some 300,000 chunks
-CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False}
-INTEGERS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i")}
-SIZES = {1: struct.Struct("<B"), 4: struct.Struct("<I")}  # width in bytes -> format of a length or memo index
-STRINGS, GETS, PUTS = {0x8C: 1, ord("X"): 4}, {ord("h"): 1, ord("j"): 4}, {ord("q"): 1, ord("r"): 4}
-TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
-SKIPPED = {0x80: 1, 0x95: 8}  # protocol number; frame length
 
 
 class Name(str):
@@ -31,7 +25,7 @@ class Pairs(list[tuple[Any, Any]]):
     """The items of a dict, whose keys are never hashed."""
 
 
-EMPTY = {ord(")"): tuple, ord("]"): list, ord("}"): Pairs}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 @dataclass(slots=True, eq=False)
@@ -51,90 +45,70 @@ def read_pickle(data: bytes) -> Any:
     if len(data) > MAX_PICKLE_BYTES:
         raise pickle.UnpicklingError(f"it is larger than {MAX_PICKLE_BYTES:,} bytes")
     try:
-        return _Reader(data).run()
-    except (IndexError, KeyError, ValueError, struct.error):
+        return _run(data)
+    except (IndexError, KeyError, ValueError):
         raise pickle.UnpicklingError("it is cut off or damaged") from None
 
 
-class _Reader:
-    def __init__(self, data: bytes):
-        self.data, self.position = data, 0
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+def _run(data: bytes) -> Any:
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
 
-    def take(self, count: int) -> bytes:
-        self.position += count
-        if self.position > len(self.data):
-            raise IndexError
-        return self.data[self.position - count : self.position]
-
-    def size(self, width: int) -> int:
-        return SIZES[width].unpack(self.take(width))[0]
-
-    def line(self) -> str:
-        return self.take(self.data.index(b"\n", self.position) + 1 - self.position)[:-1].decode()
-
-    def pop(self, kind: type) -> Any:
-        return _checked(kind, self.stack.pop())
-
-    def since_mark(self) -> list[Any]:
-        begin = self.marks.pop()
-        values = self.stack[begin:]
-        del self.stack[begin:]
+    def since_mark() -> list[Any]:
+        begin = marks.pop()
+        values = stack[begin:]
+        del stack[begin:]
         return values
 
-    def run(self) -> Any:
-        stack, memo = self.stack, self.memo
-        while True:
-            code = self.take(1)[0]
-            if code == 0x94:  # MEMOIZE
+    value: Any
+    for opcode, value, _ in pickletools.genops(data):
+        match opcode.name:
+            case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
-            elif code in GETS:
-                stack.append(memo[self.size(GETS[code])])
-            elif code in PUTS:
-                memo[self.size(PUTS[code])] = stack[-1]
-            elif code in INTEGERS:
-                stack.append(INTEGERS[code].unpack(self.take(INTEGERS[code].size))[0])
-            elif code == 0x8A:  # LONG1
-                stack.append(int.from_bytes(self.take(self.size(1)), "little", signed=True))
-            elif code in STRINGS:
-                stack.append(self.take(self.size(STRINGS[code])).decode())
-            elif code in CONSTANTS:
-                stack.append(CONSTANTS[code])
-            elif code in EMPTY:
-                stack.append(EMPTY[code]())
-            elif code in TUPLES:
-                stack[-TUPLES[code] :] = [tuple(stack[-TUPLES[code] :])]
-            elif code == ord("("):
-                self.marks.append(len(stack))
-            elif code == ord("t"):
-                stack.append(tuple(self.since_mark()))
-            elif code in b"ae":  # APPEND, APPENDS
-                values = [stack.pop()] if code == ord("a") else self.since_mark()
+            case "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "SHORT_BINUNICODE" | "BINUNICODE":
+                stack.append(value)
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
+                stack.append(CONSTANTS[opcode.name])
+            case "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append([] if opcode.name == "EMPTY_LIST" else Pairs())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "APPEND" | "APPENDS":
+                values = [stack.pop()] if opcode.name == "APPEND" else since_mark()
                 _checked(list, stack[-1]).extend(values)
-            elif code in b"su":  # SETITEM, SETITEMS
-                values = [stack.pop(-2), stack.pop()] if code == ord("s") else self.since_mark()
+            case "SETITEM" | "SETITEMS":
+                values = [stack.pop(-2), stack.pop()] if opcode.name == "SETITEM" else since_mark()
                 _checked(Pairs, stack[-1]).extend(zip(values[::2], values[1::2], strict=True))
-            elif code == ord("c"):
-                stack.append(Name(f"{self.line()}.{self.line()}"))
-            elif code == 0x93:  # STACK_GLOBAL
-                name, module = self.pop(str), self.pop(str)
+            case "GLOBAL":
+                stack.append(Name(value.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = _checked(str, stack.pop()), _checked(str, stack.pop())
                 stack.append(Name(f"{module}.{name}"))
-            elif code in b"R\x81":  # REDUCE, NEWOBJ
-                args, name = self.pop(tuple), self.pop(Name)
-                stack.append(Pickled(name, args))
-            elif code == ord("Q"):  # BINPERSID
+            case "REDUCE" | "NEWOBJ":
+                args, made = _checked(tuple, stack.pop()), _checked(Name, stack.pop())
+                stack.append(Pickled(made, args))
+            case "BINPERSID":
                 stack.append(Pickled(PERSISTENT, (stack.pop(),)))
-            elif code == ord("b"):  # BUILD
+            case "BUILD":
                 state = stack.pop()
                 _checked(Pickled, stack[-1]).state = state
-            elif code in SKIPPED:
-                self.take(SKIPPED[code])
-            elif code == ord("."):
+            case "STOP":
                 return stack.pop()
-            else:
-                raise pickle.UnpicklingError(f"the instruction {code:#04x} has no place in it")
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                raise pickle.UnpicklingError(f"the instruction {opcode.name} has no place in it")
+    raise AssertionError("genops raises ValueError where a pickle has no end")
 
 
 def _checked(kind: type, value: Any) -> Any:

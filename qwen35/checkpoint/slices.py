@@ -1,20 +1,34 @@
-"""Slices of tensors: tensors are read, moved and written slice by slice, never whole."""
+"""Slices of tensors: tensors are read, moved and written slice by slice, never whole.
+
+A source reads slices from anywhere; a rank fills its own part of a tensor from it.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from qwen35.checkpoint.errors import CheckpointError
+
 # How much of a tensor a thread holds at a time while it streams from file to file. The allocator
 # reuses memory of this size; much larger blocks are mapped anew for every piece, which takes longer
 # than reading it.
 PIECE_BYTES = 8 * 2**20
+# Threads that read ahead: at least two, so that one computes while another waits for the disk.
+THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
 MAX_AXES = 16  # of a tensor; a file that claims more is damaged
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def is_shape(values: Sequence[object]) -> bool:
@@ -75,21 +89,29 @@ class TensorSource(Protocol):
         ...
 
 
-class MemorySource:
-    """A TensorSource over whole tensors in memory, on any device."""
+class FiniteSource:
+    """A TensorSource that raises CheckpointError for values that are NaN or infinite."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+    def __init__(self, source: TensorSource, where: str | Path):
+        self.source, self.where, self.specs = source, where, source.specs
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
-        return self.tensors[name][region.slices()].cpu()
+        values = self.source.read(name, region)
+        # aminmax is NaN if any value is; it takes 1 ms for 8 MiB, testing each value 20 to 50 ms
+        if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+            count = int((~torch.isfinite(values)).sum())
+            raise CheckpointError(
+                f"{self.where}: {name} has NaN or infinite values, {count:,} in a piece of {values.numel():,}; the weights are "
+                "damaged, or the run that made them diverged"
+            )
+        return values
 
 
 def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iterator[TensorSlice]:
-    """Cut a region along its leading axes into pieces of `limit` bytes, in row-major order."""
-    if region.numel == 0:
-        return
+    """Cut a region along its leading axes into pieces of `limit` bytes, in row-major order.
+
+    An empty region is one piece.
+    """
     axis = next((d for d, n in enumerate(region.lengths) if n > 1), None)
     if axis is None or region.numel * itemsize <= limit:
         yield region
@@ -113,3 +135,32 @@ def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
         return tensor, TensorSlice.full(tensor.shape)
     lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), TensorSlice(tuple(offsets), tuple(lengths))
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable[[int], object] | None = None) -> None:
+    """Copy this rank's part of each tensor, cast to its dtype. Names and shapes must fit."""
+    for name, tensor in tensors.items():
+        local, region = local_part(tensor)
+        itemsize = source.specs[name].dtype.itemsize
+        for piece in pieces(region, itemsize):
+            values = source.read(name, piece)
+            local[piece.relative_to(region.offsets).slices()].copy_(values)
+            if progress:
+                progress(values.nbytes)
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
+    """work(item) for each item, in order, done by threads; each is one item ahead of the caller."""
+    running: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                running.append(pool.submit(work, item))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:  # after an error or an interrupt nothing more is begun
+            for left in running:
+                left.cancel()

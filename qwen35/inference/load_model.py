@@ -10,8 +10,7 @@ from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype
-from qwen35.checkpoint.hf_read import has_weights
-from qwen35.checkpoint.model_folder import refuse_unsupported
+from qwen35.checkpoint.hf_read import has_weights, refuse_unsupported
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import BasicParameters, DatasetParam
 from qwen35.data.collator import check_agreement, vision_spec

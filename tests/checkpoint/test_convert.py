@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import LAYOUTS, assert_same_bytes, build, resave, state_of, tensors_in, write_folder
+from checkpoint_cases import (
+    LAYOUTS,
+    assert_same_bytes,
+    build,
+    resave,
+    save_checkpoint,
+    state_of,
+    tensors_in,
+    write_folder,
+)
 from forked import Forked, launched
 from peer import config_dict
 
 from qwen35.checkpoint import load_pretrained
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.dcp_folder import newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError

@@ -14,20 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_cases import DATA, as_before
+from checkpoint_cases import DATA, as_before, save_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp_metadata
 
-from qwen35.checkpoint import checksums as checksums_module
-from qwen35.checkpoint.checksums import checksums, read_slice_checked
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint import tensor_file
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.dcp_folder import keep_newest, manifest_content, newest_checkpoint, repair_save_folder
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
-from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
+from qwen35.checkpoint.tensor_file import ChecksumError, Entry, checksums, raw_bytes, read_slice
 
 BEFORE = DATA / "checkpoint_of_before"  # format 1, without tensors.json and checksums
 
@@ -233,7 +232,7 @@ def test_any_region_is_read_and_checked_by_blocks(tmp_path, data):
     block = data.draw(st.sampled_from([4, 8, 16, 64, 2**18]))
     values = torch.randn(shape)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checksums_module, "BLOCK", block)
+        patched.setattr(tensor_file, "BLOCK", block)
         file, wanted, entry = (
             tmp_path / "file",
             checksums(raw_bytes(values)),
@@ -241,15 +240,15 @@ def test_any_region_is_read_and_checked_by_blocks(tmp_path, data):
         )
         content = b"abc" + raw_bytes(values).tobytes() + b"more"
         file.write_bytes(content)
-        assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
+        assert torch.equal(read_slice(file, entry, region, wanted), values[region.slices()])
         place = data.draw(st.integers(0, values.nbytes - 1))
         file.write_bytes(content[: 3 + place] + bytes([content[3 + place] ^ 1]) + content[4 + place :])
         blocks = {n * 4 // block for n in torch.arange(values.numel()).view(shape)[region.slices()].flatten().tolist()}
         if place // block in blocks:
-            with pytest.raises(checksums_module.ChecksumError):
-                read_slice_checked(file, entry, wanted, region)
+            with pytest.raises(ChecksumError):
+                read_slice(file, entry, region, wanted)
         else:
-            assert torch.equal(read_slice_checked(file, entry, wanted, region), values[region.slices()])
+            assert torch.equal(read_slice(file, entry, region, wanted), values[region.slices()])
 
 
 def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
@@ -268,8 +267,8 @@ def test_a_part_costs_little_more_than_its_bytes(tmp_path, monkeypatch):
         TensorSlice((700, 10), (800, 3)),
     ):
         counts.clear()
-        assert torch.equal(read_slice_checked(tmp_path / "file", entry, wanted, region), values[region.slices()])
-        assert sum(counts) <= region.lengths[0] * 4000 + 2 * checksums_module.BLOCK
+        assert torch.equal(read_slice(tmp_path / "file", entry, region, wanted), values[region.slices()])
+        assert sum(counts) <= region.lengths[0] * 4000 + 2 * tensor_file.BLOCK
 
 
 # -- false descriptions ----------------------------------------------------------------------------

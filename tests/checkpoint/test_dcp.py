@@ -8,18 +8,17 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import as_before, build
+from checkpoint_cases import MemorySource, as_before, build, save_checkpoint
 from peer import config_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qwen35.checkpoint import dcp_write, release
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint, training_state
+from qwen35.checkpoint import dcp_write
+from qwen35.checkpoint.dcp import decode, encode, load_checkpoint, training_state
 from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.extra import decode, encode
-from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.slices import MemorySource, TensorSlice, pieces
+from qwen35.checkpoint.slices import TensorSlice, pieces
 
 
 def small_model(width: int = 4) -> torch.nn.Module:
@@ -163,7 +162,7 @@ def test_half_written_checkpoints_are_never_chosen(tmp_path):
         resolve_load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("moment", ["describe", "write_latest", "manifest_content"])
+@pytest.mark.parametrize("moment", ["append_tensor", "write_latest", "manifest_content"])
 def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch, moment):
     """Whichever call is interrupted, the newest complete checkpoint is the old or the new one."""
     model = small_model()
@@ -173,10 +172,9 @@ def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(dcp_write, moment, interrupt)
+        patched.setattr(dcp_write if moment == "append_tensor" else dcp_write.dcp_folder, moment, interrupt)
         patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # like kill -9, which cleans nothing up
-        # the first is called inside DCP, which wraps the error
-        with pytest.raises(CheckpointException if moment == "describe" else KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, model)
     assert newest_checkpoint(tmp_path).name == ("iter_0000002" if moment == "write_latest" else "iter_0000001")
     save_checkpoint(tmp_path, 2, model)  # leftovers are no obstacle
@@ -293,7 +291,7 @@ def test_a_pickle_of_unknown_origin_is_refused(tmp_path):
 
 def test_tensor_written_in_pieces_is_read_in_any_region(tmp_path, monkeypatch):
     """A tensor written in many pieces is read in any region."""
-    monkeypatch.setattr(release, "pieces", lambda region, size: pieces(region, size, 64))
+    monkeypatch.setattr(dcp_write, "pieces", lambda region, size: pieces(region, size, 64))
 
     whole = torch.randn(9, 5, 7)
     seen = []

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from checkpoint_cases import tensors_in, write_folder
+from checkpoint_cases import source_of, tensors_in, write_folder
 from forked import Forked, ran, run_code
 
 from qwen35.checkpoint import hf_write
@@ -12,7 +12,6 @@ from qwen35.checkpoint.convert import main
 from qwen35.checkpoint.dcp_folder import LATEST
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import INCOMPLETE
-from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.lock import LOCK
 
@@ -21,7 +20,7 @@ def test_files_of_others_in_an_export_are_never_lost(tmp_path):
     folder = write_folder(tmp_path / "hf")
     (folder / "figures").mkdir()
     (folder / "figures/a.svg").touch()
-    source, out = HFSource(HFFolder(folder)), tmp_path / "out"
+    source, out = source_of(folder), tmp_path / "out"
     save_hf(source, folder, out)
     save_hf(source, folder, out)
     (out / "config.json").write_text("{}")  # damaged, and then replaced
@@ -57,10 +56,22 @@ def test_export_through_a_link_replaces_its_target(tmp_path, is_there):
     if is_there:
         (tmp_path / "disk/out").mkdir()
     for _ in range(2):
-        save_hf(HFSource(HFFolder(folder)), folder, link)
+        save_hf(source_of(folder), folder, link)
         assert {path.name for path in tmp_path.iterdir()} == {"hf", "link", "disk"}
         assert link.is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
         assert (link / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_release_through_a_link_replaces_its_target(tmp_path):
+    folder, dcp, disk = write_folder(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "disk"
+    dcp.mkdir()
+    disk.mkdir()
+    (dcp / "release").symlink_to("../disk/weights")
+    for _ in range(2):
+        assert main(["hf_to_dcp", "--hf_dir", str(folder), "--dcp_dir", str(dcp)]) == 0
+        assert {path.name for path in dcp.iterdir()} == {"release", LATEST} and (dcp / "release").is_symlink()
+        assert [path.name for path in disk.iterdir()] == ["weights"]
+        assert (dcp / "release/complete.json").is_file()
 
 
 def test_files_of_others_in_a_release_are_never_lost(tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 import transformers
 from checkpoint_cases import (
     LAYOUTS,
+    MemorySource,
     assert_same_bytes,
     build,
     empty_model,
@@ -27,7 +28,7 @@ from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
-from qwen35.checkpoint.hf_read import HFFolder, HFSource
+from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.slices import TensorSlice, pieces
 
@@ -101,16 +102,6 @@ def test_all_that_does_not_fit_is_one_error(tmp_path):
         "model.visual.pos_embed.weight is [7, 32] instead of [36, 32]",
     ):
         assert words in message
-    model = empty_model(config_dict())
-    with pytest.raises(CheckpointError, match="1 tensor misshapen"):
-        load_hf(model, folder, strict=False)
-    resave(folder, lambda t: t.update({"model.visual.pos_embed.weight": torch.zeros(36, 32)}))
-    load_hf(model, folder, strict=False)
-    assert {n for n, p in model.named_parameters() if p.isnan().any()} == {
-        "model.language_model.layers.0.linear_attn.A_log",
-        "model.language_model.layers.1.linear_attn.A_log",
-        "lm_head.weight",
-    }
 
 
 @pytest.mark.parametrize("expert", [2, 7])
@@ -120,9 +111,6 @@ def test_missing_experts_are_named(tmp_path, expert):
     resave(folder, lambda t: t.pop(name))
     with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
         load_hf(empty_model(config_dict()), folder)
-    if expert == 2:  # a gap is noticed even without a model
-        with pytest.raises(CheckpointError, match=f"1 tensor missing: {name}"):
-            HFSource(HFFolder(folder))
 
 
 def test_surplus_experts_and_quantised_checkpoints_are_refused(tmp_path):
@@ -191,10 +179,10 @@ def damage_pickle(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_truncate, r"00001-of-0000\d\.safetensors: truncated or damaged: \d+ bytes, its header says \d+"),
-        (damage_append, "truncated or damaged"),
-        (damage_header, "broken safetensors header"),
-        (damage_lfs_pointer, "truncated, or not a safetensors file"),
+        (damage_truncate, r"00001-of-0000\d\.safetensors: truncated, damaged, or not a safetensors file: "),
+        (damage_append, "truncated, damaged, or not a safetensors file: "),
+        (damage_header, "truncated, damaged, or not a safetensors file: "),
+        (damage_lfs_pointer, "truncated, damaged, or not a safetensors file: "),
         (damage_shard, r"1 of \d weight files missing: model.safetensors-00001"),
         (damage_index, r"\d safetensors files, but no model.safetensors.index.json"),
         (damage_index_path, r"'../secret.safetensors' is not a file of this folder"),
@@ -230,7 +218,11 @@ def peer_class(config):
 def test_transformers_loads_what_we_write(tmp_path, kind, layout):
     config = config_dict(**kind)
     folder = write_folder(tmp_path / "hf", mtp=True, layout=layout, shard_size=60_000, **kind)
-    save_hf({n: p.detach() for n, p in build(config, False, seed=3).named_parameters()}, folder, tmp_path / "out")
+    save_hf(
+        MemorySource({n: p.detach() for n, p in build(config, False, seed=3).named_parameters()}),
+        folder,
+        tmp_path / "out",
+    )
     for path, seed in ((folder, 0), (tmp_path / "out", 3)):
         model, info = peer_class(config).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -246,7 +238,7 @@ def test_the_same_logits_from_an_export(tmp_path, kind, layout):
     config = config_dict(**kind)
     folder = write_folder(tmp_path / "hf", mtp=True, layout=layout, **kind)
     trained, _ = pair(config)
-    save_hf({n: p.detach() for n, p in trained.named_parameters()}, folder, tmp_path / "out")
+    save_hf(MemorySource({n: p.detach() for n, p in trained.named_parameters()}), folder, tmp_path / "out")
     with torch.no_grad():
         for parameter in trained.parameters():  # rounded as in the export
             parameter.copy_(parameter.to(torch.bfloat16))
@@ -273,6 +265,6 @@ def test_we_load_what_transformers_writes(tmp_path, kind, dtype):
         assert parameter.dtype == dtype
         assert torch.equal(parameter, wanted[name]), name
     # and back: the same files, without MTP
-    save_hf(dict(ours.named_parameters()), tmp_path / "hf", tmp_path / "out")
+    save_hf(MemorySource(dict(ours.named_parameters())), tmp_path / "hf", tmp_path / "out")
     assert_same_bytes(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "hf"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == config["model_type"]

@@ -8,7 +8,8 @@ import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
 
 from qwen35.checkpoint.errors import fold_names
-from qwen35.checkpoint.hf_names import disk_spec, mapping_of, mappings_of
+from qwen35.checkpoint.hf_names import disk_shapes, mappings_of, published_dtype
+from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
 
@@ -93,7 +94,7 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 def test_published_checkpoints_have_these_tensors(size):
     """The model on the meta device has the published names, shapes, dtypes, counts and bytes."""
     config = json.loads((CONFIGS / f"{size}.json").read_text())
-    spec = disk_spec(published_shapes(size))
+    spec = {n: TensorSpec(s, published_dtype(n)) for n, s in disk_shapes(published_shapes(size)).items()}
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
     assert {name: (s.shape, codes[s.dtype]) for name, s in spec.items()} == published_tensors(config)
 
@@ -114,15 +115,16 @@ def test_published_checkpoints_have_these_tensors(size):
 @pytest.mark.parametrize("layout", ["hub", "per_expert", "stacked"])
 @pytest.mark.parametrize("size", ["35B-A3B", "9B"])
 def test_mappings_are_inverted(size, layout):
-    """mapping_of inverts mappings_of; mappings cover a tensor; the names tell the layout."""
+    """A mapping turns regions around; mappings cover a tensor; the names tell the layout."""
     shapes = published_shapes(size)
-    names = set(disk_spec(shapes, layout))
+    names = set(disk_shapes(shapes, layout))
     for name, shape in shapes.items():
         found = mappings_of(name, shape, layout)
         assert found == mappings_of(name, shape, names)
         assert sum(mapping.region.numel for mapping in found) == math.prod(shape)
         for mapping in found:
-            assert mapping_of(mapping.disk_name, mapping.disk_shape) == (name, mapping)
+            assert mapping.to_model(TensorSlice.full(mapping.disk_shape)) == mapping.region
+            assert mapping.to_disk(mapping.region) == TensorSlice.full(mapping.disk_shape)
 
 
 def test_long_lists_of_names_are_folded_without_loss():

@@ -6,11 +6,13 @@ import pytest
 import torch
 from checkpoint_cases import (
     LAYOUTS,
+    MemorySource,
     assert_same_bytes,
     build,
     empty_model,
     index_of,
     resave,
+    source_of,
     state_of,
     tensors_in,
     write_folder,
@@ -20,7 +22,6 @@ from peer import config_dict
 from qwen35.checkpoint import hf_write
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
-from qwen35.checkpoint.hf_read import HFFolder, HFSource
 from qwen35.checkpoint.hf_write import save_hf, write_hf
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
@@ -43,7 +44,7 @@ def test_a_fresh_checkpoint_looks_like_the_hubs(tmp_path):
 @pytest.mark.parametrize(("kind", "shard_size"), [(KINDS[0], 30_000), (KINDS[0], 2**30), (KINDS[1], 30_000)])
 def test_export_of_the_source_is_byte_identical(tmp_path, kind, layout, shard_size):
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=shard_size, **kind)
-    written = save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+    written = save_hf(source_of(folder), folder, tmp_path / "out")
     assert written.tensors == len(tensors_in(folder))
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -58,7 +59,7 @@ def test_a_trained_state_is_cast_and_the_rest_is_copied(tmp_path):
     (folder / "processor").mkdir()
     (folder / "processor" / "config.json").write_text("{}")
     trained = {n: p.detach() for n, p in build(config_dict(), mtp=False, seed=5).named_parameters()}
-    save_hf(trained, folder, tmp_path / "out")
+    save_hf(MemorySource(trained), folder, tmp_path / "out")
     out, source = tensors_in(tmp_path / "out"), tensors_in(folder)
     assert {n: (t.dtype, t.shape) for n, t in out.items()} == {n: (t.dtype, t.shape) for n, t in source.items()}
     mtp = [n for n in source if n.startswith("mtp.")]
@@ -78,7 +79,7 @@ def test_stored_head_of_tied_weights_must_equal_the_embedding(tmp_path):
     model = empty_model(config_dict(moe=False, tied=True))
     load_hf(model, folder)
     trained = {n: p.detach() * 2 for n, p in model.named_parameters()}
-    save_hf(trained, folder, tmp_path / "out")
+    save_hf(MemorySource(trained), folder, tmp_path / "out")
     out = tensors_in(tmp_path / "out")
     assert torch.equal(out["lm_head.weight"], trained[embedding].to(torch.bfloat16))
     resave(folder, lambda t: t["lm_head.weight"].mul_(2))
@@ -88,7 +89,7 @@ def test_stored_head_of_tied_weights_must_equal_the_embedding(tmp_path):
 
 def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
     folder = write_folder(tmp_path / "hf")
-    source = HFSource(HFFolder(folder))
+    source = source_of(folder)
     out = tmp_path / "out"
     out.mkdir()
     save_hf(source, folder, out)  # an empty folder is used
@@ -112,16 +113,16 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "hf")
-    good = HFSource(HFFolder(folder))
+    good, failing = source_of(folder), source_of(folder)
 
-    class Failing(HFSource):
-        def read(self, name, region):
-            if name == "lm_head.weight":
-                raise OSError(28, os.strerror(28))
-            return good.read(name, region)
+    def read(name, region):
+        if name == "lm_head.weight":
+            raise OSError(28, os.strerror(28))
+        return good.read(name, region)
 
+    monkeypatch.setattr(failing, "read", read)
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
-        save_hf(Failing(HFFolder(folder)), folder, tmp_path / "out")
+        save_hf(failing, folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -140,7 +141,7 @@ def test_the_export_reads_itself_back(tmp_path, monkeypatch, file):
 
     monkeypatch.setattr(hf_write, "read_header", flip)
     with pytest.raises(CheckpointError, match=rf"{file}-of-.*: \S+ read back differs"):
-        save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+        save_hf(source_of(folder), folder, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -151,7 +152,7 @@ def test_a_state_that_does_not_fit_the_source_is_refused(tmp_path):
     state["model.new.weight"] = torch.zeros(1)
     state["model.visual.pos_embed.weight"] = torch.zeros(4, 32)
     with pytest.raises(CheckpointError) as caught:
-        save_hf(state, folder, tmp_path / "out")
+        save_hf(MemorySource(state), folder, tmp_path / "out")
     for words in ("1 tensor missing: lm_head.weight", "not of this model: model.new.weight", "[4, 32] instead of"):
         assert words in str(caught.value)
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import build, empty_model, index_of, resave, state_of, tensors_in, write_folder
+from checkpoint_cases import (
+    MemorySource,
+    build,
+    empty_model,
+    index_of,
+    resave,
+    source_of,
+    state_of,
+    tensors_in,
+    write_folder,
+)
 from mistakes import CONVERT, EXPORT, RESUME, TRAIN, Case, check, parametrized, place, run, whole
 from peer import config_dict
 from safetensors.torch import load_file, save_file
@@ -17,12 +27,11 @@ from safetensors.torch import load_file, save_file
 from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
 from qwen35.checkpoint.dcp import load_checkpoint
+from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import MAX_MESSAGE, CheckpointError, Mismatch
-from qwen35.checkpoint.hf import check_export, load_hf
-from qwen35.checkpoint.hf_read import WEIGHTS_INDEX, HFFolder, HFSource, check_tied
+from qwen35.checkpoint.hf import check_export, load_hf, not_read
+from qwen35.checkpoint.hf_read import WEIGHTS_INDEX, HFFolder, check_tied
 from qwen35.checkpoint.hf_write import save_hf
-from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.unread import not_read
 from qwen35.inference.load_model import find_model
 from qwen35.model import ConfigError
 
@@ -78,7 +87,7 @@ def test_model_safetensors_takes_precedence_as_in_transformers(tmp_path, shards)
     report = [f"{folder}: not read beside model.safetensors: {', '.join(old[:3])} and {len(old) - 3} more"]
     assert not_read(folder) == report * (shards == "all there")
     # an export like it also has one file, and no index
-    save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+    save_hf(source_of(folder), folder, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "model.safetensors" in names and not names & {WEIGHTS_INDEX, *old}
     assert torch.equal(peer_embedding(tmp_path / "out"), newer[EMBEDDING].float())
@@ -248,7 +257,7 @@ def test_tying_in_text_config_alone_does_not_count(tmp_path):
     assert "tie_word_embeddings is true in text_config alone" in not_read(folder)[0]
     model = load_pretrained(folder)
     assert not HFFolder(folder).is_tied and not model.config.tie_word_embeddings
-    save_hf(dict(model.named_parameters()), folder, tmp_path / "out")
+    save_hf(MemorySource(dict(model.named_parameters())), folder, tmp_path / "out")
     resave(folder, lambda t: t.pop("lm_head.weight"))
     for attempt in (lambda: load_pretrained(folder), lambda: hf_to_dcp(folder, tmp_path / "dcp")):
         with pytest.raises(CheckpointError, match=r"set tie_word_embeddings: true at the top level.*lm_head.weight"):
@@ -264,7 +273,7 @@ def test_a_tied_config_over_another_head_says_what_to_set(tmp_path):
     folder = write_folder(tmp_path / "hf", **DENSE)
     change_config(folder, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match="set tie_word_embeddings: false at its top level"):
-        check_tied(HFSource(HFFolder(folder)), folder)
+        check_tied(HFFolder(folder), folder)
     change_config(folder, tie_word_embeddings=False)
     load_hf(load_pretrained(folder), folder)
 
@@ -280,7 +289,7 @@ def test_impossible_export_is_refused_beforehand(tmp_path):
         check_export(empty_model(config, mtp=True), folder)
     state = state_of(build(config, mtp=True))
     with pytest.raises(CheckpointError, match="tensors not of this model: mtp"):
-        save_hf(state, folder, tmp_path / "out")
+        save_hf(MemorySource(state), folder, tmp_path / "out")
     for path in folder.glob("*.safetensors"):
         path.unlink()
     for _ in range(2):  # a folder without weights, with and without an index left behind
@@ -295,7 +304,7 @@ def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
     with pytest.raises(CheckpointError, match=f"the export takes {size:,} bytes, and {size - 1:,} are free"):
-        save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "some/where/out")
+        save_hf(source_of(folder), folder, tmp_path / "some/where/out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -303,13 +312,13 @@ def test_links_out_of_the_model_folder_are_not_copied(tmp_path):
     folder = write_folder(tmp_path / "hf", **DENSE)
     (tmp_path / "secret").write_text("key")
     (folder / "inside.txt").symlink_to("chat_template.jinja")
-    save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "out")
+    save_hf(source_of(folder), folder, tmp_path / "out")
     assert (tmp_path / "out/inside.txt").read_text() == (folder / "chat_template.jinja").read_text()
     for target in ("../secret", tmp_path / "secret"):
         (folder / "notes.txt").unlink(missing_ok=True)
         (folder / "notes.txt").symlink_to(target)
         for attempt in (
-            lambda: save_hf(HFSource(HFFolder(folder)), folder, tmp_path / "new"),
+            lambda: save_hf(source_of(folder), folder, tmp_path / "new"),
             lambda: check_export(empty_model(config_dict(moe=False)), folder),
         ):
             with pytest.raises(CheckpointError, match=r"notes\.txt: a link out of the model folder"):
@@ -326,7 +335,7 @@ def test_a_folder_of_a_hubs_cache_is_exported(tmp_path):
     for number, path in enumerate(sorted(plain.iterdir())):
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    save_hf(HFSource(HFFolder(snapshot)), snapshot, tmp_path / "out")
+    save_hf(source_of(snapshot), snapshot, tmp_path / "out")
     for path in plain.iterdir():
         copy = tmp_path / "out" / path.name
         assert copy.read_bytes() == path.read_bytes() and not copy.is_symlink()
@@ -353,7 +362,7 @@ def test_nan_and_infinity_are_neither_converted_nor_loaded(tmp_path, value, dtyp
     with pytest.raises(CheckpointError, match=f"^{folder}: {name} has NaN or infinite values, 2 in a piece of"):
         load_hf(empty_model(config_dict(moe=False)), folder)
     assert not (tmp_path / "dcp").exists()
-    release = write_release(HFSource(HFFolder(folder)), tmp_path / "dcp")
+    release = write_release(source_of(folder), tmp_path / "dcp")
     with pytest.raises(CheckpointError, match=f"^{release}: {name} has NaN or infinite values, 2 in a piece of"):
         dcp_to_hf(tmp_path / "dcp", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -382,7 +391,7 @@ def test_message_names_three_tensors_and_a_file_with_all(tmp_path, temporary):
 @pytest.mark.parametrize(("count", "length"), [(1, 10), (1, 10_000), (4, 300), (4, 10_000), (30_000, 10)])
 def test_no_message_is_longer_than_its_bound(temporary, count, length):
     names = [f"{'x' * length}{i}" for i in range(count)]
-    wrong = Mismatch(missing=names, surplus=names, misshapen=dict.fromkeys(names, ((1,), (2,))), faulty={"odd": names})
+    wrong = Mismatch(dict.fromkeys(("missing", "not of this model", "misshapen", "odd"), names))
     with pytest.raises(CheckpointError) as caught:
         wrong.raise_if_any("some/folder does not fit the model")
     message = str(caught.value)
@@ -398,7 +407,7 @@ def test_no_message_is_longer_than_its_bound(temporary, count, length):
 def test_terminal_control_characters_are_escaped(temporary, tmp_path):
     names = [f"a\x1b[2J{i}\u202e\nb" for i in range(5)]
     with pytest.raises(CheckpointError) as caught:
-        Mismatch(missing=names).raise_if_any("it")
+        Mismatch({"missing": names}).raise_if_any("it")
     assert str(caught.value).startswith(r"it: 5 tensors missing: a\x1b[2J0\u202e\x0ab, ")
     assert len(Path(str(caught.value).split("all of them: ")[1]).read_text().splitlines()) == 6
     folder = write_folder(tmp_path / "hf", **DENSE)
@@ -409,7 +418,7 @@ def test_terminal_control_characters_are_escaped(temporary, tmp_path):
 def test_message_without_a_file_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"9 tensors missing: x0, x1, x2, …; all of them: nowhere, for no file"):
-        Mismatch(missing=[f"x{i}" for i in range(9)]).raise_if_any("it")
+        Mismatch({"missing": [f"x{i}" for i in range(9)]}).raise_if_any("it")
 
 
 # -- the commands ----------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import re
 from collections import Counter
 
 import pytest
-from checkpoint_cases import CONFIGS, DATA, LAYOUTS, build, published_shapes, write_folder
+from checkpoint_cases import CONFIGS, DATA, LAYOUTS, MemorySource, build, published_shapes, write_folder
 
-from qwen35.checkpoint.hf_names import disk_spec
+from qwen35.checkpoint.hf_names import disk_shapes
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import save_hf
 
@@ -76,7 +76,7 @@ def assert_loads(names, config: dict, load: str) -> None:
 @pytest.mark.parametrize("size", ["0.8B", "27B", "35B-A3B"])
 def test_vllm_finds_every_parameter_of_the_published_models(size, layout, load):
     config = json.loads((CONFIGS / f"{size}.json").read_text())
-    assert_loads(disk_spec(published_shapes(size), layout), config, load)
+    assert_loads(disk_shapes(published_shapes(size), layout), config, load)
 
 
 @pytest.mark.parametrize("kind", [{"moe": True}, {"moe": False, "tied": True}])
@@ -86,7 +86,7 @@ def test_vllm_finds_every_parameter_of_an_export(tmp_path, layout, kind):
     folder = write_folder(tmp_path / "hf", layout=layout, shard_size=60_000, **kind)
     config = json.loads((folder / "config.json").read_text())
     trained = build(config, mtp=False, seed=1)
-    save_hf({n: p.detach() for n, p in trained.named_parameters()}, folder, tmp_path / "out")
+    save_hf(MemorySource({n: p.detach() for n, p in trained.named_parameters()}), folder, tmp_path / "out")
     names = list(HFFolder(tmp_path / "out").specs)
     for load in ("model", "mtp"):
         assert_loads(names, config, load)

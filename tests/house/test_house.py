@@ -25,7 +25,7 @@ LAYERS = {  # folder or file -> what it must not import
 ROOMS = {
     "config": 900,
     "model": 1_160,
-    "checkpoint": 3_450,
+    "checkpoint": 3_000,
     "data": 4_950,
     "parallel": 640,
     "inference": 950,

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import save_checkpoint
 from transformers import AutoTokenizer
 
-from qwen35.checkpoint.dcp import save_checkpoint
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.config.schema import Settings
 from qwen35.data.tokenized import silent

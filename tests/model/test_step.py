@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import save_checkpoint
 from forked import spawn
 from peer import PATCH_VALUES, config_dict, pair, peer_inputs, sample
 from ports import free_port
 from torch.distributed.tensor import distribute_tensor
 
 from qwen35.batch import PackedBatch
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.config.schema import (
     BasicParameters,
     DatasetParam,

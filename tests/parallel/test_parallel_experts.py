@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import save_checkpoint
 from forked import spawn
 from peer import config_dict, pack, sample
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint import load_pretrained
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import write_hf

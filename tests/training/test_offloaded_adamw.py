@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from checkpoint_cases import save_checkpoint
 from live_bytes import LiveBytes
 from peer import config_dict
 
-from qwen35.checkpoint.dcp import load_checkpoint, save_checkpoint
+from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35
 from qwen35.training.adamw import AdamW, SwappedAdamW

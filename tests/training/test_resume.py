@@ -16,14 +16,13 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_cases import as_before
+from checkpoint_cases import as_before, save_checkpoint
 from forked import Forked, ran, run_code
 from kills import Series
 from training_runs import RECIPE, STEPS, assert_same_run, start_training, tensors, train
 
-from qwen35.checkpoint.dcp import CheckpointInfo, save_checkpoint
+from qwen35.checkpoint.dcp import CheckpointInfo, decode, encode
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
-from qwen35.checkpoint.extra import decode, encode
 from qwen35.checkpoint.folders import INCOMPLETE, remove_leftovers
 from qwen35.checkpoint.lock import holding
 from qwen35.config.load import SettingError, load_settings

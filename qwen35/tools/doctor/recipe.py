@@ -67,8 +67,7 @@ def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list
     import torch
 
     from qwen35.checkpoint.errors import CheckpointError
-    from qwen35.checkpoint.hf import check_export
-    from qwen35.checkpoint.unread import not_read
+    from qwen35.checkpoint.hf import check_export, not_read
     from qwen35.config.load import SettingError
     from qwen35.data.collator import check_agreement, check_patch_bucket
     from qwen35.model import ConfigError, Qwen35, load_config

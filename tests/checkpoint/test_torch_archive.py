@@ -10,19 +10,16 @@ import zlib
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from checkpoint_cases import MemorySource
 
-from qwen35.checkpoint import dcp_item
-from qwen35.checkpoint import release as release_module
-from qwen35.checkpoint.checksums import read_slice_checked
+from qwen35.checkpoint import dcp_write, torch_archive
 from qwen35.checkpoint.dcp_folder import resolve_load
-from qwen35.checkpoint.dcp_item import BROKEN_ARCHIVE, STORAGES, append_tensor, find_archived_tensor
 from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.dcp_write import append_tensor, write_release
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.release import write_release
-from qwen35.checkpoint.safetensors_file import Entry, raw_bytes
-from qwen35.checkpoint.slices import MemorySource, TensorSlice, TensorSpec, pieces
-from qwen35.checkpoint.threads import THREADS, share_out
+from qwen35.checkpoint.slices import THREADS, TensorSlice, TensorSpec, ahead, pieces
+from qwen35.checkpoint.tensor_file import Entry, checksums, raw_bytes, read_slice
+from qwen35.checkpoint.torch_archive import BROKEN_ARCHIVE, STORAGES, find_tensor
 
 TENSORS = {
     "wide": torch.arange(7 * 6 * 5, dtype=torch.float32).view(7, 6, 5),
@@ -47,7 +44,7 @@ def test_files_of_torch_are_read_in_any_region(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in TENSORS.items()}
     dcp.save({**state, "model.notes": {"no": "tensor"}}, checkpoint_id=tmp_path, no_dist=True)
     source = DCPSource(tmp_path)
-    assert set(source) == set(TENSORS)
+    assert set(source.specs) == set(TENSORS)
     for name, tensor in TENSORS.items():
         for region in (TensorSlice(*b) for b in REGIONS[name]):
             values = source.read(name, region)
@@ -57,13 +54,11 @@ def test_files_of_torch_are_read_in_any_region(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_torch_reads_a_release(tmp_path, monkeypatch):
-    """Written in many pieces by several threads, each tensor is complete for torch's own reader."""
-    monkeypatch.setattr(release_module, "pieces", lambda region, size: pieces(region, size, 64))
-    monkeypatch.setattr(release_module, "ONE_FILE_BYTES", 0)
+    """Written in many pieces, each tensor is complete for torch's own reader."""
+    monkeypatch.setattr(dcp_write, "pieces", lambda region, size: pieces(region, size, 64))
     progress = []
     write_release(MemorySource(TENSORS), tmp_path, progress.append)
     assert sum(progress) == sum(t.nbytes for t in TENSORS.values())
-    assert len(list((tmp_path / "release").glob("*.distcp"))) == THREADS
     state = {f"model.{name}": torch.full_like(tensor, 99) for name, tensor in TENSORS.items()}
     dcp.load(state, checkpoint_id=tmp_path / "release", no_dist=True)
     for name, tensor in TENSORS.items():
@@ -94,7 +89,7 @@ def test_a_part_costs_its_own_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("has_checksums", [True, False])
 def test_archive_checksums_are_verified(tmp_path, monkeypatch, has_checksums):
     """Those of torch.save, wherever the damage is; without them it goes unnoticed."""
-    monkeypatch.setattr(dcp_item, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(torch_archive, "PIECE_BYTES", 1000)
     values = {"model.x": torch.randn(30, 20), "model.empty": torch.zeros(0, 3), "model.y": torch.ones(2)}
     torch.serialization.set_crc32_options(has_checksums)
     try:
@@ -124,15 +119,21 @@ def test_every_dtype_round_trips_at_any_offset(tmp_path, dtype):
     tensor = torch.tensor([[1, 0, 3], [4, 5, 6]]).to(dtype)
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"something else")
-        written = append_tensor(tensor, MetadataIndex("x"), tmp_path / "file", file)
+        offset, length, begin = append_tensor(tensor, file)
         file.write(b"and more")
-    item = find_archived_tensor(tmp_path / "file", 14, written.size_in_bytes)
-    assert torch.equal(item.read(TensorSlice((0, 1), (2, 2))), tensor[:, 1:])
-    entry = Entry(TensorSpec((2, 3), dtype), written.begin)
-    assert torch.equal(
-        read_slice_checked(tmp_path / "file", entry, written.crc32, TensorSlice((0, 1), (2, 2))), tensor[:, 1:]
+    path, region, entry = (
+        tmp_path / "file",
+        TensorSlice((0, 1), (2, 2)),
+        Entry(TensorSpec((2, 3), dtype), begin),
     )
-    assert written.crc32 == f"{zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()):08x}"
+    assert torch.equal(found(path, offset, length).read(path, region), tensor[:, 1:])
+    assert torch.equal(read_slice(path, entry, region, checksums(raw_bytes(tensor))), tensor[:, 1:])
+    assert checksums(raw_bytes(tensor)) == f"{zlib.crc32(tensor.view(torch.uint8).numpy().tobytes()):08x}"
+
+
+def found(path, offset, length):
+    with path.open("rb") as file:
+        return find_tensor(file, offset, length, check=True)
 
 
 def archive(description: bytes, data: bytes = b"\0" * 8, order: bytes = b"little") -> bytes:
@@ -182,12 +183,11 @@ def test_anything_but_a_plain_tensor_is_refused(tmp_path, content, words):
     (tmp_path / "file").write_bytes(content(made))
     size = (tmp_path / "file").stat().st_size
     if words is None:
-        assert torch.equal(
-            find_archived_tensor(tmp_path / "file", 0, size).read(TensorSlice((0,), (2,))), torch.zeros(2)
-        )
+        whole = found(tmp_path / "file", 0, size).read(tmp_path / "file", TensorSlice((0,), (2,)))
+        assert torch.equal(whole, torch.zeros(2))
         return
     with pytest.raises(BROKEN_ARCHIVE, match=words):
-        find_archived_tensor(tmp_path / "file", 0, size)
+        found(tmp_path / "file", 0, size)
     assert not made.exists()
 
 
@@ -209,27 +209,31 @@ def test_damage_is_one_line(tmp_path):
 # -- threads ---------------------------------------------------------------------------------------
 
 
-def test_every_item_is_worked_on_once():
-    done = share_out(range(1000), lambda number, items: [(number, item) for item in items])
-    assert [number for own in done for number, _ in own] == sorted(number for own in done for number, _ in own)
-    assert sorted(item for own in done for _, item in own) == list(range(1000))
-    assert share_out([], lambda number, items: list(items)) == [[]] * THREADS
+def test_every_item_is_worked_on_once_and_in_order():
+    assert list(ahead(lambda n: n * 2, range(1000))) == list(range(0, 2000, 2))
+    assert list(ahead(str, [])) == []
+
+
+def test_threads_are_only_a_little_ahead():
+    """Or all of a model would be held in memory."""
+    begun = []
+    for done in ahead(lambda n: begun.append(n) or n, range(100)):
+        assert len(begun) <= done + 1 + THREADS
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
 def test_an_error_stops_all(error):
     worked = []
 
-    def work(number, items):
-        for item in items:
-            worked.append(item)
-            if item == 20:
-                raise error
+    def work(item):
+        worked.append(item)
+        if item == 20:
+            raise error
 
     with pytest.raises(type(error)):
-        share_out(range(10**6), work)
+        list(ahead(work, range(10**6)))
     assert 20 in worked
-    assert len(worked) < 10**6
+    assert len(worked) < 100
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

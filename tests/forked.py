@@ -37,8 +37,8 @@ MAINS = {
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
-PRELOADED = ("forked", "mistakes", "saver_run", "faults", "collectives", *MAINS.values(), "matplotlib.pyplot")
-CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo", "frozen"])
+OF_TESTS = ("forked", "mistakes", "saver_run", "faults", "collectives")
+CONTEXT.set_forkserver_preload([*OF_TESTS, *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
 
 
 def process_of(work: Callable, *arguments: object) -> multiprocessing.Process:

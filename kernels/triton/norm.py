@@ -1,4 +1,4 @@
-"""rms_norm_gated of kernels/norm.py in Triton: one kernel forward, one backward.
+"""rms_norm_gated of kernels/rowwise.py in Triton: one kernel forward, one backward.
 
 Only x and gate are saved for backward.
 """

@@ -71,7 +71,7 @@ def test_sigterm_under_torchrun_saves(workplace, tmp_path):
     both = ranks(process)
     process.terminate()
     [(code, out, err)] = ended(process)
-    assert code != 0 and len(both) == 2
+    assert code != 0 and len(both) >= 2  # workers of the loader are forked
     assert "stopped and saved after step " in out
     assert f"{ROOT}/qwen35/" not in err, err
     step = int(newest_checkpoint(save).name[5:])

@@ -57,7 +57,7 @@ def _version(package: str) -> str:
 
 
 def _cann(environment: Mapping[str, str]) -> str:
-    from qwen35.tools.doctor.stack import cann_version
+    from qwen35.tools.stack import cann_version
 
     home = environment.get("ASCEND_HOME_PATH")
     return (cann_version(Path(home)) if home else None) or NONE

@@ -32,7 +32,7 @@ ROOMS = {
     "parallel": 700,
     "inference": 1_000,
     "training": 1_500,
-    "tools": 1_950,
+    "tools": 1_520,
     "launch": 1_680,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

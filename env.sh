@@ -13,7 +13,7 @@
 : "${SOURCE:=hf}"
 # A mirror of Hugging Face (a full address), and another site of ModelScope (a host name). Default:
 # their own. Tokens for models that ask for one belong in the environment, not in this file:
-# HF_TOKEN, MODELSCOPE_API_TOKEN.
+# HF_TOKEN (or `hf auth login`), MODELSCOPE_API_TOKEN.
 : "${HF_ENDPOINT:=}"
 : "${MODELSCOPE_DOMAIN:=}"
 # Hugging Face folder of the model, which `make convert` reads. Given on the command line, or for a

@@ -9,7 +9,7 @@ from accept.report import Status
 from accept.task import Task
 from qwen35.device import device_type, has_own_memory, model_name
 from qwen35.tools.doctor.__main__ import examine
-from qwen35.tools.doctor.machine import Machine
+from qwen35.tools.doctor.host import Machine
 
 RECIPE = "configs/tiny.yaml"
 STATUS: dict[str, Status] = {"ok": "held", "wrong": "off", "note": "info"}

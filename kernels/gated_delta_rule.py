@@ -135,8 +135,9 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        pairs = list(zip(saved[::2], saved[1::2], strict=True))
+        saved = ctx.saved_tensors  # once: recomputation lets each be unpacked only once
+        inputs, states = saved[:5], saved[5:]
+        pairs = list(zip(states[::2], states[1::2], strict=True))
         return None, *_backward(inputs, ctx.cu_seqlens, pairs, grad_out)
 
 

@@ -53,6 +53,7 @@ from qwen35.training.parameter_groups import freeze, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
+    check_disk,
     check_extra,
     check_finished,
     check_same_data,
@@ -125,6 +126,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     check_export(model, m.model_name_or_path)
     ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
     checkpoint = None if is_hf else read_checked_info(weights, settings, device)
+    step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
+    run_sharing_errors(lambda: dist.get_rank() or check_disk(t, model.parameters(), step), None, t.save)
     heartbeat.at("reading the data")
     is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
@@ -146,17 +149,13 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     optimizer = distribute(settings, model, meshes, device)
     if (table := parameter_table(model)) != before:
         raise RunError(f"sharding changed which parameters are trained:\n{before}\n{table}")
-    heartbeat.at(f"loading {weights}")
-
-    def on_part(nbytes: int) -> None:  # the timeout starts anew with each part
-        heartbeat.at(f"loading {weights}")
-
+    loading = partial(heartbeat.at, f"loading {weights}")  # the timeout starts anew with each part
+    loading()
     if is_hf:
-        load_hf(model, weights, progress=on_part)
+        load_hf(model, weights, progress=lambda nbytes: loading())
     else:
-        load_checkpoint(weights, model, optimizer, progress=on_part)
+        load_checkpoint(weights, model, optimizer, progress=lambda nbytes: loading())
     del open_folder
-    step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     micro_batches.start_at(step)
     extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.normalization)
     if checkpoint and step:

@@ -5,7 +5,9 @@
 #   MODEL=Qwen/Qwen3.5-4B [SOURCE=hf|modelscope] [OUT=<folder to fill, default ckpt/hf_path/Qwen3.5-4B>] scripts/download.sh
 #
 # HF_ENDPOINT names a mirror of the first hub, MODELSCOPE_DOMAIN another site of the second. Tokens,
-# for models that ask for one, come from the environment: HF_TOKEN, MODELSCOPE_API_TOKEN.
+# for models that ask for one, come from the environment: HF_TOKEN (or `hf auth login`),
+# MODELSCOPE_API_TOKEN. ARGS="--revision <branch, tag or commit>" takes another than the newest; the
+# commit is printed.
 given=${MODEL:-} # env.sh's own is the model that is asked
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh

@@ -42,7 +42,7 @@ read_stack() { # the row of scripts/requirements/versions.txt: stack, what to kn
     local home answer elsewhere=()
     home=$(load_cann >/dev/null 2>&1 && echo "${ASCEND_HOME_PATH:-}") || true
     if [[ ${DRY_RUN:-0} == 1 ]]; then elsewhere=(--elsewhere); fi
-    answer=$(PYTHONDONTWRITEBYTECODE=1 "$python_base" -m qwen35.tools.doctor.stack "$lock" --home "$home" \
+    answer=$(PYTHONDONTWRITEBYTECODE=1 "$python_base" -m qwen35.tools.stack "$lock" --home "$home" \
         --cann "${CANN_VERSION:-}" --torch_npu "${TORCH_NPU:-}" "${elsewhere[@]}") || exit 2
     { read -r cann torch_npu origin && read -r about_kernels && pins=$(cat); } <<<"$answer"
 }

@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from packaging.markers import Marker
 from ports import free_port
 
 from qwen35.tools.doctor.__main__ import lines
-from qwen35.tools.doctor.machine import Finding, Machine, architecture
+from qwen35.tools.doctor.host import Finding, Machine
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "configs/tiny.yaml")
@@ -69,10 +71,9 @@ def install(site: Path, name: str, version: str, *requires: str) -> None:
     write(folder / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
 
 
-def answer(m: Machine, version: str = "2.7.1", ours: str = "0.0.0", where: str = "", devices: int = 8) -> None:
-    """What the stand-in Python says when torch and `kernels` are imported."""
-    words = [version, ours, where or str(m.root / "kernels/__init__.py"), devices]
-    program(Path(m.python), f"echo '{json.dumps(words)}'")
+def answer(m: Machine, version: str = "2.7.1", devices: int = 8) -> None:
+    """What the stand-in Python says when torch is imported."""
+    program(Path(m.python), f"echo '{json.dumps([version, devices])}'")
 
 
 def npu_machine(tmp_path: Path) -> Machine:
@@ -99,7 +100,7 @@ def npu_machine(tmp_path: Path) -> Machine:
     write(files / "usr/local/Ascend/driver/version.info", "Version=25.5.2\nascendhal_version=7.35.23\n")
     info = f"package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100R001C25\npath={home}\n"
     for kind in ("toolkit", "ops"):
-        write(home / f"{architecture()}-linux/ascend_{kind}_install.info", info)
+        write(home / f"{platform.machine()}-linux/ascend_{kind}_install.info", info)
     for name in ("g++", "bishengir-compile", "bisheng"):
         program(tmp_path / "bin" / name, "exit 1")
     write(tmp_path / "include/Python.h")
@@ -129,13 +130,13 @@ def given(m: Machine, **variables: str) -> Machine:
     return replace(m, environment={**m.environment, **variables})
 
 
-def only(findings: list[Finding], status: str) -> str:
+def only(findings: Finding | Iterable[Finding], status: str) -> str:
     """The one line of that status."""
-    [line] = lines([f for f in findings if f.status == status])
+    [line] = lines([f for f in ([findings] if isinstance(findings, Finding) else findings) if f.status == status])
     return line
 
 
-def wrong(findings: list[Finding]) -> str:
+def wrong(findings: Finding | Iterable[Finding]) -> str:
     line = only(findings, "wrong")
     assert " -> " in line  # what to do
     return line

@@ -69,13 +69,27 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        """What the first hub says of a file before it is sent, on the hub itself."""
+        _, _, name = unquote(urlsplit(self.path).path).partition(f"/{MODEL}/resolve/{REVISION}/")
+        content = self.hub.content(name)
+        self.send_response(404 if content is None else 200)
+        self.send_header("X-Repo-Commit", REVISION)
+        if content is not None:
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.end_headers()
+
     def do_GET(self) -> None:
         hub, url = self.hub, urlsplit(self.path)
         at_store = self.server is hub.store
         if not at_store and hub.token is not None and self.headers["Authorization"] != f"Bearer {hub.token}":
             return self._answer(401, b"{}")
-        if url.path == f"/api/models/{MODEL}/revision/main" and url.query == "blobs=true":
+        revisions = [f"/api/models/{MODEL}/revision/{revision}" for revision in ("main", REVISION)]
+        if url.path in revisions:
             return self._answer(200, json.dumps(self._first_list()).encode())
+        if url.path == f"/api/models/{MODEL}/tree/{REVISION}":
+            return self._answer(200, json.dumps(self._tree()).encode())
         if url.path == f"/api/v1/models/{MODEL}/repo/files":
             return self._answer(200, json.dumps(self._second_list()).encode())
         if url.path == f"/api/v1/models/{MODEL}/repo":
@@ -113,6 +127,14 @@ class _Handler(BaseHTTPRequestHandler):
             entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             siblings.append({"rfilename": name, "size": len(content)} if self.hub.without_checksums else entry)
         return {"id": MODEL, "sha": REVISION, "siblings": siblings}
+
+    def _tree(self) -> list[dict]:
+        entries = self._first_list()["siblings"]
+        for entry in entries:
+            entry |= {"type": "file", "path": entry.pop("rfilename"), "oid": entry.pop("blobId", "")}
+            if "lfs" in entry:
+                entry["lfs"]["oid"] = entry["lfs"].pop("sha256")
+        return entries
 
     def _second_list(self) -> dict:
         self.hub.listed += 1

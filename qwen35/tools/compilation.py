@@ -16,8 +16,8 @@ from qwen35.device import host_group, set_up_device
 from qwen35.errors import USER_ERRORS, UserError, complain
 from qwen35.heartbeat import Heartbeat
 from qwen35.model import TextConfig, load_config
-from qwen35.tools.doctor.machine import Machine
-from qwen35.tools.doctor.triton import triton
+from qwen35.tools.doctor.host import Machine
+from qwen35.tools.triton import triton
 from qwen35.triton_cache import cache_folder, compiling
 
 if TYPE_CHECKING:

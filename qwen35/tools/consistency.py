@@ -28,7 +28,7 @@ from qwen35.config.schema import Settings, dataset_entries
 from qwen35.device import host_group
 from qwen35.errors import USER_ERRORS, UserError, one_line, visible
 from qwen35.log import logger
-from qwen35.tools.doctor.stack import cann_version
+from qwen35.tools.stack import cann_version
 from qwen35.wording import named
 
 # packages of which two releases may compute different results

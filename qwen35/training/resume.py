@@ -1,7 +1,8 @@
 """Which checkpoint a run starts from, what must not have changed since, and the random states."""
 
 import random
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
-from qwen35.checkpoint.dcp_folder import damaged, keep_newest, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint, resolve_load
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.config.load import SettingError, difference, load_settings
-from qwen35.config.schema import Settings
+from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.device import device_rng_state, set_device_rng_state
 from qwen35.model import ModelConfig
 from qwen35.training.metrics import RunError
@@ -37,18 +40,21 @@ def find_weights(settings: Settings) -> tuple[Path, bool]:
     All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
     Raises SettingError, CheckpointError.
     """
+    choices: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(choices, choose_weights(settings))
+    return choices[0]
+
+
+def choose_weights(settings: Settings) -> tuple[Path, bool]:
+    """As `find_weights`, for this process alone."""
     t, newest = settings.training, newest_checkpoint(settings.training.save)
     if newest or t.load:
-        choice = newest or resolve_load(t.load or ""), False
-    elif t.init_from_hf_path:
-        choice = Path(t.init_from_hf_path), True
-    else:
-        raise SettingError(
-            "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
-        )
-    choices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(choices, choice)
-    return choices[0]
+        return newest or resolve_load(t.load or ""), False
+    if t.init_from_hf_path:
+        return Path(t.init_from_hf_path), True
+    raise SettingError(
+        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
+    )
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -86,10 +92,7 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
     loaded = read_info(checkpoint)
     if not loaded.step:  # converted weights
         return loaded
-    found = {"model": {}, "levels": {}} | loaded.extra  # checkpoints of before have neither
-    for name, kind in (("bins_a_step", int), ("data", str), ("model", dict), ("levels", dict)):
-        if type(found.get(name)) is not kind:
-            raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
+    check_info(loaded, settings, dist.get_world_size())
     if loaded.world_size == dist.get_world_size():
         rank_file = RANK_EXTRA.format(dist.get_rank())
         if loaded.rank_extra is None:
@@ -98,19 +101,27 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
             restore_rng(loaded.rank_extra, device)  # only a check: setup restores them after the last draw
         except BROKEN_STATES:
             raise damaged(loaded.path, rank_file, "does not hold the random states of a rank") from None
+    return loaded
+
+
+def check_info(loaded: CheckpointInfo, settings: Settings, world: int) -> None:
+    """Raises CheckpointError, SettingError if these settings cannot continue a run's checkpoint."""
+    found = {"model": {}, "levels": {}} | loaded.extra  # checkpoints of before have neither
+    for name, kind in (("bins_a_step", int), ("data", str), ("model", dict), ("levels", dict)):
+        if type(found.get(name)) is not kind:
+            raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
     if loaded.extra.get("mtp_num_layers") and not settings.model.mtp_num_layers:
         raise SettingError(
             f"{loaded.path} was trained with model.mtp_num_layers: 1, and without it what that layer learned would be lost;"
             f" set it again, or {START_ANEW}"
         )
-    before, now = loaded.extra["bins_a_step"], sequences_per_step(settings)
+    before, now = loaded.extra["bins_a_step"], sequences_per_step(settings, world)
     if before != now:
         raise SettingError(
             f"{loaded.path} was trained with {before} packed sequences per step (micro_batch_size x"
             f" gradient_accumulation_steps x processes), these settings make {now}: the data cannot go on where it stopped;"
             " keep the product the same"
         )
-    return loaded
 
 
 def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Settings) -> None:
@@ -139,10 +150,35 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def sequences_per_step(settings: Settings) -> int:
-    """Packed sequences of all ranks and micro-batches in one optimizer step."""
-    t, data_size = settings.training, dist.get_world_size() // settings.parallel.ulysses_parallel_size
+def sequences_per_step(settings: Settings, world: int | None = None) -> int:
+    """Packed sequences of all ranks (default: as many as there are) in one optimizer step."""
+    t, data_size = settings.training, (world or dist.get_world_size()) // settings.parallel.ulysses_parallel_size
     return t.micro_batch_size * t.gradient_accumulation_steps * data_size
+
+
+def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> str:
+    """What the checkpoints after `step` take on the disk of the save folder, which may not exist.
+
+    A checkpoint holds all parameters and, of those that are trained, AdamW's two moments, in fp32.
+    With save_total_limit there is one more while the oldest waits for the new one to be complete.
+    Raises CheckpointError if they do not fit.
+    """
+    folder = Path(t.save).absolute()
+    size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters)
+    interval = t.save_interval or t.train_iters
+    saves = t.train_iters // interval - step // interval + (t.train_iters % interval > 0)
+    saves *= step < t.train_iters
+    if t.save_total_limit is not None:
+        kept = sum(ITERATION.fullmatch(path.name) is not None for path in folder.glob("iter_*"))
+        saves = min(saves, max(1, t.save_total_limit + 1 - kept))
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    room = f"{saves} checkpoint{'s' * (saves != 1)} of {size:,} bytes, and {free:,} are free on that disk"
+    if free < saves * size:
+        raise CheckpointError(
+            f"training.save: {t.save}: this run needs {saves * size:,} bytes for {room}; free some space, name another"
+            " folder, or keep fewer (training.save_total_limit, training.save_interval)"
+        )
+    return room
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:

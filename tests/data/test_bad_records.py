@@ -32,7 +32,7 @@ from qwen35.data import MicroBatches, RecordError
 from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
-from qwen35.tools.doctor.recipe import _records
+from qwen35.tools.doctor.recipe import records
 from qwen35.training.metrics import read_metrics
 
 __all__ = ["place", "whole"]  # fixtures
@@ -101,11 +101,13 @@ def test_show_reports_skipped_records(place):
 
 def test_doctor_reports_skipped_records(place):
     three_bad(place)
-    (finding,) = _records(Preparation.of(load_settings("r.yaml", [SKIP])))
+    fine, finding = records(load_settings("r.yaml", [SKIP]))
+    assert "12 records, of which 9 are used" in fine.fact  # one is longer than cutoff_len
     assert (
-        finding.status == "note" and "of the first 20 records 2 will be skipped: 1 image missing, 1 mal" in finding.fact
+        finding.status == "note"
+        and ": 3 are skipped: 1 image missing, 1 malformed, 1 longer than cutoff_len" in finding.fact
     )
-    (finding,) = _records(Preparation.of(load_settings("r.yaml")))
+    (finding,) = records(load_settings("r.yaml"))
     assert finding.status == "wrong" and "record 3 (id r2): image 1 of 1" in finding.fact
 
 

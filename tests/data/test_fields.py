@@ -284,10 +284,9 @@ def test_every_command_that_reads_records_reports_unread_fields(here, command, l
 
 
 def test_doctor_reports_unread_fields(here):
-    from qwen35.data.tokenized import Preparation
-    from qwen35.tools.doctor.recipe import _records
+    from qwen35.tools.doctor.recipe import records
 
-    found = _records(Preparation.of(load_settings("r.yaml")))
+    found = records(load_settings("r.yaml"))
     assert [(f.status, f.fact) for f in found][1:] == [("note", f"{NOT_READ}{', '.join(FOUND)}")]
 
 

@@ -30,7 +30,7 @@ ROOMS = {
     "parallel": 640,
     "inference": 950,
     "training": 1_340,
-    "tools": 2_170,
+    "tools": 1_720,
     "launch": 1_540,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

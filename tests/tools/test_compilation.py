@@ -18,7 +18,7 @@ from qwen35.tools.compilation import (
     check_compilers,
     common_tiles,
 )
-from qwen35.tools.doctor.machine import ok, wrong
+from qwen35.tools.doctor.host import ok, wrong
 
 TIMEOUT = 10.0  # seconds, of all groups but the one for waiting
 

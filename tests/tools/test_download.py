@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from checkpoint_cases import write_folder
-from stand_in_hub import LARGE, MODEL, StandIn, serving
+from huggingface_hub import constants
+from stand_in_hub import LARGE, MODEL, REVISION, StandIn, serving
 
 import qwen35.tools.download as command
 from qwen35.tools.hub import HUBS, DownloadError, is_needed
@@ -51,6 +52,9 @@ def original(tmp_path_factory) -> Path:
 def hub(original, monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "http_proxy", "https_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # which tests/conftest.py sets
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "login"))
     monkeypatch.setattr(command, "PAUSE", 0.01)
     monkeypatch.chdir(tmp_path)
     with serving(original) as stand_in:
@@ -110,7 +114,10 @@ def test_only_needed_files_are_downloaded(hub, original, source, capsys):
     assert contents(TARGET) == needed(original) and sorted(TARGET.parent.iterdir()) == [TARGET]
     out, err = capsys.readouterr()
     total = sum(map(len, needed(original).values()))
-    assert f"{TARGET}: {len(needed(original))} files, {total:,} bytes, all as on 127.0.0.1" in out and not err
+    revision = REVISION if source == "hf" else "master"
+    assert f"{MODEL}, revision {revision}, from 127.0.0.1" in out and not err
+    expected = f"{TARGET}: {len(needed(original))} files, {total:,} bytes, all as in revision {revision} on 127.0.0.1"
+    assert expected in out
     assert sorted(name for name, *_ in hub.asked) == sorted(needed(original))
     assert {len(c) >= LARGE for c in needed(original).values()} == {
         True,
@@ -210,9 +217,36 @@ def test_unreachable_hub(hub, source, capsys, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     assert run(source) == 1
     line = error_line(capsys)
-    assert "127.0.0.1:9 cannot be reached: Connection refused" in line
+    assert "127.0.0.1:9 cannot be reached: " in line and "Connection refused" in line
     assert f"safetensors into {TARGET} by hand" in line
     assert not TARGET.parent.exists()
+
+
+@SOURCES
+def test_offline_nothing_passes_for_the_model(hub, original, source, capsys, monkeypatch):
+    """Neither a part of it, nor a whole folder: it was not compared."""
+    for folder, files in ((BESIDE, ["config.json"]), (TARGET, ["config.json"]), (TARGET, list(needed(original)))):
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(needed(original)[name])
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert run(source) == 1
+        line = error_line(capsys)
+        assert "cannot be reached: HF_HUB_OFFLINE is set" in line
+        assert ("was not compared with the hub" in line) == TARGET.exists() == (folder == TARGET)
+    assert not hub.asked and not hub.listed
+
+
+def test_a_revision_is_pinned_to_its_commit(hub, original, capsys):
+    assert run("hf", "--revision", REVISION) == 0 and contents(TARGET) == needed(original)
+    assert f"all as in revision {REVISION} on" in capsys.readouterr().out
+    assert run("hf", "--revision", "v0") == 1 and "no such model, revision or file" in error_line(capsys)
+
+
+def test_the_token_of_a_login_is_used(hub, original, tmp_path):
+    hub.token = "hf_secret123"
+    (tmp_path / "login").write_text(hub.token)
+    assert run("hf") == 0 and contents(TARGET) == needed(original)
 
 
 def test_hub_that_fails_during_the_download(hub, original, capsys):
@@ -311,18 +345,16 @@ def test_ctrl_c_keeps_what_was_downloaded(hub, original):
     assert not TARGET.exists() and 1000 <= _size(BESIDE / name) < len(content)
 
 
-def test_huggingface_hub_reads_the_same_from_the_stand_in(hub, original):
-    """The same names, sizes and checksums as we do."""
+def test_huggingface_hub_downloads_the_same_from_the_stand_in(hub, original, tmp_path):
+    """So the stand-in speaks as the hub does, and we download what its own client does."""
     code = f"""
-from huggingface_hub import HfApi
-for s in HfApi().model_info({MODEL!r}, revision="main", files_metadata=True).siblings:
-    print(s.rfilename, s.size, s.lfs.sha256 if s.lfs else s.blob_id, sep="|")
+from huggingface_hub import snapshot_download
+snapshot_download({MODEL!r}, local_dir={str(tmp_path / "theirs")!r}, allow_patterns={list(needed(original))})
 """
-    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
-    theirs = {line for line in done.stdout.splitlines() if is_needed(line.split("|")[0])}
-    ours = {f"{file.name}|{file.size}|{file.checksum[1]}" for file in HUBS["hf"]().files(MODEL)}
-    assert ours == theirs and len(ours) == len(needed(original))
+    home = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", code], env=home, check=True)
+    theirs = {name: content for name, content in contents(tmp_path / "theirs").items() if not name.startswith(".cache")}
+    assert run("hf") == 0 and contents(TARGET) == needed(original) == theirs
 
 
 def test_second_download_of_a_model_is_refused(hub, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -23,14 +24,23 @@ from training_runs import RECIPE, STEPS, assert_same_run, start_training, tensor
 
 from qwen35.checkpoint.dcp import CheckpointInfo, decode, encode
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
+from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import INCOMPLETE, remove_leftovers
 from qwen35.checkpoint.lock import holding
 from qwen35.config.load import SettingError, load_settings
+from qwen35.config.schema import TrainingSettings
 from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.model import load_config
 from qwen35.training.metrics import read_metrics
-from qwen35.training.resume import check_extra, read_checked_info, restore_rng, rng_states, sequences_per_step
+from qwen35.training.resume import (
+    check_disk,
+    check_extra,
+    read_checked_info,
+    restore_rng,
+    rng_states,
+    sequences_per_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +295,57 @@ def test_a_save_that_fails_in_the_background_stops_the_run(workplace, tmp_path):
     assert err == f"error: {save}/iter_0000008 cannot be written: No space left on device\n", err
     assert 8 <= read_metrics(save / "metrics.jsonl")[-1]["step"] <= 12
     assert [path.name for path in save.glob("iter_*")] == ["iter_0000004"]
+
+
+SMALL_DISK = """
+import shutil
+real = shutil.disk_usage
+shutil.disk_usage = lambda path: real(path)._replace(free={free})
+"""
+
+
+def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(workplace, uninterrupted, tmp_path):
+    """One line names what is needed; with fewer to keep the same disk is enough, to the end."""
+    save, checkpoint = tmp_path / "run", newest_checkpoint(uninterrupted)
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+    (tmp_path / "sitecustomize.py").write_text(SMALL_DISK.format(free=int(2.5 * size)))
+
+    def start(workplace, save, processes, *overrides):
+        return start_training(workplace, save, processes, *overrides, PYTHONPATH=str(tmp_path))
+
+    refused = train(workplace, save, 2, *RECIPE, how=start)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+    found = re.search(r"this run needs ([\d,]+) bytes for 6 checkpoints of ([\d,]+) bytes", refused.stderr)
+    needed, each = (int(number.replace(",", "")) for number in found.groups())
+    assert needed == 6 * each and 0.75 * size < each <= size  # the rest are headers of small tensors
+    assert "training.save_total_limit" in refused.stderr and not save.exists()
+    done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=1", how=start)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_checkpoints_take_on_the_disk(tmp_path, monkeypatch):
+    weights = [torch.empty(10**9, device="meta", requires_grad=trained) for trained in (True, False)]  # 16 GB
+
+    def needed(step: int, **settings) -> int:
+        t = TrainingSettings(save=str(tmp_path / "not/there"), **{"train_iters": 100, **settings})
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**18))
+        line = check_disk(t, weights, step)
+        assert "of 16,000,000,000 bytes" in line
+        count = int(line.split()[0])
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=count * 16 * 10**9 - 1))
+        if count:
+            with pytest.raises(CheckpointError, match=f"needs {count * 16 * 10**9:,} bytes for {count} checkpoint"):
+                check_disk(t, weights, step)
+        return count
+
+    assert needed(0) == needed(99) == needed(0, save_interval=200) == 1 and needed(100) == 0
+    assert needed(0, save_interval=30) == 4 and needed(60, save_interval=30) == needed(65, save_interval=30) == 2
+    assert needed(0, save_interval=10, save_total_limit=2) == 3  # the oldest goes once the newest is complete
+    assert needed(90, save_interval=10, save_total_limit=2) == 1
+    for step in (30, 40, 50):
+        (tmp_path / f"not/there/iter_{step:07}").mkdir(parents=True)
+    assert needed(50, save_interval=10, save_total_limit=2) == 1  # these are there already
+    assert needed(50, save_interval=10, save_total_limit=4) == 2 and needed(50, save_interval=10) == 5
 
 
 def test_resuming_on_other_numbers_of_ranks_gives_the_same_curve(workplace, two, tmp_path):

@@ -4,13 +4,12 @@ Prints a line for each finding. Exit status 1 if something is wrong.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from qwen35.errors import Parser
-from qwen35.tools.doctor import host, software
 from qwen35.tools.doctor.ascend import ascend
-from qwen35.tools.doctor.machine import Finding, Machine, note, ok, wrong
+from qwen35.tools.doctor.host import Finding, Machine, host, imports, installation, note, ok, wrong
 from qwen35.tools.doctor.recipe import recipe
 
 NEEDED = "an NPU run would still need:"
@@ -22,20 +21,15 @@ def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[
     values: what is wrong with env.sh, a line for each variable.
     """
     findings = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
-    findings = findings or [ok("env.sh", "every value is allowed")]
-    findings += [*software.python(m), *software.installation(m)]
-    is_installed = findings[-1].status != "wrong"
-    if is_installed:
-        findings += [*software.ourselves(m), *software.versions(m), *software.imports(m)]
-    can_import = is_installed and all(f.status != "wrong" for f in findings if f.subject == software.IMPORT)
-    checks: list[Callable[[Machine], list[Finding]]] = [host.memory, host.open_files, host.port, host.addresses]
-    for check in [*checks, host.interfaces, host.conversions, *([ascend] if m.accelerator else [])]:
-        findings += check(m)
+    findings = [*(findings or [ok("env.sh", "every value is allowed")]), *installation(m)]
+    can_import = findings[-1].status != "wrong"
     if can_import:
-        findings += recipe(m, config, list(overrides))
-    else:
-        findings.append(note("recipe", f"{config} is not checked: that needs an installation"))
-    return findings
+        findings.append(imports(m))
+        can_import = findings[-1].status == "ok"
+    findings += [*host(m), *(ascend(m) if m.accelerator else [])]
+    if can_import:
+        return [*findings, *recipe(m, config, list(overrides))]
+    return [*findings, note("recipe", f"{config} is not checked: that needs an installation")]
 
 
 def still_needed(m: Machine) -> list[Finding]:

@@ -1,163 +1,169 @@
-"""The recipe and what it names: model, weights, records, kernels, and the space that they need."""
+"""The recipe and what it names, by the run's own checks and in the run's own words."""
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.tools.doctor.host import disk, shared_memory
-from qwen35.tools.doctor.machine import Finding, Machine, note, ok, wrong
+from qwen35.errors import USER_ERRORS, one_line
+from qwen35.tools.doctor.host import Finding, Machine, disk, gib, note, ok, wrong
 
 if TYPE_CHECKING:
     from qwen35.config.schema import Settings
-    from qwen35.data.tokenized import Preparation
-    from qwen35.model import ModelConfig
+    from qwen35.data.dataset import Dataset
+    from qwen35.data.tokenized import Progress
 
-RECORDS = 20  # of each file are read
+SECONDS = 30.0  # for reading the records of a set
 BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one in use
+NO_CACHE = "data.dataset_param.basic_parameters.cache_dir=null"  # nothing is written
 TINY = "configs/tiny.yaml"
 TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "data/digits/train.json")
-WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5"
+WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5, as make download makes it"
+
+
+class _TimeIsUpError(Exception):
+    """Reading takes too long; what was read until then is in order."""
+
+
+def attempt(subject: str, todo: str, check: Callable[[], object]) -> list[Finding]:
+    """The findings of a check, if it has any, or its error."""
+    from kernels import KernelError
+
+    try:
+        findings = check()
+        return findings if isinstance(findings, list) else []
+    except (*USER_ERRORS, KernelError) as error:
+        return [wrong(subject, one_line(error), todo)]
 
 
 def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
-    from qwen35.config.load import SettingError, load_settings
-    from qwen35.data.tokenized import Preparation
-
-    try:
-        settings = load_settings(config, overrides)
-    except SettingError as error:
-        return [wrong("recipe", str(error), "CONFIG is the recipe, ARGS has settings that replace its own")]
-    findings = [ok("recipe", config), *_parallel(m, settings), *_kernels(m, settings)]
-    basic = settings.data.dataset_param.basic_parameters
-    named = {settings.model.model_name_or_path, settings.training.load, basic.dataset} - {None}
-    missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
-    if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
-        return [*findings, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
-    try:
-        preparation = Preparation.of(settings)
-    except (SettingError, OSError) as error:
-        return [*findings, wrong("model", str(error), WHOLE_FOLDER)]
-    findings += [*_model(m, settings, preparation), *_records(preparation)]
-    return [*findings, *(_validation(settings.validation) if settings.validation else []), *_weights(settings)]
-
-
-def _parallel(m: Machine, settings: "Settings") -> list[Finding]:
-    from qwen35.config.layout import check_layout
-    from qwen35.config.load import SettingError
-
-    try:
-        check_layout(settings, m.number("NODES", 1) * m.processes())
-    except SettingError as error:
-        return [wrong("recipe", str(error), "change the setting, or NODES and NPUS_PER_NODE")]
-    return []
-
-
-def _kernels(m: Machine, settings: "Settings") -> list[Finding]:
     import kernels
+    from qwen35.config.layout import check_layout
+    from qwen35.config.load import SettingError, load_settings
     from qwen35.device import HOST
 
     try:
-        kernels.select(m.accelerator or HOST.type, settings.model.kernels)
-    except kernels.KernelError as error:
-        return [wrong("kernels", str(error), "see python -m kernels")]
-    return []
+        s = load_settings(config, [*overrides, NO_CACHE])
+    except SettingError as error:
+        return [wrong("recipe", str(error), "CONFIG is the recipe, ARGS has settings that replace its own")]
+
+    findings, world = [ok("recipe", config)], m.number("NODES", 1) * m.processes()
+    findings += attempt("recipe", "change the setting, or NODES and NPUS_PER_NODE", lambda: check_layout(s, world))
+    device = m.accelerator or HOST.type
+    findings += attempt("kernels", "see python -m kernels", lambda: kernels.select(device, s.model.kernels))
+    named = {s.model.model_name_or_path, s.training.load, s.data.dataset_param.basic_parameters.dataset} - {None}
+    missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
+    if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
+        return [*findings, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
+    found = attempt("model", WHOLE_FOLDER, lambda: model(m, s))
+    can_read = (found[0].subject, found[0].status) != ("model", "wrong")  # with its tokenizer
+    return [*findings, *found, *(records(s) if can_read else [])]
 
 
-def _model(m: Machine, settings: "Settings", preparation: "Preparation") -> list[Finding]:
-    """Config, tokenizer and images agree; frozen modules exist; disk and /dev/shm have room."""
+def model(m: Machine, s: "Settings") -> list[Finding]:
+    """The model, the weights it starts from, and the space that batches and checkpoints need."""
     import torch
 
-    from qwen35.checkpoint.errors import CheckpointError
-    from qwen35.checkpoint.hf import check_export, not_read
-    from qwen35.config.load import SettingError
-    from qwen35.data.collator import check_agreement, check_patch_bucket
-    from qwen35.model import ConfigError, Qwen35, load_config
-    from qwen35.training.parameter_groups import freeze
+    from qwen35.checkpoint.dcp import open_matching_checkpoint, read_info
+    from qwen35.checkpoint.dcp_folder import load_notes
+    from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
+    from qwen35.model import Qwen35, load_config
+    from qwen35.training.parameter_groups import count, freeze
+    from qwen35.training.resume import check_disk, check_info, choose_weights
 
-    folder = settings.model.model_name_or_path
+    folder, t = s.model.model_name_or_path, s.training
+    unread = [note("model", line, "ignore this if training does not need it") for line in not_read(folder)]
+    config = load_config(folder)
+    with torch.device("meta"):
+        whole = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
+    freeze(whole, s.model.freeze)
+    check_export(whole, folder)
+    trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
+    findings = [ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"), *unread]
+
+    def weights() -> list[Finding]:
+        path, is_hf = choose_weights(s)
+        open_matching_folder(whole, path) if is_hf else open_matching_checkpoint(whole, path)
+        step = 0
+        if not is_hf and (loaded := read_info(path)).step:
+            check_info(loaded, s, m.number("NODES", 1) * m.processes())
+            step = loaded.step
+        fine, room = ok("weights", "; ".join([f"from {path}", *load_notes(path.parent, path)])), Path(t.save)
+        folder = disk("disk", room)
+        if folder.status == "wrong":
+            return [fine, folder]
+        parameters = whole.parameters()
+        return [
+            fine,
+            *attempt(
+                "disk",
+                "see training.save in docs/settings.md",
+                lambda: [ok("disk", f"{room}: {check_disk(t, parameters, step)}")],
+            ),
+        ]
+
+    todo = "make download fetches a model for init_from_hf_path, make convert makes the folder of training.load of it"
+    findings += attempt("weights", todo, weights)
+    vision, loader = config.vision, s.data.dataloader_param
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
+    patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
+    if batches := m.processes() * loader.num_workers * BATCHES:
+        findings.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
+    return findings
+
+
+def shared_memory(m: Machine, least: int, most: int) -> Finding:
+    """Loaders pass batches through /dev/shm: `least` bytes, `most` if full of images."""
+    todo = "start the container with a larger --shm-size, or set data.dataloader_param.num_workers=0"
     try:
-        unread = not_read(folder)
-        config = load_config(folder)
-        with torch.device("meta"):
-            model = Qwen35(config, mtp=bool(settings.model.mtp_num_layers))
-        freeze(model, settings.model.freeze)
-        check_agreement(folder, settings.tokenizer_dir, preparation, config.vision_spec)
-        check_patch_bucket(settings.data.dataloader_param.patch_bucket, config.vision_spec)
-        check_export(model, folder)
-    except (ConfigError, SettingError, CheckpointError, OSError) as error:
-        return [wrong("model", str(error), WHOLE_FOLDER)]
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    parameters, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
-    fact = f"{folder}: {parameters:,} parameters, {trained:,} trained"
-    least, most = _loader_bytes(settings, config, m.processes())
-    return [
-        ok("model", fact),
-        *(note("model", line, "ignore this if training does not need it") for line in unread),
-        *disk("disk", Path(settings.training.save), 4 * parameters + 8 * trained, "a checkpoint"),
-        *(shared_memory(m, least, most) if most else []),
-    ]
+        stat = os.statvfs(m.files / "dev/shm")
+    except OSError as error:
+        return wrong("/dev/shm", str(error.strerror), todo)
+    free = stat.f_bavail * stat.f_frsize
+    if free < least:
+        return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
+    if free < most:
+        return note("/dev/shm", f"{gib(free)} free, enough unless batches are full of images ({gib(most)})", todo)
+    return ok("/dev/shm", f"{gib(free)} free, the data loaders need {gib(most)} at most")
 
 
-def _loader_bytes(settings: "Settings", config: "ModelConfig", processes: int) -> tuple[int, int]:
-    """Bytes of batches in flight from data loaders: with one dummy image, and full of images."""
-    v, loader = config.vision, settings.data.dataloader_param
-    patch = v.in_channels * v.temporal_patch_size * v.patch_size**2 * 4  # fp32
-    tokens = settings.data.dataset_param.basic_parameters.cutoff_len * settings.training.micro_batch_size
-    batches = processes * loader.num_workers * BATCHES
-    return batches * loader.patch_bucket * patch, batches * tokens * v.spatial_merge_size**2 * patch
-
-
-def _records(preparation: "Preparation") -> list[Finding]:
-    from qwen35.config.load import SettingError
-    from qwen35.data import RecordError
-    from qwen35.data.data_warnings import DataWarnings, Skipped
-    from qwen35.data.mixture import dataset_files
-    from qwen35.data.tokenized import tokenised
-
-    basic, skipped, warnings = preparation.basic, Skipped(), DataWarnings()
-    skip = skipped.add if basic.on_bad_record == "skip" else None
-    try:
-        files = dataset_files(basic.dataset)
-        for file in files:
-            for _ in tokenised(file, preparation, RECORDS, skip, warnings):
-                pass
-    except SettingError as error:
-        return [wrong("data", str(error), "set data.dataset_param.basic_parameters.dataset to existing files")]
-    except (RecordError, OSError) as error:
-        return [wrong("data", str(error), "correct the record; make show prints samples as the training sees them")]
-    named = ", ".join(map(str, files))
-    notes = [note("data", line) for line in warnings.lines()]
-    if len(skipped):
-        fact = f"{named}: of the first {RECORDS} records {len(skipped)} will be skipped: {skipped}"
-        return [note("data", fact, "on_bad_record: error would stop there"), *notes]
-    return [ok("data", f"{named}: the first {RECORDS} records can be used"), *notes]
-
-
-def _validation(settings: "Settings") -> list[Finding]:
-    """As the records, of the validation set: of `Settings.validation`."""
-    from qwen35.config.load import SettingError
+def records(s: "Settings") -> list[Finding]:
+    """All records of both sets, read as the run does, each set for at most SECONDS."""
     from qwen35.config.schema import for_validation
-    from qwen35.data.tokenized import Preparation
+    from qwen35.data import MicroBatches
+    from qwen35.data.dataloader import open_dataset
+    from qwen35.data.mixture import dataset_name
 
-    try:
-        found = _records(Preparation.of(settings))
-    except (SettingError, OSError) as error:
-        found = [wrong("model", str(error), WHOLE_FOLDER)]
-    return [Finding(f.status, "validation", for_validation(f.fact), for_validation(f.todo)) for f in found]
+    named = dataset_name(s.data.dataset_param.basic_parameters.dataset)
+    findings = read("data", named, lambda progress: MicroBatches(s, 0, 1, progress=progress).dataset)
+    if val := s.validation:
+        named, attr = dataset_name(val.data.dataset_param.basic_parameters.dataset), s.data.dataset_param.attr
+        found = read("validation", named, lambda progress: open_dataset(val, progress, attr))
+        findings += [Finding(f.status, f.subject, for_validation(f.fact), for_validation(f.todo)) for f in found]
+    return findings
 
 
-def _weights(settings: "Settings") -> list[Finding]:
-    from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
-    from qwen35.checkpoint.errors import CheckpointError
-    from qwen35.checkpoint.hf_read import HFFolder
+def read(subject: str, named: str, open_set: "Callable[[Progress], Dataset]") -> list[Finding]:
+    count, end = 0, time.monotonic() + SECONDS
 
-    t = settings.training
-    try:
-        if newest := newest_checkpoint(Path(t.save)):
-            return [ok("weights", "; ".join([f"goes on from {newest}", *load_notes(t.save, newest)]))]
-        if t.load:
-            return [ok("weights", f"from {resolve_load(Path(t.load))}")]
-        if t.init_from_hf_path:
-            return [ok("weights", f"from {HFFolder(t.init_from_hf_path).folder}")]
-    except (CheckpointError, OSError) as error:
-        return [wrong("weights", str(error), "make convert makes the folder that training.load names")]
-    return [wrong("weights", "nothing says where they come from", "set training.load or training.init_from_hf_path")]
+    def progress(record: str, records: int) -> None:
+        nonlocal count
+        count += records
+        if time.monotonic() > end:
+            raise _TimeIsUpError
+
+    def check() -> list[Finding]:
+        try:
+            found = open_set(progress)
+        except _TimeIsUpError:
+            fact = f"{named}: no fault in the first {count:,} records, which took {SECONDS:.0f} s"
+            return [note(subject, fact, "the run reads them all, and compares the lengths of all with cutoff_len")]
+        fact = f"{named}: {found.records:,} records, of which {len(found):,} are used"
+        skipped = f"{len(found.skipped):,} are skipped: {found.skipped}"
+        notes = [note(subject, f"{named}: {skipped}", "on_bad_record: error would stop there")] * bool(found.skipped)
+        return [ok(subject, fact), *notes, *(note(subject, line) for line in found.warnings)]
+
+    return attempt(
+        subject, "correct the records or the settings; make show prints samples as the training sees them", check
+    )

@@ -1,9 +1,10 @@
 """The torch_npu and triton-ascend for each CANN: the rows of scripts/requirements/versions.txt.
 
-`python -m qwen35.tools.doctor.stack` prints for scripts/install.sh: the row, a message about
+`python -m qwen35.tools.stack` prints for scripts/install.sh: the row, a message about
 kernels or an empty line, the pins.
 """
 
+import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -11,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.errors import Parser, SettingError, complain
-from qwen35.tools.doctor.machine import architecture, first_match, release
 
-TABLE = Path(__file__).parents[3] / "scripts/requirements/versions.txt"
+TABLE = Path(__file__).parents[2] / "scripts/requirements/versions.txt"
 # Below ASCEND_HOME_PATH, the most reliable first. CANN's installation guides of 8.5.0 and 9.0.0
 # ("Querying the Software Package Version") name the first file. In the other files, of older
 # releases, Version is a component's, and version_dir is CANN's.
@@ -26,6 +26,19 @@ VERSION_FILES = (
 WITHOUT_TRITON = (
     "model.kernels.gated_delta_rule=native model.kernels.causal_conv1d=native model.kernels.rms_norm_gated=torch_npu"
 )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """ "2.7.1.post11" -> (2, 7, 1); "8.5.0.alpha003" -> (8, 5, 0); "x" -> ()."""
+    found = re.match(r"\d+(\.\d+)*(?=[.+-]|$)", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def first_match(file: Path, pattern: str) -> str | None:
+    """The pattern's first group in a text file, ^ at any line; None without file or match."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1] if match else None
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def supported() -> str:
 
 
 def cann_version(home: Path) -> str | None:
-    found = (first_match(home / name.format(arch=architecture()), pattern) for name, pattern in VERSION_FILES)
+    found = (first_match(home / name.format(arch=platform.machine()), pattern) for name, pattern in VERSION_FILES)
     return next((version for version in found if version), None)
 
 
@@ -87,7 +100,7 @@ def choose(cann: str, torch_npu: str) -> Stack:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m qwen35.tools.doctor.stack", description=__doc__)
+    parser = Parser(prog="python -m qwen35.tools.stack", description=__doc__)
     parser.add_argument("lock", type=Path, help="the lock file, scripts/requirements/npu-arm.txt")
     parser.add_argument("--home", default="", help="CANN's folder, ASCEND_HOME_PATH; default: none")
     parser.add_argument("--cann", default="", help="CANN_VERSION; default: the version found there")
@@ -103,11 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack = choose(args.cann or found or stacks()[0].cann, args.torch_npu)
     except SettingError as error:
         return complain(error, "install.sh: ")
-    origin = (
-        "CANN_VERSION"
-        if args.cann
-        else args.home or "the default, since no CANN is found; set CANN_VERSION for another"
-    )
+    default = "the default, since no CANN is found; set CANN_VERSION for another"
+    origin = "CANN_VERSION" if args.cann else args.home or default
     missing = stack.no_triton(sys.version_info[:3])
     print(f"{stack.cann} {stack.torch_npu} {origin}")
     print(": ".join(missing or ()))

@@ -117,7 +117,9 @@ def test_the_recompute_setting(tmp_path):
     for text, value in (("true", True), ("false", False), ("selective", "selective")):
         assert load_settings(recipe, [f"parallel.recompute={text}"]).parallel.recompute is value or value == text
     for text in ("selectiv", "null", "1", "[selective]"):
-        with pytest.raises(SettingError, match=r"^parallel\.recompute: .* is not of type bool, nor selective$"):
+        with pytest.raises(
+            SettingError, match=r"^parallel\.recompute: .* is not of type bool and is not one of 'selective'$"
+        ):
             load_settings(recipe, [f"parallel.recompute={text}"])
     for op in ("gated_delta_rule", "chunk_gated_delta_rule"):
         with pytest.raises(SettingError, match="selective means nothing to fla's delta rule"):

@@ -108,6 +108,7 @@ def test_missing_compilers_are_refused_before_compiling(monkeypatch):
     with pytest.raises(CompilationError, match=r"^bishengir-compile: is not on PATH -> install CANN's toolkit whole$"):
         check_compilers()
     monkeypatch.setattr(preflight, "init_process", lambda: SimpleNamespace(type="cpu"))
+    monkeypatch.setattr(preflight, "compare_nodes", lambda settings, timeout: None)
     monkeypatch.setattr("kernels.triton_ops", lambda chosen: ["causal_conv1d"])
     with pytest.raises(CompilationError):
-        preflight.preflight(SimpleNamespace(model=SimpleNamespace(kernels={})))
+        preflight.preflight(SimpleNamespace(model=SimpleNamespace(kernels={}), training=SimpleNamespace(timeout=1)))

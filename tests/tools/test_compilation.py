@@ -107,7 +107,7 @@ def test_missing_compilers_are_refused_before_compiling(monkeypatch):
     findings.append(wrong("bishengir-compile", "is not on PATH", "install CANN's toolkit whole"))
     with pytest.raises(CompilationError, match=r"^bishengir-compile: is not on PATH -> install CANN's toolkit whole$"):
         check_compilers()
-    monkeypatch.setattr(preflight, "init_process", lambda: SimpleNamespace(type="cpu"))
+    monkeypatch.setattr(preflight, "init_process", lambda timeout: SimpleNamespace(type="cpu"))
     monkeypatch.setattr(preflight, "compare_nodes", lambda settings, timeout: None)
     monkeypatch.setattr("kernels.triton_ops", lambda chosen: ["causal_conv1d"])
     with pytest.raises(CompilationError):

@@ -241,8 +241,9 @@ def run_sharing_errors(action: Callable[[], Any], group: dist.ProcessGroup | Non
         action()
     except CheckpointError as error:
         message, cause = str(error), error
-    except (OSError, TypeError) as error:
-        message, cause = f"{headline}: {one_line(error)}", error
+    except (OSError, TypeError) as error:  # the headline names the file
+        reason = error.strerror if isinstance(error, OSError) else None
+        message, cause = f"{headline}: {reason or one_line(error)}", error
     messages = [message]
     if dist.is_initialized():
         messages = [None] * dist.get_world_size(group)

@@ -23,7 +23,7 @@ from qwen35.data.packing import PackedSequences
 from qwen35.data.record import RecordError
 from qwen35.data.tokenized import Preparation, Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
-from qwen35.errors import SettingError, UserError
+from qwen35.errors import SettingError, UserError, one_line
 from qwen35.processes import die_with, obey
 from qwen35.wording import number_of, number_of_visuals
 
@@ -216,10 +216,8 @@ def shared(tensor: Tensor) -> Tensor:
     try:
         return tensor.share_memory_()
     except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
         raise SettingError(
-            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch; start the container with --shm-size=16g or "
+            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch ({one_line(error)}); start the container with --shm-size=16g or "
             "--ipc=host, or set data.dataloader_param.num_workers: 0"
         ) from None
 

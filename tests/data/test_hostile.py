@@ -151,7 +151,7 @@ def test_a_long_conversation_takes_linear_time(monkeypatch, roles):
 def test_a_full_dev_shm_is_named(monkeypatch):
     """By the system's own refusal of a petabyte."""
     monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: torch.UntypedStorage._new_shared(1 << 50))
-    with pytest.raises(SettingError, match=r"^/dev/shm has no room for 8 bytes of a batch; .*--shm-size"):
+    with pytest.raises(SettingError, match=r"^/dev/shm has no room for 8 bytes of a batch \(.*\); .*--shm-size"):
         shared(torch.zeros(1, dtype=torch.int64))
 
 

@@ -29,7 +29,7 @@ ROOMS = {
     "data": 4_950,
     "parallel": 640,
     "inference": 950,
-    "training": 1_340,
+    "training": 1_380,
     "tools": 1_720,
     "launch": 1_540,
 }

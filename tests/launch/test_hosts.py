@@ -272,7 +272,7 @@ def test_a_wrong_setting_starts_nothing(there: Path) -> None:
     process = start(there, "training.learning_rate=1")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err.count("\n")) == (1, "", 1)
-    assert "unknown setting training.learning_rate" in err
+    assert "training.learning_rate is no setting; it is training.lr here" in err
     assert not ssh_log(there)
 
 

@@ -54,7 +54,7 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
     ("converted, later", CONVERT, 100_000, "new/release cannot be written: File too large", ()),
     ("exported", EXPORT, 100_000, "cannot be written: File too large", ()),
     ("small files of the export", EXPORT, 0, "cannot be written: File too large", ()),
-    ("records", DATA, 1000, "out/a.json: cannot be written: File too large", ()),
+    ("records", (*DATA, "--workers", "1"), 1000, "out/a.json: cannot be written: File too large", ()),
     (  # torch 2.7 itself writes 2.4 kB as it is imported, which is more than the settings are
         "under the launcher",
         (),

@@ -217,8 +217,8 @@ def shared(tensor: Tensor) -> Tensor:
         return tensor.share_memory_()
     except RuntimeError as error:
         raise SettingError(
-            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch ({one_line(error)}); start the container with --shm-size=16g or "
-            "--ipc=host, or set data.dataloader_param.num_workers: 0"
+            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch ({one_line(error)}); start the container with"
+            " --shm-size=16g or --ipc=host, or set data.dataloader_param.num_workers: 0"
         ) from None
 
 

@@ -256,7 +256,9 @@ WEIGHTS = [
         (BROKEN,),
         write(FIRST, entry(shape=(float("inf"),))),
     ),
-    Case("unknown dtype", TRAIN, (f"{FIRST}: a has dtype F4, which is not supported",), write(FIRST, entry("F4", (8,)))),
+    Case(
+        "unknown dtype", TRAIN, (f"{FIRST}: a has dtype F4, which is not supported",), write(FIRST, entry("F4", (8,)))
+    ),
     Case("no tensor", TRAIN, ("hf: 1 tensor missing: lm_head.weight",), tensor("lm_head.weight", None)),
     Case(
         "integers",

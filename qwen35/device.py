@@ -122,9 +122,14 @@ def loopback_store(timeout: float) -> dist.Store:
         given = os.environ.pop(STORE_LISTENER, None)
         listener = int(given) if given else socket.create_server((LOOPBACK, port)).detach()
         os.set_inheritable(listener, False)
-    world = int(os.environ["WORLD_SIZE"])
     return dist.TCPStore(
-        LOOPBACK, port, world, is_master=is_first, timeout=timedelta(seconds=timeout), master_listen_fd=listener
+        LOOPBACK,
+        port,
+        int(os.environ["WORLD_SIZE"]),
+        is_master=is_first,
+        timeout=timedelta(seconds=timeout),
+        master_listen_fd=listener,
+        use_libuv=False,  # which in torch 2.7 takes no socket that is bound already
     )
 
 

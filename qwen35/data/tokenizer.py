@@ -237,11 +237,13 @@ def _disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> li
     for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
         entries = config.get(key)
         named += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
-    names = {entry.get("content") if isinstance(entry, dict) else entry for entry in named if entry is not None}
-    odd = {str(name) for name in names if name not in tokens}
+    names = [entry.get("content") if isinstance(entry, dict) else entry for entry in named if entry is not None]
+    odd = {str(name) for name in names if not isinstance(name, str) or name not in tokens}
     if isinstance(listed := config.get("added_tokens_decoder"), dict):
         entries = {
-            entry["content"]: entry for entry in listed.values() if isinstance(entry, dict) and "content" in entry
+            entry["content"]: entry
+            for entry in listed.values()
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str)
         }
         for name, token in tokens.items():
             flags = {flag: getattr(token, flag) for flag in ("normalized", "lstrip", "rstrip", "single_word")}

@@ -304,6 +304,15 @@ def decoder(folder, **changed):
     return {i: token | (changed if token["content"] == "<|sep|>" else {}) for i, token in entries.items()}
 
 
+@pytest.mark.parametrize("changed", [{"eos_token": []}, {"added_tokens_decoder": {"7": {"content": ["a"]}}}])
+def test_token_names_that_are_no_text_are_refused(changed, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(SettingError, match=r"does not agree with tokenizer_config\.json"):
+        ChatTokenizer(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

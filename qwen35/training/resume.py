@@ -20,6 +20,7 @@ from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.device import device_rng_state, set_device_rng_state
 from qwen35.model import ModelConfig
 from qwen35.training.metrics import RunError
+from qwen35.wording import number_of
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
@@ -172,7 +173,7 @@ def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> 
         kept = sum(ITERATION.fullmatch(path.name) is not None for path in folder.glob("iter_*"))
         saves = min(saves, max(1, t.save_total_limit + 1 - kept))
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    room = f"{saves} checkpoint{'s' * (saves != 1)} of {size:,} bytes, and {free:,} are free on that disk"
+    room = f"{number_of(saves, 'checkpoint')} of {size:,} bytes, and {free:,} are free on that disk"
     if free < saves * size:
         raise CheckpointError(
             f"training.save: {t.save}: this run needs {saves * size:,} bytes for {room}; free some space, name another"

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,9 +83,8 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number from {low}" + (f" to {high}" if high else "")
-            )
+            limit = f" to {high}" if high else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low}{limit}")
         return int(text)
 
     return parse
@@ -110,12 +110,8 @@ def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -
             return path.read_text(encoding="utf-8")
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        what = (
-            f"{found.st_size:,} bytes, more than {LARGEST_TEXT:,}"
-            if found.st_size
-            else "a pipe or a device, not a file"
-        )
-        raise kind(f"{path}: cannot be read: {what}")
+        large = f"{found.st_size:,} bytes, more than {LARGEST_TEXT:,}"
+        raise kind(f"{path}: cannot be read: {large if found.st_size else 'a pipe or a device, not a file'}")
     except FileNotFoundError:
         raise kind(f"{path}: {absent}") from None
     except OSError as error:
@@ -124,13 +120,23 @@ def read_text(path: Path, kind: type[UserError], absent: str = "no such file") -
         raise kind(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key twice, of which Python would take the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} appears twice in one object; keep one of them")
+    return values
+
+
 def read_object(path: Path, kind: type[UserError], absent: str = "no such file") -> dict[str, Any]:
     """The JSON object in a file. Raises like `read_text`, and `kind` for any other content."""
     text = read_text(path, kind, absent)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        raise kind(f"{path}: not JSON: {one_line(error)}") from None
+        what = "not JSON: " if isinstance(error, json.JSONDecodeError | RecursionError) else ""
+        raise kind(f"{path}: {what}{one_line(error)}") from None
     if not isinstance(value, dict):
         raise kind(f"{path}: not a JSON object")
     return value

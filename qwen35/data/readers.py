@@ -17,7 +17,7 @@ from qwen35.data.arrow import PARQUET, is_from_table, read_parquet, without_null
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.media import wrong_format
 from qwen35.data.record import RecordError
-from qwen35.errors import one_line
+from qwen35.errors import distinct, one_line
 
 FORMATS = "; expected a JSON list, one JSON object per line, or parquet"
 LARGEST_LIST = 2 << 30  # bytes of a JSON list, whose text is in memory; of JSON lines one line is
@@ -32,12 +32,10 @@ class LossyJSONError(ValueError):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise LossyJSONError(f"the key {twice[:80]!r} appears twice in one object; keep one of them")
-    return values
+    try:
+        return distinct(pairs)
+    except ValueError as error:
+        raise LossyJSONError(error) from None
 
 
 def _float(text: str) -> float:

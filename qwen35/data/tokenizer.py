@@ -1,5 +1,6 @@
 """Turns pieces of text into token ids and a loss mask, and ids back into text."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,18 @@ CONTROL_TOKENS = (
 # The chat template writes these around thoughts, calls and responses. They are tokens in any text,
 # even with a tokenizer that, unlike the published one, marks them as special.
 TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# What is done with text before it is cut into tokens; transformers does so whatever the file says.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "normalizer": [{"type": "NFC"}],
+    "pre_tokenizer": [
+        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 
 Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
 Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
@@ -46,6 +59,7 @@ class ChatTokenizer:
             raise SettingError(f"{path}: no such file; model_name_or_path must name a whole Hugging Face folder")
         self.file = path
         self._tokenizer = _from_file(path)
+        _check_steps(self._tokenizer, path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets count white space
@@ -53,7 +67,7 @@ class ChatTokenizer:
         self._control = {
             token: self._id(token, added) for token in (IM_START, IM_END, VISION_START, IMAGE_PAD, VISION_END)
         }
-        config = read_config(folder, "tokenizer_config.json")
+        config, files = _config(Path(folder))
         ends = [
             _name(folder, config, key, usual) for key, usual in (("pad_token", "<|endoftext|>"), ("eos_token", IM_END))
         ]
@@ -70,16 +84,16 @@ class ChatTokenizer:
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, longest_first)))
         self._tags = {i for i, t in added.items() if t.special and t.content in TEMPLATE_TAGS}
-        if config.get("split_special_tokens"):
-            raise SettingError(
-                f"{folder}/tokenizer_config.json: split_special_tokens: makes transformers split the template's own control "
-                "tokens into characters; set it to false"
-            )
+        for key in ("split_special_tokens", "add_prefix_space"):
+            if config.get(key):
+                raise SettingError(
+                    f"{folder}/tokenizer_config.json: {key}: changes the tokens of texts; set it to false"
+                )
         if names := _disagreements(config, added.values()):
             shown = ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
             raise SettingError(
-                f"{path}: does not agree with tokenizer_config.json, which transformers uses too, about the added tokens "
-                f"{shown}; save the tokenizer with transformers' save_pretrained, which writes both"
+                f"{path}: does not agree with {' and '.join(files)}, which transformers uses too, about the added tokens "
+                f"{shown}; save the tokenizer with transformers' save_pretrained, which writes all that counts"
             )
 
     def _id(self, token: str, added: dict[int, AddedToken]) -> int:
@@ -206,6 +220,20 @@ class ChatTokenizer:
         return token in self._special
 
 
+def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the files beside tokenizer.json say, and their names. Raises SettingError.
+
+    As in transformers, two files of older releases count if the newest lists no added tokens.
+    """
+    files = ["tokenizer_config.json"]
+    config = read_config(folder, files[0])
+    if "added_tokens_decoder" not in config:
+        files += [name for name in ("special_tokens_map.json", "added_tokens.json") if (folder / name).is_file()]
+    more = {name: read_config(folder, name) for name in files[1:]}
+    added = {"added_tokens": list(more.pop("added_tokens.json", ()))}
+    return config | more.get("special_tokens_map.json", {}) | added, files
+
+
 def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> str:
     """The name of a token in tokenizer_config.json, or the usual one. Raises SettingError."""
     token = config.get(key) or usual
@@ -225,16 +253,30 @@ def _from_file(path: Path) -> Tokenizer:
         raise
 
 
+def _check_steps(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises SettingError if the file makes other tokens of a text than transformers does."""
+    for name, wanted in STEPS.items():
+        step = getattr(tokenizer, name)
+        state = json.loads(step.__getstate__()) if step is not None else {}
+        steps = state.get("pretokenizers", [state])
+        if [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps] != wanted:
+            raise SettingError(
+                f"{path}: its {name} is not Qwen3.5's, which transformers uses whatever the file says; bring the original file"
+            )
+    if getattr(tokenizer.model, "dropout", None):
+        raise SettingError(f"{path}: its model has dropout, which makes tokens random; set it to null")
+
+
 def _disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> list[str]:
     """Names of added tokens that transformers would treat differently from tokenizer.json.
 
-    config: tokenizer_config.json; added: the added tokens of tokenizer.json. If config has an
+    config: as from `_config`; added: the added tokens of tokenizer.json. If config has an
     added_tokens_decoder, transformers uses only its tokens, with its flags. It adds tokens that
     config names elsewhere and tokenizer.json lacks.
     """
     tokens = {token.content: token for token in added}
-    named = [config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "cls", "mask")]
-    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+    named = [entry for key, entry in config.items() if key.endswith("_token") and not isinstance(entry, bool)]
+    for key in ("added_tokens_decoder", "added_tokens", "additional_special_tokens", "extra_special_tokens"):
         entries = config.get(key)
         named += entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else []
     names = [entry.get("content") if isinstance(entry, dict) else entry for entry in named if entry is not None]

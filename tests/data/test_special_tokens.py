@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mistakes import BASIC, DATA, SHOW, place, run, whole
 from test_template import record
 from tokenizer_fixture import make_model_folder, make_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen35.config.load import load_settings
@@ -270,13 +270,18 @@ def test_end_tokens_named_by_the_folder_are_control_tokens(folder, tmp_path):
         ChatTokenizer(tmp_path)
 
 
-def test_a_tokenizer_that_splits_special_tokens_is_refused(folder, tmp_path):
+@pytest.mark.parametrize(("key", "text"), [("split_special_tokens", "<|im_end|>"), ("add_prefix_space", "Hi")])
+def test_a_tokenizer_that_splits_text_otherwise_is_refused(key, text, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model/tokenizer_config.json"
-    names = json.loads(file.read_text())
-    file.write_text(json.dumps(names | {"split_special_tokens": True}))
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "model")("<|im_end|>").input_ids) > 1
-    with pytest.raises(SettingError, match=r"tokenizer_config\.json: split_special_tokens: .*; set it to false$"):
+    names, ids = json.loads(file.read_text()), []
+    for value in (False, True):
+        file.write_text(json.dumps(names | {key: value}))
+        ids.append(AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids)
+        if not value:
+            ChatTokenizer(tmp_path / "model")
+    assert len(ids[1]) > len(ids[0])
+    with pytest.raises(SettingError, match=rf"tokenizer_config\.json: {key}: .*; set it to false$"):
         ChatTokenizer(tmp_path / "model")
 
 
@@ -321,12 +326,24 @@ def test_token_names_that_are_no_text_are_refused(changed, folder, tmp_path):
         ("<|new|>", lambda _: {"extra_special_tokens": {"new_token": "<|new|>"}}),
         ("<|new|>", lambda _: {"extra_special_tokens": ["<|new|>"]}),
         ("<|new|>", lambda _: {"bos_token": "<|new|>"}),
+        ("<|new|>", lambda _: {"my_own_token": "<|new|>"}),
         ("<|sep|>", lambda folder: {"added_tokens_decoder": decoder(folder, content="<|im_end|>")}),
         ("<|sep|>", lambda folder: {"added_tokens_decoder": decoder(folder, lstrip=True)}),
         ("<|sep|>", lambda folder: {"added_tokens_decoder": decoder(folder, single_word=True)}),
         ("</think>", lambda _: {"added_tokens_decoder": {}}),
     ],
-    ids=["decoder", "additional", "extra", "extra list", "bos", "missing", "lstrip", "single_word", "none listed"],
+    ids=[
+        "decoder",
+        "additional",
+        "extra",
+        "extra list",
+        "bos",
+        "own",
+        "missing",
+        "lstrip",
+        "single_word",
+        "none listed",
+    ],
 )
 def test_added_tokens_that_transformers_treats_differently_are_refused(name, change, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
@@ -348,6 +365,76 @@ def test_added_tokens_that_transformers_treats_differently_are_refused(name, cha
     )
     with pytest.raises(SettingError, match=message):
         ChatTokenizer(tmp_path / "model")
+
+
+STEPS = {
+    "normalizer": {"normalizer": {"type": "Lowercase"}},
+    "no normalizer": {"normalizer": None},
+    "no pre_tokenizer": {"pre_tokenizer": None},
+    "pre_tokenizer": {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    },
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_steps_that_transformers_replaces_are_refused(case, folder, tmp_path):
+    """Only a class of the model's own, as 5.23 has it, replaces them."""
+    shutil.copytree(folder, tmp_path / "model")
+    file, text = tmp_path / "model/tokenizer.json", "It's E\u0301 in  words"
+    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert ChatTokenizer(folder).encode([Piece(text)])[0].tolist() == ids
+    file.write_text(json.dumps(json.loads(file.read_text()) | STEPS[case]))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert type(theirs).__name__ != "Qwen3_5Tokenizer" or theirs(text).input_ids == ids
+    assert Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids != ids
+    (name,) = STEPS[case]
+    with pytest.raises(SettingError, match=rf"tokenizer\.json: its {name} is not Qwen3\.5's, .*; bring the original"):
+        ChatTokenizer(tmp_path / "model")
+
+
+def test_random_tokens_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    held = json.loads(file.read_text())
+    held["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(held))
+    theirs = Tokenizer.from_file(str(file))
+    assert len({tuple(theirs.encode("What is in the picture?").ids) for _ in range(20)}) > 1
+    with pytest.raises(SettingError, match=r"tokenizer\.json: its model has dropout, .*; set it to null$"):
+        ChatTokenizer(tmp_path / "model")
+
+
+OLDER = {
+    "special": ("special_tokens_map.json", {"sep_token": "<|new|>"}),
+    "additional": ("special_tokens_map.json", {"additional_special_tokens": ["<|new|>"]}),
+    "added": ("added_tokens.json", {"<|new|>": 999}),
+}
+
+
+@pytest.mark.parametrize("case", OLDER)
+def test_files_of_older_releases_count_as_in_transformers(case, folder, tmp_path):
+    """They do unless tokenizer_config.json lists the added tokens."""
+    shutil.copytree(folder, tmp_path / "model")
+    file, content = OLDER[case]
+    (tmp_path / "model" / file).write_text(json.dumps(content))
+    config = tmp_path / "model/tokenizer_config.json"
+    names, text = json.loads(config.read_text()), "a <|new|>b"
+    config.write_text(json.dumps(names | {"added_tokens_decoder": decoder(folder)}))
+    ids = ChatTokenizer(tmp_path / "model").encode([Piece(text)])[0].tolist()
+    assert ids == AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids
+    config.write_text(json.dumps(names))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids != ids
+    message = rf"does not agree with tokenizer_config\.json and {re.escape(file)}, .* added tokens <\|new\|>; save the"
+    with pytest.raises(SettingError, match=message):
+        ChatTokenizer(tmp_path / "model")
+
+
+def test_the_end_token_of_an_older_file_is_a_control_token(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|sep|>"}}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<|sep|>"
+    assert "<|sep|>" in ChatTokenizer(tmp_path / "model").control_names
 
 
 # -- what is said of them --------------------------------------------------------------------------

@@ -40,6 +40,20 @@ ASK = ("generate", "--model", "hf", "--prompt", "What?")
 DATA, MARKER, PICKLE = (f"dcp/release/{name}" for name in ("__0_0.distcp", "complete.json", ".metadata"))
 
 
+def twice(path: str) -> Break:
+    """The first key of a file stands at its end too, with another value."""
+
+    def break_it(place: Path) -> None:
+        file = place / path
+        text = file.read_text().rstrip().removesuffix("}")
+        file.write_text(f"{text}, {json.dumps(next(iter(json.loads(file.read_text()))))}: 1}}")
+
+    return break_it
+
+
+TWICE = "' appears twice in one object; keep one of them"
+
+
 def config(name: str, where: str, value: object, *words: str) -> Case:
     return Case(name, TRAIN, (CONFIG, *words), change(CONFIG, where, value))
 
@@ -58,6 +72,10 @@ CONFIGS = [
     Case("list for a config", TRAIN, ("hf/config.json: not a JSON object",), write(CONFIG, "[]")),
     Case("deep config", TRAIN, ("hf/config.json: not JSON: ",), write(CONFIG, "[" * 100_000)),
     Case("not UTF-8", TRAIN, ("hf/config.json: not UTF-8 text", "at byte 7"), write(CONFIG, b'{"a": "\xe9"}')),
+    *(
+        Case(f"a key twice, {path}", TRAIN, (f"{path}: the key '", TWICE), twice(path))
+        for path in (CONFIG, PROCESSOR, TOKENS)
+    ),
     config("other model", "model_type", "llama", "model_type 'llama' is not one of qwen3_5, qwen3_5_moe"),
     config("no section", "text_config", ..., "lacks text_config"),
     config("list for a section", "vision_config", [1], "vision_config is [1], not a valid dictionary"),

@@ -135,8 +135,7 @@ def read_object(path: Path, kind: type[UserError], absent: str = "no such file")
     try:
         value = json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
-        what = "not JSON: " if isinstance(error, json.JSONDecodeError | RecursionError) else ""
-        raise kind(f"{path}: {what}{one_line(error)}") from None
+        raise kind(f"{path}: {'' if type(error) is ValueError else 'not JSON: '}{one_line(error)}") from None
     if not isinstance(value, dict):
         raise kind(f"{path}: not a JSON object")
     return value

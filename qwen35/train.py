@@ -235,8 +235,9 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-        # True on the device: no rank has images, so the vision tower skips the step. None: no skip.
-        group["skip"] = step_counters[5] == 0 if group["visual"] and not images else None
+        # True on the device: no rank has tokens for this part, so it skips the step. None: no skip.
+        place, own = (5, images) if group["visual"] else (3, tokens)
+        group["skip"] = None if own else step_counters[place] == 0
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1

@@ -16,7 +16,8 @@ from qwen35.training.parameter_groups import by_group, group_of
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
     """AdamW over the trained parameters; vectors (norms, biases, gates) have no weight decay.
 
-    The vision tower has its own parameter groups ("visual": True), which skip steps without images.
+    The vision tower has its own parameter groups ("visual": True), which skip steps without images;
+    the others skip those without tokens.
     """
     by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():

@@ -236,7 +236,8 @@ def repair_save_folder(folder: Path) -> list[str]:
         lines.append(f"{path} is incomplete ({why}): renamed to {aside.name}, and the run goes on from {newest}")
     if newest and ITERATION.fullmatch(newest.name) and _latest(folder) != newest.name:
         write_latest(folder, int(newest.name[5:]))
-        lines.append(f"{folder / LATEST} now names {newest.name}: a job was stopped before it updated the file")
+        why = "" if broken else ": a job was stopped before it updated the file"
+        lines.append(f"{folder / LATEST} now names {newest.name}{why}")
     return lines
 
 

@@ -580,7 +580,7 @@ def test_incomplete_checkpoint_is_renamed_and_reported(run, tmp_path):
         (line, named) = repair_save_folder(folder)
         assert line.startswith(f"{broken} is incomplete ({broken}/__0_0.distcp: 100 bytes, complete.json says ")
         assert f"): renamed to iter_0000004.damaged{number}, and the run goes on from {folder}/iter_0000002" in line
-        assert named.startswith(f"{folder}/latest_checkpointed_iteration.txt now names iter_0000002: ")
+        assert named == f"{folder}/latest_checkpointed_iteration.txt now names iter_0000002"
         assert (folder / "latest_checkpointed_iteration.txt").read_text() == "2"
         assert repair_save_folder(folder) == []
         shutil.copytree(run / "iter_0000004", broken)
@@ -611,5 +611,5 @@ def test_latest_file_is_repaired_after_a_kill(run, tmp_path):
     for text in ("2", "", "9" * 5000, "²", "release"):
         latest.write_text(text)
         assert same(load(folder), load(run / "iter_0000004"))
-        assert "now names iter_0000004" in repair_save_folder(folder)[0]
+        assert "now names iter_0000004: a job was stopped before" in repair_save_folder(folder)[0]
         assert latest.read_text() == "4"

@@ -155,7 +155,8 @@ class Parser:
             raise RecordError(f"{where}.arguments: is {kind(arguments)}, not an object")
         checked = {text(key, f"{where}.arguments"): value for key, value in arguments.items()}
         _check_json(checked, f"{where}.arguments")
-        return ToolCall(name, checked, entry.get("id") or call.get("id"))
+        own = call.get("id") if is_nothing(entry.get("id")) else entry["id"]
+        return ToolCall(name, checked, None if is_nothing(own) else str(own))
 
 
 def _key_of(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str) -> str:

@@ -225,13 +225,12 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
     As in transformers, two files of older releases count if the newest lists no added tokens.
     """
-    files = ["tokenizer_config.json"]
-    config = read_config(folder, files[0])
+    config, files = read_config(folder, "tokenizer_config.json"), ["tokenizer_config.json"]
     if "added_tokens_decoder" not in config:
         files += [name for name in ("special_tokens_map.json", "added_tokens.json") if (folder / name).is_file()]
-    more = {name: read_config(folder, name) for name in files[1:]}
-    added = {"added_tokens": list(more.pop("added_tokens.json", ()))}
-    return config | more.get("special_tokens_map.json", {}) | added, files
+    old = {name: read_config(folder, name) for name in files[1:]}
+    added = {"added_tokens": list(old.get("added_tokens.json", ()))}
+    return config | old.get("special_tokens_map.json", {}) | added, files
 
 
 def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> str:

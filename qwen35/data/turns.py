@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwen35.data.content import Parser, kind, text
-from qwen35.data.fields import LOSS_FIELDS, FieldNames, Names
+from qwen35.data.fields import LOSS_FIELDS, FieldNames, Names, is_nothing
 from qwen35.data.record import RecordError, Role, Turn
 from qwen35.wording import number_of
 
@@ -86,7 +86,8 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
     if thought is not None and role != "assistant":
         raise RecordError(f"{where}: reasoning_content in a turn of the {role}; only the assistant thinks")
     reasoning = None if thought is None else text(thought, f"{where}.reasoning_content")
-    return Turn(role, content, reasoning, calls, loss, entry.get("tool_call_id") or None)
+    call = entry.get("tool_call_id")
+    return Turn(role, content, reasoning, calls, loss, None if is_nothing(call) else str(call))
 
 
 def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:
@@ -150,7 +151,7 @@ def _with_responses(turns: list[Turn], numbers: Sequence[int], where: str) -> tu
                 "it; each call needs one tool turn"
             )
         calls, answers = [call.id for call in turn.tool_calls], [response.tool_call_id for response in responses]
-        if None in calls or None in answers:
+        if None in (*calls, *answers) and all(None in p or p[0] == p[1] for p in zip(calls, answers, strict=True)):
             continue
         if len(set(calls)) < len(calls) or set(calls) != set(answers):
             raise RecordError(f"{here}: the calls' ids are {_listed(calls)}, but the responses have {_listed(answers)}")

@@ -272,6 +272,9 @@ def test_responses_come_in_the_order_of_their_calls(make, place):
     warned = f"2 tool responses were moved into the order of the calls; first: {place}/r.json, record 1"
     make({"messages": turns}, {"messages": [*turns[:2], turns[3], turns[2], A]}, warned=[warned])
     make({"messages": [*turns[:2], turns[3], turns[2], A]})
+    numbers = [Q, numbered(0, 1), said("tool", "of 1", tool_call_id=1), said("tool", "of 0", tool_call_id="0"), A]
+    make({"messages": numbers}, {"messages": [*numbers[:2], numbers[3], numbers[2], A]}, warned=[warned])
+    make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id="b"), A]})  # the other has none
     make({"messages": [*turns[:2], said("tool", "1"), said("tool", "2", tool_call_id=""), A]})  # by their order
 
 
@@ -326,6 +329,10 @@ WRONG = {
     "other ids": (
         [Q, numbered("a", "b"), *[said("tool", "r", tool_call_id=i) for i in "ac"], A],
         r"\[1\]: the calls' ids are a, b, but the responses have a, c",
+    ),
+    "ids of some, in another order": (
+        [Q, numbered("a", "b"), said("tool", "r", tool_call_id="b"), said("tool", "r"), A],
+        r"\[1\]: the calls' ids are a, b, but the responses have b, None",
     ),
     "an id twice": (
         [Q, numbered("a", "a"), *[said("tool", "r", tool_call_id="a")] * 2, A],

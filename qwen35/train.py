@@ -163,7 +163,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     logger.info(start_message(settings, device, layout, model, table))
-    ignored += [*micro_batches.size_warnings, *load_notes(t.load or "", weights)]
+    ignored += [*micro_batches.notes, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, f"weights from {weights}", micro_batches.report()]))
     if validation:
         logger.info(validation.report())

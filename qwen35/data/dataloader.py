@@ -65,7 +65,7 @@ class MicroBatches:
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
         self.fingerprint = self.dataset.fingerprint(order)  # two runs with the same one have the same micro-batches
         self.normalization = self._normalization()
-        self.size_warnings = self._size_warnings(settings)
+        self.notes = [*self.dataset.preparation.tokenizer.notes, *self._size_warnings(settings)]  # on the model folder
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")

@@ -1,13 +1,12 @@
 """Turns pieces of text into token ids and a loss mask, and ids back into text."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import AddedToken, Encoding, Tokenizer, processors
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from qwen35.data.files import read_config
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Piece
@@ -24,18 +23,14 @@ CONTROL_TOKENS = (
 # The chat template writes these around thoughts, calls and responses. They are tokens in any text,
 # even with a tokenizer that, unlike the published one, marks them as special.
 TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-# What is done with text before it is cut into tokens; transformers does so whatever the file says.
+# Where text is cut before BPE. transformers puts this in place of what the file says, whose pattern
+# is Qwen2's in some checkpoints: there, combining marks (\p{M}) are cut off from their letters.
+# Source: transformers 5.23, Qwen3_5Tokenizer, and pretokenize_regex in the published
+# tokenizer_config.json.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-STEPS: dict[str, list[dict[str, Any]]] = {
-    "normalizer": [{"type": "NFC"}],
-    "pre_tokenizer": [
-        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ],
-}
 
 Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
 Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
@@ -59,7 +54,7 @@ class ChatTokenizer:
             raise SettingError(f"{path}: no such file; model_name_or_path must name a whole Hugging Face folder")
         self.file = path
         self._tokenizer = _from_file(path)
-        _check_steps(self._tokenizer, path)
+        self.notes = _use_own_steps(self._tokenizer, path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets count white space
@@ -252,18 +247,23 @@ def _from_file(path: Path) -> Tokenizer:
         raise
 
 
-def _check_steps(tokenizer: Tokenizer, path: Path) -> None:
-    """Raises SettingError if the file makes other tokens of a text than transformers does."""
-    for name, wanted in STEPS.items():
-        step = getattr(tokenizer, name)
-        state = json.loads(step.__getstate__()) if step is not None else {}
-        steps = state.get("pretokenizers", [state])
-        if [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps] != wanted:
-            raise SettingError(
-                f"{path}: its {name} is not Qwen3.5's, which transformers uses whatever the file says; bring the original file"
-            )
+def _use_own_steps(tokenizer: Tokenizer, path: Path) -> list[str]:
+    """Use transformers' normalizer and pre_tokenizer. Returns messages where the file has others.
+
+    Raises SettingError for a model whose tokens are random.
+    """
     if getattr(tokenizer.model, "dropout", None):
         raise SettingError(f"{path}: its model has dropout, which makes tokens random; set it to null")
+    parts = [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    ours: dict[str, Any] = {"normalizer": normalizers.NFC(), "pre_tokenizer": pre_tokenizers.Sequence(parts)}
+    differ = [name for name, step in ours.items() if _state(getattr(tokenizer, name)) != _state(step)]
+    tokenizer.normalizer, tokenizer.pre_tokenizer = ours.values()
+    return [f"{path}: its {name} is not Qwen3.5's, which is used instead, as in transformers" for name in differ]
+
+
+def _state(step: Any) -> str:
+    """What a step does to the text, to be compared: without the offsets that it reports."""
+    return "" if step is None else re.sub(r'"trim_offsets":\w+,?', "", step.__getstate__().decode())
 
 
 def _disagreements(config: Mapping[str, Any], added: Iterable[AddedToken]) -> list[str]:

@@ -11,7 +11,7 @@ import threads
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # torch 2.7 registers the collectives' shapes in it
-from bodies import error, install
+from bodies import check_exchange, error, install
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
@@ -71,6 +71,11 @@ def test_contract(way, imbalance, virtual):
     if way == "fused":
         assert {name: called[name] for name in FUSED} == dict.fromkeys(FUSED, 2)
         assert called["npu_grouped_matmul"] == 2  # the weights' gradients
+        for func, args, given in watch.calls:
+            if func.name().removeprefix("npu::") in FUSED:
+                routed = sum(args[4] if "alltoallv_gmm" in func.name() else args[5])
+                others = {name: value for name, value in given.items() if "gmm_" not in name and "out" not in name}
+                check_exchange(*args, given.get("trans_gmm_weight", False), routed, others)
     else:
         assert not FUSED & set(called) and called["npu_grouped_matmul"] == 6
     received = round(tokens * top_k // 16 * imbalance) * 16

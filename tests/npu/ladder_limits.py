@@ -343,7 +343,7 @@ def test_operands_on_the_host_are_wrong():
             lambda: kernels.npu.grouped_matmul(rows, weight, torch.empty_like(ends, device="cpu")),
             lambda: kernels.npu.unpermute(rows, torch.empty_like(place, device="cpu"), weights),
         ):
-            with pytest.raises(RuntimeError, match=r"devices.* npu:0(,| and) cpu"):
+            with pytest.raises(RuntimeError, match="npu:0.*cpu|cpu.*npu:0"):
                 call()
 
 

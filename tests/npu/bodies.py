@@ -98,7 +98,7 @@ def check_exchange(x, weight, hcom, ranks, send, receive, is_transposed, routed,
     """Atlas A3: half precision, 8 to 128 ranks, e <= 32, e * ep <= 256, H1 and N1 < 65536, BSK rows
     sent by npu_alltoallv_gmm and received by npu_gmm_alltoallv, host counts, no shared expert.
 
-    Of fake tensors too; ladder_limits.py has a call for each line.
+    Of fake tensors too; ladder_experts.py has a call for each line.
     """
     assert x.dtype in HALF and x.dtype == weight.dtype, f"gmm_x {x.dtype}, gmm_weight {weight.dtype}"
     assert x.ndim == 2 and weight.ndim == 3 and x.is_contiguous() and weight.is_contiguous(), "axes or strides"

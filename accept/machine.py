@@ -7,7 +7,7 @@ import torch
 
 from accept.report import Status
 from accept.task import Task
-from qwen35.device import device_type, has_own_memory, model_name
+from qwen35.device import device_type, model_name
 from qwen35.tools.doctor.__main__ import examine
 from qwen35.tools.doctor.host import Machine
 
@@ -21,10 +21,10 @@ VARIABLES = (  # of env.sh, those whose values identify nobody
 
 
 def check_machine(task: Task) -> None:
-    device = torch.device(device_type())
-    about = {"kind": device.type, "device": model_name(device), "is_apart": has_own_memory(device)}
+    kind = device_type()
+    about = {"kind": kind, "device": model_name(torch.device(kind)), "is_apart": task.is_apart}
     (task.folder / "device.json").write_text(json.dumps(about))
-    for finding in examine(Machine(device.type if has_own_memory(device) else None), [], RECIPE):
+    for finding in examine(Machine(kind if task.is_apart else None), [], RECIPE):
         task.add(finding.subject, STATUS[finding.status], finding.fact, finding.todo)
     task.add("device", "info", f"{about['device']}; {task.ranks} ranks, {os.cpu_count()} cores")
     task.add("variables", "info", ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ))

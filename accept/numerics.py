@@ -1,13 +1,10 @@
 """Ops and layers on the device beside the same on the CPU: outputs, and gradients of all inputs."""
 
-from collections.abc import Callable, Sequence
-from functools import cache
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import kernels
-from accept.cases import SMALL, Case, make_cases
+from accept.cases import SMALL, make_cases, outputs_of, prepare
 from accept.task import Outputs, Task, errors_of
 from kernels import reference
 from qwen35.batch import VisionSpec, build_patch_layout
@@ -25,7 +22,7 @@ OP_TOLERANCES = {
 WHY = "the roundings of some ten ops; small gradients are differences of large ones"
 LAYER_TOLERANCES = {torch.float32: (5e-4, f"fp32: {WHY}"), torch.bfloat16: (6e-2, f"bf16: {WHY}")}
 LENGTHS = (1, 64, 150, 9)  # of the sequences
-TEXT = "model.language_model.layers"
+LAYER = "model.language_model.layers"
 
 
 def check_operators(task: Task) -> None:
@@ -33,58 +30,40 @@ def check_operators(task: Task) -> None:
     device = set_up_device()
     chosen = kernels.select(device.type)
     torch.manual_seed(0)
-    for op, make in make_cases(SMALL).items():
+    for op, make in make_cases(*SMALL).items():
         case = make()
         for dtype, tolerance in OP_TOLERANCES.items():
-            inputs = inputs_in(case, dtype)
-            ours = [x.to(device).requires_grad_() for x in inputs]
-            exact = [x.double().requires_grad_() for x in inputs]
-            calls = bind(case, getattr(chosen, op), ours), bind(case, getattr(reference, op), exact)
-            task.compare(f"{op}, {dtype}", errors_of((calls[0](), ours), (calls[1](), exact)), *tolerance)
-
-
-def inputs_in(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    return [(x if i in case.wide else x.to(dtype)).detach() for i, x in enumerate(case.inputs)]
-
-
-def bind(case: Case, op: Callable, inputs: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
-    """A call of op that returns its outputs; the other arguments are copied to the device once."""
-    to = cache(lambda x: x.to(inputs[0].device))
-
-    def call() -> Sequence[Tensor]:
-        out = case.call(op, inputs, to)
-        return (out,) if isinstance(out, Tensor) else out
-
-    return call
+            args, ours = prepare(case, dtype, device)
+            exact_args, exact = prepare(case, dtype, HOST, torch.float64)
+            outputs = outputs_of(getattr(chosen, op), args), outputs_of(getattr(reference, op), exact_args)
+            task.compare(f"{op}, {dtype}", errors_of((outputs[0], ours), (outputs[1], exact)), *tolerance)
 
 
 def check_layers(task: Task) -> None:
     """A layer of each kind against the CPU's in fp32."""
     device = set_up_device()
-    dense = some_layers(task.size, ["linear_attention", "full_attention"], {"vocab_size": 512})
     sizes = {"num_experts": 16, "moe_intermediate_size": 128} if task.small else {"num_experts": 32}
+    dense = some_layers(task.size, ["linear_attention", "full_attention"], {"vocab_size": 512})
     moe = some_layers("35B-A3B", ["full_attention"], {"vocab_size": 512, **sizes})
-    parts = {"delta-net layer": f"{TEXT}.0", "attention layer": f"{TEXT}.1", "vision block": "model.visual.blocks.0"}
-    for config, paths in ((dense, parts), (moe, {"MoE of a layer": f"{TEXT}.0.mlp"})):
+    parts = {"delta-net layer": f"{LAYER}.0", "attention layer": f"{LAYER}.1", "vision block": "model.visual.blocks.0"}
+    for config, paths in ((dense, parts), (moe, {"MoE of a layer": f"{LAYER}.0.mlp"})):
         host = Qwen35.from_config(config)
         with torch.device("meta"):
-            ours = Qwen35(load_config(config), kernels=kernels.select(device.type))
+            model = Qwen35(load_config(config), kernels=kernels.select(device.type))
         for what, path in paths.items():
-            part, exact = ours.get_submodule(path).to_empty(device=device), host.get_submodule(path)
+            ours, exact = model.get_submodule(path).to_empty(device=device), host.get_submodule(path)
             for dtype, tolerance in LAYER_TOLERANCES.items():
                 # both have the same weights, rounded to dtype; the router and the like stay fp32
-                for (name, p), own in zip(exact.named_parameters(prefix=path), part.parameters(), strict=True):
+                for (name, p), own in zip(exact.named_parameters(prefix=path), ours.parameters(), strict=True):
                     narrow = torch.float32 if name.endswith(REPLICATED) else dtype
                     p.data = p.data.to(narrow).float()
                     own.data = p.data.to(device, narrow)
-                outputs = (
-                    run_layer(part, path, host.config, device, dtype),
-                    run_layer(exact, path, host.config, HOST, torch.float32),
-                )
+                places = (ours, device, dtype), (exact, HOST, torch.float32)
+                outputs = [run_layer(path, host.config, *place) for place in places]
                 task.compare(f"{what}, {dtype}", errors_of(*outputs), *tolerance)
 
 
-def run_layer(part: nn.Module, path: str, c: ModelConfig, device: torch.device, dtype: torch.dtype) -> Outputs:
+def run_layer(path: str, c: ModelConfig, part: nn.Module, device: torch.device, dtype: torch.dtype) -> Outputs:
     """Of a layer, a MoE or a vision block; the leaves are the input and all parameters."""
     index = build_patch_layout(torch.tensor([[1, 8, 12], [1, 4, 4]]), VisionSpec(0, 0))
     is_vision = "visual" in path

@@ -16,7 +16,7 @@ from accept.task import Task, distance
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.slices import TensorSlice
-from qwen35.device import CPU_ONLY_ENV, has_own_memory, init_process
+from qwen35.device import CPU_ONLY_ENV, init_process
 from qwen35.launch.launcher import run as launch
 from qwen35.preflight import collectives, measure
 from qwen35.processes import die_with
@@ -26,7 +26,7 @@ from qwen35.training.metrics import read_metrics
 
 MIB = 1 << 20
 OF_FSDP = ("all-gather", "reduce-scatter")
-STEPS, INTERVAL = 12, 4
+STEPS = 12
 CURVES = ("loss", "aux_loss", "grad_norm")
 TOLERANCES = {
     "fp32": (1e-3, "fp32: sums in another order, a difference that AdamW increases step by step"),
@@ -43,19 +43,18 @@ def check_ranks(task: Task) -> None:
         task.add("collectives", "info", "there is one device")
         return
     node = Namespace(nnodes=1, node_rank=0, nproc_per_node=task.ranks, master_addr="localhost", master_port=None)
-    command = [sys.executable, "-m", "accept", "--check", "ranks", str(task.folder), *["--small"] * task.small]
-    if launch(command, node):
+    if launch([sys.executable, *sys.orig_argv[1:]], node):
         sys.exit(1)
 
 
 def measure_all(task: Task) -> None:
     device = init_process(120)
     measure(device, lambda line: task.add("preflight", "info", line))
-    sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if has_own_memory(device) else (1, 16))]
+    sizes = [MIB] if task.small else [n * MIB for n in ((1, 16, 64, 256) if task.is_apart else (1, 16))]
     for name, size, seconds, rate in collectives(device, sizes):
         what, found = f"{name}, {size // MIB} MiB", f"{seconds * 1e3:.2f} ms, per rank "
         if dist.get_rank() == 0 and size == sizes[-1]:
-            task.add_rate(device, what, "within", rate, found, is_rate=name in OF_FSDP)
+            task.add_rate(what, "within", rate, found, is_rate=name in OF_FSDP)
         elif dist.get_rank() == 0:
             task.add(what, "info", f"{found}{rate / 1e9:.3g} GB/s")
 
@@ -65,23 +64,18 @@ def train(task: Task, name: str, ranks: int, *overrides: str, kill: bool = False
 
     kill: -9 after the first checkpoint. A failed run ends this process, with its own last line.
     """
-    folder, sequences, length = task.folder, lcm(2, task.ranks), 192 if task.small else 768
-    basic = f"dataset: {folder}/digits/train.json, dataset_dir: {folder}/digits, cutoff_len: {length}"
-    settings = {
-        "data.dataset_param.basic_parameters": f"{{{basic}, max_samples: {64 * sequences}}}",
-        "model.model_name_or_path": f"{folder}/model",
-        "training.init_from_hf_path": f"{folder}/model",
-        "training.load": "null",
-        "training.save": f"{folder}/{name}",
-        "training.save_interval": INTERVAL,
-        "training.train_iters": STEPS,
-        "training.log_interval": 1,
-        "training.adam_eps": 1e-4,  # otherwise gradients that are only rounding errors make whole steps
-        "training.gradient_accumulation_steps": sequences // ranks,
-    }
+    folder, sequences = task.folder, lcm(2, task.ranks)
+    data = f"dataset: {folder}/digits/train.json, dataset_dir: {folder}/digits, max_samples: {64 * sequences}"
+    settings = (
+        f"data.dataset_param.basic_parameters={{{data}, cutoff_len: {192 if task.small else 768}}}",
+        *(f"{key}={folder}/model" for key in ("model.model_name_or_path", "training.init_from_hf_path")),
+        *(f"training.save={folder}/{name}", "training.load=null", "training.save_interval=4"),
+        *(f"training.train_iters={STEPS}", f"training.gradient_accumulation_steps={sequences // ranks}"),
+        *("training.log_interval=1", "training.adam_eps=1e-4"),  # else gradients of rounding errors make whole steps
+    )
     launcher = [sys.executable, "-m", "qwen35.launch", "--nnodes", "1", "--nproc_per_node", str(ranks)]
     process = subprocess.Popen(
-        [*launcher, RECIPE, *(f"{key}={value}" for key, value in settings.items()), *overrides],
+        [*launcher, RECIPE, *settings, *overrides],
         env=os.environ | (CPU_ONLY_ENV if on_cpu else {}),
         stdout=subprocess.DEVNULL,
         preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # there is one thread here
@@ -95,8 +89,8 @@ def train(task: Task, name: str, ranks: int, *overrides: str, kill: bool = False
     return name
 
 
-def errors(task: Task, ours: str, exact: str, *parts: str) -> dict[str, float]:
-    """The largest relative error of the curves, and of each part of the last checkpoint."""
+def compare(task: Task, what: str, ours: str, exact: str, most: float, why: str, *parts: str) -> None:
+    """By the largest relative error of the curves, and of each part of the last checkpoint."""
 
     def tensors(name: str, part: str) -> list[Tensor]:
         source = DCPSource(newest_checkpoint(task.folder / name) or name, part)
@@ -104,26 +98,25 @@ def errors(task: Task, ours: str, exact: str, *parts: str) -> dict[str, float]:
 
     lines = zip(*(read_metrics(task.folder / name / "metrics.jsonl") for name in (ours, exact)), strict=True)
     curve = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in lines for key in CURVES)
-    return {"curve": curve} | {part[:-1]: distance(tensors(ours, part), tensors(exact, part)) for part in parts}
+    errors = {part[:-1]: distance(tensors(ours, part), tensors(exact, part)) for part in parts or [MODEL]}
+    task.compare(what, {"curve": curve} | errors, most, why)
 
 
 def check_runs(task: Task) -> None:
     make_model(task.folder / "model")
     make_digits(task.folder / "digits")
-    run, ranks = partial(train, task), task.ranks
+    run, held, ranks = partial(train, task), partial(compare, task), task.ranks
     for dtype, tolerance in TOLERANCES.items() if not task.small else ():
         once = ("training.train_iters=1", f"training.dtype={dtype}")
-        ours, exact = run(f"step-{dtype}", 1, *once), run(f"host-{dtype}", 1, *once, on_cpu=True)
-        task.compare(f"one training step, {dtype}, beside the CPU", errors(task, ours, exact, MODEL), *tolerance)
+        runs = run(f"step-{dtype}", 1, *once), run(f"host-{dtype}", 1, *once, on_cpu=True)
+        held(f"one training step, {dtype}, beside the CPU", *runs, *tolerance)
     alone = run("alone", 1, *[REPEATABLE] * task.small)
     for count in sorted({2, ranks} if ranks > 1 else ()):
-        several = run(f"ranks-{count}", count)
-        what = f"{STEPS} steps on {count} ranks beside one"
-        task.compare(what, errors(task, several, alone, MODEL), *TOLERANCES["fp32"])
+        held(f"{STEPS} steps on {count} ranks beside one", run(f"ranks-{count}", count), alone, *TOLERANCES["fp32"])
     if ranks > 1 and not task.small:
         several = run("experts", 2, "parallel.expert_parallel_size=2")
-        task.compare("the same, experts on 2 ranks", errors(task, several, alone, MODEL), *TOLERANCES["fp32"])
+        held("the same, experts on 2 ranks", several, alone, *TOLERANCES["fp32"])
     whole, ranks = (alone, 1) if task.small else (run("whole", ranks, REPEATABLE), ranks)
     run("killed", ranks, REPEATABLE, kill=True)
-    found = errors(task, run("killed", ranks, REPEATABLE), whole, MODEL, OPTIMIZER)
-    task.compare(f"killed after a checkpoint and resumed, ranks: {ranks}", found, 0.0, f"bit for bit, {REPEATABLE}")
+    runs, why = (run("killed", ranks, REPEATABLE), whole), f"bit for bit, {REPEATABLE}"
+    held(f"killed after a checkpoint and resumed, ranks: {ranks}", *runs, 0.0, why, MODEL, OPTIMIZER)

@@ -25,10 +25,14 @@ class Task:
     small: bool
 
     @property
+    def is_apart(self) -> bool:
+        """Whether the device is an accelerator."""
+        return has_own_memory(torch.device(device_type()))
+
+    @property
     def ranks(self) -> int:
         """Of a run on this machine, as scripts/finetune.sh counts them."""
-        kind = torch.device(device_type())
-        return int(os.environ.get("NPUS_PER_NODE") or (device_count() if has_own_memory(kind) else 2))
+        return int(os.environ.get("NPUS_PER_NODE") or (device_count() if self.is_apart else 2))
 
     @property
     def size(self) -> str:
@@ -46,19 +50,16 @@ class Task:
         found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         self.add(what, status, found, f"<= {most:.0e}, {why}" if most else why)
 
-    def add_speed(self, device: torch.device, what: str, found: str, ratio: float, assumed: str, *rate: object) -> None:
+    def add_speed(self, what: str, found: str, ratio: float, assumed: str, *rate: object) -> None:
         """ratio: the speed over what make rehearse assumes of an NPU in its worst case."""
-        status = "info" if not has_own_memory(device) else "held" if ratio >= 1 else "slower"
+        status = "info" if not self.is_apart else "held" if ratio >= 1 else "slower"
         self.add(what, status, found, f"assumed of an NPU: {assumed}", *rate)
 
-    def add_rate(
-        self, device: torch.device, what: str, name: str, value: float, found: str = "", is_rate: bool = True
-    ) -> None:
+    def add_rate(self, what: str, name: str, value: float, found: str = "", is_rate: bool = True) -> None:
         """name: of a rate in rehearse/rates.py. is_rate: it goes into rates.yaml."""
         (scale, unit), assumed = FORMATS[name], getattr(WORST, name)
-        ratio = assumed / value if name == "host" else value / assumed
-        text = f"{found}{value / scale:.3g} {unit}"
-        self.add_speed(device, what, text, ratio, f"{assumed / scale:.0f} {unit}", *(name, value) * is_rate)
+        ratio, rate = assumed / value if name == "host" else value / assumed, (name, value) * is_rate
+        self.add_speed(what, f"{found}{value / scale:.3g} {unit}", ratio, f"{assumed / scale:.0f} {unit}", *rate)
 
 
 def distance(ours: Iterable[Tensor], exact: Iterable[Tensor]) -> float:

@@ -1,11 +1,14 @@
 """What the operators of an Ascend 910B refuse: dtypes, shapes, strides, devices of arguments.
 
-One function for each operator yields what is wrong with a call. Sources: op-plugin's
-docs/zh/custom_APIs/torch_npu (the page of the operator's name), CANN's aclnn pages in ops-nn,
-ops-math and ops-transformer, and HCCL's table of data types.
+One function for each operator yields what is wrong with a call, and names its source: pages are in
+op-plugin's docs/zh/custom_APIs/torch_npu, aclnn pages and op_api in CANN's ops-nn, ops-math and
+ops-transformer. What is only in the pages of other devices is not refused: rows of the gradient of
+swiglu that are no multiples of 64 bytes (Ascend 310P alone, swi_glu_tiling.cpp of ops-nn). Nor are
+strided arguments of the norms, which their pages allow.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -13,21 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-FLOATS = (*HALF, torch.float32)
+from rehearse.cost import COLLECTIVES, named
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTEGERS = (torch.int32, torch.int64)
-HCCL = (*FLOATS, torch.int8, *INTEGERS)  # dtypes that collectives can reduce as well
 Problems = Iterator[str]
 
 
-def problems(func: torch._ops.OpOverload, args: Iterable[Any], kwargs: dict[str, Any]) -> list[str]:
+def problems(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """What the device would refuse in this call, one line for each reason."""
     name = func.name()
-    rule = RULES.get(name.partition(".")[0]) or (_collective if name.startswith("c10d::") else None)
+    rule = RULES.get(name.partition(".")[0])
+    if func.namespace in COLLECTIVES:
+        rule = partial(_collective, reduces="reduce" in name)
     if rule is None:
         return []
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    whole = {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
+    whole = {a.name: a.default_value for a in func._schema.arguments} | named(func, args, kwargs)
     whole.setdefault("input", whole.get("self"))  # its name depends on the release of torch_npu
     return [f"{name}: {problem}" for problem in rule(SimpleNamespace(**whole))]
 
@@ -42,24 +46,30 @@ def _if(*rules: tuple[bool, str]) -> Problems:
     return (problem for is_wrong, problem in rules if is_wrong)
 
 
-def _attention(a: SimpleNamespace) -> Problems:
-    q, k, v, ends = a.query, a.key, a.value, a.actual_seq_qlen or []
+def _attention(a: SimpleNamespace) -> Problems:  # torch_npu-npu_fusion_attention.md
+    """TND, and BNSD, which torch_npu makes of scaled_dot_product_attention."""
+    q, k, v, mask, is_packed = a.query, a.key, a.value, a.atten_mask, a.input_layout == "TND"
+    heads, size, ends = q.shape[1], q.shape[-1], a.actual_seq_qlen or []
     yield from _dtypes(FLOATS, query=q)
+    yield from _dtypes((torch.bool, torch.uint8), atten_mask=mask)
     yield from _if(
         (not q.dtype == k.dtype == v.dtype, f"query {q.dtype}, key {k.dtype}, value {v.dtype}"),
-        (not q.ndim == k.ndim == v.ndim == 3, "TND has three axes"),
-        (not 0 < q.shape[1] <= 256 or q.shape[1] % k.shape[1] != 0, f"{q.shape[1]} query heads over {k.shape[1]}"),
-        (not q.shape[2] == k.shape[2] >= v.shape[2], "heads of query and key differ, or those of value are larger"),
-        (q.shape[2] > (512 if "dy" in vars(a) else 768), f"heads of {q.shape[2]}"),
-        (len(q) > 2**20, f"{len(q)} tokens"),
-        (not 0 < len(ends) <= 1024, f"{len(ends)} sequences in one call"),
+        (not q.ndim == k.ndim == v.ndim == (3 if is_packed else 4), f"axes of {a.input_layout}"),
+        (not 0 < heads <= 256 or heads % k.shape[1] != 0, f"{heads} query heads over {k.shape[1]}"),
+        (not size == k.shape[-1] >= v.shape[-1], "heads of query and key differ, or those of value are larger"),
+        (size > (512 if "dy" in vars(a) else 768), f"heads of {size}"),
+        (max(q.shape[0], q.shape[-2]) > 2**20, f"{max(q.shape[0], q.shape[-2])} tokens"),
+        (is_packed and not 0 < len(ends) <= 1024, f"{len(ends)} sequences in one call"),
         (any(x > y for x, y in pairwise(ends)), "ends of sequences that decrease"),
-        (a.sparse_mode == 3 and (a.atten_mask is None or a.atten_mask.shape != (2048, 2048)), "mask of sparse_mode 3"),
+        (a.sparse_mode == 3 and (mask is None or mask.shape != (2048, 2048)), "mask of sparse_mode 3"),
     )
-    yield from _dtypes((torch.bool, torch.uint8), atten_mask=a.atten_mask)
+    if mask is not None and a.sparse_mode == 0 and not is_packed:  # op-plugin broadcasts it from 26.1 on
+        B, *pair = q.shape[0], q.shape[-2], k.shape[-2]
+        allowed = ([*pair], [1, 1, *pair], [B, 1, *pair], [B, heads, *pair])
+        yield from _if(([*mask.shape] not in allowed, f"a mask {[*mask.shape]}, none of {[*allowed]}"))
 
 
-def _attention_grad(a: SimpleNamespace) -> Problems:
+def _attention_grad(a: SimpleNamespace) -> Problems:  # aclnnFlashAttentionUnpaddingScoreGrad.md
     yield from _attention(a)
     stats = (*a.query.shape[:2], 8)
     yield from _dtypes([torch.float32], softmax_max=a.softmax_max, softmax_sum=a.softmax_sum)
@@ -69,27 +79,25 @@ def _attention_grad(a: SimpleNamespace) -> Problems:
     )
 
 
-def _grouped_matmul(a: SimpleNamespace) -> Problems:
-    x, weight, groups = a.x[0], a.weight[0], a.group_list
+def _grouped_matmul(a: SimpleNamespace) -> Problems:  # torch_npu-npu_grouped_matmul.md
+    x, weight, groups, by_rows = a.x[0], a.weight[0], a.group_list, a.group_type == 0
+    inner = [t.shape[-1 if t.is_contiguous() else -2] for t in (x, weight)]  # the last axes in memory
     yield from _dtypes(FLOATS, x=x)
     yield from _dtypes([torch.int64], group_list=groups)
-    inner = weight if a.group_type == 0 else x
     yield from _if(
         (x.dtype != weight.dtype, f"x {x.dtype}, weight {weight.dtype}"),
         ((a.split_item, a.group_type) not in ((2, 0), (3, 0), (2, 2), (3, 2)), "split_item and group_type"),
+        ((x.ndim, weight.ndim) != (2, 3 if by_rows else 2), f"{x.ndim} axes of x and {weight.ndim} of weight"),
         (groups.ndim != 1 or not 0 < len(groups) <= 1024, f"{len(groups)} groups"),
         (groups.device != x.device, f"group_list is on {groups.device}"),
-        (a.group_type == 0 and x.stride(-1) != 1, "the rows of x are not contiguous"),
-        (a.group_type == 2 and not x.T.is_contiguous(), "x is not the transposed view of its rows"),
-        (
-            not (inner.is_contiguous() or inner.mT.is_contiguous()),
-            "neither the matrix nor its transposed view is contiguous",
-        ),
-        (any(n > 65535 for n in (*x.shape[-1:], *weight.shape[-1:]) if a.group_type == 0), "an inner axis above 65535"),
+        (by_rows and not x.is_contiguous(), "the rows of x are not contiguous"),
+        (not by_rows and not x.mT.is_contiguous(), "x is not the transposed view of its rows"),
+        (not (weight.is_contiguous() or (by_rows and weight.mT.is_contiguous())), "weight is a strided view"),
+        (max(inner) > 65535, f"an inner axis of {max(inner)}"),
     )
 
 
-def _permute(a: SimpleNamespace) -> Problems:
+def _permute(a: SimpleNamespace) -> Problems:  # aclnnMoeTokenPermute.md
     yield from _dtypes((*FLOATS, torch.int8), tokens=a.tokens)
     yield from _dtypes(INTEGERS, indices=a.indices)
     yield from _if(
@@ -98,15 +106,17 @@ def _permute(a: SimpleNamespace) -> Problems:
     )
 
 
-def _permute_grad(a: SimpleNamespace) -> Problems:
+def _permute_grad(a: SimpleNamespace) -> Problems:  # aclnnMoeTokenPermuteGrad.md
+    yield from _dtypes(FLOATS, tokens=a.tokens)
     yield from _dtypes([torch.int32], sorted_indices=a.sorted_indices)
     yield from _if(
+        (a.indices.ndim != 2 or a.indices.shape[-1] > 512, f"indices {list(a.indices.shape)}"),
         (a.sorted_indices.ndim != 1 or len(a.sorted_indices) != a.indices.numel(), "sorted_indices' length"),
         (a.grad_permuted_tokens.dtype != a.tokens.dtype, "the gradient's dtype is not the tokens'"),
     )
 
 
-def _unpermute(a: SimpleNamespace) -> Problems:
+def _unpermute(a: SimpleNamespace) -> Problems:  # aclnnMoeTokenUnpermute.md
     yield from _dtypes(FLOATS, permuted_tokens=a.permuted_tokens, probs=a.probs)
     yield from _dtypes([torch.int32], sorted_indices=a.sorted_indices)
     yield from _if(
@@ -115,7 +125,7 @@ def _unpermute(a: SimpleNamespace) -> Problems:
     )
 
 
-def _swiglu(a: SimpleNamespace) -> Problems:
+def _swiglu(a: SimpleNamespace) -> Problems:  # （beta）torch_npu-npu_swiglu.md
     x = a.input
     yield from _dtypes(FLOATS, x=x)
     yield from _if(
@@ -124,13 +134,16 @@ def _swiglu(a: SimpleNamespace) -> Problems:
     )
 
 
-def _swiglu_backward(a: SimpleNamespace) -> Problems:
+def _swiglu_backward(a: SimpleNamespace) -> Problems:  # aclnnSwiGluGrad.md
     x, grad = a.input, a.grad_output
     yield from _swiglu(a)
-    yield from _if((grad.dtype != x.dtype or not grad.is_contiguous(), "the gradient's dtype or strides"))
+    yield from _if(
+        (grad.dtype != x.dtype or not grad.is_contiguous(), "the gradient's dtype or strides"),
+        (2 * grad.numel() != x.numel(), f"a gradient {list(grad.shape)} for {list(x.shape)}"),
+    )
 
 
-def _norm(a: SimpleNamespace) -> Problems:
+def _norm(a: SimpleNamespace) -> Problems:  # （beta）torch_npu-npu_rms_norm.md, aclnnRmsNorm.md
     x, gamma = a.input, a.gamma
     yield from _dtypes(FLOATS, input=x)
     yield from _if(
@@ -139,12 +152,12 @@ def _norm(a: SimpleNamespace) -> Problems:
     )
 
 
-def _gemma_norm(a: SimpleNamespace) -> Problems:
+def _gemma_norm(a: SimpleNamespace) -> Problems:  # aclnnGemmaRmsNorm.md
     yield from _norm(a)
     yield from _if((a.gamma.dtype != a.input.dtype, "gamma's dtype is not the input's"))
 
 
-def _norm_backward(a: SimpleNamespace) -> Problems:
+def _norm_backward(a: SimpleNamespace) -> Problems:  # aclnnRmsNormGrad.md
     x, rest = a.input, a.input.shape[: a.input.ndim - a.gamma.ndim]
     yield from _norm(a)
     yield from _dtypes([torch.float32], rstd=a.rstd)
@@ -154,16 +167,18 @@ def _norm_backward(a: SimpleNamespace) -> Problems:
     )
 
 
-def _rotary(a: SimpleNamespace) -> Problems:
+def _rotary(a: SimpleNamespace) -> Problems:  # torch_npu-npu_rotary_mul.md, aclnnRotaryPositionEmbedding.md
     x = a.input
-    yield from _dtypes(FLOATS, input=x, r1=a.r1, r2=a.r2)
+    yield from _dtypes(FLOATS, input=x)
+    yield from _dtypes([x.dtype], r1=a.r1, r2=a.r2)
     yield from _if(
         (x.ndim != 4 or tuple(a.r1.shape) != (1, x.shape[1], 1, x.shape[3]) or a.r1.shape != a.r2.shape, "broadcast"),
         (x.shape[-1] % 2 != 0 or x.shape[-1] >= 896, f"heads of {x.shape[-1]}"),
+        (x.shape[0] >= 1000 or x.shape[-2] >= 1000, f"{x.shape[-2]} heads of {x.shape[0]} samples"),
     )
 
 
-def _cross_entropy(a: SimpleNamespace) -> Problems:
+def _cross_entropy(a: SimpleNamespace) -> Problems:  # torch_npu-npu_cross_entropy_loss.md
     yield from _dtypes(FLOATS, input=a.input)
     yield from _dtypes([torch.int64], target=a.target)
     yield from _if(
@@ -173,14 +188,13 @@ def _cross_entropy(a: SimpleNamespace) -> Problems:
     )
 
 
-def _cross_entropy_backward(a: SimpleNamespace) -> Problems:
+def _cross_entropy_backward(a: SimpleNamespace) -> Problems:  # aclnnCrossEntropyLossGrad.md
+    yield from _dtypes(FLOATS, log_prob=a.log_prob)
     yield from _dtypes([torch.int64], target=a.target)
-    yield from _if(
-        (a.grad_loss.dtype != a.log_prob.dtype, f"grad_loss {a.grad_loss.dtype}, log_prob {a.log_prob.dtype}")
-    )
+    yield from _dtypes([a.log_prob.dtype], grad_loss=a.grad_loss)
 
 
-def _adamw(a: SimpleNamespace) -> Problems:
+def _adamw(a: SimpleNamespace) -> Problems:  # FusedAdamWKernelNpuOpApi.cpp of op-plugin
     lists = (a.input, a.grads, a.exp_avgs, a.exp_avg_sqs, a.state_steps)
     yield from _if(
         (len(set(map(len, lists))) != 1, "lists of different lengths"),
@@ -203,15 +217,22 @@ def _scatter(a: SimpleNamespace) -> Problems:  # ScatterElementsV2 of ops-nn is 
         yield f"of one axis writes {len(a.index)} values one by one"
 
 
-def _collective(a: SimpleNamespace) -> Problems:
+def _histc(a: SimpleNamespace) -> Problems:  # HistcKernelNpuOpApi.cpp of op-plugin, aclnnHistc.md
+    yield from _dtypes((torch.float32, torch.float16, *INTEGERS), input=a.input)
+    yield from _if((a.min == a.max, "without bounds waits for the device"))
+
+
+def _collective(a: SimpleNamespace, reduces: bool) -> Problems:
+    """ProcessGroupHCCL.cpp of torch_npu, checkSupportedDataTypeOfAllReduce."""
+    copied = () if reduces else (torch.uint8, torch.bool, torch.float64)
     for tensor in torch.utils._pytree.tree_leaves(vars(a)):
         if isinstance(tensor, Tensor):
-            yield from _dtypes((*HCCL, torch.uint8, torch.bool, torch.float64), tensor=tensor)
+            yield from _dtypes((*FLOATS, torch.int8, torch.int16, *INTEGERS, *copied), tensor=tensor)
             yield from _if((not tensor.is_contiguous(), f"a strided tensor {list(tensor.shape)}"))
 
 
 RULES: dict[str, Callable[[SimpleNamespace], Problems]] = {
-    "npu::npu_fusion_attention": _attention,
+    **dict.fromkeys([f"npu::npu_fusion_attention{version}" for version in ("", "_v2", "_v3")], _attention),
     "npu::npu_fusion_attention_grad": _attention_grad,
     "npu::npu_grouped_matmul": _grouped_matmul,
     "npu::npu_moe_token_permute": _permute,
@@ -228,8 +249,6 @@ RULES: dict[str, Callable[[SimpleNamespace], Problems]] = {
     "aten::_fused_adamw_": _adamw,
     "aten::cumsum": _cumsum,
     "aten::sort": _sort,
-    "aten::scatter": _scatter,
-    "aten::scatter_": _scatter,
-    "aten::scatter_add": _scatter,
-    "aten::scatter_add_": _scatter,
+    "aten::histc": _histc,
+    **dict.fromkeys([f"aten::scatter{suffix}" for suffix in ("", "_", "_add", "_add_")], _scatter),
 }

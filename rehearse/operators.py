@@ -16,22 +16,13 @@ from rehearse.representatives import Moment, Representatives
 from rehearse.source_lines import calling_line, raising_line
 
 SYNCS = {  # the host waits for the device in these, whatever the values
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::unique_consecutive",
-    "aten::unique_dim",
-    "aten::repeat_interleave.Tensor",
-    "aten::equal",
-    "aten::is_nonzero",
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"),
+    *("aten::unique_consecutive", "aten::repeat_interleave.Tensor", "aten::equal", "aten::is_nonzero"),
     "aten::bincount",
 }
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::copy"}  # the operators in which two devices may meet
 KEYS = (
-    "PrivateUse1",
-    "CompositeExplicitAutograd",
-    "CompositeExplicitAutogradNonFunctional",
+    *("PrivateUse1", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"),
     "CompositeImplicitAutograd",
 )
 

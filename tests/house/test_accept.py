@@ -149,8 +149,7 @@ def test_nan_is_off(tmp_path):
 )
 def test_on_npus_time_and_memory_are_compared_with_the_rehearsal(monkeypatch, tmp_path, seconds, gigabytes, statuses):
     """With the measurements of an NPU given."""
-    for module in (task, speed):
-        monkeypatch.setattr(module, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(task, "has_own_memory", lambda device: True)
     given = {"init_process": HOST, "train": (seconds, 1e12), "matmul_rate": 1e13, "peak_memory": gigabytes * 1e9}
     given["rehearse"] = {"best": 0.1, "worst": 0.4, "peak": 1e10}
     for name, value in given.items():

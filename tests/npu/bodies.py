@@ -16,6 +16,7 @@ from torch import Tensor
 from rehearse.limits import problems
 
 HALF = (torch.float16, torch.bfloat16)
+MOST_ROWS = 52_428_800  # that a rank sends in a fused exchange
 
 
 def moe_token_permute(tokens, indices, num_out_tokens=None, padded_mode=False):
@@ -66,21 +67,25 @@ def grouped_matmul(x, weight, *, group_list=None, split_item=0, group_type=None,
     transposed, y [groups, m, n].
     """
     assert not any(v for v in others.values()) and split_item in (2, 3) and group_list_type == 0
-    assert len(x) == len(weight) == 1 and group_list.ndim == 1 and group_list.dtype == torch.int64
+    assert len(x) == len(weight) == 1
     x, weight, ends = x[0], weight[0], [0, *group_list.tolist()]
-    assert x.ndim == 2 and x.dtype == weight.dtype and all(a <= b for a, b in pairwise(ends))
+    assert all(a <= b for a, b in pairwise(ends))
     if group_type == 0:
-        assert weight.ndim == 3 and len(weight) == len(group_list) and ends[-1] == x.shape[0] and x.is_contiguous()
-        assert weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
+        assert len(weight) == len(group_list) and ends[-1] == x.shape[0]
         parts = [x[a:b].float() @ w.float() for (a, b), w in zip(pairwise(ends), weight, strict=True)]
         return [torch.cat(parts).to(x.dtype)]
-    assert group_type == 2 and weight.ndim == 2 and x.T.is_contiguous() and weight.is_contiguous()
-    assert ends[-1] == x.shape[1] == weight.shape[0]
+    assert group_type == 2 and ends[-1] == x.shape[1] == weight.shape[0]
     return [torch.stack([x[:, a:b].float() @ weight[a:b].float() for a, b in pairwise(ends)]).to(x.dtype)]
 
 
 def _exchange(rows, ranks, send, receive):
-    """Counts [rank][local expert], flattened, of the rows to or from each rank's experts."""
+    """Counts [rank][local expert], flattened, of the rows to or from each rank's experts.
+
+    What a rank sends to another's experts is what that one receives.
+    """
+    told = torch.empty(len(receive), dtype=torch.int64)
+    dist.all_to_all_single(told, torch.tensor(send))
+    assert told.tolist() == receive, f"the others send {told.tolist()}, not {receive}"
     out = rows.new_empty(sum(receive), rows.shape[1])
     splits = (
         [sum(part) for part in zip(*[iter(counts)] * (len(counts) // ranks), strict=True)] for counts in (receive, send)
@@ -89,75 +94,46 @@ def _exchange(rows, ranks, send, receive):
     return out
 
 
-def _check_exchange(x, weight, hcom, ranks, send, receive, *others):
-    """Atlas A3: e <= 32, e * ep <= 256, 8 to 128 ranks, half precision, host counts."""
-    assert (
-        not any(x is not None for x in others) and x.dtype in HALF and x.dtype == weight.dtype and 0 < len(hcom) < 128
+def check_exchange(x, weight, hcom, ranks, send, receive, is_transposed, routed, others):
+    """Atlas A3: half precision, 8 to 128 ranks, e <= 32, e * ep <= 256, H1 and N1 < 65536, BSK rows
+    sent by npu_alltoallv_gmm and received by npu_gmm_alltoallv, host counts, no shared expert.
+
+    Of fake tensors too; ladder_experts.py has a call for each line.
+    """
+    assert x.dtype in HALF and x.dtype == weight.dtype, f"gmm_x {x.dtype}, gmm_weight {weight.dtype}"
+    assert x.ndim == 2 and weight.ndim == 3 and x.is_contiguous() and weight.is_contiguous(), "axes or strides"
+    assert x.shape[1] == weight.shape[2 if is_transposed else 1], "rows and weights of different widths"
+    assert max(weight.shape[1:]) < 65536, f"an axis of {max(weight.shape[1:])}"
+    assert ranks in (8, 16, 32, 64, 128), f"{ranks} ranks"
+    assert len(weight) <= 32 and len(weight) * ranks <= 256, f"{len(weight)} experts on each of {ranks} ranks"
+    assert len(send) == len(receive) == len(weight) * ranks, f"{len(send)} and {len(receive)} counts"
+    assert sum(send) == len(x), f"counts of {sum(send)} for {len(x)} rows"
+    assert 0 < routed < MOST_ROWS, f"{routed} rows to exchange"
+    assert 0 < len(hcom) < 128 and all(x is None or x is False for x in others.values()), (
+        "hcom's length, or a shared expert"
     )
-    assert (
-        ranks in (8, 16, 32, 64, 128) and len(weight) <= 32 and len(send) == len(receive) == len(weight) * ranks <= 256
-    )
-    assert x.ndim == 2 and weight.ndim == 3 and x.is_contiguous() and weight.is_contiguous() and sum(send) == len(x)
 
 
-def alltoallv_gmm(
-    gmm_x,
-    gmm_weight,
-    hcom,
-    ep_world_size,
-    send_counts,
-    recv_counts,
-    *,
-    send_counts_tensor=None,
-    recv_counts_tensor=None,
-    mm_x=None,
-    mm_weight=None,
-    trans_gmm_weight=False,
-    trans_mm_weight=False,
-    permute_out_flag=False,
-    comm_mode=None,
-):
+def alltoallv_gmm(x, weight, hcom, ranks, send, receive, *, trans_gmm_weight=False, permute_out_flag=False, **others):
     """AlltoAllv, Permute (expert-major, then rank), GroupedMatMul; may return permuted rows."""
-    others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
-    _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
-    assert len(gmm_x)  # BSK in (0, 52428800)
-    parts = _exchange(gmm_x, ep_world_size, send_counts, recv_counts).split(recv_counts)
-    experts = len(gmm_weight)
+    check_exchange(x, weight, hcom, ranks, send, receive, trans_gmm_weight, sum(send), others)
+    parts = _exchange(x, ranks, send, receive).split(receive)
+    experts = len(weight)
     rows = [torch.cat(parts[e::experts]) for e in range(experts)]
-    weight = gmm_weight.transpose(1, 2) if trans_gmm_weight else gmm_weight
-    product = torch.cat([x.float() @ w.float() for x, w in zip(rows, weight, strict=True)]).to(gmm_x.dtype)
+    weight = weight.transpose(1, 2) if trans_gmm_weight else weight
+    product = torch.cat([x.float() @ w.float() for x, w in zip(rows, weight, strict=True)]).to(x.dtype)
     return product, torch.empty(0), torch.cat(rows) if permute_out_flag else torch.empty(0)
 
 
-def gmm_alltoallv(
-    gmm_x,
-    gmm_weight,
-    hcom,
-    ep_world_size,
-    send_counts,
-    recv_counts,
-    *,
-    send_counts_tensor=None,
-    recv_counts_tensor=None,
-    mm_x=None,
-    mm_weight=None,
-    trans_gmm_weight=False,
-    trans_mm_weight=False,
-    comm_mode=None,
-):
+def gmm_alltoallv(x, weight, hcom, ranks, send, receive, *, trans_gmm_weight=False, **others):
     """GroupedMatMul, Unpermute (rank-major, then expert), AlltoAllv; counts [rank][localExpert]."""
-    others = send_counts_tensor, recv_counts_tensor, mm_x, mm_weight, comm_mode
-    _check_exchange(gmm_x, gmm_weight, hcom, ep_world_size, send_counts, recv_counts, *others)
-    assert sum(recv_counts)
-    experts = len(gmm_weight)
-    by_expert = [send_counts[r * experts + e] for e in range(experts) for r in range(ep_world_size)]
-    weight = gmm_weight.transpose(1, 2) if trans_gmm_weight else gmm_weight
-    parts = gmm_x.split(by_expert)
-    parts = [x.float() @ weight[i // ep_world_size].float() for i, x in enumerate(parts)]
-    rows = torch.cat([parts[e * ep_world_size + r] for r in range(ep_world_size) for e in range(experts)]).to(
-        gmm_x.dtype
-    )
-    return _exchange(rows, ep_world_size, send_counts, recv_counts), torch.empty(0)
+    check_exchange(x, weight, hcom, ranks, send, receive, trans_gmm_weight, sum(receive), others)
+    experts = len(weight)
+    by_expert = [send[r * experts + e] for e in range(experts) for r in range(ranks)]
+    weight = weight.transpose(1, 2) if trans_gmm_weight else weight
+    parts = [part.float() @ weight[i // ranks].float() for i, part in enumerate(x.split(by_expert))]
+    rows = torch.cat([parts[e * ranks + r] for r in range(ranks) for e in range(experts)]).to(x.dtype)
+    return _exchange(rows, ranks, send, receive), torch.empty(0)
 
 
 def swiglu(x, dim=-1):
@@ -194,7 +170,6 @@ def rms_norm_backward(dy, x, gamma, rstd):
 def rotary_mul(x, r1, r2, rotary_mode="half", rotate=None):
     """x * cos + (-x2, x1) * sin, BSND; cos, sin 1S1D, cast to x's dtype; D even, below 896."""
     assert rotary_mode == "half" and rotate is None
-    assert x.shape[0] < 1000 and x.shape[2] < 1000
     cos, sin = r1.to(x.dtype).float(), r2.to(x.dtype).float()
     x1, x2 = x.float().chunk(2, -1)
     return (x.float() * cos + torch.cat([-x2, x1], -1) * sin).to(x.dtype)

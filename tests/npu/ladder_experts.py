@@ -11,7 +11,7 @@ import threads
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # torch 2.7 registers the collectives' shapes in it
-from bodies import error, install
+from bodies import alltoallv_gmm, check_exchange, error, gmm_alltoallv, install
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
@@ -71,6 +71,11 @@ def test_contract(way, imbalance, virtual):
     if way == "fused":
         assert {name: called[name] for name in FUSED} == dict.fromkeys(FUSED, 2)
         assert called["npu_grouped_matmul"] == 2  # the weights' gradients
+        for func, args, given in watch.calls:
+            if func.name().removeprefix("npu::") in FUSED:
+                routed = sum(args[4] if "alltoallv_gmm" in func.name() else args[5])
+                others = {name: value for name, value in given.items() if "gmm_" not in name and "out" not in name}
+                check_exchange(*args, given.get("trans_gmm_weight", False), routed, others)
     else:
         assert not FUSED & set(called) and called["npu_grouped_matmul"] == 6
     received = round(tokens * top_k // 16 * imbalance) * 16
@@ -156,3 +161,66 @@ def test_the_communicator_takes_the_global_rank(monkeypatch):
 
     monkeypatch.setattr(npu, "get_rank", lambda: 11)
     assert npu.communicator(Group()) == "of 11"
+
+
+# ── What the fused exchange refuses ───────────────────────────────────────────────────────────────
+
+
+def of(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+COUNTS = [1] * 16
+EXCHANGE = {
+    "x": of(16, 4),
+    "weight": of(2, 4, 8),
+    "hcom": "experts",
+    "ranks": 8,
+    "send": COUNTS,
+    "receive": COUNTS,
+    "is_transposed": False,
+    "routed": 16,
+    "others": {"mm_x": None, "trans_mm_weight": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x": of(16, 4).float(), "weight": of(2, 4, 8).float()}, "gmm_x torch.float32"),
+        ({"weight": of(2, 4, 8).half()}, "gmm_weight torch.float16"),
+        ({"x": of(4, 16).T}, "axes or strides"),
+        ({"weight": of(2, 8, 4).mT}, "axes or strides"),
+        ({"is_transposed": True}, "different widths"),
+        ({"weight": of(2, 4, 65536)}, "an axis of 65536"),
+        ({"ranks": 4}, "4 ranks"),
+        ({"weight": of(33, 4, 8)}, "33 experts"),
+        ({"weight": of(17, 4, 8), "ranks": 16}, "17 experts on each of 16 ranks"),
+        ({"receive": COUNTS[:8]}, "16 and 8 counts"),
+        ({"send": [2] * 16}, "counts of 32 for 16 rows"),
+        ({"routed": 0}, "0 rows"),
+        ({"routed": 52_428_800}, "52428800 rows"),
+        ({"hcom": "x" * 128}, "hcom's length"),
+        ({"others": {"mm_x": of(4, 4)}}, "a shared expert"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_the_fused_exchange_refuses(change, said):
+    check_exchange(**EXCHANGE)
+    with pytest.raises(AssertionError, match=said):
+        check_exchange(**EXCHANGE | change)
+
+
+@pytest.mark.parametrize("op", [alltoallv_gmm, gmm_alltoallv])
+def test_counts_on_which_the_ranks_disagree_are_refused(op):
+    """Rank 3 expects one row more of rank 0 and one less of rank 1, so that the sums are right."""
+
+    def run(disagrees: bool) -> None:
+        receive = COUNTS.copy()
+        if dist.get_rank() == 3 and disagrees:
+            receive[0], receive[2] = 2, 0
+        op(of(16, 4), of(2, 4, 8), "experts", 8, COUNTS, receive)
+
+    threads.run(8, lambda: run(False))
+    with pytest.raises(AssertionError, match="the others send"):
+        threads.run(8, lambda: run(True))

@@ -25,15 +25,20 @@ def cu(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+def strided(y: torch.Tensor) -> torch.Tensor:
+    """Random numbers in y's shape and dtype, every second one of a larger tensor."""
+    return torch.randn(*y.shape[:-1], 2 * y.shape[-1]).to(y.dtype)[..., ::2]
+
+
 def compare(op: str, inputs: list, *rest, dtype=torch.float32, tolerance=2e-5) -> None:
-    """Compare the NPU op in `dtype` with the fp64 reference: outputs and gradients."""
+    """Compare the NPU op in `dtype` with the fp64 reference: outputs, gradients of strided ones."""
     ours_in = [x.to(dtype).requires_grad_() for x in inputs]
     exact_in = [x.detach().double().requires_grad_() for x in ours_in]
     ours, exact = getattr(fused, op)(*ours_in, *rest), getattr(reference, op)(*exact_in, *rest)
     ours, exact = ((x,) if isinstance(x, torch.Tensor) else x for x in (ours, exact))
-    probes = [torch.randn_like(y) for y in exact]
-    sum((y.double() * p).sum() for y, p in zip(ours, probes, strict=True)).backward()
-    sum((y * p).sum() for y, p in zip(exact, probes, strict=True)).backward()
+    probes = [strided(y) for y in ours]
+    torch.autograd.backward(ours, probes)
+    torch.autograd.backward(exact, [p.double() for p in probes])
     for y, z in zip(ours, exact, strict=True):
         assert y.dtype == dtype and y.shape == z.shape and error(y, z) <= tolerance, (op, error(y, z))
     for i, (x, z) in enumerate(zip(ours_in, exact_in, strict=True)):
@@ -105,6 +110,12 @@ def test_norms_rotary_and_swiglu(dtype, tolerance):
         "apply_rotary", [torch.randn(9, 4, 8), torch.randn(9, 2, 8)], angle.cos(), angle.sin(), **how
     )  # the whole head
     compare("swiglu", [torch.randn(9, 48)], **how)
+    x = torch.randn(48, 9).T.to(dtype)  # strided, with a strided gradient
+    grad, (a, b) = strided(x[:, :24]), x.double().chunk(2, 1)
+    assert error(npu.swiglu(x), reference.swiglu(x.double())) <= tolerance
+    s = a.sigmoid()
+    exact = torch.cat([b * (s + a * s * (1 - s)), a * s], 1) * torch.cat([grad, grad], 1)
+    assert error(npu.swiglu_backward(grad, x), exact) <= tolerance
 
 
 def test_norms_with_fp32_weights_and_bf16_tokens():
@@ -194,11 +205,11 @@ def test_moe_experts(tokens, dtype, tolerance):
 
     y, z = run(fused, *ours), run(reference, *exact)
     z = z if tokens else torch.zeros(0, 16, dtype=torch.float64)
-    probe = torch.randn_like(z)
-    (y.double() * probe).sum().backward()
+    probe = strided(y)
+    y.backward(probe)
     assert y.dtype == dtype and error(y, z) <= tolerance
     if tokens:
-        (z * probe).sum().backward()
+        z.backward(probe.double())
         for a, b in zip(ours, exact, strict=True):
             assert a.grad.dtype == dtype and error(a.grad, b.grad) <= tolerance
     assert not ours[2].grad[3].any() and not ours[3].grad[6].any()

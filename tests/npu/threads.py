@@ -32,6 +32,7 @@ def run(ranks: int, work: Callable[[], None]) -> None:
         for thread in threads:
             thread.join()
     finally:
+        threaded.ProcessLocalGroup.reset()  # else a rank that raised ends the ranks of the next call
         threaded._uninstall_threaded_pg()
         isolate(False)
     if raised:

@@ -104,8 +104,11 @@ class Dataset:
         warnings = DataWarnings.expecting(self.preparation.attr)
         for samples in self.files:
             warnings.update(samples.warnings)
-        unread = dataset_files(dataset)[len(self.files) :]
-        lines = [f"nothing of {file} is read: max_samples ends before it" for file in unread]
+        files = dataset_files(dataset)
+        real, unread = [file.resolve() for file in files], files[len(self.files) :]
+        twice = [file for i, file in enumerate(files) if real[i] in real[:i]]
+        lines = [f"{file} is listed more than once, and so are its records in each epoch" for file in twice]
+        lines += [f"nothing of {file} is read: max_samples ends before it" for file in unread]
         lines += warnings.lines()
         for setting, name in warnings.unseen.items():
             if training_attr is not None and name == getattr(training_attr, setting):

@@ -53,14 +53,17 @@ def read_all(preparation: Preparation) -> list[Record]:
     records = list(chain.from_iterable(read))
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
-    for line in warnings.lines():
-        print(f"data: {line}", file=sys.stderr)
     for record in records:
+        odd: list[str] = []
         try:
-            preparation.measure(record)
+            preparation.measure(record, odd)
         except RecordError as error:
             hint = f"; --dataset_dir says where, now {basic.dataset_dir}" if error.kind.endswith(" missing") else ""
             raise RecordError(f"{error}{hint}", error.kind, error.image) from None
+        for kind in odd:
+            warnings.count(kind, 1, record.source)
+    for line in warnings.lines():
+        print(f"data: {line}", file=sys.stderr)
     return records
 
 

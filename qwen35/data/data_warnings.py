@@ -29,10 +29,8 @@ COUNTED = {  # kind of warning -> (noun, words for one, words for several, what 
     "empty": ("answer", "is", "are", "empty"),
     "literal": ("placeholder", "(<image>, <video>) is", "(<image>, <video>) are", "kept as text"),
     "nulls": ("record", "has", "have", "nulls that a table filled in; they are dropped, as from a parquet file"),
-    "tags": (
-        "turn", "spells", "spell",
-        "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns",
-    ),
+    "tags": ("turn", "spells", "spell",
+        "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns"),
     "thoughts": (
         "thought", "is", "are",
         "dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",

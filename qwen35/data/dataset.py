@@ -105,8 +105,7 @@ class Dataset:
         for samples in self.files:
             warnings.update(samples.warnings)
         files = dataset_files(dataset)
-        real, unread = [file.resolve() for file in files], files[len(self.files) :]
-        twice = [file for i, file in enumerate(files) if real[i] in real[:i]]
+        unread, twice = files[len(self.files) :], [f for i, f in enumerate(files) if any(map(f.samefile, files[:i]))]
         lines = [f"{file} is listed more than once, and so are its records in each epoch" for file in twice]
         lines += [f"nothing of {file} is read: max_samples ends before it" for file in unread]
         lines += warnings.lines()

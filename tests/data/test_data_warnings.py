@@ -77,7 +77,12 @@ def test_images_of_which_the_pixels_lose_something_are_counted(place):
                 "data/a.json, record 1 (id t)"
             ),
         ]
-    assert not loader().dataset[0].pixel_values[1 : 4 * 4].isnan().any()
+    asked = {"from": "human", "value": "<image>" * len(names)}
+    write(FILE, {"conversations": [asked, {"from": "gpt", "value": "y"}], "image": names})
+    for more in ([], ["--tokenizer", "hf"]):
+        done = run(".", *DATA, *more)
+        assert "\n2 images have more than 8 bits a channel" in done.out, done.err
+        assert "\n4 images have several frames or pages" in done.out
 
 
 def test_frames_in_a_format_that_is_not_read_are_not_left_out(place):

@@ -22,7 +22,7 @@ from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
-from qwen35.checkpoint.dcp_folder import load_notes, repair_save_folder
+from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
@@ -60,6 +60,7 @@ from qwen35.training.resume import (
     find_weights,
     make_extra,
     read_checked_info,
+    repair_save_folder,
     restore_rng,
     rng_states,
     seed_all,

@@ -5,11 +5,17 @@ import inspect
 
 import torch
 
-from qwen35.batch import PackedBatch
+from qwen35.batch import PackedBatch, derive
 from qwen35.model import Qwen35, load_config
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 160, 150, 151, 152, 153
 PATCH_VALUES = 3 * 2 * 16 * 16
+
+
+def forward_aux(model: Qwen35, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> hidden [T, H], the routers' load-balancing loss (scalar fp32, 0 for a dense model)"""
+    hidden, stats = model.model(derive(batch, model.config.vision_spec))
+    return hidden, model._aux(stats, hidden)
 
 
 def config_dict(moe: bool = True, tied: bool = False, key_heads: int = 2, value_heads: int = 4, **text) -> dict:

@@ -4,11 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from qwen35.checkpoint.dcp import check_config, write_extra
 from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.dcp_write import write_release
@@ -19,7 +21,9 @@ from qwen35.checkpoint.hf_names import HEAD
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, same_bytes
 from qwen35.checkpoint.hf_write import WriteSummary, save_hf
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec
+from qwen35.config.load import load_settings
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain
+from qwen35.model import load_config
 
 CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
@@ -47,17 +51,36 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
     nbytes = sum(spec.nbytes for spec in source.specs.values())
     with progress_bar(total=nbytes, desc="hf_to_dcp") as bar:
-        release = write_release(FiniteSource(source, hf_dir), folder, bar.update)
+        rest = partial(write_extra, extra={"model": asdict(load_config(hf_dir))})
+        release = write_release(FiniteSource(source, hf_dir), folder, bar.update, rest)
     return WriteSummary(len(source.specs), nbytes, release)
 
 
 def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> WriteSummary:
-    """Write a checkpoint (release, iter_… or their parent) as a folder like the original."""
+    """Write a checkpoint (release, iter_… or their parent) like the original, but for its run's
+    own tokenizer and processors, if it had any.
+    """
     source, origin = DCPSource(resolve_load(dcp_dir)), HFFolder(origin_hf_dir)
+    check_config(source.checkpoint, load_config(origin_hf_dir))
     _check_same_model(Path(save_hf_dir), HFFolder, origin.specs)
     nbytes = sum(spec.nbytes for spec in origin.specs.values())
     with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
-        return save_hf(FiniteSource(source, source.checkpoint), origin_hf_dir, save_hf_dir, bar.update)
+        values, tokenizer = FiniteSource(source, source.checkpoint), _tokenizer_folder(source.checkpoint)
+        return save_hf(values, origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+
+
+def _tokenizer_folder(checkpoint: Path) -> Path | None:
+    """The folder of tokenizer and processors that a run names beside the model's. Raises."""
+    recipe = checkpoint.parent / "config.yaml"
+    param = load_settings(recipe).data.dataset_param.preprocess_parameters if recipe.is_file() else None
+    if param is None or param.model_name_or_path is None:
+        return None
+    if not (folder := Path(param.model_name_or_path)).is_dir():
+        raise CheckpointError(
+            f"{recipe}: the tokenizer's folder {folder} is not there; put it back, or correct its name"
+        )
+    print(f"tokenizer and processors from {folder}, with which the run trained", flush=True)
+    return folder
 
 
 def _check_same_model(
@@ -128,20 +151,15 @@ def _parser() -> Parser:
 
 
 def _why_more_tensors(checkpoint: Path, origin_hf_dir: str) -> list[str]:
-    """A line on why an export has more tensors than its checkpoint; none if it has as many."""
+    """A line on why an export has more tensors than its checkpoint, if it has."""
     held, exported = DCPSource(checkpoint).specs, HFFolder(origin_hf_dir).specs
-    trains_mtp = any(name.startswith("mtp.") for name in held)
-    mtp = 0 if trains_mtp else sum(name.startswith("mtp.") for name in exported)
+    mtp = 0 if any(name.startswith("mtp.") for name in held) else sum(name.startswith("mtp.") for name in exported)
     tied = int(HEAD in exported and HEAD not in held)
     experts = len(exported) - len(held) - mtp - tied
-    reasons = (
-        (mtp, f"{mtp} of multi-token prediction, which was not trained, are copied from {origin_hf_dir}"),
-        (tied, f"{HEAD} is stored although it is tied to the embedding"),
-        (experts, f"{experts:+,} since {origin_hf_dir} stores experts in another layout"),
-    )
-    if not any(count for count, _ in reasons):
-        return []
-    return [f"the checkpoint has {len(held):,} tensors: " + "; ".join(text for count, text in reasons if count)]
+    told = [f"{mtp} of multi-token prediction, which was not trained, are copied from {origin_hf_dir}"] * bool(mtp)
+    told += [f"{HEAD} is stored although it is tied to the embedding"] * tied
+    told += [f"{experts:+,} since {origin_hf_dir} stores experts in another layout"] * bool(experts)
+    return [f"the checkpoint has {len(held):,} tensors: {'; '.join(told)}"] if told else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

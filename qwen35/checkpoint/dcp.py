@@ -27,6 +27,8 @@ from qwen35.checkpoint.hf_read import check_tied
 from qwen35.checkpoint.slices import FiniteSource, TensorSlice, fill
 from qwen35.checkpoint.tensor_file import CODES, DTYPES, raw_bytes
 from qwen35.device import HOST, host_buffer, synchronize
+from qwen35.model import ModelConfig, Qwen35
+from qwen35.model.config import check_same
 
 EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
 
@@ -39,7 +41,7 @@ class CheckpointInfo:
     step: int | None  # None: converted weights
     world_size: int  # of the run that wrote it
     has_optimizer: bool
-    extra: dict[str, Any]  # the same for all ranks; {} for converted weights
+    extra: dict[str, Any]  # the same for all ranks; of converted weights only the config
     rank_extra: dict[str, Any] | None  # this rank's; None if none was saved, or with another world size
 
 
@@ -81,9 +83,13 @@ def write_shards(
         if rank_extra is not None:
             (temporary / RANK_EXTRA.format(rank)).write_text(json.dumps(encode(dict(rank_extra))), encoding="utf-8")
         if rank == 0:
-            (temporary / EXTRA).write_text(json.dumps(encode(dict(extra or {}))), encoding="utf-8")
+            write_extra(temporary, extra or {})
 
     return write_checkpoint(Path(folder), step, shard_planner(shards), write_rest, group, world_size)
+
+
+def write_extra(folder: Path, extra: Mapping[str, Any]) -> None:
+    (folder / EXTRA).write_text(json.dumps(encode(dict(extra))), encoding="utf-8")
 
 
 def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> CheckpointInfo:
@@ -108,11 +114,9 @@ def read_info(checkpoint: Path, group: dist.ProcessGroup | None = None) -> Check
 
 
 def _read_extra(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    content = read_file(checkpoint, name, manifest)
     try:
-        content = json.loads(read_file(checkpoint, name, manifest))
-        return dict(decode(content).items())
-    except CheckpointError:
-        raise
+        return dict(decode(json.loads(content)).items())
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):  # RecursionError is a RuntimeError
         raise damaged(checkpoint, name, "is damaged") from None
 
@@ -144,13 +148,21 @@ def load_checkpoint(
     return info
 
 
+def check_config(checkpoint: Path, config: ModelConfig) -> None:
+    """Raises ConfigError if a checkpoint is of another model; older ones do not say of which."""
+    was = read_info(checkpoint).extra.get("model")
+    check_same(checkpoint, was if isinstance(was, dict) else {}, config)
+
+
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
-    """A checkpoint whose names and shapes must fit the model. Raises CheckpointError."""
+    """A checkpoint whose config, names and shapes must fit the model. Raises CheckpointError."""
     source, parameters = DCPSource(checkpoint), named_parameters(model)
     stored = {n: s.shape for n, s in source.specs.items() if n in parameters or not may_be_skipped(n, parameters)}
     mismatch = Mismatch.between(stored, shapes_of(parameters.items()))
     mismatch.hints = missing_mtp_hint(parameters, source.specs)
     mismatch.raise_if_any(f"{checkpoint} does not fit the model")
+    if isinstance(model, Qwen35):
+        check_config(checkpoint, model.config)
     return source
 
 

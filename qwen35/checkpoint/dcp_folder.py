@@ -5,14 +5,12 @@
     <folder>/latest_checkpointed_iteration.txt     `release` or `100`, for other programs
 
 This program does not rely on the last one: it looks for the newest complete checkpoint. A
-checkpoint is written as `<name>.tmp` and then renamed. The last file in it, complete.json, is a
-manifest: it lists every file with its size, and the files without tensors with their checksums
-(those of tensors are in tensors.json, see dcp_index.py). A folder without a manifest, or without
-all the files that it lists, was interrupted and is never chosen. One that contradicts itself is
-refused.
+checkpoint is written as `<name>.tmp` and then renamed. The last file in it, complete.json, lists
+every file with its size, and those without tensors with their checksums (tensors.json has those of
+tensors). A folder that lacks one of these files was interrupted and is never chosen. One that
+contradicts itself is refused.
 """
 
-import itertools
 import json
 import re
 import shutil
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.folders import file_sizes, move_aside, remove_leftovers, write_atomic
+from qwen35.checkpoint.folders import file_sizes, move_aside, write_atomic
 from qwen35.checkpoint.lock import removable
 from qwen35.checkpoint.tensor_file import checksum
 from qwen35.errors import read_object, read_text
@@ -197,12 +195,12 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     if chosen.parent != folder:
         return []
     lines = [f"{broken} is incomplete and was skipped ({why})" for broken, why in skipped_checkpoints(folder, chosen)]
-    if (latest := _latest(folder)) not in (None, chosen.name):
-        lines.append(f"{folder / LATEST} names {latest}, but {chosen.name} is newer and complete, and is used")
+    if (named := latest(folder)) not in (None, chosen.name):
+        lines.append(f"{folder / LATEST} names {named}, but {chosen.name} is newer and complete, and is used")
     return lines
 
 
-def _latest(folder: Path) -> str | None:
+def latest(folder: Path) -> str | None:
     """The name of the checkpoint in latest_checkpointed_iteration.txt; None if there is none."""
     try:
         text = read_text(folder / LATEST, CheckpointError).strip()
@@ -213,32 +211,6 @@ def _latest(folder: Path) -> str | None:
 
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
-
-
-def repair_save_folder(folder: Path) -> list[str]:
-    """Tidy up a save folder that this job has locked, after interrupted jobs. Returns messages.
-
-    Incomplete checkpoints newer than the one to resume from are kept under another name, where they
-    are in nobody's way. Raises CheckpointError if there is no complete one: a run must not quietly
-    start from scratch.
-    """
-    lines = remove_leftovers(folder, ITERATION)
-    newest = newest_checkpoint(folder)
-    broken = [(path, why) for path, why in skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)]
-    if broken and newest is None:
-        path, why = broken[0]
-        raise CheckpointError(f"{folder}: no complete checkpoint in it; {why}. Move {path.name} away to start anew")
-    for path, why in broken:
-        aside = next(
-            p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
-        )
-        path.rename(aside)
-        lines.append(f"{path} is incomplete ({why}): renamed to {aside.name}, and the run goes on from {newest}")
-    if newest and ITERATION.fullmatch(newest.name) and _latest(folder) != newest.name:
-        write_latest(folder, int(newest.name[5:]))
-        why = "" if broken else ": a job was stopped before it updated the file"
-        lines.append(f"{folder / LATEST} now names {newest.name}{why}")
-    return lines
 
 
 def keep_newest(folder: Path, limit: int) -> None:

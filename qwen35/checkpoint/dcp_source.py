@@ -173,10 +173,6 @@ def _numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _check(name: str, stored: StoredTensor, sizes: Mapping[str, int]) -> None:
     """Raises ValueError unless chunks hold each element once and their bytes lie within files."""
     shape, itemsize = stored.spec.shape, stored.spec.dtype.itemsize
@@ -190,7 +186,8 @@ def _check(name: str, stored: StoredTensor, sizes: Mapping[str, int]) -> None:
             raise ValueError(f"{name}: one of its chunks lies outside of it")
         if not isinstance(chunk.file, str) or Path(chunk.file).name != chunk.file or chunk.file not in sizes:
             raise ValueError(f"{name}: its file is not one of this checkpoint")
-        if not (_is_count(chunk.begin) and _is_count(chunk.nbytes) and region.numel * itemsize <= chunk.nbytes):
+        counts = (chunk.begin, chunk.nbytes)
+        if not all(type(n) is int and 0 <= n < 2**63 for n in counts) or chunk.nbytes < region.numel * itemsize:
             raise ValueError(f"{name}: one of its chunks does not have the size of its bytes")
         if chunk.begin + chunk.nbytes > sizes[chunk.file]:
             raise ValueError(f"{name}: it lies beyond the end of {chunk.file}")

@@ -48,10 +48,15 @@ def local_shards(state: Mapping[str, Tensor]) -> dict[str, LocalShard]:
     return {name: LocalShard(*local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
 
 
-def write_release(source: TensorSource, folder: str | Path, progress: Callable[[int], object] | None = None) -> Path:
+def write_release(
+    source: TensorSource,
+    folder: str | Path,
+    progress: Callable[[int], object] | None = None,
+    write_rest: Callable[[Path], None] = lambda _: None,
+) -> Path:
     """Write `<folder>/release` from a source, in its dtypes, never holding a whole tensor.
 
-    Raises CheckpointError.
+    write_rest: as for `write_checkpoint`. Raises CheckpointError.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -63,7 +68,7 @@ def write_release(source: TensorSource, folder: str | Path, progress: Callable[[
     planner = PartPlanner(parts, lambda name, region: source.read(name.removeprefix(MODEL), region))
     try:
         with folders.locked(folders.behind_link(folder / RELEASE), MANIFEST):
-            write_checkpoint(folder, None, planner, progress=progress)
+            write_checkpoint(folder, None, planner, write_rest, progress=progress)
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

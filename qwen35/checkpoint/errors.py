@@ -1,9 +1,11 @@
 """CheckpointError, and how long lists of tensor names are shortened in its message."""
 
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from qwen35.errors import UserError, one_line, visible
 
@@ -87,10 +89,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
     folded = []
     for template, members in groups.items():
         columns = [sorted(set(column)) for column in zip(*(map(int, NUMBER.findall(m)) for m in members), strict=True)]
-        combinations = 1
-        for column in columns:
-            combinations *= len(column)
-        if len(members) > 1 and combinations == len(set(members)):
+        if len(members) > 1 and math.prod(map(len, columns)) == len(set(members)):
             first, *rest = template.split("#")
             folded.append(first + "".join(_ranges(c) + text for c, text in zip(columns, rest, strict=True)))
         else:
@@ -100,12 +99,6 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 4] -> "{0-2,4}", but [7] -> "7"."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    parts = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return parts if len(numbers) == 1 else f"{{{parts}}}"

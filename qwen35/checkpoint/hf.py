@@ -1,6 +1,7 @@
 """Loading a Hugging Face folder: whether it fits the model, and what in it is not read."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ from qwen35.checkpoint.hf_read import (
     refuse_unsupported,
     weight_files,
 )
-from qwen35.checkpoint.hf_write import check_exportable
+from qwen35.checkpoint.hf_write import OF_TOKENIZER, check_exportable
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec, fill
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
+from qwen35.model.config import check_same
 from qwen35.model.config_keys import unknown_keys
 
-USED = """config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
-    preprocessor_config.json video_preprocessor_config.json processor_config.json model.safetensors.index.json""".split()
+USED = {*OF_TOKENIZER, "config.json", "generation_config.json", "model.safetensors.index.json"}
 # reason -> names or endings of files that have no effect on training
 HARMLESS = {
     "they are for people": "README LICENSE NOTICE .md .txt .rst .pdf .html .png .jpg .jpeg .gif .svg .webp .ipynb",
-    "tokenizer.json holds it too": "vocab.json merges.txt added_tokens.json special_tokens_map.json tokenizer.model",
+    "tokenizer.json holds it too": "tokenizer.model",
     "only the hub uses it": "configuration.json",
     "transformers prefers safetensors, too": ".bin .bin.index.json .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl",
     "only the trainer that wrote it uses it": "trainer_state.json training_args.json all_results.json train_results.json",
@@ -55,8 +56,11 @@ def load_hf(model: nn.Module, folder: str | Path, progress: Callable[[int], obje
 
 
 def open_matching_folder(model: nn.Module, folder: str | Path) -> HFSource:
-    """A folder whose index and headers must fit the model. Raises CheckpointError."""
-    return HFSource(HFFolder(folder), shapes_of(named_parameters(model).items()), f"{folder} does not fit the model")
+    """A folder whose config, index and headers must fit the model. Raises CheckpointError."""
+    source = HFSource(HFFolder(folder), shapes_of(named_parameters(model).items()), f"{folder} does not fit the model")
+    if isinstance(model, Qwen35):
+        check_same(folder, asdict(load_config(folder)), model.config)
+    return source
 
 
 def check_export(model: nn.Module, folder: str | Path) -> None:

@@ -16,12 +16,16 @@ from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, cast, pieces
 from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
 from qwen35.device import HOST
 from qwen35.errors import one_line
 
 EXPORT_MANIFEST = ".qwen35.json"  # marks the folders written here, which may therefore be replaced
+
+OF_TOKENIZER = """tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json special_tokens_map.json
+    chat_template.json chat_template.jinja processor_config.json preprocessor_config.json
+    video_preprocessor_config.json""".split()
 
 Fetch = Callable[[str, TensorSlice], Tensor]  # (name on disk, region) -> values of any float dtype
 
@@ -41,13 +45,14 @@ def save_hf(
     source_folder: str | Path,
     out: str | Path,
     progress: Callable[[int], object] | None = None,
+    tokenizer: Path | None = None,
 ) -> WriteSummary:
     """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
 
     Values are cast to the source's dtypes. Two kinds of tensors may be absent from the state:
     `mtp.*`, which is copied from the source, and an `lm_head.weight` stored despite tied weights,
     for which the embedding is written. Config, tokenizer, processor, chat template and other small
-    files are copied.
+    files are copied; those of tokenizer and processors from the folder `tokenizer` if it is given.
 
     Weights are written piece by piece and read back. `out` is replaced if it is empty or was
     written by this program. Raises CheckpointError, and leaves nothing half-written.
@@ -76,8 +81,12 @@ def save_hf(
                 pass
         except OSError as error:
             raise CheckpointError(f"{temporary}: cannot be written: {one_line(error)}") from None
-        for path in _other_files(source):
-            _copy(path, temporary / path.relative_to(source.folder))
+        others = {path: path.relative_to(source.folder) for path in _other_files(source.folder, source.has_index)}
+        if tokenizer is not None:
+            theirs = {p: p.relative_to(tokenizer) for p in _other_files(tokenizer, False) if p.name in OF_TOKENIZER}
+            others = {p: name for p, name in others.items() if p.name not in OF_TOKENIZER} | theirs
+        for path, name in others.items():
+            _copy(path, temporary / name)
         return _summarize(HFFolder(temporary), content, out)
 
 
@@ -95,7 +104,7 @@ def _write_like(
 
     def prepare(part: tuple[str, TensorSlice]) -> tuple[str, TensorSlice, memoryview, int]:
         name, region = part
-        data = raw_bytes(fetch(name, region).to(entries[name].spec.dtype).contiguous())
+        data = raw_bytes(cast(fetch(name, region), entries[name].spec.dtype, name).contiguous())
         return name, region, data, zlib.crc32(data)
 
     written = []
@@ -192,7 +201,7 @@ def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, head
     may_be_copied = {n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)}
     wanted = {n: spec.shape for n, spec in source.specs.items() if n in written or n not in may_be_copied}
     Mismatch.between(written, wanted).raise_if_any(headline)
-    _other_files(source)
+    _other_files(source.folder, source.has_index)
     return tied
 
 
@@ -203,20 +212,20 @@ def _check_free_space(out: Path, needed: int) -> None:
         raise CheckpointError(f"{out}: the export takes {needed:,} bytes, and {free:,} are free on that disk")
 
 
-def _other_files(source: HFFolder) -> list[Path]:
+def _other_files(folder: Path, has_index: bool) -> list[Path]:
     """The files to copy: all except weights, hidden files and an index that the weights do not use.
 
     Raises CheckpointError for a link out of the folder, which could copy any file of this machine.
     Only the hub's cache may have such links, from snapshots/… to blobs.
     """
-    root, files = source.folder.resolve(), []
+    root, files = folder.resolve(), []
     hub_blobs = [root.parent.parent / "blobs"] * (root.parent.name == "snapshots")
-    for path in sorted(source.folder.rglob("*")):
-        relative = path.relative_to(source.folder)
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
         is_weights = path.suffix in {".safetensors", *OTHER_WEIGHTS} or path.name.endswith(".bin.index.json")
         if any(part.startswith(".") for part in relative.parts) or is_weights or not path.is_file():
             continue
-        if str(relative) == WEIGHTS_INDEX and not source.has_index:
+        if str(relative) == WEIGHTS_INDEX and not has_index:
             continue
         target = path.resolve()
         if not any(target.is_relative_to(allowed) for allowed in (root, *hub_blobs)):

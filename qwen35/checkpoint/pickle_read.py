@@ -1,9 +1,9 @@
 """Reads a pickle as plain data: nothing that it names is imported, called or changed.
 
-Python's unpickler runs the file as a program. Even if it may name only a few classes, a hostile
-file can set their attributes, make it hash deeply nested values, or make it allocate any amount of
-memory. Here pickletools takes the file apart, a reference to a class is only its name, and an
-object is a Pickled. Only the opcodes that occur in torch's files are supported.
+Python's unpickler runs the file as a program. Even if it may name only a few classes, a file can
+set their attributes, have deeply nested values hashed, or any amount of memory allocated. Here
+pickletools takes it apart, a class is only its name, an object a Pickled, and only opcodes that
+occur in torch's files are supported.
 """
 
 import pickle

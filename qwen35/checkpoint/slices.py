@@ -129,6 +129,16 @@ def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iter
             yield part
 
 
+def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Raises CheckpointError for values that are finite, but not in this dtype."""
+    result = values.to(dtype)
+    if dtype == torch.float16 != values.dtype and result.isinf().any():
+        raise CheckpointError(
+            f"{name} has values beyond {torch.finfo(dtype).max:,.0f}, the largest of float16; use bf16"
+        )
+    return result
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
     """This rank's part of a tensor, which may be empty, and the region that it covers globally."""
     if not isinstance(tensor, DTensor):
@@ -145,7 +155,7 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable
         itemsize = source.specs[name].dtype.itemsize
         for piece in pieces(region, itemsize):
             values = source.read(name, piece)
-            local[piece.relative_to(region.offsets).slices()].copy_(values)
+            local[piece.relative_to(region.offsets).slices()].copy_(cast(values, tensor.dtype, name))
             if progress:
                 progress(values.nbytes)
 

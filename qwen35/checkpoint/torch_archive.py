@@ -28,17 +28,10 @@ BROKEN_ARCHIVE = (  # raised for a damaged archive, by zipfile and by reading th
 MAX_DESCRIPTION_BYTES = 2**16  # of one tensor
 LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member: lengths of its name and of its extra field
 STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-}
+    "BFloat16Storage": torch.bfloat16, "BoolStorage": torch.bool, "ByteStorage": torch.uint8, "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "IntStorage": torch.int32, "LongStorage": torch.int64, "ShortStorage": torch.int16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,10 +72,8 @@ def find_tensor(file: IO[bytes], offset: int, length: int, check: bool) -> Archi
         last = first + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if all(shape) and not 0 <= first <= last < numel:
             raise pickle.UnpicklingError("it reaches beyond its storage")
-        header = offset + member.header_offset
-        begin = (
-            header + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(os.pread(file.fileno(), LOCAL_HEADER.size, header)))
-        )
+        header, size = offset + member.header_offset, LOCAL_HEADER.size
+        begin = header + size + sum(LOCAL_HEADER.unpack(os.pread(file.fileno(), size, header)))
         if begin + spec.nbytes > offset + length:
             raise pickle.UnpicklingError("its storage reaches beyond the archive")
         if check and member.CRC:  # torch.save may be told to leave it out

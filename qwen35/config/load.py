@@ -5,6 +5,7 @@ A key that is no setting is an error that names the nearest one.
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import dropwhile
@@ -20,6 +21,7 @@ from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, DatasetFile, Setting
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
 SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the user guide writes it
+OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
@@ -51,9 +53,8 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML quietly takes the last, and aliases.
-
-    A few lines of nested aliases expand to more values than any memory holds.
+    """Refuses duplicate keys, of which YAML quietly takes the last, numbers that it reads in base 8
+    or 60, and aliases, a few lines of which expand to more values than any memory holds.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -62,6 +63,14 @@ class _Loader(yaml.SafeLoader):
             problem = f"*{event.anchor} is an alias, which recipes do not have; write out what it stands for"
             raise _Refused(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag.endswith((":int", ":float")) and OTHER_BASE.search(node.value):
+            problem = (
+                f"{node.value} is no decimal number to YAML (017 is 15, 1:30 is 90); write it in decimal, or in quotes"
+            )
+            raise _Refused(problem=problem, problem_mark=node.start_mark)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

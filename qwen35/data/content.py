@@ -51,7 +51,7 @@ class Parser:
 
     def check(self, raw: Mapping[str, Any], fields: Fields, where: str) -> None:
         """Collect the fields that are not read; one that is refused is an error."""
-        if not raw.keys() <= fields.known:
+        if fields.named or not raw.keys() <= fields.known:
             self.unread += ((where, name) for name in fields.unread(raw, where, self.ignored))
 
     def visuals(self, value: Any, where: str, is_video: bool) -> list[Visual]:

@@ -29,20 +29,17 @@ COUNTED = {  # kind of warning -> (noun, words for one, words for several, what 
     "empty": ("answer", "is", "are", "empty"),
     "literal": ("placeholder", "(<image>, <video>) is", "(<image>, <video>) are", "kept as text"),
     "nulls": ("record", "has", "have", "nulls that a table filled in; they are dropped, as from a parquet file"),
-    "tags": (
-        "turn",
-        "spells",
-        "spell",
-        "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns",
-    ),
+    "tags": ("turn", "spells", "spell",
+        "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns"),
     "thoughts": (
-        "thought",
-        "is",
-        "are",
+        "thought", "is", "are",
         "dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",
     ),
+    "deep": ("image", "has", "have", "more than 8 bits a channel, and all above 255 is white, as in transformers"),
+    "masked": ("answer", "is", "are", "marked to be trained, but left out by mask_history: true"),
+    "frames": ("image", "has", "have", "several frames or pages, and as in transformers only the first is used"),
     "reordered": ("tool response", "was", "were", "moved into the order of the calls"),
-}
+}  # fmt: skip
 SPELLED = {  # what became of special tokens that texts spell (Outcome in tokenizer.py) -> the message
     "control": (
         "control tokens are spelled in the text of {records}, and kept as characters "

@@ -27,6 +27,7 @@ from qwen35.errors import SettingError, UserError, one_line
 from qwen35.processes import die_with, obey
 from qwen35.wording import number_of, number_of_visuals
 
+SERVED = "preprocess_parameters apply here, but a server of the exported model uses that file: set both to the same"
 MIN_SHARED_MEMORY = 1 << 20  # bytes that must be free before workers are started
 
 
@@ -65,7 +66,12 @@ class MicroBatches:
         order = f"{basic.cutoff_len} {training.seed} {loader.shuffle}{weighted}"
         self.fingerprint = self.dataset.fingerprint(order)  # two runs with the same one have the same micro-batches
         self.normalization = self._normalization()
-        self.notes = [*self.dataset.preparation.tokenizer.notes, *self._size_warnings(settings)]  # on the model folder
+        self.notes = [  # on the model folder
+            *self.dataset.preparation.tokenizer.notes,
+            *size_warnings(
+                settings.tokenizer_dir, self.dataset.preparation, self.dataset.images, self.dataset.videos, SERVED
+            ),
+        ]
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
@@ -85,18 +91,6 @@ class MicroBatches:
         dataset, preparation = self.dataset, self.dataset.preparation
         formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))
         return {kind: {"mean": f.mean, "std": f.std, "scale": f.scale} for kind, count, f in formats if count}
-
-    def _size_warnings(self, settings: Settings) -> list[str]:
-        """A line for each processor of the model folder whose sizes differ from the recipe's."""
-        limits, folder = settings.data.dataset_param.preprocess_parameters, settings.tokenizer_dir
-        image = (limits.image_min_pixels, limits.image_max_pixels)
-        video = (limits.video_min_pixels, limits.video_max_pixels)
-        lines = (
-            ignored_sizes(folder, *image, *CONFIG) if self.dataset.images else None,
-            ignored_sizes(folder, *video, *VIDEO_CONFIG) if self.dataset.videos else None,
-        )
-        advice = "; preprocess_parameters apply here, but a server of the exported model uses that file: set both to the same"
-        return [f"{line}{advice}" for line in lines if line]
 
     def start_at(self, step: int) -> None:
         """The next iteration begins with the first micro-step of `step`."""
@@ -128,6 +122,13 @@ class MicroBatches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def size_warnings(folder: str, preparation: Preparation, images: int, videos: int, advice: str) -> list[str]:
+    """A line for each processor of a model folder whose sizes differ from the preparation's."""
+    pairs = ((images, preparation.images, CONFIG), (videos, preparation.videos, VIDEO_CONFIG))
+    lines = (ignored_sizes(folder, p.min_pixels, p.max_pixels, *names) for count, p, names in pairs if count)
+    return [f"{line}; {advice}" for line in lines if line]
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:

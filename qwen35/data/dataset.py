@@ -104,8 +104,10 @@ class Dataset:
         warnings = DataWarnings.expecting(self.preparation.attr)
         for samples in self.files:
             warnings.update(samples.warnings)
-        unread = dataset_files(dataset)[len(self.files) :]
-        lines = [f"nothing of {file} is read: max_samples ends before it" for file in unread]
+        files = dataset_files(dataset)
+        unread, twice = files[len(self.files) :], [f for i, f in enumerate(files) if any(map(f.samefile, files[:i]))]
+        lines = [f"{file} is listed more than once, and so are its records in each epoch" for file in twice]
+        lines += [f"nothing of {file} is read: max_samples ends before it" for file in unread]
         lines += warnings.lines()
         for setting, name in warnings.unseen.items():
             if training_attr is not None and name == getattr(training_attr, setting):

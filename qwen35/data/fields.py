@@ -119,40 +119,6 @@ def is_nothing(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Fields:
-    """How the fields of one kind of object (record, turn, content item, call) are treated."""
-
-    known: frozenset[str]  # read, or harmless
-    refused: Refused
-    around: frozenset[str] = frozenset()  # objects that hold a known field, from dotted names in attr
-    not_read: frozenset[str] = frozenset()  # counted as unread even if they look like instructions
-    inside: "Fields | None" = None  # how the fields of the objects in `around` are treated
-
-    def unread(self, raw: Mapping[str, Any], where: str, ignored: frozenset[str]) -> Iterator[str]:
-        """The non-empty fields that are neither known nor `ignored`.
-
-        Raises RecordError for a field that is refused or looks like an instruction.
-        """
-        for name, value in raw.items():
-            if name in self.known or name in ignored or is_nothing(value):
-                continue
-            if name in self.around and isinstance(value, Mapping):
-                fields = self.inside or self
-                yield from (f"{name}.{inner}" for inner in fields.unread(value, f"{where}.{name}", ignored))
-            elif name in self.refused:
-                todo, harmless = self.refused[name]
-                if value != harmless:
-                    raise RecordError(f"{where}: has {name}, which is not read; {todo}")
-            else:
-                if name not in self.not_read and is_instruction(name):
-                    raise RecordError(
-                        f"{where}: has {str(name)[:80]}, which is not read but looks like an instruction about training; "
-                        "if it is not one, list it in attr.ignore"
-                    )
-                yield name
-
-
-@dataclass(frozen=True)
 class Names:
     """The names that one field may have."""
 
@@ -173,6 +139,12 @@ class Names:
                 found = name, value
         return found
 
+    def passed_over(self, raw: Mapping[str, Any]) -> list[str]:
+        """The usual names that have a value too where the own name, which counts, has one."""
+        if self.own is None or inside(raw, self.own) is None:
+            return []
+        return [name for name in self.usual if name != self.own and not is_nothing(raw.get(name))]
+
     def all_names(self) -> Iterator[str]:
         """All names; for a dotted one also its parts."""
         yield from self.usual
@@ -181,6 +153,43 @@ class Names:
 
     def __str__(self) -> str:
         return " or ".join(name for name in (self.own, *self.usual) if name is not None)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How the fields of one kind of object (record, turn, content item, call) are treated."""
+
+    known: frozenset[str]  # read, or harmless
+    refused: Refused
+    around: frozenset[str] = frozenset()  # objects that hold a known field, from dotted names in attr
+    not_read: frozenset[str] = frozenset()  # counted as unread even if they look like instructions
+    inside: "Fields | None" = None  # how the fields of the objects in `around` are treated
+    named: tuple[Names, ...] = ()  # those that attr renames
+
+    def unread(self, raw: Mapping[str, Any], where: str, ignored: frozenset[str]) -> Iterator[str]:
+        """The non-empty fields that are neither known nor `ignored`.
+
+        Raises RecordError for a field that is refused or looks like an instruction.
+        """
+        for names in self.named:
+            yield from (name for name in names.passed_over(raw) if name not in ignored)
+        for name, value in raw.items():
+            if name in self.known or name in ignored or is_nothing(value):
+                continue
+            if name in self.around and isinstance(value, Mapping):
+                fields = self.inside or self
+                yield from (f"{name}.{inner}" for inner in fields.unread(value, f"{where}.{name}", ignored))
+            elif name in self.refused:
+                todo, harmless = self.refused[name]
+                if value != harmless:
+                    raise RecordError(f"{where}: has {name}, which is not read; {todo}")
+            else:
+                if name not in self.not_read and is_instruction(name):
+                    raise RecordError(
+                        f"{where}: has {str(name)[:80]}, which is not read but looks like an instruction about training; "
+                        "if it is not one, list it in attr.ignore"
+                    )
+                yield name
 
 
 def inside(raw: Any, name: str) -> Any:
@@ -281,4 +290,4 @@ def _fields(
     known = harmless.union(*(names.all_names() for names in named)) - around
     refused_inside = refused | dict.fromkeys(read, ("it is not read inside another field", None))
     inside = Fields(known, refused_inside, around, not_read) if around else None
-    return Fields(known.union(read), refused, around, not_read, inside)
+    return Fields(known.union(read), refused, around, not_read, inside, tuple(names for names in named if names.own))

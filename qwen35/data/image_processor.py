@@ -3,14 +3,15 @@
 An image is turned upright (EXIF), composited on white where it is transparent, converted to RGB,
 resized to sides that are multiples of 32 pixels within image_min_pixels..image_max_pixels, and
 split into patches of 16 x 16, those of a 2 x 2 block next to each other. As in that processor,
-Pillow's conversion clips 16-bit grey at 255 instead of scaling it.
+Pillow's conversion clips 16-bit grey at 255 instead of scaling it, and of several frames or pages
+only the first is used: `Odd` collects such images.
 """
 
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from qwen35.data.media import why_missing, wrong_format
 from qwen35.data.patches import Normalizer, PatchFormat, to_patches
 from qwen35.errors import UserError, one_line
 
+Odd = list[str]  # "deep": more than 8 bits a channel; "frames": several frames or pages
 CONFIG = ("image_processor", "preprocessor_config.json")  # a section of processor_config.json, or a file
 MAX_SIDES_RATIO = 200  # transformers' own limit
 ORIENTATION = 0x0112  # EXIF tag
@@ -62,11 +64,10 @@ class ImageProcessor(PatchFormat):
         format_ = PatchFormat.of(*read_processor(folder, *CONFIG))
         return cls(**vars(format_), min_pixels=min_pixels, max_pixels=max_pixels)
 
-    def grid(self, path: str | Path) -> tuple[int, int, int]:
+    def grid(self, path: str | Path, odd: Odd | None = None) -> tuple[int, int, int]:
         """(1, h, w) in patches, by the file's header: nothing is decoded. Raises ImageError."""
-        with _opened(path) as image:
-            width, height = _upright_size(image, path)
-            height, width = self._resized(height, width)
+        width, height = upright_size(path, odd)
+        height, width = self._resized(height, width)
         return 1, height // self.patch, width // self.patch
 
     def patches(self, path: str | Path) -> tuple[Tensor, tuple[int, int, int]]:
@@ -95,10 +96,21 @@ def read_rgb(path: str | Path) -> Image.Image:
         return _rgb(_upright(image))
 
 
-def upright_size(path: str | Path) -> tuple[int, int]:
+def upright_size(path: str | Path, odd: Odd | None = None) -> tuple[int, int]:
     """(width, height) of the upright image, by its header where possible. Raises ImageError."""
     with _opened(path) as image:
-        return _upright_size(image, path)
+        size = _upright_size(image, path)
+        if odd is not None:
+            odd += _oddities(image)
+        return size
+
+
+def _oddities(image: Image.Image) -> Iterator[str]:
+    if image.mode.startswith(("I", "F")):
+        yield "deep"
+    with suppress(*DAMAGED):  # what follows the first frame is not needed
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's photo and its preview
+            yield "frames"
 
 
 @contextmanager

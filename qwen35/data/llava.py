@@ -26,7 +26,7 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.files import replacing
 from qwen35.data.formats import parse_record
 from qwen35.data.histogram import draw, histogram
-from qwen35.data.image_processor import ImageError, ImageProcessor, upright_size
+from qwen35.data.image_processor import ImageError, ImageProcessor, Odd, upright_size
 from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
@@ -203,7 +203,7 @@ class Converter:
         self._folder = ImageFolder(options.images)
         self._root = f"{self._folder.real_root}/"
         self._prefix = f"./{self._folder.real_root.name}/"
-        self._image_errors: dict[Path, ImageError | None] = {}  # many records share an image
+        self._images: dict[Path, Odd | ImageError] = {}  # many records share an image
         self._preparation = None if options.tokenizer is None else _preparation(options.tokenizer)
 
     def __getitem__(self, job: Job) -> "tuple[list[Converted | RecordError], DataWarnings] | UserError":
@@ -224,31 +224,36 @@ class Converter:
             if self._preparation is not None:
                 sample = self._preparation.tokenise(record)
                 length = len(sample.ids)
+                odd = sample.odd
                 found.count_spelled(sample.spelled, record.source)
             else:
-                if self._options.check == "headers":
-                    self._check(record)
+                odd = self._check(record) if self._options.check == "headers" else []
                 length = sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)
         except RecordError as error:
             return error
+        for kind in odd:
+            found.count(kind, 1, record.source)
         warnings.update(found)
         messages = [_message(turn, has_images=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
         return Converted(line, len(messages), len(images), length)
 
-    def _check(self, record: Record) -> None:
+    def _check(self, record: Record) -> Odd:
         """Raises RecordError."""
+        all_odd = Odd()
         for number, path in enumerate(record.images, 1):
-            if path not in self._image_errors:
+            if path not in self._images:
                 try:
-                    upright_size(path)
-                    self._image_errors[path] = None
+                    self._images[path] = odd = Odd()
+                    upright_size(path, odd)
                 except ImageError as error:
-                    self._image_errors[path] = error
-            if (found := self._image_errors[path]) is not None:
+                    self._images[path] = error
+            if isinstance(found := self._images[path], ImageError):
                 image = f"image {number} of {len(record.images)}, {path}"
                 raise record.error(f"{image}: {found}", found.kind, str(path))
+            all_odd += found
+        return all_odd
 
 
 def _message(turn: Turn, has_images: bool) -> dict[str, Any]:

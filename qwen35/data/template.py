@@ -153,6 +153,11 @@ def dropped_thoughts(record: Record, template: Template, enable_thinking: bool |
     return sum(i <= last_query and bool(_split_thought(record, i)[0]) for i in answers)
 
 
+def masked_answers(record: Record, mask_history: bool) -> int:
+    """How many answers the record marks to be trained although mask_history leaves them out."""
+    return sum(turn.loss is True and turn.role == "assistant" for turn in record.turns[:-1]) if mask_history else 0
+
+
 def answer_text(turn: Turn) -> str:
     """The text of an assistant turn followed by its tool calls, as the template writes them."""
     content = turn.text.strip()

@@ -24,10 +24,10 @@ from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.files import replacing, try_lock
 from qwen35.data.formats import read_records
-from qwen35.data.image_processor import ImageError, ImageProcessor
+from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
-from qwen35.data.template import check_thoughts, dropped_thoughts, training_pieces
+from qwen35.data.template import check_thoughts, dropped_thoughts, masked_answers, training_pieces
 from qwen35.data.tokenizer import ChatTokenizer, Extent, Spelled
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
@@ -50,6 +50,7 @@ class TokenisedSample:
     grids: list[tuple[int, int, int]]  # patches (1 or t, h, w) of each image or video
     spelled: Spelled = field(default_factory=dict)  # special tokens that its text spells out
     extents: list[Extent] = field(default_factory=list)  # how many tokens each image or video takes
+    odd: Odd = field(default_factory=list)  # of its images
 
 
 @dataclass(frozen=True)
@@ -100,30 +101,31 @@ class Preparation:
             self.chat_template.check_training(record, b.enable_thinking)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
-        grids, extents = self.measure(record)
+        odd: Odd = []
+        grids, extents = self.measure(record, odd)
         spelled: Spelled = {}
         ids, loss_mask = self.tokenizer.encode(pieces, extents, spelled)
         if not loss_mask[1:].any():
             raise record.error("nothing in it is trained", "nothing trained")
-        return TokenisedSample(ids, loss_mask, grids, spelled, extents)
+        return TokenisedSample(ids, loss_mask, grids, spelled, extents, odd)
 
     def folder(self) -> ImageFolder:
         """Where images and videos are looked up. Raises SettingError."""
         return ImageFolder(self.basic.dataset_dir, self.basic.cache_dir)
 
-    def measure(self, record: Record) -> tuple[list[tuple[int, int, int]], list[Extent]]:
+    def measure(self, record: Record, odd: Odd | None = None) -> tuple[list[tuple[int, int, int]], list[Extent]]:
         """The grid of each image and video, and how many tokens each takes. Raises RecordError."""
         grids: list[tuple[int, int, int]] = []
         extents: list[Extent] = []
         for visual in record.visuals:
             try:
                 if isinstance(visual, Video):
-                    selection = self.videos.select_frames(visual)
+                    selection = self.videos.select_frames(visual, odd)
                     tokens = self.videos.tokens((1, *selection.grid[1:]))  # of a pair of frames
                     grids.append(selection.grid)
                     extents.append([(seconds, tokens) for seconds in selection.timestamps])
                 else:
-                    grids.append(self.images.grid(visual))
+                    grids.append(self.images.grid(visual, odd))
                     extents.append(self.images.tokens(grids[-1]))
             except ImageError as error:
                 raise _visual_error(record, visual, error) from None
@@ -221,8 +223,12 @@ def tokenised(
             b = preparation.basic
             if warnings is not None:
                 warnings.count_spelled(sample.spelled, record.source)
-                if dropped := dropped_thoughts(record, b.template, b.enable_thinking):
-                    warnings.count("thoughts", dropped, record.source)
+                for kind in sample.odd:
+                    warnings.count(kind, 1, record.source)
+                dropped = dropped_thoughts(record, b.template, b.enable_thinking)
+                for kind, count in (("thoughts", dropped), ("masked", masked_answers(record, b.mask_history))):
+                    if count:
+                        warnings.count(kind, count, record.source)
             yield record, sample
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qwen35.data.image_processor import DAMAGED, ImageError, read_rgb, upright_size
+from qwen35.data.image_processor import DAMAGED, ImageError, Odd, read_rgb, upright_size
 from qwen35.data.media import why_missing, wrong_format
 from qwen35.data.record import Video
 from qwen35.errors import SettingError, one_line
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {  # of frames
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+}  # fmt: skip
+OTHER_SUFFIXES = {".heic", ".heif", ".jp2", ".jxl", ".tga", ".dng", ".exr", ".svg"}  # of images all the same
 # ffmpeg's names of the formats that are opened; none of them can refer to other files
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc"
 FRAME_COUNT_LIMIT = 10_000_000  # more than that in a header is taken for damage
@@ -39,7 +42,7 @@ class VideoMetadata:
     height: int
 
 
-def read_metadata(video: Video) -> VideoMetadata:
+def read_metadata(video: Video, odd: Odd | None = None) -> VideoMetadata:
     """Decodes at most one frame. Raises VideoError, and SettingError if PyAV is missing."""
     files = _files(video)
     if isinstance(files, Path):
@@ -49,7 +52,7 @@ def read_metadata(video: Video) -> VideoMetadata:
             with _naming_frame(file, number, len(files)):
                 raise ImageError("is not a file" if file.exists() else why_missing(file), "image missing")
     with _naming_frame(files[0], 0, len(files)):
-        width, height = upright_size(files[0])
+        width, height = upright_size(files[0], odd)
     return VideoMetadata(len(files), video.fps, width, height)
 
 
@@ -72,12 +75,14 @@ def _files(video: Video) -> Path | Sequence[Path]:
     if not isinstance(video.source, Path) or not video.source.is_dir():
         return video.source
     try:
-        files = [path for path in video.source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = [path for path in video.source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES | OTHER_SUFFIXES]
     except OSError as error:
         raise VideoError(f"cannot be read: {error.strerror}") from None
     files = [path for path in files if not path.name.startswith(".")]
     if links := [path for path in files if path.is_symlink()]:
         raise VideoError(f"{links[0].name} is a link; name the frames in a list, or copy them")
+    if others := [path.name for path in files if path.suffix.lower() in OTHER_SUFFIXES]:
+        raise VideoError(f"{min(others)} is a frame in a format that is not read; make it JPEG or PNG, or move it away")
     if not files:
         raise VideoError("is a folder without frames: image files named in their order")
     return sorted(files, key=_natural_order)

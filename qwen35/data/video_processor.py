@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen35.config.schema import PreprocessParameters
 from qwen35.data.files import read_processor
-from qwen35.data.image_processor import CONFIG, MAX_SIDES_RATIO
+from qwen35.data.image_processor import CONFIG, MAX_SIDES_RATIO, Odd
 from qwen35.data.patches import Normalizer, PatchFormat, to_patches
 from qwen35.data.record import Video
 from qwen35.data.video_frames import VideoError, VideoMetadata, decode, read_metadata
@@ -53,9 +53,9 @@ class VideoProcessor(PatchFormat):
             max_pixels=settings.video_max_pixels,
         )
 
-    def select_frames(self, video: Video) -> FrameSelection:
+    def select_frames(self, video: Video, odd: Odd | None = None) -> FrameSelection:
         """By the video's metadata. Raises ImageError, and SettingError if PyAV is missing."""
-        metadata, step = read_metadata(video), self.temporal_patch
+        metadata, step = read_metadata(video, odd), self.temporal_patch
         if metadata.count < step:
             raise VideoError(f"has {number_of(metadata.count, 'frame')}, fewer than {step}", "video too short")
         indices, fps = self._sampled(metadata)

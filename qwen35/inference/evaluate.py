@@ -26,7 +26,7 @@ from qwen35.data.tokenized import Preparation
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
 from qwen35.inference.generate import GREEDY, generate
 from qwen35.inference.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids
-from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare
+from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare, tell_sizes
 from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
 
@@ -53,14 +53,17 @@ def read_all(preparation: Preparation) -> list[Record]:
     records = list(chain.from_iterable(read))
     if not records:
         raise RecordError(f"{dataset_name(basic.dataset)}: no records")
-    for line in warnings.lines():
-        print(f"data: {line}", file=sys.stderr)
     for record in records:
+        odd: list[str] = []
         try:
-            preparation.measure(record)
+            preparation.measure(record, odd)
         except RecordError as error:
             hint = f"; --dataset_dir says where, now {basic.dataset_dir}" if error.kind.endswith(" missing") else ""
             raise RecordError(f"{error}{hint}", error.kind, error.image) from None
+        for kind in odd:
+            warnings.count(kind, 1, record.source)
+    for line in warnings.lines():
+        print(f"data: {line}", file=sys.stderr)
     return records
 
 
@@ -155,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SettingError(f"--sample: {source.config}/{FILE} does not sample; give a --temperature")
         records = read_all(preparation)
         model = load_model(source)
+        tell_sizes(args, source, preparation, records)
         print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
         options = args.batch, args.max_new_tokens, args.thinking, sampling
         stream = answers(model, source.config, preparation, records, *options)

@@ -34,7 +34,7 @@ from qwen35.inference.generation_config import (
     stop_ids,
 )
 from qwen35.inference.kv_cache import caching
-from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare
+from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare, tell_sizes
 from qwen35.inference.sampling import Penalties, Sampling, draw
 from qwen35.model import Qwen35
 from qwen35.wording import number_of
@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompt = prompt_batch(record, preparation, vision_spec(source.config), thinking)
         stop = stop_ids(source.config, preparation.tokenizer)
         model = load_model(source)
+        tell_sizes(args, source, preparation, [record])
     except USER_ERRORS as error:
         return complain(error)
     opening = ["<think>\n"] if thinking else []  # the prompt opens the thought

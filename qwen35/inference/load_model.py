@@ -11,9 +11,12 @@ from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype
 from qwen35.checkpoint.hf_read import has_weights, refuse_unsupported
+from qwen35.checkpoint.hf_write import EXPORT_MANIFEST
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import BasicParameters, DatasetParam
+from qwen35.data import Record
 from qwen35.data.collator import check_agreement, vision_spec
+from qwen35.data.dataloader import size_warnings
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
@@ -23,6 +26,7 @@ from qwen35.errors import Parser, whole_number
 from qwen35.model import Qwen35
 
 positive = whole_number(1)
+SIZES = "those of the options or the defaults are used; a run's recipe (--recipe) has those that it trained with"
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,25 @@ class ModelSource:
 def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
     """model: a Hugging Face folder, a DCP checkpoint (iter_…, release), or the folder above one.
 
-    With a DCP checkpoint, config, tokenizer and processors come from `hf`, else from the folders
-    that the run's config.yaml names. Raises CheckpointError, SettingError.
+    An export in its run's folder is asked as the run was trained. With a DCP checkpoint, config,
+    tokenizer and processors come from `hf`, else from the folders that the run's config.yaml names.
+    Raises CheckpointError, SettingError.
     """
     folder = Path(model)
     refuse_unsupported(folder)
-    if (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file():
-        return ModelSource(folder, folder, folder)
+    is_hf = (folder / "config.json").is_file() or (folder / "tokenizer.json").is_file()
     try:
-        weights = resolve_load(folder)
+        weights = folder if is_hf else resolve_load(folder)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; nor a Hugging Face folder, for {folder}/tokenizer.json is not there") from None
-    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     recipe = weights.parent / "config.yaml"  # written by a run
-    run = load_settings(recipe) if recipe.is_file() else None
+    run = load_settings(recipe) if recipe.is_file() and (not is_hf or (folder / EXPORT_MANIFEST).is_file()) else None
     train_set = run.data.dataset_param if run else None
+    if is_hf:
+        if run is None or folder.resolve() == Path(run.model.model_name_or_path).resolve():
+            return ModelSource(folder, folder, folder)
+        return ModelSource(folder, folder, folder, train_set, (f"{folder}: asked as its run's {recipe} says",))
+    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     if hf is not None:
         return ModelSource(weights, Path(hf), Path(hf), train_set, messages)
     if run is None:
@@ -128,3 +136,10 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
     return preparation
+
+
+def tell_sizes(args: argparse.Namespace, source: ModelSource, preparation: Preparation, records: list[Record]) -> None:
+    """Say where default sizes are used instead of those in the model folder's processor configs."""
+    images, videos = (sum(len(getattr(record, kind)) for record in records) for kind in ("images", "videos"))
+    lines = size_warnings(str(source.tokenizer), preparation, images, videos, SIZES)
+    sys.stderr.writelines(f"{line}\n" for line in lines if not (source.train_set or args.recipe))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +17,7 @@ Size = Annotated[StrictInt, Field(ge=1, le=2**24)]
 SizeOrZero = Annotated[StrictInt, Field(ge=0, le=2**24)]
 Depth = Annotated[StrictInt, Field(ge=1, le=1000)]  # layers are built one by one
 PositiveFloat = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
+WITHOUT_EFFECT = ("initializer_range", "mtp_num_hidden_layers")  # on a model whose weights are loaded
 T = TypeVar("T")
 
 
@@ -74,12 +75,29 @@ class ModelConfig:
         return VisionSpec(self.image_token_id, self.video_token_id, self.vision.spatial_merge_size, side)
 
 
+def check_same(where: object, was: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises ConfigError if `where` is of another config, as asdict gives it."""
+    if changed := differences(was, asdict(config)):
+        raise ConfigError(f"{where} was made with another config.json ({'; '.join(changed)[:300]}); set the two alike")
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """Values of nested mappings that differ, but those WITHOUT_EFFECT, or that only one has."""
+    found = []
+    for key, value in now.items():
+        old = was.get(key, value)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            found += differences(old, value, f"{where}{key}.")
+        elif old != value and key not in WITHOUT_EFFECT:
+            found.append(f"{where}{key}: {old} -> {value}")
+    return found
+
+
 def load_config(source: str | Path | dict[str, Any]) -> ModelConfig:
     """source: a folder with config.json, that file, or its contents. Raises ConfigError."""
     if isinstance(source, dict):
         return _from_dict(source)
-    path = Path(source)
-    path = path if path.suffix == ".json" else path / "config.json"
+    path = Path(source) if Path(source).suffix == ".json" else Path(source) / "config.json"
     config = read_object(path, ConfigError, "not there; a Qwen3.5 checkpoint folder holds config.json")
     try:
         return _from_dict(config)

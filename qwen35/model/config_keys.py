@@ -33,32 +33,20 @@ USED = {
 ONLY_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"language_model_only": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({},)},
     TEXT: {
-        "model_type": (*(f"{name}_text" for name in FAMILY), *FAMILY),
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "attention_dropout": (0.0,),
-        "attn_output_gate": (True,),
-        "output_gate_type": ("swish", "silu"),
-        "norm_topk_prob": (True,),
-        "decoder_sparse_step": (1,),
-        "mlp_only_layers": ([],),
-        "mtp_use_dedicated_embeddings": (False,),
-        "use_sliding_window": (False,),
-        "is_encoder_decoder": (False,),
+        "model_type": (*(f"{name}_text" for name in FAMILY), *FAMILY), "hidden_act": ("silu",), "attention_bias": (False,),
+        "attention_dropout": (0.0,), "attn_output_gate": (True,), "output_gate_type": ("swish", "silu"),
+        "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+        "mtp_use_dedicated_embeddings": (False,), "use_sliding_window": (False,), "is_encoder_decoder": (False,),
         "pruned_heads": ({},),
     },
     VISION: {
-        "model_type": (*(f"{name}_vision" for name in FAMILY), *FAMILY),
-        "hidden_act": ("gelu_pytorch_tanh",),
-        "deepstack_visual_indexes": ([],),
-        "rope_theta": (10000,),
-        "is_encoder_decoder": (False,),
-        "pruned_heads": ({},),
+        "model_type": (*(f"{name}_vision" for name in FAMILY), *FAMILY), "hidden_act": ("gelu_pytorch_tanh",),
+        "deepstack_visual_indexes": ([],), "rope_theta": (10000,), "is_encoder_decoder": (False,), "pruned_heads": ({},),
     },
     f"{TEXT}rope": {"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
     # transformers 5.2 always uses 10000 in the vision tower, 5.23 what the config says
     f"{VISION}rope": {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)},
-}
+}  # fmt: skip
 # reason -> keys that do not affect training, at any level
 HARMLESS = {
     "they say where the file comes from": """architectures transformers_version name_or_path _name_or_path _commit_hash

@@ -193,11 +193,6 @@ class Qwen35(nn.Module):
         """-> hidden [T, H], after the final norm"""
         return self.model(derive(batch, self.config.vision_spec))[0]
 
-    def forward_aux(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """-> hidden [T, H], the routers' load-balancing loss (scalar fp32, 0 for a dense model)"""
-        hidden, stats = self.model(derive(batch, self.config.vision_spec))
-        return hidden, self._aux(stats, hidden)
-
     def logits(self, batch: PackedBatch) -> Tensor:
         """-> [T, V], all at once: for tests and small inputs"""
         return self(batch) @ self.head_weight.T

@@ -1,5 +1,6 @@
 """Which checkpoint a run starts from, what must not have changed since, and the random states."""
 
+import itertools
 import random
 import shutil
 from collections.abc import Iterable, Mapping
@@ -12,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qwen35.checkpoint import dcp_folder
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
 from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.device import device_rng_state, set_device_rng_state
-from qwen35.model import ModelConfig
+from qwen35.model.config import ModelConfig, differences
 from qwen35.training.metrics import RunError
 from qwen35.wording import number_of
 
@@ -29,7 +32,6 @@ WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
-INIT_ONLY = ("text.initializer_range",)  # fields of a model's config that only the initial weights depend on
 # what `restore_rng` raises for states that are damaged
 BROKEN_STATES = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
@@ -56,6 +58,33 @@ def choose_weights(settings: Settings) -> tuple[Path, bool]:
     raise SettingError(
         "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
     )
+
+
+def repair_save_folder(folder: Path) -> list[str]:
+    """Tidy up a save folder that this job has locked, after interrupted jobs. Returns messages.
+
+    Incomplete checkpoints newer than the one to resume from are kept under another name. Raises
+    CheckpointError if there is no complete one: a run must not quietly start from scratch.
+    """
+    lines = remove_leftovers(folder, ITERATION)
+    newest = newest_checkpoint(folder)
+    broken = [
+        (path, why) for path, why in dcp_folder.skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)
+    ]
+    if broken and newest is None:
+        path, why = broken[0]
+        raise CheckpointError(f"{folder}: no complete checkpoint in it; {why}. Move {path.name} away to start anew")
+    for path, why in broken:
+        aside = next(
+            p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
+        )
+        path.rename(aside)
+        lines.append(f"{path} is incomplete ({why}): renamed to {aside.name}, and the run goes on from {newest}")
+    if newest and ITERATION.fullmatch(newest.name) and dcp_folder.latest(folder) != newest.name:
+        dcp_folder.write_latest(folder, int(newest.name[5:]))
+        why = "" if broken else ": a job was stopped before it updated the file"
+        lines.append(f"{folder / dcp_folder.LATEST} now names {newest.name}{why}")
+    return lines
 
 
 def check_same_data(fingerprint: str) -> None:
@@ -134,21 +163,9 @@ def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Setting
             f"{loaded.path} was trained on other data, or in another order ({why}), and cannot go on where it stopped; undo"
             f" the change, or {START_ANEW}"
         )
-    for name, what in (("model", "with another config.json"), ("levels", "with another normalization of pixels")):
-        was, now = _flat(loaded.extra.get(name, {})), _flat(extra[name])
-        changed = [f"{k}: {was[k]} -> {v}" for k, v in now.items() if was.get(k, v) != v and k not in INIT_ONLY]
-        if changed:
-            raise SettingError(
-                f"{loaded.path} was trained {what} ({'; '.join(changed)}); undo the change, or {START_ANEW}"
-            )
-
-
-def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
-    """{"text": {"hidden_size": 48}, …} -> {"text.hidden_size": 48, …}"""
-    flat: dict[str, Any] = {}
-    for key, value in model.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat
+    if changed := differences(loaded.extra.get("levels", {}), extra["levels"]):
+        what = f"with another normalization of pixels ({'; '.join(changed)})"
+        raise SettingError(f"{loaded.path} was trained {what}; undo the change, or {START_ANEW}")
 
 
 def sequences_per_step(settings: Settings, world: int | None = None) -> int:

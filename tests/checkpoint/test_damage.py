@@ -21,12 +21,13 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from qwen35.checkpoint import tensor_file
 from qwen35.checkpoint.dcp import load_checkpoint
-from qwen35.checkpoint.dcp_folder import keep_newest, manifest_content, newest_checkpoint, repair_save_folder
+from qwen35.checkpoint.dcp_folder import keep_newest, manifest_content, newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.pickle_read import read_pickle
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 from qwen35.checkpoint.tensor_file import ChecksumError, Entry, checksums, raw_bytes, read_slice
+from qwen35.training.resume import repair_save_folder
 
 BEFORE = DATA / "checkpoint_of_before"  # format 1, without tensors.json and checksums
 

@@ -32,7 +32,6 @@ from qwen35.checkpoint.dcp_folder import (
     load_notes,
     manifest_content,
     read_file,
-    repair_save_folder,
     resolve_load,
 )
 from qwen35.checkpoint.dcp_source import DCPSource, _from_json
@@ -52,6 +51,7 @@ from qwen35.inference.generation_config import read_generation_config
 from qwen35.launch.hosts import read_hosts
 from qwen35.model import load_config
 from qwen35.training.metrics import RunError, draw_loss, read_metrics
+from qwen35.training.resume import repair_save_folder
 
 EXAMPLES = 8  # of each kind, always the same
 TIMEOUT = 30  # seconds for one file

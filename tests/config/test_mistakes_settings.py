@@ -100,6 +100,10 @@ SETTINGS = [
     Case("text for yes or no", on("parallel.recompute='true'"), ("parallel.recompute: 'true' is not of type bool",)),
     Case("list of numbers", on("model.freeze=[1]"), ("model.freeze[0]: 1 is not of type str",)),
     Case("kernels by one name", on("model.kernels=native"), ("model.kernels: 'native' is not a section",)),
+    Case("base 8", on("training.seed=0042"), ("training.seed", "0042 is no decimal number to YAML")),
+    Case(
+        "base 60", CONFIG, ("r.yaml, line ", "1:30 is no dec"), recipe(lambda t: t.replace("iters: 1", "iters: 1:30"))
+    ),
     Case("twice in a value", on("model.kernels={swiglu: native, swiglu: auto}"), ("swiglu is there twice",)),
     Case("not a number", on("training.lr=.nan"), ("training.lr: nan must be a finite number",)),
     Case("infinite", on("training.weight_decay=.inf"), ("training.weight_decay: inf must be a finite number",)),

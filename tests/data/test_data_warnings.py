@@ -1,9 +1,12 @@
 """Data warnings at the start of a run, and errors about fields named in attr."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from mistakes import BASIC, DATA, change, place, run, whole
+from PIL import Image
 from tokenizer_fixture import PUBLISHED, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +43,90 @@ def loader(*overrides: str) -> MicroBatches:
 def report_lines(*overrides: str) -> list[str]:
     """The lines of the report after the first."""
     return loader(*overrides).report().splitlines()[1:]
+
+
+# -- images, files and fields of which only a part is used ----------------------------------------
+
+
+def test_images_of_which_the_pixels_lose_something_are_counted(place):
+    """The values are those of transformers, but what they leave out is told."""
+    steps = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(steps.astype(np.uint16)).save("data/deep.png")
+    Image.fromarray((steps / 65535).astype(np.float32)).save("data/float.tif")
+    first, *others = (Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue"))
+    for name in ("pages.tif", "moves.gif", "moves.webp", "moves.png"):
+        first.save(f"data/{name}", save_all=True, append_images=others)
+    first.save("data/one.gif")
+    Image.new("RGBA", (64, 64)).save("data/clear.png")
+    names = ["deep.png", "float.tif", "pages.tif", "moves.gif", "moves.webp", "moves.png", "one.gif", "clear.png"]
+    asked = {"role": "user", "content": "<image>" * len(names)}
+    frames = {"role": "user", "content": "<video>"}
+    write(
+        FILE,
+        TEXT | {"messages": [asked, TEXT["messages"][1]], "images": names},
+        TEXT | {"messages": [frames, TEXT["messages"][1]], "videos": [["deep.png", "deep.png"]]},
+    )
+    for more in ([], [CACHE], [CACHE]):
+        assert report_lines(*more) == [
+            (
+                "data: 3 images have more than 8 bits a channel, and all above 255 is white, as in transformers; first: "
+                "data/a.json, record 1 (id t)"
+            ),
+            (
+                "data: 4 images have several frames or pages, and as in transformers only the first is used; first: "
+                "data/a.json, record 1 (id t)"
+            ),
+        ]
+    asked = {"from": "human", "value": "<image>" * len(names)}
+    write(FILE, {"conversations": [asked, {"from": "gpt", "value": "y"}], "image": names})
+    for more in ([], ["--tokenizer", "hf"]):
+        done = run(".", *DATA, *more)
+        assert "\n2 images have more than 8 bits a channel" in done.out, done.err
+        assert "\n4 images have several frames or pages" in done.out
+
+
+def test_frames_in_a_format_that_is_not_read_are_not_left_out(place):
+    frame = Image.new("RGB", (64, 64))
+    Path("data/v").mkdir()
+    for name in ("1.png", "2.gif", "3.jfif", "4.png"):
+        frame.save(f"data/v/{name}")
+    write(FILE, TEXT | {"messages": [{"role": "user", "content": "<video>"}, TEXT["messages"][1]], "video": "v"})
+    assert loader().dataset[0].grid_thw.tolist() == [[2, 4, 4]]
+    Path("data/v/5.heic").write_bytes(b"x")
+    with pytest.raises(RecordError, match=r"5\.heic is a frame in a format that is not read; make it JPEG or PNG"):
+        loader()
+
+
+def test_a_file_that_is_listed_twice_is_reported(place):
+    write("data/b.json", TEXT)
+    assert report_lines(f"{BASIC}.dataset=data/b.json,data/../data/b.json") == [
+        "data: data/../data/b.json is listed more than once, and so are its records in each epoch"
+    ]
+
+
+def test_a_usual_field_beside_the_one_in_attr_is_reported(place):
+    """attr says which one counts; the other one is not read, as any field that is not."""
+    turns = [{"role": "user", "content": "<image>", "text": "x"}, {"role": "assistant", "content": "y"}]
+    write(FILE, {"messages": turns, "images": ["1.png"], "photo": "2.png"}, {"messages": TEXT["messages"]})
+    assert report_lines(f"{ATTR}.images=photo") == [
+        (
+            "data: fields that are not read: images (1 time, first: data/a.json, record 1), "
+            "messages[].text (1 time, first: data/a.json, record 1, messages[0])"
+        )
+    ]
+    write(FILE, {"messages": [turn | {"text": "z"} for turn in TEXT["messages"]]})
+    assert report_lines(f"{ATTR}.content_tag=text") == [
+        "data: fields that are not read: messages[].content (2 times, first: data/a.json, record 1, messages[0])"
+    ]
+
+
+def test_answers_that_mask_history_leaves_out_against_the_record_are_counted(place):
+    turns = [turn | {"loss": i % 2} for i, turn in enumerate(TEXT["messages"] * 3)]
+    write(FILE, {"messages": turns}, {"messages": TEXT["messages"] * 2})
+    assert report_lines() == []
+    assert report_lines(f"{BASIC}.mask_history=true") == [
+        "data: 2 answers are marked to be trained, but left out by mask_history: true; first: data/a.json, record 1"
+    ]
 
 
 # -- names in attr ---------------------------------------------------------------------------------

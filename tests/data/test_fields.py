@@ -234,7 +234,7 @@ def test_attr_chooses_the_trained_side_of_preference_pairs(tmp_path):
     raw = {"messages": [Q], "chosen": [Q, A], "rejected": "B", "rejected_images": ["b.png"]}
     ((record,), warnings) = read(tmp_path, raw, attr=Attr(messages="chosen"))
     assert record.turns[-1].content == "A"
-    assert warnings[-1].startswith(f"{NOT_READ}rejected (1 time, first: ")
+    assert warnings[-1].startswith(f"{NOT_READ}messages (1 time, first: ") and ", rejected (1 time" in warnings[-1]
 
 
 def test_many_unread_fields_are_summed_up(tmp_path):

@@ -132,10 +132,10 @@ def test_a_process_that_dies_ends_the_conversion(home, monkeypatch):
     """As if memory had run out: one line, and nothing is written."""
     check = module.upright_size
 
-    def dying(path):
+    def dying(path, odd):
         if path.name == f"{13:012}.jpg":
             os.kill(os.getpid(), signal.SIGKILL)
-        return check(path)
+        return check(path, odd)
 
     monkeypatch.setattr(module, "upright_size", dying)
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_a_process_that_dies_ends_the_conversion(home, monkeypatch):
 
 
 def test_an_error_of_a_whole_job_is_one_line(home, monkeypatch):
-    def full(path):
+    def full(path, odd):
         raise SettingError("cache_dir: cannot be written")
 
     monkeypatch.setattr(module, "upright_size", full)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peer import config_dict, pack, pair, peer_inputs, sample
+from peer import config_dict, forward_aux, pack, pair, peer_inputs, sample
 
 from qwen35.model import Qwen35, load_config
 from qwen35.model.linear import recomputed_linear
@@ -116,7 +116,7 @@ def peer_aux_loss(theirs, s):
 def test_aux_loss_equals_transformers():
     ours, theirs = pair(config_dict())
     s = sample([50, (4, 4), 30])
-    _, aux = ours.forward_aux(s)
+    _, aux = forward_aux(ours, s)
     reference = peer_aux_loss(theirs, s)
     assert error(aux, reference) <= 1e-6
     aux.backward()
@@ -134,8 +134,8 @@ def test_pad_tokens_are_left_out_of_the_aux_loss():
     ours, _ = pair(config_dict())
     real, tail = sample([40]), sample([13], seed=9)
     is_pad = torch.arange(53) >= 40
-    _, aux = ours.forward_aux(dataclasses.replace(pack([real, tail]), is_pad=is_pad))
-    _, alone = ours.forward_aux(real)
+    _, aux = forward_aux(ours, dataclasses.replace(pack([real, tail]), is_pad=is_pad))
+    _, alone = forward_aux(ours, real)
     assert error(aux, alone) <= 1e-6
 
 
@@ -175,7 +175,7 @@ def test_recompute_gives_the_same_gradients():
     for recompute in (False, True):
         ours.zero_grad()
         ours.recompute(recompute)
-        hidden, aux = ours.forward_aux(batch)
+        hidden, aux = forward_aux(ours, batch)
         (hidden.square().sum() + aux).backward()
         results.append({n: p.grad.clone() for n, p in ours.named_parameters() if p.grad is not None})
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[1]) and results[0].keys() == results[1].keys()

@@ -32,6 +32,7 @@ from qwen35.config.schema import TrainingSettings
 from qwen35.device import HOST
 from qwen35.errors import UserError
 from qwen35.model import load_config
+from qwen35.model.config import ConfigError, check_same
 from qwen35.training.metrics import read_metrics
 from qwen35.training.resume import (
     check_disk,
@@ -375,7 +376,7 @@ def test_resuming_on_other_numbers_of_ranks_gives_the_same_curve(workplace, two,
 
 
 def test_resuming_with_another_config_is_refused(workplace, tmp_path):
-    """The shapes are the same: changed config values are named, unless the checkpoint has none."""
+    """The shapes are the same: changed values are named, unless the checkpoint has none."""
     config, settings = load_config(workplace / "weights"), load_settings(workplace / "recipe.yaml")
     levels = {"image": {"mean": (0.5, 0.5, 0.5), "scale": 1 / 255}}
     position = {"bins_a_step": 2, "data": "x", "model": asdict(config), "levels": levels, "mtp_num_layers": 0}
@@ -388,11 +389,11 @@ def test_resuming_with_another_config_is_refused(workplace, tmp_path):
         )
 
     check_extra(loaded(position), position, settings)
-    check_extra(loaded({k: v for k, v in kept.items() if k != "model"}), position, settings)
-    with pytest.raises(SettingError) as caught:
-        check_extra(loaded(kept), position, settings)
+    check_same(tmp_path / "iter_0000003", {}, config)
+    with pytest.raises(ConfigError) as caught:
+        check_same(tmp_path / "iter_0000003", loaded(kept).extra["model"], config)
     words = str(caught.value)
-    assert "iter_0000003 was trained with another config.json (text.layer_types: ('full_attention', " in words
+    assert "iter_0000003 was made with another config.json (text.layer_types: ('full_attention', " in words
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
     assert "initializer_range" not in words and "\n" not in words
     brighter = {**position, "levels": {"image": {"mean": (0.4, 0.5, 0.5), "scale": 1 / 255}}}

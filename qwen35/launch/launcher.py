@@ -21,6 +21,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -164,7 +165,7 @@ def run(
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         try:
             if rendezvous:
-                args.master_port = rendezvous.regroup(failure.summary, next_port(args))
+                args.master_port = rendezvous.regroup(failure.summary, partial(next_port, args))
         except UserError as error:
             failure = Failure(str(error), is_user_error=bool(rendezvous and rendezvous.is_user_error))
             break

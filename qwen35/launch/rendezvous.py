@@ -16,7 +16,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -275,11 +275,12 @@ class Rendezvous:
             file.with_suffix(".new").write_text(json.dumps(reason))
             file.with_suffix(".new").replace(file)
 
-    def regroup(self, message: str, port: int) -> int:
+    def regroup(self, message: str, choose_port: Callable[[], int]) -> int:
         """Wait until the ranks of all nodes have ended by a failure that a restart may get past.
 
-        message: the failure of this node. port: on node 0, the port for the next ranks. Returns the
-        port that node 0 chose. Raises RendezvousError, on all nodes, if one of them cannot restart.
+        message: the failure of this node. choose_port: called on node 0, once nobody is at the old
+        port any more. Returns the port for the next ranks, which is the same on all nodes. Raises
+        RendezvousError, on all nodes, if one of them cannot restart.
         """
         for node, peer in list(self.peers.items()):
             with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
@@ -292,10 +293,11 @@ class Rendezvous:
         if self.ended:
             raise RendezvousError(f"node {min(self.ended)} has ended, and does not restart")
         self.failed.clear()
-        for node, peer in self.peers.items() if self.params.node_rank == 0 else ():
-            with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
-                peer.send(port=port)
         if self.params.node_rank == 0:
+            port = choose_port()
+            for node, peer in self.peers.items():
+                with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
+                    peer.send(port=port)
             return port
         with _raising_if_lost(f"node 0 ended: {LAUNCHER_GONE}"):
             reply = self.peers[0].receive(REPLY_TIMEOUT) or {}

@@ -246,7 +246,7 @@ def test_the_reason_why_a_node_does_not_restart_is_reported():
     first, second = met(2)
     second.close("a.json, record 3: no such file", is_user_error=True)
     with pytest.raises(RendezvousError, match=r"^node 1 ended: a\.json, record 3: no such file$"):
-        first.regroup("rank 0: connection closed by peer", 6000)
+        first.regroup("rank 0: connection closed by peer", lambda: 6000)
     assert first.is_user_error
     first.close(None)
 

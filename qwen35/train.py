@@ -22,7 +22,7 @@ from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
-from qwen35.checkpoint.dcp_folder import load_notes, repair_save_folder
+from qwen35.checkpoint.dcp_folder import keep_newest, load_notes, repair_save_folder
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
@@ -278,8 +278,11 @@ def is_finished(run: Run, folder: Path) -> bool:
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
-        draw_loss(folder)  # a run killed while drawing left an outdated plot
+    if dist.get_rank() == 0:  # a run killed at its end left more checkpoints, or an outdated plot
+        if (limit := run.settings.training.save_total_limit) is not None:
+            keep_newest(folder, limit)
+        if (folder / "metrics.jsonl").exists():
+            draw_loss(folder)
     return True
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_in import answer, given, install, npu_machine, only, program, table, write, wrong
+from stand_in import LOCK, answer, given, install, npu_machine, only, program, table, write, wrong
 
 import kernels
 from qwen35.tools import stack
@@ -50,6 +50,35 @@ def test_installation_differs_from_the_lock_file(m: Machine) -> None:
     assert "incomplete -> make install" in wrong(host.installation(m))
     shutil.rmtree(m.root / ".venv")
     assert "there is none yet -> make install" in wrong(host.installation(m))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "is_in_range"),
+    [
+        ("torch", "2.6.0", False), ("torch", "2.7.0", False), ("torch", "2.7.1+cpu", True), ("torch", "2.10.0", True),
+        ("torch", "2.13.1", True), ("torch", "2.14.0", False), ("torch", "3.0.0", False),
+        ("transformers", "4.57.1", False), ("transformers", "5.2.0", True), ("transformers", "5.23.2", True),
+        ("transformers", "5.24.0", False),
+    ],
+)  # fmt: skip
+def test_releases_that_nothing_was_tested_on_are_wrong(m: Machine, name: str, version: str, is_in_range: bool) -> None:
+    install(Path(m.site[0]), name, version)
+    found = [*host.installation(m)]
+    if is_in_range:
+        assert {f.status for f in found} <= {"ok", "note"}
+    else:
+        oldest, newest = stack.TESTED[name]
+        line = wrong(found)
+        assert f"{name}" in line and f"{version}: the code is for {oldest} to {newest} -> make install" in line
+
+
+def test_all_that_is_installed_is_in_the_range() -> None:
+    """Also with another CANN, by versions.txt, and in `make test-versions`."""
+    pins = [line.partition(" ; ")[0] for file in LOCK.parent.glob("*.txt") for line in file.read_text().splitlines()]
+    found = [pin.split("==") for pin in pins if pin.startswith(("torch==", "transformers=="))]
+    found += [["torch", row.torch_npu] for row in stack.stacks()]
+    found += re.findall(r': "\$\{(TRANSFORMERS):=([0-9.]+)', (LOCK.parents[2] / "env.sh").read_text())
+    assert len(found) > 15 and all(stack.is_tested(name.lower(), version) for name, version in found)
 
 
 def test_mm_convert_of_another_folder_is_noted(m: Machine) -> None:

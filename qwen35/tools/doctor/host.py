@@ -18,7 +18,7 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Literal
 
-from qwen35.tools.stack import of_torch_npu
+from qwen35.tools.stack import TESTED, is_tested, of_torch_npu
 
 PYTHONS = ((3, 10), (3, 12))
 PROBE = """
@@ -130,6 +130,9 @@ def installation(m: Machine) -> Iterator[Finding]:
     if missing := [name for name in (*pins, "qwen35") if name not in found]:
         yield wrong("installation", f"{few(missing)} of {lock.name} missing", INSTALL)
         return
+    for name, (oldest, newest) in TESTED.items():
+        if not is_tested(name, found[name]):
+            yield wrong(name, f"{found[name]}: the code is for {oldest} to {newest}", INSTALL)
     if others:
         fact = f"other versions than {lock.name} pins, which the tests have run on: {few(others)}"
         yield note("installation", fact, "make install restores the pinned versions")

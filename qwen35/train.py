@@ -278,11 +278,10 @@ def is_finished(run: Run, folder: Path) -> bool:
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    if dist.get_rank() == 0:  # a run killed at its end left more checkpoints, or an outdated plot
-        if (limit := run.settings.training.save_total_limit) is not None:
-            keep_newest(folder, limit)
-        if (folder / "metrics.jsonl").exists():
-            draw_loss(folder)
+    if dist.get_rank() == 0 and run.settings.training.save_total_limit is not None:  # killed before it removed them
+        keep_newest(folder, run.settings.training.save_total_limit)
+    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
+        draw_loss(folder)  # a run killed while drawing left an outdated plot
     return True
 
 

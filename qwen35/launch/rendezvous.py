@@ -31,7 +31,7 @@ from qwen35.launch.connection import (
     authenticate,
 )
 from qwen35.log import logger
-from qwen35.network import LOOPBACK
+from qwen35.tools.address import listen
 from qwen35.wording import named
 
 WITHHELD = f"the nodes did not start; node 0 prints the reason, and with {SECRET} set every node does"
@@ -99,14 +99,6 @@ class WaitingLog:
 
 
 # -- node 0 ----------------------------------------------------------------------------------------
-
-
-def listen(port: int, is_alone: bool = False) -> socket.socket:
-    """A socket at all IPv4 and IPv6 addresses, or at loopback for a single node. Raises OSError."""
-    if is_alone:
-        return socket.create_server((LOOPBACK, port))
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
 def _host(params: RendezvousParameters) -> "Rendezvous":

@@ -14,9 +14,10 @@ from ports import free_port
 
 from qwen35.config.load import SettingError
 from qwen35.launch.connection import Peer, PeerLost, authenticate
-from qwen35.launch.rendezvous import Rendezvous, RendezvousError, RendezvousParameters, join, listen
+from qwen35.launch.rendezvous import Rendezvous, RendezvousError, RendezvousParameters, join
 from qwen35.log import logger
 from qwen35.network import interface_of
+from qwen35.tools.address import listen
 from qwen35.wording import named
 
 SECRET = "a secret of the tests"

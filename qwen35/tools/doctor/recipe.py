@@ -1,20 +1,52 @@
-"""The recipe and what it names: the run's own checks, in their order and in their words."""
+"""What is checked once all is installed: the host, the recipe, and what the recipe names.
 
-import os
+By the run's own checks, in their order and in their words.
+"""
+
+import resource
+import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
+import torch
+
+import kernels
+from qwen35.checkpoint.dcp import CheckpointInfo, open_matching_checkpoint, read_info
+from qwen35.checkpoint.dcp_folder import find_newest, load_notes
+from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
+from qwen35.checkpoint.lock import LOCK, holding
+from qwen35.config.layout import check_layout
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
+from qwen35.data import MicroBatches
+from qwen35.data.tokenized import Progress
+from qwen35.device import HOST, enable_determinism
 from qwen35.errors import USER_ERRORS, SettingError, one_line
-from qwen35.tools.doctor.host import Finding, Machine, gib, note, ok, wrong
+from qwen35.model import Qwen35, load_config
+from qwen35.network import interface_of
+from qwen35.tools.address import DEFAULT_PORT, check_address
+from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
+from qwen35.training.parameter_groups import count, freeze
+from qwen35.training.resume import (
+    changes,
+    check_disk,
+    check_extra,
+    check_finished,
+    check_info,
+    choose_weights,
+    make_extra,
+)
+from qwen35.training.validation import Validation
 
-if TYPE_CHECKING:
-    from qwen35.checkpoint.dcp import CheckpointInfo
-    from qwen35.config.schema import Settings
-
+GIB = 2**30
+MIN_MEMORY = 2 * GIB  # a process that only imports torch takes half of that
+OPEN_FILES = 1024  # every tensor on its way from a data loader is an open file
 SECONDS = 30.0  # for reading the records of a set
 BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one in use
 NO_CACHE = "data.dataset_param.basic_parameters.cache_dir=null"  # nothing is written
@@ -34,12 +66,49 @@ class _TimeIsUpError(Exception):
     """Reading takes too long; what was read until then is in order."""
 
 
-def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
-    import kernels
-    from qwen35.config.layout import check_layout
-    from qwen35.config.load import load_settings
-    from qwen35.device import HOST, enable_determinism
+@contextmanager
+def checking(found: list[Finding], subject: str, todo: str = "") -> Iterator[None]:
+    """Add the error of the block to the findings, and go on."""
+    try:
+        yield
+    except (*USER_ERRORS, kernels.KernelError) as error:
+        found.append(wrong(subject, one_line(error), todo or TODO[subject]))
 
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.0f} MiB"
+
+
+def host(m: Machine) -> list[Finding]:
+    """Memory, open files, the address of node 0, and the interfaces that variables name."""
+    memory = psutil.virtual_memory()
+    fact = f"{gib(memory.available)} of {gib(memory.total)} available"
+    found = [ok("memory", fact) if memory.available >= MIN_MEMORY else wrong("memory", fact, "end other programs")]
+    if 0 <= (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < OPEN_FILES:
+        found.append(wrong("open files", f"at most {soft} a process", f"ulimit -n {OPEN_FILES}, before the run"))
+    nodes, is_first = m.number("NODES", 1), m.number("NODE_RANK", 0) == 0
+    port = m.number("MASTER_PORT", DEFAULT_PORT if nodes > 1 else 0)
+    with checking(found, "node 0", "env.sh describes MASTER_ADDR and MASTER_PORT"):
+        check_address(m.get("MASTER_ADDR") or "localhost", port if is_first else None, nodes == 1)
+    for name in ("NODE_ADDR", "HCCL_IF_IP") if m.accelerator else ("NODE_ADDR",):
+        with checking(found, name, "an address of this machine's own: ip address"):
+            if m.get(name):
+                interface_of(m.get(name), name)
+    # gloo takes full names, all of which must exist. HCCL takes prefixes of names, full names after
+    # "=", and excludes those after "^".
+    names = sorted(name for _, name in socket.if_nameindex())
+    todo = f"there are {', '.join(names)}"
+    if missing := [n for n in m.get("GLOO_SOCKET_IFNAME").split(",") if n and n not in names]:
+        found.append(wrong("GLOO_SOCKET_IFNAME", f"no interface {', '.join(missing)}", todo))
+    if m.accelerator and (pattern := m.get("HCCL_SOCKET_IFNAME")):
+        words = tuple(pattern.lstrip("^=").split(","))
+        matching = [n for n in names if (n in words if "=" in pattern[:2] else n.startswith(words))]
+        if not [n for n in names if (n in matching) != (pattern[0] == "^")]:
+            found.append(wrong("HCCL_SOCKET_IFNAME", f"{pattern} matches no interface", todo))
+    return found
+
+
+def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     try:
         s = load_settings(config, [*overrides, NO_CACHE])
     except SettingError as error:
@@ -55,114 +124,87 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
     if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
         return [*found, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
-    checked = SimpleNamespace(config=None, loaded=None)
     with checking(found, "model"):
-        model(m, s, found, checked, world)
-    return [*found, *records(s, checked.config, checked.loaded, world)] if checked.config else found
+        loaded = model(m, s, found, world)
+        found += records(s, loaded, world)
+    return found
 
 
-@contextmanager
-def checking(found: list[Finding], subject: str) -> Iterator[None]:
-    """Add the error of the block to the findings."""
-    from kernels import KernelError
+def model(m: Machine, s: Settings, found: list[Finding], world: int) -> CheckpointInfo | None:
+    """The model, the weights it starts from, and the space that batches and checkpoints need.
 
-    try:
-        yield
-    except (*USER_ERRORS, KernelError) as error:
-        found.append(wrong(subject, one_line(error), TODO["data" if subject == "validation" else subject]))
-
-
-def model(m: Machine, s: "Settings", found: list[Finding], checked: SimpleNamespace, world: int) -> None:
-    """The model, the weights it starts from, and the space that batches and checkpoints need."""
-    import torch
-
-    from qwen35.checkpoint.dcp import open_matching_checkpoint, read_info
-    from qwen35.checkpoint.dcp_folder import find_newest, load_notes
-    from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
-    from qwen35.checkpoint.lock import LOCK, holding
-    from qwen35.model import Qwen35, load_config
-    from qwen35.training.parameter_groups import count, freeze
-    from qwen35.training.resume import check_disk, check_info, choose_weights
-
+    Returns the checkpoint of a run that goes on.
+    """
     folder, save, t = s.model.model_name_or_path, Path(s.training.save), s.training
-    unread = not_read(folder)
-    config = load_config(folder)
+    unread, config, loaded = not_read(folder), load_config(folder), None
     with torch.device("meta"):
         whole = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
     freeze(whole, s.model.freeze)
     check_export(whole, folder)
-    checked.config = config  # with which the data can be read
     trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
     found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
-    step = 0
     with checking(found, "weights"):
         find_newest(save)
         path, is_hf = choose_weights(s)
         open_matching_folder(whole, path) if is_hf else open_matching_checkpoint(whole, path)
         unread += not_read(path) if is_hf and path != Path(folder) else []
-        if not is_hf and (loaded := read_info(path)).step:
-            check_info(loaded, s, world)
-            checked.loaded, step = loaded, loaded.step
+        if not is_hf and (info := read_info(path)).step:
+            check_info(info, s, world)
+            loaded = info
         found.append(ok("weights", "; ".join([f"from {path}", *load_notes(path.parent, path)])))
     found += [note("model", line, "ignore this if training does not need it") for line in unread]
     with checking(found, "disk"):
         if (save / LOCK).exists():
             with holding(save):  # no other job does
                 pass
+        step = (loaded and loaded.step) or 0
         found.append(ok("disk", f"{save}: {check_disk(t, whole.parameters(), step)}"))
     vision, loader = config.vision, s.data.dataloader_param
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
     patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
     if batches := m.processes() * loader.num_workers * BATCHES:
-        found.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
+        with checking(found, "/dev/shm", "mount it, as containers do by default"):
+            found.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
+    return loaded
 
 
 def shared_memory(m: Machine, least: int, most: int) -> Finding:
     """Loaders pass batches through /dev/shm: `least` bytes, `most` if full of images."""
     todo = "start the container with a larger --shm-size, or set data.dataloader_param.num_workers=0"
-    try:
-        stat = os.statvfs(m.files / "dev/shm")
-    except OSError as error:
-        return wrong("/dev/shm", str(error.strerror), todo)
-    free = stat.f_bavail * stat.f_frsize
-    if free < least:
-        return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
-    if free < most:
+    free = shutil.disk_usage(m.files / "dev/shm").free
+    if free >= most:
+        return ok("/dev/shm", f"{gib(free)} free, the data loaders need {gib(most)} at most")
+    if free >= least:
         return note("/dev/shm", f"{gib(free)} free, enough unless batches are full of images ({gib(most)})", todo)
-    return ok("/dev/shm", f"{gib(free)} free, the data loaders need {gib(most)} at most")
+    return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
 
 
-def records(s: "Settings", config: Any = None, loaded: "CheckpointInfo | None" = None, world: int = 1) -> list[Finding]:
+def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -> list[Finding]:
     """All records of both sets, read as the run does, each set for at most SECONDS.
 
-    loaded: a checkpoint of a run, which must have been trained on the same data.
+    loaded: the checkpoint of a run that goes on, which must have been trained on the same data.
     """
-    from qwen35.data import MicroBatches
-    from qwen35.device import HOST
-    from qwen35.training.resume import changes, check_extra, check_finished, make_extra
-    from qwen35.training.validation import Validation
-
     found: list[Finding] = []
     with reading(found, "data") as progress:
         batches = MicroBatches(s, 0, 1, progress=progress)
-        if loaded:
-            extra = make_extra(s, config, batches.fingerprint, batches.normalization, world)
-            check_extra(loaded, extra, s)
-            if (loaded.step or 0) >= s.training.train_iters:
-                check_finished(Path(s.training.save), loaded.step or 0, changes(loaded.path.parent, s), s)
+        if loaded and loaded.step:
+            config = load_config(s.model.model_name_or_path)
+            check_extra(loaded, make_extra(s, config, batches.fingerprint, batches.normalization, world), s)
+            if loaded.step >= s.training.train_iters:
+                check_finished(Path(s.training.save), loaded.step, changes(loaded.path.parent, s), s)
         first, *others = batches.report().splitlines()
         found.append(ok("data", first.removeprefix("data: ")))
         found += [note("data", line.removeprefix("data: ")) for line in (*others, *batches.size_warnings)]
     if val := s.validation:
         with reading(found, "validation") as progress:
             alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here
-            validation = Validation(val, alone, HOST, None, progress, s.data.dataset_param)  # type: ignore[arg-type]
+            validation = Validation(val, alone, HOST, torch.float32, progress, s.data.dataset_param)
             found.append(ok("validation", validation.report().partition(": ")[2]))
     return found
 
 
 @contextmanager
-def reading(found: list[Finding], subject: str) -> "Iterator[Any]":
+def reading(found: list[Finding], subject: str) -> Iterator[Progress]:
     """As `checking`, with what a set calls for each record. Without more time it is a note."""
     count, end = 0, time.monotonic() + SECONDS
 
@@ -172,7 +214,7 @@ def reading(found: list[Finding], subject: str) -> "Iterator[Any]":
         if time.monotonic() > end:
             raise _TimeIsUpError
 
-    with checking(found, subject):
+    with checking(found, subject, TODO["data"]):
         try:
             yield progress
         except _TimeIsUpError:

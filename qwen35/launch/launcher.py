@@ -27,7 +27,7 @@ from types import FrameType
 from typing import NoReturn
 
 from qwen35.config.layout import check_layout
-from qwen35.config.load import SettingError, load_settings
+from qwen35.config.load import SettingError, load_settings, parse_words
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain, whole_number
 from qwen35.launch.cluster import find_place
 from qwen35.launch.connection import SECRET, check_secret
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--master_port", type=whole_number(1, 65535), help="of node 0, free; default: any, with several nodes 6000")
     add("--rendezvous_timeout", type=whole_number(1, 86400), default=300, help="seconds to wait for the other nodes")
     add("--preflight", action="store_true", help="compare the nodes, measure an all-reduce, and train nothing")
-    add("config", help="a recipe, e.g. configs/tiny.yaml")
-    add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     if args.node_rank >= (args.nnodes or 1):
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes or 1}")
     try:

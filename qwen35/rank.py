@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from qwen35.config.load import load_settings
+from qwen35.config.load import load_settings, parse_words
 from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, one_line
 from qwen35.log import logger, set_up_logging
@@ -121,9 +121,7 @@ def run_rank(
     reason of the first; no rank prints its own.
     """
     parser = Parser(prog=name, description=description)
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     try:
         place = find_place(os.environ)
         set_up_logging(int(os.environ.get("RANK", "0")))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kernels import KernelError
-from qwen35.config.load import load_settings
+from qwen35.config.load import load_settings, parse_words
 from qwen35.config.schema import Settings
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 from rehearse import report
@@ -51,8 +51,6 @@ def number(least: float, most: float) -> Callable[[str], float]:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="rehearse", description=__doc__)
     add, positive, share = parser.add_argument, whole_number(1), number(0, 1)
-    add("config", help="a recipe, e.g. configs/qwen3_5_4B.yaml")
-    add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
     add("--nodes", type=positive, default=1, help="default: 1")
     add("--npus-per-node", type=positive, default=8, help="default: 8")
     add("--memory-gb", type=positive, default=64, help="memory of one NPU; default: 64")
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", action="store_true", help="add a last line: best and worst seconds of a step, bytes at the peak")
     add("--whole", action="store_true", help="run every layer, not a few for all that are alike: slower, same figures")
     add("--scaling", action="store_true", help="print only what is sent on 16 to 1,024 NPUs")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_words(parser, argv)
     if find_spec("torch_npu") is None:
         parser.error("torch_npu is not installed; scripts/rehearse.sh brings it, with stand-ins for CANN")
     import_module("kernels.npu")  # and with it, torch has the device

@@ -14,8 +14,6 @@ if error=$(split "${ARGS:-}" 2>&1); then split "${ARGS:-}"; else values+=("${err
 if (load_cann) >/dev/null 2>&1; then load_cann; fi # where there is none, qwen35.tools.doctor says so
 if help_in "${words[@]}" "$@"; then exec bash "$0" --help; fi
 device_env
-CONVERT_DCP=$(converted) EXPORT_OUT=$(exported)
-export CONVERT_DCP EXPORT_OUT # for their disks
 options=("${values[@]/#/--wrong=}")
 if [[ $(device) == npu ]]; then options+=(--accelerator=npu); fi
 for candidate in "$python" python3 python3.11 python3.10 python3.12; do

@@ -94,9 +94,6 @@ def npu_machine(tmp_path: Path) -> Machine:
     for name in ("davinci_manager", "devmm_svm", "hisi_hdc", *(f"davinci{i}" for i in range(8))):
         write(files / "dev" / name)
     (files / "dev/shm").mkdir()
-    write(files / "proc/meminfo", "MemTotal: 263700000 kB\nMemFree: 1 kB\nMemAvailable: 250000000 kB\n")
-    for name in ("lo", "eth0", "eth1"):
-        write(files / "sys/class/net" / name / "address")
     write(files / "usr/local/Ascend/driver/version.info", "Version=25.5.2\nascendhal_version=7.35.23\n")
     info = f"package_name=Ascend-cann-toolkit\nversion=8.5.0\ninnerversion=V100R001C25\npath={home}\n"
     for kind in ("toolkit", "ops"):

@@ -103,8 +103,7 @@ class Saver:
         self, step: int, shards: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
     ) -> None:
         write_shards(self.folder, step, shards, extra, rank_extra, self._group)
-        if self.limit is not None:
-            limit = self.limit
+        if (limit := self.limit) is not None:
             remove = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
             run_sharing_errors(remove, self._group, f"{self.folder}: older checkpoints cannot be removed")
 

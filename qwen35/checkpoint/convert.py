@@ -15,7 +15,7 @@ from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_note
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
-from qwen35.checkpoint.folders import check_disjoint, check_replaceable
+from qwen35.checkpoint.folders import check_disjoint, check_free_space, check_replaceable
 from qwen35.checkpoint.hf import not_read, shapes_by_config
 from qwen35.checkpoint.hf_names import HEAD
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, same_bytes
@@ -50,6 +50,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
     if folder.is_dir() and any(ITERATION.fullmatch(path.name) for path in folder.iterdir()):
         raise CheckpointError(f"{folder} holds the checkpoints of a training run; convert to another folder")
     nbytes = sum(spec.nbytes for spec in source.specs.values())
+    check_free_space(folder, nbytes)
     with progress_bar(total=nbytes, desc="hf_to_dcp") as bar:
         rest = partial(write_extra, extra={"model": asdict(load_config(hf_dir))})
         release = write_release(FiniteSource(source, hf_dir), folder, bar.update, rest)

@@ -11,11 +11,13 @@ tensors). A folder that lacks one of these files was interrupted and is never ch
 contradicts itself is refused.
 """
 
+import itertools
 import json
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,7 @@ def _manifest_checksum(content: Mapping[str, Any]) -> str:
 def read_manifest(checkpoint: Path) -> Mapping[str, Any]:
     """The content of complete.json, compared with the files that are there.
 
-    Raises IncompleteError if the checkpoint is incomplete, CheckpointError if it contradicts
-    itself.
+    Raises IncompleteError if part of it is missing, CheckpointError if it contradicts itself.
     """
     file = checkpoint / MANIFEST
     content = read_object(file, IncompleteError)
@@ -146,11 +147,9 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     skipped silently.
     """
     for path in _candidates(Path(folder)):
-        try:
+        with suppress(IncompleteError):
             read_manifest(path)
-        except IncompleteError:
-            continue
-        return path
+            return path
     return None
 
 
@@ -162,13 +161,10 @@ def _candidates(folder: Path) -> list[Path]:
     return [*(steps[step] for step in sorted(steps, reverse=True)), folder / RELEASE]
 
 
-def skipped_checkpoints(folder: Path, chosen: Path | None) -> Iterator[tuple[Path, str]]:
+def skipped_checkpoints(folder: Path, chosen: Path | None) -> list[tuple[Path, str]]:
     """The incomplete checkpoints newer than the chosen one, and what is wrong with them."""
-    for path in _candidates(folder):
-        if path == chosen:
-            return
-        if path.is_dir():
-            yield path, _damage(path)
+    newer = itertools.takewhile(lambda path: path != chosen, _candidates(folder))
+    return [(path, _damage(path)) for path in newer if path.is_dir()]
 
 
 def resolve_load(path: str | Path) -> Path:
@@ -211,6 +207,19 @@ def latest(folder: Path) -> str | None:
 
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The checkpoint from which a save folder's run goes on; newer incomplete ones, and why.
+
+    Raises CheckpointError if all are incomplete: a run must not quietly start from scratch.
+    """
+    newest = newest_checkpoint(folder)
+    broken = [(path, why) for path, why in skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)]
+    if broken and newest is None:
+        path, why = broken[0]
+        raise CheckpointError(f"{folder}: no complete checkpoint in it; {why}. Move {path.name} away to start anew")
+    return newest, broken
 
 
 def keep_newest(folder: Path, limit: int) -> None:

@@ -102,6 +102,13 @@ def _remove_replaced(old: Path) -> None:
     shutil.rmtree(old)
 
 
+def check_free_space(out: Path, needed: int) -> None:
+    """Raises CheckpointError if a folder, which need not exist, cannot take so many bytes."""
+    free = shutil.disk_usage(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())).free
+    if free < needed:
+        raise CheckpointError(f"{out}: takes {needed:,} bytes, and {free:,} are free on that disk")
+
+
 def check_disjoint(original: Path, out: Path) -> None:
     """Raise CheckpointError if one folder is inside the other, or both are the same."""
     if original.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(original.resolve()):

@@ -61,7 +61,7 @@ def save_hf(
     folders.check_disjoint(source.folder, out)
     shapes = {name: spec.shape for name, spec in values.specs.items()}
     tied = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
-    _check_free_space(out, sum((source.folder / file).stat().st_size for file in source.files))
+    folders.check_free_space(out, sum((source.folder / file).stat().st_size for file in source.files))
 
     held = {m.disk_name: (n, m) for n, shape in shapes.items() for m in mappings_of(n, shape, source.specs)}
     if tied:
@@ -203,13 +203,6 @@ def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, head
     Mismatch.between(written, wanted).raise_if_any(headline)
     _other_files(source.folder, source.has_index)
     return tied
-
-
-def _check_free_space(out: Path, needed: int) -> None:
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise CheckpointError(f"{out}: the export takes {needed:,} bytes, and {free:,} are free on that disk")
 
 
 def _other_files(folder: Path, has_index: bool) -> list[Path]:

@@ -3,6 +3,7 @@
 A key that is no setting is an error that names the nearest one.
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -38,8 +39,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     flat = _flatten(tree, str(path))
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
-            raise SettingError(f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20")
+        if not equals or key.startswith("-"):
+            form = f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20"
+            raise SettingError(no_option(override) if key.startswith("-") else form)
         # overriding a section replaces all of it
         flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
         flat |= _flatten({key: _override(key, value)}, key)
@@ -125,7 +127,8 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     flat = {k: v for k, v in flat.items() if not (k in SECTIONS and v in (None, {}))}
     for key, value in flat.items():
         if key in SECTIONS:
-            raise SettingError(f"{key}: {value!r} is not a section with settings in it")
+            advice = f"; {ADVICE.get(key)}" * (key in ADVICE)
+            raise SettingError(f"{key}: {value!r} is not a section with settings in it{advice}")
         if key not in TYPES and key.rpartition(".")[0] not in MAPPINGS:
             raise SettingError(_unknown(key, TYPES))
     required = ["model", "training", f"{TRAIN_SET}.basic_parameters"]
@@ -248,14 +251,27 @@ def difference(old: Settings, new: Settings) -> list[str]:
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in before | after if before.get(k) != after.get(k)]
 
 
+def parse_words(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line with a recipe and settings. An option that is none names the setting."""
+    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
+    args, rest = parser.parse_known_args(argv)
+    if option := next((word for word in rest if word.startswith("-")), None):
+        parser.error(no_option(option))
+    args.overrides += rest  # argparse takes them in one row alone
+    return args
+
+
+def no_option(word: str) -> str:
+    name = word.lstrip("-").partition("=")[0]
+    advice = f"write {name}=…" if name in TYPES else _unknown(name, TYPES)
+    return f"{word} is no option, and settings are given as a.b=c: {advice}"
+
+
 def main() -> int:
     parser = Parser(prog="python -m qwen35.config.load", description="Print the resolved settings.")
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    parser.add_argument(
-        "--get", metavar="NAME", nargs="+", help="print these settings alone, a line each: training.save"
-    )
-    args = parser.parse_args()
+    parser.add_argument("--get", metavar="NAME", nargs="+", help="print these settings alone, a line each")
+    args = parse_words(parser)
     try:
         settings = load_settings(args.config, args.overrides)
         flat = flat_settings(settings)
@@ -264,10 +280,7 @@ def main() -> int:
                 raise SettingError(_unknown(name, flat))
     except SettingError as error:
         return complain(error)
-    if args.get:
-        print(*(flat[name] for name in args.get), sep="\n")
-    else:
-        print(to_yaml(settings), end="")
+    print("\n".join(str(flat[name]) for name in args.get) if args.get else to_yaml(settings).rstrip("\n"))
     return 0
 
 

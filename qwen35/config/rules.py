@@ -13,15 +13,9 @@ CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # a checkpoint's folder in
 
 def check_rules(s: Settings) -> None:
     """Raises SettingError for the first rule that is violated."""
-    for violation in (
-        *_data_rules(s),
-        *_validation_rules(s),
-        *_training_rules(s),
-        *_profile_rules(s),
-        *_folders_rules(s),
-        *_names_rules(s),
-    ):
-        raise SettingError(violation)
+    for rules in (_data_rules, _validation_rules, _training_rules, _profile_rules, _folders_rules, _names_rules):
+        for violation in rules(s):
+            raise SettingError(violation)
 
 
 def _data_rules(s: Settings) -> Iterator[str]:

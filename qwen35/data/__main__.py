@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qwen35.config.load import load_settings
+from qwen35.config.load import load_settings, no_option
 from qwen35.data.llava import Options, convert
 from qwen35.data.preview import show
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
@@ -35,10 +35,11 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args, rest = parser().parse_known_args(argv)
-    if args.command == "show" and not any(word.startswith("-") for word in rest):
+    option = next((word for word in rest if word.startswith("-")), None)
+    if args.command == "show" and not option:
         args.overrides += rest  # argparse only accepts them before --samples
     elif rest:
-        parser().error(f"unknown: {' '.join(rest)}")
+        parser().error(no_option(option) if args.command == "show" and option else f"unknown: {' '.join(rest)}")
     try:
         if args.command == "convert":
             print(convert(Options(**{name: value for name, value in vars(args).items() if name != "command"})))

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen35.config.load import load_settings
+from qwen35.config.load import load_settings, parse_words
 from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain, read_text, visible
 from qwen35.launch.connection import SECRET, check_secret
@@ -250,9 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--preflight", action="store_true", help="compare the nodes, measure an all-reduce, and train nothing"
     )
     parser.add_argument("hosts", help="a file with a node a line: [user@]name [slots=8] [addr=10.0.0.1] [port=22]")
-    parser.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     try:
         hosts = read_hosts(Path(args.hosts))
         check_environment(hosts, os.environ)

@@ -17,31 +17,31 @@ import os
 import platform
 import resource
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from qwen35.config.layout import check_layout
-from qwen35.config.load import SettingError, load_settings
+from qwen35.config.load import SettingError, load_settings, parse_words
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain, whole_number
 from qwen35.launch.cluster import find_place
 from qwen35.launch.connection import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
-from qwen35.launch.rendezvous import Rendezvous, RendezvousParameters, join, listen
+from qwen35.launch.rendezvous import Rendezvous, RendezvousParameters, join
 from qwen35.log import log_at_once, logger, set_up_logging
 from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import STOPPED, die_with, stop_code, stop_signals
 from qwen35.rank import FAILURE_FILE, RESTART
+from qwen35.tools.address import DEFAULT_PORT, check_address, listen
 
 PARENT = "QWEN35_PARENT"  # the job ends with this process, even at kill -9; unset: it outlives its shell
 TMP_NAME = "tmp"  # TMPDIR of the ranks, in the folder of one start of the job
 MIN_OPEN_FILES = 256
-DEFAULT_PORT = 6000  # of node 0; a run of one node takes any free one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--master_port", type=whole_number(1, 65535), help="of node 0, free; default: any, with several nodes 6000")
     add("--rendezvous_timeout", type=whole_number(1, 86400), default=300, help="seconds to wait for the other nodes")
     add("--preflight", action="store_true", help="compare the nodes, measure an all-reduce, and train nothing")
-    add("config", help="a recipe, e.g. configs/tiny.yaml")
-    add("overrides", nargs="*", metavar="a.b=c", help="settings that replace the recipe's")
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     if args.node_rank >= (args.nnodes or 1):
         parser.error(f"--node_rank {args.node_rank} is not below --nnodes {args.nnodes or 1}")
     try:
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         settings = load_settings(args.config, args.overrides)
         check_layout(settings, args.nnodes * args.nproc_per_node)
-        check_address(args)
+        check_address(args.master_addr, args.master_port if args.node_rank == 0 else None, args.nnodes == 1)
         program = "qwen35.preflight" if args.preflight else "qwen35.train"
         rendezvous = join_rendezvous(args) if args.nnodes > 1 else None
         command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
@@ -164,7 +162,7 @@ def run(
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         try:
             if rendezvous:
-                args.master_port = rendezvous.regroup(failure.summary, next_port(args))
+                args.master_port = rendezvous.regroup(failure.summary, partial(next_port, args))
         except UserError as error:
             failure = Failure(str(error), is_user_error=bool(rendezvous and rendezvous.is_user_error))
             break
@@ -184,30 +182,11 @@ def run(
 def next_port(args: argparse.Namespace) -> int:
     """The port for the ranks of several nodes after a restart; node 0 sends it to the others."""
     try:
-        check_address(args)
+        check_address(args.master_addr, args.master_port, is_alone=False)
     except SettingError:  # the old port is not free yet
         with listen(0) as server:
             return server.getsockname()[1]
     return args.master_port
-
-
-def check_address(args: argparse.Namespace) -> None:
-    """MASTER_ADDR must resolve, and on node 0 a given port be free. Raises SettingError."""
-    host, port = args.master_addr, args.master_port
-    try:
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise SettingError(f"MASTER_ADDR={host}: no host of that name is known here") from None
-    if args.node_rank > 0 or port is None:
-        return
-    try:
-        listen(port, is_alone=args.nnodes == 1).close()
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
-        raise SettingError(
-            f"MASTER_PORT={port} cannot be used on this machine ({why}): another program has it, perhaps an earlier run; set"
-            f" another, e.g. MASTER_PORT={port % 65535 + 1}"
-        ) from None
 
 
 def rank_environments(args: argparse.Namespace, folder: Path, attempt: int = 0) -> dict[int, dict[str, str]]:

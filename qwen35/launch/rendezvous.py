@@ -16,7 +16,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from qwen35.launch.connection import (
     authenticate,
 )
 from qwen35.log import logger
-from qwen35.network import LOOPBACK
+from qwen35.tools.address import listen
 from qwen35.wording import named
 
 WITHHELD = f"the nodes did not start; node 0 prints the reason, and with {SECRET} set every node does"
@@ -99,14 +99,6 @@ class WaitingLog:
 
 
 # -- node 0 ----------------------------------------------------------------------------------------
-
-
-def listen(port: int, is_alone: bool = False) -> socket.socket:
-    """A socket at all IPv4 and IPv6 addresses, or at loopback for a single node. Raises OSError."""
-    if is_alone:
-        return socket.create_server((LOOPBACK, port))
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
 def _host(params: RendezvousParameters) -> "Rendezvous":
@@ -275,11 +267,12 @@ class Rendezvous:
             file.with_suffix(".new").write_text(json.dumps(reason))
             file.with_suffix(".new").replace(file)
 
-    def regroup(self, message: str, port: int) -> int:
+    def regroup(self, message: str, choose_port: Callable[[], int]) -> int:
         """Wait until the ranks of all nodes have ended by a failure that a restart may get past.
 
-        message: the failure of this node. port: on node 0, the port for the next ranks. Returns the
-        port that node 0 chose. Raises RendezvousError, on all nodes, if one of them cannot restart.
+        message: the failure of this node. choose_port: called on node 0, once nobody is at the old
+        port any more. Returns the port for the next ranks, which is the same on all nodes. Raises
+        RendezvousError, on all nodes, if one of them cannot restart.
         """
         for node, peer in list(self.peers.items()):
             with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
@@ -292,10 +285,11 @@ class Rendezvous:
         if self.ended:
             raise RendezvousError(f"node {min(self.ended)} has ended, and does not restart")
         self.failed.clear()
-        for node, peer in self.peers.items() if self.params.node_rank == 0 else ():
-            with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
-                peer.send(port=port)
         if self.params.node_rank == 0:
+            port = choose_port()
+            for node, peer in self.peers.items():
+                with _raising_if_lost(f"node {node} ended: {LAUNCHER_GONE}"):
+                    peer.send(port=port)
             return port
         with _raising_if_lost(f"node 0 ended: {LAUNCHER_GONE}"):
             reply = self.peers[0].receive(REPLY_TIMEOUT) or {}

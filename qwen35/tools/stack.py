@@ -27,11 +27,19 @@ WITHOUT_TRITON = (
     "model.kernels.gated_delta_rule=native model.kernels.causal_conv1d=native model.kernels.rms_norm_gated=torch_npu"
 )
 
+# the oldest and the newest release on which the tests have run
+TESTED = {"torch": ("2.7.1", "2.13"), "transformers": ("5.2", "5.23")}
+
 
 def release(version: str) -> tuple[int, ...]:
     """ "2.7.1.post11" -> (2, 7, 1); "8.5.0.alpha003" -> (8, 5, 0); "x" -> ()."""
     found = re.match(r"\d+(\.\d+)*(?=[.+-]|$)", version)
     return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def is_tested(package: str, version: str) -> bool:
+    oldest, newest = map(release, TESTED[package])
+    return oldest <= release(version) and release(version)[: len(newest)] <= newest
 
 
 def first_match(file: Path, pattern: str) -> str | None:

@@ -1,6 +1,7 @@
 """Which checkpoint a run starts from, what must not have changed since, and the random states."""
 
 import itertools
+import os
 import random
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from qwen35.checkpoint import dcp_folder
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
-from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import ITERATION, damaged, newest_checkpoint, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.config.load import SettingError, difference, load_settings
@@ -64,16 +65,10 @@ def repair_save_folder(folder: Path) -> list[str]:
     """Tidy up a save folder that this job has locked, after interrupted jobs. Returns messages.
 
     Incomplete checkpoints newer than the one to resume from are kept under another name. Raises
-    CheckpointError if there is no complete one: a run must not quietly start from scratch.
+    CheckpointError as `find_newest` does.
     """
     lines = remove_leftovers(folder, ITERATION)
-    newest = newest_checkpoint(folder)
-    broken = [
-        (path, why) for path, why in dcp_folder.skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)
-    ]
-    if broken and newest is None:
-        path, why = broken[0]
-        raise CheckpointError(f"{folder}: no complete checkpoint in it; {why}. Move {path.name} away to start anew")
+    newest, broken = dcp_folder.find_newest(folder)
     for path, why in broken:
         aside = next(
             p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
@@ -99,14 +94,16 @@ def check_same_data(fingerprint: str) -> None:
         )
 
 
-def make_extra(settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any]) -> dict[str, Any]:
+def make_extra(
+    settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any], world: int | None = None
+) -> dict[str, Any]:
     """The contents of a checkpoint's extra.json: what must not change for the run to go on.
 
     As long as the number of packed sequences per step stays the same, a step trains on the same
     ones, however they are split over ranks and micro-steps.
     """
     return {
-        "bins_a_step": sequences_per_step(settings),
+        "bins_a_step": sequences_per_step(settings, world),
         "data": fingerprint,
         "model": asdict(config),
         "levels": dict(levels),
@@ -179,7 +176,7 @@ def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> 
 
     A checkpoint holds all parameters and, of those that are trained, AdamW's two moments, in fp32.
     With save_total_limit there is one more while the oldest waits for the new one to be complete.
-    Raises CheckpointError if they do not fit.
+    Raises CheckpointError if they do not fit, or if the folder cannot be written.
     """
     folder = Path(t.save).absolute()
     size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters)
@@ -189,7 +186,11 @@ def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> 
     if t.save_total_limit is not None:
         kept = sum(ITERATION.fullmatch(path.name) is not None for path in folder.glob("iter_*"))
         saves = min(saves, max(1, t.save_total_limit + 1 - kept))
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "cannot be written by this user" if existing.is_dir() else "is not a folder"
+        raise CheckpointError(f"training.save: {t.save}: {existing} {why}; name another folder")
+    free = shutil.disk_usage(existing).free
     room = f"{number_of(saves, 'checkpoint')} of {size:,} bytes, and {free:,} are free on that disk"
     if free < saves * size:
         raise CheckpointError(
@@ -213,8 +214,7 @@ def relevant(changed: list[str]) -> list[str]:
 def check_finished(folder: Path, step: int, changed: list[str], settings: Settings) -> None:
     """Raises SettingError unless the folder holds the finished run of these settings.
 
-    Without a checkpoint it does not: training.load has done all the steps elsewhere. Otherwise rank
-    0 removes checkpoints beyond save_total_limit, in case the run was stopped before it did.
+    Without a checkpoint it does not: training.load has done all the steps elsewhere.
     """
     if newest_checkpoint(folder) is None:
         raise SettingError(
@@ -226,9 +226,6 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
             f"{folder} holds {step} steps of other settings ({'; '.join(changed)}); name another training.save, or go on"
             " with a larger training.train_iters"
         )
-    limit = settings.training.save_total_limit
-    if limit is not None and dist.get_rank() == 0:
-        keep_newest(folder, limit)
 
 
 # -- random states ---------------------------------------------------------------------------------

@@ -298,13 +298,17 @@ def test_impossible_export_is_refused_beforehand(tmp_path):
         (folder / WEIGHTS_INDEX).unlink(missing_ok=True)
 
 
-def test_an_export_without_room_writes_nothing(tmp_path, monkeypatch):
+def test_an_export_or_conversion_without_room_writes_nothing(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "hf", **DENSE)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
-    with pytest.raises(CheckpointError, match=f"the export takes {size:,} bytes, and {size - 1:,} are free"):
+    with pytest.raises(CheckpointError, match=f"takes {size:,} bytes, and {size - 1:,} are free"):
         save_hf(source_of(folder), folder, tmp_path / "some/where/out")
+    size = sum(spec.nbytes for spec in HFFolder(folder).specs.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(CheckpointError, match=f"dcp: takes {size:,} bytes, and {size - 1:,} are free"):
+        hf_to_dcp(folder, tmp_path / "some/where/dcp")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

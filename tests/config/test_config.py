@@ -55,6 +55,11 @@ def test_written_settings_are_read_back(recipe, tmp_path):
             "did you mean data.dataset_param.basic_parameters.cutoff_len?",
         ),
         ("training.lr", "is not of the form a.b=c"),
+        (
+            "--learning_rate",
+            "--learning_rate is no option, and settings are given as a.b=c: learning_rate is no setting;",
+        ),
+        ("--training.lr=3", "--training.lr=3 is no option, and settings are given as a.b=c: write training.lr=…"),
         ("model.freeze={*}.mlp]", "model.freeze: '{*}.mlp]' is not YAML"),
         ("training.lr=.inf", "training.lr: inf must be a finite number"),
         ("training.lr=fast", "training.lr: 'fast' is not of type float"),

@@ -69,7 +69,7 @@ FILES = [
     Case(
         "value for a section",
         CONFIG,
-        ("model: 'hf' is not a section",),
+        ("model: 'hf' is not a section", "; it is model.model_name_or_path here"),
         write("r.yaml", "model: hf\n"),
     ),
 ]
@@ -279,7 +279,7 @@ LAYOUTS = [
     Case("without a launcher", (*TRAIN, f"{EP}=2"), (f"{EP} 2 does not divide the 1 processes that share a copy",)),
 ]
 COMMANDS = [
-    Case("option of train", (*TRAIN, "--lr", "1"), ("unrecognized arguments: --lr", "--help")),
+    Case("option of train", (*TRAIN, "--lr", "1"), ("--lr is no option", "did you mean training.lr?", "--help")),
     Case("no config", ("train",), ("required: config", "--help")),
     Case(
         "no such setting to get",

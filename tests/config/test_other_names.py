@@ -1,13 +1,17 @@
 """Names of other trainers and near misses lead to the setting that is meant."""
 
+import contextlib
+import io
 import re
 from dataclasses import fields
+from importlib import import_module
 
 import pytest
 from transformers import TrainingArguments
 
-from qwen35.config.load import SECTIONS, TYPES, SettingError, from_flat
+from qwen35.config.load import SECTIONS, TYPES, SettingError, from_flat, parse_words
 from qwen35.config.other_names import ADVICE, NOT_THE_SAME, SAME
+from qwen35.errors import Parser
 
 REQUIRED = {
     "data.dataset_param.basic_parameters.dataset": "a.json",
@@ -86,3 +90,44 @@ def test_dtypes_by_their_long_names(written, kept):
 def test_other_dtypes_are_refused():
     message = refused("training.dtype", "float16")
     assert message == "training.dtype: 'float16' is not one of 'bf16' or 'fp32'"
+
+
+PROGRAMS = {
+    "qwen35.launch.launcher": ["r.yaml"],
+    "qwen35.train": ["r.yaml"],
+    "qwen35.launch.hosts": ["hosts", "r.yaml"],
+    "qwen35.data.__main__": ["show", "r.yaml"],
+    "rehearse.__main__": ["r.yaml"],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--learning_rate", "1e-5"], "learning_rate is no setting; it is training.lr here"),
+        (
+            ["--num-train-epochs=3"],
+            "num-train-epochs is no setting; it is training.train_iters here, in optimizer steps",
+        ),
+        (["--training.lr", "1e-5"], "write training.lr=…"),
+    ],
+)
+def test_a_name_as_an_option_is_answered_with_ours(program: str, words: list[str], answer: str) -> None:
+    """In one line of the program, whatever it would have done."""
+    for line in ([*PROGRAMS[program], *words], [*PROGRAMS[program][:-1], *words, "r.yaml"]):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                code = import_module(program).main(line)
+            except SystemExit as end:
+                code = end.code
+        assert code and err.getvalue().count("\n") == 1
+        assert f"{words[0]} is no option, and settings are given as a.b=c: {answer}" in err.getvalue()
+
+
+def test_settings_may_stand_before_and_behind_options() -> None:
+    parser = Parser()
+    parser.add_argument("--nodes")
+    args = parse_words(parser, ["r.yaml", "training.lr=1", "--nodes", "2", "training.seed=3"])
+    assert (args.config, args.nodes, args.overrides) == ("r.yaml", "2", ["training.lr=1", "training.seed=3"])

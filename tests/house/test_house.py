@@ -30,8 +30,8 @@ ROOMS = {
     "parallel": 640,
     "inference": 950,
     "training": 1_380,
-    "tools": 1_720,
-    "launch": 1_540,
+    "tools": 1_660,
+    "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {

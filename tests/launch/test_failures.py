@@ -1,10 +1,12 @@
 """When something dies: what is reported, what stays, how the job resumes. Real processes."""
 
+import contextlib
 import faulthandler
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +95,27 @@ def test_two_nodes_restart_and_end_as_a_run_that_nobody_killed(workplace, two, t
     port, save = free_port(), tmp_path / "run"
     both = [start(workplace, save, "0:1:7:kill", *SAVED, nodes=(2, i, 1), port=port, restarts=1) for i in (0, 1)]
     errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert all(err.count("restart 1 of 1, from the newest checkpoint\n") == 1 for err in errors)
+    assert_same_run(save, two)
+
+
+def test_two_nodes_restart_at_another_port_if_theirs_is_taken(workplace, two, tmp_path):
+    """Another program takes the port of rank 0's store between that rank's end and the restart."""
+    port, save = free_port(), tmp_path / "run"
+    both = [start(workplace, save, "0:0:7:kill", *SAVED, nodes=(2, i, 1), port=port, restarts=1) for i in (0, 1)]
+    while not (save / "config.yaml").exists():  # it appears once the ranks have met
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    both[0].send_signal(signal.SIGSTOP)
+    taken = None
+    while taken is None:
+        time.sleep(0.01)
+        with contextlib.suppress(OSError):
+            taken = socket.create_server(("", port))
+    both[0].send_signal(signal.SIGCONT)
+    with taken:
+        errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert all(err.count("restart 1 of 1, from the newest checkpoint\n") == 1 for err in errors)
     assert_same_run(save, two)

@@ -14,9 +14,10 @@ from ports import free_port
 
 from qwen35.config.load import SettingError
 from qwen35.launch.connection import Peer, PeerLost, authenticate
-from qwen35.launch.rendezvous import Rendezvous, RendezvousError, RendezvousParameters, join, listen
+from qwen35.launch.rendezvous import Rendezvous, RendezvousError, RendezvousParameters, join
 from qwen35.log import logger
 from qwen35.network import interface_of
+from qwen35.tools.address import listen
 from qwen35.wording import named
 
 SECRET = "a secret of the tests"
@@ -246,7 +247,7 @@ def test_the_reason_why_a_node_does_not_restart_is_reported():
     first, second = met(2)
     second.close("a.json, record 3: no such file", is_user_error=True)
     with pytest.raises(RendezvousError, match=r"^node 1 ended: a\.json, record 3: no such file$"):
-        first.regroup("rank 0: connection closed by peer", 6000)
+        first.regroup("rank 0: connection closed by peer", lambda: 6000)
     assert first.is_user_error
     first.close(None)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_in import answer, given, install, npu_machine, only, program, table, write, wrong
+from stand_in import LOCK, answer, given, install, npu_machine, only, program, table, write, wrong
 
 import kernels
 from qwen35.tools import stack
@@ -39,7 +39,7 @@ def test_python_out_of_range_is_wrong(m: Machine) -> None:
 def test_installation_differs_from_the_lock_file(m: Machine) -> None:
     site = Path(m.site[0])
     install(site, "numpy", "1.24.0")
-    assert "numpy 1.24.0 (1.26.4)" in only(host.installation(m), "note")
+    assert "have run on: numpy 1.24.0 -> make install" in only(host.installation(m), "note")
     shutil.rmtree(next(site.glob("tqdm-*")))
     assert "tqdm of npu-arm.txt missing -> make install" in wrong(host.installation(m))
     write(m.root / ".venv/.installed", "npu-arm-3.10.13")  # of an older install.sh
@@ -50,6 +50,35 @@ def test_installation_differs_from_the_lock_file(m: Machine) -> None:
     assert "incomplete -> make install" in wrong(host.installation(m))
     shutil.rmtree(m.root / ".venv")
     assert "there is none yet -> make install" in wrong(host.installation(m))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "is_in_range"),
+    [
+        ("torch", "2.6.0", False), ("torch", "2.7.0", False), ("torch", "2.7.1+cpu", True), ("torch", "2.10.0", True),
+        ("torch", "2.13.1", True), ("torch", "2.14.0", False), ("torch", "3.0.0", False),
+        ("transformers", "4.57.1", False), ("transformers", "5.2.0", True), ("transformers", "5.23.2", True),
+        ("transformers", "5.24.0", False),
+    ],
+)  # fmt: skip
+def test_releases_that_nothing_was_tested_on_are_wrong(m: Machine, name: str, version: str, is_in_range: bool) -> None:
+    install(Path(m.site[0]), name, version)
+    found = [*host.installation(m)]
+    if is_in_range:
+        assert {f.status for f in found} <= {"ok", "note"}
+    else:
+        oldest, newest = stack.TESTED[name]
+        line = wrong(found)
+        assert f"{name}" in line and f"{version}: the code is for {oldest} to {newest} -> make install" in line
+
+
+def test_all_that_is_installed_is_in_the_range() -> None:
+    """Also with another CANN, by versions.txt, and in `make test-versions`."""
+    pins = [line.partition(" ; ")[0] for file in LOCK.parent.glob("*.txt") for line in file.read_text().splitlines()]
+    found = [pin.split("==") for pin in pins if pin.startswith(("torch==", "transformers=="))]
+    found += [["torch", row.torch_npu] for row in stack.stacks()]
+    found += re.findall(r': "\$\{(TRANSFORMERS):=([0-9.]+)', (LOCK.parents[2] / "env.sh").read_text())
+    assert len(found) > 15 and all(stack.is_tested(name.lower(), version) for name, version in found)
 
 
 def test_mm_convert_of_another_folder_is_noted(m: Machine) -> None:
@@ -68,8 +97,8 @@ def test_failed_import_of_torch_is_wrong(m: Machine, monkeypatch: pytest.MonkeyP
     program(Path(m.python), "kill -SEGV $$")
     assert "status -11" in wrong(host.imports(m))
     program(Path(m.python), "exec sleep 20")
-    monkeypatch.setattr(host, "PROBE_SECONDS", 0.3)
-    assert "takes more than 0.3 s" in wrong(host.imports(m))
+    monkeypatch.setitem(host.SECONDS, "import", 0.3)
+    assert "no answer in 0.3 s" in wrong(host.imports(m))
 
 
 def test_torch_sees_fewer_npus_than_are_visible(m: Machine) -> None:
@@ -245,7 +274,7 @@ def test_npu_smi_that_fails_hangs_or_is_missing(m: Machine, monkeypatch: pytest.
     program(smi, "echo 'dcmi module initialize failed. ret is -8005'; exit 1")
     assert "ret is -8005" in wrong(ascend.npus(m))
     program(smi, "exec sleep 20")
-    monkeypatch.setattr(ascend, "SMI_SECONDS", 0.3)
+    monkeypatch.setitem(host.SECONDS, "npu-smi", 0.3)
     assert "no answer" in wrong(ascend.npus(m))
     assert "not on PATH" in only(ascend.npus(given(m, PATH="/nowhere")), "note")
 
@@ -267,9 +296,9 @@ def test_npu_smi_table_with_two_chips_per_npu() -> None:
 | No running processes found in NPU 1                                                            |
 """
     chips = ascend.read_table(text)
-    assert [len(chip.users) for chip in chips] == [0, 2, 0]
-    assert chips[1].users[0] == "a process (pid 3328327, 50119 MB)"
-    assert {(chip.name, chip.memory) for chip in chips} == {("Ascend910", 65536)}
+    assert [len(users) for _, _, users in chips] == [0, 2, 0]
+    assert chips[1][2][0] == "a process (pid 3328327, 50119 MB)"
+    assert {chip[:2] for chip in chips} == {("Ascend910 of 64 GiB", "OK")}
 
 
 def test_release_of_a_version() -> None:

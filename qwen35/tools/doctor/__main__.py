@@ -5,12 +5,10 @@ Prints a line for each finding. Exit status 1 if something is wrong.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qwen35.errors import Parser
 from qwen35.tools.doctor.ascend import ascend
-from qwen35.tools.doctor.host import Finding, Machine, host, imports, installation, note, ok, wrong
-from qwen35.tools.doctor.recipe import recipe
+from qwen35.tools.doctor.host import Finding, Machine, imports, installation, note, ok, wrong
 
 NEEDED = "an NPU run would still need:"
 
@@ -20,26 +18,27 @@ def examine(m: Machine, values: Sequence[str], config: str, overrides: Sequence[
 
     values: what is wrong with env.sh, a line for each variable.
     """
-    findings = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
-    findings = [*(findings or [ok("env.sh", "every value is allowed")]), *installation(m)]
-    can_import = findings[-1].status != "wrong"
-    if can_import:
-        findings.append(imports(m))
-        can_import = findings[-1].status == "ok"
-    findings += [*host(m), *(ascend(m) if m.accelerator else [])]
-    if can_import:
-        return [*findings, *recipe(m, config, list(overrides))]
-    return [*findings, note("recipe", f"{config} is not checked: that needs an installation")]
+    found = [wrong("env.sh", line, "set it there, or on the command line") for line in values]
+    found = [*(found or [ok("env.sh", "every value is allowed")]), *installation(m)]
+    if not {"Python", "installation"} & {f.subject for f in found if f.status == "wrong"}:
+        found.append(imports(m))
+    is_usable = found[-1].subject == "import torch" and found[-1].status == "ok"
+    found += ascend(m) if m.accelerator else []
+    if is_usable:
+        from qwen35.tools.doctor.recipe import host, recipe
+
+        return [*found, *host(m), *recipe(m, config, list(overrides))]
+    return [*found, note("recipe", f"{config} is not checked: that needs an installation")]
 
 
 def still_needed(m: Machine) -> list[Finding]:
     """What an NPU run would need beyond this CPU installation: notes, since nothing is wrong."""
-    return [replace(f, status="note") for f in ascend(m) if f.status == "wrong"]
+    return [f._replace(status="note") for f in ascend(m) if f.status == "wrong"]
 
 
-def lines(findings: Sequence[Finding]) -> list[str]:
-    width = max(len(f.subject) for f in findings)
-    return [f"{f.status:5}  {f.subject:{width}}  {f.fact}" + (f" -> {f.todo}" if f.todo else "") for f in findings]
+def lines(found: Sequence[Finding]) -> list[str]:
+    width = max(len(f.subject) for f in found)
+    return [f"{f.status:5}  {f.subject:{width}}  {f.fact}" + f" -> {f.todo}" * bool(f.todo) for f in found]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

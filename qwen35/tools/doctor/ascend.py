@@ -3,9 +3,8 @@
 import platform
 import re
 import shutil
-import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
@@ -15,7 +14,12 @@ from qwen35.tools.triton import triton
 NPU = "make install DEVICE=npu"
 CANN_BELOW = {"numpy": 2, "protobuf": 4}  # CANN's Python code needs older major versions than these
 DRIVER_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
-SMI_SECONDS = 30
+# What `npu-smi info` prints: two lines for each chip, with NPU, name and health, then chip, bus and
+# memory, and below them the processes by NPU and chip.
+CHIP = re.compile(
+    r"^\| *(\d+) +([^ |]+) *\| *(.*?) *\|.*\n\| *(\d+)\b[^|]*\| *[0-9A-Fa-f]{4}:.*/ *(\d+) *\|", re.MULTILINE
+)
+PROCESS = re.compile(r"^\| *(\d+) +(\d+) *\| *(\d+) *\| *(.*?) *\| *(\d+) *\|", re.MULTILINE)
 
 
 def ascend(m: Machine) -> list[Finding]:
@@ -24,16 +28,18 @@ def ascend(m: Machine) -> list[Finding]:
 
 
 def cann(m: Machine) -> Iterator[Finding]:
-    home = Path(m.get("ASCEND_HOME_PATH") or "nowhere")
+    home, todo = Path(m.get("ASCEND_HOME_PATH") or "nowhere"), f"install one of CANN {supported()}"
     version = cann_version(home)
     if not home.is_dir():
         fact = f"no set_env.sh in {m.get('CANN_PATH') or '/usr/local/Ascend'}, nor in cann/ or ascend-toolkit/ below it"
-        yield wrong("CANN", fact, f"install CANN ({supported()}), or set CANN_PATH to where it is")
-    elif version is None:
-        yield wrong("CANN", f"{home} does not say its version", f"install CANN again, one of {supported()}")
-    elif not of_cann(version):
-        fact = f"{version} in {home}: there is no known torch_npu for it"
-        yield wrong("CANN", fact, f"install one of CANN {supported()}")
+        yield wrong("CANN", fact, f"{todo}, or set CANN_PATH to where it is")
+    elif not version or not of_cann(version):
+        fact = (
+            f"{version} in {home}: there is no known torch_npu for it"
+            if version
+            else f"{home} does not say its version"
+        )
+        yield wrong("CANN", fact, todo)
     else:
         yield ok("CANN", f"{version} in {home}")
         operators = home / f"{platform.machine()}-linux/ascend_ops_install.info"
@@ -92,16 +98,6 @@ def driver(m: Machine) -> Finding:
     return ok("driver", version)
 
 
-@dataclass
-class Chip:
-    """An NPU as npu-smi shows it."""
-
-    name: str
-    health: str
-    memory: int = 0  # MB of HBM
-    users: list[str] = field(default_factory=list)  # "python3 (pid 4321, 30000 MB)"
-
-
 def npus(m: Machine) -> Iterator[Finding]:
     """Which NPUs exist, which of them a run may use, and which of those are free."""
     present, visible, chosen = len(m.npus()), m.visible(), m.get("ASCEND_RT_VISIBLE_DEVICES")
@@ -115,65 +111,36 @@ def npus(m: Machine) -> Iterator[Finding]:
     if (asked := m.number("NPUS_PER_NODE", 0)) > len(visible):
         fact = f"NPUS_PER_NODE={asked}, but {len(visible)} {'is' if len(visible) == 1 else 'are'} visible"
         yield wrong("NPUs", fact, f"at most {len(visible)}")
-    chips = smi(m)
-    if isinstance(chips, Finding):
-        yield ok("NPUs", f"{len(visible)} of {present} visible")
-        yield chips
+    fact, program = f"{len(visible)} of {present} visible", shutil.which("npu-smi", path=m.get("PATH"))
+    table, failure = m.ask("npu-smi", program, "info") if program else ("", "")
+    chips = read_table(table)
+    if failure or not chips:
+        yield ok("NPUs", fact)
+        if program:
+            todo = "check that the driver runs, and that this user may use it"
+            yield wrong("npu-smi", failure or "info shows no NPU", todo)
+        else:
+            yield note("npu-smi", "is not on PATH: whether NPUs are in use is not known", "it comes with the driver")
         return
     # programs number the NPUs by their order in npu-smi's table, from 0
-    shown = [(n, chips[n if chosen else i]) for i, n in enumerate(visible) if (n if chosen else i) < len(chips)]
-    kinds = ", ".join(sorted({f"{chip.name} of {chip.memory / 1024:.0f} GiB" for _, chip in shown}))
-    free = [n for n, chip in shown if not chip.users]
-    yield ok("NPUs", f"{len(visible)} of {present} visible, {len(free)} free; {kinds}")
-    for n, chip in shown:
-        if chip.health != "OK":
+    shown = [(n, *chips[n if chosen else i]) for i, n in enumerate(visible) if (n if chosen else i) < len(chips)]
+    free = [n for n, _, _, users in shown if not users]
+    yield ok("NPUs", f"{fact}, {len(free)} free; {', '.join(sorted({kind for _, kind, _, _ in shown}))}")
+    for n, _, health, users in shown:
+        if health != "OK":
             todo = "see npu-smi info -t health, or leave it out of ASCEND_RT_VISIBLE_DEVICES"
-            yield wrong(f"NPU {n}", f"npu-smi says {chip.health}", todo)
-        if chip.users:
+            yield wrong(f"NPU {n}", f"npu-smi says {health}", todo)
+        if users:
             without = f"ASCEND_RT_VISIBLE_DEVICES={','.join(map(str, free))} leaves it out"
-            yield note(f"NPU {n}", f"in use by {', '.join(chip.users)}", without if free else "wait until it is free")
+            yield note(f"NPU {n}", f"in use by {', '.join(users)}", without if free else "wait until it is free")
 
 
-def smi(m: Machine) -> list[Chip] | Finding:
-    """The NPUs in the order of npu-smi's table, or a finding that says why there is no table."""
-    program = shutil.which("npu-smi", path=m.get("PATH"))
-    if program is None:
-        return note("npu-smi", "is not on PATH: whether the NPUs are in use is not known", "it comes with the driver")
-    try:
-        done = subprocess.run(
-            [program, "info"], capture_output=True, text=True, errors="replace", timeout=SMI_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return wrong("npu-smi", f"no answer in {SMI_SECONDS} s", "the driver hangs: restart it, or the machine")
-    chips = read_table(done.stdout)
-    if done.returncode or not chips:
-        words = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        return wrong("npu-smi", f"info fails: {words}", "check that the driver runs and that this user may use it")
-    return chips
-
-
-def read_table(text: str) -> list[Chip]:
-    """Parse `npu-smi info`.
-
-    It has two lines for each chip, with name and health, then bus and memory, and below them the
-    processes by NPU and chip.
-    """
-    chips: dict[tuple[str, str], Chip] = {}  # (NPU, chip)
-    head: tuple[str, Chip] | None = None
-    in_processes = False
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        words = cells[0].split()
-        in_processes |= len(cells) == 4 and cells[1] == "Process id"
-        if in_processes and len(cells) == 4 and cells[1].isdecimal() and len(words) == 2:
-            if chip := chips.get((words[0], words[1])):
-                chip.users.append(f"{cells[2] or 'a process'} (pid {cells[1]}, {cells[3]} MB)")
-        elif len(cells) == 3 and words and words[0].isdecimal():
-            if len(words) > 1 and not re.match(r"[0-9A-Fa-f]{4}:", cells[1]):
-                head = (words[0], Chip(words[1], cells[1]))
-            elif head:
-                used = re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])
-                head[1].memory = int(used[-1][1]) if used else 0
-                chips[head[0], words[0]] = head[1]
-                head = None
-    return list(chips.values())
+def read_table(text: str) -> list[tuple[str, str, list[str]]]:
+    """What each chip is, its health, and the processes that use it, in npu-smi's order."""
+    users = defaultdict(list)
+    for npu, chip, pid, program, size in PROCESS.findall(text):
+        users[npu, chip].append(f"{program or 'a process'} (pid {pid}, {size} MB)")
+    return [
+        (f"{name} of {int(size) / 1024:.0f} GiB", health, users[npu, chip])
+        for npu, name, health, chip, size in CHIP.findall(text)
+    ]

@@ -1,150 +1,211 @@
-"""The recipe and what it names, by the run's own checks and in the run's own words."""
+"""What is checked once all is installed: the host, the recipe, and what the recipe names.
 
-import os
+By the run's own checks, in their order and in their words.
+"""
+
+import resource
+import shutil
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import Any
 
-from qwen35.errors import USER_ERRORS, one_line
-from qwen35.tools.doctor.host import Finding, Machine, disk, gib, note, ok, wrong
+import psutil
+import torch
 
-if TYPE_CHECKING:
-    from qwen35.config.schema import Settings
-    from qwen35.data.dataset import Dataset
-    from qwen35.data.tokenized import Progress
+import kernels
+from qwen35.checkpoint.dcp import CheckpointInfo, open_matching_checkpoint, read_info
+from qwen35.checkpoint.dcp_folder import find_newest, load_notes
+from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
+from qwen35.checkpoint.lock import LOCK, holding
+from qwen35.config.layout import check_layout
+from qwen35.config.load import load_settings
+from qwen35.config.schema import Settings
+from qwen35.data import MicroBatches
+from qwen35.data.tokenized import Progress
+from qwen35.device import HOST, enable_determinism
+from qwen35.errors import USER_ERRORS, SettingError, one_line
+from qwen35.model import Qwen35, load_config
+from qwen35.network import interface_of
+from qwen35.tools.address import DEFAULT_PORT, check_address
+from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
+from qwen35.training.parameter_groups import count, freeze
+from qwen35.training.resume import (
+    changes,
+    check_disk,
+    check_extra,
+    check_finished,
+    check_info,
+    choose_weights,
+    make_extra,
+)
+from qwen35.training.validation import Validation
 
+GIB = 2**30
+MIN_MEMORY = 2 * GIB  # a process that only imports torch takes half of that
+OPEN_FILES = 1024  # every tensor on its way from a data loader is an open file
 SECONDS = 30.0  # for reading the records of a set
 BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one in use
 NO_CACHE = "data.dataset_param.basic_parameters.cache_dir=null"  # nothing is written
 TINY = "configs/tiny.yaml"
 TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "data/digits/train.json")
-WHOLE_FOLDER = "model_name_or_path is a whole Hugging Face folder of a Qwen3.5, as make download makes it"
+TODO = {
+    "recipe": "change the setting, or NODES and NPUS_PER_NODE",
+    "kernels": "see python -m kernels",
+    "model": "model_name_or_path is a whole Hugging Face folder of a Qwen3.5, as make download makes it",
+    "weights": "make download fetches a model for init_from_hf_path, make convert makes the folder of training.load of it",
+    "disk": "see training.save in docs/settings.md",
+    "data": "correct the records or the settings; make show prints samples as the training sees them",
+}
 
 
 class _TimeIsUpError(Exception):
     """Reading takes too long; what was read until then is in order."""
 
 
-def attempt(subject: str, todo: str, check: Callable[[], object]) -> list[Finding]:
-    """The findings of a check, if it has any, or its error."""
-    from kernels import KernelError
-
+@contextmanager
+def checking(found: list[Finding], subject: str, todo: str = "") -> Iterator[None]:
+    """Add the error of the block to the findings, and go on."""
     try:
-        findings = check()
-        return findings if isinstance(findings, list) else []
-    except (*USER_ERRORS, KernelError) as error:
-        return [wrong(subject, one_line(error), todo)]
+        yield
+    except (*USER_ERRORS, kernels.KernelError) as error:
+        found.append(wrong(subject, one_line(error), todo or TODO[subject]))
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.0f} MiB"
+
+
+def host(m: Machine) -> list[Finding]:
+    """Memory, open files, the address of node 0, and the interfaces that variables name."""
+    memory = psutil.virtual_memory()
+    fact = f"{gib(memory.available)} of {gib(memory.total)} available"
+    found = [ok("memory", fact) if memory.available >= MIN_MEMORY else wrong("memory", fact, "end other programs")]
+    if 0 <= (soft := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < OPEN_FILES:
+        found.append(wrong("open files", f"at most {soft} a process", f"ulimit -n {OPEN_FILES}, before the run"))
+    nodes, is_first = m.number("NODES", 1), m.number("NODE_RANK", 0) == 0
+    port = m.number("MASTER_PORT", DEFAULT_PORT if nodes > 1 else 0)
+    with checking(found, "node 0", "env.sh describes MASTER_ADDR and MASTER_PORT"):
+        check_address(m.get("MASTER_ADDR") or "localhost", port if is_first else None, nodes == 1)
+    for name in ("NODE_ADDR", "HCCL_IF_IP") if m.accelerator else ("NODE_ADDR",):
+        with checking(found, name, "an address of this machine's own: ip address"):
+            if m.get(name):
+                interface_of(m.get(name), name)
+    # gloo takes full names, all of which must exist. HCCL takes prefixes of names, full names after
+    # "=", and excludes those after "^".
+    names = sorted(name for _, name in socket.if_nameindex())
+    todo = f"there are {', '.join(names)}"
+    if missing := [n for n in m.get("GLOO_SOCKET_IFNAME").split(",") if n and n not in names]:
+        found.append(wrong("GLOO_SOCKET_IFNAME", f"no interface {', '.join(missing)}", todo))
+    if m.accelerator and (pattern := m.get("HCCL_SOCKET_IFNAME")):
+        words = tuple(pattern.lstrip("^=").split(","))
+        matching = [n for n in names if (n in words if "=" in pattern[:2] else n.startswith(words))]
+        if not [n for n in names if (n in matching) != (pattern[0] == "^")]:
+            found.append(wrong("HCCL_SOCKET_IFNAME", f"{pattern} matches no interface", todo))
+    return found
 
 
 def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
-    import kernels
-    from qwen35.config.layout import check_layout
-    from qwen35.config.load import SettingError, load_settings
-    from qwen35.device import HOST
-
     try:
         s = load_settings(config, [*overrides, NO_CACHE])
     except SettingError as error:
         return [wrong("recipe", str(error), "CONFIG is the recipe, ARGS has settings that replace its own")]
-
-    findings, world = [ok("recipe", config)], m.number("NODES", 1) * m.processes()
-    findings += attempt("recipe", "change the setting, or NODES and NPUS_PER_NODE", lambda: check_layout(s, world))
-    device = m.accelerator or HOST.type
-    findings += attempt("kernels", "see python -m kernels", lambda: kernels.select(device, s.model.kernels))
+    found, world = [ok("recipe", config)], m.number("NODES", 1) * m.processes()
+    with checking(found, "recipe"):
+        check_layout(s, world)
+        if s.training.deterministic:
+            enable_determinism()
+    with checking(found, "kernels"):
+        kernels.select(m.accelerator or HOST.type, s.model.kernels)
     named = {s.model.model_name_or_path, s.training.load, s.data.dataset_param.basic_parameters.dataset} - {None}
     missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
     if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
-        return [*findings, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
-    found = attempt("model", WHOLE_FOLDER, lambda: model(m, s))
-    can_read = (found[0].subject, found[0].status) != ("model", "wrong")  # with its tokenizer
-    return [*findings, *found, *(records(s) if can_read else [])]
+        return [*found, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
+    with checking(found, "model"):
+        loaded = model(m, s, found, world)
+        found += records(s, loaded, world)
+    return found
 
 
-def model(m: Machine, s: "Settings") -> list[Finding]:
-    """The model, the weights it starts from, and the space that batches and checkpoints need."""
-    import torch
+def model(m: Machine, s: Settings, found: list[Finding], world: int) -> CheckpointInfo | None:
+    """The model, the weights it starts from, and the space that batches and checkpoints need.
 
-    from qwen35.checkpoint.dcp import open_matching_checkpoint, read_info
-    from qwen35.checkpoint.dcp_folder import load_notes
-    from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
-    from qwen35.model import Qwen35, load_config
-    from qwen35.training.parameter_groups import count, freeze
-    from qwen35.training.resume import check_disk, check_info, choose_weights
-
-    folder, t = s.model.model_name_or_path, s.training
-    unread = [note("model", line, "ignore this if training does not need it") for line in not_read(folder)]
-    config = load_config(folder)
+    Returns the checkpoint of a run that goes on.
+    """
+    folder, save, t = s.model.model_name_or_path, Path(s.training.save), s.training
+    unread, config, loaded = not_read(folder), load_config(folder), None
     with torch.device("meta"):
         whole = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
     freeze(whole, s.model.freeze)
     check_export(whole, folder)
     trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
-    findings = [ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"), *unread]
-
-    def weights() -> list[Finding]:
+    found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
+    with checking(found, "weights"):
+        find_newest(save)
         path, is_hf = choose_weights(s)
         open_matching_folder(whole, path) if is_hf else open_matching_checkpoint(whole, path)
-        step = 0
-        if not is_hf and (loaded := read_info(path)).step:
-            check_info(loaded, s, m.number("NODES", 1) * m.processes())
-            step = loaded.step
-        fine, room = ok("weights", "; ".join([f"from {path}", *load_notes(path.parent, path)])), Path(t.save)
-        folder = disk("disk", room)
-        if folder.status == "wrong":
-            return [fine, folder]
-        parameters = whole.parameters()
-        return [
-            fine,
-            *attempt(
-                "disk",
-                "see training.save in docs/settings.md",
-                lambda: [ok("disk", f"{room}: {check_disk(t, parameters, step)}")],
-            ),
-        ]
-
-    todo = "make download fetches a model for init_from_hf_path, make convert makes the folder of training.load of it"
-    findings += attempt("weights", todo, weights)
+        unread += not_read(path) if is_hf and path != Path(folder) else []
+        if not is_hf and (info := read_info(path)).step:
+            check_info(info, s, world)
+            loaded = info
+        found.append(ok("weights", "; ".join([f"from {path}", *load_notes(path.parent, path)])))
+    found += [note("model", line, "ignore this if training does not need it") for line in unread]
+    with checking(found, "disk"):
+        if (save / LOCK).exists():
+            with holding(save):  # no other job does
+                pass
+        step = (loaded and loaded.step) or 0
+        found.append(ok("disk", f"{save}: {check_disk(t, whole.parameters(), step)}"))
     vision, loader = config.vision, s.data.dataloader_param
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
     patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
     if batches := m.processes() * loader.num_workers * BATCHES:
-        findings.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
-    return findings
+        with checking(found, "/dev/shm", "mount it, as containers do by default"):
+            found.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
+    return loaded
 
 
 def shared_memory(m: Machine, least: int, most: int) -> Finding:
     """Loaders pass batches through /dev/shm: `least` bytes, `most` if full of images."""
     todo = "start the container with a larger --shm-size, or set data.dataloader_param.num_workers=0"
-    try:
-        stat = os.statvfs(m.files / "dev/shm")
-    except OSError as error:
-        return wrong("/dev/shm", str(error.strerror), todo)
-    free = stat.f_bavail * stat.f_frsize
-    if free < least:
-        return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
-    if free < most:
+    free = shutil.disk_usage(m.files / "dev/shm").free
+    if free >= most:
+        return ok("/dev/shm", f"{gib(free)} free, the data loaders need {gib(most)} at most")
+    if free >= least:
         return note("/dev/shm", f"{gib(free)} free, enough unless batches are full of images ({gib(most)})", todo)
-    return ok("/dev/shm", f"{gib(free)} free, the data loaders need {gib(most)} at most")
+    return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
 
 
-def records(s: "Settings") -> list[Finding]:
-    """All records of both sets, read as the run does, each set for at most SECONDS."""
-    from qwen35.config.schema import for_validation
-    from qwen35.data import MicroBatches
-    from qwen35.data.dataloader import open_dataset
-    from qwen35.data.mixture import dataset_name
+def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -> list[Finding]:
+    """All records of both sets, read as the run does, each set for at most SECONDS.
 
-    named = dataset_name(s.data.dataset_param.basic_parameters.dataset)
-    findings = read("data", named, lambda progress: MicroBatches(s, 0, 1, progress=progress).dataset)
+    loaded: the checkpoint of a run that goes on, which must have been trained on the same data.
+    """
+    found: list[Finding] = []
+    with reading(found, "data") as progress:
+        batches = MicroBatches(s, 0, 1, progress=progress)
+        if loaded and loaded.step:
+            config = load_config(s.model.model_name_or_path)
+            check_extra(loaded, make_extra(s, config, batches.fingerprint, batches.normalization, world), s)
+            if loaded.step >= s.training.train_iters:
+                check_finished(Path(s.training.save), loaded.step, changes(loaded.path.parent, s), s)
+        first, *others = batches.report().splitlines()
+        found.append(ok("data", first.removeprefix("data: ")))
+        found += [note("data", line.removeprefix("data: ")) for line in (*others, *batches.notes)]
     if val := s.validation:
-        named, attr = dataset_name(val.data.dataset_param.basic_parameters.dataset), s.data.dataset_param.attr
-        found = read("validation", named, lambda progress: open_dataset(val, progress, attr))
-        findings += [Finding(f.status, f.subject, for_validation(f.fact), for_validation(f.todo)) for f in found]
-    return findings
+        with reading(found, "validation") as progress:
+            alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here
+            validation = Validation(val, alone, HOST, torch.float32, progress, s.data.dataset_param)
+            found.append(ok("validation", validation.report().partition(": ")[2]))
+    return found
 
 
-def read(subject: str, named: str, open_set: "Callable[[Progress], Dataset]") -> list[Finding]:
+@contextmanager
+def reading(found: list[Finding], subject: str) -> Iterator[Progress]:
+    """As `checking`, with what a set calls for each record. Without more time it is a note."""
     count, end = 0, time.monotonic() + SECONDS
 
     def progress(record: str, records: int) -> None:
@@ -153,17 +214,10 @@ def read(subject: str, named: str, open_set: "Callable[[Progress], Dataset]") ->
         if time.monotonic() > end:
             raise _TimeIsUpError
 
-    def check() -> list[Finding]:
+    with checking(found, subject, TODO["data"]):
         try:
-            found = open_set(progress)
+            yield progress
         except _TimeIsUpError:
-            fact = f"{named}: no fault in the first {count:,} records, which took {SECONDS:.0f} s"
-            return [note(subject, fact, "the run reads them all, and compares the lengths of all with cutoff_len")]
-        fact = f"{named}: {found.records:,} records, of which {len(found):,} are used"
-        skipped = f"{len(found.skipped):,} are skipped: {found.skipped}"
-        notes = [note(subject, f"{named}: {skipped}", "on_bad_record: error would stop there")] * bool(found.skipped)
-        return [ok(subject, fact), *notes, *(note(subject, line) for line in found.warnings)]
-
-    return attempt(
-        subject, "correct the records or the settings; make show prints samples as the training sees them", check
-    )
+            fact = f"no fault in the first {count:,} records, which took {SECONDS:.0f} s"
+            todo = "the run reads them all, compares the lengths of all with cutoff_len, and a resume's with its checkpoint"
+            found.append(note(subject, fact, todo))

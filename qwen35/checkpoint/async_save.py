@@ -117,7 +117,12 @@ class Saver:
         self._thread.shutdown(wait=False)
         if error is None:
             self.check()
-        elif self._is_first:  # nothing else would report the errors of saves
-            for failure in filter(None, (job.exception() for job in self._jobs)):
-                if not (isinstance(failure, RuntimeError) and is_peer_failure(failure)):
-                    complain(failure)  # the loss of a rank is what stops the run, and reported as that
+        elif self._is_first and not _lost_a_rank(error):  # the rank may be gone for the save's error, and reports it
+            failures = filter(None, (job.exception() for job in self._jobs))
+            for failure in failures:  # which nothing else would report
+                if not _lost_a_rank(failure):  # that is what stops the run, and is reported as such
+                    complain(failure)
+
+
+def _lost_a_rank(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and is_peer_failure(error)

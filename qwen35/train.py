@@ -22,7 +22,7 @@ from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
 from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
-from qwen35.checkpoint.dcp_folder import keep_newest, load_notes
+from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
@@ -58,6 +58,7 @@ from qwen35.training.resume import (
     check_finished,
     check_same_data,
     find_weights,
+    finish_ending,
     make_extra,
     read_checked_info,
     repair_save_folder,
@@ -280,10 +281,7 @@ def is_finished(run: Run, folder: Path) -> bool:
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    if dist.get_rank() == 0 and run.settings.training.save_total_limit is not None:  # killed before it removed them
-        keep_newest(folder, run.settings.training.save_total_limit)
-    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
-        draw_loss(folder)  # a run killed while drawing left an outdated plot
+    finish_ending(folder, run.settings.training.save_total_limit)
     return True
 
 

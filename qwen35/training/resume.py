@@ -16,14 +16,14 @@ from torch import Tensor
 
 from qwen35.checkpoint import dcp_folder
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
-from qwen35.checkpoint.dcp_folder import ITERATION, damaged, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.device import device_rng_state, set_device_rng_state
 from qwen35.model.config import ModelConfig, differences
-from qwen35.training.metrics import RunError
+from qwen35.training.metrics import RunError, draw_loss
 from qwen35.wording import number_of
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
@@ -226,6 +226,14 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
             f"{folder} holds {step} steps of other settings ({'; '.join(changed)}); name another training.save, or go on"
             " with a larger training.train_iters"
         )
+
+
+def finish_ending(folder: Path, limit: int | None) -> None:
+    """On rank 0, what a run that was killed as it ended left to do: older checkpoints, the plot."""
+    if dist.get_rank() == 0 and limit is not None:
+        keep_newest(folder, limit)
+    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
+        draw_loss(folder)
 
 
 # -- random states ---------------------------------------------------------------------------------

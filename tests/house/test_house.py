@@ -23,13 +23,13 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 900,
+    "config": 910,
     "model": 1_160,
-    "checkpoint": 3_000,
-    "data": 4_950,
+    "checkpoint": 3_020,
+    "data": 5_000,
     "parallel": 640,
     "inference": 950,
-    "training": 1_380,
+    "training": 1_390,
     "tools": 1_660,
     "launch": 1_510,
 }

@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from io import BufferedRandom
@@ -162,10 +163,12 @@ class StreamWriter(dcp.FileSystemWriter):
         path = Path(self.path) / f"{plan.storage_data.prefix}0.distcp"
         results: list[WriteResult] = []
         if plan.items:
-            with path.open("w+b") as file:
-                # copied from the device by this thread; others read ahead, and compute checksums
-                values = map(_compact, ahead(planner.resolve_data, plan.items))
-                chunks = ahead(lambda value: (value, checksums(raw_bytes(value))), values, threads=1)
+            # copied from the device by this thread; others read ahead, and compute checksums
+            with (
+                path.open("w+b") as file,
+                closing(ahead(planner.resolve_data, plan.items)) as values,
+                closing(ahead(_with_checksums, map(_compact, values), threads=1)) as chunks,
+            ):
                 for item, (value, crc32) in zip(plan.items, chunks, strict=True):
                     data = item.tensor_data
                     assert data is not None  # always: extras are separate files
@@ -189,6 +192,10 @@ class StreamWriter(dcp.FileSystemWriter):
             tensors.setdefault(result.index.fqn, {**result.tensor, "chunks": []})["chunks"].append(result.chunk)
         (Path(self.path) / TENSOR_INDEX).write_text(json.dumps(tensors), encoding="utf-8")
         super().finish(metadata, results)
+
+
+def _with_checksums(value: Tensor) -> tuple[Tensor, str]:
+    return value, checksums(raw_bytes(value))
 
 
 def _compact(value: Any) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,9 @@ def _write_like(
         return name, region, data, zlib.crc32(data)
 
     written = []
-    with (source.folder / file).open("rb") as original, out.open("wb") as copy:
+    with (source.folder / file).open("rb") as original, out.open("wb") as copy, closing(ahead(prepare, parts)) as ready:
         copy.write(original.read(min((entry.begin for entry in entries.values()), default=-1)))
-        for name, region, data, crc32 in ahead(prepare, parts):
+        for name, region, data, crc32 in ready:
             position = copy.tell()
             copy.write(data)
             folders.flush_soon(copy.fileno(), position, data.nbytes)

@@ -6,7 +6,7 @@ A source reads slices from anywhere; a rank fills its own part of a tensor from 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +160,14 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable
                 progress(values.nbytes)
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS) -> Iterator[Result]:
-    """work(item) for each item, in order, done by threads; each is one item ahead of the caller."""
+def ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
+) -> Generator[Result, None, None]:
+    """work(item) for each item, in order, done by threads; each is one item ahead of the caller.
+
+    A caller that may not take all must close it: left to the garbage collector, which may run
+    while a thread starts, it would wait for its threads under a lock that they need to end.
+    """
     running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

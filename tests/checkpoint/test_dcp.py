@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import threading
 
 import pytest
 import torch
@@ -174,8 +175,10 @@ def test_interrupted_save_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(dcp_write if moment == "append_tensor" else dcp_write.dcp_folder, moment, interrupt)
         patched.setattr(dcp_write.shutil, "rmtree", lambda *a, **k: None)  # like kill -9, which cleans nothing up
+        threads = threading.active_count()
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, model)
+        assert threading.active_count() == threads  # although the traceback still holds what read ahead
     assert newest_checkpoint(tmp_path).name == ("iter_0000002" if moment == "write_latest" else "iter_0000001")
     save_checkpoint(tmp_path, 2, model)  # leftovers are no obstacle
     assert newest_checkpoint(tmp_path).name == "iter_0000002"

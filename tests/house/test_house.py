@@ -35,7 +35,7 @@ ROOMS = {
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_610,
+    "qwen35": 1_620,
     "kernels": 3_520,
     "rehearse": 2_190,
     "accept": 730,

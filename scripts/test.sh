@@ -19,7 +19,7 @@ case "${choice[*]}" in
 esac
 lanes[1]=3 # two cores suffice: half of the time a lane waits for processes that it started
 proof=$(mktemp)
-setsid bash scripts/test-npu.sh --dist no >"$proof" 2>&1 &
+setsid bash scripts/test-npu.sh --dist no >"$proof" &
 npu=$!
 trap 'kill -- "-$npu" 2>/dev/null || true; rm -f "$proof"' EXIT
 "$python" -m pytest -q "${lanes[@]}"

@@ -51,11 +51,12 @@ class Stop:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number is None:
-            self.number, self.time = number, time.monotonic()
+        now = time.monotonic()
+        if self.number is None:  # nothing is called until it is set: a second signal would be handled meanwhile
+            self.number, self.time = number, now
             self.stop()  # before anything that may fail
             log_at_once(f"stopping: the run saves at the next log step{self.where} (Ctrl-C again: at once)")
-        elif number == signal.SIGINT and time.monotonic() - self.time > DUPLICATE_SIGNAL:
+        elif number == signal.SIGINT and now - self.time > DUPLICATE_SIGNAL:
             self.is_forced = True
             self.kill()
 

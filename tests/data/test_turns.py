@@ -409,9 +409,12 @@ def test_a_record_may_have_a_loss_mask_for_all_turns(make):
     assert make(system, {"messages": [said("system", "S"), *TWO]})[1] == [f"y{END}"]
 
 
-def test_both_settings_and_record_must_ask_for_training(make):
+def test_both_settings_and_record_must_ask_for_training(place, make):
     first, last = {"messages": masked([None, 1, None, 0])}, {"messages": masked([None, 1, None, 1])}
-    assert make(last, {"messages": TWO}, mask_history=True)[1] == [f"y{END}"]
+    left_out = (
+        f"1 answer is marked to be trained, but left out by mask_history: true; first: {place / 'r.json'}, record 1"
+    )
+    assert make(last, {"messages": TWO}, warned=[left_out], mask_history=True)[1] == [f"y{END}"]
     assert make(first, {"messages": TWO}, train_on_prompt=True)[1] == [f"Q{END}", f"x{END}", f"R{END}"]
     asked = {"messages": masked([0, 0, 1, 1])}
     assert make(asked, {"messages": TWO}, train_on_prompt=True)[1] == [f"R{END}", f"y{END}"]

@@ -13,7 +13,9 @@ import pytest
 from plain import plain
 from ports import free_port
 
+from qwen35.launch import job
 from qwen35.launch.job import Failure
+from qwen35.processes import stop_signals
 
 ROOT = Path(__file__).parents[2]
 DRIVER = """
@@ -157,6 +159,24 @@ def test_kill_9_of_the_launcher_ends_all_ranks():
     process.kill()
     wait_for(lambda: gone(pids))
     process.communicate()
+
+
+def test_two_signals_in_one_moment_are_one(monkeypatch):
+    """Wherever the second interrupts the handler of the first."""
+    before = {number: signal.getsignal(number) for number in stop_signals()}
+    sent, clock = [], time.monotonic
+    stop = job.Stop(lambda: sent.append("stop"), lambda: sent.append("kill"))
+
+    def interrupted():
+        monkeypatch.setattr(job.time, "monotonic", clock)
+        stop.handle(signal.SIGINT, None)
+        return clock()
+
+    monkeypatch.setattr(job.time, "monotonic", interrupted)
+    stop.handle(signal.SIGINT, None)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert (sent, stop.number, stop.is_forced) == (["stop"], signal.SIGINT, False)
 
 
 @pytest.mark.parametrize(

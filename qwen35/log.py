@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def set_up_logging(rank: int | None = None) -> None:
     level = os.environ.get("LOG_LEVEL") or "INFO"
     if level not in LEVELS:
         raise SettingError(f"LOG_LEVEL={level}: is none of {', '.join(LEVELS)}")
+    tqdm.set_lock(threading.RLock())  # its own is shared by forked processes, and stays held if one is killed
     handlers: list[logging.Handler] = [
         _Console("stderr" if rank is None else "stdout"),
         *([_File()] if rank == 0 else []),

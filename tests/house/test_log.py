@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from plain import PREFIX, plain
+from tqdm import tqdm
 
 from qwen35.errors import SettingError
 from qwen35.log import log_at_once, log_to, logger, set_up_logging
@@ -44,6 +46,19 @@ def test_a_line_has_the_time_and_rank_and_level_where_several_ranks_speak(rank, 
     assert re.fullmatch("".join(f"{TIME}{line}\n" for line in lines), text), text
     assert printed.out + printed.err == text
     assert len(PREFIX.findall(text)) == len(lines) and "odd\nindeed\n" in plain(text)
+
+
+def test_a_process_that_is_killed_as_it_logs_stops_no_other(capsys):
+    """A rank's loader workers are forked, and whatever kills one may do so in a line's middle."""
+    set_up_logging(0)
+    if not (child := os.fork()):
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert tqdm.get_lock().acquire(blocking=False)
+    tqdm.get_lock().release()
+    logger.info("goes on")
+    assert "goes on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("level", "count"), [("DEBUG", 5), ("INFO", 4), ("WARNING", 2), ("ERROR", 0), ("", 4)])

@@ -277,10 +277,12 @@ def test_a_tokenizer_that_splits_text_otherwise_is_refused(key, text, folder, tm
     names, ids = json.loads(file.read_text()), []
     for value in (False, True):
         file.write_text(json.dumps(names | {key: value}))
-        ids.append(AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+        ids.append(theirs(text).input_ids)
         if not value:
             ChatTokenizer(tmp_path / "model")
-    assert len(ids[1]) > len(ids[0])
+    # only a class of the model's own, as 5.23 has it, puts a space first
+    assert len(ids[1]) > len(ids[0]) or (key, type(theirs).__name__) == ("add_prefix_space", "TokenizersBackend")
     with pytest.raises(SettingError, match=rf"tokenizer_config\.json: {key}: .*; set it to false$"):
         ChatTokenizer(tmp_path / "model")
 

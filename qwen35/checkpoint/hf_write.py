@@ -17,7 +17,7 @@ from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, cast, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, in_range, pieces
 from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
 from qwen35.device import HOST
 from qwen35.errors import one_line
@@ -105,7 +105,8 @@ def _write_like(
 
     def prepare(part: tuple[str, TensorSlice]) -> tuple[str, TensorSlice, memoryview, int]:
         name, region = part
-        data = raw_bytes(cast(fetch(name, region), entries[name].spec.dtype, name).contiguous())
+        dtype = entries[name].spec.dtype
+        data = raw_bytes(in_range(fetch(name, region), dtype, name).to(dtype).contiguous())
         return name, region, data, zlib.crc32(data)
 
     written = []

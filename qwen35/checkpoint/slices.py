@@ -129,14 +129,13 @@ def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iter
             yield part
 
 
-def cast(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Raises CheckpointError for values that are finite, but not in this dtype."""
-    result = values.to(dtype)
-    if dtype == torch.float16 != values.dtype and result.isinf().any():
+def in_range(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values as they are. Raises CheckpointError for finite ones that float16 cannot hold."""
+    if dtype == torch.float16 != values.dtype and values.to(dtype).isinf().any():
         raise CheckpointError(
             f"{name} has values beyond {torch.finfo(dtype).max:,.0f}, the largest of float16; use bf16"
         )
-    return result
+    return values
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
@@ -155,7 +154,7 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource, progress: Callable
         itemsize = source.specs[name].dtype.itemsize
         for piece in pieces(region, itemsize):
             values = source.read(name, piece)
-            local[piece.relative_to(region.offsets).slices()].copy_(cast(values, tensor.dtype, name))
+            local[piece.relative_to(region.offsets).slices()].copy_(in_range(values, tensor.dtype, name))
             if progress:
                 progress(values.nbytes)
 

@@ -230,9 +230,11 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
 
 def finish_ending(folder: Path, limit: int | None) -> None:
     """On rank 0, what a run that was killed as it ended left to do: older checkpoints, the plot."""
-    if dist.get_rank() == 0 and limit is not None:
+    if dist.get_rank() > 0:
+        return
+    if limit is not None:
         keep_newest(folder, limit)
-    if dist.get_rank() == 0 and (folder / "metrics.jsonl").exists():
+    if (folder / "metrics.jsonl").exists():
         draw_loss(folder)
 
 

@@ -32,7 +32,7 @@ class _CausalConv1d(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         taps = weight.to(working_dtype(x)).T.flip(0).contiguous()
         grad_x, grad_taps = x.new_empty(x.shape), torch.zeros_like(taps)
@@ -49,10 +49,11 @@ class _CausalConv1d(torch.autograd.Function):
             for j, tap in enumerate(taps):
                 inside = block.inside(g, j)
                 spread[before - j : before - j + count].addcmul_(inside, tap)
-                grad_taps[j] += (inside * block.shifted(j)).sum(0)
+                if ctx.needs_input_grad[1]:
+                    grad_taps[j] += (inside * block.shifted(j)).sum(0)
             grad_x[block.rows] = spread[before:]
             carry = spread[:before]
-        return grad_x, grad_taps.flip(0).T.to(weight.dtype), None
+        return grad_x, grad_taps.flip(0).T.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 class _Block:

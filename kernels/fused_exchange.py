@@ -28,7 +28,7 @@ class FusedExchange(moe_parallel.Exchange):
     """Dispatch and combine, each fused with the matmul after or before it."""
 
     @staticmethod
-    def check(x: Tensor, top_k: int, ranks: int, local: int) -> None:
+    def check(x: Tensor, top_k: int, ranks: int, local: int, adapted: bool) -> None:
         """Raises KernelError, on all ranks, if the operators do not take this."""
         for is_supported, problem in (
             (ranks in RANKS, f"parallel.expert_parallel_size {ranks} is not one of {', '.join(map(str, RANKS))}"),
@@ -37,6 +37,7 @@ class FusedExchange(moe_parallel.Exchange):
             (top_k in TOP_K, f"{top_k} experts a token are not {TOP_K[0]} to {TOP_K[-1]}"),
             (x.dtype in (torch.bfloat16, torch.float16), f"{x.dtype} is neither bfloat16 nor float16"),
             (len(x) > 0, "a rank has no tokens"),
+            (not adapted, "the experts have adapters, which would be added between a matmul and its exchange"),
         ):
             if not is_supported:
                 raise KernelError(
@@ -47,7 +48,9 @@ class FusedExchange(moe_parallel.Exchange):
         away, local = self._counts()
         return npu.alltoallv_matmul(rows, weight, transposed, *self._group(), away, local)
 
-    def matmul_and_combine(self, rows: Tensor, weight: Tensor, transposed: bool) -> Callable[[], Tensor]:
+    def matmul_and_combine(
+        self, rows: Tensor, weight: Tensor, transposed: bool, add: Callable[[Tensor], Tensor]
+    ) -> Callable[[], Tensor]:
         away, local = self._counts()
         product = npu.matmul_alltoallv(rows, weight, transposed, *self._group(), local, away)
         return lambda: product

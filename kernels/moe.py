@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.moe_lora import ExpertAdapters, projections, stacks
 
 
 def moe_experts(
@@ -25,50 +26,54 @@ def moe_experts(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     primitives: ModuleType = native,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """x [T, H], topk_ids [T, K] int, topk_weights [T, K] -> y [T, H] in x's dtype; sums in fp32.
 
     gate_up_proj [E, 2I, H], gate rows first; down_proj [E, H, I]. Experts without tokens get zero
-    gradients. primitives: the module that implements permute, grouped_matmul and so on.
+    gradients. primitives: the module that implements permute, grouped_matmul and so on. adapters:
+    what is added to the projections, see moe_lora.py.
     """
-    return _Experts.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
+    scale = adapters.scale if adapters else 1.0
+    return _Experts.apply(primitives, scale, x, topk_ids, topk_weights, *stacks(gate_up_proj, down_proj, adapters))
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ops: ModuleType
+        ctx: Any, ops: ModuleType, scale: float, x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor
     ) -> Tensor:
-        rows, row_of_slot, ends = ops.permute(x, ids, len(gate_up_proj))
-        gate_up = ops.grouped_matmul(rows, gate_up_proj.mT, ends)  # [T*K, 2I]
-        out = ops.grouped_matmul(ops.swiglu(gate_up), down_proj.mT, ends)  # [T*K, H]
-        ctx.save_for_backward(x, ids, weights, gate_up_proj, down_proj, gate_up, row_of_slot, ends)
-        ctx.ops = ops
+        rows, row_of_slot, ends = ops.permute(x, ids, len(stacks[0]))
+        gate_up_proj, down_proj = projections(ops, ends, scale, stacks)
+        gate_up = gate_up_proj.forward(rows)  # [T*K, 2I]
+        del rows
+        out = down_proj.forward(ops.swiglu(gate_up))  # [T*K, H]
+        ctx.save_for_backward(x, ids, weights, gate_up, row_of_slot, ends, *stacks)
+        ctx.ops, ctx.scale = ops, scale
         return ops.unpermute(out, row_of_slot, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, ids, weights, gate_up_proj, down_proj, gate_up, row_of_slot, ends = ctx.saved_tensors
-        need_x, _, _, need_gate_up, need_down, _ = ctx.needs_input_grad
+        x, ids, weights, gate_up, row_of_slot, ends, *stacks = ctx.saved_tensors
+        need_x, for_gate_up, for_down = ctx.needs_input_grad[2], ctx.needs_input_grad[5:8], ctx.needs_input_grad[8:]
         ops = ctx.ops
+        gate_up_proj, down_proj = projections(ops, ends, ctx.scale, stacks)
         grad_out = ops.sorted_rows(grad_y, ids, row_of_slot)  # [T*K, H], without the routing weight
-        grad_hidden = ops.grouped_matmul(grad_out, down_proj, ends)
+        low = down_proj.low(grad_out)
+        grad_hidden = down_proj.backward(grad_out, low)
         dots, hidden, grad_gate_up = hidden_backward(ops, grad_hidden, gate_up, ops.weight_of_row(weights, row_of_slot))
         del grad_hidden
         grad_weights = dots.index_select(0, row_of_slot).view_as(weights)
-        grad_down = ops.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
+        of_down = down_proj.gradients(for_down, hidden, grad_out, low)
         del hidden
-        grad_x = grad_gate_up_proj = None
-        if need_gate_up:
-            rows = ops.sorted_rows(x, ids, row_of_slot, grad_out)
-            grad_gate_up_proj = ops.grouped_weight_grad(grad_gate_up, rows, ends)
-            del rows
-        del grad_out
+        low = gate_up_proj.low(grad_gate_up)
+        rows = ops.sorted_rows(x, ids, row_of_slot, grad_out) if any(for_gate_up) else None
+        of_gate_up = gate_up_proj.gradients(for_gate_up, rows, grad_gate_up, low)
+        del rows, grad_out
+        grad_x = None
         if need_x:
-            grad_x = ops.permute_backward(
-                ops.grouped_matmul(grad_gate_up, gate_up_proj, ends), row_of_slot, ids.shape[1]
-            )
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
+            grad_x = ops.permute_backward(gate_up_proj.backward(grad_gate_up, low), row_of_slot, ids.shape[1])
+        return None, None, grad_x, None, grad_weights, *of_gate_up, *of_down
 
 
 def hidden_backward(

@@ -18,6 +18,7 @@ not sent again. The projections' gradients are computed while the gradient of x 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from kernels import native
 from kernels.features import all_gather_single
 from kernels.moe import hidden_backward, moe_experts
+from kernels.moe_lora import ExpertAdapters, projections, stacks
 from kernels.native import working_dtype
 from kernels.recompute_cache import RecomputeCache
 
@@ -51,6 +53,7 @@ def moe_experts_parallel(
     primitives: ModuleType = native,
     count_reader: CountReader = read_counts,
     exchange: "type[Exchange] | None" = None,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """Inputs are this rank's tokens: x [T, H], topk_ids [T, K] int below E, topk_weights [T, K].
 
@@ -61,18 +64,19 @@ def moe_experts_parallel(
     A collective: every rank of `group` must call it, and its backward, in the same order and with
     the same inputs frozen.
 
-    primitives: as for moe_experts. count_reader: reads the counts on the host; fake tensors need
-    another one. exchange: the class that sends the rows. To give one forces all-to-all; the default
-    is Exchange, used where all-to-all sends less.
+    primitives, adapters: as for moe_experts; adapters of the same E/ep experts. count_reader: reads
+    the counts on the host; fake tensors need another one. exchange: the class that sends the rows.
+    To give one forces all-to-all; the default is Exchange, used where all-to-all sends less.
     """
     ep = dist.get_world_size(group)
     if exchange is not None:
-        exchange.check(x, topk_ids.shape[1], ep, len(gate_up_proj))
+        exchange.check(x, topk_ids.shape[1], ep, len(gate_up_proj), adapters is not None)
     if ep == 1:
-        return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives)
+        return moe_experts(x, topk_ids, topk_weights, gate_up_proj, down_proj, primitives, adapters)
     algorithm = _AllGatherExperts if exchange is None and ep < topk_ids.shape[1] else _AllToAllExperts
-    options = Options(group, recompute_cache, primitives, count_reader, exchange or Exchange)
-    return algorithm.apply(x, topk_ids, topk_weights, gate_up_proj, down_proj, options)
+    scale = adapters.scale if adapters else 1.0
+    options = Options(group, recompute_cache, primitives, count_reader, exchange or Exchange, scale)
+    return algorithm.apply(options, x, topk_ids, topk_weights, *stacks(gate_up_proj, down_proj, adapters))
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Options:
     ops: ModuleType
     count_reader: CountReader
     exchange_class: "type[Exchange]"
+    scale: float  # of the adapters
 
 
 def exchange_counts(count_choices: Callable[[], Tensor], ids: Tensor, options: Options) -> Routes:
@@ -172,8 +177,8 @@ class Exchange:
         self.ends = counts.cumsum(0, dtype=torch.int32)[ep - 1 :: ep].long()
 
     @staticmethod
-    def check(x: Tensor, top_k: int, ranks: int, local: int) -> None:
-        """Raises if this way to send does not take x of top_k experts a token, `local` a rank."""
+    def check(x: Tensor, top_k: int, ranks: int, local: int, adapted: bool) -> None:
+        """Raises if this class does not take x of top_k experts a token, `local` a rank."""
 
     def regroup_indices(self) -> Tensor:
         """[2, N]: from rank-major to expert-major order, and back."""
@@ -205,61 +210,69 @@ class Exchange:
         arrived = self.dispatch(rows).wait()
         return arrived, self.ops.grouped_matmul(arrived, weight.mT if transposed else weight, self.ends)
 
-    def matmul_and_combine(self, rows: Tensor, weight: Tensor, transposed: bool) -> Callable[[], Tensor]:
-        """rows [N, A], weight as above -> a function that waits for the products [T*K, B]."""
-        return self.combine(self.ops.grouped_matmul(rows, weight.mT if transposed else weight, self.ends)).wait
+    def matmul_and_combine(
+        self, rows: Tensor, weight: Tensor, transposed: bool, add: Callable[[Tensor], Tensor]
+    ) -> Callable[[], Tensor]:
+        """rows [N, A], weight as above; add: an adapter's -> a function that waits for [T*K, B]."""
+        return self.combine(add(self.ops.grouped_matmul(rows, weight.mT if transposed else weight, self.ends))).wait
 
 
 class _AllToAllExperts(torch.autograd.Function):
     """moe_experts_parallel by all-to-all."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, options: Options
-    ) -> Tensor:
+    def forward(ctx: Any, options: Options, x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor) -> Tensor:
         ops = options.ops
-        rows, row_of_slot, ends = ops.permute(x, ids, dist.get_world_size(options.group) * len(gate_up_proj))
+        rows, row_of_slot, ends = ops.permute(x, ids, dist.get_world_size(options.group) * len(stacks[0]))
         routes = exchange_counts(lambda: ends.diff(prepend=ends.new_zeros(1)), ids, options)
         exchange = options.exchange_class(routes, options.group, ops)
-        rows, gate_up = exchange.dispatch_and_matmul(rows, gate_up_proj, True)  # [N, H], [N, 2I]
-        saved_rows = rows if ctx.needs_input_grad[3] else None
+        gate_up_proj, down_proj = projections(ops, exchange.ends, options.scale, stacks)
+        rows, gate_up = exchange.dispatch_and_matmul(rows, gate_up_proj.weight, True)  # [N, H], [N, 2I]
+        gate_up_proj.add(gate_up, rows)
+        saved_rows = rows if any(ctx.needs_input_grad[4:7]) else None
         del rows
-        out = exchange.matmul_and_combine(ops.swiglu(gate_up), down_proj, True)()  # [T*K, H]
-        ctx.save_for_backward(ids, weights, gate_up_proj, down_proj, saved_rows, gate_up, row_of_slot, exchange.indices)
+        hidden = ops.swiglu(gate_up)
+        add = partial(down_proj.add, rows=hidden)
+        out = exchange.matmul_and_combine(hidden, down_proj.weight, True, add)()  # [T*K, H]
+        del hidden, add
+        ctx.save_for_backward(ids, weights, saved_rows, gate_up, row_of_slot, exchange.indices, *stacks)
         ctx.routes, ctx.options = routes, options
         return ops.unpermute(out, row_of_slot, weights)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weights, gate_up_proj, down_proj, rows, gate_up, row_of_slot, indices = ctx.saved_tensors
-        need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
+        ids, weights, rows, gate_up, row_of_slot, indices, *stacks = ctx.saved_tensors
+        need_x, _, need_weights, *for_stacks = ctx.needs_input_grad[1:]
         ops = ctx.options.ops
         exchange = ctx.options.exchange_class(ctx.routes, ctx.options.group, ops, indices)
+        gate_up_proj, down_proj = projections(ops, exchange.ends, ctx.options.scale, stacks)
         weight = exchange.dispatch(ops.weight_of_row(weights, row_of_slot))
         # [N, H] and [N, I], both before the multiplication by the row's routing weight
         grad_out, grad_hidden = exchange.dispatch_and_matmul(
-            ops.sorted_rows(grad_y, ids, row_of_slot), down_proj, False
+            ops.sorted_rows(grad_y, ids, row_of_slot), down_proj.weight, False
         )
+        low = down_proj.low(grad_out)
+        down_proj.add_backward(grad_hidden, low)
         dots, hidden, grad_gate_up = hidden_backward(ops, grad_hidden, gate_up, weight.wait())
         del grad_hidden
-        wait_for_rows = exchange.matmul_and_combine(grad_gate_up, gate_up_proj, False) if need_x else None
+        low_of_gate_up = gate_up_proj.low(grad_gate_up)
+        add = partial(gate_up_proj.add_backward, low=low_of_gate_up)
+        wait_for_rows = exchange.matmul_and_combine(grad_gate_up, gate_up_proj.weight, False, add) if need_x else None
         pending_dots = exchange.combine(dots) if need_weights else None
-        grad_down = ops.grouped_weight_grad(grad_out, hidden, exchange.ends) if need_down else None
-        grad_gate_up_proj = ops.grouped_weight_grad(grad_gate_up, rows, exchange.ends) if need_gate_up else None
+        of_down = down_proj.gradients(for_stacks[3:], hidden, grad_out, low)
+        of_gate_up = gate_up_proj.gradients(for_stacks[:3], rows, grad_gate_up, low_of_gate_up)
         grad_x = ops.permute_backward(wait_for_rows(), row_of_slot, ids.shape[1]) if wait_for_rows else None
         grad_weights = pending_dots.wait().index_select(0, row_of_slot).view_as(weights) if pending_dots else None
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
+        return None, grad_x, None, grad_weights, *of_gate_up, *of_down
 
 
 class _AllGatherExperts(torch.autograd.Function):
     """moe_experts_parallel by all-gather: only the slots of this rank's own experts get rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, options: Options
-    ) -> Tensor:
+    def forward(ctx: Any, options: Options, x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor) -> Tensor:
         ops, group = options.ops, options.group
-        ep, local = dist.get_world_size(group), len(gate_up_proj)
+        ep, local = dist.get_world_size(group), len(stacks[0])
         routes = exchange_counts(lambda: ops.histogram(ids, ep * local), ids, options)
         max_tokens, total = max(routes.tokens), sum(map(sum, routes.received))
         wide = working_dtype(weights)
@@ -272,42 +285,46 @@ class _AllGatherExperts(torch.autograd.Function):
         chosen = choices[:, 0].to(torch.int32)
         all_ids = torch.where(chosen < ep * local, (chosen - local * dist.get_rank(group)) % (ep * local), chosen)
         rows, row_of_slot, ends = ops.permute(pending_x.wait(), all_ids, local, total)
-        gate_up = ops.grouped_matmul(rows, gate_up_proj.mT, ends)  # [N, 2I]
+        gate_up_proj, down_proj = projections(ops, ends, options.scale, stacks)
+        gate_up = gate_up_proj.forward(rows)  # [N, 2I]
         del rows
-        out = ops.grouped_matmul(ops.swiglu(gate_up), down_proj.mT, ends)  # [N, H]
+        out = down_proj.forward(ops.swiglu(gate_up))  # [N, H]
         all_weights = choices[:, 1].to(weights.dtype).contiguous()  # a copy, so that `choices` is freed
         shares = ops.unpermute(out, row_of_slot, all_weights)  # [ep * max_tokens, H]
-        saved_x = pending_x.received if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(all_ids, all_weights, gate_up_proj, down_proj, saved_x, gate_up, row_of_slot, ends)
+        saved_x = pending_x.received if any(ctx.needs_input_grad[4:7]) else None
+        ctx.save_for_backward(all_ids, all_weights, saved_x, gate_up, row_of_slot, ends, *stacks)
         ctx.options, ctx.total, ctx.tokens = options, total, len(x)
         y = _sum_shares(ops, _all_to_all(shares, group).wait(), ep)
         return y if len(y) == len(x) else y[: len(x)].clone()  # FSDP2 warns if a unit returns a view
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weights, gate_up_proj, down_proj, x, gate_up, row_of_slot, ends = ctx.saved_tensors
-        need_x, _, need_weights, need_gate_up, need_down, _ = ctx.needs_input_grad
+        ids, weights, x, gate_up, row_of_slot, ends, *stacks = ctx.saved_tensors
+        need_x, _, need_weights, *for_stacks = ctx.needs_input_grad[1:]
         ops, group, total, ep = ctx.options.ops, ctx.options.group, ctx.total, dist.get_world_size(ctx.options.group)
+        gate_up_proj, down_proj = projections(ops, ends, ctx.options.scale, stacks)
         grad_y = _all_gather(grad_y, len(ids) // ep, group).wait()
         grad_out = ops.sorted_rows(grad_y, ids, row_of_slot, count=total)
         weight = ops.weight_of_row(weights, row_of_slot)[:total]
-        grad_hidden = ops.grouped_matmul(grad_out, down_proj, ends)
+        low = down_proj.low(grad_out)
+        grad_hidden = down_proj.backward(grad_out, low)
         dots, hidden, grad_gate_up = hidden_backward(ops, grad_hidden, gate_up, weight)
         del grad_hidden
+        low_of_gate_up = gate_up_proj.low(grad_gate_up)
         pending_grad_x = pending_slots = None
         if need_x:
-            grad_rows = ops.grouped_matmul(grad_gate_up, gate_up_proj, ends)
+            grad_rows = gate_up_proj.backward(grad_gate_up, low_of_gate_up)
             pending_grad_x = _all_to_all(ops.unpermute(grad_rows, row_of_slot, torch.ones_like(weights)), group)
             del grad_rows
         if need_weights:  # each slot has its row on one rank; the other ranks send zeros
             slot_grads = F.pad(dots, (0, 1)).index_select(0, row_of_slot.clamp(max=total)).view_as(weights)
             pending_slots = _all_to_all(slot_grads, group)
-        grad_down = ops.grouped_weight_grad(grad_out, hidden, ends) if need_down else None
-        rows = ops.sorted_rows(x, ids, row_of_slot, grad_out, total) if need_gate_up else None
-        grad_gate_up_proj = ops.grouped_weight_grad(grad_gate_up, rows, ends) if need_gate_up else None
+        of_down = down_proj.gradients(for_stacks[3:], hidden, grad_out, low)
+        rows = ops.sorted_rows(x, ids, row_of_slot, grad_out, total) if any(for_stacks[:3]) else None
+        of_gate_up = gate_up_proj.gradients(for_stacks[:3], rows, grad_gate_up, low_of_gate_up)
         grad_x = _sum_shares(ops, pending_grad_x.wait(), ep)[: ctx.tokens] if pending_grad_x else None
         grad_weights = pending_slots.wait().unflatten(0, (ep, -1)).sum(0)[: ctx.tokens] if pending_slots else None
-        return grad_x, None, grad_weights, grad_gate_up_proj, grad_down, None
+        return None, grad_x, None, grad_weights, *of_gate_up, *of_down
 
 
 def _all_gather(x: Tensor, max_tokens: int, group: dist.ProcessGroup, padding: float = 0) -> PendingRows:

@@ -175,12 +175,12 @@ def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     return y, rstd
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, factor: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """factor [D]: that of x_hat, in rstd's dtype -> grad_x, the factor's gradient"""
+def rms_norm_backward(grad: Tensor, x: Tensor, factor: Tensor, rstd: Tensor, need: bool) -> tuple[Tensor, Tensor]:
+    """factor [D]: that of x_hat, in rstd's dtype -> grad_x, the factor's gradient, or 0"""
     grad_x, grad_factor = x.new_empty(x.shape), torch.zeros_like(factor)
     for part, g, r, out in row_blocks(_rows(x), _rows(grad), rstd, _rows(grad_x)):
         x_hat, g = part.to(r.dtype) * r, g.to(r.dtype)
-        grad_factor += (g * x_hat).sum(0)
+        grad_factor += (g * x_hat).sum(0) if need else 0
         out.copy_(_norm_backward(x_hat, g * factor, r))
     return grad_x, grad_factor
 
@@ -195,9 +195,9 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def rms_norm_gated_backward(
-    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float, need: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> grad_x, grad_gate, grad_weight"""
+    """-> grad_x, grad_gate, grad_weight, or 0"""
     grad_x, grad_gate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     factor = weight.to(rstd.dtype)
     grad_weight = torch.zeros_like(factor)
@@ -206,7 +206,7 @@ def rms_norm_gated_backward(
         sigmoid = z.sigmoid()
         silu = z * sigmoid
         g_hat = g * x_hat
-        grad_weight += (g_hat * silu).sum(0)
+        grad_weight += (g_hat * silu).sum(0) if need else 0
         # silu' = sigmoid (1 + z - silu)
         gate_out.copy_((z - silu).add_(1).mul_(sigmoid).mul_(g_hat).mul_(factor))
         out.copy_(_norm_backward(x_hat, silu.mul_(g).mul_(factor), r))

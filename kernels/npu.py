@@ -149,8 +149,8 @@ def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     return npu.npu_rms_norm(x, weight.float() + 1, eps)
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """weight: the factor of x_hat -> grad_x, grad_weight fp32."""
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need: bool) -> tuple[Tensor, Tensor]:
+    """weight: the factor of x_hat -> grad_x, grad_weight fp32, which the operator never omits."""
     return npu.npu_rms_norm_backward(grad, x, weight, rstd)
 
 
@@ -161,11 +161,11 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def rms_norm_gated_backward(
-    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float
+    grad: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, eps: float, need: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, _ = npu.npu_rms_norm(x, weight, eps)
     grad_gate = torch.ops.aten.silu_backward(grad * normed, gate)
-    grad_x, grad_weight = rms_norm_backward(grad * F.silu(gate), x, weight, rstd)
+    grad_x, grad_weight = rms_norm_backward(grad * F.silu(gate), x, weight, rstd, need)
     return grad_x, grad_gate, grad_weight
 
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels.moe_lora import ExpertAdapters
+
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
     bounds = cu_seqlens.tolist()
@@ -41,7 +43,21 @@ def causal_conv1d(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.stack(out) if out else torch.zeros_like(x)
 
 
-def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def moe_experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    adapters: ExpertAdapters | None = None,
+) -> Tensor:
+    """With adapters the weights are merged, under autograd."""
+    if adapters and adapters.gate_up:
+        a, b = adapters.gate_up
+        gate_up_proj = gate_up_proj + adapters.scale * torch.einsum("eor,eri->eoi", b, a)
+    if adapters and adapters.down:
+        a, b = adapters.down
+        down_proj = down_proj + adapters.scale * torch.einsum("eor,eri->eoi", b, a)
     out = []
     for t in range(x.shape[0]):
         y = torch.zeros_like(x[t])

@@ -55,8 +55,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = ctx.ops.rms_norm_backward(grad, x, weight.to(rstd.dtype) + 1, rstd)
-        return grad_x, grad_weight.to(weight.dtype), None, None
+        need = ctx.needs_input_grad[1]
+        grad_x, grad_weight = ctx.ops.rms_norm_backward(grad, x, weight.to(rstd.dtype) + 1, rstd, need)
+        return grad_x, grad_weight.to(weight.dtype) if need else None, None, None
 
 
 class _RMSNormGated(torch.autograd.Function):
@@ -70,8 +71,9 @@ class _RMSNormGated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, rstd = ctx.saved_tensors
-        grad_x, grad_gate, grad_weight = ctx.ops.rms_norm_gated_backward(grad, x, gate, weight, rstd, ctx.eps)
-        return grad_x, grad_gate, grad_weight.to(weight.dtype), None, None
+        need, inputs = ctx.needs_input_grad[2], (x, gate, weight, rstd, ctx.eps)
+        grad_x, grad_gate, grad_weight = ctx.ops.rms_norm_gated_backward(grad, *inputs, need)
+        return grad_x, grad_gate, grad_weight.to(weight.dtype) if need else None, None, None
 
 
 class _Rotary(torch.autograd.Function):

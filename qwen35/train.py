@@ -21,11 +21,11 @@ import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint
 from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
-from qwen35.checkpoint.hf import check_export, load_hf, not_read, open_matching_folder
+from qwen35.checkpoint.hf import check_export, not_read
+from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.lock import holding
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
@@ -45,11 +45,12 @@ from qwen35.processes import stop_code, stop_request
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
+from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
-from qwen35.training.parameter_groups import freeze, parameter_table
+from qwen35.training.parameter_groups import parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
@@ -57,7 +58,6 @@ from qwen35.training.resume import (
     check_extra,
     check_finished,
     check_same_data,
-    find_weights,
     finish_ending,
     make_extra,
     read_checked_info,
@@ -67,6 +67,7 @@ from qwen35.training.resume import (
     seed_all,
     sequences_per_step,
 )
+from qwen35.training.start import Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
 from qwen35.training.validation import Validation
 
@@ -121,15 +122,14 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     heartbeat.at("building the model")
     with torch.device("meta" if t.init_model_with_meta_device else device):
         model = Qwen35(config, kernels=implementations, mtp=bool(m.mtp_num_layers))
-    freeze(model, m.freeze)
-    weights, is_hf = find_weights(settings)
-    # Only headers are read here. While the folder is open, nobody removes the checkpoint.
-    open_folder = open_matching_folder(model, weights) if is_hf else open_matching_checkpoint(model, weights)
+    choose_trained(model, settings)
+    start = Start(find_weights(settings), model, settings)
+    weights = start.path
     check_export(model, m.model_name_or_path)
-    ignored += not_read(weights) if is_hf and weights != Path(m.model_name_or_path) else []
-    checkpoint = None if is_hf else read_checked_info(weights, settings, device)
+    ignored += not_read(start.base) if start.is_hf and start.base != Path(m.model_name_or_path) else []
+    checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
-    run_sharing_errors(lambda: dist.get_rank() or check_disk(t, model.parameters(), step), None, t.save)
+    run_sharing_errors(lambda: dist.get_rank() or check_disk(t, saved_parameters(model).values(), step), None, t.save)
     heartbeat.at("reading the data")
     is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
@@ -153,20 +153,16 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         raise RunError(f"sharding changed which parameters are trained:\n{before}\n{table}")
     loading = partial(heartbeat.at, f"loading {weights}")  # the timeout starts anew with each part
     loading()
-    if is_hf:
-        load_hf(model, weights, progress=lambda nbytes: loading())
-    else:
-        load_checkpoint(weights, model, optimizer, progress=lambda nbytes: loading())
-    del open_folder
+    start.load(optimizer, lambda nbytes: loading())
     micro_batches.start_at(step)
-    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.normalization)
+    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.normalization) | start.extra
     if checkpoint and step:
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     logger.info(start_message(settings, device, layout, model, table))
-    ignored += [*micro_batches.notes, *load_notes(t.load or "", weights)]
-    logger.info("\n".join([*ignored, f"weights from {weights}", micro_batches.report()]))
+    ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
+    logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
     if validation:
         logger.info(validation.report())
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)

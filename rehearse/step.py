@@ -19,9 +19,9 @@ from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, Qwen35
 from qwen35.parallel.mesh import make_meshes
 from qwen35.train import Run, distribute, train_step
+from qwen35.training.adapters import choose_trained
 from qwen35.training.flops import Flops
 from qwen35.training.optimizer import GradientNorm
-from qwen35.training.parameter_groups import freeze
 from rehearse.cluster import FakeDevice, Observer, fake_process_group
 from rehearse.communication import Communication, balanced_counts
 from rehearse.lower_bound import Bytes, lower_bound
@@ -168,8 +168,8 @@ def _rehearse(
     with torch.device("meta"):
         whole = Qwen35(config, kernels=chosen, mtp=bool(m.mtp_num_layers))
         model = RepresentativeModel(representatives.config, kernels=chosen, mtp=bool(m.mtp_num_layers))
-    freeze(whole, m.freeze)
-    freeze(model, m.freeze)
+    choose_trained(whole, settings)
+    choose_trained(model, settings)
     of_device: list[Observer] = [operators] if device.type == "npu" else []
     observers: list[Observer] = [ledger, *of_device]
     # as in a run each is an object of its own: kernels cache what they derive from a batch with it

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from qwen35.config.schema import DatasetFile, Entry, Settings
+from qwen35.config.schema import DatasetFile, DatasetParam, Entry, Settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = """# Settings
@@ -47,7 +47,7 @@ def comments(path: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to", "multiple_of": "in steps of"}
 
 
 def values(kind: Any) -> str:
@@ -84,6 +84,8 @@ def rows(cls: type, path: str, said: Mapping[tuple[str, str], str]) -> Iterator[
         else:
             text = said[cls.__name__, f.name].replace("|", "\\|")
             yield path, [f"`{f.name}`", default(f), "a section" if inner else values(kind), text]
+            if inner and inner is not DatasetParam:  # the validation set's settings are the training set's
+                yield from rows(inner, f"{path}{f.name}.", said)
 
 
 def table(head: str, lines: list[list[str]]) -> list[str]:

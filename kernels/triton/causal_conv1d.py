@@ -178,7 +178,8 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, chunks = ctx.saved_tensors
         grad_x, parts = launch_backward(x, _taps(weight), grad.contiguous(), chunks, ctx.channels)
-        return grad_x, parts.sum(0).flip(0).T.to(weight.dtype), None, None
+        grad_weight = parts.sum(0).flip(0).T.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
 
 
 def _taps(weight: Tensor) -> Tensor:

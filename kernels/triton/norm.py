@@ -123,4 +123,5 @@ class _RMSNormGated(torch.autograd.Function):
         x, gate, weight = ctx.saved_tensors
         rows = grad.reshape(x.shape).contiguous()
         grad_x, grad_gate, parts = launch_backward(x, gate, weight, rows, ctx.eps, ctx.elements)
-        return grad_x.view(grad.shape), grad_gate.view(grad.shape), parts.sum(0).to(weight.dtype), None, None
+        grad_weight = parts.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x.view(grad.shape), grad_gate.view(grad.shape), grad_weight, None, None

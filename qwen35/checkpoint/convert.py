@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.checkpoint.dcp import check_config, write_extra
+from qwen35.checkpoint.dcp import read_info, write_extra
 from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.dcp_write import write_release
@@ -20,10 +20,13 @@ from qwen35.checkpoint.hf import not_read, shapes_by_config
 from qwen35.checkpoint.hf_names import HEAD
 from qwen35.checkpoint.hf_read import HFFolder, HFSource, check_tied, same_bytes
 from qwen35.checkpoint.hf_write import WriteSummary, save_hf
+from qwen35.checkpoint.merged import AdapterRun, Merged, open_weights
+from qwen35.checkpoint.peft_folder import write_peft
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec
 from qwen35.config.load import load_settings
 from qwen35.errors import USER_ERRORS, Parser, UserError, complain
 from qwen35.model import load_config
+from qwen35.model.lora import is_adapter
 
 CONVERTERS = ("GenericDCPConverter", "Qwen35Converter")  # MindSpeed-MM's first argument, which selects nothing here
 TIE_EXAMPLE = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
@@ -59,15 +62,29 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
 
 def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str | Path) -> WriteSummary:
     """Write a checkpoint (release, iter_… or their parent) like the original, but for its run's
-    own tokenizer and processors, if it had any.
+    own tokenizer and processors, if it had any. Adapters are merged into their base.
     """
-    source, origin = DCPSource(resolve_load(dcp_dir)), HFFolder(origin_hf_dir)
-    check_config(source.checkpoint, load_config(origin_hf_dir))
+    checkpoint, origin = resolve_load(dcp_dir), HFFolder(origin_hf_dir)
+    source = open_weights(checkpoint, origin.folder)
     _check_same_model(Path(save_hf_dir), HFFolder, origin.specs)
     nbytes = sum(spec.nbytes for spec in origin.specs.values())
     with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
-        values, tokenizer = FiniteSource(source, source.checkpoint), _tokenizer_folder(source.checkpoint)
-        return save_hf(values, origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+        if tokenizer := _tokenizer_folder(checkpoint):
+            print(f"tokenizer and processors from {tokenizer}, with which the run trained", flush=True)
+        return save_hf(FiniteSource(source, checkpoint), origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+
+
+def dcp_to_peft(dcp_dir: str | Path, origin_hf_dir: str | Path, save_dir: str | Path) -> WriteSummary:
+    """Write a LoRA run's adapters as PEFT's folder, which names the original as its base."""
+    checkpoint, origin = resolve_load(dcp_dir), Path(origin_hf_dir)
+    merged = open_weights(checkpoint, origin)
+    if not isinstance(merged, Merged):
+        raise CheckpointError(f"{checkpoint} holds no adapters but a whole model; leave --adapter out")
+    shapes = {name: spec.shape for name, spec in merged.specs.items()}
+    if tokenizer := _tokenizer_folder(checkpoint):
+        print(f"serve it with the tokenizer and processors of {tokenizer}, with which the run trained", flush=True)
+    spec = AdapterRun.of(read_info(checkpoint)).spec
+    return write_peft(FiniteSource(merged.adapters, checkpoint), spec, shapes, str(origin.absolute()), save_dir)
 
 
 def _tokenizer_folder(checkpoint: Path) -> Path | None:
@@ -80,7 +97,6 @@ def _tokenizer_folder(checkpoint: Path) -> Path | None:
         raise CheckpointError(
             f"{recipe}: the tokenizer's folder {folder} is not there; put it back, or correct its name"
         )
-    print(f"tokenizer and processors from {folder}, with which the run trained", flush=True)
     return folder
 
 
@@ -146,6 +162,8 @@ def _parser() -> Parser:
         (to_hf, "--save_hf_dir", "folder to write"),
     ):
         command.add_argument(option, required=True, type=_folder_argument, metavar="FOLDER", help=text)
+    adapter_help = "write a LoRA run's adapters as PEFT's folder instead of merging them into the model"
+    to_hf.add_argument("--adapter", action="store_true", help=adapter_help)
     tie_help = f"tensors that are tied to others, e.g. '{TIE_EXAMPLE}'"
     to_dcp.add_argument("--tie_weight_mapping", type=_tie_argument, metavar="JSON", help=tie_help)
     return parser
@@ -154,6 +172,8 @@ def _parser() -> Parser:
 def _why_more_tensors(checkpoint: Path, origin_hf_dir: str) -> list[str]:
     """A line on why an export has more tensors than its checkpoint, if it has."""
     held, exported = DCPSource(checkpoint).specs, HFFolder(origin_hf_dir).specs
+    if any(map(is_adapter, held)):
+        return [f"the checkpoint's {len(held):,} adapters are merged into the weights that they were trained on"]
     mtp = 0 if any(name.startswith("mtp.") for name in held) else sum(name.startswith("mtp.") for name in exported)
     tied = int(HEAD in exported and HEAD not in held)
     experts = len(exported) - len(held) - mtp - tied
@@ -175,8 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoint = resolve_load(args.dcp_dir)
             for line in [*load_notes(args.dcp_dir, checkpoint), f"weights from {checkpoint}"]:
                 print(line, flush=True)
-            written = dcp_to_hf(checkpoint, args.origin_hf_dir, args.save_hf_dir)
-            for line in _why_more_tensors(checkpoint, args.origin_hf_dir):
+            convert = dcp_to_peft if args.adapter else dcp_to_hf
+            written = convert(checkpoint, args.origin_hf_dir, args.save_hf_dir)
+            for line in [] if args.adapter else _why_more_tensors(checkpoint, args.origin_hf_dir):
                 print(line)
     except USER_ERRORS as error:
         return complain(error, "mm-convert: ")

@@ -1,7 +1,8 @@
 """Training checkpoints in the format of torch.distributed.checkpoint (DCP): save and resume.
 
 A checkpoint holds `model.<parameter>` in the parameters' dtypes, `optimizer.<state>.<parameter>`
-(exp_avg, exp_avg_sq, step) for the parameters that have such state, and small extras as JSON.
+(exp_avg, exp_avg_sq, step) for the parameters that have such state, and small extras as JSON. Of a
+model with adapters it holds these alone: the base never changes.
 Everything works with and without torch.distributed.
 """
 
@@ -22,13 +23,21 @@ from qwen35.checkpoint.dcp_folder import damaged, read_file, read_manifest, reso
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
 from qwen35.checkpoint.dcp_write import LocalShard, shard_planner, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.hf_names import HEAD, may_be_skipped, missing_mtp_hint, named_parameters, shapes_of
+from qwen35.checkpoint.hf_names import (
+    HEAD,
+    base_parameters,
+    may_be_skipped,
+    missing_mtp_hint,
+    saved_parameters,
+    shapes_of,
+)
 from qwen35.checkpoint.hf_read import check_tied
-from qwen35.checkpoint.slices import FiniteSource, TensorSlice, fill
+from qwen35.checkpoint.slices import FiniteSource, TensorSlice, TensorSource, fill
 from qwen35.checkpoint.tensor_file import CODES, DTYPES, raw_bytes
 from qwen35.device import HOST, host_buffer, synchronize
 from qwen35.model import ModelConfig, Qwen35
 from qwen35.model.config import check_same
+from qwen35.model.lora import is_adapter
 
 EXTRA, RANK_EXTRA = "extra.json", "rank_{:05}.json"
 
@@ -47,7 +56,7 @@ class CheckpointInfo:
 
 def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """The tensors to save, by name: the model's and the optimizer's own, not copies."""
-    parameters = named_parameters(model)
+    parameters = saved_parameters(model)
     state = {MODEL + name: p.detach() for name, p in parameters.items()}
     if optimizer is not None:
         if any(group.get("on_host") for group in optimizer.param_groups):
@@ -131,17 +140,16 @@ def load_checkpoint(
     """Load the checkpoint that `resolve_load(path)` finds into a model, and into its optimizer.
 
     The model may be plain or sharded in any way. Values are cast to the parameters' dtypes. Each
-    rank reads its own part, without communication. Optimizer state is created for the parameters
+    rank reads its own part, without communication. Of a model with adapters either these are
+    loaded, or all else, as the checkpoint has it. Optimizer state is created for the parameters
     that the optimizer holds and that have some in the checkpoint; converted weights have none, and
     leave the optimizer as it is. `mtp.*` is skipped for a model without that layer. `progress` is
     called with the bytes read. Raises one CheckpointError for all names and shapes that do not fit.
     """
     checkpoint = resolve_load(path)
     info = read_info(checkpoint, group)
-    parameters = named_parameters(model)
     source = open_matching_checkpoint(model, checkpoint)
-    if HEAD not in parameters:
-        check_tied(source, checkpoint)
+    parameters = _parameters_in(source, model)
     if optimizer is not None and info.has_optimizer:
         _load_optimizer(optimizer, parameters, DCPSource(checkpoint, OPTIMIZER), progress)
     fill(parameters, FiniteSource(source, checkpoint), progress)
@@ -155,15 +163,39 @@ def check_config(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def open_matching_checkpoint(model: nn.Module, checkpoint: Path) -> DCPSource:
-    """A checkpoint whose config, names and shapes must fit the model. Raises CheckpointError."""
-    source, parameters = DCPSource(checkpoint), named_parameters(model)
-    stored = {n: s.shape for n, s in source.specs.items() if n in parameters or not may_be_skipped(n, parameters)}
-    mismatch = Mismatch.between(stored, shapes_of(parameters.items()))
-    mismatch.hints = missing_mtp_hint(parameters, source.specs)
-    mismatch.raise_if_any(f"{checkpoint} does not fit the model")
+    """A checkpoint whose config, names and shapes must fit the model, or its adapters.
+
+    Raises CheckpointError, ConfigError.
+    """
+    source = DCPSource(checkpoint)
+    check_fit(source, shapes_of(_parameters_in(source, model).items()), checkpoint)
     if isinstance(model, Qwen35):
         check_config(checkpoint, model.config)
     return source
+
+
+def check_fit(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], checkpoint: Path) -> None:
+    """Raises CheckpointError unless a checkpoint holds tensors of these shapes, tied alike."""
+    stored = {
+        name: spec.shape for name, spec in source.specs.items() if name in shapes or not may_be_skipped(name, shapes)
+    }
+    mismatch = Mismatch.between(stored, shapes)
+    mismatch.hints = missing_mtp_hint(shapes, source.specs)
+    mismatch.raise_if_any(f"{checkpoint} does not fit the model")
+    if HEAD not in shapes:
+        check_tied(source, checkpoint)
+
+
+def _parameters_in(source: DCPSource, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that a checkpoint is for: the adapters, or all but these."""
+    if not any(map(is_adapter, source.specs)):
+        return base_parameters(model)
+    if not any(map(is_adapter, saved := saved_parameters(model))):
+        raise CheckpointError(
+            f"{source.checkpoint} holds the adapters of a LoRA run, not a model: set training.lora as that run had it, or "
+            "train the merged weights: make export, then training.init_from_hf_path and another save"
+        )
+    return saved
 
 
 def _load_optimizer(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwen35.checkpoint.errors import abbreviate
-from qwen35.checkpoint.hf_names import HEAD, first_on_disk, named_parameters, shapes_of
+from qwen35.checkpoint.hf_names import HEAD, base_parameters, first_on_disk, shapes_of
 from qwen35.checkpoint.hf_read import (
     CONFIG,
     WEIGHTS_FILE,
@@ -47,9 +47,10 @@ def load_hf(model: nn.Module, folder: str | Path, progress: Callable[[int], obje
     Values are cast to the parameters' dtypes. Every rank reads the byte ranges of its own slices,
     without communication. `progress` is called with the bytes read. One CheckpointError lists all
     tensors that are missing, surplus or of another shape. `mtp.*` is skipped for a model without
-    that layer, and `lm_head.weight` for tied weights, if it equals the embedding.
+    that layer, and `lm_head.weight` for tied weights, if it equals the embedding. Adapters are left
+    as they are.
     """
-    source, parameters = open_matching_folder(model, folder), named_parameters(model)
+    source, parameters = open_matching_folder(model, folder), base_parameters(model)
     if HEAD not in parameters:
         check_tied(source.folder, folder)
     fill(parameters, FiniteSource(source, folder), progress)
@@ -57,7 +58,7 @@ def load_hf(model: nn.Module, folder: str | Path, progress: Callable[[int], obje
 
 def open_matching_folder(model: nn.Module, folder: str | Path) -> HFSource:
     """A folder whose config, index and headers must fit the model. Raises CheckpointError."""
-    source = HFSource(HFFolder(folder), shapes_of(named_parameters(model).items()), f"{folder} does not fit the model")
+    source = HFSource(HFFolder(folder), shapes_of(base_parameters(model).items()), f"{folder} does not fit the model")
     if isinstance(model, Qwen35):
         check_same(folder, asdict(load_config(folder)), model.config)
     return source
@@ -66,7 +67,7 @@ def open_matching_folder(model: nn.Module, folder: str | Path) -> HFSource:
 def check_export(model: nn.Module, folder: str | Path) -> None:
     """Raises CheckpointError if the model could not be exported like a folder with weights."""
     if has_weights(Path(folder)):
-        shapes = shapes_of(named_parameters(model).items())
+        shapes = shapes_of(base_parameters(model).items())
         check_exportable(shapes, HFFolder(folder), f"what is trained could not be exported like {folder}")
 
 

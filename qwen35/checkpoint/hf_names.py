@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.checkpoint.slices import TensorSlice
+from qwen35.model.lora import adapted_by, is_adapter
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
@@ -107,6 +108,29 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
             name = name.replace(wrapper, "")
         named[name] = parameter
     return named
+
+
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `named_parameters` that are no adapters: what a checkpoint of the base holds."""
+    return {name: parameter for name, parameter in named_parameters(model).items() if not is_adapter(name)}
+
+
+def saved_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """What a run's checkpoints hold: all parameters, but of a model with adapters only these."""
+    named = named_parameters(model)
+    return {name: parameter for name, parameter in named.items() if is_adapter(name)} or named
+
+
+def parameter_of(adapter: str) -> str:
+    """The parameter that an adapter is added to: `<module>.weight`, or the stacked experts'."""
+    adapted = adapted_by(adapter)
+    return adapted if STACKED.fullmatch(adapted) else f"{adapted}.weight"
+
+
+def pair_of(parameter: str) -> tuple[str, str]:
+    """The names of the A and B that are added to a parameter: the inverse of `parameter_of`."""
+    stem = re.sub(r"\bweight$|proj$", "lora_", parameter)
+    return f"{stem}A", f"{stem}B"
 
 
 def shapes_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, ...]]:

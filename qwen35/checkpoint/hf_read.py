@@ -184,7 +184,7 @@ def refuse_unsupported(folder: Path) -> None:
     for name in ADAPTERS:
         if (folder / name).is_file():
             what = "an adapter beside the model" if (folder / CONFIG).is_file() else "an adapter, not a model"
-            raise CheckpointError(f"{folder}: {name} is {what}; {MERGE}, or move it away")
+            raise CheckpointError(f"{folder}: {name} is {what}; {MERGE}, move it away, or set training.lora.adapter")
     for path in sorted(folder.glob("*.json")):
         if QUANTIZED.fullmatch(path.name):
             raise CheckpointError(

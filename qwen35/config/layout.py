@@ -72,12 +72,12 @@ def check_layout(s: Settings, world: int) -> Layout:
     path = folder if folder.suffix == ".json" else folder / "config.json"
     if (layout.ep > 1 or layout.ulysses > 1) and path.is_file():
         config = read_object(path, SettingError)
-        for violation in (*_expert_rules(layout, config), *_ulysses_rules(layout, s, config)):
+        for violation in (*_expert_rules(layout, s, config), *_ulysses_rules(layout, s, config)):
             raise SettingError(f"{violation} ({folder} on {world} processes)")
     return layout
 
 
-def _expert_rules(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
+def _expert_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
     text = partial(_size, config, "text_config")
     if layout.ep == 1:
         return
@@ -90,6 +90,9 @@ def _expert_rules(layout: Layout, config: dict[str, Any]) -> Iterator[str]:
         (text("hidden_size"), "down_proj, hidden_size"),
     ):
         yield from _indivisible(shared_by, layout.fsdp, rows, f"rows of an expert's {what}")
+    if s.training.lora and s.training.lora.target_parameters:
+        columns = "columns of an expert's down_proj, moe_intermediate_size, whose adapter is shared by these"
+        yield from _indivisible(shared_by, layout.fsdp, text("moe_intermediate_size"), columns)
 
 
 def _ulysses_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:

@@ -21,7 +21,13 @@ from qwen35.config.rules import check_rules
 from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, DatasetFile, Settings, for_validation
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
-SHORT_FORMS = {"model.loss_type": "model.loss_cfg.loss_type"}  # as the user guide writes it
+SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
+    "model.loss_type": "model.loss_cfg.loss_type",
+    "training.lora.rank": "training.lora.r",
+    "training.lora.alpha": "training.lora.lora_alpha",
+    "training.lora.pretrained_lora_path": "training.lora.adapter",
+}
+ENABLE_LORA = "training.lora.enable"  # MindSpeed-MM's switch, no setting: the section itself is one
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
@@ -123,6 +129,10 @@ SECTIONS = {name.rsplit(".", i)[0] for name in TYPES for i in range(1, name.coun
 
 def from_flat(flat: Mapping[str, Any]) -> Settings:
     """{"training.lr": 1e-5, …} -> Settings, each valid by itself. Raises SettingError."""
+    enabled = flat.get(ENABLE_LORA, True)
+    if type(enabled) is not bool:
+        raise SettingError(f"{ENABLE_LORA}: {enabled!r} is not of type bool")
+    flat = {k: v for k, v in flat.items() if k != ENABLE_LORA and (enabled or not k.startswith("training.lora."))}
     # YAML reads a section whose lines are all commented out as null
     flat = {k: v for k, v in flat.items() if not (k in SECTIONS and v in (None, {}))}
     for key, value in flat.items():
@@ -184,6 +194,7 @@ PROBLEMS = {  # of pydantic's types of errors; others are of the form int_type
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
+    "multiple_of": "is no multiple of {multiple_of}",
 }
 
 

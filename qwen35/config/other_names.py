@@ -57,6 +57,10 @@ SAME = {  # ours -> theirs
     "training.val_generate": "predict_with_generate",
     "training.async_save": "save_async",
     "training.timeout": "ddp_timeout",
+    "training.lora.r": "lora_rank lora_r rank",
+    "training.lora.lora_alpha": "alpha",
+    "training.lora.target_modules": "lora_target",
+    "training.lora.adapter": "adapters adapter_name_or_path pretrained_lora_path",
     "training.profile": "enable_torch_profiler memory_profile",
 }
 NOT_THE_SAME = {  # what to say -> theirs
@@ -74,9 +78,12 @@ NOT_THE_SAME = {  # what to say -> theirs
     "config.json of the model folder says it": "model_type rope_scaling",
     "a run resumes from training.save by itself, or starts from training.load": """resume_from_checkpoint
         ignore_data_skip resume_only_model overwrite_output_dir""",
-    "it is not here yet: only full fine-tuning is, of what model.freeze leaves": """finetuning_type train_type tuner_type
-        tuner_backend use_peft lora lora_rank lora_alpha lora_target lora_dropout lora_r target_modules modules_to_save
-        additional_target adapters adapter_name_or_path use_rslora use_dora quantization_bit quantization_method quant_method
+    "adapters are trained where training.lora is, else all that model.freeze leaves": """finetuning_type train_type tuner_type
+        tuner_backend use_peft lora peft_type""",
+    "it is not here: a resume would not be bit for bit, and peft's own adapters of experts refuse it": """lora_dropout dropout
+        use_dora""",
+    "it is not here: beside adapters all is frozen": "modules_to_save additional_target",
+    "it is not here: weights are trained, or frozen, in training.dtype": """quantization_bit quantization_method quant_method
         quant_bits load_in_4bit load_in_8bit use_galore use_badam""",
     "it is not here: every run is supervised fine-tuning": "stage task_type rlhf_type pref_beta pref_loss",
     "it is not here: the arithmetic is bf16 or fp32, the optimizer AdamW": "fp8 fp8_format fp8_recipe use_muon use_adam_mini",

@@ -13,7 +13,8 @@ CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # a checkpoint's folder in
 
 def check_rules(s: Settings) -> None:
     """Raises SettingError for the first rule that is violated."""
-    for rules in (_data_rules, _validation_rules, _training_rules, _profile_rules, _folders_rules, _names_rules):
+    every = (_data_rules, _validation_rules, _training_rules, _lora_rules, _profile_rules, _folders_rules, _names_rules)
+    for rules in every:
         for violation in rules(s):
             raise SettingError(violation)
 
@@ -69,6 +70,29 @@ def _training_rules(s: Settings) -> Iterator[str]:
         yield (
             f"training.micro_batch_size {t.micro_batch_size} x cutoff_len {cutoff_len}: a micro-batch must have fewer than"
             f" {2**31:,} tokens"
+        )
+
+
+def _lora_rules(s: Settings) -> Iterator[str]:
+    lora, exchange, beside = (
+        s.training.lora,
+        s.model.kernels.get("moe_experts_parallel"),
+        "means nothing beside training.lora",
+    )
+    if not lora:
+        return
+    if s.model.freeze:
+        yield f"model.freeze {beside}, which freezes all but the adapters; leave it out, see training.lora.exclude_modules"
+    if s.model.mtp_num_layers:
+        yield f"model.mtp_num_layers {beside}: servers take no adapter of that layer; leave it out, an export still has it"
+    if not lora.target_modules and not lora.target_parameters:
+        yield "training.lora: target_modules and target_parameters are both empty, so nothing would be trained; name some"
+    if lora.expert_r and not lora.target_parameters:
+        yield "training.lora.expert_r means nothing without target_parameters; set them, or leave it out"
+    if lora.target_parameters and exchange == "alltoallv_gmm":
+        yield (
+            "model.kernels.moe_experts_parallel: alltoallv_gmm has no place for adapters between its matmul and its"
+            " exchange; use auto with training.lora.target_parameters"
         )
 
 

@@ -189,6 +189,30 @@ class ProfileSettings:
     folder: str = "profile"  # folder of the profile, below training.save
 
 
+LORA_TARGETS = tuple("q_proj k_proj v_proj o_proj in_proj_qkv in_proj_z out_proj gate_proj up_proj down_proj".split())
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of low rank beside frozen weights: y = W x + s B A x."""
+
+    r: Annotated[StrictInt, Field(gt=0, multiple_of=8)]  # rank of the adapters; `rank` is a short form
+    lora_alpha: PositiveFloat = 32.0  # s = lora_alpha / r, for all adapters; `alpha` is a short form
+    # linear modules that get an adapter, by the last parts of their names, in which `*` and `{*}`
+    # match one: q_proj, layers.0.self_attn.*. In the vision tower there are attn.qkv, attn.proj,
+    # linear_fc1, linear_fc2
+    target_modules: tuple[str, ...] = LORA_TARGETS
+    # weights of the routed experts that get an adapter for each expert, of
+    # mlp.experts.gate_up_proj and mlp.experts.down_proj
+    target_parameters: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()  # of these, names that get none, written as in target_modules
+    expert_r: Annotated[StrictInt, Field(gt=0, multiple_of=8)] | None = None  # rank in target_parameters; default: r
+    use_rslora: StrictBool = False  # s = lora_alpha / sqrt(r) instead
+    # PEFT folder with the adapters to go on from, of the same settings; default: new ones, which
+    # change nothing at first; `pretrained_lora_path` is a short form
+    adapter: str | None = None
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     train_iters: PositiveInt  # optimizer steps of the whole run
@@ -238,8 +262,11 @@ class TrainingSettings:
     # how often a job is restarted from its newest checkpoint after a failure that may pass (a dead
     # process, a lost node); mistakes in settings or data are never retried
     max_restarts: NonNegativeInt = 0
-    # steps for which a trained group's gradient may be exactly zero before the run stops
+    # steps for which the gradient of a trained group, or of an adapter, may be exactly zero before
+    # the run stops
     zero_grad_patience: PositiveInt = 5
+    # adapters (LoRA), trained instead of all weights; default: none, as with `enable: false` in it
+    lora: LoraSettings | None = None
     profile: ProfileSettings = ProfileSettings()
 
 

@@ -5,13 +5,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen35.checkpoint.dcp import load_checkpoint
+from qwen35.checkpoint.dcp import check_fit
 from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
-from qwen35.checkpoint.hf_names import published_dtype
+from qwen35.checkpoint.hf_names import named_parameters, published_dtype, shapes_of
 from qwen35.checkpoint.hf_read import has_weights, refuse_unsupported
 from qwen35.checkpoint.hf_write import EXPORT_MANIFEST
+from qwen35.checkpoint.merged import open_weights
+from qwen35.checkpoint.slices import FiniteSource, fill
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import BasicParameters, DatasetParam
 from qwen35.data import Record
@@ -79,7 +81,8 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
 def load_model(source: ModelSource) -> Qwen35:
     """The model on this process's device, in the dtypes that an export has.
 
-    So a checkpoint of a run answers exactly as its export. Raises CheckpointError, ConfigError.
+    So a checkpoint of a run answers exactly as its export, adapters merged. Raises
+    CheckpointError, ConfigError.
     """
     if source.weights == source.config:
         model = load_pretrained(source.weights)
@@ -87,7 +90,9 @@ def load_model(source: ModelSource) -> Qwen35:
         dtype_of = stored_dtypes(source.config) if has_weights(source.config) else published_dtype
         model = empty_model(source.config, dtype_of)
         try:
-            load_checkpoint(source.weights, model)
+            weights, parameters = open_weights(source.weights, source.config), named_parameters(model)
+            check_fit(weights, shapes_of(parameters.items()), source.weights)
+            fill(parameters, FiniteSource(weights, source.weights))
         except CheckpointError as error:
             raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
     for line in source.messages:

@@ -56,9 +56,7 @@ class Attention(nn.Module):
         k, v = (rearrange(y, "t (h d) -> t h d", d=self.head_dim) for y in (k, v))
         inputs = self.q_norm.weight, self.k_norm.weight, *rope
         out = self.core(q, k, v, cu_seqlens, self.prepare, *inputs, recompute_cache=recompute_cache)
-        return recomputed_linear(
-            lambda o, g: rearrange(o * g.sigmoid(), "t h d -> t (h d)"), self.o_proj.weight, out, gate
-        )
+        return recomputed_linear(lambda o, g: rearrange(o * g.sigmoid(), "t h d -> t (h d)"), self.o_proj, out, gate)
 
     def prepare(
         self, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor

@@ -77,4 +77,4 @@ class GatedDeltaNet(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         out = self.core(qkv, g, beta, self.conv1d.weight.squeeze(1), cu_seqlens, recompute_cache)  # [T, Hv, Dv]
         out = self.norm(out, z.view_as(out))
-        return recomputed_linears(None, [self.out_proj.weight], rearrange(out, "t h d -> t (h d)"))[0]
+        return recomputed_linears(None, [self.out_proj], rearrange(out, "t h d -> t (h d)"))[0]

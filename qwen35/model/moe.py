@@ -1,9 +1,12 @@
 """The feed-forward block: a dense MLP, or routed experts and a shared expert."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from kernels import Kernels
+from kernels.moe_lora import ExpertAdapters
 from kernels.recompute_cache import RecomputeCache
 from qwen35.model.config import TextConfig
 from qwen35.model.linear import recomputed_linear, recomputed_linears
@@ -20,9 +23,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, scale: nn.Linear | None = None) -> Tensor:
         """x [T, H] -> [T, H], times sigmoid(scale(x)) if scale, a projection to [T, 1], is given"""
         projections = [self.gate_proj, self.up_proj, *([] if scale is None else [scale])]
-        gate, up, *scales = recomputed_linears(None, [p.weight for p in projections], x)
+        gate, up, *scales = recomputed_linears(None, projections, x)
         gate_up = torch.cat([gate, up], dim=-1)
-        return recomputed_linear(self._hidden, self.down_proj.weight, gate_up, *scales)
+        return recomputed_linear(self._hidden, self.down_proj, gate_up, *scales)
 
     def _hidden(self, gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self.swiglu(gate_up)
@@ -50,8 +53,14 @@ class Router(nn.Module):
         return ids, top_logits.softmax(-1), stats
 
 
+# projection of the routed experts -> its adapter's parameters, [E, r, in] and [E, out, r]
+ADAPTERS = {stack: (f"{stack}_lora_A", f"{stack}_lora_B") for stack in ("gate_up", "down")}
+
+
 class Experts(nn.Module):
     """The stacked weights of the routed experts. Expert parallelism replaces it."""
+
+    scale = 0.0  # of the adapters; 0: without them
 
     def __init__(self, config: TextConfig, kernels: Kernels):
         super().__init__()
@@ -60,8 +69,25 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         self.kernel, self.parallel_kernel = kernels.moe_experts, kernels.moe_experts_parallel
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *_: RecomputeCache | None) -> Tensor:
-        return self.kernel(x, topk_ids, topk_weights, self.gate_up_proj, self.down_proj)
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
+        """x [T, H]; ids [T, K] of experts, weights [T, K] of theirs -> [T, H]"""
+        return self.kernel(x, ids, weights, self.gate_up_proj, self.down_proj, adapters=self.adapters())
+
+    def add_adapter(self, stack: str, r: int, scale: float) -> None:
+        """One for each expert, of the frozen weight `<stack>_proj`; undefined until loaded."""
+        weight = self.get_parameter(f"{stack}_proj")
+        experts, out, inner = weight.shape
+        for name, shape in zip(ADAPTERS[stack], ((experts, r, inner), (experts, out, r)), strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=weight.device)))
+        self.scale = scale
+
+    def adapters(self, local: Callable[[Tensor], Tensor] = lambda x: x) -> ExpertAdapters | None:
+        """`local` is applied to each parameter."""
+        if not self.scale:
+            return None
+        pairs = ([local(getattr(self, n)) for n in names if hasattr(self, n)] for names in ADAPTERS.values())
+        gate_up, down = ((pair[0], pair[1]) if pair else None for pair in pairs)
+        return ExpertAdapters(self.scale, gate_up, down)
 
 
 class MoE(nn.Module):

@@ -20,8 +20,7 @@ class RMSNorm(nn.Module):
 
     def project(self, x: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
         """x [T, H] -> projections of norm(x). Saves x; backward computes the norm again."""
-        weights = [projection.weight for projection in projections]
-        return recomputed_linears(lambda x, weight: self.kernel(x, weight, self.eps), weights, x, self.weight)
+        return recomputed_linears(lambda x, weight: self.kernel(x, weight, self.eps), projections, x, self.weight)
 
 
 class RMSNormGated(nn.Module):

@@ -11,15 +11,15 @@ from kernels.recompute_cache import RecomputeCache
 from qwen35.model.moe import Experts, MoE
 
 
-class ParallelExperts(nn.Module):
+class ParallelExperts(Experts):
     """Replaces `Experts`: the same parameter names, with the local experts only."""
 
     def __init__(self, experts: Experts, mesh: DeviceMesh):
         """mesh: [ep], whose size divides the number of experts. Weights may be on "meta"."""
-        super().__init__()
-        self.gate_up_proj = local_experts(experts.gate_up_proj, mesh)
-        self.down_proj = local_experts(experts.down_proj, mesh)
-        self.kernel, self.group = experts.parallel_kernel, mesh.get_group()
+        nn.Module.__init__(self)  # the parameters are made below
+        for name, parameter in experts.named_parameters():  # the projections and their adapters
+            setattr(self, name, local_experts(parameter, mesh))
+        self.kernel, self.group, self.scale = experts.parallel_kernel, mesh.get_group(), experts.scale
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
         if cache is None or not cache.is_recomputing:
@@ -32,9 +32,13 @@ class ParallelExperts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
         """x [T, H]; ids [T, K] of experts, weights [T, K] of theirs -> [T, H]"""
-        # [E/ep, …] each
-        gate_up_proj, down_proj = (cast(DTensor, w).to_local() for w in (self.gate_up_proj, self.down_proj))
-        return self.kernel(x, ids, weights, gate_up_proj, down_proj, self.group, cache)
+        gate_up_proj, down_proj = _local(self.gate_up_proj), _local(self.down_proj)  # [E/ep, …] each
+        adapters = self.adapters(_local)
+        return self.kernel(x, ids, weights, gate_up_proj, down_proj, self.group, cache, adapters=adapters)
+
+
+def _local(weight: Tensor) -> Tensor:
+    return cast(DTensor, weight).to_local()
 
 
 def local_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:

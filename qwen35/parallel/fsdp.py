@@ -1,7 +1,8 @@
 """FSDP2: sharded fp32 master weights, computation in bf16, gradients summed in fp32.
 
 Parameters that must not be rounded (A_log, dt_bias, the delta net's norm, the router) are
-replicated in fp32; their gradients are reduced in one flat all-reduce per step.
+replicated in fp32; their gradients are reduced in one flat all-reduce per step. What is frozen
+beside adapters is not trained at all, and is held in the dtype of the computation.
 """
 
 from functools import partial
@@ -14,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from kernels.features import fsdp_has_sums
+from kernels.features import FSDP_TAKES_FROZEN_DTYPES, fsdp_has_sums
 from qwen35.model import Qwen35
+from qwen35.model.lora import is_adapter
 from qwen35.parallel.expert_parallel import apply_expert_parallel
 from qwen35.parallel.mesh import Meshes
 
@@ -27,27 +29,47 @@ def replicated(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if name.endswith(REPLICATED)]
 
 
+def frozen_base(model: nn.Module) -> list[nn.Parameter]:
+    """What adapters are trained beside, without replicated parameters; empty without adapters."""
+    named = dict(model.named_parameters())
+    if not any(map(is_adapter, named)):
+        return []
+    return [p for name, p in named.items() if not is_adapter(name) and not name.endswith(REPLICATED)]
+
+
 def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     """Shard a plain model (on the meta device or not) in place; `dtype` is that of the computation.
 
     FSDP units: each decoder layer and vision block, the rest of the vision tower, multi-token
     prediction if it is trained, and the embedding, final norm and head; with expert parallelism
     also each layer's experts. Gradients are summed over the ranks, not averaged: the loss is
-    already normalised over all of them.
+    already normalised over all of them. Where no other rank shares a frozen base, FSDP leaves it
+    alone, since it would copy what is there.
     """
+    for parameter in frozen_base(model):
+        parameter.data = parameter.data.to(dtype)
     replicas = meshes.weights["replicate"]
     is_hybrid = replicas.size() > 1 and fsdp_has_sums()
     unit = partial(
         fully_shard,
         mesh=meshes.weights if is_hybrid else meshes.weights["shard"],
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        ignored_params=set(replicated(model)),
     )
+
+    def ignored(shards: DeviceMesh) -> set[nn.Parameter]:
+        return {*replicated(model), *(frozen_base(model) if shards.size() == 1 else [])}
+
     if meshes.experts["ep"].size() > 1:
         # shard the second axis: a rank may own fewer experts than FSDP has ranks to shard them over
         mesh = meshes.experts["replicate", "fsdp"] if is_hybrid else meshes.experts["fsdp"]
-        for experts in apply_expert_parallel(model, meshes.experts["ep"]):
-            unit(experts, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
+        layers = apply_expert_parallel(model, meshes.experts["ep"])
+        alone = ignored(meshes.experts["fsdp"])
+        # an adapter's A has few rows, so its columns are sharded
+        columns = {p for layer in layers for n, p in layer.named_parameters() if n.endswith("lora_A")}
+        placed = partial(unit, mesh=mesh, shard_placement_fn=lambda p: Shard(2 if p in columns else 1))
+        for experts in layers:
+            placed(experts, ignored_params=alone)
+    unit = partial(unit, ignored_params=ignored(meshes.weights["shard"]))
     for block in model.model.visual.blocks:
         unit(block)
     unit(model.model.visual)
@@ -61,6 +83,8 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module, replicas)
+            if not FSDP_TAKES_FROZEN_DTYPES and dtype != torch.float32:
+                _take_frozen_dtypes(module)
 
 
 def _prefetch(model: Qwen35) -> None:
@@ -88,6 +112,23 @@ def _sum_gradients(module: FSDPModule, replicas: DeviceMesh) -> None:
         group.reduce_scatter_reduce_op = dist.ReduceOp.SUM  # type: ignore[attr-defined]  # 2.7 has it
     if replicas.size() > 1:
         module.set_all_reduce_hook(partial(dist.all_reduce, group=replicas.get_group()))
+
+
+def _take_frozen_dtypes(module: FSDPModule) -> None:
+    """torch 2.7 asserts one dtype of all parameters of a unit, where later ones ask the trained.
+
+    It does nothing else there but to set these fields, of which trained parameters are fp32.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is None or {p.sharded_param.dtype for p in group.fsdp_params} == {torch.float32}:
+        return
+
+    def init() -> None:
+        for parameter in group.fsdp_params:
+            parameter.init_dtype_attrs(group.mp_policy)
+        group._orig_dtype, group._reduce_dtype = torch.float32, group.mp_policy.reduce_dtype
+
+    group._init_mp_dtypes = init  # type: ignore[method-assign]
 
 
 def reshard(model: nn.Module) -> None:

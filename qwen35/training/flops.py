@@ -2,18 +2,22 @@
 
 The backward pass costs as much as the forward pass for the gradients of the weights, and as much
 again for the gradients of the inputs. The first are counted where the weight is trained, the second
-where something before it is trained; a frozen part costs its forward pass alone.
+where something before it is trained; a frozen part costs its forward pass alone. Before the B of an
+adapter there is always something trained, its A.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from qwen35.batch import IGNORE, MTPTargets, PackedBatch
 from qwen35.model import Qwen35
+from qwen35.model.moe import ADAPTERS
 
 DELTA_RULE_CHUNK = 64  # tokens per chunk of the gated delta rule
+Weights = Mapping[str, Tensor]
 
 
 def token_counts(batch: PackedBatch) -> tuple[int, int, int]:
@@ -72,20 +76,21 @@ class Flops:
         }
         return sum(count * self.flops_per[unit] for unit, count in counts.items())
 
-    def _maps(self, unit: str, *maps: nn.Module | Tensor | tuple[nn.Module | Tensor, float]) -> None:
+    def _maps(self, unit: str, *maps: nn.Module | Weights | tuple[nn.Module | Weights, float]) -> None:
         """Modules and weights that read the same input, each with the share of units that reach it.
 
         Without a number all do. An embedding's share is 0: a lookup costs nothing.
         """
-        weights: list[tuple[Tensor, float]] = []
+        weights: list[tuple[str, Tensor, float]] = []
         for part in maps:
-            module, share = part if isinstance(part, tuple) else (part, 1)
-            weights += [(w, share) for w in ([module] if isinstance(module, Tensor) else module.parameters())]
-        cost = 2 * (1 + self.is_trained_below)
-        for w, share in weights:
+            found, share = part if isinstance(part, tuple) else (part, 1)
+            named = found.named_parameters() if isinstance(found, nn.Module) else found.items()
+            weights += [(name, w, share) for name, w in named]
+        for name, w, share in weights:
             if w.ndim > 1:
+                cost = 2 * (1 + (self.is_trained_below or name.endswith("lora_B")))
                 self.flops_per[unit] += w.numel() * share * (cost + 2 * w.requires_grad)
-        self.is_trained_below |= any(w.requires_grad for w, _ in weights)
+        self.is_trained_below |= any(w.requires_grad for _, w, _ in weights)
 
     def _core(self, unit: str, flops: float) -> None:
         """An operation without weights."""
@@ -103,7 +108,7 @@ class Flops:
         else:
             delta, dk, dv = layer.linear_attn, t.linear_key_head_dim, t.linear_value_head_dim
             self._maps("token", delta.in_proj_qkv, delta.in_proj_z, delta.in_proj_b, delta.in_proj_a)
-            self._maps("token", delta.conv1d, delta.A_log, delta.dt_bias)
+            self._maps("token", delta.conv1d, {"A_log": delta.A_log, "dt_bias": delta.dt_bias})
             rule = 4 * DELTA_RULE_CHUNK * dk + DELTA_RULE_CHUNK * (dk + dv) + 6 * dk * dv + 2 * DELTA_RULE_CHUNK * dv
             self._core("token", t.linear_num_value_heads * rule)
             self._maps("token", delta.norm)
@@ -112,9 +117,12 @@ class Flops:
         mlp = layer.mlp
         if layer.is_moe:
             shared, experts, routed = mlp.shared_expert, mlp.experts, t.num_experts_per_tok / t.num_experts
+            gate_up, down = (
+                {name: w for name, w in experts.named_parameters() if name.startswith(stack)} for stack in ADAPTERS
+            )
             both = (shared.gate_proj, shared.up_proj)
-            self._maps("token", mlp.gate, mlp.shared_expert_gate, *both, (experts.gate_up_proj, routed))
-            self._maps("token", shared.down_proj, (experts.down_proj, routed))
+            self._maps("token", mlp.gate, mlp.shared_expert_gate, *both, (gate_up, routed))
+            self._maps("token", shared.down_proj, (down, routed))
         else:
             self._maps("token", mlp.gate_proj, mlp.up_proj)
             self._maps("token", mlp.down_proj)

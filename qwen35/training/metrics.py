@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen35.checkpoint.errors import abbreviate
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
 from qwen35.errors import UserError, naming
@@ -220,7 +221,7 @@ class Metrics:
     def _check(self, line: dict[str, Any], squares: list[float], patience: int) -> None:
         if not all(map(math.isfinite, (line["loss"], line["grad_norm"]))):
             broken = [name for name, square in zip(self.groups, squares, strict=True) if not math.isfinite(square)]
-            groups = "all groups" if len(broken) == len(self.groups) else ", ".join(broken)
+            groups = "all groups" if len(broken) == len(self.groups) else abbreviate(broken)
             where = f", in the gradient of {groups}" if groups else ""
             raise RunError(
                 f"step {line['step']}: loss {line['loss']}, grad_norm {line['grad_norm']}: not a number{where};"
@@ -228,13 +229,14 @@ class Metrics:
                 " the data of that step"
             )
         for name, square in zip(self.groups, squares, strict=True):
-            if name.startswith("visual") and line["image_tokens"] == 0:
+            if "visual" in name and line["image_tokens"] == 0:
                 continue  # a step without images has no gradient for the vision tower
             self.zero_steps[name] = self.zero_steps[name] + 1 if square == 0 else 0
             if self.zero_steps[name] >= patience:
                 raise RunError(
                     f"step {line['step']}: the gradient of {name} has been exactly zero for {patience} steps, so it learns"
-                    f" nothing; freeze it (model.freeze), look at the data, or raise training.zero_grad_patience"
+                    f" nothing; freeze it (model.freeze; an adapter: training.lora.exclude_modules), look at the data, or"
+                    " raise training.zero_grad_patience"
                 )
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen35.config.schema import TrainingSettings
 from qwen35.training.adamw import AdamW, SwappedAdamW, local
-from qwen35.training.parameter_groups import by_group, group_of
+from qwen35.training.parameter_groups import by_module, group_of
 
 
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
@@ -47,21 +47,25 @@ class GradientNorm:
     """The gradient's norm over all ranks, total and per parameter group, without a host sync."""
 
     def __init__(self, model: nn.Module, shard_group: dist.ProcessGroup):
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.groups = by_group(trained)
-        self.parameters = [p for _, p in trained]
+        self.groups = by_module((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        self.parameters = [p for parameters in self.groups.values() for p in parameters]
         self.shard_group = shard_group
 
     def squares(self) -> Tensor:
         """-> [G] fp32, the sum of squares of each group's gradient."""
-        device = self.parameters[0].device
-        parts = torch.zeros(2, len(self.groups), device=device)  # rows: sharded, replicated parameters
-        for i, parameters in enumerate(self.groups.values()):
-            for row, sharded in enumerate((True, False)):
-                grads = [local(p.grad) for p in parameters if p.grad is not None and isinstance(p, DTensor) == sharded]
-                grads = [g for g in grads if g.numel()]
-                if grads:
-                    parts[row, i] = torch.stack(torch._foreach_norm(grads)).square().sum()
+        present = [(i, local(p.grad)) for i, p in enumerate(self.parameters) if p.grad is not None]
+        present = [(i, grad) for i, grad in present if grad.numel()]
+        found = dict(zip([i for i, _ in present], torch._foreach_norm([g for _, g in present]), strict=True))
+        zero = torch.zeros((), device=self.parameters[0].device)
+        # [2, P], sharded and replicated parameters; few operators, since adapters are many groups
+        norms = [
+            torch.stack(
+                [found.get(i, zero) if isinstance(p, DTensor) == of else zero for i, p in enumerate(self.parameters)]
+            )
+            for of in (True, False)
+        ]
+        sizes = [len(parameters) for parameters in self.groups.values()]
+        parts = torch.stack([torch.stack(torch._foreach_norm(row.split(sizes))).square() for row in norms])
         dist.all_reduce(parts[0], group=self.shard_group)
         return parts.sum(0)
 

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from qwen35.config.load import SettingError
+from qwen35.model.lora import adapted_by, is_adapter
 
 # A parameter belongs to the first group whose name occurs in its own.
 GROUPS = (
@@ -48,6 +49,16 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def _matches(name: list[str], levels: list[str]) -> bool:
     return len(name) >= len(levels) and all(fnmatchcase(n, level) for n, level in zip(name, levels, strict=False))
+
+
+def by_module(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+    """As by_group, but adapters are by themselves, under the name of what they adapt."""
+    named = list(named)
+    groups = by_group((n, p) for n, p in named if not is_adapter(n))
+    for name, parameter in named:
+        if is_adapter(name):
+            groups.setdefault(adapted_by(name), []).append(parameter)
+    return groups
 
 
 def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, what must not have changed since, and the random states."""
+"""What must not have changed when a run goes on from a checkpoint, and the random states."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen35.checkpoint import dcp_folder
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
-from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.config.load import SettingError, difference, load_settings
@@ -36,29 +36,6 @@ WITHOUT_EFFECT = (  # settings that do not change what is trained
 # what `restore_rng` raises for states that are damaged
 BROKEN_STATES = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
-
-
-def find_weights(settings: Settings) -> tuple[Path, bool]:
-    """-> folder, is_hf: the newest whole checkpoint in `save`, else `load`, `init_from_hf_path`.
-
-    All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
-    Raises SettingError, CheckpointError.
-    """
-    choices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(choices, choose_weights(settings))
-    return choices[0]
-
-
-def choose_weights(settings: Settings) -> tuple[Path, bool]:
-    """As `find_weights`, for this process alone."""
-    t, newest = settings.training, newest_checkpoint(settings.training.save)
-    if newest or t.load:
-        return newest or resolve_load(t.load or ""), False
-    if t.init_from_hf_path:
-        return Path(t.init_from_hf_path), True
-    raise SettingError(
-        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
-    )
 
 
 def repair_save_folder(folder: Path) -> list[str]:
@@ -174,7 +151,7 @@ def sequences_per_step(settings: Settings, world: int | None = None) -> int:
 def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> str:
     """What the checkpoints after `step` take on the disk of the save folder, which may not exist.
 
-    A checkpoint holds all parameters and, of those that are trained, AdamW's two moments, in fp32.
+    A checkpoint holds `parameters` and, of those that are trained, AdamW's two moments, in fp32.
     With save_total_limit there is one more while the oldest waits for the new one to be complete.
     Raises CheckpointError if they do not fit, or if the folder cannot be written.
     """

@@ -23,6 +23,7 @@ from qwen35.model import Qwen35
 from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
 from qwen35.parallel.mesh import Meshes
+from qwen35.training.adapters import choose_trained
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.wording import number_of
 
@@ -140,7 +141,9 @@ class Validation:
         """
         beat("gathering an unsharded copy of the model")
         with torch.device("meta"):
-            plain = Qwen35(model.config, kernels=model.kernels, mtp=hasattr(model, "mtp")).to(self.dtype)
+            plain = Qwen35(model.config, kernels=model.kernels, mtp=hasattr(model, "mtp"))
+        choose_trained(plain, self.settings)  # for its adapters
+        plain.to(self.dtype)
         for parameter in replicated(plain):
             parameter.data = parameter.data.float()
         gather_weights(model, plain.to_empty(device=self.device))

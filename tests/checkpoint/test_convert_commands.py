@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import write_folder
+from adapter_cases import run_on
+from checkpoint_cases import tensors_in, write_folder
 
 ROOT = Path(__file__).parents[2]
 TIE = json.dumps({"lm_head.weight": "model.language_model.embed_tokens.weight"})
@@ -45,6 +46,17 @@ def test_make_convert_and_mm_convert_to_hf_round_trip(tmp_path):
     assert "tensors" in output
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_make_export_merges_adapters_or_writes_peft_s_folder(tmp_path):
+    """Into hf and adapter in the folder of the run, neither in the place of the other."""
+    folder, run_folder = write_folder(tmp_path / "hf"), tmp_path / "run"
+    made = run_on(folder, run_folder, folder)
+    merged = run("make", "export", f"DCP={run_folder}", f"HF={folder}")
+    adapter = run("make", "export", f"DCP={run_folder}/iter_0000003", f"HF={folder}", "ARGS=--adapter")
+    assert f"{len(made)} adapters are merged into" in merged and adapter.endswith(f" bytes, {run_folder}/adapter\n")
+    assert len(tensors_in(run_folder / "hf")) == len(tensors_in(folder))
+    assert len(tensors_in(run_folder / "adapter")) == len(made)
 
 
 def test_mm_convert_outlives_its_reader():

@@ -39,8 +39,8 @@ def another(place: Path, key: str, value: object) -> None:
     change("other/config.json", key, value)(place)
 
 
-def to_hf(dcp: str, origin: str, out: str) -> int:
-    return main(["dcp_to_hf", "--dcp_dir", dcp, "--origin_hf_dir", origin, "--save_hf_dir", out])
+def to_hf(dcp: str, origin: str, out: str, *more: str) -> int:
+    return main(["dcp_to_hf", "--dcp_dir", dcp, "--origin_hf_dir", origin, "--save_hf_dir", out, *more])
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [THETA, HEADS])
@@ -57,6 +57,29 @@ def test_weights_are_refused_where_another_config_would_compute_with_them(place,
     assert generate.main(["--model", "converted", "--hf", "hf", "--prompt", "Hi"]) == 1
     assert words in capsys.readouterr().err
     assert to_hf("converted", "other", "out") == 0
+
+
+def test_adapters_are_refused_where_another_config_would_compute_with_them(place, capsys):
+    """That of their base, and that of the run that trained them."""
+    key, value, words = THETA
+    another(place, key, value)
+    lora = ("train", "r.yaml", "training.lora.r=8", "training.train_iters=2")
+    done = run(place, *lora, "training.init_from_hf_path=other")
+    assert done.code == 1 and f"other was made with another config.json ({words}); set the two alike" in done.err
+    done = run(place, *lora, "training.train_iters=1")
+    assert done.code == 0, done.err
+    done = run(place, *lora, "training.init_from_hf_path=other")
+    assert done.code == 1 and f"other was made with another config.json ({words})" in done.err
+    words = "run/iter_0000001 was made with another config.json (text.rope_theta: 10000.0 -> 1000000.0)"
+    done = run(place, *lora, "training.init_from_hf_path=other", "model.model_name_or_path=other")
+    assert done.code == 1 and words in done.err
+    capsys.readouterr()
+    for more in ([], ["--adapter"]):
+        assert to_hf("run", "other", "out", *more) == 1 and not Path("out").exists()
+        assert words in capsys.readouterr().err
+    assert generate.main(["--model", "run", "--hf", "other", "--prompt", "Hi"]) == 1
+    assert words in capsys.readouterr().err
+    assert to_hf("run", "hf", "out") == 0 and run(place, *lora).code == 0
 
 
 def test_what_loaded_weights_do_not_compute_with_may_differ(place):
@@ -104,7 +127,8 @@ def test_what_float16_cannot_hold_does_not_become_infinite(tmp_path, value, fits
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_has_the_tokenizer_and_processors_of_its_run(place, capsys):
+@pytest.mark.parametrize("more", [(), ("training.lora.r=8",)], ids=["", "with adapters"])
+def test_an_export_has_the_tokenizer_and_processors_of_its_run(place, capsys, more):
     """They may lie in a folder of their own; those of the model folder would prompt otherwise."""
     Path("tokens").mkdir()
     for file in [*Path("hf").glob("*.json"), *Path("hf").glob("*.jinja")]:
@@ -112,13 +136,16 @@ def test_an_export_has_the_tokenizer_and_processors_of_its_run(place, capsys):
     change("tokens/preprocessor_config.json", "image_mean", [0.25, 0.25, 0.25])(place)
     (place / "hf/chat_template.json").write_text(json.dumps({"chat_template": "of the model"}))
     setting = "data.dataset_param.preprocess_parameters.model_name_or_path=tokens"
-    done = run(place, "train", "r.yaml", setting)
+    done = run(place, "train", "r.yaml", setting, *more)
     assert done.code == 0, done.err
     assert to_hf("run", "hf", "out") == 0
     assert "tokenizer and processors from tokens, with which the run trained" in capsys.readouterr().out
     assert json.loads(Path("out/preprocessor_config.json").read_text())["image_mean"] == [0.25, 0.25, 0.25]
     assert not Path("out/chat_template.json").exists()
     assert Path("out/config.json").read_bytes() == Path("hf/config.json").read_bytes()
+    if more:  # PEFT's folder has none
+        assert to_hf("run", "hf", "adapter", "--adapter") == 0
+        assert "serve it with the tokenizer and processors of tokens, with which" in capsys.readouterr().out
     (place / "secret").write_text("x")
     Path("tokens/merges.txt").symlink_to(place / "secret")
     assert to_hf("run", "hf", "again") == 1 and not Path("again").exists()

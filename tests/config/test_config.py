@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from qwen35.config.load import SettingError, from_flat, load_settings, to_yaml
+from qwen35.config.schema import LoraSettings
 
 MINIMAL = {
     "data": {"dataset_param": {"basic_parameters": {"dataset": "a.json"}}},
@@ -88,12 +89,40 @@ def test_written_settings_are_read_back(recipe, tmp_path):
         ),
         ("data.dataset_param.basic_parameters.template=qwen2", "is not one of 'qwen3_vl_nothink' or 'qwen3_5'"),
         ("training={}", "training.train_iters is not set"),
+        ("training.lora.lora_alpha=8", "training.lora.r is not set; it has no default"),
+        ("training.lora.r=12", "training.lora.r: 12 is no multiple of 8"),
+        ("training.lora.rnk=8", "unknown setting training.lora.rnk; did you mean training.lora.r"),
+        ("training.lora={r: 8, rank: 8}", "training.lora: training.lora.r is there twice"),
+        ("training.lora={r: 8, enable: 1}", "training.lora.enable: 1 is not of type bool"),
+        ("training.lora={r: 8, expert_r: 8}", "training.lora.expert_r means nothing without target_parameters"),
+        ("training.lora={r: 8, target_modules: []}", "both empty, so nothing would be trained"),
+        ("training.lora=8", "training.lora: 8 is not a section"),
     ],
 )
 def test_mistakes_are_named(recipe, override, words):
     with pytest.raises(SettingError) as caught:
         load_settings(recipe, [override])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_adapters_in_the_words_of_mindspeed(recipe):
+    section = "training.lora={enable: true, rank: 16, alpha: 8, pretrained_lora_path: x, target_modules: [q_proj]}"
+    lora = load_settings(recipe, [section]).training.lora
+    assert lora == LoraSettings(r=16, lora_alpha=8.0, adapter="x", target_modules=("q_proj",))
+    assert load_settings(recipe, [section, "training.lora.enable=false"]) == load_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ("model.freeze=[model.visual]", "model.freeze means nothing beside training.lora, which freezes all but"),
+        ("model.mtp_num_layers=1", "model.mtp_num_layers means nothing beside training.lora: servers take no"),
+        ("model.kernels.moe_experts_parallel=alltoallv_gmm", "alltoallv_gmm has no place for adapters between"),
+    ],
+)
+def test_what_adapters_do_not_go_with(recipe, beside, words):
+    with pytest.raises(SettingError, match=words):
+        load_settings(recipe, [beside, "training.lora={r: 8, target_parameters: [mlp.experts.down_proj]}"])
 
 
 def test_rules_of_the_template(recipe):

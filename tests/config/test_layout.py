@@ -1,6 +1,7 @@
 """The accepted layouts are those that split everything evenly, found here by splitting it."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from qwen35.config.layout import Layout, check_layout, layout_of
 from qwen35.config.load import from_flat
-from qwen35.config.schema import ParallelSettings, Settings
+from qwen35.config.schema import LoraSettings, ParallelSettings, Settings
 from qwen35.errors import SettingError
 
 TEXT = {
@@ -94,3 +95,15 @@ def test_a_damaged_config_is_left_to_load_config(tmp_path):
     for config in ({}, {"text_config": 3}, {"text_config": {"num_attention_heads": "four"}}):
         (tmp_path / "config.json").write_text(json.dumps(config))
         check_layout(s, 2)
+
+
+def test_adapters_of_experts_need_their_columns_divided(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": TEXT, "vision_config": {}}))
+    plain = settings(tmp_path, expert_parallel_size=2)
+    lora = LoraSettings(r=8, target_parameters=("mlp.experts.down_proj",))
+    adapted = replace(plain, training=replace(plain.training, lora=lora))
+    check_layout(plain, 8)  # 4 processes share an expert's 12 rows, but not its 6 columns
+    with pytest.raises(
+        SettingError, match="expert_parallel_size 2 = 4 does not divide the 6 columns of an expert's down"
+    ):
+        check_layout(adapted, 8)

@@ -46,7 +46,11 @@ def refused(key: str, value: object = 1) -> str:
         ("num_train_epochs", "num_train_epochs is no setting; it is training.train_iters here, in optimizer steps"),
         (
             "model.lora_rank",
-            "model.lora_rank is no setting; it is not here yet: only full fine-tuning is, of what model.freeze leaves",
+            "model.lora_rank is no setting; it is training.lora.r here",
+        ),
+        (
+            "training.lora.lora_dropout",
+            "training.lora.lora_dropout is no setting; it is not here: a resume would not be",
         ),
         ("packing", "packing is no setting; samples are always packed"),
         (

@@ -23,20 +23,20 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 910,
-    "model": 1_160,
-    "checkpoint": 3_030,
+    "config": 980,
+    "model": 1_375,
+    "checkpoint": 3_470,
     "data": 5_000,
-    "parallel": 640,
-    "inference": 950,
-    "training": 1_390,
+    "parallel": 665,
+    "inference": 960,
+    "training": 1_580,
     "tools": 1_660,
     "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_620,
-    "kernels": 3_520,
+    "kernels": 3_660,
     "rehearse": 2_190,
     "accept": 730,
     "bench": 800,

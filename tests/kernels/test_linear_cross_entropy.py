@@ -11,6 +11,7 @@ from peer import config_dict, pack, pair, sample
 
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import ModelConfig, Qwen35, load_config
+from qwen35.model.lora import LoraSpec, add_adapters
 from qwen35.training.flops import Flops
 from qwen35.training.loss import token_weights
 from qwen35.training.optimizer import learning_rate
@@ -194,3 +195,24 @@ def test_flops_of_frozen_experts():
     freeze(plain, ["lm_head", "model.language_model", "model.visual.merger.linear_fc1"])
     assert learning.flops_per["label"] == 2 * HEAD and learning.flops_per["mtp_label"] == 2 * 2 * HEAD
     assert Flops(plain).flops_per["label"] == 2 * 2 * HEAD
+
+
+def adapted(config: dict, r: int, targets: tuple[str, ...], experts: tuple[str, ...] = ()) -> Qwen35:
+    model = on_meta(load_config(config))
+    add_adapters(model, LoraSpec(r, 16.0, targets, experts, (), r, False))
+    return model
+
+
+def test_flops_of_adapters():
+    """Nothing is trained below q_proj's A; below B there always is, the A."""
+    model = adapted(config_dict(moe=False), 8, ("self_attn.q_proj", "self_attn.o_proj"))
+    found = Flops(model).of(TOKENS, torch.tensor([12, 8]), LABELS, torch.tensor([[1, 4, 6]]))
+    q, o = TOKENS * (4 * 8 * 48 + 6 * 8 * 256), TOKENS * 6 * 8 * (128 + 48)
+    assert found == FORWARD + q + o + 2 * PAIRS + TOKENS * 2 * (OUT + UP + DOWN) + TOP
+
+
+def test_flops_of_the_adapters_of_experts():
+    """Those of the two experts that a token chooses; nothing is trained below the first A."""
+    nothing, experts = torch.zeros(0, 3, dtype=torch.long), ("experts.gate_up_proj", "experts.down_proj")
+    few, many = (Flops(adapted(config_dict(), r, (), experts)).of(10, torch.ones(10), 6, nothing) for r in (8, 16))
+    assert many - few == 10 * 2 * 8 * (4 * 6 * (48 + 48 + 24 + 48) - 2 * 48)

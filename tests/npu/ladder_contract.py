@@ -10,10 +10,12 @@ from watch import Watch
 
 import kernels
 from kernels import fused, npu, triton
+from kernels.moe_lora import ExpertAdapters
 
 CU = torch.tensor([0, 7, 7, 19, 20], dtype=torch.int32)
 IDS = torch.arange(40).view(20, 2) % 8
 ANGLE = torch.randn(20, 8)
+EXPERTS, ADAPTED = [(20, 16), (20, 2), (8, 48, 16), (8, 16, 24)], "moe_experts with adapters"
 CASES = {
     "varlen_attention": ([(20, 4, 32), (20, 2, 32), (20, 2, 32)], (CU, True, 0.3)),
     "rms_norm": ([(20, 4, 32), (32,)], (1e-6,)),
@@ -23,17 +25,20 @@ CASES = {
     "apply_rotary": ([(20, 4, 32), (20, 2, 32)], (ANGLE.cos(), ANGLE.sin())),
     "swiglu": ([(20, 48)], ()),
     "linear_cross_entropy": ([(20, 16), (50, 16)], (torch.tensor([-100, *range(19)]), torch.ones(20))),
-    "moe_experts": ([(20, 16), (20, 2), (8, 48, 16), (8, 16, 24)], ()),
+    "moe_experts": (EXPERTS, ()),
+    ADAPTED: ([*EXPERTS, (8, 4, 16), (8, 48, 4), (8, 4, 24), (8, 16, 4)], ()),
 }
 
 
 def run(module, op: str, inputs: list, rest: tuple) -> tuple[list, list]:
     """Outputs and gradients as (shape, dtype)."""
     leaves = [x.requires_grad_() for x in inputs]
-    if op == "moe_experts":
-        leaves = [leaves[0], rest[0], *leaves[1:]]
-        rest = ()
-    out = getattr(module, op)(*leaves, *rest)
+    if op in ("moe_experts", ADAPTED):
+        x, *leaves = leaves
+        options = {"adapters": ExpertAdapters(2.0, tuple(leaves[3:5]), tuple(leaves[5:]))} if op == ADAPTED else {}
+        out = module.moe_experts(x, *rest, *leaves[:3], **options)
+    else:
+        out = getattr(module, op)(*leaves, *rest)
     outs = [out] if isinstance(out, torch.Tensor) else list(out)
     torch.autograd.backward([y for y in outs if y.requires_grad], [torch.ones_like(y) for y in outs if y.requires_grad])
     return outs, [x.grad for x in inputs]
@@ -47,7 +52,7 @@ def run(module, op: str, inputs: list, rest: tuple) -> tuple[list, list]:
 )
 def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     shapes, rest = CASES[op]
-    rest = (IDS,) if op == "moe_experts" else rest
+    rest = (IDS,) if op in ("moe_experts", ADAPTED) else rest
     native = run(kernels, op, [torch.randn(s).to(dtype) for s in shapes], rest)
     fresh = CU.clone()  # operators cache fake tensors on it, which belong to one mode
     with FakeTensorMode() as mode, Watch() as watch:
@@ -67,7 +72,8 @@ def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
 
 
 def test_every_op_has_a_case():
-    assert {*CASES, "moe_experts_parallel"} == set(kernels.OPS)  # moe_experts_parallel is in ladder_experts.py
+    cases = {*CASES} - {ADAPTED}
+    assert cases | {"moe_experts_parallel"} == set(kernels.OPS)  # moe_experts_parallel is in ladder_experts.py
 
 
 def test_primitives_agree_with_the_native_ones():

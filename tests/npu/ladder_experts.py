@@ -18,12 +18,25 @@ from watch import Watch
 
 import kernels
 from kernels import fused, fused_exchange, npu, reference
+from kernels.moe_lora import ExpertAdapters
 from rehearse.communication import balanced_counts
 
-RANKS, HIDDEN, INNER = 8, 16, 24
+RANKS, HIDDEN, INNER, LOW = 8, 16, 24, 4
 # module, top_k: all-gather if it exceeds the number of ranks
 WAYS = {"all-to-all": (fused, 2), "all-gather": (fused, 9), "fused": (fused_exchange, 2)}
 FUSED = {"npu_alltoallv_gmm", "npu_gmm_alltoallv"}
+ADAPTED = pytest.mark.parametrize(
+    ("way", "adapted"),
+    [*((way, False) for way in WAYS), ("all-to-all", True), ("all-gather", True)],
+    ids=lambda x: x if isinstance(x, str) else "adapters" * x,
+)
+
+
+def stacks(experts: int) -> list[tuple[int, ...]]:
+    """Shapes of the weights, and of their adapters."""
+    weights = [(experts, 2 * INNER, HIDDEN), (experts, HIDDEN, INNER)]
+    pairs = [(experts, LOW, HIDDEN), (experts, 2 * INNER, LOW)], [(experts, LOW, INNER), (experts, HIDDEN, LOW)]
+    return [*weights, *pairs[0], *pairs[1]]
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +59,9 @@ def documented_bodies():
     library._destroy()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@ADAPTED
 @pytest.mark.parametrize("imbalance", [1.0, 1.5])
-def test_contract(way, imbalance, virtual):
+def test_contract(way, adapted, imbalance, virtual):
     """Shapes, dtypes, no operator without a kernel, no sync but the (here balanced) counts."""
     (module, top_k), tokens, dtype = WAYS[way], 64, torch.bfloat16
     asked = []
@@ -59,16 +72,22 @@ def test_contract(way, imbalance, virtual):
 
     with FakeTensorMode(), torch.device("npu:0"), Watch() as watch:
         ids = torch.zeros(tokens, top_k, dtype=torch.long)
-        shapes = [(tokens, HIDDEN), (tokens, top_k), (2, 2 * INNER, HIDDEN), (2, HIDDEN, INNER)]
-        x, weights, gate_up, down = (torch.empty(s, dtype=dtype, requires_grad=True) for s in shapes)
-        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, count_reader=count_reader)
+        shapes = [(tokens, HIDDEN), (tokens, top_k), *stacks(2)]
+        leaves = [
+            torch.empty(s, dtype=dtype, requires_grad=not adapted or i not in (2, 3)) for i, s in enumerate(shapes)
+        ]
+        x, weights, gate_up, down, *low = leaves if adapted else leaves[:4]
+        options = {"count_reader": count_reader, "adapters": adapters(low)}
+        y = module.moe_experts_parallel(x, ids, weights.float(), gate_up, down, virtual, **options)
         y.sum().backward()
     assert y.shape == x.shape and y.dtype == dtype
-    for t in (x, weights, gate_up, down):
+    for t in (x, weights, *(low if adapted else (gate_up, down))):
         assert t.grad.shape == t.shape and t.grad.dtype == dtype and t.grad.device == torch.device("npu:0")
     assert not watch.record.wrong and asked == [(2, RANKS, 3)]
     called = Counter(func.name().partition("::")[2] for func, _, _ in watch.calls)
-    if way == "fused":
+    if adapted:  # forward 2 and 4 of adapters, backward 2 and 6, and the gradients of four of them
+        assert not FUSED & set(called) and called["npu_grouped_matmul"] == 18
+    elif way == "fused":
         assert {name: called[name] for name in FUSED} == dict.fromkeys(FUSED, 2)
         assert called["npu_grouped_matmul"] == 2  # the weights' gradients
         for func, args, given in watch.calls:
@@ -83,33 +102,40 @@ def test_contract(way, imbalance, virtual):
     assert {max(shape) for shape in grouped} == {received}
 
 
+def adapters(low: list[torch.Tensor]) -> ExpertAdapters | None:
+    return ExpertAdapters(1.7, tuple(low[:2]), tuple(low[2:])) if low else None
+
+
 def problem(top_k: int, tokens: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(top_k)
     total, rand = sum(tokens), functools.partial(torch.randn, generator=generator)
     ids = torch.rand(total, 16, generator=generator)
     ids[:, 5] = -1  # an expert without tokens
-    shapes = [(total, HIDDEN), (total, top_k), (16, 2 * INNER, HIDDEN), (16, HIDDEN, INNER), (total, HIDDEN)]
+    shapes = [(total, HIDDEN), (total, HIDDEN), (total, top_k), *stacks(16)]
     return [ids.topk(top_k).indices, *(rand(s).to(dtype) for s in shapes)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("way", WAYS)
-def test_numbers(way, dtype, documented_bodies):
+@ADAPTED
+def test_numbers(way, adapted, dtype, documented_bodies):
     if way == "fused" and dtype is torch.float32:
         dtype = torch.float16
     module, top_k = WAYS[way]
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-    ids, x, weights, gate_up, down, probe = problem(top_k, tokens, dtype)
-    whole = [t.detach().double().requires_grad_() for t in (x, weights, gate_up, down)]
-    truth = reference.moe_experts(whole[0], ids, *whole[1:])
+    ids, probe, x, weights, *experts = problem(top_k, tokens, dtype)
+    experts = experts if adapted else experts[:2]
+    whole = [t.detach().double().requires_grad_() for t in (x, weights, *experts)]
+    truth = reference.moe_experts(whole[0], ids, *whole[1:4], adapters(whole[4:]))
     truth.backward(probe.double())
     found = [None] * RANKS
 
     def run() -> None:
         rank = dist.get_rank()
         mine, here = slice(sum(tokens[:rank]), sum(tokens[: rank + 1])), slice(2 * rank, 2 * rank + 2)
-        leaves = [t.detach().clone().requires_grad_() for t in (x[mine], weights[mine], gate_up[here], down[here])]
-        y = module.moe_experts_parallel(leaves[0], ids[mine], *leaves[1:], dist.group.WORLD)
+        parts = x[mine], weights[mine], *(t[here] for t in experts)
+        leaves = [t.detach().clone().requires_grad_() for t in parts]
+        its = adapters(leaves[4:])
+        y = module.moe_experts_parallel(leaves[0], ids[mine], *leaves[1:4], dist.group.WORLD, adapters=its)
         y.backward(probe[mine])
         found[rank] = [y.detach(), *(t.grad for t in leaves)]
 
@@ -118,7 +144,7 @@ def test_numbers(way, dtype, documented_bodies):
     for parts, exact in zip(zip(*found, strict=True), (truth, *(t.grad for t in whole)), strict=True):
         ours = torch.cat(parts)
         assert ours.dtype == dtype and error(ours, exact) <= tolerance, error(ours, exact)
-    assert not torch.cat([f[3] for f in found])[5].any()
+    assert not any(torch.cat(parts)[5].any() for parts in [*zip(*found, strict=True)][3:])
 
 
 @pytest.mark.parametrize(
@@ -130,16 +156,18 @@ def test_numbers(way, dtype, documented_bodies):
         ({"top_k": 10}, "10 experts a token are not 2 to 8"),
         ({"dtype": torch.float32}, "torch.float32 is neither bfloat16 nor float16"),
         ({"tokens": 0}, "a rank has no tokens"),
+        ({"adapters": ExpertAdapters(1.0)}, "the experts have adapters, which .*"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_unsupported_inputs_raise(change, words, monkeypatch):
-    case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3} | change
+    case = {"ranks": 8, "experts": 2, "top_k": 2, "dtype": torch.bfloat16, "tokens": 3, "adapters": None} | change
     monkeypatch.setattr(dist, "get_world_size", lambda group: case["ranks"])
     x = torch.zeros(case["tokens"], 4, dtype=case["dtype"])
     ids = torch.zeros(case["tokens"], case["top_k"], dtype=torch.long)
+    gate_up, its = torch.zeros(case["experts"], 8, 4), case["adapters"]
     with pytest.raises(kernels.KernelError, match=f"alltoallv_gmm does not take this: {words}; auto takes it"):
-        fused_exchange.moe_experts_parallel(x, ids, ids.float(), torch.zeros(case["experts"], 8, 4), None, None)
+        fused_exchange.moe_experts_parallel(x, ids, ids.float(), gate_up, None, None, adapters=its)
 
 
 def test_the_fused_exchange_must_be_selected_by_name():

@@ -8,6 +8,7 @@ from bodies import error, install
 
 import kernels
 from kernels import fused, npu, reference
+from kernels.moe_lora import ExpertAdapters
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
@@ -194,14 +195,20 @@ def test_primitives_of_the_experts_without_tokens():
 
 @DTYPES
 @pytest.mark.parametrize("tokens", [0, 1, 63])
-def test_moe_experts(tokens, dtype, tolerance):
+@pytest.mark.parametrize("adapted", ["", "gate_up", "down", "gate_up, down"])
+def test_moe_experts(tokens, adapted, dtype, tolerance):
+    """With adapters the weights are frozen."""
     ids, weights = choices(tokens), torch.rand(tokens, 2)
-    inputs = [torch.randn(tokens, 16), weights, torch.randn(8, 48, 16), torch.randn(8, 16, 24)]
-    ours = [t.to(dtype).requires_grad_() for t in inputs]
+    pairs = {"gate_up": [(8, 4, 16), (8, 48, 4)], "down": [(8, 4, 24), (8, 16, 4)]}
+    stacks = [torch.randn(shape) for name in pairs if name in adapted for shape in pairs[name]]
+    inputs = [torch.randn(tokens, 16), weights, torch.randn(8, 48, 16), torch.randn(8, 16, 24), *stacks]
+    ours = [t.to(dtype).requires_grad_(not adapted or i not in (2, 3)) for i, t in enumerate(inputs)]
     exact = [t.detach().double().requires_grad_() for t in ours]
 
-    def run(module, x, weights, gate_up, down):
-        return module.moe_experts(x, ids, weights, gate_up, down)
+    def run(module, x, weights, gate_up, down, *stacks):
+        left = iter(stacks)
+        given = {name: (next(left), next(left)) for name in pairs if name in adapted}
+        return module.moe_experts(x, ids, weights, gate_up, down, adapters=ExpertAdapters(1.7, **given))
 
     y, z = run(fused, *ours), run(reference, *exact)
     z = z if tokens else torch.zeros(0, 16, dtype=torch.float64)
@@ -210,9 +217,13 @@ def test_moe_experts(tokens, dtype, tolerance):
     assert y.dtype == dtype and error(y, z) <= tolerance
     if tokens:
         z.backward(probe.double())
-        for a, b in zip(ours, exact, strict=True):
-            assert a.grad.dtype == dtype and error(a.grad, b.grad) <= tolerance
-    assert not ours[2].grad[3].any() and not ours[3].grad[6].any()
+    for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        if not a.requires_grad:
+            assert a.grad is None
+            continue
+        assert a.grad.dtype == dtype and a.grad.shape == a.shape
+        assert not tokens or error(a.grad, b.grad) <= tolerance, i
+        assert i < 2 or not a.grad[[3, 6]].any(), i
 
 
 @pytest.mark.parametrize("chunk", [1 << 27, 1], ids=["one chunk", "many chunks"])

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import moe_parallel, reference
+from kernels.moe_lora import ExpertAdapters
 from kernels.recompute_cache import RecomputeCache
 from rehearse.communication import balanced_counts
 
 INPUTS = ("x", "weights", "gate_up_proj", "down_proj")
-E, H, INNER = 8, 16, 24
+ADAPTERS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+E, H, INNER, RANK, SCALE = 8, 16, 24, 8, 1.7
 SPREAD, ONE_RANK, IDLE = "all experts", "the experts of one rank", "every third expert"
 # ep, top_k; with ep < top_k tokens are all-gathered
 WAYS = {"all-to-all, 4": (4, 2), "all-to-all, 2": (2, 2), "all-gather, 4": (4, 5), "all-gather, 2": (2, 3)}
@@ -41,13 +43,24 @@ FROZEN = {
     "experts": INPUTS[2:],
     "all but gate_up": ("x", "weights", "down_proj"),
 }
-CASES = {
-    **{(way, tokens, "fp32", ()): None for way in WAYS for tokens in TOKENS},
-    **{(way, "unequal", "bf16", ()): None for way in WAYS},
-    **{
-        (way, "equal", "fp32", frozen): None for way in ("all-to-all, 4", "all-gather, 4") for frozen in FROZEN.values()
-    },
+ADAPTED = {  # those given, and what is frozen beside them
+    "both": (ADAPTERS, INPUTS[2:]),
+    "both, all trained": (ADAPTERS, ()),
+    "gate_up": (ADAPTERS[:2], INPUTS[2:]),
+    "down": (ADAPTERS[2:], (*INPUTS[2:], "x")),
+    "both, A frozen": (ADAPTERS, (*INPUTS[2:], "x", "gate_up_a", "down_a")),
+    "both, B frozen": (ADAPTERS, (*INPUTS[2:], "weights", "gate_up_b", "down_b")),
 }
+TRAFFIC = {"": (), "adapters": ADAPTERS, "adapters of down": ADAPTERS[2:]}
+FOUR = ("all-to-all, 4", "all-gather, 4")
+CASES = [  # way, tokens, dtype, frozen, adapters
+    *((way, tokens, "fp32", (), ()) for way in WAYS for tokens in TOKENS),
+    *((way, "unequal", "bf16", (), ()) for way in WAYS),
+    *((way, "equal", "fp32", frozen, ()) for way in FOUR for frozen in FROZEN.values()),
+    *((way, tokens, "fp32", INPUTS[2:], ADAPTERS) for way in WAYS for tokens in TOKENS),
+    *((way, "unequal", "bf16", INPUTS[2:], ADAPTERS) for way in WAYS),
+    *((way, "unequal", "fp32", frozen, adapters) for way in FOUR for adapters, frozen in list(ADAPTED.values())[1:]),
+]
 
 
 class Watch(TorchDispatchMode):
@@ -83,16 +96,27 @@ def problem(ep: int, top_k: int, tokens: list[int], pattern: str, dtype: torch.d
         few = torch.arange(E)[-(E // ep) :] if pattern == ONE_RANK else torch.arange(0, E, 3)
         ids = few[torch.rand(total, top_k).mul(len(few)).long()]
     tensors = [torch.randn(total, H), torch.rand(total, top_k), torch.randn(E, 2 * INNER, H), torch.randn(E, H, INNER)]
-    x, weights, gate_up, down = (t.to(dtype) for t in tensors)
-    return [x, ids, weights, gate_up, down, torch.randn(total, H).to(dtype)]
+    shapes = [(E, RANK, H), (E, 2 * INNER, RANK), (E, RANK, INNER), (E, H, RANK)]
+    x, weights, *stacks = (t.to(dtype) for t in [*tensors, *(torch.randn(shape) for shape in shapes)])
+    return [x, ids, weights, *stacks, torch.randn(total, H).to(dtype)]
 
 
-def leaves(tensors: list[torch.Tensor], frozen: tuple[str, ...]) -> list[torch.Tensor]:
-    return [t.detach().clone().requires_grad_(n not in frozen) for n, t in zip(INPUTS, tensors, strict=True)]
+def leaves(tensors: list[torch.Tensor], frozen: tuple[str, ...], adapters: tuple[str, ...]) -> list[torch.Tensor]:
+    """The inputs, and A and B of the projections, of which `adapters` are used."""
+    return [
+        t.detach().clone().requires_grad_(n not in frozen and (n in INPUTS or n in adapters))
+        for n, t in zip((*INPUTS, *ADAPTERS), tensors, strict=True)
+    ]
 
 
-def run(op, inputs: list[torch.Tensor], ids: torch.Tensor, probe: torch.Tensor, *rest) -> list[torch.Tensor | None]:
-    y = op(inputs[0], ids, *inputs[1:], *rest)
+def given(tensors: list[torch.Tensor], adapters: tuple[str, ...]) -> ExpertAdapters | None:
+    gate_up, down = (tuple(tensors[i : i + 2]) if ADAPTERS[i] in adapters else None for i in (0, 2))
+    return ExpertAdapters(SCALE, gate_up, down) if adapters else None
+
+
+def run(op, inputs: list[torch.Tensor], ids, probe, adapters: tuple[str, ...], *rest) -> list[torch.Tensor | None]:
+    x, *others = inputs[:4]
+    y = op(x, ids, *others, *rest, adapters=given(inputs[4:], adapters))
     y.backward(probe)
     return [y.detach(), *(t.grad for t in inputs)]
 
@@ -109,43 +133,48 @@ def worker(rank: int, port: int, out: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=4)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     found = {}
-    for way, tokens, dtype, frozen in CASES:
+    for way, tokens, dtype, frozen, adapters in CASES:
         ep, top_k = WAYS[way]
         group = dist.group.WORLD if ep == 4 else pairs[rank // 2]
         counts, pattern = TOKENS[tokens]
         wanted = torch.float32 if dtype == "fp32" else torch.bfloat16
-        x, ids, weights, gate_up, down, probe = problem(ep, top_k, counts, pattern, wanted)
+        x, ids, weights, *stacks, probe = problem(ep, top_k, counts, pattern, wanted)
         me = rank % ep
         mine = slice(sum(counts[:me]), sum(counts[: me + 1]))
         experts = slice(me * E // ep, (me + 1) * E // ep)
-        parts = leaves([x[mine], weights[mine], gate_up[experts], down[experts]], frozen)
-        ours = run(kernels.moe_experts_parallel, parts, ids[mine], probe[mine], group)
-        whole = leaves([x, weights, gate_up, down], frozen)
-        one = run(kernels.moe_experts, whole, ids, probe)
-        exact = leaves([t.detach().double() for t in whole], frozen)
-        truth = run(reference.moe_experts, exact, ids, probe.double()) if sum(counts) else one
-        names, cuts = ("y", *INPUTS), (mine, mine, mine, experts, experts)
+        parts = leaves([x[mine], weights[mine], *(t[experts] for t in stacks)], frozen, adapters)
+        ours = run(kernels.moe_experts_parallel, parts, ids[mine], probe[mine], adapters, group)
+        whole = leaves([x, weights, *stacks], frozen, adapters)
+        one = run(kernels.moe_experts, whole, ids, probe, adapters)
+        exact = leaves([t.detach().double() for t in whole], frozen, adapters)
+        truth = run(reference.moe_experts, exact, ids, probe.double(), adapters) if sum(counts) else one
+        names, cuts = ("y", *INPUTS, *ADAPTERS), (mine, mine, mine, *[experts] * 6)
         for name, cut, a, b, c in zip(names, cuts, ours, one, truth, strict=True):
-            key = way, tokens, dtype, frozen, name
+            key = way, tokens, dtype, frozen, adapters, name
             if b is None:
                 found[key] = None if a is None else "a gradient of what is frozen"
             elif a is None or a.shape != b[cut].shape or a.dtype != b.dtype:
                 found[key] = f"{a} beside {b[cut]}"
             else:
                 found[key] = error(a, b[cut]), error(a, c[cut]), error(b[cut], c[cut])
-    found["traffic"] = {way: traffic(way, rank, pairs[rank // 2]) for way in WAYS}
+    found["traffic"] = {(way, a): traffic(way, a, rank, pairs[rank // 2]) for way in WAYS for a in TRAFFIC.values()}
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
-    """Bytes that a layer sends with and without recomputation, in bf16, and how often it syncs."""
+def traffic(way: str, adapters: tuple[str, ...], rank: int, pair: dist.ProcessGroup) -> dict:
+    """Bytes that a layer sends with and without recomputation, in bf16, and how often it syncs.
+
+    With adapters the weights are frozen.
+    """
     ep, top_k = WAYS[way]
     group = dist.group.WORLD if ep == 4 else pair
-    x, ids, weights, gate_up, down, probe = problem(ep, top_k, [12] * 4, SPREAD, torch.bfloat16)
+    x, ids, weights, *stacks, probe = problem(ep, top_k, [12] * 4, SPREAD, torch.bfloat16)
     me = rank % ep
     mine, experts = slice(12 * me, 12 * me + 12), slice(me * E // ep, (me + 1) * E // ep)
-    parts = leaves([x[mine], weights[mine].float(), gate_up[experts], down[experts]], ())
+    tensors = [x[mine], weights[mine].float(), *(t[experts] for t in stacks)]
+    parts = leaves(tensors, INPUTS[2:] if adapters else (), adapters)
+    trained = [t for t in parts if t.requires_grad]
     waited = []
 
     def read(counts, tokens, k):
@@ -153,7 +182,10 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
         return moe_parallel.read_counts(counts, tokens, k)
 
     def layer(recompute_cache, x, *others):
-        return kernels.moe_experts_parallel(x, ids[mine], *others, group, recompute_cache, count_reader=read)
+        its = given(others[3:], adapters)
+        return kernels.moe_experts_parallel(
+            x, ids[mine], *others[:3], group, recompute_cache, count_reader=read, adapters=its
+        )
 
     is_mine = ids // (E // ep) == me
     found = {"away": int((~is_mine[mine]).sum()), "of others": int(is_mine.sum() - is_mine[mine].sum())}
@@ -168,7 +200,7 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
         )
         y.backward(probe[mine])
         found["backward"] = watch.seen
-    found["waits"], grads = len(waited), [t.grad.clone() for t in parts]
+    found["waits"], grads = len(waited), [t.grad.clone() for t in trained]
     waited.clear()
     for t in parts:
         t.grad = None
@@ -179,7 +211,7 @@ def traffic(way: str, rank: int, pair: dist.ProcessGroup) -> dict:
         again.backward(probe[mine])
         found["second run"] = watch.seen
     found["waits of two runs"] = len(waited)
-    found["same"] = torch.equal(y, again) and all(torch.equal(t.grad, g) for t, g in zip(parts, grads, strict=True))
+    found["same"] = torch.equal(y, again) and all(torch.equal(t.grad, g) for t, g in zip(trained, grads, strict=True))
     return found
 
 
@@ -191,12 +223,18 @@ def found(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: ", ".join([*c[:3], *("no " + name for name in c[3])]))
+def case_name(case: tuple) -> str:
+    way, tokens, dtype, frozen, adapters = case
+    return ", ".join([way, tokens, dtype, *("no " + name for name in frozen), *adapters])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_ranks_equal_one_process(found, case):
+    frozen, adapters = case[3:]
     for rank, its in enumerate(found):
-        for name in ("y", *INPUTS):
+        for name in ("y", *INPUTS, *ADAPTERS):
             result = its[(*case, name)]
-            if name in case[3]:
+            if name in frozen or (name in ADAPTERS and name not in adapters):
                 assert result is None, (rank, name, result)
                 continue
             assert isinstance(result, tuple), (rank, name, result)
@@ -208,17 +246,18 @@ def test_ranks_equal_one_process(found, case):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_bytes_sent(found, way):
+@pytest.mark.parametrize("adapters", TRAFFIC.values(), ids=TRAFFIC)
+def test_bytes_sent(found, way, adapters):
     """Exact, per collective; each way at most top_k * T * H * 2 bytes of hidden states a rank."""
     ep, top_k = WAYS[way]
-    for rank, its in enumerate(found[rank]["traffic"][way] for rank in range(4)):
+    for rank, its in enumerate(found[rank]["traffic"][way, adapters] for rank in range(4)):
         counts = "alltoall_base_", torch.int64, (ep - 1) * (E // ep + 1) * 8
         if ep >= top_k:  # rows to other ranks' experts, and rows back to other ranks
             name, away, others = "alltoall_base_", its["away"], its["of others"]
             forward = [(name, torch.bfloat16, away * H * 2), (name, torch.bfloat16, others * H * 2)]
             backward = [(name, torch.float32, away * 4), *forward, (name, torch.float32, others * 4)]
             # the rows of all ranks each way
-            rows = max(sum(found[r]["traffic"][way][key] for r in range(ep)) for key in ("away", "of others"))
+            rows = max(sum(found[r]["traffic"][way, adapters][key] for r in range(ep)) for key in ("away", "of others"))
             assert 0 < rows * H * 2 <= top_k * 12 * ep * H * 2
         else:  # all tokens to all ranks, and a share of each back; expert ids and weights as fp32
             rows, scalars = (ep - 1) * 12 * H * 2, (ep - 1) * 12 * top_k * 4
@@ -236,21 +275,27 @@ def test_bytes_sent(found, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_recomputed_layer_syncs_once(found, way):
-    for its in (found[rank]["traffic"][way] for rank in range(4)):
+@pytest.mark.parametrize("adapters", TRAFFIC.values(), ids=TRAFFIC)
+def test_a_recomputed_layer_syncs_once(found, way, adapters):
+    for its in (found[rank]["traffic"][way, adapters] for rank in range(4)):
         assert its["waits"] == its["waits of two runs"] == 1
         assert its["same"]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_backward_saves_little(found, way):
-    """Arrived rows or gathered tokens, gate_up's output and a few numbers per choice are saved."""
+@pytest.mark.parametrize("adapters", TRAFFIC.values(), ids=TRAFFIC)
+def test_backward_saves_little(found, way, adapters):
+    """Arrived rows or gathered tokens, gate_up's output and a few numbers per choice are saved.
+
+    The rows only if gate_up is trained, or has an adapter.
+    """
     ep, top_k = WAYS[way]
-    for its in (found[rank]["traffic"][way] for rank in range(4)):
+    for its in (found[rank]["traffic"][way, adapters] for rank in range(4)):
         tokens = its["rows"] if ep >= top_k else ep * 12
         choices = 12 * top_k * (1 if ep >= top_k else ep)  # row_of_slot, weights and the gathered ids
         own = 8 + (4 if ep < top_k else 0)
         rest = 8 * its["rows"] if ep >= top_k else 8 * E // ep  # the regroup indices, or where each expert's rows end
+        tokens *= adapters != ADAPTERS[2:]
         assert its["saved"] == tokens * H * 2 + its["rows"] * 2 * INNER * 2 + choices * own + rest
 
 
@@ -280,6 +325,7 @@ def test_balanced_counts(ep):
 
 def test_one_rank_is_plain_experts(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
-    x, ids, weights, gate_up, down, _ = problem(1, 2, [9], SPREAD, torch.float32)
-    ours = kernels.moe_experts_parallel(x, ids, weights, gate_up, down, None)
-    assert torch.equal(ours, kernels.moe_experts(x, ids, weights, gate_up, down))
+    x, ids, weights, gate_up, down, *others, _ = problem(1, 2, [9], SPREAD, torch.float32)
+    for adapters in (None, given(others, ADAPTERS)):
+        ours = kernels.moe_experts_parallel(x, ids, weights, gate_up, down, None, adapters=adapters)
+        assert torch.equal(ours, kernels.moe_experts(x, ids, weights, gate_up, down, adapters=adapters))

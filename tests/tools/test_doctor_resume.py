@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training_runs import ROOT, train
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
@@ -51,6 +52,7 @@ CASES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
     "seed": (lambda *_: ["training.seed=7", "training.train_iters=20"], "training.seed: "),
     "length": (lambda *_: [f"{BASIC}.cutoff_len=200", "training.train_iters=20"], "cutoff_len: 160 -> 200"),
     "steps": (lambda *_: ["training.micro_batch_size=2"], "packed sequences per step"),
+    "adapters": (lambda *_: ["training.lora.r=8"], "holds a run without adapters; name another folder"),
     "finished": (lambda *_: ["training.lr=0.5"], "holds 10 steps of other settings (training.lr: "),
 }
 
@@ -76,6 +78,48 @@ def test_what_a_resume_takes_is_not_wrong(workplace: Path, two: Path, tmp_path: 
         [line] = [f.fact for f in findings if f.subject == "weights"]
         assert line == f"from {newest_checkpoint(save)}"
     assert sorted(path.name for path in save.rglob("*")) == before
+
+
+def other_weights(workplace: Path, folder: Path) -> list[str]:
+    other = shutil.copytree(workplace / "weights", folder / "weights")
+    [file] = other.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.language_model.norm.weight"] += 1
+    save_file(tensors, file)
+    return [f"training.init_from_hf_path={other}", "training.lora.r=8"]
+
+
+LORA_CASES: dict[str, tuple[Callable[[Path, Path], list[str]], str]] = {
+    "alpha": (lambda *_: ["training.lora.r=8", "training.lora.lora_alpha=8"], "(alpha: 32.0 -> 8.0); set it as it was"),
+    "base": (other_weights, "are others; name the base that they were trained on"),
+    "all weights": (lambda *_: [], "holds the adapters of a LoRA run, not a model"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(workplace: Path) -> Path:
+    save = workplace / "doctor_lora"
+    done = train(workplace, save, 2, "training.lora.r=8", "training.train_iters=2")
+    assert done.returncode == 0, done.stderr
+    return save
+
+
+@pytest.mark.parametrize("case", LORA_CASES)
+def test_what_a_lora_run_refuses_is_wrong(workplace: Path, adapters: Path, tmp_path: Path, case: str) -> None:
+    change, expected = LORA_CASES[case]
+    save = copied(adapters, tmp_path)
+    overrides = [f"training.save={save}", "training.train_iters=4", *change(workplace, tmp_path)]
+    done = train(workplace, save, 2, *overrides[1:])
+    assert done.returncode == 1 and expected in done.stderr, done.stderr
+    [line] = [f.fact for f in found(workplace, *overrides) if f.status == "wrong"]
+    assert done.stderr.splitlines()[-1] == f"error: {line}"
+
+
+def test_what_a_lora_run_goes_on_from_is_not_wrong(workplace: Path, adapters: Path) -> None:
+    findings = found(workplace, f"training.save={adapters}", "training.lora.r=8")
+    assert {f.status for f in findings} <= {"ok", "note"}, findings
+    [line] = [f.fact for f in findings if f.subject == "weights"]
+    assert line == f"from {workplace}/weights; adapters from {newest_checkpoint(adapters)}"
 
 
 def test_a_save_folder_without_a_whole_checkpoint_is_wrong(workplace: Path, two: Path, tmp_path: Path) -> None:

@@ -62,6 +62,22 @@ def test_complete_npu_machine_is_ok(m: Machine, settings: list[str]) -> None:
         assert expected in text
 
 
+def test_a_lora_run_is_looked_at_as_it_would_start(m: Machine, settings: list[str]) -> None:
+    """Its checkpoints take what adapters take, and an adapter's folder is opened."""
+    lora = [*settings, "training.lora.r=8"]
+    findings = examine(m, [], RECIPE, lora)
+    assert {f.status for f in findings} == {"ok"}, "\n".join(lines(findings))
+
+    def size(findings: list) -> int:
+        return int(re.search(r"checkpoints? of ([\d,]+) bytes", "\n".join(lines(findings)))[1].replace(",", ""))
+
+    assert size(findings) < size(examine(m, [], RECIPE, settings)) / 4
+    text = "\n".join(lines(examine(m, [], RECIPE, [*lora, "training.lora.adapter=/nowhere"])))
+    assert "/nowhere/adapter_config.json: not there; the folder of an adapter holds one" in text
+    text = "\n".join(lines(examine(m, [], RECIPE, [*lora, "training.lora.target_modules=[in_proj_qkv]"])))
+    assert "in_proj_qkv has an adapter and in_proj_z none, which vLLM does not load" in text
+
+
 def test_kernels_are_compiled_if_nothing_is_wrong(
     m: Machine, settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

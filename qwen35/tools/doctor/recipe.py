@@ -17,9 +17,10 @@ import psutil
 import torch
 
 import kernels
-from qwen35.checkpoint.dcp import CheckpointInfo, open_matching_checkpoint, read_info
+from qwen35.checkpoint.dcp import CheckpointInfo, read_info
 from qwen35.checkpoint.dcp_folder import find_newest, load_notes
-from qwen35.checkpoint.hf import check_export, not_read, open_matching_folder
+from qwen35.checkpoint.hf import check_export, not_read
+from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.lock import LOCK, holding
 from qwen35.config.layout import check_layout
 from qwen35.config.load import load_settings
@@ -32,16 +33,10 @@ from qwen35.model import Qwen35, load_config
 from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
-from qwen35.training.parameter_groups import count, freeze
-from qwen35.training.resume import (
-    changes,
-    check_disk,
-    check_extra,
-    check_finished,
-    check_info,
-    choose_weights,
-    make_extra,
-)
+from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.parameter_groups import count
+from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
+from qwen35.training.start import Start, choose_weights
 from qwen35.training.validation import Validation
 
 GIB = 2**30
@@ -139,26 +134,27 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> Checkpoi
     unread, config, loaded = not_read(folder), load_config(folder), None
     with torch.device("meta"):
         whole = Qwen35(config, mtp=bool(s.model.mtp_num_layers))
-    freeze(whole, s.model.freeze)
+    choose_trained(whole, s)
     check_export(whole, folder)
     trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
     found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
     with checking(found, "weights"):
         find_newest(save)
-        path, is_hf = choose_weights(s)
-        open_matching_folder(whole, path) if is_hf else open_matching_checkpoint(whole, path)
-        unread += not_read(path) if is_hf and path != Path(folder) else []
-        if not is_hf and (info := read_info(path)).step:
+        start = Start(choose_weights(s), whole, s)
+        unread += not_read(start.base) if start.is_hf and start.base != Path(folder) else []
+        if start.goes_on and (info := read_info(start.path)).step:
             check_info(info, s, world)
             loaded = info
-        found.append(ok("weights", "; ".join([f"from {path}", *load_notes(path.parent, path)])))
+        facts = [*start.notes, *load_notes(start.path.parent, start.path)]
+        found.append(ok("weights", "; ".join(facts).removeprefix("weights ")))
     found += [note("model", line, "ignore this if training does not need it") for line in unread]
+    found += [note("model", line) for line in serving_warnings(whole)]
     with checking(found, "disk"):
         if (save / LOCK).exists():
             with holding(save):  # no other job does
                 pass
         step = (loaded and loaded.step) or 0
-        found.append(ok("disk", f"{save}: {check_disk(t, whole.parameters(), step)}"))
+        found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step)}"))
     vision, loader = config.vision, s.data.dataloader_param
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
     patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2

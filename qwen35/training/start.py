@@ -1,0 +1,120 @@
+"""What a run starts from: found, opened and compared with the model, and loaded.
+
+A run of all weights has one source: a checkpoint or a model folder. A LoRA run has two: the base,
+and its adapters, which are a checkpoint's, those of PEFT's folder, or new ones.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint, read_info
+from qwen35.checkpoint.dcp_folder import METADATA, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_source import DCPSource
+from qwen35.checkpoint.errors import Mismatch
+from qwen35.checkpoint.hf import load_hf, open_matching_folder
+from qwen35.checkpoint.hf_names import base_parameters, saved_parameters, shapes_of
+from qwen35.checkpoint.merged import AdapterRun, digest, holds_adapters
+from qwen35.checkpoint.peft_folder import PeftFolder
+from qwen35.checkpoint.slices import FiniteSource, TensorSource, fill
+from qwen35.config.load import SettingError
+from qwen35.config.schema import LoraSettings, Settings
+from qwen35.model import Qwen35
+from qwen35.training.adapters import InitialAdapters, lora_spec
+
+
+class Chosen(NamedTuple):
+    path: Path  # the newest whole checkpoint in `save`, else `load`, else `init_from_hf_path`
+    base: Path  # the same, or the weights that adapters in that checkpoint are for
+
+
+def find_weights(settings: Settings) -> Chosen:
+    """All ranks use rank 0's choice, since another job may be saving into `load` at this moment.
+
+    Raises SettingError, CheckpointError.
+    """
+    choices: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(choices, choose_weights(settings))
+    return choices[0]
+
+
+def choose_weights(settings: Settings) -> Chosen:
+    """As `find_weights`, for this process alone."""
+    t, newest = settings.training, newest_checkpoint(settings.training.save)
+    if newest or t.load:
+        path = newest or resolve_load(t.load or "")
+        if t.lora and holds_adapters(DCPSource(path)):
+            return Chosen(path, Path(t.init_from_hf_path or AdapterRun.of(read_info(path)).base))
+        if t.lora and newest:
+            raise SettingError(
+                f"training.save: {t.save} holds a run without adapters; name another folder for training.lora, and this one as "
+                "training.load to start from its weights"
+            )
+        return Chosen(path, path)
+    if t.init_from_hf_path:
+        return Chosen(Path(t.init_from_hf_path), Path(t.init_from_hf_path))
+    raise SettingError(
+        "nothing says where the weights come from; set training.load (DCP) or training.init_from_hf_path"
+    )
+
+
+class Start:
+    """The chosen weights, of which only headers are read; while this exists, nobody removes them.
+
+    Raises CheckpointError, SettingError unless they fit the model and the settings.
+    """
+
+    def __init__(self, chosen: Chosen, model: Qwen35, settings: Settings):
+        self.path, self.base = chosen
+        self.model, self.lora = model, settings.training.lora
+        named = settings.training.init_from_hf_path
+        self.is_hf = self.base == Path(named or "") or not (self.base / METADATA).is_file()  # the base
+        self.goes_on = self.path != self.base if self.lora else not self.is_hf  # from the place that a run had reached
+        opened = (open_matching_folder if self.is_hf else open_matching_checkpoint)(model, self.base)
+        self.sources: list[TensorSource] = [opened]
+        self.notes = [f"weights from {self.base}"]
+        self.extra: dict[str, Any] = {}  # of this run's checkpoints
+        if not self.lora:
+            return
+        names = base_parameters(model)
+        run = AdapterRun(lora_spec(self.lora), str(self.base.absolute()), digest(opened, names))
+        self.extra = run.to_extra()
+        if self.goes_on:
+            run.check(read_info(self.path))
+            self.sources.append(open_matching_checkpoint(model, self.path))
+            self.notes.append(f"adapters from {self.path}")
+        elif self.lora.adapter:
+            folder = PeftFolder(self.lora.adapter, shapes_of(names.items()))
+            _check_fit(folder, model, self.lora)
+            self.sources.append(FiniteSource(folder, self.lora.adapter))
+            self.notes += folder.notes
+        else:
+            self.sources.append(InitialAdapters(saved_parameters(model), settings.training.seed))
+
+    def load(self, optimizer: Optimizer, progress: Callable[[int], object]) -> None:
+        """Fill the model, sharded by now, and the optimizer; end the hold on checkpoints."""
+        if self.is_hf:
+            load_hf(self.model, self.base, progress)
+        else:
+            load_checkpoint(self.base, self.model, None if self.lora else optimizer, progress=progress)
+        if self.lora and self.goes_on:
+            load_checkpoint(self.path, self.model, optimizer, progress=progress)
+        elif self.lora:
+            fill(saved_parameters(self.model), self.sources[-1], progress)
+        self.sources.clear()
+
+
+def _check_fit(folder: PeftFolder, model: Qwen35, lora: LoraSettings) -> None:
+    wanted = shapes_of(saved_parameters(model).items())
+    mismatch = Mismatch.between({name: spec.shape for name, spec in folder.specs.items()}, wanted)
+    mismatch.raise_if_any(f"training.lora.adapter: {folder.folder} has other adapters than training.lora asks for")
+    scale = lora_spec(lora).scale
+    if not math.isclose(folder.scale, scale, rel_tol=1e-6):
+        raise SettingError(
+            f"training.lora.adapter: the adapters of {folder.folder} are scaled by {folder.scale:g}, and training.lora by "
+            f"{scale:g}; set lora_alpha and use_rslora as {folder.folder}/adapter_config.json has them"
+        )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import images, rows
+from bench import images, lora, rows, slice_s
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -37,9 +37,9 @@ def small(monkeypatch):
         "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     }
-    monkeypatch.setattr(rows, "TEXT", rows.TEXT | SMALL | {"rope_parameters": rope})
-    monkeypatch.setattr(rows, "VISION", rows.VISION | {"out_hidden_size": 48})
-    monkeypatch.setattr(rows, "VOCABULARY", 300)
+    monkeypatch.setattr(slice_s, "TEXT", slice_s.TEXT | SMALL | {"rope_parameters": rope})
+    monkeypatch.setattr(slice_s, "VISION", slice_s.VISION | {"out_hidden_size": 48})
+    monkeypatch.setattr(slice_s, "VOCABULARY", 300)
     monkeypatch.setattr(rows, "matmul_rate", lambda: 1e9)
 
 
@@ -53,6 +53,14 @@ def test_different_losses_are_refused(small, monkeypatch):
     monkeypatch.setattr(rows, "step", lambda *_: 1.0)
     with pytest.raises(RuntimeError, match="do not compute the same"):
         rows.slice_row((7, 12), 1.0, with_peer=True)
+
+
+def test_with_adapters_all_three_are_timed_and_weighed(small, monkeypatch):
+    """Full training and both kinds of adapters: the losses agree, or the row raises."""
+    monkeypatch.setattr(lora, "TOKENS", 24)
+    monkeypatch.setattr(lora, "peak_gb", {"ours": 1.0, "full": 2.0, "peft": 4.0}.get)
+    result = lora.row()
+    assert result["ratio"] > 0 and (result["memory_ratio"], result["memory_ratio_full"]) == (0.25, 0.5)
 
 
 def test_bytes_that_layers_save_are_fewer_than_the_peers(small):

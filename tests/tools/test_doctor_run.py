@@ -209,6 +209,13 @@ def test_faults_of_a_recipe_are_wrong(m: Machine, settings: list[str], override:
     assert expected in line
 
 
+@pytest.mark.parametrize("override", ["model.freeze=[model.vision]", "training.lora={r: 8, target_modules: [query]}"])
+def test_a_pattern_that_matches_nothing_is_the_recipes_fault(m: Machine, settings: list[str], override: str) -> None:
+    """The model's folder is in order, so nothing is advised about it."""
+    findings = [f for f in recipe.recipe(m, RECIPE, [*settings, override]) if f.status != "ok"]
+    assert [f.subject for f in findings] == ["recipe"] and "change the setting" in lines(findings)[0]
+
+
 def test_unread_files_and_adapters_in_a_model_folder(
     m: Machine, settings: list[str], made: Path, tmp_path: Path
 ) -> None:

@@ -63,10 +63,12 @@ class _TimeIsUpError(Exception):
 
 @contextmanager
 def checking(found: list[Finding], subject: str, todo: str = "") -> Iterator[None]:
-    """Add the error of the block to the findings, and go on."""
+    """Add the error of the block to the findings, and go on; one of a setting is the recipe's."""
     try:
         yield
     except (*USER_ERRORS, kernels.KernelError) as error:
+        if isinstance(error, SettingError) and not todo:
+            subject = "recipe"
         found.append(wrong(subject, one_line(error), todo or TODO[subject]))
 
 

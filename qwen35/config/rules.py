@@ -26,8 +26,11 @@ def _data_rules(s: Settings) -> Iterator[str]:
         yield f"{limits}.image_min_pixels {p.image_min_pixels} is above image_max_pixels {p.image_max_pixels}"
     if p.video_min_pixels > p.video_max_pixels:
         yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
-    if b.enable_thinking is not None and b.template != "qwen3_5":
-        yield f"{basic}.enable_thinking means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+    for name in ("enable_thinking", "preserve_thinking", "reasoning_effort"):
+        if getattr(b, name) is not None and b.template != "qwen3_5":
+            yield f"{basic}.{name} means nothing to template {b.template}; use template: qwen3_5 or leave it out"
+    if b.reasoning_effort is not None and b.enable_thinking is False:
+        yield f"{basic}.reasoning_effort means nothing with enable_thinking: false; leave it out"
     if b.train_on_prompt and b.mask_history:
         yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
 

@@ -75,6 +75,11 @@ class BasicParameters:
     template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
     # for template qwen3_5: true trains on thoughts, false drops them; default: as the record has it
     enable_thinking: StrictBool | None = None
+    # for the templates of Qwen3.6 and 3.8: whether answers before the last question keep their
+    # thoughts; default: as the template does it, 3.6 false, 3.8 true
+    preserve_thinking: StrictBool | None = None
+    # for the template of Qwen3.8, which opens with a sentence on it; default: the template's, xhigh
+    reasoning_effort: Literal["xhigh", "medium", "low"] | None = None
     # how a special token that is spelled out in a user, system or tools text is encoded: as that
     # token, which is what transformers and vLLM do at inference, or as plain text. In answers it is
     # always the token; control tokens such as <|im_end|> are text everywhere

@@ -4,7 +4,6 @@ Servers prompt a model through its own template, so a record that this template 
 differently is refused.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen35.data.files import read_chat_template
 from qwen35.data.record import Record, Turn, Video
-from qwen35.data.template import prompt_pieces, render, training_pieces
+from qwen35.data.style import DIALECTS, Style, digest_of
+from qwen35.data.template import as_asked, as_trained, prompt_pieces, render, training_pieces
 from qwen35.errors import SettingError, one_line
 
-# sha256 of Qwen3.5's templates (4B and larger; smaller), which template.py reproduces for every
-# record, as its tests prove.
-REPRODUCED = (
-    "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715",
-    "273d8e0e683b885071fb17e08d71e5f2a5ddfb5309756181681de4f5a1822d80",
-)
 # What a foreign template may raise on values that it does not expect.
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 SHOWN = 60  # characters of each text from the first difference on
@@ -39,9 +33,9 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
-        """None if there is no template, or one of REPRODUCED. Raises SettingError."""
+        """None if there is none, or a published one, which ours is proved to equal. SettingError."""
         found = read_chat_template(folder)
-        if found is None or hashlib.sha256(found[0].removesuffix("\n").encode()).hexdigest() in REPRODUCED:
+        if found is None or any(digest_of(found[0]) in dialect.digests for dialect in DIALECTS):
             return None
         template = cls(*found)
         try:
@@ -50,18 +44,21 @@ class ChatTemplate:
             raise SettingError(f"{template.file}: is not a chat template: {one_line(error)}") from None
         return template
 
-    def check_training(self, record: Record, enable_thinking: bool | None) -> None:
+    def check_training(self, record: Record, style: Style) -> None:
         """Raises RecordError if the template writes a conversation unlike training_pieces."""
-        given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._compare(record, record.turns, render(training_pieces(record, "qwen3_5")), given)
+        turns = as_trained(record, style).turns
+        self._compare(record, turns, render(training_pieces(record, style)), style, style.given(style.enable_thinking))
 
-    def check_prompt(self, record: Record, thinking: bool) -> None:
+    def check_prompt(self, record: Record, style: Style, thinking: bool) -> None:
         """Raises RecordError if the template writes a prompt unlike prompt_pieces."""
-        turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-        given = {"add_generation_prompt": True, "enable_thinking": thinking}
-        self._compare(record, turns, render(prompt_pieces(record, "qwen3_5", thinking)), given)
+        given = {"add_generation_prompt": True} | style.given(thinking)
+        self._compare(
+            record, as_asked(as_trained(record, style)), render(prompt_pieces(record, style, thinking)), style, given
+        )
 
-    def _compare(self, record: Record, turns: Sequence[Turn], ours: str, given: Mapping[str, bool]) -> None:
+    def _compare(
+        self, record: Record, turns: Sequence[Turn], ours: str, style: Style, given: Mapping[str, Any]
+    ) -> None:
         messages, tools = [_message(turn) for turn in turns], list(record.tools) or None
         try:
             own = self._compiled.render(messages=messages, tools=tools, **{"add_generation_prompt": False, **given})
@@ -72,7 +69,7 @@ class ChatTemplate:
             raise record.error(
                 f"{self.file}, which prompts the model when it is served, writes {own[at : at + SHOWN]!r} at character {at}, "
                 f"where {ours[at : at + SHOWN]!r} would be trained; replace it with a template that writes the latter, as "
-                "Qwen3.5's does",
+                f"{style.dialect.name}'s does",
                 "chat template differs",
             )
 

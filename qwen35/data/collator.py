@@ -151,12 +151,11 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
 
     A last assistant turn is left out. thinking: as for `prompt_pieces`. Raises RecordError.
     """
-    check_thoughts(record, preparation.basic.template)
+    check_thoughts(record, preparation.style)
     grids, extents = preparation.measure(record)
-    basic = preparation.basic
-    pieces = prompt_pieces(record, basic.template, thinking, basic.enable_thinking)
+    pieces = prompt_pieces(record, preparation.style, thinking)
     if preparation.chat_template:
-        preparation.chat_template.check_prompt(record, thinking)
+        preparation.chat_template.check_prompt(record, preparation.style, thinking)
     ids, _ = preparation.tokenizer.encode(pieces, extents)
     pixels = []
     for visual in record.visuals:

@@ -12,14 +12,10 @@ Only what the model has to write itself is trained: never what its generation pr
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.data.files import read_chat_template
 from qwen35.data.record import Record, Role, ToolCall, Turn, Video
-from qwen35.errors import SettingError
-
-Template = Literal["qwen3_vl_nothink", "qwen3_5"]
+from qwen35.data.style import Style
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -58,34 +54,36 @@ def render(pieces: Sequence[Piece]) -> str:
 
 
 def training_pieces(
-    record: Record,
-    template: Template,
-    enable_thinking: bool | None = None,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
+    record: Record, style: Style, train_on_prompt: bool = False, mask_history: bool = False
 ) -> list[Piece]:
     """The pieces of a whole conversation, each marked as trained or not.
 
-    enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, which are
-    those after the user's last question; False drops them. train_on_prompt: also train the text of
-    user, system and tool turns, but not their headers and images. mask_history: train only the last
-    answer. A turn that the record excludes from the loss is never trained.
+    style.enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, which
+    are those after the user's last question, or all; False drops them. train_on_prompt: also train
+    the text of user, system and tool turns, but not their headers and images. mask_history: train
+    only the last answer. A turn that the record excludes from the loss is never trained.
     Raises RecordError if the template cannot render the record.
     """
-    _check(record, template)
+    effort = style.effort(thinking=style.enable_thinking is not False)
+    record = as_trained(record, style)
+    return _conversation(record, style, effort, train_on_prompt, mask_history)
+
+
+def _conversation(
+    record: Record, style: Style, effort: str, train_on_prompt: bool = False, mask_history: bool = False
+) -> list[Piece]:
+    _check(record, style)
     trained = [_is_trained(record, i, train_on_prompt, mask_history) for i in range(len(record.turns))]
-    last_query = _last_query(record.turns)
-    pieces: list[Piece] = []
-    if record.tools:
-        pieces += _tools_turn(record, trained[0] if record.turns[0].role == "system" else train_on_prompt)
+    last_query = -1 if style.keeps_thoughts else _last_query(record.turns)
+    has_system = record.turns[0].role == "system"
+    pieces = _system(record, style, effort, trained[0] if has_system else train_on_prompt)
     for i, turn in enumerate(record.turns):
         if turn.role == "assistant":
-            drop_thought = enable_thinking is False
-            pieces += _answer(record, i, template, trained[i], drop_thought, is_history=i <= last_query)
+            pieces += _answer(record, i, style, trained[i], is_history=i <= last_query)
         elif turn.role == "tool":
             pieces += _tool_response(record.turns, i, trained[i])
-        elif turn.role == "user" or not record.tools:  # with tools, _tools_turn has written the system turn
-            pieces += [*_header(turn.role), *_body(turn, trained[i], template == "qwen3_5"), *_end(trained[i])]
+        elif turn.role == "user":
+            pieces += [*_header("user"), *_body(turn, trained[i], style.template == "qwen3_5"), *_end(trained[i])]
     return pieces
 
 
@@ -102,35 +100,54 @@ def _is_trained(record: Record, index: int, train_on_prompt: bool, mask_history:
     return train_on_prompt and turn.loss is not False
 
 
-def prompt_pieces(
-    record: Record, template: Template, thinking: bool, enable_thinking: bool | None = None
-) -> list[Piece]:
+def prompt_pieces(record: Record, style: Style, thinking: bool) -> list[Piece]:
     """The conversation up to the point where the model answers, without a last assistant turn.
 
     Nothing in it is trained. thinking (qwen3_5): the prompt ends with an open `<think>\\n`, else
-    with the empty block; see `thinks_by_default` and `has_thought`. enable_thinking: as in
+    with the empty block; see `thinks_by_default` and `has_thought`. style.enable_thinking: as in
     training_pieces, for the answers in the prompt.
     """
-    turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
+    turns = as_asked(as_trained(record, style))
     masked = replace(record, turns=tuple(replace(turn, loss=False) for turn in turns))
-    opening = "" if template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
-    history = training_pieces(masked, template, enable_thinking)
+    opening = "" if style.template == "qwen3_vl_nothink" else "<think>\n" if thinking else EMPTY_THOUGHT
+    history = _conversation(masked, style, style.effort(thinking))
     return [*history, *_header("assistant"), *_text(opening)]
 
 
-def has_thought(record: Record, template: Template, enable_thinking: bool | None) -> bool:
+def as_trained(record: Record, style: Style) -> Record:
+    """The record without its thoughts, if the settings drop them. Raises RecordError."""
+    if style.template == "qwen3_vl_nothink" or style.enable_thinking is not False:
+        return record
+    turns = [
+        replace(turn, content=_split_thought(record, style, i)[1], reasoning=None) if turn.role == "assistant" else turn
+        for i, turn in enumerate(record.turns)
+    ]
+    return replace(record, turns=tuple(turns))
+
+
+def as_asked(record: Record) -> tuple[Turn, ...]:
+    """The turns before a last answer."""
+    return record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
+
+
+def has_thought(record: Record, style: Style) -> bool:
     """Whether the record's last answer is trained with a thought. Raises RecordError."""
-    if template == "qwen3_vl_nothink" or enable_thinking is False:
+    if style.template == "qwen3_vl_nothink" or style.enable_thinking is False:
         return False
-    return bool(_split_thought(record, len(record.turns) - 1)[0])
+    return bool(_split_thought(record, style, len(record.turns) - 1)[0])
 
 
-def check_thoughts(record: Record, template: Template) -> None:
+def check_thoughts(record: Record, style: Style) -> None:
     """Raises RecordError if the template would drop part of an answer, or a thought has no end."""
-    if template == "qwen3_vl_nothink":  # writes answers unchanged
+    if style.template == "qwen3_vl_nothink":  # writes answers unchanged
         return
     for index, turn in enumerate(record.turns):
         before, *after = turn.text.split("</think>") if turn.role == "assistant" else [""]
+        if after and not style.dialect.reads_think_blocks:
+            raise record.error(
+                f"turn {index} has a think block in its content, where {style.dialect.name}'s chat template reads no thoughts: "
+                "it would write an empty thought before the block; put the thought into reasoning_content"
+            )
         if len(after) > 1 or (after and before.rpartition("<think>")[0].strip()):
             raise record.error(
                 f"turn {index} has several think blocks, or text before its only one, and the chat template would drop part of "
@@ -142,15 +159,15 @@ def check_thoughts(record: Record, template: Template) -> None:
             )
 
 
-def dropped_thoughts(record: Record, template: Template, enable_thinking: bool | None) -> int:
+def dropped_thoughts(record: Record, style: Style) -> int:
     """How many thoughts the template drops although the settings do not ask for it."""
-    if enable_thinking is False:
+    if style.enable_thinking is False or style.keeps_thoughts:
         return 0
     answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
-    if template == "qwen3_vl_nothink":
+    if style.template == "qwen3_vl_nothink":
         return sum(bool(record.turns[i].reasoning) for i in answers)
     last_query = _last_query(record.turns)
-    return sum(i <= last_query and bool(_split_thought(record, i)[0]) for i in answers)
+    return sum(i <= last_query and bool(_split_thought(record, style, i)[0]) for i in answers)
 
 
 def masked_answers(record: Record, mask_history: bool) -> int:
@@ -158,25 +175,10 @@ def masked_answers(record: Record, mask_history: bool) -> int:
     return sum(turn.loss is True and turn.role == "assistant" for turn in record.turns[:-1]) if mask_history else 0
 
 
-def answer_text(turn: Turn) -> str:
+def answer_text(turn: Turn, style: Style) -> str:
     """The text of an assistant turn followed by its tool calls, as the template writes them."""
     content = turn.text.strip()
-    return content + _calls(turn.tool_calls, content)
-
-
-def thinks_by_default(folder: str | Path) -> bool:
-    """Whether a checkpoint's own template opens a thought if `enable_thinking` is not given.
-
-    The published templates differ only in the generation prompt: those that think by default test
-    `enable_thinking is false`, the others `enable_thinking is true`. Raises SettingError if the
-    template has neither test, or both.
-    """
-    text, _ = read_chat_template(folder) or ("", "")
-    if ("enable_thinking is false" in text) == ("enable_thinking is true" in text):
-        raise SettingError(
-            f"{folder}: its chat template does not say whether it thinks by default; set enable_thinking (or --thinking)"
-        )
-    return "enable_thinking is false" in text
+    return content + _calls(turn.tool_calls, content, style)
 
 
 def _text(text: str, trained: bool = False, fresh: bool = False, answer: bool = False) -> list[Piece]:
@@ -209,12 +211,15 @@ def _body(turn: Turn, trained: bool, trim: bool = True) -> list[Piece]:
     return body
 
 
-def _tools_turn(record: Record, trained: bool) -> list[Piece]:
-    """The system turn that describes the tools, followed by the record's own system prompt."""
-    first = record.turns[0]
-    system = first.text.strip() if first.role == "system" else ""
-    tools = "".join(f"\n{_json(tool)}" for tool in record.tools)
-    text = f"{TOOLS_BEFORE}{tools}{TOOLS_AFTER}" + (f"\n\n{system}" if system else "")
+def _system(record: Record, style: Style, effort: str, trained: bool) -> list[Piece]:
+    """The system turn: how much to think, the tools, and the record's own system prompt."""
+    first, is_plain = record.turns[0], style.template == "qwen3_vl_nothink"
+    system = first.text if first.role == "system" else ""
+    system = system if is_plain else system.strip()
+    tools = TOOLS_BEFORE + "".join(f"\n{_json(tool)}" for tool in record.tools) + TOOLS_AFTER if record.tools else ""
+    text = "\n\n".join(part for part in (effort, tools, system) if part)
+    if not text and (first.role != "system" or (style.dialect.skips_empty_system and not is_plain)):
+        return []
     return [*_header("system"), *_text(text, trained), *_end(trained)]
 
 
@@ -232,45 +237,45 @@ def _tool_response(turns: Sequence[Turn], index: int, trained: bool) -> list[Pie
     return [*pieces, *(_end(trained) if is_last else [])]
 
 
-def _calls(calls: Sequence[ToolCall], content: str) -> str:
+def _calls(calls: Sequence[ToolCall], content: str, style: Style) -> str:
     """The tool calls of an answer, and the gap between its content and them."""
     gap = "\n\n" if calls and content.strip() else ""
     return gap + "\n".join(
         f"<tool_call>\n<function={call.name}>\n"
-        + "".join(f"<parameter={name}>\n{_argument(value)}\n</parameter>\n" for name, value in call.arguments.items())
+        + "".join(
+            f"<parameter={name}>\n{_argument(value, style)}\n</parameter>\n" for name, value in call.arguments.items()
+        )
         + "</function>\n</tool_call>"
         for call in calls
     )
 
 
-def _argument(value: Any) -> str:
-    return _json(value) if isinstance(value, dict | list) else str(value)  # True and None, as the template writes
+def _argument(value: Any, style: Style) -> str:
+    is_json = isinstance(value, dict | list) or (style.dialect.json_arguments and not isinstance(value, str))
+    return _json(value) if is_json else str(value)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _answer(
-    record: Record, index: int, template: Template, trained: bool, drop_thought: bool, is_history: bool
-) -> list[Piece]:
-    """is_history: the turn is before the user's last question; the template drops its thought."""
+def _answer(record: Record, index: int, style: Style, trained: bool, is_history: bool) -> list[Piece]:
+    """is_history: the template drops the turn's thought, since a question follows."""
     turn = record.turns[index]
-    if template == "qwen3_vl_nothink":  # does not write reasoning_content
+    if style.template == "qwen3_vl_nothink":  # does not write reasoning_content
         return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
-    thought, content = _split_thought(record, index)
+    thought, content = _split_thought(record, style, index)
     opening = ""
     if not is_history:
-        thought = "" if drop_thought else thought
         opening = "<think>\n" if thought else EMPTY_THOUGHT
-    answer = content + _calls(turn.tool_calls, content)
+    answer = content + _calls(turn.tool_calls, content, style)
     content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
     # An answer without an opening is history only, tokenised together with what precedes it.
     fresh = trained and bool(opening)
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]
 
 
-def _split_thought(record: Record, index: int) -> tuple[str, str]:
+def _split_thought(record: Record, style: Style, index: int) -> tuple[str, str]:
     """(thought, answer) of an assistant turn; the thought is its reasoning or a think block.
 
     Raises RecordError if it has both.
@@ -281,7 +286,7 @@ def _split_thought(record: Record, index: int) -> tuple[str, str]:
         if "</think>" in content:  # the template would write both, and the thought would be trained twice
             raise record.error(f"turn {index} has both a think block in its content and reasoning_content; keep one")
         return turn.reasoning.strip(), content
-    if "</think>" not in content:
+    if "</think>" not in content or not style.dialect.reads_think_blocks:
         return "", content
     before, after = content.split("</think>")[0], content.split("</think>")[-1]
     return before.rstrip("\n").split("<think>")[-1].strip(), after.lstrip("\n")
@@ -299,9 +304,9 @@ def _last_query(turns: Sequence[Turn]) -> int:
     return max((i for i, turn in enumerate(turns) if _is_query(turn)), default=len(turns) - 1)
 
 
-def _check(record: Record, template: Template) -> None:
-    if template == "qwen3_5" and not any(map(_is_query, record.turns)):
+def _check(record: Record, style: Style) -> None:
+    if style.template == "qwen3_5" and not any(map(_is_query, record.turns)):
         raise record.error("has no user question, only tool responses; the chat template cannot render that")
     has_tools = record.tools or any(turn.role == "tool" or turn.tool_calls for turn in record.turns)
-    if template == "qwen3_vl_nothink" and has_tools:
+    if style.template == "qwen3_vl_nothink" and has_tools:
         raise record.error("has tools, which the template qwen3_vl_nothink cannot render; use qwen3_5")

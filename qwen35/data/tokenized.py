@@ -27,6 +27,7 @@ from qwen35.data.formats import read_records
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
+from qwen35.data.style import DEFAULT_STYLE, Style, style_of
 from qwen35.data.template import check_thoughts, dropped_thoughts, masked_answers, training_pieces
 from qwen35.data.tokenizer import ChatTokenizer, Extent, Spelled
 from qwen35.data.video_processor import VideoProcessor
@@ -79,6 +80,7 @@ class Preparation:
     basic: BasicParameters
     attr: Attr
     videos: VideoProcessor
+    style: Style = DEFAULT_STYLE
     chat_template: ChatTemplate | None = None  # the model folder's, with which our rendering is compared
 
     @classmethod
@@ -90,15 +92,17 @@ class Preparation:
         videos = VideoProcessor.from_folder(folder, limits)
         basic = param.basic_parameters
         tokenizer = ChatTokenizer(folder, basic.special_tokens_in_prompts)
-        return cls(tokenizer, images, basic, param.attr, videos, reference_template(folder, basic))
+        return cls(
+            tokenizer, images, basic, param.attr, videos, style_of(folder, basic), reference_template(folder, basic)
+        )
 
     def tokenise(self, record: Record) -> TokenisedSample:
         """Tokens, loss mask and grids of a record; images are not decoded. Raises RecordError."""
         b = self.basic
-        check_thoughts(record, b.template)
-        pieces = training_pieces(record, b.template, b.enable_thinking, b.train_on_prompt, b.mask_history)
+        check_thoughts(record, self.style)
+        pieces = training_pieces(record, self.style, b.train_on_prompt, b.mask_history)
         if self.chat_template:
-            self.chat_template.check_training(record, b.enable_thinking)
+            self.chat_template.check_training(record, self.style)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
         odd: Odd = []
@@ -143,7 +147,7 @@ class Preparation:
             del settings[name]
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [asdict(self.images), asdict(self.videos)]
-        template = self.chat_template and asdict(self.chat_template)
+        template = self.style.dialect.name, self.chat_template and asdict(self.chat_template)
         inputs = [str(file), limit, settings, asdict(self.attr), processors, self.tokenizer.control_names, template]
         digest = hashlib.sha256(json.dumps(inputs).encode())
         for path in (file, self.tokenizer.file, *CODE_FILES):
@@ -225,7 +229,7 @@ def tokenised(
                 warnings.count_spelled(sample.spelled, record.source)
                 for kind in sample.odd:
                     warnings.count(kind, 1, record.source)
-                dropped = dropped_thoughts(record, b.template, b.enable_thinking)
+                dropped = dropped_thoughts(record, preparation.style)
                 for kind, count in (("thoughts", dropped), ("masked", masked_answers(record, b.mask_history))):
                     if count:
                         warnings.count(kind, count, record.source)

@@ -85,13 +85,13 @@ def answers(
     skip: called for a record whose images cannot be read; None: raise RecordError.
     Raises SettingError.
     """
-    tokenizer, spec, basic = preparation.tokenizer, vision_spec(folder), preparation.basic
+    tokenizer, spec, style = preparation.tokenizer, vision_spec(folder), preparation.style
     stop = stop_ids(folder, tokenizer)
     for start in range(0, len(records), batch):
         asked, prompts, longest = [], [], 0
         for record in records[start : start + batch]:
             try:
-                thinks = has_thought(record, basic.template, basic.enable_thinking) if thinking is None else thinking
+                thinks = has_thought(record, style) if thinking is None else thinking
                 prompts.append(prompt_batch(record, preparation, spec, thinks))
             except RecordError as error:
                 if skip is None:
@@ -99,7 +99,7 @@ def answers(
                 skip(error)
                 continue
             turn = record.turns[-1]
-            right = tokenizer.encode_text(answer_text(turn), answer=True)
+            right = tokenizer.encode_text(answer_text(turn, style), answer=True)
             thought = tokenizer.encode_text(turn.reasoning or "", answer=True)
             longest = max(longest, len(right) + 1 + (len(thought) + ROOM_TO_THINK if thinks else 0))
             # decoded again, since the tokenizer may normalize characters to another Unicode form

@@ -22,7 +22,7 @@ from qwen35.config.schema import BasicParameters
 from qwen35.data import Record
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video, with_visuals
-from qwen35.data.template import thinks_by_default
+from qwen35.data.style import thinks_by_default
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.inference.generation_config import (

@@ -20,6 +20,7 @@ from qwen35.data import Record
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.dataloader import size_warnings
 from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.style import CHOICES, style_of
 from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
@@ -129,14 +130,15 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
     template = args.template or trained.basic_parameters.template
     if args.thinking and template == "qwen3_vl_nothink":
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
-    enable_thinking = trained.basic_parameters.enable_thinking if template == "qwen3_5" else None
-    basic = BasicParameters(dataset, dataset_dir, template=template, enable_thinking=enable_thinking)
+    choices = {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template == "qwen3_5" else {}
+    basic = BasicParameters(dataset, dataset_dir, template=template, **choices)
     preparation = Preparation(
         ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
         ImageProcessor.from_folder(source.tokenizer, smallest, largest),
         basic,
         trained.attr,
         VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
+        style_of(source.tokenizer, basic),
         reference_template(source.tokenizer, basic),
     )
     check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))

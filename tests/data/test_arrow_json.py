@@ -11,6 +11,7 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.formats import parse_record, read_records
 from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
+from qwen35.data.style import Style
 from qwen35.data.template import render, training_pieces
 
 
@@ -67,7 +68,7 @@ def lines(folder, *records):
 
 def text(folder, file):
     (record,) = read_records(file, Attr(), ImageFolder(folder))
-    return render(training_pieces(record, "qwen3_5"))
+    return render(training_pieces(record, Style()))
 
 
 @pytest.mark.parametrize("form", ["lines", "list"])
@@ -137,7 +138,7 @@ def test_a_null_argument_is_trained(tmp_path):
         ImageFolder(tmp_path),
         DataWarnings(),
     )
-    assert "<parameter=unit>\nNone\n</parameter>" in render(training_pieces(record, "qwen3_5"))
+    assert "<parameter=unit>\nNone\n</parameter>" in render(training_pieces(record, Style()))
 
 
 def test_lists_keep_their_nulls_and_deep_nesting_does_not_crash(tmp_path):

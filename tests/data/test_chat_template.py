@@ -17,6 +17,7 @@ from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import Record, RecordError, ToolCall, Turn
+from qwen35.data.style import Style
 from qwen35.data.template import prompt_pieces, render, training_pieces
 from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
@@ -93,7 +94,7 @@ def test_a_record_is_refused_exactly_where_transformers_writes_different_text(fo
     refused = set()
     for what, (turns, tools) in RECORDS.items():
         record = Record("x.json, record 1", turns, tools)
-        ours = render(training_pieces(record, "qwen3_5"))
+        ours = render(training_pieces(record, Style()))
         if transformers_text(folder, turns, tools, **given) != ours:
             refused.add(what)
         if template is None:
@@ -121,7 +122,7 @@ def test_a_prompt_is_refused_exactly_where_transformers_writes_a_different_one(f
     found = set()
     for turns, tools in RECORDS.values():
         record = Record("x.json, record 1", turns, tools)
-        ours = render(prompt_pieces(record, "qwen3_5", thinking))
+        ours = render(prompt_pieces(record, Style(), thinking))
         given = {"add_generation_prompt": True, "enable_thinking": thinking}
         is_same = transformers_text(folder, turns[:-1], tools, **given) == ours
         found.add(is_same)

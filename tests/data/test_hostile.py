@@ -17,6 +17,7 @@ from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
 from qwen35.data.dataloader import MIN_SHARED_MEMORY, shared
 from qwen35.data.record import Record, Turn
+from qwen35.data.style import Style
 from qwen35.data.template import training_pieces
 from qwen35.data.tokenized import LONGEST_TEXT, Preparation, load_samples, make_samples
 from qwen35.errors import SettingError
@@ -143,7 +144,7 @@ def test_a_long_conversation_takes_linear_time(monkeypatch, roles):
 
     monkeypatch.setattr(template, "_is_query", counted)
     talk = [Turn(role, "x") for _ in range(8000) for role in roles]  # type: ignore[arg-type]
-    pieces = training_pieces(Record("x", (Turn("user", "x"), *talk, Turn("assistant", "x"))), "qwen3_5")
+    pieces = training_pieces(Record("x", (Turn("user", "x"), *talk, Turn("assistant", "x"))), Style())
     assert looks <= 3 * 16_002
     assert sum(piece.text == "assistant\n" for piece in pieces) == 8001
 

@@ -20,6 +20,7 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.preview import BRACKETS, marked
 from qwen35.data.record import RecordError, ToolCall
+from qwen35.data.style import Style
 from qwen35.data.template import Piece, prompt_pieces, render, training_pieces
 from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import CONTROL_TOKENS, ChatTokenizer
@@ -114,7 +115,9 @@ def test_ids_of_an_answer_equal_transformers(text, where, tokenizer, peer):
         "history": [("assistant", text), ("user", "more"), ("assistant", "A")],
         "nothink": [("assistant", text)],
     }[where]
-    pieces = training_pieces(record(("user", "Hi"), *turns), "qwen3_vl_nothink" if where == "nothink" else "qwen3_5")
+    pieces = training_pieces(
+        record(("user", "Hi"), *turns), Style("qwen3_vl_nothink" if where == "nothink" else "qwen3_5")
+    )
     whole = render(pieces)
     wanted = peer(whole).input_ids
     ids, trained = tokenizer.encode(pieces)
@@ -132,8 +135,8 @@ def test_a_token_that_starts_an_answer_follows_the_prompt(text, tokenizer, peer)
     """A token takes no characters of the prompt."""
     for template in ("qwen3_5", "qwen3_vl_nothink"):
         r = record(("user", "Hi"), ("assistant", text))
-        prompt = render(prompt_pieces(r, template, thinking=False))
-        ids, trained = tokenizer.encode(training_pieces(r, template))
+        prompt = render(prompt_pieces(r, Style(template), thinking=False))
+        ids, trained = tokenizer.encode(training_pieces(r, Style(template)))
         before = peer(prompt).input_ids
         answer = text.strip() if template == "qwen3_5" else text
         assert ids.tolist() == before + peer(f"{answer}<|im_end|>").input_ids + peer("\n").input_ids
@@ -192,7 +195,7 @@ def conversations(draw, text):
 def pieces_of(r):
     """Pieces for training, or None if a token could span the end of the prompt."""
     try:
-        pieces = training_pieces(r, "qwen3_5")
+        pieces = training_pieces(r, Style())
     except RecordError:
         return None
     joins = re.compile(r"\s*([\r\n]|\[left\])")
@@ -205,7 +208,7 @@ def test_random_conversations_equal_transformers(r, thinking, tokenizer, peer):
     pieces = pieces_of(r)
     assume(pieces is not None)
     assert tokenizer.encode(pieces)[0].tolist() == peer(render(pieces)).input_ids
-    prompt = prompt_pieces(r, "qwen3_5", thinking)
+    prompt = prompt_pieces(r, Style(), thinking)
     assert tokenizer.encode(prompt)[0].tolist() == peer(render(prompt)).input_ids
 
 
@@ -247,7 +250,7 @@ def test_each_control_token(token, tokenizer, peer):
         ("assistant", token, token),
     )
     r = record(*turns)
-    pieces, spelled = training_pieces(r, "qwen3_5"), {}
+    pieces, spelled = training_pieces(r, Style()), {}
     ids, _ = tokenizer.encode(pieces, (), spelled)
     own = [p.text for p in pieces if p.kind == "control"]
     assert ids.tolist().count(peer.convert_tokens_to_ids(token)) == own.count(token)
@@ -297,7 +300,7 @@ def test_template_tags_are_tokens_even_if_marked_special(setting, folder, tmp_pa
     (tmp_path / "tokenizer.json").write_text(json.dumps(held))
     calls = (ToolCall("f", {"a": "<|box_start|>"}),)
     r = record(("user", "Hi"), ("assistant", "", "why", calls), ("tool", "<|im_end|>"), ("assistant", "A"))
-    pieces = training_pieces(r, "qwen3_5")
+    pieces = training_pieces(r, Style())
     ids = ChatTokenizer(tmp_path, setting).encode(pieces)[0].tolist()
     assert ids == ChatTokenizer(folder, setting).encode(pieces)[0].tolist()
     for tag in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"):
@@ -540,7 +543,7 @@ def test_show_marks_text_that_spells_a_special_token(folder, peer_without_specia
     assert box.count("¦") > 2 and end.count("¦") > 2
     for setting, asked in ("tokens", "<|box_start|>"), ("text", box):
         tokenizer = ChatTokenizer(folder, setting)
-        ids, trained = (part.tolist() for part in tokenizer.encode(training_pieces(r, "qwen3_vl_nothink")))
+        ids, trained = (part.tolist() for part in tokenizer.encode(training_pieces(r, Style("qwen3_vl_nothink"))))
         assert marked(tokenizer, ids, trained, BRACKETS) == (
             f"<|im_start|>user\né{asked}{end}<|im_end|>\n"
             f"<|im_start|>assistant\n[[é<|box_start|>描{end}<|sep|> <|sep<|im_end|>\n]]"

@@ -20,6 +20,7 @@ from qwen35.data.formats import parse_record
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import RecordError
+from qwen35.data.style import Style
 from qwen35.data.template import render, training_pieces
 from qwen35.data.tokenized import Preparation, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
@@ -317,7 +318,7 @@ def test_random_sharegpt_turns_render_like_messages(place, hf_tokenizer, both):
     raw, meant = both
     record = parse_record(raw, "r", FieldNames.of(Attr()), ImageFolder(place), DataWarnings())
     chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}
-    assert render(training_pieces(record, "qwen3_5")) == hf_tokenizer.apply_chat_template(meant, **chat)
+    assert render(training_pieces(record, Style())) == hf_tokenizer.apply_chat_template(meant, **chat)
     assert len(record.images) == json.dumps(meant).count("images/0000.png")
 
 

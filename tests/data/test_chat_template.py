@@ -13,18 +13,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen35.config.load import SettingError
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data import style as styles
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.record import Record, RecordError, ToolCall, Turn
-from qwen35.data.style import Style
-from qwen35.data.template import prompt_pieces, render, training_pieces
+from qwen35.data.style import Style, style_of
+from qwen35.data.template import as_trained, prompt_pieces, render, training_pieces
 from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 
 QWEN3_5 = ("chat_template.jinja", "chat_template_nothink.jinja")
 QWEN3_6, QWEN3_8 = "chat_template_qwen3_6.jinja", "chat_template_qwen3_8.jinja"
+NAMES = dict.fromkeys(QWEN3_5, styles.QWEN3_5) | {QWEN3_6: styles.QWEN3_6, QWEN3_8: styles.QWEN3_8}
 ASK, SAY, NEXT = Turn("user", "Hi"), Turn("assistant", "Yo"), Turn("user", "And?")
 THINK = Turn("assistant", "Yo", "because")
 TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
@@ -85,74 +87,78 @@ def transformers_text(folder, turns, tools, **given):
     return rendered[0][0]
 
 
-@pytest.mark.parametrize("enable_thinking", [None, True, False])
-@pytest.mark.parametrize("name", [*QWEN3_5, QWEN3_6, QWEN3_8])
-def test_a_record_is_refused_exactly_where_transformers_writes_different_text(folder_with, name, enable_thinking):
+def own(name):
+    """A folder's own template that differs from a published one by a comment, so it is compared."""
+    return "{#- ours #}" + (PUBLISHED / name).read_text()
+
+
+STYLES = {
+    name: [Style(dialect=dialect, enable_thinking=t) for t in (None, True, False)] for name, dialect in NAMES.items()
+}
+
+
+@pytest.mark.parametrize(("name", "style"), [(name, style) for name in STYLES for style in STYLES[name]])
+def test_a_record_is_written_as_transformers_writes_it(folder_with, name, style):
+    """By every published template, and by a copy of it that nobody knows."""
     folder = folder_with(name)
+    assert ChatTemplate.from_folder(folder) is None and style_of(folder, BasicParameters("x")).dialect is style.dialect
+    (folder / "chat_template.jinja").write_text(own(name))
     template = ChatTemplate.from_folder(folder)
-    given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    refused = set()
+    for what, (turns, tools) in RECORDS.items():
+        record = as_trained(Record("x.json, record 1", turns, tools), style)
+        text = transformers_text(folder, record.turns, tools, **style.given(style.enable_thinking))
+        assert render(training_pieces(record, style)) == text, what
+        template.check_training(record, style)
+        for thinking in (True, False):
+            given = {"add_generation_prompt": True} | style.given(thinking)
+            text = transformers_text(folder, record.turns[:-1], tools, **given)
+            assert render(prompt_pieces(record, style, thinking)) == text, what
+            template.check_prompt(record, style, thinking)
+
+
+@pytest.mark.parametrize("name", [QWEN3_6, QWEN3_8])
+def test_a_record_is_refused_exactly_where_the_template_writes_different_text(folder_with, name):
+    """Qwen3.5's text beside newer templates."""
+    folder, style, refused = folder_with(name), Style(), set()
+    (folder / "chat_template.jinja").write_text(own(name))
+    template = ChatTemplate.from_folder(folder)
     for what, (turns, tools) in RECORDS.items():
         record = Record("x.json, record 1", turns, tools)
-        ours = render(training_pieces(record, Style()))
-        if transformers_text(folder, turns, tools, **given) != ours:
-            refused.add(what)
-        if template is None:
+        if transformers_text(folder, turns, tools) == render(training_pieces(record, style)):
+            template.check_training(record, style)
             continue
-        if what in refused:
-            with pytest.raises(RecordError, match=r"^x\.json, record 1: .*chat_template\.jinja, .* would be trained"):
-                template.check_training(record, enable_thinking)
-        else:
-            template.check_training(record, enable_thinking)
-    if name in QWEN3_5:
-        assert template is None and not refused
-    elif name == QWEN3_6:
-        assert refused == {"a call with true", "a call with null"}
-    elif enable_thinking is False:
-        assert "a history" in refused and "one turn" not in refused
-    else:
-        assert refused == RECORDS.keys()  # it begins with a sentence on how much to think
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("name", [QWEN3_6, QWEN3_8])
-def test_a_prompt_is_refused_exactly_where_transformers_writes_a_different_one(folder_with, name, thinking):
-    folder = folder_with(name)
-    template = ChatTemplate.from_folder(folder)
-    found = set()
-    for turns, tools in RECORDS.values():
-        record = Record("x.json, record 1", turns, tools)
-        ours = render(prompt_pieces(record, Style(), thinking))
-        given = {"add_generation_prompt": True, "enable_thinking": thinking}
-        is_same = transformers_text(folder, turns[:-1], tools, **given) == ours
-        found.add(is_same)
-        if is_same:
-            template.check_prompt(record, thinking)
-        else:
-            with pytest.raises(RecordError, match="would be trained"):
-                template.check_prompt(record, thinking)
-    assert found == ({False} if name == QWEN3_8 and thinking else {True, False})
+        refused.add(what)
+        with pytest.raises(RecordError, match=r"^x\.json, record 1: .*chat_template\.jinja, .* would be trained"):
+            template.check_training(record, style)
+    assert refused == ({"a call with true", "a call with null"} if name == QWEN3_6 else RECORDS.keys())
 
 
 def preparation(folder, template="qwen3_5"):
     limits, basic = PreprocessParameters(), BasicParameters("x", template=template)
     images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
     videos = VideoProcessor.from_folder(folder, limits)
-    return Preparation(ChatTokenizer(folder), images, basic, Attr(), videos, reference_template(folder, basic))
+    return Preparation(
+        ChatTokenizer(folder), images, basic, Attr(), videos, style_of(folder, basic), reference_template(folder, basic)
+    )
 
 
 def test_training_and_inference_both_compare_the_template(folder_with):
     folder = folder_with(QWEN3_8)
     record = Record("x.json, record 1", (ASK, SAY))
     spec = vision_spec(folder)
-    with pytest.raises(RecordError, match="Reasoning effort is set to xhigh"):
+    assert "Reasoning effort is set to xhigh" in ChatTokenizer(folder).decode(
+        preparation(folder).tokenise(record).ids.tolist()
+    )
+    text = own(QWEN3_8).replace("Reasoning effort is set to xhigh.", "Think hard.")
+    (folder / "chat_template.jinja").write_text(text)
+    with pytest.raises(RecordError, match="Think hard"):
         preparation(folder).tokenise(record)
-    with pytest.raises(RecordError, match="Reasoning effort is set to xhigh"):
+    with pytest.raises(RecordError, match="Think hard"):
         prompt_batch(record, preparation(folder), spec, thinking=True)
     prompt_batch(record, preparation(folder), spec, thinking=False)
     assert preparation(folder, "qwen3_vl_nothink").tokenise(record)  # the recipe asks for a text of its own
-    keys = {preparation(folder_with(name)).cache_key(PUBLISHED / "README.md", None) for name in (QWEN3_6, QWEN3_8)}
-    assert len(keys) == 2
+    keys = {preparation(folder_with(name)).cache_key(PUBLISHED / "README.md", None) for name in NAMES}
+    assert len(keys) == len({dialect.name for dialect in NAMES.values()})
 
 
 def test_a_custom_template_is_compared(folder_with):
@@ -162,16 +168,16 @@ def test_a_custom_template_is_compared(folder_with):
     own.write_text(text + "\n")  # Jinja drops it
     assert ChatTemplate.from_folder(folder) is None
     own.write_text("{%- set a = 1 %}" + text + "{% generation %}{% endgeneration %}")
-    ChatTemplate.from_folder(folder).check_training(record, None)
+    ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("You are a pirate." + text)
     with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0, where '<\|im_start"):
-        ChatTemplate.from_folder(folder).check_training(record, None)
+        ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("{{ raise_exception('no ' + messages[0].role) }}")
     with pytest.raises(RecordError, match="cannot render it: no user"):
-        ChatTemplate.from_folder(folder).check_training(record, None)
+        ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(RecordError, match=r"cannot render it: .*unsafe"):
-        ChatTemplate.from_folder(folder).check_training(record, None)
+        ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("{% if %}")
     with pytest.raises(SettingError, match=r"chat_template\.jinja: is not a chat template: "):
         ChatTemplate.from_folder(folder)
@@ -179,10 +185,11 @@ def test_a_custom_template_is_compared(folder_with):
 
 def test_the_template_is_found_wherever_a_folder_keeps_it(folder_with):
     folder = folder_with(QWEN3_6)
+    (folder / "chat_template.jinja").write_text(own(QWEN3_6))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "older"}))
-    assert ChatTemplate.from_folder(folder).text == (PUBLISHED / QWEN3_6).read_text()
-    assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template == (PUBLISHED / QWEN3_6).read_text()
+    assert ChatTemplate.from_folder(folder).text == own(QWEN3_6)
+    assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template == own(QWEN3_6)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "another"}))
     with pytest.raises(
         SettingError, match=r"chat_template\.json and chat_template\.jinja hold different chat templates"

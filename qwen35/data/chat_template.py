@@ -33,7 +33,7 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
-        """None if there is none, or a published one, which ours is proved to equal. SettingError."""
+        """None if there is none, or a published one, which ours equals. Raises SettingError."""
         found = read_chat_template(folder)
         if found is None or any(digest_of(found[0]) in dialect.digests for dialect in DIALECTS):
             return None

@@ -27,10 +27,12 @@ def _data_rules(s: Settings) -> Iterator[str]:
     if p.video_min_pixels > p.video_max_pixels:
         yield f"{limits}.video_min_pixels {p.video_min_pixels} is above video_max_pixels {p.video_max_pixels}"
     for name in ("enable_thinking", "preserve_thinking", "reasoning_effort"):
-        if getattr(b, name) is not None and b.template != "qwen3_5":
+        if getattr(b, name) is not None and b.template == "qwen3_vl_nothink":
             yield f"{basic}.{name} means nothing to template {b.template}; use template: qwen3_5 or leave it out"
     if b.reasoning_effort is not None and b.enable_thinking is False:
         yield f"{basic}.reasoning_effort means nothing with enable_thinking: false; leave it out"
+    if b.train_on_prompt and b.template == "checkpoint":
+        yield f"{basic}: template: checkpoint trains only what the template generates; leave train_on_prompt out"
     if b.train_on_prompt and b.mask_history:
         yield f"{basic}: train_on_prompt and mask_history contradict each other; set one"
 

@@ -71,9 +71,11 @@ class BasicParameters:
     cache_dir: str | None = None
     max_samples: PositiveInt | None = None  # read only this many records, from the first file on; default: all
     cutoff_len: PositiveInt = 2048  # tokens of one packed sequence; see truncation for longer samples
-    # the chat template: the checkpoint's own (qwen3_5), or that of MindSpeed-MM's recipes
-    template: Literal["qwen3_vl_nothink", "qwen3_5"] = "qwen3_5"
-    # for template qwen3_5: true trains on thoughts, false drops them; default: as the record has it
+    # the chat template: qwen3_5 is the family's, in the form that the checkpoint has (3.5, 3.6 or
+    # 3.8); checkpoint is any other that the checkpoint has, which then says by itself what it
+    # generates; qwen3_vl_nothink is that of MindSpeed-MM's recipes
+    template: Literal["qwen3_vl_nothink", "qwen3_5", "checkpoint"] = "qwen3_5"
+    # not for qwen3_vl_nothink: true trains on thoughts, false drops them; default: as recorded
     enable_thinking: StrictBool | None = None
     # for the templates of Qwen3.6 and 3.8: whether answers before the last question keep their
     # thoughts; default: as the template does it, 3.6 false, 3.8 true

@@ -5,6 +5,7 @@ differently is refused.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -23,6 +25,7 @@ from qwen35.errors import SettingError, one_line
 
 # What a foreign template may raise on values that it does not expect.
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+MARKS = ("\ufdd0", "\ufdd1")  # code points that Unicode keeps free for programs' own use
 SHOWN = 60  # characters of each text from the first difference on
 
 
@@ -33,9 +36,9 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
-        """None if there is none, or a published one, which ours equals. Raises SettingError."""
+        """None if a model folder has none. Raises SettingError."""
         found = read_chat_template(folder)
-        if found is None or any(digest_of(found[0]) in dialect.digests for dialect in DIALECTS):
+        if found is None:
             return None
         template = cls(*found)
         try:
@@ -44,32 +47,42 @@ class ChatTemplate:
             raise SettingError(f"{template.file}: is not a chat template: {one_line(error)}") from None
         return template
 
+    @property
+    def is_published(self) -> bool:
+        """Whether template.py reproduces it for every record, as its tests prove."""
+        return any(digest_of(self.text) in dialect.digests for dialect in DIALECTS)
+
+    def render(self, record: Record, turns: Sequence[Turn], given: Mapping[str, Any], marks: bool = False) -> str:
+        """Turns of a record as the template writes them; marks: with MARKS around generated text.
+
+        Raises RecordError.
+        """
+        messages, tools = [_message(turn) for turn in turns], list(record.tools) or None
+        try:
+            text = self._compiled.render(messages=messages, tools=tools, **{"add_generation_prompt": False, **given})
+        except RENDER_ERRORS as error:
+            raise record.error(f"{self.file} cannot render it: {one_line(error)}", "chat template differs") from None
+        return text if marks else re.sub(f"[{''.join(MARKS)}]", "", text)
+
     def check_training(self, record: Record, style: Style) -> None:
         """Raises RecordError if the template writes a conversation unlike training_pieces."""
         turns = as_trained(record, style).turns
-        self._compare(record, turns, render(training_pieces(record, style)), style, style.given(style.enable_thinking))
+        own = self.render(record, turns, style.given(style.enable_thinking))
+        self._compare(record, own, render(training_pieces(record, style)), style)
 
     def check_prompt(self, record: Record, style: Style, thinking: bool) -> None:
         """Raises RecordError if the template writes a prompt unlike prompt_pieces."""
-        given = {"add_generation_prompt": True} | style.given(thinking)
-        self._compare(
-            record, as_asked(as_trained(record, style)), render(prompt_pieces(record, style, thinking)), style, given
-        )
+        turns = as_asked(as_trained(record, style))
+        own = self.render(record, turns, {"add_generation_prompt": True} | style.given(thinking))
+        self._compare(record, own, render(prompt_pieces(record, style, thinking)), style)
 
-    def _compare(
-        self, record: Record, turns: Sequence[Turn], ours: str, style: Style, given: Mapping[str, Any]
-    ) -> None:
-        messages, tools = [_message(turn) for turn in turns], list(record.tools) or None
-        try:
-            own = self._compiled.render(messages=messages, tools=tools, **{"add_generation_prompt": False, **given})
-        except RENDER_ERRORS as error:
-            raise record.error(f"{self.file} cannot render it: {one_line(error)}", "chat template differs") from None
+    def _compare(self, record: Record, own: str, ours: str, style: Style) -> None:
         if own != ours:
-            at = next((i for i, (a, b) in enumerate(zip(own, ours, strict=False)) if a != b), min(len(own), len(ours)))
+            at = first_difference(own, ours)
             raise record.error(
                 f"{self.file}, which prompts the model when it is served, writes {own[at : at + SHOWN]!r} at character {at}, "
-                f"where {ours[at : at + SHOWN]!r} would be trained; replace it with a template that writes the latter, as "
-                f"{style.dialect.name}'s does",
+                f"where {style.dialect.name}'s, which this follows, writes {ours[at : at + SHOWN]!r}; template: checkpoint "
+                "trains what the file writes",
                 "chat template differs",
             )
 
@@ -84,13 +97,19 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: marks the assistant's text and writes nothing."""
+    """`{% generation %}…{% endgeneration %}`: marks the assistant's text, by MARKS around it."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in MARKS)
+        return [begin, *body, end]
+
+
+def first_difference(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _raise(message: str) -> NoReturn:

@@ -18,7 +18,7 @@ from qwen35.data.image_processor import CONFIG, ImageError
 from qwen35.data.mrope import position_ids
 from qwen35.data.patches import CHANNELS
 from qwen35.data.record import Record
-from qwen35.data.template import IMAGE_PAD, VIDEO_PAD, check_thoughts, prompt_pieces
+from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokenized import Preparation
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError
@@ -151,11 +151,8 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
 
     A last assistant turn is left out. thinking: as for `prompt_pieces`. Raises RecordError.
     """
-    check_thoughts(record, preparation.style)
     grids, extents = preparation.measure(record)
-    pieces = prompt_pieces(record, preparation.style, thinking)
-    if preparation.chat_template:
-        preparation.chat_template.check_prompt(record, preparation.style, thinking)
+    pieces = preparation.prompt(record, thinking)
     ids, _ = preparation.tokenizer.encode(pieces, extents)
     pixels = []
     for visual in record.visuals:

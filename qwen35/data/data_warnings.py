@@ -36,6 +36,10 @@ COUNTED = {  # kind of warning -> (noun, words for one, words for several, what 
         "dropped, as the chat template does (qwen3_5 keeps those after the user's last question)",
     ),
     "deep": ("image", "has", "have", "more than 8 bits a channel, and all above 255 is white, as in transformers"),
+    "unseen": (
+        "answer", "is", "are",
+        "not trained, because the conversation does not continue the prompt that the chat template writes before it",
+    ),
     "masked": ("answer", "is", "are", "marked to be trained, but left out by mask_history: true"),
     "frames": ("image", "has", "have", "several frames or pages, and as in transformers only the first is used"),
     "reordered": ("tool response", "was", "were", "moved into the order of the calls"),

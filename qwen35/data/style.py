@@ -13,7 +13,7 @@ from qwen35.config.schema import BasicParameters
 from qwen35.data.files import read_chat_template
 from qwen35.errors import SettingError
 
-Template = Literal["qwen3_vl_nothink", "qwen3_5"]
+Template = Literal["qwen3_vl_nothink", "qwen3_5", "checkpoint"]
 CHOICES = ("enable_thinking", "preserve_thinking", "reasoning_effort")  # settings that templates take
 DEFAULT_EFFORT = "xhigh"
 
@@ -117,7 +117,7 @@ def style_of(folder: str | Path, basic: BasicParameters) -> Style:
     A template that is none of the published ones is taken for the dialect whose choices it names.
     Raises SettingError for a choice that the dialect does not know.
     """
-    if basic.template != "qwen3_5":
+    if basic.template == "qwen3_vl_nothink":
         return Style(basic.template)
     dialect = dialect_of(folder)
     for name, knows in (

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from qwen35.data.record import Record, Role, ToolCall, Turn, Video
 from qwen35.data.style import Style
 
+Kind = Literal["text", "control", "image", "video"]
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 VIDEO_PAD = "<|video_pad|>"
@@ -43,7 +44,7 @@ class Piece:
     # "text": plain text, which never becomes a control token, whatever it spells. "control": one
     # control token. "image": becomes a start token, image tokens and an end token. "video": becomes
     # such a group for each pair of frames, with the pair's time as text before it.
-    kind: Literal["text", "control", "image", "video"] = "text"
+    kind: Kind = "text"
     fresh: bool = False  # generation would begin here, so no token may span the boundary before it
     answer: bool = False  # the assistant's own words, in which spelled-out special tokens become tokens
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
+from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.files import replacing, try_lock
 from qwen35.data.formats import read_records
@@ -28,7 +29,15 @@ from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
 from qwen35.data.style import DEFAULT_STYLE, Style, style_of
-from qwen35.data.template import check_thoughts, dropped_thoughts, masked_answers, training_pieces
+from qwen35.data.template import (
+    Piece,
+    as_trained,
+    check_thoughts,
+    dropped_thoughts,
+    masked_answers,
+    prompt_pieces,
+    training_pieces,
+)
 from qwen35.data.tokenizer import ChatTokenizer, Extent, Spelled
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, one_line, shortened
@@ -52,6 +61,7 @@ class TokenisedSample:
     spelled: Spelled = field(default_factory=dict)  # special tokens that its text spells out
     extents: list[Extent] = field(default_factory=list)  # how many tokens each image or video takes
     odd: Odd = field(default_factory=list)  # of its images
+    unseen: int = 0  # answers that are not trained, see checkpoint_pieces
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,7 @@ class Preparation:
 
     def tokenise(self, record: Record) -> TokenisedSample:
         """Tokens, loss mask and grids of a record; images are not decoded. Raises RecordError."""
-        b = self.basic
-        check_thoughts(record, self.style)
-        pieces = training_pieces(record, self.style, b.train_on_prompt, b.mask_history)
-        if self.chat_template:
-            self.chat_template.check_training(record, self.style)
+        pieces, unseen = self._pieces(record)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
         odd: Odd = []
@@ -111,7 +117,28 @@ class Preparation:
         ids, loss_mask = self.tokenizer.encode(pieces, extents, spelled)
         if not loss_mask[1:].any():
             raise record.error("nothing in it is trained", "nothing trained")
-        return TokenisedSample(ids, loss_mask, grids, spelled, extents, odd)
+        return TokenisedSample(ids, loss_mask, grids, spelled, extents, odd, unseen)
+
+    def _pieces(self, record: Record) -> tuple[list[Piece], int]:
+        """What the template writes, and how many answers it does not train."""
+        b = self.basic
+        if self.style.template == "checkpoint" and self.chat_template:
+            return checkpoint_pieces(as_trained(record, self.style), self.chat_template, self.style, b.mask_history)
+        check_thoughts(record, self.style)
+        pieces = training_pieces(record, self.style, b.train_on_prompt, b.mask_history)
+        if self.chat_template:
+            self.chat_template.check_training(record, self.style)
+        return pieces, 0
+
+    def prompt(self, record: Record, thinking: bool) -> list[Piece]:
+        """The pieces before the answer; thinking: as for `prompt_pieces`. Raises RecordError."""
+        if self.style.template == "checkpoint" and self.chat_template:
+            return checkpoint_prompt(as_trained(record, self.style), self.chat_template, self.style, thinking)
+        check_thoughts(record, self.style)
+        pieces = prompt_pieces(record, self.style, thinking)
+        if self.chat_template:
+            self.chat_template.check_prompt(record, self.style, thinking)
+        return pieces
 
     def folder(self) -> ImageFolder:
         """Where images and videos are looked up. Raises SettingError."""
@@ -156,8 +183,15 @@ class Preparation:
 
 
 def reference_template(folder: str | Path, basic: BasicParameters) -> ChatTemplate | None:
-    """The model folder's template; None if the recipe asks for another. Raises SettingError."""
-    return ChatTemplate.from_folder(folder) if basic.template == "qwen3_5" else None
+    """The model folder's template, if it must be rendered. Raises SettingError."""
+    if basic.template == "qwen3_vl_nothink":
+        return None
+    template = ChatTemplate.from_folder(folder)
+    if basic.template == "checkpoint":
+        if template is None:
+            raise SettingError(f"{folder}: has no chat template, which template: checkpoint asks for")
+        return template
+    return None if template is None or template.is_published else template
 
 
 def _visual_error(record: Record, visual: Visual, error: ImageError) -> RecordError:
@@ -230,7 +264,8 @@ def tokenised(
                 for kind in sample.odd:
                     warnings.count(kind, 1, record.source)
                 dropped = dropped_thoughts(record, preparation.style)
-                for kind, count in (("thoughts", dropped), ("masked", masked_answers(record, b.mask_history))):
+                masked = masked_answers(record, b.mask_history)
+                for kind, count in (("thoughts", dropped), ("masked", masked), ("unseen", sample.unseen)):
                     if count:
                         warnings.count(kind, count, record.source)
             yield record, sample

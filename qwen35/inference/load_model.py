@@ -107,7 +107,8 @@ def add_options(parser: Parser) -> None:
     add("--model", required=True, help="Hugging Face folder, or DCP checkpoint (iter_…, release, or the folder above)")
     add("--hf", help="for DCP: the folder with config.json and tokenizer; default: as the run's config.yaml says")
     add("--recipe", help="a run's config.yaml, whose template, field names and image sizes are used")
-    add("--template", choices=["qwen3_5", "qwen3_vl_nothink"], help="default: the run's or recipe's, else qwen3_5")
+    templates = ["qwen3_5", "qwen3_vl_nothink", "checkpoint"]
+    add("--template", choices=templates, help="default: the run's or recipe's, else qwen3_5")
     add("--image_max_pixels", type=positive, help="default: the run's or recipe's, else 262144")
     add("--image_min_pixels", type=positive, help="default: the run's or recipe's, else 1024")
 
@@ -130,7 +131,9 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
     template = args.template or trained.basic_parameters.template
     if args.thinking and template == "qwen3_vl_nothink":
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
-    choices = {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template == "qwen3_5" else {}
+    choices = (
+        {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template != "qwen3_vl_nothink" else {}
+    )
     basic = BasicParameters(dataset, dataset_dir, template=template, **choices)
     preparation = Preparation(
         ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),

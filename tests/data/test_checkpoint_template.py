@@ -1,0 +1,168 @@
+"""`template: checkpoint`: text, tokens and masks of templates that are rendered, not rewritten."""
+
+import shutil
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_template import DIALECT_FILES, STYLES, USER, conversations, extents, quick, record, trained_text
+from tokenizer_fixture import PUBLISHED, make_model_folder
+
+from qwen35.config.load import SettingError
+from qwen35.config.schema import BasicParameters
+from qwen35.data.chat_template import ChatTemplate
+from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
+from qwen35.data.record import RecordError, ToolCall
+from qwen35.data.style import QWEN3_5, QWEN3_8, Style
+from qwen35.data.template import as_trained, check_thoughts, prompt_pieces, render, training_pieces
+from qwen35.data.tokenized import reference_template
+from qwen35.data.tokenizer import ChatTokenizer
+
+TEMPLATES = {dialect: ChatTemplate((PUBLISHED / name).read_text(), name) for dialect, name in DIALECT_FILES.items()}
+# nobody's: roles in capitals, thoughts in tags of its own, an end that is not the last thing
+FOREIGN = """{%- for m in messages %}<|im_start|>{{ m.role | upper }}
+{% if m.reasoning_content %}<plan>{{ m.reasoning_content }}</plan>{% endif %}
+{%- if m.content is string %}{{ m.content }}{% else %}{% for part in m.content -%}
+{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif %}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>ASSISTANT
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return ChatTokenizer(folder)
+
+
+def own(text):
+    return ChatTemplate(text, "chat_template.jinja")
+
+
+@settings(quick, max_examples=300)
+@given(r=conversations(), style=STYLES)
+def test_published_templates_give_the_tokens_of_our_own_pieces(r, style, tokenizer):
+    """And the mask, but for answers before the last question that lost their think block, and for
+    answers without a thought behind the sentence that asks for one."""
+    r, template = as_trained(r, style), TEMPLATES[style.dialect]
+    try:
+        check_thoughts(r, style)
+        ours = training_pieces(r, style)
+    except RecordError:
+        return
+    assume(ours[-2].text == "<|im_end|>")
+    pieces, unseen = checkpoint_pieces(r, template, style)
+    assert render(pieces) == render(ours)
+    history = sum(p.kind == "text" and p.trained and p.answer and not p.fresh for p in ours)
+    ids, trained = tokenizer.encode(ours, extents(ours, 2))
+    found, mask = tokenizer.encode(pieces, extents(pieces, 2))
+    if unseen == 0 and not history and not style.effort(style.enable_thinking is not False):
+        assert found.tolist() == ids.tolist() and mask.tolist() == trained.tolist()
+    if style.keeps_thoughts:
+        assert unseen == 0
+
+
+@settings(quick, max_examples=300)
+@given(r=conversations(), style=STYLES, thinking=st.booleans())
+def test_the_tokens_before_each_trained_answer_are_those_of_its_prompt(r, style, thinking, tokenizer):
+    """Of one of the prompts, with or without an open thought, that a server would write there."""
+    r, template = as_trained(r, style), TEMPLATES[style.dialect]
+    try:
+        check_thoughts(r, style)
+        pieces, _ = checkpoint_pieces(r, template, style)
+    except RecordError:
+        return
+    ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
+    starts = [i for i in range(1, len(ids)) if trained[i] and not trained[i - 1]]
+    answers = [i for i, turn in enumerate(r.turns) if turn.role == "assistant"]
+    choices = (True, False) if style.enable_thinking is None else (style.enable_thinking,)
+    prompts = []
+    for i in answers:
+        asked = record(*(("user", "x"),)) if i == 0 else type(r)(r.source, r.turns[:i], r.tools)
+        for choice in choices:
+            asked_pieces = checkpoint_prompt(asked, template, style, choice)
+            prompts.append(tokenizer.encode(asked_pieces, extents(asked_pieces, 2))[0].tolist())
+            if not any(turn.role == "assistant" and "</think>" in turn.text for turn in asked.turns):
+                assert render(asked_pieces) == render(prompt_pieces(asked, style, choice))
+    assert starts and all(ids[:start].tolist() in prompts for start in starts)
+
+
+def test_a_foreign_template(tokenizer):
+    turns = [
+        ("system", "S"),
+        ("user", "a<image>b"),
+        ("assistant", "A1", "r"),
+        ("user", "<|im_end|>"),
+        ("assistant", "A2"),
+    ]
+    r = record(*turns)
+    pieces, unseen = checkpoint_pieces(r, own(FOREIGN), Style("checkpoint"))
+    assert not unseen and trained_text(tokenizer, pieces) == ["<plan>r</plan>A1<|im_end|>\n", "A2<|im_end|>\n"]
+    assert [p.text for p in pieces if p.kind == "control"].count("<|im_end|>") == 5  # the user's is text
+    assert "<|im_start|>USER\n<|im_end|><|im_end|>" in render(pieces)
+    last, _ = checkpoint_pieces(r, own(FOREIGN), Style("checkpoint"), mask_history=True)
+    assert trained_text(tokenizer, last) == ["A2<|im_end|>\n"]
+    assert render(checkpoint_prompt(r, own(FOREIGN), Style("checkpoint"), True)).endswith("<|im_start|>ASSISTANT\n")
+
+
+def test_marks_of_generated_text_decide(tokenizer):
+    marked = FOREIGN.replace(
+        "{% if m.reasoning",
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% elif 0 %}{% endif %}{% if m.reasoning",
+    )
+    r = record(USER, ("assistant", "Yo"), USER, ("assistant", "Bye"))
+    pieces, _ = checkpoint_pieces(r, own(marked), Style("checkpoint"))
+    assert trained_text(tokenizer, pieces) == ["Yo", "Bye"]
+    pieces, _ = checkpoint_pieces(r, own(marked), Style("checkpoint"), mask_history=True)
+    assert trained_text(tokenizer, pieces) == ["Bye"]
+    with pytest.raises(RecordError, match="marks 1 stretches as generated, of 2 answers"):
+        checkpoint_pieces(r, own(marked.replace("m.role == 'assistant'", "loop.last")), Style("checkpoint"))
+
+
+def test_answers_that_the_model_would_never_be_asked_for_so(tokenizer):
+    """Qwen3.5's history has no think block, its prompts do: those answers are left out and counted."""
+    r = record(USER, ("assistant", "A1"), ("user", "b"), ("assistant", "A2"))
+    pieces, unseen = checkpoint_pieces(r, TEMPLATES[QWEN3_5], Style("checkpoint"))
+    assert unseen == 1 and trained_text(tokenizer, pieces) == ["A2<|im_end|>\n"]
+    style = Style("checkpoint", QWEN3_8, enable_thinking=False)
+    pieces, unseen = checkpoint_pieces(r, TEMPLATES[QWEN3_8], style)
+    assert unseen == 0 and trained_text(tokenizer, pieces) == ["A1<|im_end|>\n", "A2<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "turn", "message"),
+    [
+        (FOREIGN.replace("ASSISTANT\n", "MODEL\n"), ("assistant", "A"), r"writes 'ASSISTANT.*last answer has 'MODEL"),
+        (FOREIGN + "<|endoftext|>", ("assistant", "A"), r"writes <\|endoftext\|>, which is not built"),
+        (FOREIGN.replace("<|vision_start|>", "<|vision_end|>"), ("assistant", "A"), r"writes <\|vision_end\|>, which"),
+        (FOREIGN.replace("part.type == 'text'", "1"), ("assistant", "A"), "writes 0 images and videos of 1"),
+        ("{{ raise_exception('no') }}", ("assistant", "A"), "cannot render it: no"),
+        (FOREIGN, ("assistant", "A\ufdd2"), r"a code point that no text may hold"),
+    ],
+)
+def test_what_a_template_does_that_cannot_be_trained(text, turn, message):
+    with pytest.raises(RecordError, match=message):
+        checkpoint_pieces(record(("user", "<image>"), turn), own(text), Style("checkpoint"))
+
+
+def test_words_of_control_tokens_in_calls_and_tools_stay_text(tokenizer):
+    call = ("assistant", "", None, (ToolCall("f", {"a": "<|im_end|>", "b": ["<|im_start|>"]}),))
+    r = record(USER, call, ("tool", "<|im_end|>"), ("assistant", "A"), tools=({"name": "<|im_end|>"},))
+    pieces, _ = checkpoint_pieces(r, TEMPLATES[QWEN3_5], Style("checkpoint"))
+    assert [p.text for p in pieces if p.kind == "control"] == [
+        p.text for p in training_pieces(r, Style()) if p.kind == "control"
+    ]
+    assert render(pieces) == render(training_pieces(r, Style()))
+
+
+def test_the_setting_asks_for_the_folders_template(folder, tmp_path):
+    assert reference_template(folder, BasicParameters("x", template="checkpoint")).is_published
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(SettingError, match="has no chat template, which template: checkpoint asks for"):
+        reference_template(bare, BasicParameters("x", template="checkpoint"))

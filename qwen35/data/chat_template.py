@@ -108,6 +108,21 @@ class _Generation(Extension):
         return [begin, *body, end]
 
 
+def describe(folder: str | Path, style: Style) -> str:
+    """What records are written by, as a message. Raises SettingError."""
+    if style.template == "qwen3_vl_nothink":
+        return "qwen3_vl_nothink, whatever the model folder has"
+    template, name = ChatTemplate.from_folder(folder), style.dialect.name
+    if template is None:
+        return f"{name}'s, since {folder} has none"
+    if style.template == "checkpoint":
+        marks = "{% generation %} marks" if "{% generation %}" in template.text else "its prompts"
+        return f"{template.file} itself; {marks} say what is trained"
+    if template.is_published:
+        return f"{template.file}, {name}'s as published"
+    return f"{name}'s, with which each record is compared as {template.file} writes it"
+
+
 def first_difference(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

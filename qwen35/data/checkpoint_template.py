@@ -76,7 +76,12 @@ def _span(record: Record, template: ChatTemplate, style: Style, text: str, index
     """Where an answer and its end lie in the whole text, behind its longest prompt, or None."""
     whole = template.render(record, record.turns[: index + 1], style.given(style.enable_thinking))
     fitting = [len(p) for p in _prompts(record, template, style, index) if text.startswith(p)]
-    return (max(fitting), len(whole)) if fitting and text.startswith(whole) else None
+    if not fitting or not text.startswith(whole):
+        return None
+    start, is_last = max(fitting), index == len(record.turns) - 1
+    # A line break that follows another joins it in one token when the answer has become history,
+    # so that later answers would have other tokens before them than in their prompts.
+    return None if text[start : start + 1] == "\n" and not is_last else (start, len(whole))
 
 
 def _prompts(record: Record, template: ChatTemplate, style: Style, index: int) -> list[str]:

@@ -6,6 +6,7 @@ from itertools import chain, groupby, islice
 import numpy as np
 
 from qwen35.config.schema import Settings
+from qwen35.data.chat_template import describe
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.dataset import truncate
@@ -32,7 +33,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     folder = settings.model.model_name_or_path
     check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
     marks = COLOUR if colour else BRACKETS
-    yield f"template {basic.template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
+    yield f"template {describe(settings.tokenizer_dir, preparation.style)}; trained tokens are {'green' if colour else 'in [[ ]]'}"
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
     warnings = DataWarnings()

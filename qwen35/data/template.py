@@ -80,7 +80,8 @@ def _conversation(
     pieces = _system(record, style, effort, trained[0] if has_system else train_on_prompt)
     for i, turn in enumerate(record.turns):
         if turn.role == "assistant":
-            pieces += _answer(record, i, style, trained[i], is_history=i <= last_query)
+            is_asked = bool(effort) and i > last_query
+            pieces += _answer(record, i, style, trained[i], is_history=i <= last_query, is_asked_to_think=is_asked)
         elif turn.role == "tool":
             pieces += _tool_response(record.turns, i, trained[i])
         elif turn.role == "user":
@@ -126,6 +127,18 @@ def as_trained(record: Record, style: Style) -> Record:
     return replace(record, turns=tuple(turns))
 
 
+def for_record(record: Record, style: Style) -> Style:
+    """The style with thinking on or off as the record has it, where the template asks for it.
+
+    A template that begins with a sentence on how much to think writes it only while thinking is on,
+    which is what a server asks of a model that is to answer with a thought. Raises RecordError.
+    """
+    if style.enable_thinking is not None or not style.dialect.efforts:
+        return style
+    answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    return replace(style, enable_thinking=any(_split_thought(record, style, i)[0] for i in answers))
+
+
 def as_asked(record: Record) -> tuple[Turn, ...]:
     """The turns before a last answer."""
     return record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
@@ -135,6 +148,8 @@ def has_thought(record: Record, style: Style) -> bool:
     """Whether the record's last answer is trained with a thought. Raises RecordError."""
     if style.template == "qwen3_vl_nothink" or style.enable_thinking is False:
         return False
+    if style.dialect.efforts:
+        return bool(for_record(record, style).enable_thinking)
     return bool(_split_thought(record, style, len(record.turns) - 1)[0])
 
 
@@ -169,6 +184,17 @@ def dropped_thoughts(record: Record, style: Style) -> int:
         return sum(bool(record.turns[i].reasoning) for i in answers)
     last_query = _last_query(record.turns)
     return sum(i <= last_query and bool(_split_thought(record, style, i)[0]) for i in answers)
+
+
+def unprompted_answers(record: Record, style: Style, mask_history: bool) -> int:
+    """How many answers are not trained because no prompt would end as they begin, see _answer."""
+    if mask_history or not style.effort(style.enable_thinking is not False):
+        return 0
+    last_query = -1 if style.keeps_thoughts else _last_query(record.turns)
+    return sum(
+        turn.role == "assistant" and turn.loss is not False and not _split_thought(record, style, i)[0]
+        for i, turn in list(enumerate(record.turns))[last_query + 1 : -1]
+    )
 
 
 def masked_answers(record: Record, mask_history: bool) -> int:
@@ -260,17 +286,26 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _answer(record: Record, index: int, style: Style, trained: bool, is_history: bool) -> list[Piece]:
-    """is_history: the template drops the turn's thought, since a question follows."""
+def _answer(
+    record: Record, index: int, style: Style, trained: bool, is_history: bool, is_asked_to_think: bool
+) -> list[Piece]:
+    """is_history: the template drops the turn's thought, since a question follows.
+
+    is_asked_to_think: a sentence at the head asks for it, so the prompt opens a thought. An answer
+    without one then begins with a line break, which the next turns would have in one token with the
+    prompt's own: only the last is trained, see unprompted_answers.
+    """
     turn = record.turns[index]
     if style.template == "qwen3_vl_nothink":  # does not write reasoning_content
         return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
     thought, content = _split_thought(record, style, index)
     opening = ""
     if not is_history:
-        opening = "<think>\n" if thought else EMPTY_THOUGHT
+        is_open = bool(thought) or (is_asked_to_think and index + 1 == len(record.turns))
+        trained &= is_open or not is_asked_to_think
+        opening = "<think>\n" if is_open else EMPTY_THOUGHT
     answer = content + _calls(turn.tool_calls, content, style)
-    content = f"{thought}\n</think>\n\n{answer}" if thought and opening else answer
+    content = f"{thought}\n</think>\n\n{answer}" if opening == "<think>\n" else answer
     # An answer without an opening is history only, tokenised together with what precedes it.
     fresh = trained and bool(opening)
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]

@@ -34,9 +34,11 @@ from qwen35.data.template import (
     as_trained,
     check_thoughts,
     dropped_thoughts,
+    for_record,
     masked_answers,
     prompt_pieces,
     training_pieces,
+    unprompted_answers,
 )
 from qwen35.data.tokenizer import ChatTokenizer, Extent, Spelled
 from qwen35.data.video_processor import VideoProcessor
@@ -121,14 +123,14 @@ class Preparation:
 
     def _pieces(self, record: Record) -> tuple[list[Piece], int]:
         """What the template writes, and how many answers it does not train."""
-        b = self.basic
-        if self.style.template == "checkpoint" and self.chat_template:
-            return checkpoint_pieces(as_trained(record, self.style), self.chat_template, self.style, b.mask_history)
-        check_thoughts(record, self.style)
-        pieces = training_pieces(record, self.style, b.train_on_prompt, b.mask_history)
+        b, style = self.basic, for_record(record, self.style)
+        if style.template == "checkpoint" and self.chat_template:
+            return checkpoint_pieces(as_trained(record, style), self.chat_template, style, b.mask_history)
+        check_thoughts(record, style)
+        pieces = training_pieces(record, style, b.train_on_prompt, b.mask_history)
         if self.chat_template:
-            self.chat_template.check_training(record, self.style)
-        return pieces, 0
+            self.chat_template.check_training(record, style)
+        return pieces, unprompted_answers(record, style, b.mask_history)
 
     def prompt(self, record: Record, thinking: bool) -> list[Piece]:
         """The pieces before the answer; thinking: as for `prompt_pieces`. Raises RecordError."""

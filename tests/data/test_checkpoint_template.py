@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_template import DIALECT_FILES, STYLES, USER, conversations, extents, quick, record, trained_text
 from tokenizer_fixture import PUBLISHED, make_model_folder
@@ -14,7 +14,7 @@ from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.record import RecordError, ToolCall
 from qwen35.data.style import QWEN3_5, QWEN3_8, Style
-from qwen35.data.template import as_trained, check_thoughts, prompt_pieces, render, training_pieces
+from qwen35.data.template import as_trained, check_thoughts, prompt_pieces, render, training_pieces, unprompted_answers
 from qwen35.data.tokenized import reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 
@@ -46,24 +46,23 @@ def own(text):
 @settings(quick, max_examples=300)
 @given(r=conversations(), style=STYLES)
 def test_published_templates_give_the_tokens_of_our_own_pieces(r, style, tokenizer):
-    """And the mask, but for answers before the last question that lost their think block, and for
-    answers without a thought behind the sentence that asks for one."""
+    """And the mask, but for answers before the last question that lost their think block."""
     r, template = as_trained(r, style), TEMPLATES[style.dialect]
     try:
         check_thoughts(r, style)
         ours = training_pieces(r, style)
     except RecordError:
         return
-    assume(ours[-2].text == "<|im_end|>")
     pieces, unseen = checkpoint_pieces(r, template, style)
     assert render(pieces) == render(ours)
     history = sum(p.kind == "text" and p.trained and p.answer and not p.fresh for p in ours)
     ids, trained = tokenizer.encode(ours, extents(ours, 2))
     found, mask = tokenizer.encode(pieces, extents(pieces, 2))
-    if unseen == 0 and not history and not style.effort(style.enable_thinking is not False):
+    if not history:
+        assert unseen == unprompted_answers(r, style, mask_history=False)
         assert found.tolist() == ids.tolist() and mask.tolist() == trained.tolist()
-    if style.keeps_thoughts:
-        assert unseen == 0
+    elif style.template == "qwen3_5":
+        assert unseen >= history
 
 
 @settings(quick, max_examples=300)
@@ -125,7 +124,7 @@ def test_marks_of_generated_text_decide(tokenizer):
 
 
 def test_answers_that_the_model_would_never_be_asked_for_so(tokenizer):
-    """Qwen3.5's history has no think block, its prompts do: those answers are left out and counted."""
+    """Qwen3.5's history has no think block, but its prompts do: such answers are counted."""
     r = record(USER, ("assistant", "A1"), ("user", "b"), ("assistant", "A2"))
     pieces, unseen = checkpoint_pieces(r, TEMPLATES[QWEN3_5], Style("checkpoint"))
     assert unseen == 1 and trained_text(tokenizer, pieces) == ["A2<|im_end|>\n"]
@@ -138,7 +137,7 @@ def test_answers_that_the_model_would_never_be_asked_for_so(tokenizer):
     ("text", "turn", "message"),
     [
         (FOREIGN.replace("ASSISTANT\n", "MODEL\n"), ("assistant", "A"), r"writes 'ASSISTANT.*last answer has 'MODEL"),
-        (FOREIGN + "<|endoftext|>", ("assistant", "A"), r"writes <\|endoftext\|>, which is not built"),
+        ("<|endoftext|>" + FOREIGN, ("assistant", "A"), r"writes <\|endoftext\|>, which is not built"),
         (FOREIGN.replace("<|vision_start|>", "<|vision_end|>"), ("assistant", "A"), r"writes <\|vision_end\|>, which"),
         (FOREIGN.replace("part.type == 'text'", "1"), ("assistant", "A"), "writes 0 images and videos of 1"),
         ("{{ raise_exception('no') }}", ("assistant", "A"), "cannot render it: no"),

@@ -187,7 +187,7 @@ def test_show(recipe, capsys):
     capsys.readouterr()
     assert main(["show", str(recipe), "--samples", "2"]) == 0
     out = capsys.readouterr().out
-    assert "template qwen3_5; trained tokens are in [[ ]]" in out
+    assert "chat_template.jinja, Qwen3.5's as published; trained tokens are in [[ ]]" in out
     assert "records.json, record 1: " in out and "1 image\n" in out and "record 3" not in out
     assert (
         "<|im_start|>user\n<|vision_start|><|image_pad|>*3<|vision_end|>\nWhat are the colors?<|im_end|>\n"

@@ -26,6 +26,8 @@ from qwen35.config.layout import check_layout
 from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches
+from qwen35.data.chat_template import describe
+from qwen35.data.style import style_of
 from qwen35.data.tokenized import Progress
 from qwen35.device import HOST, enable_determinism
 from qwen35.errors import USER_ERRORS, SettingError, one_line
@@ -51,6 +53,7 @@ TODO = {
     "recipe": "change the setting, or NODES and NPUS_PER_NODE",
     "kernels": "see python -m kernels",
     "model": "model_name_or_path is a whole Hugging Face folder of a Qwen3.5, as make download makes it",
+    "template": "keep the chat_template.jinja that the checkpoint was published with",
     "weights": "make download fetches a model for init_from_hf_path, make convert makes the folder of training.load of it",
     "disk": "see training.save in docs/settings.md",
     "data": "correct the records or the settings; make show prints samples as the training sees them",
@@ -140,6 +143,9 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> Checkpoi
     check_export(whole, folder)
     trained, frozen = (count(whole.parameters(), kind) for kind in (True, False))
     found.append(ok("model", f"{folder}: {trained + frozen:,} parameters, {trained:,} trained"))
+    with checking(found, "template"):
+        style = style_of(s.tokenizer_dir, s.data.dataset_param.basic_parameters)
+        found.append(ok("template", describe(s.tokenizer_dir, style)))
     with checking(found, "weights"):
         find_newest(save)
         start = Start(choose_weights(s), whole, s)

@@ -53,7 +53,7 @@ fi
 if [[ ${settings[0]} -ef configs/lora/tiny.yaml ]]; then
     echo "first, the base: all weights of a random model learn the digits 0 to 4"
     OUT='' walk configs/tiny.yaml data.dataset_param.basic_parameters.dataset=data/digits/train_0-4.json \
-        training.save=runs/tiny_base training.train_iters=100
+        training.save=runs/tiny_base training.train_iters=75
     echo "now adapters beside its frozen weights learn all ten digits"
 fi
 walk "${settings[@]}"

@@ -57,7 +57,9 @@ def make_digits(folder: Path = DIGITS_DIR, force: bool = False) -> bool:
     labels = (source / "labels.txt").read_text(encoding="ascii").replace("\n", "")
     names = [f"images/{i:04}.png" for i in range(len(labels))]
     records = [_record(name, label) for name, label in zip(names, labels, strict=True)]
-    train = [(record, label) for i, (record, label) in enumerate(zip(records, labels, strict=True)) if i % VALIDATION_STRIDE]
+    train = [
+        (record, label) for i, (record, label) in enumerate(zip(records, labels, strict=True)) if i % VALIDATION_STRIDE
+    ]
     texts = {
         "README.md": (source / "README.md").read_text(encoding="utf-8"),
         "train.json": _json_list([record for record, _ in train]),

@@ -357,7 +357,9 @@ def test_the_tiny_lora_recipe_walks_twice(run: Run, project: Path) -> None:
     asked = "-m qwen35.inference.evaluate --model {} --data data/digits/heldout.json --recipe {}/config.yaml"
     assert " configs/tiny.yaml data.dataset_param.basic_parameters.dataset=data/digits/train_0-4.json " in base[0]
     assert "training.save=runs/tiny_base" in base[0]
-    assert base[1].endswith("--dcp_dir runs/tiny_base --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny_base/hf")
+    assert base[1].endswith(
+        "--dcp_dir runs/tiny_base --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny_base/hf"
+    )
     assert base[2] == asked.format("runs/tiny_base/hf", "runs/tiny_base")
     assert train.endswith(f" configs/lora/tiny.yaml {save}")
     assert export.endswith("--save_hf_dir out") and "--dcp_dir runs/tiny_lora" in export

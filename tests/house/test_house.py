@@ -128,7 +128,7 @@ def test_the_quick_lane_has_tests_of_every_room(request):
 def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
-    recipes = sorted(ROOT.glob("configs/*.yaml"))
+    recipes = sorted(ROOT.glob("configs/**/*.yaml"))
     assert recipes
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe

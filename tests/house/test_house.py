@@ -129,7 +129,7 @@ def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
     recipes = sorted(ROOT.glob("configs/**/*.yaml"))
-    assert recipes
+    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora"}
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe
         load_settings(recipe)

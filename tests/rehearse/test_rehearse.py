@@ -368,7 +368,9 @@ def test_flops_that_recomputation_adds(tmp_path, adapted):
     model.model.visual.requires_grad_(False)  # so that it costs its forward
     tower = Flops(model).of(0, torch.tensor([0]), 0, batch.grid_thw)
     r = rehearsed(settings, 2)
-    assert r.recomputed == pytest.approx(layers / 3 + (0 if adapted else tower), rel=0.005) and tower > 0.01 * layers
+    low = 2 * 2 * 2048 * 8 * (512 + model.model.language_model.layers[0].self_attn.q_proj.out_features)
+    assert r.recomputed == pytest.approx(layers / 3 + (low if adapted else tower), rel=0.004)
+    assert tower > 0.01 * layers
     assert rehearsed(replace(settings, parallel=replace(settings.parallel, recompute=False)), 2).recomputed == 0
 
 

@@ -106,5 +106,5 @@ accept download convert export data show finetune preflight rehearse generate ev
 	@bash scripts/install.sh
 
 clean:
-	rm -rf build .mypy_cache .ruff_cache .hypothesis ckpt/hf_path/tiny ckpt/mm_path/tiny data/digits runs/tiny
+	rm -rf build .mypy_cache .ruff_cache .hypothesis ckpt/hf_path/tiny ckpt/mm_path/tiny data/digits runs/tiny runs/tiny_base runs/tiny_lora
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -59,7 +59,8 @@
 
 # ── The run ───────────────────────────────────────────────────────────────────────────────────────
 
-# The recipe that `make finetune` trains; configs/tiny.yaml makes its own model and data first.
+# The recipe that `make finetune` trains; configs/tiny.yaml and configs/lora/tiny.yaml make
+# their own model and data first.
 : "${CONFIG:=configs/tiny.yaml}"
 # `make finetune`, `make show`: settings over those of the recipe, "training.train_iters=20
 # training.lr=1e-4". Elsewhere: more options of the command, "--on_missing skip" for `make data`,

@@ -63,6 +63,8 @@ def run(row: str, allocator: str) -> dict[str, Any]:
         env |= {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()}
     command = [sys.executable, "-m", "bench", "--row", row]
     child = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    if child.returncode < 0:
+        return {"row": row, "error": f"killed by signal {-child.returncode}: out of memory?"}
     if child.returncode:
         lines = child.stderr.strip().splitlines()
         return {"row": row, "error": lines[-1] if lines else f"exit status {child.returncode}: out of memory?"}

@@ -93,15 +93,14 @@ def print_rehearsal(settings: Settings, mix: Mix, args: Namespace, rates: RateRa
     device = torch.device(DEVICE)
     r = rehearse(settings, config, batches, world, args.npus_per_node, device, args.imbalance, args.whole)
     hccl = report.hccl_bytes(r, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_MEGABYTES))
-    recomputed = 1 / 3 if settings.parallel.recompute else 0.0
-    for line in report.lines(r, recomputed, hccl, rates):
+    for line in report.lines(r, hccl, rates):
         print(line)
     check(r, hccl, args.memory_gb)
     print(
         f"rehearsed in {time.perf_counter() - start:.0f} s: it fits in memory, no host sync is unexpected, no kernel is missing"
     )
     if args.json:
-        print(json.dumps(report.summary(r, recomputed, rates)))
+        print(json.dumps(report.summary(r, rates)))
     return 0
 
 

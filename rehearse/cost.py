@@ -22,10 +22,13 @@ SYSTEM = 16 * MiB  # part of every workspace
 
 # allocate or alias memory, without reading or writing it
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream")
-# bound by arithmetic, which the model's FLOPs cover; matmul is an operator of op-plugin, not mm's
-MATMULS = (
-    *("mm", "bmm", "matmul", "addmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul", "npu_alltoallv_gmm"),
-    *("npu_gmm_alltoallv", "npu_fusion_attention", "npu_fusion_attention_grad"),
+# bound by arithmetic, which the model's FLOPs cover; matmul is an operator of op-plugin, not mm's.
+# Of the first, those with a side below THIN are bound by memory: each byte serves fewer products
+# than an NPU computes while it moves one (rates.py: 354 TFLOPS, 1.38 TB/s, in bf16).
+MATMULS = ("mm", "bmm", "matmul", "addmm", "baddbmm", "_grouped_mm", "npu_grouped_matmul")
+THIN = 256
+ARITHMETIC = (
+    *("npu_alltoallv_gmm", "npu_gmm_alltoallv", "npu_fusion_attention", "npu_fusion_attention_grad"),
     *("invert", "scan", "states", "grad_states", "gradients"),  # of the delta rule
 )
 FILLS = ("zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
@@ -43,6 +46,8 @@ def bytes_moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: li
     ]
     arguments = {x.untyped_storage()._cdata for x in _tensors(*given.values())}
     new = [x for x in made if x.untyped_storage()._cdata not in arguments]
+    if _name(func) in MATMULS and min(n for x in _factors(given) for n in x.shape[-2:]) >= THIN:
+        return 0
     if rule := BYTES.get(_name(func)):
         return rule(given, new)
     read = [value for name, value in given.items() if name != "out"]
@@ -90,6 +95,13 @@ def _tensors(*values: Any) -> list[Tensor]:
 def _name(func: torch._ops.OpOverload) -> str:
     """Without namespace, overload, and the underscore of in-place variants."""
     return func._schema.name.partition("::")[2].rstrip("_")
+
+
+def _factors(given: Given) -> list[Tensor]:
+    """A matmul's two; what it adds to their product, and where groups end, is neither."""
+    pairs = ("mat1", "mat2"), ("batch1", "batch2"), ("self", "mat2"), ("self", "other"), ("x", "weight")
+    left, right = next(pair for pair in pairs if given.keys() >= {*pair})
+    return _tensors(given[left], given[right])
 
 
 # ── Bytes ───────────────────────────────────────────────────────────────────────────────────────
@@ -150,7 +162,7 @@ def _copied_in(given: Given, new: list[Tensor]) -> int:
 
 
 BYTES: dict[str, Callable[[Given, list[Tensor]], int]] = {
-    **dict.fromkeys((*FREE, *MATMULS), _nothing),
+    **dict.fromkeys((*FREE, *ARITHMETIC), _nothing),
     **dict.fromkeys((*FILLS, "fill", "zero"), _filled),
     **dict.fromkeys(("copy", "_foreach_copy"), _copied),
     **dict.fromkeys(GATHERS, _gathered),

@@ -21,12 +21,12 @@ def peak(r: Rehearsal) -> tuple[str, Peak]:
     return phase, peaks[phase]
 
 
-def lines(r: Rehearsal, recomputed: float, hccl: int, rates: RateRange) -> Iterator[str]:
+def lines(r: Rehearsal, hccl: int, rates: RateRange) -> Iterator[str]:
     """hccl: bytes of HCCL's buffers."""
     yield from _memory(r, hccl)
     yield from _operators(r)
     yield from _communication(r)
-    yield from _time(r, recomputed, rates)
+    yield from _time(r, rates)
 
 
 def hccl_bytes(r: Rehearsal, megabytes: int) -> int:
@@ -71,9 +71,9 @@ def _communication(r: Rehearsal) -> Iterator[str]:
         )
 
 
-def summary(r: Rehearsal, recomputed: float, rates: RateRange) -> dict[str, float]:
+def summary(r: Rehearsal, rates: RateRange) -> dict[str, float]:
     """For make accept: seconds of a step, bytes of tensors and workspace at the peak."""
-    best, worst = best_and_worst(r, recomputed, rates)
+    best, worst = best_and_worst(r, rates)
     return {
         "best": best.overlapped,
         "worst": worst.serialized,
@@ -81,8 +81,8 @@ def summary(r: Rehearsal, recomputed: float, rates: RateRange) -> dict[str, floa
     }
 
 
-def _time(r: Rehearsal, recomputed: float, rates: RateRange) -> Iterator[str]:
-    best, worst = best_and_worst(r, recomputed, rates)
+def _time(r: Rehearsal, rates: RateRange) -> Iterator[str]:
+    best, worst = best_and_worst(r, rates)
     yield f"{'seconds a step':14} {'arithmetic':>10}{'memory':>12}{'communication':>14}{'host':>10}    total"
     for name, t, total, how, at in (
         ("best case", best, best.overlapped, "all overlapped", rates.best),

@@ -50,6 +50,7 @@ class Rehearsal:
     communication: Communication
     lower_bound: Bytes  # that rank 0 has to send
     flops: float  # the model's, for this rank's part of its packed sequences
+    recomputed: float  # FLOPs that recomputation adds to these
     tokens: int  # of its packed sequences, without padding
 
 
@@ -175,6 +176,7 @@ def _rehearse(
     # as in a run each is an object of its own: kernels cache what they derive from a batch with it
     few = representatives.count(MICRO_BATCH) if representatives.is_reduced(MICRO_BATCH) else None
     micro_batches = [deepcopy(batch) for batch in batches[:few]]
+    flops = Flops(whole)
     with FakeDevice(device, observers) as fake_device:
         ledger.doubles = fake_device.doubles
         optimizer = distribute(settings, model, meshes, device)
@@ -191,7 +193,7 @@ def _rehearse(
             lambda *_: ledger.claim("gradients", local(p.grad for p in model.parameters()))
         )
         run = Run(settings, device, meshes, model, optimizer, gradients, iter(()), 0, {})
-        run.flops = Flops(whole)
+        run.flops = flops
         tracker = PhaseTracker([ledger, operators, operators.pinned, communication], len(micro_batches))
         tracker.track(TEXT, model.model.language_model.layers, representatives.period)
         tracker.track(VISION, model.model.visual.blocks, 1)
@@ -213,8 +215,24 @@ def _rehearse(
         communication=communication,
         lower_bound=lower_bound(model, meshes, settings, len(batches[0].pixel_values)),
         flops=record.flops / len(micro_batches) * len(batches) / meshes.ulysses_size,
+        recomputed=_recomputed(whole, settings, batches) / meshes.ulysses_size,
         tokens=sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches),
     )
+
+
+def _recomputed(whole: Qwen35, settings: Settings, batches: list[PackedBatch]) -> float:
+    """The layers' forward FLOPs once more, and the vision tower's if it is trained; freezes all.
+
+    The selective kind repeats a little less: not the scores, nor the delta rule. An adapter's B
+    counts twice, which is a few thousandths.
+    """
+    if not settings.parallel.recompute:
+        return 0.0
+    is_tower_trained = any(p.requires_grad for p in whole.model.visual.parameters())
+    flops = Flops(whole.requires_grad_(False))
+    grids = [batch.grid_thw if is_tower_trained else batch.grid_thw[:0] for batch in batches]
+    lengths = [batch.cu_seqlens.diff() for batch in batches]
+    return sum(flops.of(int(n.sum()), n, 0, grid) for n, grid in zip(lengths, grids, strict=True))
 
 
 def _represent(

@@ -30,10 +30,8 @@ class Times:
         return self.arithmetic + self.memory + self.communication + self.host
 
 
-def times(r: Rehearsal, rates: Rates, recomputed: float, hierarchical: bool) -> Times:
-    """recomputed: what recomputation adds to the model's FLOPs, 1/3 for a whole forward.
-
-    Collectives over several nodes run as one ring over all ranks, or if hierarchical as a ring
+def times(r: Rehearsal, rates: Rates, hierarchical: bool) -> Times:
+    """Collectives over several nodes run as one ring over all ranks, or if hierarchical as a ring
     within each node and one between nodes at the same time.
     """
     communication = 0.0
@@ -46,12 +44,12 @@ def times(r: Rehearsal, rates: Rates, recomputed: float, hierarchical: bool) -> 
             communication += traffic.sent / rates.between
     counts = [r.operators.by_phase[phase] for phase in PHASES[1:]]
     return Times(
-        r.flops * (1 + recomputed) / rates.flops,
+        (r.flops + r.recomputed) / rates.flops,
         sum(c.bytes_moved for c in counts) / rates.memory,
         communication,
         sum(c.dispatched for c in counts) * rates.host,
     )
 
 
-def best_and_worst(r: Rehearsal, recomputed: float, rates: RateRange) -> tuple[Times, Times]:
-    return times(r, rates.best, recomputed, hierarchical=True), times(r, rates.worst, recomputed, hierarchical=False)
+def best_and_worst(r: Rehearsal, rates: RateRange) -> tuple[Times, Times]:
+    return times(r, rates.best, hierarchical=True), times(r, rates.worst, hierarchical=False)

@@ -9,12 +9,12 @@
 # In a job of Kubeflow, Volcano, MindCluster, ModelArts or Slurm, which starts it on each machine, it
 # needs none of these variables. Exit status 143 (130 after Ctrl-C): stopped before the last step.
 #
-# With configs/tiny.yaml, the default, model and data are made first and the trained model is tested
-# (scripts/tiny.sh).
+# With configs/tiny.yaml, the default, and with configs/lora/tiny.yaml model and data are made first,
+# and the trained model is tested (scripts/tiny.sh).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 check_nodes
-[[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml)"
+[[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml configs/lora/*.yaml)"
 preflight=()
 if [[ ${1:-} == --preflight ]]; then # see preflight.sh
     preflight=("$1")
@@ -52,17 +52,18 @@ case $(device) in
         ;;
 esac
 
-train=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch ${NODES:+--nnodes "$NODES" --node_rank "${NODE_RANK:-0}"}
+launcher=(env ${threads:+OMP_NUM_THREADS="$threads"} "$python" -m qwen35.launch ${NODES:+--nnodes "$NODES" --node_rank "${NODE_RANK:-0}"}
     --nproc_per_node "$processes" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} ${MASTER_PORT:+--master_port "$MASTER_PORT"}
-    --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${preflight[@]}" "$CONFIG" "${overrides[@]}")
+    --rendezvous_timeout "$RENDEZVOUS_TIMEOUT" "${preflight[@]}")
+train=("${launcher[@]}" "$CONFIG" "${overrides[@]}")
 
 if [[ $DRY_RUN == 1 ]]; then
     printf '%q ' "${train[@]}"
     echo
     exit
 fi
-if [[ $CONFIG -ef configs/tiny.yaml && ${#preflight[@]} == 0 ]]; then
-    exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${train[@]}"
+if [[ ($CONFIG -ef configs/tiny.yaml || $CONFIG -ef configs/lora/tiny.yaml) && ${#preflight[@]} == 0 ]]; then
+    exec bash scripts/tiny.sh "$CONFIG" "${overrides[@]}" -- "${launcher[@]}"
 fi
 # what make started ends with it, kill -9 included; what a shell started outlives that
 if [[ $(cat "/proc/$PPID/comm" 2>/dev/null) == make ]]; then export QWEN35_PARENT=$PPID; fi

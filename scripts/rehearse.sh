@@ -24,7 +24,12 @@ check_env
 need_venv
 split "${ARGS:-}"
 if help_in "${words[@]}"; then exec "$python" -m rehearse --help; fi # before anything is made or downloaded
-if [[ $CONFIG -ef configs/tiny.yaml && ! -e ckpt/hf_path/tiny/config.json ]]; then "$python" -m qwen35.tools.tiny; fi
+if [[ ($CONFIG -ef configs/tiny.yaml || $CONFIG -ef configs/lora/tiny.yaml) && ! -e ckpt/hf_path/tiny/config.json ]]; then
+    "$python" -m qwen35.tools.tiny
+fi
+if [[ $CONFIG -ef configs/lora/tiny.yaml && ! -e runs/tiny_base/hf/config.json ]]; then # whose config.json is the same
+    words=(model.model_name_or_path=ckpt/hf_path/tiny "${words[@]}")
+fi
 per_node=${NPUS_PER_NODE:-8} memory=$NPU_MEMORY_GB config=$CONFIG buffer=${HCCL_BUFFSIZE:-}
 rates=${RATES:-}
 if [[ -z $rates && -e runs/accept/rates.yaml ]]; then rates=runs/accept/rates.yaml; fi

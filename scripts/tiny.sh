@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The embedded recipe from end to end, called by finetune.sh: make a tiny model and the digits,
-# convert, train, export, and read digits that the model never saw.
+# The embedded recipes from end to end, called by finetune.sh: make a tiny model and the digits,
+# convert, train, export, and read digits that the model never saw. For configs/lora/tiny.yaml this
+# is done twice: all weights learn the digits 0 to 4 first, and with adapters on that base all ten.
 #
-#   scripts/tiny.sh CONFIG [a.b=c …] -- TRAINING COMMAND
+#   scripts/tiny.sh CONFIG [a.b=c …] -- LAUNCHER [OPTION …]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 settings=()
@@ -10,14 +11,9 @@ while (($#)) && [[ $1 != -- ]]; do
     settings+=("$1")
     shift
 done
-(($# > 1)) || die "called by finetune.sh, with the training command after --"
+((${#settings[@]} && $# > 1)) || die "called by finetune.sh, with the launcher after --"
 shift
-
-# of several machines only the first makes and measures; the others wait for it where the training
-# begins
-if ((${NODE_RANK:-0} > 0)); then exec "$@"; fi
-
-save=$("$python" -m qwen35.config.load "${settings[@]}" --get training.save)
+launcher=("$@")
 
 # SIGTERM, SIGHUP and Ctrl-C go to the step that runs, and none follows it
 stopped=
@@ -31,13 +27,33 @@ step() { # in the background, for bash hears a signal only while it waits
     ((code == 0)) || exit "$code"
 }
 
+# of several machines only the first makes and measures; the others wait for it where the training
+# begins
+is_first=$((${NODE_RANK:-0} == 0))
+
+walk() { # CONFIG [a.b=c …]: train, export, and read the digits that were held out
+    local save out
+    save=$("$python" -m qwen35.config.load "$@" --get training.save)
+    out=${OUT:-$save/hf}
+    step "${launcher[@]}" "$@"
+    if ((is_first)); then
+        HF='' DCP=$save OUT=$out step bash scripts/export.sh
+        MODEL=$out step bash scripts/evaluate.sh --recipe "$save/config.yaml"
+    fi
+}
+
 # ARGS are the training's
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model is quickest on one thread; the training has its own
-export OUT="${OUT:-$save/hf}"
-export ARGS="" HF=ckpt/hf_path/tiny MODEL=$OUT DATA=data/digits/heldout.json
+export ARGS="" DATA=data/digits/heldout.json
 export QWEN35_PARENT=$$ # the training ends with this script
-step "$python" -m qwen35.tools.tiny
-DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
-step "$@"
-DCP=$save step bash scripts/export.sh
-step bash scripts/evaluate.sh --recipe "$save/config.yaml"
+if ((is_first)); then
+    step "$python" -m qwen35.tools.tiny
+    HF=ckpt/hf_path/tiny DCP=ckpt/mm_path/tiny step bash scripts/convert.sh
+fi
+if [[ ${settings[0]} -ef configs/lora/tiny.yaml ]]; then
+    echo "first, the base: all weights of a random model learn the digits 0 to 4"
+    OUT='' walk configs/tiny.yaml data.dataset_param.basic_parameters.dataset=data/digits/train_0-4.json \
+        training.save=runs/tiny_base training.train_iters=75
+    echo "now adapters beside its frozen weights learn all ten digits"
+fi
+walk "${settings[@]}"

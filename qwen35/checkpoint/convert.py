@@ -71,7 +71,14 @@ def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str |
     with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
         if tokenizer := _tokenizer_folder(checkpoint):
             print(f"tokenizer and processors from {tokenizer}, with which the run trained", flush=True)
-        return save_hf(FiniteSource(source, checkpoint), origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+        written = save_hf(FiniteSource(source, checkpoint), origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+    if isinstance(source, Merged) and (same := sorted(source.pairs.keys() - source.changed)):
+        print(
+            f"{len(same)} of {len(source.pairs)} weights with an adapter are the base's still, to the last bit "
+            f"({abbreviate(same)}): what it adds is zero, or lost in rounding; the adapter itself (--adapter) has it",
+            flush=True,
+        )
+    return written
 
 
 def dcp_to_peft(dcp_dir: str | Path, origin_hf_dir: str | Path, save_dir: str | Path) -> WriteSummary:

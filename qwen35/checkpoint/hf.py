@@ -29,13 +29,14 @@ from qwen35.model.config import check_same
 from qwen35.model.config_keys import unknown_keys
 
 USED = {*OF_TOKENIZER, "config.json", "generation_config.json", "model.safetensors.index.json"}
-# reason -> names or endings of files that have no effect on training
+# reason -> beginnings of the names, or endings, of files that have no effect on training
 HARMLESS = {
     "they are for people": "README LICENSE NOTICE .md .txt .rst .pdf .html .png .jpg .jpeg .gif .svg .webp .ipynb",
     "tokenizer.json holds it too": "tokenizer.model",
     "only the hub uses it": "configuration.json",
-    "transformers prefers safetensors, too": ".bin .bin.index.json .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .pkl",
-    "only the trainer that wrote it uses it": "trainer_state.json training_args.json all_results.json train_results.json",
+    "transformers prefers safetensors, too": "pytorch_model tf_model flax_model .gguf .onnx",
+    "only the trainer that wrote it uses it": """trainer_state.json training_args. all_results.json train_results.json
+        optimizer. scheduler. scaler. rng_state""",
 }
 _ENDINGS = tuple(word for word in " ".join(HARMLESS.values()).split() if word.startswith("."))
 _NAMES = tuple(word for word in " ".join(HARMLESS.values()).split() if not word.startswith("."))

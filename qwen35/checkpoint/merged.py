@@ -5,7 +5,7 @@ path of the base, and a digest of it, by which another base is noticed.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qwen35.checkpoint.dcp_folder import METADATA, damaged
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf import open_matching_folder
-from qwen35.checkpoint.hf_names import base_parameters, pair_of
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, base_parameters, pair_of
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
 from qwen35.checkpoint.tensor_file import raw_bytes
 from qwen35.errors import UserError
@@ -27,18 +27,20 @@ from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import LoraSpec, is_adapter
 
 DECISIVE = ("r", "alpha", "expert_r", "use_rslora")  # fields of LoraSpec; the others only select, as the names say
-SAMPLED = 1024  # values of each tensor that a digest covers
+SAMPLED = 1024  # values, or rows of an embedding, that a digest covers at an end of a tensor
 
 
 class Merged:
     """A TensorSource: the base's tensors, scale * B @ A added to those that have adapters.
 
     The sum is made in fp64 and rounded once, to the base's dtype, so that it does not show how a
-    tensor was cut. All other tensors have the base's own bytes.
+    tensor was cut. All other tensors have the base's own bytes. `changed` are those that were read
+    and are not the base's after rounding.
     """
 
     def __init__(self, base: TensorSource, adapters: TensorSource, scale: float):
         self.base, self.adapters, self.scale, self.specs = base, adapters, scale, base.specs
+        self.changed: set[str] = set()
         pairs = {name: pair_of(name) for name in base.specs}
         self.pairs = {name: pair for name, pair in pairs.items() if pair[0] in adapters.specs}
         wanted: dict[str, tuple[int, ...]] = {}
@@ -58,7 +60,10 @@ class Merged:
         r = self.adapters.specs[a].shape[-2]
         left = self.adapters.read(b, TensorSlice((*first, row, 0), (*count, rows, r))).double()
         right = self.adapters.read(a, TensorSlice((*first, 0, column), (*count, r, columns))).double()
-        return (values + self.scale * (left @ right)).to(values.dtype)
+        merged = (values + self.scale * (left @ right)).to(values.dtype)
+        if not torch.equal(merged, values):
+            self.changed.add(name)
+        return merged
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,29 @@ def holds_adapters(source: TensorSource) -> bool:
 
 
 def digest(source: TensorSource, names: Iterable[str]) -> str:
-    """Of names, shapes and first values of a base's tensors, whatever dtype they are stored in."""
+    """Of names, shapes and some values of a base's tensors, whatever dtype they are stored in.
+
+    The values are the first and the last of each tensor (of stacked experts, those of the first and
+    the last), and of embedding and head the last rows, where tokens are added.
+    """
     total = hashlib.sha256()
     for name in sorted(names):
         shape = source.specs[name].shape
-        first = next(iter(pieces(TensorSlice.full(shape), 1, SAMPLED)))
         total.update(f"{name} {list(shape)}\n".encode())
-        total.update(raw_bytes(source.read(name, first).float().contiguous()))
+        for region in _sampled(name, shape):
+            total.update(raw_bytes(source.read(name, region).float().contiguous()))
     return total.hexdigest()
+
+
+def _sampled(name: str, shape: tuple[int, ...]) -> Iterator[TensorSlice]:
+    yield next(iter(pieces(TensorSlice.full(shape), 1, SAMPLED)))
+    *lead, last = shape
+    if name in (EMBEDDING, HEAD):
+        rows = min(shape[0], SAMPLED)
+        yield TensorSlice((shape[0] - rows, 0), (rows, last))
+    elif all(shape):
+        count = min(last, SAMPLED)
+        yield TensorSlice((*(n - 1 for n in lead), last - count), (*(1 for _ in lead), count))
 
 
 def open_base(model: Qwen35, path: Path) -> TensorSource:

@@ -18,17 +18,17 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35.checkpoint import folders
-from qwen35.checkpoint.errors import CheckpointError, Mismatch
+from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
 from qwen35.checkpoint.hf_names import STACKED, pair_of, parameter_of
 from qwen35.checkpoint.hf_read import CONFIG
-from qwen35.checkpoint.hf_write import EXPORT_MANIFEST, WriteSummary
+from qwen35.checkpoint.hf_write import EXPORT_MANIFEST, OF_TOKENIZER, WriteSummary
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec
 from qwen35.checkpoint.tensor_file import read_header, read_slice
 from qwen35.errors import read_object, shortened
@@ -38,13 +38,22 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 VERSION = "0.21.2"  # of PEFT, whose format is written
 ON_DISK = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 TEXT_ONLY = re.compile(r"^model\.(?=layers\.)")  # what transformers' text-only class calls the decoder
-# keys that say what names and shapes of tensors say, or that only their trainer used
-HARMLESS = """r rank_pattern target_modules exclude_modules layers_to_transform layers_pattern revision inference_mode
-    peft_version auto_mapping megatron_core qalora_group_size eva_config ensure_weight_tying""".split()
+# keys that say what names of tensors say, or that only their trainer used
+HARMLESS = """target_modules exclude_modules layers_to_transform layers_pattern revision inference_mode auto_mapping
+    megatron_core qalora_group_size eva_config ensure_weight_tying""".split()
+OTHER_WEIGHTS = re.compile(r".+\.(safetensors|bin|pt|pth|ckpt|gguf|npz|pkl)")
+# files of a trainer and of PEFT that hold no weights, or the adapters' in another form
+HARMLESS_FILES = re.compile(
+    r"adapter_model\.bin|training_args\.(bin|json)|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|\..*"
+    r"|(README|LICENSE|NOTICE).*|(trainer_state|(all|train|eval)_results)\.json|trainer_log\.jsonl"
+)
 ONLY_LORA = "is not read here, only plain LoRA of linear modules and routed experts"
 EXCHANGED = "with A and B exchanged, as PEFT had those of experts up to 0.18 (write them anew with a later one)"
 
+T = TypeVar("T")
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rank = Annotated[StrictInt, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[\w.]+$")]  # no pattern
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,15 @@ class PeftConfig:
     peft_type: Literal["LORA"]
     task_type: Literal["CAUSAL_LM"] | None = None
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = True  # others change the base
+    r: Rank = 8
+    rank_pattern: dict[Name, Rank] | None = None
     lora_alpha: Alpha = 8
-    alpha_pattern: dict[Annotated[str, Field(pattern=r"^[\w.]+$")], Alpha] | None = None  # names, no patterns
+    alpha_pattern: dict[Name, Alpha] | None = None
     use_rslora: bool = False
     target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     lora_dropout: float = 0.0
+    peft_version: str | None = None  # releases up to 0.17 do not write it
 
     @staticmethod
     def read(folder: Path) -> "PeftConfig":
@@ -77,11 +89,19 @@ class PeftConfig:
             found, why = shortened(repr(error["input"]), 80), error["msg"]
             raise CheckpointError(f"{file}: {error['loc'][0]}: {found} {ONLY_LORA} ({why})") from None
 
-    def scale(self, parameter: str, r: int) -> float:
-        """Of the adapter of rank r of a parameter."""
-        module = "." + parameter.removesuffix(".weight")
-        alphas = (alpha for key, alpha in (self.alpha_pattern or {}).items() if module.endswith(f".{key}"))
-        return next(alphas, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+    def rank(self, module: str) -> int:
+        """Of the adapter of a module, or of the experts' weight, of this name on disk."""
+        return _of(module, self.rank_pattern, self.r)
+
+    def scale(self, module: str) -> float:
+        r = self.rank(module)
+        return _of(module, self.alpha_pattern, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+
+    @property
+    def exchanges_experts(self) -> bool:
+        """Whether this PEFT had A and B of experts exchanged, as was the case up to 0.18."""
+        version = [int(part) for part in re.findall(r"\d+", self.peft_version or "")[:2]]
+        return version < [0, 19]
 
     def name_in_model(self, disk_name: str) -> str:
         """The model's name of a tensor on disk; '' for one that is no adapter."""
@@ -95,6 +115,12 @@ class PeftConfig:
         targets = [f".{target}" for target in self.target_parameters or ()]
         has_down = any(f".{experts}.down_proj".endswith(target) for target in targets)
         return f"{experts}.{'down' if has_down and experts == module else 'gate_up'}_lora_{side}"
+
+
+def _of(module: str, values: Mapping[str, T] | None, default: T) -> T:
+    """The value of the first name in a pattern of PEFT's that is an end of a module's name."""
+    found = (value for name, value in (values or {}).items() if f".{module}".endswith(f".{name}"))
+    return next(found, default)
 
 
 class PeftFolder:
@@ -112,6 +138,7 @@ class PeftFolder:
             self.notes.append(f"{folder}: lora_dropout {config.lora_dropout} is not used, as adapters have none here")
         if not self.file.is_file():
             raise CheckpointError(f"{folder}: no {ADAPTER_FILE}; adapters are read from safetensors alone")
+        self.notes += _other_files(self.folder)
         self._entries = read_header(self.file)
         self._disk_names: dict[str, str] = {}
         self.specs: dict[str, TensorSpec] = {}
@@ -123,12 +150,19 @@ class PeftFolder:
             is_known = len(base) == 2 + bool(STACKED.fullmatch(parameter)) and entry.spec.dtype.is_floating_point
             if not is_known or len(stored) != 2:
                 mismatch.add("not of an adapter of this model", disk_name)
-            elif isinstance(shape := _shape_in_model(name, stored, base), str):
+                continue
+            if name in self.specs:
+                mismatch.add("there twice, under two names", disk_name)
+                continue
+            shape = _shape_in_model(name, stored, base, config.exchanges_experts)
+            if isinstance(shape, str):
                 mismatch.add(shape, disk_name)
-            else:
-                self._disk_names[name], self.specs[name] = disk_name, TensorSpec(shape, entry.spec.dtype)
-                r = shape[-2 if name.endswith("A") else -1]
-                scales.setdefault(round(config.scale(parameter, r), 9), disk_name)
+                continue
+            self._disk_names[name], self.specs[name] = disk_name, TensorSpec(shape, entry.spec.dtype)
+            module, r = _module_on_disk(disk_name, parameter), shape[-2 if name.endswith("A") else -1]
+            if r != config.rank(module):
+                mismatch.add(f"of rank {r}, while {ADAPTER_CONFIG} says {config.rank(module)}", disk_name)
+            scales.setdefault(round(config.scale(module), 9), disk_name)
         for name, disk_name in self._disk_names.items():
             if any(other not in self.specs for other in pair_of(parameter_of(name))):
                 mismatch.add("without the other of its pair", disk_name)
@@ -154,12 +188,36 @@ class PeftFolder:
         return stacked[expert : expert + count, :, column : column + columns]
 
 
-def _shape_in_model(name: str, stored: Sequence[int], base: Sequence[int]) -> tuple[int, ...] | str:
-    """The shape of an adapter of a parameter of shape `base`, or what is wrong with it."""
+def _other_files(folder: Path) -> list[str]:
+    """Lines about what else lies in an adapter's folder. Raises CheckpointError for weights."""
+    others = [p for p in sorted(folder.iterdir()) if not HARMLESS_FILES.fullmatch(p.name)]
+    others = [p for p in others if p.name not in (ADAPTER_CONFIG, ADAPTER_FILE)]
+    if weights := [p.name for p in others if p.is_file() and OTHER_WEIGHTS.fullmatch(p.name)]:
+        raise CheckpointError(
+            f"{folder}: weights beside {ADAPTER_FILE} that are not read: {abbreviate(weights)}; if they were trained with the "
+            "adapter, merge both into the model first, else move them away"
+        )
+    names = [f"{p.name}/" if p.is_dir() else p.name for p in others]
+    its_own = "; the tokenizer and the template are those of the recipe" * any(name in OF_TOKENIZER for name in names)
+    return [f"{folder}: not read: {abbreviate(names)}{its_own}"] if names else []
+
+
+def _module_on_disk(disk_name: str, parameter: str) -> str:
+    """The name that PEFT compares with its patterns: that in the class which it wrapped."""
+    module = parameter.removesuffix(".weight")
+    is_text_only = TEXT_ONLY.match(disk_name.removeprefix("base_model.model."))
+    return module.replace("model.language_model.", "model.", 1) if is_text_only else module
+
+
+def _shape_in_model(name: str, stored: Sequence[int], base: Sequence[int], exchanges: bool) -> tuple[int, ...] | str:
+    """The shape of an adapter of a parameter of shape `base`, or what is wrong with it.
+
+    exchanges: whether A and B of square experts are exchanged, which their shapes do not show.
+    """
     *stack, rows, columns = base
     is_a, experts = name.endswith("A"), math.prod(stack)
     (r, width), (own, other) = (stored, (columns, rows)) if is_a else (stored[::-1], (rows, columns))
-    if stack and width == other != own:
+    if stack and width == other and (own != other or exchanges):
         return EXCHANGED
     if width != own or r % experts or not r:
         rank = f"{experts} x r" if stack else "r"
@@ -194,16 +252,18 @@ def write_peft(
     own = targets if spec.expert_r != spec.r else []
     alpha = spec.scale * (math.sqrt(spec.expert_r) if spec.use_rslora else spec.expert_r)
     config = PeftConfig(
-        "LORA", None, True, spec.alpha, dict.fromkeys(own, alpha), spec.use_rslora, targets or None, base, 0.0
+        "LORA",
+        r=spec.r,
+        rank_pattern=dict.fromkeys(own, spec.expert_r),
+        lora_alpha=spec.alpha,
+        alpha_pattern=dict.fromkeys(own, alpha),
+        use_rslora=spec.use_rslora,
+        target_parameters=targets or None,
+        base_model_name_or_path=base,
+        peft_version=VERSION,
     )
-    values = asdict(config) | {
-        "r": spec.r,
-        "rank_pattern": dict.fromkeys(own, spec.expert_r),
-        "target_modules": _short({n.removesuffix(".weight") for n in adapted - experts}, modules, parts=1),
-        "bias": "none",
-        "inference_mode": True,
-        "peft_version": VERSION,
-    }
+    target_modules = _short({n.removesuffix(".weight") for n in adapted - experts}, modules, parts=1)
+    values = asdict(config) | {"target_modules": target_modules, "bias": "none", "inference_mode": True}
     content: dict[str, Any] = {}
     with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
         save_file(tensors, temporary / ADAPTER_FILE, {"format": "pt"})

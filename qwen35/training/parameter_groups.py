@@ -69,6 +69,23 @@ def by_group(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Par
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
+def check_visuals(model: nn.Module, visuals: int) -> list[str]:
+    """What the vision tower learns from data with this many images and videos: a line if nothing.
+
+    Raises SettingError if only the tower is trained, since such a run would train nothing.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    others = [name for name in trained if not group_of(name).startswith("visual")]
+    if visuals or len(others) == len(trained):
+        return []
+    if not others:
+        raise SettingError(
+            "the data has no images or videos, and only the vision tower is trained, which learns nothing without; train more"
+            " than that (model.freeze, training.lora.target_modules), or use other data"
+        )
+    return ["the data has no images or videos: what is trained of the vision tower stays as it is"]
+
+
 def parameter_table(model: nn.Module) -> str:
     """Number of parameters by group: all, trained, frozen; global numbers for a sharded model."""
     lines = [f"{'parameters':16}{'all':>16}{'trained':>16}{'frozen':>16}"]

@@ -48,6 +48,11 @@ def choose_weights(settings: Settings) -> Chosen:
     if newest or t.load:
         path = newest or resolve_load(t.load or "")
         if t.lora and holds_adapters(DCPSource(path)):
+            if t.lora.adapter and not newest:
+                raise SettingError(
+                    f"training.load: {t.load} and training.lora.adapter: {t.lora.adapter} both hold adapters to go on from;"
+                    " leave one out"
+                )
             return Chosen(path, Path(t.init_from_hf_path or AdapterRun.of(read_info(path)).base))
         if t.lora and newest:
             raise SettingError(

@@ -228,3 +228,33 @@ def test_a_plain_model_does_not_take_adapters(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds the adapters of a LoRA run, not a model: set training.lora"):
         load_checkpoint(tmp_path / "run", build(config_dict(), mtp=False))
     assert AdapterRun.of(read_info(tmp_path / "run/iter_0000003")).spec == SPEC
+
+
+def test_the_end_of_a_tensor_counts_in_a_digest():
+    """The rows of added tokens, the last expert: a base that differs there alone is another one."""
+    weights = {n: p.detach().clone() for n, p in build(config_dict(), mtp=False).named_parameters()}
+    before = digest(MemorySource(weights), weights)
+    for name, index in (
+        ("model.language_model.embed_tokens.weight", (-40, 3)),
+        ("lm_head.weight", (-40, 3)),
+        ("model.language_model.layers.0.mlp.experts.down_proj", (-1, -1, -1)),
+        ("model.language_model.norm.weight", (-1,)),
+    ):
+        changed = {n: w.clone() if n == name else w for n, w in weights.items()}
+        changed[name][index] += 1
+        assert digest(MemorySource(changed), weights) != before, name
+
+
+def test_a_merge_that_rounds_away_is_told(tmp_path, capsys):
+    """An export with the base's own bytes looks like a run that was never merged."""
+    folder = write_folder(tmp_path / "hf")
+    run_on(folder, tmp_path / "run", folder)
+    assert export(tmp_path / "run", folder, tmp_path / "out") == 0
+    assert "are the base's still" not in capsys.readouterr().out
+    made = {n: t * (1e-9 if "q_proj" in n else 1) for n, t in run_on(folder, tmp_path / "x", folder).items()}
+    extra = read_info(resolve_load(tmp_path / "run")).extra
+    write_shards(tmp_path / "small", 3, local_shards({MODEL + n: t for n, t in made.items()}), extra)
+    assert export(tmp_path / "small", folder, tmp_path / "small_out") == 0
+    adapted = sum(n.endswith(ADAPTED) for n in shapes_in(folder))
+    line = f"1 of {adapted} weights with an adapter are the base's still, to the last bit (model.language_model.layers.3.self"
+    assert line in capsys.readouterr().out

@@ -208,6 +208,11 @@ def test_unread_files_and_keys_are_reported_once(tmp_path):
         "vocab.json",
         "trainer_state.json",
         "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "training_args.bin",
+        "optimizer.pt",
+        "rng_state_0.pth",
         ".hidden",
     ):
         (folder / name).write_text("{}")
@@ -220,6 +225,14 @@ def test_unread_files_and_keys_are_reported_once(tmp_path):
         f"{folder}/config.json: not known, and not read: author",
         f"{folder}: not read: extra.safetensors, recipe.yaml",
     ]
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "mm_projector.bin", "consolidated.00.pth", "ema.pt"])
+def test_other_weights_beside_safetensors_are_told(tmp_path, name):
+    """A trainer that saves a module by itself may mean it to be read."""
+    folder = write_folder(tmp_path / "hf", **DENSE)
+    (folder / name).touch()
+    assert not_read(folder) == [f"{folder}: not read: {name}"]
 
 
 def test_folder_of_transformers_has_nothing_to_report(tmp_path):

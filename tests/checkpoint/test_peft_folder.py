@@ -237,9 +237,13 @@ BROKEN = {
         lambda t: {n: v[:-1] if ".experts.lora_A" in n and ".0." in n else v for n, v in t.items()},
         r"1 tensor of shape \[63, 24\] instead of \[8 x r, 24\]",
     ),
-    "one rank of two": (
+    "a rank that the config does not say": (
         lambda t: t | {f"{FIRST}.lora_A.weight": torch.ones(4, 40), f"{FIRST}.lora_B.weight": torch.ones(256, 4)},
-        "scales of 2 in .* and 4 in .*q_proj.lora_A.weight; here all adapters have one",
+        "2 tensors of rank 4, while adapter_config.json says 8: .*q_proj.lora_A",
+    ),
+    "twice, for both classes": (
+        lambda t: t | {n.replace(".language_model.", "."): torch.ones_like(v) for n, v in t.items() if "q_proj" in n},
+        "2 tensors there twice, under two names: .*layers.3.self_attn.q_proj.lora_A",
     ),
     "nothing": (lambda t: {}, "no adapters"),
 }  # fmt: skip
@@ -252,6 +256,83 @@ def test_tensors_that_do_not_fit_are_one_line(tmp_path, case):
     with pytest.raises(CheckpointError, match=words) as caught:
         PeftFolder(folder, shapes())
     assert "\n" not in str(caught.value)
+
+
+def test_names_in_patterns_are_those_of_the_class_that_peft_wrapped(tmp_path):
+    """Here the text-only class's; taken for none of the model, it would have the scale of all."""
+    folder = written(tmp_path)
+    rewrite(folder, lambda t: {n.replace(".language_model.", "."): v for n, v in t.items()})
+    change(folder, alpha_pattern={"model.layers.3.self_attn.q_proj": 160})
+    with pytest.raises(CheckpointError, match=r"scales of 2 in .* and 20 in .*layers.3.self_attn.q_proj.lora_A"):
+        PeftFolder(folder, shapes())
+    change(folder, alpha_pattern=None, rank_pattern={"model.layers.3.self_attn.q_proj": 4})
+    with pytest.raises(
+        CheckpointError, match=r"2 tensors of rank 8, while adapter_config.json says 4: .*layers.3.self"
+    ):
+        PeftFolder(folder, shapes())
+
+
+def test_a_rank_that_only_the_config_has_is_refused(tmp_path):
+    """PEFT does not load it, and vLLM takes the scale from it."""
+    folder = written(tmp_path)
+    change(folder, r=64)
+    with pytest.raises(CheckpointError, match=r"18 tensors of rank 8, while adapter_config.json says 64"):
+        PeftFolder(folder, shapes())
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.18.0.dev0@1a2b", None])
+def test_square_experts_of_an_old_peft_are_refused(tmp_path, version):
+    """Their shapes do not show that A and B are exchanged."""
+    square = {"hidden_size": 32, "moe_intermediate_size": 16}
+    made = config_dict(moe=True, **square)
+    with torch.device("meta"):
+        model = Qwen35(load_config(made | {"vision_config": made["vision_config"] | {"out_hidden_size": 32}}))
+    base = shapes_of(model.named_parameters())
+    folder = written(tmp_path, chosen=lambda n: n.endswith(EXPERTS[0]), base=base)
+    for newer in ("0.19.0", "0.21.2", "1.0"):
+        change(folder, peft_version=newer)
+        assert len(PeftFolder(folder, base).specs) == 8
+    rewrite(folder, exchanged)
+    change(folder, peft_version=version)
+    with pytest.raises(
+        CheckpointError, match=r"8 tensors with A and B exchanged, as PEFT had those of experts up to 0.18"
+    ):
+        PeftFolder(folder, base)
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "new_embeddings.safetensors", "vit.safetensors", "x.pt"])
+def test_weights_beside_an_adapter_are_refused(tmp_path, name):
+    """Trained together with it; without them it is another model's."""
+    folder = written(tmp_path)
+    (folder / name).write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=rf"^{folder}: weights beside adapter_model.safetensors .*: {name}; if they"
+    ):
+        PeftFolder(folder, shapes())
+
+
+def test_what_else_lies_in_an_adapter_s_folder_is_told(tmp_path):
+    folder = written(tmp_path)
+    for name in (
+        "README.md",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "training_args.bin",
+        "trainer_state.json",
+    ):
+        (folder / name).write_bytes(b"")  # of a trainer
+    assert len(PeftFolder(folder, shapes()).notes) == 1
+    shutil.copytree(folder, folder / "reference")
+    (folder / "additional_config.json").write_text("{}")
+    _, line = PeftFolder(folder, shapes()).notes
+    assert line == f"{folder}: not read: additional_config.json, reference/"
+    (folder / "chat_template.jinja").write_text("")
+    _, line = PeftFolder(folder, shapes()).notes
+    assert line == (
+        f"{folder}: not read: additional_config.json, chat_template.jinja, reference/; the tokenizer and the template are "
+        "those of the recipe"
+    )
 
 
 def test_a_pickle_is_not_opened(tmp_path):

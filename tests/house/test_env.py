@@ -108,8 +108,8 @@ TARGETS = """help install doctor accept download convert export data show finetu
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 env >env_of_child
-[[ $* != *--get* ]] || echo runs/tiny
-if [[ $2 == qwen35.launch && $CONFIG == configs/tiny.yaml ]]; then
+if [[ $* == *--get* ]]; then if [[ $* =~ training.save=([^ ]+) ]]; then echo "${BASH_REMATCH[1]}"; else echo runs/tiny; fi; fi
+if [[ $2 == qwen35.launch && $CONFIG == configs/*tiny.yaml ]]; then
     [[ -z ${HANGS:-} ]] || trap 'echo asked >>calls; exit 143' TERM
     mkdir -p runs/tiny
     touch runs/tiny/begun
@@ -127,6 +127,7 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     for name, text in {
         "configs/tiny.yaml": "",
+        "configs/lora/tiny.yaml": "",
         "configs/other.yaml": "",
         ".venv/bin/python": FAKE_PYTHON,
         ".venv/.installed": "cpu-x86-3.11.7\n",
@@ -332,7 +333,7 @@ def test_preflight_is_the_launch_without_the_training(run: Run, project: Path) -
 def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> None:
     result = run("make", "finetune", "ARGS=training.lr=1")
     assert result.returncode == 0, result.stderr
-    save, tiny, convert, train, export, evaluate = calls(project)
+    tiny, convert, save, train, export, evaluate = calls(project)
     assert save == "-m qwen35.config.load configs/tiny.yaml training.lr=1 --get training.save"
     assert tiny == "-m qwen35.tools.tiny"
     assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
@@ -345,10 +346,42 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
     )
 
 
-def test_a_stopped_training_is_not_exported(run: Run, project: Path) -> None:
-    result = run("bash", "scripts/finetune.sh", IS_STOPPED="1")
+def test_the_tiny_lora_recipe_walks_twice(run: Run, project: Path) -> None:
+    """ARGS and OUT are those of the run with adapters, not of its base."""
+    save = "training.save=runs/tiny_lora"
+    result = run("make", "finetune", "CONFIG=configs/lora/tiny.yaml", f"ARGS={save}", "OUT=out", "HF=other")
+    assert result.returncode == 0, result.stderr
+    tiny, convert, _, *base, _, train, export, evaluate = calls(project)
+    assert tiny == "-m qwen35.tools.tiny"
+    assert convert == "-m qwen35.convert hf_to_dcp --hf_dir ckpt/hf_path/tiny --dcp_dir ckpt/mm_path/tiny"
+    asked = "-m qwen35.inference.evaluate --model {} --data data/digits/heldout.json --recipe {}/config.yaml"
+    assert " configs/tiny.yaml data.dataset_param.basic_parameters.dataset=data/digits/train_0-4.json " in base[0]
+    assert "training.save=runs/tiny_base" in base[0]
+    assert base[1].endswith(
+        "--dcp_dir runs/tiny_base --origin_hf_dir ckpt/hf_path/tiny --save_hf_dir runs/tiny_base/hf"
+    )
+    assert base[2] == asked.format("runs/tiny_base/hf", "runs/tiny_base")
+    assert train.endswith(f" configs/lora/tiny.yaml {save}")
+    assert export.endswith("--save_hf_dir out") and "--dcp_dir runs/tiny_lora" in export
+    assert evaluate == asked.format("out", "runs/tiny_lora")
+
+
+@pytest.mark.parametrize("recipe", ["configs/tiny.yaml", "configs/lora/tiny.yaml"])
+def test_on_other_machines_the_tiny_recipes_only_train(run: Run, project: Path, recipe: str) -> None:
+    result = run("bash", "scripts/finetune.sh", CONFIG=recipe, NODES="2", NODE_RANK="1", MASTER_ADDR="a")
+    assert result.returncode == 0, result.stderr
+    asked, trained = calls(project)[::2], calls(project)[1::2]
+    assert all("--get training.save" in call for call in asked)
+    assert all(call.startswith("-m qwen35.launch --nnodes 2 --node_rank 1 ") for call in trained)
+    assert len(trained) == (2 if "lora" in recipe else 1)
+
+
+@pytest.mark.parametrize("recipe", ["configs/tiny.yaml", "configs/lora/tiny.yaml"])
+def test_a_stopped_training_is_not_exported(run: Run, project: Path, recipe: str) -> None:
+    result = run("bash", "scripts/finetune.sh", CONFIG=recipe, IS_STOPPED="1")
     assert result.returncode == 143, result.stderr
     assert calls(project)[-1].startswith("-m qwen35.launch")
+    assert len([call for call in calls(project) if call.startswith("-m qwen35.launch")]) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])

@@ -25,11 +25,11 @@ LAYERS = {  # folder or file -> what it must not import
 ROOMS = {
     "config": 980,
     "model": 1_375,
-    "checkpoint": 3_470,
+    "checkpoint": 3_560,
     "data": 5_000,
     "parallel": 665,
     "inference": 960,
-    "training": 1_580,
+    "training": 1_600,
     "tools": 1_660,
     "launch": 1_510,
 }
@@ -37,7 +37,7 @@ ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_620,
     "kernels": 3_660,
-    "rehearse": 2_190,
+    "rehearse": 2_215,
     "accept": 730,
     "bench": 850,
 }  # qwen35: beside its rooms
@@ -128,8 +128,8 @@ def test_the_quick_lane_has_tests_of_every_room(request):
 def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
-    recipes = sorted(ROOT.glob("configs/*.yaml"))
-    assert recipes
+    recipes = sorted(ROOT.glob("configs/**/*.yaml"))
+    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora"}
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe
         load_settings(recipe)

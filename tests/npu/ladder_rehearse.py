@@ -1,6 +1,7 @@
 """A whole rehearsal: a small recipe passes, and what it must refuse is refused in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rehearse.__main__ import main
 from rehearse.cost import bytes_moved, workspace
 from rehearse.rates import rates_text
 
+ROOT = Path(__file__).parents[2]
 LIBRARY = torch.library.Library("npu", "FRAGMENT")
 LIBRARY.define("without_kernel(Tensor x) -> Tensor")
 LIBRARY.impl("without_kernel", torch.empty_like, "Meta")
@@ -83,7 +85,13 @@ SPLIT = ["parallel.expert_parallel_size=4", "parallel.ulysses_parallel_size=2"]
 HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "training.optimizer=adamw_swap"]
 
 
-@pytest.mark.parametrize(("moe", "more"), [(True, SPLIT), (False, HOST)], ids=["experts", "offload"])
+EXPERTS = "training.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+ADAPTERS = [*SPLIT, "parallel.recompute=false", "training.lora.r=16", EXPERTS]
+
+
+@pytest.mark.parametrize(
+    ("moe", "more"), [(True, SPLIT), (False, HOST), (True, ADAPTERS)], ids=["experts", "offload", "adapters"]
+)
 def test_representative_layers_give_the_report_of_all(tmp_path, capsys, moe, more):
     """Four of five layers of each kind are run, and every line is the same as if all were."""
     small, recipe, reports = write(tmp_path / "small", moe, 1), write(tmp_path, moe, 5), []
@@ -93,6 +101,18 @@ def test_representative_layers_give_the_report_of_all(tmp_path, capsys, moe, mor
         assert main([recipe, *more, *whole]) == 0
         reports.append(capsys.readouterr().out.splitlines()[:-1])
     assert reports[0] == reports[1] and len(reports[0]) > 15
+
+
+@pytest.mark.parametrize(("size", "npus"), [("2B", 1), ("35B-A3B", 2)])
+def test_recipes_of_lora_fit_as_they_say(size, npus, capsys):
+    """Without an NPU that shares the weights, and with experts on two."""
+    recipe = ROOT / f"configs/lora/qwen3_5_{size}.yaml"
+    assert main([str(recipe), "--npus-per-node", str(npus)]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    peak = max(float(columns(out, phase)[0][-1]) for phase in ("forward", "backward", "optimizer"))
+    said = re.search(r"`make rehearse` counts ([\d.]+) GB", recipe.read_text())
+    assert said and float(said[1]) == pytest.approx(peak, abs=0.051)
 
 
 def test_expert_and_ulysses_parallelism(recipe, capsys):

@@ -84,9 +84,13 @@ CASES = {  # name -> call, bytes by hand
     "zeros, as another": (lambda: torch.zeros_like(half), 256),
     "new zeros, and none": (lambda: (table.new_zeros(2), table.new_zeros(0)), 8),
     "range": (lambda: torch.arange(10, device="meta"), 80),
-    # bound by arithmetic
-    "matmul": (lambda: x @ tensor(16, 4), 0),
-    "addmm in place": (lambda: x.addmm_(tensor(8, 4), tensor(4, 16)), 0),
+    # bound by arithmetic, but for those with a short side
+    "matmul": (lambda: tensor(256, 256) @ tensor(256, 512), 0),
+    "matmul, thin": (lambda: tensor(256, 255, dtype=HALF) @ tensor(255, 512, dtype=HALF), 130560 + 261120 + 262144),
+    "matmul to few columns": (lambda: tensor(300, 400) @ tensor(400, 8), 480000 + 12800 + 9600),
+    "matmuls, thin": (lambda: tensor(2, 300, 4).bmm(tensor(2, 4, 300)), 9600 + 9600 + 720000),
+    "addmm in place": (lambda: tensor(300, 400).addmm_(tensor(300, 256), tensor(256, 400)), 0),
+    "addmm in place, thin": (lambda: x.addmm_(tensor(8, 4), tensor(4, 16)), 512 + 128 + 256 + 512),
     # the rows that are returned, and the indices
     "embedding": (lambda: torch.embedding(table, index), 192 + 24 + 192),
     "index": (lambda: table[index], 192 + 24 + 192),

@@ -20,16 +20,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import rehearse.step as rehearse_step
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
+from qwen35.config.layout import check_layout
 from qwen35.config.load import load_settings
-from qwen35.config.schema import Settings
+from qwen35.config.schema import LoraSettings, Settings
 from qwen35.device import init_process
 from qwen35.errors import SettingError
 from qwen35.model import Qwen35, load_config
+from qwen35.model.lora import adapted_by, is_adapter
 from qwen35.parallel.fsdp import REPLICATED
 from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave
 from qwen35.train import Run, distribute, train_step
-from qwen35.training.flops import token_counts
+from qwen35.training.adapters import choose_trained
+from qwen35.training.flops import Flops, token_counts
 from qwen35.training.optimizer import GradientNorm
 from rehearse.batches import Mix, make_batch
 from rehearse.cluster import FakeDevice
@@ -47,6 +50,7 @@ ROOT = Path(__file__).parents[2]
 MIX = Mix(sequence=256)
 MiB = 1 << 20
 BOTH, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",)
+LORA = LoraSettings(r=8, target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
 
 
 @pytest.fixture(autouse=True)
@@ -336,17 +340,38 @@ def test_best_and_worst_time_of_a_step():
     operators, communication = Operators(), SimpleNamespace(traffic={})
     operators.seen[Moment("forward")].bytes_moved = int(0.5 * BEST.memory)
     operators.seen[Moment("backward")].dispatched = 1000
-    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, BEST.flops, 0)  # type: ignore[arg-type]
-    best, worst = best_and_worst(r, 0.0, RateRange())
+    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, BEST.flops, 0.0, 0)  # type: ignore[arg-type]
+    best, worst = best_and_worst(r, RateRange())
     assert best.overlapped == pytest.approx(1.5) and best.host == pytest.approx(1000 * BEST.host)
     assert worst.serialized == pytest.approx(1 / 0.4 + 0.5 * BEST.memory / WORST.memory + 1000 * WORST.host)
-    assert best_and_worst(r, 1 / 3, RateRange())[0].arithmetic == pytest.approx(4 / 3)
+    again = replace(r, recomputed=BEST.flops / 3)
+    assert best_and_worst(again, RateRange())[0].arithmetic == pytest.approx(4 / 3)
     traffic = Traffic(1, sent=2 * BEST.within, between=3 * BEST.between)
     communication.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
-    assert best_and_worst(r, 0.0, RateRange())[0].overlapped == 3  # between and within nodes at the same time
-    assert best_and_worst(r, 0.0, RateRange())[1].communication == pytest.approx(
+    assert best_and_worst(r, RateRange())[0].overlapped == 3  # between and within nodes at the same time
+    assert best_and_worst(r, RateRange())[1].communication == pytest.approx(
         traffic.sent / WORST.between
     )  # one ring over all ranks
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "adapters"])
+def test_flops_that_recomputation_adds(tmp_path, adapted):
+    """The layers' forward, and the tower's where it is trained; never the head's."""
+    settings = recipe(tmp_path, kinds=ATTENTION, recompute="true")
+    lora = replace(LORA, target_modules=("q_proj",), target_parameters=()) if adapted else None
+    settings = replace(settings, training=replace(settings.training, lora=lora))
+    config = load_config(tmp_path)
+    batch = make_batch(settings, config, MIX)
+    with torch.device("meta"):
+        model = Qwen35(config)
+    layers = Flops(model).of(2048, torch.tensor([256] * 8), 0, batch.grid_thw[:0])
+    model.model.visual.requires_grad_(False)  # so that it costs its forward
+    tower = Flops(model).of(0, torch.tensor([0]), 0, batch.grid_thw)
+    r = rehearsed(settings, 2)
+    low = 2 * 2 * 2048 * 8 * (512 + model.model.language_model.layers[0].self_attn.q_proj.out_features)
+    assert r.recomputed == pytest.approx(layers / 3 + (low if adapted else tower), rel=0.004)
+    assert tower > 0.01 * layers
+    assert rehearsed(replace(settings, parallel=replace(settings.parallel, recompute=False)), 2).recomputed == 0
 
 
 def test_messages_of_a_collective():
@@ -378,7 +403,41 @@ def test_config_is_the_recipes_own_or_the_published_one(tmp_path):
         with_config(named)
 
 
-def test_every_published_size_has_its_recipe():
+@pytest.mark.parametrize("folder", ["configs", "configs/lora"])
+def test_every_published_size_has_its_recipe(folder):
+    """It names that size; model and NPUs of its first line divide; adapters are on all experts."""
     for path in ROOT.glob("assets/configs/*.json"):
-        settings = load_settings(ROOT / f"configs/qwen3_5_{path.stem}.yaml", [])
-        assert with_config(settings)[1] == load_config(path)
+        recipes = sorted((ROOT / folder).glob(f"qwen3_5_{path.stem}*.yaml"))
+        assert recipes, path
+        for file in recipes:
+            settings, config, _ = with_config(load_settings(file, []))
+            assert config == load_config(path), file
+            for world in npus(file):
+                check_layout(settings, world)
+            with torch.device("meta"):
+                model = Qwen35(config)
+            choose_trained(model, settings)
+            trained = [name for name, p in model.named_parameters() if p.requires_grad]
+            adapted = {name for name in map(adapted_by, trained) if ".experts." in name}
+            assert all(map(is_adapter, trained)) == (folder == "configs/lora")
+            if folder == "configs/lora":  # both stacks of all layers' routed experts, where there are any
+                assert len(adapted) == bool(config.text.num_experts) * 2 * len(config.text.layer_types), file
+
+
+def npus(recipe: Path) -> list[int]:
+    """Of the first line: "1 NPU with 64 GB", "2, 4 or 8 NPUs …", "2 nodes of 8 NPUs with …"."""
+    found = re.search(r": (?:(\d+) nodes? of )?([\d, or]+) NPUs? with 64 GB", recipe.read_text().splitlines()[0])
+    assert found, recipe
+    return [int(found[1] or 1) * int(count) for count in re.findall(r"\d+", found[2])]
+
+
+@pytest.mark.parametrize(("folder", "rows"), [("configs", 8), ("configs/lora", 10)])
+def test_the_page_and_the_recipes_tell_the_same_peaks(folder, rows):
+    text = (ROOT / "docs/npus.md").read_text()
+    title = "All recipes as shipped" if folder == "configs" else "with adapters"
+    table = text.partition(title)[2].partition("\n\n")[2].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == rows
+    for row in table:
+        size = re.split(r"[ ,]", row.strip("| "))[0]
+        peaks = re.findall(r"([\d.]+)(?: GB at the peak| on \d)", (ROOT / folder / f"qwen3_5_{size}.yaml").read_text())
+        assert any(f"| {peak} |" in row for peak in peaks), row

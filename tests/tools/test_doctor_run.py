@@ -301,6 +301,8 @@ def test_folders_that_the_tiny_recipe_makes_need_not_exist(m: Machine, tmp_path:
     cpu, config = replace(m, accelerator=None), str(tmp_path / "configs/tiny.yaml")
     note = only(recipe.recipe(cpu, config, []), "note")
     assert "ckpt/hf_path/tiny, ckpt/mm_path/tiny, data/digits/train.json -> make finetune" in note
+    note = only(recipe.recipe(cpu, str(tmp_path / "configs/lora/tiny.yaml"), []), "note")
+    assert "runs/tiny_base/hf, data/digits/train.json -> make finetune" in note
     assert "nowhere" in wrong(recipe.recipe(cpu, config, ["model.model_name_or_path=nowhere"]))
     copy = shutil.copy(config, tmp_path / "configs/copy.yaml")
     assert "nowhere" in wrong(recipe.recipe(cpu, str(copy), ["model.model_name_or_path=nowhere"]))

@@ -89,6 +89,8 @@ def test_digits_are_those_of_the_source(made):
     assert {r["image"] for r in train + heldout} == {f"images/{p.name}" for p in (digits / "images").iterdir()}
     answer = {int(r["id"]): int(r["conversations"][1]["value"]) for r in train + heldout}
     assert [answer[i] for i in range(12)] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    below_5 = json.loads((digits / "train_0-4.json").read_text())
+    assert below_5 == [r for r in train if answer[int(r["id"])] < 5] and len(below_5) == 719
     # the source's counts by digit
     counts = [len(list(g)) for _, g in groupby(sorted(answer.values()))]
     assert counts == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

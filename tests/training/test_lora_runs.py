@@ -148,6 +148,23 @@ def test_what_cannot_go_on_is_one_line(run, workplace):
     )
 
 
+def test_adapters_of_two_places_are_one_line(run, workplace):
+    """Before, those of training.load were taken, and the folder was not even opened."""
+    load = f"training.load={run}", "training.init_from_hf_path=null", "training.lora.adapter=/no/such/folder"
+    line = went_wrong(workplace, workplace / "both", *LORA, *load)
+    assert f"training.load: {run} and training.lora.adapter: /no/such/folder both hold adapters to go on from" in line
+
+
+def test_adapters_of_the_tower_need_images(workplace):
+    """Their gradient is zero in every step without, which the run allows."""
+    records = json.loads((workplace / "records.json").read_text())
+    (workplace / "text.json").write_text(json.dumps([record for record in records if "image" not in record]))
+    data = f"data.dataset_param.basic_parameters.dataset={workplace}/text.json"
+    tower = "training.lora.r=8", "training.lora.target_modules=[attn.qkv,linear_fc1]"
+    line = went_wrong(workplace, workplace / "tower", data, *tower)
+    assert "the data has no images or videos, and only the vision tower is trained" in line
+
+
 def test_a_run_of_all_weights_is_a_base_but_is_not_gone_on_with(two, workplace):
     line = went_wrong(workplace, two, *LORA, processes=2)
     assert f"training.save: {two} holds a run without adapters; name another folder for training.lora" in line

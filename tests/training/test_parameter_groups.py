@@ -8,7 +8,7 @@ from qwen35.config.load import SettingError
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.training.optimizer import make_optimizer
-from qwen35.training.parameter_groups import by_group, count, freeze, group_of, parameter_table
+from qwen35.training.parameter_groups import by_group, check_visuals, count, freeze, group_of, parameter_table
 
 
 def build() -> Qwen35:
@@ -43,6 +43,21 @@ def test_a_name_that_matches_nothing_is_an_error(pattern):
 def test_freezing_everything_is_an_error():
     with pytest.raises(SettingError, match="leave nothing to train"):
         freeze(build(), ["model", "lm_head"])
+
+
+def test_a_tower_without_images_is_told_or_refused():
+    """A step without images skips it: a run of nothing but the tower would train nothing."""
+    model = build()
+    assert check_visuals(model, visuals=1) == []
+    (line,) = check_visuals(model, visuals=0)
+    assert line == "the data has no images or videos: what is trained of the vision tower stays as it is"
+    freeze(model, ["model.language_model", "lm_head"])
+    assert check_visuals(model, visuals=1) == []
+    with pytest.raises(SettingError, match="no images or videos, and only the vision tower is trained"):
+        check_visuals(model, visuals=0)
+    model = build()
+    freeze(model, ["model.visual"])
+    assert check_visuals(model, visuals=0) == []
 
 
 def test_groups_cover_every_parameter_once():

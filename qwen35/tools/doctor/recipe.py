@@ -47,8 +47,8 @@ OPEN_FILES = 1024  # every tensor on its way from a data loader is an open file
 SECONDS = 30.0  # for reading the records of a set
 BATCHES = 3  # in flight for each worker of a data loader: two prefetched, one in use
 NO_CACHE = "data.dataset_param.basic_parameters.cache_dir=null"  # nothing is written
-TINY = "configs/tiny.yaml"
-TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "data/digits/train.json")
+TINY = ("configs/tiny.yaml", "configs/lora/tiny.yaml")
+TINY_MAKES = ("ckpt/hf_path/tiny", "ckpt/mm_path/tiny", "runs/tiny_base/hf", "data/digits/train.json")
 TODO = {
     "recipe": "change the setting, or NODES and NPUS_PER_NODE",
     "kernels": "see python -m kernels",
@@ -122,7 +122,8 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
         kernels.select(m.accelerator or HOST.type, s.model.kernels)
     named = {s.model.model_name_or_path, s.training.load, s.data.dataset_param.basic_parameters.dataset} - {None}
     missing = [name for name in TINY_MAKES if name in named and not (m.root / name).exists()]
-    if missing and named <= set(TINY_MAKES) and Path(config).absolute() == (m.root / TINY).absolute():
+    is_tiny = Path(config).absolute() in [(m.root / name).absolute() for name in TINY]
+    if missing and named <= set(TINY_MAKES) and is_tiny:
         return [*found, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
     with checking(found, "model"):
         loaded = model(m, s, found, world)

@@ -33,7 +33,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     folder = settings.model.model_name_or_path
     check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
     marks = COLOUR if colour else BRACKETS
-    yield f"template {describe(settings.tokenizer_dir, preparation.style)}; trained tokens are {'green' if colour else 'in [[ ]]'}"
+    template = describe(settings.tokenizer_dir, preparation.style)
+    yield f"template {template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
     warnings = DataWarnings()

@@ -101,7 +101,10 @@ STYLES = {
 def test_a_record_is_written_as_transformers_writes_it(folder_with, name, style):
     """By every published template, and by a copy of it that nobody knows."""
     folder = folder_with(name)
-    assert ChatTemplate.from_folder(folder) is None and style_of(folder, BasicParameters("x")).dialect is style.dialect
+    assert (
+        ChatTemplate.from_folder(folder).is_published
+        and style_of(folder, BasicParameters("x")).dialect is style.dialect
+    )
     (folder / "chat_template.jinja").write_text(own(name))
     template = ChatTemplate.from_folder(folder)
     for what, (turns, tools) in RECORDS.items():
@@ -128,7 +131,9 @@ def test_a_record_is_refused_exactly_where_the_template_writes_different_text(fo
             template.check_training(record, style)
             continue
         refused.add(what)
-        with pytest.raises(RecordError, match=r"^x\.json, record 1: .*chat_template\.jinja, .* would be trained"):
+        with pytest.raises(
+            RecordError, match=r"^x\.json, record 1: .*chat_template\.jinja, .* which this follows, writes "
+        ):
             template.check_training(record, style)
     assert refused == ({"a call with true", "a call with null"} if name == QWEN3_6 else RECORDS.keys())
 
@@ -144,7 +149,7 @@ def preparation(folder, template="qwen3_5"):
 
 def test_training_and_inference_both_compare_the_template(folder_with):
     folder = folder_with(QWEN3_8)
-    record = Record("x.json, record 1", (ASK, SAY))
+    record = Record("x.json, record 1", (ASK, THINK))
     spec = vision_spec(folder)
     assert "Reasoning effort is set to xhigh" in ChatTokenizer(folder).decode(
         preparation(folder).tokenise(record).ids.tolist()
@@ -166,11 +171,11 @@ def test_a_custom_template_is_compared(folder_with):
     own, text = folder / "chat_template.jinja", (PUBLISHED / QWEN3_5[0]).read_text()
     record = Record("x.json, record 1", (ASK, SAY))
     own.write_text(text + "\n")  # Jinja drops it
-    assert ChatTemplate.from_folder(folder) is None
+    assert ChatTemplate.from_folder(folder).is_published
     own.write_text("{%- set a = 1 %}" + text + "{% generation %}{% endgeneration %}")
     ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("You are a pirate." + text)
-    with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0, where '<\|im_start"):
+    with pytest.raises(RecordError, match=r"writes 'You are a pirate\..* at character 0, .* writes '<\|im_start"):
         ChatTemplate.from_folder(folder).check_training(record, Style())
     own.write_text("{{ raise_exception('no ' + messages[0].role) }}")
     with pytest.raises(RecordError, match="cannot render it: no user"):

@@ -17,9 +17,9 @@ from qwen35.data.files import read_config, read_processor
 from qwen35.data.image_processor import CONFIG, ImageError
 from qwen35.data.mrope import position_ids
 from qwen35.data.patches import CHANNELS
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import Record
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
-from qwen35.data.tokenized import Preparation
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError
 

@@ -20,8 +20,9 @@ from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
-from qwen35.data.tokenized import Preparation, Progress, silent
+from qwen35.data.tokenized import Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError, one_line
 from qwen35.processes import die_with, obey

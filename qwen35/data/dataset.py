@@ -20,8 +20,9 @@ from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.image_processor import ImageError
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.mrope import position_ids
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError, Video
-from qwen35.data.tokenized import FileSamples, Preparation, Progress, load_samples, paths_of, silent, visual_from_json
+from qwen35.data.tokenized import FileSamples, Progress, load_samples, paths_of, silent, visual_from_json
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of

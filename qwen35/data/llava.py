@@ -28,9 +28,9 @@ from qwen35.data.formats import parse_record
 from qwen35.data.histogram import draw, histogram
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd, upright_size
 from qwen35.data.media import ImageFolder
+from qwen35.data.preparation import Preparation
 from qwen35.data.readers import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
-from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, UserError, visible

@@ -11,9 +11,10 @@ from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.dataset import truncate
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
-from qwen35.data.tokenized import Preparation, tokenised
+from qwen35.data.tokenized import tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals

@@ -21,8 +21,8 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.formats import read_records
 from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.preparation import Preparation
 from qwen35.data.template import answer_text, has_thought
-from qwen35.data.tokenized import Preparation
 from qwen35.errors import USER_ERRORS, Parser, SettingError, complain
 from qwen35.inference.generate import GREEDY, generate
 from qwen35.inference.generation_config import FILE, add_sampling, read_generation_config, sampling_of, stop_ids

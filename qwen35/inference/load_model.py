@@ -20,8 +20,8 @@ from qwen35.data import Record
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.dataloader import size_warnings
 from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.preparation import Preparation, reference_template
 from qwen35.data.style import CHOICES, style_of
-from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.device import set_up_device

@@ -87,7 +87,10 @@ def test_written_settings_are_read_back(recipe, tmp_path):
             "data.dataset_param.preprocess_parameters.image_min_pixels=999999",
             "data.dataset_param.preprocess_parameters.image_min_pixels 999999 is above image_max_pixels 262144",
         ),
-        ("data.dataset_param.basic_parameters.template=qwen2", "is not one of 'qwen3_vl_nothink' or 'qwen3_5'"),
+        (
+            "data.dataset_param.basic_parameters.template=qwen2",
+            "is not one of 'qwen3_vl_nothink', 'qwen3_5' or 'checkpoint'",
+        ),
         ("training={}", "training.train_iters is not set"),
         ("training.lora.lora_alpha=8", "training.lora.r is not set; it has no default"),
         ("training.lora.r=12", "training.lora.r: 12 is no multiple of 8"),

@@ -29,7 +29,7 @@ from ports import free_port
 from qwen35.batch import IGNORE
 from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data.tokenized import Preparation
+from qwen35.data.preparation import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.tools.doctor.recipe import records

@@ -17,10 +17,10 @@ from qwen35.data import style as styles
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.preparation import Preparation, reference_template
 from qwen35.data.record import Record, RecordError, ToolCall, Turn
 from qwen35.data.style import Style, style_of
 from qwen35.data.template import as_trained, prompt_pieces, render, training_pieces
-from qwen35.data.tokenized import Preparation, reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 

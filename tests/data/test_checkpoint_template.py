@@ -12,6 +12,7 @@ from qwen35.config.load import SettingError
 from qwen35.config.schema import BasicParameters
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
+from qwen35.data.preparation import reference_template
 from qwen35.data.record import RecordError, ToolCall
 from qwen35.data.style import QWEN3_5, QWEN3_8, Style
 from qwen35.data.template import (
@@ -23,7 +24,6 @@ from qwen35.data.template import (
     training_pieces,
     unprompted_answers,
 )
-from qwen35.data.tokenized import reference_template
 from qwen35.data.tokenizer import ChatTokenizer
 
 TEMPLATES = {dialect: ChatTemplate((PUBLISHED / name).read_text(), name) for dialect, name in DIALECT_FILES.items()}

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.collator import prompt_batch, vision_spec
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import Record, Turn
-from qwen35.data.tokenized import Preparation
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
 

@@ -31,7 +31,8 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.files import try_lock
 from qwen35.data.formats import read_records
 from qwen35.data.media import ImageFolder
-from qwen35.data.tokenized import Preparation, TokenisedSample, load_samples, make_samples
+from qwen35.data.preparation import Preparation, TokenisedSample
+from qwen35.data.tokenized import load_samples, make_samples
 from qwen35.data.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -333,7 +334,7 @@ def test_changed_file_setting_or_code_makes_a_new_cache_entry(home, model, monke
     assert entries(**{f"{BASIC}.max_samples": 35}) == 8
     (home / "b.json").write_text((home / "b.json").read_text() + " ")
     assert entries() == 9
-    module = sys.modules["qwen35.data.tokenized"]
+    module = sys.modules["qwen35.data.preparation"]
     assert {"content.py", "template.py", "tokenizer.py", "tokenized.py"} < {path.name for path in module.CODE_FILES}
     shutil.copy(module.CODE_FILES[-1], home / "code.py")
     monkeypatch.setattr(module, "CODE_FILES", [*module.CODE_FILES[:-1], home / "code.py"])

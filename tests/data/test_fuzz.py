@@ -22,8 +22,9 @@ from qwen35.data.collator import vision_spec
 from qwen35.data.data_warnings import Skipped
 from qwen35.data.dataset import Dataset
 from qwen35.data.image_processor import ImageError, ImageProcessor
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
-from qwen35.data.tokenized import Preparation, make_samples, tokenised
+from qwen35.data.tokenized import make_samples, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 

@@ -16,10 +16,11 @@ from qwen35.data import MicroBatches, RecordError, template
 from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
 from qwen35.data.dataloader import MIN_SHARED_MEMORY, shared
+from qwen35.data.preparation import LONGEST_TEXT, Preparation
 from qwen35.data.record import Record, Turn
 from qwen35.data.style import Style
 from qwen35.data.template import training_pieces
-from qwen35.data.tokenized import LONGEST_TEXT, Preparation, load_samples, make_samples
+from qwen35.data.tokenized import load_samples, make_samples
 from qwen35.errors import SettingError
 
 BASIC = "data.dataset_param.basic_parameters"

@@ -19,7 +19,7 @@ from qwen35.data.collator import check_agreement
 from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG as IMAGE_CONFIG
 from qwen35.data.image_processor import ImageProcessor
-from qwen35.data.tokenized import Preparation
+from qwen35.data.preparation import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VIDEO_CONFIG, VideoProcessor
 from qwen35.errors import SettingError

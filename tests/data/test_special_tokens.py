@@ -18,11 +18,11 @@ from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.preparation import Preparation
 from qwen35.data.preview import BRACKETS, marked
 from qwen35.data.record import RecordError, ToolCall
 from qwen35.data.style import Style
 from qwen35.data.template import Piece, prompt_pieces, render, training_pieces
-from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import CONTROL_TOKENS, ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.inference import generate

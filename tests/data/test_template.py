@@ -17,7 +17,16 @@ from qwen35.config.load import SettingError
 from qwen35.config.schema import BasicParameters
 from qwen35.data.record import Record, RecordError, ToolCall, Turn, Video, content_of, with_visuals
 from qwen35.data.style import QWEN3_5, QWEN3_6, QWEN3_8, Style, style_of, thinks_by_default
-from qwen35.data.template import as_trained, check_thoughts, has_thought, prompt_pieces, render, training_pieces
+from qwen35.data.template import (
+    as_trained,
+    check_thoughts,
+    for_record,
+    has_thought,
+    prompt_pieces,
+    render,
+    training_pieces,
+    unprompted_answers,
+)
 from qwen35.data.tokenizer import ChatTokenizer
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -464,6 +473,29 @@ def test_choices_of_a_template(tmp_path):
     ):
         style_of(folder, basic)
     assert style_of(folder, BasicParameters("x", template="qwen3_vl_nothink")) == Style("qwen3_vl_nothink")
+
+
+def test_how_much_to_think_is_asked_where_the_record_thinks(tokenizer):
+    """As a server would ask: a record without a thought is written as without thinking."""
+    style, effort = Style(dialect=QWEN3_8), QWEN3_8.efforts["xhigh"]
+    plain, thinking = record(USER, ("assistant", "Yo")), record(USER, ("assistant", "Yo", "why"))
+    mixed = record(*thinking_turns(thinking), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e"))
+    for r, thinks, trained, left_out in (
+        (plain, False, ["Yo<|im_end|>\n"], 0),
+        (thinking, True, ["why\n</think>\n\nYo<|im_end|>\n"], 0),
+        (mixed, True, ["why\n</think>\n\nYo<|im_end|>\n", "\n</think>\n\ne<|im_end|>\n"], 1),
+    ):
+        chosen = for_record(r, style)
+        pieces = training_pieces(r, chosen)
+        assert (effort in render(pieces)) == thinks == has_thought(r, style)
+        assert trained_text(tokenizer, pieces) == trained
+        assert unprompted_answers(r, chosen, mask_history=False) == left_out
+        assert render(pieces).startswith(render(prompt_pieces(r, style, thinks)))
+    assert for_record(plain, Style(dialect=QWEN3_6)) == Style(dialect=QWEN3_6)
+
+
+def thinking_turns(r):
+    return [(turn.role, turn.content, turn.reasoning) for turn in r.turns]
 
 
 def test_a_think_block_in_the_content_is_refused_where_the_template_reads_none():

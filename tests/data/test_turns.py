@@ -19,10 +19,11 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.formats import parse_record
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.media import ImageFolder
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
 from qwen35.data.style import Style
 from qwen35.data.template import render, training_pieces
-from qwen35.data.tokenized import Preparation, tokenised
+from qwen35.data.tokenized import tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 

@@ -28,8 +28,9 @@ from qwen35.batch import VisionSpec
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.image_processor import ImageError, ImageProcessor
 from qwen35.data.mrope import position_ids
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import Record, RecordError, Turn, Video, with_visuals
-from qwen35.data.tokenized import Preparation, visual_from_json, visual_to_json
+from qwen35.data.tokenized import visual_from_json, visual_to_json
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_frames import decode
 from qwen35.data.video_processor import VideoProcessor

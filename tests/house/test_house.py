@@ -23,10 +23,10 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 980,
+    "config": 995,
     "model": 1_375,
     "checkpoint": 3_560,
-    "data": 5_000,
+    "data": 5_450,
     "parallel": 665,
     "inference": 960,
     "training": 1_600,

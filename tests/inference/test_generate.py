@@ -16,8 +16,8 @@ from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data import Record
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.image_processor import ImageProcessor
+from qwen35.data.preparation import Preparation
 from qwen35.data.record import Turn
-from qwen35.data.tokenized import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.inference import evaluate

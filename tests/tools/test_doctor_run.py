@@ -216,6 +216,21 @@ def test_a_pattern_that_matches_nothing_is_the_recipes_fault(m: Machine, setting
     assert [f.subject for f in findings] == ["recipe"] and "change the setting" in lines(findings)[0]
 
 
+def test_the_template_of_a_checkpoint_is_named(m: Machine, settings: list[str], made: Path, tmp_path: Path) -> None:
+    folder, basic = shutil.copytree(made / "model", tmp_path / "model"), "data.dataset_param.basic_parameters"
+    template = folder / "chat_template.jinja"
+
+    def said(*overrides: str) -> str:
+        found = recipe.recipe(m, RECIPE, [*settings, f"model.model_name_or_path={folder}", *overrides])
+        return "\n".join(lines(found))
+
+    assert f"{template}, Qwen3.5's as published" in said()
+    template.write_text("{#- preserve_thinking #}" + template.read_text())
+    assert "Qwen3.6's, with which each record is compared" in said()
+    assert f"{template} itself; its prompts say what is trained" in said(f"{basic}.template=checkpoint")
+    assert "reasoning_effort means nothing to the chat template" in said(f"{basic}.reasoning_effort=low")
+
+
 def test_unread_files_and_adapters_in_a_model_folder(
     m: Machine, settings: list[str], made: Path, tmp_path: Path
 ) -> None:

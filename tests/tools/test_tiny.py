@@ -17,7 +17,7 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.formats import read_records
 from qwen35.data.image_processor import ImageProcessor
 from qwen35.data.media import ImageFolder
-from qwen35.data.tokenized import Preparation
+from qwen35.data.preparation import Preparation
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.tools import tiny

@@ -150,7 +150,7 @@ def test_the_export_of_a_run_gives_transformers_the_same_answers(workplace, two,
     from qwen35.data.collator import prompt_batch, vision_spec
     from qwen35.data.formats import read_records
     from qwen35.data.media import ImageFolder
-    from qwen35.data.tokenized import Preparation
+    from qwen35.data.preparation import Preparation
     from qwen35.inference.generate import generate as greedy
 
     dcp_to_hf(two, workplace / "weights", tmp_path / "hf")

@@ -32,6 +32,7 @@ from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
+from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.device import enable_determinism, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import log_to, logger
@@ -127,6 +128,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     weights = start.path
     check_export(model, m.model_name_or_path)
     ignored += not_read(start.base) if start.is_hf and start.base != Path(m.model_name_or_path) else []
+    ignored += other_tokenizers(settings, start.base)
     checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     run_sharing_errors(lambda: dist.get_rank() or check_disk(t, saved_parameters(model).values(), step), None, t.save)

@@ -22,6 +22,7 @@ ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_description.*)\.json")
 MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+UNFINISHED = (".aria2", ".part", ".incomplete")  # beside a file that is being downloaded
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 PEFT_NAME = re.compile(r"^base_model\.model\.|\.lora_|\.base_layer\.")
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # others mean quantized weights
@@ -158,8 +159,18 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files of weights, and the weight map if an index lists them.
 
     As in transformers, model.safetensors comes first, then the index. Raises CheckpointError if a
-    file is missing, or if there is neither.
+    file is missing or not yet downloaded, or if there is neither.
     """
+    names, weight_map = _listed_files(folder)
+    if unfinished := [path.name for name in names for end in UNFINISHED if (path := folder / f"{name}{end}").exists()]:
+        raise CheckpointError(
+            f"{folder}: {abbreviate(unfinished)}: a download that did not end, so the file beside it has holes; let it end, or "
+            "fetch the model again"
+        )
+    return names, weight_map
+
+
+def _listed_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / WEIGHTS_FILE).is_file():
         return [WEIGHTS_FILE], None
     if (folder / WEIGHTS_INDEX).is_file():

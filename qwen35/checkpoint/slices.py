@@ -5,6 +5,7 @@ A source reads slices from anywhere; a rank fills its own part of a tensor from 
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen35.checkpoint.errors import CheckpointError
+from qwen35.log import logger
 
 # How much of a tensor a thread holds at a time while it streams from file to file. The allocator
 # reuses memory of this size; much larger blocks are mapped anew for every piece, which takes longer
@@ -25,6 +27,8 @@ from qwen35.checkpoint.errors import CheckpointError
 PIECE_BYTES = 8 * 2**20
 # Threads that read ahead: at least two, so that one computes while another waits for the disk.
 THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
+HOLE = 1 << 15  # values of a matrix that are never all zero in a row, but where a download left a hole
+MAY_BE_ZERO = re.compile(r"embed_tokens|lm_head|lora_")  # rows of ids that no token has; new adapters
 MAX_AXES = 16  # of a tensor; a file that claims more is damaged
 
 Item = TypeVar("Item")
@@ -90,10 +94,13 @@ class TensorSource(Protocol):
 
 
 class FiniteSource:
-    """A TensorSource that raises CheckpointError for values that are NaN or infinite."""
+    """A TensorSource that raises CheckpointError for values that are NaN or infinite.
+
+    It warns, once, of a matrix with a long run of zeros.
+    """
 
     def __init__(self, source: TensorSource, where: str | Path):
-        self.source, self.where, self.specs = source, where, source.specs
+        self.source, self.where, self.specs, self.has_warned = source, where, source.specs, False
 
     def read(self, name: str, region: TensorSlice) -> Tensor:
         values = self.source.read(name, region)
@@ -104,7 +111,27 @@ class FiniteSource:
                 f"{self.where}: {name} has NaN or infinite values, {count:,} in a piece of {values.numel():,}; the weights are "
                 "damaged, or the run that made them diverged"
             )
+        if (
+            len(self.specs[name].shape) > 1
+            and not MAY_BE_ZERO.search(name)
+            and not self.has_warned
+            and has_hole(values)
+        ):
+            self.has_warned = True
+            logger.warning(
+                f"{self.where}: {name} is zero in whole stretches, perhaps others are, too: what was not there yet when a"
+                " download, a copy or a save broke off; fetch it again (make download checks every file), unless it is meant"
+            )
         return values
+
+
+def has_hole(values: Tensor) -> bool:
+    """Whether HOLE values in a row, or all of fewer, are zero."""
+    flat = values.reshape(-1)
+    size = min(HOLE, len(flat))
+    if not size or flat[::size].all():  # weights are hardly ever exactly zero, so this is mostly enough
+        return False
+    return bool((flat[: len(flat) // size * size].view(-1, size) == 0).all(1).any())
 
 
 def pieces(region: TensorSlice, itemsize: int, limit: int = PIECE_BYTES) -> Iterator[TensorSlice]:

@@ -129,7 +129,9 @@ class DatasetParam:
 class DataloaderParam:
     # processes per rank that decode and pack ahead of the training step; 0: none
     num_workers: Annotated[StrictInt, Field(ge=0, le=512)] = 1
-    shuffle: StrictBool = True  # shuffle anew in each epoch, by training.seed; false: the order of the files
+    # shuffle anew in each epoch, by training.seed; false: the order of the files, but packing may
+    # take a sample forward by up to 63 packed sequences
+    shuffle: StrictBool = True
     # a micro-batch's image patches are padded to a multiple of this, so that few shapes occur
     patch_bucket: PositiveInt = 256
 

@@ -19,7 +19,7 @@ from qwen35.data.dataset import Dataset, Sample
 from qwen35.data.files import ignored_sizes
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
-from qwen35.data.packing import PackedSequences
+from qwen35.data.packing import PackedSequences, moved_forward
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
 from qwen35.data.tokenized import Progress, silent
@@ -80,6 +80,7 @@ class MicroBatches:
         self.tokens_per_epoch = int(self.dataset.lengths[first].sum())
         self.label_share = int(self.dataset.label_tokens[first].sum()) / self.tokens_per_epoch
         self.sequences_per_epoch = len(self.packed_sequences.epoch(0))  # other epochs may have a few more or fewer
+        self.moved = (0, 0) if loader.shuffle else moved_forward(self.packed_sequences.epoch(0))
         self.real_share = self.tokens_per_epoch / (self.sequences_per_epoch * basic.cutoff_len)
         self._rank = (rank, world_size, training.micro_batch_size)
         self._micro_steps = training.gradient_accumulation_steps
@@ -107,6 +108,11 @@ class MicroBatches:
             lines.append(
                 f"cut {number_of(len(cut.numbers), 'sample')} to cutoff_len, {number_of(cut.tokens, 'token')} and "
                 f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
+            )
+        if self.moved[0]:
+            moved, farthest = number_of(self.moved[0], "sample"), number_of(self.moved[1], "packed sequence")
+            lines.append(
+                f"shuffle: false keeps the files' order, but packing takes {moved} forward, by up to {farthest}"
             )
         more = "".join(f"\ndata: {line}" for line in lines + self.dataset.warnings)
         packed = number_of(self.sequences_per_epoch, "packed sequence")

@@ -77,6 +77,17 @@ def _first_fit(lengths: list[int], cutoff_len: int) -> list[list[int]]:
     return bins
 
 
+def moved_forward(bins: list[list[int]]) -> tuple[int, int]:
+    """How many samples are in an earlier bin than one before them, and by how many bins at most."""
+    bin_of = {sample: number for number, samples in enumerate(bins) for sample in samples}
+    newest, moved, farthest = 0, 0, 0
+    for sample in sorted(bin_of):
+        newest = max(newest, bin_of[sample])
+        moved += bin_of[sample] < newest
+        farthest = max(farthest, newest - bin_of[sample])
+    return moved, farthest
+
+
 class PackedSequences:
     """The packed sequences of all epochs, one epoch after the other, numbered from 0."""
 

@@ -1,8 +1,8 @@
 """Exact match of a model's answers: `python -m qwen35.inference.evaluate --model DIR --data FILE`.
 
 The model writes the last answer of each record anew, greedily or by sampling (--sample). It is
-right if the text is the same, thoughts and surrounding white space aside. Tool calls are compared
-as the chat template writes them, so their order counts, and that of their arguments.
+right if it ends and the text is the same, thoughts and surrounding white space aside. Tool calls
+are compared as the chat template writes them, so their order counts, and that of their arguments.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
 
 ROOM_TO_THINK = 1024  # tokens added to the limit of an answer that begins with a thought
+ROOM_TO_END = 4  # tokens for the white space after an answer, and for its end
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Answer:
     record: Record
     wanted: str
     given: str
+    is_cut: bool = False  # at the limit: nobody knows how it would have gone on
 
     @property
     def is_right(self) -> bool:
-        return self.given == self.wanted
+        return self.given == self.wanted and not self.is_cut
 
 
 def read_all(preparation: Preparation) -> list[Record]:
@@ -101,14 +103,15 @@ def answers(
             turn = record.turns[-1]
             right = tokenizer.encode_text(answer_text(turn, style), answer=True)
             thought = tokenizer.encode_text(turn.reasoning or "", answer=True)
-            longest = max(longest, len(right) + 1 + (len(thought) + ROOM_TO_THINK if thinks else 0))
+            longest = max(longest, len(right) + ROOM_TO_END + (len(thought) + ROOM_TO_THINK if thinks else 0))
             # decoded again, since the tokenizer may normalize characters to another Unicode form
             asked.append((record, without_thought(tokenizer.decode(right)), "<think>\n" * thinks))
         if not asked:
             continue
-        given = generate(model, prompts, max_new_tokens or longest, stop, sampling)
+        limit = max_new_tokens or longest
+        given = generate(model, prompts, limit, stop, sampling)
         for (record, wanted, opening), ids in zip(asked, given, strict=True):
-            yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)))
+            yield Answer(record, wanted, without_thought(opening + tokenizer.decode(ids)), len(ids) == limit)
 
 
 def without_thought(text: str) -> str:
@@ -134,7 +137,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser)
     add = parser.add_argument
     add("--data", required=True, help="records that end with the right answer; one file, or several with commas")
-    add("--dataset_dir", help="folder of the records' images and videos; default: the folder of the first file")
+    add("--dataset_dir", help="folder of the records' images and videos; default: the folder of the files")
     add("--batch", type=positive, default=64, help="records answered at once; default: 64")
     limit = f"default: the length of the longest right answer, and {ROOM_TO_THINK} more after an open thought"
     add("--max_new_tokens", type=positive, help=limit)
@@ -148,15 +151,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    dataset_dir = args.dataset_dir or str(Path(args.data.split(",")[0]).parent)
-    right = total = 0
+    folders = list(dict.fromkeys(str(file.parent) for file in (Path(name.strip()) for name in args.data.split(","))))
+    right = total = cut = 0
     try:
         source = find_model(args.model, args.hf)
-        preparation = prepare(args, source, args.data, dataset_dir)
+        preparation = prepare(args, source, args.data, args.dataset_dir or folders[0])
         sampling = sampling_of(args, read_generation_config(source.config), args.sample)
         if args.sample and sampling.is_greedy:
             raise SettingError(f"--sample: {source.config}/{FILE} does not sample; give a --temperature")
         records = read_all(preparation)
+        if len(folders) > 1 and not args.dataset_dir and any(record.visuals for record in records):
+            raise SettingError(
+                f"the files of --data lie in {' and '.join(folders)}: give --dataset_dir, the folder of the images of all"
+            )
         model = load_model(source)
         tell_sizes(args, source, preparation, records)
         print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)
@@ -165,10 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for answer in tqdm(stream, desc="answers", unit=" records", disable=not sys.stderr.isatty(), leave=False):
             total += 1
             right += answer.is_right
+            cut += answer.is_cut
             if args.show and not answer.is_right:
                 tqdm.write(f"{answer.record.source}: {answer.given!r}, right is {answer.wanted!r}")
     except USER_ERRORS as error:
         return complain(error)
+    if cut:
+        print(f"{cut} of the answers did not end within --max_new_tokens, and count as wrong", file=sys.stderr)
     print(f"held-out accuracy {right / total:.3f} ({right}/{total})")
     return 0
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch.distributed as dist
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
+from qwen35.checkpoint.errors import CheckpointError
+from qwen35.checkpoint.tensor_file import read_header
 from qwen35.config.load import flat_settings
 from qwen35.config.schema import Settings, dataset_entries
 from qwen35.device import host_group
@@ -39,7 +41,9 @@ PER_NODE_VARIABLES = ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") 
 PER_NODE_SETTINGS = tuple(  # a local disk of each node
     f"data.{param}.basic_parameters.cache_dir" for param in ("dataset_param", "val_dataset_param")
 )
-END_BYTES = 1 << 16  # at each end of a file that go into its fingerprint
+WHOLE_BYTES = 1 << 25  # of a file that is fingerprinted whole; of a larger one both ends and samples are
+END_BYTES = 1 << 16  # at each end
+SAMPLE_BYTES, STRIDE = 64, 1 << 24  # of each sample, and from one to the next
 MAX_FILES = 64  # of a folder that are fingerprinted, spread over it; the number of files is compared too
 NONE = "none"
 MAX_CLOCK_SKEW = 5.0  # seconds that clocks may differ without a note
@@ -154,16 +158,31 @@ def files(settings: Settings) -> dict[str, str]:
 
 
 def fingerprint(file: Path) -> str:
-    """The size and a hash of the first and last 64 KiB: cheap for a file of any size."""
+    """The size and a hash of all of a small file, and of samples of a larger one, which is cheap.
+
+    The fine-tunings of one model have headers of the same length, and where a tower is frozen or
+    adapters were merged the same ends, so each tensor of a safetensors file has a sample, too.
+    """
     try:
         with file.open("rb") as stream:
-            digest = blake2b(stream.read(END_BYTES), digest_size=6)
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - END_BYTES))
-            digest.update(stream.read(END_BYTES))
+            places = [(0, size)] if size <= WHOLE_BYTES else _samples(file, size)
+            digest = blake2b(digest_size=6)
+            for begin, length in places:
+                stream.seek(begin)
+                digest.update(stream.read(length))
     except (FileNotFoundError, NotADirectoryError):
         return NONE
     return f"{size:,} bytes ({digest.hexdigest()})"
+
+
+def _samples(file: Path, size: int) -> list[tuple[int, int]]:
+    """(begin, length) of what is read of a large file, in order."""
+    begins = {*range(0, size, STRIDE)}
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(CheckpointError):  # a damaged file is reported when it is loaded
+            begins |= {entry.begin + entry.spec.nbytes // 2 for entry in read_header(file).values()}
+    return [(0, END_BYTES), *((begin, SAMPLE_BYTES) for begin in sorted(begins)), (size - END_BYTES, END_BYTES)]
 
 
 def disagreements(facts: Mapping[int, Mapping[str, str]], ranks: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 import struct
 
@@ -24,7 +25,7 @@ from checkpoint_cases import (
 from peer import config_dict, pair, peer_inputs, sample
 from safetensors.torch import save_file
 
-from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint import load_pretrained, slices
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import published_dtype
@@ -171,6 +172,12 @@ def damage_all(folder):
         path.unlink()
 
 
+def damage_unfinished(folder):
+    """aria2 gives a file its full size at first, filled with zeros, and this beside it."""
+    shard = min(folder.glob("*.safetensors"))
+    shard.with_name(f"{shard.name}.aria2").write_bytes(b"\0\1")
+
+
 def damage_pickle(folder):
     damage_all(folder)
     torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
@@ -191,6 +198,7 @@ def damage_pickle(folder):
         (damage_index_names, r"1 tensor missing: ghost; 1 tensor not in model.safetensors.index.json: lm_head.weight"),
         (damage_all, "no safetensors files"),
         (damage_pickle, "no safetensors files"),
+        (damage_unfinished, r"00001-of-0000\d\.safetensors\.aria2: a download that did not end"),
     ],
 )
 def test_damaged_folder_is_refused(tmp_path, damage, words):
@@ -198,6 +206,25 @@ def test_damaged_folder_is_refused(tmp_path, damage, words):
     damage(folder)
     with pytest.raises(CheckpointError, match=words):
         load_hf(empty_model(config_dict(moe=False)), folder)
+
+
+def test_a_hole_in_a_matrix_is_told_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(slices, "HOLE", 64, raising=False)
+    monkeypatch.setattr(logging.getLogger("qwen35"), "propagate", True)
+    folder = write_folder(tmp_path / "hf", moe=False, mtp=False)
+    load_hf(empty_model(config_dict(moe=False)), folder)
+    assert "zero in whole stretches" not in caplog.text
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors):
+        tensors[name].view(-1)[300:500] = 0
+        tensors["model.language_model.layers.3.mlp.up_proj.weight"].zero_()
+        tensors["model.language_model.embed_tokens.weight"][-5:] = 0  # as published: rows of no token
+
+    resave(folder, damage)
+    load_hf(empty_model(config_dict(moe=False)), folder)
+    assert caplog.text.count("zero in whole stretches") == 1
+    assert f"{name} is zero" in caplog.text or "layers.3.mlp.up_proj.weight is zero" in caplog.text
 
 
 # -- exchange with transformers --------------------------------------------------------------------

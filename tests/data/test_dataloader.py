@@ -31,6 +31,7 @@ from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.files import try_lock
 from qwen35.data.formats import read_records
 from qwen35.data.media import ImageFolder
+from qwen35.data.packing import moved_forward
 from qwen35.data.preparation import Preparation, TokenisedSample
 from qwen35.data.tokenized import load_samples, make_samples
 from qwen35.data.tokenizer import ChatTokenizer
@@ -198,6 +199,15 @@ def test_each_sample_comes_once_an_epoch(home, model):
         f"({loader.dataset.label_tokens.sum() / loader.tokens_per_epoch:.1%} trained) in "
         f"{loader.sequences_per_epoch} packed sequences of {CUTOFF} ({loader.real_share:.1%} real tokens)"
     )
+
+
+def test_a_report_says_how_packing_departs_from_the_files_order(home, model):
+    shuffled = MicroBatches(settings(home, model), 0, 1)
+    ordered = MicroBatches(settings(home, model, **{"data.dataloader_param.shuffle": False}), 0, 1)
+    moved, farthest = moved_forward(ordered.packed_sequences.epoch(0))
+    assert moved > 1 and farthest >= 1
+    assert f"shuffle: false keeps the files' order, but packing takes {moved} samples forward" in ordered.report()
+    assert "shuffle" not in shuffled.report()
 
 
 def test_max_samples_counts_over_all_files_in_order(home, model):

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from qwen35.data.packing import PackedSequences, pack_epoch
+from qwen35.data.packing import PackedSequences, moved_forward, pack_epoch
 
 LLAVA = np.clip(np.random.default_rng(0).lognormal(5.9, 0.5, 20_000).astype(int), 40, 2048)  # about 400 tokens
 
@@ -73,6 +73,12 @@ def test_without_shuffling_samples_keep_their_order():
     bins = pack_epoch(LLAVA[:3000], 2048, 0, 0, shuffle=False)
     firsts = [b[0] for b in bins]
     assert firsts == sorted(firsts)
+
+
+def test_samples_that_packing_takes_forward_are_counted():
+    assert moved_forward([[0, 1], [2, 3], [4]]) == (0, 0)
+    assert moved_forward([[0, 2], [1, 3], [4]]) == (1, 1)
+    assert moved_forward([[0, 4], [1], [2, 5], [3]]) == (2, 3)
 
 
 def test_samples_as_long_as_a_bin_fit_and_longer_ones_do_not():

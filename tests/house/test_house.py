@@ -23,14 +23,14 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 995,
+    "config": 1_000,
     "model": 1_375,
-    "checkpoint": 3_560,
-    "data": 5_450,
+    "checkpoint": 3_600,
+    "data": 5_540,
     "parallel": 665,
-    "inference": 960,
+    "inference": 970,
     "training": 1_600,
-    "tools": 1_660,
+    "tools": 1_675,
     "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
+from PIL import Image
 from transformers import AutoTokenizer
 
 from qwen35.config.load import from_flat, to_yaml
@@ -230,7 +231,7 @@ def test_the_limit_has_room_for_the_longest_answer_and_a_thought(place, asked, t
     asked([""] * 4, limits)
     words = ["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), "--batch", "1"]
     assert evaluate.main(words) == 0
-    assert limits[0] == len(tokenizer.encode_text("7 and 8")) + 1
+    assert limits[0] == len(tokenizer.encode_text("7 and 8")) + evaluate.ROOM_TO_END
     assert min(limits[1:3]) > len(tokenizer.encode_text(long)) + 1000
     assert 40 < limits[3] < 500
 
@@ -298,3 +299,36 @@ def test_validation_prompts_as_it_trains(place, expected, asked, monkeypatch):
     model = evaluate.load_model(evaluate.find_model(place / "hf"))
     assert found._answers(model, lambda _: None, []) == (total, total)
     assert prompts == [prompt for prompt, _ in expected.values()]
+
+
+@pytest.mark.parametrize(("rest", "is_right"), [("", True), ("\n", True), ("\n\nSince 3 and 4 are 7, it is.", False)])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_an_answer_that_is_cut_off_is_wrong(place, monkeypatch, capsys, tmp_path, rest, is_right, limit):
+    """Its first tokens may be the right answer, and the rest, which is not generated, wrong."""
+    tokenizer = ChatTokenizer(place / "hf")
+    given = [int(token) for token in tokenizer.encode_text(f"7{rest}", answer=True)]
+    monkeypatch.setattr(evaluate, "generate", lambda _, __, limit, *rest: [given[:limit]])
+    write_records(tmp_path / "records.json", [CONVERSATIONS["plain"]])
+    options = ["--max_new_tokens", str(limit)] if limit else []
+    assert evaluate.main(["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"held-out accuracy {float(is_right and not limit):.3f} ({int(is_right and not limit)}/1)\n"
+    assert ("1 of the answers did not end within --max_new_tokens" in err) == (limit == 1 or not is_right)
+
+
+def test_images_of_files_in_several_folders_need_a_folder(place, asked, capsys, tmp_path):
+    """Both have images/0.png, and the second file's must not be the first's."""
+    for name in ("a", "b"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        Image.new("L", (40, 40), 10 if name == "a" else 240).save(tmp_path / name / "images/0.png")
+        turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": name}]
+        (tmp_path / name / "t.json").write_text(json.dumps([{"messages": turns, "images": ["images/0.png"]}]))
+    data = ["--model", str(place / "hf"), "--data", f"{tmp_path}/a/t.json, {tmp_path}/b/t.json"]
+    asked(["a", "b"])
+    assert evaluate.main(data) == 1
+    assert f"lie in {tmp_path}/a and {tmp_path}/b: give --dataset_dir" in capsys.readouterr().err
+    assert evaluate.main([*data, "--dataset_dir", str(tmp_path / "a")]) == 0
+    for name in ("a", "b"):
+        write_records(tmp_path / name / "t.json", [CONVERSATIONS["plain"]])
+    asked(["7", "7"])
+    assert evaluate.main(data) == 0

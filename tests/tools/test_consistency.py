@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ports import free_port
+from safetensors.torch import save_file
 
 from qwen35.checkpoint.dcp_folder import MANIFEST, METADATA, manifest_content
 from qwen35.config.load import load_settings
@@ -70,6 +72,7 @@ def change(name: str, text: str, at: int) -> Callable[[Path], None]:
         (change("b.json", "3", 1), "b.json"),
         (change("m/config.json", "[]", 0), "m/config.json"),
         (change("m/w.safetensors", "v", 0), "m/w.safetensors"),
+        (change("m/w.safetensors", "v", 100_000), "m/w.safetensors"),
         (change("m/w.safetensors", "v", 199_999), "m/w.safetensors"),
         (change("dcp/release/__0_0.distcp", "y", 0), "dcp/release/__0_0.distcp"),
         (lambda folder: (folder / "a.json").unlink(), "a.json"),
@@ -81,6 +84,20 @@ def test_a_different_file_is_found(recipe, tmp_path, act, named):
     act(tmp_path)
     found = disagreements({0: before, 1: facts(recipe(), {})}, 8)
     assert any(line.startswith(f"node 1 (rank 8) has {tmp_path}/{named}: ") for line in found), found
+
+
+def test_fine_tunings_of_one_model_are_told_apart(tmp_path, monkeypatch):
+    """As after adapters were merged: one of many tensors differs, and neither end of the file."""
+    monkeypatch.setattr(consistency, "WHOLE_BYTES", 0, raising=False)
+    weights = {f"layers.{i:02}": torch.full((40, 1024), float(i)) for i in range(20)}
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    before = consistency.fingerprint(file)
+    for name in ("layers.07", "layers.12"):
+        save_file(weights | {name: weights[name] + 1e-3}, file)
+        assert consistency.fingerprint(file) != before
+    save_file(weights, file)
+    assert consistency.fingerprint(file) == before
 
 
 @pytest.mark.parametrize(

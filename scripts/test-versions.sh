@@ -3,7 +3,8 @@
 # is made on first use.
 #
 #   [TRANSFORMERS=5.2.0] scripts/test-versions.sh [pytest's options]
-#       that transformers, and all else from .venv; the tests in which it takes part (tests/marks.py)
+#       that transformers, and all else from .venv; the tests in which it takes part (tests/marks.py), but for those
+#       beside peft, whose release belongs to the pinned transformers
 #   TORCH=2.7.1 [PYTHON=/path/to/python3.10] [TORCH_INDEX=…] scripts/test-versions.sh [pytest's options]
 #       that torch with the other pins of an NPU installation (numpy 1, protobuf 3, …) but without torch-npu and
 #       triton-ascend, on Python 3.10 where there is one; all tests
@@ -47,7 +48,7 @@ if [[ -n ${TORCH:-} ]]; then
 else
     name=transformers-$TRANSFORMERS wanted=(transformers "$TRANSFORMERS")
     beside_venv "$name"
-    choice=(-m transformers)
+    choice=(-m "transformers and not peft")
 fi
 
 # the tests start scripts and make themselves, with settings of their own

@@ -2,7 +2,8 @@
 
 `quick` starts no process and is short. `transformers` takes part with that library, or with the hub
 that each version of it brings along, so what its other versions do matters: conftest.py keeps it
-from all others.
+from all others. `peft` takes part with that library, whose release belongs to one of transformers:
+0.21 beside 5.2 takes adapters of MLPs for adapters of routed experts.
 """
 
 import re
@@ -18,6 +19,7 @@ LIBRARIES = ("subprocess", "multiprocessing", "torch.multiprocessing", "torch.mu
 HELPERS = ("forked", "training_runs", "saver_run", "kills")  # files of tests/ that start processes
 STARTERS = re.compile("|".join(map(re.escape, (*LIBRARIES, *HELPERS))))
 TRANSFORMERS = re.compile(r"(transformers|huggingface_hub)(\..*)?|.*\bimport transformers\b.*", re.DOTALL)
+PEFT = re.compile(r"peft(\..*)?")
 SLOW = (  # 8 to 70 s of processor time each, as measured
     "data/test_dataloader.py",
     "inference/test_generate_command.py",
@@ -31,6 +33,8 @@ def marks(item: pytest.Function) -> Iterator[str]:
         yield "quick"
     if uses(item, TRANSFORMERS):
         yield "transformers"
+    if uses(item, PEFT):
+        yield "peft"
 
 
 def uses(item: pytest.Function, modules: re.Pattern) -> bool:

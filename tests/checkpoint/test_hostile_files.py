@@ -44,7 +44,7 @@ from qwen35.checkpoint.torch_archive import find_tensor
 from qwen35.config.load import LONGEST_RECIPE, SettingError, load_settings
 from qwen35.data.image_processor import ImageError, ImageProcessor, read_rgb
 from qwen35.data.readers import read_values
-from qwen35.data.template import thinks_by_default
+from qwen35.data.style import thinks_by_default
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import USER_ERRORS, one_line
 from qwen35.inference.generation_config import read_generation_config

@@ -480,7 +480,7 @@ def test_each_target_runs_its_program(run: Run, project: Path, command: list[str
 @pytest.mark.parametrize(
     ("variables", "name", "checked", "chosen"),
     [
-        ({}, "transformers-5.2.0", "transformers 5.2.0", "-m transformers "),
+        ({}, "transformers-5.2.0", "transformers 5.2.0", "-m transformers and not peft "),
         ({"TORCH": "2.7.1"}, "torch-2.7.1", "torch 2.7.1", ""),
     ],
 )

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import psutil
@@ -155,6 +156,7 @@ class Series:
 
 def main(count: int, seed: int) -> int:
     failures = 0
+    get_temp_dir()  # now: the folder below is gone when Python removes this one at its exit
     with tempfile.TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as root:
         os.environ["TMPDIR"] = tempfile.tempdir = root  # for what a killed launcher leaves
         workplace = make_workplace(Path(root, "w"))

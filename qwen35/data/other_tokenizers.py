@@ -21,9 +21,13 @@ def other_tokenizers(settings: Settings, base: Path) -> list[str]:
     lines = []
     for folder in folders.values():
         lines += _differences(folder, used) if (folder / "tokenizer.json").is_file() else []
-        if settings.data.dataset_param.basic_parameters.template == "qwen3_5":
-            other, own = read_chat_template(folder), read_chat_template(used)
-            if other and own and other[0] != own[0]:
+        if settings.data.dataset_param.basic_parameters.template == "qwen3_5" and (own := read_chat_template(used)):
+            try:
+                other = read_chat_template(folder)
+            except SettingError as error:  # it is not used, so it stops nothing
+                lines.append(f"not read: {error}; records are rendered by {own[1]}")
+                continue
+            if other and other[0] != own[0]:
                 lines.append(f"{other[1]}: not read: differs from {own[1]}, by which records are rendered")
     return lines
 

@@ -86,3 +86,10 @@ def test_another_template_is_told(place):
         f"{place}/weights/chat_template.jinja: not read: differs from {place}/model/chat_template.jinja"
     )
     assert found(place, **{"data.dataset_param.basic_parameters.template": "qwen3_vl_nothink"}) == []
+
+
+def test_a_folder_whose_templates_contradict_each_other_stops_nothing_that_does_not_use_it(place):
+    (place / "weights/chat_template.json").write_text('{"chat_template": "another"}')
+    (line,) = found(place)
+    assert line.startswith(f"not read: {place}/weights: chat_template.json and chat_template.jinja hold different")
+    assert line.endswith(f"records are rendered by {place}/model/chat_template.jinja")

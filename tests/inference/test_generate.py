@@ -177,7 +177,10 @@ def test_answers_end_at_every_token_that_the_folder_names(folder, tokenizer, tmp
 
 @pytest.fixture
 def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
-    """Three records with the model's own answers, the first after a thought, and one other."""
+    """Three records with the model's own answers, the first after a thought, and one other.
+
+    A random model ends no answer, so what it says as the fifth token ends it.
+    """
     questions = ["Which digit is this?", "Hello!", "Is this the user?", "What?"]
     images = ImageProcessor.from_folder(folder, 1024, 65536)
     videos = VideoProcessor.from_folder(folder, PreprocessParameters())
@@ -186,12 +189,14 @@ def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
         prompt_batch(Record("", (Turn("user", q),)), preparation, vision_spec(folder), thinking=False)
         for q in questions
     ]
-    given = [tokenizer.decode(ids) for ids in greedy(model, asked, 4, stop_ids(folder, tokenizer))]
+    ends = {ids[-1] for ids in greedy(model, asked, 5, stop_ids(folder, tokenizer))}
+    given = [tokenizer.decode(ids) for ids in greedy(model, asked, 5, ends)]
     wanted = [f"<think>\nwhy\n</think>\n\n{given[0]}", given[1], given[2] + " not", given[3]]
     turns = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         for q, a in zip(questions, wanted, strict=True)
     ]
+    monkeypatch.setattr(evaluate, "stop_ids", lambda *_: ends)
     monkeypatch.setattr(evaluate, "load_model", lambda _: model)  # in fp32: no answer hangs on a rounding
     file = tmp_path / "records.json"
     file.write_text(json.dumps([{"id": f"r{i}", "messages": t} for i, t in enumerate(turns)]))
@@ -200,7 +205,7 @@ def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("batch", ["1", "3"])
 def test_evaluation_ends_with_the_accuracy(folder, records, batch, capsys):
-    arguments = ["--model", str(folder), "--data", str(records), "--batch", batch, "--max_new_tokens", "4"]
+    arguments = ["--model", str(folder), "--data", str(records), "--batch", batch, "--max_new_tokens", "8"]
     arguments.append("--no_thinking")
     assert evaluate.main(arguments) == 0
     assert capsys.readouterr().out == "held-out accuracy 0.750 (3/4)\n"

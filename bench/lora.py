@@ -5,8 +5,8 @@ experts. peft gets what makes it fastest: adapters in the weights' dtype, groupe
 attention.
 """
 
-import copy
 import multiprocessing
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from qwen35.model.lora import LoraSpec, add_adapters
 
 M = TypeVar("M", bound=nn.Module)
 TOKENS = 2048
+ROUNDS, STEPS = 2, 4
 R, ALPHA = 16, 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -46,29 +47,22 @@ def _fill(model: M) -> M:
     return model
 
 
-def steps(names: list[str]) -> dict[str, Callable[[], float]]:
-    """One step, forward and backward, of each of `ours`, `full` (training) and `peft`."""
+def step(name: str) -> Callable[[], float]:
+    """One step, forward and backward, of `ours`, of `full` training or of `peft`."""
     batch = slice_s.packed((TOKENS,), 1.0)
-    model, peer = slice_s.models(slice_s.VOCABULARY, "peft" in names)
-    made: dict[str, Callable[[], float]] = {}
+    model, peer = slice_s.models(slice_s.VOCABULARY, name == "peft")
     if peer is not None:
-        made["peft"] = partial(slice_s.peer_step, trained_by_peft(peer), batch)
-    if "full" in names:
-        made["full"] = partial(slice_s.step, copy.deepcopy(model) if "ours" in names else model, batch)
-    if "ours" in names:
-        made["ours"] = partial(slice_s.step, trained(model), batch)
-    return made
+        return partial(slice_s.peer_step, trained_by_peft(peer), batch)
+    return partial(slice_s.step, trained(model) if name == "ours" else model, batch)
 
 
 def row() -> slice_s.Result:
-    peaks = {name: peak_gb(name) for name in ("peft", "full", "ours")}  # before this process takes memory, too
-    made = steps([*peaks])
-    losses: dict[str, float] = {}
-
-    def timed(name: str) -> None:
-        losses[name] = made[name]()
-
-    seconds = dict(zip(made, slice_s.alternate([partial(timed, name) for name in made], rounds=2), strict=True))
+    """Each in processes of its own, by turns: the memory of one must not slow the others."""
+    made: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("peft", "full", "ours")}
+    for _ in range(ROUNDS):
+        for name, measured in made.items():
+            measured.append(in_own_process(name))
+    seconds, peaks, losses = ({name: min(m[i] for m in measured) for name, measured in made.items()} for i in range(3))
     if max(losses.values()) > 1.02 * min(losses.values()):
         raise RuntimeError(f"they do not compute the same: losses {losses}")
     return {
@@ -81,15 +75,19 @@ def row() -> slice_s.Result:
     }
 
 
-def peak_gb(name: str) -> float:
-    """The most memory that a step of one of them takes, in a process of its own."""
+def in_own_process(name: str) -> tuple[float, float, float]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_gb, (name,))
+        return pool.apply(_measured, (name,))
 
 
-def _peak_gb(name: str) -> float:
+def _measured(name: str) -> tuple[float, float, float]:
+    """Seconds of the fastest step, GB that the steps take at most, and the loss."""
     torch.manual_seed(0)
-    steps([name])[name]()
+    call, times = step(name), []
+    for _ in range(STEPS):  # the first ones take memory from the system
+        start = time.perf_counter()
+        loss = call()
+        times.append(time.perf_counter() - start)
     # getrusage would count what the parent had when it started this process
     (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return int(peak) * 1024 / 1e9
+    return min(times), int(peak) * 1024 / 1e9, loss

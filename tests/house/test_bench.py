@@ -58,9 +58,22 @@ def test_different_losses_are_refused(small, monkeypatch):
 def test_with_adapters_all_three_are_timed_and_weighed(small, monkeypatch):
     """Full training and both kinds of adapters: the losses agree, or the row raises."""
     monkeypatch.setattr(lora, "TOKENS", 24)
-    monkeypatch.setattr(lora, "peak_gb", {"ours": 1.0, "full": 2.0, "peft": 4.0}.get)
+    weighed = {"ours": 1.0, "full": 2.0, "peft": 4.0}
+    called = []
+
+    def here(name):
+        called.append(name)
+        seconds, peak, loss = lora._measured(name)
+        assert seconds > 0 and peak > 0.1
+        return seconds, weighed[name], loss
+
+    monkeypatch.setattr(lora, "in_own_process", here)
     result = lora.row()
     assert result["ratio"] > 0 and (result["memory_ratio"], result["memory_ratio_full"]) == (0.25, 0.5)
+    assert called == ["peft", "full", "ours"] * 2
+    monkeypatch.setattr(lora, "in_own_process", lambda name: (1.0, 1.0, 1.0 + (name == "peft")))
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        lora.row()
 
 
 def test_bytes_that_layers_save_are_fewer_than_the_peers(small):

@@ -86,6 +86,12 @@ class Style:
     enable_thinking: bool | None = None
     preserve_thinking: bool | None = None
     reasoning_effort: str | None = None
+    asked_to_think: bool | None = None  # what a record asks for, see conversations.py, if the settings do not say
+
+    @property
+    def thinking(self) -> bool | None:
+        """enable_thinking as a server is given it; None: not given."""
+        return self.asked_to_think if self.enable_thinking is None else self.enable_thinking
 
     @property
     def keeps_thoughts(self) -> bool:

@@ -84,8 +84,7 @@ def _span(record: Record, template: ChatTemplate, style: Style, text: str, index
 
 def _prompts(record: Record, template: ChatTemplate, style: Style, index: int) -> list[str]:
     """What a server would write before an answer: with an open thought, and without."""
-    choices = (True, False) if style.thinking is None else (style.thinking,)
-    given = [style.given(thinking) | {"add_generation_prompt": True} for thinking in choices]
+    given = [style.given(thinking) | {"add_generation_prompt": True} for thinking in style.choices]
     return [template.render(record, record.turns[:index], choice) for choice in given]
 
 

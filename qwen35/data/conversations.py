@@ -8,11 +8,14 @@ model would be given are trained in several texts: the beginnings of the record,
 trains those answers that it shows as their server saw them.
 """
 
+from bisect import bisect
 from dataclasses import replace
 
 from qwen35.data.record import Record, Turn
 from qwen35.data.style import Style
 from qwen35.data.template import is_query, split_thought
+
+MOST_TURNS = 50_000  # of all samples of a record: 220 questions, each with one answer
 
 
 def wanted_answers(record: Record, mask_history: bool) -> list[int]:
@@ -37,14 +40,21 @@ def conversations(record: Record, style: Style, mask_history: bool, joined: bool
     for i in wanted:
         if splits and queries and i < queries[0]:
             continue
-        end = next((query for query in queries if query > i), len(record.turns)) if splits else len(record.turns)
+        following = bisect(queries, i)
+        end = queries[following] if splits and following < len(queries) else len(record.turns)
         groups.setdefault((end, _thinking(record, style, i)), []).append(i)
+    if (total := sum(end for end, _ in groups)) > MOST_TURNS:
+        raise record.error(
+            f"its {len(queries):,} questions are {total:,} turns, as each is trained in a sample of all that precedes it, and "
+            f"more than {MOST_TURNS:,} are too many: cut it, or set multi_turn: joined",
+            "too many questions",
+        )
     return _parts(record, style, groups)
 
 
 def _thinking(record: Record, style: Style, answer: int) -> bool | None:
     """Whether a server is asked to think for an answer, if the whole text depends on it."""
-    if style.enable_thinking is not None or not style.dialect.efforts:
+    if style.enable_thinking is not None or not style.effort(True):
         return style.enable_thinking
     return bool(split_thought(record, style, answer)[0])
 

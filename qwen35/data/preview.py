@@ -73,7 +73,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     if refused:
         limit_name = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
-            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'record')} shown, {refused:,} "
+            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'sample')} shown, {refused:,} "
             f"{'is' if refused == 1 else 'are'} longer than {limit_name}, which training refuses; truncation: drop leaves "
             "such records out, truncate cuts them"
         )

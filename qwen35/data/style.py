@@ -94,6 +94,12 @@ class Style:
         return self.asked_to_think if self.enable_thinking is None else self.enable_thinking
 
     @property
+    def choices(self) -> tuple[bool, ...]:
+        """Whether a server asks for thoughts; both, where that does not change the conversation."""
+        thinking = self.thinking
+        return (True, False) if thinking is None or (thinking and not self.effort(True)) else (thinking,)
+
+    @property
     def keeps_thoughts(self) -> bool:
         """Whether thoughts before the last question stay."""
         return bool(self.dialect.keeps_thoughts if self.preserve_thinking is None else self.preserve_thinking)

@@ -131,7 +131,7 @@ def has_thought(record: Record, style: Style) -> bool:
     """Whether the record's last answer is trained with a thought. Raises RecordError."""
     if style.template == "qwen3_vl_nothink" or style.enable_thinking is False:
         return False
-    if style.dialect.efforts and style.enable_thinking:
+    if style.enable_thinking and style.effort(True):
         return True
     return bool(split_thought(record, style, len(record.turns) - 1)[0])
 

@@ -92,11 +92,10 @@ def test_the_tokens_before_each_trained_answer_are_those_of_its_prompt(r, style,
     ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
     starts = [i for i in range(1, len(ids)) if trained[i] and not trained[i - 1]]
     answers = [i for i, turn in enumerate(r.turns) if turn.role == "assistant"]
-    choices = (True, False) if style.enable_thinking is None else (style.enable_thinking,)
     prompts = []
     for i in answers:
         asked = record(*(("user", "x"),)) if i == 0 else type(r)(r.source, r.turns[:i], r.tools)
-        for choice in choices:
+        for choice in style.choices:
             asked_pieces = checkpoint_prompt(asked, template, style, choice)
             prompts.append(tokenizer.encode(asked_pieces, extents(asked_pieces, 2))[0].tolist())
             if not any(turn.role == "assistant" and "</think>" in turn.text for turn in asked.turns):

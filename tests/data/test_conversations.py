@@ -81,11 +81,10 @@ def split(r, style, joined=False, mask_history=False):
 def prompts_of(part, style, i):
     """What the published template writes before turn i, however a server may be asked."""
     asked = replace(part, turns=part.turns[:i])
-    choices = [style.thinking] if style.thinking is not None else [True, False]
     template = template_of(style, True)
     return [
         rendered(template, asked, add_generation_prompt=True, **style.given(choice) | {"enable_thinking": choice})
-        for choice in choices
+        for choice in style.choices
     ]
 
 
@@ -186,6 +185,14 @@ def test_questions_are_trained_once(tokenizer):
         [f"b{END}", f"A2{END}"],
         [f"c{END}", f"r3\n</think>\n\nA3{END}"],
     ]
+
+
+def test_more_questions_than_can_be_split_are_refused():
+    turns = [turn for _ in range(300) for turn in (USER, ("assistant", "A"))]
+    with pytest.raises(RecordError, match=r"record 1: its 300 questions are 90,300 turns, .* multi_turn: joined"):
+        split(record(*turns), Style())
+    assert len(split(record(*turns), Style(), joined=True)) == len(split(record(*turns), Style(dialect=QWEN3_8))) == 1
+    assert len(split(record(*turns[:400]), Style())) == 200
 
 
 def test_calls_and_their_results_stay_with_their_question(tokenizer):

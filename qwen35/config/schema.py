@@ -87,6 +87,10 @@ class BasicParameters:
     # always the token; control tokens such as <|im_end|> are text everywhere
     special_tokens_in_prompts: Literal["tokens", "text"] = "tokens"
     train_on_prompt: StrictBool = False  # true: the loss also counts the user's turns
+    # answers before the last question, which the templates of Qwen3.5 and 3.6 write without the
+    # think block that each one's prompt ended with: split trains them in samples of their own, each
+    # up to the next question; joined makes one sample of a record, without those blocks
+    multi_turn: Literal["split", "joined"] = "split"
     mask_history: StrictBool = False  # true: the loss counts only the last answer of a conversation
     # a sample longer than cutoff_len: error treats it as a bad record (see on_bad_record), drop
     # leaves it out, truncate keeps its beginning, up to the last trained token that fits and

@@ -67,7 +67,7 @@ class ChatTemplate:
     def check_training(self, record: Record, style: Style) -> None:
         """Raises RecordError if the template writes a conversation unlike training_pieces."""
         turns = as_trained(record, style).turns
-        own = self.render(record, turns, style.given(style.enable_thinking))
+        own = self.render(record, turns, style.given(style.thinking))
         self._compare(record, own, render(training_pieces(record, style)), style)
 
     def check_prompt(self, record: Record, style: Style, thinking: bool) -> None:

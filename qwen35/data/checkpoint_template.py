@@ -25,17 +25,15 @@ WRITTEN = re.compile("(" + "|".join(map(re.escape, KINDS)) + ")")
 OTHER_CONTROL = re.compile(r"<\|\w+\|>")
 
 
-def checkpoint_pieces(
-    record: Record, template: ChatTemplate, style: Style, mask_history: bool = False
-) -> tuple[list[Piece], int]:
+def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> tuple[list[Piece], int]:
     """The pieces of a conversation, and how many answers are not trained though they were to be.
 
     Those are answers before the last, whose prompt the conversation does not continue. Raises
     RecordError, also if the last answer is one of them.
     """
-    hidden, given = _hidden(record), style.given(style.enable_thinking)
+    hidden, given = _hidden(record), style.given(style.thinking)
     answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
-    wanted = [i for i in answers if record.turns[i].loss is not False and (not mask_history or i == answers[-1])]
+    wanted = [i for i in answers if record.turns[i].loss is not False]
     if marked := [i for i, turn in enumerate(record.turns) if turn.loss and turn.role != "assistant"]:
         raise record.error(f"turn {marked[0]} is marked to be trained, but template: checkpoint trains only answers")
     text = template.render(hidden, hidden.turns, given, marks=True)
@@ -74,7 +72,7 @@ def checkpoint_prompt(record: Record, template: ChatTemplate, style: Style, thin
 
 def _span(record: Record, template: ChatTemplate, style: Style, text: str, index: int) -> tuple[int, int] | None:
     """Where an answer and its end lie in the whole text, behind its longest prompt, or None."""
-    whole = template.render(record, record.turns[: index + 1], style.given(style.enable_thinking))
+    whole = template.render(record, record.turns[: index + 1], style.given(style.thinking))
     fitting = [len(p) for p in _prompts(record, template, style, index) if text.startswith(p)]
     if not fitting or not text.startswith(whole):
         return None
@@ -86,8 +84,7 @@ def _span(record: Record, template: ChatTemplate, style: Style, text: str, index
 
 def _prompts(record: Record, template: ChatTemplate, style: Style, index: int) -> list[str]:
     """What a server would write before an answer: with an open thought, and without."""
-    choices = (True, False) if style.enable_thinking is None else (style.enable_thinking,)
-    given = [style.given(thinking) | {"add_generation_prompt": True} for thinking in choices]
+    given = [style.given(thinking) | {"add_generation_prompt": True} for thinking in style.choices]
     return [template.render(record, record.turns[:index], choice) for choice in given]
 
 

@@ -40,6 +40,10 @@ COUNTED = {  # kind of warning -> (noun, words for one, words for several, what 
         "answer", "is", "are",
         "not trained, because the conversation does not continue the prompt that the chat template writes before it",
     ),
+    "split": (
+        "record", "is", "are",
+        "trained as several samples, each answer behind its own prompt (multi_turn: joined makes one sample of them)",
+    ),
     "masked": ("answer", "is", "are", "marked to be trained, but left out by mask_history: true"),
     "frames": ("image", "has", "have", "several frames or pages, and as in transformers only the first is used"),
     "reordered": ("tool response", "was", "were", "moved into the order of the calls"),

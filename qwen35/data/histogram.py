@@ -1,4 +1,4 @@
-"""The lengths of records, as text and as a picture."""
+"""The lengths of samples, as text and as a picture."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def histogram(lengths: np.ndarray, unit: str) -> str:
     """Quantiles of the lengths, and a histogram of bars."""
     p50, p90, p99 = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.9, 0.99))
     spread = f"half have up to {p50:,}, 90% up to {p90:,}, 99% up to {p99:,}, the longest {lengths.max():,}"
-    lines = [f"{unit} per record: {spread}; {lengths.sum():,} in all"]
+    lines = [f"{unit}: {spread}; {lengths.sum():,} in all"]
     counts, edges = np.histogram(lengths, _edges(int(lengths.max()), BUCKETS))
     columns = len(f"{edges[-1]:,}")
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -29,7 +29,7 @@ def draw(lengths: np.ndarray, unit: str, title: str, file: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
     axis.hist(lengths, bins=_edges(int(lengths.max()), 80).tolist(), color="tab:blue")
-    axis.set(xlabel=f"{unit} per record", ylabel="records", title=title)
+    axis.set(xlabel=unit, ylabel="number", title=title)
     figure.tight_layout()
     figure.savefig(file, dpi=120, format="png")
     plt.close(figure)

@@ -31,6 +31,7 @@ from qwen35.data.media import ImageFolder
 from qwen35.data.preparation import Preparation
 from qwen35.data.readers import read_values
 from qwen35.data.record import IMAGE_PLACEHOLDER, PLACEHOLDER, Record, RecordError, Turn
+from qwen35.data.tokenized import count_parts
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError, UserError, visible
@@ -66,16 +67,17 @@ class Converted:
     line: str  # JSON
     turns: int
     images: int
-    length: int
+    lengths: list[int]  # tokens of its samples, or characters of the record
 
 
 @dataclass
 class Tally:
     """What was written, and what was left out."""
 
+    records: int = 0
     turns: int = 0
     images: int = 0
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # of the records, in tokens or characters
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))  # see Converted
     skipped: Skipped = field(default_factory=Skipped)
     warnings: DataWarnings = field(default_factory=DataWarnings)
     errors: list[str] = field(default_factory=list)  # messages of the first records left out
@@ -97,7 +99,7 @@ def convert(options: Options) -> str:
     if options.tokenizer is not None and options.check == "none":
         raise SettingError("--tokenizer counts the tokens of images, so it reads their headers: leave out --check none")
     llava.open("rb").close()  # if unreadable, an OSError that names it; those below are reported as of `out`
-    tally, unit = Tally(), "characters" if options.tokenizer is None else "tokens"
+    tally, unit = Tally(), "characters per record" if options.tokenizer is None else "tokens per sample"
     text, picture = out.with_suffix(".report.txt"), out.with_suffix(".lengths.png")
     try:
         with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
@@ -135,7 +137,8 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
             if isinstance(result, Converted):
                 tally.turns += result.turns
                 tally.images += result.images
-                tally.lengths.append(result.length)
+                tally.records += 1
+                tally.lengths.extend(result.lengths)
                 yield separator + result.line
                 separator = ",\n"
             elif options.tolerates(result):
@@ -175,7 +178,7 @@ def _jobs(options: Options) -> Iterator[Job]:
 
 def _report(options: Options, tally: Tally, lengths: str) -> str:
     out, skipped = options.out, tally.skipped
-    lines = [f"{out}: {len(tally.lengths):,} records, {tally.turns:,} turns, {tally.images:,} images"]
+    lines = [f"{out}: {tally.records:,} records, {tally.turns:,} turns, {tally.images:,} images"]
     if n := skipped.kinds.get(MISSING, 0):
         names = [options.relative(image) for image, state in skipped.images.items() if state == "missing"]
         lines.append(f"left out: {number_of(n, 'record')} whose image is not in {options.images}: {_names(names)}")
@@ -222,13 +225,13 @@ class Converter:
             if record.videos or record.tools or any(turn.reasoning or turn.tool_calls for turn in record.turns):
                 raise record.error("has videos, thoughts, tools or calls, unlike LLaVA records; train on it as it is")
             if self._preparation is not None:
-                sample = self._preparation.tokenise(record)
-                length = len(sample.ids)
-                odd = sample.odd
-                found.count_spelled(sample.spelled, record.source)
+                parts = self._preparation.tokenise(record)
+                lengths = [len(sample.ids) for _, sample in parts]
+                count_parts(found, record, parts, self._preparation)
+                odd = []
             else:
                 odd = self._check(record) if self._options.check == "headers" else []
-                length = sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)
+                lengths = [sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)]
         except RecordError as error:
             return error
         for kind in odd:
@@ -237,7 +240,7 @@ class Converter:
         messages = [_message(turn, has_images=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]
         line = json.dumps({"images": images, "messages": messages}, ensure_ascii=False)
-        return Converted(line, len(messages), len(images), length)
+        return Converted(line, len(messages), len(images), lengths)
 
     def _check(self, record: Record) -> Odd:
         """Raises RecordError."""

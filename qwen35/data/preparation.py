@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
+from qwen35.data.conversations import conversations
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
@@ -20,7 +21,6 @@ from qwen35.data.template import (
     Piece,
     as_trained,
     check_thoughts,
-    for_record,
     prompt_pieces,
     training_pieces,
     unprompted_answers,
@@ -70,9 +70,25 @@ class Preparation:
             tokenizer, images, basic, param.attr, videos, style_of(folder, basic), reference_template(folder, basic)
         )
 
-    def tokenise(self, record: Record) -> TokenisedSample:
-        """Tokens, loss mask and grids of a record; images are not decoded. Raises RecordError."""
-        pieces, unseen = self._pieces(record)
+    def tokenise(self, record: Record) -> list[tuple[Record, TokenisedSample]]:
+        """The conversations that a record is trained as. Raises RecordError."""
+        self._check_thoughts(record)
+        record, b = as_trained(record, self.style), self.basic
+        parts = conversations(record, self.style, b.mask_history, joined=True)
+        # A foreign template may write history as it wrote the prompts: then nothing needs a split.
+        if b.multi_turn == "split" and (
+            self.style.template != "checkpoint" or any(self._pieces(*part)[1] for part in parts)
+        ):
+            parts = conversations(record, self.style, b.mask_history, joined=False)
+        return [(part, self._sample(part, style)) for part, style in parts]
+
+    def _check_thoughts(self, record: Record) -> None:
+        if self.style.template != "checkpoint" or self.style.enable_thinking is False:
+            check_thoughts(record, self.style)
+
+    def _sample(self, record: Record, style: Style) -> TokenisedSample:
+        """Tokens, loss mask and grids; images are not decoded. Raises RecordError."""
+        pieces, unseen = self._pieces(record, style)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
         odd: Odd = []
@@ -83,22 +99,20 @@ class Preparation:
             raise record.error("nothing in it is trained", "nothing trained")
         return TokenisedSample(ids, loss_mask, grids, spelled, extents, odd, unseen)
 
-    def _pieces(self, record: Record) -> tuple[list[Piece], int]:
+    def _pieces(self, record: Record, style: Style) -> tuple[list[Piece], int]:
         """What the template writes, and how many answers it does not train."""
-        b, style = self.basic, for_record(record, self.style)
         if style.template == "checkpoint" and self.chat_template:
-            return checkpoint_pieces(as_trained(record, style), self.chat_template, style, b.mask_history)
-        check_thoughts(record, style)
-        pieces = training_pieces(record, style, b.train_on_prompt, b.mask_history)
+            return checkpoint_pieces(record, self.chat_template, style)
+        pieces = training_pieces(record, style, self.basic.train_on_prompt)
         if self.chat_template:
             self.chat_template.check_training(record, style)
-        return pieces, unprompted_answers(record, style, b.mask_history)
+        return pieces, unprompted_answers(record, style)
 
     def prompt(self, record: Record, thinking: bool) -> list[Piece]:
         """The pieces before the answer; thinking: as for `prompt_pieces`. Raises RecordError."""
+        self._check_thoughts(record)
         if self.style.template == "checkpoint" and self.chat_template:
             return checkpoint_prompt(as_trained(record, self.style), self.chat_template, self.style, thinking)
-        check_thoughts(record, self.style)
         pieces = prompt_pieces(record, self.style, thinking)
         if self.chat_template:
             self.chat_template.check_prompt(record, self.style, thinking)

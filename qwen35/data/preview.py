@@ -40,10 +40,10 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     skip = left_out.append if basic.on_bad_record == "skip" else None
     warnings = DataWarnings()
     files = dataset_files(basic.dataset)
-    tokenised_records = chain.from_iterable(tokenised(file, preparation, None, skip, warnings) for file in files)
-    limit = samples if basic.max_samples is None else min(samples, basic.max_samples)
+    records = chain.from_iterable(tokenised(file, preparation, None, skip, warnings) for file in files)
+    conversations = chain.from_iterable(parts for _, parts in islice(records, basic.max_samples))
     shown = refused = 0
-    for record, sample in islice(tokenised_records, limit):
+    for record, sample in islice(conversations, samples):
         yield from _left_out_lines(left_out)
         shown += 1
         tokens, kept, too_long = len(sample.ids), len(sample.ids), ""
@@ -73,7 +73,7 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     if refused:
         limit_name = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
-            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'record')} shown, {refused:,} "
+            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'sample')} shown, {refused:,} "
             f"{'is' if refused == 1 else 'are'} longer than {limit_name}, which training refuses; truncation: drop leaves "
             "such records out, truncate cuts them"
         )

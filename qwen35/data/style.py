@@ -86,6 +86,18 @@ class Style:
     enable_thinking: bool | None = None
     preserve_thinking: bool | None = None
     reasoning_effort: str | None = None
+    asked_to_think: bool | None = None  # what a record asks for, see conversations.py, if the settings do not say
+
+    @property
+    def thinking(self) -> bool | None:
+        """enable_thinking as a server is given it; None: not given."""
+        return self.asked_to_think if self.enable_thinking is None else self.enable_thinking
+
+    @property
+    def choices(self) -> tuple[bool, ...]:
+        """Whether a server asks for thoughts; both, where that does not change the conversation."""
+        thinking = self.thinking
+        return (True, False) if thinking is None or (thinking and not self.effort(True)) else (thinking,)
 
     @property
     def keeps_thoughts(self) -> bool:

@@ -54,28 +54,23 @@ def render(pieces: Sequence[Piece]) -> str:
     return "".join(p.text for p in pieces)
 
 
-def training_pieces(
-    record: Record, style: Style, train_on_prompt: bool = False, mask_history: bool = False
-) -> list[Piece]:
+def training_pieces(record: Record, style: Style, train_on_prompt: bool = False) -> list[Piece]:
     """The pieces of a whole conversation, each marked as trained or not.
 
     style.enable_thinking (qwen3_5): None and True train the thoughts that the template keeps, which
     are those after the user's last question, or all; False drops them. train_on_prompt: also train
-    the text of user, system and tool turns, but not their headers and images. mask_history: train
-    only the last answer. A turn that the record excludes from the loss is never trained.
-    Raises RecordError if the template cannot render the record.
+    the text of user, system and tool turns, but not their headers and images. A turn that the
+    record excludes from the loss is never trained. Raises RecordError if the template cannot render
+    the record.
     """
-    effort = style.effort(thinking=style.enable_thinking is not False)
-    record = as_trained(record, style)
-    return _conversation(record, style, effort, train_on_prompt, mask_history)
+    effort = style.effort(style.thinking is not False)
+    return _conversation(as_trained(record, style), style, effort, train_on_prompt)
 
 
-def _conversation(
-    record: Record, style: Style, effort: str, train_on_prompt: bool = False, mask_history: bool = False
-) -> list[Piece]:
+def _conversation(record: Record, style: Style, effort: str, train_on_prompt: bool = False) -> list[Piece]:
     _check(record, style)
-    trained = [_is_trained(record, i, train_on_prompt, mask_history) for i in range(len(record.turns))]
-    last_query = -1 if style.keeps_thoughts else _last_query(record.turns)
+    trained = [_is_trained(record, i, train_on_prompt) for i in range(len(record.turns))]
+    last_query = _last_query(record, style)
     has_system = record.turns[0].role == "system"
     pieces = _system(record, style, effort, trained[0] if has_system else train_on_prompt)
     for i, turn in enumerate(record.turns):
@@ -89,11 +84,11 @@ def _conversation(
     return pieces
 
 
-def _is_trained(record: Record, index: int, train_on_prompt: bool, mask_history: bool) -> bool:
+def _is_trained(record: Record, index: int, train_on_prompt: bool) -> bool:
     """Whether both the settings and the record ask for a turn to be trained. Raises RecordError."""
     turn = record.turns[index]
     if turn.role == "assistant":
-        return turn.loss is not False and (not mask_history or index + 1 == len(record.turns))
+        return turn.loss is not False
     if turn.loss and not train_on_prompt:
         raise record.error(
             f"turn {index} ({turn.role}) is marked to be trained, but only answers are; train_on_prompt: true also trains "
@@ -121,22 +116,10 @@ def as_trained(record: Record, style: Style) -> Record:
     if style.template == "qwen3_vl_nothink" or style.enable_thinking is not False:
         return record
     turns = [
-        replace(turn, content=_split_thought(record, style, i)[1], reasoning=None) if turn.role == "assistant" else turn
+        replace(turn, content=split_thought(record, style, i)[1], reasoning=None) if turn.role == "assistant" else turn
         for i, turn in enumerate(record.turns)
     ]
     return replace(record, turns=tuple(turns))
-
-
-def for_record(record: Record, style: Style) -> Style:
-    """The style with thinking on or off as the record has it, where the template asks for it.
-
-    A template that begins with a sentence on how much to think writes it only while thinking is on,
-    which is what a server asks of a model that is to answer with a thought. Raises RecordError.
-    """
-    if style.enable_thinking is not None or not style.dialect.efforts:
-        return style
-    answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
-    return replace(style, enable_thinking=any(_split_thought(record, style, i)[0] for i in answers))
 
 
 def as_asked(record: Record) -> tuple[Turn, ...]:
@@ -148,9 +131,9 @@ def has_thought(record: Record, style: Style) -> bool:
     """Whether the record's last answer is trained with a thought. Raises RecordError."""
     if style.template == "qwen3_vl_nothink" or style.enable_thinking is False:
         return False
-    if style.dialect.efforts:
-        return bool(for_record(record, style).enable_thinking)
-    return bool(_split_thought(record, style, len(record.turns) - 1)[0])
+    if style.enable_thinking and style.effort(True):
+        return True
+    return bool(split_thought(record, style, len(record.turns) - 1)[0])
 
 
 def check_thoughts(record: Record, style: Style) -> None:
@@ -176,30 +159,24 @@ def check_thoughts(record: Record, style: Style) -> None:
 
 
 def dropped_thoughts(record: Record, style: Style) -> int:
-    """How many thoughts the template drops although the settings do not ask for it."""
-    if style.enable_thinking is False or style.keeps_thoughts:
+    """How many thoughts of trained answers the template drops, unless the settings ask for it."""
+    if style.enable_thinking is False:
         return 0
-    answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
+    answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant" and turn.loss is not False]
     if style.template == "qwen3_vl_nothink":
         return sum(bool(record.turns[i].reasoning) for i in answers)
-    last_query = _last_query(record.turns)
-    return sum(i <= last_query and bool(_split_thought(record, style, i)[0]) for i in answers)
+    last_query = _last_query(record, style)
+    return sum(i <= last_query and bool(split_thought(record, style, i)[0]) for i in answers)
 
 
-def unprompted_answers(record: Record, style: Style, mask_history: bool) -> int:
+def unprompted_answers(record: Record, style: Style) -> int:
     """How many answers are not trained because no prompt would end as they begin, see _answer."""
-    if mask_history or not style.effort(style.enable_thinking is not False):
+    if not style.effort(style.thinking is not False):
         return 0
-    last_query = -1 if style.keeps_thoughts else _last_query(record.turns)
     return sum(
-        turn.role == "assistant" and turn.loss is not False and not _split_thought(record, style, i)[0]
-        for i, turn in list(enumerate(record.turns))[last_query + 1 : -1]
+        turn.role == "assistant" and turn.loss is not False and not split_thought(record, style, i)[0]
+        for i, turn in list(enumerate(record.turns))[_last_query(record, style) + 1 : -1]
     )
-
-
-def masked_answers(record: Record, mask_history: bool) -> int:
-    """How many answers the record marks to be trained although mask_history leaves them out."""
-    return sum(turn.loss is True and turn.role == "assistant" for turn in record.turns[:-1]) if mask_history else 0
 
 
 def answer_text(turn: Turn, style: Style) -> str:
@@ -298,7 +275,7 @@ def _answer(
     turn = record.turns[index]
     if style.template == "qwen3_vl_nothink":  # does not write reasoning_content
         return [*_header("assistant"), *_text(turn.text, trained, fresh=trained, answer=True), *_end(trained)]
-    thought, content = _split_thought(record, style, index)
+    thought, content = split_thought(record, style, index)
     opening = ""
     if not is_history:
         is_open = bool(thought) or (is_asked_to_think and index + 1 == len(record.turns))
@@ -311,7 +288,7 @@ def _answer(
     return [*_header("assistant"), *_text(opening), *_text(content, trained, fresh, answer=True), *_end(trained)]
 
 
-def _split_thought(record: Record, style: Style, index: int) -> tuple[str, str]:
+def split_thought(record: Record, style: Style, index: int) -> tuple[str, str]:
     """(thought, answer) of an assistant turn; the thought is its reasoning or a think block.
 
     Raises RecordError if it has both.
@@ -328,7 +305,7 @@ def _split_thought(record: Record, style: Style, index: int) -> tuple[str, str]:
     return before.rstrip("\n").split("<think>")[-1].strip(), after.lstrip("\n")
 
 
-def _is_query(turn: Turn) -> bool:
+def is_query(turn: Turn) -> bool:
     """Whether a turn is a question: a user turn that is not a tool response in disguise."""
     first, last = turn.parts[0], turn.parts[-1]
     is_response = isinstance(first, str) and first.lstrip().startswith("<tool_response>")
@@ -336,12 +313,15 @@ def _is_query(turn: Turn) -> bool:
     return turn.role == "user" and not is_response
 
 
-def _last_query(turns: Sequence[Turn]) -> int:
-    return max((i for i, turn in enumerate(turns) if _is_query(turn)), default=len(turns) - 1)
+def _last_query(record: Record, style: Style) -> int:
+    """The last question, before which answers are history; -1 if the template writes none so."""
+    if style.keeps_thoughts:
+        return -1
+    return max((i for i, turn in enumerate(record.turns) if is_query(turn)), default=len(record.turns) - 1)
 
 
 def _check(record: Record, style: Style) -> None:
-    if style.template == "qwen3_5" and not any(map(_is_query, record.turns)):
+    if style.template == "qwen3_5" and not any(map(is_query, record.turns)):
         raise record.error("has no user question, only tool responses; the chat template cannot render that")
     has_tools = record.tools or any(turn.role == "tool" or turn.tool_calls for turn in record.turns)
     if style.template == "qwen3_vl_nothink" and has_tools:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwen35.data.conversations import wanted_answers
 from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.files import replacing, try_lock
 from qwen35.data.formats import read_records
 from qwen35.data.preparation import Preparation, TokenisedSample
 from qwen35.data.record import Record, RecordError, Video, Visual
-from qwen35.data.template import dropped_thoughts, masked_answers
-from qwen35.data.tokenizer import Extent
+from qwen35.data.template import dropped_thoughts
+from qwen35.data.tokenizer import Extent, Spelled
 from qwen35.errors import SettingError, one_line
 
 POLL_INTERVAL = 0.1  # seconds between looks for the entry that another process makes
@@ -46,9 +47,9 @@ class FileSamples:
     offsets: Tensor  # [N+1] int64: sample i is tokens offsets[i]:offsets[i+1]
     grids: Tensor  # [M, 3] int64 of all images and videos
     image_offsets: Tensor  # [N+1] int64: sample i has grids image_offsets[i]:image_offsets[i+1]
-    sources: list[str]  # of each record, for messages
+    sources: list[str]  # of each sample, for messages
     visuals: list[str | dict[str, Any]]  # [M], each as visual_to_json writes it
-    records: int  # records read: the N samples and those left out
+    records: int  # records read, of one sample or several each, and those left out
     skipped: Skipped
     warnings: DataWarnings
 
@@ -99,26 +100,44 @@ def tokenised(
     limit: int | None = None,
     skip: Callable[[RecordError], object] | None = None,
     warnings: DataWarnings | None = None,
-) -> Iterator[tuple[Record, TokenisedSample]]:
-    """The first `limit` records, with their samples; skip, warnings: as for `read_records`."""
+) -> Iterator[tuple[Record, list[tuple[Record, TokenisedSample]]]]:
+    """The first `limit` records, with the conversations that each is trained as, and their samples.
+
+    skip, warnings: as for `read_records`.
+    """
     skip = skip or partial(_refuse, preparation.basic.dataset_dir)
     for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=skip, warnings=warnings):
         try:
-            sample = preparation.tokenise(record)
+            parts = preparation.tokenise(record)
         except RecordError as error:
             skip(error)
         else:
-            b = preparation.basic
             if warnings is not None:
-                warnings.count_spelled(sample.spelled, record.source)
-                for kind in sample.odd:
-                    warnings.count(kind, 1, record.source)
-                dropped = dropped_thoughts(record, preparation.style)
-                masked = masked_answers(record, b.mask_history)
-                for kind, count in (("thoughts", dropped), ("masked", masked), ("unseen", sample.unseen)):
-                    if count:
-                        warnings.count(kind, count, record.source)
-            yield record, sample
+                count_parts(warnings, record, parts, preparation)
+            yield record, parts
+
+
+def count_parts(
+    warnings: DataWarnings, record: Record, parts: Sequence[tuple[Record, TokenisedSample]], preparation: Preparation
+) -> None:
+    """Of a record and what is trained of it."""
+    spelled: Spelled = {}
+    for outcome, tokens in (item for _, sample in parts for item in sample.spelled.items()):
+        spelled[outcome] = spelled.get(outcome, set()) | tokens
+    warnings.count_spelled(spelled, record.source)
+    for kind in max((sample.odd for _, sample in parts), key=len):
+        warnings.count(kind, 1, record.source)
+    wanted = wanted_answers(record, preparation.basic.mask_history)
+    trained = sum(len(wanted_answers(part, False)) - sample.unseen for part, sample in parts)
+    marked = sum(turn.loss is True and turn.role == "assistant" for turn in record.turns)
+    for kind, count in (
+        ("split", len(parts) > 1),
+        ("thoughts", sum(dropped_thoughts(part, preparation.style) for part, _ in parts)),
+        ("masked", marked and marked - sum(record.turns[i].loss is True for i in wanted)),
+        ("unseen", len(wanted) - trained),
+    ):
+        if count:
+            warnings.count(kind, count, record.source)
 
 
 def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
@@ -138,15 +157,18 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         progress(str(error), 1)
 
     skip = add_skipped if preparation.basic.on_bad_record == "skip" else None
-    for record, sample in tokenised(file, preparation, limit, skip, warnings):
+    records = 0
+    for record, parts in tokenised(file, preparation, limit, skip, warnings):
         progress(record.source, 1)
-        ids += sample.ids.data
-        loss_mask += sample.loss_mask.data
-        lengths.append(len(sample.ids))
-        grids += sample.grids
-        visual_counts.append(len(sample.grids))
-        sources.append(record.source)
-        visuals += [visual_to_json(*pair) for pair in zip(record.visuals, sample.extents, strict=True)]
+        records += 1
+        for part, sample in parts:
+            ids += sample.ids.data
+            loss_mask += sample.loss_mask.data
+            lengths.append(len(sample.ids))
+            grids += sample.grids
+            visual_counts.append(len(sample.grids))
+            sources.append(part.source)
+            visuals += [visual_to_json(*pair) for pair in zip(part.visuals, sample.extents, strict=True)]
     return FileSamples(
         str(file),
         torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
@@ -156,7 +178,7 @@ def make_samples(file: Path, preparation: Preparation, limit: int | None, progre
         torch.tensor(visual_counts).cumsum(0),
         sources,
         visuals,
-        len(sources) + len(skipped),
+        records + len(skipped),
         skipped,
         warnings,
     )

@@ -76,9 +76,9 @@ class ValidationSet:
         groups: list[list[Record]] = []
         room = 0
         for file in self.dataset.files:
-            for record, sample in tokenised(Path(file.file), preparation, file.records, skip):
+            for record, parts in tokenised(Path(file.file), preparation, file.records, skip):
                 progress(record.source, 1)
-                length = len(sample.ids)
+                length = max(len(sample.ids) for _, sample in parts)
                 if length > preparation.basic.cutoff_len:
                     continue
                 if length > room:

@@ -152,7 +152,7 @@ def test_training_and_inference_both_compare_the_template(folder_with):
     record = Record("x.json, record 1", (ASK, THINK))
     spec = vision_spec(folder)
     assert "Reasoning effort is set to xhigh" in ChatTokenizer(folder).decode(
-        preparation(folder).tokenise(record).ids.tolist()
+        preparation(folder).tokenise(record)[0][1].ids.tolist()
     )
     text = own(QWEN3_8).replace("Reasoning effort is set to xhigh.", "Think hard.")
     (folder / "chat_template.jinja").write_text(text)

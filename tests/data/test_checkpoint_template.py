@@ -1,6 +1,7 @@
 """`template: checkpoint`: text, tokens and masks of templates that are rendered, not rewritten."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,10 @@ def tokenizer(folder):
     return ChatTokenizer(folder)
 
 
+def last_only(r):
+    return replace(r, turns=(*(replace(turn, loss=False) for turn in r.turns[:-1]), r.turns[-1]))
+
+
 def own(text):
     return ChatTemplate(text, "chat_template.jinja")
 
@@ -63,12 +68,12 @@ def test_published_templates_give_the_tokens_of_our_own_pieces(r, style, tokeniz
         return
     pieces, unseen = checkpoint_pieces(r, template, style)
     assert render(pieces) == render(ours)
-    last_query = -1 if style.keeps_thoughts else _last_query(r.turns)
+    last_query = _last_query(r, style)
     history = sum(turn.role == "assistant" for turn in r.turns[: last_query + 1])
     ids, trained = tokenizer.encode(ours, extents(ours, 2))
     found, mask = tokenizer.encode(pieces, extents(pieces, 2))
     if not history:
-        assert unseen == unprompted_answers(r, style, mask_history=False)
+        assert unseen == unprompted_answers(r, style)
         assert found.tolist() == ids.tolist() and mask.tolist() == trained.tolist()
     else:
         assert unseen >= history
@@ -87,11 +92,10 @@ def test_the_tokens_before_each_trained_answer_are_those_of_its_prompt(r, style,
     ids, trained = tokenizer.encode(pieces, extents(pieces, 2))
     starts = [i for i in range(1, len(ids)) if trained[i] and not trained[i - 1]]
     answers = [i for i, turn in enumerate(r.turns) if turn.role == "assistant"]
-    choices = (True, False) if style.enable_thinking is None else (style.enable_thinking,)
     prompts = []
     for i in answers:
         asked = record(*(("user", "x"),)) if i == 0 else type(r)(r.source, r.turns[:i], r.tools)
-        for choice in choices:
+        for choice in style.choices:
             asked_pieces = checkpoint_prompt(asked, template, style, choice)
             prompts.append(tokenizer.encode(asked_pieces, extents(asked_pieces, 2))[0].tolist())
             if not any(turn.role == "assistant" and "</think>" in turn.text for turn in asked.turns):
@@ -112,7 +116,7 @@ def test_a_foreign_template(tokenizer):
     assert not unseen and trained_text(tokenizer, pieces) == ["<plan>r</plan>A1<|im_end|>\n", "A2<|im_end|>\n"]
     assert [p.text for p in pieces if p.kind == "control"].count("<|im_end|>") == 5  # the user's is text
     assert "<|im_start|>USER\n<|im_end|><|im_end|>" in render(pieces)
-    last, _ = checkpoint_pieces(r, own(FOREIGN), Style("checkpoint"), mask_history=True)
+    last, _ = checkpoint_pieces(last_only(r), own(FOREIGN), Style("checkpoint"))
     assert trained_text(tokenizer, last) == ["A2<|im_end|>\n"]
     assert render(checkpoint_prompt(r, own(FOREIGN), Style("checkpoint"), True)).endswith("<|im_start|>ASSISTANT\n")
 
@@ -126,7 +130,7 @@ def test_marks_of_generated_text_decide(tokenizer):
     r = record(USER, ("assistant", "Yo"), USER, ("assistant", "Bye"))
     pieces, _ = checkpoint_pieces(r, own(marked), Style("checkpoint"))
     assert trained_text(tokenizer, pieces) == ["Yo", "Bye"]
-    pieces, _ = checkpoint_pieces(r, own(marked), Style("checkpoint"), mask_history=True)
+    pieces, _ = checkpoint_pieces(last_only(r), own(marked), Style("checkpoint"))
     assert trained_text(tokenizer, pieces) == ["Bye"]
     with pytest.raises(RecordError, match="marks 1 stretches as generated, of 2 answers"):
         checkpoint_pieces(r, own(marked.replace("m.role == 'assistant'", "loop.last")), Style("checkpoint"))

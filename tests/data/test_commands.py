@@ -185,15 +185,18 @@ def recipe(coco):
 
 def test_show(recipe, capsys):
     capsys.readouterr()
-    assert main(["show", str(recipe), "--samples", "2"]) == 0
+    assert main(["show", str(recipe), "--samples", "3"]) == 0
     out = capsys.readouterr().out
     assert "chat_template.jinja, Qwen3.5's as published; trained tokens are in [[ ]]" in out
-    assert "records.json, record 1: " in out and "1 image\n" in out and "record 3" not in out
-    assert (
-        "<|im_start|>user\n<|vision_start|><|image_pad|>*3<|vision_end|>\nWhat are the colors?<|im_end|>\n"
-        "<|im_start|>assistant\n[[White and red.<|im_end|>\n]]<|im_start|>user\nWhat is on the back?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n[[An advertisement — 广告.<|im_end|>\n]]"
-    ) in out
+    assert "records.json, record 1, part 2 of 2: " in out and "1 image\n" in out and "record 3" not in out
+    asked = "<|im_start|>user\n<|vision_start|><|image_pad|>*3<|vision_end|>\nWhat are the colors?<|im_end|>\n"
+    history, thought = "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    more = "<|im_start|>user\nWhat is on the back?<|im_end|>\n"
+    last = f"{thought}[[An advertisement — 广告.<|im_end|>\n]]"
+    assert f"{asked}{thought}[[White and red.<|im_end|>\n]]" in out
+    assert f"{asked}{history}White and red.<|im_end|>\n{more}{last}" in out
+    assert main(["show", str(recipe), "--samples", "2", "data.dataset_param.basic_parameters.multi_turn=joined"]) == 0
+    assert f"{asked}{history}[[White and red.<|im_end|>\n]]{more}{last}" in capsys.readouterr().out
     mask = "data.dataset_param.basic_parameters.mask_history=true"
     for words in ([mask, "--samples", "1"], ["--samples", "1", mask]):
         assert main(["show", str(recipe), *words]) == 0
@@ -214,17 +217,18 @@ def test_show_reports_samples_longer_than_cutoff_len(recipe, capsys):
     basic = "data.dataset_param.basic_parameters"
     capsys.readouterr()
     assert main(["show", str(recipe)]) == 0
-    limit = min(map(int, re.findall(r": (\d+) tokens, ", capsys.readouterr().out)))  # of the record of text
+    lengths = list(map(int, re.findall(r": (\d+) tokens, ", capsys.readouterr().out)))
+    limit = min(lengths)  # of the record of text
     assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count(f"MORE THAN cutoff_len {limit}") == 2 and printed.out.count("\n--- ") == 3  # all are shown
+    assert printed.out.count(f"MORE THAN cutoff_len {limit}") == 2 and len(lengths) == 3  # all are shown
     assert printed.err.count("\n") == 1
     assert (
-        f"of the 3 records shown, 2 are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
+        f"of the 3 samples shown, 2 are longer than {basic}.cutoff_len = {limit}, which training refuses; trunc"
         in printed.err
     )
     assert main(["show", str(recipe), "--samples", "1", f"{basic}.cutoff_len={limit}"]) == 1
-    assert "of the 1 record shown, 1 is longer than" in capsys.readouterr().err
+    assert "of the 1 sample shown, 1 is longer than" in capsys.readouterr().err
     for tolerant in ("truncation=drop", "truncation=truncate", "on_bad_record=skip"):
         assert main(["show", str(recipe), f"{basic}.cutoff_len={limit}", f"{basic}.{tolerant}"]) == 0
         assert f"MORE THAN cutoff_len {limit}, " in capsys.readouterr().out

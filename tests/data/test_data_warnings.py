@@ -22,6 +22,7 @@ __all__ = ["place", "whole"]  # fixtures
 
 FILE, ATTR, CACHE = "data/a.json", "data.dataset_param.attr", f"{BASIC}.cache_dir=cache"
 BOTH = f"{BASIC}.dataset=data/a.json,data/b.json"
+JOINED = f"{BASIC}.multi_turn=joined"
 TEXT = {"id": "t", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 UNREAD_VISUALS = "data: possible images or videos that are not read, in records that have none: "
 
@@ -123,7 +124,13 @@ def test_a_usual_field_beside_the_one_in_attr_is_reported(place):
 def test_answers_that_mask_history_leaves_out_against_the_record_are_counted(place):
     turns = [turn | {"loss": i % 2} for i, turn in enumerate(TEXT["messages"] * 3)]
     write(FILE, {"messages": turns}, {"messages": TEXT["messages"] * 2})
-    assert report_lines() == []
+    assert report_lines(f"{BASIC}.multi_turn=joined") == []
+    assert report_lines() == [
+        (
+            "data: 2 records are trained as several samples, each answer behind its own prompt (multi_turn: joined makes "
+            "one sample of them); first: data/a.json, record 1"
+        )
+    ]
     assert report_lines(f"{BASIC}.mask_history=true") == [
         "data: 2 answers are marked to be trained, but left out by mask_history: true; first: data/a.json, record 1"
     ]
@@ -294,9 +301,9 @@ def test_empty_answers_are_counted():
     tool = [TEXT["messages"][0], call, {"role": "tool", "content": ""}, TEXT["messages"][1]]
     write("data/b.json", TEXT, {"messages": tool}, answers("a"), answers("", " \n", "b"), answers("\t"))
     for more in ([], [CACHE], [CACHE]):
-        assert report_lines(BOTH, *more) == ["data: 3 answers are empty; first: data/b.json, record 4"]
+        assert report_lines(BOTH, JOINED, *more) == ["data: 3 answers are empty; first: data/b.json, record 4"]
     write("data/b.json", TEXT, answers("a", ""))
-    assert report_lines(BOTH) == ["data: 1 answer is empty; first: data/b.json, record 2"]
+    assert report_lines(BOTH, JOINED) == ["data: 1 answer is empty; first: data/b.json, record 2"]
 
 
 def test_of_an_empty_answer_only_the_end_is_trained():
@@ -375,8 +382,10 @@ def test_thoughts_that_the_chat_template_drops_are_counted():
     write("data/b.json", TEXT, said("a", reasoning_content="kept"), raw)
     lines = "are dropped, as the chat template does (qwen3_5 keeps those after the user's last question); first: data/b.json"
     for more in ([], [CACHE], [CACHE]):
-        assert report_lines(BOTH, *more) == [f"data: 2 thoughts {lines}, record 3"]
-    assert report_lines(BOTH, f"{BASIC}.enable_thinking=false") == []
+        assert report_lines(BOTH, JOINED, *more) == [f"data: 2 thoughts {lines}, record 3"]
+        (split,) = report_lines(BOTH, *more)
+        assert split.startswith("data: 1 record is trained as several samples")
+    assert report_lines(BOTH, JOINED, f"{BASIC}.enable_thinking=false") == []
     assert report_lines(BOTH, f"{BASIC}.template=qwen3_vl_nothink") == [f"data: 3 thoughts {lines}, record 2"]
 
 

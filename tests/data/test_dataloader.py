@@ -143,7 +143,8 @@ def test_patches_are_those_of_their_tokens(home, model):
     preparation = Preparation.of(s)
     expected = {}
     for record in read_records(home / "a.json", preparation.attr, ImageFolder(home)):
-        ids = preparation.tokenise(record).ids
+        ((record, sample),) = preparation.tokenise(record)
+        ids = sample.ids
         expected[tuple(ids.tolist())] = [preparation.images.patches(path)[0] for path in record.images]
     seen = 0
     for batch in batches(20, s):
@@ -487,7 +488,8 @@ def test_new_samples_are_mapped_from_their_cache_entry(home, model):
 def test_samples_are_in_memory_once_while_they_are_made(home, model, monkeypatch):
     def tokenise(_, record):
         extents = [1] * len(record.visuals)
-        return TokenisedSample(np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool), [], extents=extents)
+        ids, mask = np.ones(200_000, dtype=np.int32), np.ones(200_000, dtype=bool)
+        return [(record, TokenisedSample(ids, mask, [], extents=extents))]
 
     preparation = Preparation.of(settings(home, model))
     monkeypatch.setattr(Preparation, "tokenise", tokenise)
@@ -521,7 +523,7 @@ def test_prompt_batch_ends_where_the_answer_begins(home, model):
     preparation, spec = Preparation.of(s), vision_spec(model)
     records = list(read_records(home / "a.json", preparation.attr, ImageFolder(home)))
     batch = prompt_batch(records[2], preparation, spec, thinking=False)
-    sample = preparation.tokenise(records[2])
+    ((_, sample),) = preparation.tokenise(records[2])
     n = len(batch.input_ids)
     assert batch.input_ids.tolist() == sample.ids[:n].tolist()
     assert sample.loss_mask[n:].all() and not sample.loss_mask[:n].any()

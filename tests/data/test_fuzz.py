@@ -154,10 +154,11 @@ def check_sample(record, sample, preparation):
     texts = [tokenizer.decode(ids[a:b]) for a, b in pairwise([*starts, len(ids)])]
     answers = [turn for turn in record.turns if turn.role == "assistant"]
     assert sum(text.startswith("<|im_start|>assistant\n") for text in texts) == len(answers)
+    asked = iter(answers)
     for (a, b), text in zip(pairwise([*starts, len(ids)]), texts, strict=True):
-        is_answer = text.startswith("<|im_start|>assistant\n")
-        assert any(trained[a:b]) == is_answer
-        if is_answer:
+        is_trained = text.startswith("<|im_start|>assistant\n") and next(asked).loss is not False
+        assert any(trained[a:b]) == is_trained
+        if is_trained:
             first = trained[a:b].index(True)
             assert all(trained[a + first : b]) and tokenizer.decode(ids[a + first : b]).endswith("<|im_end|>\n")
 
@@ -167,10 +168,12 @@ def check_sample(record, sample, preparation):
 def test_records(records, lines, place, preparation):
     file = place / "r.json"
     file.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records))
-    skipped, made = Skipped(), []
-    for record, sample in tokenised(file, preparation, skip=skipped.add):
-        check_sample(record, sample, preparation)
-        made.append(sample)
+    skipped, made, parts_made = Skipped(), [], 0
+    for record, parts in tokenised(file, preparation, skip=skipped.add):
+        for part in parts:
+            check_sample(*part, preparation)
+        made.append(record)
+        parts_made += len(parts)
     assert len(made) + len(skipped) == len(records)
     if len(skipped):
         assert str(file) in skipped.first and "record " in skipped.first and "\n" not in skipped.first
@@ -179,7 +182,7 @@ def test_records(records, lines, place, preparation):
         below = f", dataset_dir is {preparation.basic.dataset_dir}" if "missing" in caught.value.kind else ""
         assert str(caught.value) == f"{skipped.first}{below}; on_bad_record: skip leaves such records out"
     samples = make_samples(file, preparation, None)
-    assert (len(samples.sources), samples.records) == (len(made), len(records))
+    assert (len(samples.sources), samples.records) == (parts_made, len(records))
     if not made:
         return
     basic = replace(preparation.basic, dataset=str(file), cache_dir=None)
@@ -217,8 +220,9 @@ def test_files(which, damage, lines, place, preparation):
     skipped = Skipped()
     whole = None
     try:
-        for record, sample in tokenised(file, preparation, skip=skipped.add):
-            check_sample(record, sample, preparation)
+        for _, parts in tokenised(file, preparation, skip=skipped.add):
+            for part in parts:
+                check_sample(*part, preparation)
     except RecordError as error:
         whole = str(error)
     assert whole is None or (str(file) in whole and "\n" not in whole)

@@ -136,14 +136,14 @@ def test_a_text_too_long_to_tokenise_is_refused(home, model):
 @pytest.mark.parametrize("roles", [("user", "assistant"), ("assistant", "tool")], ids=str)
 def test_a_long_conversation_takes_linear_time(monkeypatch, roles):
     looks = 0
-    is_query = template._is_query
+    is_query = template.is_query
 
     def counted(turn):
         nonlocal looks
         looks += 1
         return is_query(turn)
 
-    monkeypatch.setattr(template, "_is_query", counted)
+    monkeypatch.setattr(template, "is_query", counted)
     talk = [Turn(role, "x") for _ in range(8000) for role in roles]  # type: ignore[arg-type]
     pieces = training_pieces(Record("x", (Turn("user", "x"), *talk, Turn("assistant", "x"))), Style())
     assert looks <= 3 * 16_002

@@ -107,7 +107,7 @@ def test_lengths_in_tokens_equal_those_of_training(home):
         "training.save": "unused",
     }
     lengths = MicroBatches(from_flat(flat), 0, 1).dataset.lengths
-    assert f"the longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens per record: half" in report
+    assert f"the longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens per sample: half" in report
     for low, high, count in re.findall(r"^ +([\d,]+) to +([\d,]+) #* +([\d,]+)$", report, re.MULTILINE):
         first, last, number = (int(text.replace(",", "")) for text in (low, high, count))
         assert ((first <= lengths) & (lengths <= last)).sum() == number

@@ -514,7 +514,7 @@ def test_generate_uses_the_setting_of_training(setting, place, monkeypatch):
         args = generate.parse([*words, "--prompt", text])
         source = find_model(args.model)
         batch = prompt_batch(generate.question(args), prepare(args, source), vision_spec(source.config), thinking=False)
-        sample = training.tokenise(record(("user", text), ("assistant", "A")))
+        ((_, sample),) = training.tokenise(record(("user", text), ("assistant", "A")))
         prompt = batch.input_ids.tolist()
         assert sample.ids[: len(prompt)].tolist() == prompt
         box = training.tokenizer.encode([Piece("<|box_start|>", answer=True)])[0].item()

@@ -20,7 +20,6 @@ from qwen35.data.style import QWEN3_5, QWEN3_6, QWEN3_8, Style, style_of, thinks
 from qwen35.data.template import (
     as_trained,
     check_thoughts,
-    for_record,
     has_thought,
     prompt_pieces,
     render,
@@ -291,7 +290,6 @@ EMPTY = "<think>\n\n</think>\n\n"
     ("options", "expected"),
     [
         ({}, ["A1<|im_end|>\n", "why\n</think>\n\nA2<|im_end|>\n"]),
-        ({"mask_history": True}, ["why\n</think>\n\nA2<|im_end|>\n"]),
         ({"style": Style(enable_thinking=False)}, ["A1<|im_end|>\n", "A2<|im_end|>\n"]),
         (
             {"train_on_prompt": True},
@@ -305,7 +303,7 @@ EMPTY = "<think>\n\n</think>\n\n"
             ],
         ),
     ],
-    ids=["plain", "mask_history", "no thoughts", "train_on_prompt"],
+    ids=["plain", "no thoughts", "train_on_prompt"],
 )
 def test_masks_of_qwen3_5(options, expected, tokenizer):
     pieces = training_pieces(record(*CONVERSATION), **{"style": Style(), **options})
@@ -316,13 +314,12 @@ def test_masks_of_qwen3_5(options, expected, tokenizer):
     ("options", "expected"),
     [
         ({}, ["A1<|im_end|>\n", "A2<|im_end|>\n"]),
-        ({"mask_history": True}, ["A2<|im_end|>\n"]),
         (
             {"train_on_prompt": True},
             ["S<|im_end|>\n", "a", "b<|im_end|>\n", "A1<|im_end|>\n", "c<|im_end|>\n", "A2<|im_end|>\n"],
         ),
     ],
-    ids=["plain", "mask_history", "train_on_prompt"],
+    ids=["plain", "train_on_prompt"],
 )
 def test_masks_of_nothink(options, expected, tokenizer):
     pieces = training_pieces(record(*CONVERSATION), Style("qwen3_vl_nothink"), **options)
@@ -475,27 +472,16 @@ def test_choices_of_a_template(tmp_path):
     assert style_of(folder, BasicParameters("x", template="qwen3_vl_nothink")) == Style("qwen3_vl_nothink")
 
 
-def test_how_much_to_think_is_asked_where_the_record_thinks(tokenizer):
-    """As a server would ask: a record without a thought is written as without thinking."""
-    style, effort = Style(dialect=QWEN3_8), QWEN3_8.efforts["xhigh"]
-    plain, thinking = record(USER, ("assistant", "Yo")), record(USER, ("assistant", "Yo", "why"))
-    mixed = record(*thinking_turns(thinking), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e"))
-    for r, thinks, trained, left_out in (
-        (plain, False, ["Yo<|im_end|>\n"], 0),
-        (thinking, True, ["why\n</think>\n\nYo<|im_end|>\n"], 0),
-        (mixed, True, ["why\n</think>\n\nYo<|im_end|>\n", "\n</think>\n\ne<|im_end|>\n"], 1),
-    ):
-        chosen = for_record(r, style)
-        pieces = training_pieces(r, chosen)
-        assert (effort in render(pieces)) == thinks == has_thought(r, style)
-        assert trained_text(tokenizer, pieces) == trained
-        assert unprompted_answers(r, chosen, mask_history=False) == left_out
-        assert render(pieces).startswith(render(prompt_pieces(r, style, thinks)))
-    assert for_record(plain, Style(dialect=QWEN3_6)) == Style(dialect=QWEN3_6)
-
-
-def thinking_turns(r):
-    return [(turn.role, turn.content, turn.reasoning) for turn in r.turns]
+def test_answers_without_a_thought_where_thoughts_are_asked_for(tokenizer):
+    """Only the last can be trained: in the others the line after `<think>` joins the template's."""
+    turns = [USER, ("assistant", "Yo", "why"), ("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    r, style = record(*turns), Style(dialect=QWEN3_8, enable_thinking=True)
+    pieces = training_pieces(r, style)
+    assert QWEN3_8.efforts["xhigh"] in render(pieces) and has_thought(r, style)
+    assert trained_text(tokenizer, pieces) == ["why\n</think>\n\nYo<|im_end|>\n", "\n</think>\n\ne<|im_end|>\n"]
+    assert unprompted_answers(r, style) == 1
+    assert render(pieces).startswith(render(prompt_pieces(r, style, True)))
+    assert not has_thought(r, Style(dialect=QWEN3_8))
 
 
 def test_a_think_block_in_the_content_is_refused_where_the_template_reads_none():
@@ -525,7 +511,7 @@ def begins_with_a_line(piece):
     r=conversations(),
     default=st.booleans(),
     style=STYLES,
-    options=st.sampled_from([{}, {"mask_history": True}, {"train_on_prompt": True}]),
+    options=st.sampled_from([{}, {"train_on_prompt": True}]),
 )
 def test_a_sample_has_the_tokens_of_its_whole_text(r, default, style, options, tokenizer, hf_tokenizer):
     """As in transformers, except for generated answers that begin with a newline."""
@@ -569,11 +555,11 @@ def test_a_generated_answer_that_begins_with_a_newline(tokenizer, hf_tokenizer):
 
 
 @quick
-@given(r=conversations(), thinking=st.sampled_from([None, True, False]), history=st.booleans())
-def test_the_trained_tokens_continue_the_prompt_exactly(r, thinking, history, tokenizer, hf_tokenizer):
+@given(r=conversations(), thinking=st.sampled_from([None, True, False]))
+def test_the_trained_tokens_continue_the_prompt_exactly(r, thinking, tokenizer, hf_tokenizer):
     """ids of the sample = transformers' ids of the prompt + the trained ids, to the end."""
     try:
-        pieces = training_pieces(r, Style(enable_thinking=thinking), mask_history=history)
+        pieces = training_pieces(r, Style(enable_thinking=thinking))
     except RecordError:
         return
     assume(not any(begins_with_a_line(p) for p in [p for p in pieces if p.fresh][:-1]))
@@ -583,7 +569,7 @@ def test_the_trained_tokens_continue_the_prompt_exactly(r, thinking, history, to
     prompt = expanded(render(prompt_pieces(r, Style(enable_thinking=thinking), thinks)), 2)
     prompt_ids = hf_tokenizer(prompt, add_special_tokens=False).input_ids
     assert ids[: len(prompt_ids)].tolist() == prompt_ids
-    assert trained[len(prompt_ids) :].all() and not (history and trained[: len(prompt_ids)].any())
+    assert trained[len(prompt_ids) :].all()
     answer = tokenizer.decode(ids[len(prompt_ids) :].tolist())
     assert answer.endswith("<|im_end|>\n")
     assert answer.count("</think>") == thinks

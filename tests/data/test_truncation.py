@@ -84,11 +84,13 @@ def in_vision(ids: list[int], tokenizer: ChatTokenizer) -> list[bool]:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
     """It has the tokens, labels, positions and pixels up to the last label before the limit."""
-    whole = MicroBatches(settings(home, **mask, cutoff_len=4096), 0, 1).dataset
+    whole = MicroBatches(settings(home, **mask, multi_turn="joined", cutoff_len=4096), 0, 1).dataset
     tokenizer = ChatTokenizer(home / "hf")
     samples = {whole.source(i): whole[i] for i in range(len(whole))}
     for limit in (75, 150, 300):
-        loader = MicroBatches(settings(home, **mask, cutoff_len=limit, truncation="truncate"), 0, 1)
+        loader = MicroBatches(
+            settings(home, **mask, multi_turn="joined", cutoff_len=limit, truncation="truncate"), 0, 1
+        )
         ours, lost, seen = loader.dataset, [0, 0, 0], set()
         for i in range(len(ours)):
             sample, full = ours[i], samples[ours.source(i)]
@@ -172,20 +174,20 @@ def test_every_limit(home):
 
 def test_the_policies(home):
     with pytest.raises(RecordError, match=r"cutoff_len = 75 \(\d+ such records in all\); truncation: drop leaves such"):
-        MicroBatches(settings(home, cutoff_len=75), 0, 1)
-    whole = MicroBatches(settings(home, cutoff_len=4096), 0, 1)
+        MicroBatches(settings(home, multi_turn="joined", cutoff_len=75), 0, 1)
+    whole = MicroBatches(settings(home, multi_turn="joined", cutoff_len=4096), 0, 1)
     long = int((whole.dataset.lengths > 75).sum())
-    dropped = MicroBatches(settings(home, cutoff_len=75, truncation="drop"), 0, 1)
+    dropped = MicroBatches(settings(home, multi_turn="joined", cutoff_len=75, truncation="drop"), 0, 1)
     assert len(dropped.dataset) == 40 - long and dropped.dataset.skipped.kinds == {"longer than cutoff_len": long}
     assert f"data: skipped {long} of 40 records: {long} longer than cutoff_len; first: " in dropped.report()
-    cut_ = MicroBatches(settings(home, cutoff_len=75, truncation="truncate"), 0, 1)
+    cut_ = MicroBatches(settings(home, multi_turn="joined", cutoff_len=75, truncation="truncate"), 0, 1)
     none = len(cut_.dataset.skipped)
     assert 0 < none < long and len(cut_.dataset) == 40 - none
     assert f"\ndata: cut {long - none} samples to cutoff_len, " in cut_.report()
     assert cut_.label_share > 0
-    skipped = MicroBatches(settings(home, cutoff_len=75, on_bad_record="skip"), 0, 1)
+    skipped = MicroBatches(settings(home, multi_turn="joined", cutoff_len=75, on_bad_record="skip"), 0, 1)
     assert skipped.fingerprint == dropped.fingerprint != cut_.fingerprint  # the same samples, in the same bins
-    anew = MicroBatches(settings(home, cutoff_len=4096, truncation="truncate"), 0, 1)
+    anew = MicroBatches(settings(home, multi_turn="joined", cutoff_len=4096, truncation="truncate"), 0, 1)
     assert anew.fingerprint == whole.fingerprint and "cut" not in anew.report()  # nothing is too long
     for batch, _ in zip(cut_, range(cut_.sequences_per_epoch), strict=False):
         assert len(batch.input_ids) == 75

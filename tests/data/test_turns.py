@@ -57,15 +57,16 @@ def hf_tokenizer(place):
 def make(place, preparation, hf_tokenizer):
     """record -> (its ids, equal to transformers', and its trained stretches as text).
 
-    meant: an equivalent record that the template can render; settings: of basic_parameters.
+    meant: an equivalent record that the template can render; settings: of basic_parameters, which
+    make one sample of each record here, so that it is compared whole.
     """
 
     def make(raw, meant=None, warned=(), **settings):
-        p = replace(preparation, basic=replace(preparation.basic, **settings))
+        p = replace(preparation, basic=replace(preparation.basic, multi_turn="joined", **settings))
         file = place / "r.json"
         file.write_text(json.dumps([raw]))
         warnings = DataWarnings()
-        ((record, sample),) = tokenised(file, p, warnings=warnings)
+        ((_, ((record, sample),)),) = tokenised(file, p, warnings=warnings)
         assert warnings.lines() == [*warned]
         meant = meant or raw
         chat = {"chat_template": (PUBLISHED / "chat_template.jinja").read_text(), "tokenize": False}

@@ -254,7 +254,7 @@ def test_tokens_and_positions_equal_transformers(tmp_path, processor):
         images = (tmp_path / "a.png",) * order.count("<image>")
         content = with_visuals("".join(order), {"<image>": iter(images), "<video>": iter(videos)})
         record = Record("r", (Turn("user", content), Turn("assistant", "A")))
-        sample = p.tokenise(record)
+        ((_, sample),) = p.tokenise(record)
         content = [
             {"type": kind} if (kind := place[1:-1]) in ("image", "video") else {"type": "text", "text": place}
             for place in order
@@ -295,7 +295,7 @@ def test_token_layout_of_one_video(tmp_path, processor):
     theirs, p = processor
     frames = film(4, 32, 32)
     record = Record("r", (Turn("user", (Video(save(frames, tmp_path / "v"), 2.0),)), Turn("assistant", "A")))
-    ours = p.tokenise(record).ids.tolist()
+    ours = p.tokenise(record)[0][1].ids.tolist()
     frame = "<|vision_start|><|video_pad|><|vision_end|>"
     assert theirs.tokenizer.decode(ours).startswith(
         f"<|im_start|>user\n<0.2 seconds>{frame}<1.2 seconds>{frame}<|im_end|>\n<|im_start|>assistant\n"

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_000,
     "model": 1_375,
     "checkpoint": 3_600,
-    "data": 5_540,
+    "data": 5_660,
     "parallel": 665,
     "inference": 970,
     "training": 1_600,

@@ -170,5 +170,5 @@ def test_transformers_makes_the_same_prompt_and_pixels(made, preparation):
 def test_recipe_packs_without_padding(made, preparation):
     basic = load_settings(ROOT / "configs/tiny.yaml").data.dataset_param.basic_parameters
     records = read_records(made / "digits/train.json", Attr(), ImageFolder(made / "digits"))
-    lengths = {len(preparation.tokenise(record).ids) for record in records}
+    lengths = {len(sample.ids) for record in records for _, sample in preparation.tokenise(record)}
     assert len(lengths) == 1 and basic.cutoff_len % lengths.pop() == 0

@@ -35,6 +35,7 @@ SPLIT = (
 Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
 Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
 Extent = int | Sequence[tuple[float, int]]  # number of tokens of an image; (seconds, tokens) per pair of video frames
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTokenizer:
@@ -234,6 +235,13 @@ def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> s
     name = token.get("content") if isinstance(token, dict) else token
     if not isinstance(name, str) or not name.isprintable():
         raise SettingError(f"{folder}/tokenizer_config.json: {key}: {str(token)[:80]} is not a token")
+def named_tokens(folder: str | Path) -> dict[str, str]:
+    """The tokens that chat templates can name, with transformers' defaults. Raises SettingError."""
+    config, _ = _config(Path(folder))
+    usual = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    return {key: _name(folder, config, key, usual.get(key, "")) for key in NAMED if config.get(key) or key in usual}
+
+
     return name
 
 

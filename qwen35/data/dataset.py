@@ -169,6 +169,13 @@ class Dataset:
     def images(self) -> int:
         return int(self._visuals.sum()) - self.videos
 
+    def new_tokens(self) -> list[str]:
+        """The tokens that somebody added to the family's own, of those that the samples have."""
+        if not (names := self.preparation.tokenizer.new_tokens):
+            return []
+        found = [ids[np.isin(ids, [*names])] for ids in (samples.ids.numpy() for samples in self.files)]
+        return [names[number] for number in np.unique(np.concatenate(found)).tolist()]
+
     def fingerprint(self, more: str = "") -> str:
         """A hash of all tokens and loss masks, of where samples are truncated, and of `more`."""
         digest = hashlib.blake2b(more.encode(), digest_size=16)

@@ -22,6 +22,7 @@ from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences, moved_forward
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
+from qwen35.data.serving import serving_notes
 from qwen35.data.tokenized import Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError, one_line
@@ -72,6 +73,7 @@ class MicroBatches:
             *size_warnings(
                 settings.tokenizer_dir, self.dataset.preparation, self.dataset.images, self.dataset.videos, SERVED
             ),
+            *serving_notes(settings, self.dataset),
         ]
         first = mixture.epoch(0)
         if not len(first):

@@ -168,7 +168,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
     if validation:
-        logger.info(validation.report())
+        logger.info(validation.report(micro_batches.dataset))
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
         logger.info(steps_message(settings, step, steps_per_epoch))

@@ -5,6 +5,7 @@ Which samples share a packed sequence, and in which order they come, is packing.
 
 import hashlib
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -175,6 +176,18 @@ class Dataset:
             return []
         found = [ids[np.isin(ids, [*names])] for ids in (samples.ids.numpy() for samples in self.files)]
         return [names[number] for number in np.unique(np.concatenate(found)).tolist()]
+
+    def hashes(self, but: Collection[str] = ()) -> Iterator[tuple[int, str]]:
+        """Of each sample: a hash of its tokens and visuals, for this process, and its source.
+
+        but: files to leave out.
+        """
+        for samples, start in zip(self.files, self._starts.tolist(), strict=False):
+            ids, offsets, visuals = samples.ids.numpy(), samples.offsets.tolist(), samples.image_offsets.tolist()
+            for i, source in enumerate(samples.sources):
+                if self._tokens[start + i] and samples.file not in but:
+                    shown = repr(samples.visuals[visuals[i] : visuals[i + 1]])
+                    yield hash((ids[offsets[i] : offsets[i + 1]].tobytes(), shown)), source
 
     def fingerprint(self, more: str = "") -> str:
         """A hash of all tokens and loss masks, of where samples are truncated, and of `more`."""

@@ -91,10 +91,14 @@ class MicroBatches:
         self._workers, self._pin = loader.num_workers, pin
 
     def _normalization(self) -> dict[str, dict[str, Any]]:
-        """How pixels are normalised, which the fingerprint of the tokens does not cover."""
+        """Where pixels come from, and how they are normalised: no token shows it."""
         dataset, preparation = self.dataset, self.dataset.preparation
         formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))
-        return {kind: {"mean": f.mean, "std": f.std, "scale": f.scale} for kind, count, f in formats if count}
+        return {
+            kind: {"mean": f.mean, "std": f.std, "scale": f.scale, "files": dataset.files_digest(kind == "video")}
+            for kind, count, f in formats
+            if count
+        }
 
     def start_at(self, step: int) -> None:
         """The next iteration begins with the first micro-step of `step`."""

@@ -5,10 +5,11 @@ Which samples share a packed sequence, and in which order they come, is packing.
 
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,8 @@ from qwen35.data.tokenized import FileSamples, Progress, load_samples, paths_of,
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
+
+EMBEDDED = re.compile("[0-9a-f]{64}")  # the name of an embedded image in cache_dir
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,21 @@ class Dataset:
                 digest.update(tensor.numpy().data)
         if self.truncated.numbers:
             digest.update(self._tokens.tobytes())
+        return digest.hexdigest()
+
+    def files_digest(self, of_videos: bool) -> str:
+        """A hash of the names of all images, or videos, below dataset_dir, which no token shows.
+
+        Of an embedded image, which lies in cache_dir, it covers the name alone, a digest of it.
+        """
+        root, digest = os.path.realpath(self.preparation.basic.dataset_dir) + os.sep, hashlib.blake2b(digest_size=16)
+        for value in chain.from_iterable(samples.visuals for samples in self.files):
+            if isinstance(value, str) == of_videos:
+                continue
+            for path in paths_of(visual_from_json(value)):
+                name = path.name if EMBEDDED.fullmatch(path.name) else str(path).removeprefix(root)
+                digest.update(f"{name}\0".encode(errors="surrogateescape"))
+            digest.update(b"\n")
         return digest.hexdigest()
 
     def _locate(self, number: int) -> tuple[FileSamples, int]:

@@ -51,7 +51,7 @@ from qwen35.training.flops import Flops, token_counts
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
-from qwen35.training.parameter_groups import check_visuals, parameter_table
+from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
@@ -149,6 +149,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
     ignored += check_visuals(model, micro_batches.dataset.images + micro_batches.dataset.videos)
+    ignored += check_new_tokens(model, micro_batches.dataset.new_tokens())
     heartbeat.at("sharding the model")
     before = parameter_table(model)
     optimizer = distribute(settings, model, meshes, device)
@@ -167,7 +168,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
     if validation:
-        logger.info(validation.report())
+        logger.info(validation.report(micro_batches.dataset))
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
         logger.info(steps_message(settings, step, steps_per_epoch))

@@ -7,7 +7,7 @@ differently is refused.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,11 +21,13 @@ from qwen35.data.files import read_chat_template
 from qwen35.data.record import Record, Turn, Video
 from qwen35.data.style import DIALECTS, Style, digest_of
 from qwen35.data.template import as_asked, as_trained, prompt_pieces, render, training_pieces
+from qwen35.data.tokenizer import named_tokens
 from qwen35.errors import SettingError, one_line
 
 # What a foreign template may raise on values that it does not expect.
 RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
 MARKS = ("\ufdd0", "\ufdd1")  # code points that Unicode keeps free for programs' own use
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SHOWN = 60  # characters of each text from the first difference on
 
 
@@ -33,6 +35,7 @@ SHOWN = 60  # characters of each text from the first difference on
 class ChatTemplate:
     text: str
     file: str
+    tokens: Mapping[str, str] = field(default_factory=dict)  # that it can name: eos_token, …
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
@@ -40,7 +43,8 @@ class ChatTemplate:
         found = read_chat_template(folder)
         if found is None:
             return None
-        template = cls(*found)
+        has_tokens = (Path(folder) / TOKENIZER_CONFIG).is_file()
+        template = cls(*found, named_tokens(folder) if has_tokens else {})
         try:
             _ = template._compiled
         except jinja2.TemplateError as error:
@@ -59,7 +63,8 @@ class ChatTemplate:
         """
         messages, tools = [_message(turn) for turn in turns], list(record.tools) or None
         try:
-            text = self._compiled.render(messages=messages, tools=tools, **{"add_generation_prompt": False, **given})
+            values = {"documents": None, "add_generation_prompt": False, **self.tokens, **given}
+            text = self._compiled.render(messages=messages, tools=tools, **values)
         except RENDER_ERRORS as error:
             raise record.error(f"{self.file} cannot render it: {one_line(error)}", "chat template differs") from None
         return text if marks else re.sub(f"[{''.join(MARKS)}]", "", text)

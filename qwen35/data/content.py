@@ -169,13 +169,39 @@ def _key_of(raw: Mapping[str, Any], names: Iterable[str], where: str, what: str)
     return present[0]
 
 
-def parse_tools(value: Any, where: str) -> tuple[Any, ...]:
-    """The tools, from a list of objects or its JSON text. Raises RecordError."""
+def parse_tools(value: Any, where: str) -> tuple[tuple[Any, ...], bool]:
+    """The tools, from a list of objects or its JSON text, and whether any was brought into the form
+    of the OpenAI API. Raises RecordError.
+    """
     tools = _json(value, where) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(f"{where}: is {kind(tools)}, not a list of objects")
-    _check_json(tools, where)
-    return tuple(tools)
+    parsed = [_tool(tool, f"{where}[{i}]") for i, tool in enumerate(tools)]
+    _check_json(parsed, where)
+    return tuple(parsed), parsed != tools
+
+
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    """A tool as servers pass it to the chat template, which writes it as it is.
+
+    Many data sets list bare functions, or hold objects as JSON text, which columns of a table need.
+    A server's API takes neither. Raises RecordError.
+    """
+    kept = {name: value for name, value in tool.items() if name not in ("type", "function") or value is not None}
+    if kept.get("type", "function") != "function" or not kept.keys() & {"function", "name"}:
+        return tool
+    around = (
+        kept if {"type", "function"} <= kept.keys() else {"type": "function"} | (kept if "function" in kept else {})
+    )
+    function = _json(kept["function"], f"{where}.function") if "function" in kept else kept
+    if not isinstance(function, dict):
+        raise RecordError(f"{where}.function: is {kind(function)}, not an object")
+    if "input_schema" in function:
+        raise RecordError(f"{where}: has input_schema, which no server passes on; it belongs in parameters")
+    function = {name: value for name, value in function.items() if function is not kept or name != "type"}
+    if isinstance(function.get("parameters"), str):
+        function |= {"parameters": _json(function["parameters"], f"{where}.parameters") or {}}
+    return around | {"function": function}
 
 
 def _json(value: Any, where: str) -> Any:

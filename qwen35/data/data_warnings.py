@@ -46,6 +46,8 @@ COUNTED = {  # kind of warning -> (noun, words for one, words for several, what 
     ),
     "masked": ("answer", "is", "are", "marked to be trained, but left out by mask_history: true"),
     "frames": ("image", "has", "have", "several frames or pages, and as in transformers only the first is used"),
+    "tools": ("record", "has", "have",
+        "tools without the OpenAI API's form, as which servers pass them; they are trained in it"),
     "reordered": ("tool response", "was", "were", "moved into the order of the calls"),
 }  # fmt: skip
 SPELLED = {  # what became of special tokens that texts spell (Outcome in tokenizer.py) -> the message

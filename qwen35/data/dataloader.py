@@ -22,6 +22,7 @@ from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences, moved_forward
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
+from qwen35.data.serving import serving_notes
 from qwen35.data.tokenized import Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError, UserError, one_line
@@ -72,6 +73,7 @@ class MicroBatches:
             *size_warnings(
                 settings.tokenizer_dir, self.dataset.preparation, self.dataset.images, self.dataset.videos, SERVED
             ),
+            *serving_notes(settings, self.dataset),
         ]
         first = mixture.epoch(0)
         if not len(first):
@@ -89,10 +91,14 @@ class MicroBatches:
         self._workers, self._pin = loader.num_workers, pin
 
     def _normalization(self) -> dict[str, dict[str, Any]]:
-        """How pixels are normalised, which the fingerprint of the tokens does not cover."""
+        """Where pixels come from, and how they are normalised: no token shows it."""
         dataset, preparation = self.dataset, self.dataset.preparation
         formats = (("image", dataset.images, preparation.images), ("video", dataset.videos, preparation.videos))
-        return {kind: {"mean": f.mean, "std": f.std, "scale": f.scale} for kind, count, f in formats if count}
+        return {
+            kind: {"mean": f.mean, "std": f.std, "scale": f.scale, "files": dataset.files_digest(kind == "video")}
+            for kind, count, f in formats
+            if count
+        }
 
     def start_at(self, step: int) -> None:
         """The next iteration begins with the first micro-step of `step`."""

@@ -5,9 +5,11 @@ Which samples share a packed sequence, and in which order they come, is packing.
 
 import hashlib
 import os
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +28,8 @@ from qwen35.data.tokenized import FileSamples, Progress, load_samples, paths_of,
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
+
+EMBEDDED = re.compile("[0-9a-f]{64}")  # the name of an embedded image in cache_dir
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,25 @@ class Dataset:
     def images(self) -> int:
         return int(self._visuals.sum()) - self.videos
 
+    def new_tokens(self) -> list[str]:
+        """The tokens that somebody added to the family's own, of those that the samples have."""
+        if not (names := self.preparation.tokenizer.new_tokens):
+            return []
+        found = [ids[np.isin(ids, [*names])] for ids in (samples.ids.numpy() for samples in self.files)]
+        return [names[number] for number in np.unique(np.concatenate(found)).tolist()]
+
+    def hashes(self, but: Collection[str] = ()) -> Iterator[tuple[int, str]]:
+        """Of each sample: a hash of its tokens and visuals, for this process, and its source.
+
+        but: files to leave out.
+        """
+        for samples, start in zip(self.files, self._starts.tolist(), strict=False):
+            ids, offsets, visuals = samples.ids.numpy(), samples.offsets.tolist(), samples.image_offsets.tolist()
+            for i, source in enumerate(samples.sources):
+                if self._tokens[start + i] and samples.file not in but:
+                    shown = repr(samples.visuals[visuals[i] : visuals[i + 1]])
+                    yield hash((ids[offsets[i] : offsets[i + 1]].tobytes(), shown)), source
+
     def fingerprint(self, more: str = "") -> str:
         """A hash of all tokens and loss masks, of where samples are truncated, and of `more`."""
         digest = hashlib.blake2b(more.encode(), digest_size=16)
@@ -177,6 +200,21 @@ class Dataset:
                 digest.update(tensor.numpy().data)
         if self.truncated.numbers:
             digest.update(self._tokens.tobytes())
+        return digest.hexdigest()
+
+    def files_digest(self, of_videos: bool) -> str:
+        """A hash of the names of all images, or videos, below dataset_dir, which no token shows.
+
+        Of an embedded image, which lies in cache_dir, it covers the name alone, a digest of it.
+        """
+        root, digest = os.path.realpath(self.preparation.basic.dataset_dir) + os.sep, hashlib.blake2b(digest_size=16)
+        for value in chain.from_iterable(samples.visuals for samples in self.files):
+            if isinstance(value, str) == of_videos:
+                continue
+            for path in paths_of(visual_from_json(value)):
+                name = path.name if EMBEDDED.fullmatch(path.name) else str(path).removeprefix(root)
+                digest.update(f"{name}\0".encode(errors="surrogateescape"))
+            digest.update(b"\n")
         return digest.hexdigest()
 
     def _locate(self, number: int) -> tuple[FileSamples, int]:

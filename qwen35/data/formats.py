@@ -96,7 +96,8 @@ def parse_record(
             visuals[placeholder] = parser.visuals(found[1], f"{source}, {found[0]}", placeholder == VIDEO_PLACEHOLDER)
     turns, literal = _with_visuals(parsed, visuals, turns_source)
     turns = _with_system(raw, source, names, turns)
-    tools = () if (found := names.tools.find(raw, source)) is None else parse_tools(found[1], f"{source}, {found[0]}")
+    found = names.tools.find(raw, source)
+    tools, reshaped = ((), False) if found is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
     unread = unread_visuals(raw, record, names)
     candidates = [name for name in unread if name not in names.of_record.known]
@@ -105,7 +106,7 @@ def parse_record(
             f"{turns_source}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
             "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
-    for what, count in (("literal", literal), ("reordered", reordered)):
+    for what, count in (("literal", literal), ("reordered", reordered), ("tools", int(reshaped))):
         if count:
             warnings.count(what, count, record.source)
     warnings.check_record(record, parser.unread, unread)

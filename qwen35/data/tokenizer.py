@@ -23,6 +23,9 @@ CONTROL_TOKENS = (
 # The chat template writes these around thoughts, calls and responses. They are tokens in any text,
 # even with a tokenizer that, unlike the published one, marks them as special.
 TEMPLATE_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+# The family's other added tokens; what else a tokenizer has, somebody added.
+MARKUP = """<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> <|fim_prefix|>
+    <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>""".split()
 # Where text is cut before BPE. transformers puts this in place of what the file says, whose pattern
 # is Qwen2's in some checkpoints: there, combining marks (\p{M}) are cut off from their letters.
 # Source: transformers 5.23, Qwen3_5Tokenizer, and pretokenize_regex in the published
@@ -32,6 +35,7 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 Outcome = Literal["control", "text", "token"]  # a control token kept as text, markup kept as text, markup as a token
 Spelled = dict[Outcome, set[str]]  # the special tokens that the text of one record spells
 Extent = int | Sequence[tuple[float, int]]  # number of tokens of an image; (seconds, tokens) per pair of video frames
@@ -71,6 +75,9 @@ class ChatTokenizer:
         has_video = self._tokenizer.token_to_id(VIDEO_PAD) is not None
         self.video_id = self._id(VIDEO_PAD, added) if has_video else None
         self.im_end_id = self._control[IM_END]
+        self.eos_token = named_tokens(folder)["eos_token"]
+        own = {*CONTROL_TOKENS, *TEMPLATE_TAGS, *MARKUP}
+        self.new_tokens = {number: token.content for number, token in added.items() if token.content not in own}
         self.control_ids = list(self._control.values())
         self._tokens_in_prompts = special_tokens_in_prompts == "tokens"
         self._special = {i: t.content for i, t in added.items() if t.special and t.content not in TEMPLATE_TAGS}
@@ -226,6 +233,13 @@ def _config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     old = {name: read_config(folder, name) for name in files[1:]}
     added = {"added_tokens": list(old.get("added_tokens.json", ()))}
     return config | old.get("special_tokens_map.json", {}) | added, files
+
+
+def named_tokens(folder: str | Path) -> dict[str, str]:
+    """The tokens that chat templates can name, with transformers' defaults. Raises SettingError."""
+    config, _ = _config(Path(folder))
+    usual = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    return {key: _name(folder, config, key, usual.get(key, "")) for key in NAMED if config.get(key) or key in usual}
 
 
 def _name(folder: str | Path, config: dict[str, Any], key: str, usual: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from qwen35.batch import PackedBatch
 from qwen35.config.schema import DatasetFile, DatasetParam, Settings
 from qwen35.data.dataloader import DecodedBatches, background_loader, open_dataset
+from qwen35.data.dataset import Dataset
 from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch
 from qwen35.data.record import Record
@@ -49,6 +50,15 @@ class ValidationSet:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def also_trained(self, trained: Dataset) -> list[str]:
+        """The sources of its samples that `trained` has too, by tokens, images and videos.
+
+        Those of files in `training_overlap` are not among them.
+        """
+        own = list(self.dataset.hashes(but={str(file) for file in self.training_overlap}))
+        found = {key for key, _ in own} & {key for key, _ in trained.hashes()}
+        return [source for key, source in own if key in found]
 
     def start(self) -> None:
         """Start decoding. Call it before other threads run, because the workers are forked."""

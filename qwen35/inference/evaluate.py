@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.config.schema import BasicParameters
+from qwen35.config.schema import BasicParameters, dataset_entries
 from qwen35.console import outlive_readers
 from qwen35.data import Record, RecordError
 from qwen35.data.collator import prompt_batch, vision_spec
@@ -164,6 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SettingError(
                 f"the files of --data lie in {' and '.join(folders)}: give --dataset_dir, the folder of the images of all"
             )
+        trained = dataset_entries(source.train_set.basic_parameters.dataset) if source.train_set else []
+        known = {Path(entry.file).resolve() for entry in trained}
+        for entry in dataset_entries(args.data):
+            if Path(entry.file).resolve() in known:
+                print(f"{entry.file} is what the run trained on, so nothing in it was held out", file=sys.stderr)
         model = load_model(source)
         tell_sizes(args, source, preparation, records)
         print(f"asked with {asked_how(args.thinking, preparation.basic)}; {sampling}", file=sys.stderr)

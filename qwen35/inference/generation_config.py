@@ -8,11 +8,12 @@ import torch
 
 from qwen35.config.load import SettingError
 from qwen35.data.files import read_config
+from qwen35.data.serving import GENERATION_CONFIG, MODEL_CONFIG, stop_tokens
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import Parser, whole_number
 from qwen35.inference.sampling import Sampling
 
-FILE = "generation_config.json"
+FILE = GENERATION_CONFIG
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
 SAMPLING_ONLY = NUMBERS[:4]  # without effect in greedy decoding; the penalties apply there too
 TYPES = dict.fromkeys(NUMBERS, ((int, float), "a number")) | {
@@ -108,14 +109,5 @@ def stop_ids(folder: str | Path, tokenizer: ChatTokenizer) -> set[int]:
     The published config.json names `<|endoftext|>` alone, which ends no chat turn, and some sizes
     have no generation_config.json. Raises SettingError.
     """
-    ids = {tokenizer.im_end_id, tokenizer.pad_id}
-    for name in ("config.json", FILE):
-        if (Path(folder) / name).is_file():
-            config = read_config(folder, name)
-            for level in (config, config.get("text_config")):
-                named = level.get("eos_token_id") if isinstance(level, dict) else None
-                tokens = [token for token in (named if isinstance(named, list) else [named]) if token is not None]
-                if not all(type(token) is int for token in tokens):
-                    raise SettingError(f"{folder}/{name}: eos_token_id: {str(named)[:80]} is no token's number")
-                ids.update(tokens)
-    return ids
+    ends = {tokenizer.im_end_id, tokenizer.pad_id}
+    return ends | stop_tokens(folder, MODEL_CONFIG) | stop_tokens(folder, GENERATION_CONFIG)

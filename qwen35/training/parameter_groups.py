@@ -25,6 +25,9 @@ GROUPS = (
 )
 
 
+MAX_NAMES = 5  # that a message names
+
+
 def group_of(name: str) -> str:
     return next(g for g in GROUPS if g in name).rstrip(".")
 
@@ -84,6 +87,25 @@ def check_visuals(model: nn.Module, visuals: int) -> list[str]:
             " than that (model.freeze, training.lora.target_modules), or use other data"
         )
     return ["the data has no images or videos: what is trained of the vision tower stays as it is"]
+
+
+def check_new_tokens(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """A line if tokens of the data that are not the family's own cannot be learnt.
+
+    Adapters leave embedding and head as they are, and there lies what a token means.
+    """
+    parts = {"embed_tokens": "the embedding", "lm_head": "the head"}
+    frozen = {
+        parts[group] for n, p in model.named_parameters() if (group := group_of(n)) in parts and not p.requires_grad
+    }
+    if not names or not frozen:
+        return []
+    shown = ", ".join(names[:MAX_NAMES]) + f" and {len(names) - MAX_NAMES} more" * (len(names) > MAX_NAMES)
+    line = (
+        f"the data has {shown}, not of the family's own tokens, and {' and '.join(sorted(frozen))}, frozen here, hold what "
+        "they mean: unless the weights know them already, train all weights first, or write them in other words"
+    )
+    return [line]
 
 
 def parameter_table(model: nn.Module) -> str:

@@ -138,7 +138,7 @@ def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Setting
             f" the change, or {START_ANEW}"
         )
     if changed := differences(loaded.extra.get("levels", {}), extra["levels"]):
-        what = f"with another normalization of pixels ({'; '.join(changed)})"
+        what = f"with other images or videos, or another normalization of pixels ({'; '.join(changed)})"
         raise SettingError(f"{loaded.path} was trained {what}; undo the change, or {START_ANEW}")
 
 

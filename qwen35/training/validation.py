@@ -12,6 +12,7 @@ from kernels.host import to_device
 from qwen35.batch import IGNORE
 from qwen35.config.schema import DatasetParam, Settings, for_validation
 from qwen35.data import RecordError
+from qwen35.data.dataset import Dataset
 from qwen35.data.tokenized import Progress
 from qwen35.data.validation import ValidationSet
 from qwen35.device import has_own_memory
@@ -60,8 +61,8 @@ class Validation:
         assert t.val_interval is not None
         return step % t.val_interval == 0 or step == t.train_iters
 
-    def report(self) -> str:
-        """The line for the start of a run."""
+    def report(self, trained: Dataset | None = None) -> str:
+        """The line for the start of a run. trained: what it trains on, to compare the samples."""
         dataset, t = self.set.dataset, self.settings.training
         skipped = f"; skipped {len(dataset.skipped):,}: {dataset.skipped}" if len(dataset.skipped) else ""
         truncated = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
@@ -71,6 +72,9 @@ class Validation:
         generation = f", {answered:,} of them answered{too_long}{sampling}" if t.val_generate else ""
         shared = ", ".join(map(str, self.set.training_overlap))
         warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.warnings)
+        if both := self.set.also_trained(trained) if trained else []:
+            verb = "is" if len(both) == 1 else "are"
+            warnings = f"; {number_of(len(both), 'sample')} of these {verb} also trained on, first {both[0]}{warnings}"
         return (
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{generation}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizer_fixture import PUBLISHED, make_model_folder
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen35.config.load import SettingError
@@ -213,3 +213,38 @@ def test_the_template_is_found_wherever_a_folder_keeps_it(folder_with):
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("b")
     with pytest.raises(SettingError, match="has several chat templates; keep one"):
         ChatTemplate.from_folder(folder)
+
+
+def test_a_template_can_name_the_tokens_that_transformers_gives_it(folder_with):
+    """Many end an answer with eos_token, which would be nothing if it were not given."""
+    folder = folder_with("chat_template.jinja")
+    text = (
+        "{{ bos_token }}{% if documents is defined %}D{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
+        "{{ pad_token }}{{ unk_token }}{{ sep_token }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(text)
+    record = Record("x", (ASK, SAY))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for named in (config, config | {"eos_token": "<|endoftext|>", "sep_token": "<|box_end|>"}, {}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen3_5Tokenizer"} | named))
+        theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages(record.turns), tokenize=False)
+        assert ChatTemplate.from_folder(folder).render(record, record.turns, {}) == theirs
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    basic = BasicParameters("x", template="checkpoint")
+    (folder / "chat_template.jinja").write_text(text.replace("{{ pad_token }}", "").replace("{{ unk_token }}", ""))
+    images, videos = (
+        ImageProcessor.from_folder(folder, 1024, 4096),
+        VideoProcessor.from_folder(folder, PreprocessParameters()),
+    )
+    parts = (
+        ChatTokenizer(folder),
+        images,
+        basic,
+        Attr(),
+        videos,
+        style_of(folder, basic),
+        reference_template(folder, basic),
+    )
+    sample = Preparation(*parts).tokenise(record)
+    assert parts[0].decode(sample.ids[sample.loss_mask].tolist()) == "Yo<|im_end|>\n"

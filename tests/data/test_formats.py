@@ -8,6 +8,7 @@ from optional import write_parquet
 
 from qwen35.config.load import SettingError
 from qwen35.config.schema import Attr
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.formats import read_records
 from qwen35.data.media import ImageFolder
 from qwen35.data.mixture import dataset_files
@@ -186,7 +187,42 @@ def test_sharegpt_with_system_and_tools(tmp_path):
         Turn("tool", "5"),
     )
     assert ours.turns == theirs.turns == (*turns, Turn("assistant", "A"))
-    assert ours.tools == theirs.tools == ({"name": "f"},)
+    assert ours.tools == theirs.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_tools_have_the_form_in_which_servers_pass_them(tmp_path):
+    """Also where records list bare functions, or hold objects as JSON text."""
+    function = {"name": "f", "description": "é <b>", "parameters": {"type": "object", "properties": {}}}
+    wanted = {"type": "function", "function": function}
+    forms = (
+        wanted,
+        function,
+        {"type": "function", **function},
+        {"type": None, "function": None, **function},
+        {"function": function},
+        {"type": "function", "function": json.dumps(function)},
+        {"type": "function", "function": function | {"parameters": json.dumps(function["parameters"])}},
+    )
+    asked = [turn("user", "Q"), turn("assistant", "A")]
+    warnings = DataWarnings()
+    for form in forms:
+        (tmp_path / "x.json").write_text(json.dumps([{"messages": asked, "tools": [form]}]))
+        (record,) = read_records(tmp_path / "x.json", Attr(), ImageFolder(tmp_path), warnings=warnings)
+        assert json.dumps(record.tools) == json.dumps([wanted])  # in this order, which the template keeps
+    (line,) = warnings.lines()
+    assert line.startswith("6 records have tools without the OpenAI API's form, as which servers pass them; they are")
+    kept = {"function": function | {"strict": True}, "type": "function", "x": 1}
+    other = {"type": "web_search", "name": "w"}
+    (record,) = read(tmp_path, [{"messages": asked, "tools": [kept, other]}])
+    assert json.dumps(record.tools) == json.dumps([kept, other])
+    for tool, message in (
+        ({"type": "function", "function": [1]}, r"tools\[0\]\.function: is a list, not an object"),
+        ({"type": "function", "function": "f("}, r"tools\[0\]\.function: 'f\(' is not JSON"),
+        ({"name": "f", "input_schema": {"type": "object"}}, r"tools\[0\]: has input_schema, which no server passes on"),
+        ({"name": "f", "parameters": "f("}, r"tools\[0\]\.parameters: 'f\(' is not JSON"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            read(tmp_path, [{"messages": asked, "tools": [tool]}])
 
 
 def test_dotted_names_in_attr(tmp_path):
@@ -239,7 +275,8 @@ def test_fields_that_are_null_in_parquet_are_absent(tmp_path, monkeypatch):
     write_parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": tools}], monkeypatch)
     (record,) = read_records(tmp_path / "x.parquet", Attr(), ImageFolder(tmp_path))
     assert record.turns[-1].tool_calls == (ToolCall("f", {"city": "Rome"}), ToolCall("g", {"n": 3}))
-    assert record.tools == ({"name": "f", "parameters": {"city": {"type": "string"}}},)
+    (tool,) = record.tools
+    assert tool["function"] == {"name": "f", "parameters": {"city": {"type": "string"}}}
 
 
 def turn(role, content):

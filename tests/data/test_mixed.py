@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from qwen35.data import MicroBatches
 from qwen35.data.record import RecordError
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
+from qwen35.model.config import differences
 
 __all__ = ["place", "whole"]  # fixtures
 
@@ -53,6 +55,29 @@ def test_videos_reach_the_batch(place):
     assert not torch.equal(first[:8, :, 0], first[:8, :, 1]) and torch.equal(first[8:, :, 0], first[8:, :, 1])
     again = next(iter(loader(f"{BASIC}.dataset=data/b.json", f"{BASIC}.cache_dir=cache")))  # from the cache
     assert torch.equal(again.pixel_values, batch.pixel_values) and torch.equal(again.input_ids, batch.input_ids)
+
+
+def test_other_images_of_the_same_size_are_other_data(place):
+    """Their tokens are the same, so a resume would go on without a word."""
+    for i in "xy":
+        Image.effect_noise((40, 48), 90).save(place / f"data/{i}.png")
+    ask = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A"}]
+    film = [{"role": "user", "content": "<video>"}, {"role": "assistant", "content": "A"}]
+
+    def made(names, frames=("0.png", "1.png")):
+        records = [{"image": f"{name}.png", "messages": ask} for name in names]
+        records += [{"videos": [[f"v/{frame}" for frame in frames]], "messages": film}]
+        Path("data/i.json").write_text(json.dumps(records))
+        batches = loader(f"{BASIC}.dataset=data/i.json")
+        return batches.fingerprint, batches.normalization
+
+    before, swapped, other_frames = made("xy"), made("yx"), made("xy", ("1.png", "0.png"))
+    assert before == made("xy") and before[0] == swapped[0] == other_frames[0]
+    assert differences(before[1], swapped[1])[0].startswith("image.files: ")
+    assert differences(before[1], other_frames[1])[0].startswith("video.files: ")
+    (place / "data").rename(place / "moved")
+    moved = loader(f"{BASIC}.dataset=moved/i.json", f"{BASIC}.dataset_dir=moved")
+    assert (moved.fingerprint, moved.normalization) == before
 
 
 def test_video_with_other_timestamps_is_an_error(place, monkeypatch):

@@ -26,10 +26,10 @@ ROOMS = {
     "config": 1_000,
     "model": 1_375,
     "checkpoint": 3_600,
-    "data": 5_660,
+    "data": 5_920,
     "parallel": 665,
     "inference": 970,
-    "training": 1_600,
+    "training": 1_635,
     "tools": 1_675,
     "launch": 1_510,
 }

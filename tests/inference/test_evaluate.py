@@ -332,3 +332,19 @@ def test_images_of_files_in_several_folders_need_a_folder(place, asked, capsys, 
         write_records(tmp_path / name / "t.json", [CONVERSATIONS["plain"]])
     asked(["7", "7"])
     assert evaluate.main(data) == 0
+
+
+def test_files_that_the_run_trained_on_are_named(place, asked, capsys, tmp_path, monkeypatch):
+    """An export in the folder of its run is asked as that run was, whose recipe names its data."""
+    flat = {"data.dataset_param.basic_parameters.dataset": "a.json,b.json", "training.train_iters": 5}
+    flat |= {"model.model_name_or_path": str(place / "hf"), "training.save": str(tmp_path / "run")}
+    tiny.make_model(tmp_path / "run/hf", seed=3)
+    (tmp_path / "run/config.yaml").write_text(to_yaml(from_flat(flat)))
+    monkeypatch.chdir(tmp_path)
+    for name in "bc":
+        write_records(tmp_path / f"{name}.json", [CONVERSATIONS["plain"]])
+    for data, is_told in ((f"c.json,{tmp_path}/b.json", True), ("c.json", False)):
+        asked(["7"] * 2)
+        assert evaluate.main(["--model", "run/hf", "--data", data]) == 0
+        line = f"{tmp_path}/b.json is what the run trained on, so nothing in it was held out\n"
+        assert (line in capsys.readouterr().err) == is_told

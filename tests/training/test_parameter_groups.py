@@ -7,8 +7,17 @@ from peer import config_dict, pair, sample
 from qwen35.config.load import SettingError
 from qwen35.config.schema import TrainingSettings
 from qwen35.model import Qwen35, load_config
+from qwen35.model.lora import LoraSpec, add_adapters
 from qwen35.training.optimizer import make_optimizer
-from qwen35.training.parameter_groups import by_group, check_visuals, count, freeze, group_of, parameter_table
+from qwen35.training.parameter_groups import (
+    by_group,
+    check_new_tokens,
+    check_visuals,
+    count,
+    freeze,
+    group_of,
+    parameter_table,
+)
 
 
 def build() -> Qwen35:
@@ -58,6 +67,21 @@ def test_a_tower_without_images_is_told_or_refused():
     model = build()
     freeze(model, ["model.visual"])
     assert check_visuals(model, visuals=0) == []
+
+
+def test_new_tokens_that_cannot_be_learnt_are_told():
+    model, names = build(), ["<|sep|>", "<plain>"]
+    assert check_new_tokens(model, names) == []
+    freeze(model, ["lm_head"])
+    (line,) = check_new_tokens(model, names)
+    assert line.startswith(
+        "the data has <|sep|>, <plain>, not of the family's own tokens, and the head, frozen here, hold"
+    )
+    assert check_new_tokens(model, []) == []
+    model = build()
+    add_adapters(model, LoraSpec(8, 16.0, ("q_proj",), (), (), 8, False))
+    (line,) = check_new_tokens(model, [f"<{i}>" for i in range(9)])
+    assert "<4> and 4 more, not of" in line and "the embedding and the head, frozen here" in line
 
 
 def test_groups_cover_every_parameter_once():

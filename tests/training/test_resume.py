@@ -397,10 +397,10 @@ def test_resuming_with_another_config_is_refused(workplace, tmp_path):
     assert "; text.rms_norm_eps: 1e-05 -> 1e-06; video_token_id: 7 -> " in words
     assert "initializer_range" not in words and "\n" not in words
     brighter = {**position, "levels": {"image": {"mean": (0.4, 0.5, 0.5), "scale": 1 / 255}}}
-    with pytest.raises(
-        SettingError, match=r"with another normalization of pixels \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "
-    ):
+    what = "with other images or videos, or another normalization of pixels"
+    with pytest.raises(SettingError, match=rf"{what} \(image\.mean: \(0\.4, 0\.5, 0\.5\) -> \(0\.5, "):
         check_extra(loaded(brighter), position, settings)
+    check_extra(loaded(position), {**position, "levels": {"image": levels["image"] | {"files": "a"}}}, settings)
     check_extra(loaded({k: v for k, v in brighter.items() if k != "levels"}), position, settings)
     check_extra(loaded(brighter), {**position, "levels": {}}, settings)  # no images
 

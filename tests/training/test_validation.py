@@ -188,10 +188,10 @@ def test_truncated_and_unanswered_records_are_counted(workplace, val_file):
     assert f"{RECORDS} samples, {RECORDS} of them answered, " in text and "cut" not in text
 
 
-def report(settings, trained=None) -> str:
+def report(settings, train_set=None, trained=None) -> str:
     """The start line of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)
-    return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent, trained).report()
+    return Validation(settings, meshes, torch.device("cpu"), torch.float32, silent, train_set).report(trained)
 
 
 def test_files_that_are_also_trained_on_are_named(workplace, val_file, tmp_path):
@@ -203,6 +203,29 @@ def test_files_that_are_also_trained_on_are_named(workplace, val_file, tmp_path)
     assert text.endswith(f" a rank; {link} is also trained on")
     settings = load_settings(workplace / "recipe.yaml", validating(val_file))
     assert "trained on" not in report(settings.validation, settings.data.dataset_param)
+
+
+def test_samples_that_are_also_trained_on_are_counted(workplace, val_file, tmp_path):
+    """Whatever file they are in; the same question about another image is another sample."""
+    records = json.loads((workplace / "records.json").read_text())
+    image = next(record for record in records if "image" in record)
+    Image.open(workplace / image["image"]).save(workplace / "same.png")
+    others = [
+        image | {"image": "same.png"},
+        {"conversations": [*records[0]["conversations"][:1], {"from": "gpt", "value": "No."}]},
+    ]
+    (tmp_path / "val.json").write_text(json.dumps([*others, *records[3:6]]))
+    settings = load_settings(workplace / "recipe.yaml", validating(tmp_path / "val.json"))
+    trained = MicroBatches(settings, 0, 1).dataset
+    text = report(settings.validation, settings.data.dataset_param, trained)
+    assert text.endswith(f" a rank; 3 samples of these are also trained on, first {tmp_path}/val.json, record 3 (id 3)")
+    (tmp_path / "val.json").write_text(json.dumps(others))
+    assert "trained on" not in report(settings.validation, settings.data.dataset_param, trained)
+    settings = load_settings(
+        workplace / "recipe.yaml", [f"{DATASET}={workplace / 'records.json'}", "training.val_interval=3"]
+    )
+    text = report(settings.validation, settings.data.dataset_param, trained)
+    assert text.endswith(f" a rank; {workplace / 'records.json'} is also trained on")  # said once
 
 
 def test_data_warnings_name_the_validation_settings(workplace, tmp_path):

@@ -190,8 +190,10 @@ def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -
     loaded: the checkpoint of a run that goes on, which must have been trained on the same data.
     """
     found: list[Finding] = []
+    trained = None
     with reading(found, "data") as progress:
         batches = MicroBatches(s, 0, 1, progress=progress)
+        trained = batches.dataset
         if loaded and loaded.step:
             config = load_config(s.model.model_name_or_path)
             check_extra(loaded, make_extra(s, config, batches.fingerprint, batches.normalization, world), s)
@@ -204,7 +206,7 @@ def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -
         with reading(found, "validation") as progress:
             alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here
             validation = Validation(val, alone, HOST, torch.float32, progress, s.data.dataset_param)
-            found.append(ok("validation", validation.report().partition(": ")[2]))
+            found.append(ok("validation", validation.report(trained).partition(": ")[2]))
     return found
 
 

@@ -1,8 +1,8 @@
 """Pieces of a record as any chat template writes it, for `template: checkpoint`.
 
-What is trained follows from the template: from its `{% generation %}` marks, or else from what it
-writes as the prompt of each answer. An answer is trained if the conversation continues that prompt,
-so that the model will meet the same tokens before it when it is served.
+What is trained follows from the template: from what it writes as the prompt of each answer, and
+from its `{% generation %}` marks if it has any. An answer is trained if the conversation continues
+that prompt, so that the model will meet the same tokens before it when it is served.
 """
 
 import re
@@ -36,18 +36,24 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
     wanted = [i for i in answers if record.turns[i].loss is not False]
     if marked := [i for i, turn in enumerate(record.turns) if turn.loss and turn.role != "assistant"]:
         raise record.error(f"turn {marked[0]} is marked to be trained, but template: checkpoint trains only answers")
-    text = template.render(hidden, hidden.turns, given, marks=True)
-    if MARKS[0] in text:
-        plain, marks = _without_marks(text)
-        if len(marks) != len(answers):
-            raise record.error(
-                f"{template.file} marks {len(marks)} stretches as generated, of {len(answers)} answers",
-                "chat template differs",
-            )
-        return _pieces(record, template, plain, [marks[answers.index(i)] for i in wanted]), 0
+    text, marks = _without_marks(template.render(hidden, hidden.turns, given, marks=True))
+    if marks and len(marks) != len(answers):
+        raise record.error(
+            f"{template.file} marks {len(marks)} stretches as generated, of {len(answers)} answers",
+            "chat template differs",
+        )
     spans, unseen = [], 0
     for i in wanted:
         span = _span(hidden, template, style, text, i)
+        if span and marks:
+            begin, end = marks[answers.index(i)]
+            span = max(span[0], begin), min(span[1], end)
+            if IM_END not in text[slice(*span)]:
+                raise record.error(
+                    f"{template.file} marks answer {text[slice(*span)][:SHOWN]!r} without its end, {IM_END}, so that the model "
+                    "would not learn to stop",
+                    "chat template differs",
+                )
         if span:
             spans.append(span)
         elif i < answers[-1]:

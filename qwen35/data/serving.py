@@ -74,11 +74,9 @@ def _openings(dataset: Dataset) -> tuple[int, int]:
 
 
 def _other_ends(settings: Settings, dataset: Dataset) -> str | None:
-    """A line if the end of an answer is not trained, or is no token at which servers stop."""
+    """A line if the end of an answer is no token at which servers stop."""
     tokenizer = dataset.preparation.tokenizer
     end = tokenizer.im_end_id
-    if not any(bool((samples.loss_mask & (samples.ids == end)).any()) for samples in dataset.files):
-        return f"the end of no answer ({IM_END}) is trained, so the model does not learn to stop"
     folder = settings.model.model_name_or_path
     found = stop_tokens(folder, GENERATION_CONFIG) or stop_tokens(folder, MODEL_CONFIG)
     if end in found:

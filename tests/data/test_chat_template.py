@@ -246,5 +246,5 @@ def test_a_template_can_name_the_tokens_that_transformers_gives_it(folder_with):
         style_of(folder, basic),
         reference_template(folder, basic),
     )
-    sample = Preparation(*parts).tokenise(record)
+    ((_, sample),) = Preparation(*parts).tokenise(record)
     assert parts[0].decode(sample.ids[sample.loss_mask].tolist()) == "Yo<|im_end|>\n"

@@ -121,19 +121,46 @@ def test_a_foreign_template(tokenizer):
     assert render(checkpoint_prompt(r, own(FOREIGN), Style("checkpoint"), True)).endswith("<|im_start|>ASSISTANT\n")
 
 
+MARKED = (
+    "{%- for m in messages %}{% if m.role == 'assistant' %}BEFORE<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "{% generation %}{{ m.content }}AFTER\n"
+    "{% else %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def test_marks_never_train_what_a_prompt_holds(tokenizer):
+    r = record(USER, ("assistant", "Yo"), USER, ("assistant", "Bye"))
+    header = MARKED.replace("{% generation %}", "").replace("BEFORE", "{% generation %}")
+    pieces, _ = checkpoint_pieces(r, own(header.replace("AFTER", "<|im_end|>{% endgeneration %}")), Style("checkpoint"))
+    assert trained_text(tokenizer, pieces) == ["Yo<|im_end|>", "Bye<|im_end|>"]
+
+
+def test_marks_without_the_end_of_an_answer_are_refused():
+    text = MARKED.replace("BEFORE", "").replace("AFTER", "{% endgeneration %}<|im_end|>")
+    with pytest.raises(
+        RecordError, match=r"marks answer 'Yo' without its end, <\|im_end\|>, so that the model would not"
+    ):
+        checkpoint_pieces(record(USER, ("assistant", "Yo")), own(text), Style("checkpoint"))
+
+
 def test_marks_of_generated_text_decide(tokenizer):
-    marked = FOREIGN.replace(
-        "{% if m.reasoning",
-        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% elif 0 %}{% endif %}{% if m.reasoning",
-    )
+    marked = MARKED.replace("BEFORE", "").replace("AFTER", "<|im_end|>{% endgeneration %}")
     r = record(USER, ("assistant", "Yo"), USER, ("assistant", "Bye"))
     pieces, _ = checkpoint_pieces(r, own(marked), Style("checkpoint"))
-    assert trained_text(tokenizer, pieces) == ["Yo", "Bye"]
+    assert trained_text(tokenizer, pieces) == ["Yo<|im_end|>", "Bye<|im_end|>"]
     pieces, _ = checkpoint_pieces(last_only(r), own(marked), Style("checkpoint"))
-    assert trained_text(tokenizer, pieces) == ["Bye"]
+    assert trained_text(tokenizer, pieces) == ["Bye<|im_end|>"]
     with pytest.raises(RecordError, match="marks 1 stretches as generated, of 2 answers"):
-        checkpoint_pieces(r, own(marked.replace("m.role == 'assistant'", "loop.last")), Style("checkpoint"))
+        checkpoint_pieces(
+            r,
+            own(
+                marked.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
+                    "{% endgeneration %}", "{% endgeneration %}{% endif %}"
+                )
+            ),
+            Style("checkpoint"),
+        )
 
 
 def test_answers_that_the_model_would_never_be_asked_for_so(tokenizer):

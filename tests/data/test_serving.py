@@ -129,19 +129,6 @@ def test_the_tokens_are_those_at_which_transformers_stops(tmp_path):
     assert set(GenerationConfig.from_pretrained(tmp_path).eos_token_id) == stop_tokens(tmp_path, GENERATION_CONFIG)
 
 
-def test_answers_whose_end_is_not_trained_are_told():
-    marks = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    Path("hf/chat_template.jinja").write_text(marks)
-    Path("data/s.json").write_text(json.dumps([{"messages": PLAIN}]))
-    settings = load_settings("r.yaml", [f"{BASIC}.dataset=data/s.json", f"{BASIC}.template=checkpoint"])
-    (line,) = MicroBatches(settings, 0, 1).notes
-    assert line == "the end of no answer (<|im_end|>) is trained, so the model does not learn to stop"
-
-
 def test_tokens_that_somebody_added_are_found_in_the_data():
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(["<|sep|>", "<|unused|>"])

@@ -216,10 +216,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _valid(cls: type[T], values: dict[str, Any], at: str) -> T:
-    """The keys of a section that `cls` has. Raises ConfigError for the first that is wrong.
-
-    at: the section, for messages, with a dot at the end.
-    """
+    """The keys of the section `at` that `cls` has. Raises ConfigError for the first wrong one."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as errors:

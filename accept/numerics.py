@@ -66,13 +66,13 @@ def check_layers(task: Task) -> None:
 def run_layer(path: str, c: ModelConfig, part: nn.Module, device: torch.device, dtype: torch.dtype) -> Outputs:
     """Of a layer, a MoE or a vision block; the leaves are the input and all parameters."""
     index = build_patch_layout(torch.tensor([[1, 8, 12], [1, 4, 4]]), VisionSpec(0, 0))
-    is_vision = "visual" in path
-    cu_seqlens = index.cu_seqlens if is_vision else torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    T, H = int(cu_seqlens[-1]), (c.vision if is_vision else c.text).hidden_size
+    tower = c.vision if "visual" in path else None
+    cu_seqlens = index.cu_seqlens if tower else torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    T, H = int(cu_seqlens[-1]), (tower or c.text).hidden_size
     x = torch.randn(T, H, generator=torch.Generator().manual_seed(0)).bfloat16().to(device, dtype).requires_grad_()
     counted = torch.ones(T, device=device)  # every token counts in the router's statistics
-    if is_vision:
-        out = part(x, vision_rope(index.position.to(device), H // c.vision.num_heads), cu_seqlens)
+    if tower:
+        out = part(x, vision_rope(index.position.to(device), H // tower.num_heads), cu_seqlens)
     elif path.endswith("mlp"):
         out, _ = part(x, counted)
     else:

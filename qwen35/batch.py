@@ -116,13 +116,18 @@ class VisionSpec:
     grid_side: int = 48  # the learned position embeddings form a grid_side x grid_side grid
 
 
-def derive(batch: PackedBatch, spec: VisionSpec) -> PackedBatch:
+def derive(batch: PackedBatch, spec: VisionSpec | None) -> PackedBatch:
     """Fill in vision_index, vision_token and vision, and a dummy image where there is none.
 
     Image tokens take the features in order. Features that no token takes belong to a dummy image:
     it makes the vision tower run in every step, whatever the data, and its gradient is exactly
-    zero. Raises ValueError if there are fewer features than image tokens.
+    zero. Raises ValueError if there are fewer features than image tokens, or if there are images
+    for a text-only model, which has no spec and needs none of the fields.
     """
+    if spec is None:
+        if len(batch.grid_thw):
+            raise ValueError(f"{len(batch.grid_thw)} images or videos for a text-only model")
+        return batch
     if batch.vision is not None and batch.vision_index is not None:
         return batch
     if len(batch.grid_thw) == 0:

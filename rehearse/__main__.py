@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--npus-per-node", type=positive, default=8, help="default: 8")
     add("--memory-gb", type=positive, default=64, help="memory of one NPU; default: 64")
     add("--sequence", type=positive, default=1024, help="tokens of each sequence; default: 1024")
-    add("--images", type=share, default=0.25, help="share of the tokens that are image tokens; default: 0.25")
+    add("--images", type=share, help="share of the tokens that are image tokens; default: 0.25, 0 if text-only")
     add("--trained", type=share, default=0.4, help="share of the tokens that have a loss; default: 0.4")
     add("--imbalance", type=number(1, 1000), default=1.0, help="load of this rank's experts over the mean; default: 1")
     add("--rates", type=Path, metavar="FILE", help="rates that make accept has measured; default: assumed ones")
@@ -84,7 +84,7 @@ def print_rehearsal(settings: Settings, mix: Mix, args: Namespace, rates: RateRa
     print(f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs, model {source}")
     t = settings.training
     count = f"{t.gradient_accumulation_steps} x {t.micro_batch_size}"
-    print(f"{count} packed sequences per rank and step; {mix.describe(settings)}")
+    print(f"{count} packed sequences per rank and step; {mix.describe(settings, config)}")
     if settings.parallel.expert_parallel_size > 1:
         load = f"the experts of rank 0 get {args.imbalance} times the mean"
         print("every expert is chosen equally often" if args.imbalance == 1 else load)

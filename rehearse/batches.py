@@ -20,14 +20,19 @@ class Mix:
     """Sequences of one length: an image (unless images is 0), a question and an answer."""
 
     sequence: int = 1024  # tokens
-    images: float = 0.25  # share of the tokens that are image tokens
+    images: float | None = None  # share of the tokens that are image tokens; None: 0.25, or 0 without a tower
     trained: float = 0.4  # share of the tokens that have a loss
 
-    def describe(self, settings: Settings) -> str:
+    def image_share(self, config: ModelConfig) -> float:
+        if self.images and config.vision is None:
+            raise SettingError("--images: the model is text-only, leave it out")
+        return (0.25 if config.vision else 0.0) if self.images is None else self.images
+
+    def describe(self, settings: Settings, config: ModelConfig) -> str:
         basic = settings.data.dataset_param.basic_parameters
         length = min(self.sequence, basic.cutoff_len)
         return (
-            f"{basic.cutoff_len:,} tokens each, of sequences of {length:,}: {self.images:.0%} image tokens, "
+            f"{basic.cutoff_len:,} tokens each, of sequences of {length:,}: {self.image_share(config):.0%} image tokens, "
             f"{self.trained:.0%} with a loss"
         )
 
@@ -40,31 +45,33 @@ def make_batch(settings: Settings, config: ModelConfig, mix: Mix) -> PackedBatch
     sizes = [length] * (basic.cutoff_len // length)
     if basic.cutoff_len % length > 1:
         sizes.append(basic.cutoff_len % length)
-    values = v.in_channels * v.temporal_patch_size * v.patch_size**2
-    samples = {size: make_sample(size, mix, spec, values) for size in set(sizes)}
+    values = v.in_channels * v.temporal_patch_size * v.patch_size**2 if v else 0
+    share = mix.image_share(config)
+    samples = {size: make_sample(size, share, mix.trained, spec, values) for size in set(sizes)}
     packed = [[samples[size] for size in sizes]] * settings.training.micro_batch_size
     return collate(packed, basic.cutoff_len, TEXT, settings.data.dataloader_param.patch_bucket, spec)
 
 
-def make_sample(length: int, mix: Mix, spec: VisionSpec, values: int) -> Sample:
-    rows, columns = _grid(round(length * mix.images))
+def make_sample(length: int, images: float, trained: float, spec: VisionSpec | None, values: int) -> Sample:
+    rows, columns = _grid(round(length * images))
     image = rows * columns
-    grids = [(1, rows * spec.merge_size, columns * spec.merge_size)] if image else []
-    trained = round(length * mix.trained)
-    if image + 2 + trained > length or trained < 1:
+    merge, token = (spec.merge_size, spec.image_token_id) if spec else (1, TEXT)
+    grids = [(1, rows * merge, columns * merge)] if image else []
+    labelled = round(length * trained)
+    if image + 2 + labelled > length or labelled < 1:
         raise SettingError(
-            f"--images and --trained: {image} image tokens and {trained} tokens with a loss do not fit in a sequence of "
+            f"--images and --trained: {image} image tokens and {labelled} tokens with a loss do not fit in a sequence of "
             f"{length}, which has a question too"
         )
     ids = torch.full((length,), TEXT)
-    ids[1 : 1 + image] = spec.image_token_id
+    ids[1 : 1 + image] = token
     labels = torch.full((length,), IGNORE)
-    labels[length - 1 - trained : length - 1] = TEXT
+    labels[length - 1 - labelled : length - 1] = TEXT
     return Sample(
         ids,
         labels,
         torch.from_numpy(position_ids(ids.numpy(), grids, spec)),
-        torch.zeros(image * spec.merge_size**2, values),
+        torch.zeros(image * merge**2, values),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
     )
 

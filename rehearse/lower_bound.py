@@ -49,7 +49,8 @@ def lower_bound(model: Qwen35, meshes: Meshes, settings: Settings, patches: int)
             found["all-to-all", NAMES["ep"]] += 4 * row * text.num_experts_per_tok * (ep - 1) / ep
     if ulysses > 1:
         width = _mixers(text, ulysses, itemsize, mtp) * tokens
-        width += model.config.vision.depth * 4 * model.config.vision.hidden_size * itemsize * patches / ulysses
+        if vision := model.config.vision:
+            width += vision.depth * 4 * vision.hidden_size * itemsize * patches / ulysses
         found["all-to-all", NAMES["ulysses"]] += 2 * width * (ulysses - 1) / ulysses
     return {key: value * settings.training.gradient_accumulation_steps for key, value in found.items()}
 

@@ -54,20 +54,19 @@ class Representatives:
 
     @classmethod
     def of(cls, config: ModelConfig, micro_batches: int, is_whole: bool) -> "Representatives":
-        kinds, depth = config.text.layer_types, config.vision.depth
+        kinds, vision = config.text.layer_types, config.vision
         period = next(
             n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n)
         )
-        counts = {TEXT: len(kinds) // period, VISION: depth, MICRO_BATCH: micro_batches}
+        counts = {TEXT: len(kinds) // period, MICRO_BATCH: micro_batches} | ({VISION: vision.depth} if vision else {})
         assigned = {
             kind: assign(count, count if is_whole else 3 if kind == MICRO_BATCH else 4)
             for kind, count in counts.items()
         }
         run_counts = {kind: len(set(indices)) for kind, indices in assigned.items()}
         text = replace(config.text, layer_types=kinds[: period * run_counts[TEXT]])
-        return cls(
-            replace(config, text=text, vision=replace(config.vision, depth=run_counts[VISION])), period, assigned
-        )
+        tower = vision and replace(vision, depth=run_counts[VISION])
+        return cls(replace(config, text=text, vision=tower), period, assigned)
 
     def count(self, kind: str) -> int:
         """How many representatives of a kind are run."""

@@ -17,7 +17,7 @@ COLUMNS = (
 def scaling(settings: Settings, mix: Mix, per_node: int, device: torch.device) -> int:
     """Print a Markdown table. Raises SettingError."""
     settings, config, source = with_config(settings)
-    print(f"model {source}; {mix.describe(settings)}; sent by one rank in a step")
+    print(f"model {source}; {mix.describe(settings, config)}; sent by one rank in a step")
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     batches = [make_batch(settings, config, mix)] * settings.training.gradient_accumulation_steps
     for world in SIZES:

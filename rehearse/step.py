@@ -196,7 +196,8 @@ def _rehearse(
         run.flops = flops
         tracker = PhaseTracker([ledger, operators, operators.pinned, communication], len(micro_batches))
         tracker.track(TEXT, model.model.language_model.layers, representatives.period)
-        tracker.track(VISION, model.model.visual.blocks, 1)
+        if model.model.visual is not None:
+            tracker.track(VISION, model.model.visual.blocks, 1)
         observers[:] = [tracker, ledger, communication, *of_device]
         try:
             record = train_step(run, micro_batches, t.lr, 0.0)
@@ -228,7 +229,8 @@ def _recomputed(whole: Qwen35, settings: Settings, batches: list[PackedBatch]) -
     """
     if not settings.parallel.recompute:
         return 0.0
-    is_tower_trained = any(p.requires_grad for p in whole.model.visual.parameters())
+    tower = whole.model.visual
+    is_tower_trained = tower is not None and any(p.requires_grad for p in tower.parameters())
     flops = Flops(whole.requires_grad_(False))
     grids = [batch.grid_thw if is_tower_trained else batch.grid_thw[:0] for batch in batches]
     lengths = [batch.cu_seqlens.diff() for batch in batches]

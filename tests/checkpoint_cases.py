@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from peer import config_dict
+from peer import config_dict, text_only
 from safetensors.torch import load_file, save_file
 
 from qwen35.checkpoint.dcp import training_state, write_shards
@@ -52,6 +52,22 @@ def write_folder(
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    return folder
+
+
+def write_text_only(folder: Path, **kwargs) -> Path:
+    """The same as a text-only checkpoint: flat config, names like `model.layers.0.…`, no tower."""
+    write_folder(folder, **kwargs)
+    config = text_only(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def change(tensors: dict) -> None:
+        for name in list(tensors):
+            value = tensors.pop(name)
+            if not name.startswith("model.visual."):
+                tensors[name.replace("model.language_model.", "model.")] = value
+
+    resave(folder, change)
     return folder
 
 

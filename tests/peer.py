@@ -6,6 +6,7 @@ import inspect
 import torch
 
 from qwen35.batch import PackedBatch, derive
+from qwen35.checkpoint.hf_names import text_only_name
 from qwen35.model import Qwen35, load_config
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 160, 150, 151, 152, 153
@@ -78,13 +79,20 @@ def config_dict(moe: bool = True, tied: bool = False, key_heads: int = 2, value_
     }
 
 
+def text_only(config: dict) -> dict:
+    """The flat config.json of its language model alone."""
+    architecture = config["architectures"][0].replace("ConditionalGeneration", "CausalLM")
+    return config["text_config"] | {"architectures": [architecture]}
+
+
 def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torch.nn.Module]:
     """Our model and transformers', with the same random weights, none of which is zero or one."""
     from transformers.models import qwen3_5, qwen3_5_moe  # slow to import, and not every user of this file needs it
 
-    moe = config["model_type"] == "qwen3_5_moe"
-    Config = qwen3_5_moe.Qwen3_5MoeConfig if moe else qwen3_5.Qwen3_5Config
-    Model = getattr(qwen3_5_moe if moe else qwen3_5, config["architectures"][0])
+    moe, is_text_only = "moe" in config["model_type"], config["model_type"].endswith("_text")
+    module = qwen3_5_moe if moe else qwen3_5
+    Config = getattr(module, f"Qwen3_5{'Moe' * moe}{'Text' * is_text_only}Config")
+    Model = getattr(module, config["architectures"][0])
     ours = Qwen35(load_config(config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -95,7 +103,8 @@ def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torc
             if name.endswith("linear_attn.norm.weight"):
                 p.add_(1)
     theirs = Model(Config(**config)).float()
-    missing, surplus = theirs.load_state_dict(ours.state_dict(), strict=False)
+    state = {text_only_name(name) if is_text_only else name: value for name, value in ours.state_dict().items()}
+    missing, surplus = theirs.load_state_dict(state, strict=False)
     assert not surplus and set(missing) <= {"lm_head.weight"}, (missing, surplus)
     return ours.to(dtype), theirs.to(dtype)
 

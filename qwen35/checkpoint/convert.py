@@ -91,7 +91,9 @@ def dcp_to_peft(dcp_dir: str | Path, origin_hf_dir: str | Path, save_dir: str | 
     if tokenizer := _tokenizer_folder(checkpoint):
         print(f"serve it with the tokenizer and processors of {tokenizer}, with which the run trained", flush=True)
     spec = AdapterRun.of(read_info(checkpoint)).spec
-    return write_peft(FiniteSource(merged.adapters, checkpoint), spec, shapes, str(origin.absolute()), save_dir)
+    is_text_only = load_config(origin).vision is None
+    source = FiniteSource(merged.adapters, checkpoint)
+    return write_peft(source, spec, shapes, str(origin.absolute()), save_dir, is_text_only)
 
 
 def _tokenizer_folder(checkpoint: Path) -> Path | None:

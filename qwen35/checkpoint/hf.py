@@ -23,6 +23,7 @@ from qwen35.checkpoint.hf_read import (
 )
 from qwen35.checkpoint.hf_write import OF_TOKENIZER, check_exportable
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec, fill
+from qwen35.config.layout import text_section
 from qwen35.device import HOST
 from qwen35.model import Qwen35, load_config
 from qwen35.model.config import check_same
@@ -121,16 +122,23 @@ def not_read(folder: str | Path) -> list[str]:
     config, lines = config_of(folder), []
     if keys := unknown_keys(config):
         lines.append(f"{folder / CONFIG}: not known, and not read: {abbreviate(keys)}")
-    text = config["text_config"]
+    text = text_section(config)
+    at = "text_config." if text is not config else ""
     if text.get("output_router_logits"):
         lines.append(
-            f"{folder / CONFIG}: not read: text_config.output_router_logits, by which transformers would train load balancing; "
+            f"{folder / CONFIG}: not read: {at}output_router_logits, by which transformers would train load balancing; "
             "only the recipe's model.loss_cfg.router_aux_loss_coef does that here"
         )
     if text.get("tie_word_embeddings") is True and not config.get("tie_word_embeddings"):
         lines.append(
             f"{folder / CONFIG}: tie_word_embeddings is true in text_config alone, but only the top level counts: the head is "
             "trained apart from the embedding"
+        )
+    theta, scaling = (text.get("rope_parameters") or {}).get("rope_theta"), text.get("rope_scaling")
+    if theta and scaling and not scaling.get("rope_theta", text.get("rope_theta")):
+        lines.append(
+            f"{folder / CONFIG}: not read: {at}rope_parameters, in whose place {at}rope_scaling stands, as in transformers; "
+            f"that has no rope_theta, which is therefore 10000, not {theta}"
         )
     weights = weight_files(folder)[0] if has_weights(folder) else []
     if weights and text.get("mtp_num_hidden_layers") and not any(n.startswith("mtp.") for n in HFFolder(folder).specs):

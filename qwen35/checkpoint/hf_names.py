@@ -1,9 +1,10 @@
 """The one table of names: model parameters to the tensors of a Hugging Face checkpoint, and back.
 
-The model's parameter names and layouts are the hub checkpoint's own. Only experts differ: the model
-stacks them; on disk they are stacked or one tensor each, and a folder may mix both (the hub stacks
-the main experts but not those of `mtp.`). Which of the two a folder has is read from its names.
-Nothing here reads a file.
+The model's parameter names and layouts are the hub checkpoint's own. Two things differ. The model
+stacks experts; on disk they are stacked or one tensor each, and a folder may mix both (the hub
+stacks the main experts but not those of `mtp.`). And a text-only checkpoint calls the decoder
+`model.`, not `model.language_model.`. What a folder has is read from its names. Nothing here reads
+a file.
 """
 
 import re
@@ -19,6 +20,7 @@ from qwen35.model.lora import adapted_by, is_adapter
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+DECODER = re.compile(r"^model\.language_model\.")
 
 # hub: main experts stacked, MTP experts one tensor each; per_expert: one tensor each everywhere, as
 # transformers' save_pretrained writes them; stacked: stacked everywhere, as the model has them
@@ -56,8 +58,9 @@ class TensorMapping:
 def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[TensorMapping]:
     """Map the parameter `name` to its tensors on disk, in a layout or among a folder's names.
 
-    Only experts stored one by one are several tensors; all else is one tensor of the same name.
+    Only experts stored one by one are several tensors; all else is one tensor.
     """
+    name = _name_among(name, layout)
     match = STACKED.fullmatch(name)
     if match is None or not _is_per_expert(name, match, layout):
         return [TensorMapping(name, TensorSlice.full(shape))]
@@ -69,6 +72,16 @@ def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]
         for j in range(count)
         for i, part in enumerate(parts)
     ]
+
+
+def text_only_name(name: str) -> str:
+    """What a text-only checkpoint calls a parameter, and transformers' class a module."""
+    return DECODER.sub("model.", name)
+
+
+def _name_among(name: str, layout: Layout | Container[str]) -> str:
+    is_text_only = not isinstance(layout, str) and text_only_name(EMBEDDING) in layout
+    return text_only_name(name) if is_text_only else name
 
 
 def _is_per_expert(name: str, match: re.Match, layout: Layout | Container[str]) -> bool:
@@ -83,6 +96,7 @@ def _first_part(match: re.Match) -> str:
 
 def first_on_disk(name: str, names: Container[str]) -> str:
     """The first tensor that holds a parameter, in a folder with these names."""
+    name = _name_among(name, names)
     match = STACKED.fullmatch(name)
     return _first_part(match) if match and _is_per_expert(name, match, names) else name
 

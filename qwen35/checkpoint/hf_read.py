@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, mappings_of, may_be_skipped, missing_mtp_hint
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, first_on_disk, mappings_of, may_be_skipped, missing_mtp_hint
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, pieces
 from qwen35.checkpoint.tensor_file import Entry, read_header, read_slice
 from qwen35.errors import read_object
@@ -21,6 +21,7 @@ CONFIG = "config.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QUANTIZED = re.compile(r"(hf_quant_config|quant(ize)?_config|quant_model_description.*)\.json")
 MERGE = "merge it first (peft: merge_and_unload, then save_pretrained) and bring what that saves"
+TOWER = "model.visual."
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 UNFINISHED = (".aria2", ".part", ".incomplete")  # beside a file that is being downloaded
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -95,6 +96,9 @@ class HFSource:
         if HEAD in mismatch.faults["missing"]:
             hint = "if the head is the embedding, set tie_word_embeddings: true at the top level of config.json"
             mismatch.hints.append(hint)
+        if any(name.startswith(TOWER) for name in stored) and not any(name.startswith(TOWER) for name in shapes):
+            hint = "config.json is of a text-only model, and the weights have a vision tower; take the one that belongs to them"
+            mismatch.hints.append(hint)
         mismatch.hints += missing_mtp_hint(shapes, stored)
         for name, mappings in self.mappings.items():
             dtypes = {str(folder.specs[m.disk_name].dtype) for m in mappings if m.disk_name in stored}
@@ -119,9 +123,10 @@ class HFSource:
 
 def check_tied(source: TensorSource, where: str | Path) -> None:
     """Raise CheckpointError if a stored head of tied weights differs from the embedding."""
-    if HEAD in source.specs and EMBEDDING in source.specs and not same_bytes(source, HEAD, EMBEDDING):
+    embedding = first_on_disk(EMBEDDING, source.specs)
+    if HEAD in source.specs and embedding in source.specs and not same_bytes(source, HEAD, embedding):
         raise CheckpointError(
-            f"{where}: {HEAD} differs from {EMBEDDING}, though config.json ties the two; set tie_word_embeddings: false at its "
+            f"{where}: {HEAD} differs from {embedding}, though config.json ties the two; set tie_word_embeddings: false at its "
             "top level to train the head that is stored"
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, mappings_of, published_dtype
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, first_on_disk, mappings_of, published_dtype
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, in_range, pieces
 from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
@@ -66,7 +66,7 @@ def save_hf(
 
     held = {m.disk_name: (n, m) for n, shape in shapes.items() for m in mappings_of(n, shape, source.specs)}
     if tied:
-        held[HEAD] = held[EMBEDDING]
+        held[HEAD] = held[first_on_disk(EMBEDDING, source.specs)]
 
     def fetch(disk_name: str, region: TensorSlice) -> Tensor:
         if disk_name not in held:

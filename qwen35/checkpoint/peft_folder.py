@@ -15,7 +15,7 @@ Where gate_up_proj alone is adapted, its pair is the one without `base_layer`.
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch, abbreviate
-from qwen35.checkpoint.hf_names import STACKED, pair_of, parameter_of
+from qwen35.checkpoint.hf_names import STACKED, pair_of, parameter_of, text_only_name
 from qwen35.checkpoint.hf_read import CONFIG
 from qwen35.checkpoint.hf_write import EXPORT_MANIFEST, OF_TOKENIZER, WriteSummary
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec
@@ -109,11 +109,11 @@ class PeftConfig:
         if match is None:
             return ""
         module, side = TEXT_ONLY.sub("model.language_model.", match["module"], 1), match["side"]
-        experts = module.removesuffix(".base_layer")
+        experts, on_disk = (name.removesuffix(".base_layer") for name in (module, match["module"]))
         if not experts.endswith(".experts"):
             return f"{module}.lora_{side}"
         targets = [f".{target}" for target in self.target_parameters or ()]
-        has_down = any(f".{experts}.down_proj".endswith(target) for target in targets)
+        has_down = any(f".{on_disk}.down_proj".endswith(target) for target in targets)
         return f"{experts}.{'down' if has_down and experts == module else 'gate_up'}_lora_{side}"
 
 
@@ -206,7 +206,7 @@ def _module_on_disk(disk_name: str, parameter: str) -> str:
     """The name that PEFT compares with its patterns: that in the class which it wrapped."""
     module = parameter.removesuffix(".weight")
     is_text_only = TEXT_ONLY.match(disk_name.removeprefix("base_model.model."))
-    return module.replace("model.language_model.", "model.", 1) if is_text_only else module
+    return text_only_name(module) if is_text_only else module
 
 
 def _shape_in_model(name: str, stored: Sequence[int], base: Sequence[int], exchanges: bool) -> tuple[int, ...] | str:
@@ -226,7 +226,12 @@ def _shape_in_model(name: str, stored: Sequence[int], base: Sequence[int], excha
 
 
 def write_peft(
-    adapters: TensorSource, spec: LoraSpec, shapes: Mapping[str, Sequence[int]], base: str, folder: str | Path
+    adapters: TensorSource,
+    spec: LoraSpec,
+    shapes: Mapping[str, Sequence[int]],
+    base: str,
+    folder: str | Path,
+    is_text_only: bool = False,
 ) -> WriteSummary:
     """Write adapters as PEFT does, all in memory at once. `shapes` are the base's.
 
@@ -235,18 +240,20 @@ def write_peft(
     out = Path(folder)
     if (out / CONFIG).exists():
         raise CheckpointError(f"{out} holds a model; choose another folder for the adapter")
-    adapted = {parameter_of(name) for name in adapters.specs}
+    name_on_disk: Callable[[str], str] = text_only_name if is_text_only else str
+    adapted = {name_on_disk(parameter_of(name)) for name in adapters.specs}
     experts = {name for name in adapted if STACKED.fullmatch(name)}
     tensors = {}
     for name, tensor_spec in adapters.specs.items():
-        matrix, parameter = adapters.read(name, TensorSlice.full(tensor_spec.shape)), parameter_of(name)
+        matrix = adapters.read(name, TensorSlice.full(tensor_spec.shape))
+        parameter = name_on_disk(parameter_of(name))
         module = parameter.removesuffix(".weight")
         if parameter in experts:
             matrix = matrix.flatten(0, 1) if name.endswith("A") else matrix.permute(1, 2, 0).flatten(1)
             module, _, stack = parameter.rpartition(".")
             module += ".base_layer" * (stack == "gate_up_proj" and f"{module}.down_proj" in experts)
         tensors[f"base_model.model.{module}.lora_{name[-1]}.weight"] = matrix.contiguous()
-    known = [name for name in shapes if not name.startswith("mtp.")]  # transformers has no such modules
+    known = [name_on_disk(name) for name in shapes if not name.startswith("mtp.")]  # transformers has no such modules
     modules = [name.removesuffix(".weight") for name in known if name.endswith(".weight")]
     targets = _short(experts, filter(STACKED.fullmatch, known), parts=3)
     own = targets if spec.expert_r != spec.r else []

@@ -1,6 +1,6 @@
 """How processes share weights, experts and sequences: arithmetic, checked before a run starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,8 @@ from qwen35.config.schema import ParallelSettings, Settings
 from qwen35.errors import SettingError, read_object
 
 EXPERT, ULYSSES = "parallel.expert_parallel_size", "parallel.ulysses_parallel_size"
-DENSE = "qwen3_5"  # the model_type of config.json
+TEXT_ONLY = ("qwen3_5_text", "qwen3_5_moe_text")  # model_type where config.json is flat, without a vision tower
+DENSE = ("qwen3_5", "qwen3_5_text")
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,16 @@ def check_layout(s: Settings, world: int) -> Layout:
     return layout
 
 
+def text_section(config: Mapping[str, Any]) -> Any:
+    """What config.json says of the language model: all of it, if the model is text-only."""
+    return config if config.get("model_type") in TEXT_ONLY else config.get("text_config")
+
+
 def _expert_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
-    text = partial(_size, config, "text_config")
+    text = partial(_size, text_section(config))
     if layout.ep == 1:
         return
-    if config.get("model_type") == DENSE:
+    if config.get("model_type") in DENSE:
         yield f"{EXPERT} {layout.ep} means nothing to a dense model, which has no experts; leave it out"
     yield from _indivisible(EXPERT, layout.ep, text("num_experts"), "experts")
     shared_by = f"{layout.shard} processes that share a copy of the weights / {EXPERT} {layout.ep} ="
@@ -96,7 +102,8 @@ def _expert_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterat
 
 
 def _ulysses_rules(layout: Layout, s: Settings, config: dict[str, Any]) -> Iterator[str]:
-    size, text, vision = layout.ulysses, partial(_size, config, "text_config"), partial(_size, config, "vision_config")
+    size, vision = layout.ulysses, partial(_size, config.get("vision_config"))
+    text = partial(_size, text_section(config))
     if size == 1:
         return
     kv_heads, sequences = text("num_key_value_heads"), s.training.micro_batch_size
@@ -123,8 +130,7 @@ def _indivisible(name: str, size: int, total: int, what: str) -> Iterator[str]:
         yield f"{name} {size} does not divide the {total} {what}"
 
 
-def _size(config: dict[str, Any], section: str, name: str) -> int:
+def _size(values: Any, name: str) -> int:
     """The number if it is one above 0, else 0, which everything divides."""
-    values = config.get(section)
     value = values.get(name) if isinstance(values, dict) else None
     return value if type(value) is int and value > 0 else 0

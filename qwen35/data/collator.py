@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from qwen35.batch import IGNORE, PackedBatch, VisionSpec, derive
+from qwen35.config.layout import text_section
 from qwen35.data.dataset import Sample
-from qwen35.data.files import read_config, read_processor
+from qwen35.data.files import is_text_only, read_config, read_processor
 from qwen35.data.image_processor import CONFIG, ImageError
 from qwen35.data.mrope import position_ids
 from qwen35.data.patches import CHANNELS
@@ -24,8 +25,10 @@ from qwen35.data.video_processor import VIDEO_CONFIG
 from qwen35.errors import SettingError
 
 
-def vision_spec(folder: str | Path) -> VisionSpec:
-    """The VisionSpec of a model folder's config.json. Raises SettingError."""
+def vision_spec(folder: str | Path) -> VisionSpec | None:
+    """The VisionSpec of a model folder's config.json; None: text-only. Raises SettingError."""
+    if is_text_only(folder):
+        return None
     config = read_config(folder, "config.json")
     where, vision = f"{folder}/config.json", config.get("vision_config")
     if not isinstance(vision, dict):
@@ -44,20 +47,23 @@ def _number(values: dict[str, Any], name: str, where: str, default: int | None =
     return value
 
 
-def check_agreement(folder: str | Path, tokenizer_dir: str | Path, preparation: Preparation, spec: VisionSpec) -> None:
+def check_agreement(
+    folder: str | Path, tokenizer_dir: str | Path, preparation: Preparation, spec: VisionSpec | None
+) -> None:
     """Raises SettingError if the model does not fit the tokenizer and processors."""
     tokenizer = preparation.tokenizer
     config, where = read_config(folder, "config.json"), f"{folder}/config.json"
-    for token, ours, name, theirs in (
-        (IMAGE_PAD, tokenizer.image_id, "image_token_id", spec.image_token_id),
-        (VIDEO_PAD, tokenizer.video_id, "video_token_id", spec.video_token_id),
+    for token, ours, name in (
+        (IMAGE_PAD, tokenizer.image_id, "image_token_id"),
+        (VIDEO_PAD, tokenizer.video_id, "video_token_id"),
     ):
+        theirs = getattr(spec, name, ours)  # a text-only model names none
         if ours not in (None, theirs):
             raise SettingError(
                 f"{token} is token {ours} in {tokenizer_dir}/tokenizer.json, but {name} is {theirs} in {where}"
             )
     token, last = tokenizer.last()
-    text = config.get("text_config", {})
+    text = {} if (found := text_section(config)) is None else found
     if not isinstance(text, dict):
         raise SettingError(f"{where}: text_config: {str(text)[:80]} is not an object")
     vocab_size = _number(text, "vocab_size", where, last + 1)
@@ -65,6 +71,8 @@ def check_agreement(folder: str | Path, tokenizer_dir: str | Path, preparation: 
         raise SettingError(
             f"{token} is token {last} in {tokenizer_dir}/tokenizer.json, but vocab_size is {vocab_size} in {where}"
         )
+    if preparation.images is None or preparation.videos is None:
+        return
     vision = config["vision_config"]
     for processor, names in ((preparation.images, CONFIG), (preparation.videos, VIDEO_CONFIG)):
         _, source = read_processor(tokenizer_dir, *names)
@@ -81,8 +89,10 @@ def check_agreement(folder: str | Path, tokenizer_dir: str | Path, preparation: 
         raise SettingError(f"in_channels is {channels} in {where}, but images are read as RGB")
 
 
-def check_patch_bucket(patch_bucket: int, spec: VisionSpec) -> None:
+def check_patch_bucket(patch_bucket: int, spec: VisionSpec | None) -> None:
     """Raises SettingError if a bucket does not hold whole blocks of merged patches."""
+    if spec is None:
+        return
     block = spec.merge_size**2
     if patch_bucket < block or patch_bucket % block:
         name = "data.dataloader_param.patch_bucket"
@@ -94,14 +104,15 @@ def collate(
     cutoff_len: int,
     pad_id: int,
     patch_bucket: int,
-    spec: VisionSpec,
+    spec: VisionSpec | None,
     patch_dim: int | None = None,
 ) -> PackedBatch:
     """Packed sequences -> a batch of T = len(packed) * cutoff_len tokens, with all derived fields.
 
     Each packed sequence is filled up by a sequence of pad tokens: no labels, positions from 0,
     `is_pad` set. The patches are filled up to a multiple of patch_bucket by a dummy image of zeros,
-    to which no token refers. patch_dim: needed if the first packed sequence is empty.
+    to which no token refers; for a text-only model there are none. patch_dim: needed if the first
+    packed sequence is empty.
     """
     samples: list[Sample] = []
     pads: list[bool] = []
@@ -112,14 +123,15 @@ def collate(
         if left < 0:
             raise ValueError(f"a packed sequence has {cutoff_len - left} tokens, but cutoff_len is {cutoff_len}")
         if left:
-            samples.append(_pad_sequence(left, pad_id, patch_dim or samples[0].pixel_values.shape[1]))
+            width = samples[0].pixel_values.shape[1] if patch_dim is None else patch_dim
+            samples.append(_pad_sequence(left, pad_id, width))
             pads.append(True)
     lengths = torch.tensor([len(s.input_ids) for s in samples])
     pixels = [s.pixel_values for s in samples]
     grids = [s.grid_thw for s in samples]
     patches = sum(len(p) for p in pixels)
     fill = -patches % patch_bucket if patches else patch_bucket
-    if fill:
+    if spec and fill:
         pixels.append(torch.zeros(fill, pixels[0].shape[1]))
         grids.append(torch.tensor([[1, spec.merge_size, fill // spec.merge_size]]))
     labels = torch.cat([s.labels for s in samples])
@@ -146,7 +158,7 @@ def _pad_sequence(length: int, pad_id: int, patch_dim: int) -> Sample:
     )
 
 
-def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thinking: bool) -> PackedBatch:
+def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec | None, thinking: bool) -> PackedBatch:
     """A sequence that ends where the model answers, for generation: without labels and padding.
 
     A last assistant turn is left out. thinking: as for `prompt_pieces`. Raises RecordError.
@@ -164,7 +176,8 @@ def prompt_batch(record: Record, preparation: Preparation, spec: VisionSpec, thi
         torch.from_numpy(ids).long(),
         torch.full((len(ids),), IGNORE),
         torch.from_numpy(position_ids(ids, grids, spec)),
-        torch.cat([torch.zeros(0, preparation.images.patch_dim), *pixels]),
+        torch.cat([torch.zeros(0, preparation.patch_dim), *pixels]),
         torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
     )
-    return replace(collate([[sample]], len(ids), preparation.tokenizer.pad_id, spec.merge_size**2, spec), is_pad=None)
+    bucket = spec.merge_size**2 if spec else 1
+    return replace(collate([[sample]], len(ids), preparation.tokenizer.pad_id, bucket, spec), is_pad=None)

@@ -97,7 +97,7 @@ class MicroBatches:
         return {
             kind: {"mean": f.mean, "std": f.std, "scale": f.scale, "files": dataset.files_digest(kind == "video")}
             for kind, count, f in formats
-            if count
+            if count and f
         }
 
     def start_at(self, step: int) -> None:
@@ -140,7 +140,7 @@ class MicroBatches:
 def size_warnings(folder: str, preparation: Preparation, images: int, videos: int, advice: str) -> list[str]:
     """A line for each processor of a model folder whose sizes differ from the preparation's."""
     pairs = ((images, preparation.images, CONFIG), (videos, preparation.videos, VIDEO_CONFIG))
-    lines = (ignored_sizes(folder, p.min_pixels, p.max_pixels, *names) for count, p, names in pairs if count)
+    lines = (ignored_sizes(folder, p.min_pixels, p.max_pixels, *names) for count, p, names in pairs if count and p)
     return [f"{line}; {advice}" for line in lines if line]
 
 
@@ -210,7 +210,7 @@ class DecodedBatches:
                     bad_records.append(str(error))
         preparation, spec = self.dataset.preparation, self.dataset.spec
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
-        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.images.patch_dim)
+        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.patch_dim)
         return replace(batch, bad_records=tuple(bad_records))
 
 

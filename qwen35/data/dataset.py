@@ -68,7 +68,11 @@ class Dataset:
     """
 
     def __init__(
-        self, preparation: Preparation, spec: VisionSpec, progress: Progress = silent, training_attr: Attr | None = None
+        self,
+        preparation: Preparation,
+        spec: VisionSpec | None,
+        progress: Progress = silent,
+        training_attr: Attr | None = None,
     ):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
@@ -249,7 +253,7 @@ class Dataset:
         """[P, 3*2*16*16] patches of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)
         first = int(samples.image_offsets[i])
-        pixels = [torch.zeros(0, self.preparation.images.patch_dim)]
+        pixels = [torch.zeros(0, self.preparation.patch_dim)]
         for value, grid in zip(samples.visuals[first : first + len(grids)], grids.tolist(), strict=True):
             visual = visual_from_json(value)
             if moved := next((path for path in paths_of(visual) if os.path.realpath(path) != str(path)), None):
@@ -259,7 +263,8 @@ class Dataset:
                 )
             try:
                 patches, new_grid = self.preparation.patches(visual)
-                times = self.preparation.videos.select_frames(visual).timestamps if isinstance(visual, Video) else None
+                videos = self.preparation.videos
+                times = videos.select_frames(visual).timestamps if videos and isinstance(visual, Video) else None
             except ImageError as error:
                 raise RecordError(f"{samples.sources[i]}: {visual}: {error}") from None
             if list(new_grid) != grid or (not isinstance(value, str) and times != value["seconds"]):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qwen35.config.layout import TEXT_ONLY
 from qwen35.errors import SettingError, read_object, read_text
 
 PROCESSOR = "processor_config.json"
@@ -19,6 +20,11 @@ def read_config(folder: str | Path, name: str) -> dict[str, Any]:
     """A JSON file of a model folder. Raises SettingError if it is missing or not a JSON object."""
     absent = "no such file; model_name_or_path must name a whole Hugging Face folder"
     return read_object(Path(folder) / name, SettingError, absent)
+
+
+def is_text_only(folder: str | Path) -> bool:
+    """Whether a model folder's config.json is of a model without a vision tower. SettingError."""
+    return read_config(folder, "config.json").get("model_type") in TEXT_ONLY
 
 
 def read_processor(folder: str | Path, section: str, *names: str) -> tuple[dict[str, Any], str]:

@@ -13,6 +13,7 @@ from qwen35.config.schema import Attr, BasicParameters, Settings
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.conversations import conversations
+from qwen35.data.files import is_text_only
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import Record, RecordError, Video, Visual
@@ -32,6 +33,7 @@ from qwen35.errors import SettingError, shortened
 CODE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # cached samples depend on all of it
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised
 LONGEST_NAME = 200  # characters of an image's path in a message
+FOR_TEXT_ONLY = "the model is text-only, it sees none; train the vision-language one, or leave the record out"
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Preparation:
     """Tokenizer, processors and settings: they turn records into tokens, images into patches."""
 
     tokenizer: ChatTokenizer
-    images: ImageProcessor
+    images: ImageProcessor | None  # None, and videos too: of a text-only model
     basic: BasicParameters
     attr: Attr
-    videos: VideoProcessor
+    videos: VideoProcessor | None
     style: Style = DEFAULT_STYLE
     chat_template: ChatTemplate | None = None  # the model folder's, with which our rendering is compared
 
@@ -62,8 +64,10 @@ class Preparation:
         param = settings.data.dataset_param
         limits = param.preprocess_parameters
         folder = settings.tokenizer_dir
-        images = ImageProcessor.from_folder(folder, limits.image_min_pixels, limits.image_max_pixels)
-        videos = VideoProcessor.from_folder(folder, limits)
+        text_only = is_text_only(settings.model.model_name_or_path)
+        pixels = limits.image_min_pixels, limits.image_max_pixels
+        images = None if text_only else ImageProcessor.from_folder(folder, *pixels)
+        videos = None if text_only else VideoProcessor.from_folder(folder, limits)
         basic = param.basic_parameters
         tokenizer = ChatTokenizer(folder, basic.special_tokens_in_prompts)
         return cls(
@@ -128,6 +132,8 @@ class Preparation:
         extents: list[Extent] = []
         for visual in record.visuals:
             try:
+                if self.images is None or self.videos is None:
+                    raise ImageError(FOR_TEXT_ONLY, "image or video for a text-only model")
                 if isinstance(visual, Video):
                     selection = self.videos.select_frames(visual, odd)
                     tokens = self.videos.tokens((1, *selection.grid[1:]))  # of a pair of frames
@@ -142,7 +148,12 @@ class Preparation:
 
     def patches(self, visual: Visual) -> tuple[Tensor, tuple[int, int, int]]:
         """pixels [P, 3*2*16*16] and the grid. Raises ImageError."""
+        assert self.images is not None and self.videos is not None  # `measure` raised before
         return self.videos.patches(visual) if isinstance(visual, Video) else self.images.patches(visual)
+
+    @property
+    def patch_dim(self) -> int:
+        return self.images.patch_dim if self.images else 0
 
     def cache_key(self, file: Path, limit: int | None) -> str:
         """A hash of the file's content, and of the settings and the code that tokens depend on."""
@@ -151,7 +162,7 @@ class Preparation:
         for name in ("dataset", "cache_dir", "cutoff_len", "truncation", "max_samples"):
             del settings[name]
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
-        processors = [asdict(self.images), asdict(self.videos)]
+        processors = [processor and asdict(processor) for processor in (self.images, self.videos)]
         template = self.style.dialect.name, self.chat_template and asdict(self.chat_template)
         inputs = [str(file), limit, settings, asdict(self.attr), processors, self.tokenizer.control_names, template]
         digest = hashlib.sha256(json.dumps(inputs).encode())

@@ -127,8 +127,10 @@ def pack(sequences: Sequence[PackedBatch]) -> PackedBatch:
     )
 
 
-def _without_dummy(prompt: PackedBatch, spec: VisionSpec) -> PackedBatch:
+def _without_dummy(prompt: PackedBatch, spec: VisionSpec | None) -> PackedBatch:
     """Keep the images that tokens refer to: a dummy would pass for the next prompt's image."""
+    if spec is None:
+        return prompt
     is_vision = (prompt.input_ids == spec.image_token_id) | (prompt.input_ids == spec.video_token_id)
     patches = int(is_vision.sum()) * spec.merge_size**2
     grids = prompt.grid_thw[prompt.grid_thw.prod(-1).cumsum(0) <= patches]

@@ -135,16 +135,18 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
         {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template != "qwen3_vl_nothink" else {}
     )
     basic = BasicParameters(dataset, dataset_dir, template=template, **choices)
+    tokenizer = ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts)
+    spec = vision_spec(source.config)
     preparation = Preparation(
-        ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts),
-        ImageProcessor.from_folder(source.tokenizer, smallest, largest),
+        tokenizer,
+        ImageProcessor.from_folder(source.tokenizer, smallest, largest) if spec else None,
         basic,
         trained.attr,
-        VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters),
+        VideoProcessor.from_folder(source.tokenizer, trained.preprocess_parameters) if spec else None,
         style_of(source.tokenizer, basic),
         reference_template(source.tokenizer, basic),
     )
-    check_agreement(source.config, source.tokenizer, preparation, vision_spec(source.config))
+    check_agreement(source.config, source.tokenizer, preparation, spec)
     return preparation
 
 

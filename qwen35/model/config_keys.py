@@ -9,26 +9,32 @@ its name contains a part or an operation of a model (COMPUTATION). Other unknown
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+from qwen35.config.layout import TEXT_ONLY, text_section
 from qwen35.errors import UserError
 
 TEXT, VISION = "text_config.", "vision_config."
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
-FAMILY = ("qwen3_5", "qwen3_5_moe")
+FAMILY = ("qwen3_5", "qwen3_5_moe")  # with a vision tower; TEXT_ONLY names those without
+YARN = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 USED = {
     "": "model_type text_config vision_config tie_word_embeddings image_token_id video_token_id",
     TEXT: """vocab_size hidden_size layer_types num_hidden_layers full_attention_interval num_attention_heads
         num_key_value_heads head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
-        linear_conv_kernel_dim rms_norm_eps rope_parameters rope_scaling rope_theta partial_rotary_factor initializer_range
-        intermediate_size num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
-        mtp_num_hidden_layers tie_word_embeddings""",
+        linear_conv_kernel_dim rms_norm_eps rope_parameters rope_scaling rope_theta partial_rotary_factor
+        original_max_position_embeddings initializer_range intermediate_size num_experts num_experts_per_tok
+        moe_intermediate_size shared_expert_intermediate_size mtp_num_hidden_layers tie_word_embeddings""",
     VISION: """depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size spatial_merge_size
         num_position_embeddings out_hidden_size rope_parameters rope_scaling""",
     f"{TEXT}rope": "rope_theta partial_rotary_factor mrope_section",
+    f"{TEXT}yarn": f"rope_theta partial_rotary_factor mrope_section original_max_position_embeddings {' '.join(YARN)}",
     f"{VISION}rope": "",
 }
+ROPE_TYPES = ("default", "yarn")
+OF_ROPE: dict[str, tuple[Any, ...]] = {"rope_type": ROPE_TYPES, "type": ROPE_TYPES, "mrope_interleaved": (True,)}
 # keys that may only have these values, because the model supports no others
 ONLY_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"language_model_only": (False,), "is_encoder_decoder": (False,), "pruned_heads": ({},)},
@@ -43,10 +49,15 @@ ONLY_VALUE: dict[str, dict[str, tuple[Any, ...]]] = {
         "model_type": (*(f"{name}_vision" for name in FAMILY), *FAMILY), "hidden_act": ("gelu_pytorch_tanh",),
         "deepstack_visual_indexes": ([],), "rope_theta": (10000,), "is_encoder_decoder": (False,), "pruned_heads": ({},),
     },
-    f"{TEXT}rope": {"rope_type": ("default",), "type": ("default",), "mrope_interleaved": (True,)},
+    f"{TEXT}rope": OF_ROPE,
+    f"{TEXT}yarn": OF_ROPE,
     # transformers 5.2 always uses 10000 in the vision tower, 5.23 what the config says
     f"{VISION}rope": {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)},
 }  # fmt: skip
+ADVICE = {  # key of ONLY_VALUE -> what to do about another value, if not to bring another checkpoint
+    "language_model_only": f"a model without a vision tower is of model_type {' or '.join(TEXT_ONLY)}, in a flat config.json",
+    "attention_dropout": "set it to 0.0",
+}
 # reason -> keys that do not affect training, at any level
 HARMLESS = {
     "they say where the file comes from": """architectures transformers_version name_or_path _name_or_path _commit_hash
@@ -59,7 +70,7 @@ HARMLESS = {
         keys_to_ignore_at_inference""",
     "the tower's weights are loaded, or begin as text_config says": "initializer_range",
     "the recipe's loss_cfg says it": "router_aux_loss_coef",
-    "the default rope does not depend on it": "max_position_embeddings",
+    "no rope depends on it but YaRN, which takes it where the trained length is not given": "max_position_embeddings",
     "it means nothing without sliding windows": "max_window_layers",
     "the tokenizer and generation_config.json say it": """bos_token_id eos_token_id pad_token_id sep_token_id
         decoder_start_token_id vision_start_token_id vision_end_token_id vision_token_id tokenizer_class prefix""",
@@ -112,7 +123,7 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     """The unknown keys of a config.json. Raises ConfigError on one that the model cannot ignore."""
-    unknown, text = [], config.get("text_config") or {}
+    unknown, text = [], text_section(config) or {}
     of_text = {*USED[TEXT].split(), *ONLY_VALUE[TEXT]} - {*USED[""].split(), *ONLY_VALUE[""], *HARMLESS_KEYS}
     for where, kind, values in _sections(config):
         only, known = ONLY_VALUE[kind], {*USED[kind].split(), *HARMLESS_KEYS}
@@ -125,8 +136,10 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
                 raise ConfigError(f"{name} is {shown(value)}: {REFUSED[key]}")
             if key in only:
                 if value not in only[key]:
-                    raise ConfigError(f"{name} is {shown(value)}; this model does {only[key][0]!r} only")
-            elif not where and key in of_text:  # may only repeat what text_config says
+                    built = " or ".join(map(repr, only[key] if only[key] is ROPE_TYPES else only[key][:1]))
+                    advice = ADVICE.get(key, "bring a checkpoint that has it so")
+                    raise ConfigError(f"{name} is {shown(value)}; this model does {built} only; {advice}")
+            elif not kind and key in of_text:  # may only repeat what text_config says
                 if value != text.get(key):
                     raise ConfigError(
                         f"{key} is {shown(value)} at the top level, where it is not read, but {shown(text.get(key))} in "
@@ -150,11 +163,18 @@ def _levels(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(prefix for messages, table of allowed keys, values); rope first, for clear messages."""
-    for where, values in _levels(config):
+    is_flat = config.get("model_type") in TEXT_ONLY
+    for where, values in islice(_levels(config), 1 if is_flat else None):
         for name in ROPE_KEYS:
             rope = values.get(name)
             if rope is not None and not isinstance(rope, dict):
                 raise ConfigError(f"{where}{name} is {shown(rope)}, not an object")
             if rope:
-                yield f"{where}{name}.", f"{where or TEXT}rope", rope
-        yield where, where, values
+                is_yarn = where != VISION and rope_type(rope) == "yarn"
+                yield f"{where}{name}.", f"{where or TEXT}{'yarn' if is_yarn else 'rope'}", rope
+        yield where, TEXT if is_flat else where, values
+
+
+def rope_type(rope: Mapping[str, Any]) -> object:
+    """`type` is the older name."""
+    return rope.get("rope_type") or rope.get("type") or "default"

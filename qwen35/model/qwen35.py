@@ -86,7 +86,8 @@ class LanguageModel(nn.Module):
         self.offload: Callable[[nn.Module, list[Tensor], Any, bool], Stash] | None = None
 
     def rope(self, position_ids: Tensor) -> Rope:
-        return text_rope(position_ids, self.config.rotary_dim, self.config.rope_theta, self.config.mrope_section)
+        c = self.config
+        return text_rope(position_ids, c.rotary_dim, c.rope_theta, c.mrope_section, c.yarn)
 
     def forward(self, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Stats]:
         """x [T, H], embedded tokens -> hidden [T, H] after the final norm, router stats"""
@@ -145,7 +146,7 @@ class _ScatterFeatures(torch.autograd.Function):
 class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.visual = VisionTower(config.vision, kernels)
+        self.visual = None if config.vision is None else VisionTower(config.vision, kernels)
         self.language_model = LanguageModel(config.text, kernels)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Stats]:
@@ -153,6 +154,8 @@ class Backbone(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """-> [T, H], token embeddings, those of image tokens replaced by image features"""
+        if self.visual is None:
+            return self.language_model.embed_tokens(batch.input_ids)
         assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by derive()
         features = self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
@@ -182,7 +185,9 @@ class Qwen35(nn.Module):
 
     def recompute(self, how: bool | str) -> None:
         """Set LanguageModel.recompute; unless False, vision blocks save only their inputs."""
-        self.model.language_model.recompute, self.model.visual.recompute = how, bool(how)
+        self.model.language_model.recompute = how
+        if self.model.visual is not None:
+            self.model.visual.recompute = bool(how)
 
     @property
     def head_weight(self) -> Tensor:

@@ -39,7 +39,8 @@ def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
             module.register_module("core", UlyssesAttention(module.core, group))
         elif isinstance(module, GatedDeltaNet):
             module.register_module("core", UlyssesDeltaNet(module.core, group))
-    model.model.visual.register_module("gather_features", OverGroup(gather, group))  # [N/U, H] -> [N, H]
+    if model.model.visual is not None:
+        model.model.visual.register_module("gather_features", OverGroup(gather, group))  # [N/U, H] -> [N, H]
     model.register_module("sum_stats", OverGroup(sum_over, group))  # the routers', [2, E] -> [2, E]
 
 
@@ -56,29 +57,20 @@ def shard_batch(
     """
     if size == 1:
         return batch, weights, mtp_targets
-    assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by the collator
     tokens, patches = len(batch.labels), len(batch.pixel_values)
     if tokens % size or patches % size:
         raise ValueError(f"{tokens} tokens and {patches} patches cannot be shared by {size} ranks evenly")
     tokens_here = slice(rank * tokens // size, (rank + 1) * tokens // size)
     input_rows = slice(tokens_here.start, tokens_here.stop + (mtp_targets is not None))
-    is_here = (batch.vision_token >= input_rows.start) & (batch.vision_token < input_rows.stop)
-    tower_patches = slice(rank * patches // size, (rank + 1) * patches // size)
     part = dataclasses.replace(
         batch,
         input_ids=_pad_rows(batch.input_ids, input_rows, 0),
         labels=batch.labels[tokens_here],
-        vision_index=_pad_rows(batch.vision_index, input_rows, -1),
-        vision_token=torch.where(is_here, batch.vision_token - input_rows.start, -1),
         label_positions=None if batch.label_positions is None else _within(batch.label_positions, tokens_here),
         is_pad=None if batch.is_pad is None else batch.is_pad[tokens_here],
-        pixel_values=batch.pixel_values[tower_patches],
-        vision=dataclasses.replace(
-            batch.vision,
-            corner=batch.vision.corner[:, tower_patches],
-            corner_weight=batch.vision.corner_weight[:, tower_patches],
-        ),
     )
+    if batch.vision is not None:  # not of a text-only model
+        part = _shard_vision(part, batch, input_rows, slice(rank * patches // size, (rank + 1) * patches // size))
     if mtp_targets is not None:
         mtp_targets = MTPTargets(
             mtp_targets.labels[tokens_here],
@@ -87,6 +79,19 @@ def shard_batch(
             mtp_targets.is_end[tokens_here],
         )
     return part, weights[tokens_here], mtp_targets
+
+
+def _shard_vision(part: PackedBatch, batch: PackedBatch, input_rows: slice, patches: slice) -> PackedBatch:
+    assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by the collator
+    is_here = (batch.vision_token >= input_rows.start) & (batch.vision_token < input_rows.stop)
+    corner, weight = batch.vision.corner[:, patches], batch.vision.corner_weight[:, patches]
+    return dataclasses.replace(
+        part,
+        vision_index=_pad_rows(batch.vision_index, input_rows, -1),
+        vision_token=torch.where(is_here, batch.vision_token - input_rows.start, -1),
+        pixel_values=batch.pixel_values[patches],
+        vision=dataclasses.replace(batch.vision, corner=corner, corner_weight=weight),
+    )
 
 
 def _pad_rows(x: Tensor, rows: slice, beyond: int) -> Tensor:

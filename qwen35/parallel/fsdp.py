@@ -70,9 +70,10 @@ def shard(model: Qwen35, meshes: Meshes, dtype: torch.dtype) -> None:
         for experts in layers:
             placed(experts, ignored_params=alone)
     unit = partial(unit, ignored_params=ignored(meshes.weights["shard"]))
-    for block in model.model.visual.blocks:
-        unit(block)
-    unit(model.model.visual)
+    if model.model.visual is not None:
+        for block in model.model.visual.blocks:
+            unit(block)
+        unit(model.model.visual)
     for layer in model.model.language_model.layers:
         unit(layer)
     if hasattr(model, "mtp"):
@@ -94,7 +95,8 @@ def _prefetch(model: Qwen35) -> None:
     backward, at the memory peak, FSDP2's own prefetch of one unit is enough.
     """
     tower = model.model.visual
-    order = [tower, *tower.blocks, *model.model.language_model.layers, *([model.mtp] if hasattr(model, "mtp") else [])]
+    order = [] if tower is None else [tower, *tower.blocks]
+    order += [*model.model.language_model.layers, *([model.mtp] if hasattr(model, "mtp") else [])]
     for unit, following in pairwise(order):
         unit.set_modules_to_forward_prefetch([m for m in following.modules() if isinstance(m, FSDPModule)])
 

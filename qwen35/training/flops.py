@@ -36,7 +36,8 @@ class Flops:
         self.flops_per: dict[str, float] = defaultdict(float)
         self.is_trained_below = False  # whether the next part must pass a gradient on to its input
         text = model.model.language_model
-        self._tower(model.model.visual)
+        if model.model.visual is not None:
+            self._tower(model.model.visual)
         self._maps("token", (text.embed_tokens, 0))
         for layer in text.layers:
             self._layer(layer)
@@ -58,10 +59,9 @@ class Flops:
         lengths, starts = batch.cu_seqlens.diff(), batch.cu_seqlens[:-1].long()
         if batch.is_pad is not None:
             lengths = lengths[~batch.is_pad[starts]]
-        is_real = batch.grid_thw.prod(-1).cumsum(0) <= image_tokens * self.config.vision.spatial_merge_size**2
-        return self.of(
-            tokens, lengths, labels, batch.grid_thw[is_real], len(mtp_targets.label_positions) if mtp_targets else 0
-        )
+        patches = image_tokens * self.config.vision.spatial_merge_size**2 if self.config.vision else 0
+        grids = batch.grid_thw[batch.grid_thw.prod(-1).cumsum(0) <= patches]
+        return self.of(tokens, lengths, labels, grids, len(mtp_targets.label_positions) if mtp_targets else 0)
 
     def of(self, tokens: int, lengths: Tensor, labels: int, grid_thw: Tensor, mtp_labels: int = 0) -> float:
         """FLOPs of sequences of `lengths` [S]; the head counts at labels only, those of MTP too."""
@@ -129,6 +129,7 @@ class Flops:
 
     def _tower(self, tower: Any) -> None:
         v = self.config.vision
+        assert v is not None  # there is a tower
         self._maps("patch", tower.patch_embed, (tower.pos_embed, 0))
         for block in tower.blocks:
             self._maps("patch", block.norm1)

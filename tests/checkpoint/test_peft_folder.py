@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import MemorySource, assert_same_bytes
-from peer import config_dict, pair, peer_inputs, sample
+from peer import config_dict, pair, peer_inputs, sample, text_only
 from safetensors.torch import load_file, save_file
 
 from qwen35.checkpoint.errors import CheckpointError
@@ -86,30 +86,44 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_what_is_written_and_answers_the_same(tmp_path, case):
     """As the merged weights do; and what PEFT saves again has the same bytes."""
+    moe, spec, chosen = CASES[case]
+    compare_with_peft(tmp_path, config(moe), spec, chosen, sample([5, (4, 4), 9]))
+
+
+@pytest.mark.parametrize("case", ["dense", "rslora", "moe", "gate_up alone", "some layers"])
+def test_peft_loads_it_into_the_text_only_class_of_a_text_only_model(tmp_path, case):
+    moe, spec, chosen = CASES[case]
+    compare_with_peft(tmp_path, text_only(config(moe)), spec, chosen, sample([19]))
+    names = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert names and all(name.startswith("base_model.model.model.layers.") for name in names)
+
+
+def compare_with_peft(tmp_path, config, spec, chosen, batch) -> None:
     from peft import PeftModel, get_peft_model_state_dict
 
-    moe, spec, chosen = CASES[case]
-    ours, theirs = pair(config(moe))
+    is_text_only = config["model_type"].endswith("_text")
+    inputs = {"input_ids": batch.input_ids[None]} if is_text_only else peer_inputs(batch)
+    ours, theirs = pair(config)
     base = {name: p.detach() for name, p in ours.named_parameters()}
     made = adapters(shapes_of(base.items()), spec, chosen)
-    summary = write_peft(MemorySource(made), spec, shapes_of(base.items()), "/base", tmp_path / "ours")
+    shapes = shapes_of(base.items())
+    summary = write_peft(MemorySource(made), spec, shapes, "/base", tmp_path / "ours", is_text_only)
     assert summary.tensors == len(made) and sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         ".qwen35.json", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
-    before = theirs(**peer_inputs(sample([5, (4, 4), 9]))).logits[0]
+    before = theirs(**inputs).logits[0]
     wrapped = PeftModel.from_pretrained(theirs, str(tmp_path / "ours"))
     assert_same_bytes(get_peft_model_state_dict(wrapped), load_file(tmp_path / "ours/adapter_model.safetensors"))
     merged = Merged(MemorySource(base), MemorySource(made), spec.scale)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             parameter.copy_(merged.read(name, TensorSlice.full(parameter.shape)))
-    batch = sample([5, (4, 4), 9])
     with torch.no_grad():
-        own, wanted = ours.logits(batch), wrapped(**peer_inputs(batch)).logits[0]
+        own, wanted = ours.logits(batch), wrapped(**inputs).logits[0]
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
     assert (before - wanted).abs().max() > 0.01
     wrapped.save_pretrained(tmp_path / "theirs")
-    source = PeftFolder(tmp_path / "theirs", shapes_of(base.items()))
+    source = PeftFolder(tmp_path / "theirs", shapes)
     assert_same_bytes(read_all(source), made)
     assert math.isclose(source.scale, spec.scale, rel_tol=1e-8)
 

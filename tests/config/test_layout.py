@@ -55,10 +55,12 @@ def fits(world: int, shard: int, ep: int, ulysses: int) -> bool:
     return (ep == 1 or all(cuts(*n) for n in of_experts)) and (ulysses == 1 or fits_ulysses)
 
 
-def test_layouts_that_divide_are_accepted_and_no_others(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"text_config": TEXT, "vision_config": {"num_heads": 12, "spatial_merge_size": 2}})
-    )
+NESTED = {"text_config": TEXT, "vision_config": {"num_heads": 12, "spatial_merge_size": 2}}
+
+
+@pytest.mark.parametrize("config", [NESTED, TEXT | {"model_type": "qwen3_5_moe_text"}], ids=["nested", "text-only"])
+def test_layouts_that_divide_are_accepted_and_no_others(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     taken = 0
     for world, shard, ep, ulysses in product(
         (1, 2, 3, 4, 8, 12, 24), (1, 2, 3, 4, 12, 24), (1, 2, 3, 4), (1, 2, 3, 4, 5)

@@ -130,7 +130,7 @@ def test_settings_that_a_page_names_exist(page):
         lines = [line.split(" | ")[-1] for line in lines]
     inline = re.findall(r"`([^`]+)`", BLOCK.sub("", "\n".join(lines))) + [text for _, text in blocks(page)]
     named = re.findall(r"(?<![\w/.-])(?:data|model|parallel|training)\.[a-z][\w.]*\w", "\n".join(inline))
-    modules = ("model.language_model", "model.visual", "model.safetensors")  # of the model's own names
+    modules = ("model.language_model", "model.layers", "model.visual", "model.safetensors")  # of the model's own names
     assert not {n for n in named if not n.startswith((*modules, "model.kernels.")) and n not in known}
 
 

@@ -24,11 +24,11 @@ LAYERS = {  # folder or file -> what it must not import
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
     "config": 1_000,
-    "model": 1_375,
-    "checkpoint": 3_600,
-    "data": 5_920,
-    "parallel": 665,
-    "inference": 970,
+    "model": 1_500,
+    "checkpoint": 3_640,
+    "data": 5_960,
+    "parallel": 670,
+    "inference": 975,
     "training": 1_635,
     "tools": 1_675,
     "launch": 1_510,
@@ -37,7 +37,7 @@ ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_620,
     "kernels": 3_660,
-    "rehearse": 2_215,
+    "rehearse": 2_225,
     "accept": 730,
     "bench": 850,
 }  # qwen35: beside its rooms

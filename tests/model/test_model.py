@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peer import config_dict, forward_aux, pack, pair, peer_inputs, sample
+from peer import config_dict, forward_aux, pack, pair, peer_inputs, sample, text_only
 
+from qwen35.checkpoint.hf_names import text_only_name
 from qwen35.model import Qwen35, load_config
 from qwen35.model.linear import recomputed_linear
 
@@ -12,6 +13,7 @@ LOGITS, GRADIENTS = 1e-5, 5e-5  # relative norm error
 TEXT = [sample([70])]
 IMAGES = [sample([5, (4, 4), 3, (2, 6), 7]), sample([(8, 4), 9], seed=1)]
 VIDEO = [sample([4, (3, 4, 6), 8])]
+TEXTS = [*TEXT, sample([41], seed=2), sample([1], seed=4)]
 THREE = [sample([66], seed=2), sample([3, (4, 2), 40], seed=3), sample([1], seed=4)]
 
 
@@ -33,10 +35,14 @@ def compare(config: dict, samples: list, idle_experts: bool = False) -> None:
     logits = ours.logits(pack(samples))
     probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
     (logits * probe).sum().backward()
-    reference = torch.cat([theirs(**peer_inputs(s)).logits[0] for s in samples])
+    is_text_only = config["model_type"].endswith("_text")
+    inputs = [peer_inputs(s) for s in samples]
+    if is_text_only:  # of which no token is an image's
+        inputs = [{"input_ids": one["input_ids"]} for one in inputs]
+    reference = torch.cat([theirs(**one).logits[0] for one in inputs])
     (reference * probe).sum().backward()
     assert error(logits, reference) <= LOGITS
-    gradients = dict(ours.named_parameters())
+    gradients = {text_only_name(n) if is_text_only else n: p for n, p in ours.named_parameters()}
     for name, p in theirs.named_parameters():
         mine = gradients.pop(name).grad
         if p.grad is None or not p.grad.any():
@@ -50,6 +56,24 @@ def compare(config: dict, samples: list, idle_experts: bool = False) -> None:
 @pytest.mark.parametrize("samples", [TEXT, IMAGES, VIDEO, THREE], ids=["text", "images", "video", "packed"])
 def test_equals_transformers(moe, samples):
     compare(config_dict(moe=moe), samples)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied"])
+@pytest.mark.parametrize("samples", [TEXT, TEXTS], ids=["text", "packed"])
+def test_a_text_only_model_equals_transformers(moe, tied, samples):
+    compare(text_only(config_dict(moe=moe, tied=tied)), samples)
+
+
+YARN = {"mrope_section": [2, 1, 1], "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("samples", [TEXT, IMAGES, TEXTS], ids=["text", "images", "packed"])
+@pytest.mark.parametrize("length", [16, 1024], ids=["far beyond", "in between"])
+def test_yarn_equals_transformers(moe, samples, length):
+    config = config_dict(moe=moe, rope_parameters=YARN | {"original_max_position_embeddings": length})
+    compare(config if samples is IMAGES else text_only(config), samples)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

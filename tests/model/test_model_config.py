@@ -169,11 +169,22 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("where", ["", "text_config.", "vision_config."])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
-@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "llama3", "longrope", "mrope"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "longrope", "mrope"])
 def test_other_ropes_are_refused_by_name(where, name, key, kind):
     config = with_key(f"{where}{name}", {**YARN, "type": "default", "rope_type": "default", key: kind})
-    with pytest.raises(ConfigError, match=f"^{where}{name}.{key} is '{kind}'; this model does '(default|axial)' only$"):
+    built = "'axial'" if where == "vision_config." else "'default' or 'yarn'"
+    with pytest.raises(ConfigError) as caught:
         load_config(config)
+    said = f"{where}{name}.{key} is '{kind}'; this model does {built} only; bring a checkpoint that has it so"
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_yarn_where_it_is_not_read_is_refused(name):
+    with pytest.raises(ConfigError, match=f"^{name} is .* at the top level, where it is not read"):
+        load_config(with_key(name, YARN))
+    with pytest.raises(ConfigError, match=f"^vision_config.{name}.type is 'yarn'; this model does 'axial' only"):
+        load_config(with_key(f"vision_config.{name}", YARN))
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -182,7 +193,7 @@ def test_other_ropes_are_refused_by_name(where, name, key, kind):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("text_config.attn_output_gate", False, "this model does True only"),
+        ("text_config.attn_output_gate", False, "this model does True only; bring a checkpoint that has it so"),
         ("text_config.output_gate_type", "sigmoid", "this model does 'swish' only"),
         ("text_config.norm_topk_prob", False, "this model does True only"),
         ("text_config.rope_parameters.mrope_interleaved", False, "this model does True only"),
@@ -191,7 +202,7 @@ def test_other_ropes_are_refused_by_name(where, name, key, kind):
         ("text_config.rope_parameters", [1], "not an object"),
         ("text_config.mtp_use_dedicated_embeddings", True, "this model does False only"),
         ("text_config.attention_bias", True, "this model does False only"),
-        ("text_config.attention_dropout", 0.1, "this model does 0.0 only"),
+        ("text_config.attention_dropout", 0.1, "this model does 0.0 only; set it to 0.0"),
         ("text_config.mlp_only_layers", [1], "this model does [] only"),
         ("text_config.use_sliding_window", True, "this model does False only"),
         ("text_config.sliding_window", 4096, "may change what is computed"),
@@ -214,7 +225,7 @@ def test_other_ropes_are_refused_by_name(where, name, key, kind):
         ("vision_config.num_attention_heads", 4, "may change what is computed"),
         ("vision_config.window_size", 112, "may change what is computed"),
         ("vision_config.use_bias", True, "may change what is computed"),
-        ("language_model_only", True, "this model does False only"),
+        ("language_model_only", True, "this model does False only; a model without a vision tower is of model_type"),
         ("audio_config", {"depth": 2}, "may change what is computed"),
         ("auto_map", {"AutoModel": "modeling.Mine"}, "code of its own"),
         ("transformers_weights", "other.safetensors", "another file of weights"),

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from peer import config_dict
+from peer import config_dict, text_only
 from ports import free_port
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -214,6 +214,23 @@ def test_representative_layers_give_the_figures_of_all(tmp_path, capsys, depth, 
     few, whole = (rehearsed(settings, 4, is_whole) for is_whole in (False, True))
     assert len(few.ledger.changes) < 0.9 * len(whole.ledger.changes)
     assert figures(few) == figures(whole) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("parallel", [{"recompute": "true"}, {"ulysses_parallel_size": 2}], ids=["fsdp", "ulysses"])
+def test_a_text_only_model_is_rehearsed(tmp_path, parallel):
+    """Without images, which must not be asked for; with YaRN, beyond the length of its training."""
+    settings = recipe(tmp_path, 6, kinds=ATTENTION, **parallel)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = text_only(json.loads((tmp_path / "config.json").read_text()))
+    config["rope_parameters"] |= yarn
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    few, whole = (rehearsed(settings, 4, is_whole) for is_whole in (False, True))
+    assert figures(few) == figures(whole)
+    with torch.device("meta"):
+        assert few.parameters == sum(p.numel() for p in Qwen35(load_config(tmp_path)).parameters())
+    assert "0% image tokens" in MIX.describe(settings, load_config(tmp_path))
+    with pytest.raises(SettingError, match=r"^--images: the model is text-only, leave it out$"):
+        make_batch(settings, load_config(tmp_path), Mix(images=0.5))
 
 
 def test_representative_micro_batches_give_the_figures_of_all(tmp_path):

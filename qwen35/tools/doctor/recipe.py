@@ -165,6 +165,8 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> Checkpoi
         step = (loaded and loaded.step) or 0
         found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step)}"))
     vision, loader = config.vision, s.data.dataloader_param
+    if vision is None:  # tokens alone take next to nothing
+        return loaded
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
     patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
     if batches := m.processes() * loader.num_workers * BATCHES:

@@ -80,10 +80,10 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two(workplace) -> Path:
     """Two processes, ten steps, a checkpoint after five."""
-    from training_runs import start_as_ever, train
+    from training_runs import train
 
     save = workplace / "two"
-    done = train(workplace, save, 2, "training.save_interval=5", how=start_as_ever)
+    done = train(workplace, save, 2, "training.save_interval=5")
     assert done.returncode == 0, done.stderr
     (save / "console").write_text(done.stdout)
     return save

@@ -1,5 +1,6 @@
 """`make doctor`: the host, the recipe, and the command as a whole."""
 
+import json
 import os
 import re
 import resource
@@ -76,6 +77,33 @@ def test_a_lora_run_is_looked_at_as_it_would_start(m: Machine, settings: list[st
     assert "/nowhere/adapter_config.json: not there; the folder of an adapter holds one" in text
     text = "\n".join(lines(examine(m, [], RECIPE, [*lora, "training.lora.target_modules=[in_proj_qkv]"])))
     assert "in_proj_qkv has an adapter and in_proj_z none, which vLLM does not load" in text
+
+
+def test_another_tokenizer_of_the_weights_is_found(m: Machine, settings: list[str], made: Path, tmp_path: Path) -> None:
+    """As the run would: an id that means another token is wrong, other merges are noted."""
+    weights = shutil.copytree(made / "model", tmp_path / "weights")
+    named = [*settings, f"training.init_from_hf_path={weights}"]
+    tokenizer = json.loads((weights / "tokenizer.json").read_text())
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = merges[1:]
+    (weights / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its merges differ" in "\n".join(lines(examine(m, [], RECIPE, named)))
+    first, second = list(tokenizer["model"]["vocab"])[:2]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (weights / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = wrong(examine(m, [], RECIPE, named))
+    assert "weights" in line and "gives 2 tokens other ids than" in line
+
+
+def test_a_tower_alone_that_sees_nothing_is_found(m: Machine, settings: list[str], tmp_path: Path) -> None:
+    """A run on data without images that trains only the vision tower would be refused."""
+    text = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (tmp_path / "text.json").write_text(json.dumps(text))
+    data = f"data.dataset_param.basic_parameters.dataset={tmp_path / 'text.json'}"
+    frozen = "model.freeze=[model.language_model,lm_head]"
+    assert "what is trained of the vision tower stays" in "\n".join(lines(examine(m, [], RECIPE, [*settings, data])))
+    assert "only the vision tower is trained" in wrong(examine(m, [], RECIPE, [*settings, data, frozen]))
 
 
 def test_kernels_are_compiled_if_nothing_is_wrong(

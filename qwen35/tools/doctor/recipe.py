@@ -27,6 +27,7 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches
 from qwen35.data.chat_template import describe
+from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.data.style import style_of
 from qwen35.data.tokenized import Progress
 from qwen35.device import HOST, enable_determinism
@@ -36,7 +37,7 @@ from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
 from qwen35.training.adapters import choose_trained, serving_warnings
-from qwen35.training.parameter_groups import count
+from qwen35.training.parameter_groups import check_new_tokens, check_visuals, count
 from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
 from qwen35.training.start import Start, choose_weights
 from qwen35.training.validation import Validation
@@ -126,15 +127,15 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
     if missing and named <= set(TINY_MAKES) and is_tiny:
         return [*found, note("recipe", f"not made yet: {', '.join(missing)}", "make finetune makes them first")]
     with checking(found, "model"):
-        loaded = model(m, s, found, world)
-        found += records(s, loaded, world)
+        whole, loaded = model(m, s, found, world)
+        found += records(s, whole, loaded, world)
     return found
 
 
-def model(m: Machine, s: Settings, found: list[Finding], world: int) -> CheckpointInfo | None:
+def model(m: Machine, s: Settings, found: list[Finding], world: int) -> tuple[Qwen35, CheckpointInfo | None]:
     """The model, the weights it starts from, and the space that batches and checkpoints need.
 
-    Returns the checkpoint of a run that goes on.
+    Returns the model without values, and the checkpoint of a run that goes on.
     """
     folder, save, t = s.model.model_name_or_path, Path(s.training.save), s.training
     unread, config, loaded = not_read(folder), load_config(folder), None
@@ -151,6 +152,7 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> Checkpoi
         find_newest(save)
         start = Start(choose_weights(s), whole, s)
         unread += not_read(start.base) if start.is_hf and start.base != Path(folder) else []
+        unread += other_tokenizers(s, start.base)
         if start.goes_on and (info := read_info(start.path)).step:
             check_info(info, s, world)
             loaded = info
@@ -166,13 +168,13 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> Checkpoi
         found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step)}"))
     vision, loader = config.vision, s.data.dataloader_param
     if vision is None:  # tokens alone take next to nothing
-        return loaded
+        return whole, loaded
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * 4  # bytes in fp32
     patches = s.data.dataset_param.basic_parameters.cutoff_len * t.micro_batch_size * vision.spatial_merge_size**2
     if batches := m.processes() * loader.num_workers * BATCHES:
         with checking(found, "/dev/shm", "mount it, as containers do by default"):
             found.append(shared_memory(m, batches * loader.patch_bucket * patch, batches * patches * patch))
-    return loaded
+    return whole, loaded
 
 
 def shared_memory(m: Machine, least: int, most: int) -> Finding:
@@ -186,10 +188,11 @@ def shared_memory(m: Machine, least: int, most: int) -> Finding:
     return wrong("/dev/shm", f"{gib(free)} free, the data loaders need {gib(least)}", todo)
 
 
-def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -> list[Finding]:
+def records(s: Settings, whole: Qwen35, loaded: CheckpointInfo | None, world: int) -> list[Finding]:
     """All records of both sets, read as the run does, each set for at most SECONDS.
 
-    loaded: the checkpoint of a run that goes on, which must have been trained on the same data.
+    whole: the model. loaded: the checkpoint of a run that goes on, which must have been trained on
+    the same data.
     """
     found: list[Finding] = []
     trained = None
@@ -203,7 +206,11 @@ def records(s: Settings, loaded: CheckpointInfo | None = None, world: int = 1) -
                 check_finished(Path(s.training.save), loaded.step, changes(loaded.path.parent, s), s)
         first, *others = batches.report().splitlines()
         found.append(ok("data", first.removeprefix("data: ")))
-        found += [note("data", line.removeprefix("data: ")) for line in (*others, *batches.notes)]
+        learnt = [
+            *check_visuals(whole, trained.images + trained.videos),
+            *check_new_tokens(whole, trained.new_tokens()),
+        ]
+        found += [note("data", line.removeprefix("data: ")) for line in (*others, *batches.notes, *learnt)]
     if val := s.validation:
         with reading(found, "validation") as progress:
             alone: Any = SimpleNamespace(data_rank=0, data_size=1)  # all that is read of the meshes here

@@ -50,7 +50,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
-    """A recipe's settings by their dotted names, those of its base below its own. Raises SettingError."""
+    """A recipe's settings by dotted names, over those of its base. Raises SettingError."""
     text = read_text(path, SettingError, "no such recipe; the shipped ones are in configs/")
     if len(text) > LONGEST_RECIPE:
         raise SettingError(

@@ -63,7 +63,9 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
     if base is None:
         return _flatten(tree, str(path))
     if not isinstance(base, str) or is_base:
-        problem = "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
+        problem = (
+            "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
+        )
         raise SettingError(f"{path}: {BASE}: {problem}")
     return _read_flat(path.parent / base, is_base=True) | _flatten(tree, str(path))
 

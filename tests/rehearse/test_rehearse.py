@@ -489,3 +489,11 @@ def test_the_page_and_the_recipes_tell_the_same_peaks(folder, rows):
         size = re.split(r"[ ,]", row.strip("| "))[0]
         peaks = re.findall(r"([\d.]+)(?: GB at the peak| on \d)", (ROOT / folder / f"qwen3_5_{size}.yaml").read_text())
         assert any(f"| {peak} |" in row for peak in peaks), row
+
+
+def test_the_page_and_the_recipes_of_long_contexts_tell_the_same_peaks():
+    text = (ROOT / "docs/npus.md").read_text().partition("\n## Long contexts\n")[2]
+    rows = re.findall(r"^\| (\S+), (131,072|262,144) \|.* \| ([\d.]+) \| [^|]+ \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for size, _, peak in rows:
+        assert f"{peak} GB" in (ROOT / f"configs/long/qwen3_5_{size}.yaml").read_text()

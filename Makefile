@@ -31,8 +31,8 @@ accept: ## first on a machine with NPUs: does it compute what it should, and how
 
 ##@ Weights
 download: ## a model from a hub, every file checked; resumes where it was stopped
-#: MODEL=<name on the hub> SOURCE OUT=ckpt/hf_path/<name> ARGS="options"
-#> make download MODEL=Qwen/Qwen3.5-4B SOURCE=modelscope
+#: MODEL=<name on the hub, Qwen/ may be left out> SOURCE OUT=ckpt/hf_path/<name> ARGS="options"
+#> make download MODEL=Qwen3.8-27B SOURCE=modelscope
 convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
 #: HF DCP=ckpt/mm_path/<name of HF> TIE
 #> make convert HF=ckpt/hf_path/Qwen3.5-4B

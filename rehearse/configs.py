@@ -12,6 +12,9 @@ from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, load_config
 
 PUBLISHED = Path(__file__).parents[1] / "assets/configs"
+SIZE = re.compile(
+    r"\d+(?:\.\d+)?[BT](?:-A\d+B)?"
+)  # 27B, 2.4T-A95B: those of Qwen3.5, 3.6 and 3.8 with one name are alike
 
 
 def with_config(settings: Settings) -> tuple[Settings, ModelConfig, str]:
@@ -22,17 +25,23 @@ def with_config(settings: Settings) -> tuple[Settings, ModelConfig, str]:
     folder = settings.model.model_name_or_path
     if Path(folder, "config.json").exists():
         return settings, load_config(folder), f"{folder}/config.json"
-    sizes = {path.stem: path for path in PUBLISHED.glob("*.json")}
-    words = re.findall(r"\d+(?:\.\d+)?B(?:-A\d+B)?", Path(folder).name)
+    sizes = {path.stem: path for path in sorted(PUBLISHED.glob("**/*.json"), key=_parameters)}
+    words = SIZE.findall(Path(folder).name)
     if not words or words[-1] not in sizes:
         raise SettingError(
             f"model.model_name_or_path: {folder} does not exist, and its name ends in none of the published sizes "
-            f"{', '.join(sorted(sizes, key=lambda s: float(s.partition('B')[0])))}; make download fetches a model"
+            f"{', '.join(sizes)}; make download fetches a model"
         )
     path = sizes[words[-1]]
     model = replace(settings.model, model_name_or_path=str(path))
-    source = f"the published config of {path.stem}, since {folder} does not exist"
+    config = "published config" if path.parent == PUBLISHED else "reconstructed config"
+    source = f"the {config} of {path.stem}, since {folder} does not exist"
     return replace(settings, model=model), load_config(path), source
+
+
+def _parameters(path: Path) -> float:
+    number, unit, _ = re.split("([BT])", path.stem, maxsplit=1)
+    return float(number) * {"B": 1, "T": 1000}[unit]
 
 
 def some_layers(size: str, layer_types: Sequence[str], text: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 #
 #   MODEL=Qwen/Qwen3.5-4B [SOURCE=hf|modelscope] [OUT=<folder to fill, default ckpt/hf_path/Qwen3.5-4B>] scripts/download.sh
 #
+# Of Qwen3.5, 3.6 and 3.8 the name alone is enough, MODEL=Qwen3.8-27B.
 # HF_ENDPOINT names a mirror of the first hub, MODELSCOPE_DOMAIN another site of the second. Tokens,
 # for models that ask for one, come from the environment: HF_TOKEN (or `hf auth login`),
 # MODELSCOPE_API_TOKEN. ARGS="--revision <branch, tag or commit>" takes another than the newest; the

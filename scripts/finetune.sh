@@ -14,7 +14,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 ready
 check_nodes
-[[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml configs/lora/*.yaml)"
+[[ -f $CONFIG ]] || die "CONFIG=$CONFIG: no such file; there are $(echo configs/*.yaml configs/*/*.yaml)"
 preflight=()
 if [[ ${1:-} == --preflight ]]; then # see preflight.sh
     preflight=("$1")

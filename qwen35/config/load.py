@@ -28,21 +28,14 @@ SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
     "training.lora.pretrained_lora_path": "training.lora.adapter",
 }
 ENABLE_LORA = "training.lora.enable"  # MindSpeed-MM's switch, no setting: the section itself is one
+BASE = "base"  # of a recipe: another one, whose settings hold where it has none of its own
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides, whose values are YAML. Raises SettingError."""
-    text = read_text(Path(path), SettingError, "no such recipe; the shipped ones are in configs/")
-    if len(text) > LONGEST_RECIPE:
-        raise SettingError(
-            f"{path}: {len(text):,} characters, a recipe has at most {LONGEST_RECIPE:,}; is it another file?"
-        )
-    tree = parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
-    flat = _flatten(tree, str(path))
+    flat = _read_flat(Path(path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.startswith("-"):
@@ -54,6 +47,27 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     settings = from_flat(flat)
     check_rules(settings)
     return settings
+
+
+def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
+    """A recipe's settings by dotted names, over those of its base. Raises SettingError."""
+    text = read_text(path, SettingError, "no such recipe; the shipped ones are in configs/")
+    if len(text) > LONGEST_RECIPE:
+        raise SettingError(
+            f"{path}: {len(text):,} characters, a recipe has at most {LONGEST_RECIPE:,}; is it another file?"
+        )
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise SettingError(f"{path}: a recipe is a mapping with data, model, parallel and training")
+    base = tree.pop(BASE, None)
+    if base is None:
+        return _flatten(tree, str(path))
+    if not isinstance(base, str) or is_base:
+        problem = (
+            "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
+        )
+        raise SettingError(f"{path}: {BASE}: {problem}")
+    return _read_flat(path.parent / base, is_base=True) | _flatten(tree, str(path))
 
 
 class _Refused(yaml.MarkedYAMLError):

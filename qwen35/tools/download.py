@@ -25,6 +25,7 @@ from qwen35.tools.hub import HUBS, DownloadError, Hub, HubFile, UnreachableError
 
 FOLDER, CONFIG = Path("ckpt/hf_path"), "config.json"
 MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
+PUBLISHED = re.compile(r"Qwen3\.[568]-[\w.-]*")  # a name alone that is one of the owner Qwen, on both hubs
 THREADS = 8  # files that are downloaded at the same time
 TRIES = 6  # in a row without a byte
 PAUSE = 1.0  # seconds after the first failure, doubled after each further one
@@ -181,11 +182,13 @@ def _append(hub: Hub, file: HubFile, path: Path, bar: tqdm, stop: threading.Even
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.tools.download", description=__doc__)
     add = parser.add_argument
-    add("model", help="its name on the hub, e.g. Qwen/Qwen3.5-4B")
+    add("model", help="its name on the hub, e.g. Qwen/Qwen3.5-4B; Qwen3.5, 3.6 and 3.8 do without the owner")
     add("--source", choices=HUBS, default="hf", help="the hub; default: hf")
     add("--revision", help="branch, tag or commit; default: the newest")
     add("--out", type=Path, help=f"folder; default: {FOLDER}/<name>")
     args = parser.parse_args(arguments)
+    if PUBLISHED.fullmatch(args.model):
+        args.model = f"Qwen/{args.model}"
     if not MODEL.fullmatch(args.model):
         parser.error(f"{args.model!r} is not the name of a model on a hub, such as Qwen/Qwen3.5-4B")
     out = args.out or FOLDER / args.model.rpartition("/")[2]

@@ -37,6 +37,38 @@ def test_a_section_may_be_empty(recipe):
     assert load_settings(recipe).parallel.recompute is False
 
 
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(recipe, tmp_path):
+    (tmp_path / "sub").mkdir()
+    own = tmp_path / "sub/own.yaml"
+    recipe.write_text(recipe.read_text() + "parallel: {recompute: true}\nmodel.loss_type: per_token_loss\n")
+    own.write_text(
+        "base: ../recipe.yaml\ntraining: {lr: 1.0e-4, save: runs/own}\nmodel: {loss_cfg: {loss_type: default}}\n"
+    )
+    overrides = ["training.lr=1e-4", "training.save=runs/own", "model.loss_cfg.loss_type=default"]
+    assert load_settings(own) == load_settings(recipe, overrides) != load_settings(recipe)
+    assert load_settings(own, ["training.lr=2e-4"]).training.lr == 2e-4
+    own.write_text("base: ../recipe.yaml\n")
+    assert load_settings(own) == load_settings(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: none.yaml", r"none\.yaml: no such recipe"),
+        ("base: [recipe.yaml]", r"own\.yaml: base: \['recipe.yaml'\] is not the path of a recipe, from this one's"),
+        ("base: own.yaml", r"own\.yaml: base: a base has no base itself"),
+        ("base: recipe.yaml\ntraining: {lrr: 1}", r"unknown setting training\.lrr"),
+        ("base: recipe.yaml\nbase: recipe.yaml", r"own\.yaml, line 2, column 1: base is there twice"),
+        ("training: {base: recipe.yaml}", r"unknown setting training\.base"),
+    ],
+)
+def test_a_wrong_base_is_named(recipe, tmp_path, text, words):
+    own = tmp_path / "own.yaml"
+    own.write_text(text + "\n")
+    with pytest.raises(SettingError, match=words):
+        load_settings(own)
+
+
 def test_written_settings_are_read_back(recipe, tmp_path):
     s = load_settings(recipe, ["model.kernels.swiglu=native", "training.adam_eps=1e-9"])
     again = tmp_path / "again.yaml"

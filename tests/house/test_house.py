@@ -23,21 +23,21 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_000,
+    "config": 1_020,
     "model": 1_500,
     "checkpoint": 3_650,
     "data": 5_960,
     "parallel": 670,
     "inference": 975,
     "training": 1_635,
-    "tools": 1_675,
+    "tools": 1_680,
     "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
     "qwen35": 1_630,
     "kernels": 3_660,
-    "rehearse": 2_225,
+    "rehearse": 2_230,
     "accept": 730,
     "bench": 850,
 }  # qwen35: beside its rooms
@@ -129,7 +129,7 @@ def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
     recipes = sorted(ROOT.glob("configs/**/*.yaml"))
-    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora"}
+    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora", "long"}
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe
         load_settings(recipe)

@@ -44,13 +44,12 @@ from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze
 
 STEPS, BIN, BUCKET = 2, 64, 32
-# heads for four ranks, but only two KV heads of the attention
-MODEL = {"key_heads": 4, "value_heads": 8}
 
 
-def make_config(**case) -> dict:
-    config = config_dict(**MODEL, **ONE_OF_EACH, **case)
-    config["vision_config"]["num_heads"] = 4
+def make_config(heads: int = 4, **case) -> dict:
+    """With heads for so many ranks, but only two KV heads of the attention."""
+    config = config_dict(key_heads=heads, value_heads=2 * heads, num_attention_heads=heads, **ONE_OF_EACH, **case)
+    config["vision_config"]["num_heads"] = heads
     return config
 
 
@@ -79,6 +78,8 @@ BATCHES = [
     make_bin([3, (8, 4), 4], [2, (2, 4, 4), 9], [1], seed=20),
     make_bin([17], seed=30, trained=False),
 ]
+LONG = [make_bin([30, (8, 6), 20], seed=40), make_bin([64], seed=50)]  # one sequence on all ranks
+EIGHT = {"parallel": {"ulysses_parallel_size": 8}, "config": {"heads": 8}, "recompute": True, "mtp": 1, "batches": LONG}
 CASES = {  # parallel settings and model settings
     "ulysses 2 x fsdp 2": {"parallel": {"ulysses_parallel_size": 2}, "mtp": 1},
     "ulysses 4": {
@@ -158,7 +159,7 @@ def some_steps(case: dict, is_shared: bool) -> dict:
     optimizer.register_step_pre_hook(keep)
     norm = GradientNorm(model, meshes.weights["shard"].get_group())
     run = Run(settings, HOST, meshes, model, optimizer, norm, iter([]), 0, {})
-    mine = BATCHES[meshes.data_rank :: meshes.data_size]
+    mine = case.get("batches", BATCHES)[meshes.data_rank :: meshes.data_size]
     records = [train_step(run, mine, 1e-2, 0.0) for _ in range(STEPS)]
     sums = torch.stack([torch.cat([r.sums, torch.tensor([r.flops, len(r.bad_records)])]) for r in records])
     dist.all_reduce(sums)
@@ -170,17 +171,17 @@ def some_steps(case: dict, is_shared: bool) -> dict:
     }
 
 
-# ── Four processes ────────────────────────────────────────────────────────────────────────────────
+# ── Four processes, and eight ─────────────────────────────────────────────────────────────────────
 
 
-def worker(rank: int, port: int, out: Path) -> None:
+def worker(rank: int, ranks: int, cases: dict, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     init_process()
-    results = {"exchanges": {str(dtype): exchanged(dtype) for dtype in (torch.float32, torch.bfloat16)}}
-    for name, case in CASES.items():
+    results = {"exchanges": {str(dtype): exchanged(dtype) for dtype in (torch.float32, torch.bfloat16) if ranks == 4}}
+    for name, case in cases.items():
         with counting() as counted:
             results[name] = some_steps(case, is_shared=True)
         results[name]["messages"] = counted
@@ -231,7 +232,7 @@ def exchanged(dtype: torch.dtype) -> dict[str, bool]:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("ulysses") / "results.pt"
-    spawn(worker, free_port(), out, ranks=4)
+    spawn(worker, 4, CASES, free_port(), out, ranks=4)
     return torch.load(out, weights_only=False)
 
 
@@ -247,21 +248,33 @@ def alone():
 def test_four_processes_equal_one(four, alone, name):
     case = CASES[name]
     one, found = some_steps(case, is_shared=False), four[name]
-    torch.testing.assert_close(found["sums"], one["sums"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-5, atol=0)
+    check_equal(found, one)
     sums = dict(zip((*SUMS[: 5 + case.get("mtp", 0)], "flops", "bad_records"), one["sums"][0].tolist(), strict=True))
     assert sums["bad_records"] == 1 and sums["image_tokens"] == 12 + 8 + 8 and sums["tokens"] == 53 + 61 + 41 + 17
+    is_frozen = bool(case.get("freeze"))
+    assert any("visual" in n for n in one["gradients"]) != is_frozen
+    assert len(one["gradients"]) == len(one["weights"]) - is_frozen * sum(
+        "visual" in n or n.endswith("mlp.gate.weight") for n in one["weights"]
+    )
+
+
+def test_a_sequence_of_eight_processes_equals_one(alone, tmp_path):
+    spawn(worker, 8, {"eight": EIGHT}, free_port(), tmp_path / "results.pt", ranks=8)
+    one, found = some_steps(EIGHT, is_shared=False), torch.load(tmp_path / "results.pt", weights_only=False)["eight"]
+    assert [batch.cu_seqlens.tolist() for batch in LONG] == [[0, BIN]] * 2
+    check_equal(found, one)
+    assert len(found["gradients"]) == len(found["weights"])
+
+
+def check_equal(found: dict, one: dict) -> None:
+    torch.testing.assert_close(found["sums"], one["sums"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-5, atol=0)
     assert one["sums"][0, 0] > one["sums"][-1, 0] > 0 and one["norms"].min() > 0.05
     for kind in ("gradients", "weights"):
         assert one[kind].keys() == found[kind].keys()
         for parameter, value in one[kind].items():
             difference = (found[kind][parameter] - value).norm()
             assert difference <= 1e-5 * value.norm() + 1e-9, f"{kind} of {parameter}: {difference / value.norm():.1e}"
-    is_frozen = bool(case.get("freeze"))
-    assert any("visual" in n for n in one["gradients"]) != is_frozen
-    assert len(one["gradients"]) == len(one["weights"]) - is_frozen * sum(
-        "visual" in n or n.endswith("mlp.gate.weight") for n in one["weights"]
-    )
 
 
 def test_exchanges_move_heads_and_tokens(four):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from peer import config_dict, text_only
 from ports import free_port
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,7 +22,7 @@ import rehearse.step as rehearse_step
 from kernels import native
 from kernels.features import HAS_GROUPED_MM
 from qwen35.config.layout import check_layout
-from qwen35.config.load import load_settings
+from qwen35.config.load import difference, load_settings, to_yaml
 from qwen35.config.schema import LoraSettings, Settings
 from qwen35.device import init_process
 from qwen35.errors import SettingError
@@ -415,8 +416,16 @@ def test_config_is_the_recipes_own_or_the_published_one(tmp_path):
     there, config, source = with_config(named)
     assert config.text.num_experts == 256 and source.startswith("the published config of 35B-A3B, since ckpt/")
     assert load_config(there.model.model_name_or_path) == config
+    for name, source, layers in (
+        ("Qwen3.6-35B-A3B", "the published config of 35B-A3B", 40),
+        ("Qwen3.8-27B", "the published config of 27B", 64),
+        ("Qwen3.8-2.4T-A95B", "the reconstructed config of 2.4T-A95B", 92),
+    ):
+        named = replace(settings, model=replace(settings.model, model_name_or_path=f"ckpt/hf_path/{name}"))
+        _, config, found = with_config(named)
+        assert found.startswith(f"{source}, since") and len(config.text.layer_types) == layers
     named = replace(settings, model=replace(settings.model, model_name_or_path="ckpt/my-model"))
-    with pytest.raises(SettingError, match=r"model_name_or_path: ckpt/my-model .*0\.8B, 2B"):
+    with pytest.raises(SettingError, match=r"model_name_or_path: ckpt/my-model .* 0\.8B, 2B, .*, 2\.4T-A95B;"):
         with_config(named)
 
 
@@ -441,6 +450,28 @@ def test_every_published_size_has_its_recipe(folder):
                 assert len(adapted) == bool(config.text.num_experts) * 2 * len(config.text.layer_types), file
 
 
+@pytest.mark.parametrize("folder", ["configs", "configs/lora", "configs/long"])
+def test_recipes_of_the_family_differ_from_their_base_alone_where_they_must(folder):
+    """In the model's name, or in the length of the sequences and what it takes."""
+    recipes = [path for path in (ROOT / folder).glob("*.yaml") if "\nbase: " in path.read_text()]
+    sizes = {"qwen3_6_27B", "qwen3_6_35B-A3B", "qwen3_8_27B"}
+    assert {path.stem for path in recipes} == ({"qwen3_5_27B", "qwen3_5_35B-A3B"} if "long" in folder else sizes)
+    for path in recipes:
+        base = path.parent / yaml.safe_load(path.read_text())["base"]
+        settings, of_base = load_settings(path), load_settings(base)
+        if "long" in folder:
+            assert check_layout(with_config(settings)[0], *npus(path)).data == 1
+            changed = {name.partition(":")[0] for name in difference(of_base, settings)}
+            assert changed <= {
+                "data.dataset_param.basic_parameters.cutoff_len", "parallel.ulysses_parallel_size", "training.optimizer",
+                "training.save", "training.micro_batch_size", "training.gradient_accumulation_steps",
+            }  # fmt: skip
+        else:
+            old, name = ("Q" + stem[1:].replace("_", ".", 1).replace("_", "-") for stem in (base.stem, path.stem))
+            text = to_yaml(of_base).replace(old, name).replace(base.stem, path.stem)
+            assert to_yaml(settings) == text and f"{name}:" in path.read_text().splitlines()[0]
+
+
 def npus(recipe: Path) -> list[int]:
     """Of the first line: "1 NPU with 64 GB", "2, 4 or 8 NPUs …", "2 nodes of 8 NPUs with …"."""
     found = re.search(r": (?:(\d+) nodes? of )?([\d, or]+) NPUs? with 64 GB", recipe.read_text().splitlines()[0])
@@ -458,3 +489,11 @@ def test_the_page_and_the_recipes_tell_the_same_peaks(folder, rows):
         size = re.split(r"[ ,]", row.strip("| "))[0]
         peaks = re.findall(r"([\d.]+)(?: GB at the peak| on \d)", (ROOT / folder / f"qwen3_5_{size}.yaml").read_text())
         assert any(f"| {peak} |" in row for peak in peaks), row
+
+
+def test_the_page_and_the_recipes_of_long_contexts_tell_the_same_peaks():
+    text = (ROOT / "docs/npus.md").read_text().partition("\n## Long contexts\n")[2]
+    rows = re.findall(r"^\| (\S+), (131,072|262,144) \|.* \| ([\d.]+) \| [^|]+ \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for size, _, peak in rows:
+        assert f"{peak} GB" in (ROOT / f"configs/long/qwen3_5_{size}.yaml").read_text()

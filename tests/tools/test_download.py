@@ -295,6 +295,17 @@ def test_wrong_arguments_and_addresses_are_refused(hub, capsys, monkeypatch):
     assert run("hf") == 1 and "secret" not in (line := error_line(capsys)) and "somewhere with more" in line
 
 
+def test_a_name_of_the_family_alone_is_its_publishers(hub, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "download", lambda model, _, folder, revision: asked.append((model, folder)) or "")
+    for name in ("Qwen3.5-4B-Base", "Qwen3.6-35B-A3B", "Qwen3.8-27B", "Qwen3.8-2.4T-A95B"):
+        assert command.main([name]) == 0
+        assert asked.pop() == (f"Qwen/{name}", Path("ckpt/hf_path") / name)
+    for name in ("Qwen3-8B", "Qwen3.7-27B", "Qwen3.8-27B/x/y"):
+        with pytest.raises(SystemExit):
+            command.main([name])
+
+
 def test_unsupported_model_is_refused_after_its_config(hub, original, capsys):
     hub.extra = {"config.json": b'{"model_type": "llama"}'}
     assert run("hf") == 1

@@ -96,9 +96,14 @@ class ChatTemplate:
         """As in transformers, but without its clock: text that changes daily cannot be compared."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _raise
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _no_clock}
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
         return environment.from_string(self.text)
+
+
+def _no_clock(_: str) -> NoReturn:
+    """Templates that ask whether it is there would else write a date of their own instead."""
+    raise jinja2.TemplateError("it writes today's date, strftime_now, which no text that is trained can hold")
 
 
 class _Generation(Extension):

@@ -243,3 +243,16 @@ def test_names_and_ids_are_written_as_transformers_writes_them(tmp_path, folder,
     naming = own(TEMPLATES[QWEN3_5].text.replace(tool, tool + "{{ message.name }}"))
     with pytest.raises(RecordError, match="template: checkpoint"):  # served, it would write the name
         naming.check_training(r, Style())
+
+
+def test_a_template_that_writes_the_date_is_refused():
+    """Llama's way: without a clock it would train a date that no server writes."""
+    dated = (
+        """{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% else %}
+{%- set date = '26 Jul 2024' %}{% endif %}<|im_start|>system
+Today: {{ date }}<|im_end|>
+"""
+        + FOREIGN
+    )
+    with pytest.raises(RecordError, match=r"chat_template.jinja cannot render it: it writes today's date"):
+        checkpoint_pieces(record(("user", "q"), ("assistant", "A")), own(dated), Style("checkpoint"))

@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen35.data.files import read_chat_template
-from qwen35.data.record import Record, Turn, Video
+from qwen35.data.record import Record, ToolCall, Turn, Video
 from qwen35.data.style import DIALECTS, Style, digest_of
 from qwen35.data.template import as_asked, as_trained, prompt_pieces, render, training_pieces
 from qwen35.data.tokenizer import named_tokens
@@ -96,9 +96,14 @@ class ChatTemplate:
         """As in transformers, but without its clock: text that changes daily cannot be compared."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = _raise
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _no_clock}
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
         return environment.from_string(self.text)
+
+
+def _no_clock(_: str) -> NoReturn:
+    """Templates that ask whether it is there would else write a date of their own instead."""
+    raise jinja2.TemplateError("it writes today's date, strftime_now, which no text that is trained can hold")
 
 
 class _Generation(Extension):
@@ -142,6 +147,11 @@ def _message(turn: Turn) -> dict[str, Any]:
         kinds = ["text" if isinstance(p, str) else "video" if isinstance(p, Video) else "image" for p in turn.content]
         message["content"] = [{"type": kind, kind: str(p)} for kind, p in zip(kinds, turn.content, strict=True)]
     if turn.tool_calls:
-        calls = [{"name": call.name, "arguments": call.arguments} for call in turn.tool_calls]
-        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    return message if turn.reasoning is None else message | {"reasoning_content": turn.reasoning}
+        message["tool_calls"] = [_call(call) for call in turn.tool_calls]
+    more = {"reasoning_content": turn.reasoning, "tool_call_id": turn.tool_call_id, "name": turn.name}
+    return message | {key: value for key, value in more.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    own = {} if call.id is None else {"id": call.id}
+    return {**own, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

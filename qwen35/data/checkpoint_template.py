@@ -147,8 +147,9 @@ def _hidden_turn(record: Record, turn: Turn) -> Turn:
     hidden = (
         _hide(content) if isinstance(content, str) else tuple(_hide(p) if isinstance(p, str) else p for p in content)
     )
-    calls = tuple(replace(call, arguments=_hide(dict(call.arguments))) for call in turn.tool_calls)
-    return replace(turn, content=hidden, reasoning=turn.reasoning and _hide(turn.reasoning), tool_calls=calls)
+    calls = tuple(replace(c, arguments=_hide(dict(c.arguments)), id=_hide(c.id)) for c in turn.tool_calls)
+    named = {"name": _hide(turn.name), "tool_call_id": _hide(turn.tool_call_id)}
+    return replace(turn, content=hidden, reasoning=_hide(turn.reasoning), tool_calls=calls, **named)
 
 
 def _hide(value: Any) -> Any:

@@ -43,6 +43,8 @@ def conversations(record: Record, style: Style, mask_history: bool, joined: bool
         following = bisect(queries, i)
         end = queries[following] if splits and following < len(queries) else len(record.turns)
         groups.setdefault((end, _thinking(record, style, i)), []).append(i)
+    if not groups:
+        raise record.error("nothing in it is trained, since no question precedes its answers", "nothing trained")
     if (total := sum(end for end, _ in groups)) > MOST_TURNS:
         raise record.error(
             f"its {len(queries):,} questions are {total:,} turns, as each is trained in a sample of all that precedes it, and "

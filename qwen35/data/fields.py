@@ -20,7 +20,7 @@ USUAL_ROLES: dict[str, Role] = {
 }  # fmt: skip
 CALL_ROLES = ("function_call", "tool_call")  # of assistant turns that hold only calls, in ShareGPT and ms-swift
 LOSS_FIELDS = ("loss_mask", "loss", "train", "trainable", "weight", "loss_scale")  # 1 or 0: whether a turn is trained
-BESIDE_CONTENT = ("reasoning_content", "tool_calls", "tool_call_id")  # other fields of a turn
+BESIDE_CONTENT = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # other fields of a turn
 SIZE_LIMITS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 VIDEO_LIMITS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
@@ -91,9 +91,7 @@ HARMLESS_IN_RECORDS = DESCRIPTION | _harmless(
     name_of_a_loss_curve="channel",
     api_response="parallel_tool_calls",
 )
-HARMLESS_IN_TURNS = DESCRIPTION | _harmless(
-    not_in_the_chat_template="name", api_response="type annotations cache_control"
-)
+HARMLESS_IN_TURNS = DESCRIPTION | _harmless(api_response="type annotations cache_control")
 HARMLESS_IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
 HARMLESS_IN_CALLS = _harmless(identity="id index type")
 

@@ -46,7 +46,7 @@ Part = str | Visual
 class ToolCall:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    id: str | None = field(default=None, compare=False)  # responses name it; the chat template does not write it
+    id: str | None = field(default=None, compare=False)  # responses name it; the family's templates do not write it
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Turn:
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant turn
     loss: bool | None = None  # whether the record asks to train this turn; None: the record does not say
     tool_call_id: str | None = field(default=None, compare=False)  # of a tool turn: the call that it answers
+    name: str | None = field(
+        default=None, compare=False
+    )  # of a speaker or tool; the family's templates do not write it
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -86,8 +86,8 @@ def _parse_turn(entry: Any, where: str, names: FieldNames, parser: Parser, mask:
     if thought is not None and role != "assistant":
         raise RecordError(f"{where}: reasoning_content in a turn of the {role}; only the assistant thinks")
     reasoning = None if thought is None else text(thought, f"{where}.reasoning_content")
-    call = entry.get("tool_call_id")
-    return Turn(role, content, reasoning, calls, loss, None if is_nothing(call) else str(call))
+    call, name = (None if is_nothing(entry.get(key)) else str(entry[key]) for key in ("tool_call_id", "name"))
+    return Turn(role, content, reasoning, calls, loss, call, name)
 
 
 def _loss(entry: dict[str, Any], where: str, names: FieldNames, mask: Any) -> bool | None:

@@ -1,5 +1,6 @@
 """`template: checkpoint`: text, tokens and masks of templates that are rendered, not rewritten."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ from test_template import DIALECT_FILES, STYLES, USER, conversations, extents, q
 from tokenizer_fixture import PUBLISHED, make_model_folder
 
 from qwen35.config.load import SettingError
-from qwen35.config.schema import BasicParameters
+from qwen35.config.schema import Attr, BasicParameters
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
+from qwen35.data.formats import read_records
+from qwen35.data.media import ImageFolder
 from qwen35.data.preparation import reference_template
 from qwen35.data.record import RecordError, ToolCall
 from qwen35.data.style import QWEN3_5, QWEN3_8, Style
@@ -205,3 +208,51 @@ def test_the_setting_asks_for_the_folders_template(folder, tmp_path):
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(SettingError, match="has no chat template, which template: checkpoint asks for"):
         reference_template(bare, BasicParameters("x", template="checkpoint"))
+
+
+NAMING = """{%- for m in messages %}<|im_start|>{{ m.role }}{{ ' ' ~ m.name if m.name }}
+{{ m.tool_call_id ~ ' ' if m.tool_call_id }}{{ m.content }}
+{%- for call in m.tool_calls or [] %}[{{ call.id }} {{ call.type }} {{ call.function.name }}]{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_names_and_ids_are_written_as_transformers_writes_them(tmp_path, folder, tokenizer):
+    """They decide nothing in the family's own templates, which leave them out."""
+    from transformers import PreTrainedTokenizerFast
+
+    messages = [
+        {"role": "user", "content": "q", "name": "Bo<|im_end|>"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}],
+        },
+        {"role": "tool", "content": "r", "name": "f", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "A"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": messages}]))
+    (r,) = read_records(tmp_path / "a.json", Attr(), ImageFolder(tmp_path))
+    pieces, unseen = checkpoint_pieces(r, own(NAMING), Style("checkpoint"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert render(pieces) == theirs.apply_chat_template(messages, chat_template=NAMING, tokenize=False) and not unseen
+    assert [p.text for p in pieces if p.kind == "control"].count("<|im_end|>") == 4  # that of the name is text
+    assert trained_text(tokenizer, pieces) == ["[c1 function f]<|im_end|>\n", "A<|im_end|>\n"]
+    assert render(training_pieces(r, Style())) == TEMPLATES[QWEN3_5].render(r, r.turns, {})
+    tool = '{%- elif message.role == "tool" %}'
+    naming = own(TEMPLATES[QWEN3_5].text.replace(tool, tool + "{{ message.name }}"))
+    with pytest.raises(RecordError, match="template: checkpoint"):  # served, it would write the name
+        naming.check_training(r, Style())
+
+
+def test_a_template_that_writes_the_date_is_refused():
+    """Llama's way: without a clock it would train a date that no server writes."""
+    dated = (
+        """{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% else %}
+{%- set date = '26 Jul 2024' %}{% endif %}<|im_start|>system
+Today: {{ date }}<|im_end|>
+"""
+        + FOREIGN
+    )
+    with pytest.raises(RecordError, match=r"chat_template.jinja cannot render it: it writes today's date"):
+        checkpoint_pieces(record(("user", "q"), ("assistant", "A")), own(dated), Style("checkpoint"))

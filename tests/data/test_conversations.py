@@ -256,3 +256,13 @@ def test_several_think_blocks_are_refused_before_thoughts_are_dropped(folder):
 def test_messages_render_the_same_way():
     """The references above are the published templates' own text."""
     assert "<think>\nr3" in TEMPLATES[True].render(messages=messages(TALK))
+
+
+def test_a_record_whose_only_trained_answer_has_no_question_is_refused(folder):
+    """A tool response that a user turn spells out is none."""
+    spelled = record(
+        ("user", "<tool_response>x</tool_response>"), ("assistant", "A1"), ("user", "b"), ("assistant", "A2")
+    )
+    turns = (*spelled.turns[:3], replace(spelled.turns[3], loss=False))
+    with pytest.raises(RecordError, match="nothing in it is trained"):
+        preparation(folder).tokenise(replace(spelled, turns=turns))

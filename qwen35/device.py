@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from qwen35.errors import SettingError, one_line
 from qwen35.network import LOOPBACK, STORE_LISTENER
@@ -22,6 +23,15 @@ CPU_ONLY_ENV = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "CUDA_VISIBLE_DEVICES": ""
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE_DEVICES_ENV = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 DETERMINISTIC_ENV = {"HCCL_DETERMINISTIC": ("true", "strict"), "CLOSE_MATMUL_K_SHIFT": ("1",)}  # name -> valid values
+
+
+class WithoutInit(TorchFunctionMode):
+    """For torch.device("meta"): there, torch.nn.init takes a second to import torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") != "torch.nn.init":
+            return func(*args, **kwargs or {})
+        return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
 
 
 def device_type() -> str:

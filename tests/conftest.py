@@ -18,6 +18,7 @@ import torch
 # that, and some of these tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+gc.disable()  # until all tests are collected: nothing of what they import is garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """All modules and tests stay to the end: no collection of garbage need look at them again."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
@@ -78,10 +80,10 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two(workplace) -> Path:
     """Two processes, ten steps, a checkpoint after five."""
-    from training_runs import start_as_ever, train
+    from training_runs import train
 
     save = workplace / "two"
-    done = train(workplace, save, 2, "training.save_interval=5", how=start_as_ever)
+    done = train(workplace, save, 2, "training.save_interval=5")
     assert done.returncode == 0, done.stderr
     (save / "console").write_text(done.stdout)
     return save

@@ -38,7 +38,8 @@ MAINS = {
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
 OF_TESTS = ("forked", "mistakes", "saver_run", "faults", "collectives")
-CONTEXT.set_forkserver_preload([*OF_TESTS, *MAINS.values(), "matplotlib.pyplot", "torch._dynamo"])
+# frozen comes last: each fork would look through all that the others leave for garbage, and copy it
+CONTEXT.set_forkserver_preload([*OF_TESTS, *MAINS.values(), "matplotlib.pyplot", "torch._dynamo", "frozen"])
 
 
 def process_of(work: Callable, *arguments: object) -> multiprocessing.Process:

@@ -8,6 +8,7 @@ from all others. `peft` takes part with that library, whose release belongs to o
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -40,7 +41,12 @@ def marks(item: pytest.Function) -> Iterator[str]:
 def uses(item: pytest.Function, modules: re.Pattern) -> bool:
     """Whether a test, one of its fixtures or a helper that they call names one of these modules."""
     fixtures = (definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found)
-    return any(_uses(thing, modules, set()) for thing in (item.function, *fixtures))
+    return any(_names_one(thing, modules) for thing in (item.function, *fixtures))
+
+
+@cache  # a function has many parameters, and a fixture many tests
+def _names_one(thing: Any, modules: re.Pattern) -> bool:
+    return _uses(thing, modules, set())
 
 
 def _uses(thing: Any, modules: re.Pattern, seen: set[int]) -> bool:

@@ -11,6 +11,8 @@ from qwen35.model import Qwen35, load_config
 
 VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 160, 150, 151, 152, 153
 PATCH_VALUES = 3 * 2 * 16 * 16
+# for what treats all layers of a kind alike, in half of the time
+ONE_OF_EACH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 def forward_aux(model: Qwen35, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

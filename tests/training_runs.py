@@ -23,7 +23,7 @@ from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 
-STEPS, INTERVAL = 24, 4
+STEPS, INTERVAL = 16, 4
 RECIPE = (f"training.train_iters={STEPS}", f"training.save_interval={INTERVAL}", "training.log_interval=2")
 SAME = ("step", "loss", "aux_loss", "grad_norm", "lr", "tokens", "label_tokens", "image_tokens")  # of a line of metrics
 

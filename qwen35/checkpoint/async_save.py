@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp import training_state, write_shards
 from qwen35.checkpoint.dcp_folder import keep_newest
-from qwen35.checkpoint.dcp_write import LocalShard, local_shards, run_sharing_errors
+from qwen35.checkpoint.dcp_write import local_shards, run_sharing_errors
+from qwen35.checkpoint.slices import LocalShard
 from qwen35.device import host_buffer, host_group, is_peer_failure, synchronize
 from qwen35.errors import complain
 

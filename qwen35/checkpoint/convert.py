@@ -13,7 +13,6 @@ from tqdm import tqdm
 from qwen35.checkpoint.dcp import read_info, write_extra
 from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
-from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_free_space, check_replaceable
 from qwen35.checkpoint.hf import not_read, shapes_by_config
@@ -40,6 +39,8 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, tie: Mapping[str, str] | 
     is tied to: it must be absent, with tied weights in config.json, or equal to the other one.
     Raises CheckpointError.
     """
+    from qwen35.checkpoint.dcp_write import write_release  # slow to import, and an export needs it not
+
     for line in not_read(hf_dir):
         print(line, flush=True)
     disk, folder = HFFolder(hf_dir), Path(dcp_dir)

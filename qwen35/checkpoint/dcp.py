@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp_folder import damaged, read_file, read_manifest, resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.dcp_write import LocalShard, shard_planner, write_checkpoint
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf_names import (
     HEAD,
@@ -32,7 +31,7 @@ from qwen35.checkpoint.hf_names import (
     shapes_of,
 )
 from qwen35.checkpoint.hf_read import check_tied
-from qwen35.checkpoint.slices import FiniteSource, TensorSlice, TensorSource, fill
+from qwen35.checkpoint.slices import FiniteSource, LocalShard, TensorSlice, TensorSource, fill
 from qwen35.checkpoint.tensor_file import CODES, DTYPES, raw_bytes
 from qwen35.device import HOST, host_buffer, synchronize
 from qwen35.model import ModelConfig, Qwen35
@@ -86,6 +85,8 @@ def write_shards(
     take part, by default all. Raises CheckpointError on all ranks if one fails; older checkpoints
     are not touched.
     """
+    from qwen35.checkpoint.dcp_write import shard_planner, write_checkpoint  # slow to import, and readers need it not
+
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
     def write_rest(temporary: Path) -> None:

@@ -29,19 +29,10 @@ from qwen35.checkpoint import dcp_folder, folders
 from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, TENSOR_INDEX
 from qwen35.checkpoint.dcp_source import MODEL
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, local_part, pieces
+from qwen35.checkpoint.slices import LocalShard, TensorSlice, TensorSource, TensorSpec, ahead, local_part, pieces
 from qwen35.checkpoint.tensor_file import CODES, checksums, raw_bytes
 from qwen35.checkpoint.torch_archive import find_tensor
 from qwen35.errors import one_line
-
-
-@dataclass(frozen=True)
-class LocalShard:
-    """This rank's part of a tensor."""
-
-    values: Tensor
-    region: TensorSlice  # of the global tensor
-    shape: tuple[int, ...]  # of the global tensor
 
 
 def local_shards(state: Mapping[str, Tensor]) -> dict[str, LocalShard]:

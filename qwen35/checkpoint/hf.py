@@ -24,7 +24,7 @@ from qwen35.checkpoint.hf_read import (
 from qwen35.checkpoint.hf_write import OF_TOKENIZER, check_exportable
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec, fill
 from qwen35.config.layout import text_section
-from qwen35.device import HOST
+from qwen35.device import HOST, WithoutInit
 from qwen35.model import Qwen35, load_config
 from qwen35.model.config import check_same
 from qwen35.model.config_keys import unknown_keys
@@ -85,7 +85,7 @@ def load_pretrained(hf_dir: str | Path, dtype: torch.dtype | None = None, **kwar
 
 def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kwargs: Any) -> Qwen35:
     """A new model on the CPU from a folder's config.json; its parameters are left uninitialized."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = Qwen35(load_config(hf_dir), **kwargs)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -97,7 +97,7 @@ def empty_model(hf_dir: str | Path, dtype_of: Callable[[str], torch.dtype], **kw
 
 def shapes_by_config(disk: HFFolder) -> dict[str, tuple[int, ...]]:
     """The parameters of the model that a folder's config.json describes, with `mtp.*` if stored."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = Qwen35(load_config(disk.folder), mtp=any(name.startswith("mtp.") for name in disk.specs))
     return shapes_of(model.named_parameters())
 

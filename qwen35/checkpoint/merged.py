@@ -22,6 +22,7 @@ from qwen35.checkpoint.hf import open_matching_folder
 from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, base_parameters, pair_of
 from qwen35.checkpoint.slices import TensorSlice, TensorSource, pieces
 from qwen35.checkpoint.tensor_file import raw_bytes
+from qwen35.device import WithoutInit
 from qwen35.errors import UserError
 from qwen35.model import Qwen35, load_config
 from qwen35.model.lora import LoraSpec, is_adapter
@@ -144,7 +145,7 @@ def open_weights(checkpoint: Path, origin: Path) -> TensorSource:
     if not holds_adapters(source):
         return source
     run = AdapterRun.of(read_info(checkpoint))
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = Qwen35(config)
     reasons = []
     for path in dict.fromkeys((origin, Path(run.base))):

@@ -15,8 +15,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.log import logger
@@ -80,6 +78,15 @@ class TensorSlice:
         ends = (min(a.stop, b.stop) for a, b in zip(self.slices(), other.slices(), strict=True))
         lengths = tuple(end - offset for offset, end in zip(offsets, ends, strict=True))
         return TensorSlice(offsets, lengths) if all(n > 0 for n in lengths) else None
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """This rank's part of a tensor."""
+
+    values: Tensor
+    region: TensorSlice  # of the global tensor
+    shape: tuple[int, ...]  # of the global tensor
 
 
 class TensorSource(Protocol):
@@ -167,8 +174,12 @@ def in_range(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def local_part(tensor: Tensor) -> tuple[Tensor, TensorSlice]:
     """This rank's part of a tensor, which may be empty, and the region that it covers globally."""
-    if not isinstance(tensor, DTensor):
+    if not hasattr(tensor, "placements"):  # no DTensor: what works on whole tensors need not import them
         return tensor, TensorSlice.full(tensor.shape)
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
     lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), TensorSlice(tuple(offsets), tuple(lengths))
 

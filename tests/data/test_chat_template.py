@@ -247,4 +247,4 @@ def test_a_template_can_name_the_tokens_that_transformers_gives_it(folder_with):
         reference_template(folder, basic),
     )
     ((_, sample),) = Preparation(*parts).tokenise(record)
-    assert parts[0].decode(sample.ids[sample.loss_mask].tolist()) == "Yo<|im_end|>\n"
+    assert parts[0].decode(sample.ids[sample.loss_mask].tolist()) == "Yo<|im_end|>"

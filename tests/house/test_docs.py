@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,7 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+): +## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
+@cache
 def options() -> set[str]:
     """All that the command lines of the project take, as their sources name them."""
     files = [path for folder in ("qwen35", "accept") for path in (ROOT / folder).rglob("*.py")]

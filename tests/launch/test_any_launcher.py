@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked, launched
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
@@ -177,9 +178,9 @@ def test_nodes_that_differ_load_nothing(workplace, tmp_path, launcher):
 
 def test_two_jobs_at_once_do_not_meet(workplace, tmp_path):
     """Of two people on one server, who set no port."""
-    command = (*ALONE[:2], "qwen35.launch", "--nproc_per_node", "2")
-    jobs = [start(workplace, tmp_path / name, command, "training.train_iters=3") for name in "abc"]
-    for code, _, err in ended(*jobs):
+    words = (*ALONE[:2], "qwen35.launch", "--nproc_per_node", "2", str(workplace / "recipe.yaml"))
+    commands = [[*words, "training.train_iters=3", f"training.save={tmp_path / name}"] for name in "abc"]
+    for code, _, err in ended(*(Forked(launched, command, {}) for command in commands)):
         assert (code, err) == (0, "")
     curves = [[[line[k] for k in SAME] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in "abc"]
     assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 3

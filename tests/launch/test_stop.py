@@ -33,9 +33,9 @@ def temporary(monkeypatch):
         assert not list(Path(name).iterdir())
 
 
-def start(workplace: Path, save: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+def start(workplace: Path, save: Path, *overrides: str, ranks: int = 2, **kwargs) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(train_command(workplace, save, 2, *overrides), cwd=ROOT, env=environment, **kwargs)
+    return subprocess.Popen(train_command(workplace, save, ranks, *overrides), cwd=ROOT, env=environment, **kwargs)
 
 
 def wait_for_steps(save: Path, count: int, process: subprocess.Popen, meanwhile=lambda: time.sleep(0.02)) -> None:
@@ -50,11 +50,13 @@ def assert_saved(save: Path, after: int) -> None:
     assert step >= after and len(read_metrics(save / "metrics.jsonl")) == step
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGHUP, 143, 1)]
+)
+def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code, ranks):
     """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before the run logs that it stops."""
     save = tmp_path / "run"
-    process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start(workplace, save, *ENDLESS, ranks=ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=process.stdout, stdout=subprocess.DEVNULL)
     process.stdout.close()
     wait_for_steps(save, 3, process)
@@ -130,7 +132,7 @@ def test_a_run_saves_though_all_its_processes_get_the_signal(workplace, tmp_path
 def test_nohup_ignores_sighup(workplace, tmp_path):
     save = tmp_path / "run"
     process = start(
-        workplace, save, *ENDLESS, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        workplace, save, *ENDLESS, ranks=1, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )  # fmt: skip
     wait_for_steps(save, 2, process)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
 from forked import spawn
-from peer import PATCH_VALUES, config_dict, pair, peer_inputs, sample
+from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, pair, peer_inputs, sample
 from ports import free_port
 from torch.distributed.tensor import distribute_tensor
 
@@ -63,7 +63,7 @@ CASES = {  # parallel settings and optimizer of two processes
 
 
 def config(moe: bool) -> dict:
-    return config_dict(moe=moe)
+    return config_dict(moe=moe, **ONE_OF_EACH)
 
 
 def sequence(step: int, number: int) -> PackedBatch:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import spawn
-from peer import PATCH_VALUES, config_dict, sample
+from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
 from ports import free_port
 from test_parallel import full
 from torch.distributed.tensor import distribute_tensor
@@ -48,7 +48,7 @@ STEPS, BIN, BUCKET = 2, 64, 32
 
 def make_config(heads: int = 4, **case) -> dict:
     """With heads for so many ranks, but only two KV heads of the attention."""
-    config = config_dict(key_heads=heads, value_heads=2 * heads, num_attention_heads=heads, **case)
+    config = config_dict(key_heads=heads, value_heads=2 * heads, num_attention_heads=heads, **ONE_OF_EACH, **case)
     config["vision_config"]["num_heads"] = heads
     return config
 
@@ -300,7 +300,7 @@ def test_messages_of_each_kind_and_their_bytes(four, name):
     delta_net = (2 * keys + values + 2 * 8) + values
     attention = (heads + 2 * max(text["num_key_value_heads"], U)) * D + heads * D
     patches = sum(n * p for n, p in zip(steps, P, strict=True))
-    numbers = sum(steps) * T // U * (3 * delta_net + 2 * attention) + patches // U * blocks * 4 * vision["hidden_size"]
+    numbers = sum(steps) * T // U * (delta_net + 2 * attention) + patches // U * blocks * 4 * vision["hidden_size"]
     features = patches // 4 * vision["out_hidden_size"]  # bytes of the features' gradients
     assert found["bytes"]["all_to_all_single"] == 4 * ((2 + recompute) * numbers + features)
     assert found["bytes"]["all_gather"] == 4 * features // U

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
 from forked import spawn
-from peer import config_dict, pack, sample
+from peer import ONE_OF_EACH, config_dict, pack, sample
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +32,8 @@ from qwen35.training.optimizer import GradientNorm, make_optimizer
 from qwen35.training.parameter_groups import freeze, parameter_table
 
 RANKS, STEPS, AUX, LIMIT = 4, 3, 0.1, 0.05
-CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3)  # two ranks all-gather tokens, four exchange rows
+# with three experts a token two ranks all-gather tokens, four exchange rows
+CONFIG = config_dict(mtp_num_hidden_layers=1, num_experts_per_tok=3, **ONE_OF_EACH)
 IDLE = (6, 7)  # never chosen: with two experts per rank the last rank gets no tokens
 ADAM = TrainingSettings(train_iters=STEPS, save="x", lr=1e-2, weight_decay=0.1, adam_eps=1e-4)
 FROZEN = ["model.visual", "model.language_model.layers.{*}.mlp.gate", "model.language_model.layers.0.mlp.experts"]
@@ -275,7 +276,7 @@ def test_four_processes_equal_one(found, reference_of, name):
     check(one, four)
     assert one["losses"][0] > one["losses"][-1]
     of_experts = {n: g for n, g in four["gradients"].items() if "language_model" in n and "mlp.experts" in n}
-    assert len(of_experts) == (6 if name == "frozen" else 8)
+    assert len(of_experts) == (2 if name == "frozen" else 4)
     for gradient in of_experts.values():
         assert gradient.flatten(1).any(1).tolist() == [e not in IDLE for e in range(len(gradient))]
 
@@ -291,7 +292,7 @@ def test_replicas_are_written_once(found):
         for step in (1, 2)
     ]
     wanted = 3 * sum(w.nbytes for w in found["fsdp 4"]["weights"].values())
-    assert all(wanted < size < 1.5 * wanted for size in written), (written, wanted)
+    assert all(wanted < size < 1.6 * wanted for size in written), (written, wanted)
 
 
 def test_each_rank_reads_its_own_slices(found):

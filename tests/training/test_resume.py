@@ -114,11 +114,11 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(workplace, uninterrupted
 
 # what a file's event says, and the iteration that may be gone on from
 MOMENTS = {
-    "nothing of rank 1's is written": ("open", "iter_0000016.tmp/__1_0.distcp", 12),
-    "all tensors are": ("os.rename", "iter_0000016.tmp/.metadata.tmp", 12),
-    "the marker is not": ("os.rename", "iter_0000016.tmp/complete.json.new", 12),
-    "all but its name is": ("os.rename", "iter_0000016.tmp", 12),
-    "it is whole and not the latest": ("os.rename", "latest_checkpointed_iteration.txt.new", 16),
+    "nothing of rank 1's is written": ("open", "iter_0000012.tmp/__1_0.distcp", 8),
+    "all tensors are": ("os.rename", "iter_0000012.tmp/.metadata.tmp", 8),
+    "the marker is not": ("os.rename", "iter_0000012.tmp/complete.json.new", 8),
+    "all but its name is": ("os.rename", "iter_0000012.tmp", 8),
+    "it is whole and not the latest": ("os.rename", "latest_checkpointed_iteration.txt.new", 12),
 }
 
 
@@ -129,12 +129,12 @@ def test_a_run_killed_during_a_save_resumes_bit_for_bit(workplace, uninterrupted
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
     for folder in save.glob("iter_*"):
-        if int(folder.name[5:]) > 12:
+        if int(folder.name[5:]) > 8:
             shutil.rmtree(folder)
-    (save / "latest_checkpointed_iteration.txt").write_text("12")
+    (save / "latest_checkpointed_iteration.txt").write_text("8")
     process = start_and_wait(workplace, save, event, path, *RECIPE)
     kill_all(process)
-    assert list(save.glob("*.tmp")) or left == 16
+    assert list(save.glob("*.tmp")) or left == 12
     assert int(newest_checkpoint(save).name[5:]) == left
     assert f"steps {left + 1} to {STEPS}" in finish(workplace, save)
     assert_same_run(save, uninterrupted)
@@ -160,26 +160,26 @@ def test_a_finished_run_is_tidied_up(workplace, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, save)
     recipe = save / "config.yaml"
     recipe.write_text(recipe.read_text().replace(str(uninterrupted), str(save)))
-    (save / "latest_checkpointed_iteration.txt").write_text("20")
+    (save / "latest_checkpointed_iteration.txt").write_text("12")
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=2")
     assert done.returncode == 0, done.stderr
-    assert "latest_checkpointed_iteration.txt now names iter_0000024" in done.stdout
+    assert "latest_checkpointed_iteration.txt now names iter_0000016" in done.stdout
     assert "nothing left to train" in done.stdout
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "24"
-    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000020", "iter_0000024"]
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "16"
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000012", "iter_0000016"]
 
 
 def test_an_incomplete_newest_checkpoint_is_passed_over(workplace, uninterrupted, tmp_path):
     """The log names it, the reason and the checkpoint taken; it is kept; the run ends the same."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
-    file = save / "iter_0000024/__1_0.distcp"
+    file = save / "iter_0000016/__1_0.distcp"
     os.truncate(file, 1000)
     out = finish(workplace, save)
     assert f"{file.parent} is incomplete ({file}: 1000 bytes, complete.json says " in out
-    assert f": renamed to iter_0000024.damaged, and the run goes on from {save}/iter_0000020" in out
-    assert f"steps 21 to {STEPS}" in out
-    assert (save / "iter_0000024.damaged/__1_0.distcp").stat().st_size == 1000
+    assert f": renamed to iter_0000016.damaged, and the run goes on from {save}/iter_0000012" in out
+    assert f"steps 13 to {STEPS}" in out
+    assert (save / "iter_0000016.damaged/__1_0.distcp").stat().st_size == 1000
     assert_same_run(save, uninterrupted)
 
 
@@ -267,12 +267,12 @@ def test_missing_random_states_of_a_rank_are_one_line(workplace, uninterrupted, 
     """Found before the data is read; other numbers of ranks need none."""
     save = tmp_path / "run"
     shutil.copytree(uninterrupted, save)
-    (save / "iter_0000024/rank_00001.json").unlink()
-    as_before(save / "iter_0000024")
-    done = train(workplace, save, 2, *RECIPE, "training.train_iters=25")
+    (save / "iter_0000016/rank_00001.json").unlink()
+    as_before(save / "iter_0000016")
+    done = train(workplace, save, 2, *RECIPE, "training.train_iters=17")
     assert done.returncode == 1
-    words = "is missing, though another of the 2 ranks has one; move it away to use iter_0000020"
-    assert done.stderr == f"error: {save}/iter_0000024/rank_00001.json: {words}\n"
+    words = "is missing, though another of the 2 ranks has one; move it away to use iter_0000012"
+    assert done.stderr == f"error: {save}/iter_0000016/rank_00001.json: {words}\n"
     assert "data:" not in done.stdout
 
 
@@ -316,9 +316,9 @@ def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(workpla
 
     refused = train(workplace, save, 2, *RECIPE, how=start)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
-    found = re.search(r"this run needs ([\d,]+) bytes for 6 checkpoints of ([\d,]+) bytes", refused.stderr)
+    found = re.search(r"this run needs ([\d,]+) bytes for 4 checkpoints of ([\d,]+) bytes", refused.stderr)
     needed, each = (int(number.replace(",", "")) for number in found.groups())
-    assert needed == 6 * each and 0.75 * size < each <= size  # the rest are headers of small tensors
+    assert needed == 4 * each and 0.75 * size < each <= size  # the rest are headers of small tensors
     assert "training.save_total_limit" in refused.stderr and not save.exists()
     done = train(workplace, save, 2, *RECIPE, "training.save_total_limit=1", how=start)
     assert done.returncode == 0, done.stderr

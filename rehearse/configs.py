@@ -12,9 +12,8 @@ from qwen35.errors import SettingError
 from qwen35.model import ModelConfig, load_config
 
 PUBLISHED = Path(__file__).parents[1] / "assets/configs"
-SIZE = re.compile(
-    r"\d+(?:\.\d+)?[BT](?:-A\d+B)?"
-)  # 27B, 2.4T-A95B: those of Qwen3.5, 3.6 and 3.8 with one name are alike
+# Models of Qwen3.5, 3.6 and 3.8 of one size, such as 27B or 2.4T-A95B, have the same shapes.
+SIZE = re.compile(r"\d+(?:\.\d+)?[BT](?:-A\d+B)?")
 
 
 def with_config(settings: Settings) -> tuple[Settings, ModelConfig, str]:

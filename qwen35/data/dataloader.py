@@ -108,7 +108,9 @@ class MicroBatches:
         """For the start of a run: a line on the data, then on what is left out and odd."""
         files = number_of(len(self.dataset.files), "file")
         skipped = self.dataset.skipped
-        lines = [f"skipped {len(skipped):,} of {self.dataset.records:,} records: {skipped}"] if len(skipped) else []
+        records, samples = self.dataset.records, len(skipped) + self.samples
+        what = f"{records:,} records" if records == samples else f"{samples:,} samples of {records:,} records"
+        lines = [f"skipped {len(skipped):,} of {what}: {skipped}"] if len(skipped) else []
         cut = self.dataset.truncated
         if cut.numbers:
             lines.append(

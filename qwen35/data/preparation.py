@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from qwen35.data.conversations import conversations
 from qwen35.data.files import is_text_only
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
-from qwen35.data.record import Record, RecordError, Video, Visual
+from qwen35.data.record import Record, RecordError, Turn, Video, Visual
 from qwen35.data.style import DEFAULT_STYLE, Style, style_of
 from qwen35.data.template import (
     Piece,
+    as_asked,
     as_trained,
     check_thoughts,
     prompt_pieces,
@@ -106,7 +108,9 @@ class Preparation:
     def _pieces(self, record: Record, style: Style) -> tuple[list[Piece], int]:
         """What the template writes, and how many answers it does not train."""
         if style.template == "checkpoint" and self.chat_template:
-            return checkpoint_pieces(record, self.chat_template, style)
+            pieces, unseen = checkpoint_pieces(record, self.chat_template, style)
+            self._check_history(record, [turn for turn in record.turns if unseen or turn.loss is False])
+            return pieces, unseen
         pieces = training_pieces(record, style, self.basic.train_on_prompt)
         if self.chat_template:
             self.chat_template.check_training(record, style)
@@ -116,11 +120,25 @@ class Preparation:
         """The pieces before the answer; thinking: as for `prompt_pieces`. Raises RecordError."""
         self._check_thoughts(record)
         if self.style.template == "checkpoint" and self.chat_template:
+            self._check_history(record, as_asked(record))
             return checkpoint_prompt(as_trained(record, self.style), self.chat_template, self.style, thinking)
         pieces = prompt_pieces(record, self.style, thinking)
         if self.chat_template:
             self.chat_template.check_prompt(record, self.style, thinking)
         return pieces
+
+    def _check_history(self, record: Record, turns: Sequence[Turn]) -> None:
+        """Refuse special tokens in earlier answers that would become characters.
+
+        A foreign template does not show which of its words are an answer's. Raises RecordError.
+        """
+        for turn in turns if self.basic.special_tokens_in_prompts == "text" else ():
+            spelled = [turn.text[slice(*span)] for span in self.tokenizer.special_in(turn.text)]
+            if turn.role == "assistant" and (names := [t for t in spelled if t not in self.tokenizer.control_names]):
+                raise record.error(
+                    f"an earlier answer spells {names[0]}, which special_tokens_in_prompts: text would turn into characters "
+                    "under template: checkpoint, though it is a token where the answer is trained; set it to tokens"
+                )
 
     def folder(self) -> ImageFolder:
         """Where images and videos are looked up. Raises SettingError."""

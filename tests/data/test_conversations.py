@@ -266,3 +266,22 @@ def test_a_record_whose_only_trained_answer_has_no_question_is_refused(folder):
     turns = (*spelled.turns[:3], replace(spelled.turns[3], loss=False))
     with pytest.raises(RecordError, match="nothing in it is trained"):
         preparation(folder).tokenise(replace(spelled, turns=turns))
+
+
+def test_special_tokens_of_earlier_answers_are_tokens_as_where_they_were_trained(folder):
+    """Or they are refused: a foreign template does not show which of its words are an answer's."""
+    boxes = record(("user", "a"), ("assistant", "<|box_start|>1"), ("user", "b"), ("assistant", "<|box_start|>2"))
+    published = ChatTemplate((PUBLISHED / DIALECT_FILES[QWEN3_5]).read_text(), "chat_template.jinja")
+    own = replace(preparation(folder), tokenizer=ChatTokenizer(folder, "text"))
+    foreign = replace(own, style=Style("checkpoint"), chat_template=published)
+    parts = [
+        replace(p, basic=replace(p.basic, special_tokens_in_prompts=how), tokenizer=ChatTokenizer(folder, how))
+        for p, how in ((own, "text"), (own, "tokens"), (foreign, "tokens"))
+    ]
+    first, *others = ([sample.ids.tolist() for _, sample in p.tokenise(boxes)] for p in parts)
+    assert all(ids == first for ids in others)
+    refused = replace(foreign, basic=replace(foreign.basic, special_tokens_in_prompts="text"))
+    for make in (refused.tokenise, lambda r: refused.prompt(r, False)):
+        with pytest.raises(RecordError, match=r"an earlier answer spells <\|box_start\|>.*; set it to tokens"):
+            make(boxes)
+    assert len(refused.tokenise(replace(boxes, turns=boxes.turns[:2]))) == 1

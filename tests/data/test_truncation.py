@@ -193,6 +193,15 @@ def test_the_policies(home):
         assert len(batch.input_ids) == 75
 
 
+def test_of_a_record_of_several_samples_those_that_are_left_out_are_counted(home):
+    samples = MicroBatches(settings(home, cutoff_len=4096), 0, 1).samples
+    dropped = MicroBatches(settings(home, cutoff_len=75, truncation="drop"), 0, 1)
+    long = samples - dropped.samples
+    assert (
+        samples > 40 and f"data: skipped {long} of {samples} samples of 40 records: {long} longer" in dropped.report()
+    )
+
+
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (3, 0), (2, 2)])
 def test_an_epoch_has_each_sample_as_often_as_its_weight(home, ranks, workers):
     """Also truncated ones, and for any number of ranks and workers."""

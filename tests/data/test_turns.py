@@ -116,7 +116,7 @@ SCREENSHOT = {"role": "assistant", "content": "", "tool_calls": [{"function": {"
 IMAGE = {"type": "image", "image": "images/0000.png"}
 SHOT = f"<tool_call>\n<function=screenshot>\n</function>\n</tool_call>{END}"
 OPEN = [said("user", "Open the page."), SCREENSHOT]
-TOOLS = [{"name": "screenshot"}]
+TOOLS = [{"type": "function", "function": {"name": "screenshot"}}]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_both_settings_and_record_must_ask_for_training(place, make):
     asked = {"messages": masked([0, 0, 1, 1])}
     assert make(asked, {"messages": TWO}, train_on_prompt=True)[1] == [f"R{END}", f"y{END}"]
     turns = [said("system", "S", loss=False), *TWO]
-    tools = [{"name": "f"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
     assert make({"messages": turns, "tools": tools}, train_on_prompt=True)[1][0] == f"Q{END}"
 
 

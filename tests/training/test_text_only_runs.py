@@ -224,6 +224,7 @@ def test_doctor_looks_at_it(place, tmp_path):
     settings = load_settings(place / "recipe.yaml", [f"training.save={tmp_path}/run"])
     found: list = []
     machine = Machine()
-    doctor.model(machine, settings, found, 1)
-    found += doctor.records(settings)
-    assert {f.status for f in found} == {"ok"}, found
+    whole, loaded = doctor.model(machine, settings, found, 1)
+    found += doctor.records(settings, whole, loaded, 1)
+    (served,) = [f for f in found if f.status != "ok"]
+    assert served.status == "note" and "enable_thinking" in served.fact, found

@@ -6,7 +6,7 @@ that prompt, so that the model will meet the same tokens before it when it is se
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -42,9 +42,11 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
             f"{template.file} marks {len(marks)} stretches as generated, of {len(answers)} answers",
             "chat template differs",
         )
-    spans, unseen = [], 0
+    spans, prompts, unseen = [], set[int](), 0
     for i in wanted:
         span = _span(hidden, template, style, text, i)
+        if span:
+            prompts.add(span[0])
         if span and marks:
             begin, end = marks[answers.index(i)]
             span = max(span[0], begin), min(span[1], end)
@@ -66,14 +68,14 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
                 f"the last answer has {prompt[at : at + SHOWN]!r}; the model would never meet what it was trained on",
                 "chat template differs",
             )
-    return _pieces(record, template, text, spans), unseen
+    return _pieces(record, template, text, spans, prompts), unseen
 
 
 def checkpoint_prompt(record: Record, template: ChatTemplate, style: Style, thinking: bool) -> list[Piece]:
     """As prompt_pieces: the template's own prompt. Raises RecordError."""
     hidden = _hidden(record)
     given = style.given(thinking) | {"add_generation_prompt": True}
-    return _pieces(record, template, template.render(hidden, as_asked(hidden), given), [])
+    return _pieces(record, template, template.render(hidden, as_asked(hidden), given), [], set())
 
 
 def _span(record: Record, template: ChatTemplate, style: Style, text: str, index: int) -> tuple[int, int] | None:
@@ -108,11 +110,14 @@ def _without_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _pieces(record: Record, template: ChatTemplate, text: str, spans: Sequence[tuple[int, int]]) -> list[Piece]:
+def _pieces(
+    record: Record, template: ChatTemplate, text: str, spans: Sequence[tuple[int, int]], prompts: Set[int]
+) -> list[Piece]:
+    """spans: what is trained; prompts: where the prompts of answers end, so that tokens begin."""
     pieces: list[Piece] = []
     bounds = [0, *(bound for span in spans for bound in span), len(text)]
     for number, (start, end) in enumerate(pairwise(bounds)):
-        pieces += _cut(record, template, text[start:end], trained=number % 2 == 1)
+        pieces += _cut(record, template, text[start:end], trained=number % 2 == 1, fresh=start in prompts)
     found, wanted = [p.kind for p in pieces if p.kind in ("image", "video")], _visual_kinds(record)
     if found != wanted:
         raise record.error(
@@ -122,15 +127,14 @@ def _pieces(record: Record, template: ChatTemplate, text: str, spans: Sequence[t
     return pieces
 
 
-def _cut(record: Record, template: ChatTemplate, text: str, trained: bool) -> Iterator[Piece]:
-    is_first = True
+def _cut(record: Record, template: ChatTemplate, text: str, trained: bool, fresh: bool) -> Iterator[Piece]:
     for part in filter(None, WRITTEN.split(text)):
         kind: Kind = KINDS.get(part, "text")
         if kind == "text" and (other := OTHER_CONTROL.search(part)):
             raise record.error(f"{template.file} writes {other[0]}, which is not built", "chat template differs")
         words = part.replace(HIDDEN, "")
-        yield Piece(words, trained, kind, fresh=trained and is_first, answer=trained and kind == "text")
-        is_first = False
+        yield Piece(words, trained, kind, fresh=trained and fresh, answer=trained and kind == "text")
+        fresh = False
 
 
 def _hidden(record: Record) -> Record:

@@ -51,6 +51,13 @@ def tokenizer(folder):
     return ChatTokenizer(folder)
 
 
+@pytest.fixture(scope="module")
+def hf_tokenizer(folder):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
 def last_only(r):
     return replace(r, turns=(*(replace(turn, loss=False) for turn in r.turns[:-1]), r.turns[-1]))
 
@@ -137,6 +144,17 @@ def test_marks_never_train_what_a_prompt_holds(tokenizer):
     header = MARKED.replace("{% generation %}", "").replace("BEFORE", "{% generation %}")
     pieces, _ = checkpoint_pieces(r, own(header.replace("AFTER", "<|im_end|>{% endgeneration %}")), Style("checkpoint"))
     assert trained_text(tokenizer, pieces) == ["Yo<|im_end|>", "Bye<|im_end|>"]
+
+
+def test_a_mark_inside_a_word_cuts_no_token(tokenizer, hf_tokenizer):
+    """As in transformers: the text is one text, and a token that a mark cuts is not trained."""
+    text = MARKED.replace("BEFORE", "").replace("AFTER", "<|im_end|>{% endgeneration %}")
+    text = text.replace("{% generation %}", "The ca{% generation %}t and a dog ")
+    r = record(USER, ("assistant", "Yo"))
+    pieces, _ = checkpoint_pieces(r, own(text), Style("checkpoint"))
+    ids, trained = tokenizer.encode(pieces)
+    assert ids.tolist() == hf_tokenizer(render(pieces), add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids[trained].tolist()).endswith("nd a dog Yo<|im_end|>")
 
 
 def test_marks_without_the_end_of_an_answer_are_refused():

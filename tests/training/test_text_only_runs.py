@@ -226,5 +226,6 @@ def test_doctor_looks_at_it(place, tmp_path):
     machine = Machine()
     whole, loaded = doctor.model(machine, settings, found, 1)
     found += doctor.records(settings, whole, loaded, 1)
-    (served,) = [f for f in found if f.status != "ok"]
-    assert served.status == "note" and "enable_thinking" in served.fact, found
+    told = [f for f in found if f.status != "ok"]  # of the folder: how a server of it would prompt and stop
+    assert [f.status for f in told] == ["note", "note"], found
+    assert "enable_thinking" in told[0].fact and "eos_token_id" in told[1].fact

@@ -397,17 +397,18 @@ DIALECT_FILES = {
     QWEN3_6: "chat_template_qwen3_6.jinja",
     QWEN3_8: "chat_template_qwen3_8.jinja",
 }
-STYLES = st.one_of(
-    st.builds(Style, dialect=st.just(QWEN3_5)),
-    st.builds(Style, dialect=st.just(QWEN3_6), preserve_thinking=st.sampled_from([None, True, False])),
-    st.builds(
+STYLES_OF = {
+    QWEN3_5: st.builds(Style, dialect=st.just(QWEN3_5)),
+    QWEN3_6: st.builds(Style, dialect=st.just(QWEN3_6), preserve_thinking=st.sampled_from([None, True, False])),
+    QWEN3_8: st.builds(
         Style,
         dialect=st.just(QWEN3_8),
         enable_thinking=st.sampled_from([None, True, False]),
         preserve_thinking=st.sampled_from([None, True, False]),
         reasoning_effort=st.sampled_from([None, *QWEN3_8.efforts]),
     ),
-)
+}
+STYLES = st.one_of(*STYLES_OF.values())
 OTHERS = {dialect: published(DIALECT_FILES[dialect]) for dialect in (QWEN3_6, QWEN3_8)}
 
 
@@ -419,9 +420,11 @@ def template_of(style, default):
 quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+@pytest.mark.parametrize("dialect", STYLES_OF, ids=lambda dialect: dialect.name)
 @settings(quick, max_examples=300)
-@given(r=conversations(), style=STYLES)
-def test_random_conversations_equal_the_published_templates(r, style):
+@given(r=conversations(), data=st.data())
+def test_random_conversations_equal_the_published_templates(dialect, r, data):
+    style = data.draw(STYLES_OF[dialect])
     try:
         kept = as_trained(r, style)
         expected = rendered(template_of(style, True), kept, **style.given(style.enable_thinking))
@@ -434,9 +437,11 @@ def test_random_conversations_equal_the_published_templates(r, style):
         assert expected == rendered(TEMPLATES[False], kept)
 
 
+@pytest.mark.parametrize("dialect", STYLES_OF, ids=lambda dialect: dialect.name)
 @settings(quick, max_examples=300)
-@given(r=conversations(), style=STYLES, thinking=st.sampled_from([None, True, False]), default=st.booleans())
-def test_random_prompts_equal_the_published_templates(r, style, thinking, default):
+@given(r=conversations(), data=st.data(), thinking=st.sampled_from([None, True, False]), default=st.booleans())
+def test_random_prompts_equal_the_published_templates(dialect, r, data, thinking, default):
+    style = data.draw(STYLES_OF[dialect])
     asked = replace(r, turns=r.turns[:-1])
     default = default or style.dialect is not QWEN3_5
     thinks = default if thinking is None else thinking

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_cases import CONFIGS
 from peer import config_dict, pair, peer_inputs, sample
+from test_model import IMAGES, compare
 
 from qwen35.model import ConfigError, load_config
 from qwen35.model.config_keys import HARMLESS, HARMLESS_KEYS, ONLY_VALUE, REFUSED, USED, unknown_keys
@@ -65,6 +66,14 @@ def test_the_keys_of_qwen3_8():
     del newer["text_config"]["mlp_only_layers"]
     assert unknown_keys(newer) == []
     assert load_config(newer) == load_config(config)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_the_keys_of_qwen3_8_mean_the_same_to_transformers(moe):
+    """Logits and all gradients of a small model with them."""
+    newer = config_dict(moe=moe) | {"language_model_only": False}
+    newer["text_config"] |= OF_3_8
+    compare(newer, IMAGES)
 
 
 @pytest.mark.parametrize("moe", [False, True])

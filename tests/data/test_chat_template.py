@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from tokenizer_fixture import PUBLISHED, make_model_folder
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -223,6 +225,8 @@ def test_a_template_can_name_the_tokens_that_transformers_gives_it(folder_with):
         "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}<|im_end|>{% endif %}\n{% endfor %}"
         "{{ pad_token }}{{ unk_token }}{{ sep_token }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    if Version(transformers.__version__) < Version("5.20"):  # in which this tokenizer has an unk_token of its own
+        text = text.replace("{{ unk_token }}", "")
     (folder / "chat_template.jinja").write_text(text)
     record = Record("x", (ASK, SAY))
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from checkpoint_cases import CONFIGS
+from packaging.version import Version
 from peer import config_dict, text_only
 
 from qwen35.model import ConfigError, load_config
@@ -43,13 +44,18 @@ FORMS = [
 
 def rope_of(config: dict):
     """transformers' rotary embedding of a config.json."""
+    import transformers
     from transformers.models import qwen3_5, qwen3_5_moe
 
     moe, is_text_only = "moe" in config["model_type"], config["model_type"].endswith("_text")
     module = qwen3_5_moe if moe else qwen3_5
     made = getattr(module, f"Qwen3_5{'Moe' * moe}{'Text' * is_text_only}Config")(**copy.deepcopy(config))
+    text, given = (made, config) if is_text_only else (made.text_config, config["text_config"])
+    factor = (given.get("rope_parameters") or {}).get("partial_rotary_factor")
+    if factor and Version(transformers.__version__) < Version("5.20"):
+        text.partial_rotary_factor = factor  # in 5.2 its default is put in the place of the one that is given
     modeling = getattr(module, f"modeling_qwen3_5{'_moe' * moe}")
-    return getattr(modeling, f"Qwen3_5{'Moe' * moe}TextRotaryEmbedding")(made if is_text_only else made.text_config)
+    return getattr(modeling, f"Qwen3_5{'Moe' * moe}TextRotaryEmbedding")(text)
 
 
 def compare(config: dict) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import socket
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -92,6 +93,17 @@ def set_up_device() -> torch.device:
         npu.config.allow_internal_format = False  # operators that lack private formats would need copies
         npu.matmul.allow_hf32 = npu.conv.allow_hf32 = False  # fp32 means fp32
     return device
+
+
+def end_process_group() -> None:
+    """End the process group, if there is one.
+
+    The destructor of torch 2.7's gloo group waits for its threads without giving up the GIL, which
+    they need once more to free the tensors of the last collective: they get a moment to do so.
+    """
+    if dist.is_initialized():
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def init_process(timeout: float = 1800) -> torch.device:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import kernels
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
-from qwen35.device import init_process, model_name, synchronize
+from qwen35.device import end_process_group, init_process, model_name, synchronize
 from qwen35.errors import UserError
 from qwen35.log import logger
 from qwen35.rank import leave, run_rank
@@ -104,7 +104,7 @@ def preflight(settings: Settings) -> None:
     if kernels.triton_ops(kernels.select(device.type, settings.model.kernels)):
         check_compilers()
     measure(device, lambda line: print(f"{line}\npreflight: all is well", flush=True))
-    dist.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

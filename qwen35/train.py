@@ -33,7 +33,7 @@ from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data import MicroBatches
 from qwen35.data.other_tokenizers import other_tokenizers
-from qwen35.device import enable_determinism, has_own_memory, init_process
+from qwen35.device import enable_determinism, end_process_group, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import log_to, logger
 from qwen35.model import Qwen35, load_config
@@ -340,8 +340,7 @@ def loop(run: Run, folder: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     code = run_rank(train, "qwen35.train", (__doc__ or "").split("\n")[0], argv, kernels.KernelError)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_process_group()
     return code
 
 

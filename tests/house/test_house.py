@@ -35,7 +35,7 @@ ROOMS = {
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_630,
+    "qwen35": 1_640,
     "kernels": 3_660,
     "rehearse": 2_230,
     "accept": 730,

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from qwen35.data.chat_template import MARKS, SHOWN, ChatTemplate, first_difference
+from qwen35.data.conversations import wanted_answers
 from qwen35.data.record import Record, Turn
 from qwen35.data.style import Style
 from qwen35.data.template import IM_END, IM_START, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, Kind, Piece, as_asked
@@ -33,7 +34,6 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
     """
     hidden, given = _hidden(record), style.given(style.thinking)
     answers = [i for i, turn in enumerate(record.turns) if turn.role == "assistant"]
-    wanted = [i for i in answers if record.turns[i].loss is not False]
     if marked := [i for i, turn in enumerate(record.turns) if turn.loss and turn.role != "assistant"]:
         raise record.error(f"turn {marked[0]} is marked to be trained, but template: checkpoint trains only answers")
     text, marks = _without_marks(template.render(hidden, hidden.turns, given, marks=True))
@@ -43,11 +43,21 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
             "chat template differs",
         )
     spans, prompts, unseen = [], set[int](), 0
-    for i in wanted:
+    for i in wanted_answers(record, mask_history=False):
         span = _span(hidden, template, style, text, i)
-        if span:
-            prompts.add(span[0])
-        if span and marks:
+        if span is None:
+            if i < answers[-1]:
+                unseen += 1
+                continue
+            prompt = _prompts(hidden, template, style, i)[0]
+            at = first_difference(prompt, text)
+            raise record.error(
+                f"{template.file} writes {text[at : at + SHOWN]!r} at character {at} of the conversation, where its prompt for "
+                f"the last answer has {prompt[at : at + SHOWN]!r}; the model would never meet what it was trained on",
+                "chat template differs",
+            )
+        prompts.add(span[0])
+        if marks:
             begin, end = marks[answers.index(i)]
             span = max(span[0], begin), min(span[1], end)
             if IM_END not in text[slice(*span)]:
@@ -56,18 +66,7 @@ def checkpoint_pieces(record: Record, template: ChatTemplate, style: Style) -> t
                     "would not learn to stop",
                     "chat template differs",
                 )
-        if span:
-            spans.append(span)
-        elif i < answers[-1]:
-            unseen += 1
-        else:
-            prompt = _prompts(hidden, template, style, i)[0]
-            at = first_difference(prompt, text)
-            raise record.error(
-                f"{template.file} writes {text[at : at + SHOWN]!r} at character {at} of the conversation, where its prompt for "
-                f"the last answer has {prompt[at : at + SHOWN]!r}; the model would never meet what it was trained on",
-                "chat template differs",
-            )
+        spans.append(span)
     return _pieces(record, template, text, spans, prompts), unseen
 
 

@@ -228,14 +228,12 @@ class Converter:
                 parts = self._preparation.tokenise(record)
                 lengths = [len(sample.ids) for _, sample in parts]
                 count_parts(found, record, parts, self._preparation)
-                odd = []
             else:
-                odd = self._check(record) if self._options.check == "headers" else []
+                for kind in self._check(record) if self._options.check == "headers" else ():
+                    found.count(kind, 1, record.source)
                 lengths = [sum(len(turn.text) for turn in record.turns) + len(IMAGE_PLACEHOLDER) * len(record.images)]
         except RecordError as error:
             return error
-        for kind in odd:
-            found.count(kind, 1, record.source)
         warnings.update(found)
         messages = [_message(turn, has_images=bool(record.images)) for turn in record.turns]
         images = [self._prefix + str(path).removeprefix(self._root) for path in record.images]

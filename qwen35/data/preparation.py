@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,8 @@ CODE_FILES = sorted(Path(__file__).parent.glob("*.py"))  # cached samples depend
 LONGEST_TEXT = 4 << 20  # characters of a record: each takes 240 bytes while it is tokenised
 LONGEST_NAME = 200  # characters of an image's path in a message
 FOR_TEXT_ONLY = "the model is text-only, it sees none; train the vision-language one, or leave the record out"
+
+Part = tuple[Record, list[Piece], int]  # a conversation, what the template writes, and answers that it does not train
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,25 @@ class Preparation:
     def tokenise(self, record: Record) -> list[tuple[Record, TokenisedSample]]:
         """The conversations that a record is trained as. Raises RecordError."""
         self._check_thoughts(record)
-        record, b = as_trained(record, self.style), self.basic
-        parts = conversations(record, self.style, b.mask_history, joined=True)
-        # A foreign template may write history as it wrote the prompts: then nothing needs a split.
-        if b.multi_turn == "split" and (
-            self.style.template != "checkpoint" or any(self._pieces(*part)[1] for part in parts)
-        ):
-            parts = conversations(record, self.style, b.mask_history, joined=False)
-        return [(part, self._sample(part, style)) for part, style in parts]
+        record = as_trained(record, self.style)
+        is_foreign, splits = self.style.template == "checkpoint", self.basic.multi_turn == "split"
+        parts: Iterable[Part] = self._parts(record, joined=is_foreign or not splits)
+        if is_foreign and splits:  # it may write history as it wrote the prompts: then nothing needs a split
+            parts = list(parts)
+            if any(unseen for _, _, unseen in parts):
+                parts = self._parts(record, joined=False)
+        return [(part, self._sample(part, pieces, unseen)) for part, pieces, unseen in parts]
+
+    def _parts(self, record: Record, joined: bool) -> Iterator[Part]:
+        for part, style in conversations(record, self.style, self.basic.mask_history, joined):
+            yield part, *self._pieces(part, style)
 
     def _check_thoughts(self, record: Record) -> None:
         if self.style.template != "checkpoint" or self.style.enable_thinking is False:
             check_thoughts(record, self.style)
 
-    def _sample(self, record: Record, style: Style) -> TokenisedSample:
+    def _sample(self, record: Record, pieces: Sequence[Piece], unseen: int) -> TokenisedSample:
         """Tokens, loss mask and grids; images are not decoded. Raises RecordError."""
-        pieces, unseen = self._pieces(record, style)
         if (length := sum(len(piece.text) for piece in pieces)) > LONGEST_TEXT:
             raise record.error(f"{length:,} characters of text, more than {LONGEST_TEXT:,}; cut it", "text too long")
         odd: Odd = []

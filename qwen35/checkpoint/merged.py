@@ -1,7 +1,7 @@
 """A base with adapters merged into it, slice by slice, and which base a run's adapters belong to.
 
 A LoRA run's checkpoints hold its adapters alone. What they are added to is in `extra.json`: the
-path of the base, and a digest of it, by which another base is noticed.
+path of the base, and a digest of it, by which another base is recognized.
 """
 
 import hashlib

@@ -27,7 +27,7 @@ MAX_MESSAGE_BYTES = 1 << 24
 MAX_UNPROVEN_BYTES = 1 << 12  # of a message from a peer that has not proved anything yet
 MAX_PENDING = 64  # connections of such peers at a time
 HANDSHAKE_TIMEOUT = 5.0  # seconds that a new connection has for each step of the handshake
-KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 8}  # a node without power is noticed in 3 minutes
+KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 8}  # a node without power is detected in 3 minutes
 
 
 class PeerLost(Exception):  # noqa: N818  # not yet an error: who waits for the peer decides

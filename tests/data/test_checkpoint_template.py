@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_template import DIALECT_FILES, STYLES, USER, conversations, extents, quick, record, trained_text
-from tokenizer_fixture import PUBLISHED, make_model_folder
+from tokenizer_fixture import PUBLISHED
 
 from qwen35.config.load import SettingError
 from qwen35.config.schema import Attr, BasicParameters
@@ -28,7 +28,6 @@ from qwen35.data.template import (
     training_pieces,
     unprompted_answers,
 )
-from qwen35.data.tokenizer import ChatTokenizer
 
 TEMPLATES = {dialect: ChatTemplate((PUBLISHED / name).read_text(), name) for dialect, name in DIALECT_FILES.items()}
 # nobody's: roles in capitals, thoughts in tags of its own, an end that is not the last thing
@@ -39,23 +38,6 @@ FOREIGN = """{%- for m in messages %}<|im_start|>{{ m.role | upper }}
 {%- endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>ASSISTANT
 {% endif %}"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return ChatTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def hf_tokenizer(folder):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
 def last_only(r):

@@ -20,7 +20,7 @@ from test_template import (
     template_of,
     trained_text,
 )
-from tokenizer_fixture import PUBLISHED, make_model_folder
+from tokenizer_fixture import PUBLISHED
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data import conversations as module
@@ -55,23 +55,6 @@ TALK = record(
     ("user", "c"),
     ("assistant", "A3", "r3"),
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_model_folder(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return ChatTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def hf_tokenizer(folder):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
 
 def split(r, style, joined=False, mask_history=False):

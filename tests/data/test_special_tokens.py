@@ -71,11 +71,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder):
-    return ChatTokenizer(folder)
-
-
-@pytest.fixture(scope="module")
 def peer(folder):
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 

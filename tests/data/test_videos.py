@@ -37,11 +37,6 @@ from qwen35.data.video_processor import VideoProcessor
 from qwen35.errors import SettingError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_model_folder(tmp_path_factory.mktemp("model"))
-
-
 def preparation(folder, **settings):
     settings = PreprocessParameters(**settings)
     images = ImageProcessor.from_folder(folder, settings.image_min_pixels, settings.image_max_pixels)

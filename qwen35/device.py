@@ -1,10 +1,10 @@
 """All that depends on the device: the only file that names npu, cuda, cpu, hccl, nccl or gloo."""
 
+import ctypes
 import os
 import re
 import resource
 import socket
-import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -96,14 +96,19 @@ def set_up_device() -> torch.device:
 
 
 def end_process_group() -> None:
-    """End the process group, if there is one.
-
-    The destructor of torch 2.7's gloo group waits for its threads without giving up the GIL, which
-    they need once more to free the tensors of the last collective: they get a moment to do so.
-    """
-    if dist.is_initialized():
-        time.sleep(0.1)
+    """End the device's communicators. Those of the hosts end with the process (see `immortal`)."""
+    if dist.is_initialized() and dist.get_backend() != BACKENDS["cpu"]:
         dist.destroy_process_group()
+
+
+def immortal(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group that Python never frees.
+
+    The destructor of torch 2.7's waits for the group's threads and keeps the GIL meanwhile, which
+    one of them may still need to free the tensors of the last collective: then both wait forever.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def init_process(timeout: float = 1800) -> torch.device:
@@ -161,7 +166,7 @@ def host_group(timeout: float) -> dist.ProcessGroup:
     timeout: of its collectives, in seconds; torch's default is half an hour.
     """
     try:
-        return dist.new_group(backend=BACKENDS["cpu"], timeout=timedelta(seconds=timeout))
+        return immortal(dist.new_group(backend=BACKENDS["cpu"], timeout=timedelta(seconds=timeout)))
     except RuntimeError as error:  # gloo's
         if is_peer_failure(error):
             raise

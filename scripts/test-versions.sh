@@ -37,6 +37,7 @@ with_torch() { # a whole environment, by the lock of an NPU installation
     "$base" -m venv --clear "$folder"
     sed -E "/^(torch-npu|triton-ascend)==/d; s/^torch==.*/torch==$TORCH/" "$lock" >"$folder/pins.txt"
     "$folder/bin/python" "${pip[@]}" --requirement "$folder/pins.txt" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+    "$folder/bin/python" "${pip[@]}" --no-deps --no-build-isolation --editable .
     touch "$folder/.made"
 }
 

@@ -63,7 +63,6 @@ def compiled(
         heartbeat.at("waiting for local rank 0 of each node to compile the Triton kernels", WAIT_TIMEOUT)
         found *= dist.get_world_size()
         dist.all_gather_object(found, tiles, group)
-        dist.destroy_process_group(group)
     return with_tiles(chosen, common_tiles(found))
 
 

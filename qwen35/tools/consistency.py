@@ -86,7 +86,6 @@ def compare_nodes(settings: Settings, timeout: float) -> None:
             logger.info(
                 f"note: the clock of node {node} is {skew}; training is unaffected, times in logs and files differ"
             )
-    dist.destroy_process_group(group)
 
 
 def _share(group: dist.ProcessGroup, action: Callable[[], Any]) -> list[Any]:

@@ -354,6 +354,24 @@ if rank == 1 or not is_first:
     assert report in done.stderr and "GLOO_SOCKET_IFNAME" not in done.stderr and "MASTER_PORT" not in done.stderr
 
 
+def test_a_group_of_the_hosts_is_never_freed():
+    """The destructor of torch 2.7's waits for a thread that needs the GIL, which it holds."""
+    program = """
+import torch.distributed as dist
+from qwen35.device import end_process_group, host_group, init_process
+init_process()
+kept, other = host_group(60), dist.new_group(backend="gloo")
+references = sys.getrefcount(kept) - sys.getrefcount(other)
+dist.destroy_process_group(kept)
+end_process_group()
+if references != 1 or not dist.is_initialized():
+    record_failure(RuntimeError(f"{references} more"), is_user_error=True)
+    sys.exit(1)
+"""
+    done = launch(program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_rank_without_any_heartbeat_has_stalled():
     done = launch("time.sleep(600)", timeout=1.0)
     assert done.returncode == 1

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model.lora import adapted_by, is_adapter
 
-WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 DECODER = re.compile(r"^model\.language_model\.")
 
@@ -94,24 +93,14 @@ def published_dtype(name: str) -> torch.dtype:
     return torch.float32 if is_f32 else torch.bfloat16
 
 
-def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters by checkpoint name, without the prefixes that module wrappers add."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        named[name] = parameter
-    return named
-
-
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `named_parameters` that are no adapters: what a checkpoint of the base holds."""
-    return {name: parameter for name, parameter in named_parameters(model).items() if not is_adapter(name)}
+    """The parameters that are no adapters: what a checkpoint of the base holds."""
+    return {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
 
 
 def saved_parameters(model: nn.Module) -> dict[str, Tensor]:
     """What a run's checkpoints hold: all parameters, but of a model with adapters only these."""
-    named = named_parameters(model)
+    named = dict(model.named_parameters())
     return {name: parameter for name, parameter in named.items() if is_adapter(name)} or named
 
 

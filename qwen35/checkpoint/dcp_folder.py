@@ -140,7 +140,7 @@ def find_checkpoints(folder: str | Path) -> tuple[Path | None, list[tuple[Path, 
     And the newer ones that are incomplete, with what is wrong. Raises CheckpointError for one that
     contradicts itself: no interruption does that, so it is not skipped silently.
     """
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in _candidates(Path(folder)):
         try:
             read_manifest(path)

@@ -100,7 +100,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def saved_parameters(model: nn.Module) -> dict[str, Tensor]:
     """What a run's checkpoints hold: all parameters, but of a model with adapters only these."""
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     return {name: parameter for name, parameter in named.items() if is_adapter(name)} or named
 
 

@@ -27,7 +27,7 @@ ROOMS = {
     "model": 1_500,
     "checkpoint": 3_550,
     "data": 5_960,
-    "parallel": 670,
+    "parallel": 660,
     "inference": 975,
     "training": 1_635,
     "tools": 1_715,

@@ -185,9 +185,9 @@ def resolve_load(path: str | Path) -> Path:
 def load_notes(path: str | Path, chosen: Path) -> list[str]:
     """Messages about the checkpoint chosen in a folder: which newer ones were not, and why."""
     folder = Path(path)
-    newest, skipped = find_checkpoints(folder)
-    if newest != chosen:  # which was named itself
+    if chosen.parent != folder:  # it was named itself, or is another folder's
         return []
+    _, skipped = find_checkpoints(folder)
     lines = [f"{broken} is incomplete and was skipped ({why})" for broken, why in skipped]
     if (named := latest(folder)) not in (None, chosen.name):
         lines.append(f"{folder / LATEST} names {named}, but {chosen.name} is newer and complete, and is used")

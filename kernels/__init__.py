@@ -9,6 +9,7 @@ transformers probes for a package named `kernels` and parses its version: 0.0.0 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -51,9 +52,9 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True)
 class Provider:
-    """A named set of implementations: a module, imported when selected, with a function per op."""
+    """A named set of implementations, imported when selected."""
 
-    module: str
+    module: str  # with a function per op; of torch_npu, with the primitives of all ops
     requires: str  # the module that must be installed
     install: str  # how
 
@@ -67,7 +68,7 @@ PROVIDERS = {
         " (Python 3.10 or 3.11); for a newer CANN take it from its release page, see scripts/requirements/versions.txt",
     ),
     "fla": Provider("kernels.fla", "fla", "pip install fla-core and the triton-ascend that it names"),
-    "torch_npu": Provider("kernels.fused", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
+    "torch_npu": Provider("kernels.npu", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"),
     "alltoallv_gmm": Provider(
         "kernels.fused_exchange", "torch_npu", "make install DEVICE=npu, and CANN's set_env.sh sourced"
     ),
@@ -128,7 +129,10 @@ def _load(op: str, name: str, device: str) -> Callable:
     try:
         if name == "triton" and device == "npu":
             import_module("triton.backends.ascend")  # only triton-ascend has it
-        return getattr(import_module(provider.module), op)
+        module = import_module(provider.module)
+        if name == "torch_npu":  # the same algorithms over other primitives
+            return partial(getattr(Kernels, op), primitives=module)
+        return getattr(module, op)
     except ImportError as error:
         others = [other for other in implementations(device)[op] if other != "native"]
         others = [other for other in others if PROVIDERS[other].requires != provider.requires]

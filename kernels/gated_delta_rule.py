@@ -142,7 +142,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 class _Chunk:
-    """The tensors of one step, computed lazily: n chunks over all heads, B = n * Hv.
+    """The tensors of one step: n chunks over all heads, B = n * Hv. Matrices are computed lazily.
 
     Operands of matmuls have v's dtype (`dot`); sums are fp32 (`wide`), or fp64 for fp64 inputs.
     """
@@ -150,12 +150,18 @@ class _Chunk:
     def __init__(self, inputs: Inputs, step: ChunkStep, inverse: Tensor | None = None):
         q, k, v, g, beta = inputs
         self.step, self.saved_inverse = step, inverse
-        self.n, self.heads, self.v_per_k = step.count, k.shape[1], v.shape[1] // k.shape[1]
+        self.n, self.v_per_k = step.count, v.shape[1] // k.shape[1]
         self.wide, self.dot = working_dtype(v), v.dtype
-        self.raw_q, self.raw_k = self.gather(q), self.gather(k)  # [n * Hk, C, Dk]
-        self.v = self.gather(v)  # [B, C, Dv]
+        self.scale = k.shape[2] ** -0.5
         # zero gates make padding rows inert: they neither decay the state nor write to it
-        self.g, self.beta = (self.gather(x[..., None], zero=True) for x in (g, beta))  # [B, C, 1]
+        g, self.beta = (self.gather(x[..., None], zero=True) for x in (g, beta))  # [B, C, 1]
+        raw_q, raw_k, self.v = (self.gather(x) for x in (q, k, v))  # [n * Hk, C, Dk] twice, [B, C, Dv]
+        self.q_norm, self.k_norm = (torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (raw_q, raw_k))
+        self.q, self.k = raw_q * (self.q_norm * self.scale), raw_k * self.k_norm
+        self.cum = g.cumsum(1)  # [B, C, 1] b
+        self.from_start = self.cum.exp()  # exp(b)
+        self.to_end = (self.cum[:, -1:] - self.cum).exp_()  # exp(b_C - b)
+        self.chunk_decay = self.from_start[:, -1:]  # [B, 1, 1] exp(b_C)
 
     def gather(self, x: Tensor, zero: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """[T, H, D] -> [n * H, C, D]"""
@@ -182,40 +188,8 @@ class _Chunk:
         return (x[:, None] * self.by_k_head(y)).flatten(0, 1)
 
     @cached_property
-    def q_norm(self) -> Tensor:  # [n * Hk, C, 1]
-        return torch.rsqrt(self.raw_q.square().sum(-1, keepdim=True) + 1e-6)
-
-    @cached_property
-    def k_norm(self) -> Tensor:
-        return torch.rsqrt(self.raw_k.square().sum(-1, keepdim=True) + 1e-6)
-
-    @cached_property
-    def q(self) -> Tensor:  # [n * Hk, C, Dk]
-        return self.raw_q * (self.q_norm * self.raw_q.shape[-1] ** -0.5)
-
-    @cached_property
-    def k(self) -> Tensor:
-        return self.raw_k * self.k_norm
-
-    @cached_property
-    def cum(self) -> Tensor:  # [B, C, 1] b
-        return self.g.cumsum(1)
-
-    @cached_property
     def decay(self) -> Tensor:  # [B, C, C] exp(b_i - b_j) on and below the diagonal
         return (self.cum - self.cum.mT).exp_().tril_()
-
-    @cached_property
-    def from_start(self) -> Tensor:  # [B, C, 1] exp(b)
-        return self.cum.exp()
-
-    @cached_property
-    def to_end(self) -> Tensor:  # [B, C, 1] exp(b_C - b)
-        return (self.cum[:, -1:] - self.cum).exp_()
-
-    @cached_property
-    def chunk_decay(self) -> Tensor:  # [B, 1, 1] exp(b_C)
-        return self.from_start[:, -1:]
 
     @cached_property
     def kk(self) -> Tensor:  # [B, C, C] A without beta; its diagonal is not used
@@ -328,8 +302,7 @@ def _backward_step(
     d_k.baddbmm_(d_qk.mT, c.q).baddbmm_(d_kk + d_kk.mT, c.k)
 
     grad_state.mul_(c.chunk_decay).add_(c.qk_start.mT @ d_reads)
-    scale = c.raw_q.shape[-1] ** -0.5
-    d_q = _norm_backward(d_q, c.q / scale, c.q_norm * scale)
+    d_q = _norm_backward(d_q, c.q / c.scale, c.q_norm * c.scale)
     d_k = _norm_backward(d_k, c.k, c.k_norm)
     for x, out in zip((d_q, d_k, d_error, d_g[..., None], d_beta[..., None]), grads, strict=True):
         c.scatter(x, out if out.ndim == 3 else out[..., None])

@@ -1,7 +1,8 @@
 """The primitives as torch_npu's fused operators; the only file that imports torch_npu.
 
 The autograd.Functions over them are in each op's file: torch_npu registers derivatives for NPU
-tensors only, so this file calls forward and backward operators by name. Shapes as in native.py.
+tensors only, so this file calls forward and backward operators by name. Shapes as in native.py; all
+follow from the inputs' shapes, and nothing waits for the device: lengths come from the host.
 Sources: op-plugin's documentation of each operator, and CANN's of the aclnn operator below it.
 """
 

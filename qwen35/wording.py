@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
+from itertools import groupby
 
 
 def number_of(number: int, what: str) -> str:
@@ -22,11 +23,11 @@ def duration(seconds: float) -> str:
 
 def named(what: str, numbers: Iterable[int]) -> str:
     """`node 1`, `nodes 1 to 3, 5`."""
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    names = ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in ranges)
-    return f"{what}{'s' * (sum(map(len, ranges)) > 1)} {names}"
+    found = sorted(numbers)
+    return f"{what}{'s' * (len(found) > 1)} {', '.join(ranges(found, ' to '))}"
+
+
+def ranges(numbers: Iterable[int], to: str) -> list[str]:
+    """Of numbers that rise: [1, 2, 3, 5] -> `1 to 3` and `5`."""
+    runs = ([n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]))
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}{to}{run[-1]}" for run in runs]

@@ -107,20 +107,6 @@ def _factors(given: Given) -> list[Tensor]:
 # ── Bytes ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _nothing(given: Given, new: list[Tensor]) -> int:
-    return 0
-
-
-def _filled(given: Given, new: list[Tensor]) -> int:
-    """Nothing is read, even where the result is like an argument."""
-    return size_of(new or given.get("self"))
-
-
-def _copied(given: Given, new: list[Tensor]) -> int:
-    """The target is not read. For copies from or to the host, the device's side counts."""
-    return size_of(given["src"]) + size_of(given["self"])
-
-
 def _gathered(given: Given, new: list[Tensor]) -> int:
     """As much of the first argument is read as the first result holds."""
     _, *others = given.values()
@@ -140,38 +126,29 @@ def _scattered(given: Given, new: list[Tensor], adds: bool = False) -> int:
     return size_of(index) + size_of(source) + rows * (1 + adds) + 2 * size_of(new)
 
 
-def _permuted_back(given: Given, new: list[Tensor]) -> int:
-    """Only the shapes of `tokens` and `indices` are used."""
-    return size_of(given["grad_permuted_tokens"]) + size_of(given["sorted_indices"]) + size_of(new)
-
-
-def _embedding_backward(given: Given, new: list[Tensor]) -> int:
-    """A workspace like the result is zeroed, updated row by row, and copied into the result."""
-    return 3 * size_of(given["grad_output"]) + size_of(given["indices"]) + 3 * size_of(new)
-
-
 def _adamw(given: Given, new: list[Tensor]) -> int:
     """Parameters and moments are read and written; gradients and steps are read alone."""
     changed = size_of(given["self"], given["exp_avgs"], given["exp_avg_sqs"])
     return 2 * changed + size_of(given["grads"], given["state_steps"])
 
 
-def _copied_in(given: Given, new: list[Tensor]) -> int:
-    """FSDP's shards are copied into the buffer, of which both results are views."""
-    return 2 * size_of(given["all_gather_inputs"])
-
-
+# operator -> its bytes, from its arguments by name (a) and its new results
 BYTES: dict[str, Callable[[Given, list[Tensor]], int]] = {
-    **dict.fromkeys((*FREE, *ARITHMETIC), _nothing),
-    **dict.fromkeys((*FILLS, "fill", "zero"), _filled),
-    **dict.fromkeys(("copy", "_foreach_copy"), _copied),
+    **dict.fromkeys((*FREE, *ARITHMETIC), lambda a, new: 0),
+    # nothing is read, even where the result is like an argument
+    **dict.fromkeys((*FILLS, "fill", "zero"), lambda a, new: size_of(new or a.get("self"))),
+    # the target is not read; for copies from or to the host, the device's side counts
+    **dict.fromkeys(("copy", "_foreach_copy"), lambda a, new: size_of(a["src"]) + size_of(a["self"])),
     **dict.fromkeys(GATHERS, _gathered),
     **dict.fromkeys(("scatter", "index_put"), _scattered),
     **dict.fromkeys(("scatter_add", "index_add"), partial(_scattered, adds=True)),
-    "npu_moe_token_permute_grad": _permuted_back,
-    "embedding_dense_backward": _embedding_backward,
+    # only the shapes of `tokens` and `indices` are used
+    "npu_moe_token_permute_grad": lambda a, new: size_of(a["grad_permuted_tokens"], a["sorted_indices"], *new),
+    # a workspace like the result is zeroed, updated row by row, and copied into the result
+    "embedding_dense_backward": lambda a, new: 3 * size_of(a["grad_output"], *new) + size_of(a["indices"]),
     "_fused_adamw": _adamw,
-    "all_gather_copy_in": _copied_in,
+    # FSDP's shards are copied into the buffer, of which both results are views
+    "all_gather_copy_in": lambda a, new: 2 * size_of(a["all_gather_inputs"]),
 }
 
 # ── Launches ────────────────────────────────────────────────────────────────────────────────────
@@ -208,13 +185,9 @@ def _embedding_grad(given: Given, made: list[Tensor]) -> int:
     return SYSTEM + out.numel() * grad.element_size() + third
 
 
-def _permuted(given: Given, made: list[Tensor]) -> int:
-    """The sort needs six int32 for each index (moe_token_permute_tiling.cpp)."""
-    return SYSTEM + 24 * given["indices"].numel()
-
-
 WORKSPACES: dict[str, Callable[[Given, list[Tensor]], int]] = {
     "npu_fusion_attention_grad": _attention_grad,
     "embedding_dense_backward": _embedding_grad,
-    "npu_moe_token_permute": _permuted,
+    # the sort needs six int32 for each index (moe_token_permute_tiling.cpp)
+    "npu_moe_token_permute": lambda a, made: SYSTEM + 24 * a["indices"].numel(),
 }

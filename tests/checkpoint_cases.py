@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from hf_folder import write_hf
 from peer import config_dict, text_only
 from safetensors.torch import load_file, save_file
 
@@ -12,13 +13,11 @@ from qwen35.checkpoint.dcp_write import local_shards
 from qwen35.checkpoint.hf import shapes_by_config
 from qwen35.checkpoint.hf_names import published_dtype, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder, HFSource
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 from qwen35.model import Qwen35, load_config
 
 DATA = Path(__file__).parent / "fixtures"
 CONFIGS = Path(__file__).parents[1] / "assets/configs"  # of all published sizes
-LAYOUTS = ("hub", "per_expert", "stacked")
 
 
 def build(config: dict, mtp: bool = True, seed: int = 0) -> Qwen35:
@@ -48,7 +47,6 @@ def write_folder(
     config = config_dict(moe=moe, tied=tied, **kwargs, **({"mtp_num_hidden_layers": 1} if mtp else {}))
     state = state_of(build(config, mtp), dtype_of)
     write_hf(state, config, folder, layout=layout, shard_size=shard_size, dtype_of=dtype_of)
-    (folder / ".qwen35.json").unlink()  # as if somebody else had made it
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')

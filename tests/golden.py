@@ -21,13 +21,13 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
+from hf_folder import write_hf
 from peer import config_dict
 from PIL import Image
 from tokenizer_fixture import make_model_folder
 from training_runs import ROOT, tensors, train
 
 from qwen35.checkpoint.convert import dcp_to_hf, hf_to_dcp
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.schema import Settings
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics

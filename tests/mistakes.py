@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forked import MAINS, start, take
+from hf_folder import write_hf
 from peer import config_dict
 from PIL import Image
 from plain import plain
@@ -24,7 +25,6 @@ from ports import free_port
 from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.convert import hf_to_dcp
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.model import Qwen35
 
 TRAIN = ("train", "r.yaml")

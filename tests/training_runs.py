@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from forked import ROOT, Forked, launched
+from hf_folder import write_hf
 from peer import config_dict
 from PIL import Image
 from plain import plain
@@ -18,7 +19,6 @@ from tokenizer_fixture import make_model_folder
 
 from qwen35.checkpoint.dcp_folder import resolve_load
 from qwen35.checkpoint.dcp_source import MODEL, OPTIMIZER, DCPSource
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics

@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
 from kernels.triton.chunks import chunk_tables
-from kernels.triton.tiles import CHANNELS, CONV_ROWS, VECTOR_CORES, cores, power_of_two, programs
+from kernels.triton.tiles import CHANNELS, CONV_ROWS, VECTOR_CORES, cores, operator, power_of_two, programs
 
 TAPS = 4
 
@@ -117,16 +116,13 @@ def _channels(C: int, most: int) -> tuple[int, int]:
     return size, -(-C // size)
 
 
-@custom_op("causal_conv1d::forward", mutates_args=())
+@operator("causal_conv1d::forward", lambda x, taps, chunks, channels: x.new_empty(x.shape))
 def launch_forward(x: Tensor, taps: Tensor, chunks: Tensor, channels: int) -> Tensor:
     """x [T, C], taps [4, C] of rows t, t-1, … -> y [T, C]; channels: maximum per program"""
     y, C, N = x.new_empty(x.shape), x.shape[1], len(chunks)
     size, blocks = _channels(C, channels)
     forward[(programs(N * blocks, x.device),)](x, taps, chunks, y, N, x.stride(0), C=C, BC=size)
     return y
-
-
-launch_forward.register_fake(lambda x, taps, chunks, channels: x.new_empty(x.shape))
 
 
 def _gradients(x: Tensor, chunks: Tensor, channels: int, cores: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +132,9 @@ def _gradients(x: Tensor, chunks: Tensor, channels: int, cores: int) -> tuple[Te
     return x.new_empty(x.shape), parts
 
 
-@custom_op("causal_conv1d::backward", mutates_args=())
+@operator(
+    "causal_conv1d::backward", lambda x, taps, grad, chunks, channels: _gradients(x, chunks, channels, VECTOR_CORES)
+)
 def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """-> grad_x [T, C], parts [P, 4, C] fp32, whose sum is the taps' gradient"""
     grad_x, parts = _gradients(x, chunks, channels, cores(x.device, products=False))
@@ -145,9 +143,6 @@ def launch_backward(x: Tensor, taps: Tensor, grad: Tensor, chunks: Tensor, chann
         x, taps, grad, chunks, grad_x, parts, len(chunks), x.stride(0), C=x.shape[1], BC=size
     )
     return grad_x, parts
-
-
-launch_backward.register_fake(lambda x, taps, grad, chunks, channels: _gradients(x, chunks, channels, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

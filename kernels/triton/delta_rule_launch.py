@@ -6,10 +6,9 @@ N chunks of C tokens; C is a dimension of `gates`.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from kernels.triton import delta_rule_backward, delta_rule_forward, delta_rule_gradients
-from kernels.triton.tiles import power_of_two, programs
+from kernels.triton.tiles import operator, power_of_two, programs
 
 
 def sizes(k: Tensor, v: Tensor) -> dict[str, int]:
@@ -21,7 +20,7 @@ def _prepared(k: Tensor, g: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, 
     return gates, norms
 
 
-@custom_op("delta_rule::prepare", mutates_args=())
+@operator("delta_rule::prepare", lambda q, k, g, beta, chunks, size: _prepared(k, g, chunks, size))
 def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """-> gates [N, Hv, 2, C], norms [N, Hk, 2, C], fp32"""
     gates, norms = _prepared(k, g, chunks, size)
@@ -33,15 +32,12 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunks: Tensor, size:
     return gates, norms
 
 
-prepare.register_fake(lambda q, k, g, beta, chunks, size: _prepared(k, g, chunks, size))
-
-
 def _inverses(k: Tensor, gates: Tensor) -> Tensor:
     N, Hv, _, C = gates.shape
     return k.new_empty(N, Hv, C, C)
 
 
-@custom_op("delta_rule::invert", mutates_args=())
+@operator("delta_rule::invert", lambda k, gates, norms, chunks: _inverses(k, gates))
 def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
     """-> inverse [N, Hv, C, C]"""
     inverse, (N, Hv, _, C) = _inverses(k, gates), gates.shape
@@ -49,9 +45,6 @@ def invert(k: Tensor, gates: Tensor, norms: Tensor, chunks: Tensor) -> Tensor:
         k, chunks, gates, norms, inverse, N, k.stride(0), Hk=k.shape[1], Hv=Hv, Dk=k.shape[2], C=C
     )
     return inverse
-
-
-invert.register_fake(lambda k, gates, norms, chunks: _inverses(k, gates))
 
 
 def _of_scan(
@@ -63,7 +56,7 @@ def _of_scan(
     return (programs(tasks, v.device, products=True),), count, sizes(k, v) | {"BV": columns, "C": gates.shape[3]}
 
 
-@custom_op("delta_rule::scan", mutates_args=())
+@operator("delta_rule::scan", lambda q, k, v, *others: v.new_empty(v.shape))
 def scan(
     q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
@@ -77,14 +70,11 @@ def scan(
     return out
 
 
-scan.register_fake(lambda q, k, v, *others: v.new_empty(v.shape))
-
-
 def _states(k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
     return v.new_empty(len(gates), v.shape[1], k.shape[2], v.shape[2])
 
 
-@custom_op("delta_rule::states", mutates_args=())
+@operator("delta_rule::states", lambda k, v, inverse, gates, *others: _states(k, v, gates))
 def states(
     k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, sequences: Tensor, columns: int
 ) -> Tensor:
@@ -96,15 +86,15 @@ def states(
     return entering
 
 
-states.register_fake(lambda k, v, inverse, gates, *others: _states(k, v, gates))
-
-
 def _grad_states(k: Tensor, v: Tensor, gates: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     parts = v.shape[2] // columns * k.shape[2]
     return _states(k, v, gates), v.new_empty(len(gates), v.shape[1], parts, dtype=torch.float32)
 
 
-@custom_op("delta_rule::grad_states", mutates_args=())
+@operator(
+    "delta_rule::grad_states",
+    lambda q, k, inverse, gates, norms, grad, entering, sequences, columns: _grad_states(k, grad, gates, columns),
+)
 def grad_states(
     q: Tensor, k: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor, grad: Tensor,
     entering: Tensor, sequences: Tensor, columns: int,
@@ -119,18 +109,13 @@ def grad_states(
     return leaving, through
 
 
-grad_states.register_fake(
-    lambda q, k, inverse, gates, norms, grad, entering, sequences, columns: _grad_states(k, grad, gates, columns)
-)
-
-
 def _gradients(k: Tensor, v: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     part_q, part_k = (k.new_empty(*v.shape[:2], k.shape[2]) for _ in range(2))
     grad_gates = gates.new_empty(len(gates), v.shape[1], 3, gates.shape[3])
     return part_q, part_k, v.new_empty(v.shape), grad_gates
 
 
-@custom_op("delta_rule::gradients", mutates_args=())
+@operator("delta_rule::gradients", lambda q, k, v, inverse, gates, *others: _gradients(k, v, gates))
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, inverse: Tensor, gates: Tensor, norms: Tensor,
     grad: Tensor, entering: Tensor, leaving: Tensor, chunks: Tensor,
@@ -144,9 +129,6 @@ def gradients(
     return outputs
 
 
-gradients.register_fake(lambda q, k, v, inverse, gates, *others: _gradients(k, v, gates))
-
-
 def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     T, Hv, Dk = part_q.shape
     heads = 0 if key_heads == Hv else key_heads  # without sharing there is nothing to sum
@@ -155,7 +137,9 @@ def _finished(part_q: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor, T
     return grad_g, grad_beta, grad_q, grad_k
 
 
-@custom_op("delta_rule::finish", mutates_args=())
+@operator(
+    "delta_rule::finish", lambda grad_gates, through, part_q, part_k, chunks, key_heads: _finished(part_q, key_heads)
+)
 def finish(
     grad_gates: Tensor, through: Tensor, part_q: Tensor, part_k: Tensor, chunks: Tensor, key_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -166,6 +150,3 @@ def finish(
         Hk=key_heads, Hv=Hv, HEADS=power_of_two(Hv), PARTS=through.shape[2], Dk=Dk, C=grad_gates.shape[3],
     )  # fmt: skip
     return outputs
-
-
-finish.register_fake(lambda grad_gates, through, part_q, part_k, chunks, key_heads: _finished(part_q, key_heads))

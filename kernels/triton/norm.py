@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
-from kernels.triton.tiles import NORM_ELEMENTS, VECTOR_CORES, cores, power_of_two
+from kernels.triton.tiles import NORM_ELEMENTS, VECTOR_CORES, cores, operator, power_of_two
 
 
 @triton.jit(do_not_specialize=["count_rows", "eps"])
@@ -71,15 +70,12 @@ def _programs(x: Tensor, elements: int, cores: int) -> int:
     return max(1, min(-(-len(x) // _tile(x.shape[1], elements)["ROWS"]), cores))
 
 
-@custom_op("rms_norm_gated::forward", mutates_args=())
+@operator("rms_norm_gated::forward", lambda x, gate, weight, eps, elements: x.new_empty(x.shape))
 def launch_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, elements: int) -> Tensor:
     """x, gate [N, D], weight [D] -> y [N, D]; elements: per tile"""
     y, count = x.new_empty(x.shape), _programs(x, elements, cores(x.device, False))
     forward[(count,)](x, gate, weight, y, eps, len(x), **_tile(x.shape[1], elements))
     return y
-
-
-launch_forward.register_fake(lambda x, gate, weight, eps, elements: x.new_empty(x.shape))
 
 
 def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +84,9 @@ def _gradients(x: Tensor, gate: Tensor, elements: int, cores: int) -> tuple[Tens
     return grad_x, grad_gate, torch.empty(count, x.shape[1], dtype=torch.float32, device=x.device)
 
 
-@custom_op("rms_norm_gated::backward", mutates_args=())
+@operator(
+    "rms_norm_gated::backward", lambda x, gate, weight, grad, eps, elements: _gradients(x, gate, elements, VECTOR_CORES)
+)
 def launch_backward(
     x: Tensor, gate: Tensor, weight: Tensor, grad: Tensor, eps: float, elements: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,9 +95,6 @@ def launch_backward(
     tile = _tile(x.shape[1], elements)
     backward[(len(parts),)](x, gate, weight, grad, grad_x, grad_gate, parts, eps, len(x), **tile)
     return grad_x, grad_gate, parts
-
-
-launch_backward.register_fake(lambda x, gate, weight, grad, eps, elements: _gradients(x, gate, elements, VECTOR_CORES))
 
 
 # ── The operator ──────────────────────────────────────────────────────────────────────────────────

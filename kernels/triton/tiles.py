@@ -1,4 +1,4 @@
-"""What is specific to Ascend: tile sizes that fit its buffers, and programs per launch.
+"""What is specific to Ascend: tile sizes that fit its buffers, and how kernels are launched.
 
 A cube core's two vector cores hold 192 KB each and split the rows of a tile between them; its
 buffer for the operands of matmuls holds 512 KB. tests/npu/ladder_triton_compile.py compiles each
@@ -8,10 +8,12 @@ kernel for these sizes.
 import functools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.library import custom_op
 from triton.runtime import driver
 
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -94,3 +96,14 @@ def programs(tasks: int, device: torch.device, products: bool = False) -> int:
 
 def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def operator(name: str, outputs: Callable) -> Callable[[Callable], Callable]:
+    """Makes a launch an operator of torch. outputs(*arguments): what it returns of fake tensors."""
+
+    def register(launch: Callable) -> Callable:
+        registered = custom_op(name, launch, mutates_args=())
+        registered.register_fake(outputs)
+        return registered
+
+    return register

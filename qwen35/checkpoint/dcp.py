@@ -65,8 +65,7 @@ def training_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, T
             if id(parameter) not in names:
                 raise CheckpointError("the optimizer holds a parameter that is not the model's")
             for key, value in values.items():
-                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                state[f"{OPTIMIZER}{key}.{names[id(parameter)]}"] = tensor.detach()
+                state[f"{OPTIMIZER}{key}.{names[id(parameter)]}"] = value.detach()
     return state
 
 

@@ -11,13 +11,11 @@ tensors). A folder that lacks one of these files was interrupted and is never ch
 contradicts itself is refused.
 """
 
-import itertools
 import json
 import re
 import shutil
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,28 +127,33 @@ def read_file(checkpoint: Path, name: str, manifest: Mapping[str, Any]) -> bytes
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that complete.json lists is there in full, and it contradicts nothing."""
-    return not _damage(checkpoint)
-
-
-def _damage(checkpoint: Path) -> str:
     try:
         read_manifest(checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return ""
+    except CheckpointError:
+        return False
+    return True
+
+
+def find_checkpoints(folder: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The complete checkpoint of the highest step, else a complete `release`, else None.
+
+    And the newer ones that are incomplete, with what is wrong. Raises CheckpointError for one that
+    contradicts itself: no interruption does that, so it is not skipped silently.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for path in _candidates(Path(folder)):
+        try:
+            read_manifest(path)
+            return path, skipped
+        except IncompleteError as error:
+            if path.is_dir():
+                skipped.append((path, str(error)))
+    return None, skipped
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step, else a complete `release`, else None.
-
-    Raises CheckpointError for one that contradicts itself: no interruption does that, so it is not
-    skipped silently.
-    """
-    for path in _candidates(Path(folder)):
-        with suppress(IncompleteError):
-            read_manifest(path)
-            return path
-    return None
+    """As `find_checkpoints`, which says more."""
+    return find_checkpoints(folder)[0]
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -159,12 +162,6 @@ def _candidates(folder: Path) -> list[Path]:
         return []
     steps = {int(m[1]): path for path in folder.iterdir() if (m := ITERATION.fullmatch(path.name))}
     return [*(steps[step] for step in sorted(steps, reverse=True)), folder / RELEASE]
-
-
-def skipped_checkpoints(folder: Path, chosen: Path | None) -> list[tuple[Path, str]]:
-    """The incomplete checkpoints newer than the chosen one, and what is wrong with them."""
-    newer = itertools.takewhile(lambda path: path != chosen, _candidates(folder))
-    return [(path, _damage(path)) for path in newer if path.is_dir()]
 
 
 def resolve_load(path: str | Path) -> Path:
@@ -178,9 +175,9 @@ def resolve_load(path: str | Path) -> Path:
         except IncompleteError as error:
             raise CheckpointError(f"{path}: not a complete checkpoint, was it interrupted? {error}") from None
         return path
-    newest = newest_checkpoint(path)
+    newest, skipped = find_checkpoints(path)
     if newest is None:
-        broken = "".join(f"; {why}" for _, why in skipped_checkpoints(path, None))
+        broken = "".join(f"; {why}" for _, why in skipped)
         raise CheckpointError(f"{path}: no complete checkpoint in it ({RELEASE} or iter_… with {MANIFEST}){broken}")
     return newest
 
@@ -188,9 +185,10 @@ def resolve_load(path: str | Path) -> Path:
 def load_notes(path: str | Path, chosen: Path) -> list[str]:
     """Messages about the checkpoint chosen in a folder: which newer ones were not, and why."""
     folder = Path(path)
-    if chosen.parent != folder:
+    if chosen.parent != folder:  # it was named itself, or is another folder's
         return []
-    lines = [f"{broken} is incomplete and was skipped ({why})" for broken, why in skipped_checkpoints(folder, chosen)]
+    _, skipped = find_checkpoints(folder)
+    lines = [f"{broken} is incomplete and was skipped ({why})" for broken, why in skipped]
     if (named := latest(folder)) not in (None, chosen.name):
         lines.append(f"{folder / LATEST} names {named}, but {chosen.name} is newer and complete, and is used")
     return lines
@@ -214,8 +212,8 @@ def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
     Raises CheckpointError if all are incomplete: a run must not quietly start from scratch.
     """
-    newest = newest_checkpoint(folder)
-    broken = [(path, why) for path, why in skipped_checkpoints(folder, newest) if ITERATION.fullmatch(path.name)]
+    newest, skipped = find_checkpoints(folder)
+    broken = [(path, why) for path, why in skipped if ITERATION.fullmatch(path.name)]
     if broken and newest is None:
         path, why = broken[0]
         raise CheckpointError(f"{folder}: no complete checkpoint in it; {why}. Move {path.name} away to start anew")

@@ -158,7 +158,7 @@ class StreamWriter(dcp.FileSystemWriter):
             with (
                 path.open("w+b") as file,
                 closing(ahead(planner.resolve_data, plan.items)) as values,
-                closing(ahead(_with_checksums, map(_compact, values), threads=1)) as chunks,
+                closing(ahead(lambda x: (x, checksums(raw_bytes(x))), map(_compact, values), threads=1)) as chunks,
             ):
                 for item, (value, crc32) in zip(plan.items, chunks, strict=True):
                     data = item.tensor_data
@@ -183,10 +183,6 @@ class StreamWriter(dcp.FileSystemWriter):
             tensors.setdefault(result.index.fqn, {**result.tensor, "chunks": []})["chunks"].append(result.chunk)
         (Path(self.path) / TENSOR_INDEX).write_text(json.dumps(tensors), encoding="utf-8")
         super().finish(metadata, results)
-
-
-def _with_checksums(value: Tensor) -> tuple[Tensor, str]:
-    return value, checksums(raw_bytes(value))
 
 
 def _compact(value: Any) -> Tensor:

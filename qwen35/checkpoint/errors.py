@@ -5,9 +5,9 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from qwen35.errors import UserError, one_line, visible
+from qwen35.wording import ranges
 
 MAX_NAMES = 3  # tensors of one kind that a message names
 MAX_MESSAGE = 500  # characters
@@ -91,14 +91,12 @@ def fold_names(names: Iterable[str]) -> list[str]:
         columns = [sorted(set(column)) for column in zip(*(map(int, NUMBER.findall(m)) for m in members), strict=True)]
         if len(members) > 1 and math.prod(map(len, columns)) == len(set(members)):
             first, *rest = template.split("#")
-            folded.append(first + "".join(_ranges(c) + text for c, text in zip(columns, rest, strict=True)))
+            folded.append(first + "".join(_folded(c) + text for c, text in zip(columns, rest, strict=True)))
         else:
             folded += members
     return folded
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def _folded(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 4] -> "{0-2,4}", but [7] -> "7"."""
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    parts = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return parts if len(numbers) == 1 else f"{{{parts}}}"
+    return str(numbers[0]) if len(numbers) == 1 else f"{{{','.join(ranges(numbers, '-'))}}}"

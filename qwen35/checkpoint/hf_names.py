@@ -8,9 +8,8 @@ a file.
 """
 
 import re
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,8 @@ from torch import Tensor, nn
 from qwen35.checkpoint.slices import TensorSlice
 from qwen35.model.lora import adapted_by, is_adapter
 
-WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 DECODER = re.compile(r"^model\.language_model\.")
-
-# hub: main experts stacked, MTP experts one tensor each; per_expert: one tensor each everywhere, as
-# transformers' save_pretrained writes them; stacked: stacked everywhere, as the model has them
-Layout = Literal["hub", "per_expert", "stacked"]
 
 # stacked tensor -> the tensors of one expert that make up its rows, from the top
 EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -55,17 +49,17 @@ class TensorMapping:
         return TensorSlice(tuple(a + b for a, b in zip(part.offsets, self.region.offsets, strict=True)), part.lengths)
 
 
-def mappings_of(name: str, shape: Sequence[int], layout: Layout | Container[str]) -> list[TensorMapping]:
-    """Map the parameter `name` to its tensors on disk, in a layout or among a folder's names.
+def mappings_of(name: str, shape: Sequence[int], names: Container[str]) -> list[TensorMapping]:
+    """Map the parameter `name` to its tensors on disk, in a folder with these names.
 
     Only experts stored one by one are several tensors; all else is one tensor.
     """
-    name = _name_among(name, layout)
-    match = STACKED.fullmatch(name)
-    if match is None or not _is_per_expert(name, match, layout):
+    name = _name_among(name, names)
+    if first_on_disk(name, names) == name:
         return [TensorMapping(name, TensorSlice.full(shape))]
+    experts, _, stack = name.rpartition(".")
     count, rows, columns = shape
-    experts, parts = match["experts"], EXPERT_PARTS[match["stack"]]
+    parts = EXPERT_PARTS[stack]
     height = rows // len(parts)
     return [
         TensorMapping(f"{experts}.{j}.{part}.weight", TensorSlice((j, i * height, 0), (1, height, columns)), True)
@@ -79,26 +73,18 @@ def text_only_name(name: str) -> str:
     return DECODER.sub("model.", name)
 
 
-def _name_among(name: str, layout: Layout | Container[str]) -> str:
-    is_text_only = not isinstance(layout, str) and text_only_name(EMBEDDING) in layout
-    return text_only_name(name) if is_text_only else name
-
-
-def _is_per_expert(name: str, match: re.Match, layout: Layout | Container[str]) -> bool:
-    if isinstance(layout, str):
-        return layout == "per_expert" or (layout == "hub" and name.startswith("mtp."))
-    return name not in layout and _first_part(match) in layout
-
-
-def _first_part(match: re.Match) -> str:
-    return f"{match['experts']}.0.{EXPERT_PARTS[match['stack']][0]}.weight"
+def _name_among(name: str, names: Container[str]) -> str:
+    return text_only_name(name) if text_only_name(EMBEDDING) in names else name
 
 
 def first_on_disk(name: str, names: Container[str]) -> str:
     """The first tensor that holds a parameter, in a folder with these names."""
     name = _name_among(name, names)
     match = STACKED.fullmatch(name)
-    return _first_part(match) if match and _is_per_expert(name, match, names) else name
+    if match is None or name in names:
+        return name
+    first = f"{match['experts']}.0.{EXPERT_PARTS[match['stack']][0]}.weight"
+    return first if first in names else name
 
 
 def published_dtype(name: str) -> torch.dtype:
@@ -107,31 +93,14 @@ def published_dtype(name: str) -> torch.dtype:
     return torch.float32 if is_f32 else torch.bfloat16
 
 
-def disk_shapes(
-    shapes: Mapping[str, Sequence[int]], layout: Layout | Container[str] = "hub"
-) -> dict[str, tuple[int, ...]]:
-    """Name on disk -> shape, for parameters given as name -> shape (see `shapes_of`)."""
-    return {m.disk_name: m.disk_shape for name, shape in shapes.items() for m in mappings_of(name, shape, layout)}
-
-
-def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters by checkpoint name, without the prefixes that module wrappers add."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in WRAPPERS:
-            name = name.replace(wrapper, "")
-        named[name] = parameter
-    return named
-
-
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `named_parameters` that are no adapters: what a checkpoint of the base holds."""
-    return {name: parameter for name, parameter in named_parameters(model).items() if not is_adapter(name)}
+    """The parameters that are no adapters: what a checkpoint of the base holds."""
+    return {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
 
 
 def saved_parameters(model: nn.Module) -> dict[str, Tensor]:
     """What a run's checkpoints hold: all parameters, but of a model with adapters only these."""
-    named = named_parameters(model)
+    named: dict[str, Tensor] = dict(model.named_parameters())
     return {name: parameter for name, parameter in named.items() if is_adapter(name)} or named
 
 

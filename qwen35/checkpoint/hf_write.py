@@ -1,6 +1,5 @@
-"""Writes Hugging Face checkpoints, like a source folder or from scratch, and verifies the files."""
+"""Writes Hugging Face checkpoints like a source folder, and verifies the files."""
 
-import json
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35.checkpoint import folders
 from qwen35.checkpoint.errors import CheckpointError, Mismatch
-from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, Layout, disk_shapes, first_on_disk, mappings_of, published_dtype
+from qwen35.checkpoint.hf_names import EMBEDDING, HEAD, TensorMapping, first_on_disk, mappings_of
 from qwen35.checkpoint.hf_read import OTHER_WEIGHTS, WEIGHTS_INDEX, HFFolder
-from qwen35.checkpoint.slices import TensorSlice, TensorSource, TensorSpec, ahead, in_range, pieces
+from qwen35.checkpoint.slices import TensorSlice, TensorSource, ahead, in_range, pieces
 from qwen35.checkpoint.tensor_file import Entry, raw_bytes, read_header, read_slice
-from qwen35.device import HOST
 from qwen35.errors import one_line
 
 EXPORT_MANIFEST = ".qwen35.json"  # marks the folders written here, which may therefore be replaced
@@ -61,12 +58,8 @@ def save_hf(
     source, out = HFFolder(source_folder), Path(out)
     folders.check_disjoint(source.folder, out)
     shapes = {name: spec.shape for name, spec in values.specs.items()}
-    tied = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
+    held = check_exportable(shapes, source, f"the weights do not fit {source.folder}")
     folders.check_free_space(out, sum((source.folder / file).stat().st_size for file in source.files))
-
-    held = {m.disk_name: (n, m) for n, shape in shapes.items() for m in mappings_of(n, shape, source.specs)}
-    if tied:
-        held[HEAD] = held[first_on_disk(EMBEDDING, source.specs)]
 
     def fetch(disk_name: str, region: TensorSlice) -> Tensor:
         if disk_name not in held:
@@ -88,7 +81,10 @@ def save_hf(
             others = {p: name for p, name in others.items() if p.name not in OF_TOKENIZER} | theirs
         for path, name in others.items():
             _copy(path, temporary / name)
-        return _summarize(HFFolder(temporary), content, out)
+        specs = HFFolder(temporary).specs  # index and headers can be read back
+        total = sum(spec.nbytes for spec in specs.values())
+        content |= {"tensors": len(specs), "bytes": total, "files": list(folders.file_sizes(temporary))}
+    return WriteSummary(len(specs), total, out)
 
 
 def _write_like(
@@ -133,78 +129,23 @@ def _read_back(file: tuple[Path, dict[str, Entry], list[tuple[str, TensorSlice, 
             raise CheckpointError(f"{path}: {name} read back differs from what was written")
 
 
-def write_hf(
-    state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    folder: str | Path,
-    layout: Layout = "hub",
-    shard_size: int = 4 * 2**30,
-    dtype_of: Callable[[str], torch.dtype] = published_dtype,
-    texts: Mapping[str, str] | None = None,
-) -> WriteSummary:
-    """Write a fresh checkpoint of a model's state: weights named like the hub's, index, config.
-
-    `dtype_of` maps a name on disk to its dtype, by default the published one. A file of weights
-    holds up to `shard_size` bytes, or a single larger tensor. `texts` are further files by name.
-    `folder` is replaced if it is empty or was written by this program. Raises CheckpointError.
-    """
-    mappings = {m.disk_name: (n, m) for n, t in state.items() for m in mappings_of(n, t.shape, layout)}
-    specs = {name: TensorSpec(mapping.disk_shape, dtype_of(name)) for name, (_, mapping) in mappings.items()}
-    shards = _fill_shards(specs, shard_size)
-    file_of: dict[str, str] = {}
-    content: dict[str, Any] = {}
-    with folders.new_folder(Path(folder), EXPORT_MANIFEST, content) as temporary:
-        for k, names in enumerate(shards, 1):
-            file = f"model.safetensors-{k:05}-of-{len(shards):05}.safetensors"
-            file_of |= dict.fromkeys(names, file)
-            tensors = {}
-            for disk_name in names:
-                name, mapping = mappings[disk_name]
-                part = state[name].detach()[mapping.region.slices()].view(mapping.disk_shape)
-                tensors[disk_name] = part.to(HOST, specs[disk_name].dtype).contiguous()
-            save_file(tensors, temporary / file)
-        total = sum(spec.nbytes for spec in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-        _write_json(temporary / WEIGHTS_INDEX, index)
-        _write_json(temporary / "config.json", config)
-        for name, text in (texts or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        return _summarize(HFFolder(temporary), content, Path(folder))
-
-
-def _summarize(written: HFFolder, content: dict[str, Any], folder: Path) -> WriteSummary:
-    """Fill in the manifest of a folder whose index and headers could be read back."""
-    total = sum(spec.nbytes for spec in written.specs.values())
-    content |= {"tensors": len(written.specs), "bytes": total, "files": list(folders.file_sizes(written.folder))}
-    return WriteSummary(len(written.specs), total, folder)
-
-
-def _fill_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[list[str]]:
-    """Distribute names over files by falling size, as in the published checkpoints."""
-    shards: list[list[str]] = []
-    room = 0
-    for name in sorted(specs, key=lambda n: (-specs[n].nbytes, n)):
-        if not shards or specs[name].nbytes > room:
-            shards.append([])
-            room = shard_size
-        shards[-1].append(name)
-        room -= specs[name].nbytes
-    return shards
-
-
-def check_exportable(shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str) -> bool:
+def check_exportable(
+    shapes: Mapping[str, Sequence[int]], source: HFFolder, headline: str
+) -> dict[str, tuple[str, TensorMapping]]:
     """Raises CheckpointError if a state of these shapes could not be written like the source.
 
     It must have every tensor of the source, except those that may be copied, and no others. Returns
-    whether the stored head is the embedding.
+    by name on disk the parameter of which a region is written there; all else is copied.
     """
+    held = {m.disk_name: (n, m) for n, shape in shapes.items() for m in mappings_of(n, shape, source.specs)}
     tied = HEAD in source.specs and HEAD not in shapes and source.is_tied
-    written = disk_shapes(shapes, source.specs)
     may_be_copied = {n for n in source.specs if n.startswith("mtp.") or (tied and n == HEAD)}
-    wanted = {n: spec.shape for n, spec in source.specs.items() if n in written or n not in may_be_copied}
-    Mismatch.between(written, wanted).raise_if_any(headline)
+    wanted = {n: spec.shape for n, spec in source.specs.items() if n in held or n not in may_be_copied}
+    Mismatch.between({n: m.disk_shape for n, (_, m) in held.items()}, wanted).raise_if_any(headline)
     _other_files(source.folder, source.has_index)
-    return tied
+    if tied:
+        held[HEAD] = held[first_on_disk(EMBEDDING, source.specs)]
+    return held
 
 
 def _other_files(folder: Path, has_index: bool) -> list[Path]:
@@ -237,7 +178,3 @@ def _copy(path: Path, copy: Path) -> None:
         shutil.copyfile(path, copy)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be copied to {copy}: {error.strerror}") from None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from qwen35.checkpoint.dcp import check_fit
 from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
-from qwen35.checkpoint.hf_names import named_parameters, published_dtype, shapes_of
+from qwen35.checkpoint.hf_names import published_dtype, shapes_of
 from qwen35.checkpoint.hf_read import has_weights, refuse_unsupported
 from qwen35.checkpoint.hf_write import EXPORT_MANIFEST
 from qwen35.checkpoint.merged import open_weights
@@ -91,7 +91,7 @@ def load_model(source: ModelSource) -> Qwen35:
         dtype_of = stored_dtypes(source.config) if has_weights(source.config) else published_dtype
         model = empty_model(source.config, dtype_of)
         try:
-            weights, parameters = open_weights(source.weights, source.config), named_parameters(model)
+            weights, parameters = open_weights(source.weights, source.config), dict(model.named_parameters())
             check_fit(weights, shapes_of(parameters.items()), source.weights)
             fill(parameters, FiniteSource(weights, source.weights))
         except CheckpointError as error:

@@ -27,7 +27,8 @@ MAX_MESSAGE_BYTES = 1 << 24
 MAX_UNPROVEN_BYTES = 1 << 12  # of a message from a peer that has not proved anything yet
 MAX_PENDING = 64  # connections of such peers at a time
 HANDSHAKE_TIMEOUT = 5.0  # seconds that a new connection has for each step of the handshake
-KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 8}  # a node without power is detected in 3 minutes
+# a node without power is detected in 3 minutes
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 8}
 
 
 class PeerLost(Exception):  # noqa: N818  # not yet an error: who waits for the peer decides
@@ -41,9 +42,8 @@ class Peer:
         self.connection, self.address = connection, address
         self.buffer = b""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        for option, value in KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, **message: Any) -> None:
         """Raises PeerLost."""

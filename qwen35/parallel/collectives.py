@@ -72,12 +72,9 @@ def _view_as(dtype: torch.dtype, x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.contiguous().view(dtype)
 
 
-def gather(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+class Gather(torch.autograd.Function):
     """x [N, …] of each rank -> [U * N, …]"""
-    return _Gather.apply(group, x)
 
-
-class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
         ctx.group = group
@@ -90,12 +87,9 @@ class _Gather(torch.autograd.Function):
         return None, exchange(ctx.group, grad.unflatten(0, (ctx.group.size(), -1))).sum(0)
 
 
-def sum_over(group: dist.ProcessGroup, x: Tensor) -> Tensor:
+class Sum(torch.autograd.Function):
     """The sum of all ranks' x. Backward is for the rank's own x; FSDP sums gradients over ranks."""
-    return _Sum.apply(group, x)
 
-
-class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
         out = x.clone()

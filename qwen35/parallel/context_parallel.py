@@ -11,7 +11,6 @@ to several ranks. All shapes follow from the settings, and no exchange waits for
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from qwen35.model import Qwen35
 from qwen35.model.attention import Attention, AttentionCore
 from qwen35.model.gated_delta_net import DeltaNetCore, GatedDeltaNet
 from qwen35.model.vision import VisionAttention
-from qwen35.parallel.collectives import gather, sum_over, to_heads, to_tokens
+from qwen35.parallel.collectives import Gather, Sum, to_heads, to_tokens
 from qwen35.parallel.mesh import Meshes
 
 # ── Applied to a model and to its batches ─────────────────────────────────────────────────────────
@@ -40,8 +39,8 @@ def apply_context_parallel(model: Qwen35, meshes: Meshes) -> None:
         elif isinstance(module, GatedDeltaNet):
             module.register_module("core", UlyssesDeltaNet(module.core, group))
     if model.model.visual is not None:
-        model.model.visual.register_module("gather_features", OverGroup(gather, group))  # [N/U, H] -> [N, H]
-    model.register_module("sum_stats", OverGroup(sum_over, group))  # the routers', [2, E] -> [2, E]
+        model.model.visual.register_module("gather_features", OverGroup(Gather, group))  # [N/U, H] -> [N, H]
+    model.register_module("sum_stats", OverGroup(Sum, group))  # the routers', [2, E] -> [2, E]
 
 
 def shard_batch(
@@ -144,9 +143,9 @@ class UlyssesDeltaNet(nn.Module):
 class OverGroup(nn.Module):
     """A collective of `qwen35.parallel.collectives` as a module."""
 
-    def __init__(self, collective: Callable[[dist.ProcessGroup, Tensor], Tensor], group: dist.ProcessGroup):
+    def __init__(self, collective: type[torch.autograd.Function], group: dist.ProcessGroup):
         super().__init__()
         self.collective, self.group = collective, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.collective(self.group, x)
+        return self.collective.apply(self.group, x)

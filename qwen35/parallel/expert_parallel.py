@@ -17,8 +17,10 @@ class ParallelExperts(Experts):
     def __init__(self, experts: Experts, mesh: DeviceMesh):
         """mesh: [ep], whose size divides the number of experts. Weights may be on "meta"."""
         nn.Module.__init__(self)  # the parameters are made below
-        for name, parameter in experts.named_parameters():  # the projections and their adapters
-            setattr(self, name, local_experts(parameter, mesh))
+        for name, parameter in experts.named_parameters():  # the projections and their adapters, whole on every rank
+            local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            setattr(self, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
         self.kernel, self.group, self.scale = experts.parallel_kernel, mesh.get_group(), experts.scale
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, cache: RecomputeCache | None = None) -> Tensor:
@@ -39,13 +41,6 @@ class ParallelExperts(Experts):
 
 def _local(weight: Tensor) -> Tensor:
     return cast(DTensor, weight).to_local()
-
-
-def local_experts(weight: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
-    """weight [E, …], present on every rank -> sharded over the mesh, without communication."""
-    local = weight.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
-    sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-    return nn.Parameter(sharded, requires_grad=weight.requires_grad)
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[ParallelExperts]:

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf_read import HFFolder
-from qwen35.checkpoint.hf_write import write_hf
+from qwen35.checkpoint.folders import file_sizes, new_folder
+from qwen35.checkpoint.hf_names import EXPERT_PARTS, published_dtype
+from qwen35.checkpoint.hf_read import WEIGHTS_FILE, HFFolder
+from qwen35.checkpoint.hf_write import EXPORT_MANIFEST
 from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.model import Qwen35
@@ -38,9 +42,29 @@ def make_model(folder: Path = MODEL_DIR, seed: int = 0, force: bool = False) -> 
     files = {path.name: path.read_text(encoding="utf-8") for path in small}
     if not force and _is_there(folder, files):
         return False
-    config = json.loads(files["config.json"])
-    write_hf(Qwen35.from_config(config, seed, mtp=True).state_dict(), config, folder, texts=files)
+    tensors = _as_published(Qwen35.from_config(json.loads(files["config.json"]), seed, mtp=True))
+    content: dict[str, Any] = {}
+    with new_folder(folder, EXPORT_MANIFEST, content) as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        content |= {"files": list(file_sizes(temporary))}
     return True
+
+
+def _as_published(model: Qwen35) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint, in which the experts of `mtp.` are not stacked."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        experts, _, stack = name.rpartition(".")
+        if not (name.startswith("mtp.") and stack in EXPERT_PARTS):
+            found[name] = tensor
+            continue
+        for j, matrix in enumerate(tensor):
+            parts = EXPERT_PARTS[stack]
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                found[f"{experts}.{j}.{part}.weight"] = rows
+    return {name: tensor.to(published_dtype(name)) for name, tensor in found.items()}
 
 
 def _is_there(folder: Path, files: dict[str, str]) -> bool:

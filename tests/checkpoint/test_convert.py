@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import (
-    LAYOUTS,
     assert_same_bytes,
     build,
     resave,
@@ -19,6 +18,7 @@ from checkpoint_cases import (
     write_folder,
 )
 from forked import Forked, launched
+from hf_folder import LAYOUTS
 from peer import config_dict
 
 from qwen35.checkpoint import load_pretrained

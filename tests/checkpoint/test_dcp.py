@@ -74,9 +74,6 @@ def test_state_names_model_and_optimizer_tensors():
     assert sorted(training_state(model, optimizer)) == sorted(
         ["model.trained", "model.frozen", "model.unused", "model.gate", *states]
     )
-    wrapped = torch.nn.Module()
-    wrapped._checkpoint_wrapped_module = model
-    assert "model.trained" in training_state(wrapped, None)
 
 
 def test_frozen_parameter_loses_its_optimizer_state_on_resume(tmp_path):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from checkpoint_cases import (
-    LAYOUTS,
     MemorySource,
     assert_same_bytes,
     build,
@@ -22,6 +21,7 @@ from checkpoint_cases import (
     write_folder,
     write_index,
 )
+from hf_folder import LAYOUTS
 from peer import config_dict, pair, peer_inputs, sample
 from safetensors.torch import save_file
 

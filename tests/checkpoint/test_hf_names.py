@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from checkpoint_cases import CONFIGS, DATA, published_shapes
+from hf_folder import stored_shapes
 
 from qwen35.checkpoint.errors import fold_names
-from qwen35.checkpoint.hf_names import disk_shapes, mappings_of, published_dtype
+from qwen35.checkpoint.hf_names import mappings_of, published_dtype
 from qwen35.checkpoint.slices import TensorSlice, TensorSpec
 
 COUNTS = {row["size"]: row for row in json.loads((DATA / "parameter_counts.json").read_text())}
@@ -94,7 +95,7 @@ def published_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
 def test_published_checkpoints_have_these_tensors(size):
     """The model on the meta device has the published names, shapes, dtypes, counts and bytes."""
     config = json.loads((CONFIGS / f"{size}.json").read_text())
-    spec = {n: TensorSpec(s, published_dtype(n)) for n, s in disk_shapes(published_shapes(size)).items()}
+    spec = {n: TensorSpec(s, published_dtype(n)) for n, s in stored_shapes(published_shapes(size)).items()}
     codes = {torch.bfloat16: "BF16", torch.float32: "F32"}
     assert {name: (s.shape, codes[s.dtype]) for name, s in spec.items()} == published_tensors(config)
 
@@ -117,10 +118,11 @@ def test_published_checkpoints_have_these_tensors(size):
 def test_mappings_are_inverted(size, layout):
     """A mapping turns regions around; mappings cover a tensor; the names tell the layout."""
     shapes = published_shapes(size)
-    names = set(disk_shapes(shapes, layout))
+    names = stored_shapes(shapes, layout)
+    mapped = {name: mappings_of(name, shape, names) for name, shape in shapes.items()}
+    assert {m.disk_name: m.disk_shape for mappings in mapped.values() for m in mappings} == names
     for name, shape in shapes.items():
-        found = mappings_of(name, shape, layout)
-        assert found == mappings_of(name, shape, names)
+        found = mapped[name]
         assert sum(mapping.region.numel for mapping in found) == math.prod(shape)
         for mapping in found:
             assert mapping.to_model(TensorSlice.full(mapping.disk_shape)) == mapping.region

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 from checkpoint_cases import (
-    LAYOUTS,
     MemorySource,
     assert_same_bytes,
     build,
@@ -17,12 +16,13 @@ from checkpoint_cases import (
     tensors_in,
     write_folder,
 )
+from hf_folder import LAYOUTS
 from peer import config_dict
 
 from qwen35.checkpoint import hf_write
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
-from qwen35.checkpoint.hf_write import save_hf, write_hf
+from qwen35.checkpoint.hf_write import save_hf
 
 KINDS = [{"moe": True}, {"moe": False, "tied": True}]
 
@@ -155,9 +155,3 @@ def test_a_state_that_does_not_fit_the_source_is_refused(tmp_path):
         save_hf(MemorySource(state), folder, tmp_path / "out")
     for words in ("1 tensor missing: lm_head.weight", "not of this model: model.new.weight", "[4, 32] instead of"):
         assert words in str(caught.value)
-
-
-def test_write_hf_takes_other_dtypes(tmp_path):
-    model = build(config_dict(), mtp=False)
-    write_hf(dict(model.named_parameters()), config_dict(), tmp_path / "hf", dtype_of=lambda name: torch.float32)
-    assert_same_bytes(tensors_in(tmp_path / "hf"), {n: p.detach() for n, p in model.named_parameters()})

@@ -8,7 +8,6 @@ import pytest
 import torch
 from adapter_cases import ADAPTED, SPEC, adapters, model_in, run_on, shapes_in
 from checkpoint_cases import (
-    LAYOUTS,
     MemorySource,
     assert_same_bytes,
     build,
@@ -17,6 +16,7 @@ from checkpoint_cases import (
     tensors_in,
     write_folder,
 )
+from hf_folder import LAYOUTS
 from peer import config_dict
 from safetensors.torch import load_file
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_cases import LAYOUTS, build, save_checkpoint, state_of, write_folder
+from checkpoint_cases import build, save_checkpoint, state_of, write_folder
 from forked import spawn
+from hf_folder import LAYOUTS, write_hf
 from peer import config_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,6 @@ from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_names import shapes_of
 from qwen35.checkpoint.hf_read import HFFolder
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.checkpoint.slices import PIECE_BYTES
 from qwen35.model import Qwen35, load_config
 from qwen35.rank import leave

@@ -7,13 +7,13 @@ import pytest
 import torch
 from adapter_cases import run_on
 from checkpoint_cases import (
-    LAYOUTS,
     assert_same_bytes,
     resave,
     tensors_in,
     write_folder,
     write_text_only,
 )
+from hf_folder import LAYOUTS
 from peer import config_dict, sample, text_only
 from safetensors.torch import load_file
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from checkpoint_cases import CONFIGS, DATA, LAYOUTS, MemorySource, build, published_shapes, write_folder
+from checkpoint_cases import CONFIGS, DATA, MemorySource, build, published_shapes, write_folder
+from hf_folder import LAYOUTS, stored_shapes
 from peer import config_dict
 from safetensors.torch import load_file
 
-from qwen35.checkpoint.hf_names import disk_shapes, pair_of, shapes_of
+from qwen35.checkpoint.hf_names import pair_of, shapes_of
 from qwen35.checkpoint.hf_read import HFFolder
 from qwen35.checkpoint.hf_write import save_hf
 from qwen35.checkpoint.peft_folder import write_peft
@@ -85,7 +86,7 @@ def assert_loads(names, config: dict, load: str) -> None:
 @pytest.mark.parametrize("size", ["0.8B", "27B", "35B-A3B"])
 def test_vllm_finds_every_parameter_of_the_published_models(size, layout, load):
     config = json.loads((CONFIGS / f"{size}.json").read_text())
-    assert_loads(disk_shapes(published_shapes(size), layout), config, load)
+    assert_loads(stored_shapes(published_shapes(size), layout), config, load)
 
 
 @pytest.mark.parametrize("kind", [{"moe": True}, {"moe": False, "tied": True}])

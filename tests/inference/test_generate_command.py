@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_cases import save_checkpoint
+from hf_folder import write_hf
 from optional import write_video
 from peer import continued
 from PIL import Image
 
 from qwen35.checkpoint.convert import hf_to_dcp
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.tokenizer import ChatTokenizer

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # torch 2.7 registers the collectives' shapes in it
+from fused import fused
 from live_bytes import LiveBytes
 from steps import DEVICE, EXPERTS, SLICE
 from table import publish
@@ -14,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import SavedBytes, Watch
 
-from kernels import fused
 from kernels.moe_lora import ExpertAdapters
 from rehearse.communication import balanced_counts
 

@@ -5,11 +5,12 @@ backward.
 
 import pytest
 import torch
+from fused import fused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from watch import Watch
 
 import kernels
-from kernels import fused, npu, triton
+from kernels import npu, triton
 from kernels.moe_lora import ExpertAdapters
 
 CU = torch.tensor([0, 7, 7, 19, 20], dtype=torch.int32)
@@ -48,7 +49,7 @@ def run(module, op: str, inputs: list, rest: tuple) -> tuple[list, list]:
 @pytest.mark.parametrize(
     ("module", "op"),
     [*((fused, op) for op in CASES if op not in kernels.FLA_OPS), *((triton, op) for op in kernels.TRITON_OPS)],
-    ids=lambda x: x if isinstance(x, str) else x.__name__.rpartition(".")[2],
+    ids=lambda x: x if isinstance(x, str) else "triton" if x is triton else "fused",
 )
 def test_shapes_and_dtypes_are_the_native_ones(module, op, dtype):
     shapes, rest = CASES[op]

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # torch 2.7 registers the collectives' shapes in it
 from bodies import alltoallv_gmm, check_exchange, error, gmm_alltoallv, install
+from fused import fused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from watch import Watch
 
 import kernels
-from kernels import fused, fused_exchange, npu, reference
+from kernels import fused_exchange, npu, reference
 from kernels.moe_lora import ExpertAdapters
 from rehearse.communication import balanced_counts
 

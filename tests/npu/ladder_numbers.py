@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bodies import error, install
+from fused import fused
 
 import kernels
-from kernels import fused, npu, reference
+from kernels import npu, reference
 from kernels.moe_lora import ExpertAdapters
 
 DTYPES = pytest.mark.parametrize(

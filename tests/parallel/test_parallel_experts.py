@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
 from forked import spawn
+from hf_folder import write_hf
 from peer import ONE_OF_EACH, config_dict, pack, sample
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,6 @@ from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp import load_checkpoint
 from qwen35.checkpoint.hf import load_hf
 from qwen35.checkpoint.hf_read import HFFolder
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.schema import ParallelSettings, TrainingSettings
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.fsdp import REPLICATED, reduce_replicated, shard

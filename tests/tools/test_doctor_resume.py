@@ -80,6 +80,13 @@ def test_what_a_resume_takes_is_not_wrong(workplace: Path, two: Path, tmp_path: 
     assert sorted(path.name for path in save.rglob("*")) == before
 
 
+def test_a_newer_checkpoint_beside_the_named_one_is_nothing_to_note(workplace: Path, two: Path, tmp_path: Path) -> None:
+    older = two / "iter_0000005"
+    weights = [f"training.load={older}", "training.init_from_hf_path=null"]
+    findings = found(workplace, f"training.save={tmp_path / 'run'}", *weights)
+    assert [f.fact for f in findings if f.subject == "weights"] == [f"from {older}"]
+
+
 def other_weights(workplace: Path, folder: Path) -> list[str]:
     other = shutil.copytree(workplace / "weights", folder / "weights")
     [file] = other.glob("*.safetensors")

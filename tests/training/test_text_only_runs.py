@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import assert_same_bytes, tensors_in
+from hf_folder import write_hf
 from peer import config_dict, text_only
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,6 @@ from tokenizer_fixture import make_model_folder
 from training_runs import assert_same_run, train
 
 from qwen35.checkpoint.hf_names import text_only_name
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.load import load_settings
 from qwen35.convert import main as convert
 from qwen35.data.preview import show

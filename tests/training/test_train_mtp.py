@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from checkpoint_cases import assert_same_bytes
+from hf_folder import write_hf
 from training_runs import tensors, train
 
 from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.hf import load_pretrained
 from qwen35.checkpoint.hf_read import HFFolder
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.model import Qwen35
 from qwen35.training.metrics import read_metrics
 

@@ -48,7 +48,14 @@ def read_parquet(file: Path, needs_column: Callable[[str], bool] | None) -> Iter
 
 
 def _values(column: Any, where: str) -> list[Any]:
-    """Raises RecordError for what Python cannot hold: nanosecond times, bad UTF-8, far dates."""
+    """Raises RecordError for what Python cannot hold: nanosecond times, bad UTF-8, far dates.
+
+    And for maps, of which Arrow gives lists of pairs, so that an empty one is not told from a list.
+    """
+    if "map<" in str(column.type):
+        raise RecordError(
+            f"{where}: holds maps, whose objects are read as pairs; write them as structs, or as JSON text"
+        )
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:

@@ -15,6 +15,11 @@ unknown := $(filter-out $(known) SHELL MAKE%,$(given))
 ifneq ($(unknown),)
 $(error $(shell awk -v unknown='$(subst ','\'',$(unknown))' -v known='$(known)' -f scripts/nearest.awk))
 endif
+# So is one that another command reads, if it says on what: `make finetune DATA=mine.json`.
+unread := $(if $(given),$(shell awk -v goals='$(subst ','\'',$(MAKECMDGOALS))' -v given='$(given)' -f scripts/unread.awk env.sh Makefile))
+ifneq ($(unread),)
+$(error $(unread))
+endif
 # Values reach the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
 $(foreach v,$(given),$(eval override export $v := $$(value $v)))
 

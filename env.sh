@@ -2,7 +2,8 @@
 # Every environment variable of this project, and the one file to edit. Each line gives a default;
 # what is set outside this file wins: `HCCL_CONNECT_TIMEOUT=300 make finetune`, `make finetune
 # NODES=2`. A variable that is empty here stays unset. Values are checked before anything starts
-# (scripts/check_env.sh). Paths are relative to the project's folder, or absolute.
+# (scripts/check_env.sh). Paths are relative to the project's folder, or absolute. Keep the form of
+# the lines: a plain NAME=value is refused, since it would be lost, or win over what is given.
 
 # ── Models and data ───────────────────────────────────────────────────────────────────────────────
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,10 +82,16 @@ def set_up_logging(rank: int | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(_Formatter(rank))
         if rank:
-            handler.addFilter(lambda record: record.levelno != logging.INFO)
+            handler.addFilter(lambda record: record.levelno != logging.INFO and not hasattr(record, "of_rank_0"))
     logger.handlers = handlers
     logger.setLevel(level)
     logger.propagate = False
+
+
+def log_warnings(lines: Sequence[str]) -> None:
+    """As one message, from rank 0 alone, which a LOG_LEVEL of WARNING shows too."""
+    if lines:
+        logger.warning("\n".join(lines), extra={"of_rank_0": True})
 
 
 def log_to(path: Path) -> None:

@@ -35,7 +35,7 @@ from qwen35.data import MicroBatches
 from qwen35.data.other_tokenizers import other_tokenizers
 from qwen35.device import enable_determinism, end_process_group, has_own_memory, init_process
 from qwen35.heartbeat import Heartbeat
-from qwen35.log import log_to, logger
+from qwen35.log import log_to, log_warnings, logger
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.context_parallel import apply_context_parallel, shard_batch
@@ -165,10 +165,11 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     logger.info(start_message(settings, device, layout, model, table))
-    ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
-    logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
+    notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
+    logger.info("\n".join([*notes, micro_batches.summary()]))
+    log_warnings([*ignored, *load_notes(t.load or "", weights), *start.warnings, *micro_batches.warnings()])
     if validation:
-        logger.info(validation.report(micro_batches.dataset))
+        validation.log_report(micro_batches.dataset)
     steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
     if step < t.train_iters:
         logger.info(steps_message(settings, step, steps_per_epoch))
@@ -277,7 +278,7 @@ def is_finished(run: Run, folder: Path) -> bool:
     """Whether nothing is left to train. Raises SettingError if the folder holds another run."""
     if run.step < run.settings.training.train_iters:
         if run.changed:
-            logger.info(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
+            log_warnings([f"settings changed since the checkpoint: {'; '.join(run.changed)}"])
         return False
     check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
     logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")

@@ -21,6 +21,11 @@ python=.venv/bin/python
 
 source ./env.sh
 mapfile -t env_names < <(sed -n 's/^: "${\([A-Za-z0-9_]*\):=.*/\1/p' env.sh)
+# a plain assignment reaches nothing that is started, and one of these names wins over what is given
+if plain=$(grep -nEm1 "^ *([A-Za-z_][A-Za-z0-9_]*|export +($(IFS='|' && echo "${env_names[*]}")))=" env.sh); then
+    line=${plain#*:} line=${line##*export }
+    die "env.sh, line ${plain%%:*}: $line would be lost, or win over what is given elsewhere; write : \"\${${line%%=*}:=${line#*=}}\""
+fi
 for name in "${env_names[@]}"; do
     if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
 done

@@ -42,7 +42,8 @@ def _pyarrow() -> types.ModuleType:
         num_rows = property(len)
 
         def column(self, name):
-            return types.SimpleNamespace(to_pylist=lambda: [_as_python(row[name]) for row in self])
+            kind = "map<" if any("('" in repr(row[name]) for row in self) else "list<"  # pairs are tuples
+            return types.SimpleNamespace(type=kind, to_pylist=lambda: [_as_python(row[name]) for row in self])
 
     class ParquetFile:
         def __init__(self, path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qwen35.checkpoint.dcp import read_info, write_extra
-from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load
+from qwen35.checkpoint.dcp_folder import ITERATION, MANIFEST, RELEASE, load_notes, resolve_load, stamp
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.folders import check_disjoint, check_free_space, check_replaceable
@@ -72,7 +72,8 @@ def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str |
     with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
         if tokenizer := _tokenizer_folder(checkpoint):
             print(f"tokenizer and processors from {tokenizer}, with which the run trained", flush=True)
-        written = save_hf(FiniteSource(source, checkpoint), origin_hf_dir, save_hf_dir, bar.update, tokenizer)
+        values = FiniteSource(source, checkpoint)
+        written = save_hf(values, origin_hf_dir, save_hf_dir, bar.update, tokenizer, stamp(checkpoint))
     if isinstance(source, Merged) and (same := sorted(source.pairs.keys() - source.changed)):
         print(
             f"{len(same)} of {len(source.pairs)} weights with an adapter are the base's still, to the last bit "

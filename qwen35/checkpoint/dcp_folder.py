@@ -203,6 +203,11 @@ def latest(folder: Path) -> str | None:
     return text if text == RELEASE else checkpoint_name(int(text)) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
+def stamp(checkpoint: Path) -> dict[str, str]:
+    """Its name, and a checksum that another checkpoint of that name would not have."""
+    return {"name": checkpoint.name, "checksum": checksum((checkpoint / MANIFEST).read_bytes())}
+
+
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
 

@@ -44,8 +44,11 @@ def save_hf(
     out: str | Path,
     progress: Callable[[int], object] | None = None,
     tokenizer: Path | None = None,
+    checkpoint: Mapping[str, str] | None = None,
 ) -> WriteSummary:
     """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
+
+    checkpoint: says which it is, and is kept in the export's manifest.
 
     Values are cast to the source's dtypes. Two kinds of tensors may be absent from the state:
     `mtp.*`, which is copied from the source, and an `lm_head.weight` stored despite tied weights,
@@ -67,7 +70,7 @@ def save_hf(
         name, mapping = held[disk_name]
         return values.read(name, mapping.to_model(region))
 
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"checkpoint": checkpoint} if checkpoint else {}
     with folders.new_folder(out, EXPORT_MANIFEST, content) as temporary:
         try:
             files = (_write_like(source, file, temporary / file, fetch, progress) for file in source.files)

@@ -41,9 +41,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         if not equals or key.startswith("-"):
             form = f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20"
             raise SettingError(no_option(override) if key.startswith("-") else form)
-        # overriding a section replaces all of it
-        flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
-        flat |= _flatten({key: _override(key, value)}, key)
+        if (parsed := _override(key, value)) in (None, {}):  # for a section it takes all of it away
+            flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
+        flat |= _flatten({key: parsed}, key)
     settings = from_flat(flat)
     check_rules(settings)
     return settings
@@ -67,7 +67,14 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
             "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
         )
         raise SettingError(f"{path}: {BASE}: {problem}")
-    return _read_flat(path.parent / base, is_base=True) | _flatten(tree, str(path))
+    below, own = _read_flat(path.parent / base, is_base=True), _flatten(tree, str(path))
+    for key in (k for k, v in own.items() if k in SECTIONS and v in (None, {})):
+        if kept := next((k for k in below if k.startswith(f"{key}.")), None):
+            raise SettingError(
+                f"{path}: {key}: says nothing, while {base} sets {kept}; leave it out to keep what {base} has, or take all of"
+                f" {key} away on the command line: {key}=null"
+            )
+    return below | own
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -15,7 +15,7 @@ from qwen35.errors import SettingError, one_line
 PARQUET = b"PAR1"  # the first bytes of a file
 ROWS = 1024  # in memory at once
 UNREAD = "(a column that is not read)"
-UNDECIDED = 1000  # after so many records without any null, the file is assumed to have none
+UNDECIDED = 1000  # after so many records without any null, others are read only where the text has one
 DEEPEST = 100  # nested lists and objects; no table is deeper
 
 
@@ -48,7 +48,14 @@ def read_parquet(file: Path, needs_column: Callable[[str], bool] | None) -> Iter
 
 
 def _values(column: Any, where: str) -> list[Any]:
-    """Raises RecordError for what Python cannot hold: nanosecond times, bad UTF-8, far dates."""
+    """Raises RecordError for what Python cannot hold: nanosecond times, bad UTF-8, far dates.
+
+    And for maps, of which Arrow gives lists of pairs, so that an empty one is not told from a list.
+    """
+    if "map<" in str(column.type):
+        raise RecordError(
+            f"{where}: holds maps, whose objects are read as pairs; write them as structs, or as JSON text"
+        )
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -56,8 +63,10 @@ def _values(column: Any, where: str) -> list[Any]:
     return values
 
 
-def is_from_table(records: Iterable[Any]) -> bool:
+def is_from_table(records: Iterable[Any], undecided: int | None = UNDECIDED) -> bool | None:
     """Whether the nulls in the JSON records of a file were filled in by a table.
+
+    None: the first `undecided` records have no null, so whether it is one was not looked at.
 
     They were if all objects at the same path (`messages[].role` is one path for all turns) have the
     same keys and value types, which objects written by hand do not, and if the nulls give it away:
@@ -69,8 +78,8 @@ def is_from_table(records: Iterable[Any]) -> bool:
     nulls: set[tuple[str, ...]] = set()
     has_null_property = False
     for number, record in enumerate(records):
-        if number == UNDECIDED and not nulls:
-            return False
+        if number == undecided and not nulls:
+            return None
         rest: list[tuple[tuple[str, ...], Any]] = [((), record)]
         while rest:
             path, value = rest.pop()

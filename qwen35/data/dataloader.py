@@ -16,7 +16,7 @@ from qwen35.batch import PackedBatch, map_fields
 from qwen35.config.schema import Attr, Settings, dataset_entries
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Sample
-from qwen35.data.files import ignored_sizes
+from qwen35.data.files import ignored_sizes, longest_context
 from qwen35.data.image_processor import CONFIG
 from qwen35.data.mixture import Mixture, dataset_name
 from qwen35.data.packing import PackedSequences, moved_forward
@@ -75,6 +75,7 @@ class MicroBatches:
             ),
             *serving_notes(settings, self.dataset),
         ]
+        self._beyond = _beyond_context(settings.model.model_name_or_path, self.dataset.lengths)
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
@@ -106,7 +107,10 @@ class MicroBatches:
 
     def report(self) -> str:
         """For the start of a run: a line on the data, then on what is left out and odd."""
-        files = number_of(len(self.dataset.files), "file")
+        return "\n".join([self.summary(), *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """What is left out of the data, and what is odd in it, a line each."""
         skipped = self.dataset.skipped
         records, samples = self.dataset.records, len(skipped) + self.samples
         what = f"{records:,} records" if records == samples else f"{samples:,} samples of {records:,} records"
@@ -122,13 +126,17 @@ class MicroBatches:
             lines.append(
                 f"shuffle: false keeps the files' order, but packing takes {moved} forward, by up to {farthest}"
             )
-        more = "".join(f"\ndata: {line}" for line in lines + self.dataset.warnings)
+        return [f"data: {line}" for line in lines + self.dataset.warnings + self._beyond]
+
+    def summary(self) -> str:
+        """A line on the data, and with weights one on each file's share."""
+        files = number_of(len(self.dataset.files), "file")
         packed = number_of(self.sequences_per_epoch, "packed sequence")
         visuals = number_of_visuals(self.dataset.images, self.dataset.videos)
         return (
             f"data: {number_of(self.samples, 'sample')} of {files}, {visuals}; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({self.label_share:.1%} trained) in {packed} of {self.cutoff_len} "
-            f"({self.real_share:.1%} real tokens){self.shares}{more}"
+            f"({self.real_share:.1%} real tokens){self.shares}"
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -144,6 +152,18 @@ def size_warnings(folder: str, preparation: Preparation, images: int, videos: in
     pairs = ((images, preparation.images, CONFIG), (videos, preparation.videos, VIDEO_CONFIG))
     lines = (ignored_sizes(folder, p.min_pixels, p.max_pixels, *names) for count, p, names in pairs if count and p)
     return [f"{line}; {advice}" for line in lines if line]
+
+
+def _beyond_context(folder: str, lengths: np.ndarray) -> list[str]:
+    """A line if samples are longer than the texts that the model is made for."""
+    limit = longest_context(folder)
+    if not (count := int((lengths > limit).sum())):
+        return []
+    line = (
+        f"{number_of(count, 'sample')} of more than {limit:,.0f} tokens, which max_position_embeddings of {folder}/config.json "
+        "allows: the model never learned such positions, and servers refuse them; extend it (YaRN), or lower cutoff_len"
+    )
+    return [line]
 
 
 def _shares(dataset: Dataset, epoch: np.ndarray) -> str:

@@ -13,6 +13,7 @@ from qwen35.config.layout import TEXT_ONLY
 from qwen35.errors import SettingError, read_object, read_text
 
 PROCESSOR = "processor_config.json"
+YARN_LENGTH = "original_max_position_embeddings"
 SIZES = ("size", "min_pixels", "max_pixels", "fps", "max_frames", "num_frames", "max_video_tokens")
 
 
@@ -58,6 +59,16 @@ def ignored_sizes(folder: str | Path, least: int, most: int, section: str, *name
     if not sizes or agrees:
         return None
     return f"{where}: not read: {', '.join(f'{key} {value}'[:80] for key, value in sizes.items())}"
+
+
+def longest_context(folder: str | Path) -> float:
+    """How many tokens the model of a config.json is made to read; infinity if it does not say."""
+    config = read_config(folder, "config.json")
+    text = found if isinstance(found := config.get("text_config"), dict) else config
+    rope = next((text[key] for key in ("rope_parameters", "rope_scaling") if isinstance(text.get(key), dict)), {})
+    values = text.get("max_position_embeddings"), rope.get(YARN_LENGTH), rope.get("factor")
+    most, trained, factor = (value if isinstance(value, int | float) else 0 for value in values)
+    return max(most, trained * factor) or float("inf")
 
 
 def read_chat_template(folder: str | Path) -> tuple[str, str] | None:

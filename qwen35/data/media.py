@@ -34,6 +34,10 @@ SIGNATURES = (
     (rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", "is HEIC, which is not read; make it JPEG or PNG"),
     (rb"....ftypavi[fs]", "is AVIF, which this Pillow does not read; make it JPEG or PNG"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "is JPEG XL, which is not read; make it JPEG or PNG"),
+    (
+        rb"ARROW1|\xff\xff\xff\xff..\0\0",
+        "is an Arrow file, which is not read; write it as parquet (datasets: to_parquet)",
+    ),
     (rb"%PDF-", "is a PDF; make an image of each page"),
 )
 HEAD = 512  # bytes that are compared with SIGNATURES

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from qwen35.data.arrow import PARQUET, is_from_table, read_parquet, without_nulls
+from qwen35.data.arrow import PARQUET, UNDECIDED, is_from_table, read_parquet, without_nulls
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.media import wrong_format
 from qwen35.data.record import RecordError
@@ -25,6 +25,7 @@ LONGEST_VALUE = 64 << 20  # bytes; more than any record needs, even with embedde
 TOO_LONG = "has more than {:,} bytes; keep images in files, and split long texts"
 TO_LINES = "python3 -c 'import json,sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]'"
 SPACE = re.compile(r"[ \t\n\r]*")
+NULL = re.compile(rb"(:|^)\s*null\b")  # of a key; also in a text that holds JSON
 
 
 class LossyJSONError(ValueError):
@@ -84,11 +85,19 @@ def read_values(
 
 def _is_from_table(values: Callable[[], Iterator[Any]], file: Path) -> bool:
     """Reads only as far as needed; what cannot be read is reported when the values are read."""
-    with closing(_checked(values(), file, lenient=True)) as checked:
-        try:
-            return is_from_table(value for value in checked if not isinstance(value, RecordError))
-        except RecordError:
-            return False
+
+    def first(undecided: int | None) -> bool | None:
+        with closing(_checked(values(), file, lenient=True)) as checked:
+            try:
+                return is_from_table((v for v in checked if not isinstance(v, RecordError)), undecided)
+            except RecordError:
+                return False
+
+    found = first(UNDECIDED)
+    if found is None:  # most files have no null at all, which their bytes show sooner than their values
+        with file.open("rb") as stream:
+            found = any(map(NULL.search, stream)) and first(None)
+    return bool(found)
 
 
 def _json_values(file: Path) -> Callable[[], Iterator[Any]]:

@@ -103,6 +103,11 @@ class Record:
     def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
         return RecordError(f"{self.source}: {message}", kind, image)
 
+    @property
+    def has_right_answer(self) -> bool:
+        """Whether its last answer is one to learn, and to compare with: a loss mask may deny it."""
+        return self.turns[-1].loss is not False
+
     @cached_property
     def visuals(self) -> list[Visual]:
         """The images and videos, in order of appearance."""

@@ -46,6 +46,7 @@ class ValidationSet:
             DecodedBatches(self.dataset, loader.patch_bucket), self._order, loader.num_workers, pin, persistent=True
         )
         self._next: Iterator[PackedBatch | UserError] | None = None
+        self.masked = 0  # records that are not asked, as no last answer of theirs is right
         self.fingerprint = self.dataset.fingerprint(f"{basic.cutoff_len}")
 
     def __len__(self) -> int:
@@ -79,17 +80,22 @@ class ValidationSet:
     def records_for_generation(self, progress: Progress = silent) -> list[list[Record]]:
         """The records of at most cutoff_len tokens, in groups of at most a micro-batch's tokens.
 
+        Not those whose last answer is no right one, as their loss mask says.
+
         Raises RecordError.
         """
         preparation = self.dataset.preparation
         skip = (lambda error: progress(str(error), 1)) if self.dataset.skips_bad_records else None
         groups: list[list[Record]] = []
-        room = 0
+        self.masked = room = 0
         for file in self.dataset.files:
             for record, parts in tokenised(Path(file.file), preparation, file.records, skip):
                 progress(record.source, 1)
                 length = max(len(sample.ids) for _, sample in parts)
                 if length > preparation.basic.cutoff_len:
+                    continue
+                if not record.has_right_answer:
+                    self.masked += 1
                     continue
                 if length > room:
                     groups.append([])

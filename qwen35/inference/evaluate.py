@@ -29,6 +29,7 @@ from qwen35.inference.generation_config import FILE, add_sampling, read_generati
 from qwen35.inference.load_model import add_options, add_thinking, find_model, load_model, positive, prepare, tell_sizes
 from qwen35.inference.sampling import Sampling
 from qwen35.model import Qwen35
+from qwen35.wording import number_of
 
 ROOM_TO_THINK = 1024  # tokens added to the limit of an answer that begins with a thought
 ROOM_TO_END = 4  # tokens for the white space after an answer, and for its end
@@ -66,7 +67,13 @@ def read_all(preparation: Preparation) -> list[Record]:
             warnings.count(kind, 1, record.source)
     for line in warnings.lines():
         print(f"data: {line}", file=sys.stderr)
-    return records
+    right = [record for record in records if record.has_right_answer]
+    if left := [record for record in records if not record.has_right_answer]:
+        what = f"{len(left)} of {number_of(len(records), 'record')}: the loss mask leaves the last answer out"
+        if not right:
+            raise RecordError(f"nothing is asked of {what}")
+        print(f"data: not asked: {what}; first: {left[0].source}", file=sys.stderr)
+    return right
 
 
 def answers(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.dcp import check_fit
-from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
+from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, latest, load_notes, resolve_load, stamp
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype, shapes_of
@@ -25,7 +25,7 @@ from qwen35.data.style import CHOICES, style_of
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.device import set_up_device
-from qwen35.errors import Parser, whole_number
+from qwen35.errors import Parser, read_object, whole_number
 from qwen35.model import Qwen35
 
 positive = whole_number(1)
@@ -63,7 +63,8 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
     if is_hf:
         if run is None or folder.resolve() == Path(run.model.model_name_or_path).resolve():
             return ModelSource(folder, folder, folder)
-        return ModelSource(folder, folder, folder, train_set, (f"{folder}: asked as its run's {recipe} says",))
+        asked = (f"{folder}: asked as its run's {recipe} says", *export_notes(folder))
+        return ModelSource(folder, folder, folder, train_set, asked)
     messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
     if hf is not None:
         return ModelSource(weights, Path(hf), Path(hf), train_set, messages)
@@ -77,6 +78,17 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
         if not path.is_dir():
             raise SettingError(f"{recipe} names the model folder {path}, which is not there; give --hf DIR")
     return source
+
+
+def export_notes(folder: Path) -> list[str]:
+    """A line if an export in its run's folder is not of the run's newest checkpoint."""
+    made_from = read_object(folder / EXPORT_MANIFEST, CheckpointError).get("checkpoint")
+    newest = folder.parent / (latest(folder.parent) or RELEASE)
+    if not isinstance(made_from, dict) or not (newest / MANIFEST).is_file() or stamp(newest) == made_from:
+        return []
+    return [
+        f"{folder} was exported from {made_from.get('name')}, and {newest} is newer: make export writes it anew, or ask that"
+    ]
 
 
 def load_model(source: ModelSource) -> Qwen35:

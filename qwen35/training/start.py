@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp import load_checkpoint, open_matching_checkpoint, read_info
-from qwen35.checkpoint.dcp_folder import METADATA, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import METADATA, RELEASE, newest_checkpoint, resolve_load
 from qwen35.checkpoint.dcp_source import DCPSource
-from qwen35.checkpoint.errors import Mismatch
+from qwen35.checkpoint.errors import CheckpointError, Mismatch
 from qwen35.checkpoint.hf import load_hf, open_matching_folder
 from qwen35.checkpoint.hf_names import base_parameters, saved_parameters, shapes_of
+from qwen35.checkpoint.hf_read import has_weights
 from qwen35.checkpoint.merged import AdapterRun, digest, holds_adapters
 from qwen35.checkpoint.peft_folder import PeftFolder
 from qwen35.checkpoint.slices import FiniteSource, TensorSource, fill
@@ -82,7 +83,10 @@ class Start:
         opened = (open_matching_folder if self.is_hf else open_matching_checkpoint)(model, self.base)
         self.sources: list[TensorSource] = [opened]
         self.notes = [f"weights from {self.base}"]
+        self.warnings: list[str] = []
         self.extra: dict[str, Any] = {}  # of this run's checkpoints
+        if not self.is_hf and dist.get_rank() == 0:
+            self.warnings += _other_weights(model, opened, self.base, settings.model.model_name_or_path)
         if not self.lora:
             return
         names = base_parameters(model)
@@ -111,6 +115,22 @@ class Start:
         elif self.lora:
             fill(saved_parameters(self.model), self.sources[-1], progress)
         self.sources.clear()
+
+
+def _other_weights(model: Qwen35, converted: TensorSource, base: Path, folder: str) -> list[str]:
+    """A line if converted weights are not those of the model folder, which may have changed since.
+
+    A run's own checkpoints always differ from it.
+    """
+    if base.name != RELEASE or not has_weights(Path(folder)):
+        return []
+    names = base_parameters(model)
+    try:
+        if digest(open_matching_folder(model, folder), names) == digest(converted, names):
+            return []
+    except CheckpointError:  # weights that nobody reads
+        pass
+    return [f"the weights in {base} are not those in {folder}; if that has changed since, make convert again"]
 
 
 def _check_fit(folder: PeftFolder, model: Qwen35, lora: LoraSettings) -> None:

@@ -20,6 +20,7 @@ from qwen35.errors import SettingError
 from qwen35.heartbeat import Heartbeat
 from qwen35.inference.evaluate import GREEDY, answers
 from qwen35.inference.generation_config import greedy_sampling, read_generation_config
+from qwen35.log import log_warnings, logger
 from qwen35.model import Qwen35
 from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
@@ -66,10 +67,12 @@ class Validation:
         dataset, t = self.set.dataset, self.settings.training
         skipped = f"; skipped {len(dataset.skipped):,}: {dataset.skipped}" if len(dataset.skipped) else ""
         truncated = f"; cut {len(dataset.truncated.numbers):,} to cutoff_len" if dataset.truncated.numbers else ""
-        answered = sum(map(len, self.groups))
-        too_long = " (not those longer than cutoff_len)" if answered < len(dataset) else ""
+        answered, masked = sum(map(len, self.groups)), self.set.masked
+        left = ["longer than cutoff_len"] * (answered + masked < len(dataset))
+        left += ["whose loss mask leaves the last answer out"] * bool(masked)
+        left_out = f" (not those {' or '.join(left)})" if left else ""
         sampling = "" if self.sampling == GREEDY else f" ({self.sampling})"
-        generation = f", {answered:,} of them answered{too_long}{sampling}" if t.val_generate else ""
+        generation = f", {answered:,} of them answered{left_out}{sampling}" if t.val_generate else ""
         shared = ", ".join(map(str, self.set.training_overlap))
         warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.warnings)
         if both := self.set.also_trained(trained) if trained else []:
@@ -79,6 +82,14 @@ class Validation:
             f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{generation}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"
         )
+
+    def log_report(self, trained: Dataset) -> None:
+        """As a warning if anything is left out or odd."""
+        text = self.report(trained)
+        if "; " in text:
+            log_warnings([text])
+        else:
+            logger.info(text)
 
     def run(self, model: Qwen35, heartbeat: Heartbeat, step: int) -> tuple[dict[str, Any], list[str]]:
         """-> metrics of the sharded model, messages about records left out; the same on all ranks.

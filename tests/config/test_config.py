@@ -59,6 +59,7 @@ def test_a_recipe_takes_from_its_base_what_it_does_not_say(recipe, tmp_path):
         ("base: own.yaml", r"own\.yaml: base: a base has no base itself"),
         ("base: recipe.yaml\ntraining: {lrr: 1}", r"unknown setting training\.lrr"),
         ("base: recipe.yaml\nbase: recipe.yaml", r"own\.yaml, line 2, column 1: base is there twice"),
+        ("base: recipe.yaml\ntraining:", r"own\.yaml: training: says nothing, while recipe\.yaml sets training\."),
         ("training: {base: recipe.yaml}", r"unknown setting training\.base"),
     ],
 )
@@ -67,6 +68,34 @@ def test_a_wrong_base_is_named(recipe, tmp_path, text, words):
     own.write_text(text + "\n")
     with pytest.raises(SettingError, match=words):
         load_settings(own)
+
+
+def test_a_section_on_the_command_line_changes_what_it_names(recipe):
+    """As one over a base does: what else the recipe sets in it is not lost."""
+    recipe.write_text(
+        recipe.read_text() + "model.loss_cfg: {router_aux_loss_coef: 0.5}\nmodel.kernels: {swiglu: native}\n"
+    )
+    s = load_settings(recipe, ["model.loss_cfg={loss_type: per_token_loss}", "model.kernels={rms_norm: native}"])
+    assert (s.model.loss_cfg.loss_type, s.model.loss_cfg.router_aux_loss_coef) == ("per_token_loss", 0.5)
+    assert s.model.kernels == {"swiglu": "native", "rms_norm": "native"}
+    s = load_settings(recipe, ["model.loss_cfg=null", "model.loss_cfg={loss_type: per_token_loss}", "model.kernels={}"])
+    assert s.model.loss_cfg.router_aux_loss_coef == 0 and s.model.kernels == {}
+
+
+@pytest.mark.parametrize("nothing", ["null", "", "{}"])
+def test_an_empty_section_does_not_take_away_that_of_a_base_in_silence(recipe, tmp_path, nothing):
+    """On the command line `training.lora=null` does; here the base's adapters would be trained."""
+    own = tmp_path / "own.yaml"
+    recipe.write_text(recipe.read_text() + "training.lora: {r: 8}\n")
+    own.write_text(f"base: recipe.yaml\ntraining:\n  lr: 1.0e-4\n  lora: {nothing}\n")
+    words = (
+        r"own\.yaml: training\.lora: says nothing, while recipe\.yaml sets training\.lora\.r; .* training\.lora=null$"
+    )
+    with pytest.raises(SettingError, match=words):
+        load_settings(own)
+    own.write_text("base: recipe.yaml\ntraining: {lora: {enable: false}}\n")
+    assert load_settings(own).training.lora is load_settings(recipe, ["training.lora=null"]).training.lora is None
+    assert load_settings(recipe).training.lora == LoraSettings(r=8)
 
 
 def test_written_settings_are_read_back(recipe, tmp_path):

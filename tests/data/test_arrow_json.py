@@ -6,6 +6,7 @@ import pytest
 from optional import HAS_PYARROW, write_parquet
 
 from qwen35.config.schema import Attr
+from qwen35.data import readers
 from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.fields import FieldNames
 from qwen35.data.formats import parse_record, read_records
@@ -100,6 +101,26 @@ def test_nulls_are_judged_by_the_whole_file(tmp_path):
 def test_a_null_property_was_filled_in_by_a_table(tmp_path):
     (read,) = read_values(lines(tmp_path, NO_CALLS))
     assert read["tools"] == [tool("weather", city=STRING)]
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_nulls_behind_a_thousand_records_without_any_are_judged_alike(tmp_path, form):
+    """In whatever order the records stand: the first ones may all have what a later one lacks."""
+    full, less = ({"a": {"x": 1, "y": y}} for y in (2, None))
+    for records in ([full] * 1200 + [less], [less] + [full] * 1200):
+        file = lines(tmp_path, *records)
+        if form == "list":
+            file.write_text(json.dumps(records, indent=1))
+        warnings = DataWarnings()
+        read = list(read_values(file, warnings=warnings))
+        assert read[records.index(less)] == {"a": {"x": 1}}
+        assert "1 record has nulls that a table filled in" in warnings.lines()[0]
+
+
+def test_a_long_file_without_nulls_is_read_once(tmp_path, monkeypatch):
+    file, reads = lines(tmp_path, *[{"a": {"x": "null", "y": 2}}] * 3000), []
+    monkeypatch.setattr(readers, "is_from_table", lambda values, *undecided: reads.append(undecided) or None)
+    assert len(list(read_values(file))) == 3000 and reads == [(readers.UNDECIDED,)]
 
 
 GENUINE = {"messages": [ASKED, {"role": "assistant", "tool_calls": [call("weather", city="Oslo", unit=None)]}]}

@@ -24,6 +24,7 @@ PAGES = (
     b"<!-- saved --> <!doctype HTML>",
 )
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 100
+ARROW = b"ARROW1\0\0" + b"\xff" * 50, b"\xff\xff\xff\xff\x70\1\0\0\x10\0"  # an IPC file, a stream
 NOT_IMAGES = {
     "lfs": (LFS, r"is a pointer of Git LFS, not the file itself; fetch the files with git lfs pull"),
     "page": (PAGES[0], "is a web page, as a failed download leaves behind; download the file again"),
@@ -64,10 +65,12 @@ def test_avif_is_read_or_named(tmp_path):
             upright_size(file)
 
 
-@pytest.mark.parametrize("data", [LFS, PAGES[0]], ids=["lfs", "page"])
+@pytest.mark.parametrize("data", [LFS, PAGES[0], *ARROW], ids=["lfs", "page", "arrow file", "arrow stream"])
 def test_a_file_that_holds_no_records_is_named(tmp_path, data):
     (tmp_path / "a.json").write_bytes(data)
-    with pytest.raises(RecordError, match=r"a\.json: is a (pointer of Git LFS|web page)") as caught:
+    with pytest.raises(
+        RecordError, match=r"a\.json: is (a pointer of Git LFS|a web page|an Arrow file, .* parquet)"
+    ) as caught:
         list(read_values(tmp_path / "a.json"))
     assert len(str(caught.value)) < 300
 

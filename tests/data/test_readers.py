@@ -232,6 +232,27 @@ def test_only_needed_columns_are_read(tmp_path, monkeypatch):
     assert read == [dict.fromkeys(records[0], "(a column that is not read)")] * 3
 
 
+def test_maps_are_refused_where_their_column_is_read(tmp_path, monkeypatch):
+    """They would be trained as lists of pairs: "properties": [["city", {"type": "string"}]]."""
+    tools = [{"name": "f", "parameters": {"properties": [("city", {"type": "string"})]}}]
+    if HAS_PYARROW:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        properties = pa.map_(pa.string(), pa.struct([("type", pa.string())]))
+        tool = pa.struct([("name", pa.string()), ("parameters", pa.struct([("properties", properties)]))])
+        table = pa.table({"messages": ["x"], "tools": pa.array([tools], pa.list_(tool))})
+        parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        write_parquet(tmp_path / "a.parquet", [{"messages": "x", "tools": tools}], monkeypatch)
+    with pytest.raises(
+        RecordError, match=r"a\.parquet, column 'tools': holds maps, .*; write them as structs, or as JSON"
+    ):
+        list(read_values(tmp_path / "a.parquet"))
+    (read,) = read_values(tmp_path / "a.parquet", needs_column={"messages"}.__contains__)
+    assert read["messages"] == "x"
+
+
 def test_a_column_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     if HAS_PYARROW:
         import pyarrow as pa

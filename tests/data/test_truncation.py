@@ -1,6 +1,7 @@
 """truncation: long samples are cut (never inside an image) or left out, and all are counted."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from tokenizer_fixture import make_model_folder
 from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.dataset import truncate
+from qwen35.data.files import longest_context
 from qwen35.data.preparation import Preparation
 from qwen35.data.preview import show
 from qwen35.data.tokenizer import ChatTokenizer
@@ -48,7 +50,7 @@ def home(tmp_path_factory):
     return folder
 
 
-def settings(home, **flat):
+def flat_of(home, **flat):
     base = {
         "model.model_name_or_path": str(home / "hf"),
         f"{BASIC}.dataset": str(home / "a.json"),
@@ -58,9 +60,14 @@ def settings(home, **flat):
         "training.train_iters": 1,
         "training.save": "unused",
     }
-    return from_flat(base | {f"{BASIC}.{name}": value for name, value in flat.items()})
+    return base | {f"{BASIC}.{name}": value for name, value in flat.items()}
 
 
+def settings(home, **flat):
+    return from_flat(flat_of(home, **flat))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 30}
 MASKS = [
     {},
     {"mask_history": True},
@@ -129,6 +136,35 @@ def test_a_cut_sample_is_the_start_of_the_whole_one(home, mask):
         assert f", {ours.images} images, {ours.videos} videos; an epoch" in loader.report()
         images, videos = (f"{n} {what}" + "s" * (n != 1) for n, what in zip(lost[1:], ("image", "video"), strict=True))
         assert f" and {images}{f', {videos}' * (lost[2] > 0)} of theirs are not" in loader.report()
+
+
+@pytest.mark.parametrize(
+    ("text", "longest"),
+    [
+        ({}, float("inf")),
+        ({"max_position_embeddings": 30}, 30),
+        ({"max_position_embeddings": 30, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 30),
+        # as vLLM has it: the trained length times the factor
+        ({"max_position_embeddings": 30, "rope_parameters": YARN}, 120),
+        ({"max_position_embeddings": 200, "rope_parameters": YARN}, 200),
+        ({"max_position_embeddings": 30, "rope_scaling": YARN}, 120),
+    ],
+)
+def test_samples_beyond_the_models_context_are_counted(home, tmp_path, text, longest):
+    shutil.copytree(home / "hf", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    for section in (config | {"text_config": text}, config | text):  # and of a text-only model
+        (tmp_path / "hf/config.json").write_text(json.dumps(section))
+        assert longest_context(tmp_path / "hf") == longest
+    loader = MicroBatches(
+        from_flat(flat_of(home, cutoff_len=4096) | {"model.model_name_or_path": str(tmp_path / "hf")}), 0, 1
+    )
+    count = int((loader.dataset.lengths > longest).sum())
+    told = [line for line in loader.warnings() if "max_position_embeddings" in line]
+    assert len(told) == bool(count) == (longest < 1000)
+    assert not told or told[0].startswith(
+        f"data: {count} samples of more than {longest} tokens, which max_position_embe"
+    )
 
 
 def tokens(tokenizer, *parts):

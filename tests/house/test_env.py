@@ -349,7 +349,7 @@ def test_the_tiny_recipe_walks_from_model_to_score(run: Run, project: Path) -> N
 def test_the_tiny_lora_recipe_walks_twice(run: Run, project: Path) -> None:
     """ARGS and OUT are those of the run with adapters, not of its base."""
     save = "training.save=runs/tiny_lora"
-    result = run("make", "finetune", "CONFIG=configs/lora/tiny.yaml", f"ARGS={save}", "OUT=out", "HF=other")
+    result = run("make", "finetune", "CONFIG=configs/lora/tiny.yaml", f"ARGS={save}", OUT="out", HF="other")
     assert result.returncode == 0, result.stderr
     tiny, convert, _, *base, _, train, export, evaluate = calls(project)
     assert tiny == "-m qwen35.tools.tiny"
@@ -587,6 +587,47 @@ def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         assert f" {given.partition('=')[0]} " in result.stderr and f" {nearest}" in result.stderr
     assert not calls(project)
+
+
+@pytest.mark.parametrize("line", ["ASCEND_RT_VISIBLE_DEVICES=4,5", "export CONFIG=configs/mine.yaml", "OWN=1"])
+def test_a_plain_assignment_in_env_sh_starts_nothing(run: Run, project: Path, line: str) -> None:
+    """It is not exported to what is started; where it is, it wins over what is given."""
+    file, name = project / "env.sh", line.removeprefix("export ").partition("=")[0]
+    kept = [row for row in file.read_text().splitlines() if line != "ASCEND_RT_VISIBLE_DEVICES=4,5" or name not in row]
+    file.write_text("\n".join([*kept, line, ""]))
+    result = run("make", "finetune", "CONFIG=configs/other.yaml")
+    assert result.returncode == 2 and not calls(project)
+    words = f"finetune.sh: env.sh, line {len(kept) + 1}: {line.removeprefix('export ')} would be lost, "
+    assert words in result.stderr and f'write : "${{{name}:=' in result.stderr
+    file.write_text(file.read_text().replace(line, "export OWN=1"))
+    assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
+    assert child(project)["OWN"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("command", "unread"),
+    [
+        ("finetune DATA=mine.json HF=ckpt/hf_path/mine", "finetune reads no HF, DATA"),
+        ("finetune CONFIG=configs/other.yaml OUT=runs/new", "finetune reads no OUT"),
+        ("evaluate MODEL=m CONFIG=configs/other.yaml", "evaluate reads no CONFIG"),
+        ("evaluate MODEL=m HF=h", "evaluate reads no HF"),
+        ("export MODEL=runs/mine", "export reads no MODEL"),
+        ("export DRY_RUN=1", "export reads no DRY_RUN"),
+        ("convert finetune MODEL=m", "convert finetune reads no MODEL"),
+    ],
+)
+def test_what_another_command_reads_starts_nothing(run: Run, project: Path, command: str, unread: str) -> None:
+    """It says on what to do something, and this command would do it on something else."""
+    result = run("make", *command.split())
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"make {unread}:" in result.stderr
+    assert not calls(project)
+
+
+def test_several_commands_read_together_what_each_reads(run: Run, project: Path) -> None:
+    result = run("make", "convert", "finetune", "HF=h", "CONFIG=configs/other.yaml", "NPUS_PER_NODE=1", "DEVICE=cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [call.split()[1] for call in calls(project)] == ["qwen35.convert", "qwen35.launch"]
 
 
 def test_variables_that_are_known_or_not_makes_own_are_let_through(run: Run, project: Path) -> None:

@@ -23,22 +23,22 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_020,
-    "model": 1_500,
-    "checkpoint": 3_550,
-    "data": 5_960,
+    "config": 1_025,
+    "model": 1_485,
+    "checkpoint": 3_545,
+    "data": 6_000,
     "parallel": 660,
-    "inference": 975,
-    "training": 1_635,
-    "tools": 1_715,
-    "launch": 1_510,
+    "inference": 990,
+    "training": 1_655,
+    "tools": 1_710,
+    "launch": 1_505,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_640,
-    "kernels": 3_605,
+    "qwen35": 1_655,
+    "kernels": 3_590,
     "rehearse": 2_205,
-    "accept": 730,
+    "accept": 725,
     "bench": 850,
 }  # qwen35: beside its rooms
 

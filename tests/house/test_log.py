@@ -12,7 +12,7 @@ from plain import PREFIX, plain
 from tqdm import tqdm
 
 from qwen35.errors import SettingError
-from qwen35.log import log_at_once, log_to, logger, set_up_logging
+from qwen35.log import log_at_once, log_to, log_warnings, logger, set_up_logging
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -46,6 +46,15 @@ def test_a_line_has_the_time_and_rank_and_level_where_several_ranks_speak(rank, 
     assert re.fullmatch("".join(f"{TIME}{line}\n" for line in lines), text), text
     assert printed.out + printed.err == text
     assert len(PREFIX.findall(text)) == len(lines) and "odd\nindeed\n" in plain(text)
+
+
+@pytest.mark.parametrize(("level", "rank"), [("WARNING", 0), ("WARNING", 3), ("INFO", 3)])
+def test_what_all_ranks_would_warn_of_is_told_once_at_the_level_of_warnings(level, rank, capsys, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", level)
+    set_up_logging(rank)
+    log_warnings([])
+    log_warnings(["3 records", "are left out"])
+    assert plain(capsys.readouterr().out) == ("3 records\nare left out\n" if rank == 0 else "")
 
 
 def test_a_process_that_is_killed_as_it_logs_stops_no_other(capsys):

@@ -173,6 +173,22 @@ def write_recipe(place: Path, **basic) -> Path:
     return path
 
 
+def test_an_answer_that_the_loss_mask_leaves_out_is_not_what_is_right(place, asked, capsys, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad", "loss": False}]
+    good = [turns[0], {"role": "assistant", "content": "good"}]
+    file = tmp_path / "masked.json"
+    file.write_text(json.dumps([{"messages": m} for m in (turns, good)]))
+    asked(["good"])
+    assert run(place, "--data", str(file)) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "held-out accuracy 1.000 (1/1)\n"
+    what = "2 records: the loss mask leaves the last answer out"
+    assert f"data: not asked: 1 of {what}; first: {file}, record 1\n" in printed.err
+    file.write_text(json.dumps([{"messages": turns}] * 2))
+    assert run(place, "--data", str(file)) == 1
+    assert f"nothing is asked of 2 of {what}" in capsys.readouterr().err
+
+
 def test_a_run_without_thoughts_is_prompted_without(place, asked, capsys, tmp_path):
     """Like its samples: the thoughts of earlier answers are dropped too."""
     recipe = write_recipe(place, enable_thinking=False)

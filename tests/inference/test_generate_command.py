@@ -22,6 +22,8 @@ from peer import continued
 from PIL import Image
 
 from qwen35.checkpoint.convert import hf_to_dcp
+from qwen35.checkpoint.convert import main as convert
+from qwen35.checkpoint.dcp_folder import write_latest
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.tokenizer import ChatTokenizer
@@ -214,6 +216,29 @@ def test_a_run_is_prompted_as_it_trained(place, ask):
     write_recipe(place, "plain", place / "gone")
     assert "gone" in ask("plain", "--prompt", "What?", status=1)
     assert ask("plain", "--prompt", "What?", "--hf", str(place / "hub")) == ask("hub", "--prompt", "What?")
+
+
+def test_an_export_that_is_older_than_its_run_says_so(place):
+    """`make generate` and `make evaluate` ask it by default, while the run has gone on."""
+    run = place / "goes_on"
+    for step, seed in ((5, 3), (6, 4)):
+        model = Qwen35.from_config(json.loads((place / "bf16/config.json").read_text()), seed=seed, mtp=True)
+        save_checkpoint(run, step, model)
+        write_recipe(place, "goes_on", place / "hub")
+        write_latest(run, step)
+        if step == 5:
+            exported = ["--origin_hf_dir", str(place / "hub"), "--save_hf_dir", str(run / "hf")]
+            assert convert(["dcp_to_hf", "--dcp_dir", str(run), *exported]) == 0
+            assert find_model(run / "hf").messages == (f"{run}/hf: asked as its run's {run}/config.yaml says",)
+    told = (
+        f"{run}/hf was exported from iter_0000005, and {run}/iter_0000006 is newer: make export writes it anew, or ask"
+    )
+    assert find_model(run / "hf").messages[1].startswith(told)
+    assert convert(["dcp_to_hf", "--dcp_dir", str(run), *exported]) == 0
+    assert len(find_model(run / "hf").messages) == 1
+    shutil.rmtree(run / "iter_0000006")  # and another run's stands in its place
+    save_checkpoint(run, 6, Qwen35.from_config(json.loads((place / "bf16/config.json").read_text()), seed=5, mtp=True))
+    assert "was exported from iter_0000006, and" in find_model(run / "hf").messages[1]
 
 
 def test_a_run_in_fp32_answers_as_its_export_in_bf16(place):

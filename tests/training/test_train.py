@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from peer import continued
 from PIL import Image
 from plain import plain
 from ports import free_port
-from training_runs import ROOT, tensors, train
+from safetensors.torch import load_file, save_file
+from training_runs import ROOT, start_training, tensors, train
 
 from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.config.load import from_flat, load_settings
@@ -202,6 +205,40 @@ def test_mistakes_stop_the_run_with_one_line(workplace, tmp_path, override, word
     assert words in errors[0]
     assert "Traceback" not in done.err
     assert not save.exists()
+
+
+def test_what_is_left_out_is_told_at_the_level_of_warnings(workplace, tmp_path):
+    """LOG_LEVEL is a usual name of a shell's variable. Once, by two ranks."""
+    records = json.loads((workplace / "records.json").read_text())
+    left_out = [dict(record, conversations=[]) for record in records[:20]]
+    (tmp_path / "records.json").write_text(json.dumps([dict(r, hint="h") for r in [*left_out, *records[20:]]]))
+    shutil.copytree(workplace / "weights", tmp_path / "weights")
+    hf_to_dcp(tmp_path / "weights", tmp_path / "converted")
+    config = json.loads((tmp_path / "weights/config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 25
+    (tmp_path / "weights/config.json").write_text(json.dumps(config))
+    for file in (tmp_path / "weights").glob("*.safetensors"):
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    basic, val = "data.dataset_param.basic_parameters", "data.val_dataset_param.basic_parameters"
+    overrides = [
+        *(f"model.model_name_or_path={tmp_path}/weights", f"training.load={tmp_path}/converted"),
+        *(f"{basic}.dataset={tmp_path}/records.json", f"{basic}.on_bad_record=skip", "training.init_from_hf_path=null"),
+        *(f"{val}.dataset={tmp_path}/records.json", "training.val_interval=1", "training.train_iters=1"),
+    ]
+    process = start_training(workplace, tmp_path / "run", 2, *overrides, LOG_LEVEL="WARNING")
+    out = plain(process.communicate(timeout=300)[0])
+    assert process.returncode == 0
+    for words in (
+        "data: skipped 20 of 60 records: 20 malformed",
+        "data: fields that are not read: hint (40 times",
+        f"samples of more than 25 tokens, which max_position_embeddings of {tmp_path}/weights/config.json allows",
+        f"the weights in {tmp_path}/converted/release are not those in {tmp_path}/weights",
+        "validation every 1 step: 40 samples",
+    ):
+        assert out.count(words) == 1, out
+    assert "arithmetic" not in out
+    process = start_training(workplace, tmp_path / "run", 2, *overrides, "training.train_iters=2", LOG_LEVEL="WARNING")
+    assert "settings changed since the checkpoint: " in plain(process.communicate(timeout=300)[0])
 
 
 def test_mistakes_under_the_launcher_are_one_line(workplace, tmp_path):

@@ -188,6 +188,18 @@ def test_truncated_and_unanswered_records_are_counted(workplace, val_file):
     assert f"{RECORDS} samples, {RECORDS} of them answered, " in text and "cut" not in text
 
 
+def test_an_answer_that_the_loss_mask_leaves_out_is_not_what_is_right(workplace, tmp_path):
+    """The validation loss leaves it out, too."""
+    good = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]
+    bad = [*good, {"role": "user", "content": "And?"}, {"role": "assistant", "content": "Bad.", "weight": 0}]
+    (tmp_path / "val.json").write_text(json.dumps([{"messages": turns} for turns in (bad, good, bad, good)]))
+    settings = load_settings(workplace / "recipe.yaml", validating(tmp_path / "val.json")).validation
+    [asked] = ValidationSet(settings, 0, 1).records_for_generation()
+    assert [[turn.text for turn in record.turns] for record in asked] == [["What?", "It."]] * 2
+    left_out = "not those whose loss mask leaves the last answer out"
+    assert f"4 samples, 2 of them answered ({left_out}), " in report(settings)
+
+
 def report(settings, train_set=None, trained=None) -> str:
     """The start line of a validation on one rank."""
     meshes = SimpleNamespace(data_rank=0, data_size=1)

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,12 +30,13 @@ SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
 ENABLE_LORA = "training.lora.enable"  # MindSpeed-MM's switch, no setting: the section itself is one
 BASE = "base"  # of a recipe: another one, whose settings hold where it has none of its own
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
+LENGTHS = ("training.train_epochs", "training.train_iters")  # of a run, in one unit or the other
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides, whose values are YAML. Raises SettingError."""
-    flat = _read_flat(Path(path))
+    flat = _below(_read_flat(Path(path)), {override.partition("=")[0] for override in overrides})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.startswith("-"):
@@ -67,7 +68,14 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
             "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
         )
         raise SettingError(f"{path}: {BASE}: {problem}")
-    return _read_flat(path.parent / base, is_base=True) | _flatten(tree, str(path))
+    own = _flatten(tree, str(path))
+    return _below(_read_flat(path.parent / base, is_base=True), own) | own
+
+
+def _below(flat: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Settings without the length of the run, if those `given` above them say another."""
+    is_replaced = any(name in given for name in LENGTHS)
+    return {name: value for name, value in flat.items() if not (is_replaced and name in LENGTHS)}
 
 
 class _Refused(yaml.MarkedYAMLError):

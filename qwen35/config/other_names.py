@@ -40,6 +40,7 @@ SAME = {  # ours -> theirs
         recompute_method recompute_num_layers recompute_plan disable_gradient_checkpointing gradient_checkpointing_kwargs""",
     "parallel.activation_offload": "enable_activation_offload activation_offload_plan cpu_offloading",
     "training.save": "output_dir save_dir checkpoint_dir save_path",
+    "training.train_epochs": "num_train_epochs max_epochs num_epochs epochs",
     "training.train_iters": "max_steps total_steps train_steps",
     "training.micro_batch_size": "per_device_train_batch_size per_gpu_train_batch_size train_micro_batch_size_per_gpu",
     "training.gradient_accumulation_steps": "gradient_accumulation accumulate_grad_batches grad_accum_steps",
@@ -64,8 +65,7 @@ SAME = {  # ours -> theirs
     "training.profile": "enable_torch_profiler memory_profile",
 }
 NOT_THE_SAME = {  # what to say -> theirs
-    "it is training.train_iters here, in optimizer steps": "num_train_epochs max_epochs train_epochs epochs",
-    "it is training.lr_warmup_ratio here, a share of training.train_iters": "warmup_steps lr_warmup_iters lr_warmup_steps",
+    "it is training.lr_warmup_ratio here, a share of the run's steps": "warmup_steps lr_warmup_iters lr_warmup_steps",
     "it is training.dtype here, bf16 or fp32": "bf16 fp16 fp32 torch_dtype compute_dtype pure_bf16 mixed_precision precision",
     "training.micro_batch_size x training.gradient_accumulation_steps x ranks is what it counts": """global_batch_size
         batch_size train_batch_size""",

@@ -228,8 +228,11 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    train_iters: PositiveInt  # optimizer steps of the whole run
     save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
+    # passes over the data, for the whole run; 0.5: half of one. Each epoch ends with a step of its
+    # own, of what is left of it; give this or train_iters, of which an override replaces the other
+    train_epochs: PositiveFloat | None = None
+    train_iters: PositiveInt | None = None  # optimizer steps of the whole run, in place of train_epochs
     micro_batch_size: PositiveInt = 1  # packed sequences of cutoff_len tokens per rank and micro-step
     gradient_accumulation_steps: PositiveInt = 1  # micro-steps per optimizer step
     # adamw_swap: AdamW's two moments (8 bytes per parameter) stay in the host's memory and are
@@ -239,7 +242,7 @@ class TrainingSettings:
     min_lr: NonNegativeFloat = 0.0  # learning rate at the end of the decay
     # shape of the decay from lr to min_lr after the warm-up; constant: no decay
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_ratio: Fraction = 0.1  # share of train_iters over which the learning rate rises to lr
+    lr_warmup_ratio: Fraction = 0.1  # share of the run's steps over which the learning rate rises to lr
     # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
     weight_decay: NonNegativeFloat = 0.0
     adam_beta1: Fraction = 0.9  # AdamW's decay rate of the first moment

@@ -31,16 +31,28 @@ def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
     return (SwappedAdamW if t.optimizer == "adamw_swap" else AdamW)(groups, **options)
 
 
-def learning_rate(step: int, t: TrainingSettings) -> float:
-    """For steps 0 to train_iters - 1: linear warm-up, then constant, linear or cosine to min_lr."""
-    warmup = round(t.lr_warmup_ratio * t.train_iters)
+def learning_rate(step: int, t: TrainingSettings, steps: int) -> float:
+    """For steps 0 to `steps` - 1: linear warm-up, then constant, linear or cosine to min_lr."""
+    warmup = round(t.lr_warmup_ratio * steps)
     if step < warmup:
         return t.lr * (step + 1) / warmup
     if t.lr_decay_style == "constant":
         return t.lr
-    done = (step - warmup) / max(1, t.train_iters - warmup)
+    done = (step - warmup) / max(1, steps - warmup)
     remaining = 1 - done if t.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
     return t.min_lr + (t.lr - t.min_lr) * remaining
+
+
+def prepare_step(optimizer: AdamW, lr: float, tokens: int, images: int, step_counters: Tensor) -> None:
+    """Tell each group its learning rate, and whether it skips the step.
+
+    tokens, images: this rank's. step_counters [6]: sums over the ranks, on the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        # True on the device: no rank has tokens for this part, so it skips the step. None: no skip.
+        place, own = (5, images) if group["visual"] else (3, tokens)
+        group["skip"] = None if own else step_counters[place] == 0
 
 
 class GradientNorm:

@@ -23,14 +23,14 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_020,
+    "config": 1_065,
     "model": 1_500,
-    "checkpoint": 3_650,
+    "checkpoint": 3_665,
     "data": 5_960,
     "parallel": 670,
     "inference": 975,
-    "training": 1_635,
-    "tools": 1_690,
+    "training": 1_885,
+    "tools": 1_695,
     "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

@@ -50,7 +50,7 @@ from qwen35.training.flops import Flops, token_counts
 from qwen35.training.length import count_steps
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer, prepare_step
+from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
@@ -166,7 +166,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    logger.info(start_message(settings, device, layout, model, table))
+    logger.info(start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}"))
     ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
     if validation:

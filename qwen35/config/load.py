@@ -42,8 +42,8 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         if not equals or key.startswith("-"):
             form = f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20"
             raise SettingError(no_option(override) if key.startswith("-") else form)
-        # overriding a section replaces all of it
-        flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
+        # overriding a section replaces all of it; a name in a mapping may begin another
+        flat = {k: v for k, v in flat.items() if _mapping_of(key) or not k.startswith(key + ".")}
         flat |= _flatten({key: _override(key, value)}, key)
     settings = from_flat(flat)
     check_rules(settings)
@@ -161,7 +161,7 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
         if key in SECTIONS:
             advice = f"; {ADVICE.get(key)}" * (key in ADVICE)
             raise SettingError(f"{key}: {value!r} is not a section with settings in it{advice}")
-        if key not in TYPES and key.rpartition(".")[0] not in MAPPINGS:
+        if key not in TYPES and not _mapping_of(key):
             raise SettingError(_unknown(key, TYPES))
     required = ["model", "training", f"{TRAIN_SET}.basic_parameters"]
     if any(key.startswith(f"{VALIDATION_SET}.") for key in flat):
@@ -173,8 +173,8 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     for section in required:
         _branch(tree, section)
     for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        _branch(tree, section)[name] = value
+        section = _mapping_of(key) or key.rpartition(".")[0]
+        _branch(tree, section)[key[len(section) + 1 :]] = value
     try:
         settings = SCHEMA.validate_python(tree)
     except ValidationError as error:
@@ -182,6 +182,11 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     for key, value in flat.items():
         _check_value(key, value)
     return settings
+
+
+def _mapping_of(key: str) -> str | None:
+    """The mapping that a name, which may have dots of its own, is in."""
+    return next((name for name in MAPPINGS if key.startswith(f"{name}.")), None)
 
 
 def _branch(tree: dict[str, Any], path: str) -> dict[str, Any]:

@@ -240,6 +240,9 @@ class TrainingSettings:
     optimizer: Literal["adamw", "adamw_swap"] = "adamw"
     lr: PositiveFloat = 1e-5  # peak learning rate
     min_lr: NonNegativeFloat = 0.0  # learning rate at the end of the decay
+    # factors of the learning rate, of min_lr too, for parts named as in model.freeze; of several
+    # that name a parameter the last counts: {model.visual: 0.1, model.visual.merger: 1}
+    lr_by_module: Mapping[str, PositiveFloat] = field(default_factory=dict)
     # shape of the decay from lr to min_lr after the warm-up; constant: no decay
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_warmup_ratio: Fraction = 0.1  # share of the run's steps over which the learning rate rises to lr

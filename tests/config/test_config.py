@@ -215,3 +215,18 @@ def test_a_run_is_as_long_as_one_setting_says(recipe, tmp_path):
         length(recipe, "training.train_iters=null")
     with pytest.raises(SettingError, match=r"training\.train_epochs: 0 must be more than 0"):
         length(recipe, "training.train_epochs=0")
+
+
+def test_names_with_dots_are_keys_of_a_mapping(recipe, tmp_path):
+    """In their order, in any form, and one that begins another replaces only its own value."""
+    given = {"model.visual.merger": 2.0, "model.visual": 0.5, "lm_head": 1.0}
+    text = "training.lr_by_module={model.visual.merger: 2, model.visual: 0.1, lm_head: 1}"
+    s = load_settings(recipe, [text, "training.lr_by_module.model.visual=0.5"])
+    assert list(s.training.lr_by_module.items()) == list(given.items())
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(s))
+    assert list(load_settings(again).training.lr_by_module.items()) == list(given.items())
+    nested = load_settings(recipe, ["training.lr_by_module={model: {visual: 0.5}}"])
+    assert nested.training.lr_by_module == {"model.visual": 0.5}
+    with pytest.raises(SettingError, match=r"training\.lr_by_module\.model\.visual: 0 must be more than 0"):
+        load_settings(recipe, ["training.lr_by_module.model.visual=0"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_runs import assert_same_run, tensors, train
 
+from qwen35.checkpoint import load_pretrained
 from qwen35.checkpoint.dcp import read_info
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.training.metrics import read_metrics
@@ -94,3 +95,23 @@ def test_the_schedule_follows_the_epochs(workplace, epochs, tmp_path):
     rates = [1e-2 * (step + 1) / warmup for step in range(warmup)]
     rates += [1e-2 * (1 - done / (each - warmup)) for done in range(each - warmup)]
     assert [line["lr"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == pytest.approx(rates)
+
+
+def test_a_module_with_its_own_rate_moves_as_far_in_a_run(workplace, tmp_path):
+    """On two ranks; the start tells the groups, and a resume that a rate has changed."""
+    one = ("training.train_iters=1", "training.lr_warmup_ratio=0")
+    rate = "training.lr_by_module={model.visual: 0.125}"
+    for name, options in (("plain", one), ("rated", (*one, rate))):
+        done = train(workplace, tmp_path / name, 2, *options)
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"^model.visual +[\d,]+ +0.00125 +0.1$", done.stdout, re.MULTILINE)
+    assert re.search(r"^others +[\d,]+ +0.01 +0$", done.stdout, re.MULTILINE)
+    before = {name: p.detach() for name, p in load_pretrained(workplace / "weights").named_parameters()}
+    plain, rated = tensors(tmp_path / "plain"), tensors(tmp_path / "rated")
+    assert before.keys() == plain.keys() and any((plain[name] != p).any() for name, p in before.items())
+    for name, p in before.items():
+        share = 0.125 if name.startswith("model.visual.") else 1
+        assert torch.allclose(rated[name] - p, share * (plain[name] - p), rtol=1e-4, atol=2e-7), name
+    done = train(workplace, tmp_path / "rated", 2, "training.train_iters=2", "training.lr_by_module.model.visual=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "training.lr_by_module.model.visual: 0.125 -> 0.5" in done.stdout

@@ -46,6 +46,7 @@ from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.best import Best
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.length import count_steps
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
@@ -56,15 +57,15 @@ from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
     check_extra,
-    check_finished,
     check_room,
     check_same_data,
-    finish_ending,
+    is_finished,
     make_extra,
     read_checked_info,
     repair_save_folder,
     restore_rng,
     rng_states,
+    save_steps,
     seed_all,
 )
 from qwen35.training.start import Start, find_weights
@@ -90,6 +91,7 @@ class Run:
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
     steps: int = 0  # those of the whole run
+    best: Best = field(default_factory=lambda: Best("loss"))
     steps_per_epoch: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -132,6 +134,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     check_room(settings, model, step, t.train_iters)
+    best = Best.of(t, checkpoint)
     heartbeat.at("reading the data")
     is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
@@ -176,7 +179,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     gradients, batches = GradientNorm(model, meshes.weights["shard"].get_group()), iter(micro_batches)
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
     run.changed = changes(weights.parent, settings) if step else []
-    run.steps, run.steps_per_epoch = steps, steps_per_epoch
+    run.steps, run.steps_per_epoch, run.best = steps, steps_per_epoch, best
     return run
 
 
@@ -268,27 +271,14 @@ def train(settings: Settings) -> int:
         heartbeat.at(f"locking {folder}")
         run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
         run = setup(settings, device, heartbeat)
-        return 0 if is_finished(run, folder) else loop(run, folder)
-
-
-def is_finished(run: Run, folder: Path) -> bool:
-    """Whether nothing is left to train. Raises SettingError if the folder holds another run."""
-    if run.step < run.steps:
-        if run.changed:
-            logger.info(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
-        return False
-    check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
-    logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    finish_ending(folder, run.settings.training.save_total_limit)
-    return True
+        return 0 if is_finished(settings, run.step, run.steps, run.changed) else loop(run, folder)
 
 
 def loop(run: Run, folder: Path) -> int:
     """Train to the end, or until a stop signal: then save at the next log step. The exit code."""
     t, groups = run.settings.training, list(run.gradients.groups)
     first, began = run.step + 1, time.perf_counter()
-    first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else run.steps
-    in_background = t.async_save and first_due < run.steps
+    in_background = t.async_save and len(save_steps(t, run.step, run.steps)) > 1
     if run.validation:
         run.validation.set.start()
     with (
@@ -318,13 +308,17 @@ def loop(run: Run, folder: Path) -> int:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.number is not None)
             if validation and (not is_stopping or run.step == run.steps):
-                metrics.log_validation(*validation.run(run.model, run.heartbeat, run.step))
-            if is_save_due or is_stopping:
+                found, messages = validation.run(run.model, run.heartbeat, run.step)
+                metrics.log_validation(found, messages)
+                run.best.add(run.step, found)
+            is_best = t.save_best is not None and run.best.step == run.step
+            if is_save_due or is_stopping or is_best:
                 is_last = is_stopping or run.step == run.steps
                 if is_last:
                     run.stop_loading()
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
-                waited = saver.save(run.step, run.extra, rng_states(run.device), is_last)
+                extra = run.extra | run.best.extra()
+                waited = saver.save(run.step, extra, rng_states(run.device), is_last, is_best)
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
@@ -332,7 +326,8 @@ def loop(run: Run, folder: Path) -> int:
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)
-    logger.info(end_message(run.settings, steps, run.steps, time.perf_counter() - began, saver.saves, saver.stalled))
+    seconds, best = time.perf_counter() - began, run.best.message(t.save) if t.save_best else ""
+    logger.info(end_message(run.settings, steps, run.steps, seconds, saver.saves, saver.stalled, best))
     return stop_code(stop.number) if run.step < run.steps else 0
 
 

@@ -263,6 +263,10 @@ class TrainingSettings:
     # number of checkpoints to keep, the newest; older ones are removed once a new one is complete,
     # but not release/ nor one that is being read; default: all
     save_total_limit: PositiveInt | None = None
+    # beside those of save_total_limit keep the checkpoint with the best validation, by val_loss or
+    # val_exact_match: a validation that is better than all before is saved too, whatever
+    # save_interval says, and named in best_checkpointed_iteration.txt; default: none
+    save_best: Literal["loss", "exact_match"] | None = None
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
     async_save: StrictBool = True

@@ -1,11 +1,11 @@
 """What must not have changed when a run goes on from a checkpoint, and the random states."""
 
-import itertools
 import os
 import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from qwen35.config.load import LENGTHS, SettingError, difference, load_settings
 from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.data import MicroBatches
 from qwen35.device import device_rng_state, set_device_rng_state
+from qwen35.log import logger
 from qwen35.model.config import ModelConfig, differences
 from qwen35.training.metrics import RunError, draw_loss
 from qwen35.wording import number_of
@@ -32,6 +33,7 @@ from qwen35.wording import number_of
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
+    "training.save_best",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
@@ -51,9 +53,7 @@ def repair_save_folder(folder: Path) -> list[str]:
     lines = remove_leftovers(folder, ITERATION)
     newest, broken = dcp_folder.find_newest(folder)
     for path, why in broken:
-        aside = next(
-            p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
-        )
+        aside = next(p for n in count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists())
         path.rename(aside)
         lines.append(f"{path} is incomplete ({why}): renamed to {aside.name}, and the run goes on from {newest}")
     if newest and ITERATION.fullmatch(newest.name) and dcp_folder.latest(folder) != newest.name:
@@ -165,18 +165,16 @@ def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int, ste
 
     steps: those of the run; None: as many as the data make of train_epochs, with one checkpoint.
     A checkpoint holds `parameters` and, of those that are trained, AdamW's two moments, in fp32.
-    With save_total_limit there is one more while the oldest waits for the new one to be complete.
+    With save_total_limit there is one more while the oldest waits for the new one to be complete,
+    and with save_best the best. Each validation may be the best.
     Raises CheckpointError if they do not fit, or if the folder cannot be written.
     """
     folder = Path(t.save).absolute()
     size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters)
-    last = steps or step + 1
-    interval = (steps and t.save_interval) or last
-    saves = last // interval - step // interval + (last % interval > 0)
-    saves *= step < last
+    saves = len(save_steps(t, step, steps)) if steps else 1
     if t.save_total_limit is not None:
         kept = sum(ITERATION.fullmatch(path.name) is not None for path in folder.glob("iter_*"))
-        saves = min(saves, max(1, t.save_total_limit + 1 - kept))
+        saves = min(saves, max(1, t.save_total_limit + 1 + bool(t.save_best) - kept))
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         why = "cannot be written by this user" if existing.is_dir() else "is not a folder"
@@ -190,6 +188,13 @@ def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int, ste
             " folder, or keep fewer (training.save_total_limit, training.save_interval)"
         )
     return room
+
+
+def save_steps(t: TrainingSettings, step: int, steps: int) -> set[int]:
+    """The steps after `step` at which a run may save, the last of its `steps` too."""
+    intervals = (t.save_interval, t.save_best and t.val_interval)
+    due = (range(step - step % every + every, steps, every) for every in intervals if every)
+    return {*chain.from_iterable(due), *range(max(step + 1, steps), steps + 1)}
 
 
 def check_room(settings: Settings, model: nn.Module, step: int, steps: int | None) -> str:
@@ -232,6 +237,22 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
             f"{folder} holds {step} steps of other settings ({'; '.join(changed)}); name another training.save, or go on"
             f" with a larger {length}"
         )
+
+
+def is_finished(settings: Settings, step: int, steps: int, changed: list[str]) -> bool:
+    """Whether nothing is left to train. Raises SettingError if the save folder holds another run.
+
+    changed: the settings that differ from those of the checkpoint.
+    """
+    if step < steps:
+        if changed:
+            logger.info(f"settings changed since the checkpoint: {'; '.join(changed)}")
+        return False
+    folder = Path(settings.training.save)
+    check_finished(folder, step, changes(folder, settings) if step else [], settings)
+    logger.info(f"{folder} has done all its {step} steps: nothing left to train")
+    finish_ending(folder, settings.training.save_total_limit)
+    return True
 
 
 def finish_ending(folder: Path, limit: int | None) -> None:

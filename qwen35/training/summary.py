@@ -37,15 +37,19 @@ def steps_message(settings: Settings, done: int, last: int, steps_per_epoch: flo
     return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {last}: {epochs}{end}"
 
 
-def end_message(settings: Settings, steps: range, total: int, seconds: float, saves: int, waited: float) -> str:
+def end_message(
+    settings: Settings, steps: range, total: int, seconds: float, saves: int, waited: float, best: str = ""
+) -> str:
     """What was done, how long it took, and what to do next.
 
     steps: those done now; total: those of the whole run; saves: number of checkpoints between
-    steps, for which training waited so many seconds in all.
+    steps, for which training waited so many seconds in all; best: a line on the best checkpoint.
     """
     t, lines, last = settings.training, [], steps.stop - 1
     if saves:
         lines.append(f"checkpoints between steps: {saves}; training waited {waited:.2f} s for them in all")
+    if best:
+        lines.append(best)
     if last < total:
         lines.append(f"stopped and saved after step {last} of {total}; the same command goes on from there")
         return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])

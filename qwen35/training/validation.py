@@ -53,6 +53,8 @@ class Validation:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, has_own_memory(device), train_set)
             self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
+            if settings.training.save_best == "exact_match" and not self.groups:
+                raise SettingError("training.save_best: exact_match: all validation records are longer than cutoff_len")
         except (SettingError, RecordError) as error:
             raise type(error)(for_validation(str(error))) from None
 

@@ -48,7 +48,7 @@ from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.flops import Flops, token_counts
-from qwen35.training.length import count_steps
+from qwen35.training.length import count_steps, end_step
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
 from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
@@ -152,6 +152,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
     steps, steps_per_epoch = count_steps(settings, micro_batches)
+    steps = end_step(best, step, steps, t.early_stopping_patience)
     room = check_room(settings, model, step, steps)
     ignored += check_visuals(model, micro_batches.dataset.images + micro_batches.dataset.videos)
     ignored += check_new_tokens(model, micro_batches.dataset.new_tokens())
@@ -302,18 +303,19 @@ def loop(run: Run, folder: Path) -> int:
             metrics.record(train_step(run, batches, learning_rate(run.step, t, run.steps), time.perf_counter() - start))
             saver.check()
             profile.after(run.step)
-            is_save_due = run.step == run.steps or bool(t.save_interval and run.step % t.save_interval == 0)
+            is_save_due = bool(t.save_interval and run.step % t.save_interval == 0)
             validation = run.validation if run.validation and run.validation.is_due(run.step, run.steps) else None
-            if is_save_due or validation or run.step % t.log_interval == 0:
+            if is_save_due or validation or run.step == run.steps or run.step % t.log_interval == 0:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.number is not None)
             if validation and (not is_stopping or run.step == run.steps):
                 found, messages = validation.run(run.model, run.heartbeat, run.step)
                 metrics.log_validation(found, messages)
                 run.best.add(run.step, found)
+                run.steps = end_step(run.best, run.step, run.steps, t.early_stopping_patience)
             is_best = t.save_best is not None and run.best.step == run.step
-            if is_save_due or is_stopping or is_best:
-                is_last = is_stopping or run.step == run.steps
+            is_last = is_stopping or run.step == run.steps
+            if is_save_due or is_best or is_last:
                 if is_last:
                     run.stop_loading()
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")

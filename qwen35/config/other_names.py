@@ -55,6 +55,7 @@ SAME = {  # ours -> theirs
     "training.deterministic": "full_determinism use_deter_comp deterministic_mode",
     "training.log_interval": "logging_steps logging_strategy",
     "training.save_interval": "save_steps save_strategy",
+    "training.early_stopping_patience": "early_stopping_steps early_stop_interval",
     "training.save_best": "load_best_model_at_end metric_for_best_model greater_is_better",
     "training.val_interval": "eval_steps eval_strategy evaluation_strategy eval_interval",
     "training.val_generate": "predict_with_generate",
@@ -96,7 +97,6 @@ NOT_THE_SAME = {  # what to say -> theirs
         pp_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size pipeline_model_parallel_size""",
     "metrics go to metrics.jsonl and loss.png in training.save": """report_to run_name plot_loss logging_dir tensorboard_dir
         wandb_project use_swanlab swanlab_project""",
-    "it is not here: validations end no run": "early_stopping_steps early_stop_interval",
     "a checkpoint in training.save has all that a resume needs, and make export makes a model folder of it": """save_only_model
         save_safetensors no_save_optim no_save_rng no_load_optim no_load_rng save_format""",
     "no code of a model folder is ever run": "trust_remote_code",

@@ -45,8 +45,9 @@ def _validation_rules(s: Settings) -> Iterator[str]:
         yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
     if t.val_generate and not t.val_interval:
         yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
-    if t.save_best and not t.val_interval:
-        yield "training.save_best means nothing without training.val_interval; set that, or leave it out"
+    for name in ("save_best", "early_stopping_patience"):
+        if getattr(t, name) and not t.val_interval:
+            yield f"training.{name} means nothing without training.val_interval; set that, or leave it out"
     if t.save_best == "exact_match" and not t.val_generate:
         yield "training.save_best: exact_match compares answers; set training.val_generate: true, or compare by loss"
     if val and any(entry.weight != 1 for entry in dataset_entries(val.basic_parameters.dataset)):

@@ -272,6 +272,9 @@ class TrainingSettings:
     async_save: StrictBool = True
     # steps between validations on data.val_dataset_param, with one after the last; default: none
     val_interval: PositiveInt | None = None
+    # end the run after so many validations in a row that are not better than the best one, by the
+    # figure of save_best, else by val_loss; default: none
+    early_stopping_patience: PositiveInt | None = None
     # also have the model answer the validation records, and log the share of exact matches; each
     # device then holds an unsharded copy of the model during validation
     val_generate: StrictBool = False

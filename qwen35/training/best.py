@@ -1,4 +1,4 @@
-"""The best validation so far, whose checkpoint training.save_best keeps."""
+"""The best validation so far: its checkpoint is kept, and a run may end where none is better."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,9 +11,10 @@ from qwen35.checkpoint.dcp import EXTRA, CheckpointInfo
 from qwen35.checkpoint.dcp_folder import checkpoint_name, damaged, is_complete, write_best
 from qwen35.config.schema import TrainingSettings
 from qwen35.log import logger
+from qwen35.wording import number_of
 
 KEY = "best_validation"  # in extra.json
-TYPES = {"figure": str, "value": float, "step": int}
+TYPES = {"figure": str, "value": float, "step": int, "since": int}
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Best:
     figure: str  # that is compared: loss, of which the lowest is best, or exact_match
     value: float | None = None  # None before the first validation
     step: int = 0
+    since: int = 0  # validations after it
 
     @classmethod
     def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None) -> "Best":
@@ -55,7 +57,16 @@ class Best:
         value = found.get(f"val_{self.figure}", math.nan)
         sign = 1 if self.figure == "loss" else -1
         if not math.isnan(value) and (self.value is None or sign * value < sign * self.value):
-            self.value, self.step = value, step
+            self.value, self.step, self.since = value, step, 0
+        else:
+            self.since += 1
+
+    def why_over(self, patience: int | None) -> str:
+        """Why early_stopping_patience ends the run; empty: it does not."""
+        if patience is None or self.since < patience:
+            return ""
+        best = "no validation" if self.value is None else f"{self.figure} {self.value:.6g} of step {self.step}"
+        return f"early stopping: {number_of(self.since, 'validation')} in a row not better than {best}"
 
     def extra(self) -> dict[str, Any]:
         """What a checkpoint's extra.json holds of it."""

@@ -5,7 +5,17 @@ from qwen35.config.rules import profile_rule
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches
 from qwen35.errors import SettingError
+from qwen35.log import logger
+from qwen35.training.best import Best
 from qwen35.training.resume import sequences_per_step
+
+
+def end_step(best: Best, step: int, steps: int, patience: int | None) -> int:
+    """The run's steps, of which `step` are done: no more if early stopping ends it here."""
+    if step < steps and (why := best.why_over(patience)):
+        logger.info(f"{why}: the run ends after step {step} of {steps}")
+        return step
+    return steps
 
 
 def count_steps(settings: Settings, data: MicroBatches, world: int | None = None) -> tuple[int, float]:

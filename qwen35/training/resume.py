@@ -33,7 +33,7 @@ from qwen35.wording import number_of
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
-    "training.save_best",
+    "training.save_best", "training.early_stopping_patience",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",

@@ -44,6 +44,7 @@ def test_the_best_is_better_than_all_before(figure, values, best):
     for step, value in enumerate(values, 1):
         seen.add(step, {f"val_{figure}": value, "val_other": -value})
         found.append(seen.step)
+        assert seen.since == step - best[step - 1]
     assert found == best
     assert Best(figure).extra() == {} and Best(figure).message("x") == ""
     told = f"runs/x/iter_{best[-1]:07} has the best validation, {figure} {values[best[-1] - 1]:.6g}: "
@@ -65,7 +66,7 @@ def test_a_start_names_what_a_stopped_job_could_not(tmp_path, alone):
     """Also when the best checkpoint is gone, or another figure is compared from now on."""
     t = TrainingSettings(save=str(tmp_path), train_iters=9, save_best="loss", val_interval=1)
     assert Best.of(t, None) == Best("loss") and not (tmp_path / BEST).exists()
-    best = Best("loss", 1.5, 3)
+    best = Best("loss", 1.5, 3, 1)
     for step in (3, 4):
         save_checkpoint(tmp_path, step, torch.nn.Linear(2, 2), None, best.extra(), {})
     info = read_info(tmp_path / "iter_0000004")
@@ -103,6 +104,7 @@ def test_steps_at_which_a_run_may_save():
     ("overrides", "words"),
     [
         (["training.save_best=loss"], "training.save_best means nothing without training.val_interval"),
+        (["training.early_stopping_patience=1"], "early_stopping_patience means nothing without training.val_interval"),
         (
             [f"{DATASET}=a", "training.val_interval=1", "training.save_best=exact_match"],
             "set training.val_generate: true",
@@ -166,3 +168,28 @@ def test_a_resumed_run_knows_the_best_so_far(workplace, validating, best, tmp_pa
     assert (tmp_path / "run" / BEST).read_text() == (save / BEST).read_text()
     names = [sorted(path.name for path in folder.glob("iter_*")) for folder in (tmp_path / "run", save)]
     assert names[0] == names[1]
+
+
+def test_a_run_ends_early_and_stays_ended(workplace, validating, best, tmp_path):
+    """As at its normal end: saved, code 0, the same steps; a resume in between counts on."""
+    save, found = tmp_path / "run", losses(best[0])
+    lowest = min(found, key=found.__getitem__)
+    end = lowest + 3  # none of the validations from there to the end is better
+    patient = (*validating, "training.early_stopping_patience=3")
+    first = train(workplace, save, 2, *patient, f"training.train_iters={lowest + 1}")
+    assert first.returncode == 0, first.stderr
+    assert read_info(newest_checkpoint(save)).extra["best_validation"]["since"] == 1
+    done = train(workplace, save, 2, *patient)
+    assert done.returncode == 0, done.stderr
+    why = f"early stopping: 3 validations in a row not better than loss {found[lowest]:.6g} of step {lowest}"
+    assert f"{why}: the run ends after step {end} of 12" in done.stdout
+    assert f"trained steps {lowest + 2} to {end} in " in done.stdout and "stopped and saved" not in done.stdout
+    assert newest_checkpoint(save).name == f"iter_{end:07}"
+    assert losses(save) == {step: loss for step, loss in found.items() if step <= end}
+    assert not (save / BEST).exists()  # save_best is not set
+    again = train(workplace, save, 2, *patient)
+    assert again.returncode == 0, again.stderr
+    assert why in again.stdout and f"has done all its {end} steps: nothing left to train" in again.stdout
+    more = train(workplace, save, 2, *patient, "training.early_stopping_patience=9")
+    assert more.returncode == 0, more.stderr
+    assert_same_run(save, best[0])

@@ -51,6 +51,7 @@ from qwen35.training.flops import Flops, token_counts
 from qwen35.training.length import count_steps, end_step
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.training.neftune import embedding_noise
 from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
@@ -222,6 +223,9 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         flops += is_counting * run.flops.of_batch(batch, count, mtp_targets)
         batch, weight, mtp_targets = shard_batch(batch, weight, mtp_targets, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
+        if t.neftune_noise_alpha:
+            noise = embedding_noise(batch, text.hidden_size, t, meshes, run.step * len(batches) + i - 1, device)
+            batch = replace(batch, embedding_noise=noise)
         if mtp_targets is not None:
             mtp_targets = mtp_targets.to(device)
             mtp_targets = replace(mtp_targets, weights=mtp_targets.weights * scale[1])

@@ -52,6 +52,7 @@ SAME = {  # ours -> theirs
     "training.lr_warmup_ratio": "warmup_ratio lr_warmup_fraction",
     "training.adam_eps": "adam_epsilon",
     "training.clip_grad": "max_grad_norm gradient_clipping grad_clip",
+    "training.neftune_noise_alpha": "neftune_alpha",
     "training.deterministic": "full_determinism use_deter_comp deterministic_mode",
     "training.log_interval": "logging_steps logging_strategy",
     "training.save_interval": "save_steps save_strategy",

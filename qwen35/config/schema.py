@@ -252,6 +252,9 @@ class TrainingSettings:
     adam_beta2: Fraction = 0.95  # AdamW's decay rate of the second moment
     adam_eps: PositiveFloat = 1e-8  # AdamW's epsilon
     clip_grad: NonNegativeFloat = 1.0  # largest global gradient norm; 0: no clipping
+    # NEFTune: noise on the embeddings of text in training, uniform up to this / sqrt(tokens of the
+    # sample x hidden size), e.g. 5; default: none
+    neftune_noise_alpha: PositiveFloat | None = None
     # of the arithmetic, also as bfloat16, float32; weights, gradient sums, optimizer stay in fp32
     dtype: Dtype = "bf16"
     seed: NonNegativeInt = 42  # seed of the order of the data and of all random numbers

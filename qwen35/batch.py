@@ -48,6 +48,7 @@ class PackedBatch:
     vision: PatchLayout | None = None
     label_positions: Tensor | None = None  # [L] int64: positions t with a label
     is_pad: Tensor | None = None  # [T] bool: padding tokens, left out of all statistics; None = there are none
+    embedding_noise: Tensor | None = None  # [T, H] fp32, added to the embeddings of text; None = none
     bad_records: tuple[str, ...] = ()  # errors of the samples that were left out because their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":

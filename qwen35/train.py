@@ -25,7 +25,6 @@ from qwen35.checkpoint.dcp_folder import load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, not_read
-from qwen35.checkpoint.hf_names import saved_parameters
 from qwen35.checkpoint.lock import holding
 from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
@@ -47,26 +46,28 @@ from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.best import Best
 from qwen35.training.flops import Flops, token_counts
+from qwen35.training.length import count_steps, end_step
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
-from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
+from qwen35.training.neftune import embedding_noise
+from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.resume import (
     changes,
-    check_disk,
     check_extra,
-    check_finished,
+    check_room,
     check_same_data,
-    finish_ending,
+    is_finished,
     make_extra,
     read_checked_info,
     repair_save_folder,
     restore_rng,
     rng_states,
+    save_steps,
     seed_all,
-    sequences_per_step,
 )
 from qwen35.training.start import Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
@@ -90,6 +91,8 @@ class Run:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
+    steps: int = 0  # those of the whole run
+    best: Best = field(default_factory=lambda: Best("loss"))
     steps_per_epoch: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -131,7 +134,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     ignored += other_tokenizers(settings, start.base)
     checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
-    run_sharing_errors(lambda: dist.get_rank() or check_disk(t, saved_parameters(model).values(), step), None, t.save)
+    check_room(settings, model, step, t.train_iters)
+    best = Best.of(t, checkpoint)
     heartbeat.at("reading the data")
     is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
     with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
@@ -148,6 +152,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     heartbeat.at("comparing the data with the other ranks'")
     fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
+    steps, steps_per_epoch = count_steps(settings, micro_batches)
+    steps = end_step(best, step, steps, t.early_stopping_patience)
+    room = check_room(settings, model, step, steps)
     ignored += check_visuals(model, micro_batches.dataset.images + micro_batches.dataset.videos)
     ignored += check_new_tokens(model, micro_batches.dataset.new_tokens())
     heartbeat.at("sharding the model")
@@ -159,23 +166,23 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     loading()
     start.load(optimizer, lambda nbytes: loading())
     micro_batches.start_at(step)
-    extra = make_extra(settings, config, micro_batches.fingerprint, micro_batches.normalization) | start.extra
+    extra = make_extra(settings, config, micro_batches) | start.extra
     if checkpoint and step:
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    logger.info(start_message(settings, device, layout, model, table))
+    logger.info(start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}"))
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([*notes, micro_batches.summary()]))
     log_warnings([*ignored, *load_notes(t.load or "", weights), *start.warnings, *micro_batches.warnings()])
     if validation:
         validation.log_report(micro_batches.dataset)
-    steps_per_epoch = micro_batches.sequences_per_epoch / sequences_per_step(settings)
-    if step < t.train_iters:
-        logger.info(steps_message(settings, step, steps_per_epoch))
+    if step < steps:
+        logger.info(f"{steps_message(settings, step, steps, steps_per_epoch)}\n{room}")
     gradients, batches = GradientNorm(model, meshes.weights["shard"].get_group()), iter(micro_batches)
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
-    run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
+    run.changed = changes(weights.parent, settings) if step else []
+    run.steps, run.steps_per_epoch, run.best = steps, steps_per_epoch, best
     return run
 
 
@@ -217,6 +224,9 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         flops += is_counting * run.flops.of_batch(batch, count, mtp_targets)
         batch, weight, mtp_targets = shard_batch(batch, weight, mtp_targets, meshes.ulysses_rank, meshes.ulysses_size)
         batch, weight = batch.to(device), to_device(weight, device) * scale[0]
+        if t.neftune_noise_alpha:
+            noise = embedding_noise(batch, text.hidden_size, t, meshes, run.step * len(batches) + i - 1, device)
+            batch = replace(batch, embedding_noise=noise)
         if mtp_targets is not None:
             mtp_targets = mtp_targets.to(device)
             mtp_targets = replace(mtp_targets, weights=mtp_targets.weights * scale[1])
@@ -236,11 +246,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     squares = run.gradients.squares()
     if t.clip_grad:
         run.gradients.clip(squares.sum().sqrt(), t.clip_grad)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-        # True on the device: no rank has tokens for this part, so it skips the step. None: no skip.
-        place, own = (5, images) if group["visual"] else (3, tokens)
-        group["skip"] = None if own else step_counters[place] == 0
+    prepare_step(run.optimizer, lr, tokens, images, step_counters)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
@@ -271,27 +277,14 @@ def train(settings: Settings) -> int:
         heartbeat.at(f"locking {folder}")
         run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
         run = setup(settings, device, heartbeat)
-        return 0 if is_finished(run, folder) else loop(run, folder)
-
-
-def is_finished(run: Run, folder: Path) -> bool:
-    """Whether nothing is left to train. Raises SettingError if the folder holds another run."""
-    if run.step < run.settings.training.train_iters:
-        if run.changed:
-            log_warnings([f"settings changed since the checkpoint: {'; '.join(run.changed)}"])
-        return False
-    check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
-    logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    finish_ending(folder, run.settings.training.save_total_limit)
-    return True
+        return 0 if is_finished(settings, run.step, run.steps, run.changed) else loop(run, folder)
 
 
 def loop(run: Run, folder: Path) -> int:
     """Train to the end, or until a stop signal: then save at the next log step. The exit code."""
     t, groups = run.settings.training, list(run.gradients.groups)
     first, began = run.step + 1, time.perf_counter()
-    first_due = run.step - run.step % t.save_interval + t.save_interval if t.save_interval else t.train_iters
-    in_background = t.async_save and first_due < t.train_iters
+    in_background = t.async_save and len(save_steps(t, run.step, run.steps)) > 1
     if run.validation:
         run.validation.set.start()
     with (
@@ -305,29 +298,34 @@ def loop(run: Run, folder: Path) -> int:
         dist.barrier()
         if t.profile.steps:
             logger.info(profile.plan(run.step))
-        metrics = Metrics(folder, groups, t.train_iters, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
+        metrics = Metrics(folder, groups, run.steps, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
         is_stopping = False
-        while run.step < t.train_iters and not is_stopping:
+        while run.step < run.steps and not is_stopping:
             start = time.perf_counter()
             profile.before(run.step + 1)
             run.beat("waiting for its data")
             batches = list(islice(run.micro_batches, t.gradient_accumulation_steps))
-            metrics.record(train_step(run, batches, learning_rate(run.step, t), time.perf_counter() - start))
+            metrics.record(train_step(run, batches, learning_rate(run.step, t, run.steps), time.perf_counter() - start))
             saver.check()
             profile.after(run.step)
-            is_save_due = run.step == t.train_iters or bool(t.save_interval and run.step % t.save_interval == 0)
-            validation = run.validation if run.validation and run.validation.is_due(run.step) else None
-            if is_save_due or validation or run.step % t.log_interval == 0:
+            is_save_due = bool(t.save_interval and run.step % t.save_interval == 0)
+            validation = run.validation if run.validation and run.validation.is_due(run.step, run.steps) else None
+            if is_save_due or validation or run.step == run.steps or run.step % t.log_interval == 0:
                 run.heartbeat.at(f"step {run.step}: waiting for the device and the other ranks' metrics")
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.number is not None)
-            if validation and (not is_stopping or run.step == t.train_iters):
-                metrics.log_validation(*validation.run(run.model, run.heartbeat, run.step))
-            if is_save_due or is_stopping:
-                is_last = is_stopping or run.step == t.train_iters
+            if validation and (not is_stopping or run.step == run.steps):
+                found, messages = validation.run(run.model, run.heartbeat, run.step)
+                metrics.log_validation(found, messages)
+                run.best.add(run.step, found)
+                run.steps = end_step(run.best, run.step, run.steps, t.early_stopping_patience)
+            is_best = t.save_best is not None and run.best.step == run.step
+            is_last = is_stopping or run.step == run.steps
+            if is_save_due or is_best or is_last:
                 if is_last:
                     run.stop_loading()
                 run.heartbeat.at(f"step {run.step}: saving the checkpoint")
-                waited = saver.save(run.step, run.extra, rng_states(run.device), is_last)
+                extra = run.extra | run.best.extra()
+                waited = saver.save(run.step, extra, rng_states(run.device), is_last, is_best)
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
@@ -335,8 +333,9 @@ def loop(run: Run, folder: Path) -> int:
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)
-    logger.info(end_message(run.settings, steps, time.perf_counter() - began, saver.saves, saver.stalled))
-    return stop_code(stop.number) if run.step < t.train_iters else 0
+    seconds, best = time.perf_counter() - began, run.best.message(t.save) if t.save_best else ""
+    logger.info(end_message(run.settings, steps, run.steps, seconds, saver.saves, saver.stalled, best))
+    return stop_code(stop.number) if run.step < run.steps else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qwen35.checkpoint.dcp import training_state, write_shards
-from qwen35.checkpoint.dcp_folder import keep_newest
+from qwen35.checkpoint.dcp_folder import keep_newest, write_best
 from qwen35.checkpoint.dcp_write import local_shards, run_sharing_errors
 from qwen35.checkpoint.slices import LocalShard
 from qwen35.device import host_buffer, host_group, is_peer_failure, synchronize
@@ -67,19 +67,27 @@ class Saver:
         self.check()
         return time.perf_counter() - start if running else 0.0
 
-    def save(self, step: int, extra: Mapping[str, Any], rank_extra: Mapping[str, Any], is_last: bool = False) -> float:
+    def save(
+        self,
+        step: int,
+        extra: Mapping[str, Any],
+        rank_extra: Mapping[str, Any],
+        is_last: bool = False,
+        is_best: bool = False,
+    ) -> float:
         """Save `iter_<step>`. Returns the seconds that it waited for the previous save.
 
-        is_last: save in the foreground and without a copy, since no step follows. Raises
-        CheckpointError.
+        is_last: save in the foreground and without a copy, since no step follows. is_best: name it
+        as the best validation's. Raises CheckpointError.
         """
         start = time.perf_counter()
         waited = self.finish()
         shards = local_shards(training_state(self.model, self.optimizer))
         if self.background and not is_last:
-            self._jobs.append(self._thread.submit(self._write, step, self._copy_to_host(shards), extra, rank_extra))
+            copies = self._copy_to_host(shards)
+            self._jobs.append(self._thread.submit(self._write, step, copies, extra, rank_extra, is_best))
         else:
-            self._write(step, shards, extra, rank_extra)
+            self._write(step, shards, extra, rank_extra, is_best)
         if not is_last:
             self.saves, self.stalled = self.saves + 1, self.stalled + time.perf_counter() - start
         return waited
@@ -101,9 +109,17 @@ class Saver:
         return copies
 
     def _write(
-        self, step: int, shards: Mapping[str, LocalShard], extra: Mapping[str, Any], rank_extra: Mapping[str, Any]
+        self,
+        step: int,
+        shards: Mapping[str, LocalShard],
+        extra: Mapping[str, Any],
+        rank_extra: Mapping[str, Any],
+        is_best: bool,
     ) -> None:
         write_shards(self.folder, step, shards, extra, rank_extra, self._group)
+        if is_best:
+            name = (lambda: write_best(self.folder, step)) if self._is_first else (lambda: None)
+            run_sharing_errors(name, self._group, f"{self.folder}: the best checkpoint cannot be named")
         if (limit := self.limit) is not None:
             remove = (lambda: keep_newest(self.folder, limit)) if self._is_first else (lambda: None)
             run_sharing_errors(remove, self._group, f"{self.folder}: older checkpoints cannot be removed")

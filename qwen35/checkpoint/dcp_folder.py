@@ -3,8 +3,9 @@
     <folder>/release/                              converted weights
     <folder>/iter_0000100/                         a training run's state after step 100
     <folder>/latest_checkpointed_iteration.txt     `release` or `100`, for other programs
+    <folder>/best_checkpointed_iteration.txt       `100`: the best validation's, never removed
 
-This program does not rely on the last one: it looks for the newest complete checkpoint. A
+This program does not rely on the latest file: it looks for the newest complete checkpoint. A
 checkpoint is written as `<name>.tmp` and then renamed. The last file in it, complete.json, lists
 every file with its size, and those without tensors with their checksums (tensors.json has those of
 tensors). A folder that lacks one of these files was interrupted and is never chosen. One that
@@ -30,6 +31,7 @@ MANIFEST = "complete.json"
 TENSOR_INDEX = "tensors.json"
 METADATA = ".metadata"  # written by DCP; kept open by every process that reads the checkpoint
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 RELEASE = "release"
 MAX_FILE_BYTES = 1 << 30  # of a file without tensors; tensors.json takes 40 bytes for a MiB of tensors
 ITERATION = re.compile(r"iter_([0-9]{7,18})")
@@ -194,10 +196,10 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     return lines
 
 
-def latest(folder: Path) -> str | None:
+def latest(folder: Path, file: str = LATEST) -> str | None:
     """The name of the checkpoint in latest_checkpointed_iteration.txt; None if there is none."""
     try:
-        text = read_text(folder / LATEST, CheckpointError).strip()
+        text = read_text(folder / file, CheckpointError).strip()
     except CheckpointError:
         return None
     return text if text == RELEASE else checkpoint_name(int(text)) if re.fullmatch("[0-9]{1,18}", text) else None
@@ -210,6 +212,14 @@ def stamp(checkpoint: Path) -> dict[str, str]:
 
 def write_latest(folder: Path, step: int | None) -> None:
     write_atomic(folder / LATEST, RELEASE if step is None else str(step))
+
+
+def write_best(folder: Path, step: int | None) -> None:
+    """Name the checkpoint of the best validation, which must be complete; None: there is none."""
+    if step is not None:
+        write_atomic(folder / BEST, str(step))
+    else:
+        (folder / BEST).unlink(missing_ok=True)
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -226,12 +236,13 @@ def find_newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def keep_newest(folder: Path, limit: int) -> None:
-    """Remove a run's complete checkpoints, except the newest `limit` and those being read.
+    """Remove a run's complete checkpoints but the newest `limit`, the best and those being read.
 
     `release` and incomplete ones stay.
     """
+    best = latest(folder, BEST)
     complete = [path for path in _candidates(folder) if path.name != RELEASE and is_complete(path)]
-    for path in complete[limit:]:
+    for path in (path for path in complete[limit:] if path.name != best):
         with removable(path / METADATA) as is_free:
             gone = move_aside(path) if is_free else None
         if gone:  # now that none of its files is open: NFS would keep an open one

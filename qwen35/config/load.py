@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,18 +30,20 @@ SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
 ENABLE_LORA = "training.lora.enable"  # MindSpeed-MM's switch, no setting: the section itself is one
 BASE = "base"  # of a recipe: another one, whose settings hold where it has none of its own
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
+LENGTHS = ("training.train_epochs", "training.train_iters")  # of a run, in one unit or the other
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe and apply `a.b=c` overrides, whose values are YAML. Raises SettingError."""
-    flat = _read_flat(Path(path))
+    flat = _below(_read_flat(Path(path)), {override.partition("=")[0] for override in overrides})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or key.startswith("-"):
             form = f"{override!r} is not of the form a.b=c, e.g. training.train_iters=20"
             raise SettingError(no_option(override) if key.startswith("-") else form)
-        if (parsed := _override(key, value)) in (None, {}):  # for a section it takes all of it away
+        parsed = _override(key, value)
+        if parsed in (None, {}) and not _mapping_of(key):  # of a section it takes all away; a name may begin another
             flat = {k: v for k, v in flat.items() if not k.startswith(key + ".")}
         flat |= _flatten({key: parsed}, key)
     settings = from_flat(flat)
@@ -74,7 +76,13 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
                 f"{path}: {key}: says nothing, while {base} sets {kept}; leave it out to keep what {base} has, or take all of"
                 f" {key} away on the command line: {key}=null"
             )
-    return below | own
+    return _below(below, own) | own
+
+
+def _below(flat: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Settings without the length of the run, if those `given` above them say another."""
+    is_replaced = any(name in given for name in LENGTHS)
+    return {name: value for name, value in flat.items() if not (is_replaced and name in LENGTHS)}
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -160,7 +168,7 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
         if key in SECTIONS:
             advice = f"; {ADVICE.get(key)}" * (key in ADVICE)
             raise SettingError(f"{key}: {value!r} is not a section with settings in it{advice}")
-        if key not in TYPES and key.rpartition(".")[0] not in MAPPINGS:
+        if key not in TYPES and not _mapping_of(key):
             raise SettingError(_unknown(key, TYPES))
     required = ["model", "training", f"{TRAIN_SET}.basic_parameters"]
     if any(key.startswith(f"{VALIDATION_SET}.") for key in flat):
@@ -172,8 +180,8 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     for section in required:
         _branch(tree, section)
     for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        _branch(tree, section)[name] = value
+        section = _mapping_of(key) or key.rpartition(".")[0]
+        _branch(tree, section)[key[len(section) + 1 :]] = value
     try:
         settings = SCHEMA.validate_python(tree)
     except ValidationError as error:
@@ -181,6 +189,11 @@ def from_flat(flat: Mapping[str, Any]) -> Settings:
     for key, value in flat.items():
         _check_value(key, value)
     return settings
+
+
+def _mapping_of(key: str) -> str | None:
+    """The mapping that a name, which may have dots of its own, is in."""
+    return next((name for name in MAPPINGS if key.startswith(f"{name}.")), None)
 
 
 def _branch(tree: dict[str, Any], path: str) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def _validation_rules(s: Settings) -> Iterator[str]:
         yield "data.val_dataset_param means nothing without training.val_interval; set that, or leave it out"
     if t.val_generate and not t.val_interval:
         yield "training.val_generate means nothing without training.val_interval; set that, or leave it out"
+    for name in ("save_best", "early_stopping_patience"):
+        if getattr(t, name) and not t.val_interval:
+            yield f"training.{name} means nothing without training.val_interval; set that, or leave it out"
+    if t.save_best == "exact_match" and not t.val_generate:
+        yield "training.save_best: exact_match compares answers; set training.val_generate: true, or compare by loss"
     if val and any(entry.weight != 1 for entry in dataset_entries(val.basic_parameters.dataset)):
         yield "data.val_dataset_param: a validation takes each record once; leave the weights out"
     if s.validation:
@@ -55,6 +60,10 @@ def _validation_rules(s: Settings) -> Iterator[str]:
 def _training_rules(s: Settings) -> Iterator[str]:
     t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
     cutoff_len = max(param.basic_parameters.cutoff_len for param in params)
+    if t.train_iters is None and t.train_epochs is None:
+        yield "training.train_epochs is not set, and neither is train_iters: one of them says how long the run is"
+    if t.train_iters is not None and t.train_epochs is not None:
+        yield "training.train_epochs and training.train_iters both say how long the run is; set one"
     if t.min_lr > t.lr:
         yield f"training.min_lr {t.min_lr} is above training.lr {t.lr}"
     if t.min_lr and t.lr_decay_style == "constant":
@@ -102,19 +111,25 @@ def _lora_rules(s: Settings) -> Iterator[str]:
 
 
 def _profile_rules(s: Settings) -> Iterator[str]:
-    p, steps = s.training.profile, s.training.train_iters
+    p = s.training.profile
     if not p.steps and p != ProfileSettings():
         yield "training.profile means nothing without training.profile.steps; set that, or leave it out"
     if not p.steps:
         return
-    if p.start + p.steps - 1 > steps:
-        last = p.start + p.steps - 1
-        yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of training.train_iters"
+    if s.training.train_iters:  # else the data tells
+        yield from profile_rule(p, s.training.train_iters, "training.train_iters")
     if not p.ranks:
         yield "training.profile.ranks: [] must name at least one rank"
     parts = Path(p.folder).parts
     if not parts or Path(p.folder).is_absolute() or ".." in parts or CHECKPOINT_NAME.match(parts[0]):
         yield f"training.profile.folder: {p.folder} must be a folder below training.save, and not a checkpoint's"
+
+
+def profile_rule(p: ProfileSettings, steps: int, setting: str) -> Iterator[str]:
+    """setting: the one that gives the run so many steps."""
+    last = p.start + p.steps - 1
+    if p.steps and last > steps:
+        yield f"training.profile: steps {p.start} to {last} are not all among the {steps} of {setting}"
 
 
 def _folders_rules(s: Settings) -> Iterator[str]:

@@ -228,8 +228,11 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    train_iters: PositiveInt  # optimizer steps of the whole run
     save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
+    # passes over the data, for the whole run; 0.5: half of one. Each epoch ends with a step of its
+    # own, of what is left of it; give this or train_iters, of which an override replaces the other
+    train_epochs: PositiveFloat | None = None
+    train_iters: PositiveInt | None = None  # optimizer steps of the whole run, in place of train_epochs
     micro_batch_size: PositiveInt = 1  # packed sequences of cutoff_len tokens per rank and micro-step
     gradient_accumulation_steps: PositiveInt = 1  # micro-steps per optimizer step
     # adamw_swap: AdamW's two moments (8 bytes per parameter) stay in the host's memory and are
@@ -237,15 +240,21 @@ class TrainingSettings:
     optimizer: Literal["adamw", "adamw_swap"] = "adamw"
     lr: PositiveFloat = 1e-5  # peak learning rate
     min_lr: NonNegativeFloat = 0.0  # learning rate at the end of the decay
+    # factors of the learning rate, of min_lr too, for parts named as in model.freeze; of several
+    # that name a parameter the last counts: {model.visual: 0.1, model.visual.merger: 1}
+    lr_by_module: Mapping[str, PositiveFloat] = field(default_factory=dict)
     # shape of the decay from lr to min_lr after the warm-up; constant: no decay
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
-    lr_warmup_ratio: Fraction = 0.1  # share of train_iters over which the learning rate rises to lr
+    lr_warmup_ratio: Fraction = 0.1  # share of the run's steps over which the learning rate rises to lr
     # AdamW's weight decay of matrices; vectors (norms, biases, gates) never decay
     weight_decay: NonNegativeFloat = 0.0
     adam_beta1: Fraction = 0.9  # AdamW's decay rate of the first moment
     adam_beta2: Fraction = 0.95  # AdamW's decay rate of the second moment
     adam_eps: PositiveFloat = 1e-8  # AdamW's epsilon
     clip_grad: NonNegativeFloat = 1.0  # largest global gradient norm; 0: no clipping
+    # NEFTune: noise on the embeddings of text in training, uniform up to this / sqrt(tokens of the
+    # sample x hidden size), e.g. 5; default: none
+    neftune_noise_alpha: PositiveFloat | None = None
     # of the arithmetic, also as bfloat16, float32; weights, gradient sums, optimizer stay in fp32
     dtype: Dtype = "bf16"
     seed: NonNegativeInt = 42  # seed of the order of the data and of all random numbers
@@ -257,11 +266,18 @@ class TrainingSettings:
     # number of checkpoints to keep, the newest; older ones are removed once a new one is complete,
     # but not release/ nor one that is being read; default: all
     save_total_limit: PositiveInt | None = None
+    # beside those of save_total_limit keep the checkpoint with the best validation, by val_loss or
+    # val_exact_match: a validation that is better than all before is saved too, whatever
+    # save_interval says, and named in best_checkpointed_iteration.txt; default: none
+    save_best: Literal["loss", "exact_match"] | None = None
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
     async_save: StrictBool = True
     # steps between validations on data.val_dataset_param, with one after the last; default: none
     val_interval: PositiveInt | None = None
+    # end the run after so many validations in a row that are not better than the best one, by the
+    # figure of save_best, else by val_loss; default: none
+    early_stopping_patience: PositiveInt | None = None
     # also have the model answer the validation records, and log the share of exact matches; each
     # device then holds an unsharded copy of the model during validation
     val_generate: StrictBool = False

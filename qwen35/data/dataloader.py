@@ -38,7 +38,8 @@ class MicroBatches:
 
     Micro-step a of step s takes on rank r the B packed sequences from ((s*A + a)*R + r)*B on, where
     A = gradient_accumulation_steps, R = world_size and B = micro_batch_size. So resuming needs only
-    the step's number.
+    the step's number. With train_epochs each epoch ends with a step, which empty packed sequences
+    fill up: so each epoch shows each sample once, and a run of more epochs goes on where one ended.
     Raises SettingError, and RecordError for an unusable record (while iterating: a damaged image).
     """
 
@@ -87,6 +88,7 @@ class MicroBatches:
         self.real_share = self.tokens_per_epoch / (self.sequences_per_epoch * basic.cutoff_len)
         self._rank = (rank, world_size, training.micro_batch_size)
         self._micro_steps = training.gradient_accumulation_steps
+        self._fill = world_size * training.micro_batch_size * self._micro_steps if training.train_epochs else 1
         self.start_at(start_step)
         self._batches = DecodedBatches(self.dataset, loader.patch_bucket)
         self._workers, self._pin = loader.num_workers, pin
@@ -140,7 +142,7 @@ class MicroBatches:
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        order = self.packed_sequences.micro_batches(*self._rank, self._start)
+        order = self.packed_sequences.micro_batches(*self._rank, self._start, self._fill)
         for batch in background_loader(self._batches, order, self._workers, self._pin):
             if isinstance(batch, UserError):
                 raise batch

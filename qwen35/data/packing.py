@@ -3,6 +3,7 @@
 Packing and order depend on lengths, seed and epoch alone. The algorithm calls a sequence a bin.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 
@@ -110,18 +111,32 @@ class PackedSequences:
             self._last = epoch, self._pack(epoch)
         return self._last[1]
 
+    def _filled(self, epoch: int, fill: int) -> list[list[int]]:
+        packed = self.epoch(epoch)
+        return packed + [[]] * (-len(packed) % fill)
+
     def _pack(self, epoch: int) -> list[list[int]]:
         members = np.arange(len(self.lengths)) if self._members is None else self._members(epoch)
         bins = pack_epoch(self.lengths[members], self.cutoff_len, self.seed, epoch, self.shuffle)
         return [members[samples].tolist() for samples in bins]
 
-    def micro_batches(self, rank: int, world_size: int, size: int, start: int = 0) -> Iterator[list[list[int]]]:
+    def steps(self, epochs: float, per_step: int) -> int:
+        """Steps of `per_step` packed sequences in so many epochs, each of which ends one."""
+        whole, part = divmod(epochs, 1)
+        steps = [-(-len(self.epoch(epoch)) // per_step) for epoch in range(math.ceil(epochs))]
+        # what floats add to 0.1 * 10 is no step more
+        return sum(steps[: int(whole)]) + (max(1, math.ceil(part * steps[-1] - 1e-6)) if part else 0)
+
+    def micro_batches(
+        self, rank: int, world_size: int, size: int, start: int = 0, fill: int = 1
+    ) -> Iterator[list[list[int]]]:
         """A rank's endless micro-batches, each of `size` packed sequences, from number `start` on.
 
         Micro-batches are counted over all micro-steps of a run. Number m takes, on rank r, the
-        `size` packed sequences from (m * world_size + r) * size on.
+        `size` packed sequences from (m * world_size + r) * size on. Empty ones fill up each epoch
+        to a multiple of `fill`.
         """
-        epoch, first, packed = 0, 0, self.epoch(0)  # first: the number of the epoch's first packed sequence
+        epoch, first, packed = 0, 0, self._filled(0, fill)  # first: the number of the epoch's first packed sequence
         for micro_batch in count(start):
             begin = (micro_batch * world_size + rank) * size
             chosen = []
@@ -129,6 +144,6 @@ class PackedSequences:
                 while number >= first + len(packed):
                     first += len(packed)
                     epoch += 1
-                    packed = self.epoch(epoch)
+                    packed = self._filled(epoch, fill)
                 chosen.append(packed[number - first])
             yield chosen

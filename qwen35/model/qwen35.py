@@ -154,11 +154,13 @@ class Backbone(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """-> [T, H], token embeddings, those of image tokens replaced by image features"""
-        if self.visual is None:
-            return self.language_model.embed_tokens(batch.input_ids)
-        assert batch.vision and batch.vision_index is not None and batch.vision_token is not None  # by derive()
-        features = self.visual(batch.pixel_values, batch.vision)
+        features = None if self.visual is None else self.visual(batch.pixel_values, batch.vision)
         x = self.language_model.embed_tokens(batch.input_ids)
+        if batch.embedding_noise is not None:
+            x = x + batch.embedding_noise.to(x.dtype)
+        if features is None:
+            return x
+        assert batch.vision_index is not None and batch.vision_token is not None  # by derive()
         return _ScatterFeatures.apply(x, features, batch.vision_index, batch.vision_token)
 
 

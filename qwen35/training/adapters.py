@@ -11,19 +11,21 @@ from qwen35.config.schema import LoraSettings, Settings
 from qwen35.errors import SettingError
 from qwen35.model import Qwen35
 from qwen35.model.lora import LoraError, LoraSpec, adapted_by, add_adapters, initial_adapter, is_adapter
-from qwen35.training.parameter_groups import freeze
+from qwen35.training.parameter_groups import chosen_patterns, freeze
 
 TOGETHER = ("in_proj_qkv", "in_proj_z"), ("experts.gate_up_proj", "experts.down_proj")  # as vLLM wants them
 
 
 def choose_trained(model: Qwen35, settings: Settings) -> None:
     """Make a plain model train what the settings say: all, a part, or adapters. SettingError."""
-    if not settings.training.lora:
-        return freeze(model, settings.model.freeze)
-    try:
-        add_adapters(model, lora_spec(settings.training.lora))
-    except LoraError as error:
-        raise SettingError(f"training.lora: {error}") from None
+    if settings.training.lora:
+        try:
+            add_adapters(model, lora_spec(settings.training.lora))
+        except LoraError as error:
+            raise SettingError(f"training.lora: {error}") from None
+    else:
+        freeze(model, settings.model.freeze)
+    chosen_patterns(model, settings.training.lr_by_module)  # a wrong one is found at once
 
 
 def lora_spec(lora: LoraSettings) -> LoraSpec:

@@ -10,37 +10,70 @@ from torch.distributed.tensor import DTensor
 
 from qwen35.config.schema import TrainingSettings
 from qwen35.training.adamw import AdamW, SwappedAdamW, local
-from qwen35.training.parameter_groups import by_module, group_of
+from qwen35.training.parameter_groups import by_module, chosen_patterns, group_of
 
 
 def make_optimizer(model: nn.Module, t: TrainingSettings) -> AdamW:
     """AdamW over the trained parameters; vectors (norms, biases, gates) have no weight decay.
 
     The vision tower has its own parameter groups ("visual": True), which skip steps without images;
-    the others skip those without tokens.
+    the others skip those without tokens. So has each pattern of lr_by_module.
     """
-    by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    chosen = chosen_patterns(model, t.lr_by_module)
+    by_kind: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            by_kind.setdefault((group_of(name).startswith("visual"), p.ndim > 1), []).append(p)
+            kind = chosen.get(name, ""), group_of(name).startswith("visual"), p.ndim > 1
+            by_kind.setdefault(kind, []).append(p)
     groups = [
-        {"params": parameters, "weight_decay": t.weight_decay if is_matrix else 0.0, "visual": visual}
-        for (visual, is_matrix), parameters in by_kind.items()
+        {
+            "params": parameters,
+            "weight_decay": t.weight_decay if is_matrix else 0.0,
+            "visual": visual,
+            "pattern": pattern,
+            "lr_factor": t.lr_by_module.get(pattern, 1.0),
+        }
+        for (pattern, visual, is_matrix), parameters in by_kind.items()
     ]
     options: dict[str, Any] = {"lr": t.lr, "betas": (t.adam_beta1, t.adam_beta2), "eps": t.adam_eps}
     return (SwappedAdamW if t.optimizer == "adamw_swap" else AdamW)(groups, **options)
 
 
-def learning_rate(step: int, t: TrainingSettings) -> float:
-    """For steps 0 to train_iters - 1: linear warm-up, then constant, linear or cosine to min_lr."""
-    warmup = round(t.lr_warmup_ratio * t.train_iters)
+def group_table(optimizer: AdamW, lr: float) -> str:
+    """The optimizer's groups, with the peak of each one's learning rate, and its weight decay."""
+    rows: dict[tuple[str, float, float], int] = {}
+    for group in optimizer.param_groups:
+        name = group["pattern"] or ("others" if any(g["pattern"] for g in optimizer.param_groups) else "all")
+        key = name, lr * group["lr_factor"], group["weight_decay"]
+        rows[key] = rows.get(key, 0) + sum(p.numel() for p in group["params"])
+    width = max(16, *(len(name) for name, *_ in rows))
+    lines = [f"{'learning rates':{width}}{'trained':>16}{'lr':>16}{'weight decay':>16}"]
+    lines += [f"{name:{width}}{n:>16,}{rate:>16.3g}{decay:>16g}" for (name, rate, decay), n in rows.items()]
+    return "\n".join(lines)
+
+
+def learning_rate(step: int, t: TrainingSettings, steps: int) -> float:
+    """For steps 0 to `steps` - 1: linear warm-up, then constant, linear or cosine to min_lr."""
+    warmup = round(t.lr_warmup_ratio * steps)
     if step < warmup:
         return t.lr * (step + 1) / warmup
     if t.lr_decay_style == "constant":
         return t.lr
-    done = (step - warmup) / max(1, t.train_iters - warmup)
+    done = (step - warmup) / max(1, steps - warmup)
     remaining = 1 - done if t.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
     return t.min_lr + (t.lr - t.min_lr) * remaining
+
+
+def prepare_step(optimizer: AdamW, lr: float, tokens: int, images: int, step_counters: Tensor) -> None:
+    """Tell each group its learning rate, and whether it skips the step.
+
+    tokens, images: this rank's. step_counters [6]: sums over the ranks, on the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+        # True on the device: no rank has tokens for this part, so it skips the step. None: no skip.
+        place, own = (5, images) if group["visual"] else (3, tokens)
+        group["skip"] = None if own else step_counters[place] == 0
 
 
 class GradientNorm:

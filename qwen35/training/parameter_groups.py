@@ -39,15 +39,37 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     pattern that matches nothing.
     """
     for pattern in patterns:
-        levels = pattern.replace("{*}", "*").split(".")
-        matching = [p for name, p in model.named_parameters() if _matches(name.split("."), levels)]
-        if not matching:
-            names = ", ".join(n for n, _ in model.named_modules() if n and n.count(".") <= 1)
-            raise SettingError(f"model.freeze: {pattern} matches no module; there are {names}, …")
-        for parameter in matching:
+        for _, parameter in _matching(model, pattern, "model.freeze"):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingError(f"model.freeze: {', '.join(patterns)} leave nothing to train")
+
+
+def chosen_patterns(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
+    """Trained parameter -> the last of the patterns of training.lr_by_module that names it.
+
+    Raises SettingError for a pattern without effect.
+    """
+    setting, chosen = "training.lr_by_module", dict[str, str]()
+    patterns = list(patterns)
+    for pattern in patterns:
+        trained = [name for name, p in _matching(model, pattern, setting) if p.requires_grad]
+        if not trained:
+            raise SettingError(f"{setting}: {pattern} matches nothing that is trained; leave it out")
+        chosen |= dict.fromkeys(trained, pattern)
+    for pattern in patterns:
+        if pattern not in chosen.values():
+            raise SettingError(f"{setting}: {pattern}: later patterns match all that it does; put it after them")
+    return chosen
+
+
+def _matching(model: nn.Module, pattern: str, setting: str) -> list[tuple[str, nn.Parameter]]:
+    levels = pattern.replace("{*}", "*").split(".")
+    matching = [(name, p) for name, p in model.named_parameters() if _matches(name.split("."), levels)]
+    if not matching:
+        names = ", ".join(n for n, _ in model.named_modules() if n and n.count(".") <= 1)
+        raise SettingError(f"{setting}: {pattern} matches no module; there are {names}, …")
+    return matching
 
 
 def _matches(name: list[str], levels: list[str]) -> bool:

@@ -1,27 +1,31 @@
 """What must not have changed when a run goes on from a checkpoint, and the random states."""
 
-import itertools
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen35.checkpoint import dcp_folder
 from qwen35.checkpoint.dcp import EXTRA, RANK_EXTRA, CheckpointInfo, read_info
 from qwen35.checkpoint.dcp_folder import ITERATION, damaged, keep_newest, newest_checkpoint
+from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.checkpoint.folders import remove_leftovers
-from qwen35.config.load import SettingError, difference, load_settings
+from qwen35.checkpoint.hf_names import saved_parameters
+from qwen35.config.load import LENGTHS, SettingError, difference, load_settings
 from qwen35.config.schema import Settings, TrainingSettings
+from qwen35.data import MicroBatches
 from qwen35.device import device_rng_state, set_device_rng_state
+from qwen35.log import log_warnings, logger
 from qwen35.model.config import ModelConfig, differences
 from qwen35.training.metrics import RunError, draw_loss
 from qwen35.wording import number_of
@@ -29,10 +33,12 @@ from qwen35.wording import number_of
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
+    "training.save_best", "training.early_stopping_patience",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
 )  # fmt: skip
+UNFILLED = "unfilled_steps"  # in extra.json: the first epoch's steps without empty packed sequences
 # what `restore_rng` raises for states that are damaged
 BROKEN_STATES = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 START_ANEW = "start anew from its weights: make export, then training.init_from_hf_path and another save"
@@ -47,9 +53,7 @@ def repair_save_folder(folder: Path) -> list[str]:
     lines = remove_leftovers(folder, ITERATION)
     newest, broken = dcp_folder.find_newest(folder)
     for path, why in broken:
-        aside = next(
-            p for n in itertools.count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists()
-        )
+        aside = next(p for n in count() if not (p := path.with_name(f"{path.name}.damaged{n or ''}")).exists())
         path.rename(aside)
         lines.append(f"{path} is incomplete ({why}): renamed to {aside.name}, and the run goes on from {newest}")
     if newest and ITERATION.fullmatch(newest.name) and dcp_folder.latest(folder) != newest.name:
@@ -71,21 +75,22 @@ def check_same_data(fingerprint: str) -> None:
         )
 
 
-def make_extra(
-    settings: Settings, config: ModelConfig, fingerprint: str, levels: Mapping[str, Any], world: int | None = None
-) -> dict[str, Any]:
+def make_extra(settings: Settings, config: ModelConfig, data: MicroBatches, world: int | None = None) -> dict[str, Any]:
     """The contents of a checkpoint's extra.json: what must not change for the run to go on.
 
     As long as the number of packed sequences per step stays the same, a step trains on the same
-    ones, however they are split over ranks and micro-steps.
+    ones, however they are split over ranks and micro-steps. Where epochs end with a step, only the
+    first steps are those of a run by train_iters: so many.
     """
-    return {
-        "bins_a_step": sequences_per_step(settings, world),
-        "data": fingerprint,
+    per_step = sequences_per_step(settings, world)
+    extra = {
+        "bins_a_step": per_step,
+        "data": data.fingerprint,
         "model": asdict(config),
-        "levels": dict(levels),
+        "levels": dict(data.normalization),
         "mtp_num_layers": settings.model.mtp_num_layers,
     }
+    return extra | ({UNFILLED: data.sequences_per_epoch // per_step} if settings.training.train_epochs else {})
 
 
 def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device) -> CheckpointInfo:
@@ -110,8 +115,8 @@ def read_checked_info(checkpoint: Path, settings: Settings, device: torch.device
 
 def check_info(loaded: CheckpointInfo, settings: Settings, world: int) -> None:
     """Raises CheckpointError, SettingError if these settings cannot continue a run's checkpoint."""
-    found = {"model": {}, "levels": {}} | loaded.extra  # checkpoints of before have neither
-    for name, kind in (("bins_a_step", int), ("data", str), ("model", dict), ("levels", dict)):
+    found = {"model": {}, "levels": {}, UNFILLED: 0} | loaded.extra  # checkpoints of before have none of these
+    for name, kind in (("bins_a_step", int), ("data", str), ("model", dict), ("levels", dict), (UNFILLED, int)):
         if type(found.get(name)) is not kind:
             raise damaged(loaded.path, EXTRA, f"does not hold {name} as a run writes it")
     if loaded.extra.get("mtp_num_layers") and not settings.model.mtp_num_layers:
@@ -140,6 +145,13 @@ def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Setting
     if changed := differences(loaded.extra.get("levels", {}), extra["levels"]):
         what = f"with other images or videos, or another normalization of pixels ({'; '.join(changed)})"
         raise SettingError(f"{loaded.path} was trained {what}; undo the change, or {START_ANEW}")
+    before, now = loaded.extra.get(UNFILLED), extra.get(UNFILLED)
+    if (before is None) != (now is None) and (loaded.step or 0) > (now if before is None else before):
+        old, new = LENGTHS if now is None else LENGTHS[::-1]
+        raise SettingError(
+            f"{loaded.path} was trained by {old}, and after its first epoch the steps of {new} hold other packed sequences:"
+            f" an epoch of train_epochs ends with a step; set {old}, or {START_ANEW}"
+        )
 
 
 def sequences_per_step(settings: Settings, world: int | None = None) -> int:
@@ -148,33 +160,53 @@ def sequences_per_step(settings: Settings, world: int | None = None) -> int:
     return t.micro_batch_size * t.gradient_accumulation_steps * data_size
 
 
-def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int) -> str:
+def check_disk(t: TrainingSettings, parameters: Iterable[Tensor], step: int, steps: int | None) -> str:
     """What the checkpoints after `step` take on the disk of the save folder, which may not exist.
 
+    steps: those of the run; None: as many as the data make of train_epochs, with one checkpoint.
     A checkpoint holds `parameters` and, of those that are trained, AdamW's two moments, in fp32.
-    With save_total_limit there is one more while the oldest waits for the new one to be complete.
+    With save_total_limit there is one more while the oldest waits for the new one to be complete,
+    and with save_best the best. Each validation may be the best.
     Raises CheckpointError if they do not fit, or if the folder cannot be written.
     """
     folder = Path(t.save).absolute()
     size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters)
-    interval = t.save_interval or t.train_iters
-    saves = t.train_iters // interval - step // interval + (t.train_iters % interval > 0)
-    saves *= step < t.train_iters
+    saves = len(save_steps(t, step, steps)) if steps else 1
     if t.save_total_limit is not None:
         kept = sum(ITERATION.fullmatch(path.name) is not None for path in folder.glob("iter_*"))
-        saves = min(saves, max(1, t.save_total_limit + 1 - kept))
+        saves = min(saves, max(1, t.save_total_limit + 1 + bool(t.save_best) - kept))
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         why = "cannot be written by this user" if existing.is_dir() else "is not a folder"
         raise CheckpointError(f"training.save: {t.save}: {existing} {why}; name another folder")
     free = shutil.disk_usage(existing).free
-    room = f"{number_of(saves, 'checkpoint')} of {size:,} bytes, and {free:,} are free on that disk"
+    least = "" if steps else "at least "
+    room = f"{least}{number_of(saves, 'checkpoint')} of {size:,} bytes, and {free:,} are free on that disk"
     if free < saves * size:
         raise CheckpointError(
             f"training.save: {t.save}: this run needs {saves * size:,} bytes for {room}; free some space, name another"
             " folder, or keep fewer (training.save_total_limit, training.save_interval)"
         )
     return room
+
+
+def save_steps(t: TrainingSettings, step: int, steps: int) -> set[int]:
+    """The steps after `step` at which a run may save, the last of its `steps` too."""
+    intervals = (t.save_interval, t.save_best and t.val_interval)
+    due = (range(step - step % every + every, steps, every) for every in intervals if every)
+    return {*chain.from_iterable(due), *range(max(step + 1, steps), steps + 1)}
+
+
+def check_room(settings: Settings, model: nn.Module, step: int, steps: int | None) -> str:
+    """`check_disk` on rank 0, whose error all raise. The line that a run starts with there."""
+    t, rooms = settings.training, []
+
+    def check() -> None:
+        if dist.get_rank() == 0:
+            rooms.append(check_disk(t, saved_parameters(model).values(), step, steps))
+
+    run_sharing_errors(check, None, t.save)
+    return f"{t.save} takes {rooms[0]}" if rooms else ""
 
 
 def changes(folder: Path, settings: Settings) -> list[str]:
@@ -193,16 +225,34 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
 
     Without a checkpoint it does not: training.load has done all the steps elsewhere.
     """
+    t = settings.training
+    length, value = (LENGTHS[0], t.train_epochs) if t.train_epochs else (LENGTHS[1], t.train_iters)
     if newest_checkpoint(folder) is None:
         raise SettingError(
-            f"training.load: {settings.training.load} has done {step} steps, and training.train_iters is "
-            f"{settings.training.train_iters}; raise it to go on from there, or {START_ANEW}"
+            f"training.load: {t.load} has done {step} steps, and {length} is {value}; raise it to go on from there, or "
+            f"{START_ANEW}"
         )
     if changed := relevant(changed):
         raise SettingError(
             f"{folder} holds {step} steps of other settings ({'; '.join(changed)}); name another training.save, or go on"
-            " with a larger training.train_iters"
+            f" with a larger {length}"
         )
+
+
+def is_finished(settings: Settings, step: int, steps: int, changed: list[str]) -> bool:
+    """Whether nothing is left to train. Raises SettingError if the save folder holds another run.
+
+    changed: the settings that differ from those of the checkpoint.
+    """
+    if step < steps:
+        if changed:
+            log_warnings([f"settings changed since the checkpoint: {'; '.join(changed)}"])
+        return False
+    folder = Path(settings.training.save)
+    check_finished(folder, step, changes(folder, settings) if step else [], settings)
+    logger.info(f"{folder} has done all its {step} steps: nothing left to train")
+    finish_ending(folder, settings.training.save_total_limit)
+    return True
 
 
 def finish_ending(folder: Path, limit: int | None) -> None:

@@ -29,23 +29,29 @@ def start_message(settings: Settings, device: torch.device, layout: object, mode
     )
 
 
-def steps_message(settings: Settings, done: int, steps_per_epoch: float) -> str:
-    cutoff, last = settings.data.dataset_param.basic_parameters.cutoff_len, settings.training.train_iters
+def steps_message(settings: Settings, done: int, last: int, steps_per_epoch: float) -> str:
+    cutoff = settings.data.dataset_param.basic_parameters.cutoff_len
     sequences = number_of(sequences_per_step(settings), "packed sequence")
     epochs = f"{last / steps_per_epoch:,.2f} epochs in all, {steps_per_epoch:,.1f} steps each"
-    return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {last}: {epochs}"
+    end = "; the last step of each takes what is left" if settings.training.train_epochs else ""
+    return f"{sequences} of {cutoff} tokens per step, steps {done + 1} to {last}: {epochs}{end}"
 
 
-def end_message(settings: Settings, steps: range, seconds: float, saves: int, waited: float) -> str:
+def end_message(
+    settings: Settings, steps: range, total: int, seconds: float, saves: int, waited: float, best: str = ""
+) -> str:
     """What was done, how long it took, and what to do next.
 
-    saves: number of checkpoints between steps, for which training waited so many seconds in all.
+    steps: those done now; total: those of the whole run; saves: number of checkpoints between
+    steps, for which training waited so many seconds in all; best: a line on the best checkpoint.
     """
     t, lines, last = settings.training, [], steps.stop - 1
     if saves:
         lines.append(f"checkpoints between steps: {saves}; training waited {waited:.2f} s for them in all")
-    if last < t.train_iters:
-        lines.append(f"stopped and saved after step {last} of {t.train_iters}; the same command goes on from there")
+    if best:
+        lines.append(best)
+    if last < total:
+        lines.append(f"stopped and saved after step {last} of {total}; the same command goes on from there")
         return "\n".join([*lines, f"{number_of(len(steps), 'step')} took {duration(seconds)}"])
     val, folder, hf = settings.data.val_dataset_param, quote(t.save), quote(settings.model.model_name_or_path)
     files = [entry.file for entry in dataset_entries(val.basic_parameters.dataset)] if val else ["FILE"]

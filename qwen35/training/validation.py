@@ -54,13 +54,14 @@ class Validation:
             rank, ranks = meshes.data_rank, meshes.data_size
             self.set = ValidationSet(settings, rank, ranks, progress, has_own_memory(device), train_set)
             self.groups = self.set.records_for_generation(progress) if settings.training.val_generate else []
+            if settings.training.save_best == "exact_match" and not self.groups:
+                raise SettingError("training.save_best: exact_match: all validation records are longer than cutoff_len")
         except (SettingError, RecordError) as error:
             raise type(error)(for_validation(str(error))) from None
 
-    def is_due(self, step: int) -> bool:
-        t = self.settings.training
-        assert t.val_interval is not None
-        return step % t.val_interval == 0 or step == t.train_iters
+    def is_due(self, step: int, steps: int) -> bool:
+        assert self.settings.training.val_interval is not None
+        return step % self.settings.training.val_interval == 0 or step == steps
 
     def report(self, trained: Dataset | None = None) -> str:
         """The line for the start of a run. trained: what it trains on, to compare the samples."""

@@ -152,7 +152,7 @@ def test_written_settings_are_read_back(recipe, tmp_path):
             "data.dataset_param.basic_parameters.template=qwen2",
             "is not one of 'qwen3_vl_nothink', 'qwen3_5' or 'checkpoint'",
         ),
-        ("training={}", "training.train_iters is not set"),
+        ("training={}", "training.save is not set"),
         ("training.lora.lora_alpha=8", "training.lora.r is not set; it has no default"),
         ("training.lora.r=12", "training.lora.r: 12 is no multiple of 8"),
         ("training.lora.rnk=8", "unknown setting training.lora.rnk; did you mean training.lora.r"),
@@ -220,3 +220,42 @@ def test_a_missing_or_broken_recipe(tmp_path):
 def test_a_required_setting():
     with pytest.raises(SettingError, match=r"data\.dataset_param\.basic_parameters\.dataset is not set"):
         from_flat({})
+
+
+def test_a_run_is_as_long_as_one_setting_says(recipe, tmp_path):
+    """Epochs or steps: an override, or a recipe above its base, takes the place of the other."""
+
+    def length(path, *overrides):
+        t = load_settings(path, overrides).training
+        return t.train_epochs, t.train_iters
+
+    own = tmp_path / "own.yaml"
+    own.write_text("base: recipe.yaml\ntraining: {train_epochs: 2}\n")
+    assert length(recipe) == (None, 10) and length(own) == (2.0, None)
+    assert length(own, "training.train_iters=20") == (None, 20)
+    assert length(recipe, "training.train_epochs=0.5") == (0.5, None)
+    for wrong in (
+        ("training.train_iters=20", "training.train_epochs=1"),
+        ("training.train_epochs=1", "training.train_iters=20"),
+    ):
+        with pytest.raises(SettingError, match=r"training\.train_epochs and training\.train_iters both say how long"):
+            length(recipe, *wrong)
+    with pytest.raises(SettingError, match=r"training\.train_epochs is not set, and neither is train_iters"):
+        length(recipe, "training.train_iters=null")
+    with pytest.raises(SettingError, match=r"training\.train_epochs: 0 must be more than 0"):
+        length(recipe, "training.train_epochs=0")
+
+
+def test_names_with_dots_are_keys_of_a_mapping(recipe, tmp_path):
+    """In their order, in any form, and one that begins another replaces only its own value."""
+    given = {"model.visual.merger": 2.0, "model.visual": 0.5, "lm_head": 1.0}
+    text = "training.lr_by_module={model.visual.merger: 2, model.visual: 0.1, lm_head: 1}"
+    s = load_settings(recipe, [text, "training.lr_by_module.model.visual=0.5"])
+    assert list(s.training.lr_by_module.items()) == list(given.items())
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(s))
+    assert list(load_settings(again).training.lr_by_module.items()) == list(given.items())
+    nested = load_settings(recipe, ["training.lr_by_module={model: {visual: 0.5}}"])
+    assert nested.training.lr_by_module == {"model.visual": 0.5}
+    with pytest.raises(SettingError, match=r"training\.lr_by_module\.model\.visual: 0 must be more than 0"):
+        load_settings(recipe, ["training.lr_by_module.model.visual=0"])

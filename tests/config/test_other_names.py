@@ -43,7 +43,7 @@ def refused(key: str, value: object = 1) -> str:
         ("training.learning_rate", "training.learning_rate is no setting; it is training.lr here"),
         ("learning_rate", "learning_rate is no setting; it is training.lr here"),
         ("training.output-dir", "training.output-dir is no setting; it is training.save here"),
-        ("num_train_epochs", "num_train_epochs is no setting; it is training.train_iters here, in optimizer steps"),
+        ("num_train_epochs", "num_train_epochs is no setting; it is training.train_epochs here"),
         (
             "model.lora_rank",
             "model.lora_rank is no setting; it is training.lora.r here",
@@ -112,7 +112,7 @@ PROGRAMS = {
         (["--learning_rate", "1e-5"], "learning_rate is no setting; it is training.lr here"),
         (
             ["--num-train-epochs=3"],
-            "num-train-epochs is no setting; it is training.train_iters here, in optimizer steps",
+            "num-train-epochs is no setting; it is training.train_epochs here",
         ),
         (["--training.lr", "1e-5"], "write training.lr=…"),
     ],

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from contextlib import nullcontext
 from itertools import islice, pairwise
 from pathlib import Path
@@ -200,6 +201,27 @@ def test_each_sample_comes_once_an_epoch(home, model):
         f"({loader.dataset.label_tokens.sum() / loader.tokens_per_epoch:.1%} trained) in "
         f"{loader.sequences_per_epoch} packed sequences of {CUTOFF} ({loader.real_share:.1%} real tokens)"
     )
+
+
+@pytest.mark.parametrize(("ranks", "micro", "accumulated"), [(1, 1, 1), (2, 2, 1), (3, 1, 3)])
+def test_a_run_of_epochs_shows_each_sample_so_often(home, model, ranks, micro, accumulated):
+    """By its tokens, over all ranks, after each epoch's last step; from any step on."""
+    flat = {"training.micro_batch_size": micro, "training.gradient_accumulation_steps": accumulated}
+    s = settings(home, model, **{"training.train_iters": None, "training.train_epochs": 3} | flat)
+    loaders = [MicroBatches(s, rank, ranks) for rank in range(ranks)]
+    packed, per_step = loaders[0].packed_sequences, ranks * micro * accumulated
+    ends = [packed.steps(epochs, per_step) for epochs in (1, 2, 3)]
+    assert ends[2] > 3 and (per_step == 1 or len(packed.epoch(0)) % per_step)
+    streams, seen = [iter(loader) for loader in loaders], Counter()
+    once = Counter(tuple(loaders[0].dataset[number].input_ids.tolist()) for number in range(40))
+    for step in range(ends[2]):
+        step_batches = [next(stream) for stream in streams for _ in range(accumulated)]
+        seen.update(tuple(ids) for batch in step_batches for ids, _, pad in sequences(batch) if not pad[0])
+        if step + 1 in ends:
+            assert seen == Counter({ids: count * (1 + ends.index(step + 1)) for ids, count in once.items()})
+    for rank, loader in enumerate(loaders):
+        second = list(islice(loader, ends[0] * accumulated, (ends[0] + 1) * accumulated))
+        assert all(map(same, batches(accumulated, s, rank, ranks, start_step=ends[0]), second))
 
 
 def test_a_report_says_how_packing_departs_from_the_files_order(home, model):

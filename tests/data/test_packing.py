@@ -120,3 +120,31 @@ def test_resuming_needs_only_the_step():
     whole = stream(lengths, 2, 2, 60)
     for start in (0, 1, 17, 59):
         assert stream(lengths, 2, 2, 60 - start, start) == whole[start * 4 :]
+
+
+@pytest.mark.parametrize("per_step", [1, 7, 64, 10_000])
+def test_epochs_are_counted_in_whole_steps(per_step):
+    """Against the packed sequences of each epoch, counted one by one."""
+    sequences = PackedSequences(LLAVA[:3000], 2048, seed=5)
+    each = [len(range(0, len(sequences.epoch(epoch)), per_step)) for epoch in range(3)]
+    assert [sequences.steps(epochs, per_step) for epochs in (1, 2, 3)] == [each[0], sum(each[:2]), sum(each)]
+    for tenths in range(1, 10):  # a part of an epoch is rounded up to a step
+        first, third = (next(n for n in range(1, e + 1) if 10 * n >= tenths * e) for e in (each[0], each[2]))
+        assert sequences.steps(tenths / 10, per_step) == first
+        assert sequences.steps(2 + tenths / 10, per_step) == sum(each[:2]) + third
+
+
+def test_each_epoch_is_filled_up_to_whole_steps():
+    sequences = PackedSequences(LLAVA[:1000], 2048, seed=5)
+    ranks, size, accumulated = 3, 2, 2
+    fill = ranks * size * accumulated
+    assert all(len(sequences.epoch(epoch)) % fill for epoch in (0, 1))
+    for epochs in (1, 2):
+        count = sequences.steps(epochs, fill) * accumulated
+        streams = [islice(sequences.micro_batches(rank, ranks, size, 0, fill), count) for rank in range(ranks)]
+        seen = [content for micro_batches in zip(*streams, strict=True) for batch in micro_batches for content in batch]
+        assert sorted(sample for content in seen for sample in content) == sorted([*range(1000)] * epochs)
+        assert [content for content in seen if content] == [c for e in range(epochs) for c in sequences.epoch(e)]
+        assert seen.count([]) == sum(-len(sequences.epoch(epoch)) % fill for epoch in range(epochs))
+    second = [*islice(sequences.micro_batches(1, ranks, size, count // 2, fill), count // 2)]
+    assert second == [*islice(sequences.micro_batches(1, ranks, size, 0, fill), count)][count // 2 :]

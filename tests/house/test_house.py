@@ -23,14 +23,14 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_025,
-    "model": 1_485,
-    "checkpoint": 3_545,
-    "data": 6_000,
+    "config": 1_070,
+    "model": 1_490,
+    "checkpoint": 3_570,
+    "data": 6_015,
     "parallel": 660,
     "inference": 990,
-    "training": 1_655,
-    "tools": 1_710,
+    "training": 1_915,
+    "tools": 1_720,
     "launch": 1_505,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

@@ -84,11 +84,11 @@ def settings(**kwargs) -> TrainingSettings:
 def test_learning_rate():
     for style, middle in (("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)):
         t = settings(lr_decay_style=style)
-        rates = [learning_rate(i, t) for i in range(100)]
+        rates = [learning_rate(i, t, 100) for i in range(100)]
         assert rates[0] == 0.1 and rates[9] == 1.0 and rates[10] == 1.0, style  # rises over ten steps
         assert rates[55] == pytest.approx(middle), style
         assert rates[99] == pytest.approx({"constant": 1.0, "linear": 0.11, "cosine": 0.1003}[style], abs=1e-3)
-    assert learning_rate(0, dataclasses.replace(settings(), lr_warmup_ratio=0.0)) == 1.0
+    assert learning_rate(0, dataclasses.replace(settings(), lr_warmup_ratio=0.0), 100) == 1.0
 
 
 def on_meta(config: ModelConfig, mtp: bool = False) -> Qwen35:

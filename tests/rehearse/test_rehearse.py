@@ -448,6 +448,13 @@ def test_every_published_size_has_its_recipe(folder):
             assert all(map(is_adapter, trained)) == (folder == "configs/lora")
             if folder == "configs/lora":  # both stacks of all layers' routed experts, where there are any
                 assert len(adapted) == bool(config.text.num_experts) * 2 * len(config.text.layer_types), file
+            t = settings.training
+            assert (t.train_epochs, t.train_iters, t.save_total_limit) == (1, None, 2), file
+            # weights of what is trained, and both moments, in fp32: what the comments say in GB
+            size = sum(12 * p.numel() for p in model.parameters() if p.requires_grad)
+            said = re.findall(r"# .*(?:checkpoints of|written:) ([\d.]+) ([MGT])B", file.read_text())
+            each, most = (float(number) * {"M": 1e6, "G": 1e9, "T": 1e12}[unit] for number, unit in said)
+            assert each == pytest.approx(size, rel=0.05) and most == pytest.approx(3 * size, rel=0.05), file
 
 
 @pytest.mark.parametrize("folder", ["configs", "configs/lora", "configs/long"])
@@ -465,6 +472,7 @@ def test_recipes_of_the_family_differ_from_their_base_alone_where_they_must(fold
             assert changed <= {
                 "data.dataset_param.basic_parameters.cutoff_len", "parallel.ulysses_parallel_size", "training.optimizer",
                 "training.save", "training.micro_batch_size", "training.gradient_accumulation_steps",
+                "training.save_interval",
             }  # fmt: skip
         else:
             old, name = ("Q" + stem[1:].replace("_", ".", 1).replace("_", "-") for stem in (base.stem, path.stem))

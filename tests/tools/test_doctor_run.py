@@ -319,6 +319,28 @@ def test_checkpoints_that_do_not_fit_are_wrong(
     assert "this run needs " in wrong(findings) and "training.save_total_limit" in wrong(findings)
 
 
+def test_a_run_of_epochs_is_looked_at_with_its_steps(
+    m: Machine, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many checkpoints it writes is known once the data are read, and may be too many then."""
+    epochs = [
+        *settings,
+        "training.train_epochs=2",
+        "training.save_interval=1",
+        "training.gradient_accumulation_steps=8",
+    ]
+    text = "\n".join(lines(recipe.recipe(m, RECIPE, epochs)))
+    assert re.search(r"disk +\S+: at least 1 checkpoint of [\d,]+ bytes", text)
+    found = re.search(r"disk +\S+: over (\d+) steps, (\d+) checkpoints of ([\d,]+) bytes", text)
+    assert found and found[1] == found[2] and int(found[1]) % 2 == 0
+    usage, size = shutil.disk_usage("/"), int(found[3].replace(",", ""))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage if "shm" in str(path) else usage._replace(free=size + 1)
+    )
+    line = wrong(recipe.recipe(m, RECIPE, epochs))
+    assert f"this run needs {int(found[1]) * size:,} bytes for {found[1]} checkpoints" in line and "disk" in line
+
+
 def test_missing_converted_weights_are_wrong(m: Machine, settings: list[str]) -> None:
     from_dcp = [*settings, "training.init_from_hf_path=null", "training.load=nowhere"]
     line = wrong(recipe.recipe(m, RECIPE, from_dcp))

@@ -203,6 +203,7 @@ WRONG_EXTRAS = {
     "other bins": (lambda c: extras(c, "extra.json", bins_a_step=3), "was trained with 3 packed sequences per step"),
     "no data": (lambda c: extras(c, "extra.json", data=None), "extra.json: does not hold data"),
     "model": (lambda c: extras(c, "extra.json", model=[1]), "extra.json: does not hold model"),
+    "unfilled": (lambda c: extras(c, "extra.json", unfilled_steps="x"), "extra.json: does not hold unfilled_steps"),
     "a list": (lambda c: ((c / "extra.json").write_text("[1]"), as_before(c)), "extra.json: is damaged"),
     "no JSON": (lambda c: ((c / "rank_00000.json").write_text("{"), as_before(c)), "rank_00000.json: is damaged"),
     "python": (lambda c: extras(c, "rank_00000.json", python=1), "rank_00000.json: does not hold the random states"),
@@ -330,19 +331,25 @@ def test_what_checkpoints_take_on_the_disk(tmp_path, monkeypatch):
     def needed(step: int, **settings) -> int:
         t = TrainingSettings(save=str(tmp_path / "not/there"), **{"train_iters": 100, **settings})
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**18))
-        line = check_disk(t, weights, step)
+        line = check_disk(t, weights, step, t.train_iters)
         assert "of 16,000,000,000 bytes" in line
         count = int(line.split()[0])
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=count * 16 * 10**9 - 1))
         if count:
             with pytest.raises(CheckpointError, match=f"needs {count * 16 * 10**9:,} bytes for {count} checkpoint"):
-                check_disk(t, weights, step)
+                check_disk(t, weights, step, t.train_iters)
         return count
 
     assert needed(0) == needed(99) == needed(0, save_interval=200) == 1 and needed(100) == 0
     assert needed(0, save_interval=30) == 4 and needed(60, save_interval=30) == needed(65, save_interval=30) == 2
     assert needed(0, save_interval=10, save_total_limit=2) == 3  # the oldest goes once the newest is complete
     assert needed(90, save_interval=10, save_total_limit=2) == 1
+    epochs = TrainingSettings(save=str(tmp_path / "not/there"), train_epochs=2, save_interval=10)  # of unknown length
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**18))
+    assert [check_disk(epochs, weights, step, None).split(" of ")[0] for step in (0, 95)] == [
+        "at least 1 checkpoint"
+    ] * 2
+    assert check_disk(epochs, weights, 0, 35).startswith("4 checkpoints of ")
     for step in (30, 40, 50):
         (tmp_path / f"not/there/iter_{step:07}").mkdir(parents=True)
     assert needed(50, save_interval=10, save_total_limit=2) == 1  # these are there already

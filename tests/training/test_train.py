@@ -70,7 +70,7 @@ def test_the_command_that_evaluates_says_where_the_media_are():
     flat = {train_set: "a/train.json", val_set: "a/val.json", "model.model_name_or_path": "hf"}
     flat |= {"training.train_iters": 2, "training.save": "runs/x", "training.val_interval": 1}
     for folder, words in (("my media", ["ARGS=--dataset_dir 'my media'"]), ("a", [])):
-        message = end_message(from_flat(flat | {f"{train_set}_dir": folder}), range(1, 3), 1.0, 0, 0.0)
+        message = end_message(from_flat(flat | {f"{train_set}_dir": folder}), range(1, 3), 2, 1.0, 0, 0.0)
         [command] = [line for line in message.splitlines() if line.startswith("  make evaluate")]
         assert shlex.split(command) == ["make", "evaluate", "MODEL=runs/x", "DATA=a/val.json", *words]
 

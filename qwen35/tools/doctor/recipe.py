@@ -37,10 +37,12 @@ from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
 from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.length import count_steps
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, count
 from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
 from qwen35.training.start import Start, choose_weights
 from qwen35.training.validation import Validation
+from qwen35.wording import number_of
 
 GIB = 2**30
 MIN_MEMORY = 2 * GIB  # a process that only imports torch takes half of that
@@ -166,7 +168,7 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> tuple[Qw
             with holding(save):  # no other job does
                 pass
         step = (loaded and loaded.step) or 0
-        found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step)}"))
+        found.append(ok("disk", f"{save}: {check_disk(t, saved_parameters(whole).values(), step, t.train_iters)}"))
     vision, loader = config.vision, s.data.dataloader_param
     if vision is None:  # tokens alone take next to nothing
         return whole, loaded
@@ -199,12 +201,17 @@ def records(s: Settings, whole: Qwen35, loaded: CheckpointInfo | None, world: in
     trained = None
     with reading(found, "data") as progress:
         batches = MicroBatches(s, 0, 1, progress=progress)
-        trained = batches.dataset
+        trained, steps = batches.dataset, count_steps(s, batches, world)[0]
         if loaded and loaded.step:
             config = load_config(s.model.model_name_or_path)
-            check_extra(loaded, make_extra(s, config, batches.fingerprint, batches.normalization, world), s)
-            if loaded.step >= s.training.train_iters:
+            check_extra(loaded, make_extra(s, config, batches, world), s)
+            if loaded.step >= steps:
                 check_finished(Path(s.training.save), loaded.step, changes(loaded.path.parent, s), s)
+        if not s.training.train_iters:  # only now is the number of checkpoints known
+            with checking(found, "disk"):
+                done = (loaded and loaded.step) or 0
+                room = check_disk(s.training, saved_parameters(whole).values(), done, steps)
+                found.append(ok("disk", f"{s.training.save}: over {number_of(steps, 'step')}, {room}"))
         first, *others = batches.report().splitlines()
         found.append(ok("data", first.removeprefix("data: ")))
         learnt = [

@@ -146,7 +146,8 @@ def check_extra(loaded: CheckpointInfo, extra: dict[str, Any], settings: Setting
         what = f"with other images or videos, or another normalization of pixels ({'; '.join(changed)})"
         raise SettingError(f"{loaded.path} was trained {what}; undo the change, or {START_ANEW}")
     before, now = loaded.extra.get(UNFILLED), extra.get(UNFILLED)
-    if (before is None) != (now is None) and (loaded.step or 0) > (now if before is None else before):
+    filled = (now or 0) if before is None else before
+    if (before is None) != (now is None) and (loaded.step or 0) > filled:
         old, new = LENGTHS if now is None else LENGTHS[::-1]
         raise SettingError(
             f"{loaded.path} was trained by {old}, and after its first epoch the steps of {new} hold other packed sequences:"

@@ -48,18 +48,19 @@ from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.flops import Flops, token_counts
+from qwen35.training.history import begin_history, note_answers
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
-from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.training.metrics import Metrics, RunError, StepRecord
 from qwen35.training.optimizer import GradientNorm, learning_rate, make_optimizer
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
+from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
     check_disk,
     check_extra,
-    check_finished,
     check_same_data,
-    finish_ending,
+    finish,
     make_extra,
     read_checked_info,
     repair_save_folder,
@@ -70,6 +71,7 @@ from qwen35.training.resume import (
 )
 from qwen35.training.start import Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
+from qwen35.training.trackers import check_installed
 from qwen35.training.validation import Validation
 
 # Collective timeouts exceed the watchdog's by this many seconds, so the watchdog reports first.
@@ -89,8 +91,9 @@ class Run:
     extra: dict[str, Any]  # contents of extra.json; a run that resumes must have the same
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     validation: Validation | None = None
-    changed: list[str] = field(default_factory=list)  # settings that differ from those of the run it resumes
     steps_per_epoch: float = float("inf")
+    data: MicroBatches | None = None
+    about: str = ""  # what the log says of devices, arithmetic and parameters
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)
@@ -112,6 +115,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     Errors that the settings and file headers reveal are raised before any expensive work.
     """
     t, m = settings.training, settings.model
+    check_installed(t.report_to)
     heartbeat.at("building the model")
     seed_all(t.seed)
     ignored = not_read(m.model_name_or_path)  # messages about unused contents of the model folder
@@ -164,7 +168,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    logger.info(start_message(settings, device, layout, model, table))
+    about = start_message(settings, device, layout, model, table)
+    logger.info(about)
     ignored += [*serving_warnings(model), *micro_batches.notes, *load_notes(t.load or "", weights)]
     logger.info("\n".join([*ignored, *start.notes, micro_batches.report()]))
     if validation:
@@ -174,7 +179,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         logger.info(steps_message(settings, step, steps_per_epoch))
     gradients, batches = GradientNorm(model, meshes.weights["shard"].get_group()), iter(micro_batches)
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
-    run.changed, run.steps_per_epoch = changes(weights.parent, settings) if step else [], steps_per_epoch
+    run.steps_per_epoch, run.data, run.about = steps_per_epoch, micro_batches, about
+    if step < t.train_iters and step and (changed := changes(weights.parent, settings)):
+        logger.info(f"settings changed since the checkpoint: {'; '.join(changed)}")
     return run
 
 
@@ -270,19 +277,9 @@ def train(settings: Settings) -> int:
         heartbeat.at(f"locking {folder}")
         run_sharing_errors(lock_save_folder, None, f"{folder} cannot be used")
         run = setup(settings, device, heartbeat)
-        return 0 if is_finished(run, folder) else loop(run, folder)
-
-
-def is_finished(run: Run, folder: Path) -> bool:
-    """Whether nothing is left to train. Raises SettingError if the folder holds another run."""
-    if run.step < run.settings.training.train_iters:
-        if run.changed:
-            logger.info(f"settings changed since the checkpoint: {'; '.join(run.changed)}")
-        return False
-    check_finished(folder, run.step, changes(folder, run.settings) if run.step else [], run.settings)
-    logger.info(f"{folder} has done all its {run.step} steps: nothing left to train")
-    finish_ending(folder, run.settings.training.save_total_limit)
-    return True
+        if run.step < t.train_iters:
+            return loop(run, folder)
+        return finish(settings, folder, run.step)
 
 
 def loop(run: Run, folder: Path) -> int:
@@ -305,6 +302,8 @@ def loop(run: Run, folder: Path) -> int:
         if t.profile.steps:
             logger.info(profile.plan(run.step))
         metrics = Metrics(folder, groups, t.train_iters, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
+        if dist.get_rank() == 0 and run.data:
+            metrics.trackers = begin_history(run.settings, run.step, run.about, run.data)
         is_stopping = False
         while run.step < t.train_iters and not is_stopping:
             start = time.perf_counter()
@@ -321,6 +320,8 @@ def loop(run: Run, folder: Path) -> int:
                 is_stopping = metrics.flush(t.zero_grad_patience, stop.number is not None)
             if validation and (not is_stopping or run.step == t.train_iters):
                 metrics.log_validation(*validation.run(run.model, run.heartbeat, run.step))
+                if validation.answers and dist.get_rank() == 0:
+                    note_answers(folder, run.step, validation.answers, metrics.trackers)
             if is_save_due or is_stopping:
                 is_last = is_stopping or run.step == t.train_iters
                 if is_last:
@@ -330,7 +331,7 @@ def loop(run: Run, folder: Path) -> int:
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
-                    saver.run_after(partial(draw_loss, folder))
+                    saver.run_after(partial(write_report, folder))
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)

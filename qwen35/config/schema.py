@@ -260,6 +260,9 @@ class TrainingSettings:
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
     async_save: StrictBool = True
+    # experiment trackers that get the metrics, samples and answers, on rank 0; each reads its own
+    # environment variables (WANDB_MODE, SWANLAB_API_KEY, MLFLOW_TRACKING_URI, …)
+    report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()
     # steps between validations on data.val_dataset_param, with one after the last; default: none
     val_interval: PositiveInt | None = None
     # also have the model answer the validation records, and log the share of exact matches; each

@@ -22,13 +22,15 @@ from qwen35.checkpoint.folders import remove_leftovers
 from qwen35.config.load import SettingError, difference, load_settings
 from qwen35.config.schema import Settings, TrainingSettings
 from qwen35.device import device_rng_state, set_device_rng_state
+from qwen35.log import logger
 from qwen35.model.config import ModelConfig, differences
-from qwen35.training.metrics import RunError, draw_loss
+from qwen35.training.metrics import RunError
+from qwen35.training.report import write_report
 from qwen35.wording import number_of
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
-    "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
+    "training.log_interval", "training.report_to", "training.save_interval", "training.save_total_limit", "training.async_save",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
@@ -205,14 +207,19 @@ def check_finished(folder: Path, step: int, changed: list[str], settings: Settin
         )
 
 
-def finish_ending(folder: Path, limit: int | None) -> None:
-    """On rank 0, what a run that was killed as it ended left to do: older checkpoints, the plot."""
-    if dist.get_rank() > 0:
-        return
-    if limit is not None:
-        keep_newest(folder, limit)
-    if (folder / "metrics.jsonl").exists():
-        draw_loss(folder)
+def finish(settings: Settings, folder: Path, step: int) -> int:
+    """For a run that has done all its steps; returns the exit code 0.
+
+    Rank 0 does what a run that was killed as it ended left: older checkpoints, the page.
+    """
+    check_finished(folder, step, changes(folder, settings) if step else [], settings)
+    logger.info(f"{folder} has done all its {step} steps: nothing left to train")
+    if dist.get_rank() == 0:
+        if (limit := settings.training.save_total_limit) is not None:
+            keep_newest(folder, limit)
+        if (folder / "metrics.jsonl").exists():
+            write_report(folder)
+    return 0
 
 
 # -- random states ---------------------------------------------------------------------------------

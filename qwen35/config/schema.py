@@ -229,7 +229,7 @@ class LoraSettings:
 @dataclass(frozen=True)
 class TrainingSettings:
     train_iters: PositiveInt  # optimizer steps of the whole run
-    save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
+    save: str  # folder for checkpoints, metrics.jsonl and report.html; a run resumes from it
     micro_batch_size: PositiveInt = 1  # packed sequences of cutoff_len tokens per rank and micro-step
     gradient_accumulation_steps: PositiveInt = 1  # micro-steps per optimizer step
     # adamw_swap: AdamW's two moments (8 bytes per parameter) stay in the host's memory and are

@@ -20,6 +20,7 @@ from qwen35.config.schema import Settings
 from qwen35.errors import SettingError
 
 FILE = "trackers.json"
+EXTRAS = {"mlflow": "mlflow-skinny"}  # what is installed of a package
 PROJECT = "qwen35"  # where a tracker's own variable names no other
 
 
@@ -37,7 +38,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise SettingError(
-                f"training.report_to: {name} is not installed; .venv/bin/python -m pip install '.[{name}]' adds it"
+                f"training.report_to: {name} is missing; install it (.venv/bin/pip install {EXTRAS.get(name, name)})"
             )
 
 

@@ -23,19 +23,19 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_020,
+    "config": 1_025,
     "model": 1_500,
     "checkpoint": 3_650,
-    "data": 5_960,
+    "data": 5_990,
     "parallel": 670,
     "inference": 975,
-    "training": 1_635,
+    "training": 2_060,
     "tools": 1_690,
-    "launch": 1_510,
+    "launch": 1_520,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_640,
+    "qwen35": 1_645,
     "kernels": 3_660,
     "rehearse": 2_230,
     "accept": 730,

@@ -93,7 +93,7 @@ NOT_THE_SAME = {  # what to say -> theirs
         preprocessing_num_workers preprocessing_batch_size dataset_num_proc overwrite_cache load_from_cache_file buffer_size""",
     "it is not here: parallel.fully_shard_parallel_size and parallel.expert_parallel_size share the weights": """tp pp tp_size
         pp_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size pipeline_model_parallel_size""",
-    "training.report_to names the trackers, whose own environment variables say where, and report.html in training.save shows a run": """
+    "training.report_to names trackers, which read their own environment variables": """
         run_name plot_loss logging_dir tensorboard_dir wandb_project use_swanlab swanlab_project""",
     "training.save_total_limit keeps the newest checkpoints, none is chosen by a metric": """load_best_model_at_end
         metric_for_best_model greater_is_better early_stopping_steps early_stop_interval""",

@@ -29,7 +29,7 @@ ROOMS = {
     "data": 5_990,
     "parallel": 670,
     "inference": 975,
-    "training": 2_060,
+    "training": 2_220,
     "tools": 1_690,
     "launch": 1_520,
 }

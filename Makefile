@@ -63,6 +63,10 @@ finetune: ## train; without variables, a tiny model learns to read digits, from 
 #: NODES NODE_RANK NODE_ADDR MASTER_ADDR MASTER_PORT, or HOSTS HOSTS_DIR SSH
 #> make finetune CONFIG=configs/qwen3_5_4B.yaml ARGS="training.train_iters=20 training.lr=2e-5"
 
+report: ## a page on a run: its plots, samples, answers and settings; training writes it at each save, too
+#: RUN=runs/tiny ARGS="options"
+#> make report RUN=runs/a,runs/b
+
 ##@ Use
 export: ## a checkpoint of a run to a Hugging Face folder, for transformers and vLLM
 #: DCP=runs/tiny HF=<model that the run trained> OUT=<DCP>/hf
@@ -84,6 +88,12 @@ test-npu: ## the NPU code, as far as it can be tested without an NPU: the real t
 test-versions: ## the tests on other versions of transformers, torch and Python
 #: TRANSFORMERS TORCH PYTHON TORCH_INDEX ARGS="options of pytest"
 #> make test-versions TORCH=2.7.1
+test-browser: ## the page of a run in a headless Chromium, which apt-get installs if it is missing
+#: ARGS="options of pytest"
+#> make test-browser
+test-trackers: ## runs that report to TensorBoard, wandb, SwanLab and MLflow, read back from their files
+#: ARGS="options of pytest"
+#> make test-trackers
 bench: ## speed and memory beside transformers' model and bare matmuls, as ratios
 #: ARGS="options"
 #> make bench ARGS="--only moe"
@@ -103,7 +113,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs: .venv/.installed
+accept download convert export data show finetune report preflight rehearse generate evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -45,6 +45,9 @@
 # What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for
 # EXPORT_DCP. Default: what `make export` writes.
 : "${MODEL:=${OUT:-${EXPORT_OUT:-$EXPORT_DCP/hf}}}"
+# The folder of the run for which `make report` writes a page, or of several with commas between
+# them, for one page that compares them.
+: "${RUN:=runs/tiny}"
 # The records with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image

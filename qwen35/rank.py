@@ -21,6 +21,7 @@ from qwen35.processes import stop_code
 FAILURE_FILE = "QWEN35_FAILURE_FILE"  # the file in which a failing rank writes the reason
 TORCHRUN_FILE = "TORCHELASTIC_ERROR_FILE"  # the same for torchrun
 RESTART = "QWEN35_RESTART"  # how often the ranks have been restarted
+RESTART_REASON = "QWEN35_RESTART_REASON"  # the failure before the last of these
 
 
 def leave(code: int) -> NoReturn:

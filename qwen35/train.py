@@ -5,7 +5,7 @@ It does not know the launcher: whatever sets RANK, WORLD_SIZE and MASTER_ADDR ca
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import kernels
 from kernels.host import to_device
@@ -30,9 +29,8 @@ from qwen35.config.layout import check_layout
 from qwen35.config.load import to_yaml
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
-from qwen35.data import MicroBatches
 from qwen35.data.other_tokenizers import other_tokenizers
-from qwen35.device import enable_determinism, end_process_group, has_own_memory, init_process
+from qwen35.device import enable_determinism, end_process_group, init_process
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import log_to, log_warnings, logger
 from qwen35.model import Qwen35, load_config
@@ -48,13 +46,16 @@ from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.best import Best
 from qwen35.training.flops import Flops, token_counts
+from qwen35.training.history import begin_history, note_answers
 from qwen35.training.length import count_steps, end_step
 from qwen35.training.loss import divisors, make_mtp_targets, token_weights
-from qwen35.training.metrics import Metrics, RunError, StepRecord, draw_loss
+from qwen35.training.metrics import Metrics, RunError, StepRecord
 from qwen35.training.neftune import embedding_noise
 from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
+from qwen35.training.read_data import read_data
+from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
     check_extra,
@@ -71,6 +72,7 @@ from qwen35.training.resume import (
 )
 from qwen35.training.start import Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
+from qwen35.training.trackers import Tracker, check_installed
 from qwen35.training.validation import Validation
 
 # Collective timeouts exceed the watchdog's by this many seconds, so the watchdog reports first.
@@ -94,6 +96,7 @@ class Run:
     steps: int = 0  # those of the whole run
     best: Best = field(default_factory=lambda: Best("loss"))
     steps_per_epoch: float = float("inf")
+    history: Callable[[], list[Tracker]] = list  # notes the start, opens the trackers
 
     def __post_init__(self) -> None:
         self.flops = Flops(self.model)
@@ -115,6 +118,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     Errors that the settings and file headers reveal are raised before any expensive work.
     """
     t, m = settings.training, settings.model
+    check_installed(t.report_to)
     heartbeat.at("building the model")
     seed_all(t.seed)
     ignored = not_read(m.model_name_or_path)  # messages about unused contents of the model folder
@@ -136,19 +140,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     check_room(settings, model, step, t.train_iters)
     best = Best.of(t, checkpoint)
-    heartbeat.at("reading the data")
-    is_hidden = dist.get_rank() > 0 or None  # None: hidden unless standard error is a terminal
-    with tqdm(desc="reading the data", unit=" records", disable=is_hidden, leave=False) as bar:
-
-        def on_records(record: str, count: int) -> None:  # the timeout starts anew with each record
-            heartbeat.at(f"reading the data: {record}")
-            bar.update(count)
-
-        micro_batches = MicroBatches(
-            settings, meshes.data_rank, meshes.data_size, progress=on_records, pin=has_own_memory(device)
-        )
-        val, train_set = settings.validation, settings.data.dataset_param
-        validation = Validation(val, meshes, device, DTYPES[t.dtype], on_records, train_set) if val else None
+    micro_batches, validation = read_data(settings, meshes, device, DTYPES[t.dtype], heartbeat)
     heartbeat.at("comparing the data with the other ranks'")
     fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
@@ -171,9 +163,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
-    logger.info(start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}"))
+    about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
-    logger.info("\n".join([*notes, micro_batches.summary()]))
+    logger.info("\n".join([about, *notes, micro_batches.summary()]))
     log_warnings([*ignored, *load_notes(t.load or "", weights), *start.warnings, *micro_batches.warnings()])
     if validation:
         validation.log_report(micro_batches.dataset)
@@ -183,6 +175,7 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     run = Run(settings, device, meshes, model, optimizer, gradients, batches, step, extra, heartbeat, validation)
     run.changed = changes(weights.parent, settings) if step else []
     run.steps, run.steps_per_epoch, run.best = steps, steps_per_epoch, best
+    run.history = partial(begin_history, settings, step, steps, about, micro_batches)
     return run
 
 
@@ -299,6 +292,7 @@ def loop(run: Run, folder: Path) -> int:
         if t.profile.steps:
             logger.info(profile.plan(run.step))
         metrics = Metrics(folder, groups, run.steps, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
+        metrics.trackers = run.history()
         is_stopping = False
         while run.step < run.steps and not is_stopping:
             start = time.perf_counter()
@@ -316,6 +310,7 @@ def loop(run: Run, folder: Path) -> int:
             if validation and (not is_stopping or run.step == run.steps):
                 found, messages = validation.run(run.model, run.heartbeat, run.step)
                 metrics.log_validation(found, messages)
+                note_answers(folder, run.step, validation.answers, metrics.trackers)
                 run.best.add(run.step, found)
                 run.steps = end_step(run.best, run.step, run.steps, t.early_stopping_patience)
             is_best = t.save_best is not None and run.best.step == run.step
@@ -329,7 +324,7 @@ def loop(run: Run, folder: Path) -> int:
                 if waited and not is_last:
                     logger.info(f"step {run.step} waited {waited:.1f} s for the previous checkpoint to be written")
                 if dist.get_rank() == 0:
-                    saver.run_after(partial(draw_loss, folder))
+                    saver.run_after(partial(write_report, folder))
                 metrics.restart_clock()  # the time of a save belongs to no step
         metrics.close()
     steps = range(first, run.step + 1)

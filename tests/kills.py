@@ -82,7 +82,8 @@ class Series:
             assert (done.returncode, done.stderr) == (0, "")
         assert_same_run(save, self.references[ranks])
         assert {path.name for path in save.iterdir()} - {".lock"} == {
-            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl", "train.log",
+            "config.yaml", "latest_checkpointed_iteration.txt", "loss.png", "metrics.jsonl", "report.html", "run.json",
+            "train.log",
             *(f"iter_{step:07}" for step in (STEPS - INTERVAL, STEPS)),
         }  # fmt: skip
         self.done["trainings"] += 1

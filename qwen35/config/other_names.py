@@ -96,8 +96,8 @@ NOT_THE_SAME = {  # what to say -> theirs
         preprocessing_num_workers preprocessing_batch_size dataset_num_proc overwrite_cache load_from_cache_file buffer_size""",
     "it is not here: parallel.fully_shard_parallel_size and parallel.expert_parallel_size share the weights": """tp pp tp_size
         pp_size tensor_parallel_size tensor_model_parallel_size pipeline_parallel_size pipeline_model_parallel_size""",
-    "metrics go to metrics.jsonl and loss.png in training.save": """report_to run_name plot_loss logging_dir tensorboard_dir
-        wandb_project use_swanlab swanlab_project""",
+    "training.report_to names trackers, which read their own environment variables": """
+        run_name plot_loss logging_dir tensorboard_dir wandb_project use_swanlab swanlab_project""",
     "a checkpoint in training.save has all that a resume needs, and make export makes a model folder of it": """save_only_model
         save_safetensors no_save_optim no_save_rng no_load_optim no_load_rng save_format""",
     "no code of a model folder is ever run": "trust_remote_code",

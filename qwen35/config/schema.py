@@ -228,7 +228,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    save: str  # folder for checkpoints, metrics.jsonl and loss.png; a run resumes from it
+    save: str  # folder for checkpoints, metrics.jsonl and report.html; a run resumes from it
     # passes over the data, for the whole run; 0.5: half of one. Each epoch ends with a step of its
     # own, of what is left of it; give this or train_iters, of which an override replaces the other
     train_epochs: PositiveFloat | None = None
@@ -273,6 +273,9 @@ class TrainingSettings:
     # write checkpoints in the background, from a copy of each rank's part in the host's memory;
     # false: training waits until they are written
     async_save: StrictBool = True
+    # experiment trackers that get the metrics, samples and answers, on rank 0; each reads its own
+    # environment variables (WANDB_MODE, SWANLAB_API_KEY, MLFLOW_TRACKING_URI, …)
+    report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()
     # steps between validations on data.val_dataset_param, with one after the last; default: none
     val_interval: PositiveInt | None = None
     # end the run after so many validations in a row that are not better than the best one, by the

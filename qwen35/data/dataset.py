@@ -249,6 +249,19 @@ class Dataset:
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
         return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids)
 
+    def pictures(self, index: int) -> list[np.ndarray]:
+        """[H, W, 3] uint8: a sample's images and first frames of videos, as the model sees them."""
+        number, sample = int(self._kept[index]), self[index]
+        file, i = self._locate(number)
+        first = int(file.image_offsets[i])
+        shown = []
+        for j, patches in enumerate(sample.pixel_values.split(sample.grid_thw.prod(-1).tolist())):
+            is_video = not isinstance(file.visuals[first + j], str)
+            format_ = self.preparation.videos if is_video else self.preparation.images
+            assert format_ is not None
+            shown.append(format_.picture(patches, sample.grid_thw[j].tolist()))
+        return shown
+
     def _pixels(self, number: int, grids: Tensor) -> Tensor:
         """[P, 3*2*16*16] patches of all images and videos of a sample. Raises RecordError."""
         samples, i = self._locate(number)

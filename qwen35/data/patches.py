@@ -105,6 +105,23 @@ class PatchFormat:
         """Tokens of an image or video of (1 or t, h, w) patches."""
         return grid[0] * grid[1] * grid[2] // self.merge**2
 
+    def picture(self, patches: Tensor, grid: Sequence[int]) -> np.ndarray:
+        """Patches [P, patch_dim] of a grid (t, h, w) -> its first frame [H, W, 3] uint8."""
+        layout = "(t row column a b) (rgb d h w) -> t d (row a h) (column b w) rgb"
+        sizes = {"t": grid[0], "row": grid[1] // self.merge, "column": grid[2] // self.merge, "a": self.merge}
+        values = rearrange(
+            patches.numpy(),
+            layout,
+            **sizes,
+            b=self.merge,
+            rgb=CHANNELS,
+            d=self.temporal_patch,
+            h=self.patch,
+            w=self.patch,
+        )[0, 0]
+        pixels = (values * np.array(self.std) + np.array(self.mean)) / self.scale
+        return pixels.round().clip(0, 255).astype(np.uint8)
+
 
 class Normalizer:
     """Pixels 0..255 -> (levels[pixel] - mean) / std, exactly so in fp32."""

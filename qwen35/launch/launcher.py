@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from qwen35.config.layout import check_layout
 from qwen35.config.load import SettingError, load_settings, parse_words
-from qwen35.errors import USER_ERRORS, Parser, UserError, complain, whole_number
+from qwen35.errors import USER_ERRORS, Parser, UserError, complain, shortened, visible, whole_number
 from qwen35.launch.cluster import find_place
 from qwen35.launch.connection import SECRET, check_secret
 from qwen35.launch.job import Failure, Job
@@ -36,12 +36,13 @@ from qwen35.launch.rendezvous import Rendezvous, RendezvousParameters, join
 from qwen35.log import log_at_once, logger, set_up_logging
 from qwen35.network import LOOPBACK, interface_of
 from qwen35.processes import STOPPED, die_with, stop_code, stop_signals
-from qwen35.rank import FAILURE_FILE, RESTART
+from qwen35.rank import FAILURE_FILE, RESTART, RESTART_REASON
 from qwen35.tools.address import DEFAULT_PORT, check_address, listen
 
 PARENT = "QWEN35_PARENT"  # the job ends with this process, even at kill -9; unset: it outlives its shell
 TMP_NAME = "tmp"  # TMPDIR of the ranks, in the folder of one start of the job
 MIN_OPEN_FILES = 256
+LONGEST_REASON = 500  # characters of a failure that the restarted ranks are told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +143,7 @@ def run(
     job = Job(command, rendezvous)
     # data loaders make sockets in TMPDIR; if their paths exceed 107 bytes, the workers hang
     temporary = tempfile.gettempdir() if len(tempfile.gettempdir()) < 50 else "/tmp"
+    failure = None
     for attempt in range(restarts + 1):
         with tempfile.TemporaryDirectory(prefix="qwen35-", dir=temporary, ignore_cleanup_errors=True) as name:
             folder = Path(name)
@@ -150,7 +152,7 @@ def run(
             if args.nnodes == 1:  # bound from now on: the next run on this machine finds another port free
                 listener = listen(args.master_port or 0 if attempt == 0 else 0, is_alone=True)
                 args.master_port = listener.getsockname()[1]
-            environments = rank_environments(args, folder, attempt)
+            environments = rank_environments(args, folder, attempt, failure.message if failure else "")
             failure = job.run(environments, folder, timeout, listener)
         codes = {process.returncode for process in job.processes.values()}
         was_signalled = {-signal.SIGTERM, -signal.SIGHUP} & codes  # a rank died of it before it handled signals
@@ -189,13 +191,19 @@ def next_port(args: argparse.Namespace) -> int:
     return args.master_port
 
 
-def rank_environments(args: argparse.Namespace, folder: Path, attempt: int = 0) -> dict[int, dict[str, str]]:
-    """Rank -> the environment of its process, by the names that torch.distributed reads."""
+def rank_environments(
+    args: argparse.Namespace, folder: Path, attempt: int = 0, failure: str = ""
+) -> dict[int, dict[str, str]]:
+    """Rank -> the environment of its process, by the names that torch.distributed reads.
+
+    failure: why the attempt before ended.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     count = args.nproc_per_node
     threads = max(1, len(os.sched_getaffinity(0)) // count) if count > 1 else None
     # a single node listens at loopback alone; gloo's default is the address of the host's name
     interface = interface_of(LOOPBACK) if args.nnodes == 1 else None
+    reason = visible(shortened(" ".join(failure.split()), LONGEST_REASON))
     environments = {}
     for local_rank in range(count):
         rank = args.node_rank * count + local_rank
@@ -203,7 +211,7 @@ def rank_environments(args: argparse.Namespace, folder: Path, attempt: int = 0) 
             **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
             **({"GLOO_SOCKET_IFNAME": interface} if interface else {}),
             **inherited,
-            **({RESTART: str(attempt)} if attempt else {}),
+            **({RESTART: str(attempt), RESTART_REASON: reason} if attempt else {}),
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
             "WORLD_SIZE": str(args.nnodes * count),

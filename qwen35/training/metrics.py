@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.device import peak_memory
 from qwen35.errors import UserError, naming
 from qwen35.log import logger
+from qwen35.training.parameter_groups import group_of
+from qwen35.training.trackers import Tracker, scalars
 from qwen35.wording import duration, number_of
 
 
@@ -67,6 +69,7 @@ class Metrics:
         self.total, self.steps_per_epoch = total, steps_per_epoch
         self.first_flush: tuple[int, float] | None = None  # step, time; the steps before it include warm-up
         self.peak = peak_tflops * 1e12 * dist.get_world_size() if peak_tflops else None
+        self.trackers: Sequence[Tracker] = ()
         self.pending: list[StepRecord] = []
         self.last: dict[str, Any] = {}  # the last line of metrics.jsonl
         self.zero_steps = dict.fromkeys(groups, 0)  # consecutive steps with a gradient of zero
@@ -126,6 +129,8 @@ class Metrics:
                 line["expert_load"] = [round(ratio, 3) for ratio in row[end:]]
         if self.is_writer:
             self._append(_text(lines))
+            for line in lines:
+                self._track(line["step"], line)
             self._show(lines)
         self.last = lines[-1]
         if any(line["bad_records"] for line in lines):  # the same on all ranks
@@ -153,6 +158,10 @@ class Metrics:
             os.truncate(self.path, end)
             raise
 
+    def _track(self, step: int, values: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, scalars(values))
+
     def _log_bad_records(self, rank_messages: list[str]) -> None:
         """Log each bad record of any rank once."""
         messages: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -171,6 +180,7 @@ class Metrics:
             before = _text([self.last])
             self.last |= metrics
             self._append(_text([self.last]), instead=before)
+            self._track(self.last["step"], metrics)
             for message in bad_records:
                 self._log_once(f"not validated: {message}")
             values = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items() if name != "val_time")
@@ -184,6 +194,7 @@ class Metrics:
             "step": record.step,
             **{name: totals[name] for name in ("loss", "mtp_loss", "aux_loss") if name in totals},
             "grad_norm": sum(squares) ** 0.5,
+            "grad_norms": self._by_kind(squares),
             "lr": record.lr,
             **{name: int(totals[name]) for name in ("tokens", "label_tokens", "image_tokens", "bad_records")},
             "step_time": step_time,
@@ -194,6 +205,13 @@ class Metrics:
         if self.peak:
             line["mfu"] = totals["flops"] / step_time / self.peak
         return line
+
+    def _by_kind(self, squares: list[float]) -> dict[str, float]:
+        """The norms of groups, those of adapters together by the kind of what they adapt."""
+        kinds: dict[str, float] = {}
+        for name, square in zip(self.groups, squares, strict=True):
+            kinds[group_of(name)] = kinds.get(group_of(name), 0.0) + square
+        return {kind: square**0.5 for kind, square in kinds.items()}
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         last = lines[-1]
@@ -240,6 +258,8 @@ class Metrics:
                 )
 
     def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
         if self.bar is not None:
             self.bar.close()
 

@@ -27,13 +27,14 @@ from qwen35.data import MicroBatches
 from qwen35.device import device_rng_state, set_device_rng_state
 from qwen35.log import log_warnings, logger
 from qwen35.model.config import ModelConfig, differences
-from qwen35.training.metrics import RunError, draw_loss
+from qwen35.training.metrics import RunError
+from qwen35.training.report import write_report
 from qwen35.wording import number_of
 
 DATA_ORDER = ("data.", "model.model_name_or_path", "training.seed")  # these decide what each packed sequence holds
 WITHOUT_EFFECT = (  # settings that do not change what is trained
     "training.log_interval", "training.save_interval", "training.save_total_limit", "training.async_save",
-    "training.save_best", "training.early_stopping_patience",
+    "training.save_best", "training.early_stopping_patience", "training.report_to",
     "training.peak_tflops", "training.zero_grad_patience", "training.timeout", "training.max_restarts",
     "training.profile.", "training.val_", "data.val_dataset_param",
     "data.dataloader_param.num_workers", "data.dataset_param.basic_parameters.cache_dir",
@@ -257,13 +258,13 @@ def is_finished(settings: Settings, step: int, steps: int, changed: list[str]) -
 
 
 def finish_ending(folder: Path, limit: int | None) -> None:
-    """On rank 0, what a run that was killed as it ended left to do: older checkpoints, the plot."""
+    """On rank 0, what a run that was killed as it ended left to do: older checkpoints, the page."""
     if dist.get_rank() > 0:
         return
     if limit is not None:
         keep_newest(folder, limit)
     if (folder / "metrics.jsonl").exists():
-        draw_loss(folder)
+        write_report(folder)
 
 
 # -- random states ---------------------------------------------------------------------------------

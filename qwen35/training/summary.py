@@ -59,7 +59,7 @@ def end_message(
     where = f" ARGS={quote(f'--dataset_dir {quote(media)}')}" if val and media != default else ""
     lines += [
         f"trained steps {steps[0]} to {last} in {duration(seconds)}",
-        f"{t.save} holds the checkpoint, metrics.jsonl, loss.png and train.log; next:",
+        f"{t.save} holds the checkpoint, report.html, metrics.jsonl and train.log; next:",
         f"  make export DCP={folder} HF={hf} OUT={quote(f'{t.save}/hf')}",
         f"  make evaluate MODEL={folder} DATA={quote(','.join(files))}{where}",
         f"  make generate MODEL={folder} PROMPT='…'",

@@ -18,7 +18,7 @@ from qwen35.data.validation import ValidationSet
 from qwen35.device import has_own_memory
 from qwen35.errors import SettingError
 from qwen35.heartbeat import Heartbeat
-from qwen35.inference.evaluate import GREEDY, answers
+from qwen35.inference.evaluate import GREEDY, Answer, answers
 from qwen35.inference.generation_config import greedy_sampling, read_generation_config
 from qwen35.log import log_warnings, logger
 from qwen35.model import Qwen35
@@ -26,6 +26,7 @@ from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import gather_weights, replicated, reshard
 from qwen35.parallel.mesh import Meshes
 from qwen35.training.adapters import choose_trained
+from qwen35.training.history import MOST_ANSWERS
 from qwen35.training.loss import make_mtp_targets, token_weights
 from qwen35.wording import number_of
 
@@ -48,6 +49,7 @@ class Validation:
         """
         self.settings, self.meshes, self.device, self.dtype = settings, meshes, device, dtype
         self.sampling = GREEDY
+        self.answers: list[Answer] = []  # the first of rank 0, of the last validation
         if settings.training.val_generate:
             self.sampling = greedy_sampling(read_generation_config(settings.model.model_name_or_path))
         try:
@@ -166,11 +168,13 @@ class Validation:
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
         skip = (lambda error: bad.append(str(error))) if dataset.skips_bad_records else None
         right = answered = 0
+        self.answers = []
         groups = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(groups, 1):
             beat(f"answers {i} of {len(groups)}")
             batch = dataset.preparation, records, len(records)
             for answer in answers(plain, folder, *batch, sampling=self.sampling, skip=skip):
+                self.answers += [answer] * (answered < MOST_ANSWERS and dist.get_rank() == 0)
                 right += answer.is_right
                 answered += 1
         return right, answered

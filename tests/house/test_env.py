@@ -102,8 +102,8 @@ BAD = [
     ("TRITON_CACHE_DIR", "env.sh"),  # a file
 ]
 
-TARGETS = """help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench
-    test test-versions lint docs clean""".split()
+TARGETS = """help install doctor accept download convert export data show finetune report preflight rehearse generate evaluate
+    bench test test-versions test-browser test-trackers lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls

@@ -23,19 +23,19 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_070,
+    "config": 1_075,
     "model": 1_490,
     "checkpoint": 3_570,
-    "data": 6_015,
+    "data": 6_050,
     "parallel": 660,
     "inference": 990,
-    "training": 1_915,
+    "training": 2_540,
     "tools": 1_720,
-    "launch": 1_505,
+    "launch": 1_515,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")
 BUDGETS = {
-    "qwen35": 1_655,
+    "qwen35": 1_650,
     "kernels": 3_590,
     "rehearse": 2_205,
     "accept": 725,

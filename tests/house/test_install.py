@@ -46,8 +46,8 @@ def pins(name: str) -> dict[str, list[str]]:
 
 BY_ANOTHER_NAME = {"PIL": "pillow", "yaml": "pyyaml"}
 OF_A_DEVICE = {"torch", "torch_npu", "triton"}  # in cpu.in and npu.in
-# videos, another delta rule, parquet, a yardstick of make bench: used where they are installed
-OPTIONAL = {"av", "fla", "pyarrow", "peft"}
+# videos, another delta rule, parquet, a yardstick of make bench, trackers: used where installed
+OPTIONAL = {"av", "fla", "pyarrow", "peft", "mlflow", "swanlab", "wandb"}
 INDIRECT = {"packaging", "setuptools"}  # the first comes with transformers, the second is what builds the package
 
 

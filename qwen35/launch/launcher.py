@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_layout(settings, args.nnodes * args.nproc_per_node)
         for number in stop_signals():  # before anything waits: the first process of a container ignores SIGTERM else
             signal.signal(number, stop_waiting)
-        port, name_timeout = args.master_port if args.node_rank == 0 else None, args.rendezvous_timeout * args.is_scheduled
-        check_address(args.master_addr, port, args.nnodes == 1, name_timeout)
+        port = args.master_port if args.node_rank == 0 else None
+        check_address(args.master_addr, port, args.nnodes == 1, args.rendezvous_timeout * args.is_scheduled)
         program = "qwen35.preflight" if args.preflight else "qwen35.train"
         rendezvous = join_rendezvous(args) if args.nnodes > 1 else None
         command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training

@@ -30,7 +30,7 @@ ROOMS = {
     "parallel": 670,
     "inference": 975,
     "training": 1_635,
-    "tools": 1_690,
+    "tools": 1_705,
     "launch": 1_510,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         settings = load_settings(args.config, args.overrides)
         check_layout(settings, args.nnodes * args.nproc_per_node)
-        check_address(args.master_addr, args.master_port if args.node_rank == 0 else None, args.nnodes == 1)
+        for number in stop_signals():  # before anything waits: the first process of a container ignores SIGTERM else
+            signal.signal(number, stop_waiting)
+        port = args.master_port if args.node_rank == 0 else None
+        check_address(args.master_addr, port, args.nnodes == 1, args.rendezvous_timeout * args.is_scheduled)
         program = "qwen35.preflight" if args.preflight else "qwen35.train"
         rendezvous = join_rendezvous(args) if args.nnodes > 1 else None
         command, t = [sys.executable, "-m", program, args.config, *args.overrides], settings.training
@@ -83,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def take_place(args: argparse.Namespace) -> bool:
     """Complete the options that say which node this is. False: another process starts its ranks."""
     place = find_place(os.environ, args.nnodes)
+    args.is_scheduled = bool(place and args.nnodes is None)
     if place and args.nnodes is None:
         logger.info(f"{place.source} say: node {place.node_rank} of {place.nnodes}")
         args.nnodes, args.node_rank = place.nnodes, place.node_rank
@@ -109,8 +113,6 @@ def stop_waiting(number: int, frame: FrameType | None) -> NoReturn:
 
 def join_rendezvous(args: argparse.Namespace) -> Rendezvous:
     """Raises SettingError, RendezvousError."""
-    for number in stop_signals():
-        signal.signal(number, stop_waiting)
     node_addr = os.environ.get("NODE_ADDR")
     if node_addr and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo takes an interface; HCCL an address, HCCL_IF_IP
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(node_addr)

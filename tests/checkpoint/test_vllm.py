@@ -31,15 +31,17 @@ def expected(config: dict, load: str) -> set[str]:
     known, text = VLLM["parameters"], config["text_config"]
     ffn = known["moe"] if "num_experts" in text else known["dense"]
     head = [] if config["tie_word_embeddings"] else ["lm_head.weight"]
-    if load == "mtp":
+    if load.startswith("mtp"):
         layer = [*known["norms"], *known["full_attention"], *ffn]
         return {*(f"model.{n}" for n in known["mtp"]), *(f"model.layers.0.{n}" for n in layer), *head}
     inner = ["embed_tokens.weight", "norm.weight"]
     for i, kind in enumerate(text["layer_types"]):
         inner += [f"layers.{i}.{n}" for n in (*known["norms"], *known[kind], *ffn)]
+    language = {*(f"model.{n}" for n in inner), *head}
+    if load == "model of text alone":
+        return language
     blocks = [f"blocks.{i}.{n}" for i in range(config["vision_config"]["depth"]) for n in known["visual_block"]]
-    visual = {f"visual.{n}" for n in (*known["visual"], *blocks)}
-    return visual | {f"language_model.{n}" for n in (*(f"model.{n}" for n in inner), *head)}
+    return {f"visual.{n}" for n in (*known["visual"], *blocks)} | {f"language_model.{n}" for n in language}
 
 
 def taken(names, load: str) -> dict[str, Counter]:
@@ -122,9 +124,9 @@ SPECS = {
 }
 
 
-def linears(config: dict) -> Iterator[str]:
+def linears(config: dict, load: str = "model") -> Iterator[str]:
     """The modules of vLLM's model that adapters may name, with LoRA switched on."""
-    for name in expected(config, "model"):
+    for name in expected(config, load):
         module = name.removesuffix(".weight")
         if module.endswith("in_proj_qkvz"):
             yield from (module.replace("in_proj_qkvz", part) for part in LORA["in place of in_proj_qkvz"])

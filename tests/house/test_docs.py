@@ -109,7 +109,7 @@ def test_every_link_leads_somewhere(page):
 def test_files_that_a_page_names_exist(page):
     if ELSEWHERE.search(page.name):
         return
-    folders = "accept|assets|bench|configs|docs|kernels|qwen35|rehearse|scripts|tests"
+    folders = "accept|assets|bench|configs|deploy|docker|docs|kernels|qwen35|rehearse|scripts|tests"
     named = re.findall(rf"(?<![\w/<])(?:{folders})/[\w/.-]+\.(?:sh|py|yaml|txt|md)\b", code(page))
     missing = {name for name in named if not (ROOT / name).exists()} - {"scripts/X.sh"}
     anywhere = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}

@@ -30,7 +30,7 @@ ROOMS = {
     "parallel": 660,
     "inference": 990,
     "training": 2_540,
-    "tools": 1_720,
+    "tools": 1_735,
     "launch": 1_515,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

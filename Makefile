@@ -39,7 +39,7 @@ download: ## a model from a hub, every file checked; resumes where it was stoppe
 #: MODEL=<name on the hub, Qwen/ may be left out> SOURCE OUT=ckpt/hf_path/<name> ARGS="options"
 #> make download MODEL=Qwen3.8-27B SOURCE=modelscope
 convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
-#: HF DCP=ckpt/mm_path/<name of HF> TIE
+#: HF DCP=ckpt/mm_path/<name of HF> TIE ARGS="options"
 #> make convert HF=ckpt/hf_path/Qwen3.5-4B
 
 ##@ Data
@@ -69,7 +69,7 @@ report: ## a page on a run: its plots, samples, answers and settings; training w
 
 ##@ Use
 export: ## a checkpoint of a run to a Hugging Face folder, for transformers and vLLM
-#: DCP=runs/tiny HF=<model that the run trained> OUT=<DCP>/hf
+#: DCP=runs/tiny HF=<model that the run trained> OUT=<DCP>/hf ARGS="options"
 #> make export DCP=runs/qwen3_5_4B
 generate: ## a model's answer about images, videos and text
 #: MODEL=runs/tiny/hf PROMPT=<text, else standard input> IMAGE VIDEO HF ARGS="options"

@@ -123,12 +123,13 @@ def digest(x: torch.Tensor) -> list[float]:
 def exported(folder: Path) -> dict[str, str]:
     """sha256 of each file of an export from a converted DCP checkpoint.
 
-    Not of what the manifest says of the checkpoint, whose own bytes differ between releases of torch.
+    Without what the manifest says of the checkpoint, whose bytes differ between releases of torch.
     """
     hf_to_dcp(model_folder(folder, moe=True), folder / "dcp", None)
     dcp_to_hf(folder / "dcp", folder / "weights", folder / "hf")
     manifest = folder / "hf" / EXPORT_MANIFEST
-    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "checkpoint"}))
+    content = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "checkpoint"}
+    manifest.write_text(json.dumps(content, indent=2) + "\n")
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((folder / "hf").iterdir())}
 
 

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_030,
     "model": 1_500,
     "checkpoint": 3_650,
-    "data": 6_000,
+    "data": 6_030,
     "parallel": 670,
     "inference": 995,
     "training": 1_660,

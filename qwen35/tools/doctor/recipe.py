@@ -156,7 +156,7 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> tuple[Qw
         if start.goes_on and (info := read_info(start.path)).step:
             check_info(info, s, world)
             loaded = info
-        facts = [*start.notes, *load_notes(start.path.parent, start.path)]
+        facts = [*start.notes, *start.warnings, *load_notes(start.path.parent, start.path)]
         found.append(ok("weights", "; ".join(facts).removeprefix("weights ")))
     found += [note("model", line, "ignore this if training does not need it") for line in unread]
     found += [note("model", line) for line in serving_warnings(whole)]

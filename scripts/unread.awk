@@ -3,11 +3,11 @@
 #
 #   awk -v goals='finetune' -v given='DATA ARGS' -f scripts/unread.awk env.sh Makefile
 #
-# A command reads what its line `#:` in the Makefile lists. Variables of the machine and of a cluster
-# may be given to all: they say how something runs, and not on what.
+# A command reads what its line `#:` in the Makefile lists, and ARGS. Variables of the machine and of
+# a cluster may be given to all: they say how something runs, and not on what.
 
 BEGIN {
-    split("CONFIG ARGS DRY_RUN", own)
+    split("CONFIG DRY_RUN", own)
     for (i in own) decides[own[i]]
     for (i = split(goals, words); i > 0; i--) is_goal[words[i]]
 }
@@ -15,7 +15,7 @@ BEGIN {
 is_first && match($0, /^: "\$\{[A-Za-z0-9_]+/) { decides[substr($0, 6, RLENGTH - 5)] }
 /^[a-z-]+: *## / { command = substr($0, 1, index($0, ":") - 1) }
 /^#: / {
-    sub(/^#: as for finetune/, "#: CONFIG ARGS DRY_RUN")
+    sub(/^#: as for finetune/, "#: CONFIG DRY_RUN")
     for (i = 2; i <= NF; i++)
         if (match($i, /^[A-Z_]+/)) {
             name = substr($i, 1, RLENGTH)

@@ -72,8 +72,9 @@ def dcp_to_hf(dcp_dir: str | Path, origin_hf_dir: str | Path, save_hf_dir: str |
     with progress_bar(total=nbytes, desc="dcp_to_hf") as bar:
         if tokenizer := _tokenizer_folder(checkpoint):
             print(f"tokenizer and processors from {tokenizer}, with which the run trained", flush=True)
-        values = FiniteSource(source, checkpoint)
-        written = save_hf(values, origin_hf_dir, save_hf_dir, bar.update, tokenizer, stamp(checkpoint))
+        values, of_run = FiniteSource(source, checkpoint), ITERATION.fullmatch(checkpoint.name)
+        made_from = stamp(checkpoint) if of_run else None
+        written = save_hf(values, origin_hf_dir, save_hf_dir, bar.update, tokenizer, made_from)
     if isinstance(source, Merged) and (same := sorted(source.pairs.keys() - source.changed)):
         print(
             f"{len(same)} of {len(source.pairs)} weights with an adapter are the base's still, to the last bit "

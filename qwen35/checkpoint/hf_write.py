@@ -48,7 +48,7 @@ def save_hf(
 ) -> WriteSummary:
     """Write a model's state like a source folder: its names, shapes, dtypes, files and index.
 
-    checkpoint: says which it is, and is kept in the export's manifest.
+    checkpoint: says which one of a run it is, and is kept in the export's manifest.
 
     Values are cast to the source's dtypes. Two kinds of tensors may be absent from the state:
     `mtp.*`, which is copied from the source, and an `lm_head.weight` stored despite tied weights,

@@ -64,10 +64,9 @@ def ignored_sizes(folder: str | Path, least: int, most: int, section: str, *name
 def longest_context(folder: str | Path) -> float:
     """How many tokens the model of a config.json is made to read; infinity if it does not say."""
     config = read_config(folder, "config.json")
-    text = found if isinstance(found := config.get("text_config"), dict) else config
-    rope: dict[str, Any] = next(
-        (text[key] for key in ("rope_parameters", "rope_scaling") if isinstance(text.get(key), dict)), {}
-    )
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
     values = text.get("max_position_embeddings"), rope.get(YARN_LENGTH), rope.get("factor")
     most, trained, factor = (value if isinstance(value, int | float) else 0 for value in values)
     return max(most, trained * factor) or float("inf")

@@ -5,6 +5,7 @@ JSON is decoded strictly: duplicate keys, NaN and numbers too large for a float 
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -25,7 +26,6 @@ LONGEST_VALUE = 64 << 20  # bytes; more than any record needs, even with embedde
 TOO_LONG = "has more than {:,} bytes; keep images in files, and split long texts"
 TO_LINES = "python3 -c 'import json,sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]'"
 SPACE = re.compile(r"[ \t\n\r]*")
-NULL = re.compile(rb"(:|^)\s*null\b")  # of a key; also in a text that holds JSON
 
 
 class LossyJSONError(ValueError):
@@ -95,9 +95,19 @@ def _is_from_table(values: Callable[[], Iterator[Any]], file: Path) -> bool:
 
     found = first(UNDECIDED)
     if found is None:  # most files have no null at all, which their bytes show sooner than their values
-        with file.open("rb") as stream:
-            found = any(map(NULL.search, stream)) and first(None)
+        found = _has_null(file) and first(None)
     return bool(found)
+
+
+def _has_null(file: Path) -> bool:
+    """Whether the file has `: null`, which may also stand in a text that holds JSON."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(b"null")
+        while at >= 0:
+            if data[max(0, at - 64) : at].rstrip().endswith(b":"):
+                return True
+            at = data.find(b"null", at + 4)
+    return False
 
 
 def _json_values(file: Path) -> Callable[[], Iterator[Any]]:

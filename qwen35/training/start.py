@@ -85,7 +85,7 @@ class Start:
         self.notes = [f"weights from {self.base}"]
         self.warnings: list[str] = []
         self.extra: dict[str, Any] = {}  # of this run's checkpoints
-        if not self.is_hf and dist.get_rank() == 0:
+        if not self.is_hf and (not dist.is_initialized() or dist.get_rank() == 0):  # make doctor is no job
             self.warnings += _other_weights(model, opened, self.base, settings.model.model_name_or_path)
         if not self.lora:
             return

@@ -159,7 +159,8 @@ def model(m: Machine, s: Settings, found: list[Finding], world: int) -> tuple[Qw
             check_info(info, s, world)
             loaded = info
         is_named = start.path == Path(t.load or "")  # and not its folder
-        facts = [*start.notes, *([] if is_named else load_notes(start.path.parent, start.path))]
+        notes = [] if is_named else load_notes(start.path.parent, start.path)
+        facts = [*start.notes, *start.warnings, *notes]
         found.append(ok("weights", "; ".join(facts).removeprefix("weights ")))
     found += [note("model", line, "ignore this if training does not need it") for line in unread]
     found += [note("model", line) for line in serving_warnings(whole)]

@@ -173,7 +173,7 @@ def test_unsupported_inputs_raise(change, words, monkeypatch):
 
 def test_the_fused_exchange_must_be_selected_by_name():
     auto, named = kernels.select("npu"), kernels.select("npu", {"moe_experts_parallel": "alltoallv_gmm"})
-    assert auto.moe_experts_parallel is fused.moe_experts_parallel
+    assert auto.moe_experts_parallel.keywords == {"primitives": npu}
     assert named.moe_experts_parallel is fused_exchange.moe_experts_parallel
 
 

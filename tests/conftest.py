@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+STARTS = str(Path(__file__).parent / "starts")  # whose sitecustomize.py quickens what the tests start
+
 # A shell makes background jobs ignore Ctrl-C, and nohup the closing of a terminal. Children inherit
 # that, and some of these tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (STARTS, os.environ.get("PYTHONPATH"))))
 gc.disable()  # until all tests are collected: nothing of what they import is garbage
 
 
@@ -37,8 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All modules and tests stay to the end: no collection of garbage need look at them again."""
+    """All modules and tests stay to the end: no collection of garbage need look at them again.
+
+    Nor often at what the tests import, transformers above all: a full collection is rare.
+    """
     gc.freeze()
+    gc.set_threshold(700, 10, 100)
     gc.enable()
 
 

@@ -26,6 +26,7 @@ import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
 PYTHON = str(Path(sys.executable).absolute())  # tests change the folder
+PATHS = f"{ROOT}:{ROOT}/tests/starts"  # PYTHONPATH of what is started in other folders
 MAINS = {
     "train": "qwen35.train",
     "launch": "qwen35.launch.launcher",
@@ -51,7 +52,7 @@ def process_of(work: Callable, *arguments: object) -> multiprocessing.Process:
 
 def ensure_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for the fork server and for what the commands start
+        patch.setenv("PYTHONPATH", f"{PATHS}:{ROOT}/tests")  # of the server, and of what forks start
         forkserver.ensure_running()
 
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from forked import MAINS, start, take
 from hf_folder import write_hf
-from peer import config_dict
+from peer import ONE_OF_EACH, config_dict
 from PIL import Image
 from plain import plain
 from ports import free_port
@@ -89,10 +89,10 @@ def make_project(place: Path) -> Path:
     make_model_folder(place / "hf")
     small = {file.name: file.read_bytes() for file in (place / "hf").iterdir()}
     tokens = json.loads(small.pop("config.json"))
-    config = config_dict() | {name: value for name, value in tokens.items() if name.endswith("_id")}
+    config = config_dict(**ONE_OF_EACH) | {name: value for name, value in tokens.items() if name.endswith("_id")}
     config["text_config"] |= {"vocab_size": 512}
     shutil.rmtree(place / "hf")
-    write_hf(Qwen35.from_config(config).state_dict(), config, place / "hf", shard_size=200_000)
+    write_hf(Qwen35.from_config(config).state_dict(), config, place / "hf", shard_size=150_000)
     for name, content in small.items():
         (place / "hf" / name).write_bytes(content)
     hf_to_dcp(place / "hf", place / "dcp")

@@ -11,7 +11,7 @@ import torch
 import yaml
 from forked import ROOT, Forked, launched
 from hf_folder import write_hf
-from peer import config_dict
+from peer import ONE_OF_EACH, config_dict
 from PIL import Image
 from plain import plain
 from ports import free_port
@@ -32,7 +32,7 @@ def make_workplace(folder: Path) -> Path:
     """A model folder, 60 records (two of three with an image), and a recipe for them."""
     model_folder = make_model_folder(folder / "model")
     tokens = json.loads((model_folder / "config.json").read_text())
-    config = config_dict() | {k: v for k, v in tokens.items() if k.endswith("_id")}
+    config = config_dict(**ONE_OF_EACH) | {k: v for k, v in tokens.items() if k.endswith("_id")}
     config["text_config"] = config["text_config"] | {"vocab_size": 512}
     write_hf(Qwen35.from_config(config).state_dict(), config, folder / "weights")
     for file in model_folder.iterdir():

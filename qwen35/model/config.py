@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -218,7 +219,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 def _valid(cls: type[T], values: dict[str, Any], at: str) -> T:
     """The keys of the section `at` that `cls` has. Raises ConfigError for the first wrong one."""
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return _reader(cls).validate_python(values)  # type: ignore[arg-type]  # mypy: a class is not hashable
     except ValidationError as errors:
         error = errors.errors()[0]
         if error["type"] == "missing":
@@ -226,6 +227,11 @@ def _valid(cls: type[T], values: dict[str, Any], at: str) -> T:
         name = at + ".".join(map(str, error["loc"]))
         problem = error["msg"].replace("Input should be", "not")
         raise ConfigError(f"{name} is {shown(error['input'])}, {problem}") from None
+
+
+@cache  # making one takes longer than all that is read with it
+def _reader(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
 
 
 def _layer_types(keys: _TextKeys, at: str) -> Sequence[str]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from forked import PYTHON, ROOT
+from forked import PATHS, PYTHON
 from mistakes import (
     BASIC,
     SHOW,
@@ -264,7 +264,7 @@ def test_ranks_that_see_different_images_stop(whole, place):
             "MASTER_PORT": port,
         }
         command = [PYTHON, "-m", "qwen35.train", "r.yaml", SKIP, f"training.save={place}/run"]
-        environment = os.environ | places | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | places | {"PYTHONPATH": PATHS}
         ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
     for process in ranks:
         _, err = process.communicate(timeout=120)

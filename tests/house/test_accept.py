@@ -23,6 +23,7 @@ from qwen35.errors import SettingError
 from rehearse.rates import BEST, WORST, RateRange, Rates, rates_text, read_rates
 
 ROOT = Path(__file__).parents[2]
+STARTS = ROOT / "tests/starts/sitecustomize.py"  # in whose place is the fixture's
 PARTS = ("machine", "operators", "layers", "ranks", "runs", "speed", "slice")
 SECRET = "hf_abcdefghijkl"
 
@@ -32,7 +33,7 @@ def accept(tmp_path):
     """Run it; each of its processes executes `first`. -> exit status, output, JSON, Markdown"""
 
     def run(*options: str, first: str = "") -> tuple[int, str, dict, str]:
-        (tmp_path / "sitecustomize.py").write_text(first)
+        (tmp_path / "sitecustomize.py").write_text(STARTS.read_text() + first)
         with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
             variables = {
                 "PYTHONPATH": f"{tmp_path}:{ROOT}",
@@ -67,7 +68,7 @@ def test_all_checks_hold_on_a_cpu(accept, tmp_path):
         "MoE of a layer, torch.float32",
         "all-to-all, 1 MiB",
     } <= rows.keys()
-    assert rows["12 steps on 2 ranks beside one"]["status"] == "held"
+    assert rows["8 steps on 2 ranks beside one"]["status"] == "held"
     killed = rows["killed after a checkpoint and resumed, ranks: 1"]
     assert killed["status"] == "held" and killed["wanted"] == "bit for bit, training.deterministic=true"
     assert {row["rate"] for row in rows.values() if row["rate"]} == {"flops", "memory", "within", "host"}

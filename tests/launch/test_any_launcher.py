@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import Forked, launched
+from forked import PATHS, Forked, launched
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
@@ -34,7 +34,7 @@ def start(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str
     return subprocess.Popen(
         [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOGLEVEL": "ERROR"} | env,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "LOGLEVEL": "ERROR"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -161,7 +161,7 @@ def test_nodes_that_differ_load_nothing(workplace, tmp_path, launcher):
         command = torchrun(2, node, 1, port) if launcher == "torchrun" else (*ALONE[:2], "qwen35.launch", *options)
         own = [*settings, "training.lr=0.5"] if node else settings
         env = {"NODE_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": interface_of("127.0.0.1")}
-        env |= {"PYTHONPATH": f"{package.parent}:{ROOT}"} if node else {}
+        env |= {"PYTHONPATH": f"{package.parent}:{PATHS}"} if node else {}
         processes.append(start(workplace, tmp_path / "run", command, *own, cwd=folder, **env))
     for code, out, err in ended(*processes):
         assert code == 1 and "Traceback" not in err.partition("listed above: nothing was loaded")[0], err

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from forked import PATHS
 from plain import plain
 from ports import free_port
 
@@ -256,7 +257,7 @@ def test_two_pods_with_a_network_each_train_one_run(workplace, tmp_path):
     probe = ["unshare", "-rn", "ip", "link", "add", "a", "type", "veth", "peer", "name", "b"]
     is_apart = not subprocess.run(probe, capture_output=True, check=False).returncode
     shell = [*["unshare", "-rn"] * is_apart, "bash", "-ec", PODS, "apart" if is_apart else "together"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | pod
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS} | pod
     done = subprocess.run(
         [*shell, *LAUNCH, *recipe],
         cwd=tmp_path,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked import PATHS
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, make_workplace, train
@@ -32,7 +33,7 @@ def start(workplace: Path, node: int, port: int, *arguments: str, cwd: Path = RO
         cwd=cwd,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "NODE_ADDR": "127.0.0.1", "RENDEZVOUS_SECRET": "a secret of the tests"}
-        | {"PYTHONPATH": str(ROOT)}
+        | {"PYTHONPATH": PATHS}
         | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -112,7 +113,7 @@ def test_nodes_of_another_torch_do_not_start(workplace, tmp_path):
     (tmp_path / "torch-9.9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
     recipe, port, save = str(workplace / "recipe.yaml"), free_port(), f"training.save={tmp_path / 'save'}"
     both = [
-        start(workplace, node, port, recipe, save, PYTHONPATH=f"{tmp_path}:{ROOT}" if node else str(ROOT))
+        start(workplace, node, port, recipe, save, PYTHONPATH=f"{tmp_path}:{PATHS}" if node else PATHS)
         for node in range(2)
     ]
     for code, out, err in ends(*both):

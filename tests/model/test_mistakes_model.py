@@ -105,7 +105,7 @@ CONFIGS = [
         "text_config.layer_types.0 is 'mamba', not 'linear_attention' or 'full_attention'",
     ),
     config(
-        "number of layers", "text_config.num_hidden_layers", 5, "num_hidden_layers is 5, but layer_types has 4 layers"
+        "number of layers", "text_config.num_hidden_layers", 5, "num_hidden_layers is 5, but layer_types has 2 layers"
     ),
     config(
         "shared heads",

@@ -2,8 +2,11 @@
 
 TRITON_INTERPRET=1 must be set before triton is imported. The fixes: it
 multiplies bf16 bits as integers, truncates to bf16 instead of rounding, and converts arrays to
-numbers in a way that newer numpy refuses.
+numbers in a way that newer numpy refuses. It also replaces the whole language anew at each call of
+a function, which took a third of its time; once for each function is enough, since that stays.
 """
+
+from functools import cache
 
 import numpy as np
 import torch
@@ -41,9 +44,12 @@ def install() -> None:
         tensor.__index__ = lambda self: self.handle.data.item()
         tensor.__bool__ = lambda self: self.handle.data.size != 1 or bool(self.handle.data.item())
 
-    original = interpreter._interpreter
+    original, of_pointers = interpreter._interpreter, np.dtype(np.uint64)
     interpreter._interpreter = Counting()
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang = cache(interpreter._patch_lang)
+    of_scalar = cache(interpreter._get_np_dtype)  # which makes a table of all at each call
+    interpreter._get_np_dtype = lambda x: of_pointers if x.scalar.is_ptr() else of_scalar(x.scalar)
     builder.cast_impl, builder.create_dot = _cast, _dot
 
 

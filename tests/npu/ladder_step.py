@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from steps import DEVICE, Step, make_batch, our_step, peer_step, slice_config
+from steps import DEVICE, Step, bytes_kept, make_batch, our_step, peer_step, slice_config
 from table import layers, lines, measure, publish
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -219,18 +219,21 @@ def test_the_native_loss_would_sync():
 )  # bytes of a core's outputs: bf16, and fp32 max and sum of each head's softmax, eight times each
 def test_bytes_saved_per_layer(kind, core):
     """Per token at the end of forward: the layer's input, and with selective its core's output."""
-    tokens, base = 1024, ["linear_attention", "full_attention"]
+    tokens, base = 1024, ("linear_attention", "full_attention")
     kept = {}
     for how in (False, True, "selective"):
-        more, less = (
-            our_step(slice_config(True, types), make_batch(slice_config(True, types), tokens, False), how).kept
-            for types in (sorted([*base, kind], reverse=True), base)
-        )
+        more, less = (kept_by(types, tokens, how) for types in (tuple(sorted([*base, kind], reverse=True)), base))
         kept[how] = (more - less) / tokens
     small = 2  # slack for what does not depend on the tokens
     assert 2 * 1024 <= kept[True] <= 2 * 1024 + small
     assert 2 * 1024 + core <= kept["selective"] <= 2 * 1024 + core + small
     assert kept[False] > 3 * kept["selective"]
+
+
+@cache
+def kept_by(types: tuple[str, ...], tokens: int, how: bool | str) -> int:
+    config = slice_config(True, list(types))
+    return bytes_kept(config, make_batch(config, tokens, False), how)
 
 
 def test_saved_bytes_are_counted_once():

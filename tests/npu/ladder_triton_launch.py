@@ -50,11 +50,16 @@ with held if sys.argv[1] == "locked" else contextlib.nullcontext():
 """
 
 
-@pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, str]:
     site, cann = Path(torch_npu.__file__).parent, Path(os.environ["LD_LIBRARY_PATH"].partition(":")[0])
+    return toolkit.make(tmp_path_factory.mktemp("toolkit") / "cann", site, cann)
+
+
+@pytest.fixture
+def environment(made, tmp_path) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return own | toolkit.make(tmp_path / "cann", site, cann) | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    return own | made | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
 
 
 def test_every_kernel_is_compiled_and_launched(environment, tmp_path):
@@ -94,7 +99,7 @@ def test_several_processes_at_once(environment, tmp_path, how):
 
     first = start(0)
     assert "is writing\n" in iter(first.stdout.readline, "")
-    others = [start(kernel) for kernel in (1, 2)]
+    others = [start(kernel) for kernel in ((1, 2) if how == "locked" else (1,))]
     if how == "locked":
         assert all("waits\n" in iter(process.stdout.readline, "") for process in others)
         (tmp_path / "go on").touch()
@@ -104,6 +109,4 @@ def test_several_processes_at_once(environment, tmp_path, how):
     if how == "locked":
         assert [process.returncode for process in others] == [0, 0], errors
     else:
-        assert all(
-            process.returncode and "included: half\n" in err for process, err in zip(others, errors, strict=True)
-        )
+        assert others[0].returncode and "included: half\n" in errors[0]

@@ -8,6 +8,8 @@ The delta rule, its convolution and its gated norm are Triton kernels, each laun
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from live_bytes import LiveBytes
@@ -78,8 +80,7 @@ class Step:
     forward: OperatorCounts
     backward: OperatorCounts
     optimizer: OperatorCounts
-    saved: int  # bytes for backward, of what autograd keeps
-    kept: int  # bytes that are there between forward and backward
+    saved: int | None  # bytes for backward, of what autograd keeps, where they are asked for
     calls: list
     model: Qwen35 | torch.nn.Module
 
@@ -102,10 +103,26 @@ def _fake(record, mode: FakeTensorMode):
     return dataclasses.replace(record, **fields)
 
 
-def our_step(
+def our_step(config: dict, batch: PackedBatch, *how: bool | str | Meshes, saves: bool = False) -> Step:
+    """how: as of _ours."""
+    with _ours(config, batch, *how) as (model, loss):
+        return _run(model, loss, _optimizer(model), saves)
+
+
+def bytes_kept(config: dict, batch: PackedBatch, recompute: bool | str) -> int:
+    """What is there between forward and backward."""
+    with _ours(config, batch, recompute) as (_, loss), LiveBytes("npu") as live:
+        value = loss()
+        held = live.now
+        del value
+        return held
+
+
+@contextmanager
+def _ours(
     config: dict, batch: PackedBatch, recompute: bool | str = False, mtp: bool = False, meshes: Meshes | None = None
-) -> Step:
-    """meshes: of ranks that share the batch; the step is that of the first rank."""
+) -> Iterator[tuple[Qwen35, Callable[[], Tensor]]]:
+    """The model and its loss. meshes: of ranks that share the batch; they are the first rank's."""
     weights, mtp_targets = token_weights(batch, "default"), make_mtp_targets(batch, "default") if mtp else None
     if meshes:
         batch, weights, mtp_targets = shard_batch(batch, weights, mtp_targets, 0, meshes.ulysses_size)
@@ -129,7 +146,7 @@ def our_step(
             )
             return loss + 0.001 * aux
 
-        return _run(model, loss, _optimizer(model))
+        yield model, loss
 
 
 def _optimizer(model: Qwen35) -> AdamW:
@@ -147,14 +164,11 @@ def _to_bf16(model: torch.nn.Module, but: tuple[str, ...] = ()) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step:
-    kept = SavedBytes(model.parameters())
-    with kept:  # in a separate run, because it adds operators
-        loss()
-    with LiveBytes("npu") as live:
-        value = loss()
-        held = live.now
-        del value
+def _run(model: torch.nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, saves: bool) -> Step:
+    saved = SavedBytes(model.parameters()) if saves else None
+    if saved:
+        with saved:  # in a separate run, because it adds operators
+            loss()
     with Watch() as forward:
         value = loss()
     with Watch() as backward:
@@ -166,7 +180,8 @@ def _run(model: torch.nn.Module, loss, optimizer: torch.optim.Optimizer) -> Step
     optimizer.step()  # the first call creates its state
     with Watch() as update:
         optimizer.step()
-    return Step(forward.record, backward.record, update.record, kept.total, held, forward.calls + backward.calls, model)
+    calls = forward.calls + backward.calls
+    return Step(forward.record, backward.record, update.record, saved and saved.total, calls, model)
 
 
 # ── transformers' step ────────────────────────────────────────────────────────────────────────────
@@ -192,4 +207,5 @@ def peer_step(config: dict, tokens: int) -> Step:
             model,
             lambda: model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float().sum(),
             torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+            saves=True,
         )

@@ -42,7 +42,7 @@ def measure() -> dict[tuple[bool, str], dict[str, Layer]]:
     """(mixture of experts, whose) -> the layers."""
     found = {}
     for moe in (True, False):
-        found[moe, "ours"] = layers(lambda c, t: our_step(c, make_batch(c, t, True)), moe)
+        found[moe, "ours"] = layers(lambda c, t: our_step(c, make_batch(c, t, True), saves=True), moe)
         if not moe or HAS_GROUPED_MM:  # else transformers syncs for each expert's rows
             found[moe, "transformers"] = layers(peer_step, moe)
     return found

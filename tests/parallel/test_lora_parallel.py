@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import spawn
-from peer import PATCH_VALUES, config_dict, sample
+from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, sample
 from ports import free_port
 from torch.distributed.tensor import DTensor
 
@@ -86,6 +86,10 @@ class OfModel:
         return self.tensors[name].detach()[region.slices()]
 
 
+def config_of(top_k: int) -> dict:
+    return config_dict(num_experts_per_tok=top_k, **ONE_OF_EACH)
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
@@ -101,7 +105,7 @@ def some_steps(
     top_k: int = 2, lora: LoraSettings = LORA, dtype: str = "fp32", optimizer: str = "adamw", **parallel
 ) -> dict:
     """Losses and norms of all steps, gradients of each, adapters and dtypes after the last."""
-    config = config_dict(num_experts_per_tok=top_k)
+    config = config_of(top_k)
     t = TrainingSettings(
         train_iters=STEPS,
         save="x",
@@ -139,7 +143,7 @@ def some_steps(
         found["losses"].append(float(record.sums[0]))
         found["norms"].append(dict(zip(run.gradients.groups, record.group_squares.sqrt().tolist(), strict=True)))
     if meshes.ulysses_size == 1:
-        found |= {"base": base_loss(run)}
+        found["base"], found["trained"] = losses_of(run)
     found["adapters"] = {n: full(p) for n, p in saved_parameters(model).items()}
     found["frozen"] = {n: full(p) for n, p in named.items() if not is_adapter(n)}
     found["copied"] = [n for n, p in named.items() if not is_adapter(n) and isinstance(p, DTensor)]
@@ -147,11 +151,13 @@ def some_steps(
 
 
 @torch.no_grad()
-def base_loss(run: Run) -> float:
-    """The loss on one micro-batch without the adapters, in whatever state they are."""
+def losses_of(run: Run) -> tuple[float, float]:
+    """On a micro-batch of the first step, without the adapters in whatever state, and with them."""
     batch = batch_of(0, 0)
+    weights = token_weights(batch, "default")
     with adapters_off(run.model):
-        return float(run.model.loss(batch, token_weights(batch, "default"))[0])
+        base = float(run.model.loss(batch, weights)[0])
+    return base, float(run.model.loss(batch, weights)[0])
 
 
 def worker(rank: int, world: int, port: int, out: Path, cases: dict[str, dict]) -> None:
@@ -207,10 +213,8 @@ def test_four_processes_equal_one(one, four, name):
 def test_one_process_trains_adapters_alone(one, name):
     """FSDP has no copy of the base, and every adapter has its gradients."""
     found = one[name]
-    assert found["losses"][-1] < found["losses"][0] and not found["copied"]
-    base = dict(
-        Qwen35.from_config(config_dict(num_experts_per_tok=PLAIN[name].get("top_k", 2)), seed=1).named_parameters()
-    )
+    assert found["trained"] < found["base"] and not found["copied"]
+    base = dict(Qwen35.from_config(config_of(PLAIN[name].get("top_k", 2)), seed=1).named_parameters())
     for parameter, value in found["frozen"].items():
         is_rounded = name == "bf16" and not parameter.endswith(REPLICATED)
         wanted = base[parameter].detach().to(torch.bfloat16 if is_rounded else torch.float32)
@@ -231,8 +235,8 @@ def check(one: dict, found: dict, case: dict) -> None:
     assert all(torch.equal(found["initial"][name], value) for name, value in one["initial"].items())
     for a, b in zip(one["norms"][:steps], found["norms"][:steps], strict=True):
         assert b == pytest.approx(a, rel=5 * limit)
-    if "base" in found:
-        assert found["base"] == pytest.approx(one["base"], rel=limit)
+    for kind in ("base", "trained") if "base" in found else ():
+        assert found[kind] == pytest.approx(one[kind], rel=limit)
     assert found["frozen"].keys() == one["frozen"].keys()
     assert all(torch.equal(found["frozen"][name], value) for name, value in one["frozen"].items())
     for a, b in zip([*one["gradients"], one["adapters"]], [*found["gradients"], found["adapters"]], strict=True):

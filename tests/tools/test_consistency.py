@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import spawn
 from ports import free_port
 from safetensors.torch import save_file
 
@@ -192,7 +192,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 
 
 def test_ranks_compare_their_nodes(tmp_path):
-    mp.spawn(_rank, (free_port(), tmp_path), 4)
+    spawn(_rank, free_port(), tmp_path, ranks=4)
     lines = {case: [(tmp_path / f"{case} {rank}").read_text().splitlines() for rank in range(4)] for case in CASES}
     assert lines["the same"] == [["agreed"]] * 4
     lr = "nodes 1, 3 (ranks 1, 3) have training.lr: 2e-05; node 0 (rank 0): 1e-05"

@@ -54,7 +54,7 @@ def resume_point(run: Path, save: Path, workplace: Path) -> Path:
 
 def test_checkpoints_hold_adapters_and_their_optimizer_state_alone(run, workplace):
     weights, state = tensors(run), tensors(run, OPTIMIZER)
-    assert len(weights) > 40 and all(map(is_adapter, weights))
+    assert len(weights) > 20 and all(map(is_adapter, weights))
     assert {name.partition(".")[2] for name in state} == weights.keys()
     assert {t.dtype for t in weights.values()} == {torch.float32}
     whole = sum(path.stat().st_size for path in (workplace / "weights").glob("*.safetensors"))

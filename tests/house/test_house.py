@@ -23,10 +23,10 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_020,
+    "config": 1_065,
     "model": 1_500,
     "checkpoint": 3_650,
-    "data": 5_960,
+    "data": 6_140,
     "parallel": 670,
     "inference": 975,
     "training": 1_635,

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qwen35.config.other_names import ADVICE
 from qwen35.config.rules import check_rules
-from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, DatasetFile, Settings, for_validation
+from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, Attr, DatasetFile, Settings, for_validation
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
 SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
@@ -222,6 +222,7 @@ PROBLEMS = {  # of pydantic's types of errors; others are of the form int_type
     "string_type": "is not of type str",
     "value_error": "is not of type float",
     "tuple_type": "is not a list",
+    "dataclass_type": "is not a section with settings in it",
     "literal_error": "is not one of {expected}",
     "finite_number": "must be a finite number",
     "greater_than": "must be more than {gt}",
@@ -238,7 +239,9 @@ def _message(errors: ValidationError) -> str:
     for error in errors.errors():
         path, kind = _path(error["loc"]), error["type"]
         if kind == "unexpected_keyword_argument":
-            return _unknown(path, [f"{path.rpartition('.')[0]}.{f.name}" for f in dataclasses.fields(DatasetFile)])
+            entry = path.rpartition(".")[0]
+            owner = Attr if entry.endswith(".attr") else DatasetFile
+            return _unknown(path, [f"{entry}.{f.name}" for f in dataclasses.fields(owner)])
         subject = path if kind == "missing" else f"{path}: {error['input']!r}"
         problem = PROBLEMS.get(kind, f"is not of type {kind.removesuffix('_type')}")
         found.setdefault(path, [subject]).append(problem.format(**error.get("ctx", {})))

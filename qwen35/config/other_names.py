@@ -16,6 +16,8 @@ SAME = {  # ours -> theirs
         packing_length sequence_length""",
     f"{BASIC}.truncation": "truncation_strategy",
     f"{TRAIN_SET}.attr": "columns tags",
+    f"{TRAIN_SET}.attr.format": "formatting",
+    f"{TRAIN_SET}.attr.bbox_format": "qwenvl_bbox_format",
     f"{IMAGES}.image_max_pixels": "max_pixels image_resolution",
     f"{IMAGES}.image_min_pixels": "min_pixels",
     f"{IMAGES}.video_fps": "fps",

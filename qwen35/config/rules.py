@@ -4,7 +4,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen35.config.schema import TRAIN_SET, ModelSettings, ProfileSettings, Settings, dataset_entries, for_validation
+from qwen35.config.schema import (
+    TRAIN_SET,
+    ModelSettings,
+    ProfileSettings,
+    Settings,
+    attr_of,
+    dataset_entries,
+    for_validation,
+)
 from qwen35.errors import SettingError
 
 FLA_DELTA_RULE = ("gated_delta_rule", "chunk_gated_delta_rule")  # the operator's two names in model.kernels
@@ -153,15 +161,27 @@ def _folders_rules(s: Settings) -> Iterator[str]:
                 yield f"{name}: {written} lies in {source} {folder}; name a folder outside it"
 
 
+COLUMNS: tuple[str, ...] = ("prompt", "query", "response", "history")
+TURNS: tuple[str, ...] = (
+    "role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag",
+)  # fmt: skip
+READ_BY = {"alpaca": COLUMNS, "sharegpt": ("messages", *TURNS)}  # format -> the names that no other reads
+
+
 def _names_rules(s: Settings) -> Iterator[str]:
-    attr = s.data.dataset_param.attr
-    groups = (
-        ("messages", "images", "videos", "tools", "system"),
-        ("role_tag", "content_tag"),
-        ("user_tag", "assistant_tag", "system_tag", "observation_tag", "function_tag"),
-    )
-    for names in groups:
-        given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
-        same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
-        if same:
-            yield f"{TRAIN_SET}.attr: {' and '.join(same)} are both {given[same[0]]!r}; give each its own name"
+    param = s.data.dataset_param
+    entries = dataset_entries(param.basic_parameters.dataset)
+    attrs = {f"{TRAIN_SET}.basic_parameters.dataset[{i}].attr": [e] for i, e in enumerate(entries) if e.attr}
+    attrs[f"{TRAIN_SET}.attr"] = [entry for entry in entries if not entry.attr]
+    for where, users in attrs.items():
+        attr = (users[0].attr if users else None) or param.attr
+        groups = (("messages", "images", "videos", "tools", "system", *COLUMNS), TURNS[:2], TURNS[2:])
+        for names in groups:
+            given = {name: getattr(attr, name) for name in names if getattr(attr, name) is not None}
+            same = [name for name, value in given.items() if list(given.values()).count(value) > 1]
+            if same:
+                yield f"{where}: {' and '.join(same)} are both {given[same[0]]!r}; give each its own name"
+        formats = {attr_of(entry, attr).format for entry in users}
+        for kind, names in READ_BY.items():
+            if users and kind not in formats and (unread := [name for name in names if getattr(attr, name)]):
+                yield f"{where}.{unread[0]} is read in files of format: {kind} alone, and none is; leave it out"

@@ -45,9 +45,42 @@ class PreprocessParameters:
 
 
 @dataclass(frozen=True)
+class Attr:
+    """How records are read, above all the names of fields and roles, of which the usual are found.
+
+    Dots name a field inside another: `dialog.turns`.
+    """
+
+    # sharegpt: a list of turns, also of messages; alpaca: a record is a question and its answer
+    format: Literal["sharegpt", "alpaca"] = "sharegpt"
+    messages: str | None = None  # the field with the turns; default: messages or conversations
+    images: str | None = None  # the field with the images; default: images or image
+    videos: str | None = None  # the field with the videos; default: videos or video
+    tools: str | None = None  # the field with the tools' definitions; default: tools
+    system: str | None = None  # the field with the system prompt, where it is no turn; default: system
+    role_tag: str | None = None  # a turn's field with the role; default: role or from
+    content_tag: str | None = None  # a turn's field with the text; default: content or value
+    user_tag: str | None = None  # the role of the user; default: user or human
+    assistant_tag: str | None = None  # the role of the assistant; default: assistant or gpt
+    system_tag: str | None = None  # the role of the system prompt; default: system or developer
+    observation_tag: str | None = None  # the role of a tool's result; default: tool or observation
+    function_tag: str | None = None  # the role of a tool call; default: function_call or tool_call
+    prompt: str | None = None  # format alpaca: the field with the question; default: instruction
+    query: str | None = None  # format alpaca: the field with what follows it on a new line; default: input
+    response: str | None = None  # format alpaca: the field with the answer; default: output
+    history: str | None = None  # format alpaca: the field with earlier [question, answer] pairs; default: history
+    # how a record's `objects` are written, by ms-swift's names (QWENVL_BBOX_FORMAT). legacy:
+    # <|box_start|>(x1,y1),(x2,y2)<|box_end|>; new: [x1, y1, x2, y2], as Qwen3-VL and 3.5 answer
+    bbox_format: Literal["legacy", "new"] = "legacy"
+    ignore: tuple[str, ...] = ()  # fields to ignore without a warning that they look like data: [label]
+
+
+@dataclass(frozen=True)
 class DatasetFile:
     file: str
     weight: PositiveFloat = 1.0  # times an epoch shows each sample; 0.5: every epoch another half of them
+    format: Literal["sharegpt", "alpaca"] | None = None  # of this file, in place of attr.format
+    attr: Attr | None = None  # of this file, in place of dataset_param.attr
 
 
 # a file's name alone is an entry, too
@@ -61,10 +94,18 @@ def dataset_entries(dataset: str | Sequence[DatasetFile]) -> list[DatasetFile]:
     return list(dataset)
 
 
+def attr_of(entry: DatasetFile, attr: Attr) -> Attr:
+    """How the records of a file are read; attr: the one for all files."""
+    own = entry.attr or attr
+    return replace(own, format=entry.format or own.format)
+
+
 @dataclass(frozen=True)
 class BasicParameters:
     # one file of records, or several separated by commas; or a list with weights:
-    # [{file: a.json, weight: 2}, b.json] shows every sample of the first file twice per epoch
+    # [{file: a.json, weight: 2}, b.json] shows every sample of the first file twice per epoch. An
+    # entry may also have a format, and an attr that is read in place of dataset_param.attr:
+    # {file: a.json, format: alpaca}
     dataset: str | tuple[Entry, ...]
     dataset_dir: str = "."  # the folder of the images and videos that records name; they must lie inside it
     # folder that caches tokenised samples and the images embedded in records; default: no cache
@@ -98,28 +139,6 @@ class BasicParameters:
     truncation: Literal["error", "drop", "truncate"] = "error"
     # a record that cannot be used: error stops the run, skip leaves it out, and counts and logs it
     on_bad_record: Literal["error", "skip"] = "error"
-
-
-@dataclass(frozen=True)
-class Attr:
-    """The names of a record's fields and roles. The usual names are found by default.
-
-    Dots name a field inside another: `dialog.turns`.
-    """
-
-    messages: str | None = None  # the field with the turns; default: messages or conversations
-    images: str | None = None  # the field with the images; default: images or image
-    videos: str | None = None  # the field with the videos; default: videos or video
-    tools: str | None = None  # the field with the tools' definitions; default: tools
-    system: str | None = None  # the field with the system prompt, where it is no turn; default: system
-    role_tag: str | None = None  # a turn's field with the role; default: role or from
-    content_tag: str | None = None  # a turn's field with the text; default: content or value
-    user_tag: str | None = None  # the role of the user; default: user or human
-    assistant_tag: str | None = None  # the role of the assistant; default: assistant or gpt
-    system_tag: str | None = None  # the role of the system prompt; default: system or developer
-    observation_tag: str | None = None  # the role of a tool's result; default: tool or observation
-    function_tag: str | None = None  # the role of a tool call; default: function_call or tool_call
-    ignore: tuple[str, ...] = ()  # fields to ignore without a warning that they look like data: [label]
 
 
 @dataclass(frozen=True)

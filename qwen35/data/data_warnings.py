@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.config.schema import Attr
+from qwen35.config.schema import TRAIN_SET, Attr
 from qwen35.data.fields import FieldNames, Names, inside
 from qwen35.data.record import Record, RecordError
 from qwen35.errors import visible
@@ -208,12 +208,12 @@ class DataWarnings:
                 lines.append(f"{message.format(records=number_of(count, 'record'))}: {shown}; first: {first}")
         return [visible(line) for line in lines]
 
-    def missing_name(self, setting: str, data: str) -> str:
+    def missing_name(self, setting: str, data: str, section: str = f"{TRAIN_SET}.attr") -> str:
         """The message about a setting in attr whose field is still unseen after all of `data`."""
         what = TURN if setting.endswith("_tag") else RECORD
         fields = ", ".join(map(repr, self.fields.get(what, [])[:MAX_FIELDS]))
         return visible(
-            f"data.dataset_param.attr.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
+            f"{section}.{setting}: no {what} of {data} has a field {self.unseen[setting]!r}; they have {fields}"
         )
 
 
@@ -241,7 +241,9 @@ def _looks_like_visual(value: Any, name: str, names: FieldNames) -> bool:
 
 def _by_setting(names: FieldNames) -> dict[str, tuple[str, Names]]:
     """The settings in attr that name a field; not the roles, as an unknown role is an error."""
+    columns = zip(("prompt", "query", "response", "history"), names.alpaca, strict=True)
     of_record = {name: (RECORD, getattr(names, name)) for name in ("messages", "images", "videos", "tools", "system")}
+    of_record |= {name: (RECORD, column) for name, column in columns}
     return of_record | {"role_tag": (TURN, names.role), "content_tag": (TURN, names.content)}
 
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, Literal
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from qwen35.batch import IGNORE, VisionSpec
-from qwen35.config.schema import Attr
+from qwen35.config.schema import Attr, dataset_entries
 from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.image_processor import ImageError
-from qwen35.data.mixture import dataset_files, dataset_name
+from qwen35.data.mixture import SETTING, dataset_files, dataset_name
 from qwen35.data.mrope import position_ids
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError, Video
@@ -79,10 +79,10 @@ class Dataset:
         self.skips_bad_records = basic.on_bad_record == "skip"
         self.files: list[FileSamples] = []
         left = basic.max_samples
-        for file in dataset_files(basic.dataset):
+        for file, entry in zip(dataset_files(basic.dataset), dataset_entries(basic.dataset), strict=True):
             if left == 0:
                 break
-            samples = load_samples(file, preparation, left, progress)
+            samples = load_samples(file, preparation.of_file(entry), left, progress)
             if not samples.records:
                 raise RecordError(f"{file}: no records")
             self.files.append(samples)
@@ -110,23 +110,27 @@ class Dataset:
     def _warnings(self, training_attr: Attr | None, is_partial: bool) -> list[str]:
         """For the start of a run. is_partial: not all records were read. Raises SettingError."""
         dataset = self.preparation.basic.dataset
-        warnings = DataWarnings.expecting(self.preparation.attr)
-        for samples in self.files:
-            warnings.update(samples.warnings)
+        warnings, missing = DataWarnings.expecting(self.preparation.attr), list[str]()
+        for number, (samples, entry) in enumerate(zip(self.files, dataset_entries(dataset), strict=False)):
+            found = samples.warnings
+            if entry.attr:  # it is not the other files' business
+                missing += [
+                    found.missing_name(name, samples.file, f"{SETTING}[{number}].attr") for name in found.unseen
+                ]
+                found = replace(found, unseen=warnings.unseen, fields={})
+            warnings.update(found)
         files = dataset_files(dataset)
         unread, twice = files[len(self.files) :], [f for i, f in enumerate(files) if any(map(f.samefile, files[:i]))]
         lines = [f"{file} is listed more than once, and so are its records in each epoch" for file in twice]
         lines += [f"nothing of {file} is read: max_samples ends before it" for file in unread]
         lines += warnings.lines()
+        read = f"the first {number_of(self.records, 'record')}" if is_partial else dataset_name(dataset)
         for setting, name in warnings.unseen.items():
-            if training_attr is not None and name == getattr(training_attr, setting):
-                continue
-            read = f"the first {number_of(self.records, 'record')}" if is_partial else dataset_name(dataset)
-            message = warnings.missing_name(setting, read)
-            if not is_partial:
-                raise SettingError(message)
-            lines.append(message)
-        return lines
+            if training_attr is None or name != getattr(training_attr, setting):
+                missing.append(warnings.missing_name(setting, read))
+        if missing and not is_partial:
+            raise SettingError(missing[0])
+        return lines + missing
 
     def _shorten(self, number: int, count: int) -> None:
         """Truncate or drop one of `count` samples that are too long. Raises RecordError."""

@@ -47,7 +47,6 @@ PREFERENCES = _refused(
 )
 FOR_ALL = "preprocess_parameters apply to all records"
 REFUSED_IN_RECORDS = _refused(
-    ("objects", "grounding is not supported; write the boxes into the texts", None),
     ("label kto_tag", "only records with good answers can be trained; leave the others out", True),
     ("mask", "loss_mask, a list with 1 or 0 for each turn, says which are trained", None),
     ("loss train trainable loss_scale", "loss_mask, a list with 1 or 0 for each turn, says which are trained", True),
@@ -212,6 +211,9 @@ class FieldNames:
     content: Names
     roles: Mapping[str, Role]
     calls: frozenset[str]  # roles whose content is a tool call
+    alpaca: tuple[Names, ...]  # prompt, query, response, history
+    is_alpaca: bool  # these are read in place of messages
+    bbox_format: str
     refused: Refused  # of records
     not_read: frozenset[str]
     ignored: frozenset[str]  # attr.ignore
@@ -226,16 +228,30 @@ class FieldNames:
         """The fields of a turn that say whether it is trained."""
         return frozenset(LOSS_FIELDS) - self.ignored
 
+    @property
+    def named(self) -> tuple[Names, ...]:
+        """Those of a record."""
+        return (
+            *(self.alpaca if self.is_alpaca else (self.messages,)),
+            self.images,
+            self.videos,
+            self.tools,
+            self.system,
+        )
+
     @cached_property
     def read(self) -> frozenset[str]:
         """The fields of a record that are read, or are objects around one that is."""
-        named = (self.messages, self.images, self.videos, self.tools, self.system)
-        return frozenset(name for names in named for name in names.all_names())
+        return frozenset(name for names in self.named for name in names.all_names())
+
+    @cached_property
+    def fixed(self) -> tuple[str, ...]:
+        """The fields of a record that are read under one name, unless attr has that for another."""
+        return tuple(name for name in ("loss_mask", "objects") if name not in self.read | self.ignored)
 
     @cached_property
     def of_record(self) -> Fields:
-        named = (self.messages, self.images, self.videos, self.tools, self.system)
-        return _fields(named, ("loss_mask",), HARMLESS_IN_RECORDS, self.refused, self.not_read)
+        return _fields(self.named, self.fixed, HARMLESS_IN_RECORDS, self.refused, self.not_read)
 
     @cached_property
     def of_turn(self) -> Fields:
@@ -245,7 +261,7 @@ class FieldNames:
 
     def needs_value(self, name: str) -> bool:
         """Whether the value of a record's field matters; of other fields only the name is used."""
-        return name in self.read or name in ("id", "loss_mask") or name in self.refused or is_instruction(name)
+        return name in self.read or name in ("id", *self.fixed) or name in self.refused or is_instruction(name)
 
     @classmethod
     def of(cls, attr: Attr) -> "FieldNames":
@@ -256,6 +272,12 @@ class FieldNames:
             (attr.assistant_tag, "assistant"),
             (attr.observation_tag, "tool"),
             (attr.function_tag, "assistant"),
+        )
+        columns = (
+            (attr.prompt, "instruction"),
+            (attr.query, "input"),
+            (attr.response, "output"),
+            (attr.history, "history"),
         )
         calls: dict[str, Role] = dict.fromkeys(CALL_ROLES, "assistant")
         names = cls(
@@ -268,6 +290,9 @@ class FieldNames:
             Names(attr.content_tag, ("content", "value")),
             USUAL_ROLES | calls | {tag: role for tag, role in tags if tag},
             frozenset(calls) - {tag for tag, _ in tags if tag} | {*([attr.function_tag] if attr.function_tag else [])},
+            tuple(Names(own, (usual,)) for own, usual in columns),
+            attr.format == "alpaca",
+            attr.bbox_format,
             REFUSED_IN_RECORDS if attr.messages else REFUSED_IN_RECORDS | PREFERENCES,
             frozenset(PREFERENCES if attr.messages else ()),
             frozenset(attr.ignore),

@@ -7,6 +7,11 @@ ShareGPT   {"system": "…", "conversations": [{"from": "human", …}, {"from": 
 messages   {"images": ["./a.jpg"], "messages": [{"role": "user", "content": "<image> What?"}, …]}
 lists      {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, …]}, …]}
 masks      {"messages": [{"role": "assistant", …, "loss_mask": 0}, …]}, or a list beside messages
+boxes      {"images": ["./a.jpg"], "messages": […], "objects": {"ref": ["cat"], "bbox": [[1, 2]]}}
+
+or, with attr.format: alpaca, has this one:
+
+Alpaca     {"instruction": "…", "input": "…", "output": "…", "history": [["…", "…"], …]}
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.config.schema import Attr
+from qwen35.data.alpaca import alpaca_turns
 from qwen35.data.content import Parser, Placeholder, kind, parse_tools, text
 from qwen35.data.data_warnings import DataWarnings, unread_visuals
 from qwen35.data.fields import FieldNames, is_nothing
+from qwen35.data.grounding import with_objects
 from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
 from qwen35.data.record import (
@@ -80,13 +87,7 @@ def parse_record(
     source = visible(source)
     parser = Parser(folder, names.ignored)
     parser.check(raw, names.of_record, source)
-    found = names.messages.find(raw, source)
-    if found is None:
-        raise RecordError(
-            f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}; name the one that holds the "
-            "turns in attr.messages"
-        )
-    field, entries = found
+    field, entries = alpaca_turns(raw, names, source, answered) if names.is_alpaca else _entries(raw, names, source)
     turns_source = f"{source}, {field}"
     loss_mask = None if "loss_mask" in names.ignored else raw.get("loss_mask")
     parsed, reordered = parse_turns(entries, turns_source, names, parser, loss_mask, answered)
@@ -99,6 +100,8 @@ def parse_record(
     found = names.tools.find(raw, source)
     tools, reshaped = ((), False) if found is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
+    if "objects" in names.fixed and not is_nothing(raw.get("objects")):
+        record = with_objects(record, raw["objects"], f"{source}, objects", names.bbox_format)
     unread = unread_visuals(raw, record, names)
     candidates = [name for name in unread if name not in names.of_record.known]
     if literal and candidates:
@@ -111,6 +114,16 @@ def parse_record(
             warnings.count(what, count, record.source)
     warnings.check_record(record, parser.unread, unread)
     return record
+
+
+def _entries(raw: dict[str, Any], names: FieldNames, source: str) -> tuple[str, Any]:
+    """(field, value) of the turns. Raises RecordError."""
+    if found := names.messages.find(raw, source):
+        return found
+    advice = "name the one that holds the turns in attr.messages"
+    if "instruction" in raw:
+        advice = "Alpaca's fields are read with attr.format: alpaca, or format: alpaca of an entry in dataset"
+    raise RecordError(f"{source}: has no field {names.messages}; it has {', '.join(map(repr, raw))[:200]}; {advice}")
 
 
 def _with_visuals(

@@ -22,7 +22,7 @@ from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
 from qwen35.data.content import MISSING
 from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.dataloader import background_loader
-from qwen35.data.fields import FieldNames
+from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.files import replacing
 from qwen35.data.formats import parse_record
 from qwen35.data.histogram import draw, histogram
@@ -222,8 +222,9 @@ class Converter:
         found = DataWarnings()
         try:
             record = parse_record(raw, f"{self._options.llava}, record {number}", self._names, self._folder, found)
-            if record.videos or record.tools or any(turn.reasoning or turn.tool_calls for turn in record.turns):
-                raise record.error("has videos, thoughts, tools or calls, unlike LLaVA records; train on it as it is")
+            others = record.videos or record.tools or not is_nothing(raw.get("objects"))
+            if others or any(turn.reasoning or turn.tool_calls for turn in record.turns):
+                raise record.error("has videos, thoughts, tools, calls or boxes, unlike LLaVA's; train on it as it is")
             if self._preparation is not None:
                 parts = self._preparation.tokenise(record)
                 lengths = [len(sample.ids) for _, sample in parts]

@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from qwen35.config.schema import Attr, BasicParameters, Settings
+from qwen35.config.schema import Attr, BasicParameters, DatasetFile, Settings, attr_of
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.conversations import conversations
@@ -77,6 +77,10 @@ class Preparation:
         return cls(
             tokenizer, images, basic, param.attr, videos, style_of(folder, basic), reference_template(folder, basic)
         )
+
+    def of_file(self, entry: DatasetFile) -> "Preparation":
+        """For the records of one file, which may have a format and names of its own."""
+        return replace(self, attr=attr_of(entry, self.attr))
 
     def tokenise(self, record: Record) -> list[tuple[Record, TokenisedSample]]:
         """The conversations that a record is trained as. Raises RecordError."""

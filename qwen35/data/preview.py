@@ -5,7 +5,7 @@ from itertools import chain, groupby, islice
 
 import numpy as np
 
-from qwen35.config.schema import Settings
+from qwen35.config.schema import Settings, dataset_entries
 from qwen35.data.chat_template import describe
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.data_warnings import DataWarnings
@@ -39,8 +39,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     left_out: list[RecordError] = []
     skip = left_out.append if basic.on_bad_record == "skip" else None
     warnings = DataWarnings()
-    files = dataset_files(basic.dataset)
-    records = chain.from_iterable(tokenised(file, preparation, None, skip, warnings) for file in files)
+    files = zip(dataset_files(basic.dataset), map(preparation.of_file, dataset_entries(basic.dataset)), strict=True)
+    records = chain.from_iterable(tokenised(*file, None, skip, warnings) for file in files)
     conversations = chain.from_iterable(parts for _, parts in islice(records, basic.max_samples))
     shown = refused = 0
     for record, sample in islice(conversations, samples):

@@ -27,15 +27,16 @@ def parse_turns(
     """
     if not isinstance(raw, list) or not raw:
         raise RecordError(f"{where}: is {kind(raw)}, not a list of turns")
-    if loss_mask is not None and (not isinstance(loss_mask, list) or len(loss_mask) != len(raw)):
+    entries = [(i, turn) for i, entry in enumerate(raw) for turn in _turns_of(entry, names)]
+    if loss_mask is not None and (not isinstance(loss_mask, list) or len(loss_mask) != len(entries)):
         what = f"has {len(loss_mask)} entries" if isinstance(loss_mask, list) else f"is {kind(loss_mask)}"
         raise RecordError(
-            f"{where}: has {number_of(len(raw), 'turn')}, but the record's loss_mask {what}; it needs one entry per turn"
+            f"{where}: has {number_of(len(entries), 'turn')}, but the record's loss_mask {what}; it needs one entry per turn"
         )
     turns: list[Turn] = []
     numbers: list[int] = []  # index of each turn in `raw`
-    for i, entry in enumerate(raw):
-        mask = None if loss_mask is None else loss_mask[i]
+    for place, (i, entry) in enumerate(entries):
+        mask = None if loss_mask is None else loss_mask[place]
         turn = _parse_turn(entry, f"{where}[{i}]", names, parser, mask)
         before = turns[-1] if turns else None
         if before is not None and before.role == turn.role == "assistant" and _is_only_calls(turn):
@@ -47,6 +48,13 @@ def parse_turns(
             numbers.append(i)
     _check_order(turns, numbers, where, answered)
     return _with_responses(turns, numbers, where)
+
+
+def _turns_of(entry: Any, names: FieldNames) -> list[Any]:
+    """The turn; or several, of an object of roles: {"human": "Hi", "assistant": "Yo"}."""
+    if isinstance(entry, dict) and entry and entry.keys() <= names.roles.keys():
+        return [{"role": role, "content": content} for role, content in entry.items()]
+    return [entry]
 
 
 def _is_only_calls(turn: Turn) -> bool:

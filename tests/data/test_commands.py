@@ -118,11 +118,16 @@ def change(home, **entry):
         ({"image": ["a.jpg", "b.jpg"]}, "1 <image> in the user and tool turns, but 2 images"),
         ({"conversations": None}, "has no field messages or conversations"),
         ({"video": "v.mp4"}, "1 video but no <video> in the user and tool turns"),
-        ({"tools": [{"name": "f"}]}, "has videos, thoughts, tools or calls, unlike LLaVA"),
+        ({"tools": [{"name": "f"}]}, "has videos, thoughts, tools, calls or boxes, unlike LLaVA"),
+        (
+            {"conversations": [{"from": "human", "value": "<image><ref-object>"}, {"from": "gpt", "value": "a"}]}
+            | {"objects": {"ref": ["x"]}},
+            "has videos, thoughts, tools, calls or boxes",
+        ),
         ({"label": False}, "has label, which is not read"),
         (
             {"conversations": [LLAVA[0]["conversations"][0], {"from": "gpt", "value": "a", "reasoning_content": "b"}]},
-            "has videos, thoughts, tools or calls",
+            "has videos, thoughts, tools, calls or boxes",
         ),
     ],
 )

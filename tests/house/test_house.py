@@ -23,10 +23,10 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_075,
-    "model": 1_490,
+    "config": 1_120,
+    "model": 1_495,
     "checkpoint": 3_575,
-    "data": 6_055,
+    "data": 6_260,
     "parallel": 660,
     "inference": 990,
     "training": 2_540,
@@ -38,7 +38,7 @@ BUDGETS = {
     "qwen35": 1_650,
     "kernels": 3_590,
     "rehearse": 2_205,
-    "accept": 725,
+    "accept": 730,
     "bench": 850,
 }  # qwen35: beside its rooms
 

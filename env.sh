@@ -33,18 +33,20 @@
 # both. Default: none. E.g. {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 : "${TIE:=}"
 # Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make
-# data`, and for the folder that `make download` fills, else ckpt/hf_path/ and the model's name.
+# data`, for the file that `make predict` writes, and for the folder that `make download` fills, else
+# ckpt/hf_path/ and the model's name.
 : "${OUT:=}"
 # Hugging Face folder that `make export` writes. Default: hf in the folder of the run.
 : "${EXPORT_OUT:=}"
-# What `make data` reads (the LLaVA description file, the folder of its images) and writes.
+# What `make data` reads (the LLaVA description file, the folder of its images) and writes. With DATA
+# on the command line it reads that instead, and says how long its samples are.
 : "${LLAVA:=data/llava_instruct_150k.json}"
 : "${IMAGES:=data/COCO2017/train2017}"
 : "${DATA_OUT:=data/mllm_format_llava_instruct_data.json}"
-# What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for
-# EXPORT_DCP. Default: what `make export` writes.
+# What `make generate`, `make predict` and `make evaluate` ask: a Hugging Face folder, or a DCP
+# checkpoint as for EXPORT_DCP. Default: what `make export` writes.
 : "${MODEL:=${OUT:-${EXPORT_OUT:-$EXPORT_DCP/hf}}}"
-# The records with the right answers for `make evaluate`.
+# The records that `make predict` asks, and those with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image
 # belongs, `<video>` where a video.

@@ -1,9 +1,13 @@
-"""The model, tokenizer and processors that `make generate` and `make evaluate` need."""
+"""The model, tokenizer and processors that `make generate`, `predict` and `evaluate` need."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from qwen35.checkpoint.dcp import check_fit
 from qwen35.checkpoint.dcp_folder import load_notes, resolve_load
@@ -120,7 +124,7 @@ def add_thinking(parser: Parser, default: str) -> None:
         thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=text)
 
 
-def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", **basic_parameters: Any) -> Preparation:
     """Preprocessing by the options above, else as the model's run had it. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
     trained = recipe or source.train_set or DatasetParam(BasicParameters(dataset))
@@ -134,7 +138,8 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
     choices = (
         {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template != "qwen3_vl_nothink" else {}
     )
-    basic = BasicParameters(dataset, dataset_dir, template=template, **choices)
+    choices["on_bad_record"] = trained.basic_parameters.on_bad_record
+    basic = BasicParameters(dataset, template=template, **choices | basic_parameters)
     tokenizer = ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts)
     spec = vision_spec(source.config)
     preparation = Preparation(

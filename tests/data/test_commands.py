@@ -252,7 +252,9 @@ def test_show_ends_quietly_when_the_pipe_is_closed(recipe):
 
 def test_commands_start_without_what_they_do_not_need():
     """Neither transformers nor what shards or compiles: each takes as long to import as torch."""
-    programs = "data.__main__ convert inference.generate inference.evaluate tools.tiny preflight".split()
+    programs = (
+        "data.__main__ convert inference.generate inference.predict inference.evaluate tools.tiny preflight".split()
+    )
     modules = ", ".join(f"qwen35.{program}" for program in programs)
     code = f"""
 import sys, torch, {modules}

@@ -102,8 +102,8 @@ BAD = [
     ("TRITON_CACHE_DIR", "env.sh"),  # a file
 ]
 
-TARGETS = """help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench
-    test test-versions lint docs clean""".split()
+TARGETS = """help install doctor accept download convert export data show finetune preflight rehearse generate predict evaluate
+    bench test test-versions lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -452,6 +452,14 @@ def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: i
             "-m qwen35.tools.download a/b --source modelscope --out o",
         ),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.inference.evaluate --model m --data d"),
+        (
+            ["predict", "DATA=d", "OUT=o", "ARGS=--batch 2"],
+            "-m qwen35.inference.predict --model runs/tiny/hf --data d --out o --batch 2",
+        ),
+        (
+            ["predict", "MODEL=m", "HF=h", "OUT=o"],
+            "-m qwen35.inference.predict --model m --hf h --data data/digits/heldout.json --out o",
+        ),
         (
             ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $this?", "ARGS=--seed 1"],
             (

@@ -26,10 +26,10 @@ ROOMS = {
     "config": 1_020,
     "model": 1_500,
     "checkpoint": 3_650,
-    "data": 5_960,
+    "data": 6_050,
     "parallel": 670,
-    "inference": 975,
-    "training": 1_635,
+    "inference": 1_270,
+    "training": 1_660,
     "tools": 1_690,
     "launch": 1_510,
 }

@@ -220,9 +220,14 @@
 # Threads inside the tokenizers; off, since the loader's workers are processes already. Default
 # false. Allowed: true, false.
 : "${TOKENIZERS_PARALLELISM:=false}"
-# Threads of a process's own arithmetic. Default: on a CPU the cores shared among its processes.
-# Allowed: from 1.
+# Threads of a process's own arithmetic. Default: on a CPU the cores shared among its processes; for
+# `make generate`, `predict` and `evaluate` by the size of the model, one for a small one. Allowed:
+# from 1.
 : "${OMP_NUM_THREADS:=}"
+# What a thread does while it waits for the others of its process: active, it spins; passive, it
+# sleeps, which is faster on a busy machine. Default: passive for `make generate`, `predict` and
+# `evaluate`, else OpenMP's own, active. Allowed: active, passive.
+: "${OMP_WAIT_POLICY:=}"
 # CPU runs only: keep freed memory instead of mapping each large tensor anew, much faster for more
 # memory. In bytes; below the first a tensor comes from the heap, beyond the second free memory goes
 # back. Defaults 32 GiB and 64 GiB.

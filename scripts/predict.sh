@@ -9,7 +9,7 @@ given_hf=${HF:-} answers=${OUT:-}
 unset OUT # elsewhere it is where an export goes, and so what MODEL is
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 OUT=$answers
-ready
+asks
 split "${ARGS:-}"
 if help_in "${words[@]}" "$@"; then answers=${answers:--}; fi
 [[ -n $answers ]] || die "OUT is not set: name the file for the answers, OUT=answers.jsonl"

@@ -38,12 +38,13 @@ convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
 #> make convert HF=ckpt/hf_path/Qwen3.5-4B
 
 ##@ Data
-data: ## LLaVA-Instruct and COCO images to training records, checked, with a report
+data: ## LLaVA-Instruct and COCO images to training records, checked, with a report; or how long your own are
 #: LLAVA IMAGES
 #: OUT=data/mllm_format_llava_instruct_data.json HF=<model whose tokens are counted> ARGS="options"
+#: DATA=<your records> HF=<model whose tokens are counted> ARGS="options"
 #> make data HF=ckpt/hf_path/Qwen3.5-4B ARGS="--on_missing skip"
-show: ## samples of a recipe as the model sees them, the trained tokens marked
-#: CONFIG ARGS="settings"
+show: ## samples of a recipe as the model sees them, the trained tokens marked; ARGS=--lengths: how long all are
+#: CONFIG ARGS="settings and options"
 #> make show CONFIG=configs/qwen3_5_4B.yaml
 
 ##@ Train

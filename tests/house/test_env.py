@@ -447,7 +447,9 @@ def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: i
                 " --out data/mllm_format_llava_instruct_data.json"
             ),
         ),
+        (["data", "DATA=d", "HF=h"], "-m qwen35.data lengths --data d --tokenizer h"),
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
+        (["show", "CONFIG=c", "ARGS=--lengths a.b=1"], "-m qwen35.data show c --lengths a.b=1"),
         (["download", "MODEL=a/b"], "-m qwen35.tools.download a/b --source hf"),
         (
             ["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"],

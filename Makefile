@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor accept download convert export data show finetune preflight rehearse generate evaluate bench test test-npu test-versions lint docs clean
+.PHONY: help install doctor accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
 
 # A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
 # recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
@@ -43,12 +43,13 @@ convert: ## a Hugging Face folder to a DCP checkpoint, for training.load
 #> make convert HF=ckpt/hf_path/Qwen3.5-4B
 
 ##@ Data
-data: ## LLaVA-Instruct and COCO images to training records, checked, with a report
+data: ## LLaVA-Instruct and COCO images to training records, checked, with a report; or how long your own are
 #: LLAVA IMAGES
 #: OUT=data/mllm_format_llava_instruct_data.json HF=<model whose tokens are counted> ARGS="options"
+#: DATA=<your records> HF=<model whose tokens are counted> ARGS="options"
 #> make data HF=ckpt/hf_path/Qwen3.5-4B ARGS="--on_missing skip"
-show: ## samples of a recipe as the model sees them, the trained tokens marked
-#: CONFIG ARGS="settings"
+show: ## samples of a recipe as the model sees them, the trained tokens marked; ARGS=--lengths: how long all are
+#: CONFIG ARGS="settings and options"
 #> make show CONFIG=configs/qwen3_5_4B.yaml
 
 ##@ Train
@@ -74,6 +75,9 @@ export: ## a checkpoint of a run to a Hugging Face folder, for transformers and 
 generate: ## a model's answer about images, videos and text
 #: MODEL=runs/tiny/hf PROMPT=<text, else standard input> IMAGE VIDEO HF ARGS="options"
 #> make generate IMAGE=data/digits/images/0000.png PROMPT='Which digit is this?'
+predict: ## a model's answers to a data set, a line of JSON each; resumes where it was stopped
+#: MODEL=runs/tiny/hf DATA OUT=<file to write> HF ARGS="options"
+#> make predict MODEL=runs/qwen3_5_4B/hf DATA=data/questions.json OUT=answers.jsonl ARGS="--dataset_dir data/COCO2017"
 evaluate: ## ask a model about held-out records, and count the right answers
 #: MODEL=runs/tiny/hf DATA ARGS="options"
 #> make evaluate MODEL=runs/qwen3_5_4B/hf DATA=data/heldout.json ARGS="--dataset_dir data/COCO2017"
@@ -113,7 +117,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune report preflight rehearse generate evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
+accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

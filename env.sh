@@ -34,21 +34,23 @@
 # both. Default: none. E.g. {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 : "${TIE:=}"
 # Output. Given on the command line it stands for EXPORT_OUT in `make export`, for DATA_OUT in `make
-# data`, and for the folder that `make download` fills, else ckpt/hf_path/ and the model's name.
+# data`, for the file that `make predict` writes, and for the folder that `make download` fills, else
+# ckpt/hf_path/ and the model's name.
 : "${OUT:=}"
 # Hugging Face folder that `make export` writes. Default: hf in the folder of the run.
 : "${EXPORT_OUT:=}"
-# What `make data` reads (the LLaVA description file, the folder of its images) and writes.
+# What `make data` reads (the LLaVA description file, the folder of its images) and writes. With DATA
+# on the command line it reads that instead, and says how long its samples are.
 : "${LLAVA:=data/llava_instruct_150k.json}"
 : "${IMAGES:=data/COCO2017/train2017}"
 : "${DATA_OUT:=data/mllm_format_llava_instruct_data.json}"
-# What `make generate` and `make evaluate` ask: a Hugging Face folder, or a DCP checkpoint as for
-# EXPORT_DCP. Default: what `make export` writes.
+# What `make generate`, `make predict` and `make evaluate` ask: a Hugging Face folder, or a DCP
+# checkpoint as for EXPORT_DCP. Default: what `make export` writes.
 : "${MODEL:=${OUT:-${EXPORT_OUT:-$EXPORT_DCP/hf}}}"
 # The folder of the run for which `make report` writes a page, or of several with commas between
 # them, for one page that compares them.
 : "${RUN:=runs/tiny}"
-# The records with the right answers for `make evaluate`.
+# The records that `make predict` asks, and those with the right answers for `make evaluate`.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image
 # belongs, `<video>` where a video.
@@ -222,9 +224,14 @@
 # Threads inside the tokenizers; off, since the loader's workers are processes already. Default
 # false. Allowed: true, false.
 : "${TOKENIZERS_PARALLELISM:=false}"
-# Threads of a process's own arithmetic. Default: on a CPU the cores shared among its processes.
-# Allowed: from 1.
+# Threads of a process's own arithmetic. Default: on a CPU the cores shared among its processes; for
+# `make generate`, `predict` and `evaluate` by the size of the model, one for a small one. Allowed:
+# from 1.
 : "${OMP_NUM_THREADS:=}"
+# What a thread does while it waits for the others of its process: active, it spins; passive, it
+# sleeps, which is faster on a busy machine. Default: passive for `make generate`, `predict` and
+# `evaluate`, else OpenMP's own, active. Allowed: active, passive.
+: "${OMP_WAIT_POLICY:=}"
 # CPU runs only: keep freed memory instead of mapping each large tensor anew, much faster for more
 # memory. In bytes; below the first a tensor comes from the heap, beyond the second free memory goes
 # back. Defaults 32 GiB and 64 GiB.

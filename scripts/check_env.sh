@@ -35,6 +35,7 @@ DEVICE                       one cpu npu
 SOURCE                       one hf modelscope
 LOG_LEVEL                    one DEBUG INFO WARNING ERROR
 HCCL_DETERMINISTIC           one true false strict
+OMP_WAIT_POLICY              one active passive
 HCCL_OP_EXPANSION_MODE       one AI_CPU AIV HOST HOST_TS
 TOKENIZERS_PARALLELISM       one true false True False TRUE FALSE
 ASCEND_RT_VISIBLE_DEVICES    like ^[0-9]+(,[0-9]+)*$ NPU numbers with commas between them, 0,1,2,3

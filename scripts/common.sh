@@ -121,6 +121,11 @@ device_env() { # what a run's environment owes to the device
     fi
 }
 
+asks() { # `ready` for what generates: its threads wait for each other in every operator, and sleep meanwhile
+    ready # one that spins keeps a busy machine from running what it waits for
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+}
+
 ready() { # what every script that runs kernels does first
     source scripts/check_env.sh
     check_env

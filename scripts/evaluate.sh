@@ -3,6 +3,6 @@
 #
 #   MODEL=<Hugging Face folder, or DCP checkpoint> DATA=<records> [ARGS="more options"] scripts/evaluate.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-ready
+asks
 split "${ARGS:-}"
 exec "$python" -m qwen35.inference.evaluate --model "$MODEL" --data "$DATA" "${words[@]}" "$@"

@@ -8,7 +8,7 @@
 # outside of env.sh. Without PROMPT the text comes from standard input.
 given_hf=${HF:-}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-ready
+asks
 split "${ARGS:-}"
 options=(--model "$MODEL")
 if [[ -n $given_hf || ! (-f $MODEL/config.yaml || -f $MODEL/../config.yaml) ]]; then options+=(--hf "$HF"); fi

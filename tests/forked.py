@@ -35,6 +35,7 @@ MAINS = {
     "convert": "qwen35.checkpoint.convert",
     "evaluate": "qwen35.inference.evaluate",
     "generate": "qwen35.inference.generate",
+    "predict": "qwen35.inference.predict",
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)

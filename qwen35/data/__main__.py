@@ -1,13 +1,15 @@
-"""Prepare training records (convert), or show samples of a recipe as they are trained (show)."""
+"""Prepare training records (convert), show samples as they are trained (show), or their lengths."""
 
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from qwen35.config.load import load_settings, no_option
+from qwen35.config.load import from_flat, load_settings, no_option
+from qwen35.config.schema import TRAIN_SET
 from qwen35.data.llava import Options, convert
-from qwen35.data.preview import show
+from qwen35.data.preview import lengths_report, show
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
 
@@ -30,6 +32,13 @@ def parser() -> Parser:
     s.add_argument("config", help="a recipe, e.g. configs/tiny.yaml")
     s.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override the recipe's")
     s.add_argument("--samples", type=whole_number(1), default=3, help="how many to show (default: 3)")
+    s.add_argument("--lengths", action="store_true", help="show how long all samples are instead")
+    s.add_argument("--picture", type=Path, help="with --lengths: a PNG file to draw them to")
+    n = commands.add_parser("lengths", help="the same for any records, with the default settings of a recipe")
+    n.add_argument("--data", required=True, help="records as for training; one file, or several with commas")
+    n.add_argument("--tokenizer", required=True, help="model folder, whose tokens are counted")
+    n.add_argument("--dataset_dir", help="folder of the records' images and videos (default: that of the first file)")
+    n.add_argument("--cutoff_len", type=whole_number(1), default=2048, help="to compare with (default: 2048)")
     return top
 
 
@@ -43,6 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "convert":
             print(convert(Options(**{name: value for name, value in vars(args).items() if name != "command"})))
+        elif args.command == "lengths":
+            first = Path(args.data.partition(",")[0].strip())
+            basic = {"dataset": args.data, "dataset_dir": args.dataset_dir or str(first.parent)}
+            with TemporaryDirectory(prefix="qwen35-") as images:  # those that records hold themselves
+                basic |= {"cutoff_len": args.cutoff_len, "cache_dir": images}
+                flat = {f"{TRAIN_SET}.basic_parameters.{name}": value for name, value in basic.items()}
+                flat |= {"model.model_name_or_path": args.tokenizer, "training.train_iters": 1, "training.save": "none"}
+                print(lengths_report(from_flat(flat), first.with_suffix(".lengths.png")))
+        elif args.lengths or args.picture:
+            print(lengths_report(load_settings(args.config, args.overrides), args.picture))
         else:
             settings = load_settings(args.config, args.overrides)
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -5,34 +5,48 @@ from pathlib import Path
 import numpy as np
 
 BUCKETS, WIDTH = 12, 40  # of the text
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def histogram(lengths: np.ndarray, unit: str) -> str:
-    """Quantiles of the lengths, and a histogram of bars."""
-    p50, p90, p99 = (int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.9, 0.99))
-    spread = f"half have up to {p50:,}, 90% up to {p90:,}, 99% up to {p99:,}, the longest {lengths.max():,}"
-    lines = [f"{unit}: {spread}; {lengths.sum():,} in all"]
+def quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths that are among those given: at least this share of them is not longer."""
+    return {name: int(np.quantile(lengths, q, method="higher")) for name, q in QUANTILES.items()}
+
+
+def histogram(lengths: np.ndarray, unit: str, cutoff_len: int | None = None) -> str:
+    """Quantiles of the lengths, and a histogram of bars with a line for cutoff_len."""
+    spread = ", ".join(f"{name} {length:,}" for name, length in quantiles(lengths).items())
+    lines = [f"{unit}: {spread}, longest {lengths.max():,}; {lengths.sum():,} in all"]
     counts, edges = np.histogram(lengths, _edges(int(lengths.max()), BUCKETS))
-    columns = len(f"{edges[-1]:,}")
+    columns, cutoff = len(f"{edges[-1]:,}"), ""
+    if cutoff_len is not None:
+        longer = int((lengths > cutoff_len).sum())
+        cutoff = f"  {'-' * columns} cutoff_len {cutoff_len:,}: {longer:,} ({longer / len(lengths):.1%}) are longer"
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         bar = "#" * -(-count * WIDTH // int(counts.max()))
         lines.append(f"  {low:>{columns},} to {high - 1:>{columns},} {bar:{WIDTH}} {count:,}")
+        if cutoff_len is not None and low <= cutoff_len < high:
+            lines.append(cutoff)
+    if cutoff_len is not None and cutoff_len >= edges[-1]:
+        lines.append(cutoff)
     return "\n".join(lines)
 
 
-def draw(lengths: np.ndarray, unit: str, title: str, file: Path) -> None:
-    """The histogram as a PNG file."""
-    import matplotlib as mpl
+def draw(lengths: np.ndarray, unit: str, title: str, file: Path, cutoff_len: int | None = None) -> None:
+    """The histogram as a PNG file, with lines for its quantiles and cutoff_len."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axis = figure.subplots()
     axis.hist(lengths, bins=_edges(int(lengths.max()), 80).tolist(), color="tab:blue")
-    axis.set(xlabel=unit, ylabel="number", title=title)
-    figure.tight_layout()
+    for (name, length), style in zip(quantiles(lengths).items(), (":", "-.", "--"), strict=True):
+        axis.axvline(length, color="tab:gray", linestyle=style, linewidth=1, label=f"{name} {length:,}")
+    if cutoff_len is not None:
+        axis.axvline(cutoff_len, color="tab:red", linewidth=1.5, label=f"cutoff_len {cutoff_len:,}")
+    right = min(axis.get_xlim()[1], 2 * max(1, int(lengths.max())))  # a far cutoff_len is in the legend alone
+    axis.set(xlabel=unit, ylabel="number", title=title, xlim=(0, right))
+    axis.legend()
     figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
 
 
 def _edges(longest: int, buckets: int) -> np.ndarray:

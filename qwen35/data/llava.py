@@ -99,7 +99,9 @@ def convert(options: Options) -> str:
     if options.tokenizer is not None and options.check == "none":
         raise SettingError("--tokenizer counts the tokens of images, so it reads their headers: leave out --check none")
     llava.open("rb").close()  # if unreadable, an OSError that names it; those below are reported as of `out`
-    tally, unit = Tally(), "characters per record" if options.tokenizer is None else "tokens per sample"
+    tally, unit, limit = Tally(), "characters per record", None
+    if options.tokenizer is not None:
+        unit, limit = "tokens per sample", BasicParameters("").cutoff_len
     text, picture = out.with_suffix(".report.txt"), out.with_suffix(".lengths.png")
     try:
         with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
@@ -108,13 +110,13 @@ def convert(options: Options) -> str:
                 stream.writelines(lines)
             stream.write("\n]\n")
         lengths = np.asarray(tally.lengths)
-        report = _report(options, tally, histogram(lengths, unit))
+        report = _report(options, tally, histogram(lengths, unit, limit))
         with replacing(text) as temporary:
             more = len(tally.skipped) - len(tally.errors)
             listed = [report, *tally.errors, *([f"… and {more:,} more"] if more else [])]
             temporary.write_text("\n".join(listed) + "\n", encoding="utf-8")
         with replacing(picture) as temporary:
-            draw(lengths, unit, out.name, temporary)
+            draw(lengths, unit, out.name, temporary, limit)
     except OSError as error:
         raise SettingError(f"{out}: cannot be written: {error.strerror}") from None
     except RuntimeError as error:  # torch raises it wherever this process is

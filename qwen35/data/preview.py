@@ -1,27 +1,43 @@
-"""Prints samples of a recipe as they are trained, with the trained tokens marked (`make show`)."""
+"""Prints samples of a recipe as they are trained, with the trained tokens marked (`make show`).
 
+Or how long all of them are (`make show ARGS=--lengths`, `make data DATA=…`).
+"""
+
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, islice
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from qwen35.config.schema import Settings, dataset_entries
 from qwen35.data.chat_template import describe
 from qwen35.data.collator import check_agreement, vision_spec
-from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.data_warnings import DataWarnings, Skipped
 from qwen35.data.dataset import truncate
+from qwen35.data.files import replacing
+from qwen35.data.histogram import draw, histogram
 from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
-from qwen35.data.tokenized import tokenised
+from qwen35.data.tokenized import load_samples, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals
 
 COLOUR = ("\x1b[32m", "\x1b[0m")  # green
 BRACKETS = ("[[", "]]")
+TOO_LONG = {"error": "refused by training", "drop": "left out", "truncate": "cut"}  # by `truncation`
 BOUNDARY = "¦"  # between the tokens of text that spells a special token but is not one
+
+
+def _preparation(settings: Settings) -> Preparation:
+    """Raises SettingError."""
+    preparation, folder = Preparation.of(settings), settings.model.model_name_or_path
+    check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
+    return preparation
 
 
 def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
@@ -29,10 +45,8 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
 
     Samples that training would refuse are shown first, and reported as an error at the end.
     """
-    preparation = Preparation.of(settings)
+    preparation = _preparation(settings)
     basic = preparation.basic
-    folder = settings.model.model_name_or_path
-    check_agreement(folder, settings.tokenizer_dir, preparation, vision_spec(folder))
     marks = COLOUR if colour else BRACKETS
     template = describe(settings.tokenizer_dir, preparation.style)
     yield f"template {template}; trained tokens are {'green' if colour else 'in [[ ]]'}"
@@ -77,6 +91,39 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
             f"{'is' if refused == 1 else 'are'} longer than {limit_name}, which training refuses; truncation: drop leaves "
             "such records out, truncate cuts them"
         )
+
+
+def lengths_report(settings: Settings, picture: Path | None = None) -> str:
+    """Read as for training, into cache_dir if that is set. Raises SettingError, RecordError."""
+    preparation = _preparation(settings)
+    basic, unit, name = preparation.basic, "tokens per sample", dataset_name(preparation.basic.dataset)
+    found, left, records = [np.zeros(0, dtype=np.int64)], basic.max_samples, 0
+    skipped, warnings = Skipped(), DataWarnings()
+    with tqdm(desc="lengths", unit=" records", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for file in dataset_files(basic.dataset):
+            if left == 0:
+                break
+            samples = load_samples(file, preparation, left, lambda _, count: bar.update(count))
+            found.append(samples.offsets.diff().numpy())
+            records += samples.records
+            left = None if left is None else left - samples.records
+            skipped.update(samples.skipped)
+            warnings.update(samples.warnings)
+    lengths = np.concatenate(found)
+    if not len(lengths):
+        raise RecordError(f"{name}: no records" + f" left: {skipped}" * bool(skipped))
+    lines = [f"{name}: {number_of(records, 'record')}, {number_of(len(lengths), 'sample')}"]
+    lines += [f"skipped {len(skipped):,}: {skipped}"] * bool(skipped)
+    lines += [*warnings.lines(), histogram(lengths, unit, basic.cutoff_len)]
+    if lengths.max() > basic.cutoff_len:
+        is_left_out = basic.truncation == "error" and basic.on_bad_record == "skip"
+        what = TOO_LONG["drop" if is_left_out else basic.truncation]
+        lines.append(f"those longer than cutoff_len are {what} (truncation: {basic.truncation})")
+    if picture:
+        with replacing(picture) as temporary:
+            draw(lengths, unit, name, temporary, basic.cutoff_len)
+        lines.append(f"picture written to {picture}")
+    return visible("\n".join(lines), keep="\n")
 
 
 def _left_out_lines(left_out: list[RecordError]) -> Iterator[str]:

@@ -6,6 +6,7 @@ The prompts run once, packed on one token axis; each further step runs one token
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -206,13 +207,10 @@ def whole_characters(tokens: Iterable[int], tokenizer: ChatTokenizer) -> Iterato
 
 
 def write(pieces: Iterable[str]) -> None:
-    """Print to standard output: piece by piece on a terminal, else all at the end."""
-    if sys.stdout.isatty():
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print("".join(pieces))
+    """Print to standard output, each piece as it comes, into a pipe too."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         write(chain(opening, whole_characters(timed(), preparation.tokenizer)))
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print()
         return 130

@@ -1,9 +1,13 @@
-"""The model, tokenizer and processors that `make generate` and `make evaluate` need."""
+"""The model, tokenizer and processors that `make generate`, `predict` and `evaluate` need."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from qwen35.checkpoint.dcp import check_fit
 from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, latest, load_notes, resolve_load, stamp
@@ -24,11 +28,12 @@ from qwen35.data.preparation import Preparation, reference_template
 from qwen35.data.style import CHOICES, style_of
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
-from qwen35.device import set_up_device
+from qwen35.device import has_own_memory, set_up_device
 from qwen35.errors import Parser, read_object, whole_number
 from qwen35.model import Qwen35
 
 positive = whole_number(1)
+BYTES_A_THREAD = 64 << 20  # of weights, that a thread needs to have enough to do
 SIZES = "those of the options or the defaults are used; a run's recipe (--recipe) has those that it trained with"
 
 
@@ -110,7 +115,22 @@ def load_model(source: ModelSource) -> Qwen35:
             raise CheckpointError(f"{error} (the model is that of {source.config}/config.json)") from None
     for line in source.messages:
         print(line, file=sys.stderr, flush=True)
-    return model.to(set_up_device()).eval()
+    device = set_up_device()
+    if not has_own_memory(device) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(fastest_threads(model))
+    return model.to(device).eval()
+
+
+def fastest_threads(model: Qwen35) -> int:
+    """How many threads of a CPU are fastest: by the model's size, so that answers do not vary.
+
+    The threads wait for each other in every operator. One that spins meanwhile, OpenMP's default,
+    keeps a busy machine from running what it waits for: then one alone is fastest where operators
+    are small. The scripts say OMP_WAIT_POLICY=passive, with which two are never slower.
+    """
+    least = 2 if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" else 1
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return min(torch.get_num_threads(), max(least, size // BYTES_A_THREAD))
 
 
 def add_options(parser: Parser) -> None:
@@ -132,7 +152,7 @@ def add_thinking(parser: Parser, default: str) -> None:
         thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=text)
 
 
-def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", dataset_dir: str = ".") -> Preparation:
+def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", **basic_parameters: Any) -> Preparation:
     """Preprocessing by the options above, else as the model's run had it. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
     trained = recipe or source.train_set or DatasetParam(BasicParameters(dataset))
@@ -146,7 +166,8 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", da
     choices = (
         {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template != "qwen3_vl_nothink" else {}
     )
-    basic = BasicParameters(dataset, dataset_dir, template=template, **choices)
+    choices["on_bad_record"] = trained.basic_parameters.on_bad_record
+    basic = BasicParameters(dataset, template=template, **choices | basic_parameters)
     tokenizer = ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts)
     spec = vision_spec(source.config)
     preparation = Preparation(

@@ -21,7 +21,8 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.preview import marked
-from qwen35.inference.evaluate import Answer
+from qwen35.inference.evaluate import is_right
+from qwen35.inference.predict import Answer
 from qwen35.rank import RESTART, RESTART_REASON
 from qwen35.training.metrics import RunError
 from qwen35.training.trackers import Tracker, open_trackers
@@ -102,7 +103,7 @@ def note_answers(folder: Path, step: int, answers: Sequence[Answer], trackers: S
     for tracker in trackers:
         tracker.show(step, "answers", text, [])
     facts = read_facts(folder)
-    kept = [{"source": a.record.source, "wanted": a.wanted, "given": a.given, "is_right": a.is_right} for a in answers]
+    kept = [{"source": a.record.source, "wanted": a.wanted, "given": a.given, "is_right": is_right(a)} for a in answers]
     before = facts.get("answers", [])[1 - MOST_VALIDATIONS :]
     write_atomic(folder / FILE, json.dumps(facts | {"answers": [*before, {"step": step, "answers": kept}]}))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -294,6 +295,16 @@ def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]],
     return lines, damage
 
 
+def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The mean of those around each value, over 1/25 of them all; at the ends over fewer."""
+    window = np.ones(len(values) // 25 | 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def draw_loss(folder: Path) -> None:
     """<folder>/metrics.jsonl -> <folder>/loss.png"""
     from matplotlib.figure import Figure
@@ -302,9 +313,10 @@ def draw_loss(folder: Path) -> None:
     drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
     lines = read_metrics(folder / "metrics.jsonl", drawn)
     with_answers = any("val_exact_match" in line for line in lines)
-    figure = Figure(figsize=(8, 6 if with_answers else 4.5), layout="tight")
+    figure = Figure(figsize=(8, 6 if with_answers else 4.5), layout="constrained")
     axes = figure.subplots(1 + with_answers, sharex=True, squeeze=False)
     upper, lower, rate = axes[0, 0], axes[-1, 0], axes[0, 0].twinx()
+    ends: list[float] = []  # of what the axis shows
     for name, axis, style, color in (
         ("loss", upper, "-", "tab:blue"),
         ("mtp_loss", upper, "-", "tab:orange"),
@@ -313,11 +325,23 @@ def draw_loss(folder: Path) -> None:
         ("val_exact_match", lower, ".-", "tab:green"),
         ("lr", rate, "--", "tab:gray"),
     ):
-        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
-        if points:
-            axis.plot(*zip(*points, strict=True), style, color=color, linewidth=1, label=name)
-    if len(upper.lines) > 1:
-        upper.legend()
+        points = [(line["step"], line[name]) for line in lines if _is_finite(line.get(name))]
+        if not points:
+            continue
+        steps, values = (np.array(column) for column in zip(*points, strict=True))
+        if axis is upper:  # the first steps, and spikes of single ones, would press the rest flat
+            tail = values[len(values) // 5 if len(values) >= 20 else 0 :]
+            ends += [float(tail.min()), float(np.quantile(tail, 0.99 if style == "-" else 1))]
+        if style == "-":
+            axis.plot(steps, values, style, color=color, linewidth=0.8, alpha=0.3)
+            name, values = f"{name} (smoothed)", smoothed(values)
+        axis.plot(steps, values, style, color=color, linewidth=1.2, label=name)
+    if ends:
+        low, high = min(ends), max(ends)
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        upper.set_ylim(low - margin, high + margin)
+        named = [line for line in (*upper.lines, *rate.lines) if not line.get_label().startswith("_")]
+        figure.legend(handles=named, loc="outside lower center", ncols=len(named), frameon=False)
     upper.set(ylabel="loss", title=str(folder))
     lower.set(xlabel="step")
     if with_answers:

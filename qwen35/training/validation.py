@@ -18,8 +18,10 @@ from qwen35.data.validation import ValidationSet
 from qwen35.device import has_own_memory
 from qwen35.errors import SettingError
 from qwen35.heartbeat import Heartbeat
-from qwen35.inference.evaluate import GREEDY, Answer, answers
+from qwen35.inference.evaluate import is_right
+from qwen35.inference.generate import GREEDY
 from qwen35.inference.generation_config import greedy_sampling, read_generation_config
+from qwen35.inference.predict import Answer, Asking
 from qwen35.log import log_warnings, logger
 from qwen35.model import Qwen35
 from qwen35.parallel.context_parallel import shard_batch
@@ -167,14 +169,14 @@ class Validation:
         gather_weights(model, plain.to_empty(device=self.device))
         folder, dataset = self.settings.model.model_name_or_path, self.set.dataset
         skip = (lambda error: bad.append(str(error))) if dataset.skips_bad_records else None
+        asking = Asking(folder, dataset.preparation, self.sampling)
         right = answered = 0
         self.answers = []
         groups = self.groups[dist.get_rank() :: dist.get_world_size()]
         for i, records in enumerate(groups, 1):
             beat(f"answers {i} of {len(groups)}")
-            batch = dataset.preparation, records, len(records)
-            for answer in answers(plain, folder, *batch, sampling=self.sampling, skip=skip):
-                self.answers += [answer] * (answered < MOST_ANSWERS and dist.get_rank() == 0)
-                right += answer.is_right
-                answered += 1
+            for found in asking.answers(plain, records, len(records), skip=skip):
+                self.answers += found[: (MOST_ANSWERS - len(self.answers)) * (dist.get_rank() == 0)]
+                right += sum(map(is_right, found))
+                answered += len(found)
         return right, answered

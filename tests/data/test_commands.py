@@ -1,11 +1,13 @@
 """`python -m qwen35.data convert` and `show`, as a user runs them."""
 
+import base64
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tokenizer_fixture import make_model_folder
@@ -14,10 +16,12 @@ from qwen35.config.load import load_settings
 from qwen35.config.schema import Attr
 from qwen35.data.__main__ import main
 from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.dataloader import open_dataset
 from qwen35.data.fields import FieldNames
 from qwen35.data.formats import parse_record, read_records
 from qwen35.data.media import ImageFolder
 from qwen35.data.preview import show
+from qwen35.data.tokenized import silent
 
 ROOT = Path(__file__).parents[2]
 LLAVA = [
@@ -239,6 +243,59 @@ def test_show_reports_samples_longer_than_cutoff_len(recipe, capsys):
         assert f"MORE THAN cutoff_len {limit}, " in capsys.readouterr().out
 
 
+def test_lengths_are_those_of_training_beside_cutoff_len(recipe, coco, capsys):
+    """With and without a recipe: of the samples that training makes of the same records."""
+    basic = "data.dataset_param.basic_parameters"
+    lengths = open_dataset(load_settings(recipe, [f"{basic}.cutoff_len=1000"]), silent).lengths
+    limit, longest = int(np.sort(lengths)[-2]), lengths.max()
+    capsys.readouterr()
+    picture = coco / "made" / "lengths.png"
+    words = ["show", str(recipe), "--lengths", f"{basic}.cutoff_len={limit}", "--picture", str(picture)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"{coco}/out/records.json: 3 records, {len(lengths)} samples\n" in out
+    assert f"tokens per sample: p50 {np.sort(lengths)[2]}, p90 {longest}, p99 {longest}, longest {longest}; " in out
+    assert f" cutoff_len {limit}: 1 ({1 / len(lengths):.1%}) are longer\n" in out
+    assert "\nthose longer than cutoff_len are refused by training (truncation: error)\n" in out
+    assert picture.read_bytes().startswith(b"\x89PNG") and out.endswith(f"picture written to {picture}\n")
+    for setting, what in (
+        ("truncation=drop", "left out"),
+        ("truncation=truncate", "cut"),
+        ("on_bad_record=skip", "left out"),
+    ):
+        assert main(["show", str(recipe), "--lengths", f"{basic}.cutoff_len={limit}", f"{basic}.{setting}"]) == 0
+        assert f"those longer than cutoff_len are {what} (" in capsys.readouterr().out
+    own = ["--data", f"{coco}/out/records.json", "--tokenizer", f"{coco}/model", "--dataset_dir", f"{coco}/coco"]
+    assert main(["lengths", *own, "--cutoff_len", str(limit)]) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == out.splitlines()[:-1]
+    assert (coco / "out/records.lengths.png").is_file()
+    records = json.loads((coco / "out/records.json").read_text())
+    inline = base64.b64encode((coco / "coco" / records[0]["images"][0]).read_bytes()).decode()
+    records[0]["images"] = [f"data:image/jpeg;base64,{inline}"]
+    (coco / "out/records.json").write_text(json.dumps(records))
+    assert main(["lengths", *own]) == 0
+    inside = capsys.readouterr().out
+    assert "cutoff_len 2,048: 0 (0.0%)" in inside and next(line for line in out.splitlines() if "p50" in line) in inside
+
+
+def test_lengths_count_what_is_skipped_and_obey_max_samples(recipe, coco, capsys):
+    basic = "data.dataset_param.basic_parameters"
+    records = json.loads((coco / "out" / "records.json").read_text())
+    (coco / "out" / "records.json").write_text(json.dumps([records[1], {"messages": []}, *records]))
+    capsys.readouterr()
+    assert main(["show", str(recipe), "--lengths"]) == 1
+    assert "records.json, record 2, messages: is empty" in capsys.readouterr().err
+    for most, counted in ((5, "5 records, 5 samples"), (2, "2 records, 1 sample")):
+        assert (
+            main(["show", str(recipe), "--lengths", f"{basic}.on_bad_record=skip", f"{basic}.max_samples={most}"]) == 0
+        )
+        out = capsys.readouterr().out
+        assert f": {counted}\nskipped 1: 1 malformed; first: " in out
+    (coco / "out" / "records.json").write_text(json.dumps([{"messages": []}]))
+    assert main(["show", str(recipe), "--lengths", f"{basic}.on_bad_record=skip"]) == 1
+    assert "no records left: 1 malformed" in capsys.readouterr().err
+
+
 def test_errors_are_one_line_and_exit_1(recipe, capsys):
     run = [sys.executable, "-m", "qwen35.data", "show", str(recipe), "training.sed=1"]
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -257,7 +314,9 @@ def test_show_ends_quietly_when_the_pipe_is_closed(recipe):
 
 def test_commands_start_without_what_they_do_not_need():
     """Neither transformers nor what shards or compiles: each takes as long to import as torch."""
-    programs = "data.__main__ convert inference.generate inference.evaluate tools.tiny preflight".split()
+    programs = (
+        "data.__main__ convert inference.generate inference.predict inference.evaluate tools.tiny preflight".split()
+    )
     modules = ", ".join(f"qwen35.{program}" for program in programs)
     code = f"""
 import sys, torch, {modules}

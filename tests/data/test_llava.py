@@ -16,7 +16,7 @@ from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data import llava as module
 from qwen35.data.files import replacing
-from qwen35.data.histogram import histogram
+from qwen35.data.histogram import histogram, quantiles
 from qwen35.data.llava import Options
 from qwen35.data.llava import convert as run
 from qwen35.errors import SettingError, UserError
@@ -107,13 +107,14 @@ def test_lengths_in_tokens_equal_those_of_training(home):
         "training.save": "unused",
     }
     lengths = MicroBatches(from_flat(flat), 0, 1).dataset.lengths
-    assert f"the longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens per sample: half" in report
+    assert f"longest {lengths.max():,}; {lengths.sum():,} in all" in report and "tokens per sample: p50 " in report
+    assert f" cutoff_len 2,048: {(lengths > 2048).sum():,} (" in report
     for low, high, count in re.findall(r"^ +([\d,]+) to +([\d,]+) #* +([\d,]+)$", report, re.MULTILINE):
         first, last, number = (int(text.replace(",", "")) for text in (low, high, count))
         assert ((first <= lengths) & (lengths <= last)).sum() == number
     characters = run(options(home, workers=2))
     total = sum(len(m["content"]) for r in json.loads((home / "out/a.json").read_text()) for m in r["messages"])
-    assert f"{total:,} in all" in characters and "make data HF=" in characters
+    assert f"{total:,} in all" in characters and "make data HF=" in characters and "cutoff_len" not in characters
     (home / "hf/tokenizer.json").unlink()
     for workers in (1, 2):
         with pytest.raises(SettingError, match=r"tokenizer\.json: no such file"):
@@ -126,6 +127,25 @@ def test_histograms_of_unusual_lengths(lengths):
     bounds = [tuple(int(text.replace(",", "")) for text in row) for row in rows]
     assert sum(count for *_, count in bounds) == len(lengths) and len(bounds) <= 14
     assert all(((low <= np.array(lengths)) & (np.array(lengths) <= high)).sum() == n for low, high, n in bounds)
+
+
+@pytest.mark.parametrize("cutoff", [1, 5, 9, 10, 11, 30, 10**6])
+def test_the_line_for_cutoff_len_stands_among_the_buckets(cutoff):
+    lengths = np.array([2, 5, 9, 10, 25])
+    lines = histogram(lengths, "tokens", cutoff).splitlines()
+    [at] = [number for number, line in enumerate(lines) if "cutoff_len" in line]
+    longer = int((lengths > cutoff).sum())
+    assert lines[at].endswith(f" cutoff_len {cutoff:,}: {longer} ({longer / 5:.1%}) are longer")
+    rows = [re.fullmatch(r" +([\d,]+) to +([\d,]+) #* +([\d,]+)", line) for line in lines]
+    assert all(int(row[1].replace(",", "")) <= cutoff for row in rows[1:at])
+    assert all(int(row[1].replace(",", "")) > cutoff for row in rows[at + 1 :])
+
+
+def test_quantiles_are_lengths_that_occur():
+    lengths = np.random.default_rng(0).integers(1, 5000, 1000)
+    for name, length in quantiles(lengths).items():
+        share = int(name[1:]) / 100
+        assert length in lengths and (lengths <= length).mean() >= share > (lengths < length).mean() - 0.002
 
 
 def test_a_process_that_dies_ends_the_conversion(home, monkeypatch):

@@ -25,7 +25,7 @@ SEED_TABLE = """ASCEND_SLOG_PRINT_TO_STDOUT ASCEND_GLOBAL_LOG_LEVEL TASK_QUEUE_E
 OTHERS = """HCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME HCCL_IF_IP HCCL_BUFFSIZE HCCL_OP_EXPANSION_MODE HCCL_DETERMINISTIC
     ASCEND_RT_VISIBLE_DEVICES CLOSE_MATMUL_K_SHIFT CANN_PATH CANN_VERSION TORCH_NPU TORCH_INDEX PYTHON TORCH TRANSFORMERS
     OMP_NUM_THREADS MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_ HF DCP TIE OUT LLAVA IMAGES CONFIG MODEL DATA PROMPT IMAGE
-    VIDEO ARGS SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT RENDEZVOUS_SECRET HOSTS
+    OMP_WAIT_POLICY VIDEO ARGS SOURCE HF_ENDPOINT MODELSCOPE_DOMAIN DOWNLOAD_MODEL RENDEZVOUS_TIMEOUT RENDEZVOUS_SECRET HOSTS
     HOSTS_DIR SSH RATES TRITON_CACHE_DIR LOG_LEVEL""".split()
 
 BOUNDS = {
@@ -55,6 +55,7 @@ GOOD = [
     {"CPU_AFFINITY_CONF": "mode:2,force:1,npu0:0-3,npu15:4-7", "CANN_VERSION": "9.2.0-beta.2", "TORCH_NPU": "2.10.0"},
     {"CPU_AFFINITY_CONF": "2,npu_affine:1,lazy_bind:0,bind_irq:1", "CANN_VERSION": "8.5", "TORCH_NPU": "2.7.1.post2"},
     {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512,garbage_collection_threshold:0.8"},
+    {"OMP_WAIT_POLICY": "active"},
     {"NPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1", "HCCL_BUFFSIZE": "400", "ASCEND_RT_VISIBLE_DEVICES": "0,7"},
     {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "RATES": "none", "LOG_LEVEL": "DEBUG"},
     {
@@ -81,6 +82,7 @@ BAD = [
     ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:true"),
     ("PYTORCH_NPU_ALLOC_CONF", "expandable_segments=True"),
     ("HCCL_DETERMINISTIC", "maybe"),
+    ("OMP_WAIT_POLICY", "PASSIVE"),
     ("LOG_LEVEL", "info"),
     ("HCCL_OP_EXPANSION_MODE", "CPU"),
     ("HCCL_IF_IP", "node1"),
@@ -102,8 +104,8 @@ BAD = [
     ("TRITON_CACHE_DIR", "env.sh"),  # a file
 ]
 
-TARGETS = """help install doctor accept download convert export data show finetune report preflight rehearse generate evaluate
-    bench test test-versions test-browser test-trackers lint docs clean""".split()
+TARGETS = """help install doctor accept download convert export data show finetune report preflight rehearse generate predict
+    evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -445,13 +447,23 @@ def test_a_signal_reaches_the_step_that_runs(project: Path, number: int, code: i
                 " --out data/mllm_format_llava_instruct_data.json"
             ),
         ),
+        (["data", "DATA=d", "HF=h"], "-m qwen35.data lengths --data d --tokenizer h"),
         (["show", "CONFIG=c", "ARGS=a.b=1"], "-m qwen35.data show c a.b=1"),
+        (["show", "CONFIG=c", "ARGS=--lengths a.b=1"], "-m qwen35.data show c --lengths a.b=1"),
         (["download", "MODEL=a/b"], "-m qwen35.tools.download a/b --source hf"),
         (
             ["download", "MODEL=a/b", "SOURCE=modelscope", "OUT=o"],
             "-m qwen35.tools.download a/b --source modelscope --out o",
         ),
         (["evaluate", "MODEL=m", "DATA=d"], "-m qwen35.inference.evaluate --model m --data d"),
+        (
+            ["predict", "DATA=d", "OUT=o", "ARGS=--batch 2"],
+            "-m qwen35.inference.predict --model runs/tiny/hf --data d --out o --batch 2",
+        ),
+        (
+            ["predict", "MODEL=m", "HF=h", "OUT=o"],
+            "-m qwen35.inference.predict --model m --hf h --data data/digits/heldout.json --out o",
+        ),
         (
             ["generate", "IMAGE=a b.png, c.png", "PROMPT=-What 'is' $this?", "ARGS=--seed 1"],
             (
@@ -475,6 +487,14 @@ def test_each_target_runs_its_program(run: Run, project: Path, command: list[str
     result = run("make", *command)
     assert result.returncode == 0, result.stderr
     assert calls(project) == [call]
+
+
+@pytest.mark.parametrize("given", [None, "active"])
+@pytest.mark.parametrize("target", ["generate", "predict", "evaluate", "show"])
+def test_the_threads_of_what_generates_sleep_while_they_wait(run: Run, project: Path, target: str, given: str) -> None:
+    result = run("make", target, "OUT=o", *([f"OMP_WAIT_POLICY={given}"] if given else []))
+    assert result.returncode == 0, result.stderr
+    assert child(project).get("OMP_WAIT_POLICY") == (given or ("passive" if target != "show" else None))
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ ROOMS = {
     "config": 1_120,
     "model": 1_495,
     "checkpoint": 3_575,
-    "data": 6_260,
+    "data": 6_340,
     "parallel": 660,
-    "inference": 990,
-    "training": 2_540,
+    "inference": 1_280,
+    "training": 2_565,
     "tools": 1_735,
     "launch": 1_515,
 }

@@ -18,7 +18,8 @@ from qwen35.config.schema import Settings
 from qwen35.data.tokenized import silent
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
-from qwen35.inference import evaluate
+from qwen35.inference import evaluate, predict
+from qwen35.inference.load_model import find_model, load_model
 from qwen35.inference.sampling import Sampling
 from qwen35.tools import tiny
 from qwen35.training import validation
@@ -106,7 +107,7 @@ def asked(place, monkeypatch) -> Callable[..., list[str]]:
                 ways.append(sampling)
             return [tokenizer.encode_text(text) for text in texts]
 
-        monkeypatch.setattr(evaluate, "generate", generate)
+        monkeypatch.setattr(predict, "generate", generate)
         return prompts
 
     return script
@@ -204,7 +205,7 @@ def test_a_run_without_thoughts_is_prompted_without(place, asked, capsys, tmp_pa
 
 @pytest.mark.parametrize("hf", [False, True])
 def test_a_runs_checkpoint_is_prompted_as_it_trained(place, asked, capsys, tmp_path, hf):
-    save_checkpoint(tmp_path, 5, evaluate.load_model(evaluate.find_model(place / "hf")))
+    save_checkpoint(tmp_path, 5, load_model(find_model(place / "hf")))
     write_recipe(place, enable_thinking=False).rename(tmp_path / "config.yaml")
     prompts = asked([""] * len(CONVERSATIONS))
     assert run(tmp_path, "--data", str(place / "records.json"), *(["--hf", str(place / "hf")] * hf), model=".") == 0
@@ -247,7 +248,7 @@ def test_the_limit_has_room_for_the_longest_answer_and_a_thought(place, asked, t
     asked([""] * 4, limits)
     words = ["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), "--batch", "1"]
     assert evaluate.main(words) == 0
-    assert limits[0] == len(tokenizer.encode_text("7 and 8")) + evaluate.ROOM_TO_END
+    assert limits[0] == len(tokenizer.encode_text("7 and 8")) + predict.ROOM_TO_END
     assert min(limits[1:3]) > len(tokenizer.encode_text(long)) + 1000
     assert 40 < limits[3] < 500
 
@@ -312,7 +313,7 @@ def test_validation_prompts_as_it_trains(place, expected, asked, monkeypatch):
     monkeypatch.setattr(validation, "gather_weights", lambda *_: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    model = evaluate.load_model(evaluate.find_model(place / "hf"))
+    model = load_model(find_model(place / "hf"))
     assert found._answers(model, lambda _: None, []) == (total, total)
     assert prompts == [prompt for prompt, _ in expected.values()]
 
@@ -323,7 +324,7 @@ def test_an_answer_that_is_cut_off_is_wrong(place, monkeypatch, capsys, tmp_path
     """Its first tokens may be the right answer, and the rest, which is not generated, wrong."""
     tokenizer = ChatTokenizer(place / "hf")
     given = [int(token) for token in tokenizer.encode_text(f"7{rest}", answer=True)]
-    monkeypatch.setattr(evaluate, "generate", lambda _, __, limit, *rest: [given[:limit]])
+    monkeypatch.setattr(predict, "generate", lambda _, __, limit, *rest: [given[:limit]])
     write_records(tmp_path / "records.json", [CONVERSATIONS["plain"]])
     options = ["--max_new_tokens", str(limit)] if limit else []
     assert evaluate.main(["--model", str(place / "hf"), "--data", str(tmp_path / "records.json"), *options]) == 0

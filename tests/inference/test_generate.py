@@ -20,7 +20,7 @@ from qwen35.data.preparation import Preparation
 from qwen35.data.record import Turn
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
-from qwen35.inference import evaluate
+from qwen35.inference import evaluate, predict
 from qwen35.inference.generate import generate as greedy
 from qwen35.inference.generate import stop_ids
 from qwen35.model import Qwen35
@@ -196,8 +196,8 @@ def records(folder, model, tokenizer, tmp_path, monkeypatch) -> Path:
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         for q, a in zip(questions, wanted, strict=True)
     ]
-    monkeypatch.setattr(evaluate, "stop_ids", lambda *_: ends)
-    monkeypatch.setattr(evaluate, "load_model", lambda _: model)  # in fp32: no answer hangs on a rounding
+    monkeypatch.setattr(predict, "stop_ids", lambda *_: ends)
+    monkeypatch.setattr(predict.models, "load_model", lambda _: model)  # in fp32: no answer hangs on a rounding
     file = tmp_path / "records.json"
     file.write_text(json.dumps([{"id": f"r{i}", "messages": t} for i, t in enumerate(turns)]))
     return file

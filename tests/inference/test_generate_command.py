@@ -414,7 +414,30 @@ def test_evaluation_reads_videos(place, tmp_path, capsys, ask):
     assert f"record 1: {given!r}, right is '7'" in capsys.readouterr().out
 
 
-def test_a_terminal_gets_the_text_piece_by_piece(monkeypatch):
+SLEEPS = {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize(("given", "megabytes", "cores", "threads"), [
+    ({}, 1, 8, 1), ({}, 127, 8, 1), ({}, 128, 8, 2), ({}, 330, 8, 5), ({}, 100_000, 8, 8), (SLEEPS, 1, 8, 2),
+    (SLEEPS, 330, 8, 5), (SLEEPS, 1, 1, 1), (SLEEPS | {"OMP_NUM_THREADS": "3"}, 1, 8, None),
+])  # fmt: skip
+def test_threads_by_the_size_of_the_model_unless_given(place, monkeypatch, given, megabytes, cores, threads):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        Qwen35, "parameters", lambda _: iter([torch.empty(megabytes << 20, dtype=torch.int8, device="meta")])
+    )
+    monkeypatch.setattr(Qwen35, "to", lambda model, _: model)
+    load_model(find_model(place / "hub"))
+    assert chosen == ([threads] if threads else [])
+
+
+def test_the_text_comes_piece_by_piece(monkeypatch):
     seen = []
 
     def pieces():
@@ -422,11 +445,50 @@ def test_a_terminal_gets_the_text_piece_by_piece(monkeypatch):
             yield piece
             seen.append(sys.stdout.getvalue())
 
-    for out, expected in ((Terminal(), ["one", "one two"]), (io.StringIO(), ["", ""])):
+    for out in (Terminal(), io.StringIO()):
         seen.clear()
         monkeypatch.setattr(sys, "stdout", out)
         generate.write(pieces())
-        assert seen == expected and out.getvalue() == "one two\n"
+        assert seen == ["one", "one two"] and out.getvalue() == "one two\n"
+
+
+def test_any_tokens_are_the_same_text_in_pieces(place):
+    """Bytes that are no characters too, of which a random model's answers are full."""
+    tokenizer = ChatTokenizer(place / "hub")
+    for seed in range(200):
+        ids = torch.randint(310, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+        text = tokenizer.decode(ids, control=False)
+        pieces = list(generate.whole_characters(ids, tokenizer))
+        assert "".join(pieces) == text
+        whole = [piece for piece in pieces[:-1] if piece.endswith("\ufffd")]
+        assert not whole
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_a_pipe_gets_each_word_before_the_next_is_drawn(place, right, reads_on):
+    """The model waits for a line on standard input before each token but the first two."""
+    words = command(place, "hub", "--prompt", TEXT["text"])[3:]
+    slowed = f"""
+import sys
+from qwen35.inference import generate
+draw, drawn = generate.draw, []
+def waiting(*rest):
+    drawn.append(1)
+    assert len(drawn) < 6 or sys.stdin.readline()
+    return draw(*rest)
+generate.draw = waiting
+sys.exit(generate.main({words!r}))
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", slowed], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        first = process.stdout.read(3)
+        if not reads_on:
+            process.stdout.close()
+        process.stdin.write(b"go on\n" * TOKENS)
+        process.stdin.close()
+        err = process.stderr.read().decode()
+        assert first + process.stdout.read() == right.encode() if reads_on else not err, err
+    assert process.returncode == 0, err
 
 
 def command(place: Path, model: str, *arguments: str) -> list[str]:

@@ -9,7 +9,8 @@ from training_runs import tensors, train
 from qwen35.checkpoint import load_pretrained
 from qwen35.config.load import load_settings
 from qwen35.data.validation import ValidationSet
-from qwen35.inference.evaluate import answers
+from qwen35.inference.evaluate import is_right
+from qwen35.inference.predict import Asking
 from qwen35.model.lora import adapters_off
 from qwen35.training.adapters import choose_trained
 from qwen35.training.metrics import read_metrics
@@ -44,7 +45,8 @@ def test_validation_answers_with_the_adapters(workplace, two, tmp_path):
     asked = [record for group in dataset.records_for_generation() for record in group]
 
     def matches() -> list[bool]:
-        return [a.is_right for a in answers(model, workplace / "weights", dataset.dataset.preparation, asked, batch=3)]
+        asking = Asking(workplace / "weights", dataset.dataset.preparation)
+        return [is_right(answer) for found in asking.answers(model, asked, 3) for answer in found]
 
     adapted = matches()
     assert last["val_exact_match"] == pytest.approx(sum(adapted) / 12)

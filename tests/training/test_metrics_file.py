@@ -1,10 +1,12 @@
 """metrics.jsonl damaged or removed by others: the run goes on, and says what is lost."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from qwen35.training import metrics as module
 from qwen35.training.metrics import Metrics, StepRecord, draw_loss, read_metrics
@@ -103,6 +105,51 @@ def test_the_remaining_time_leaves_out_the_first_interval_and_counts_pauses(tmp_
     assert second.endswith("  epoch 0.05  1.00 s  ETA 0:06:32") and third.endswith("  epoch 0.07  2.00 s  ETA 0:07:16")
     assert sixth.endswith("  ETA 0:06:35") and "94 steps" in estimate and "0:06:35" in estimate
     assert seventh.startswith("step      7  ")
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 50, 51, 1000])
+def test_smoothing_is_the_mean_of_what_is_around(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    reach = (count // 25 | 1) // 2
+    slow = [sum(part := values[max(0, i - reach) : i + reach + 1]) / len(part) for i in range(count)]
+    assert module.smoothed(values) == pytest.approx(slow, abs=1e-12)
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch) -> Callable[[list[dict]], Figure]:
+    """The figure of these lines."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
+
+    def drawn(lines: list[dict]) -> Figure:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_loss(tmp_path)
+        return figures[-1]
+
+    return drawn
+
+
+def test_the_first_steps_do_not_stretch_the_axis(drawn):
+    """What lies in the last four fifths of a run is inside, but for its highest hundredth."""
+    lines = [{"step": i, "loss": 1 + 9 / i**2 + 0.01 * (i % 7), "lr": 1e-3 / i} for i in range(1, 501)]
+    lines[400]["loss"] = 50.0  # a spike
+    lines[499] |= {"val_loss": 1.3, "loss": float("nan")}
+    figure = drawn(lines)
+    upper, _ = figure.axes
+    low, high = upper.get_ylim()
+    assert low < 1.0 < 1.06 < 1.3 < high < 1.4
+    raw, smooth, validation = (line.get_ydata() for line in upper.lines)
+    assert max(raw) == 50 and len(raw) == len(smooth) == 499 and list(validation) == [1.3]
+    assert smooth[250] == pytest.approx(sum(line["loss"] for line in lines[241:260]) / 19, abs=0.02)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["loss (smoothed)", "val_loss", "lr"]
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.0], [2.0, 2.0], [3.0, 1.0]])
+def test_short_runs_are_drawn(drawn, losses):
+    upper, _ = drawn([{"step": i, "loss": loss, "lr": 0.1} for i, loss in enumerate(losses, 1)]).axes
+    low, high = upper.get_ylim()
+    assert low < losses[-1] < high
 
 
 def test_only_numbers_are_drawn(tmp_path):

@@ -19,7 +19,8 @@ from qwen35.data import MicroBatches
 from qwen35.data.tokenized import silent
 from qwen35.data.validation import ValidationSet
 from qwen35.errors import SettingError
-from qwen35.inference.evaluate import answers
+from qwen35.inference.evaluate import is_right
+from qwen35.inference.predict import Asking
 from qwen35.training.metrics import read_metrics
 from qwen35.training.validation import Validation
 
@@ -85,10 +86,10 @@ def test_loss_and_exact_match_equal_a_slow_count(workplace, val_file, run):
     assert last["val_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
     assert lines_of(run)[2]["val_loss"] > last["val_loss"]
     records = [record for group in ValidationSet(settings, 0, 1).records_for_generation() for record in group]
-    given = list(answers(model, workplace / "weights", dataset.preparation, records, batch=1))
+    given = list(chain.from_iterable(Asking(workplace / "weights", dataset.preparation).answers(model, records, 1)))
     assert len(given) == RECORDS
     assert 0 < last["val_exact_match"] < 1
-    assert last["val_exact_match"] == pytest.approx(sum(answer.is_right for answer in given) / RECORDS)
+    assert last["val_exact_match"] == pytest.approx(sum(map(is_right, given)) / RECORDS)
 
 
 def test_the_console_shows_each_validation_with_its_time(run):

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_065,
     "model": 1_500,
     "checkpoint": 3_650,
-    "data": 6_140,
+    "data": 6_500,
     "parallel": 670,
     "inference": 975,
     "training": 1_635,

@@ -1,19 +1,14 @@
 """The endless stream of micro-batches of one rank, decoded ahead of use in worker processes."""
 
-import os
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from qwen35.batch import PackedBatch, map_fields
+from qwen35.batch import PackedBatch
 from qwen35.config.schema import Attr, Settings, dataset_entries
+from qwen35.data.background import background_loader
 from qwen35.data.collator import check_agreement, check_patch_bucket, collate, vision_spec
 from qwen35.data.dataset import Dataset, Sample
 from qwen35.data.files import ignored_sizes, longest_context
@@ -25,12 +20,10 @@ from qwen35.data.record import RecordError
 from qwen35.data.serving import serving_notes
 from qwen35.data.tokenized import Progress, silent
 from qwen35.data.video_processor import VIDEO_CONFIG
-from qwen35.errors import SettingError, UserError, one_line
-from qwen35.processes import die_with, obey
+from qwen35.errors import SettingError, UserError
 from qwen35.wording import number_of, number_of_visuals
 
 SERVED = "preprocess_parameters apply here, but a server of the exported model uses that file: set both to the same"
-MIN_SHARED_MEMORY = 1 << 20  # bytes that must be free before workers are started
 
 
 class MicroBatches:
@@ -186,30 +179,6 @@ def open_dataset(settings: Settings, progress: Progress, training_attr: Attr | N
     return Dataset(preparation, spec, progress, training_attr)
 
 
-def background_loader(
-    dataset: Any, sampler: Iterable[Any], workers: int, pin: bool, persistent: bool = False
-) -> "DataLoader[Any]":
-    """Yields dataset[job] for each job of `sampler`, in order.
-
-    pin: a thread page-locks the batches. persistent: workers stay for further iterations.
-    Raises SettingError if /dev/shm is full.
-    """
-    if workers:
-        shared(torch.empty(MIN_SHARED_MEMORY, dtype=torch.uint8))  # without it the DataLoader fails with a traceback
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_to_shared_memory if workers else lambda batch: batch,
-        worker_init_fn=partial(_start_worker, os.getpid()),
-        generator=torch.Generator(),  # so that opening a loader does not advance the global one
-        multiprocessing_context="fork" if workers else None,  # workers share the tokens
-        pin_memory=pin,
-        persistent_workers=persistent and workers > 0,
-    )
-
-
 @dataclass(frozen=True)
 class DecodedBatches:
     """What a worker runs: the sample indices of each packed sequence -> PackedBatch.
@@ -236,34 +205,3 @@ class DecodedBatches:
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
         batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.patch_dim)
         return replace(batch, bad_records=tuple(bad_records))
-
-
-def _to_shared_memory(batch: Any) -> Any:
-    """Here, because the queue would find a full /dev/shm in a thread, and the parent would wait."""
-    try:
-        return map_fields(batch, shared) if isinstance(batch, PackedBatch) else batch
-    except SettingError as error:
-        return error
-
-
-def shared(tensor: Tensor) -> Tensor:
-    """The tensor, moved to shared memory, of which containers get 64 MB by default.
-
-    Raises SettingError if /dev/shm is full.
-    """
-    try:
-        return tensor.share_memory_()
-    except RuntimeError as error:
-        raise SettingError(
-            f"/dev/shm has no room for {tensor.nbytes:,} bytes of a batch ({one_line(error)}); start the container with"
-            " --shm-size=16g or --ipc=host, or set data.dataloader_param.num_workers: 0"
-        ) from None
-
-
-def _start_worker(parent: int, _: int) -> None:
-    die_with(parent)
-    # Signals to the whole job are for the parent, which needs batches until it has saved. A worker
-    # ends with its parent, or on the SIGTERM that the parent sends when Python exits.
-    obey(parent)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)

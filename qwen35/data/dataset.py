@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from qwen35.data.mixture import SETTING, dataset_files, dataset_name
 from qwen35.data.mrope import position_ids
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError, Video
-from qwen35.data.tokenized import FileSamples, Progress, load_samples, paths_of, silent, visual_from_json
+from qwen35.data.samples import FileSamples
+from qwen35.data.tokenized import Progress, load_samples, paths_of, silent, visual_from_json
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
@@ -95,7 +96,7 @@ class Dataset:
         self.warnings = self._warnings(training_attr, is_partial=left == 0)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])
-        self.videos = sum(_videos(samples.visuals) for samples in self.files)
+        self.videos = sum(samples.visuals.objects() for samples in self.files)
         self.truncated = Truncated()
         too_long = np.flatnonzero(self._tokens > basic.cutoff_len).tolist()
         for number in too_long:
@@ -150,7 +151,7 @@ class Dataset:
         lost = visuals - int(self._visuals[number])
         samples, i = self._locate(number)
         end = int(samples.image_offsets[i + 1])
-        videos = _videos(samples.visuals[end - lost : end])
+        videos = samples.visuals.objects(end - lost, end)
         self.videos -= videos
         if left:
             self.truncated.numbers.append(number)
@@ -169,7 +170,7 @@ class Dataset:
         counts = [
             np.add.reduceat(samples.loss_mask.numpy(), samples.offsets[:-1].numpy(), dtype=np.int64)
             for samples in self.files
-            if samples.sources
+            if len(samples.sources)
         ]
         by_number = np.concatenate(counts)
         for number in self.truncated.numbers:
@@ -288,11 +289,6 @@ class Dataset:
                 raise RecordError(f"{samples.sources[i]}: {visual}: has changed since it was measured; empty cache_dir")
             pixels.append(patches)
         return torch.cat(pixels)
-
-
-def _videos(visuals: list[str | dict[str, Any]]) -> int:
-    """How many items of `FileSamples.visuals` are videos."""
-    return sum(not isinstance(value, str) for value in visuals)
 
 
 def shifted_labels(ids: Tensor, loss_mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ or, with attr.format: alpaca, has this one:
 Alpaca     {"instruction": "…", "input": "…", "output": "…", "history": [["…", "…"], …]}
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,21 @@ def read_records(
     names = FieldNames.of(attr)
     warnings = DataWarnings() if warnings is None else warnings
     values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
-    for number, raw in enumerate(islice(values, limit), 1):
+    yield from parse_records(islice(values, limit), file, 1, names, images, warnings, answered, skip)
+
+
+def parse_records(
+    values: Iterable[Any],
+    file: Path,
+    first: int,
+    names: FieldNames,
+    images: ImageFolder,
+    warnings: DataWarnings,
+    answered: bool = True,
+    skip: Callable[[RecordError], object] | None = None,
+) -> Iterator[Record]:
+    """The records of a file's values from number `first` on; as `read_records`."""
+    for number, raw in enumerate(values, first):
         if warnings.unseen:
             warnings.check_names(raw, names)
         try:

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen35.config.schema import Attr, BasicParameters, PreprocessParameters
+from qwen35.data.background import results
 from qwen35.data.content import MISSING
 from qwen35.data.data_warnings import DataWarnings, Skipped
-from qwen35.data.dataloader import background_loader
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.files import replacing
 from qwen35.data.formats import parse_record
@@ -119,12 +119,6 @@ def convert(options: Options) -> str:
             draw(lengths, unit, out.name, temporary, limit)
     except OSError as error:
         raise SettingError(f"{out}: cannot be written: {error.strerror}") from None
-    except RuntimeError as error:  # torch raises it wherever this process is
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            "a worker process died before its work was done; if memory ran out, use fewer: --workers 1 needs the least"
-        ) from None
     return f"{report}\nreport written to {text}, {picture}"
 
 
@@ -162,13 +156,10 @@ def _lines(options: Options, tally: Tally) -> Generator[str, None, None]:
 def _results(options: Options, tally: Tally) -> Iterator[Converted | RecordError]:
     """In the order of the records, which several processes convert."""
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
-    loader = background_loader(Converter(options), _jobs(options), workers if workers > 1 else 0, pin=False)
-    for done in loader:
-        if isinstance(done, UserError):
-            raise done
-        results, warnings = done
+    workers = workers if workers > 1 else 0
+    for converted, warnings in results(Converter(options), _jobs(options), workers, "--workers 1 needs the least"):
         tally.warnings.update(warnings)
-        yield from results
+        yield from converted
 
 
 def _jobs(options: Options) -> Iterator[Job]:

@@ -1,96 +1,100 @@
-"""Tokenises the records of a file once, and keeps the samples in cache_dir if that is set.
+"""Tokenises the records of a file once, on all cores, and keeps the samples in cache_dir if set.
 
 Images and videos are only measured here; their pixels are decoded when a batch needs them.
 """
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from qwen35.data.background import results
 from qwen35.data.conversations import wanted_answers
-from qwen35.data.data_warnings import DataWarnings, Skipped
-from qwen35.data.files import replacing, try_lock
-from qwen35.data.formats import read_records
+from qwen35.data.data_warnings import DataWarnings
+from qwen35.data.fields import FieldNames
+from qwen35.data.files import try_lock
+from qwen35.data.formats import parse_records, read_records
+from qwen35.data.media import ImageFolder
 from qwen35.data.preparation import Preparation, TokenisedSample
+from qwen35.data.readers import read_values
 from qwen35.data.record import Record, RecordError, Video, Visual
+from qwen35.data.samples import Collected, FileSamples, read_samples, write_samples
+from qwen35.data.shards import Shards
 from qwen35.data.template import dropped_thoughts
 from qwen35.data.tokenizer import Extent, Spelled
-from qwen35.errors import SettingError, one_line
+from qwen35.errors import UserError
 
 POLL_INTERVAL = 0.1  # seconds between looks for the entry that another process makes
+BYTES_PER_WORKER = 1 << 18  # of a file; to start a process costs as much time as to tokenise these
+RECORDS_PER_JOB = 64  # for one process at a time
+JOBS_PER_SHARD = 128  # for one machine at a time
 Progress = Callable[[str, int], object]  # called with (what is being read, records read since the last call)
+Tokenised = Iterator[tuple[Record, list[tuple[Record, TokenisedSample]]]]
 
 
 def silent(what: str, records: int) -> None:
     """Progress that is not shown."""
 
 
-@dataclass(frozen=True)
-class FileSamples:
-    """The N samples of one file, laid end to end, and what was left out."""
-
-    file: str
-    ids: Tensor  # [tokens] int32
-    loss_mask: Tensor  # [tokens] bool
-    offsets: Tensor  # [N+1] int64: sample i is tokens offsets[i]:offsets[i+1]
-    grids: Tensor  # [M, 3] int64 of all images and videos
-    image_offsets: Tensor  # [N+1] int64: sample i has grids image_offsets[i]:image_offsets[i+1]
-    sources: list[str]  # of each sample, for messages
-    visuals: list[str | dict[str, Any]]  # [M], each as visual_to_json writes it
-    records: int  # records read, of one sample or several each, and those left out
-    skipped: Skipped
-    warnings: DataWarnings
-
-
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:
     """The samples of the first `limit` records of a file, from cache_dir if they are there.
 
-    One process of a machine makes them and writes the entry; the others wait until it is there, or
-    take over if that process ends without writing it.
+    One process of each machine makes its share of them, and writes the entry once all are there;
+    the others wait, or take over if that process ends without writing it.
     """
     progress(str(file), 0)
     if preparation.basic.cache_dir is None:
         return make_samples(file, preparation, limit, progress)
     folder = Path(preparation.basic.cache_dir)
     entry = folder / f"{file.stem}-{preparation.cache_key(file, limit)}.safetensors"
-    samples = _load_entry(entry)
+    samples = read_samples(entry)
     while samples is None:
         with try_lock(folder) as has_lock:
             if entry.is_file():
-                samples = _load_entry(entry)
-            elif has_lock:
-                samples = make_samples(file, preparation, limit, progress)
-                _write(samples, entry)
-                samples = _load_entry(entry) or samples  # the processes share the file's pages, not this memory
+                samples = read_samples(entry)
+            elif has_lock and (samples := _make_shared(file, preparation, limit, progress, Shards(entry))):
+                samples = read_samples(entry) or samples  # the processes share the file's pages, not this memory
         if samples is None:
             progress(f"{file}, which another process tokenises", 0)
             time.sleep(POLL_INTERVAL)
     return samples
 
 
-def _load_entry(entry: Path) -> FileSamples | None:
-    """The samples of an entry, or None; an entry that is damaged or outdated is removed."""
-    if not entry.is_file():
-        return None
+def _make_shared(
+    file: Path, preparation: Preparation, limit: int | None, progress: Progress, shards: Shards
+) -> FileSamples | None:
+    """Make the shards that no other machine makes, and the entry; None if it may be there already.
+
+    Raises RecordError, SettingError.
+    """
     try:
-        samples = _read(entry)
-        if not samples.skipped.is_outdated():
-            return samples
-    except (SafetensorError, ValueError):  # ValueError: the digest does not match
-        pass
-    entry.unlink(missing_ok=True)  # now: later, a file of this name may be another process's new entry
+        while not shards.entry.is_file():
+            parts = _parts(file, preparation, limit, progress, shards.claim)
+            for shard, group in groupby(parts, key=lambda part: part[0]):
+                made = Collected(DataWarnings.expecting(preparation.attr))
+                for _, part in group:
+                    shards.keep()
+                    made.extend(part)
+                shards.write(shard, made.samples(str(file)))
+            while (
+                (missing := shards.missing()) and not any(map(shards.is_free, missing)) and not shards.entry.is_file()
+            ):
+                progress(f"{file}, of which other machines tokenise {len(missing)} shards", 0)
+                time.sleep(POLL_INTERVAL)
+            made = Collected(DataWarnings.expecting(preparation.attr))
+            if not missing and shards.joined(made):
+                samples = made.samples(str(file))
+                write_samples(samples, shards.entry)
+                shards.remove()
+                return samples
+    except UserError:  # the next run's entry has another name
+        shards.remove()
+        raise
     return None
 
 
@@ -100,13 +104,24 @@ def tokenised(
     limit: int | None = None,
     skip: Callable[[RecordError], object] | None = None,
     warnings: DataWarnings | None = None,
-) -> Iterator[tuple[Record, list[tuple[Record, TokenisedSample]]]]:
+) -> Tokenised:
     """The first `limit` records, with the conversations that each is trained as, and their samples.
 
     skip, warnings: as for `read_records`.
     """
     skip = skip or partial(_refuse, preparation.basic.dataset_dir)
-    for record in read_records(file, preparation.attr, preparation.folder(), limit, skip=skip, warnings=warnings):
+    records = read_records(file, preparation.attr, preparation.folder(), limit, skip=skip, warnings=warnings)
+    return tokenised_records(records, preparation, skip, warnings)
+
+
+def tokenised_records(
+    records: Iterable[Record],
+    preparation: Preparation,
+    skip: Callable[[RecordError], object],
+    warnings: DataWarnings | None,
+) -> Tokenised:
+    """As `tokenised`."""
+    for record in records:
         try:
             parts = preparation.tokenise(record)
         except RecordError as error:
@@ -147,46 +162,98 @@ def _refuse(dataset_dir: str, error: RecordError) -> NoReturn:
 
 def make_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:
     """Read and tokenise a file. Raises RecordError for an unusable record, unless it is skipped."""
-    ids, loss_mask = bytearray(), bytearray()  # joining a list of arrays would take twice the memory
-    grids, sources, visuals = [], [], []
-    lengths, visual_counts = [0], [0]
-    skipped, warnings = Skipped(), DataWarnings.expecting(preparation.attr)
-
-    def add_skipped(error: RecordError) -> None:
-        skipped.add(error)
-        progress(str(error), 1)
-
-    skip = add_skipped if preparation.basic.on_bad_record == "skip" else None
-    records = 0
-    for record, parts in tokenised(file, preparation, limit, skip, warnings):
-        progress(record.source, 1)
-        records += 1
-        for part, sample in parts:
-            ids += sample.ids.data
-            loss_mask += sample.loss_mask.data
-            lengths.append(len(sample.ids))
-            grids += sample.grids
-            visual_counts.append(len(sample.grids))
-            sources.append(part.source)
-            visuals += [visual_to_json(*pair) for pair in zip(part.visuals, sample.extents, strict=True)]
-    return FileSamples(
-        str(file),
-        torch.frombuffer(ids, dtype=torch.int32) if ids else torch.zeros(0, dtype=torch.int32),
-        torch.frombuffer(loss_mask, dtype=torch.bool) if ids else torch.zeros(0, dtype=torch.bool),
-        torch.tensor(lengths).cumsum(0),
-        torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-        torch.tensor(visual_counts).cumsum(0),
-        sources,
-        visuals,
-        records + len(skipped),
-        skipped,
-        warnings,
-    )
+    made = Collected(DataWarnings.expecting(preparation.attr))
+    for _, part in _parts(file, preparation, limit, progress, lambda shard: True):
+        made.extend(part)
+    return made.samples(str(file))
 
 
-# what a cache entry holds of FileSamples: tensors, and fields as JSON
-TENSORS = ("ids", "loss_mask", "offsets", "grids", "image_offsets")
-JSON_FIELDS = ("file", "sources", "visuals", "records")
+def workers_for(file: Path, limit: int | None, for_all: bool) -> int:
+    """How many processes are to tokenise a file; 0: none but this one.
+
+    for_all: this one does it for all ranks of the machine, else each rank does it for itself.
+    """
+    cores = len(os.sched_getaffinity(0)) // (1 if for_all else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    most = min(file.stat().st_size // BYTES_PER_WORKER, cores, (limit or 1 << 60) // RECORDS_PER_JOB)
+    return most if most > 1 else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Values of a file, in number from `first` on."""
+
+    shard: int
+    first: int
+    values: list[Any]
+    counts: dict[str, dict[str, tuple[int, str]]]  # of the warnings from reading them
+
+
+def _jobs(file: Path, names: FieldNames, limit: int | None, claim: Callable[[int], bool]) -> Iterator[Job | UserError]:
+    """The jobs of claimed shards, and an error of reading in its place among them."""
+    warnings, first, is_claimed = DataWarnings(), 0, False
+    values = islice(read_values(file, True, names.needs_value, warnings), limit)
+    try:
+        while records := list(islice(values, RECORDS_PER_JOB)):
+            shard, place = divmod(first, RECORDS_PER_JOB * JOBS_PER_SHARD)
+            is_claimed = claim(shard) if place == 0 else is_claimed
+            if is_claimed:
+                yield Job(shard, first + 1, records, warnings.counts)
+            warnings.counts = {}
+            first += len(records)
+    except UserError as error:
+        yield error
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """What a worker runs: Job -> (shard, samples)."""
+
+    file: Path
+    preparation: Preparation
+    names: FieldNames
+    folder: ImageFolder
+    progress: Progress
+
+    def __getitem__(self, job: Job | UserError) -> tuple[int, Collected] | UserError:
+        if isinstance(job, UserError):
+            return job
+        made = Collected(DataWarnings.expecting(self.preparation.attr))
+        made.warnings.counts = job.counts
+
+        def skip(error: RecordError) -> None:
+            if self.preparation.basic.on_bad_record != "skip":
+                _refuse(self.preparation.basic.dataset_dir, error)
+            made.skipped.add(error)
+            self.progress(str(error), 1)
+
+        try:
+            records = parse_records(job.values, self.file, job.first, self.names, self.folder, made.warnings, skip=skip)
+            for record, parts in tokenised_records(records, self.preparation, skip, made.warnings):
+                self.progress(record.source, 1)
+                for part, sample in parts:
+                    made.add(ids=sample.ids.data, loss_mask=sample.loss_mask.data, offsets=len(sample.ids))
+                    made.add(grids=sample.grids, image_offsets=len(sample.grids))
+                    made.add_values("source", [part.source])
+                    pairs = zip(part.visuals, sample.extents, strict=True)
+                    made.add_values("visual", (visual_to_json(*pair) for pair in pairs))
+        except UserError as error:
+            return error
+        made.records = len(job.values)
+        return job.shard, made
+
+
+def _parts(
+    file: Path, preparation: Preparation, limit: int | None, progress: Progress, claim: Callable[[int], bool]
+) -> Generator[tuple[int, Collected], None, None]:
+    """(shard, samples) of each job, in order. claim: whether to make a shard, asked for each."""
+    names, workers = FieldNames.of(preparation.attr), workers_for(file, limit, preparation.basic.cache_dir is not None)
+    tokeniser = Tokeniser(file, preparation, names, preparation.folder(), silent if workers else progress)
+    advice = "a run has one for each core that taskset leaves to it"
+    with closing(results(tokeniser, _jobs(file, names, limit, claim), workers, advice)) as parts:
+        for shard, made in parts:
+            if workers:
+                progress(f"{file}, part {shard}", made.records)
+            yield shard, made
 
 
 def visual_to_json(visual: Visual, extent: Extent) -> str | dict[str, Any]:
@@ -209,39 +276,3 @@ def paths_of(visual: Visual) -> tuple[Path, ...]:
     """The files or folder of an image or video, whose links were resolved when it was read."""
     source = visual.source if isinstance(visual, Video) else visual
     return source if isinstance(source, tuple) else (source,)
-
-
-def _read(path: Path) -> FileSamples:
-    """The tensors stay mapped from the file, whose pages the processes of a machine share."""
-    with safe_open(path, framework="pt") as entry:
-        tensors = {key: entry.get_tensor(key) for key in (*TENSORS, "names")}
-        if (entry.metadata() or {}).get("digest") != _digest(tensors):
-            raise ValueError(f"{path}: is not what was written")
-    names = json.loads(tensors.pop("names").numpy().tobytes())
-    names["skipped"], names["warnings"] = Skipped(**names["skipped"]), DataWarnings(**names["warnings"])
-    return FileSamples(**tensors, **names)
-
-
-def _write(samples: FileSamples, path: Path) -> None:
-    """Raises SettingError."""
-    names = {name: getattr(samples, name) for name in JSON_FIELDS}
-    names |= {part: asdict(getattr(samples, part)) for part in ("skipped", "warnings")}
-    tensors = {name: getattr(samples, name) for name in TENSORS}
-    tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
-    try:
-        with replacing(path, keep_first=True) as temporary:
-            save_file(tensors, temporary, {"digest": _digest(tensors)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # before the rename: a machine that goes down must not leave half an entry
-    except (OSError, SafetensorError) as error:  # safetensors raises its own where it cannot write
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise SettingError(f"data.dataset_param.basic_parameters.cache_dir: {path.parent}: {reason}") from None
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Covers names, types, shapes and every byte; takes 0.1 s for the tokens of 150,000 records."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

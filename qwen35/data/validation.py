@@ -5,7 +5,8 @@ from pathlib import Path
 
 from qwen35.batch import PackedBatch
 from qwen35.config.schema import DatasetFile, DatasetParam, Settings, dataset_entries
-from qwen35.data.dataloader import DecodedBatches, background_loader, open_dataset
+from qwen35.data.background import background_loader
+from qwen35.data.dataloader import DecodedBatches, open_dataset
 from qwen35.data.dataset import Dataset
 from qwen35.data.mixture import dataset_files
 from qwen35.data.packing import pack_epoch

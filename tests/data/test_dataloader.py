@@ -34,6 +34,7 @@ from qwen35.data.formats import read_records
 from qwen35.data.media import ImageFolder
 from qwen35.data.packing import moved_forward
 from qwen35.data.preparation import Preparation, TokenisedSample
+from qwen35.data.samples import write_samples
 from qwen35.data.tokenized import load_samples, make_samples
 from qwen35.data.tokenizer import ChatTokenizer
 
@@ -404,14 +405,13 @@ def test_first_of_several_cache_entries_stays(home, model, monkeypatch):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     preparation, entries = Preparation.of(s), []
 
-    def slowly(*args):
+    def late(samples, path):
         if not entries:  # the other machine, meanwhile
-            entries.append(None)
-            load_samples(home / "a.json", preparation, None)
-            entries[0] = next((home / "cache").iterdir()).stat().st_ino
-        return make_samples(*args)
+            write_samples(samples, path)
+            entries.append(path.stat().st_ino)
+        write_samples(samples, path)
 
-    monkeypatch.setattr(module, "make_samples", slowly)
+    monkeypatch.setattr(module, "write_samples", late)
     load_samples(home / "a.json", preparation, None)
     (entry,) = (home / "cache").iterdir()
     assert entry.stat().st_ino == entries[0]
@@ -451,13 +451,13 @@ def test_several_processes_write_one_cache_entry(home, model):
 def test_one_process_tokenises_and_the_others_wait(home, model, monkeypatch):
     s = settings(home, model, **{f"{BASIC}.cache_dir": str(home / "cache")})
     made, waits = make_samples(home / "a.json", Preparation.of(s), None), multiprocessing.Event()
-    monkeypatch.setattr(module, "make_samples", None)  # any use would fail
+    monkeypatch.setattr(module, "_make_shared", None)  # any use would fail
     monkeypatch.setattr(module.time, "sleep", lambda _: waits.set())
     with try_lock(home / "cache") as has_lock:
         assert has_lock
         other = fork(write_cache, s, home)
         assert waits.wait(60)
-        module._write(made, home / "cache" / f"a-{Preparation.of(s).cache_key(home / 'a.json', None)}.safetensors")
+        write_samples(made, home / "cache" / f"a-{Preparation.of(s).cache_key(home / 'a.json', None)}.safetensors")
         other.join(60)  # the entry is enough: the lock may be held for another entry
     assert other.exitcode == 0
 
@@ -471,7 +471,7 @@ def test_waiting_process_takes_over_from_a_killed_one(home, model, monkeypatch):
         signal.pause()
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "make_samples", never_done)
+        patched.setattr(module, "_make_shared", never_done)
         killed = fork(write_cache, s, home)
         assert begun.wait(60)
     monkeypatch.setattr(module.time, "sleep", lambda _: waits.set())
@@ -515,6 +515,7 @@ def test_samples_are_in_memory_once_while_they_are_made(home, model, monkeypatch
 
     preparation = Preparation.of(settings(home, model))
     monkeypatch.setattr(Preparation, "tokenise", tokenise)
+    monkeypatch.setattr(module, "RECORDS_PER_JOB", 1)  # a job's samples are there twice, and weigh little in practice
     tracemalloc.start()
     samples = make_samples(home / "a.json", preparation, None)
     _, peak = tracemalloc.get_traced_memory()

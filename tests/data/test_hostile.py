@@ -15,9 +15,10 @@ from qwen35.config.load import from_flat, to_yaml
 from qwen35.data import MicroBatches, RecordError, template
 from qwen35.data import tokenized as module
 from qwen35.data.__main__ import main
-from qwen35.data.dataloader import MIN_SHARED_MEMORY, shared
+from qwen35.data.background import MIN_SHARED_MEMORY, shared
 from qwen35.data.preparation import LONGEST_TEXT, Preparation
 from qwen35.data.record import Record, Turn
+from qwen35.data.samples import TENSORS
 from qwen35.data.style import Style
 from qwen35.data.template import training_pieces
 from qwen35.data.tokenized import load_samples, make_samples
@@ -109,16 +110,16 @@ def test_cached_tokens_with_a_flipped_bit_are_rebuilt(home, model, seed):
         flipped[place] ^= 1 << int(chance.integers(0, 8))
         entry.write_bytes(flipped)
         found = load_samples(home / "a.json", preparation, None)
-        for name in module.TENSORS:
+        for name in TENSORS:
             assert torch.equal(getattr(found, name), getattr(right, name)), (place, name)
-        assert (found.sources, found.visuals, found.records) == (right.sources, right.visuals, right.records)
+        assert found.records == right.records
         assert entry.read_bytes() == whole
 
 
 def test_intact_cached_tokens_are_not_rebuilt(home, model, monkeypatch):
     preparation = Preparation.of(settings(home, model))
     load_samples(home / "a.json", preparation, None)
-    monkeypatch.setattr(module, "make_samples", None)  # any use would fail
+    monkeypatch.setattr(module, "_make_shared", None)  # any use would fail
     assert len(load_samples(home / "a.json", preparation, None).sources) == 3
 
 

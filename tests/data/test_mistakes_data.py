@@ -88,7 +88,7 @@ FILES = [
     ),
     Case("no dataset_dir", (*TRAIN, f"{BASIC}.dataset_dir=pics"), ("dataset_dir: pics: no such folder",)),
     Case("file for a folder", (*TRAIN, f"{BASIC}.dataset_dir=r.yaml"), ("dataset_dir: r.yaml: no such folder",)),
-    Case("file for a cache", (*TRAIN, f"{BASIC}.cache_dir=r.yaml"), (f"{BASIC}.cache_dir: r.yaml: File exists",)),
+    Case("file for a cache", (*TRAIN, f"{BASIC}.cache_dir=r.yaml"), (f"{BASIC}.cache_dir: r.yaml: Not a directory",)),
 ]
 TURNS = [
     Case("no turns", TRAIN, (f"{SECOND}, conversations: is empty",), record(conversations=[])),

@@ -12,7 +12,7 @@ from watch import Watch
 
 import kernels
 from qwen35.batch import HOST_FIELDS, PackedBatch, map_fields
-from qwen35.data.dataloader import background_loader
+from qwen35.data.background import background_loader
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.activation_offload import Offload
 from qwen35.parallel.fsdp import REPLICATED

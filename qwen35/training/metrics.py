@@ -9,12 +9,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -271,15 +270,25 @@ def _text(lines: Iterable[dict[str, Any]]) -> str:
 
 def read_metrics(path: Path, only: Collection[str] = ()) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, with all values or `only` these; other lines are left out."""
-    return _read(path, only)[0]
+    lines = (line for _, line in iterate_metrics(path) if line)
+    return [{name: value for name, value in line.items() if not only or name in only} for line in lines]
 
 
-def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]], str]:
-    """-> the lines, and what is wrong with the first bad one; a truncated last line is ignored."""
-    lines: list[dict[str, Any]] = []
-    damage = ""
+def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """-> the lines, and what is wrong with the first bad one."""
+    numbered = list(iterate_metrics(path))
+    bad = next((number for number, line in numbered if line is None), None)
+    damage = "" if bad is None else f"line {bad} is not the metrics of a step"
+    return [line for _, line in numbered if line is not None], damage
+
+
+def iterate_metrics(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Number and values of each line, None for a damaged one; without a truncated last line.
+
+    Raises RunError.
+    """
     if not path.exists():
-        return lines, damage
+        return
     if not path.is_file():
         raise RunError(f"{path}: not a file; move it away")
     with path.open("rb") as file:
@@ -289,68 +298,6 @@ def _read(path: Path, only: Collection[str] = ()) -> tuple[list[dict[str, Any]],
             except (ValueError, RecursionError):
                 values = None
             if isinstance(values, dict) and type(values.get("step")) is int:
-                lines.append({name: value for name, value in values.items() if name in only} if only else values)
+                yield number, values
             elif line.endswith(b"\n"):
-                damage = damage or f"line {number} is not the metrics of a step"
-    return lines, damage
-
-
-def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The mean of those around each value, over 1/25 of them all; at the ends over fewer."""
-    window = np.ones(len(values) // 25 | 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def draw_loss(folder: Path) -> None:
-    """<folder>/metrics.jsonl -> <folder>/loss.png"""
-    from matplotlib.figure import Figure
-
-    # all values of a long run would take half a gigabyte
-    drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
-    lines = read_metrics(folder / "metrics.jsonl", drawn)
-    with_answers = any("val_exact_match" in line for line in lines)
-    figure = Figure(figsize=(8, 6 if with_answers else 4.5), layout="constrained")
-    axes = figure.subplots(1 + with_answers, sharex=True, squeeze=False)
-    upper, lower, rate = axes[0, 0], axes[-1, 0], axes[0, 0].twinx()
-    ends: list[float] = []  # of what the axis shows
-    for name, axis, style, color in (
-        ("loss", upper, "-", "tab:blue"),
-        ("mtp_loss", upper, "-", "tab:orange"),
-        ("val_loss", upper, ".-", "tab:red"),
-        ("val_mtp_loss", upper, ".-", "tab:brown"),
-        ("val_exact_match", lower, ".-", "tab:green"),
-        ("lr", rate, "--", "tab:gray"),
-    ):
-        points = [(line["step"], line[name]) for line in lines if _is_finite(line.get(name))]
-        if not points:
-            continue
-        steps, values = (np.array(column) for column in zip(*points, strict=True))
-        if axis is upper:  # the first steps, and spikes of single ones, would press the rest flat
-            tail = values[len(values) // 5 if len(values) >= 20 else 0 :]
-            ends += [float(tail.min()), float(np.quantile(tail, 0.99 if style == "-" else 1))]
-        if style == "-":
-            axis.plot(steps, values, style, color=color, linewidth=0.8, alpha=0.3)
-            name, values = f"{name} (smoothed)", smoothed(values)
-        axis.plot(steps, values, style, color=color, linewidth=1.2, label=name)
-    if ends:
-        low, high = min(ends), max(ends)
-        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        upper.set_ylim(low - margin, high + margin)
-        named = [line for line in (*upper.lines, *rate.lines) if not line.get_label().startswith("_")]
-        figure.legend(handles=named, loc="outside lower center", ncols=len(named), frameon=False)
-    upper.set(ylabel="loss", title=str(folder))
-    lower.set(xlabel="step")
-    if with_answers:
-        lower.set(ylabel="exact match", ylim=(0, 1.02))
-    rate.set_ylabel("learning rate", color="tab:gray")
-    partial = folder / "loss.tmp.png"
-    try:
-        with naming(folder / "loss.png"):
-            figure.savefig(partial, dpi=120)
-            partial.replace(folder / "loss.png")
-    finally:
-        partial.unlink(missing_ok=True)
+                yield number, None

@@ -50,7 +50,8 @@ from qwen35.errors import USER_ERRORS, one_line
 from qwen35.inference.generation_config import read_generation_config
 from qwen35.launch.hosts import read_hosts
 from qwen35.model import load_config
-from qwen35.training.metrics import RunError, draw_loss, read_metrics
+from qwen35.training.metrics import RunError, read_metrics
+from qwen35.training.plots import draw_loss
 from qwen35.training.resume import repair_save_folder
 
 EXAMPLES = 8  # of each kind, always the same

@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 from qwen35.training import metrics as module
-from qwen35.training.metrics import Metrics, StepRecord, draw_loss, read_metrics
+from qwen35.training.metrics import Metrics, StepRecord, read_metrics
+from qwen35.training.plots import draw_loss, smoothed
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,7 @@ def test_smoothing_is_the_mean_of_what_is_around(count):
     values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
     reach = (count // 25 | 1) // 2
     slow = [sum(part := values[max(0, i - reach) : i + reach + 1]) / len(part) for i in range(count)]
-    assert module.smoothed(values) == pytest.approx(slow, abs=1e-12)
+    assert smoothed(values) == pytest.approx(slow, abs=1e-12)
 
 
 @pytest.fixture

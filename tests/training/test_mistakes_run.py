@@ -25,7 +25,7 @@ from mistakes import (
 
 from qwen35.device import check_device_count, init_process
 from qwen35.errors import SettingError
-from qwen35.training.metrics import draw_loss
+from qwen35.training.plots import draw_loss
 
 __all__ = ["place", "whole"]  # fixtures
 

@@ -173,6 +173,23 @@ def test_a_folder_without_metrics_is_one_line(tmp_path, capsys):
         write_report(tmp_path)
 
 
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    odd = ["x", None, [1], {"a": "b"}, float("nan"), 10**400, True]
+    lines = [
+        {"step": n, "loss": value, "lr": 1.0, "grad_norms": value, "expert_load": value} for n, value in enumerate(odd)
+    ]
+    lines += [
+        {"step": 8, "loss": 2.0, "expert_load": [1.0, 2.0]},
+        {"step": 10**400, "loss": 1.0},
+        {"step": 9, "loss": 1.5},
+    ]
+    lines += [{"step": 10, "loss": 1.0, "expert_load": [1.0]}, {"step": 11, "loss": 1.0, "expert_load": [1.0, "x"]}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "[]\n{")
+    page = Page(page_of(tmp_path))
+    assert "11 of 11" in page.text
+    assert page.tags["svg"] == 3  # loss, lr, expert load
+
+
 def test_a_long_run_is_drawn_as_means(tmp_path):
     line = {"loss": 1.0, "tokens_per_second": 1.0, "expert_load": [1.0, 2.0]}
     lines = (json.dumps({"step": step, **line}) + "\n" for step in range(1, 5000))

@@ -61,7 +61,7 @@ class Curves:
         if "loss" not in columns:
             raise RunError(f"{folder}: has no metrics.jsonl with a step; name the folder that training.save names")
         by_name = {name: np.array(column).reshape(-1, 2) for name, column in columns.items()}
-        return cls(by_name, np.array(steps), np.array(loads).reshape(len(steps), -1))
+        return cls(by_name, np.array(steps), np.array(loads).reshape(len(steps), layers))
 
     def last(self, name: str, count: int = 1) -> float | None:
         """The mean of a metric's last values; None if it has none."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_folder import write_hf
 from PIL import Image
 
-from qwen35.checkpoint.hf_write import write_hf
 from qwen35.config.load import from_flat, load_settings, to_yaml
 from qwen35.data import RecordError
 from qwen35.data.dataloader import open_dataset

@@ -269,7 +269,9 @@ def test_unread_files_and_adapters_in_a_model_folder(
     folder = shutil.copytree(made / "model", tmp_path / "model")
     (folder / "extra.safetensors").touch()
     settings = [*settings, f"model.model_name_or_path={folder}", f"training.init_from_hf_path={folder}"]
-    assert f"{folder}: not read: extra.safetensors" in only(recipe.recipe(m, RECIPE, settings), "note")
+    assert f"{folder}: not read beside model.safetensors: extra.safetensors" in only(
+        recipe.recipe(m, RECIPE, settings), "note"
+    )
     (folder / "adapter_config.json").write_text("{}")
     line = wrong(recipe.recipe(m, RECIPE, settings))
     assert "model  " in line and "adapter_config.json is an adapter beside the model" in line

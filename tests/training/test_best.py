@@ -173,8 +173,9 @@ def test_a_resumed_run_knows_the_best_so_far(workplace, validating, best, tmp_pa
 def test_a_run_ends_early_and_stays_ended(workplace, validating, best, tmp_path):
     """As at its normal end: saved, code 0, the same steps; a resume in between counts on."""
     save, found = tmp_path / "run", losses(best[0])
-    lowest = min(found, key=found.__getitem__)
-    end = lowest + 3  # none of the validations from there to the end is better
+    # the first step whose loss is below all before, and not above that of any of the next three
+    lowest = next(step for step in found if found[step] == min(loss for n, loss in found.items() if n <= step + 3))
+    end = lowest + 3
     patient = (*validating, "training.early_stopping_patience=3")
     first = train(workplace, save, 2, *patient, f"training.train_iters={lowest + 1}")
     assert first.returncode == 0, first.stderr

@@ -38,18 +38,18 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
     (
         "metrics",
         (*TRAIN, "training.train_iters=20"),
-        3000,
+        8000,
         "run/metrics.jsonl: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/run.json", "run/train.log"),
     ),
     (
         "checkpoint",
         TRAIN,
         40_000,
         "run/iter_0000001 cannot be written: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/run.json", "run/train.log"),
     ),
-    ("cache", (*TRAIN, f"{BASIC}.cache_dir=cache"), 1000, f"{BASIC}.cache_dir: cache: ", ()),
+    ("cache", (*TRAIN, f"{BASIC}.cache_dir=cache"), 1000, f"{BASIC}.cache_dir: cache/", ()),
     ("converted", CONVERT, 300, "new/release cannot be written: File too large", ()),
     ("converted, later", CONVERT, 100_000, "new/release cannot be written: File too large", ()),
     ("exported", EXPORT, 100_000, "cannot be written: File too large", ()),
@@ -58,9 +58,9 @@ FULL = [  # name, command, bytes, words, what may be left: files that are whole
     (  # torch 2.7 itself writes 2.4 kB as it is imported, which is more than the settings are
         "under the launcher",
         (),
-        3000,
+        8000,
         "run/metrics.jsonl: File too large",
-        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/train.log"),
+        ("run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/run.json", "run/train.log"),
     ),
 ]
 

@@ -190,6 +190,11 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
     assert page.tags["svg"] == 3  # loss, lr, expert load
 
 
+def test_a_dense_model_has_no_heat_map(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert Page(page_of(tmp_path)).tags["svg"] == 1
+
+
 def test_a_long_run_is_drawn_as_means(tmp_path):
     line = {"loss": 1.0, "tokens_per_second": 1.0, "expert_load": [1.0, 2.0]}
     lines = (json.dumps({"step": step, **line}) + "\n" for step in range(1, 5000))

@@ -22,9 +22,10 @@ proof=$(mktemp)
 setsid bash scripts/test-npu.sh --dist no >"$proof" &
 npu=$!
 trap 'kill -- "-$npu" 2>/dev/null || true; rm -f "$proof"' EXIT
-"$python" -m pytest -q "${lanes[@]}"
-status=0
+suite=0 status=0
+"$python" -m pytest -q "${lanes[@]}" || suite=$?
 wait "$npu" || status=$?
 cat "$proof"
+((suite == 0)) || exit "$suite"
 ((status == 0 || status == 3)) || exit "$status"
 

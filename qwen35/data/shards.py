@@ -43,11 +43,13 @@ class Shards:
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._claim(shard).write_text(HOST)
+            is_new = not self._claim(shard).exists()
+            with suppress(FileExistsError), self._claim(shard).open("x" if is_new else "w") as file:
+                file.write(HOST)
+                self._mine.add(shard)
         except OSError as error:
             raise unwritable(self.folder, error) from None
-        self._mine.add(shard)
-        return True
+        return shard in self._mine  # not if another machine was faster
 
     def is_free(self, shard: int) -> bool:
         """Whether nobody has claimed a shard, or only somebody who is dead."""

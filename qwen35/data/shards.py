@@ -39,17 +39,27 @@ class Shards:
     def claim(self, shard: int) -> bool:
         """Whether this process is to tokenise a shard; called for all, in order. SettingError."""
         self.count = shard + 1
-        if self.path(shard).is_file() or self.entry.is_file() or not self.is_free(shard):
+        if self.path(shard).is_file() or self.entry.is_file():
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            is_new = not self._claim(shard).exists()
-            with suppress(FileExistsError), self._claim(shard).open("x" if is_new else "w") as file:
-                file.write(HOST)
-                self._mine.add(shard)
         except OSError as error:
             raise unwritable(self.folder, error) from None
-        return shard in self._mine  # not if another machine was faster
+        for mode in ("x", "w"):  # of two machines one makes the file; a dead one's is written over
+            try:
+                with self._claim(shard).open(mode) as file:
+                    file.write(HOST)
+            except FileExistsError:
+                if not self.is_free(shard):
+                    return False
+            except FileNotFoundError:  # all is done, and another machine has removed the folder
+                return False
+            except OSError as error:
+                raise unwritable(self.folder, error) from None
+            else:
+                break
+        self._mine.add(shard)
+        return True
 
     def is_free(self, shard: int) -> bool:
         """Whether nobody has claimed a shard, or only somebody who is dead."""

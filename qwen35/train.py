@@ -292,7 +292,8 @@ def loop(run: Run, folder: Path) -> int:
         if t.profile.steps:
             logger.info(profile.plan(run.step))
         metrics = Metrics(folder, groups, run.steps, run.step, run.device, t.peak_tflops, run.steps_per_epoch)
-        metrics.trackers = run.history()
+        if dist.get_rank() == 0:
+            metrics.trackers = run.history()
         is_stopping = False
         while run.step < run.steps and not is_stopping:
             start = time.perf_counter()

@@ -25,7 +25,7 @@ from qwen35.data.mrope import position_ids
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError, Video
 from qwen35.data.samples import FileSamples
-from qwen35.data.tokenized import Progress, load_samples, paths_of, silent, visual_from_json
+from qwen35.data.tokenized import Progress, load_files, paths_of, silent, visual_from_json
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
@@ -79,21 +79,16 @@ class Dataset:
         self.preparation, self.spec = preparation, spec
         self.skips_bad_records = basic.on_bad_record == "skip"
         self.files: list[FileSamples] = []
-        left = basic.max_samples
-        for file, entry in zip(dataset_files(basic.dataset), dataset_entries(basic.dataset), strict=True):
-            if left == 0:
-                break
-            samples = load_samples(file, preparation.of_file(entry), left, progress)
+        for samples in load_files(preparation, progress):
             if not samples.records:
-                raise RecordError(f"{file}: no records")
+                raise RecordError(f"{samples.file}: no records")
             self.files.append(samples)
-            left = None if left is None else left - samples.records
         self._starts = np.cumsum([0, *[len(samples.sources) for samples in self.files]])
         self.records = sum(samples.records for samples in self.files)
         self.skipped = Skipped()
         for samples in self.files:
             self.skipped.update(samples.skipped)
-        self.warnings = self._warnings(training_attr, is_partial=left == 0)
+        self.warnings = self._warnings(training_attr, is_partial=self.records == basic.max_samples)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])
         self.videos = sum(samples.visuals.objects() for samples in self.files)
@@ -254,17 +249,15 @@ class Dataset:
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
         return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids)
 
-    def pictures(self, index: int) -> list[np.ndarray]:
+    def pictures(self, index: int, sample: Sample) -> list[np.ndarray]:
         """[H, W, 3] uint8: a sample's images and first frames of videos, as the model sees them."""
-        number, sample = int(self._kept[index]), self[index]
-        file, i = self._locate(number)
-        first = int(file.image_offsets[i])
-        shown = []
-        for j, patches in enumerate(sample.pixel_values.split(sample.grid_thw.prod(-1).tolist())):
-            is_video = not isinstance(file.visuals[first + j], str)
-            format_ = self.preparation.videos if is_video else self.preparation.images
+        file, i = self._locate(int(self._kept[index]))
+        shown, first, grids = [], int(file.image_offsets[i]), sample.grid_thw
+        parts = sample.pixel_values.split(grids.prod(-1).tolist())
+        for value, grid, patches in zip(file.visuals[first : first + len(parts)], grids.tolist(), parts, strict=True):
+            format_ = self.preparation.images if isinstance(value, str) else self.preparation.videos
             assert format_ is not None
-            shown.append(format_.picture(patches, sample.grid_thw[j].tolist()))
+            shown.append(format_.picture(patches, grid))
         return shown
 
     def _pixels(self, number: int, grids: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from qwen35.data.mixture import dataset_files, dataset_name
 from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
-from qwen35.data.tokenized import load_samples, tokenised
+from qwen35.data.tokenized import load_files, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals
@@ -97,19 +97,14 @@ def lengths_report(settings: Settings, picture: Path | None = None) -> str:
     """Read as for training, into cache_dir if that is set. Raises SettingError, RecordError."""
     preparation = _preparation(settings)
     basic, unit, name = preparation.basic, "tokens per sample", dataset_name(preparation.basic.dataset)
-    found, left, records = [np.zeros(0, dtype=np.int64)], basic.max_samples, 0
     skipped, warnings = Skipped(), DataWarnings()
     with tqdm(desc="lengths", unit=" records", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for file in dataset_files(basic.dataset):
-            if left == 0:
-                break
-            samples = load_samples(file, preparation, left, lambda _, count: bar.update(count))
-            found.append(samples.offsets.diff().numpy())
-            records += samples.records
-            left = None if left is None else left - samples.records
-            skipped.update(samples.skipped)
-            warnings.update(samples.warnings)
-    lengths = np.concatenate(found)
+        files = list(load_files(preparation, lambda _, count: bar.update(count)))
+    for samples in files:
+        skipped.update(samples.skipped)
+        warnings.update(samples.warnings)
+    lengths = np.concatenate([samples.offsets.diff().numpy() for samples in files])
+    records = sum(samples.records for samples in files)
     if not len(lengths):
         raise RecordError(f"{name}: no records" + f" left: {skipped}" * bool(skipped))
     lines = [f"{name}: {number_of(records, 'record')}, {number_of(len(lengths), 'sample')}"]

@@ -13,6 +13,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qwen35.config.schema import dataset_entries
 from qwen35.data.background import results
 from qwen35.data.conversations import wanted_answers
 from qwen35.data.data_warnings import DataWarnings
@@ -20,6 +21,7 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.files import try_lock
 from qwen35.data.formats import parse_records, read_records
 from qwen35.data.media import ImageFolder
+from qwen35.data.mixture import dataset_files
 from qwen35.data.preparation import Preparation, TokenisedSample
 from qwen35.data.readers import read_values
 from qwen35.data.record import Record, RecordError, Video, Visual
@@ -39,6 +41,17 @@ Tokenised = Iterator[tuple[Record, list[tuple[Record, TokenisedSample]]]]
 
 def silent(what: str, records: int) -> None:
     """Progress that is not shown."""
+
+
+def load_files(preparation: Preparation, progress: Progress = silent) -> Iterator[FileSamples]:
+    """The samples of each file of the dataset, up to its first `max_samples` records."""
+    basic, left = preparation.basic, preparation.basic.max_samples
+    for file, entry in zip(dataset_files(basic.dataset), dataset_entries(basic.dataset), strict=True):
+        if left == 0:
+            break
+        samples = load_samples(file, preparation.of_file(entry), left, progress)
+        left = None if left is None else left - samples.records
+        yield samples
 
 
 def load_samples(file: Path, preparation: Preparation, limit: int | None, progress: Progress = silent) -> FileSamples:

@@ -21,6 +21,7 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.schema import Settings
 from qwen35.data import MicroBatches, RecordError
 from qwen35.data.preview import marked
+from qwen35.errors import read_object
 from qwen35.inference.evaluate import is_right
 from qwen35.inference.predict import Answer
 from qwen35.rank import RESTART, RESTART_REASON
@@ -49,24 +50,22 @@ def first_samples(batches: MicroBatches) -> list[Shown]:
     dataset, shown = batches.dataset, []
     for index in [i for packed in batches.packed_sequences.epoch(0)[:SHOWN] for i in packed][:SHOWN]:
         try:
-            sample, pictures = dataset[index], dataset.pictures(index)
+            sample = dataset[index]
         except RecordError:  # the step that takes it says so
             continue
         ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
         trained = [False, *(label != IGNORE for label in labels[:-1])]
         title = f"{dataset.source(index)}: {len(ids)} tokens, {sum(trained)} trained"
         text = marked(dataset.preparation.tokenizer, ids, trained, MARKS)
-        shown.append(Shown(title, text, [*map(Image.fromarray, pictures)]))
+        shown.append(Shown(title, text, [*map(Image.fromarray, dataset.pictures(index, sample))]))
     return shown
 
 
 def begin_history(settings: Settings, step: int, steps: int, runs_on: str, batches: MicroBatches) -> list[Tracker]:
-    """On rank 0: note a start of the run, and open its trackers, which get the samples.
+    """Note a start of the run, and open its trackers, which get the samples. For rank 0.
 
     runs_on: devices, arithmetic, parameters, as the log has them.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
-        return []
     folder, dataset, shown = Path(settings.training.save), batches.dataset, first_samples(batches)
     facts = read_facts(folder) if step else {}
     start = {
@@ -81,7 +80,7 @@ def begin_history(settings: Settings, step: int, steps: int, runs_on: str, batch
         "answers": [entry for entry in facts.get("answers", []) if entry["step"] <= step],
         "steps": steps,
         "runs_on": runs_on,
-        "data": "\n".join([batches.summary(), *batches.warnings()]),
+        "data": batches.report(),
         "files": [[str(samples.file), size] for samples, size in zip(dataset.files, dataset.sizes, strict=True)],
         "lengths": {"counts": counts.tolist(), "edges": edges.tolist()},
         "samples": [{"title": s.title, "text": s.text, "images": [*map(_data_uri, s.images)]} for s in shown],
@@ -110,14 +109,7 @@ def note_answers(folder: Path, step: int, answers: Sequence[Answer], trackers: S
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Empty for a run that has none, since it began before there was one. Raises RunError."""
-    file = folder / FILE
-    try:
-        facts = json.loads(file.read_bytes()) if file.exists() else {}
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise RunError(f"{file}: is damaged; remove it, the run makes a new one")
-    return facts
+    return read_object(folder / FILE, RunError) if (folder / FILE).exists() else {}
 
 
 def _data_uri(image: Image.Image) -> str:

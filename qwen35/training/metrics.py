@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,10 +268,9 @@ def _text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def read_metrics(path: Path, only: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with all values or `only` these; other lines are left out."""
-    lines = (line for _, line in iterate_metrics(path) if line)
-    return [{name: value for name, value in line.items() if not only or name in only} for line in lines]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl without the damaged ones."""
+    return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from qwen35.errors import naming
-from qwen35.training.metrics import RunError, iterate_metrics, read_metrics
+from qwen35.training.metrics import iterate_metrics
 
 if TYPE_CHECKING:  # a run need not wait for it at its start
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ class Curves:
 
     @classmethod
     def read(cls, folder: Path) -> "Curves":
-        """Raises RunError if there is not one step."""
+        """Of <folder>/metrics.jsonl, what is no number left out. Raises RunError."""
         columns: dict[str, array[float]] = {}
         steps, loads = array("d"), array("f")
         layers = 0
@@ -58,8 +58,6 @@ class Curves:
                 layers = len(load)
                 steps.append(line["step"])
                 loads.extend(load)
-        if "loss" not in columns:
-            raise RunError(f"{folder}: has no metrics.jsonl with a step; name the folder that training.save names")
         by_name = {name: np.array(column).reshape(-1, 2) for name, column in columns.items()}
         return cls(by_name, np.array(steps), np.array(loads).reshape(len(steps), layers))
 
@@ -169,14 +167,11 @@ def smoothed(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def draw_loss(folder: Path) -> None:
-    """<folder>/metrics.jsonl -> <folder>/loss.png"""
+def draw_loss(run: Curves, folder: Path) -> None:
+    """-> <folder>/loss.png"""
     from matplotlib.figure import Figure
 
-    # all values of a long run would take half a gigabyte
-    drawn = ("step", "lr", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "val_exact_match")
-    lines = read_metrics(folder / "metrics.jsonl", drawn)
-    with_answers = any("val_exact_match" in line for line in lines)
+    with_answers = "val_exact_match" in run.by_name
     figure = Figure(figsize=(8, 6 if with_answers else 4.5), layout="constrained")
     axes = figure.subplots(1 + with_answers, sharex=True, squeeze=False)
     upper, lower, rate = axes[0, 0], axes[-1, 0], axes[0, 0].twinx()
@@ -189,10 +184,9 @@ def draw_loss(folder: Path) -> None:
         ("val_exact_match", lower, ".-", "tab:green"),
         ("lr", rate, "--", "tab:gray"),
     ):
-        points = [(line["step"], line[name]) for line in lines if _is_finite(line.get(name))]
-        if not points:
+        if name not in run.by_name:
             continue
-        steps, values = (np.array(column) for column in zip(*points, strict=True))
+        steps, values = run.by_name[name].T
         if axis is upper:  # the first steps, and spikes of single ones, would press the rest flat
             tail = values[len(values) // 5 if len(values) >= 20 else 0 :]
             ends += [float(tail.min()), float(np.quantile(tail, 0.99 if style == "-" else 1))]

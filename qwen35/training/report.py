@@ -16,6 +16,7 @@ from qwen35.config.load import difference, load_settings
 from qwen35.console import outlive_readers
 from qwen35.errors import USER_ERRORS, Parser, complain
 from qwen35.training.history import MARKS, read_facts
+from qwen35.training.metrics import RunError
 from qwen35.training.plots import Curves, Plot, as_svg, curves, draw_loss, expert_loads, lengths
 
 STYLE = """
@@ -32,12 +33,21 @@ td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-ali
 
 def write_report(folder: Path) -> None:
     """<folder>/loss.png and <folder>/report.html, by what lies in it. Raises RunError."""
-    draw_loss(folder)
-    write_atomic(folder / "report.html", page_of(folder))
+    run = read_run(folder)
+    draw_loss(run, folder)
+    write_atomic(folder / "report.html", page_of(folder, run))
 
 
-def page_of(folder: Path) -> str:
-    run, facts = Curves.read(folder), read_facts(folder)
+def read_run(folder: Path) -> Curves:
+    """Raises RunError if it has not done one step."""
+    run = Curves.read(folder)
+    if "loss" not in run.by_name:
+        raise RunError(f"{folder}: has no metrics.jsonl with a step; name the folder that training.save names")
+    return run
+
+
+def page_of(folder: Path, run: Curves) -> str:
+    facts = read_facts(folder)
     done = int(run.by_name["loss"][-1, 0])
     values = {name: run.last(name) for name in ("loss", "val_loss", "val_exact_match")}
     now = [("step", f"{done:,} of {facts.get('steps', done):,}")]
@@ -65,7 +75,7 @@ def comparison(folders: Sequence[Path]) -> str:
     """A page on several runs: their curves in the same plots, and the settings that differ."""
     first, *others = (load_settings(folder / "config.yaml") for folder in folders)
     changes = ["\n".join(difference(first, other)) or "none" for other in others]
-    runs = [(str(folder), Curves.read(folder)) for folder in folders]
+    runs = [(str(folder), read_run(folder)) for folder in folders]
     ends = [(name, f"{run.by_name['loss'][-1, 0]:,.0f}", f"{run.last('loss'):.4f}") for name, run in runs]
     parts = [
         _table([("run", "step", "loss"), *ends]),
@@ -132,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         several = len(args.runs) > 1
         out = args.out or (Path("comparison.html") if several else args.runs[0] / "report.html")
-        write_atomic(out, comparison(args.runs) if several else page_of(args.runs[0]))
+        write_atomic(out, comparison(args.runs) if several else page_of(args.runs[0], read_run(args.runs[0])))
     except USER_ERRORS as error:
         return complain(error)
     print(f"wrote {out}")

@@ -17,7 +17,7 @@ from PIL.Image import Image
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.load import flat_settings
 from qwen35.config.schema import Settings
-from qwen35.errors import SettingError
+from qwen35.errors import SettingError, read_object
 
 FILE = "trackers.json"
 EXTRAS = {"mlflow": "mlflow-skinny"}  # what is installed of a package
@@ -45,7 +45,7 @@ def check_installed(names: Sequence[str]) -> None:
 def open_trackers(settings: Settings, folder: Path, done: int) -> list[Tracker]:
     """The trackers of a run; one that has done some steps goes on where these are."""
     names, file, recipe = settings.training.report_to, folder / FILE, flat_settings(settings)
-    ids: dict[str, str] = json.loads(file.read_text()) if done and file.exists() else {}
+    ids: dict[str, str] = read_object(file, SettingError) if done and file.exists() else {}
     trackers: list[Tracker] = [OPEN[name](folder, ids.get(name), done, recipe) for name in names]
     if ids := {name: tracker.id for name, tracker in zip(names, trackers, strict=True)}:
         write_atomic(file, json.dumps(ids) + "\n")

@@ -51,7 +51,7 @@ from qwen35.inference.generation_config import read_generation_config
 from qwen35.launch.hosts import read_hosts
 from qwen35.model import load_config
 from qwen35.training.metrics import RunError, read_metrics
-from qwen35.training.plots import draw_loss
+from qwen35.training.plots import Curves, draw_loss
 from qwen35.training.resume import repair_save_folder
 
 EXAMPLES = 8  # of each kind, always the same
@@ -356,7 +356,7 @@ def test_latest_file_without_a_name_is_repaired(tmp_path, kind):
 def test_metrics_that_are_not_a_file_are_refused(tmp_path, make):
     make(tmp_path / "metrics.jsonl")
     with at_most(60), pytest.raises(RunError, match=r"metrics\.jsonl: not a file; move it away"):
-        draw_loss(tmp_path)
+        draw_loss(Curves.read(tmp_path), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")

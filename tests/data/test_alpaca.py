@@ -156,6 +156,8 @@ def test_each_file_has_its_own_format(files):
     ):
         shown = done.out[done.out.index(f"--- data/{source}") :].split("---")[1]
         assert f"user\n{question}<|im_end|>" in shown and f"\n\n[[{answer}<|im_end|>" in shown
+    lengths = run(files, *SHOW, entries(TALK_FILE, ALPACA_FILE, "data/a.json"), "--lengths")
+    assert lengths.code == 0 and "15 records, 15 samples" in lengths.out, lengths
     settings = load_settings("r.yaml", [entries(TALK_FILE, ALPACA_FILE, "data/a.json"), f"{BASIC}.cache_dir=cache"])
     again = files / "again.yaml"
     again.write_text(to_yaml(settings))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from qwen35.training import metrics as module
 from qwen35.training.metrics import Metrics, StepRecord, read_metrics
-from qwen35.training.plots import draw_loss, smoothed
+from qwen35.training.plots import Curves, draw_loss, smoothed
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_resume_keeps_the_steps_behind_a_damaged_line(tmp_path, caplog, kind):
         assert message.startswith(f"{file}: line 3 ") and f"metrics.damaged{number} " in message
         caplog.clear()
     file.write_bytes(before)
-    draw_loss(tmp_path)
+    draw_loss(Curves.read(tmp_path), tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -125,7 +125,7 @@ def drawn(tmp_path, monkeypatch) -> Callable[[list[dict]], Figure]:
 
     def drawn(lines: list[dict]) -> Figure:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        draw_loss(tmp_path)
+        draw_loss(Curves.read(tmp_path), tmp_path)
         return figures[-1]
 
     return drawn
@@ -155,5 +155,5 @@ def test_short_runs_are_drawn(drawn, losses):
 
 def test_only_numbers_are_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "x", "lr": [1]}\n{"step": 2, "val_loss": null}\n')
-    draw_loss(tmp_path)
+    draw_loss(Curves.read(tmp_path), tmp_path)
     assert (tmp_path / "loss.png").is_file()

@@ -25,7 +25,7 @@ from mistakes import (
 
 from qwen35.device import check_device_count, init_process
 from qwen35.errors import SettingError
-from qwen35.training.plots import draw_loss
+from qwen35.training.plots import Curves, draw_loss
 
 __all__ = ["place", "whole"]  # fixtures
 
@@ -80,13 +80,13 @@ def test_a_full_disk_is_one_line(place, command, size, words, left):
 
 def test_a_full_disk_keeps_the_last_plot(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "lr": 0.1}\n')
-    draw_loss(tmp_path)
+    draw_loss(Curves.read(tmp_path), tmp_path)
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(OSError, match=r"File too large.*loss\.png"):
-            draw_loss(tmp_path)
+            draw_loss(Curves.read(tmp_path), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before

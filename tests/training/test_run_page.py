@@ -16,7 +16,7 @@ from qwen35.data import MicroBatches
 from qwen35.errors import UserError
 from qwen35.training.history import MOST_VALIDATIONS, begin_history, first_samples, note_answers, read_facts
 from qwen35.training.metrics import read_metrics
-from qwen35.training.report import comparison, main, page_of, write_report
+from qwen35.training.report import comparison, main, page_of, read_run, write_report
 
 TITLES = ["loss", "exact match", "gradient norm", "gradient norm by group", "learning rate", "tokens a second"]
 TITLES += ["model FLOPs utilization", "seconds a step", "bytes of memory at the peak", "load-balancing loss"]
@@ -95,12 +95,12 @@ def test_pictures_are_the_pixels_that_the_model_gets(workplace):
     batches = MicroBatches(load_settings(workplace / "recipe.yaml"), 0, 1)
     dataset = batches.dataset
     for index in (1, 2, 4):
-        [picture] = dataset.pictures(index)
+        [picture] = dataset.pictures(index, dataset[index])
         _, rows, columns = dataset[index].grid_thw[0].tolist()
         with Image.open(workplace / f"{index}.png") as image:
             wanted = image.convert("RGB").resize((columns * 16, rows * 16), Image.Resampling.BICUBIC)
         assert np.array_equal(picture, np.asarray(wanted))
-    assert dataset.pictures(0) == []
+    assert dataset.pictures(0, dataset[0]) == []
 
 
 def test_a_resume_keeps_the_starts_and_forgets_later_answers(run, workplace, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_resume_keeps_the_starts_and_forgets_later_answers(run, workplace, tmp
     assert [answers["step"] for answers in facts["answers"]] == [4]
     assert [start["step"] for start in facts["starts"]] == [0, 4, 5]
     (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
-    assert "restart 2: rank 1 was killed <b>" in Page(page_of(tmp_path)).text
+    assert "restart 2: rank 1 was killed <b>" in Page(page_of(tmp_path, read_run(tmp_path))).text
     begin_history(settings, 0, 8, "two processes", MicroBatches(settings, 0, 1))  # another run in the same folder
     assert len(read_facts(tmp_path)["starts"]) == 1
 
@@ -136,7 +136,7 @@ def test_text_of_the_data_stays_text(run, tmp_path):
     facts |= {"data": evil, "files": [[evil, 1]], "runs_on": evil}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
-    page = Page(page_of(tmp_path))
+    page = Page(page_of(tmp_path, read_run(tmp_path)))
     assert "script" not in page.tags
     assert page.text.count(evil) == 9
 
@@ -185,21 +185,21 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
     ]
     lines += [{"step": 10, "loss": 1.0, "expert_load": [1.0]}, {"step": 11, "loss": 1.0, "expert_load": [1.0, "x"]}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "[]\n{")
-    page = Page(page_of(tmp_path))
+    page = Page(page_of(tmp_path, read_run(tmp_path)))
     assert "11 of 11" in page.text
     assert page.tags["svg"] == 3  # loss, lr, expert load
 
 
 def test_a_dense_model_has_no_heat_map(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert Page(page_of(tmp_path)).tags["svg"] == 1
+    assert Page(page_of(tmp_path, read_run(tmp_path))).tags["svg"] == 1
 
 
 def test_a_long_run_is_drawn_as_means(tmp_path):
     line = {"loss": 1.0, "tokens_per_second": 1.0, "expert_load": [1.0, 2.0]}
     lines = (json.dumps({"step": step, **line}) + "\n" for step in range(1, 5000))
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert len(page_of(tmp_path)) < 150_000
+    assert len(page_of(tmp_path, read_run(tmp_path))) < 150_000
 
 
 def test_a_missing_tracker_is_named_before_anything_else(workplace):

@@ -20,6 +20,11 @@ unread := $(if $(given),$(shell awk -v goals='$(subst ','\'',$(MAKECMDGOALS))' -
 ifneq ($(unread),)
 $(error $(unread))
 endif
+# Of two ARGS="…" make keeps the last: its own command line still has both.
+twice := $(if $(given),$(shell tr '\0\n' '\n ' </proc/$$PPID/cmdline | sed -n 's/^\([A-Za-z_][A-Za-z0-9_]*\):*=.*/\1/p' | sort | uniq -d))
+ifneq ($(twice),)
+$(error $(twice) is given more than once, of which make keeps the last alone: write it once, ARGS="a.b=c d.e=f")
+endif
 # Values reach the scripts letter for letter: make would expand a $ in PROMPT, and run $(shell …).
 $(foreach v,$(given),$(eval override export $v := $$(value $v)))
 

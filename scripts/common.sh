@@ -26,6 +26,13 @@ if plain=$(grep -nEm1 "^ *([A-Za-z_][A-Za-z0-9_]*|export +($(IFS='|' && echo "${
     line=${plain#*:} line=${line##*export }
     die "env.sh, line ${plain%%:*}: $line would be lost, or win over what is given elsewhere; write : \"\${${line%%=*}:=${line#*=}}\""
 fi
+# a line of another form is not exported, and of two lines for one variable the first wins
+wrong=$(awk '
+    /^ *:/ && !/^: "\$\{[A-Za-z0-9_]+:=/ { print FNR ": " $0 " would not be exported; write : \"${NAME:=value}\""; exit }
+    match($0, /^: "\$\{[A-Za-z0-9_]+/) && seen[name = substr($0, 6, RLENGTH - 5)]++ {
+        print FNR ": " name " stands above already, and what stands first counts; change that line"; exit
+    }' env.sh)
+[[ -z $wrong ]] || die "env.sh, line $wrong"
 for name in "${env_names[@]}"; do
     if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
 done

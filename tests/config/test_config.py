@@ -137,6 +137,14 @@ def test_written_settings_are_read_back(recipe, tmp_path):
         ("training.timeout=1e308", "training.timeout: '1e308' must be at most 31536000"),
         ("training.save=~/x", "training.save: '~/x': ~ is not expanded here, it would be a folder of that name"),
         (
+            "training.save=$SCRATCH/x",
+            r"training.save: '$SCRATCH/x': $SCRATCH is not expanded here, it would be a folder",
+        ),
+        (
+            "data.dataset_param.basic_parameters.cache_dir=/tmp/${USER}/x",
+            "cache_dir: '/tmp/${USER}/x': ${USER} is not expanded",
+        ),
+        (
             "data.dataset_param.basic_parameters.dataset=a.json, ~/b.json",
             "dataset: 'a.json, ~/b.json': ~ is not expanded",
         ),

@@ -610,6 +610,17 @@ def test_a_variable_that_no_command_reads_starts_nothing(run: Run, project: Path
     assert not calls(project)
 
 
+def test_a_variable_that_is_given_twice_starts_nothing(run: Run, project: Path) -> None:
+    """Of two ARGS="…" make keeps the last, without a word."""
+    result = run("make", "finetune", "ARGS=training.lr=1e-4", "NODES=1", "ARGS=training.seed=3")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "ARGS is given more than once, of which make keeps the last alone" in result.stderr
+    assert not calls(project)
+    text = "a\nARGS=b\nNODES=2"  # no other variables, but lines of one
+    assert run("make", "generate", "MODEL=m", "ARGS=--greedy", f"PROMPT={text}").returncode == 0
+    assert calls(project)
+
+
 @pytest.mark.parametrize("line", ["ASCEND_RT_VISIBLE_DEVICES=4,5", "export CONFIG=configs/mine.yaml", "OWN=1"])
 def test_a_plain_assignment_in_env_sh_starts_nothing(run: Run, project: Path, line: str) -> None:
     """It is not exported to what is started; where it is, it wins over what is given."""
@@ -623,6 +634,30 @@ def test_a_plain_assignment_in_env_sh_starts_nothing(run: Run, project: Path, li
     file.write_text(file.read_text().replace(line, "export OWN=1"))
     assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
     assert child(project)["OWN"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            ': "${HCCL_CONNECT_TIMEOUT:=7000}"',
+            "HCCL_CONNECT_TIMEOUT stands above already, and what stands first counts",
+        ),
+        (": ${HCCL_ALGO:=ring}", 'HCCL_ALGO:=ring} would not be exported; write : "${NAME:=value}"'),
+        (': "${HCCL_ALGO=ring}"', 'HCCL_ALGO=ring}" would not be exported'),
+        ('  : "${HCCL_ALGO:=ring}"', 'HCCL_ALGO:=ring}" would not be exported'),
+    ],
+)
+def test_a_line_of_env_sh_without_effect_starts_nothing(run: Run, project: Path, line: str, words: str) -> None:
+    file = project / "env.sh"
+    count, text = len(file.read_text().splitlines()), file.read_text()
+    file.write_text(f"{text}{line}\n")
+    result = run("make", "finetune", "CONFIG=configs/other.yaml")
+    assert result.returncode == 2 and not calls(project)
+    assert f"finetune.sh: env.sh, line {count + 1}: " in result.stderr and words in result.stderr, result.stderr
+    file.write_text(f'{text}: "${{HCCL_ALGO:=ring}}" # of our own\n')
+    assert run("make", "finetune", "CONFIG=configs/other.yaml").returncode == 0
+    assert child(project)["HCCL_ALGO"] == "ring"
 
 
 @pytest.mark.parametrize(

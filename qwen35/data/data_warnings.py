@@ -20,6 +20,8 @@ MEDIA_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mp4", ".avi", ".mov", ".mkv", ".webm",
 )  # fmt: skip
 PATH_IN_TEXT = re.compile(r"<(img|image|video|audio)>[^<>\n]{1,300}\.\w{2,5}</\1>")  # the first Qwen-VL's form
+# a number above 1000 in a box or point: `"bbox_2d": [1200, …]`, `<|box_start|>(1200,…`
+PIXELS = re.compile(r'(?:_2d"\s*:\s*|<\|box_start\|>)[\d\s.,()\[\]-]*?(?<![\d.])(?!1000\b)[1-9]\d{3}')
 LONGEST_PATH = 300  # characters; a longer value is a text that happens to end like a file name
 MAX_FIELDS = 20  # that a message names
 MAX_TOKENS = 5  # that a message names
@@ -28,6 +30,16 @@ RECORD, TURN = "record", "turn of a record"  # what has the fields that attr nam
 COUNTED = {  # kind of warning -> (noun, words for one, words for several, what follows)
     "empty": ("answer", "is", "are", "empty"),
     "literal": ("placeholder", "(<image>, <video>) is", "(<image>, <video>) are", "kept as text"),
+    "unfilled": ("placeholder", "(<bbox>, <ref-object>) is", "(<bbox>, <ref-object>) are",
+        "kept as text, in records without objects"),
+    "legacy": ("record", "has", "have", "boxes in objects, written as attr.bbox_format: legacy has them"),
+    "new": ("record", "has", "have", "boxes in objects, written as attr.bbox_format: new has them"),
+    "pixels": (
+        "turn", "has", "have",
+        "boxes with numbers above 1000: pixels, it seems, where the family writes thousandths; `objects` makes these of pixels",
+    ),
+    "unnamed": ("record", "has", "have",
+        "input or history, read although attr names other columns alone (LLaMA-Factory reads only those that are named)"),
     "nulls": ("record", "has", "have", "nulls that a table filled in; they are dropped, as from a parquet file"),
     "tags": ("turn", "spells", "spell",
         "out <tool_call> or <tool_response>, which is kept as text; the template writes tool_calls and tool turns"),
@@ -163,9 +175,11 @@ class DataWarnings:
 
     def check_record(self, record: Record, unread: Sequence[tuple[str, str]], visuals: Sequence[str]) -> None:
         """unread, visuals: unread fields (where, name), and those of the record with an image."""
-        empty = tags = 0
+        empty = tags = pixels = 0
         for turn in record.turns:
             content = turn.content
+            text = turn.text
+            pixels += ("_2d" in text or "<|box_start|>" in text) and PIXELS.search(text) is not None
             if not isinstance(content, str):
                 continue
             if turn.role == "assistant":
@@ -173,7 +187,7 @@ class DataWarnings:
                 empty += not turn.tool_calls and (not content or content.isspace())
             elif turn.role == "tool":
                 tags += "<tool_response>" in content
-        for kind, count in (("empty", empty), ("tags", tags)):
+        for kind, count in (("empty", empty), ("tags", tags), ("pixels", pixels)):
             if count:
                 self.count(kind, count, record.source)
         for where, name in unread:

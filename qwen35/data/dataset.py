@@ -119,6 +119,8 @@ class Dataset:
         unread, twice = files[len(self.files) :], [f for i, f in enumerate(files) if any(map(f.samefile, files[:i]))]
         lines = [f"{file} is listed more than once, and so are its records in each epoch" for file in twice]
         lines += [f"nothing of {file} is read: max_samples ends before it" for file in unread]
+        if is_partial and training_attr:  # a validation's, which may be that of the training
+            lines.append(f"max_samples: no record after the first {self.records:,} is read")
         lines += warnings.lines()
         read = f"the first {number_of(self.records, 'record')}" if is_partial else dataset_name(dataset)
         for setting, name in warnings.unseen.items():

@@ -253,6 +253,12 @@ class FieldNames:
     def of_record(self) -> Fields:
         return _fields(self.named, self.fixed, HARMLESS_IN_RECORDS, self.refused, self.not_read)
 
+    def reads_unnamed(self, raw: Mapping[str, Any]) -> bool:
+        """Whether an Alpaca record has input or history where attr names only other columns."""
+        _, query, _, history = self.alpaca
+        rest = [name for column in (query, history) if column.own is None for name in column.usual]
+        return any(column.own for column in self.alpaca) and not all(is_nothing(raw.get(name)) for name in rest)
+
     @cached_property
     def of_turn(self) -> Fields:
         return _fields(

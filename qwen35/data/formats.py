@@ -24,7 +24,7 @@ from qwen35.data.alpaca import alpaca_turns
 from qwen35.data.content import Parser, Placeholder, kind, parse_tools, text
 from qwen35.data.data_warnings import DataWarnings, unread_visuals
 from qwen35.data.fields import FieldNames, is_nothing
-from qwen35.data.grounding import with_objects
+from qwen35.data.grounding import literal_tags, with_objects
 from qwen35.data.media import ImageFolder
 from qwen35.data.readers import read_values
 from qwen35.data.record import (
@@ -114,7 +114,8 @@ def parse_record(
     found = names.tools.find(raw, source)
     tools, reshaped = ((), False) if found is None else parse_tools(found[1], f"{source}, {found[0]}")
     record = Record(source, turns, tools)
-    if "objects" in names.fixed and not is_nothing(raw.get("objects")):
+    has_boxes = "objects" in names.fixed and not is_nothing(raw.get("objects"))
+    if has_boxes:
         record = with_objects(record, raw["objects"], f"{source}, objects", names.bbox_format)
     unread = unread_visuals(raw, record, names)
     candidates = [name for name in unread if name not in names.of_record.known]
@@ -123,7 +124,9 @@ def parse_record(
             f"{turns_source}: has <image> or <video> but no image or video; {candidates[0]} looks like one: name its field in "
             "attr.images (or .videos); if the placeholder is plain text, put it in a content list"
         )
-    for what, count in (("literal", literal), ("reordered", reordered), ("tools", int(reshaped))):
+    boxes = (names.bbox_format, 1) if has_boxes else ("unfilled", literal_tags(record))
+    unnamed = ("unnamed", int(names.is_alpaca and names.reads_unnamed(raw)))
+    for what, count in (("literal", literal), ("reordered", reordered), ("tools", int(reshaped)), unnamed, boxes):
         if count:
             warnings.count(what, count, record.source)
     warnings.check_record(record, parser.unread, unread)

@@ -23,6 +23,16 @@ KEYS = ("ref", "bbox", "image_id", "bbox_type")  # the first three are lists
 IN_JSON = re.compile(rf'_2d"\s*:\s*{BOX}')  # as Qwen3-VL's own answers have it
 
 
+def literal_tags(record: Record) -> int:
+    """How many of these placeholders a record without `objects` spells out, calls included."""
+    count = 0
+    for turn in record.turns:
+        for part in (turn.reasoning, *turn.parts, *(str(call.arguments) for call in turn.tool_calls)):
+            if isinstance(part, str) and (BOX in part or REF in part):
+                count += len(TAG.findall(part))
+    return count
+
+
 def with_objects(record: Record, raw: Any, where: str, bbox_format: str) -> Record:
     """The record with its texts' placeholders filled from `objects`. Raises RecordError."""
     if not isinstance(raw, dict):

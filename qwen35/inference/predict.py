@@ -50,7 +50,7 @@ class Answer:
         line: dict[str, Any] = {"record": self.record.source, "question": asked, "answer": answer.strip()}
         if end:
             line["thought"] = thought.removeprefix("<think>").strip()
-        if self.wanted is not None:
+        if self.wanted is not None and self.record.has_right_answer:
             line["label"] = self.wanted
         return line | ({"cut": True} if self.is_cut else {})
 

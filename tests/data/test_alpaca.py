@@ -57,6 +57,24 @@ def test_alpaca_with_images_masks_tools_and_boxes(tmp_path):
     assert r.tools == ({"type": "function", "function": {"name": "f"}},)
 
 
+@pytest.mark.parametrize(
+    ("named", "more", "count"),
+    [
+        ({"prompt": "instruction", "response": "output"}, {}, 1),
+        ({"prompt": "instruction", "query": "input"}, {}, 0),
+        ({"prompt": "instruction", "query": "input"}, {"history": [["A", "B"]]}, 1),
+        ({}, {"history": [["A", "B"]]}, 0),
+    ],
+)
+def test_columns_that_attr_does_not_name_are_told(tmp_path, named, more, count):
+    """Of a dataset_info.json LLaMA-Factory reads the columns that it names alone, if it names any."""
+    warnings = DataWarnings()
+    plain = {"instruction": "Hi", "input": "", "output": "Yo"}
+    read(tmp_path, ALPACA | more, plain, attr=Attr(format="alpaca", **named), warnings=warnings)
+    told = [line.partition(" although")[0] for line in warnings.lines()]
+    assert told == ["1 record has input or history, read"] * count
+
+
 def test_columns_may_have_other_names(tmp_path):
     attr = Attr(format="alpaca", prompt="q.text", query="context", response="a", history="before", system="s")
     record = {

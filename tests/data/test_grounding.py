@@ -11,6 +11,7 @@ from mistakes import BASIC, SHOW, place, run, whole
 from PIL import Image
 
 from qwen35.config.schema import Attr
+from qwen35.data.data_warnings import DataWarnings
 from qwen35.data.formats import read_records
 from qwen35.data.media import ImageFolder
 from qwen35.data.record import RecordError, Turn
@@ -140,6 +141,53 @@ def test_placeholders_stand_in_any_text(folder):
     )
     plain = raw("What is <bbox>?", "A tag.", None)
     assert texts(folder, plain) == ["What is <bbox>?", "A tag."]
+
+
+def told(folder, *records, **attr):
+    """What the start of a run says about the records."""
+    (folder / "x.json").write_text(json.dumps(records))
+    warnings = DataWarnings()
+    assert list(read_records(folder / "x.json", Attr(**attr), ImageFolder(folder), warnings=warnings))
+    return [line.partition("; first: ")[0] for line in warnings.lines()]
+
+
+def test_which_form_boxes_are_written_in_is_told(folder):
+    """A file's own attr, an evaluation and a validation may each have another than was meant."""
+    record = DOCUMENTED["a point"][0]
+    for form, given in (("legacy", {}), ("new", {"bbox_format": "new"})):
+        lines = told(folder, record, {"messages": raw("A", "B", None)["messages"]}, record, **given)
+        assert lines == [f"2 records have boxes in objects, written as attr.bbox_format: {form} has them"]
+
+
+def test_placeholders_without_objects_are_told(folder):
+    called = {"function": {"name": "click", "arguments": {"at": ["<bbox>"]}}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "<ref-object>"}]},
+        {"role": "assistant", "content": "<bbox><bbox>", "reasoning_content": "<bbox>?", "tool_calls": [called]},
+    ]
+    empty = raw("<image>A <bbox>", "B", {"ref": [], "bbox": []}, "sheep.png")
+    lines = told(folder, {"messages": turns}, empty, raw("A", "B", None))
+    assert lines == ["6 placeholders (<bbox>, <ref-object>) are kept as text, in records without objects"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_told"),
+    [
+        ('[{"bbox_2d": [1200, 300, 2400, 1800], "label": "x"}]', True),
+        ('{"point_2d":[3, 1001]}', True),
+        ('"bbox_2d": [[3, 4], [5, 2000.5]]', True),
+        ("<|box_start|>(1,2),(1778, 3)<|box_end|>", True),
+        ('[{"bbox_2d": [0, 1000, 999, 1000.0], "label": "1200 x"}]', False),
+        ("<|box_start|>(101,201)<|box_end|> in 1999", False),
+        ("[1200, 300, 2400, 1800]", False),
+    ],
+)
+def test_boxes_in_pixels_are_told(folder, text, is_told):
+    """Qwen2.5-VL's own: Qwen3-VL's and its successors' end at 1000, whatever the image's size."""
+    record = raw("<image>Where?", text, None, "screen.png")
+    lines = told(folder, record)
+    assert bool(lines) == is_told
+    assert not lines or lines[0].startswith("1 turn has boxes with numbers above 1000: pixels, it seems, where")
 
 
 def wrong(question="<image>Where?", answer="<bbox>", images=("sheep.png",), **objects):

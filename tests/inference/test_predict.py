@@ -123,6 +123,16 @@ def test_answers_are_those_of_generate(place, whole, capsys):
     assert len({line["answer"] for line in given}) > 4
 
 
+def test_a_bad_answer_is_no_label(place, ask, tmp_path):
+    """One that its loss mask leaves out: who counts right answers by the file would count it."""
+    asked = [{"role": "user", "content": "What?"}]
+    turns = [[*asked, {"role": "assistant", "content": "7", "loss": loss}] for loss in (False, True)]
+    write(tmp_path / "records.json", [{"messages": messages} for messages in turns])
+    ask("--data", str(tmp_path / "records.json"))
+    bad, good = lines_of(tmp_path / "answers.jsonl")
+    assert "label" not in bad and good["label"] == "7" and bad["answer"] == good["answer"]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batches_change_nothing(whole, ask, tmp_path, batch):
     assert ask("--batch", str(batch)).startswith(f"{tmp_path}/answers.jsonl: asked about 7 records")

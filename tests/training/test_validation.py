@@ -258,6 +258,15 @@ def test_data_warnings_name_the_validation_settings(workplace, tmp_path):
         report(settings.validation, settings.data.dataset_param)
 
 
+def test_a_validation_cut_by_the_trainings_max_samples_says_so(workplace, val_file):
+    count = len(json.loads(val_file.read_text()))
+    for most, told in ((count - 1, True), (count + 1, False)):
+        words = [*validating(val_file), f"data.dataset_param.basic_parameters.max_samples={most}"]
+        settings = load_settings(workplace / "recipe.yaml", words)
+        text = report(settings.validation, settings.data.dataset_param)
+        assert text.endswith(f"; max_samples: no record after the first {most} is read") == told, text
+
+
 def test_settings_that_are_not_given_are_inherited(workplace, val_file):
     basic = "data.val_dataset_param.basic_parameters"
     settings = load_settings(workplace / "recipe.yaml", [*validating(val_file), f"{basic}.cutoff_len=200"])

@@ -20,7 +20,7 @@ import kernels
 from kernels.host import to_device
 from qwen35.batch import PackedBatch
 from qwen35.checkpoint.async_save import Saver
-from qwen35.checkpoint.dcp_folder import load_notes
+from qwen35.checkpoint.dcp_folder import best_notes, load_notes
 from qwen35.checkpoint.dcp_write import run_sharing_errors
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.checkpoint.hf import check_export, not_read
@@ -139,11 +139,11 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     checkpoint = read_checked_info(weights, settings, device) if start.goes_on else None
     step = (checkpoint.step or 0) if checkpoint else 0  # converted weights have no step
     check_room(settings, model, step, t.train_iters)
-    best = Best.of(t, checkpoint)
     micro_batches, validation = read_data(settings, meshes, device, DTYPES[t.dtype], heartbeat)
     heartbeat.at("comparing the data with the other ranks'")
     fingerprint = f"{micro_batches.fingerprint} {micro_batches.normalization}"
     check_same_data(fingerprint + (validation.set.fingerprint if validation else ""))
+    best = Best.of(t, checkpoint, validation.set.fingerprint if validation else "")
     steps, steps_per_epoch = count_steps(settings, micro_batches)
     steps = end_step(best, step, steps, t.early_stopping_patience)
     room = check_room(settings, model, step, steps)
@@ -166,7 +166,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))
-    log_warnings([*ignored, *load_notes(t.load or "", weights), *start.warnings, *micro_batches.warnings()])
+    ignored += [*load_notes(t.load or "", weights), *best_notes(t.load or "", weights)]
+    log_warnings([*ignored, *start.warnings, *micro_batches.warnings()])
     if validation:
         validation.log_report(micro_batches.dataset)
     if step < steps:

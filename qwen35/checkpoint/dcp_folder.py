@@ -196,6 +196,14 @@ def load_notes(path: str | Path, chosen: Path) -> list[str]:
     return lines
 
 
+def best_notes(path: str | Path, chosen: Path) -> list[str]:
+    """A message if another checkpoint of a folder than the one chosen has the best validation."""
+    best = Path(path) / (latest(Path(path), BEST) or chosen.name)
+    if best == chosen or chosen.parent != Path(path) or not best.is_dir():
+        return []
+    return [f"{best} has the best validation: name it to use it instead of {chosen.name}, the newest"]
+
+
 def latest(folder: Path, file: str = LATEST) -> str | None:
     """The name of the checkpoint in latest_checkpointed_iteration.txt; None if there is none."""
     try:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen35.checkpoint.errors import abbreviate
+from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, latest, stamp
+from qwen35.checkpoint.errors import CheckpointError, abbreviate
 from qwen35.checkpoint.hf_names import HEAD, base_parameters, first_on_disk, shapes_of
 from qwen35.checkpoint.hf_read import (
     CONFIG,
@@ -21,10 +22,11 @@ from qwen35.checkpoint.hf_read import (
     refuse_unsupported,
     weight_files,
 )
-from qwen35.checkpoint.hf_write import OF_TOKENIZER, check_exportable
+from qwen35.checkpoint.hf_write import EXPORT_MANIFEST, OF_TOKENIZER, check_exportable
 from qwen35.checkpoint.slices import FiniteSource, TensorSpec, fill
 from qwen35.config.layout import text_section
 from qwen35.device import HOST, WithoutInit
+from qwen35.errors import read_object
 from qwen35.model import Qwen35, load_config
 from qwen35.model.config import check_same
 from qwen35.model.config_keys import unknown_keys
@@ -108,6 +110,18 @@ def stored_dtypes(hf_dir: str | Path) -> Callable[[str], torch.dtype]:
     return lambda name: specs.get(first_on_disk(name, specs), absent).dtype
 
 
+def export_notes(folder: Path) -> list[str]:
+    """A line if an export in its run's folder is not of the run's newest checkpoint."""
+    manifest = folder / EXPORT_MANIFEST
+    made_from = read_object(manifest, CheckpointError).get("checkpoint") if manifest.is_file() else None
+    newest = folder.parent / (latest(folder.parent) or RELEASE)
+    if not isinstance(made_from, dict) or not (newest / MANIFEST).is_file() or stamp(newest) == made_from:
+        return []
+    return [
+        f"{folder} was exported from {made_from.get('name')}, and {newest} is newer: make export writes it anew, or name that"
+    ]
+
+
 def not_read(folder: str | Path) -> list[str]:
     """Lines about files and keys of a model folder that are not read although they might matter.
 
@@ -151,4 +165,4 @@ def not_read(folder: str | Path) -> list[str]:
     if others:
         first = f" beside {WEIGHTS_FILE}" * (weights == [WEIGHTS_FILE])
         lines.append(f"{folder}: not read{first}: {abbreviate(others)}")
-    return lines
+    return lines + export_notes(folder)

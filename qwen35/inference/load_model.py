@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from qwen35.checkpoint.dcp import check_fit
-from qwen35.checkpoint.dcp_folder import MANIFEST, RELEASE, latest, load_notes, resolve_load, stamp
+from qwen35.checkpoint.dcp_folder import best_notes, load_notes, resolve_load
 from qwen35.checkpoint.errors import CheckpointError
-from qwen35.checkpoint.hf import empty_model, load_pretrained, stored_dtypes
+from qwen35.checkpoint.hf import empty_model, export_notes, load_pretrained, stored_dtypes
 from qwen35.checkpoint.hf_names import published_dtype, shapes_of
 from qwen35.checkpoint.hf_read import has_weights, refuse_unsupported
 from qwen35.checkpoint.hf_write import EXPORT_MANIFEST
@@ -29,7 +29,7 @@ from qwen35.data.style import CHOICES, style_of
 from qwen35.data.tokenizer import ChatTokenizer
 from qwen35.data.video_processor import VideoProcessor
 from qwen35.device import has_own_memory, set_up_device
-from qwen35.errors import Parser, read_object, whole_number
+from qwen35.errors import Parser, whole_number
 from qwen35.model import Qwen35
 
 positive = whole_number(1)
@@ -70,7 +70,8 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
             return ModelSource(folder, folder, folder)
         asked = (f"{folder}: asked as its run's {recipe} says", *export_notes(folder))
         return ModelSource(folder, folder, folder, train_set, asked)
-    messages = () if weights == folder else (*load_notes(folder, weights), f"weights from {weights}")
+    told = (*load_notes(folder, weights), *best_notes(folder, weights), f"weights from {weights}")
+    messages = () if weights == folder else told
     if hf is not None:
         return ModelSource(weights, Path(hf), Path(hf), train_set, messages)
     if run is None:
@@ -83,17 +84,6 @@ def find_model(model: str | Path, hf: str | Path | None = None) -> ModelSource:
         if not path.is_dir():
             raise SettingError(f"{recipe} names the model folder {path}, which is not there; give --hf DIR")
     return source
-
-
-def export_notes(folder: Path) -> list[str]:
-    """A line if an export in its run's folder is not of the run's newest checkpoint."""
-    made_from = read_object(folder / EXPORT_MANIFEST, CheckpointError).get("checkpoint")
-    newest = folder.parent / (latest(folder.parent) or RELEASE)
-    if not isinstance(made_from, dict) or not (newest / MANIFEST).is_file() or stamp(newest) == made_from:
-        return []
-    return [
-        f"{folder} was exported from {made_from.get('name')}, and {newest} is newer: make export writes it anew, or ask that"
-    ]
 
 
 def load_model(source: ModelSource) -> Qwen35:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from qwen35.checkpoint.dcp import EXTRA, CheckpointInfo
 from qwen35.checkpoint.dcp_folder import checkpoint_name, damaged, is_complete, write_best
 from qwen35.config.schema import TrainingSettings
-from qwen35.log import logger
+from qwen35.log import log_warnings, logger
 from qwen35.wording import number_of
 
 KEY = "best_validation"  # in extra.json
-TYPES = {"figure": str, "value": float, "step": int, "since": int}
+TYPES = {"figure": str, "value": float, "step": int, "since": int, "data": str}
 
 
 @dataclass
@@ -25,19 +25,26 @@ class Best:
     value: float | None = None  # None before the first validation
     step: int = 0
     since: int = 0  # validations after it
+    data: str = ""  # fingerprint of what the validations were on
 
     @classmethod
-    def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None) -> "Best":
+    def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None, data: str = "") -> "Best":
         """At the start of a run, from the checkpoint that it resumes from. All ranks call it.
 
-        With save_best the file that names the best checkpoint says the same afterwards, if another
-        job was stopped before it could. Raises CheckpointError for a damaged checkpoint.
+        Figures of other validation data are not compared. With save_best the file that names the
+        best checkpoint says the same afterwards, if another job was stopped before it could. Raises
+        CheckpointError for a damaged checkpoint.
         """
-        best, state = cls(t.save_best or "loss"), checkpoint.extra.get(KEY) if checkpoint else None
+        best = cls(t.save_best or "loss", data=data)
+        state: Any = checkpoint.extra.get(KEY) if checkpoint else None
         if checkpoint and state is not None:
-            if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != TYPES:
+            state = {"data": data} | state if isinstance(state, dict) else {}  # checkpoints of before do not say
+            if {name: type(value) for name, value in state.items()} != TYPES:
                 raise damaged(checkpoint.path, EXTRA, f"does not hold {KEY} as a run writes it")
-            best = cls(**state) if state["figure"] == best.figure else best
+            if data and state["data"] != data:
+                log_warnings(["the validation data have changed since the checkpoint: the best is found anew"])
+            elif state["figure"] == best.figure:
+                best = cls(**state)
         if not t.save_best:
             return best
         folder = Path(t.save)
@@ -47,7 +54,7 @@ class Best:
             logger.info(
                 f"{folder} has no {checkpoint_name(best.step)}, whose validation was best: the best is found anew"
             )
-            best = cls(best.figure)
+            best = cls(best.figure, data=data)
         if dist.get_rank() == 0:
             write_best(folder, best.step if kept[0] else None)
         return best

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from qwen35.checkpoint import dcp_write
 from qwen35.checkpoint.dcp import decode, encode, load_checkpoint, training_state
-from qwen35.checkpoint.dcp_folder import load_notes, newest_checkpoint, resolve_load
+from qwen35.checkpoint.dcp_folder import best_notes, load_notes, newest_checkpoint, resolve_load, write_best
 from qwen35.checkpoint.dcp_source import DCPSource
 from qwen35.checkpoint.dcp_write import write_release
 from qwen35.checkpoint.errors import CheckpointError
@@ -124,6 +124,20 @@ def test_values_are_cast_to_the_parameters_dtype(tmp_path):
 
 
 # -- which checkpoint is chosen --------------------------------------------------------------------
+
+
+def test_the_newest_is_not_taken_for_the_best(tmp_path):
+    """As transformers' load_best_model_at_end would have it; here the best is asked for by name."""
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, number, small_model(), None)
+    newest = resolve_load(tmp_path)
+    assert best_notes(tmp_path, newest) == []
+    for step, told in ((2, True), (3, False), (7, False)):  # the last was moved away
+        write_best(tmp_path, step)
+        line = f"{tmp_path}/iter_0000002 has the best validation: name it to use it instead of iter_0000003, the newest"
+        assert best_notes(tmp_path, newest) == [line] * told
+    write_best(tmp_path, 2)
+    assert best_notes(newest, newest) == best_notes(tmp_path / "other", newest) == []
 
 
 def test_half_written_checkpoints_are_never_chosen(tmp_path):

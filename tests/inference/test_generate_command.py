@@ -24,6 +24,7 @@ from PIL import Image
 from qwen35.checkpoint.convert import hf_to_dcp
 from qwen35.checkpoint.convert import main as convert
 from qwen35.checkpoint.dcp_folder import write_latest
+from qwen35.checkpoint.hf import not_read
 from qwen35.config.load import from_flat, to_yaml
 from qwen35.data.collator import prompt_batch, vision_spec
 from qwen35.data.tokenizer import ChatTokenizer
@@ -231,9 +232,10 @@ def test_an_export_that_is_older_than_its_run_says_so(place):
             assert convert(["dcp_to_hf", "--dcp_dir", str(run), *exported]) == 0
             assert find_model(run / "hf").messages == (f"{run}/hf: asked as its run's {run}/config.yaml says",)
     told = (
-        f"{run}/hf was exported from iter_0000005, and {run}/iter_0000006 is newer: make export writes it anew, or ask"
+        f"{run}/hf was exported from iter_0000005, and {run}/iter_0000006 is newer: make export writes it anew, or name"
     )
     assert find_model(run / "hf").messages[1].startswith(told)
+    assert not_read(run / "hf")[-1].startswith(told)  # to train or convert it
     assert convert(["dcp_to_hf", "--dcp_dir", str(run), *exported]) == 0
     assert len(find_model(run / "hf").messages) == 1
     shutil.rmtree(run / "iter_0000006")  # and another run's stands in its place

@@ -83,6 +83,20 @@ def test_a_start_names_what_a_stopped_job_could_not(tmp_path, alone):
     assert Best.of(t, info) == Best("loss") and not (tmp_path / BEST).exists()
 
 
+def test_figures_of_other_validation_data_are_not_compared(tmp_path, alone, caplog):
+    """Of the same file, too, with other records: its name in the settings does not show that."""
+    t = TrainingSettings(save=str(tmp_path), train_iters=9, save_best="loss", val_interval=1)
+    best = Best("loss", 1.5, 3, 1, "of before")
+    save_checkpoint(tmp_path, 3, torch.nn.Linear(2, 2), None, best.extra(), {})
+    info = read_info(tmp_path / "iter_0000003")
+    assert Best.of(t, info, "of before") == best and not caplog.text
+    assert Best.of(t, info, "of now") == Best("loss", data="of now") and not (tmp_path / BEST).exists()
+    assert "the validation data have changed since the checkpoint: the best is found anew" in caplog.text
+    state = {name: value for name, value in best.extra()["best_validation"].items() if name != "data"}
+    before = CheckpointInfo(info.path, 3, 1, True, {"best_validation": state}, None)  # did not say
+    assert Best.of(t, before, "of now") == Best("loss", 1.5, 3, 1, "of now")
+
+
 @pytest.mark.parametrize("state", [3, {}, {"figure": "loss", "value": "low", "step": 3}, {"figure": "loss", "step": 3}])
 def test_a_damaged_state_is_one_line(tmp_path, alone, state):
     t = TrainingSettings(save=str(tmp_path), train_iters=9)

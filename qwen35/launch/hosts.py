@@ -45,6 +45,7 @@ SHUTDOWN_GRACE = 10.0  # seconds that the other nodes have to end by themselves 
 SAVE_GRACE = 120.0  # the same after a connection was lost: the node behind it may still be saving
 NOT_SENT = {"HOSTS", "HOSTS_DIR", "SSH", "DRY_RUN", "ARGS", "PYTHON", SECRET}  # passed otherwise, or local
 SENT_PREFIXES = ("HCCL_", "GLOO_")  # of variables that are sent although env.sh does not name them
+OF_TRACKERS = ("WANDB_", "SWANLAB_", "MLFLOW_")  # the same for node 0, whose first rank alone reports
 TARGET = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")  # never an option of ssh
 ADDRESS = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]*")
 FORM = "a line is [user@]name [slots=8] [addr=10.0.0.1] [port=22]"
@@ -130,7 +131,8 @@ def node_environment(
 ) -> dict[str, str]:
     """The variables that are set on one of the nodes."""
     host, first = hosts[number], hosts[0]
-    names = [*variables, *(name for name in environment if name.startswith(SENT_PREFIXES))]
+    prefixes = (*SENT_PREFIXES, *OF_TRACKERS) if number == 0 else SENT_PREFIXES
+    names = [*variables, *(name for name in environment if name.startswith(prefixes))]
     values = {name: environment[name] for name in names if name in environment and name not in NOT_SENT}
     values |= {
         "NODES": str(len(hosts)),

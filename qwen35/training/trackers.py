@@ -18,9 +18,11 @@ from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.load import flat_settings
 from qwen35.config.schema import Settings
 from qwen35.errors import SettingError, read_object
+from qwen35.log import logger
 
 FILE = "trackers.json"
 EXTRAS = {"mlflow": "mlflow-skinny"}  # what is installed of a package
+FOLDER = "save"  # in that file, beside the ids: the run's folder
 PROJECT = "qwen35"  # where a tracker's own variable names no other
 
 
@@ -46,9 +48,12 @@ def open_trackers(settings: Settings, folder: Path, done: int) -> list[Tracker]:
     """The trackers of a run; one that has done some steps goes on where these are."""
     names, file, recipe = settings.training.report_to, folder / FILE, flat_settings(settings)
     ids: dict[str, str] = read_object(file, SettingError) if done and file.exists() else {}
+    here = str(folder.absolute())
+    if (begun := ids.get(FOLDER, here)) != here:
+        logger.warning(f"{file}: the run goes on in the pages that {begun} began; remove the file to begin others")
     trackers: list[Tracker] = [OPEN[name](folder, ids.get(name), done, recipe) for name in names]
     if ids := {name: tracker.id for name, tracker in zip(names, trackers, strict=True)}:
-        write_atomic(file, json.dumps(ids) + "\n")
+        write_atomic(file, json.dumps({FOLDER: here, **ids}) + "\n")
     return trackers
 
 
@@ -98,12 +103,12 @@ class WandB:
     def __init__(self, folder: Path, known: str | None, done: int, recipe: Mapping[str, Any]):
         import wandb
 
-        self.library, self.id = wandb, known or uuid.uuid4().hex[:21]
-        project = None if "WANDB_PROJECT" in os.environ else PROJECT
+        self.library, self.id = wandb, known or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:21]
+        ours = {"project": PROJECT, "name": folder.name, "dir": str(folder)}
+        ours = {key: value for key, value in ours.items() if not os.environ.get(f"WANDB_{key.upper()}")}
         self.run = wandb.init(
-            project=project, name=folder.name, id=self.id, resume="allow", dir=str(folder), config=dict(recipe),
-            settings=wandb.Settings(console="off"),
-        )  # fmt: skip
+            **ours, id=self.id, resume="allow", config=dict(recipe), settings=wandb.Settings(console="off")
+        )
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -124,11 +129,11 @@ class SwanLab:
     def __init__(self, folder: Path, known: str | None, done: int, recipe: Mapping[str, Any]):
         import swanlab
 
-        self.library, self.id = swanlab, known or uuid.uuid4().hex[:21]
+        self.library, self.id = swanlab, known or os.environ.get("SWANLAB_RUN_ID") or uuid.uuid4().hex[:21]
         project = os.environ.get("SWANLAB_PROJ_NAME") or PROJECT
         swanlab.init(
-            project=project, experiment_name=folder.name, id=self.id, resume="allow", logdir=str(folder / "swanlab"),
-            config=dict(recipe),
+            project=project, experiment_name=os.environ.get("SWANLAB_EXP_NAME") or folder.name, id=self.id,
+            resume="allow", logdir=str(folder / "swanlab"), config=dict(recipe),
         )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -109,6 +109,9 @@ def test_each_node_gets_its_rank_and_the_same_settings(there: Path) -> None:
         OUT=odd,
         HCCL_ALGO="level0:ring",
         HF_TOKEN="hf_secret",
+        WANDB_MODE="offline",
+        MLFLOW_TRACKING_URI="http://here",
+        SWANLAB_EXP_NAME="mine",
         NPUS_PER_NODE="1",
     )
     out, err = process.communicate(timeout=300)
@@ -117,6 +120,8 @@ def test_each_node_gets_its_rank_and_the_same_settings(there: Path) -> None:
     for rank in range(2):
         text = (there / f"env_{rank}").read_text()
         assert f"OUT={odd}\n" in text and "HCCL_ALGO=level0:ring\n" in text and "HF_TOKEN" not in text
+        sent = {name for name in ("WANDB_MODE", "MLFLOW_TRACKING_URI", "SWANLAB_EXP_NAME") if f"\n{name}=" in text}
+        assert len(sent) == (3 if rank == 0 else 0)  # node 0 has the rank that reports
         values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
         assert {name: values[name] for name in ("NODES", "NODE_RANK", "MASTER_ADDR", "NPUS_PER_NODE")} == {
             "NODES": "2",

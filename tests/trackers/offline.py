@@ -15,6 +15,7 @@ from qwen35.training.metrics import read_metrics
 from qwen35.training.trackers import OPEN
 
 ENVIRONMENT = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true"}
+ENVIRONMENT |= {"WANDB_NAME": "mine by name", "SWANLAB_EXP_NAME": "mine-by-name"}
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +87,22 @@ def test_wandb(run):
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert {folder.name.rpartition("-")[2] for folder in folders} == {ids(run)["wandb"]}
-    found = {}
+    found, names = {}, set()
     for record in (record for folder in folders for record in wandb_records(next(folder.glob("*.wandb")))):
         parsed = wandb_internal_pb2.Record()
         parsed.ParseFromString(record)
         items = {item.key or "/".join(item.nested_key): item.value_json for item in parsed.history.item}
+        names |= {parsed.run.display_name} - {""}
         if "loss" in items:
             found[json.loads(items["step"])] = json.loads(items["loss"])
-    assert found == wanted(run, "loss")
+    assert found == wanted(run, "loss") and names == {"mine by name"}
 
 
 def test_swanlab(run):
     folders = sorted((run / "swanlab").glob("run-*"))
     assert [folder.name.rpartition("-")[2] for folder in folders] == [ids(run)["swanlab"]] * len(folders)
     written = b"".join(path.read_bytes() for folder in folders for path in folder.glob("*.swanlab"))
-    for name in (b"loss", b"val_loss", b"grad_norm"):
+    for name in (b"loss", b"val_loss", b"grad_norm", b"mine-by-name"):
         assert name in written
 
 

@@ -67,7 +67,7 @@ def test_alpaca_with_images_masks_tools_and_boxes(tmp_path):
     ],
 )
 def test_columns_that_attr_does_not_name_are_told(tmp_path, named, more, count):
-    """Of a dataset_info.json LLaMA-Factory reads the columns that it names alone, if it names any."""
+    """Of a dataset_info.json LLaMA-Factory reads the named columns alone, if it names any."""
     warnings = DataWarnings()
     plain = {"instruction": "Hi", "input": "", "output": "Yo"}
     read(tmp_path, ALPACA | more, plain, attr=Attr(format="alpaca", **named), warnings=warnings)

@@ -26,7 +26,7 @@ ROOMS = {
     "config": 1_120,
     "model": 1_495,
     "checkpoint": 3_600,
-    "data": 6_730,
+    "data": 6_740,
     "parallel": 660,
     "inference": 1_280,
     "training": 2_640,

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(args.config, args.overrides)
         mix = Mix(args.sequence, args.images, args.trained)
         if args.scaling:
-            return scaling(settings, mix, args.npus_per_node, torch.device(DEVICE))
+            return scaling(settings, mix, args.npus_per_node, DEVICE)
         rates = read_rates(args.rates, torch.device(DEVICE).type) if args.rates else RateRange()
         return print_rehearsal(settings, mix, args, rates)
     except (*USER_ERRORS, KernelError) as error:

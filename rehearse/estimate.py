@@ -1,35 +1,17 @@
 """A layout's memory and time by arithmetic, from those of another that was rehearsed."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from qwen35.config.schema import Settings
 from qwen35.model import ModelConfig, Qwen35
 from qwen35.training.adapters import choose_trained
+from rehearse.layouts import Layout
 from rehearse.lower_bound import RESHARDED, mixer_bytes
 from rehearse.rates import BEST, WORST, RateRange, Rates
 from rehearse.step_time import Times
-
-
-class Degrees(Protocol):
-    """What an estimate reads of a layout."""
-
-    @property
-    def shard(self) -> int | None: ...
-    @property
-    def expert(self) -> int: ...
-    @property
-    def ulysses(self) -> int: ...
-    @property
-    def micro_batch(self) -> int: ...
-    @property
-    def accumulation(self) -> int: ...
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def recompute(self) -> bool | str: ...
 
 
 @dataclass(frozen=True)
@@ -87,15 +69,15 @@ class Sizes:
             sum(p.numel() for p in named.values() if p.requires_grad) / total,
         )
 
-    def tokens(self, c: Degrees) -> int:
+    def tokens(self, c: Layout) -> int:
         """Of a rank and micro-batch."""
         return c.micro_batch * self.cutoff_len // c.ulysses
 
-    def gathered(self, c: Degrees) -> float:
+    def gathered(self, c: Layout) -> float:
         """In proportion to the bytes of gathered parameters and their gradients."""
         return 4 * (self.others + self.experts / c.expert) / self.layers + 2 * self.ends
 
-    def communication(self, c: Degrees, rates: Rates, hierarchical: bool) -> float:
+    def communication(self, c: Layout, rates: Rates, hierarchical: bool) -> float:
         """Seconds of a step."""
         shard = c.shard or self.world
         nodes, fsdp = max(1, shard // self.per_node), shard // c.expert
@@ -125,12 +107,12 @@ class Sizes:
                 seconds += size / rates.between
         return seconds * c.accumulation
 
-    def seconds(self, c: Degrees) -> float:
+    def seconds(self, c: Layout) -> float:
         """To order layouts before any rehearsal: both ends of the communication, multiplied."""
         return self.communication(c, BEST, True) * self.communication(c, WORST, False)
 
 
-def estimate(c: Degrees, probe: Degrees, known: Figures, sizes: Sizes, rates: RateRange) -> Figures:
+def estimate(c: Layout, probe: Layout, known: Figures, sizes: Sizes, rates: RateRange) -> Figures:
     """Of layout c, from what is known of a probe that keeps its activations in the same way."""
     kinds = dict.fromkeys(("parameters", "gradients", "optimizer", "gathered", "activations"), 0) | known.kinds
     fixed = known.bytes - sum(kinds.values())

@@ -8,16 +8,13 @@ layouts are estimated by arithmetic, and the best are rehearsed. Run by scripts/
 
 import hashlib
 import json
-import multiprocessing
-import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from math import sqrt
 from pathlib import Path
 
@@ -36,133 +33,21 @@ from rehearse.__main__ import DEVICE, add_options, hccl_megabytes
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import with_config
 from rehearse.estimate import Figures, Sizes, estimate
+from rehearse.layouts import Layout, Recompute, layouts
 from rehearse.operators import RehearsalError
 from rehearse.rates import RateRange, read_rates
 from rehearse.step import rehearse
 from rehearse.step_time import best_and_worst
+from rehearse.workers import count, workers
 
 CACHE = Path("build/plan")
 SHOWN = 6  # layouts in the table
-MOST = 24  # rehearsals
+MOST = 20  # rehearsals
 MARGIN = 1.03  # estimates of memory may be so much too high
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The settings that a plan chooses."""
-
-    shard: int | None  # None: all ranks
-    expert: int
-    ulysses: int
-    micro_batch: int
-    accumulation: int
-    recompute: bool | str
-    offload: bool
-    optimizer: str
-
-    @property
-    def mode(self) -> tuple[bool | str, bool]:
-        """What decides which activations stay on the device."""
-        return self.recompute, self.offload
-
-    def applied(self, s: Settings) -> Settings:
-        p = replace(
-            s.parallel,
-            fully_shard_parallel_size=self.shard,
-            expert_parallel_size=self.expert,
-            ulysses_parallel_size=self.ulysses,
-            recompute=self.recompute,
-            activation_offload=self.offload,
-        )
-        t = replace(
-            s.training,
-            micro_batch_size=self.micro_batch,
-            gradient_accumulation_steps=self.accumulation,
-            optimizer=self.optimizer,
-        )
-        return replace(s, parallel=p, training=t)
-
-    @classmethod
-    def of(cls, s: Settings) -> "Layout":
-        p, t = s.parallel, s.training
-        return cls(
-            p.fully_shard_parallel_size,
-            p.expert_parallel_size,
-            p.ulysses_parallel_size,
-            t.micro_batch_size,
-            t.gradient_accumulation_steps,
-            p.recompute,
-            p.activation_offload,
-            t.optimizer,
-        )
-
-    def yaml(self) -> str:
-        """Lines for a recipe; defaults are left out, but for the sizes of a step."""
-        recompute = str(self.recompute).lower()
-        parallel = {
-            "fully_shard_parallel_size": self.shard,
-            "expert_parallel_size": self.expert if self.expert > 1 else None,
-            "ulysses_parallel_size": self.ulysses if self.ulysses > 1 else None,
-            "recompute": recompute,
-            "activation_offload": "true" if self.offload else None,
-        }
-        training = {
-            "optimizer": None if self.optimizer == "adamw" else self.optimizer,
-            "micro_batch_size": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-        }
-        sections = (("parallel", parallel), ("training", training))
-        return "\n".join(
-            f"{name}:\n" + "\n".join(f"  {key}: {value}" for key, value in section.items() if value is not None)
-            for name, section in sections
-        )
-
-    def __str__(self) -> str:
-        words = [
-            f"weights over {self.shard}" if self.shard else "",
-            f"EP {self.expert}" if self.expert > 1 else "",
-            f"Ulysses {self.ulysses}" if self.ulysses > 1 else "",
-            f"{self.accumulation} x {self.micro_batch}",
-            {True: "recompute", False: "", "selective": "recompute selective"}[self.recompute],
-            "offload" if self.offload else "",
-            "adamw_swap" if self.optimizer == "adamw_swap" else "",
-        ]
-        return ", ".join(word for word in words if word)
-
-
-def layouts(s: Settings, nodes: int, per_node: int, tokens: int) -> Iterator[Layout]:
-    """All that train `tokens` a step on these NPUs and that the model can be cut into."""
-    world, cutoff_len = nodes * per_node, s.data.dataset_param.basic_parameters.cutoff_len
-    shards = [None, *(per_node * n for n in divisors(nodes) if n < nodes)]
-    for shard in shards:
-        for expert in divisors(shard or world):
-            for ulysses in divisors(per_node):
-                sequences, rest = divmod(tokens, world // ulysses * cutoff_len)
-                if rest or not sequences or not _divides(s, world, shard, expert, ulysses, sequences):
-                    continue
-                for micro_batch in divisors(sequences):
-                    for mode in ((r, o) for r in (False, "selective", True) for o in (False, True)):
-                        for optimizer in ("adamw",) if s.training.lora else ("adamw", "adamw_swap"):
-                            cut = micro_batch, sequences // micro_batch
-                            yield Layout(shard, expert, ulysses, *cut, *mode, optimizer)
-
-
-def _divides(s: Settings, world: int, shard: int | None, expert: int, ulysses: int, sequences: int) -> bool:
-    layout = Layout(shard, expert, ulysses, 1, sequences, True, False, "adamw")
-    try:
-        check_layout(layout.applied(s), world)
-    except SettingError:
-        return False
-    return True
-
-
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def measure(settings: Settings, mix: Mix, world: int, per_node: int, rates: RateRange) -> Figures | str:
     """The rehearsal's figures, from the cache if the same was rehearsed before; or why it fails."""
-    import_module("kernels.npu")  # and with it, torch has the device
     path = CACHE / f"{_digest(settings, mix, world, per_node, rates)}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +77,8 @@ def _digest(settings: Settings, mix: Mix, world: int, per_node: int, rates: Rate
     config = with_config(settings)[1]
     digest = hashlib.sha256(repr((to_yaml(settings), config, mix, world, per_node, rates, hccl_megabytes())).encode())
     for path in sorted(path for room in ("rehearse", "kernels", "qwen35") for path in (root / room).rglob("*.py")):
-        digest.update(path.read_bytes())
+        if path.name not in ("plan.py", "estimate.py", "layouts.py"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -229,10 +115,11 @@ class Plan:
                 self.figures[layout] = found
             bar.update()
 
-    def search(self, pool: ProcessPoolExecutor, workers: int, bar: tqdm) -> None:
-        probes = {}
+    def search(self, pool: ProcessPoolExecutor, bar: tqdm) -> None:
+        probes: dict[tuple[Recompute, bool], Layout] = {}
         for layout in sorted(
-            self.layouts, key=lambda c: (c.micro_batch, c.ulysses, c.optimizer, self.sizes.seconds(c))
+            self.layouts,
+            key=lambda c: (c.shard is not None, c.ulysses, c.micro_batch, c.optimizer, self.sizes.seconds(c)),
         ):
             probes.setdefault(layout.mode, layout)
         self.rehearse([*probes.values(), *([self.own] if self.own else [])], pool, bar)
@@ -247,8 +134,8 @@ class Plan:
             fitting = sorted(middle(f) for f in self.figures.values() if f.bytes <= self.limit)
             if len(fitting) >= SHOWN and fitting[SHOWN - 1] <= middle(estimates[waiting[0]]):
                 break
-            self.rehearse(waiting[:workers], pool, bar)
-            del waiting[:workers]
+            self.rehearse(waiting[: count()], pool, bar)
+            del waiting[: count()]
 
     def lines(self) -> Iterator[str]:
         fitting = sorted(
@@ -287,10 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(args.config, args.overrides)
         rates = read_rates(args.rates, torch.device(DEVICE).type) if args.rates else RateRange()
         plan = Plan(settings, Mix(args.sequence, args.images, args.trained), args, rates)
-        workers = max(1, min(os.cpu_count() or 1, 8))
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn) as pool, tqdm(desc="rehearsed", unit="layout", leave=False) as bar:
-            plan.search(pool, workers, bar)
+        with workers() as pool, tqdm(desc="rehearsed", unit=" layouts", leave=False) as bar:
+            plan.search(pool, bar)
         print(
             f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs of {args.memory_gb} GB, model {plan.source}: "
             f"{plan.tokens:,} tokens a step, {number_of(len(plan.layouts), 'layout')}, of which "

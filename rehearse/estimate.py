@@ -88,7 +88,7 @@ class Sizes:
             (self.experts / c.expert * (gather + scatter) * (1 - 1 / fsdp), fsdp, min(fsdp, nodes)),
         ]
         if c.expert > 1:
-            times = 4 * min(self.top_k, c.expert) + (2 * min(self.top_k, c.expert) if c.recompute is True else 0)
+            times = 4 * min(self.top_k, c.expert) + (2 * min(self.top_k, c.expert) if c.recompute else 0)
             rows = times * self.layers * tokens * self.row * (1 - 1 / c.expert)
             sent.append((rows, c.expert, max(1, c.expert // self.per_node)))
         if c.ulysses > 1:
@@ -117,8 +117,10 @@ def estimate(c: Layout, probe: Layout, known: Figures, sizes: Sizes, rates: Rate
     kinds = dict.fromkeys(("parameters", "gradients", "optimizer", "gathered", "activations"), 0) | known.kinds
     fixed = known.bytes - sum(kinds.values())
     shards = (probe.shard or sizes.world) / (c.shard or sizes.world)
-    for kind in ("parameters", "gradients"):
-        kinds[kind] = int(kinds[kind] * shards)
+    kinds["parameters"] = int(kinds["parameters"] * shards)
+    # in the only micro-batch of a step, gradients grow as activations are freed, unless these are on the host
+    has_gradients = c.accumulation > 1 or c.offload
+    kinds["gradients"] = int(kinds["parameters"] * sizes.trained) if has_gradients else 0
     kinds["optimizer"] = 0 if c.optimizer == "adamw_swap" else 2 * int(kinds["parameters"] * sizes.trained)
     kinds["gathered"] = int(kinds["gathered"] * sizes.gathered(c) / sizes.gathered(probe))
     kinds["activations"] = int(kinds["activations"] * sizes.tokens(c) / sizes.tokens(probe))

@@ -44,6 +44,7 @@ CACHE = Path("build/plan")
 SHOWN = 6  # layouts in the table
 MOST = 20  # rehearsals
 MARGIN = 1.03  # estimates of memory may be so much too high
+RESERVE = 0.05  # of an NPU's memory, for its fragmentation, which no rehearsal counts
 
 
 def measure(settings: Settings, mix: Mix, world: int, per_node: int, rates: RateRange) -> Figures | str:
@@ -87,7 +88,7 @@ class Plan:
 
     def __init__(self, settings: Settings, mix: Mix, args: Namespace, rates: RateRange):
         self.settings, config, self.source = with_config(settings)
-        self.world, self.limit = args.nodes * args.npus_per_node, args.memory_gb * report.GB
+        self.world, self.limit = args.nodes * args.npus_per_node, args.memory_gb * (1 - RESERVE) * report.GB
         own, basic = Layout.of(self.settings), self.settings.data.dataset_param.basic_parameters
         check_layout(self.settings, self.world)
         sequences = own.micro_batch * own.accumulation * self.world // own.ulysses
@@ -146,14 +147,14 @@ class Plan:
         for layout in [*shown, *([self.own] if self.own in self.figures and self.own not in shown else [])]:
             f = self.figures[layout]
             seconds = f"{f.best.overlapped:.2f} to {f.worst.serialized:.2f}"
-            fits = "" if f.bytes <= self.limit else ": DOES NOT FIT"
+            fits = "" if f.bytes <= self.limit else ": too much"
             mine = "  <- the recipe" if layout == self.own else ""
             yield f"{seconds:>16}{f.bytes / report.GB:>11.1f}{f.pinned / report.GB:>16.1f}  {layout}{fits}{mine}"
         if self.own in self.failed:
             yield f"the recipe's own layout: {self.failed[self.own]}"
         if not fitting:
             raise RehearsalError(
-                f"none of {len(self.layouts):,} layouts fits {self.limit / report.GB:.0f} GB: use more NODES, a smaller "
+                f"none of {len(self.layouts):,} layouts fits into {self.limit / report.GB:.1f} GB: use more NODES, a smaller "
                 "cutoff_len or adapters (training.lora)"
             )
         yield f"\nthe first, for the recipe:\n{fitting[0].yaml()}"
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         with workers() as pool, tqdm(desc="rehearsed", unit=" layouts", leave=False) as bar:
             plan.search(pool, bar)
         print(
-            f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs of {args.memory_gb} GB, model {plan.source}: "
+            f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs of {args.memory_gb} GB, of which {RESERVE:.0%} are spared, model {plan.source}: "
             f"{plan.tokens:,} tokens a step, {number_of(len(plan.layouts), 'layout')}, of which "
             f"{len(plan.figures) + len(plan.failed)} rehearsed in {time.perf_counter() - start:.0f} s; {rates.source}"
         )

@@ -31,7 +31,8 @@ if [[ $CONFIG -ef configs/lora/tiny.yaml && ! -e runs/tiny_base/hf/config.json ]
     words=(model.model_name_or_path=ckpt/hf_path/tiny "${words[@]}")
 fi
 per_node=${NPUS_PER_NODE:-8} memory=$NPU_MEMORY_GB config=$CONFIG buffer=${HCCL_BUFFSIZE:-}
-rates=${RATES:-}
+rates=${RATES:-} tokens=
+if [[ $module == rehearse.plan ]]; then tokens=${TOKENS_PER_STEP:-}; fi
 if [[ -z $rates && -e runs/accept/rates.yaml ]]; then rates=runs/accept/rates.yaml; fi
 if [[ $rates == none ]]; then rates=; fi
 make_stand_ins "$(torch_version)"
@@ -39,5 +40,5 @@ unset "${env_names[@]}"
 if [[ -n $buffer ]]; then export HCCL_BUFFSIZE=$buffer; fi
 export TRITON_INTERPRET=1 # nothing is compiled
 "$python" -W ignore -m "$module" "$config" --nodes "$nodes" --npus-per-node "$per_node" --memory-gb "$memory" ${rates:+--rates "$rates"} \
-    ${TOKENS_PER_STEP:+--tokens-per-step "$TOKENS_PER_STEP"} "${words[@]}" "$@" \
+    ${tokens:+--tokens-per-step "$tokens"} "${words[@]}" "$@" \
     2> >(without_noise >&2) | without_noise

@@ -118,7 +118,7 @@ def estimate(c: Layout, probe: Layout, known: Figures, sizes: Sizes, rates: Rate
     fixed = known.bytes - sum(kinds.values())
     shards = (probe.shard or sizes.world) / (c.shard or sizes.world)
     kinds["parameters"] = int(kinds["parameters"] * shards)
-    # in the only micro-batch of a step, gradients grow as activations are freed, unless these are on the host
+    # in a step's only micro-batch gradients grow as activations go, unless the host has these
     has_gradients = c.accumulation > 1 or c.offload
     kinds["gradients"] = int(kinds["parameters"] * sizes.trained) if has_gradients else 0
     kinds["optimizer"] = 0 if c.optimizer == "adamw_swap" else 2 * int(kinds["parameters"] * sizes.trained)

@@ -177,10 +177,11 @@ def main(argv: list[str] | None = None) -> int:
         plan = Plan(settings, Mix(args.sequence, args.images, args.trained), args, rates)
         with workers() as pool, tqdm(desc="rehearsed", unit=" layouts", leave=False) as bar:
             plan.search(pool, bar)
+        rehearsed = len(plan.figures) + len(plan.failed)
         print(
-            f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs of {args.memory_gb} GB, of which {RESERVE:.0%} are spared, model {plan.source}: "
-            f"{plan.tokens:,} tokens a step, {number_of(len(plan.layouts), 'layout')}, of which "
-            f"{len(plan.figures) + len(plan.failed)} rehearsed in {time.perf_counter() - start:.0f} s; {rates.source}"
+            f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs of {args.memory_gb} GB, of which {RESERVE:.0%} are "
+            f"spared, model {plan.source}: {plan.tokens:,} tokens a step, {number_of(len(plan.layouts), 'layout')}, "
+            f"{rehearsed} rehearsed in {time.perf_counter() - start:.0f} s; {rates.source}"
         )
         for line in plan.lines():
             print(line)

@@ -180,7 +180,7 @@ def test_measured_rates_are_read_by_rehearse(tmp_path, capsys):
     rates = read_rates(tmp_path / "rates.yaml", "npu")
     for found, assumed in ((rates.best, BEST), (rates.worst, WORST)):
         assert asdict(found) == asdict(assumed) | {"flops": 2.5e14, "within": 6e10}  # the lower of two
-    assert rates.source == "flops, within measured on Ascend910B2; memory, between, host assumed"
+    assert rates.source == "flops, within measured on Ascend910B2; memory, between, copies, host assumed"
     whole = rates_text("npu", "Ascend910B2", asdict(Rates(1, 2, 3, 4, 5, 6)))
     (tmp_path / "rates.yaml").write_text(whole)
     assert read_rates(tmp_path / "rates.yaml", "npu") == RateRange(

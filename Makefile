@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help install doctor accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
+.PHONY: help install doctor accept download convert export data show finetune report preflight plan rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs clean
 
 # A variable that no command reads is misspelt, and `make finetune CONFIGS=…` would train the tiny
 # recipe. Beside those of env.sh these are read: MindSpeed-MM's name of NODES, tokens, a compiler, and
@@ -61,6 +61,9 @@ show: ## samples of a recipe as the model sees them, the trained tokens marked; 
 rehearse: ## one step on a virtual cluster of NPUs: does it fit, and what does it send?
 #: CONFIG NODES NPUS_PER_NODE=8 NPU_MEMORY_GB RATES ARGS="settings and options"
 #> make rehearse CONFIG=configs/qwen3_5_35B-A3B.yaml NODES=2
+plan: ## which layout is fastest and fits? prints a table, and the lines for the recipe
+#: CONFIG NODES NPUS_PER_NODE=8 NPU_MEMORY_GB TOKENS_PER_STEP RATES ARGS="settings and options"
+#> make plan CONFIG=configs/qwen3_5_35B-A3B.yaml NODES=2
 preflight: ## do the machines of a run agree, and how fast do they talk? trains nothing
 #: as for finetune
 #> HOSTS=machines.txt make preflight CONFIG=configs/qwen3_5_27B.yaml
@@ -122,7 +125,7 @@ install:
 doctor: # works without an installation too
 	@bash scripts/doctor.sh
 
-accept download convert export data show finetune report preflight rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
+accept download convert export data show finetune report preflight plan rehearse generate predict evaluate bench test test-npu test-versions test-browser test-trackers lint docs: .venv/.installed
 	@bash scripts/$@.sh
 
 # the stamp that a finished install leaves; a newer lock file brings .venv up to date

@@ -107,14 +107,17 @@
 # Default ssh.
 : "${SSH:=ssh}"
 # Processes on this machine, one an NPU. Default: all visible NPUs; 2 on a CPU; 8 for `make
-# rehearse`. Allowed: from 1.
+# rehearse` and `make plan`. Allowed: from 1.
 : "${NPUS_PER_NODE:=}"
-# Gigabytes of memory of one NPU, for `make rehearse`. Default 64. Allowed: from 1.
+# Gigabytes of memory of one NPU, for `make rehearse` and `make plan`. Default 64. Allowed: from 1.
 : "${NPU_MEMORY_GB:=64}"
 # A file of measured rates of an NPU and its links for `make rehearse`, as `make accept` writes it.
 # Default: runs/accept/rates.yaml if it exists. Allowed: a file *.yaml, or none, which means the
 # rates that the rehearsal states.
 : "${RATES:=}"
+# Tokens that a step trains in all layouts that `make plan` compares. Default: as many as the recipe
+# does. Allowed: a multiple of cutoff_len times the NPUs.
+: "${TOKENS_PER_STEP:=}"
 # Which messages a run logs, to the console and to train.log in its save folder. DEBUG adds what each rank begins. Default INFO.
 # Allowed: DEBUG, INFO, WARNING, ERROR.
 : "${LOG_LEVEL:=INFO}"

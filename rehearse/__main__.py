@@ -48,8 +48,8 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="rehearse", description=__doc__)
+def add_options(parser: Parser) -> None:
+    """What the commands that rehearse have in common."""
     add, positive, share = parser.add_argument, whole_number(1), number(0, 1)
     add("--nodes", type=positive, default=1, help="default: 1")
     add("--npus-per-node", type=positive, default=8, help="default: 8")
@@ -57,8 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--sequence", type=positive, default=1024, help="tokens of each sequence; default: 1024")
     add("--images", type=share, help="share of the tokens that are image tokens; default: 0.25, 0 if text-only")
     add("--trained", type=share, default=0.4, help="share of the tokens that have a loss; default: 0.4")
-    add("--imbalance", type=number(1, 1000), default=1.0, help="load of this rank's experts over the mean; default: 1")
     add("--rates", type=Path, metavar="FILE", help="rates that make accept has measured; default: assumed ones")
+
+
+def hccl_megabytes() -> int:
+    return int(os.environ.get("HCCL_BUFFSIZE") or HCCL_MEGABYTES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="rehearse", description=__doc__)
+    add_options(parser)
+    add = parser.add_argument
+    add("--imbalance", type=number(1, 1000), default=1.0, help="load of this rank's experts over the mean; default: 1")
     add("--json", action="store_true", help="add a last line: best and worst seconds of a step, bytes at the peak")
     add("--whole", action="store_true", help="run every layer, not a few for all that are alike: slower, same figures")
     add("--scaling", action="store_true", help="print only what is sent on 16 to 1,024 NPUs")
@@ -71,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(args.config, args.overrides)
         mix = Mix(args.sequence, args.images, args.trained)
         if args.scaling:
-            return scaling(settings, mix, args.npus_per_node, torch.device(DEVICE))
+            return scaling(settings, mix, args.npus_per_node, DEVICE)
         rates = read_rates(args.rates, torch.device(DEVICE).type) if args.rates else RateRange()
         return print_rehearsal(settings, mix, args, rates)
     except (*USER_ERRORS, KernelError) as error:
@@ -81,21 +91,22 @@ def main(argv: list[str] | None = None) -> int:
 def print_rehearsal(settings: Settings, mix: Mix, args: Namespace, rates: RateRange) -> int:
     start = time.perf_counter()
     settings, config, source = with_config(settings)
-    print(f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs, model {source}")
     t = settings.training
+    batches = [make_batch(settings, config, mix)] * t.gradient_accumulation_steps
+    world = args.nodes * args.npus_per_node
+    device = torch.device(DEVICE)
+    r = rehearse(settings, config, batches, world, args.npus_per_node, device, args.imbalance, args.whole)
+    hccl = report.hccl_bytes(r, hccl_megabytes())
+    print(report.verdict(r, hccl, rates, args.memory_gb, args.npus_per_node))
+    print(f"{args.config} on {args.nodes} x {args.npus_per_node} NPUs, model {source}")
     count = f"{t.gradient_accumulation_steps} x {t.micro_batch_size}"
     print(f"{count} packed sequences per rank and step; {mix.describe(settings, config)}")
     if settings.parallel.expert_parallel_size > 1:
         load = f"the experts of rank 0 get {args.imbalance} times the mean"
         print("every expert is chosen equally often" if args.imbalance == 1 else load)
-    batches = [make_batch(settings, config, mix)] * t.gradient_accumulation_steps
-    world = args.nodes * args.npus_per_node
-    device = torch.device(DEVICE)
-    r = rehearse(settings, config, batches, world, args.npus_per_node, device, args.imbalance, args.whole)
-    hccl = report.hccl_bytes(r, int(os.environ.get("HCCL_BUFFSIZE") or HCCL_MEGABYTES))
     for line in report.lines(r, hccl, rates):
         print(line)
-    check(r, hccl, args.memory_gb)
+    check(r, hccl, args.memory_gb, report.remedies(r, hccl, args.memory_gb, settings, config))
     print(
         f"rehearsed in {time.perf_counter() - start:.0f} s: it fits in memory, no host sync is unexpected, no kernel is missing"
     )
@@ -104,18 +115,16 @@ def print_rehearsal(settings: Settings, mix: Mix, args: Namespace, rates: RateRa
     return 0
 
 
-def check(r: Rehearsal, hccl: int, memory_gb: int) -> None:
+def check(r: Rehearsal, hccl: int, memory_gb: int, remedies: str) -> None:
     """Raises RehearsalError."""
     if wrong := r.operators.wrong:
         raise RehearsalError(f"{wrong[0]}{f', and {len(wrong) - 1} more' * (len(wrong) > 1)}")
-    phase, peak = report.peak(r)
-    total = peak.bytes + hccl + r.operators.workspace
-    if total > memory_gb * report.GB:
+    if (total := report.total_bytes(r, hccl)) > memory_gb * report.GB:
+        phase, peak = report.peak(r)
         kind = max(peak.by_kind, key=lambda kind: peak.by_kind[kind])
         raise RehearsalError(
             f"{total / report.GB:.1f} GB in {phase}, and an NPU has NPU_MEMORY_GB={memory_gb}; most of it is "
-            f"{kind}, {peak.by_kind[kind] / report.GB:.1f} GB: use more NODES, a smaller training.micro_batch_size, or "
-            "parallel.recompute"
+            f"{kind}, {peak.by_kind[kind] / report.GB:.1f} GB; {remedies}"
         )
 
 

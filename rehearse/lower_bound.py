@@ -48,14 +48,14 @@ def lower_bound(model: Qwen35, meshes: Meshes, settings: Settings, patches: int)
         else:
             found["all-to-all", NAMES["ep"]] += 4 * row * text.num_experts_per_tok * (ep - 1) / ep
     if ulysses > 1:
-        width = _mixers(text, ulysses, itemsize, mtp) * tokens
+        width = mixer_bytes(text, ulysses, itemsize, mtp) * tokens
         if vision := model.config.vision:
             width += vision.depth * 4 * vision.hidden_size * itemsize * patches / ulysses
         found["all-to-all", NAMES["ulysses"]] += 2 * width * (ulysses - 1) / ulysses
     return {key: value * settings.training.gradient_accumulation_steps for key, value in found.items()}
 
 
-def _mixers(t: TextConfig, ulysses: int, itemsize: int, mtp: bool) -> float:
+def mixer_bytes(t: TextConfig, ulysses: int, itemsize: int, mtp: bool) -> float:
     """Bytes of one token that enter and leave all mixers."""
     deltas = t.layer_types.count("linear_attention")
     heads = 2 * t.num_attention_heads + 2 * max(t.num_key_value_heads, ulysses)

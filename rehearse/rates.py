@@ -9,6 +9,7 @@ The best rates are peaks; the worst ones were measured by others or are assumed.
 - within a node: the same measurement has 149 GB/s for an all-gather of 8 NPUs and 72 for an
   all-reduce.
 - between nodes: a port of 200 Gb/s for each NPU, 25 GB/s; 60% of it is assumed.
+- copies: PCIe 4.0 x16 has 31.5 GB/s in each direction; 40% of it is assumed.
 - host: 3 to 15 microseconds an operator, assumed.
 """
 
@@ -29,12 +30,13 @@ class Rates:
     memory: float  # bytes/s
     within: float  # bytes/s that an NPU sends within its node
     between: float  # bytes/s that an NPU sends to other nodes
+    copies: float  # bytes/s between an NPU and its host's memory
     host: float  # seconds for an operator
 
 
-BEST = Rates(354e12, 1.38e12, 149e9, 25e9, 3e-6)
-WORST = Rates(0.4 * 354e12, 0.64e12, 72e9, 0.6 * 25e9, 15e-6)
-UNITS = {"flops": "FLOP/s", "memory": "B/s", "within": "B/s", "between": "B/s", "host": "s"}
+BEST = Rates(354e12, 1.38e12, 149e9, 25e9, 31.5e9, 3e-6)
+WORST = Rates(0.4 * 354e12, 0.64e12, 72e9, 0.6 * 25e9, 0.4 * 31.5e9, 15e-6)
+UNITS = {"flops": "FLOP/s", "memory": "B/s", "within": "B/s", "between": "B/s", "copies": "B/s", "host": "s"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from qwen35.config.schema import Settings
+from qwen35.model import ModelConfig
 from rehearse.memory import KINDS, PHASES, Peak
 from rehearse.rates import RateRange
 from rehearse.step import Rehearsal
@@ -19,6 +21,48 @@ def peak(r: Rehearsal) -> tuple[str, Peak]:
     peaks = r.ledger.peaks()
     phase = max(STEP, key=lambda p: peaks[p].bytes)
     return phase, peaks[phase]
+
+
+def total_bytes(r: Rehearsal, hccl: int) -> int:
+    """What an NPU must hold at the step's highest peak. hccl: bytes of HCCL's buffers."""
+    return peak(r)[1].bytes + hccl + r.operators.workspace
+
+
+def verdict(r: Rehearsal, hccl: int, rates: RateRange, memory_gb: int, per_node: int) -> str:
+    """Whether it fits, what is left, what the hosts must hold, and how long a step takes."""
+    total, (best, worst) = total_bytes(r, hccl) / GB, best_and_worst(r, rates)
+    room = f"fits, {memory_gb - total:.1f} GB to spare" if total <= memory_gb else "DOES NOT FIT"
+    pinned = r.operators.peak_pinned * min(per_node, r.ranks) / GB
+    return (
+        f"{room}: {total:.1f} of {memory_gb} GB an NPU, {pinned:.1f} GB of page-locked memory a node, "
+        f"{best.overlapped:.2f} to {worst.serialized:.2f} s a step"
+    )
+
+
+def remedies(r: Rehearsal, hccl: int, memory_gb: int, settings: Settings, config: ModelConfig) -> str:
+    """What would make a step fit that does not: by arithmetic on its peak, so to be rehearsed."""
+    t, p, text = settings.training, settings.parallel, config.text
+    total, kinds, layers = total_bytes(r, hccl), peak(r)[1].by_kind, len(text.layer_types)
+    tokens = t.micro_batch_size * settings.data.dataset_param.basic_parameters.cutoff_len // p.ulysses_parallel_size
+    inputs, activations = layers * tokens * text.hidden_size * 2, kinds["activations"]  # inputs: of the layers, in bf16
+    found = []
+    if t.optimizer == "adamw":
+        found.append(("training.optimizer=adamw_swap", total - kinds["optimizer"]))
+    if p.recompute is not True:
+        found.append(("parallel.recompute=true", total - max(0, activations - activations // layers - inputs)))
+    if not p.activation_offload:
+        kept = inputs if p.recompute is True else activations
+        found.append(("parallel.activation_offload=true", total - kept * (layers - 2) // layers))
+    if t.micro_batch_size > 1:
+        found.append((f"training.micro_batch_size={t.micro_batch_size // 2}", total - activations // 2))
+    if p.fully_shard_parallel_size is None:
+        sharded = sum(kinds[kind] for kind in ("parameters", "optimizer", "gradients"))
+        more = [(f"{times} times the NODES", total - sharded + sharded // times) for times in (2, 4, 8, 16)]
+        found += [option for option in more if option[1] <= memory_gb * GB][:1]
+    fitting = [f"{name} ({size / GB:.0f} GB)" for name, size in found if size <= memory_gb * GB]
+    if not fitting:
+        return "no setting alone is enough by arithmetic: make plan looks for layouts that are"
+    return f"by arithmetic this is enough: {', or '.join(fitting)}; make plan compares layouts"
 
 
 def lines(r: Rehearsal, hccl: int, rates: RateRange) -> Iterator[str]:
@@ -77,22 +121,24 @@ def summary(r: Rehearsal, rates: RateRange) -> dict[str, float]:
     return {
         "best": best.overlapped,
         "worst": worst.serialized,
-        "peak": peak(r)[1].bytes + r.operators.workspace,
+        "peak": total_bytes(r, 0),
     }
 
 
 def _time(r: Rehearsal, rates: RateRange) -> Iterator[str]:
     best, worst = best_and_worst(r, rates)
-    yield f"{'seconds a step':14} {'arithmetic':>10}{'memory':>12}{'communication':>14}{'host':>10}    total"
+    yield (
+        f"{'seconds a step':14} {'arithmetic':>10}{'memory':>12}{'communication':>14}{'copies':>10}{'host':>10}    total"
+    )
     for name, t, total, how, at in (
         ("best case", best, best.overlapped, "all overlapped", rates.best),
         ("worst case", worst, worst.serialized, "nothing overlapped", rates.worst),
     ):
         yield (
-            f"{name:14} {t.arithmetic:>10.2f}{t.memory:>12.2f}{t.communication:>14.2f}{t.host:>10.2f}    "
-            f"{total:.2f}, {how}, at {at.flops / 1e12:.0f} TFLOPS, {at.memory / 1e12:.2f} TB/s of memory, "
+            f"{name:14} {t.arithmetic:>10.2f}{t.memory:>12.2f}{t.communication:>14.2f}{t.copies:>10.2f}"
+            f"{t.host:>10.2f}    {total:.2f}, {how}, at {at.flops / 1e12:.0f} TFLOPS, {at.memory / 1e12:.2f} TB/s of memory, "
             f"{at.within / 1e9:.0f} GB/s within and {at.between / 1e9:.0f} GB/s between nodes, "
-            f"{at.host * 1e6:.0f} us per operator"
+            f"{at.copies / 1e9:.0f} GB/s to the host, {at.host * 1e6:.0f} us per operator"
         )
     tokens = r.tokens * r.data_ranks
     yield (
@@ -100,3 +146,8 @@ def _time(r: Rehearsal, rates: RateRange) -> Iterator[str]:
         f"{best.overlapped:.2f} and {worst.serialized:.2f} s, {tokens / r.ranks / worst.serialized:,.0f} to "
         f"{tokens / r.ranks / best.overlapped:,.0f} tokens/s per NPU ({rates.source})"
     )
+    if r.flops_unpacked > 1.1 * r.flops:
+        yield (
+            f"with one text in each packed sequence the arithmetic would take {r.flops_unpacked / r.flops:.1f} times as long: "
+            "--sequence says how long yours are"
+        )

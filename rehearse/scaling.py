@@ -1,11 +1,14 @@
 """What a rank sends in a step as the cluster grows, beside the lower bound of sharded training."""
 
+from functools import partial
+
 import torch
 
 from qwen35.config.schema import Settings
 from rehearse.batches import Mix, make_batch
 from rehearse.configs import with_config
 from rehearse.step import Rehearsal, rehearse
+from rehearse.workers import workers
 
 SIZES = (16, 64, 256, 1024)
 COLUMNS = (
@@ -14,17 +17,22 @@ COLUMNS = (
 )
 
 
-def scaling(settings: Settings, mix: Mix, per_node: int, device: torch.device) -> int:
+def scaling(settings: Settings, mix: Mix, per_node: int, device: str) -> int:
     """Print a Markdown table. Raises SettingError."""
     settings, config, source = with_config(settings)
     print(f"model {source}; {mix.describe(settings, config)}; sent by one rank in a step")
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    batches = [make_batch(settings, config, mix)] * settings.training.gradient_accumulation_steps
-    for world in SIZES:
-        if world >= per_node:
-            for line in rows(rehearse(settings, config, batches, world, per_node, device)):
-                print(line, flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
+    worlds = [world for world in SIZES if world >= per_node]
+    with workers() as pool:
+        for found in pool.map(partial(_rows_of, settings, mix, per_node, device), worlds):
+            print("\n".join(found), flush=True)
     return 0
+
+
+def _rows_of(settings: Settings, mix: Mix, per_node: int, device: str, world: int) -> list[str]:
+    config = with_config(settings)[1]
+    batches = [make_batch(settings, config, mix)] * settings.training.gradient_accumulation_steps
+    return rows(rehearse(settings, config, batches, world, per_node, torch.device(device)))
 
 
 def rows(r: Rehearsal) -> list[str]:

@@ -51,6 +51,7 @@ class Rehearsal:
     lower_bound: Bytes  # that rank 0 has to send
     flops: float  # the model's, for this rank's part of its packed sequences
     recomputed: float  # FLOPs that recomputation adds to these
+    flops_unpacked: float  # what `flops` would be if each packed sequence were one text
     tokens: int  # of its packed sequences, without padding
 
 
@@ -207,6 +208,10 @@ def _rehearse(
             raise
     for seen in (operators, operators.pinned, ledger, communication):
         seen.check()
+    step_flops = record.flops / len(micro_batches) * len(batches) / meshes.ulysses_size
+    cutoff_len = settings.data.dataset_param.basic_parameters.cutoff_len
+    unpacked = torch.full((t.micro_batch_size,), cutoff_len)
+    pairs = [flops.of(0, lengths, 0, batches[0].grid_thw[:0]) for lengths in (unpacked, batches[0].cu_seqlens.diff())]
     return Rehearsal(
         ranks=meshes.weights.size(),
         data_ranks=meshes.data_size,
@@ -215,8 +220,9 @@ def _rehearse(
         operators=operators,
         communication=communication,
         lower_bound=lower_bound(model, meshes, settings, len(batches[0].pixel_values)),
-        flops=record.flops / len(micro_batches) * len(batches) / meshes.ulysses_size,
+        flops=step_flops,
         recomputed=_recomputed(whole, settings, batches) / meshes.ulysses_size,
+        flops_unpacked=step_flops + (pairs[0] - pairs[1]) * len(batches) / meshes.ulysses_size,
         tokens=sum(len(b.input_ids) - (0 if b.is_pad is None else int(b.is_pad.sum())) for b in batches),
     )
 

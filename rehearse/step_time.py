@@ -18,16 +18,17 @@ class Times:
     arithmetic: float
     memory: float
     communication: float
+    copies: float  # to the host's memory and back
     host: float
 
     @property
     def overlapped(self) -> float:
         """Everything at the same time, but for arithmetic and memory, which share one queue."""
-        return max(self.arithmetic + self.memory, self.communication, self.host)
+        return max(self.arithmetic + self.memory, self.communication, self.copies, self.host)
 
     @property
     def serialized(self) -> float:
-        return self.arithmetic + self.memory + self.communication + self.host
+        return self.arithmetic + self.memory + self.communication + self.copies + self.host
 
 
 def times(r: Rehearsal, rates: Rates, hierarchical: bool) -> Times:
@@ -47,6 +48,7 @@ def times(r: Rehearsal, rates: Rates, hierarchical: bool) -> Times:
         (r.flops + r.recomputed) / rates.flops,
         sum(c.bytes_moved for c in counts) / rates.memory,
         communication,
+        2 * sum(c.bytes_copied for c in counts) / rates.copies,  # all that goes to the host comes back
         sum(c.dispatched for c in counts) * rates.host,
     )
 

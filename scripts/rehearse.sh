@@ -16,14 +16,14 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source scripts/check_env.sh
 source scripts/stand_ins.sh
-what_is_done=rehearsed
+what_is_done=rehearsed module=${module:-rehearse}
 nodes=${NODES:-1}
 unset NODES NODE_RANK # nobody is to be met
 check_int NODES "$nodes" "1 -"
 check_env
 need_venv
 split "${ARGS:-}"
-if help_in "${words[@]}"; then exec "$python" -m rehearse --help; fi # before anything is made or downloaded
+if help_in "${words[@]}"; then exec "$python" -m "$module" --help; fi # before anything is made or downloaded
 if [[ ($CONFIG -ef configs/tiny.yaml || $CONFIG -ef configs/lora/tiny.yaml) && ! -e ckpt/hf_path/tiny/config.json ]]; then
     "$python" -m qwen35.tools.tiny
 fi
@@ -31,12 +31,14 @@ if [[ $CONFIG -ef configs/lora/tiny.yaml && ! -e runs/tiny_base/hf/config.json ]
     words=(model.model_name_or_path=ckpt/hf_path/tiny "${words[@]}")
 fi
 per_node=${NPUS_PER_NODE:-8} memory=$NPU_MEMORY_GB config=$CONFIG buffer=${HCCL_BUFFSIZE:-}
-rates=${RATES:-}
+rates=${RATES:-} tokens=
+if [[ $module == rehearse.plan ]]; then tokens=${TOKENS_PER_STEP:-}; fi
 if [[ -z $rates && -e runs/accept/rates.yaml ]]; then rates=runs/accept/rates.yaml; fi
 if [[ $rates == none ]]; then rates=; fi
 make_stand_ins "$(torch_version)"
 unset "${env_names[@]}"
 if [[ -n $buffer ]]; then export HCCL_BUFFSIZE=$buffer; fi
 export TRITON_INTERPRET=1 # nothing is compiled
-"$python" -W ignore -m rehearse "$config" --nodes "$nodes" --npus-per-node "$per_node" --memory-gb "$memory" ${rates:+--rates "$rates"} "${words[@]}" "$@" \
+"$python" -W ignore -m "$module" "$config" --nodes "$nodes" --npus-per-node "$per_node" --memory-gb "$memory" ${rates:+--rates "$rates"} \
+    ${tokens:+--tokens-per-step "$tokens"} "${words[@]}" "$@" \
     2> >(without_noise >&2) | without_noise

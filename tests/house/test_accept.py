@@ -180,11 +180,13 @@ def test_measured_rates_are_read_by_rehearse(tmp_path, capsys):
     rates = read_rates(tmp_path / "rates.yaml", "npu")
     for found, assumed in ((rates.best, BEST), (rates.worst, WORST)):
         assert asdict(found) == asdict(assumed) | {"flops": 2.5e14, "within": 6e10}  # the lower of two
-    assert rates.source == "flops, within measured on Ascend910B2; memory, between, host assumed"
-    whole = rates_text("npu", "Ascend910B2", asdict(Rates(1, 2, 3, 4, 5)))
+    assert rates.source == "flops, within measured on Ascend910B2; memory, between, copies, host assumed"
+    whole = rates_text("npu", "Ascend910B2", asdict(Rates(1, 2, 3, 4, 5, 6)))
     (tmp_path / "rates.yaml").write_text(whole)
     assert read_rates(tmp_path / "rates.yaml", "npu") == RateRange(
-        Rates(1, 2, 3, 4, 5), Rates(1, 2, 3, 4, 5), "flops, memory, within, between, host measured on Ascend910B2"
+        Rates(1, 2, 3, 4, 5, 6),
+        Rates(1, 2, 3, 4, 5, 6),
+        "flops, memory, within, between, copies, host measured on Ascend910B2",
     )
 
 
@@ -202,7 +204,10 @@ GOOD = {"kind": "npu", "device": "Ascend910B2", "flops": "2.5e+14 FLOP/s"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flop": "1 FLOP/s"}, "flop: no such rate; the names are kind, device, flops, memory, within, between, host"),
+        (
+            {"flop": "1 FLOP/s"},
+            "flop: no such rate; the names are kind, device, flops, memory, within, between, copies, host",
+        ),
         ({"flops": "250 TFLOPS"}, r"flops: 250 TFLOPS: the unit must be FLOP/s, as in 3.54e\+14 FLOP/s"),
         ({"flops": "1e14"}, "the unit must be FLOP/s"),
         ({"host": "-1 s"}, "host: -1 s is not a number above 0"),

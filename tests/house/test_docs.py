@@ -24,7 +24,18 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BOTH = ("README.md", "docs/guide.md", "docs/from-mindspeed.md")  # in both languages
 ELSEWHERE = re.compile(r"from-mindspeed")  # names the files and settings of another project
 # These start tests or downloads, so only their variables are checked.
-NOT_RUN = ("test", "test-npu", "test-versions", "test-browser", "test-trackers", "rehearse", "bench", "lint", "clean")
+NOT_RUN = (
+    "test",
+    "test-npu",
+    "test-versions",
+    "test-browser",
+    "test-trackers",
+    "rehearse",
+    "plan",
+    "bench",
+    "lint",
+    "clean",
+)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

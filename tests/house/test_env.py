@@ -104,8 +104,8 @@ BAD = [
     ("TRITON_CACHE_DIR", "env.sh"),  # a file
 ]
 
-TARGETS = """help install doctor accept download convert export data show finetune report preflight rehearse generate predict
-    evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
+TARGETS = """help install doctor accept download convert export data show finetune report preflight plan rehearse generate
+    predict evaluate bench test test-versions test-browser test-trackers lint docs clean""".split()
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
@@ -700,12 +700,13 @@ def test_variables_of_a_run_stop_no_other_command(run: Run, project: Path, targe
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("script", ["finetune.sh", "doctor.sh", "preflight.sh", "rehearse.sh"])
+@pytest.mark.parametrize("script", ["finetune.sh", "doctor.sh", "preflight.sh", "rehearse.sh", "plan.sh"])
 def test_help_in_args_starts_nothing(run: Run, project: Path, script: str) -> None:
     result = run("bash", f"scripts/{script}", ARGS="--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert calls(project) == (["-m rehearse --help"] if script == "rehearse.sh" else [])
-    assert script == "rehearse.sh" or "docs/settings.md" in result.stdout
+    own = {"rehearse.sh": ["-m rehearse --help"], "plan.sh": ["-m rehearse.plan --help"]}
+    assert calls(project) == own.get(script, [])
+    assert script in own or "docs/settings.md" in result.stdout
 
 
 def test_kernels_outside_of_the_environment_says_so() -> None:

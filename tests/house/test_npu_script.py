@@ -33,10 +33,11 @@ def test_without_the_wheel_nothing_is_tested_and_one_line_says_so(copy):
 
 
 def test_without_the_wheel_nothing_is_rehearsed(copy):
-    done = run(copy, "rehearse.sh", NODES="2")
-    assert done.returncode == 3 and not done.stdout
-    [line] = done.stderr.splitlines()
-    assert all(word in line for word in ("rehearse.sh", "nothing rehearsed", "torch-npu "))
+    for script in ("plan.sh", "rehearse.sh"):
+        done = run(copy, script, NODES="2")
+        assert done.returncode == 3 and not done.stdout
+        [line] = done.stderr.splitlines()
+        assert all(word in line for word in (script, "nothing rehearsed", "torch-npu "))
     for name, value in (("NODES", "none"), ("NPU_MEMORY_GB", "0")):
         done = run(copy, "rehearse.sh", **{name: value})
         assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from steps import slice_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rehearse.step
 from kernels import npu  # noqa: F401  # registers the device with torch
+from rehearse import plan
 from rehearse.__main__ import main
 from rehearse.cost import bytes_moved, workspace
 from rehearse.rates import rates_text
@@ -69,10 +71,10 @@ def test_measured_rates_replace_assumed_ones(recipe, capsys, tmp_path):
     rates.write_text(rates_text("npu", "Ascend910B2", dict.fromkeys(("flops", "memory", "within", "between"), 1e12)))
     assert main([recipe, "--json", "--rates", str(rates)]) == 0
     out = capsys.readouterr().out
-    assert "(flops, memory, within, between measured on Ascend910B2; host assumed)" in out
+    assert "(flops, memory, within, between measured on Ascend910B2; copies, host assumed)" in out
     best, worst = columns(out, "best case"), columns(out, "worst case")
     assert best[0][2:4] == worst[0][2:4]  # arithmetic and memory
-    assert best[0][5] != worst[0][5]  # the host's rate is assumed
+    assert best[0][6] != worst[0][6]  # the host's rate is assumed
     summary = json.loads(out.splitlines()[-1])
     assert 0 < summary["best"] < summary["worst"] and summary["peak"] > 1e8
     assert f"between {summary['best']:.2f} and {summary['worst']:.2f} s" in out
@@ -220,3 +222,21 @@ def test_scaling(recipe, capsys, monkeypatch):
         and int(longer.replace(",", "")) > 4 * int(flat.replace(",", ""))
     )
     assert float(more) / float(sent) == pytest.approx((63 / 64) / (15 / 16), rel=0.02) and float(ratio) == 1
+
+
+def test_a_plan_rehearses_what_it_recommends(recipe, capsys, monkeypatch, tmp_path):
+    """Its lines, as settings, give the figures of its table; the cache gives the table again."""
+    monkeypatch.setattr(plan, "CACHE", tmp_path / "plan")
+    monkeypatch.setattr(plan, "MOST", 8)
+    tables = []
+    for _ in range(2):
+        assert plan.main([recipe, "--npus-per-node", "4"]) == 0
+        head, *table = capsys.readouterr().out.splitlines()
+        assert "on 1 x 4 NPUs of 64 GB" in head and " rehearsed in" in head
+        tables.append(table)
+    assert tables[0] == tables[1]
+    first, pasted = tables[0][1].split(), yaml.safe_load("\n".join(tables[0]).partition("for the recipe:\n")[2])
+    given = [f"{section}.{name}={value}" for section, part in pasted.items() for name, value in part.items()]
+    assert main([recipe, "--npus-per-node", "4", *given]) == 0
+    verdict = capsys.readouterr().out.splitlines()[0]
+    assert f" {first[3]} of 64 GB" in verdict and f"{first[0]} to {first[2]} s a step" in verdict

@@ -27,17 +27,23 @@ class Best:
     since: int = 0  # validations after it
 
     @classmethod
+    def before(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None) -> "Best":
+        """What a checkpoint says. Raises CheckpointError if it is damaged."""
+        best, state = cls(t.save_best or "loss"), checkpoint.extra.get(KEY) if checkpoint else None
+        if checkpoint is None or state is None:
+            return best
+        if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != TYPES:
+            raise damaged(checkpoint.path, EXTRA, f"does not hold {KEY} as a run writes it")
+        return cls(**state) if state["figure"] == best.figure else best
+
+    @classmethod
     def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None) -> "Best":
         """At the start of a run, from the checkpoint that it resumes from. All ranks call it.
 
         With save_best the file that names the best checkpoint says the same afterwards, if another
         job was stopped before it could. Raises CheckpointError for a damaged checkpoint.
         """
-        best, state = cls(t.save_best or "loss"), checkpoint.extra.get(KEY) if checkpoint else None
-        if checkpoint and state is not None:
-            if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != TYPES:
-                raise damaged(checkpoint.path, EXTRA, f"does not hold {KEY} as a run writes it")
-            best = cls(**state) if state["figure"] == best.figure else best
+        best = cls.before(t, checkpoint)
         if not t.save_best:
             return best
         folder = Path(t.save)

@@ -165,7 +165,7 @@ def prepare(args: argparse.Namespace, source: ModelSource, **basic_parameters: A
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
     names = ("on_bad_record", *(CHOICES if template != "qwen3_vl_nothink" else ()))
     kept = {name: getattr(trained.basic_parameters, name) for name in names}
-    basic = BasicParameters(**{"dataset": "", "template": template} | kept | basic_parameters)
+    basic = BasicParameters(**kept | {"dataset": "", "template": template} | basic_parameters)
     tokenizer = ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts)
     spec = vision_spec(source.config)
     preparation = Preparation(

@@ -50,7 +50,8 @@
 # The folder of the run for which `make report` writes a page, or of several with commas between
 # them, for one page that compares them.
 : "${RUN:=runs/tiny}"
-# The records that `make predict` asks, and those with the right answers for `make evaluate`.
+# The records that `make predict` asks, and those with the right answers for `make evaluate`: what
+# `dataset` of a recipe may be, one file, several with commas, or a list of entries.
 : "${DATA:=data/digits/heldout.json}"
 # What `make generate` asks. Default: text on standard input. `<image>` in it is where an image
 # belongs, `<video>` where a video.

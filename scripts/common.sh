@@ -74,6 +74,23 @@ split() { # TEXT into the array words, as a shell would: quotes honoured, nothin
     if [[ -n $lines ]]; then mapfile -t words <<<"$lines"; fi
 }
 
+pip=(-m pip install -qq --disable-pip-version-check --no-input)
+is_made() { # FOLDER OLDER: a finished environment, younger than what it was made from
+    [[ -e $1/.made && ! $2 -nt $1/.made ]]
+}
+
+beside_venv() { # FOLDER OLDER WHAT…: an environment that pip installs WHAT into; all else it finds in .venv, behind
+    local folder=$1 older=$2 site
+    shift 2
+    if is_made "$folder" "$older" && is_made "$folder" .venv/.installed; then return; fi
+    echo "making $folder"
+    "$python" -m venv --clear "$folder"
+    site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/behind.pth"
+    "$folder/bin/python" "${pip[@]}" "$@"
+    touch "$folder/.made"
+}
+
 await() { # PID: until it has ended; its exit status is in `code`. A trap that may interrupt this sets `interrupted`
     interrupted=1
     while [[ -n $interrupted ]]; do

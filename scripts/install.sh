@@ -111,11 +111,10 @@ else
     "$python_base" -m venv --clear .venv
 fi
 echo "$kind" >.venv/.kind
-pip=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-input)
 echo "[2/3] the pins of $lock${cann:+ for CANN $cann ($origin)} (torch takes longest)"
-"${pip[@]}" --requirement <(echo "$pins") ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+.venv/bin/python "${pip[@]}" --requirement <(echo "$pins") ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
 echo "[3/3] qwen35 itself"
-"${pip[@]}" --no-deps --no-build-isolation --editable .
+.venv/bin/python "${pip[@]}" --no-deps --no-build-isolation --editable .
 echo "$kind" >.venv/.installed
 .venv/bin/python - "$device" "$SECONDS" <<'PY'
 import platform

@@ -14,24 +14,9 @@ check_env
 need_venv
 split "${ARGS:-}"
 
-is_made() { # NAME OLDER: the stamp is a finished environment's, and younger than what that was made from
-    [[ -e build/versions/$1/.made && ! $2 -nt build/versions/$1/.made ]]
-}
-
-beside_venv() { # a venv that holds transformers and what it needs in other versions; all else it finds in .venv, behind
-    local folder=build/versions/$1 site
-    is_made "$1" .venv/.installed && return
-    echo "making $folder"
-    "$python" -m venv --clear "$folder"
-    site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/behind.pth"
-    "$folder/bin/python" "${pip[@]}" "transformers==$TRANSFORMERS"
-    touch "$folder/.made"
-}
-
 with_torch() { # a whole environment, by the lock of an NPU installation
     local folder=build/versions/$1 lock=scripts/requirements/npu-arm.txt base
-    is_made "$1" "$lock" && return
+    is_made "$folder" "$lock" && return
     base=$(find_python python3.10 python3 python3.11 python3.12)
     echo "making $folder with $base (torch takes longest)"
     "$base" -m venv --clear "$folder"
@@ -41,14 +26,13 @@ with_torch() { # a whole environment, by the lock of an NPU installation
     touch "$folder/.made"
 }
 
-pip=(-m pip install -qq --disable-pip-version-check --no-input)
 if [[ -n ${TORCH:-} ]]; then
     name=torch-$TORCH wanted=(torch "$TORCH")
     with_torch "$name"
     choice=()
 else
     name=transformers-$TRANSFORMERS wanted=(transformers "$TRANSFORMERS")
-    beside_venv "$name"
+    beside_venv "build/versions/$name" .venv/.installed "transformers==$TRANSFORMERS"
     choice=(-m "transformers and not peft")
 fi
 

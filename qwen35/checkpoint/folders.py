@@ -203,13 +203,13 @@ def new_folder(folder: Path, manifest: str, content: dict[str, Any]) -> Iterator
             raise
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file so that it always has its old or its new content. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     try:
         with naming(path):
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

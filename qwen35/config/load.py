@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qwen35.config.other_names import ADVICE
 from qwen35.config.rules import check_rules
-from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, Attr, DatasetFile, Settings, for_validation
+from qwen35.config.schema import TRAIN_SET, VALIDATION_SET, Attr, DatasetFile, Settings, dataset_entries, for_validation
 from qwen35.errors import Parser, SettingError, complain, one_line, read_text
 
 SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
@@ -32,6 +32,8 @@ BASE = "base"  # of a recipe: another one, whose settings hold where it has none
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
 OF_A_SHELL = re.compile(r"(?:^|,)\s*(~)/|(\$(?:\{\w+\}|[A-Z_]\w*))")  # in a path: a home, a variable
 LENGTHS = ("training.train_epochs", "training.train_iters")  # of a run, in one unit or the other
+NO_RUN = {"model.model_name_or_path": "-", "training.save": "none", "training.train_iters": 1}
+DATA = "one file, several with commas, or a list as `dataset` of a recipe: [{file: a.json, format: alpaca}]"
 LONGEST_RECIPE = 1 << 20  # characters; YAML takes seconds for each million
 
 
@@ -52,6 +54,18 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
+def parse_dataset(text: str) -> str | tuple[DatasetFile, ...]:
+    """What --data of a command names, a list of entries as in a recipe too. Raises SettingError."""
+    if not text.startswith("["):
+        return text
+    settings = from_flat({f"{TRAIN_SET}.basic_parameters.dataset": _override("--data", text)} | NO_RUN)
+    check_rules(settings)
+    dataset = settings.data.dataset_param.basic_parameters.dataset
+    if any(entry.weight != 1 for entry in dataset_entries(dataset)):
+        raise SettingError("--data: each record is read once; leave the weights out")
+    return dataset
+
+
 def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
     """A recipe's settings by dotted names, over those of its base. Raises SettingError."""
     text = read_text(path, SettingError, "no such recipe; the shipped ones are in configs/")
@@ -65,11 +79,10 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
     base = tree.pop(BASE, None)
     if base is None:
         return _flatten(tree, str(path))
-    if not isinstance(base, str) or is_base:
-        problem = (
-            "a base has no base itself" if is_base else f"{base!r} is not the path of a recipe, from this one's folder"
-        )
-        raise SettingError(f"{path}: {BASE}: {problem}")
+    if is_base:
+        raise SettingError(f"{path}: {BASE}: a base has no base itself; name the one that has none, or write all out")
+    if not isinstance(base, str):
+        raise SettingError(f"{path}: {BASE}: {base!r} is not the path of a recipe, from this one's folder")
     below, own = _read_flat(path.parent / base, is_base=True), _flatten(tree, str(path))
     for key in (k for k, v in own.items() if k in SECTIONS and v in (None, {})):
         if kept := next((k for k in below if k.startswith(f"{key}.")), None):
@@ -82,8 +95,7 @@ def _read_flat(path: Path, is_base: bool = False) -> dict[str, Any]:
 
 def _below(flat: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
     """Settings without the length of the run, if those `given` above them say another."""
-    is_replaced = any(name in given for name in LENGTHS)
-    return {name: value for name, value in flat.items() if not (is_replaced and name in LENGTHS)}
+    return {name: value for name, value in flat.items() if name not in LENGTHS or not {*LENGTHS} & {*given}}
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -295,7 +307,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 def difference(old: Settings, new: Settings) -> list[str]:
     """The settings that changed, each as "training.lr: 0.001 -> 0.0001"."""
-    before, after = flat_settings(old), flat_settings(new)
+    before, after = ({k: v for k, v in flat_settings(s).items() if v != {}} for s in (old, new))
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in before | after if before.get(k) != after.get(k)]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qwen35.config.load import from_flat, load_settings, no_option
+from qwen35.config.load import DATA, NO_RUN, from_flat, load_settings, no_option, parse_dataset
 from qwen35.config.schema import TRAIN_SET
 from qwen35.data.llava import Options, convert
+from qwen35.data.mixture import dataset_files
 from qwen35.data.preview import lengths_report, show
 from qwen35.errors import USER_ERRORS, Parser, complain, whole_number
 
@@ -23,9 +24,8 @@ def parser() -> Parser:
     policy: dict[str, Any] = {"choices": ["error", "skip"], "default": "error"}
     c.add_argument("--on_missing", **policy, help="what to do with records whose image is missing (default: error)")
     c.add_argument("--on_bad_record", **policy, help="what to do with any record that cannot be used (default: error)")
-    c.add_argument(
-        "--check", choices=["headers", "none"], default="headers", help="what to read of images (default: headers)"
-    )
+    what = "what to read of images (default: headers)"
+    c.add_argument("--check", choices=["headers", "none"], default="headers", help=what)
     c.add_argument("--tokenizer", type=Path, help="model folder, to report lengths in tokens instead of characters")
     c.add_argument("--workers", type=whole_number(1), help="number of processes (default: one per core)")
     s = commands.add_parser("show", help="show samples as they are trained, with the trained tokens marked")
@@ -35,7 +35,7 @@ def parser() -> Parser:
     s.add_argument("--lengths", action="store_true", help="show how long all samples are instead")
     s.add_argument("--picture", type=Path, help="with --lengths: a PNG file to draw them to")
     n = commands.add_parser("lengths", help="the same for any records, with the default settings of a recipe")
-    n.add_argument("--data", required=True, help="records as for training; one file, or several with commas")
+    n.add_argument("--data", required=True, help=f"records as for training; {DATA}")
     n.add_argument("--tokenizer", required=True, help="model folder, whose tokens are counted")
     n.add_argument("--dataset_dir", help="folder of the records' images and videos (default: that of the first file)")
     n.add_argument("--cutoff_len", type=whole_number(1), default=2048, help="to compare with (default: 2048)")
@@ -53,19 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "convert":
             print(convert(Options(**{name: value for name, value in vars(args).items() if name != "command"})))
         elif args.command == "lengths":
-            first = Path(args.data.partition(",")[0].strip())
-            basic = {"dataset": args.data, "dataset_dir": args.dataset_dir or str(first.parent)}
+            first, *_ = dataset_files(dataset := parse_dataset(args.data))
+            basic = {"dataset": dataset, "dataset_dir": args.dataset_dir or str(first.parent)}
             with TemporaryDirectory(prefix="qwen35-") as images:  # those that records hold themselves
                 basic |= {"cutoff_len": args.cutoff_len, "cache_dir": images}
                 flat = {f"{TRAIN_SET}.basic_parameters.{name}": value for name, value in basic.items()}
-                flat |= {"model.model_name_or_path": args.tokenizer, "training.train_iters": 1, "training.save": "none"}
+                flat |= NO_RUN | {"model.model_name_or_path": args.tokenizer}
                 print(lengths_report(from_flat(flat), first.with_suffix(".lengths.png")))
         elif args.lengths or args.picture:
             print(lengths_report(load_settings(args.config, args.overrides), args.picture))
         else:
-            settings = load_settings(args.config, args.overrides)
             colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            for text in show(settings, args.samples, colour):
+            for text in show(load_settings(args.config, args.overrides), args.samples, colour):
                 print(text, flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -71,11 +71,9 @@ def _filled(turn: Turn, fills: dict[str, Iterator[str]]) -> Turn:
     def fill(part: Any) -> Any:
         return TAG.sub(lambda match: next(fills[match[0]]), part) if isinstance(part, str) else part
 
-    reasoning = fill(turn.reasoning)
-    content = turn.content
-    return replace(
-        turn, reasoning=reasoning, content=fill(content) if isinstance(content, str) else tuple(map(fill, content))
-    )
+    reasoning = fill(turn.reasoning)  # which comes before the content
+    content = fill(turn.content) if isinstance(turn.content, str) else tuple(map(fill, turn.content))
+    return replace(turn, reasoning=reasoning, content=content)
 
 
 def _size(images: Sequence[Path], number: int, box_type: Any, where: str) -> tuple[int, int]:

@@ -17,18 +17,15 @@ def histogram(lengths: np.ndarray, unit: str, cutoff_len: int | None = None) -> 
     """Quantiles of the lengths, and a histogram of bars with a line for cutoff_len."""
     spread = ", ".join(f"{name} {length:,}" for name, length in quantiles(lengths).items())
     lines = [f"{unit}: {spread}, longest {lengths.max():,}; {lengths.sum():,} in all"]
-    counts, edges = np.histogram(lengths, _edges(int(lengths.max()), BUCKETS))
-    columns, cutoff = len(f"{edges[-1]:,}"), ""
-    if cutoff_len is not None:
-        longer = int((lengths > cutoff_len).sum())
-        cutoff = f"  {'-' * columns} cutoff_len {cutoff_len:,}: {longer:,} ({longer / len(lengths):.1%}) are longer"
+    counts, edges = np.histogram(lengths, _edges(lengths, BUCKETS))
+    columns = len(f"{edges[-1]:,}")
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         bar = "#" * -(-count * WIDTH // int(counts.max()))
         lines.append(f"  {low:>{columns},} to {high - 1:>{columns},} {bar:{WIDTH}} {count:,}")
-        if cutoff_len is not None and low <= cutoff_len < high:
-            lines.append(cutoff)
-    if cutoff_len is not None and cutoff_len >= edges[-1]:
-        lines.append(cutoff)
+    if cutoff_len is not None:
+        longer = int((lengths > cutoff_len).sum())
+        cutoff = f"  {'-' * columns} cutoff_len {cutoff_len:,}: {longer:,} ({longer / len(lengths):.1%}) are longer"
+        lines.insert(1 + int(np.searchsorted(edges[:-1], cutoff_len, "right")), cutoff)
     return "\n".join(lines)
 
 
@@ -38,20 +35,23 @@ def draw(lengths: np.ndarray, unit: str, title: str, file: Path, cutoff_len: int
 
     figure = Figure(figsize=(8, 4.5), layout="tight")
     axis = figure.subplots()
-    axis.hist(lengths, bins=_edges(int(lengths.max()), 80).tolist(), color="tab:blue")
+    edges = _edges(lengths, 80).tolist()
+    axis.hist(lengths, bins=edges, color="tab:blue")
     for (name, length), style in zip(quantiles(lengths).items(), (":", "-.", "--"), strict=True):
         axis.axvline(length, color="tab:gray", linestyle=style, linewidth=1, label=f"{name} {length:,}")
     if cutoff_len is not None:
         axis.axvline(cutoff_len, color="tab:red", linewidth=1.5, label=f"cutoff_len {cutoff_len:,}")
-    right = min(axis.get_xlim()[1], 2 * max(1, int(lengths.max())))  # a far cutoff_len is in the legend alone
-    axis.set(xlabel=unit, ylabel="number", title=title, xlim=(0, right))
+    if cutoff_len is not None and cutoff_len > 2 * edges[-1]:  # so far away it is in the legend alone
+        axis.set_xlim(edges[0], edges[-1])
+    axis.set(xlabel=unit, ylabel="number", title=title)
     axis.legend()
     figure.savefig(file, dpi=120, format="png")
 
 
-def _edges(longest: int, buckets: int) -> np.ndarray:
-    """Bucket edges from 0 to beyond `longest`, in round steps."""
-    rough = (longest + 1) / buckets
+def _edges(lengths: np.ndarray, buckets: int) -> np.ndarray:
+    """Bucket edges from the shortest length or below to beyond the longest, in round steps."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    rough = (longest - shortest + 1) / buckets
     scale = 10 ** max(0, int(np.floor(np.log10(rough)))) if rough > 1 else 1
     step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
-    return np.arange(0, (longest // step + 2) * step, step)
+    return np.arange(shortest // step * step, (longest // step + 2) * step, step)

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from qwen35.config.schema import Attr, BasicParameters, DatasetFile, Settings, attr_of
+from qwen35.config.schema import Attr, BasicParameters, DatasetFile, Settings, attr_of, dataset_entries
 from qwen35.data.chat_template import ChatTemplate
 from qwen35.data.checkpoint_template import checkpoint_pieces, checkpoint_prompt
 from qwen35.data.conversations import conversations
 from qwen35.data.files import is_text_only
 from qwen35.data.image_processor import ImageError, ImageProcessor, Odd
 from qwen35.data.media import ImageFolder
+from qwen35.data.mixture import dataset_files
 from qwen35.data.record import Record, RecordError, Turn, Video, Visual
 from qwen35.data.style import DEFAULT_STYLE, Style, style_of
 from qwen35.data.template import (
@@ -81,6 +82,11 @@ class Preparation:
     def of_file(self, entry: DatasetFile) -> "Preparation":
         """For the records of one file, which may have a format and names of its own."""
         return replace(self, attr=attr_of(entry, self.attr))
+
+    def files(self) -> Iterator[tuple[Path, "Preparation"]]:
+        """Each file of the dataset, and how its records are read. Raises SettingError."""
+        entries = map(self.of_file, dataset_entries(self.basic.dataset))
+        return zip(dataset_files(self.basic.dataset), entries, strict=True)
 
     def tokenise(self, record: Record) -> list[tuple[Record, TokenisedSample]]:
         """The conversations that a record is trained as. Raises RecordError."""

@@ -13,7 +13,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen35.config.schema import dataset_entries
 from qwen35.data.background import results
 from qwen35.data.conversations import wanted_answers
 from qwen35.data.data_warnings import DataWarnings
@@ -21,7 +20,6 @@ from qwen35.data.fields import FieldNames
 from qwen35.data.files import try_lock
 from qwen35.data.formats import parse_records, read_records
 from qwen35.data.media import ImageFolder
-from qwen35.data.mixture import dataset_files
 from qwen35.data.preparation import Preparation, TokenisedSample
 from qwen35.data.readers import read_values
 from qwen35.data.record import Record, RecordError, Video, Visual
@@ -45,11 +43,11 @@ def silent(what: str, records: int) -> None:
 
 def load_files(preparation: Preparation, progress: Progress = silent) -> Iterator[FileSamples]:
     """The samples of each file of the dataset, up to its first `max_samples` records."""
-    basic, left = preparation.basic, preparation.basic.max_samples
-    for file, entry in zip(dataset_files(basic.dataset), dataset_entries(basic.dataset), strict=True):
+    left = preparation.basic.max_samples
+    for file, of_file in preparation.files():
         if left == 0:
             break
-        samples = load_samples(file, preparation.of_file(entry), left, progress)
+        samples = load_samples(file, of_file, left, progress)
         left = None if left is None else left - samples.records
         yield samples
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen35.batch import PackedBatch
-from qwen35.config.schema import DatasetFile, DatasetParam, Settings, dataset_entries
+from qwen35.config.schema import DatasetFile, DatasetParam, Settings
 from qwen35.data.background import background_loader
 from qwen35.data.dataloader import DecodedBatches, open_dataset
 from qwen35.data.dataset import Dataset
@@ -89,8 +89,7 @@ class ValidationSet:
         skip = (lambda error: progress(str(error), 1)) if self.dataset.skips_bad_records else None
         groups: list[list[Record]] = []
         self.masked = room = 0
-        entries = map(preparation.of_file, dataset_entries(preparation.basic.dataset))
-        for file, of_file in zip(self.dataset.files, entries, strict=False):
+        for file, (_, of_file) in zip(self.dataset.files, preparation.files(), strict=False):
             for record, parts in tokenised(Path(file.file), of_file, file.records, skip):
                 progress(record.source, 1)
                 length = max(len(sample.ids) for _, sample in parts)

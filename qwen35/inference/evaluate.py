@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         questions = Questions.read(args, answered=True)
         run = questions.source.train_set
         known = {Path(entry.file).resolve() for entry in dataset_entries(run.basic_parameters.dataset if run else "")}
-        for entry in dataset_entries(args.data):
+        for entry in dataset_entries(questions.asking.preparation.basic.dataset):
             if Path(entry.file).resolve() in known:
                 print(f"{entry.file} is what the run trained on, so nothing in it was held out", file=sys.stderr)
         for found in questions.answers(questions.load_model(args), args.batch, args.max_new_tokens):

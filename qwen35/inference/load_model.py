@@ -142,10 +142,10 @@ def add_thinking(parser: Parser, default: str) -> None:
         thinking.add_argument(name, dest="thinking", action="store_const", const=value, help=text)
 
 
-def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", **basic_parameters: Any) -> Preparation:
+def prepare(args: argparse.Namespace, source: ModelSource, **basic_parameters: Any) -> Preparation:
     """Preprocessing by the options above, else as the model's run had it. Raises SettingError."""
     recipe = load_settings(args.recipe).data.dataset_param if args.recipe else None
-    trained = recipe or source.train_set or DatasetParam(BasicParameters(dataset))
+    trained = recipe or source.train_set or DatasetParam(BasicParameters(""))
     smallest = args.image_min_pixels or trained.preprocess_parameters.image_min_pixels
     largest = args.image_max_pixels or trained.preprocess_parameters.image_max_pixels
     if smallest > largest:
@@ -153,11 +153,9 @@ def prepare(args: argparse.Namespace, source: ModelSource, dataset: str = "", **
     template = args.template or trained.basic_parameters.template
     if args.thinking and template == "qwen3_vl_nothink":
         raise SettingError("--thinking: the template qwen3_vl_nothink has no thoughts")
-    choices = (
-        {name: getattr(trained.basic_parameters, name) for name in CHOICES} if template != "qwen3_vl_nothink" else {}
-    )
-    choices["on_bad_record"] = trained.basic_parameters.on_bad_record
-    basic = BasicParameters(dataset, template=template, **choices | basic_parameters)
+    names = ("on_bad_record", *(CHOICES if template != "qwen3_vl_nothink" else ()))
+    kept = {name: getattr(trained.basic_parameters, name) for name in names}
+    basic = BasicParameters(**kept | {"dataset": "", "template": template} | basic_parameters)
     tokenizer = ChatTokenizer(source.tokenizer, trained.basic_parameters.special_tokens_in_prompts)
     spec = vision_spec(source.config)
     preparation = Preparation(

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen35.config.load import DATA, parse_dataset
 from qwen35.console import outlive_readers
 from qwen35.data import Record, RecordError
 from qwen35.data.collator import prompt_batch, vision_spec
@@ -160,10 +161,12 @@ class Questions:
         answered: each must end with an answer. Raises CheckpointError, SettingError, RecordError.
         """
         source, embedded = models.find_model(args.model, args.hf), TemporaryDirectory(prefix="qwen35-")
-        folders = list(dict.fromkeys(str(Path(name.strip()).parent) for name in args.data.split(",")))
-        basic = {"dataset_dir": args.dataset_dir or folders[0], "cache_dir": embedded.name}
+        dataset = parse_dataset(args.data)
+        folders = list(dict.fromkeys(str(file.parent) for file in dataset_files(dataset)))
+        basic: dict[str, Any] = {"dataset": dataset, "cache_dir": embedded.name}
+        basic["dataset_dir"] = args.dataset_dir or folders[0]
         basic |= {"on_bad_record": args.on_bad_record} if args.on_bad_record else {}
-        preparation = models.prepare(args, source, args.data, **basic)
+        preparation = models.prepare(args, source, **basic)
         sampling = sampling_of(args, read_generation_config(source.config), args.sample)
         if args.sample and sampling.is_greedy:
             raise SettingError(f"--sample: {source.config}/{FILE} does not sample; give a --temperature")
@@ -200,8 +203,7 @@ def _read(asking: Asking, answered: bool) -> list[Record]:
     preparation, skipped, warnings = asking.preparation, Skipped(), DataWarnings()
     basic, images = preparation.basic, preparation.folder()
     skip = skipped.add if basic.on_bad_record == "skip" else None
-    files = dataset_files(basic.dataset)
-    read = (read_records(file, preparation.attr, images, None, answered, skip, warnings) for file in files)
+    read = (read_records(f, of.attr, images, None, answered, skip, warnings) for f, of in preparation.files())
     records = []
     for record in chain.from_iterable(read):
         odd: list[str] = []
@@ -241,7 +243,7 @@ def add_questions(parser: Parser, data: str, limit: str, thinking: str = "") -> 
     """Options for the model, the records, and how it is asked about them."""
     models.add_options(parser)
     add = parser.add_argument
-    add("--data", required=True, help=f"{data}; one file, or several with commas")
+    add("--data", required=True, help=f"{data}; {DATA}")
     add("--dataset_dir", help="folder of the records' images and videos; default: the folder of the files")
     bad = "what to do with a record that cannot be used; default: the run's or recipe's, else error"
     add("--on_bad_record", choices=["error", "skip"], help=bad)
@@ -293,7 +295,7 @@ def _made_with(asking: Asking, limit: int) -> dict[str, Any]:
         del sampling["seed"]
     pixels = {f"image_{name}": getattr(preparation.images, name, None) for name in ("min_pixels", "max_pixels")}
     told = {"template": preparation.basic.template, "max_new_tokens": limit, "thinking": asking.thinking}
-    files = {str(file): preparation.cache_key(file, None) for file in dataset_files(preparation.basic.dataset)}
+    files = {str(file): one.cache_key(file, None) for file, one in preparation.files()}
     return told | pixels | sampling | {"records": files}
 
 

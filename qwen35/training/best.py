@@ -28,23 +28,31 @@ class Best:
     data: str = ""  # fingerprint of what the validations were on
 
     @classmethod
-    def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None, data: str = "") -> "Best":
-        """At the start of a run, from the checkpoint that it resumes from. All ranks call it.
+    def before(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None, data: str = "") -> "Best":
+        """What a checkpoint says. data: a fingerprint of the validation data, "" if unknown.
 
-        Figures of other validation data are not compared. With save_best the file that names the
-        best checkpoint says the same afterwards, if another job was stopped before it could. Raises
-        CheckpointError for a damaged checkpoint.
+        Figures of other validation data are not compared. Raises CheckpointError for a damaged one.
         """
         best = cls(t.save_best or "loss", data=data)
         state: Any = checkpoint.extra.get(KEY) if checkpoint else None
-        if checkpoint and state is not None:
-            state = {"data": data} | state if isinstance(state, dict) else {}  # checkpoints of before do not say
-            if {name: type(value) for name, value in state.items()} != TYPES:
-                raise damaged(checkpoint.path, EXTRA, f"does not hold {KEY} as a run writes it")
-            if data and state["data"] != data:
-                log_warnings(["the validation data have changed since the checkpoint: the best is found anew"])
-            elif state["figure"] == best.figure:
-                best = cls(**state)
+        if checkpoint is None or state is None:
+            return best
+        state = {"data": data} | state if isinstance(state, dict) else {}  # checkpoints of before do not say
+        if {name: type(value) for name, value in state.items()} != TYPES:
+            raise damaged(checkpoint.path, EXTRA, f"does not hold {KEY} as a run writes it")
+        if data and state["data"] != data:
+            log_warnings(["the validation data have changed since the checkpoint: the best is found anew"])
+            return best
+        return cls(**state) if state["figure"] == best.figure else best
+
+    @classmethod
+    def of(cls, t: TrainingSettings, checkpoint: CheckpointInfo | None, data: str = "") -> "Best":
+        """At the start of a run, from the checkpoint that it resumes from. All ranks call it.
+
+        With save_best the file that names the best checkpoint says the same afterwards, if another
+        job was stopped before it could. Raises CheckpointError for a damaged checkpoint.
+        """
+        best = cls.before(t, checkpoint, data)
         if not t.save_best:
             return best
         folder = Path(t.save)

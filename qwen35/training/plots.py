@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from qwen35.errors import naming
+from qwen35.checkpoint.folders import write_atomic
 from qwen35.training.metrics import iterate_metrics
 
 if TYPE_CHECKING:  # a run need not wait for it at its start
@@ -205,10 +205,5 @@ def draw_loss(run: Curves, folder: Path) -> None:
     if with_answers:
         lower.set(ylabel="exact match", ylim=(0, 1.02))
     rate.set_ylabel("learning rate", color="tab:gray")
-    partial = folder / "loss.tmp.png"
-    try:
-        with naming(folder / "loss.png"):
-            figure.savefig(partial, dpi=120)
-            partial.replace(folder / "loss.png")
-    finally:
-        partial.unlink(missing_ok=True)
+    figure.savefig(png := io.BytesIO(), dpi=120, format="png")
+    write_atomic(folder / "loss.png", png.getvalue())

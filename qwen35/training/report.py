@@ -14,7 +14,8 @@ from typing import Any
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.load import difference, load_settings
 from qwen35.console import outlive_readers
-from qwen35.errors import USER_ERRORS, Parser, complain
+from qwen35.errors import USER_ERRORS, Parser, complain, one_line
+from qwen35.log import logger
 from qwen35.training.history import MARKS, read_facts
 from qwen35.training.metrics import RunError
 from qwen35.training.plots import Curves, Plot, as_svg, curves, draw_loss, expert_loads, lengths
@@ -32,10 +33,16 @@ td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-ali
 
 
 def write_report(folder: Path) -> None:
-    """<folder>/loss.png and <folder>/report.html, by what lies in it. Raises RunError."""
-    run = read_run(folder)
-    draw_loss(run, folder)
-    write_atomic(folder / "report.html", page_of(folder, run))
+    """<folder>/loss.png and <folder>/report.html, by what lies in it.
+
+    What fails is logged and ends no run, whatever it is: drawing is no part of training.
+    """
+    try:
+        run = read_run(folder)
+        draw_loss(run, folder)
+        write_atomic(folder / "report.html", page_of(folder, run))
+    except (*USER_ERRORS, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        logger.error(f"{folder}: report.html or loss.png is not drawn: {one_line(error)}")
 
 
 def read_run(folder: Path) -> Curves:
@@ -137,11 +144,11 @@ def _answers(validations: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m qwen35.training.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of training.save")
-    parser.add_argument("--out", type=Path, help="the page; default: report.html of a run, comparison.html for several")
+    parser.add_argument("--out", type=Path, help="default: a run's report.html, comparison.html beside several")
     args = parser.parse_args(argv)
     try:
         several = len(args.runs) > 1
-        out = args.out or (Path("comparison.html") if several else args.runs[0] / "report.html")
+        out = args.out or (args.runs[0].parent / "comparison.html" if several else args.runs[0] / "report.html")
         write_atomic(out, comparison(args.runs) if several else page_of(args.runs[0], read_run(args.runs[0])))
     except USER_ERRORS as error:
         return complain(error)

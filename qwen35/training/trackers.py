@@ -8,10 +8,12 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL.Image import Image
 
 from qwen35.checkpoint.folders import write_atomic
@@ -79,7 +81,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-        self.writer.add_text("recipe", as_code(recipe), done)
+        self.writer.add_text("recipe", f"```\n{json.dumps(recipe, indent=1)}\n```", done)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -87,8 +89,6 @@ class TensorBoard:
         self.writer.flush()
 
     def show(self, step: int, name: str, text: str, images: Sequence[Image]) -> None:
-        import numpy as np
-
         self.writer.add_text(name, f"```\n{text}\n```", step)
         for number, image in enumerate(images):
             self.writer.add_image(f"{name}/{number}", np.asarray(image), step, dataformats="HWC")
@@ -115,9 +115,8 @@ class WandB:
         self.run.log({"step": step, **values})
 
     def show(self, step: int, name: str, text: str, images: Sequence[Image]) -> None:
-        pictures = [self.library.Image(image) for image in images]
-        page = self.library.Html(as_page(text), inject=False)
-        self.run.log({"step": step, name: page, **({f"{name}/images": pictures} if pictures else {})})
+        pictures = {f"{name}/images": [self.library.Image(image) for image in images]} if images else {}
+        self.run.log({"step": step, name: self.library.Html(as_page(text), inject=False)} | pictures)
 
     def close(self) -> None:
         self.run.finish()
@@ -140,10 +139,8 @@ class SwanLab:
         self.library.log(dict(values), step=step)
 
     def show(self, step: int, name: str, text: str, images: Sequence[Image]) -> None:
-        pictures = [self.library.Image(image) for image in images]
-        self.library.log(
-            {name: self.library.Text(text), **({f"{name}/images": pictures} if pictures else {})}, step=step
-        )
+        pictures = {f"{name}/images": [self.library.Image(image) for image in images]} if images else {}
+        self.library.log({name: self.library.Text(text)} | pictures, step=step)
 
     def close(self) -> None:
         self.library.finish()
@@ -178,11 +175,5 @@ class MLflow:
 OPEN: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "swanlab": SwanLab, "mlflow": MLflow}
 
 
-def as_code(recipe: Mapping[str, Any]) -> str:
-    return f"```\n{json.dumps(recipe, indent=1)}\n```"
-
-
 def as_page(text: str) -> str:
-    from html import escape
-
     return f"<pre style='white-space: pre-wrap'>{escape(text)}</pre>"

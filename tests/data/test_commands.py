@@ -269,6 +269,10 @@ def test_lengths_are_those_of_training_beside_cutoff_len(recipe, coco, capsys):
     assert main(["lengths", *own, "--cutoff_len", str(limit)]) == 0
     assert capsys.readouterr().out.splitlines()[:-1] == out.splitlines()[:-1]
     assert (coco / "out/records.lengths.png").is_file()
+    assert main(["lengths", "--data", f"[{{file: {own[1]}, format: sharegpt}}]", *own[2:]]) == 0
+    assert "\ntokens per sample: p50 " in capsys.readouterr().out
+    assert main(["lengths", "--data", f"[{{file: {own[1]}, format: alpaca}}]", *own[2:]]) == 1
+    assert "has no question in instruction" in capsys.readouterr().err
     records = json.loads((coco / "out/records.json").read_text())
     inline = base64.b64encode((coco / "coco" / records[0]["images"][0]).read_bytes()).decode()
     records[0]["images"] = [f"data:image/jpeg;base64,{inline}"]

@@ -127,6 +127,7 @@ def test_histograms_of_unusual_lengths(lengths):
     bounds = [tuple(int(text.replace(",", "")) for text in row) for row in rows]
     assert sum(count for *_, count in bounds) == len(lengths) and len(bounds) <= 14
     assert all(((low <= np.array(lengths)) & (np.array(lengths) <= high)).sum() == n for low, high, n in bounds)
+    assert bounds[0][2] and bounds[-1][2]  # no rows of nothing before the shortest, or after the longest
 
 
 @pytest.mark.parametrize("cutoff", [1, 5, 9, 10, 11, 30, 10**6])

@@ -23,14 +23,14 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_120,
+    "config": 1_130,
     "model": 1_495,
     "checkpoint": 3_595,
     "data": 6_730,
     "parallel": 660,
     "inference": 1_270,
     "training": 2_630,
-    "tools": 1_735,
+    "tools": 1_745,
     "launch": 1_515,
 }
 ON_TOP = ("rank", "preflight", "train", "convert")

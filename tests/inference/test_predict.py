@@ -348,6 +348,28 @@ def test_a_recipe_brings_a_runs_settings(place, spoilt, ask, tmp_path, monkeypat
     assert len(prompts) == 2 and prompts[0] == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_files_may_have_formats_and_names_of_their_own(place, whole, ask, tmp_path):
+    """As entries of `dataset`: the answers are those to the same records in the usual form."""
+    write(place / "alpaca.json", [{"instruction": QUESTIONS[0]}, {"instruction": QUESTIONS[4], "output": "7"}])
+    turns = [{"who": "Q", "said": QUESTIONS[5]}, {"who": "A", "said": "8", "reasoning_content": "since"}]
+    write(place / "odd.json", [{"talk": turns}])
+    names = "{messages: talk, role_tag: who, content_tag: said, user_tag: Q, assistant_tag: A}"
+    alpaca, odd = f"{{file: {place}/alpaca.json, format: alpaca}}", f"{{file: {place}/odd.json, attr: {names}}}"
+    ask("--data", f"[{alpaca}, {odd}]")
+    given, known = lines_of(tmp_path / "answers.jsonl"), [json.loads(line) for line in whole.splitlines()]
+    assert [line["record"].rpartition("/")[2] for line in given] == [
+        "alpaca.json, record 1", "alpaca.json, record 2", "odd.json, record 1",
+    ]  # fmt: skip
+    assert [line | {"record": ""} for line in given] == [known[i] | {"record": ""} for i in (0, 4, 5)]
+    for data, said in (
+        (f"{place}/alpaca.json", "Alpaca's fields are read with"),
+        (f"[{{file: {place}/alpaca.json, fromat: alpaca}}]", "dataset[0].fromat; did you mean"),
+        (f"[{{file: {place}/alpaca.json, format: alpaca, weight: 2}}]", "leave the weights out"),
+        (f"[{alpaca}]", "answers that were made otherwise (records: "),
+    ):
+        assert said in ask("--data", data, status=1)
+
+
 def test_evaluation_is_a_comparison_of_the_same_answers(place, whole, capsys, tmp_path):
     """Labelled with some of the answers that predict gives, exactly these are right."""
     given = lines_of(place / "whole.jsonl")

@@ -230,6 +230,7 @@ def test_interfaces_of_gloo(m: Machine) -> None:
         ("training.init_from_hf_path=null", "nothing says where the weights come from"),
         ("training.init_from_hf_path=nowhere", "nowhere"),
         ("data.dataloader_param.patch_bucket=3", "patch_bucket"),
+        ("training.report_to=[swanlab]", "swanlab is missing; install it (.venv/bin/pip install swanlab)"),
         (
             "data.dataset_param.basic_parameters.cutoff_len=12",
             "more than data.dataset_param.basic_parameters.cutoff_len",

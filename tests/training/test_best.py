@@ -17,6 +17,8 @@ from qwen35.checkpoint.dcp_folder import BEST, keep_newest, newest_checkpoint, w
 from qwen35.checkpoint.errors import CheckpointError
 from qwen35.config.load import SettingError, load_settings
 from qwen35.config.schema import TrainingSettings
+from qwen35.tools.doctor.host import Machine
+from qwen35.tools.doctor.recipe import recipe
 from qwen35.training.best import Best
 from qwen35.training.metrics import read_metrics
 from qwen35.training.resume import save_steps
@@ -207,6 +209,9 @@ def test_a_run_ends_early_and_stays_ended(workplace, validating, best, tmp_path)
     again = train(workplace, save, 2, *patient)
     assert again.returncode == 0, again.stderr
     assert why in again.stdout and f"has done all its {end} steps: nothing left to train" in again.stdout
+    looked = recipe(Machine(None, {}), str(workplace / "recipe.yaml"), [f"training.save={save}", *patient])
+    assert {f.status for f in looked} <= {"ok", "note"}
+    assert f"{why}: the run is over after step {end} of 12" in [f.fact for f in looked if f.status == "note"]
     more = train(workplace, save, 2, *patient, "training.early_stopping_patience=9")
     assert more.returncode == 0, more.stderr
     assert_same_run(save, best[0])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,7 +171,33 @@ def test_a_folder_without_metrics_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=str(tmp_path)):
-        write_report(tmp_path)
+        read_run(tmp_path)
+
+
+def test_a_comparison_lies_beside_the_runs(run, tmp_path, capsys):
+    """Where the project's folder stays as it is; and what both leave unset does not differ."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("metrics.jsonl", "config.yaml"):
+            shutil.copy(run / file, tmp_path / name)
+    factors = (tmp_path / "b/config.yaml").read_text().replace("lr_by_module: {}", "lr_by_module: {model.visual: 0.5}")
+    (tmp_path / "b/config.yaml").write_text(factors)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'comparison.html'}\n"
+    page = Page((tmp_path / "comparison.html").read_text())
+    assert page.text.count(" -> ") == 1 and "training.lr_by_module.model.visual: None -> 0.5" in page.text
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_run(run, tmp_path, caplog):
+    """Whatever is wrong: a line of its own says so, and the run goes on."""
+    shutil.copy(run / "metrics.jsonl", tmp_path)
+    for facts in (b"{", b'{"lengths": {}}', b'{"samples": [{"title": 1}]}', b'{"steps": "x"}'):
+        caplog.clear()
+        (tmp_path / "run.json").write_bytes(facts)
+        with caplog.at_level("ERROR", logger="qwen35"):
+            write_report(tmp_path)
+        [line] = caplog.messages
+        assert line.startswith(f"{tmp_path}: report.html or loss.png is not drawn: ") and "\n" not in line
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path):

@@ -94,10 +94,10 @@ def test_resume_is_bit_exact(workplace, two, tmp_path):
 
 def test_a_finished_run_has_nothing_left(workplace, two):
     (two / "loss.png").unlink()  # as where it was killed while it drew
-    (two / "loss.tmp.png").touch()
+    (two / "loss.png.new").touch()
     done = train(workplace, two, 2, "training.save_interval=5")
     assert done.returncode == 0 and "nothing left to train" in done.stdout
-    assert (two / "loss.png").read_bytes().startswith(b"\x89PNG") and not (two / "loss.tmp.png").exists()
+    assert (two / "loss.png").read_bytes().startswith(b"\x89PNG") and not (two / "loss.png.new").exists()
 
 
 def test_bf16_recompute_freeze_and_every_way_to_start(workplace, tmp_path):

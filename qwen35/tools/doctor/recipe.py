@@ -37,10 +37,12 @@ from qwen35.network import interface_of
 from qwen35.tools.address import DEFAULT_PORT, check_address
 from qwen35.tools.doctor.host import Finding, Machine, note, ok, wrong
 from qwen35.training.adapters import choose_trained, serving_warnings
+from qwen35.training.best import Best
 from qwen35.training.length import count_steps
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, count
 from qwen35.training.resume import changes, check_disk, check_extra, check_finished, check_info, make_extra
 from qwen35.training.start import Start, choose_weights
+from qwen35.training.trackers import check_installed
 from qwen35.training.validation import Validation
 from qwen35.wording import number_of
 
@@ -121,6 +123,8 @@ def recipe(m: Machine, config: str, overrides: list[str]) -> list[Finding]:
         check_layout(s, world)
         if s.training.deterministic:
             enable_determinism()
+    with checking(found, "trackers", "install it, or leave it out of training.report_to"):
+        check_installed(s.training.report_to)
     with checking(found, "kernels"):
         kernels.select(m.accelerator or HOST.type, s.model.kernels)
     named = {s.model.model_name_or_path, s.training.load, s.data.dataset_param.basic_parameters.dataset} - {None}
@@ -204,6 +208,10 @@ def records(s: Settings, whole: Qwen35, loaded: CheckpointInfo | None, world: in
         batches = MicroBatches(s, 0, 1, progress=progress)
         trained, steps = batches.dataset, count_steps(s, batches, world)[0]
         if loaded and loaded.step:
+            over = Best.before(s.training, loaded).why_over(s.training.early_stopping_patience)
+            if over and loaded.step < steps:
+                found.append(note("recipe", f"{over}: the run is over after step {loaded.step} of {steps}"))
+                steps = loaded.step
             config = load_config(s.model.model_name_or_path)
             check_extra(loaded, make_extra(s, config, batches, world), s)
             if loaded.step >= steps:

@@ -29,7 +29,7 @@ ROOMS = {
     "data": 6_695,
     "parallel": 660,
     "inference": 1_280,
-    "training": 2_620,
+    "training": 2_625,
     "tools": 1_735,
     "launch": 1_515,
 }

@@ -115,14 +115,17 @@ def test_several_processes_at_once(environment, tmp_path, how):
     compiler.chmod(0o755)
     environment |= {"CC": str(compiler), "GO_ON": str(tmp_path / "go on")}
 
+    go_on = Path(environment["GO_ON"])
     first = Launcher(environment, how, 0)
-    assert "is writing\n" in iter(first.output.readline, "")
-    others = [Launcher(environment, how, kernel) for kernel in ((1, 2) if how == "locked" else (1,))]
-    if how == "locked":
-        assert all("waits\n" in iter(other.output.readline, "") for other in others)
-        (tmp_path / "go on").touch()
-    ends = [other.end() for other in others]
-    (tmp_path / "go on").touch()
+    try:
+        assert "is writing\n" in iter(first.output.readline, "")
+        others = [Launcher(environment, how, kernel) for kernel in ((1, 2) if how == "locked" else (1,))]
+        if how == "locked":
+            assert all("waits\n" in iter(other.output.readline, "") for other in others)
+            go_on.touch()
+        ends = [other.end() for other in others]
+    finally:  # or the first would wait for ever, and pytest for it
+        go_on.touch()
     assert first.end()[0] == 0
     if how == "locked":
         assert [status for status, _ in ends] == [0, 0], ends

@@ -1,7 +1,7 @@
 """The virtual cluster: a process group of any size in one process, a fake device, a real host."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 Tensors = list[Tensor]
 
@@ -72,7 +72,7 @@ class FakeDevice(TorchDispatchMode):
         if not is_own or len(self.fake.enter_stack) > 1:
             # DTensor infers a shape: under its own fake mode, or on torch 2.10 under ours once more
             return func(*args, **kwargs)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors_among((*args, *kwargs.values()))
         if inputs and kwargs.get("device") is None and all(_is_on_meta(x) for x in inputs):
             with unset_fake_temporarily():  # sharding of the model before it has a device: five times faster
                 return func(*args, **kwargs)
@@ -86,9 +86,10 @@ class FakeDevice(TorchDispatchMode):
             if self.is_shared and func._schema.is_mutable:
                 self._forget(func, args, kwargs)
             # host tensors become fake as well, or fake tensors would compute with their values
-            args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+            if any(map(_is_real, inputs)):
+                args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
             out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outputs = tensors_among((out,))
         if func.namespace != "prim":  # prim: internal to fake tensors
             for observer in self.observers:
                 observer.observe(func, args, kwargs, inputs, outputs)
@@ -106,12 +107,12 @@ class FakeDevice(TorchDispatchMode):
         given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
         for argument, value in given:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for x in tree_leaves(value):
-                    if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+                for x in tensors_among((value,)):
+                    if not isinstance(x, FakeTensor):
                         _remember(self.unknown, x)
 
     def _fake(self, x: Tensor) -> Tensor:
-        if isinstance(x, FakeTensor) or x.device.type != "cpu":
+        if not _is_real(x):
             return x
         double = self.fake.from_tensor(x)
         storage = double.untyped_storage()
@@ -122,8 +123,23 @@ class FakeDevice(TorchDispatchMode):
         return double
 
 
+def tensors_among(values: Iterable[Any]) -> Tensors:
+    """Also those in lists, which is all that operators take and return. A pytree is much slower."""
+    found: Tensors = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_among(value)
+    return found
+
+
+def _is_real(x: Tensor) -> bool:
+    return not isinstance(x, FakeTensor) and x.device.type == "cpu"
+
+
 def _is_on_meta(x: Tensor) -> bool:
-    return x.is_meta and not isinstance(x, FakeTensor)
+    return not isinstance(x, FakeTensor) and x.is_meta  # a fake tensor's is_meta would be an operator
 
 
 def _is_among(table: dict[int, weakref.ref], x: Tensor) -> bool:

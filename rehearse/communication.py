@@ -80,8 +80,10 @@ class Communication:
         self.groups[group.group_name] = Group(name, len(ranks), len({rank // per_node for rank in ranks}))
 
     def observe(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            return
         name = func.name().partition(".")[0]
-        if func.namespace not in ("c10d", "_c10d_functional") or name in IGNORED:
+        if name in IGNORED:
             return
         kind = COLLECTIVES.get(name)
         if kind is None:

@@ -8,13 +8,14 @@ torch's own FSDP.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from math import ceil, prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from rehearse.cluster import tensors_among
 
 Given = dict[str, Any]  # an operator's arguments by name
 MiB = 1 << 20
@@ -41,9 +42,7 @@ def bytes_moved(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: li
     if func.is_view or func.namespace in COLLECTIVES:
         return 0
     given = named(func, args, kwargs)
-    changed = [
-        given[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write and a.name in given
-    ]
+    changed = [given[name] for name, is_written in _arguments(func).items() if is_written and name in given]
     arguments = {x.untyped_storage()._cdata for x in _tensors(*given.values())}
     new = [x for x in made if x.untyped_storage()._cdata not in arguments]
     if _name(func) in MATMULS and min(n for x in _factors(given) for n in x.shape[-2:]) >= THIN:
@@ -71,7 +70,13 @@ def workspace(func: torch._ops.OpOverload, args: tuple, kwargs: dict, made: list
 
 
 def named(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Given:
-    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    return dict(zip(_arguments(func), args, strict=False)) | kwargs
+
+
+@cache  # each look at a schema makes its objects anew, and a step has thousands of operators
+def _arguments(func: torch._ops.OpOverload) -> dict[str, bool]:
+    """Names -> whether the operator writes into it."""
+    return {a.name: bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments}
 
 
 def size_of(*values: Any) -> int:
@@ -89,9 +94,10 @@ def size_of(*values: Any) -> int:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.device.type != "cpu"]
+    return [x for x in tensors_among(values) if x.device.type != "cpu"]
 
 
+@cache
 def _name(func: torch._ops.OpOverload) -> str:
     """Without namespace, overload, and the underscore of in-place variants."""
     return func._schema.name.partition("::")[2].rstrip("_")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rehearse.cluster import tensors_among
 from rehearse.cost import COLLECTIVES, named
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -225,10 +226,9 @@ def _histc(a: SimpleNamespace) -> Problems:  # HistcKernelNpuOpApi.cpp of op-plu
 def _collective(a: SimpleNamespace, reduces: bool) -> Problems:
     """ProcessGroupHCCL.cpp of torch_npu, checkSupportedDataTypeOfAllReduce."""
     copied = () if reduces else (torch.uint8, torch.bool, torch.float64)
-    for tensor in torch.utils._pytree.tree_leaves(vars(a)):
-        if isinstance(tensor, Tensor):
-            yield from _dtypes((*FLOATS, torch.int8, torch.int16, *INTEGERS, *copied), tensor=tensor)
-            yield from _if((not tensor.is_contiguous(), f"a strided tensor {list(tensor.shape)}"))
+    for tensor in tensors_among(vars(a).values()):
+        yield from _dtypes((*FLOATS, torch.int8, torch.int16, *INTEGERS, *copied), tensor=tensor)
+        yield from _if((not tensor.is_contiguous(), f"a strided tensor {list(tensor.shape)}"))
 
 
 RULES: dict[str, Callable[[SimpleNamespace], Problems]] = {

@@ -1,10 +1,12 @@
 """Commands, ranks and trainings forked from a server that has imported what they need.
 
-Imports take most of the time of a short training. The forks differ from real ones only in that they
-do not exec, and that all ranks have the same hash seed.
+Imports take most of the time of a short training, and the plots of its page most of the rest. The
+forks differ from real ones only in that they do not exec, that all ranks have the same hash seed,
+and that a page has its plots' titles alone unless the environment has PLOTS.
 """
 
 import atexit
+import io
 import multiprocessing
 import os
 import signal
@@ -19,7 +21,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import pytest
 import torch.multiprocessing
@@ -37,6 +39,7 @@ MAINS = {
     "generate": "qwen35.inference.generate",
     "predict": "qwen35.inference.predict",
 }
+PLOTS = "PLOTS"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_executable(PYTHON)
 OF_TESTS = ("forked", "mistakes", "saver_run", "faults", "collectives")
@@ -83,21 +86,26 @@ def take(outputs: list[Connection]) -> None:
 
 
 class Forked:
-    """A forked process with the interface of subprocess.Popen."""
+    """A forked process with the interface of subprocess.Popen.
 
-    def __init__(self, work: Callable, command: list[str], environment: dict[str, str]):
+    What it writes is kept, unless the caller reads from `stdout` and `stderr`.
+    """
+
+    def __init__(self, work: Callable, command: list[str], environment: dict[str, str], keeps: bool = True):
         self.args = command
         self._process, outputs = start(work, command, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
         atexit.register(self._process.kill)  # before multiprocessing waits for it
         self.pid, self._texts = self._process.pid, ["", ""]
+        self.stdout, self.stderr = streams = [os.fdopen(descriptor, "rb") for descriptor in outputs]
         self._readers = [
-            threading.Thread(target=self._read, args=numbered, daemon=True) for numbered in enumerate(outputs)
+            threading.Thread(target=self._read, args=numbered, daemon=True)
+            for numbered in (enumerate(streams) if keeps else ())
         ]
         for reader in self._readers:
             reader.start()
 
-    def _read(self, number: int, descriptor: int) -> None:
-        with open(descriptor) as pipe:
+    def _read(self, number: int, stream: BinaryIO) -> None:
+        with io.TextIOWrapper(stream) as pipe:
             for line in pipe:
                 self._texts[number] += line
 
@@ -115,6 +123,10 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
         return self._process.exitcode
 
     def kill(self) -> None:
@@ -162,12 +174,18 @@ def launched(outputs: list[Connection], command: list[str], environment: dict[st
 
 
 def _run(outputs: list[Connection], environment: dict[str, str], main: Callable[[], int]) -> None:
-    from qwen35.launch import job
-
+    os.chdir(ROOT)
     _reset(environment)
     take(outputs)
-    job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
+    fork_ranks()
     _leave(main)
+
+
+def fork_ranks() -> None:
+    """A launcher in this process forks its ranks."""
+    from qwen35.launch import job
+
+    job.subprocess = SimpleNamespace(Popen=_Rank, DEVNULL=None)
 
 
 def _leave(main: Callable[[], int]) -> NoReturn:
@@ -192,13 +210,16 @@ def _main(command: list[str]) -> int:
 
 
 def _reset(environment: dict[str, str]) -> None:
+    from qwen35.training import report
+
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
     tempfile.tempdir = None
+    if PLOTS not in environment:
+        report.as_svg = lambda plots: [title for title, _ in plots]
     for folder in environment.get("PYTHONPATH", "").split(":"):
         if (site := Path(folder, "sitecustomize.py")).is_file():  # as python does when it starts
             exec(compile(site.read_text(), site, "exec"), {})

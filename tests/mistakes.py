@@ -12,11 +12,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import yaml
-from forked import MAINS, start, take
+from forked import MAINS, fork_ranks, start, take
 from hf_folder import write_hf
 from peer import ONE_OF_EACH, config_dict
 from PIL import Image
@@ -213,8 +214,18 @@ def launch(processes: int) -> tuple[str, ...]:
 
 def run(place: Path, *command: str, file_size: int | None = None, environment: dict[str, str] | None = None) -> Done:
     """Run a command in `place`. file_size: largest file in bytes, which stands for a full disk."""
-    process, ours = start(_command, place, command, file_size, environment or {})
-    out, err = (_read(fd) for fd in ours)
+    return finish(*begin(place, *command, file_size=file_size, environment=environment))
+
+
+def begin(
+    place: Path, *command: str, file_size: int | None = None, environment: dict[str, str] | None = None
+) -> tuple[BaseProcess, list[int]]:
+    """The process and the pipes of its output, for `finish`."""
+    return start(_command, place, command, file_size, environment or {})
+
+
+def finish(process: BaseProcess, outputs: list[int]) -> Done:
+    out, err = (_read(fd) for fd in outputs)
     process.join(300)
     assert process.exitcode is not None
     return Done(process.exitcode, plain(out), plain(err))
@@ -234,6 +245,7 @@ def _command(
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     sys.argv = list(command)
+    fork_ranks()
     try:
         code = importlib.import_module(MAINS[command[0]]).main()
     except SystemExit as error:  # of argparse

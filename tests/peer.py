@@ -87,24 +87,29 @@ def text_only(config: dict) -> dict:
     return config["text_config"] | {"architectures": [architecture]}
 
 
+def random_model(config: dict) -> Qwen35:
+    """Random weights, none of which is zero or one."""
+    model = Qwen35(load_config(config))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            # small enough that the net does not amplify: else both sides measure their own rounding
+            scale = 0.5 if "A_log" in name else 0.06 if p.ndim > 1 else 0.1
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+            if name.endswith("linear_attn.norm.weight"):
+                p.add_(1)
+    return model
+
+
 def pair(config: dict, dtype: torch.dtype = torch.float32) -> tuple[Qwen35, torch.nn.Module]:
-    """Our model and transformers', with the same random weights, none of which is zero or one."""
+    """Our model and transformers', with the same random weights."""
     from transformers.models import qwen3_5, qwen3_5_moe  # slow to import, and not every user of this file needs it
 
     moe, is_text_only = "moe" in config["model_type"], config["model_type"].endswith("_text")
     module = qwen3_5_moe if moe else qwen3_5
     Config = getattr(module, f"Qwen3_5{'Moe' * moe}{'Text' * is_text_only}Config")
     Model = getattr(module, config["architectures"][0])
-    ours = Qwen35(load_config(config))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in ours.named_parameters():
-            # small enough that the net does not amplify: else both sides measure their own rounding
-            scale = 0.5 if "A_log" in name else 0.06 if p.ndim > 1 else 0.1
-            p.copy_(torch.randn(p.shape, generator=generator) * scale)
-            if name.endswith("linear_attn.norm.weight"):
-                p.add_(1)
-    theirs = Model(Config(**config)).float()
+    ours, theirs = random_model(config), Model(Config(**config)).float()
     state = {text_only_name(name) if is_text_only else name: value for name, value in ours.state_dict().items()}
     missing, surplus = theirs.load_state_dict(state, strict=False)
     assert not surplus and set(missing) <= {"lm_head.weight"}, (missing, surplus)

@@ -98,6 +98,10 @@ def start_training(workplace: Path, save: Path, processes: int, *overrides: str,
     return Forked(launched, train_command(workplace, save, processes, *overrides), env)
 
 
+def with_plots(workplace: Path, save: Path, processes: int, *overrides: str) -> Forked:
+    return start_training(workplace, save, processes, *overrides, PLOTS="1")
+
+
 def train(
     workplace: Path, save: Path, processes: int, *overrides: str, how: Callable = start_training
 ) -> subprocess.CompletedProcess:

@@ -17,7 +17,9 @@ from qwen35.training.metrics import iterate_metrics
 
 if TYPE_CHECKING:  # a run need not wait for it at its start
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+MARGINS = {"left": 0.14, "right": 0.97, "bottom": 0.15, "top": 0.91}  # of a plot with nothing beside it
 POINTS = 500  # of a curve: longer ones are drawn as means over as many stretches of steps
 Plot: TypeAlias = "tuple[str, Callable[[Axes], object]]"  # title, and what draws it
 PLOTS: tuple[tuple[str, Sequence[str], dict[str, Any]], ...] = (  # title, metrics, what is set of the axis
@@ -124,7 +126,7 @@ def expert_loads(run: Curves) -> Iterator[Plot]:
         )  # fmt: skip
         axis.set(xlabel="step", ylabel="layer")
         axis.locator_params("y", integer=True)
-        axis.figure.colorbar(image, ax=axis)
+        axis.figure.colorbar(image, ax=axis, use_gridspec=False)
 
     if len(steps):
         yield "tokens of the busiest expert, times the mean", draw
@@ -142,18 +144,26 @@ def lengths(facts: Mapping[str, Any]) -> Iterator[Plot]:
         yield "lengths of the samples", draw
 
 
+def figure_of(title: str, draw: "Callable[[Axes], object]") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.2))
+    draw(axis := figure.subplots(gridspec_kw=MARGINS))
+    axis.set_title(title, fontsize="medium")
+    # where the room is not known, matplotlib finds it, which takes as long as the plot itself
+    if len(axis.lines) > 4 or axis.get_ylabel():  # a legend or a scale beside it, or a label beside its numbers
+        figure.set_layout_engine("constrained")
+    return figure
+
+
 def as_svg(plots: Iterable[Plot]) -> Iterator[str]:
     """Each plot as an <svg> that is as wide as its place."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     for title, draw in plots:
-        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-        draw(axis := figure.subplots())
-        axis.set_title(title, fontsize="medium")
         file = io.StringIO()
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # the same page for the same run
-            figure.savefig(file, format="svg", metadata={"Date": None})
+            figure_of(title, draw).savefig(file, format="svg", metadata={"Date": None})
         svg = file.getvalue()
         yield re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg[svg.index("<svg") :], count=1)
 

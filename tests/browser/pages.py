@@ -7,7 +7,7 @@ from html import escape, unescape
 from pathlib import Path
 
 import pytest
-from training_runs import make_workplace, train
+from training_runs import make_workplace, train, with_plots
 
 # What the browser finds, written into the page that it prints. A plot's marks are what it draws
 # with a size.
@@ -58,7 +58,7 @@ def run(tmp_path_factory) -> Path:
         "training.peak_tflops=1",
         "training.train_iters=6",
     ]
-    done = train(workplace, save, 2, *options, val)
+    done = train(workplace, save, 2, *options, val, how=with_plots)
     assert done.returncode == 0, done.stderr
     return save
 

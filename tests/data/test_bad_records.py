@@ -1,20 +1,19 @@
 """on_bad_record: unusable records are left out, counted and named, the same on every rank."""
 
 import json
-import os
 import re
-import subprocess
 from itertools import pairwise
 
 import pytest
 import torch
-from forked import PATHS, PYTHON
 from mistakes import (
     BASIC,
     SHOW,
     TRAIN,
+    begin,
     change,
     cut,
+    finish,
     in_half,
     launch,
     place,
@@ -263,11 +262,9 @@ def test_ranks_that_see_different_images_stop(whole, place):
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": port,
         }
-        command = [PYTHON, "-m", "qwen35.train", "r.yaml", SKIP, f"training.save={place}/run"]
-        environment = os.environ | places | {"PYTHONPATH": PATHS}
-        ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in ranks:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert err.startswith("error: rank 1 found other samples than rank 0") and err.count("\n") == 1
+        ranks.append(begin(folder, *TRAIN, SKIP, f"training.save={place}/run", environment=places))
+    for rank in ranks:
+        done = finish(*rank)
+        assert done.code == 1
+        assert done.err.startswith("error: rank 1 found other samples than rank 0") and done.err.count("\n") == 1
     assert not (place / "run").exists()

@@ -30,19 +30,18 @@ SECRET = "hf_abcdefghijkl"
 
 @pytest.fixture
 def accept(tmp_path):
-    """Run it; each of its processes executes `first`. -> exit status, output, JSON, Markdown"""
+    """Run it. -> exit status, output, JSON, Markdown"""
 
-    def run(*options: str, first: str = "") -> tuple[int, str, dict, str]:
-        (tmp_path / "sitecustomize.py").write_text(STARTS.read_text() + first)
+    def run() -> tuple[int, str, dict, str]:
         with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
             variables = {
-                "PYTHONPATH": f"{tmp_path}:{ROOT}",
+                "PYTHONPATH": f"{STARTS.parent}:{ROOT}",
                 "TMPDIR": temporary,
                 "HF_TOKEN": SECRET,
                 "OMP_NUM_THREADS": "1",
             }
             done = subprocess.run(
-                [sys.executable, "-m", "accept", "--small", "--out", str(tmp_path / "out"), *options],
+                [sys.executable, "-m", "accept", "--small", "--out", str(tmp_path / "out")],
                 cwd=ROOT,
                 env=os.environ | variables | {"MASTER_PORT": str(free_port()), "NPUS_PER_NODE": "2"},
                 capture_output=True,
@@ -97,17 +96,21 @@ def test_wrong_kernel_is_off_and_the_others_are_held(monkeypatch, tmp_path, caps
     assert "| off | swiglu, torch.float32 | forward 1.0e-03" in (tmp_path / "out/host-today.md").read_text()
 
 
-def test_reason_of_a_failed_rank_is_reported(accept):
+def test_reason_of_a_failed_rank_is_reported(monkeypatch, tmp_path, capsys):
     dies = """
 import os, torch.distributed
 def refuse(*args): raise RuntimeError("HCCL is out of luck")
 if os.environ.get("RANK") == "1": torch.distributed.reduce_scatter_tensor = refuse
 """
-    code, out, report, _ = accept("--only", "ranks", first=dies)
-    assert code == 1 and tuple(report["rows"]) == ("machine", "ranks")
-    assert [row["status"] for row in report["rows"]["ranks"]] == ["info", "info", "off"]  # earlier rows stay
-    assert report["rows"]["ranks"][-1]["found"] == "rank 1: HCCL is out of luck"
-    assert "  off     runs to its end: rank 1: HCCL is out of luck\n" in out
+    (tmp_path / "sitecustomize.py").write_text(STARTS.read_text() + dies)
+    for name, value in {"PYTHONPATH": f"{tmp_path}:{ROOT}", "MASTER_PORT": free_port(), "NPUS_PER_NODE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    report = Report("host", "today")
+    command.run_check(report, "ranks", small=True)
+    assert command.finish(report, tmp_path / "out", is_whole=False) == 1
+    assert [row.status for row in report.rows["ranks"]] == ["info", "info", "off"]  # earlier rows stay
+    assert report.rows["ranks"][-1].found == "rank 1: HCCL is out of luck"
+    assert "  off     runs to its end: rank 1: HCCL is out of luck\n" in capsys.readouterr().out
 
 
 def test_check_over_its_time_limit_is_off(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import PATHS, Forked, launched
+from forked import PATHS, Forked, launched, run_code
 from plain import plain
 from ports import free_port
 from training_runs import ROOT, SAME, assert_same_run
@@ -80,12 +80,18 @@ def test_sigterm_under_torchrun_saves(workplace, tmp_path):
     assert not psutil.wait_procs(both, timeout=60)[1]
 
 
+def fork(workplace: Path, save: Path, command: tuple[str, ...], *overrides: str) -> Forked:
+    return Forked(launched, [*command, str(workplace / "recipe.yaml"), f"training.save={save}", *overrides], {})
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)], ids=["TERM", "HUP", "INT"]
+    ("number", "code", "how"),
+    [(signal.SIGTERM, 143, start), (signal.SIGHUP, 143, fork), (signal.SIGINT, 130, fork)],
+    ids=["TERM", "HUP", "INT"],
 )
-def test_a_run_without_a_launcher_says_by_its_exit_code_that_it_stopped(workplace, tmp_path, number, code):
+def test_a_run_without_a_launcher_says_by_its_exit_code_that_it_stopped(workplace, tmp_path, number, code, how):
     save = tmp_path / "run"
-    process = start(workplace, save, ALONE, *ENDLESS)
+    process = how(workplace, save, ALONE, *ENDLESS)
     wait_for_steps(save, 2, process)
     process.send_signal(number)
     [(ending, out, err)] = ended(process)
@@ -110,9 +116,9 @@ leave(train.main(sys.argv[1:]))
 
 
 def test_a_run_that_is_asked_to_stop_at_its_last_step_has_finished(workplace, tmp_path):
-    command = (sys.executable, "-c", AT_THE_LAST_STEP)
-    [(code, out, err)] = ended(start(workplace, tmp_path / "run", command, "training.log_interval=100"))
-    assert (code, err) == (0, ""), out
+    save, recipe = tmp_path / "run", str(workplace / "recipe.yaml")
+    done = run_code(AT_THE_LAST_STEP, recipe, f"training.save={save}", "training.log_interval=100")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert newest_checkpoint(tmp_path / "run").name == "iter_0000010"
 
 

@@ -112,16 +112,16 @@ def test_missing_nodes_are_logged_and_named_in_the_error():
 
 
 def test_a_missing_node_0_is_named_with_its_address():
-    nodes = Nodes(2, timeout=1)
+    nodes = Nodes(2, timeout=0.3)
     nodes.start(1)
     nodes.wait()
     where = f"node 0 at 127.0.0.1:{nodes.params.port}"
-    assert nodes.ended[1].startswith(f"{where} did not answer within 1 s: Connection refused")
-    assert nodes.logged[1][0].startswith(f"node 1: waiting for {where} (Connection refused), up to 1 s more")
+    assert nodes.ended[1].startswith(f"{where} did not answer within 0 s: Connection refused")
+    assert nodes.logged[1][0].startswith(f"node 1: waiting for {where} (Connection refused), up to 0 s more")
 
 
 def test_another_program_at_the_port_is_recognised():
-    nodes = Nodes(2, timeout=1)
+    nodes = Nodes(2, timeout=0.5)
     with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
         nodes.start(1)
         connection, _ = server.accept()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked, launched
 from training_runs import ROOT, train_command
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
@@ -38,7 +39,14 @@ def start(workplace: Path, save: Path, *overrides: str, ranks: int = 2, **kwargs
     return subprocess.Popen(train_command(workplace, save, ranks, *overrides), cwd=ROOT, env=environment, **kwargs)
 
 
-def wait_for_steps(save: Path, count: int, process: subprocess.Popen, meanwhile=lambda: time.sleep(0.02)) -> None:
+def fork(workplace: Path, save: Path, *overrides: str, ranks: int = 2, **kwargs) -> Forked:
+    """The same without a start of Python, which is not the point of every test."""
+    return Forked(launched, train_command(workplace, save, ranks, *overrides), {}, keeps=False)
+
+
+def wait_for_steps(
+    save: Path, count: int, process: subprocess.Popen | Forked, meanwhile=lambda: time.sleep(0.02)
+) -> None:
     end = time.monotonic() + 300
     while not (save / "metrics.jsonl").exists() or len(read_metrics(save / "metrics.jsonl")) < count:
         assert time.monotonic() < end and process.poll() is None
@@ -51,21 +59,25 @@ def assert_saved(save: Path, after: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "ranks"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2), (signal.SIGHUP, 143, 1)]
+    ("number", "code", "ranks", "how"),
+    [(signal.SIGINT, 130, 1, fork), (signal.SIGTERM, 143, 2, start), (signal.SIGHUP, 143, 1, fork)],
 )
-def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code, ranks):
+def test_a_stop_saves_though_the_reader_died_first(workplace, tmp_path, temporary, number, code, ranks, how):
     """`make finetune 2>&1 | tee log` and Ctrl-C: tee is gone before the run logs that it stops."""
-    save = tmp_path / "run"
-    process = start(workplace, save, *ENDLESS, ranks=ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=process.stdout, stdout=subprocess.DEVNULL)
-    process.stdout.close()
+    save, log = tmp_path / "run", tmp_path / "log"
+    process = how(workplace, save, *ENDLESS, ranks=ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    streams = [stream for stream in (process.stdout, process.stderr) if stream]
+    tees = [subprocess.Popen(["tee", "-a", log], stdin=stream, stdout=subprocess.DEVNULL) for stream in streams]
+    for stream in streams:
+        stream.close()
     wait_for_steps(save, 3, process)
-    tee.kill()
-    tee.wait()
+    for tee in tees:
+        tee.kill()
+        tee.wait()
     process.send_signal(number)
     assert process.wait(timeout=300) == code
     assert_saved(save, after=3)
-    assert "weights from" in (tmp_path / "log").read_text()
+    assert "weights from" in log.read_text()
 
 
 def test_a_run_completes_after_its_reader_has_left(workplace, tmp_path, monkeypatch):
@@ -112,7 +124,7 @@ def test_a_run_saves_when_its_terminal_is_closed(workplace, tmp_path):
 def test_a_run_saves_though_all_its_processes_get_the_signal(workplace, tmp_path, temporary):
     """SIGHUP to ranks and workers too, with both streams closed. None listens beyond loopback."""
     save = tmp_path / "run"
-    process = start(workplace, save, *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = fork(workplace, save, *ENDLESS)
     wait_for_steps(save, 3, process)
     process.stdout.close()
     process.stderr.close()

@@ -170,7 +170,7 @@ def false_master(nodes: Nodes, act) -> list[bytes]:
     heard = []
     with socket.create_server(("127.0.0.1", nodes.params.port)) as server:
         nodes.start(1)
-        server.settimeout(0.2)
+        server.settimeout(0.05)
         while nodes.threads[0].is_alive():
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
@@ -205,13 +205,13 @@ def greet(connection: socket.socket, *answers: bytes) -> bytes:
     ],
 )
 def test_a_false_node_0_learns_nothing_and_ends_nothing(answers):
-    nodes = Nodes(2, timeout=1)
+    nodes = Nodes(2, timeout=0.4)
     heard = false_master(nodes, lambda connection: greet(connection, *answers))
     assert heard
     for said in heard:
         message = json.loads(said)  # one line, and nothing more
         assert message.keys() == {"node_rank", "nnodes", "must_agree", "challenge", "proof"}
-    assert "did not answer within 1 s: what answers there is not a launcher of this run" in nodes.ended[1]
+    assert "did not answer within 0 s: what answers there is not a launcher of this run" in nodes.ended[1]
 
 
 @pytest.mark.parametrize(
@@ -221,13 +221,13 @@ def test_a_false_node_0_learns_nothing_and_ends_nothing(answers):
 )  # fmt: skip
 def test_an_invalid_greeting_is_not_answered(greeting):
     def act(connection: socket.socket) -> bytes:
-        connection.sendall(greeting)
-        connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(OSError):  # it does not listen to all of it
+            connection.sendall(greeting)
+            connection.shutdown(socket.SHUT_WR)
             return connection.recv(1 << 16)
         return b""
 
-    nodes = Nodes(2, timeout=0.5)
+    nodes = Nodes(2, timeout=0.2)
     assert set(false_master(nodes, act)) == {b""}
     assert "what answers there is not a launcher of this run" in nodes.ended[1]
 
@@ -249,10 +249,10 @@ def test_what_a_false_node_0_says_is_printed_without_control_characters():
 
 
 def test_another_secret_is_named_on_both_nodes():
-    nodes = Nodes(2, timeout=4)
+    nodes = Nodes(2, timeout=2)
     nodes.start(0)
     with at_the_port(nodes):
-        nodes.start(1, secret="another one", timeout=1)
+        nodes.start(1, secret="another one", timeout=0.3)
     nodes.wait()
     assert "node 1 of 2 did not connect to MASTER_PORT" in nodes.ended[0]
     assert any("or has another RENDEZVOUS_SECRET" in line for line in nodes.logged[0])
@@ -345,7 +345,7 @@ def test_nodes_may_join_while_strangers_connect():
     for thread in strangers:
         thread.start()
     for node in (2, 0, 3, 1):
-        time.sleep(0.3)
+        time.sleep(0.1)
         nodes.start(node)
     nodes.wait()
     is_over.set()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peer import config_dict, forward_aux, pack, pair, peer_inputs, sample, text_only
+from peer import config_dict, forward_aux, pack, pair, peer_inputs, random_model, sample, text_only
 
 from qwen35.checkpoint.hf_names import text_only_name
 from qwen35.model import Qwen35, load_config
@@ -91,7 +91,7 @@ def test_idle_experts_get_no_gradient():
 
 
 def test_packed_equals_separate():
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     samples = [*IMAGES, *THREE]
     packed = ours.logits(pack(samples))
     probe = torch.randn_like(packed)
@@ -107,7 +107,7 @@ def test_packed_equals_separate():
 
 def test_images_change_the_logits_of_later_text():
     """Guards the tests above: image features do reach the text after them."""
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     s = sample([5, (4, 4), 3])
     before = ours.logits(s)
     s.pixel_values.mul_(-1)
@@ -117,7 +117,7 @@ def test_images_change_the_logits_of_later_text():
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_bf16_rounds_no_worse_than_transformers(moe):
     config, samples = config_dict(moe=moe), [sample([40, (4, 4), 60], seed=s) for s in range(3)]
-    exact, _ = pair(config)
+    exact = random_model(config)
     ours, theirs = pair(config, torch.bfloat16)
     with torch.no_grad():
         truth = exact.logits(pack(samples))
@@ -155,7 +155,7 @@ def test_aux_loss_equals_transformers():
 def test_pad_tokens_are_left_out_of_the_aux_loss():
     import dataclasses
 
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     real, tail = sample([40]), sample([13], seed=9)
     is_pad = torch.arange(53) >= 40
     _, aux = forward_aux(ours, dataclasses.replace(pack([real, tail]), is_pad=is_pad))
@@ -165,7 +165,7 @@ def test_pad_tokens_are_left_out_of_the_aux_loss():
 
 def test_the_vision_tower_is_in_the_graph_without_images():
     """A sharded run's collectives must not depend on the data: gradients exist and are zero."""
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     ours.logits(sample([20])).sum().backward()
     for name, p in ours.model.visual.named_parameters():
         assert p.grad is not None and not p.grad.any(), name
@@ -174,7 +174,7 @@ def test_the_vision_tower_is_in_the_graph_without_images():
 def test_a_dummy_image_changes_nothing():
     import dataclasses
 
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     s = sample([5, (4, 4), 3])
     dummy = torch.zeros(8, s.pixel_values.shape[1])
     padded = dataclasses.replace(
@@ -186,14 +186,14 @@ def test_a_dummy_image_changes_nothing():
 def test_too_few_image_features_are_an_error():
     import dataclasses
 
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     s = sample([5, (4, 4), 3])
     with pytest.raises(ValueError, match="4 image tokens in input_ids, but grid_thw gives only 1 features"):
         ours(dataclasses.replace(s, grid_thw=torch.tensor([[1, 2, 2]]), pixel_values=s.pixel_values[:4]))
 
 
 def test_recompute_gives_the_same_gradients():
-    ours, _ = pair(config_dict())
+    ours = random_model(config_dict())
     batch = pack(IMAGES)
     results = []
     for recompute in (False, True):

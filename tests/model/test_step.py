@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_cases import save_checkpoint
 from forked import spawn
-from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, pair, peer_inputs, sample
+from peer import ONE_OF_EACH, PATCH_VALUES, config_dict, pair, peer_inputs, random_model, sample
 from ports import free_port
 from torch.distributed.tensor import distribute_tensor
 
@@ -105,7 +105,7 @@ def all_steps(moe: bool, optimizer: str, folder: Path | None, **parallel: int) -
     Step 4 resumes from a checkpoint in `folder`.
     """
     p, loss_cfg = ParallelSettings(**parallel), LossCfg("default", 0.0)
-    meshes, whole = make_meshes(HOST.type, p), pair(config(moe))[0]
+    meshes, whole = make_meshes(HOST.type, p), random_model(config(moe))
 
     def start() -> Run:
         with torch.device("meta"):

@@ -1,6 +1,8 @@
 """Rung 5, launching: the first run of all kernels, and several processes that share a cache."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 import toolkit
 import torch_npu
+from triton.backends.ascend.driver import generate_npu_header_src, make_npu_launcher_stub
 
-ROOT = Path(__file__).parents[2]
+from qwen35.triton_cache import cache_folder, compiling
+
 SCRIPT = Path(__file__).with_name("triton_launch.py")
 
 # A stand-in C++ compiler: writes half of the header, then waits. Including it requires all of it.
@@ -35,19 +39,38 @@ else
     exit 1
 fi
 """
-# what triton-ascend does at a kernel's first launch, before it loads the compiled launcher
-LAUNCHER = """
-import contextlib, os, sys
-from pathlib import Path
-home = os.environ.pop("ASCEND_HOME_PATH")
-from triton.backends.ascend.driver import generate_npu_header_src, make_npu_launcher_stub
-import torch_npu
-from qwen35.triton_cache import cache_folder, compiling
-os.environ["ASCEND_HOME_PATH"] = home
-held = compiling(cache_folder(), lambda who: print("waits", flush=True))
-with held if sys.argv[1] == "locked" else contextlib.nullcontext():
-    make_npu_launcher_stub(generate_npu_header_src(), f"a kernel {sys.argv[2]}")
-"""
+
+
+class Launcher:
+    """A fork of this process, which has done the imports, in an environment of its own."""
+
+    def __init__(self, environment: dict[str, str], how: str, kernel: int):
+        source, target = os.pipe()
+        self.process = multiprocessing.get_context("fork").Process(
+            target=launch, args=(target, environment, how, kernel)
+        )
+        self.process.start()
+        os.close(target)
+        self.output = os.fdopen(source)
+
+    def end(self) -> tuple[int | None, str]:
+        """-> its exit status, and what it had still to say"""
+        said = self.output.read()
+        self.output.close()
+        self.process.join(600)
+        return self.process.exitcode, said
+
+
+def launch(output: int, environment: dict[str, str], how: str, kernel: int) -> None:
+    """What triton-ascend does at a kernel's first launch, before it loads the compiled launcher."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+    os.environ.clear()
+    os.environ.update(environment)
+    held = compiling(cache_folder(), lambda who: print("waits", flush=True))
+    with held if how == "locked" else contextlib.nullcontext():
+        make_npu_launcher_stub(generate_npu_header_src(), f"a kernel {kernel}")
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +115,19 @@ def test_several_processes_at_once(environment, tmp_path, how):
     compiler.chmod(0o755)
     environment |= {"CC": str(compiler), "GO_ON": str(tmp_path / "go on")}
 
-    def start(kernel: int) -> subprocess.Popen:
-        command = [sys.executable, "-W", "ignore", "-c", LAUNCHER, how, str(kernel)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
-
-    first = start(0)
-    assert "is writing\n" in iter(first.stdout.readline, "")
-    others = [start(kernel) for kernel in ((1, 2) if how == "locked" else (1,))]
+    go_on = Path(environment["GO_ON"])
+    first = Launcher(environment, how, 0)
+    try:
+        assert "is writing\n" in iter(first.output.readline, "")
+        others = [Launcher(environment, how, kernel) for kernel in ((1, 2) if how == "locked" else (1,))]
+        if how == "locked":
+            assert all("waits\n" in iter(other.output.readline, "") for other in others)
+            go_on.touch()
+        ends = [other.end() for other in others]
+    finally:  # or the first would wait for ever, and pytest for it
+        go_on.touch()
+    assert first.end()[0] == 0
     if how == "locked":
-        assert all("waits\n" in iter(process.stdout.readline, "") for process in others)
-        (tmp_path / "go on").touch()
-    errors = [process.communicate(timeout=600)[1] for process in others]
-    (tmp_path / "go on").touch()
-    assert first.communicate(timeout=600) is not None and first.returncode == 0
-    if how == "locked":
-        assert [process.returncode for process in others] == [0, 0], errors
+        assert [status for status, _ in ends] == [0, 0], ends
     else:
-        assert others[0].returncode and "included: half\n" in errors[0]
+        assert ends[0][0] and "included: half\n" in ends[0][1]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from rehearse.cluster import tensors_among
 from rehearse.operators import OperatorCounts, count_operator
 
 
@@ -22,8 +22,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        leaves, made = tensors_among((*args, *kwargs.values())), tensors_among((out,))
         if func.namespace != "prim" and any(
             x.device.type == "npu" for x in (*leaves, *made)
         ):  # prim: internal to fake tensors

@@ -49,6 +49,7 @@ from rehearse.step_time import best_and_worst
 
 ROOT = Path(__file__).parents[2]
 MIX = Mix(sequence=256)
+TOKENS = 512  # of a packed sequence; with more, elementwise work goes through more blocks of rows on a CPU
 MiB = 1 << 20
 BOTH, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",)
 LORA = LoraSettings(r=8, target_parameters=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
@@ -83,16 +84,21 @@ def known_rows(monkeypatch):
 
 
 def recipe(
-    folder: Path, layers: int = 2, depth: int = 2, kinds: tuple[str, ...] = BOTH, **parallel: int | str
+    folder: Path,
+    layers: int = 2,
+    depth: int = 2,
+    kinds: tuple[str, ...] = BOTH,
+    tokens: int = TOKENS,
+    **parallel: int | str,
 ) -> Settings:
-    """A recipe for a model whose step needs some hundred megabytes."""
+    """A recipe for a model whose step needs some hundred megabytes with 2048 tokens."""
     kinds = kinds * (layers // len(kinds))
     sizes = {"vocab_size": 2048, "hidden_size": 512, "num_hidden_layers": layers, "moe_intermediate_size": 128}
     config = config_dict(**sizes, layer_types=kinds)
     config["vision_config"] |= {"out_hidden_size": 512, "depth": depth}
     (folder / "config.json").write_text(json.dumps(config))
     lines = f"""
-data: {{dataset_param: {{basic_parameters: {{dataset: none.json, cutoff_len: 2048}}}}}}
+data: {{dataset_param: {{basic_parameters: {{dataset: none.json, cutoff_len: {tokens}}}}}}}
 model: {{model_name_or_path: {folder}}}
 training: {{train_iters: 5, save: {folder}-run, lr: 1.0e-3}}
 """
@@ -160,7 +166,7 @@ def test_peak_is_within_a_tenth_of_a_real_run(tmp_path, monkeypatch):
     The vocabulary is small because gloo keeps a copy of what it reduces, as large as a unit's
     gradients, which is not a tensor.
     """
-    recipe(tmp_path, layers=4)
+    recipe(tmp_path, layers=4, tokens=2048)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed memory goes back to the kernel at once
     mp.start_processes(process, (tmp_path, free_port()), nprocs=2, start_method="spawn")
     measured, counted = json.loads((tmp_path / "measured.json").read_text()), {}
@@ -203,7 +209,7 @@ def figures(r: Rehearsal) -> dict:
 @pytest.mark.parametrize(
     ("depth", "parallel"),
     [
-        (5, {"recompute": "true"}),
+        (5, {"recompute": "true", "tokens": 2048}),  # with storages whose lines are looked up
         (2, {"expert_parallel_size": 2}),
         (5, {"ulysses_parallel_size": 2, "fully_shard_parallel_size": 2}),
     ],
@@ -221,7 +227,7 @@ def test_representative_layers_give_the_figures_of_all(tmp_path, capsys, depth, 
 def test_a_text_only_model_is_rehearsed(tmp_path, parallel):
     """Without images, which must not be asked for; with YaRN, beyond the length of its training."""
     settings = recipe(tmp_path, 6, kinds=ATTENTION, **parallel)
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     config = text_only(json.loads((tmp_path / "config.json").read_text()))
     config["rope_parameters"] |= yarn
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -244,7 +250,7 @@ def test_representative_micro_batches_give_the_figures_of_all(tmp_path):
             for phase, peak in r.ledger.peaks().items()
         }
         found.append((len(r.ledger.changes), kinds, r.communication.traffic, r.flops, r.tokens))
-    assert found[0][1:] == found[1][1:] and found[0][0] < 0.8 * found[1][0] and found[0][-1] == 5 * 2048
+    assert found[0][1:] == found[1][1:] and found[0][0] < 0.8 * found[1][0] and found[0][-1] == 5 * TOKENS
 
 
 def test_layers_that_differ_are_all_rehearsed(tmp_path, capsys, monkeypatch):
@@ -262,7 +268,7 @@ def test_layers_that_differ_are_all_rehearsed(tmp_path, capsys, monkeypatch):
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("rehearsing every layer and micro-batch: forward of micro-batch 0, text block 1")
     more = found.ledger.peaks()["forward"].bytes - whole.ledger.peaks()["forward"].bytes
-    assert more == 2048 * 512 * 2
+    assert more == TOKENS * 512 * 2
 
 
 # ── Against figures computed by hand ──────────────────────────────────────────────────────────
@@ -341,7 +347,7 @@ def test_bytes_of_collectives(tmp_path):
         units = 2 + 1 + 2 + 1  # vision blocks, the rest of the tower, layers, everything else
         assert found["reduce-scatter", "fsdp"].calls == units
         assert found["all-gather", "fsdp"].calls == 2 * units - 1
-        assert r.tokens == 2048 and r.parameters == sum(p.numel() for p in model.parameters())
+        assert r.tokens == TOKENS and r.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_bytes_between_nodes():
@@ -382,11 +388,11 @@ def test_flops_that_recomputation_adds(tmp_path, adapted):
     batch = make_batch(settings, config, MIX)
     with torch.device("meta"):
         model = Qwen35(config)
-    layers = Flops(model).of(2048, torch.tensor([256] * 8), 0, batch.grid_thw[:0])
+    layers = Flops(model).of(TOKENS, torch.tensor([256] * (TOKENS // 256)), 0, batch.grid_thw[:0])
     model.model.visual.requires_grad_(False)  # so that it costs its forward
     tower = Flops(model).of(0, torch.tensor([0]), 0, batch.grid_thw)
     r = rehearsed(settings, 2)
-    low = 2 * 2 * 2048 * 8 * (512 + model.model.language_model.layers[0].self_attn.q_proj.out_features)
+    low = 2 * 2 * TOKENS * 8 * (512 + model.model.language_model.layers[0].self_attn.q_proj.out_features)
     assert r.recomputed == pytest.approx(layers / 3 + (low if adapted else tower), rel=0.004)
     assert tower > 0.01 * layers
     assert rehearsed(replace(settings, parallel=replace(settings.parallel, recompute=False)), 2).recomputed == 0
@@ -398,7 +404,7 @@ def test_messages_of_a_collective():
 
 
 def test_batch_has_the_mix_that_was_asked_for(tmp_path):
-    settings = recipe(tmp_path)
+    settings = recipe(tmp_path, tokens=2048)
     config = load_config(tmp_path)
     batch = make_batch(settings, config, Mix(sequence=500, images=0.5, trained=0.2))
     tokens, trained, images = token_counts(batch)

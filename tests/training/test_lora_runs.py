@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_cases import assert_same_bytes, tensors_in
 from safetensors.torch import load_file, save_file
-from training_runs import assert_same_run, tensors, train
+from training_runs import assert_same_run, tensors, train, with_plots
 
 from qwen35.checkpoint.dcp_folder import newest_checkpoint
 from qwen35.checkpoint.dcp_source import OPTIMIZER
@@ -29,7 +29,7 @@ LORA = (
 def run(workplace) -> Path:
     """Two processes, six steps, a checkpoint after three."""
     save = workplace / "lora"
-    done = train(workplace, save, 2, *LORA, "training.train_iters=6", "training.save_interval=3")
+    done = train(workplace, save, 2, *LORA, "training.train_iters=6", "training.save_interval=3", how=with_plots)
     assert done.returncode == 0, done.stderr
     (save / "console").write_text(done.stdout)
     return save

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peer import config_dict, pair, sample
+from peer import config_dict, random_model, sample
 
 from qwen35.config.load import SettingError
 from qwen35.config.schema import TrainingSettings
@@ -106,7 +106,7 @@ def test_the_table_counts_trained_and_frozen():
 
 
 def test_frozen_parameters_stay_and_have_no_state():
-    model, _ = pair(config_dict())
+    model = random_model(config_dict())
     freeze(model, ["model.visual", "model.language_model.embed_tokens"])
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = make_optimizer(model, TrainingSettings(train_iters=1, save="x", lr=1e-2, weight_decay=0.1))

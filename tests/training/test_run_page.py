@@ -9,14 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from training_runs import train
+from training_runs import train, with_plots
 
 from qwen35.config.load import load_settings
 from qwen35.data import MicroBatches
 from qwen35.errors import UserError
 from qwen35.training.history import MOST_VALIDATIONS, begin_history, first_samples, note_answers, read_facts
 from qwen35.training.metrics import read_metrics
+from qwen35.training.plots import curves, figure_of
 from qwen35.training.report import comparison, main, page_of, read_run, write_report
 
 TITLES = ["loss", "exact match", "gradient norm", "gradient norm by group", "learning rate", "tokens a second"]
@@ -58,7 +60,7 @@ def run(workplace) -> Path:
     ]
     options += [f"data.val_dataset_param.basic_parameters.dataset={workplace / 'records.json'}"]
     for steps in (4, 8):
-        done = train(workplace, save, 2, f"training.train_iters={steps}", *options)
+        done = train(workplace, save, 2, f"training.train_iters={steps}", *options, how=with_plots)
         assert done.returncode == 0, done.stderr
     return save
 
@@ -215,6 +217,23 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
     page = Page(page_of(tmp_path, read_run(tmp_path)))
     assert "11 of 11" in page.text
     assert page.tags["svg"] == 3  # loss, lr, expert load
+
+
+def test_numbers_of_any_size_fit_beside_a_plot(tmp_path):
+    small = {"loss": 2.00001, "lr": 1e-9, "tokens_per_second": 1.2e-4, "grad_norm": 3e-12, "aux_loss": 123456.789}
+    large = {"loss": -1e6, "lr": 2e-5, "tokens_per_second": 1234567.0, "memory": 6.4e10, "grad_norm": 1e9, "mfu": 0.4}
+    seen = set()
+    for values in (small, large):
+        lines = ({"step": n, **{key: value * (1 + n / 300) for key, value in values.items()}} for n in range(1, 200))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for title, draw in curves([("a run", read_run(tmp_path))]):
+            figure = figure_of(title, draw)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            box = figure.get_tightbbox(canvas.get_renderer())  # of all that is drawn, in inches
+            assert min(box.x0, box.y0, 5.6 - box.x1, 3.2 - box.y1) > 0, title
+            seen.add(title)
+    assert len(seen) == 7
 
 
 def test_a_dense_model_has_no_heat_map(tmp_path):

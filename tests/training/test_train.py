@@ -1,12 +1,10 @@
 """Whole runs with real processes, of a small model on a few images."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from mistakes import run
 from peer import continued
 from PIL import Image
 from plain import plain
-from ports import free_port
 from safetensors.torch import load_file, save_file
 from training_runs import ROOT, start_training, tensors, train
 
@@ -276,12 +273,12 @@ if os.environ.get("RANK") == "1":
 def test_a_mistake_during_the_rendezvous_is_one_line(workplace, tmp_path):
     """Rank 0 serves the store, so it must not end before all ranks have made their groups."""
     (tmp_path / "sitecustomize.py").write_text(LATE)
-    command = [sys.executable, "-m", "qwen35.launch", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command += [str(workplace / "recipe.yaml"), f"training.save={tmp_path / 'run'}", "model.freeze=[model.vision]"]
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: model.freeze") and done.stderr.count("\n") == 1
+    process = start_training(
+        workplace, tmp_path / "run", 2, "model.freeze=[model.vision]", PYTHONPATH=f"{tmp_path}:{ROOT}"
+    )
+    _, err = process.communicate(120)
+    assert process.returncode == 1
+    assert err.startswith("error: model.freeze") and err.count("\n") == 1
 
 
 def _with_a_broken_image(workplace: Path) -> Path:

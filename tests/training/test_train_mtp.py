@@ -10,7 +10,7 @@ import torch
 import yaml
 from checkpoint_cases import assert_same_bytes
 from hf_folder import write_hf
-from training_runs import tensors, train
+from training_runs import tensors, train, with_plots
 
 from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.checkpoint.hf import load_pretrained
@@ -51,7 +51,8 @@ def place(workplace, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(place) -> Path:
-    done = train(place, place / "two", 2, *ON, KIND, "training.save_interval=2", "parallel.recompute=true")
+    settings = "training.save_interval=2", "parallel.recompute=true"
+    done = train(place, place / "two", 2, *ON, KIND, *settings, how=with_plots)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nmtp ") == 1 and "  mtp_loss " in done.stdout
     return place / "two"

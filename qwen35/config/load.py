@@ -30,6 +30,7 @@ SHORT_FORMS = {  # as the user guide and MindSpeed-MM write it
 ENABLE_LORA = "training.lora.enable"  # MindSpeed-MM's switch, no setting: the section itself is one
 BASE = "base"  # of a recipe: another one, whose settings hold where it has none of its own
 OTHER_BASE = re.compile("^[-+]?0[0-9_]|:")  # a number of base 8 or 60
+NO_PATHS = ("model.freeze", "data.dataset_param.attr", "data.val_dataset_param.attr")
 OF_A_SHELL = re.compile(r"(?:^|,)\s*(~)/|(\$(?:\{\w+\}|[A-Z_]\w*))")  # in a path: a home, a variable
 LENGTHS = ("training.train_epochs", "training.train_iters")  # of a run, in one unit or the other
 NO_RUN = {"model.model_name_or_path": "-", "training.save": "none", "training.train_iters": 1}
@@ -224,7 +225,7 @@ def _check_value(path: str, value: Any) -> None:
         raise SettingError(f"{path}: {value} is too large")
     elif isinstance(value, str) and (not value or "\0" in value):
         raise SettingError(f"{path}: {value!r} names nothing; leave it out, or set it")
-    elif isinstance(value, str) and (found := OF_A_SHELL.search(value)):
+    elif isinstance(value, str) and not path.startswith(NO_PATHS) and (found := OF_A_SHELL.search(value)):
         what = f"{found[1] or found[2]} is not expanded here, it would be a folder of that name"
         raise SettingError(f"{path}: {value!r}: {what}; write out the path")
 

@@ -364,13 +364,17 @@ def test_best_and_worst_time_of_a_step():
     operators, communication = Operators(), SimpleNamespace(traffic={})
     operators.seen[Moment("forward")].bytes_moved = int(0.5 * BEST.memory)
     operators.seen[Moment("backward")].dispatched = 1000
-    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, BEST.flops, 0.0, 0)  # type: ignore[arg-type]
+    flops = BEST.flops, 0.0, BEST.flops
+    r = Rehearsal(16, 16, 0, Ledger("cpu"), operators, communication, {}, *flops, 0)  # type: ignore[arg-type]
     best, worst = best_and_worst(r, RateRange())
     assert best.overlapped == pytest.approx(1.5) and best.host == pytest.approx(1000 * BEST.host)
     assert worst.serialized == pytest.approx(1 / 0.4 + 0.5 * BEST.memory / WORST.memory + 1000 * WORST.host)
     again = replace(r, recomputed=BEST.flops / 3)
     assert best_and_worst(again, RateRange())[0].arithmetic == pytest.approx(4 / 3)
     traffic = Traffic(1, sent=2 * BEST.within, between=3 * BEST.between)
+    operators.seen[Moment("optimizer")].bytes_copied = int(WORST.copies)
+    assert best_and_worst(r, RateRange())[1].copies == pytest.approx(2)  # there and back
+    operators.seen[Moment("optimizer")].bytes_copied = 0
     communication.traffic["all-gather", Group("fsdp", 16, 2)] = traffic
     assert best_and_worst(r, RateRange())[0].overlapped == 3  # between and within nodes at the same time
     assert best_and_worst(r, RateRange())[1].communication == pytest.approx(

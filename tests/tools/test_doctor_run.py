@@ -453,7 +453,7 @@ def test_missing_address_and_rank_of_several_nodes_are_findings(project: Path) -
 def test_doctor_without_python(project: Path) -> None:
     bin_folder = project.parent / "bin"
     (bin_folder / "python3").unlink()
-    for name in "bash make sed grep dirname realpath basename cut xargs cat env".split():
+    for name in "bash make sed awk grep dirname realpath basename cut xargs cat env".split():
         found = shutil.which(name)
         assert found
         (bin_folder / name).symlink_to(found)

@@ -23,7 +23,7 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_120,
+    "config": 1_165,
     "model": 1_495,
     "checkpoint": 3_575,
     "data": 6_695,

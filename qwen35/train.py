@@ -45,16 +45,18 @@ from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adamw import AdamW
 from qwen35.training.adapters import choose_trained, serving_warnings
 from qwen35.training.best import Best
+from qwen35.training.dpo import METRICS, preference_loss
 from qwen35.training.flops import Flops, token_counts
 from qwen35.training.history import begin_history, note_answers
 from qwen35.training.length import count_steps, end_step
-from qwen35.training.loss import divisors, make_mtp_targets, token_weights
+from qwen35.training.loss import divisors, make_mtp_targets, token_loss, token_weights
 from qwen35.training.metrics import Metrics, RunError, StepRecord
 from qwen35.training.neftune import embedding_noise
 from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, make_optimizer, prepare_step
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.read_data import read_data
+from qwen35.training.reference import add_reference
 from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
@@ -157,6 +159,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     loading = partial(heartbeat.at, f"loading {weights}")  # the timeout starts anew with each part
     loading()
     start.load(optimizer, lambda nbytes: loading())
+    if t.stage == "dpo" and not t.lora:
+        for data in (micro_batches, *([validation.set] if validation else [])):
+            add_reference(settings, data.dataset, start.extra, None if step else model, meshes, device, heartbeat.at)
     micro_batches.start_at(step)
     extra = make_extra(settings, config, micro_batches) | start.extra
     if checkpoint and step:
@@ -206,7 +211,8 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     dist.all_reduce(step_counters)
     scale = 1 / step_counters[:3].clamp(min=1)  # for the losses: next-token, multi-token, load-balancing
 
-    losses = torch.zeros(2 + mtp, device=device)  # cross entropy, load balancing, multi-token prediction
+    also = METRICS if t.stage == "dpo" else ("mtp_loss",) * mtp
+    losses = torch.zeros(2 + len(also), device=device)  # the stage's loss, load balancing, what else it measures
     text = run.model.config.text
     load = torch.zeros(len(text.layer_types) + mtp, text.num_experts, device=device) if text.num_experts else None
     flops = 0.0
@@ -223,16 +229,15 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         if mtp_targets is not None:
             mtp_targets = mtp_targets.to(device)
             mtp_targets = replace(mtp_targets, weights=mtp_targets.weights * scale[1])
-        loss, aux, token_loss = run.model.loss(
-            batch, weight, mtp_targets, run.settings.model.mtp_loss_scaling_factor, load
-        )
+        if t.stage == "dpo":
+            loss, aux, found = preference_loss(run.model, batch, t.dpo, meshes, scale[0], load)
+        else:
+            factor = run.settings.model.mtp_loss_scaling_factor
+            loss, aux, found = token_loss(run.model, batch, weight, mtp_targets, factor, load)
         run.beat(f"micro-batch {i} of {len(batches)}, backward")
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()
-        losses[0] += (weight * token_loss[: len(weight)]).sum()
-        losses[1] += is_counting * aux.detach()
-        if mtp_targets is not None:
-            losses[2] += (mtp_targets.weights * token_loss[len(weight) :]).sum()
+        losses += torch.stack([found[0], is_counting * aux.detach(), *found[1:]])
 
     run.beat("gradient norm and optimizer")
     reduce_replicated(run.model)
@@ -245,7 +250,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     run.step += 1
     sums = torch.cat([losses[:2], rank_counters[3:], losses[2:]])
     bad_records = tuple(message for batch in batches[: is_counting * len(batches)] for message in batch.bad_records)
-    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load)
+    return StepRecord(run.step, lr, data_time, flops, sums, squares, bad_records, load, also)
 
 
 def train(settings: Settings) -> int:

@@ -159,15 +159,15 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
     loading = partial(heartbeat.at, f"loading {weights}")  # the timeout starts anew with each part
     loading()
     start.load(optimizer, lambda nbytes: loading())
-    if t.stage == "dpo" and not t.lora:
-        for data in (micro_batches, *([validation.set] if validation else [])):
-            add_reference(settings, data.dataset, start.extra, None if step else model, meshes, device, heartbeat.at)
     micro_batches.start_at(step)
     extra = make_extra(settings, config, micro_batches) | start.extra
     if checkpoint and step:
         check_extra(checkpoint, extra, settings)
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
+    if t.stage == "dpo" and not t.lora:
+        for data in (micro_batches, *([validation.set] if validation else [])):
+            add_reference(settings, data.dataset, start.extra, None if step else model, meshes, device, heartbeat.at)
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))

@@ -96,6 +96,15 @@ class ReferenceFile:
             file.flush()
 
 
+def decoded(
+    dataset: Dataset, settings: Settings, order: list[list[list[int]]], device: torch.device
+) -> Iterable[PackedBatch | UserError]:
+    """The micro-batches of an order as of `each_once`."""
+    loader = settings.data.dataloader_param
+    batches = DecodedBatches(dataset, loader.patch_bucket)
+    return background_loader(batches, order, loader.num_workers, has_own_memory(device))
+
+
 @torch.no_grad()
 def forward(
     model: Qwen35, batches: Iterable[PackedBatch | UserError], meshes: Meshes, device: torch.device
@@ -137,9 +146,7 @@ def add_reference(
         )
     if count < len(order) and model is not None:
         logger.info(f"computing the log-probabilities of the reference, which {file.path} keeps")
-        loader = settings.data.dataloader_param
-        decoding = DecodedBatches(dataset, loader.patch_bucket)
-        batches = background_loader(decoding, order[count:], loader.num_workers, has_own_memory(device))
+        batches = decoded(dataset, settings, order[count:], device)
         for number, (batch, part, log_probs) in enumerate(forward(model, batches, meshes, device), count + 1):
             beat(f"log-probabilities of the reference, micro-batch {number} of {len(order)}")
             assert batch.pair_numbers is not None

@@ -33,7 +33,7 @@ ROOMS = {
     "tools": 1_735,
     "launch": 1_515,
 }
-ON_TOP = ("rank", "preflight", "train", "convert")
+ON_TOP = ("rank", "preflight", "train", "logprobs", "convert")
 BUDGETS = {
     "qwen35": 1_650,
     "kernels": 3_590,

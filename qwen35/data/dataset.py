@@ -78,6 +78,7 @@ class Dataset:
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
         self.skips_bad_records = basic.on_bad_record == "skip"
+        self.reference: Tensor | None = None  # [pairs, 2] their log-probabilities by the reference, NaN: none
         self.files: list[FileSamples] = []
         for samples in load_files(preparation, progress):
             if not samples.records:

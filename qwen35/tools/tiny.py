@@ -114,7 +114,7 @@ def _record(image: str, label: str) -> dict[str, Any]:
 
 
 def _pair(record: dict[str, Any]) -> dict[str, Any]:
-    """The right digit is chosen, and one of the nine others, by the record's number, is rejected."""
+    """The right digit is chosen, and one of the others, by the record's number, is rejected."""
     question, right = record["conversations"]
     wrong = (int(right["value"]) + 1 + int(record["id"]) % 9) % 10
     return record | {"conversations": [question], "chosen": right, "rejected": right | {"value": str(wrong)}}

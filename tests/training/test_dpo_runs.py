@@ -12,6 +12,7 @@ from peer import peer_inputs
 from training_runs import assert_same_run, make_workplace, tensors, train, train_command
 
 from qwen35.checkpoint import load_pretrained
+from qwen35.checkpoint.convert import dcp_to_hf
 from qwen35.config.load import load_settings
 from qwen35.data.dataloader import DecodedBatches, open_dataset
 from qwen35.data.tokenized import silent
@@ -105,7 +106,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
 
 
 def test_ranks_share_the_reference_and_its_file_is_used_again(workplace, whole, tmp_path):
-    """One rank with twice the accumulation trains as two, on log-probabilities that two computed."""
+    """One rank with twice the accumulation trains as two, on what two have computed."""
     cache = f"{BASIC}.cache_dir={tmp_path / 'cache'}"
     logprobs(workplace, tmp_path / "unused", 2, "-", *dpo(workplace, cache))
     [file] = (tmp_path / "cache").glob("reference-*.jsonl")
@@ -122,7 +123,7 @@ def test_ranks_share_the_reference_and_its_file_is_used_again(workplace, whole, 
 
 
 def test_the_reference_is_the_trainers_own_forward_bit_for_bit(workplace, tmp_path):
-    """On one device, where the same pairs are packed together: the first rewards are exactly zero."""
+    """On one device, with the same pairs packed together: the first rewards are exactly zero."""
     words = dpo(workplace, "data.dataloader_param.shuffle=false", "training.train_iters=1")
     done = train(workplace, tmp_path / "run", 1, *words)
     assert done.returncode == 0, done.stderr
@@ -244,8 +245,16 @@ def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
 
 
 def test_a_model_that_reads_answers_learns_to_prefer_them(workplace, tmp_path):
-    """The tiny recipe in small: fine-tuned first, then the margin grows and held-out accuracy does not fall."""
-    sft = tmp_path / "sft"
-    records = workplace / "records.json"
-    first = ("training.train_iters=30", "training.lr=5e-3", f"{BASIC}.dataset={records}")
+    """The tiny recipe in small: the margin grows, and held-out accuracy does not fall."""
+    sft, save = tmp_path / "sft", tmp_path / "run"
+    first = ("training.train_iters=40", "training.lr=5e-3", "training.lr_decay_style=constant")
     assert train(workplace, sft, 2, *first).returncode == 0
+    dcp_to_hf(sft, workplace / "weights", tmp_path / "hf")
+    val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
+    words = dpo(workplace, val, "training.val_interval=4", f"training.init_from_hf_path={tmp_path / 'hf'}")
+    done = train(workplace, save, 2, *words, "training.lr=2e-4")
+    assert done.returncode == 0, done.stderr
+    found = [line for line in read_metrics(save / "metrics.jsonl") if "val_loss" in line]
+    margins, accuracies = ([line[f"val_rewards/{name}"] for line in found] for name in ("margins", "accuracies"))
+    assert 0 < margins[0] < margins[1] and 0.9 < accuracies[0] <= accuracies[1]
+    assert found[1]["val_logps/chosen"] > found[1]["val_logps/rejected"]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
+from qwen35.checkpoint.dcp import read_info
 from qwen35.checkpoint.folders import write_atomic
 from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
@@ -62,6 +63,10 @@ def log_probs(settings: Settings, out: Path | None) -> None:
         model = Qwen35(config, kernels=chosen, mtp=bool(settings.model.mtp_num_layers))
     choose_trained(model, settings)
     start = Start(find_weights(settings, goes_on=False), model, settings)
+    if not out and not start.is_hf and read_info(start.path).step:
+        raise SettingError(
+            f"training.load: {t.load} has been trained; the reference is what its run began with, name that"
+        )
     heartbeat.at("reading the data")
     sets = [settings, *([settings.validation] if settings.validation and not out else [])]
     datasets = [

@@ -149,6 +149,8 @@ def add_reference(
         batches = decoded(dataset, settings, order[count:], device)
         for number, (batch, part, log_probs) in enumerate(forward(model, batches, meshes, device), count + 1):
             beat(f"log-probabilities of the reference, micro-batch {number} of {len(order)}")
+            if number * 10 // len(order) > (number - 1) * 10 // len(order):
+                logger.info(f"log-probabilities of the reference: micro-batch {number:,} of {len(order):,}")
             assert batch.pair_numbers is not None
             both = answer_log_probs(part, log_probs, meshes)[0].tolist()
             own = [(n, *values) for n, values in zip(batch.pair_numbers.tolist(), both, strict=True)]

@@ -8,7 +8,7 @@ run starts from (training.load, training.init_from_hf_path), never a checkpoint 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import kernels
 from qwen35.batch import IGNORE, PackedBatch
@@ -28,19 +29,19 @@ from qwen35.console import outlive_readers
 from qwen35.data.dataloader import open_dataset
 from qwen35.data.validation import each_once
 from qwen35.device import end_process_group, init_process
-from qwen35.errors import Parser, SettingError, UserError
+from qwen35.errors import Parser, SettingError
 from qwen35.heartbeat import Heartbeat
 from qwen35.log import logger
 from qwen35.model import Qwen35, load_config
 from qwen35.parallel.collectives import Gather
 from qwen35.parallel.context_parallel import apply_context_parallel
 from qwen35.parallel.fsdp import shard
-from qwen35.parallel.mesh import Meshes, make_meshes
+from qwen35.parallel.mesh import make_meshes
 from qwen35.rank import leave, run_rank
 from qwen35.tools.compilation import DTYPES, compiled
 from qwen35.training.adapters import choose_trained
-from qwen35.training.reference import add_reference, decoded, forward
-from qwen35.training.start import Start, find_weights
+from qwen35.training.reference import Forward
+from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.wording import number_of
 
 
@@ -76,38 +77,29 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     shard(model, meshes, DTYPES[t.dtype])
     model.to_empty(device=device)
     start.load(None, lambda nbytes: heartbeat.at("loading the weights"))
+    forward = Forward(settings, model, meshes, device, heartbeat.at)
     if not out:
         for dataset in datasets:
-            add_reference(settings, dataset, start.extra, model, meshes, device, heartbeat.at)
+            forward.add_reference(dataset, start.extra[REFERENCE])
         return
+
+    def rows_of(units: list[list[int]], batch: PackedBatch, part: PackedBatch, found: Tensor) -> list[Any]:
+        whole = Gather.apply(meshes.tokens["ulysses"].get_group(), found) if meshes.ulysses_size > 1 else found
+        values, indices, rows = whole.tolist(), chain.from_iterable(units), []
+        for start, end in pairwise(batch.cu_seqlens.tolist()):
+            if batch.is_pad is None or not batch.is_pad[start]:
+                at = ((batch.labels[start:end] != IGNORE).nonzero()[:, 0] + start).tolist()
+                tokens, index = batch.labels[at].tolist(), next(indices)
+                line = {"record": datasets[0].source(index), "tokens": tokens, "log_probs": [values[i] for i in at]}
+                rows.append((index, line))
+        return rows
+
     order = each_once(datasets[0], settings, meshes.data_rank, meshes.data_size)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    batches = decoded(datasets[0], settings, order, device)
-    for number, (indices, found) in enumerate(zip(order, answers(model, batches, meshes, device), strict=True), 1):
-        heartbeat.at(f"micro-batch {number} of {len(order)}")
-        own = [
-            (index, {"record": datasets[0].source(index), "tokens": tokens, "log_probs": values})
-            for index, (tokens, values) in zip(chain.from_iterable(indices), found, strict=True)
-        ]
-        parts: list[Any] = [[]] * dist.get_world_size()
-        dist.all_gather_object(parts, own if meshes.ulysses_rank == 0 else [])
-        rows += [row for part in parts for row in part]
+    rows = chain.from_iterable(forward.by_round(datasets[0], order, rows_of))
+    lines = [line for _, line in sorted(rows, key=lambda row: row[0])]
     if dist.get_rank() == 0:
-        write_atomic(out, "".join(json.dumps(line) + "\n" for _, line in sorted(rows, key=lambda row: row[0])))
-        logger.info(f"{out}: log-probabilities of {number_of(len(rows), 'sample')}")
-
-
-def answers(
-    model: Qwen35, batches: Iterable[PackedBatch | UserError], meshes: Meshes, device: torch.device
-) -> Iterator[list[tuple[list[int], list[float]]]]:
-    """Of each micro-batch the trained tokens of its samples, and their log-probabilities."""
-    for batch, _, found in forward(model, batches, meshes, device):
-        if meshes.ulysses_size > 1:
-            found = Gather.apply(meshes.tokens["ulysses"].get_group(), found)
-        values, labels, bounds = found.cpu(), batch.labels, batch.cu_seqlens.tolist()
-        ranges = [slice(*ends) for ends in pairwise(bounds) if batch.is_pad is None or not batch.is_pad[ends[0]]]
-        is_trained = labels != IGNORE
-        yield [(labels[r][is_trained[r]].tolist(), values[r][is_trained[r]].tolist()) for r in ranges]
+        write_atomic(out, "".join(json.dumps(line) + "\n" for line in lines))
+        logger.info(f"{out}: log-probabilities of {number_of(len(lines), 'sample')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

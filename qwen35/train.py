@@ -56,7 +56,7 @@ from qwen35.training.optimizer import GradientNorm, group_table, learning_rate, 
 from qwen35.training.parameter_groups import check_new_tokens, check_visuals, parameter_table
 from qwen35.training.profiler import Profile
 from qwen35.training.read_data import read_data
-from qwen35.training.reference import add_reference
+from qwen35.training.reference import Forward
 from qwen35.training.report import write_report
 from qwen35.training.resume import (
     changes,
@@ -72,7 +72,7 @@ from qwen35.training.resume import (
     save_steps,
     seed_all,
 )
-from qwen35.training.start import Start, find_weights
+from qwen35.training.start import REFERENCE, Start, find_weights
 from qwen35.training.summary import end_message, start_message, steps_message
 from qwen35.training.trackers import Tracker, check_installed
 from qwen35.training.validation import Validation
@@ -166,8 +166,9 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
         if checkpoint.rank_extra:
             restore_rng(checkpoint.rank_extra, device)
     if t.stage == "dpo" and not t.lora:
+        forward = Forward(settings, model, meshes, device, heartbeat.at)
         for data in (micro_batches, *([validation.set] if validation else [])):
-            add_reference(settings, data.dataset, start.extra, None if step else model, meshes, device, heartbeat.at)
+            forward.add_reference(data.dataset, start.extra[REFERENCE], is_trained=step > 0)
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))
@@ -200,7 +201,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
     """One optimizer step over this rank's micro-batches. The record's values stay on the device."""
     t, loss_cfg, device, meshes = run.settings.training, run.settings.model.loss_cfg, run.device, run.meshes
     weights = [token_weights(batch, loss_cfg.loss_type) for batch in batches]
-    mtp = run.settings.model.mtp_num_layers
+    mtp, mtp_factor = run.settings.model.mtp_num_layers, run.settings.model.mtp_loss_scaling_factor
     all_mtp_targets = [make_mtp_targets(batch, loss_cfg.loss_type) if mtp else None for batch in batches]
     counts = [token_counts(batch) for batch in batches]
     tokens, labels, images = (sum(values) for values in zip(*counts, strict=True))
@@ -232,8 +233,7 @@ def train_step(run: Run, batches: list[PackedBatch], lr: float, data_time: float
         if t.stage == "dpo":
             loss, aux, found = preference_loss(run.model, batch, t.dpo, meshes, scale[0], load)
         else:
-            factor = run.settings.model.mtp_loss_scaling_factor
-            loss, aux, found = token_loss(run.model, batch, weight, mtp_targets, factor, load)
+            loss, aux, found = token_loss(run.model, batch, weight, mtp_targets, mtp_factor, load)
         run.beat(f"micro-batch {i} of {len(batches)}, backward")
         aux = scale[2] * aux
         (loss + loss_cfg.router_aux_loss_coef * aux).backward()

@@ -8,7 +8,8 @@ interrupted goes on there.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from qwen35.parallel.context_parallel import shard_batch
 from qwen35.parallel.fsdp import reshard
 from qwen35.parallel.mesh import Meshes
 from qwen35.training.dpo import answer_log_probs
-from qwen35.training.start import REFERENCE
 
+Jobs = list[list[list[int]]]  # the units of each packed sequence of each micro-batch
+RowsOf = Callable[[list[list[int]], PackedBatch, PackedBatch, Tensor], list[Any]]
 Rows = list[tuple[int, float, float]]  # a pair's number, log-probabilities of its chosen and rejected answers
 
 
@@ -96,69 +98,68 @@ class ReferenceFile:
             file.flush()
 
 
-def decoded(
-    dataset: Dataset, settings: Settings, order: list[list[list[int]]], device: torch.device
-) -> Iterable[PackedBatch | UserError]:
-    """The micro-batches of an order as of `each_once`."""
-    loader = settings.data.dataloader_param
-    batches = DecodedBatches(dataset, loader.patch_bucket)
-    return background_loader(batches, order, loader.num_workers, has_own_memory(device))
+@dataclass(frozen=True)
+class Forward:
+    """Log-probabilities by a sharded model, without gradients. Every rank calls the methods."""
 
+    settings: Settings
+    model: Qwen35
+    meshes: Meshes
+    device: torch.device
+    beat: Callable[[str], object]
 
-@torch.no_grad()
-def forward(
-    model: Qwen35, batches: Iterable[PackedBatch | UserError], meshes: Meshes, device: torch.device
-) -> Iterator[tuple[PackedBatch, PackedBatch, Tensor]]:
-    """-> each batch, this rank's part of it on the device, its log-probabilities [T/U]."""
-    recompute = model.model.language_model.recompute
-    model.recompute(False)
-    for batch in batches:
-        if isinstance(batch, UserError):
-            raise batch
-        part, *_ = shard_batch(batch, batch.labels, None, meshes.ulysses_rank, meshes.ulysses_size)
-        part = part.to(device)
-        yield batch, part, model.log_probs(part)[0]
-    reshard(model)
-    model.recompute(recompute)
+    @torch.no_grad()
+    def by_round(self, dataset: Dataset, order: Jobs, rows_of: RowsOf) -> Iterator[list[Any]]:
+        """What rows_of makes of each micro-batch of an order as of `each_once`, of all ranks.
 
-
-def add_reference(
-    settings: Settings,
-    dataset: Dataset,
-    extra: Mapping[str, Any],
-    model: Qwen35 | None,
-    meshes: Meshes,
-    device: torch.device,
-    beat: Callable[[str], None],
-) -> None:
-    """Give a data set of pairs its `reference`: from the file, and what is missing by the model.
-
-    extra: a checkpoint's, which says what the reference is. model: sharded, with its weights; None:
-    they have been trained since, so all must be there. Raises CheckpointError, RecordError.
-    """
-    order = each_once(dataset, settings, meshes.data_rank, meshes.data_size)
-    file = ReferenceFile(settings, dataset, extra[REFERENCE])
-    rows, count = file.begin([len(order), meshes.data_size, settings.training.micro_batch_size])
-    if count < len(order) and model is None:
-        raise CheckpointError(
-            f"{file.path} has the reference's log-probabilities of {count:,} of {len(order):,} micro-batches, and the weights "
-            "have been trained since; compute them from where the run began: make logprobs, with the same settings"
-        )
-    if count < len(order) and model is not None:
-        logger.info(f"computing the log-probabilities of the reference, which {file.path} keeps")
-        batches = decoded(dataset, settings, order[count:], device)
-        for number, (batch, part, log_probs) in enumerate(forward(model, batches, meshes, device), count + 1):
-            beat(f"log-probabilities of the reference, micro-batch {number} of {len(order)}")
+        It gets the units of a micro-batch, the batch, this rank's part of it on the device, and the
+        log-probabilities of the part's labels. Of ranks that share a batch the first counts.
+        """
+        loader, ulysses_rank = self.settings.data.dataloader_param, self.meshes.ulysses_rank
+        decoding = DecodedBatches(dataset, loader.patch_bucket)
+        batches = background_loader(decoding, order, loader.num_workers, has_own_memory(self.device))
+        recompute = self.model.model.language_model.recompute
+        self.model.recompute(False)
+        for number, (units, batch) in enumerate(zip(order, batches, strict=True), 1):
+            if isinstance(batch, UserError):
+                raise batch
+            self.beat(f"log-probabilities, micro-batch {number} of {len(order)}")
+            part, *_ = shard_batch(batch, batch.labels, None, ulysses_rank, self.meshes.ulysses_size)
+            part = part.to(self.device)
+            own = rows_of(units, batch, part, self.model.log_probs(part)[0])
+            parts: list[list[Any]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(parts, own if ulysses_rank == 0 else [])
             if number * 10 // len(order) > (number - 1) * 10 // len(order):
-                logger.info(f"log-probabilities of the reference: micro-batch {number:,} of {len(order):,}")
+                logger.info(f"log-probabilities: micro-batch {number:,} of {len(order):,}")
+            yield [row for rows in parts for row in rows]
+        reshard(self.model)
+        self.model.recompute(recompute)
+
+    def add_reference(self, dataset: Dataset, weights: str, is_trained: bool = False) -> None:
+        """Give a data set of pairs its `reference`: from the file, what is missing by the model.
+
+        weights: a digest of the reference's. is_trained: the model's are no longer these, so all
+        must be there. Raises CheckpointError, RecordError.
+        """
+
+        def rows_of(units: list[list[int]], batch: PackedBatch, part: PackedBatch, log_probs: Tensor) -> Rows:
             assert batch.pair_numbers is not None
-            both = answer_log_probs(part, log_probs, meshes)[0].tolist()
-            own = [(n, *values) for n, values in zip(batch.pair_numbers.tolist(), both, strict=True)]
-            parts: list[Rows] = [[]] * dist.get_world_size()
-            dist.all_gather_object(parts, own if meshes.ulysses_rank == 0 else [])
-            together = [row for part_rows in parts for row in part_rows]
+            both = answer_log_probs(part, log_probs, self.meshes)[0].tolist()
+            return [(number, *values) for number, values in zip(batch.pair_numbers.tolist(), both, strict=True)]
+
+        order = each_once(dataset, self.settings, self.meshes.data_rank, self.meshes.data_size)
+        file = ReferenceFile(self.settings, dataset, weights)
+        rows, count = file.begin([len(order), self.meshes.data_size, self.settings.training.micro_batch_size])
+        if count < len(order) and is_trained:
+            raise CheckpointError(
+                f"{file.path} has the reference's log-probabilities of {count:,} of {len(order):,} micro-batches, and the "
+                "weights have been trained since; compute them from where the run began: make logprobs, with its settings"
+            )
+        if count < len(order):
+            logger.info(f"computing the log-probabilities of the reference, which {file.path} keeps")
+        for found in self.by_round(dataset, order[count:], rows_of) if count < len(order) else ():
             if dist.get_rank() == 0:
-                file.add(together)
-            rows += together
-    dataset.reference = torch.full((dataset.units, 2), torch.nan)
-    dataset.reference[[n for n, *_ in rows]] = torch.tensor([both for _, *both in rows]).view(-1, 2)
+                file.add(found)
+            rows += found
+        dataset.reference = torch.full((dataset.units, 2), torch.nan)
+        dataset.reference[[number for number, *_ in rows]] = torch.tensor([both for _, *both in rows]).view(-1, 2)

@@ -54,7 +54,7 @@ def logprobs(workplace: Path, save: Path, processes: int, out: str, *overrides: 
     process = Forked(launched, command, {})
     out, err = process.communicate(300)
     assert process.returncode == 0, err
-    return err
+    return out
 
 
 def rows(path: Path) -> list:
@@ -70,7 +70,7 @@ def whole(workplace, tmp_path_factory) -> Path:
     val = f"data.val_dataset_param.basic_parameters.dataset={workplace / 'heldout.json'}"
     done = train(workplace, save, 2, *dpo(workplace, val, "training.val_interval=4"))
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities of the reference" in done.stderr
+    assert "computing the log-probabilities of the reference" in done.stdout
     return save
 
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(workplace, whole, tmp_path):
     assert train(workplace, other, 2, *words, "training.lr_decay_style=constant").returncode == 0
     done = train(workplace, save, 2, *words, "training.lr_decay_style=constant")
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities" not in done.stderr
+    assert "computing the log-probabilities" not in done.stdout
     assert_same_run(save, other)
 
 
@@ -115,7 +115,7 @@ def test_ranks_share_the_reference_and_its_file_is_used_again(workplace, whole, 
     assert of_run.read_bytes() == before  # what the trainer computes is what the command does
     done = train(workplace, tmp_path / "run", 1, *dpo(workplace, cache, "training.gradient_accumulation_steps=2"))
     assert done.returncode == 0, done.stderr
-    assert "computing the log-probabilities" not in done.stderr and file.read_bytes() == before
+    assert "computing the log-probabilities" not in done.stdout and file.read_bytes() == before
     for a, b in zip(read_metrics(tmp_path / "run/metrics.jsonl"), read_metrics(whole / "metrics.jsonl"), strict=True):
         assert [a[k] for k in ("loss", *METRICS)] == pytest.approx(
             [b[k] for k in ("loss", *METRICS)], rel=1e-3, abs=1e-4

@@ -129,7 +129,7 @@ class Forward:
             own = rows_of(units, batch, part, self.model.log_probs(part)[0])
             parts: list[list[Any]] = [[]] * dist.get_world_size()
             dist.all_gather_object(parts, own if ulysses_rank == 0 else [])
-            if number * 10 // len(order) > (number - 1) * 10 // len(order):
+            if number % 100 == 0:
                 logger.info(f"log-probabilities: micro-batch {number:,} of {len(order):,}")
             yield [row for rows in parts for row in rows]
         reshard(self.model)

@@ -137,13 +137,13 @@ def expert_loads(run: Curves) -> Iterator[Plot]:
 def lengths(facts: Mapping[str, Any]) -> Iterator[Plot]:
     """The histogram of the samples' lengths, as history.py keeps it."""
     if "lengths" in facts:
-        counts, edges = facts["lengths"]["counts"], facts["lengths"]["edges"]
+        counts, edges, unit = (facts["lengths"].get(name, "sample") for name in ("counts", "edges", "unit"))
 
         def draw(axis: "Axes") -> None:
             axis.stairs(counts, edges, fill=True)
-            axis.set(xlabel="tokens", ylabel="samples")
+            axis.set(xlabel="tokens", ylabel=f"{unit}s")
 
-        yield "lengths of the samples", draw
+        yield f"lengths of the {unit}s", draw
 
 
 def as_svg(plots: Iterable[Plot]) -> Iterator[str]:

@@ -83,9 +83,11 @@ class Validation:
         warnings = f"; {shared} is also trained on" * bool(shared) + "".join(f"; {line}" for line in dataset.warnings)
         if both := self.set.also_trained(trained) if trained else []:
             verb = "is" if len(both) == 1 else "are"
-            warnings = f"; {number_of(len(both), 'sample')} of these {verb} also trained on, first {both[0]}{warnings}"
+            warnings = (
+                f"; {number_of(len(both), dataset.unit)} of these {verb} also trained on, first {both[0]}{warnings}"
+            )
         return (
-            f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), 'sample')}{generation}, "
+            f"validation every {number_of(t.val_interval or 0, 'step')}: {number_of(len(dataset), dataset.unit)}{generation}, "
             f"{number_of(len(self.set), 'micro-batch')} a rank{truncated}{skipped}{for_validation(warnings)}"
         )
 

@@ -238,7 +238,7 @@ def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):
     assert lines[-1]["rewards/margins"] > 0.1 and lines[-1]["rewards/accuracies"] > 0.9
     assert not [*save.glob("reference-*")]
     assert all("lora" in name for name in tensors(save))
-    command = train_command(workplace, save, 1, *words)
+    command = train_command(workplace, save, 2, *words)
     command[3:3] = ["--logprobs", "-"]
     process = Forked(launched, command, {})
     assert "training.lora has its reference in every step; name a file" in process.communicate(300)[1]

@@ -27,6 +27,7 @@ from qwen35.config.layout import check_layout
 from qwen35.config.schema import Settings
 from qwen35.console import outlive_readers
 from qwen35.data.dataloader import open_dataset
+from qwen35.data.record import RecordError
 from qwen35.data.validation import each_once
 from qwen35.device import end_process_group, init_process
 from qwen35.errors import Parser, SettingError
@@ -49,6 +50,8 @@ def log_probs(settings: Settings, out: Path | None) -> None:
     """Every rank calls it. Raises SettingError, RecordError, CheckpointError."""
     t = settings.training
     if out:
+        if not out.parent.is_dir():
+            raise SettingError(f"{out}: there is no folder {out.parent}; make it, or name another file")
         settings = replace(settings, training=replace(t, stage="sft"))
     elif t.stage != "dpo" or t.lora:
         why = "training.lora has its reference in every step" if t.lora else "training.stage: sft has no reference"
@@ -84,6 +87,8 @@ def log_probs(settings: Settings, out: Path | None) -> None:
         return
 
     def rows_of(units: list[list[int]], batch: PackedBatch, part: PackedBatch, found: Tensor) -> list[Any]:
+        if batch.bad_records:  # whose place in the batch is padding
+            raise RecordError(f"{batch.bad_records[0]}; mend or remove it: on_bad_record: skip is not for this command")
         whole = Gather.apply(meshes.tokens["ulysses"].get_group(), found) if meshes.ulysses_size > 1 else found
         values, indices, rows = whole.tolist(), chain.from_iterable(units), []
         for start, end in pairwise(batch.cu_seqlens.tolist()):

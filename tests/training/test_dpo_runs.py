@@ -17,6 +17,8 @@ from qwen35.config.load import load_settings
 from qwen35.data.dataloader import DecodedBatches, open_dataset
 from qwen35.data.tokenized import silent
 from qwen35.data.validation import each_once
+from qwen35.errors import SettingError
+from qwen35.logprobs import log_probs
 from qwen35.training.dpo import METRICS
 from qwen35.training.metrics import read_metrics
 
@@ -208,6 +210,29 @@ def test_log_probabilities_are_the_models_own_bit_for_bit(workplace, tmp_path):
             found = model.log_probs(batch)[0]
         wanted = [value for index in packed[0] for value in lines[index]["log_probs"]]
         assert found[batch.labels >= 0].tolist() == wanted
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(workplace, tmp_path):
+    with pytest.raises(SettingError, match=r"there is no folder .*none; make it, or name another file"):
+        log_probs(load_settings(workplace / "recipe.yaml", []), tmp_path / "none/out.jsonl")
+    with pytest.raises(SettingError, match=r"training.stage: sft has no reference; name a file"):
+        log_probs(load_settings(workplace / "recipe.yaml", []), None)
+
+
+def test_a_broken_image_is_said_and_no_answer_is_taken_for_another(workplace, tmp_path):
+    """With on_bad_record: skip a run trains padding in its place."""
+    records = json.loads((workplace / "records.json").read_text())[:4]
+    shutil.copy(workplace / "1.png", tmp_path)
+    shutil.copy(workplace / "2.png", tmp_path)
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    data = [f"{BASIC}.dataset={tmp_path / 'records.json'}", f"{BASIC}.dataset_dir={tmp_path}"]
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[:-20])
+    command = train_command(workplace, tmp_path / "unused", 1, *data, f"{BASIC}.on_bad_record=skip")
+    command[3:3] = ["--logprobs", str(tmp_path / "out.jsonl")]
+    process = Forked(launched, command, {})
+    err = process.communicate(300)[1]
+    assert process.returncode == 1 and "mend or remove it" in err and not (tmp_path / "out.jsonl").exists()
 
 
 def test_adapters_learn_pairs_beside_their_base(workplace, tmp_path):

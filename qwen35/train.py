@@ -167,8 +167,8 @@ def setup(settings: Settings, device: torch.device, heartbeat: Heartbeat) -> Run
             restore_rng(checkpoint.rank_extra, device)
     if t.stage == "dpo" and not t.lora:
         forward = Forward(settings, model, meshes, device, heartbeat.at)
-        for data in (micro_batches, *([validation.set] if validation else [])):
-            forward.add_reference(data.dataset, start.extra[REFERENCE], is_trained=step > 0)
+        for data in (micro_batches.dataset, *([validation.set.dataset] if validation else [])):
+            forward.add_reference(data, start.extra[REFERENCE], is_trained=step > 0)
     about = start_message(settings, device, layout, model, f"{table}\n{group_table(optimizer, t.lr)}")
     notes = [*serving_warnings(model), *micro_batches.notes, *start.notes]
     logger.info("\n".join([about, *notes, micro_batches.summary()]))

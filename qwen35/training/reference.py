@@ -61,7 +61,8 @@ class ReferenceFile:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
             whole = [line for line in lines if line.endswith(b"\n")]  # one that was interrupted does not
             values = [self._parse(line, number) for number, line in enumerate(whole, 1)]
-            header, done = values[0] if values else self.of, values[1:]
+            header: dict[str, Any] = values[0] if values else dict(self.of)
+            done = values[1:]
             there = header.pop("layout", layout)
             if header != self.of:
                 raise CheckpointError(f"{self.path} is of other weights or data; move it away")

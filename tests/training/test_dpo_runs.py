@@ -9,6 +9,7 @@ import pytest
 import torch
 from forked import Forked, launched
 from peer import peer_inputs
+from PIL import Image
 from training_runs import assert_same_run, make_workplace, tensors, train, train_command
 
 from qwen35.checkpoint import load_pretrained
@@ -222,8 +223,8 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(workplace, t
 def test_a_broken_image_is_said_and_no_answer_is_taken_for_another(workplace, tmp_path):
     """With on_bad_record: skip a run trains padding in its place."""
     records = json.loads((workplace / "records.json").read_text())[:4]
-    shutil.copy(workplace / "1.png", tmp_path)
     shutil.copy(workplace / "2.png", tmp_path)
+    Image.effect_noise((60, 40), 90).save(tmp_path / "1.png")
     (tmp_path / "records.json").write_text(json.dumps(records))
     data = [f"{BASIC}.dataset={tmp_path / 'records.json'}", f"{BASIC}.dataset_dir={tmp_path}"]
     whole = (tmp_path / "1.png").read_bytes()

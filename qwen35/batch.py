@@ -49,6 +49,9 @@ class PackedBatch:
     label_positions: Tensor | None = None  # [L] int64: positions t with a label
     is_pad: Tensor | None = None  # [T] bool: padding tokens, left out of all statistics; None = there are none
     embedding_noise: Tensor | None = None  # [T, H] fp32, added to the embeddings of text; None = none
+    pairs: Tensor | None = None  # [Q, 2] int64 on the CPU: the sequences of each pair's chosen and rejected answers
+    pair_numbers: Tensor | None = None  # [Q] int64 on the CPU: the pairs' numbers among all of the data set
+    reference: Tensor | None = None  # [Q, 2] fp32: log-probabilities of these answers by the reference
     bad_records: tuple[str, ...] = ()  # errors of the samples that were left out because their images are broken
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -86,7 +89,7 @@ def mtp_labels(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 
 Tensors = TypeVar("Tensors", PackedBatch, PatchLayout, MTPTargets)
-HOST_FIELDS = ("cu_seqlens", "grid_thw")
+HOST_FIELDS = ("cu_seqlens", "grid_thw", "pairs", "pair_numbers")
 
 
 def _to(tensors: Tensors, device: torch.device | str) -> Tensors:

@@ -68,6 +68,10 @@ SAME = {  # ours -> theirs
     "training.lora.lora_alpha": "alpha",
     "training.lora.target_modules": "lora_target",
     "training.lora.adapter": "adapters adapter_name_or_path pretrained_lora_path",
+    "training.stage": "rlhf_type",
+    "training.dpo.loss": "pref_loss",
+    "training.dpo.beta": "pref_beta",
+    "training.dpo.rpo_alpha": "pref_ftx",
     "training.profile": "enable_torch_profiler memory_profile",
 }
 NOT_THE_SAME = {  # what to say -> theirs
@@ -90,7 +94,7 @@ NOT_THE_SAME = {  # what to say -> theirs
     "it is not here: beside adapters all is frozen": "modules_to_save additional_target",
     "it is not here: weights are trained, or frozen, in training.dtype": """quantization_bit quantization_method quant_method
         quant_bits load_in_4bit load_in_8bit use_galore use_badam""",
-    "it is not here: every run is supervised fine-tuning": "stage task_type rlhf_type pref_beta pref_loss",
+    "training.stage is sft or dpo": "task_type",
     "it is not here: the arithmetic is bf16 or fp32, the optimizer AdamW": "fp8 fp8_format fp8_recipe use_muon use_adam_mini",
     "samples are always packed": """packing neat_packing use_packed_sequences padding_free group_by_length
         dataloader_drop_last drop_last""",

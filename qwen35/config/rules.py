@@ -6,6 +6,9 @@ from pathlib import Path
 
 from qwen35.config.schema import (
     TRAIN_SET,
+    VALIDATION_SET,
+    DpoSettings,
+    LossCfg,
     ModelSettings,
     ProfileSettings,
     Settings,
@@ -21,7 +24,16 @@ CHECKPOINT_NAME = re.compile(r"release|iter_\d{7,}")  # a checkpoint's folder in
 
 def check_rules(s: Settings) -> None:
     """Raises SettingError for the first rule that is violated."""
-    every = (_data_rules, _validation_rules, _training_rules, _lora_rules, _profile_rules, _folders_rules, _names_rules)
+    every = (
+        _data_rules,
+        _validation_rules,
+        _training_rules,
+        _lora_rules,
+        _dpo_rules,
+        _profile_rules,
+        _folders_rules,
+        _names_rules,
+    )
     for rules in every:
         for violation in rules(s):
             raise SettingError(violation)
@@ -116,6 +128,32 @@ def _lora_rules(s: Settings) -> Iterator[str]:
             "model.kernels.moe_experts_parallel: alltoallv_gmm has no place for adapters between its matmul and its"
             " exchange; use auto with training.lora.target_parameters"
         )
+
+
+def _dpo_rules(s: Settings) -> Iterator[str]:
+    t, params = s.training, [s.data.dataset_param, *([s.data.val_dataset_param] if s.data.val_dataset_param else [])]
+    if t.stage == "sft":
+        if t.dpo != DpoSettings():
+            yield "training.dpo means nothing without training.stage: dpo; set that, or leave it out"
+        return
+    unused = {
+        "training.neftune_noise_alpha": t.neftune_noise_alpha,  # the reference's log-probabilities have none
+        "training.val_generate": t.val_generate,
+        "model.mtp_num_layers": s.model.mtp_num_layers,
+        "model.loss_cfg.loss_type": s.model.loss_cfg.loss_type != LossCfg.loss_type,
+        "training.lora.adapter": t.lora and t.lora.adapter,
+    }
+    for name in (name for name, value in unused.items() if value):
+        why = "; merge it into the weights first, as docs/guide.md says" * name.endswith("adapter")
+        yield f"{name} cannot be combined with training.stage: dpo; leave it out{why}"
+    if t.dpo.label_smoothing and t.dpo.loss == "ipo":
+        yield "training.dpo.label_smoothing means nothing to loss: ipo; leave it out"
+    for param, place in zip(params, (TRAIN_SET, VALIDATION_SET), strict=False):
+        b = param.basic_parameters
+        if b.train_on_prompt:
+            yield f"{place}.basic_parameters.train_on_prompt: training.stage: dpo compares answers alone; leave it out"
+        if b.truncation == "truncate":
+            yield f"{place}.basic_parameters.truncation: truncate would cut answers that are compared; use drop or error"
 
 
 def _profile_rules(s: Settings) -> Iterator[str]:

@@ -246,8 +246,17 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class DpoSettings:
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or that of IPO, on the answers' mean log-probabilities
+    beta: PositiveFloat = 0.1  # how strongly the reference holds the model; ipo's margin is 1 / (2 beta)
+    label_smoothing: Annotated[Float, Field(ge=0, lt=0.5)] = 0.0  # share of the pairs taken to be the wrong way round
+    rpo_alpha: NonNegativeFloat = 0.0  # weight of the chosen answers' loss a token, which is added; 0: none
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     save: str  # folder for checkpoints, metrics.jsonl and report.html; a run resumes from it
+    stage: Literal["sft", "dpo"] = "sft"  # dpo: learn from pairs of a chosen and a rejected answer, see training.dpo
     # passes over the data, for the whole run; 0.5: half of one. Each epoch ends with a step of its
     # own, of what is left of it; give this or train_iters, of which an override replaces the other
     train_epochs: PositiveFloat | None = None
@@ -318,6 +327,7 @@ class TrainingSettings:
     zero_grad_patience: PositiveInt = 5
     # adapters (LoRA), trained instead of all weights; default: none, as with `enable: false` in it
     lora: LoraSettings | None = None
+    dpo: DpoSettings = DpoSettings()  # direct preference optimization
     profile: ProfileSettings = ProfileSettings()
 
 

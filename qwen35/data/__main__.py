@@ -38,6 +38,7 @@ def parser() -> Parser:
     n.add_argument("--data", required=True, help=f"records as for training; {DATA}")
     n.add_argument("--tokenizer", required=True, help="model folder, whose tokens are counted")
     n.add_argument("--dataset_dir", help="folder of the records' images and videos (default: that of the first file)")
+    n.add_argument("--stage", choices=["sft", "dpo"], default="sft", help="dpo: of preference pairs (default: sft)")
     n.add_argument("--cutoff_len", type=whole_number(1), default=2048, help="to compare with (default: 2048)")
     return top
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             with TemporaryDirectory(prefix="qwen35-") as images:  # those that records hold themselves
                 basic |= {"cutoff_len": args.cutoff_len, "cache_dir": images}
                 flat = {f"{TRAIN_SET}.basic_parameters.{name}": value for name, value in basic.items()}
-                flat |= NO_RUN | {"model.model_name_or_path": args.tokenizer}
+                flat |= NO_RUN | {"model.model_name_or_path": args.tokenizer, "training.stage": args.stage}
                 print(lengths_report(from_flat(flat), first.with_suffix(".lengths.png")))
         elif args.lengths or args.picture:
             print(lengths_report(load_settings(args.config, args.overrides), args.picture))

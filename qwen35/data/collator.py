@@ -106,13 +106,14 @@ def collate(
     patch_bucket: int,
     spec: VisionSpec | None,
     patch_dim: int | None = None,
+    has_pairs: bool = False,
 ) -> PackedBatch:
     """Packed sequences -> a batch of T = len(packed) * cutoff_len tokens, with all derived fields.
 
     Each packed sequence is filled up by a sequence of pad tokens: no labels, positions from 0,
     `is_pad` set. The patches are filled up to a multiple of patch_bucket by a dummy image of zeros,
     to which no token refers; for a text-only model there are none. patch_dim: needed if the first
-    packed sequence is empty.
+    packed sequence is empty. has_pairs: the samples are neighbours, the sides of preference pairs.
     """
     samples: list[Sample] = []
     pads: list[bool] = []
@@ -145,6 +146,10 @@ def collate(
         label_positions=(labels != IGNORE).nonzero().squeeze(1),
         is_pad=torch.repeat_interleave(torch.tensor(pads), lengths),
     )
+    if has_pairs:
+        sides = [(row, sample.pair) for row, sample in enumerate(samples) if sample.pair is not None]
+        rows, numbers = torch.tensor(sides, dtype=torch.int64).reshape(-1, 2, 2).unbind(-1)
+        batch = replace(batch, pairs=rows.contiguous(), pair_numbers=numbers[:, 0].contiguous())
     return derive(batch, spec)
 
 

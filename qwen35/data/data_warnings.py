@@ -142,6 +142,15 @@ class DataWarnings:
             for name, (count, first) in found.items():
                 self.count(kind, count, first, name)
 
+    def count_once(self, others: Iterable["DataWarnings"]) -> None:
+        """Add those of several readings of one record, as often as in the one that has most."""
+        most: dict[tuple[str, str], tuple[int, str]] = {}
+        for kind, found in (item for other in others for item in other.counts.items()):
+            for name, counted in found.items():
+                most[kind, name] = max(most.get((kind, name), counted), counted, key=lambda one: one[0])
+        for (kind, name), (count, source) in most.items():
+            self.count(kind, count, source, name)
+
     def count(self, kind: str, count: int, source: str, name: str = "") -> None:
         """Beyond MAX_FIELDS names of unread fields, the others share the entry `…`."""
         found = self.counts.setdefault(kind, {})

@@ -69,7 +69,7 @@ class MicroBatches:
             ),
             *serving_notes(settings, self.dataset),
         ]
-        self._beyond = _beyond_context(settings.model.model_name_or_path, self.dataset.lengths)
+        self._beyond = _beyond_context(settings.model.model_name_or_path, self.dataset.sample_lengths)
         first = mixture.epoch(0)
         if not len(first):
             raise SettingError(f"{dataset_name(basic.dataset)}: the weights leave no sample for an epoch; raise one")
@@ -117,7 +117,7 @@ class MicroBatches:
                 f"{number_of_visuals(cut.images, cut.videos)} of theirs are not trained"
             )
         if self.moved[0]:
-            moved, farthest = number_of(self.moved[0], "sample"), number_of(self.moved[1], "packed sequence")
+            moved, farthest = number_of(self.moved[0], self.dataset.unit), number_of(self.moved[1], "packed sequence")
             lines.append(
                 f"shuffle: false keeps the files' order, but packing takes {moved} forward, by up to {farthest}"
             )
@@ -129,7 +129,7 @@ class MicroBatches:
         packed = number_of(self.sequences_per_epoch, "packed sequence")
         visuals = number_of_visuals(self.dataset.images, self.dataset.videos)
         return (
-            f"data: {number_of(self.samples, 'sample')} of {files}, {visuals}; an epoch is "
+            f"data: {number_of(self.samples, self.dataset.unit)} of {files}, {visuals}; an epoch is "
             f"{self.tokens_per_epoch:,} tokens ({self.label_share:.1%} trained) in {packed} of {self.cutoff_len} "
             f"({self.real_share:.1%} real tokens){self.shares}"
         )
@@ -166,7 +166,7 @@ def _shares(dataset: Dataset, epoch: np.ndarray) -> str:
     ends = np.cumsum(dataset.sizes)
     counts = np.diff(np.searchsorted(np.sort(epoch), ends), prepend=0).tolist()
     shares = ", ".join(f"{number:,} of {samples.file}" for number, samples in zip(counts, dataset.files, strict=True))
-    return f"\ndata: by weight an epoch is {number_of(len(epoch), 'sample')}: {shares}"
+    return f"\ndata: by weight an epoch is {number_of(len(epoch), dataset.unit)}: {shares}"
 
 
 def open_dataset(settings: Settings, progress: Progress, training_attr: Attr | None = None) -> Dataset:
@@ -181,9 +181,10 @@ def open_dataset(settings: Settings, progress: Progress, training_attr: Attr | N
 
 @dataclass(frozen=True)
 class DecodedBatches:
-    """What a worker runs: the sample indices of each packed sequence -> PackedBatch.
+    """What a worker runs: the samples, or pairs, of each packed sequence -> PackedBatch.
 
-    With `on_bad_record: skip`, padding replaces a sample whose image cannot be decoded.
+    With `on_bad_record: skip`, padding replaces a sample whose image cannot be decoded; a pair
+    whole, if one of its samples cannot.
     """
 
     dataset: Dataset
@@ -196,12 +197,17 @@ class DecodedBatches:
             samples.append([])
             for index in indices:
                 try:
-                    samples[-1].append(self.dataset[index])
+                    samples[-1] += [self.dataset[i] for i in self.dataset.samples_of(index)]
                 except RecordError as error:
                     if not self.dataset.skips_bad_records:
                         return error  # raised by the parent: the DataLoader would add a traceback
                     bad_records.append(str(error))
         preparation, spec = self.dataset.preparation, self.dataset.spec
         cutoff_len, pad_id = preparation.basic.cutoff_len, preparation.tokenizer.pad_id
-        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.patch_dim)
-        return replace(batch, bad_records=tuple(bad_records))
+        batch = collate(samples, cutoff_len, pad_id, self.patch_bucket, spec, preparation.patch_dim, preparation.pairs)
+        reference = self.dataset.reference
+        if reference is not None and batch.pair_numbers is not None:
+            reference = reference[batch.pair_numbers]
+            if reference.isnan().any():
+                return RecordError("a pair's images could not be read when the reference was computed; remove its file")
+        return replace(batch, bad_records=tuple(bad_records), reference=reference)

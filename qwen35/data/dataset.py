@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from qwen35.data.preparation import Preparation
 from qwen35.data.record import RecordError, Video
 from qwen35.data.samples import FileSamples
 from qwen35.data.tokenized import Progress, load_files, paths_of, silent, visual_from_json
-from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.truncation import truncate
 from qwen35.errors import SettingError
 from qwen35.wording import number_of
 
@@ -42,6 +42,7 @@ class Sample:
     position_ids: Tensor  # [3, T] int64
     pixel_values: Tensor  # [P, 3*2*16*16] fp32
     grid_thw: Tensor  # [N, 3] int64
+    pair: int | None = None  # the number of the pair whose side it is
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Dataset:
     Raises SettingError for a field named in attr that no record has, unless `training_attr` names
     the same one. If max_samples ends the reading, that is one of `warnings` instead.
 
-    A sample has a number among all, and an index among those that are not left out.
+    A sample has a number among all, and an index among those that are not left out. What is packed,
+    or left out, is a sample alone, or of preference pairs two neighbours: a unit.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Dataset:
     ):
         basic = preparation.basic
         self.preparation, self.spec = preparation, spec
+        self.width, self.unit = 2 if preparation.pairs else 1, preparation.unit  # samples of a unit, and its name
         self.skips_bad_records = basic.on_bad_record == "skip"
+        self.reference: Tensor | None = None  # [pairs, 2] their log-probabilities by the reference, NaN: none
         self.files: list[FileSamples] = []
         for samples in load_files(preparation, progress):
             if not samples.records:
@@ -91,14 +95,16 @@ class Dataset:
         self.warnings = self._warnings(training_attr, is_partial=self.records == basic.max_samples)
         self._tokens = np.concatenate([samples.offsets.diff().numpy() for samples in self.files])  # 0: left out
         self._visuals = np.concatenate([samples.image_offsets.diff().numpy() for samples in self.files])
-        self.videos = sum(samples.visuals.objects() for samples in self.files)
+        self._videos = sum(samples.visuals.objects() for samples in self.files)
         self.truncated = Truncated()
-        too_long = np.flatnonzero(self._tokens > basic.cutoff_len).tolist()
-        for number in too_long:
-            self._shorten(number, len(too_long))
-        self._kept = np.flatnonzero(self._tokens)  # [N]: index -> number
-        self.lengths = self._tokens[self._kept]  # [N] tokens
-        self.sizes = np.diff(np.searchsorted(self._kept, self._starts)).tolist()  # samples of each file
+        self.units = len(self._tokens) // self.width  # also those that are left out now
+        too_long = np.flatnonzero(self._of_units(self._tokens) > basic.cutoff_len).tolist()
+        for unit in too_long:
+            self._shorten(unit * self.width, len(too_long))
+        self._kept = np.flatnonzero(self._tokens)  # [N * width]: index -> number
+        self.sample_lengths = self._tokens[self._kept]  # [N * width] tokens
+        self.lengths = self._of_units(self.sample_lengths)  # [N] tokens
+        self.sizes = (np.diff(np.searchsorted(self._kept, self._starts)) // self.width).tolist()  # units of each file
         if len(self.lengths) == 0:
             why = f": all {self.records:,} are skipped, {self.skipped}" if len(self.skipped) else ""
             raise RecordError(f"{dataset_name(basic.dataset)}: no records{why}")
@@ -130,26 +136,36 @@ class Dataset:
             raise SettingError(missing[0])
         return lines + missing
 
+    def _of_units(self, of_samples: np.ndarray) -> np.ndarray:
+        """[N * width] -> [N]: the sums."""
+        sums: np.ndarray = of_samples.reshape(-1, self.width).sum(1)
+        return sums
+
     def _shorten(self, number: int, count: int) -> None:
-        """Truncate or drop one of `count` samples that are too long. Raises RecordError."""
-        basic, tokens = self.preparation.basic, int(self._tokens[number])
+        """Truncate or drop one of `count` units that are too long. Raises RecordError.
+
+        number: of its first sample. Pairs are never truncated.
+        """
+        unit = slice(number, number + self.width)
+        basic, tokens = self.preparation.basic, int(self._tokens[unit].sum())
         limit = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
-        message = f"{self._source(number)}: {tokens} tokens, more than {limit}"
+        what, cuts = (" of both answers, each with the prompt", "") if self.width > 1 else ("", ", truncate cuts them")
+        message = f"{self._unit_source(number)}: {tokens} tokens{what}, more than {limit}"
         if basic.truncation == "error" and not self.skips_bad_records:
             others = f" ({count} such records in all)" if count > 1 else ""
-            raise RecordError(f"{message}{others}; truncation: drop leaves such records out, truncate cuts them")
-        left, kind, visuals = 0, "longer than cutoff_len", int(self._visuals[number])
-        self._visuals[number] = 0
+            raise RecordError(f"{message}{others}; truncation: drop leaves such records out{cuts}")
+        left, kind, visuals = 0, "longer than cutoff_len", int(self._visuals[unit].sum())
+        self._visuals[unit] = 0
         if basic.truncation == "truncate":
             ids, mask, grids = (self._part(number, name, full=True).numpy() for name in ("ids", "loss_mask", "grids"))
             left, self._visuals[number] = truncate(ids, mask, grids, basic.cutoff_len, self.preparation.tokenizer)
             message, kind = f"{message}, and nothing trained is left of it", "nothing trained within cutoff_len"
-        self._tokens[number] = left
+        self._tokens[unit] = left
         lost = visuals - int(self._visuals[number])
         samples, i = self._locate(number)
-        end = int(samples.image_offsets[i + 1])
+        end = int(samples.image_offsets[i + self.width])
         videos = samples.visuals.objects(end - lost, end)
-        self.videos -= videos
+        self._videos -= videos
         if left:
             self.truncated.numbers.append(number)
             self.truncated.tokens += tokens - left
@@ -163,7 +179,7 @@ class Dataset:
 
     @cached_property
     def label_tokens(self) -> np.ndarray:
-        """[N] number of tokens of each sample that are in its loss mask."""
+        """[N] number of tokens of each unit that are in its loss mask."""
         counts = [
             np.add.reduceat(samples.loss_mask.numpy(), samples.offsets[:-1].numpy(), dtype=np.int64)
             for samples in self.files
@@ -172,12 +188,16 @@ class Dataset:
         by_number = np.concatenate(counts)
         for number in self.truncated.numbers:
             by_number[number] = int(self._part(number, "loss_mask").sum())
-        by_index: np.ndarray = by_number[self._kept]
-        return by_index
+        return self._of_units(by_number[self._kept])
 
     @property
     def images(self) -> int:
-        return int(self._visuals.sum()) - self.videos
+        """Those that both answers of a pair have count once."""
+        return -(-(int(self._visuals.sum()) - self._videos) // self.width)
+
+    @property
+    def videos(self) -> int:
+        return -(-self._videos // self.width)
 
     def new_tokens(self) -> list[str]:
         """The tokens that somebody added to the family's own, of those that the samples have."""
@@ -187,16 +207,17 @@ class Dataset:
         return [names[number] for number in np.unique(np.concatenate(found)).tolist()]
 
     def hashes(self, but: Collection[str] = ()) -> Iterator[tuple[int, str]]:
-        """Of each sample: a hash of its tokens and visuals, for this process, and its source.
+        """Of each unit: a hash of its tokens and visuals, for this process, and its source.
 
         but: files to leave out.
         """
         for samples, start in zip(self.files, self._starts.tolist(), strict=False):
             ids, offsets, visuals = samples.ids.numpy(), samples.offsets.tolist(), samples.image_offsets.tolist()
-            for i, source in enumerate(samples.sources):
+            for i in range(0, len(samples.sources), self.width):
                 if self._tokens[start + i] and samples.file not in but:
-                    shown = repr(samples.visuals[visuals[i] : visuals[i + 1]])
-                    yield hash((ids[offsets[i] : offsets[i + 1]].tobytes(), shown)), source
+                    end = i + self.width
+                    shown = repr(samples.visuals[visuals[i] : visuals[end]])
+                    yield hash((ids[offsets[i] : offsets[end]].tobytes(), shown)), self._unit_source(start + i)
 
     def fingerprint(self, more: str = "") -> str:
         """A hash of all tokens and loss masks, of where samples are truncated, and of `more`."""
@@ -206,6 +227,8 @@ class Dataset:
                 digest.update(tensor.numpy().data)
         if self.truncated.numbers:
             digest.update(self._tokens.tobytes())
+        if self.width > 1:
+            digest.update(self.unit.encode())
         return digest.hexdigest()
 
     def files_digest(self, of_videos: bool) -> str:
@@ -240,6 +263,14 @@ class Dataset:
         samples, i = self._locate(number)
         return samples.sources[i]
 
+    def _unit_source(self, number: int) -> str:
+        """number: of its first sample, which of a pair is the chosen one."""
+        return self._source(number).removesuffix(", chosen" if self.width > 1 else "")
+
+    def samples_of(self, unit: int) -> range:
+        """The indices of the samples of a unit that is not left out: of a pair chosen, rejected."""
+        return range(unit * self.width, (unit + 1) * self.width)
+
     def source(self, index: int) -> str:
         return self._source(int(self._kept[index]))
 
@@ -249,7 +280,8 @@ class Dataset:
         ids, grids = self._part(number, "ids"), self._part(number, "grids")
         labels = shifted_labels(ids, self._part(number, "loss_mask"))
         positions = torch.from_numpy(position_ids(ids.numpy(), grids.tolist(), self.spec))
-        return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids)
+        pair = number // 2 if self.width > 1 else None
+        return Sample(ids.long(), labels, positions, self._pixels(number, grids), grids, pair)
 
     def pictures(self, index: int, sample: Sample) -> list[np.ndarray]:
         """[H, W, 3] uint8: a sample's images and first frames of videos, as the model sees them."""
@@ -291,43 +323,3 @@ def shifted_labels(ids: Tensor, loss_mask: Tensor) -> Tensor:
     labels = torch.full((len(ids),), IGNORE, dtype=torch.int64)
     labels[:-1] = torch.where(loss_mask[1:], ids[1:].long(), IGNORE)
     return labels
-
-
-def truncate(
-    ids: np.ndarray, loss_mask: np.ndarray, grids: np.ndarray, limit: int, tokenizer: ChatTokenizer
-) -> tuple[int, int]:
-    """How many leading tokens to keep, at most `limit`, and how many images and videos lie in them.
-
-    ids [T], loss_mask [T] bool, grids [N, 3] of the images and videos. A visual that would be cut
-    is dropped whole, a video together with the text before it, which shares tokens with its first
-    time. The last token kept is a trained one, as any after it would be computed for nothing.
-    (0, 0) if nothing trained is left.
-    """
-    begins, ends = _spans(ids, grids, tokenizer)
-    end = min(limit, len(ids))
-    while end:
-        split = np.flatnonzero((begins < end) & (end < ends))
-        if len(split):
-            end = int(begins[split[0]])
-            continue
-        targets = np.flatnonzero(loss_mask[1:end])
-        kept = int(targets[-1]) + 2 if len(targets) else 0
-        if kept == end:
-            break
-        end = kept
-    return end, int(np.count_nonzero(ends <= end))
-
-
-def _spans(ids: np.ndarray, grids: np.ndarray, tokenizer: ChatTokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """begins [N], ends [N]: visual n is tokens begins[n]:ends[n], start and end tokens included."""
-    is_vision = (ids == tokenizer.image_id) | (ids == tokenizer.video_id)
-    edges = np.flatnonzero(np.diff(is_vision, prepend=False, append=False))
-    starts, stops = edges[::2] - 1, edges[1::2] + 1  # of each run of pads: an image, or a pair of frames
-    last = np.array(list(accumulate(grids[:, 0].tolist())), dtype=np.int64) - 1  # the last run of each visual
-    begins = starts[np.concatenate([[0], last[:-1] + 1])] if len(last) else starts
-    controls = np.flatnonzero(np.isin(ids, tokenizer.control_ids))
-    for i, begin in enumerate(begins.tolist()):
-        if ids[begin + 1] == tokenizer.video_id:
-            before = controls[controls < begin]
-            begins[i] = before[-1] + 1 if len(before) else 0
-    return begins, stops[last]

@@ -41,10 +41,12 @@ def _harmless(**names_by_reason: str) -> frozenset[str]:
 PREFERENCES = _refused(
     (
         "chosen rejected rejected_messages rejected_response rejected_images",
-        "preference pairs are not trained; attr.messages says which field holds the turns to train",
+        "preference pairs are not trained; attr.messages says which field holds the turns to train (training.stage: dpo: both)",
         None,
     ),
 )
+SHARED = ("images", "videos", "tools")  # by both answers of a pair: rejected_images, if there, equals images
+ANSWERS = ("chosen",), ("rejected", "rejected_response", "rejected_messages")  # names of the two answers of a pair
 FOR_ALL = "preprocess_parameters apply to all records"
 REFUSED_IN_RECORDS = _refused(
     ("label kto_tag", "only records with good answers can be trained; leave the others out", True),
@@ -89,6 +91,10 @@ HARMLESS_IN_RECORDS = DESCRIPTION | _harmless(
     reinforcement_learning="solution ground_truth reward reward_model margin",
     name_of_a_loss_curve="channel",
     api_response="parallel_tool_calls",
+)
+HARMLESS_IN_PAIRS = _harmless(
+    quality=" ".join(f"{x}_{y} {y}_{x}" for x in ("chosen", "rejected") for y in ("score", "rating", "model")),
+    compared_in_preference_py=" ".join(f"rejected_{name}" for name in SHARED),
 )
 HARMLESS_IN_TURNS = DESCRIPTION | _harmless(api_response="type annotations cache_control")
 HARMLESS_IN_ITEMS = _harmless(api_request="id index annotations cache_control detail")
@@ -217,6 +223,8 @@ class FieldNames:
     refused: Refused  # of records
     not_read: frozenset[str]
     ignored: frozenset[str]  # attr.ignore
+    answers: tuple[Names, ...] = ()  # of pairs: chosen, rejected
+    prompt: Names = Names(None, ())  # of pairs, and not in Alpaca's form
 
     @cached_property
     def plain(self) -> frozenset[str]:
@@ -237,6 +245,8 @@ class FieldNames:
             self.videos,
             self.tools,
             self.system,
+            *self.answers,
+            self.prompt,
         )
 
     @cached_property
@@ -251,7 +261,8 @@ class FieldNames:
 
     @cached_property
     def of_record(self) -> Fields:
-        return _fields(self.named, self.fixed, HARMLESS_IN_RECORDS, self.refused, self.not_read)
+        harmless = HARMLESS_IN_RECORDS | HARMLESS_IN_PAIRS if self.answers else HARMLESS_IN_RECORDS
+        return _fields(self.named, self.fixed, harmless, self.refused, self.not_read)
 
     def reads_unnamed(self, raw: Mapping[str, Any]) -> bool:
         """Whether an Alpaca record has input or history where attr names only other columns."""
@@ -270,8 +281,8 @@ class FieldNames:
         return name in self.read or name in ("id", *self.fixed) or name in self.refused or is_instruction(name)
 
     @classmethod
-    def of(cls, attr: Attr) -> "FieldNames":
-        """Raises SettingError."""
+    def of(cls, attr: Attr, pairs: bool = False) -> "FieldNames":
+        """pairs: each record is a preference pair. Raises SettingError."""
         tags: tuple[tuple[str | None, Role], ...] = (
             (attr.system_tag, "system"),
             (attr.user_tag, "user"),
@@ -299,10 +310,17 @@ class FieldNames:
             tuple(Names(own, (usual,)) for own, usual in columns),
             attr.format == "alpaca",
             attr.bbox_format,
-            REFUSED_IN_RECORDS if attr.messages else REFUSED_IN_RECORDS | PREFERENCES,
-            frozenset(PREFERENCES if attr.messages else ()),
+            REFUSED_IN_RECORDS if attr.messages or pairs else REFUSED_IN_RECORDS | PREFERENCES,
+            frozenset(PREFERENCES if attr.messages and not pairs else ()),
             frozenset(attr.ignore),
+            tuple(Names(None, usual) for usual in (ANSWERS if pairs else ())),
+            Names(None, ("prompt",) if pairs and attr.format == "sharegpt" and "prompt" not in attr.ignore else ()),
         )
+        if attr.messages and pairs and any(attr.messages in usual for usual in ANSWERS):
+            raise SettingError(
+                f"data.dataset_param.attr.messages: {attr.messages} holds one answer of a pair, and training.stage: dpo reads "
+                "both; leave it out"
+            )
         needed = {*names.read, *names.role.all_names(), *names.content.all_names(), *BESIDE_CONTENT}
         if wrong := [name for name in attr.ignore if name in needed]:
             raise SettingError(

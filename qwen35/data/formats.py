@@ -12,6 +12,8 @@ boxes      {"images": ["./a.jpg"], "messages": […], "objects": {"ref": ["cat"]
 or, with attr.format: alpaca, has this one:
 
 Alpaca     {"instruction": "…", "input": "…", "output": "…", "history": [["…", "…"], …]}
+
+Those of preference pairs are in preference.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from qwen35.data.data_warnings import DataWarnings, unread_visuals
 from qwen35.data.fields import FieldNames, is_nothing
 from qwen35.data.grounding import literal_tags, with_objects
 from qwen35.data.media import ImageFolder
+from qwen35.data.preference import Side, pair_turns, paired
 from qwen35.data.readers import read_values
 from qwen35.data.record import (
     IMAGE_PLACEHOLDER,
@@ -54,13 +57,15 @@ def read_records(
     answered: bool = True,
     skip: Callable[[RecordError], object] | None = None,
     warnings: DataWarnings | None = None,
+    pairs: bool = False,
 ) -> Iterator[Record]:
     """The first `limit` records of a file, in order.
 
     answered: each must end with an assistant turn. skip: called with the error of each unusable
     record, which is left out; None: the first is raised. warnings: collects those on used records.
+    pairs: each is a preference pair.
     """
-    names = FieldNames.of(attr)
+    names = FieldNames.of(attr, pairs)
     warnings = DataWarnings() if warnings is None else warnings
     values = read_values(file, lenient=skip is not None, needs_column=names.needs_value, warnings=warnings)
     yield from parse_records(islice(values, limit), file, 1, names, images, warnings, answered, skip)
@@ -101,7 +106,30 @@ def parse_record(
     source = visible(source)
     parser = Parser(folder, names.ignored)
     parser.check(raw, names.of_record, source)
-    field, entries = alpaca_turns(raw, names, source, answered) if names.is_alpaca else _entries(raw, names, source)
+    if not names.answers:
+        side = alpaca_turns(raw, names, source, answered) if names.is_alpaca else _entries(raw, names, source)
+        return _conversation(raw, side, source, names, parser, warnings, answered)
+    chosen, rejected = pair_turns(raw, names, source)
+    counts, parsers = (DataWarnings(), DataWarnings()), (parser, Parser(folder, names.ignored))
+    pair = paired(
+        _conversation(raw, chosen, source, names, parsers[0], counts[0], answered),
+        _conversation(raw, rejected, source, names, parsers[1], counts[1], answered),
+    )
+    warnings.count_once(counts)
+    return pair
+
+
+def _conversation(
+    raw: dict[str, Any],
+    side: Side,
+    source: str,
+    names: FieldNames,
+    parser: Parser,
+    warnings: DataWarnings,
+    answered: bool,
+) -> Record:
+    """The record with the turns of `side`, and all else from `raw`. Raises RecordError."""
+    field, entries = side
     turns_source = f"{source}, {field}"
     loss_mask = None if "loss_mask" in names.ignored else raw.get("loss_mask")
     parsed, reordered = parse_turns(entries, turns_source, names, parser, loss_mask, answered)

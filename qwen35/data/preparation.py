@@ -63,6 +63,7 @@ class Preparation:
     videos: VideoProcessor | None
     style: Style = DEFAULT_STYLE
     chat_template: ChatTemplate | None = None  # the model folder's, with which our rendering is compared
+    pairs: bool = False  # each record is a preference pair
 
     @classmethod
     def of(cls, settings: Settings) -> "Preparation":
@@ -75,9 +76,14 @@ class Preparation:
         videos = None if text_only else VideoProcessor.from_folder(folder, limits)
         basic = param.basic_parameters
         tokenizer = ChatTokenizer(folder, basic.special_tokens_in_prompts)
-        return cls(
-            tokenizer, images, basic, param.attr, videos, style_of(folder, basic), reference_template(folder, basic)
-        )
+        style, template = style_of(folder, basic), reference_template(folder, basic)
+        is_dpo = settings.training.stage == "dpo"
+        return cls(tokenizer, images, basic, param.attr, videos, style, template, is_dpo)
+
+    @property
+    def unit(self) -> str:
+        """What is packed, and left out, as a whole."""
+        return "pair" if self.pairs else "sample"
 
     def of_file(self, entry: DatasetFile) -> "Preparation":
         """For the records of one file, which may have a format and names of its own."""
@@ -89,7 +95,9 @@ class Preparation:
         return zip(dataset_files(self.basic.dataset), entries, strict=True)
 
     def tokenise(self, record: Record) -> list[tuple[Record, TokenisedSample]]:
-        """The conversations that a record is trained as. Raises RecordError."""
+        """The conversations that a record is trained as: of a pair two. Raises RecordError."""
+        if record.rejected:
+            return self._pair(record, record.rejected)
         self._check_thoughts(record)
         record = as_trained(record, self.style)
         is_foreign, splits = self.style.template == "checkpoint", self.basic.multi_turn == "split"
@@ -99,6 +107,25 @@ class Preparation:
             if any(unseen for _, _, unseen in parts):
                 parts = self._parts(record, joined=False)
         return [(part, self._sample(part, pieces, unseen)) for part, pieces, unseen in parts]
+
+    def _pair(self, chosen: Record, rejected: Record) -> list[tuple[Record, TokenisedSample]]:
+        made: list[tuple[Record, TokenisedSample]] = []
+        for name, side in (("chosen", replace(chosen, rejected=None)), ("rejected", rejected)):
+            self._check_thoughts(side)
+            side = as_trained(replace(side, source=f"{side.source}, {name}"), self.style)
+            made += [
+                (part, self._sample(part, pieces, unseen)) for part, pieces, unseen in self._parts(side, joined=True)
+            ]
+        (good, prompt), *others = ((s.ids, s.ids[: s.loss_mask.argmax()]) for _, s in made)
+        if len(others) == 1 and np.array_equal(good, others[0][0]):
+            raise chosen.error("its two answers are equal as they are trained; leave the pair out", "equal answers")
+        if len(others) > 1 or not np.array_equal(prompt, others[0][1]):
+            raise chosen.error(
+                "the chat template writes other prompts for answers with a thought than for those without; give each answer of "
+                "a pair one, or none (enable_thinking: false drops them)",
+                "prompts that differ",
+            )
+        return made
 
     def _parts(self, record: Record, joined: bool) -> Iterator[Part]:
         for part, style in conversations(record, self.style, self.basic.mask_history, joined):
@@ -197,6 +224,7 @@ class Preparation:
         settings["dataset_dir"] = os.path.realpath(self.basic.dataset_dir)
         processors = [processor and asdict(processor) for processor in (self.images, self.videos)]
         template = self.style.dialect.name, self.chat_template and asdict(self.chat_template)
+        settings["pairs"] = self.pairs
         inputs = [str(file), limit, settings, asdict(self.attr), processors, self.tokenizer.control_names, template]
         digest = hashlib.sha256(json.dumps(inputs).encode())
         for path in (file, self.tokenizer.file, *CODE_FILES):

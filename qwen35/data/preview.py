@@ -15,7 +15,6 @@ from qwen35.config.schema import Settings, dataset_entries
 from qwen35.data.chat_template import describe
 from qwen35.data.collator import check_agreement, vision_spec
 from qwen35.data.data_warnings import DataWarnings, Skipped
-from qwen35.data.dataset import truncate
 from qwen35.data.files import replacing
 from qwen35.data.histogram import draw, histogram
 from qwen35.data.mixture import dataset_files, dataset_name
@@ -24,6 +23,7 @@ from qwen35.data.record import RecordError
 from qwen35.data.template import IMAGE_PAD, VIDEO_PAD
 from qwen35.data.tokenized import load_files, tokenised
 from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.truncation import truncate
 from qwen35.errors import visible
 from qwen35.wording import number_of, number_of_visuals
 
@@ -55,15 +55,19 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     warnings = DataWarnings()
     files = zip(dataset_files(basic.dataset), map(preparation.of_file, dataset_entries(basic.dataset)), strict=True)
     records = chain.from_iterable(tokenised(*file, None, skip, warnings) for file in files)
-    conversations = chain.from_iterable(parts for _, parts in islice(records, basic.max_samples))
+    everything = (parts for _, parts in islice(records, basic.max_samples))
+    units = everything if preparation.pairs else ([part] for parts in everything for part in parts)
     shown = refused = 0
-    for record, sample in islice(conversations, samples):
+    for unit in islice(units, samples):
         yield from _left_out_lines(left_out)
         shown += 1
-        tokens, kept, too_long = len(sample.ids), len(sample.ids), ""
+        tokens, kept, too_long = sum(len(sample.ids) for _, sample in unit), None, ""
         if tokens > basic.cutoff_len:
-            too_long = f", MORE THAN cutoff_len {basic.cutoff_len}"
+            too_long = (
+                f", {tokens} with the other answer" * preparation.pairs + f", MORE THAN cutoff_len {basic.cutoff_len}"
+            )
             if basic.truncation == "truncate":
+                ((_, sample),) = unit
                 grids = np.array(sample.grids, dtype=np.int64).reshape(-1, 3)
                 kept, _ = truncate(sample.ids, sample.loss_mask, grids, basic.cutoff_len, preparation.tokenizer)
                 too_long += f", cut to {kept}" if kept else ", left out: nothing trained is left"
@@ -71,11 +75,12 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
                 too_long += ", left out"
             else:
                 refused += 1
-        ids, mask = sample.ids[: kept or None].tolist(), sample.loss_mask[: kept or None].tolist()
-        head = f"{record.source}: {tokens} tokens{too_long}, {sum(mask)} trained, "
-        head += number_of_visuals(len(record.images), len(record.videos))
-        text = marked(preparation.tokenizer, ids, mask, marks)
-        yield f"--- {visible(head)}\n{text}"
+        for record, sample in unit:
+            ids, mask = sample.ids[: kept or None].tolist(), sample.loss_mask[: kept or None].tolist()
+            head = f"{record.source}: {len(sample.ids)} tokens{too_long}, {sum(mask)} trained, "
+            head += number_of_visuals(len(record.images), len(record.videos))
+            text = marked(preparation.tokenizer, ids, mask, marks)
+            yield f"--- {visible(head)}\n{text}"
     yield from _left_out_lines(left_out)
     lines = warnings.lines()
     if {"control", "text"} & warnings.counts.keys():
@@ -87,27 +92,29 @@ def show(settings: Settings, samples: int, colour: bool) -> Iterator[str]:
     if refused:
         limit_name = f"data.dataset_param.basic_parameters.cutoff_len = {basic.cutoff_len}"
         raise RecordError(
-            f"{dataset_name(basic.dataset)}: of the {number_of(shown, 'sample')} shown, {refused:,} "
+            f"{dataset_name(basic.dataset)}: of the {number_of(shown, preparation.unit)} shown, {refused:,} "
             f"{'is' if refused == 1 else 'are'} longer than {limit_name}, which training refuses; truncation: drop leaves "
-            "such records out, truncate cuts them"
+            f"such records out{'' if preparation.pairs else ', truncate cuts them'}"
         )
 
 
 def lengths_report(settings: Settings, picture: Path | None = None) -> str:
     """Read as for training, into cache_dir if that is set. Raises SettingError, RecordError."""
     preparation = _preparation(settings)
-    basic, unit, name = preparation.basic, "tokens per sample", dataset_name(preparation.basic.dataset)
+    basic, name = preparation.basic, dataset_name(preparation.basic.dataset)
+    unit = "tokens per pair, both answers with the prompt" if preparation.pairs else "tokens per sample"
     skipped, warnings = Skipped(), DataWarnings()
     with tqdm(desc="lengths", unit=" records", disable=not sys.stderr.isatty(), leave=False) as bar:
         files = list(load_files(preparation, lambda _, count: bar.update(count)))
     for samples in files:
         skipped.update(samples.skipped)
         warnings.update(samples.warnings)
-    lengths = np.concatenate([samples.offsets.diff().numpy() for samples in files])
+    width = 2 if preparation.pairs else 1
+    lengths = np.concatenate([samples.offsets[::width].diff().numpy() for samples in files])
     records = sum(samples.records for samples in files)
     if not len(lengths):
         raise RecordError(f"{name}: no records" + f" left: {skipped}" * bool(skipped))
-    lines = [f"{name}: {number_of(records, 'record')}, {number_of(len(lengths), 'sample')}"]
+    lines = [f"{name}: {number_of(records, 'record')}, {number_of(len(lengths), preparation.unit)}"]
     lines += [f"skipped {len(skipped):,}: {skipped}"] * bool(skipped)
     lines += [*warnings.lines(), histogram(lengths, unit, basic.cutoff_len)]
     if lengths.max() > basic.cutoff_len:

@@ -99,6 +99,7 @@ class Record:
     source: str  # "data/a.json, record 12 (id 7)", for messages
     turns: tuple[Turn, ...]  # [system,] user, assistant, user, …; tool turns only between assistant turns
     tools: tuple[Any, ...] = ()  # JSON descriptions of the functions that the model may call
+    rejected: "Record | None" = None  # of a preference pair: the other answer, behind the same prompt
 
     def error(self, message: str, kind: str = "malformed", image: str | None = None) -> RecordError:
         return RecordError(f"{self.source}: {message}", kind, image)

@@ -121,7 +121,8 @@ def tokenised(
     skip, warnings: as for `read_records`.
     """
     skip = skip or partial(_refuse, preparation.basic.dataset_dir)
-    records = read_records(file, preparation.attr, preparation.folder(), limit, skip=skip, warnings=warnings)
+    folder, pairs = preparation.folder(), preparation.pairs
+    records = read_records(file, preparation.attr, folder, limit, skip=skip, warnings=warnings, pairs=pairs)
     return tokenised_records(records, preparation, skip, warnings)
 
 
@@ -138,7 +139,12 @@ def tokenised_records(
         except RecordError as error:
             skip(error)
         else:
-            if warnings is not None:
+            if warnings is not None and record.rejected:
+                counts = [DataWarnings() for _ in parts]
+                for found, part in zip(counts, parts, strict=True):
+                    count_parts(found, part[0], [part], preparation)
+                warnings.count_once(counts)
+            elif warnings is not None:
                 count_parts(warnings, record, parts, preparation)
             yield record, parts
 
@@ -257,7 +263,8 @@ def _parts(
     file: Path, preparation: Preparation, limit: int | None, progress: Progress, claim: Callable[[int], bool]
 ) -> Generator[tuple[int, Collected], None, None]:
     """(shard, samples) of each job, in order. claim: whether to make a shard, asked for each."""
-    names, workers = FieldNames.of(preparation.attr), workers_for(file, limit, preparation.basic.cache_dir is not None)
+    names = FieldNames.of(preparation.attr, preparation.pairs)
+    workers = workers_for(file, limit, preparation.basic.cache_dir is not None)
     tokeniser = Tokeniser(file, preparation, names, preparation.folder(), silent if workers else progress)
     advice = "a run has one for each core that taskset leaves to it"
     with closing(results(tokeniser, _jobs(file, names, limit, claim), workers, advice)) as parts:

@@ -48,7 +48,8 @@ class Shown(NamedTuple):
 def first_samples(batches: MicroBatches) -> list[Shown]:
     """Of the first packed sequences, without those whose images are broken."""
     dataset, shown = batches.dataset, []
-    for index in [i for packed in batches.packed_sequences.epoch(0)[:SHOWN] for i in packed][:SHOWN]:
+    first = [unit for packed in batches.packed_sequences.epoch(0)[:SHOWN] for unit in packed][:SHOWN]
+    for index in (i for unit in first for i in dataset.samples_of(unit)):
         try:
             sample = dataset[index]
         except RecordError:  # the step that takes it says so
@@ -82,7 +83,7 @@ def begin_history(settings: Settings, step: int, steps: int, runs_on: str, batch
         "runs_on": runs_on,
         "data": batches.report(),
         "files": [[str(samples.file), size] for samples, size in zip(dataset.files, dataset.sizes, strict=True)],
-        "lengths": {"counts": counts.tolist(), "edges": edges.tolist()},
+        "lengths": {"counts": counts.tolist(), "edges": edges.tolist(), "unit": dataset.unit},
         "samples": [{"title": s.title, "text": s.text, "images": [*map(_data_uri, s.images)]} for s in shown],
     }
     write_atomic(folder / FILE, json.dumps(facts))

@@ -25,6 +25,10 @@ Plot: TypeAlias = "tuple[str, Callable[[Axes], object]]"  # title, and what draw
 PLOTS: tuple[tuple[str, Sequence[str], dict[str, Any]], ...] = (  # title, metrics, what is set of the axis
     ("loss", ("loss", "mtp_loss", "val_loss", "val_mtp_loss"), {}),
     ("exact match", ("val_exact_match",), {"ylim": (-0.02, 1.02)}),
+    ("margin of the rewards", ("rewards/margins", "val_rewards/margins"), {}),
+    ("pairs whose chosen answer gains more", ("rewards/accuracies", "val_rewards/accuracies"), {"ylim": (-0.02, 1.02)}),
+    ("rewards", ("rewards/chosen", "rewards/rejected"), {}),
+    ("log-probabilities of the answers", ("logps/chosen", "logps/rejected"), {}),
     ("gradient norm", ("grad_norm",), {"yscale": "log"}),
     ("gradient norm by group", ("grad_norms",), {"yscale": "log"}),
     ("learning rate", ("lr",), {}),
@@ -135,13 +139,13 @@ def expert_loads(run: Curves) -> Iterator[Plot]:
 def lengths(facts: Mapping[str, Any]) -> Iterator[Plot]:
     """The histogram of the samples' lengths, as history.py keeps it."""
     if "lengths" in facts:
-        counts, edges = facts["lengths"]["counts"], facts["lengths"]["edges"]
+        counts, edges, unit = (facts["lengths"].get(name, "sample") for name in ("counts", "edges", "unit"))
 
         def draw(axis: "Axes") -> None:
             axis.stairs(counts, edges, fill=True)
-            axis.set(xlabel="tokens", ylabel="samples")
+            axis.set(xlabel="tokens", ylabel=f"{unit}s")
 
-        yield "lengths of the samples", draw
+        yield f"lengths of the {unit}s", draw
 
 
 def figure_of(title: str, draw: "Callable[[Axes], object]") -> "Figure":

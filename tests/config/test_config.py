@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from qwen35.config.load import SettingError, from_flat, load_settings, to_yaml
-from qwen35.config.schema import LoraSettings
+from qwen35.config.schema import DpoSettings, LoraSettings
 
 MINIMAL = {
     "data": {"dataset_param": {"basic_parameters": {"dataset": "a.json"}}},
@@ -195,6 +195,30 @@ def test_adapters_in_the_words_of_mindspeed(recipe):
 def test_what_adapters_do_not_go_with(recipe, beside, words):
     with pytest.raises(SettingError, match=words):
         load_settings(recipe, [beside, "training.lora={r: 8, target_parameters: [mlp.experts.down_proj]}"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        ("training.neftune_noise_alpha=5", "training.neftune_noise_alpha cannot be combined with training.stage: dpo"),
+        ("training.val_generate=true", "training.val_generate cannot be combined"),
+        ("model.mtp_num_layers=1", "model.mtp_num_layers cannot be combined"),
+        ("model.loss_cfg.loss_type=per_token_loss", "model.loss_cfg.loss_type cannot be combined"),
+        ("training.lora={r: 8, adapter: x}", "training.lora.adapter cannot be combined .* merge it into the weights"),
+        ("training.dpo={loss: ipo, label_smoothing: 0.1}", "label_smoothing means nothing to loss: ipo"),
+        ("training.dpo.label_smoothing=0.5", "training.dpo.label_smoothing: 0.5 must be below 0.5"),
+        ("training.dpo.loss=hinge", "training.dpo.loss: 'hinge' is not one of 'sigmoid' or 'ipo'"),
+        ("data.dataset_param.basic_parameters.train_on_prompt=true", "train_on_prompt: training.stage: dpo compares"),
+        ("data.dataset_param.basic_parameters.truncation=truncate", "truncate would cut answers that are compared"),
+        ("training.stage=sft", "training.dpo means nothing without training.stage: dpo"),
+    ],
+)
+def test_what_preference_tuning_does_not_go_with(recipe, beside, words):
+    validating = ["data.val_dataset_param.basic_parameters.dataset=a.json", "training.val_interval=1"]
+    dpo = ["training.stage=dpo", "training.dpo.beta=0.2", *validating]
+    assert load_settings(recipe, dpo).training.dpo == DpoSettings(beta=0.2)
+    with pytest.raises(SettingError, match=words):
+        load_settings(recipe, [*dpo, beside])
 
 
 def test_rules_of_the_template(recipe):

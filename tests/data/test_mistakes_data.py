@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from mistakes import (
@@ -10,6 +11,7 @@ from mistakes import (
     EVALUATE,
     SHOW,
     TRAIN,
+    Break,
     Case,
     becomes_folder,
     both,
@@ -28,6 +30,7 @@ __all__ = ["place", "whole"]  # fixtures
 
 FILE, SECOND = "data/a.json", "data/a.json, record 2 (id r1)"
 ASKED = ("human", "<image>")
+DPO = "training.stage=dpo"
 
 
 def linked(name: str, target: str):
@@ -47,6 +50,18 @@ def as_lines(place: Path) -> None:
     """Writes JSON lines, of which the second is cut off."""
     lines = [json.dumps(entry) for entry in json.loads((place / FILE).read_text())]
     (place / FILE).write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
+
+
+def in_all(change: Callable[[int, dict], object]) -> Break:
+    """Changes each record, by its number."""
+
+    def break_(place: Path) -> None:
+        records = json.loads((place / FILE).read_text())
+        for i, raw in enumerate(records):
+            change(i, raw)
+        (place / FILE).write_text(json.dumps(records))
+
+    return break_
 
 
 def a_comma_too_many(place: Path) -> None:
@@ -85,6 +100,25 @@ FILES = [
         DATA,
         (f"{SECOND}: has chosen, which is not read; preference pairs",),
         both(record(chosen="a"), record(rejected="b")),
+    ),
+    Case(
+        "pair without a side",
+        (*TRAIN, DPO),
+        (f"{SECOND}: has no rejected answer in rejected or ", "training.stage: dpo learns from pairs; it has 'id', "),
+        in_all(lambda i, raw: raw.update({"rejected_response": "No."} if i != 1 else {})),
+    ),
+    Case(
+        "pair of equal answers",
+        (*SHOW, DPO),
+        (
+            f"{SECOND}: its two answers are equal as they are trained; leave the pair out; on_bad_record: skip leaves such",
+        ),
+        in_all(lambda i, raw: raw.update(rejected_response="It is 1." if i == 1 else "No.")),
+    ),
+    Case(
+        "pair that is cut",
+        (*TRAIN, DPO, f"{BASIC}.truncation=truncate"),
+        (f"{BASIC}.truncation: truncate would cut answers that are compared; use drop or error",),
     ),
     Case("no dataset_dir", (*TRAIN, f"{BASIC}.dataset_dir=pics"), ("dataset_dir: pics: no such folder",)),
     Case("file for a folder", (*TRAIN, f"{BASIC}.dataset_dir=r.yaml"), ("dataset_dir: r.yaml: no such folder",)),

@@ -13,11 +13,11 @@ from tokenizer_fixture import make_model_folder
 
 from qwen35.config.load import from_flat
 from qwen35.data import MicroBatches, RecordError
-from qwen35.data.dataset import truncate
 from qwen35.data.files import longest_context
 from qwen35.data.preparation import Preparation
 from qwen35.data.preview import show
 from qwen35.data.tokenizer import ChatTokenizer
+from qwen35.data.truncation import truncate
 
 BASIC = "data.dataset_param.basic_parameters"
 

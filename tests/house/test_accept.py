@@ -85,14 +85,14 @@ def test_wrong_kernel_is_off_and_the_others_are_held(monkeypatch, tmp_path, caps
     monkeypatch.setattr(kernels.Kernels, "swiglu", lambda x: right(x) * 1.001)
     numerics.check_operators(Task(tmp_path, small=True))
     rows = [Row(**json.loads(line)) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 18 and {row.status for row in rows} == {"held", "off"}
+    assert len(rows) == 20 and {row.status for row in rows} == {"held", "off"}
     [off] = [row for row in rows if row.status == "off"]
     assert off.what == "swiglu, torch.float32"  # of bf16, 0.1% is a rounding
     assert off.found.startswith("forward 1.0e-03, gradients 1.0e-03") and off.wanted.startswith("<= 1e-04, fp32: ")
     report = Report("host", "today")
     report.add("operators", rows, 1.0, {})
     assert command.finish(report, tmp_path / "out", is_whole=True) == 1
-    assert "17 held, 1 off" in capsys.readouterr().out
+    assert "19 held, 1 off" in capsys.readouterr().out
     assert "| off | swiglu, torch.float32 | forward 1.0e-03" in (tmp_path / "out/host-today.md").read_text()
 
 

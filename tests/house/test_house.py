@@ -23,22 +23,22 @@ LAYERS = {  # folder or file -> what it must not import
 # The rooms of qwen35/ from the ground up, with the lines that each may have. A room imports none of
 # those above it. A file directly in qwen35/ imports no room, except for those in ON_TOP.
 ROOMS = {
-    "config": 1_130,
-    "model": 1_495,
+    "config": 1_185,
+    "model": 1_505,
     "checkpoint": 3_595,
-    "data": 6_730,
+    "data": 7_005,
     "parallel": 660,
     "inference": 1_270,
-    "training": 2_640,
-    "tools": 1_745,
-    "launch": 1_515,
+    "training": 2_965,
+    "tools": 1_755,
+    "launch": 1_520,
 }
-ON_TOP = ("rank", "preflight", "train", "convert")
+ON_TOP = ("rank", "preflight", "train", "logprobs", "convert")
 BUDGETS = {
-    "qwen35": 1_655,
-    "kernels": 3_590,
-    "rehearse": 2_795,
-    "accept": 730,
+    "qwen35": 1_780,
+    "kernels": 3_655,
+    "rehearse": 2_805,
+    "accept": 735,
     "bench": 850,
 }  # qwen35: beside its rooms
 
@@ -129,7 +129,7 @@ def test_recipes_are_short_and_valid():
     from qwen35.config.load import load_settings
 
     recipes = sorted(ROOT.glob("configs/**/*.yaml"))
-    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora", "long"}
+    assert {recipe.parent.name for recipe in recipes} == {"configs", "lora", "long", "dpo"}
     for recipe in recipes:
         assert len(recipe.read_text().splitlines()) <= 60, recipe
         load_settings(recipe)

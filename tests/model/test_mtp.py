@@ -386,7 +386,7 @@ def test_a_step_equals_the_formula(alone, kind):
     group, meshes = dist.group.WORLD, make_meshes("cpu", ParallelSettings())
     run = Run(settings, HOST, meshes, ours, make_optimizer(ours, t), GradientNorm(ours, group), iter([]), 0, {})
     record = train_step(run, [derive(batch, ours.config.vision_spec) for batch in batches], 0.0, 0.0)
-    found = dict(zip(SUMS, record.sums.tolist(), strict=True))
+    found = dict(zip((*SUMS, *record.also), record.sums.tolist(), strict=True))
     for name, value in wanted.items():
         assert found[name] == pytest.approx(float(value.detach()), rel=1e-5), name
     assert float(record.group_squares.sum().sqrt()) == pytest.approx(float(norm), rel=1e-5)

@@ -89,10 +89,13 @@ HOST = ["parallel.recompute=selective", "parallel.activation_offload=true", "tra
 
 EXPERTS = "training.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
 ADAPTERS = [*SPLIT, "parallel.recompute=false", "training.lora.r=16", EXPERTS]
+PAIRS = ["training.stage=dpo", "parallel.expert_parallel_size=4", "training.lora.r=16", EXPERTS]
 
 
 @pytest.mark.parametrize(
-    ("moe", "more"), [(True, SPLIT), (False, HOST), (True, ADAPTERS)], ids=["experts", "offload", "adapters"]
+    ("moe", "more"),
+    [(True, SPLIT), (False, HOST), (True, ADAPTERS), (True, PAIRS)],
+    ids=["experts", "offload", "adapters", "pairs"],
 )
 def test_representative_layers_give_the_report_of_all(tmp_path, capsys, moe, more):
     """Four of five layers of each kind are run, and every line is the same as if all were."""
@@ -105,10 +108,12 @@ def test_representative_layers_give_the_report_of_all(tmp_path, capsys, moe, mor
     assert reports[0] == reports[1] and len(reports[0]) > 15
 
 
-@pytest.mark.parametrize(("size", "npus"), [("2B", 1), ("35B-A3B", 2)])
-def test_recipes_of_lora_fit_as_they_say(size, npus, capsys):
+@pytest.mark.parametrize(
+    ("folder", "size", "npus"), [("lora", "2B", 1), ("lora", "35B-A3B", 2), ("dpo", "4B", 8), ("dpo", "35B-A3B", 2)]
+)
+def test_recipes_of_adapters_and_of_pairs_fit_as_they_say(folder, size, npus, capsys):
     """Without an NPU that shares the weights, and with experts on two."""
-    recipe = ROOT / f"configs/lora/qwen3_5_{size}.yaml"
+    recipe = ROOT / f"configs/{folder}/qwen3_5_{size}.yaml"
     assert main([str(recipe), "--npus-per-node", str(npus)]) == 0
     out, err = capsys.readouterr()
     assert not err

@@ -249,7 +249,8 @@ def test_four_processes_equal_one(four, alone, name):
     case = CASES[name]
     one, found = some_steps(case, is_shared=False), four[name]
     check_equal(found, one)
-    sums = dict(zip((*SUMS[: 5 + case.get("mtp", 0)], "flops", "bad_records"), one["sums"][0].tolist(), strict=True))
+    names = (*SUMS, *("mtp_loss",) * case.get("mtp", 0), "flops", "bad_records")
+    sums = dict(zip(names, one["sums"][0].tolist(), strict=True))
     assert sums["bad_records"] == 1 and sums["image_tokens"] == 12 + 8 + 8 and sums["tokens"] == 53 + 61 + 41 + 17
     is_frozen = bool(case.get("freeze"))
     assert any("visual" in n for n in one["gradients"]) != is_frozen

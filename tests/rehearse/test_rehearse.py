@@ -490,6 +490,18 @@ def test_recipes_of_the_family_differ_from_their_base_alone_where_they_must(fold
             assert to_yaml(settings) == text and f"{name}:" in path.read_text().splitlines()[0]
 
 
+@pytest.mark.parametrize(("size", "of"), [("4B", "configs"), ("35B-A3B", "configs/lora")])
+def test_recipes_of_pairs_differ_from_their_base_in_stage_and_data(size, of):
+    path = ROOT / f"configs/dpo/qwen3_5_{size}.yaml"
+    settings, base = load_settings(path), load_settings(ROOT / of / path.name)
+    changed = {name.partition(":")[0] for name in difference(base, settings)}
+    basic = "data.dataset_param.basic_parameters"
+    always = {"training.stage", "training.save", "training.lr", f"{basic}.dataset"}
+    assert changed - {"training.micro_batch_size", f"{basic}.cutoff_len", f"{basic}.cache_dir"} == always
+    for world in npus(path):
+        check_layout(with_config(settings)[0], world)
+
+
 def npus(recipe: Path) -> list[int]:
     """Of the first line: "1 NPU with 64 GB", "2, 4 or 8 NPUs …", "2 nodes of 8 NPUs with …"."""
     found = re.search(r": (?:(\d+) nodes? of )?([\d, or]+) NPUs? with 64 GB", recipe.read_text().splitlines()[0])

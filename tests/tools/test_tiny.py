@@ -172,3 +172,13 @@ def test_recipe_packs_without_padding(made, preparation):
     records = read_records(made / "digits/train.json", Attr(), ImageFolder(made / "digits"))
     lengths = {len(sample.ids) for record in records for _, sample in preparation.tokenise(record)}
     assert len(lengths) == 1 and basic.cutoff_len % lengths.pop() == 0
+
+
+def test_pairs_are_the_records_with_a_wrong_digit_beside_the_right_one(made):
+    for name, of in (("pairs.json", "train.json"), ("heldout_pairs.json", "heldout.json")):
+        pairs, records = (json.loads((made / "digits" / file).read_text()) for file in (name, of))
+        for pair, record in zip(pairs, records, strict=True):
+            question, right = record["conversations"]
+            assert pair["conversations"] == [question] and pair["chosen"] == right and pair["image"] == record["image"]
+            assert pair["rejected"]["value"] in set("0123456789") - {right["value"]}
+        assert {pair["rejected"]["value"] for pair in pairs} == set("0123456789")
